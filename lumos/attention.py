@@ -1,0 +1,154 @@
+"""Frame-causal attention: bidirectional inside a latent frame, causal between frames, causal over text.
+
+allowed(query, key) = key <= query, or both in the same frame's span (frame_start and frame_end included).
+
+Three forms of the same rule. `segmented` is the default: a frame is one unmasked attention over everything up to its end,
+a stretch of text one causal attention, so no mask tensor exists and memory is linear in the length. `flex` compiles
+the rule into one kernel on CUDA. `dense` spells the rule out as [B, L, L] and is the oracle of the tests.
+Samples of a batch may differ in length and frames; nobody sees another sample's frames, nor padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumos.sequence import Layout, frame_indices
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [B, H, L, D], k, v [B, Hkv, L, D]) -> [B, H, L, D]"""
+
+CAUSAL_ROWS = 256  # queries of text after the first frame are masked in blocks of this many rows
+
+
+def attention_for(implementation: str, layouts: Sequence[Layout], length: int, device: torch.device) -> Attend:
+    """The attention of one forward pass over whole sequences [B, length] with these layouts."""
+    if implementation == "dense":
+        mask = dense_mask(layouts, length).to(device)[:, None]
+        return lambda layer, q, k, v: dense_attention(q, k, v, mask)
+    if implementation == "flex":
+        block_mask = flex_block_mask(layouts, length, device)
+        return lambda layer, q, k, v: flex_attention(q, k, v, block_mask)
+    return lambda layer, q, k, v: segmented_attention(q, k, v, layouts)
+
+
+def dense_mask(layouts: Sequence[Layout], length: int) -> Tensor:
+    """bool [B, L, L] (query, key). Padding queries see only themselves, so that no row is empty."""
+    at = torch.arange(length)
+    frame = frame_indices(list(layouts), length)
+    same_frame = (frame[:, :, None] == frame[:, None, :]) & (frame >= 0)[:, :, None]
+    allowed = (at[None, :] <= at[:, None]) | same_frame
+    real = at < torch.tensor([layout.length for layout in layouts])[:, None]
+    return allowed & real[:, :, None] & real[:, None, :] | torch.eye(length, dtype=torch.bool)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B, H, L, D], k, v [B, Hkv, L, D], mask bool [B, 1, L, L] -> [B, H, L, D]."""
+    groups = q.shape[1] // k.shape[1]
+    return F.scaled_dot_product_attention(q, expand_heads(k, groups), expand_heads(v, groups), attn_mask=mask)
+
+
+def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout]) -> Tensor:
+    """q [B, H, L, D], k, v [B, Hkv, L, D] -> [B, H, L, D]; rows of equal layout run together. Padding gives zeros."""
+    groups = q.shape[1] // k.shape[1]
+    if not uses_flash(q):
+        k, v = expand_heads(k, groups), expand_heads(v, groups)
+    rows = []
+    for start, stop in equal_runs(layouts):
+        layout = layouts[start]
+        qr, kr, vr = q[start:stop], k[start:stop], v[start:stop]
+        parts = [_segment(qr, kr, vr, *segment) for segment in layout.segments]
+        if layout.length < q.shape[2]:
+            parts.append(torch.zeros_like(qr[:, :, layout.length :]))
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
+def _segment(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, bidirectional: bool) -> Tensor:
+    if bidirectional or start == 0:
+        return prefix_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], causal=not bidirectional)
+    blocks = []
+    for s in range(start, end, CAUSAL_ROWS):
+        e = min(s + CAUSAL_ROWS, end)
+        blocks.append(prefix_attention(q[:, :, s:e], k[:, :, :e], v[:, :, :e], causal=True))
+    return torch.cat(blocks, dim=2)
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Queries are the last of the keys: q [B, H, n, D], k, v [B, H or Hkv, m, D], n <= m -> [B, H, n, D].
+
+    causal: query i sees keys up to m - n + i; else every key. By flash-attn on CUDA in half precision if installed.
+    """
+    if uses_flash(q):
+        out = _flash_attn()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
+        return out.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    k, v = expand_heads(k, groups), expand_heads(v, groups)
+    n, m = q.shape[2], k.shape[2]
+    if not causal or n == m:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def expand_heads(x: Tensor, groups: int) -> Tensor:
+    """[B, Hkv, L, D] -> [B, Hkv * groups, L, D], each key-value head repeated for its group of query heads."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def equal_runs(items: Sequence) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive equal items."""
+    start = 0
+    for i in range(1, len(items) + 1):
+        if i == len(items) or items[i] != items[start]:
+            yield start, i
+            start = i
+
+
+def uses_flash(q: Tensor) -> bool:
+    """True where flash-attn computes the segments: CUDA, half precision, the extra `[flash]` installed."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and _flash_attn() is not None
+
+
+@functools.cache
+def _flash_attn() -> Callable | None:
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        warnings.warn("flash-attn is not installed: attention runs by torch's scaled_dot_product_attention")
+        return None
+    return flash_attn_func
+
+
+def flex_block_mask(layouts: Sequence[Layout], length: int, device: torch.device):
+    """The rule as a FlexAttention block mask [B, 1, L, L]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    frame = frame_indices(list(layouts), length).to(device)
+    used = torch.tensor([layout.length for layout in layouts], device=device)
+
+    def rule(b, h, query, key):
+        same_frame = (frame[b, query] == frame[b, key]) & (frame[b, query] >= 0)
+        real = (query < used[b]) & (key < used[b])
+        return real & ((key <= query) | same_frame) | (query == key)
+
+    return create_block_mask(rule, len(layouts), None, length, length, device=device)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
+    """FlexAttention, compiled on CUDA. It has no backward on a CPU: there the segmented form is the one to train with."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention 'flex' has no backward on a CPU; set attention to 'segmented' to train here")
+    return _compiled_flex(q.device.type)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _compiled_flex(device_type: str) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return torch.compile(flex, dynamic=False) if device_type == "cuda" else flex

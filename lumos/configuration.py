@@ -1,0 +1,189 @@
+"""The one description of a model: its sizes, its token ids, its sequence grammar, and the named presets."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
+ATTENTION_IMPLEMENTATIONS = ("segmented", "dense", "flex")
+PUBLISHED_TEMPLATE = (
+    "Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at {fps} frames per "
+    "second, according to the following prompt:\n {prompt}"
+)
+
+_CHAMELEON_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings rms_norm_eps rope_theta initializer_range model_parallel_size "
+    "visual_token_start visual_token_count architectures dtype torch_dtype"
+).split()
+_CHAMELEON_FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "swin_norm": False,
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+
+
+class LumosConfig(PreTrainedConfig):
+    """Configuration of `LumosForVideoGeneration`; the defaults are the published 1B model's.
+
+    Sizes follow the Llama names. Ids default to the published vocabulary (65,536 text ids, then 64,000 video codes).
+    `pixels_per_size_unit` is what one unit of a frame's two size tokens stands for; `prompt_template` may use
+    {width} {height} {num_frames} {fps} and must contain {prompt}.
+    Raises ValueError for sizes that cannot work (head dimension not a multiple of 32, ids outside the vocabulary).
+    """
+
+    model_type = "lumos"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["position_loss"]
+
+    vocab_size: int = 129_536
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 65_536
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+    model_parallel_size: int = 1
+    tie_word_embeddings: bool = False
+
+    position_scheme: str = "mm_rope"
+    attention: str = "segmented"
+    loss_chunk_size: int = 256
+
+    bos_token_id: int | None = 0
+    pad_token_id: int | None = 0
+    eos_token_id: int | None = None
+    sep_token_id: int = 8710
+    newline_token_id: int = 8803
+    mask_token_id: int = 9003
+    frame_start_token_id: int = 8197
+    frame_end_token_id: int = 8196
+    video_start_token_id: int = 9004
+    video_end_token_id: int = 9005
+    number_token_start: int = 8804
+    number_token_count: int = 199
+    visual_token_start: int = 65_536
+    visual_token_count: int = 64_000
+
+    temporal_compression: int = 4
+    spatial_compression: int = 8
+    pixels_per_size_unit: int = 32
+    max_prompt_tokens: int = 2048
+    prompt_template: str = PUBLISHED_TEMPLATE
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> LumosConfig:
+        """Named sizes: tiny (the shipped model), 0.5b, 1b, 3b (reference, section 1.3)."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == "chameleon":
+            config_dict = from_chameleon(config_dict)
+        return config_dict, kwargs
+
+    def _check(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+        if self.head_dim % 32:
+            raise ValueError(
+                f"head dimension {self.head_dim} (hidden_size {self.hidden_size} / {heads} heads) is not a multiple of "
+                "32: MM-RoPE shares channels among the axes in groups of 16 frequencies; choose 32, 64, 96 or 128"
+            )
+        if heads % kv_heads or heads % self.model_parallel_size or kv_heads % self.model_parallel_size:
+            raise ValueError(
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, and both of "
+                f"model_parallel_size {self.model_parallel_size}"
+            )
+        for name, value, allowed in (
+            ("position_scheme", self.position_scheme, POSITION_SCHEMES),
+            ("attention", self.attention, ATTENTION_IMPLEMENTATIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        if self.visual_token_start + self.visual_token_count > self.vocab_size:
+            raise ValueError(
+                f"visual tokens {self.visual_token_start}..{self.visual_token_start + self.visual_token_count - 1} "
+                f"do not fit into vocab_size {self.vocab_size}"
+            )
+        if self.pixels_per_size_unit % self.spatial_compression:
+            raise ValueError(
+                f"pixels_per_size_unit {self.pixels_per_size_unit} is not a multiple of spatial_compression "
+                f"{self.spatial_compression}"
+            )
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} has no {{prompt}} in it")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is true; the head of this model is untied")
+
+
+def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a released Lumos-1 folder -> fields of LumosConfig.
+
+    The special ids are those of the published sequence layout (reference, section 2.1); the bos/eos/pad fields of the
+    released file are class defaults that the layout does not use. Raises ValueError for variants of Chameleon that
+    Lumos-1 never was (biases, swin_norm, RoPE scaling, tied head).
+    """
+    for key, value in _CHAMELEON_FIXED.items():
+        if published.get(key, value) != value:
+            raise ValueError(f"config.json has {key} = {published[key]!r}; a Lumos-1 checkpoint has {value!r}")
+    config = {key: published[key] for key in _CHAMELEON_SIZES if key in published}
+    config["position_scheme"] = "mm_rope" if published.get("mm_rope", False) else "1d"
+    return {"model_type": "lumos", **config}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 2024,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 8192,
+        "sep_token_id": 1,
+        "newline_token_id": 2,
+        "mask_token_id": 3,
+        "frame_start_token_id": 4,
+        "frame_end_token_id": 5,
+        "video_start_token_id": 6,
+        "video_end_token_id": 7,
+        "number_token_start": 8,
+        "number_token_count": 247,
+        "visual_token_start": 1024,
+        "visual_token_count": 1000,
+        "pixels_per_size_unit": 8,
+        "max_prompt_tokens": 256,
+        "prompt_template": "{prompt}",
+    },
+    "0.5b": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+    "1b": {},
+    "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8},
+}

@@ -1,0 +1,112 @@
+"""Checkpoint folders -> this model: what is in a folder, whether it is whole, and the small differences of released files.
+
+A folder holds config.json and model.safetensors, or shards with model.safetensors.index.json. Released Lumos-1 folders
+have the same key names; wrapper prefixes of FSDP and activation checkpointing are removed, QK-norm weights of shape
+[head_dim] are read as [1, head_dim], `model.vqmodel.*` is ignored (reference, section 10).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from lumos.configuration import LumosConfig
+from lumos.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+IGNORED = re.compile(r"^(model\.vqmodel\.|.*rotary_emb\.)")
+QK_NORM = re.compile(r"\.self_attn\.[qk]_norm\.(weight|bias)$")
+
+
+def prepare_checkpoint(folder: str | os.PathLike, model_class: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check a local folder against the model that its config describes; returns the arguments to load it with.
+
+    Adds `state_dict` to them where the tensors need renaming or reshaping. Names that are no local folder are left to
+    the hub. UserError names missing files, shards, keys and wrong shapes.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        if path.suffix or path.is_absolute() or str(folder).startswith("."):
+            raise UserError(f"no model folder at {folder}; give a folder with config.json and {WEIGHTS}")
+        return kwargs
+    config = kwargs.get("config") or LumosConfig.from_pretrained(existing_config(path))
+    shapes = read_shapes(weight_files(path))
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+    renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
+    found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
+    check_layout(path, found, expected)
+    as_is = all(key == new and shapes[key] == found[new] for key, new in renamed.items())
+    if as_is or kwargs.get("state_dict") is not None:
+        return kwargs
+    tensors = {}
+    for file in weight_files(path):
+        tensors.update({renamed[k]: v.view(found[renamed[k]]) for k, v in load_file(file).items() if k in renamed})
+    return {**kwargs, "config": config, "state_dict": tensors}
+
+
+def existing_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give the folder of a saved or released model")
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all of them present; UserError otherwise."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing)}; "
+                "download or copy them again"
+            )
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    raise UserError(f"{folder} has no weights; it needs {WEIGHTS}, or shards with {INDEX}")
+
+
+def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape from the files' headers, without reading tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or no safetensors file ({error}); download or copy it again") from error
+    return shapes
+
+
+def clean_key(key: str) -> str:
+    return WRAPPERS.sub("", key)
+
+
+def clean_shape(key: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    if QK_NORM.search(key) and len(shape) == 1 and expected.get(key) == (1, *shape):
+        return (1, *shape)
+    return shape
+
+
+def check_layout(path: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    def some(keys: set[str]) -> str:
+        keys = sorted(keys)
+        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    if missing := expected.keys() - found.keys():
+        raise UserError(f"{path} lacks the tensors {some(missing)}; its config.json describes another model")
+    if extra := found.keys() - expected.keys():
+        raise UserError(f"{path} has tensors that this model does not know: {some(extra)}")
+    for key in expected:
+        if found[key] != expected[key]:
+            raise UserError(f"{path}: {key} has shape {list(found[key])}, config.json asks for {list(expected[key])}")

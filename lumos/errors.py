@@ -1,0 +1,11 @@
+"""The two kinds of failure that the command line reports in one line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done: says what was given, what is allowed, what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A correct request that failed on the way (disk, damaged file, non-finite loss). Exit code 1."""

@@ -1,0 +1,245 @@
+"""The decoder, whole. What is notable in it:
+
+- Llama's blocks: RMSNorm before attention and MLP, SwiGLU, grouped-query attention, no biases, untied head
+- QK-norm: LayerNorm with weight and bias over the channels of a head, before RoPE (Chameleon)
+- MM-RoPE: 3-D positions for video tokens, the original 1-D ones for text (lumos/rope.py)
+- frame-causal attention without a mask tensor (lumos/attention.py); `Attend` is handed in, so generation puts its cache there
+- the loss is computed inside the head from supervised positions only; full logits exist only if asked for
+- positions and frame spans are read off the ids, so `model(input_ids)` is all there is to call
+
+Shapes: B batch, L sequence, H heads, D head channels, C hidden channels, V vocabulary, N supervised positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lumos.attention import Attend, attention_for
+from lumos.configuration import LumosConfig
+from lumos.conversion import prepare_checkpoint
+from lumos.loss import chunked_cross_entropy
+from lumos.rope import apply_rotary, position_ids, rotary_tables
+from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
+
+Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D/2]
+
+
+@dataclass
+class LumosOutput(ModelOutput):
+    """logits [B, L, V] (without targets); with targets: loss, their mean, and each supervised position in row-major order."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    position_loss: Tensor | None = None  # fp32 [N]
+    frame_index: Tensor | None = None  # int64 [N], latent frame of each
+    supervised: Tensor | None = None  # bool [B, L]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over a head's channels. One (weight, bias) row for each model-parallel shard of heads, as published."""
+
+    def __init__(self, head_dim: int, shards: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shards, head_dim))
+        self.bias = nn.Parameter(torch.zeros(shards, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, L, D]."""
+        repeats = x.shape[1] // self.weight.shape[0]
+        weight, bias = (p.repeat_interleave(repeats, dim=0)[:, None] for p in (self.weight, self.bias))
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5) * weight + bias
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LumosConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, kv_size, bias=False)
+        self.v_proj = nn.Linear(size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+        self.q_norm = HeadNorm(config.head_dim, config.model_parallel_size)
+        self.k_norm = HeadNorm(config.head_dim, config.model_parallel_size)
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = apply_rotary(self.q_norm(q), *rotary).to(v.dtype)
+        k = apply_rotary(self.k_norm(k), *rotary).to(v.dtype)
+        return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LumosConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LumosConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(nn.Linear):
+    """The output matrix [V, C], of which video needs only the visual rows.
+
+    Everything that reads the weight happens inside `forward`, where ZeRO-3 has gathered it.
+    """
+
+    def __init__(self, config: LumosConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.first_row, self.rows = config.visual_token_start, config.visual_token_count
+        self.chunk = config.loss_chunk_size
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, visual_only: bool = False) -> Tensor:
+        """hidden [..., C] -> logits [..., V] or [..., visual codes]; with targets [N]: the loss [N] of hidden [N, C]."""
+        if targets is not None:
+            return chunked_cross_entropy(
+                hidden, self.weight, targets, first_row=self.first_row, rows=self.rows, chunk=self.chunk
+            )
+        weight = self.weight[self.first_row : self.first_row + self.rows] if visual_only else self.weight
+        return F.linear(hidden, weight)
+
+
+class LumosPreTrainedModel(PreTrainedModel):
+    config_class = LumosConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer",)
+    _keys_to_ignore_on_load_unexpected = (r"^model\.vqmodel\.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm | HeadNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, HeadNorm):
+                nn.init.zeros_(module.bias)
+
+
+class LumosModel(LumosPreTrainedModel):
+    """The stack of layers: ids, positions and an attention in, hidden states out."""
+
+    def __init__(self, config: LumosConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """input_ids [B, L], rotary tables of their positions -> hidden states [B, L, C] after the last norm."""
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
+            else:
+                x = layer(x, rotary, attend)
+        return self.norm(x)
+
+
+class LumosForVideoGeneration(LumosPreTrainedModel):
+    """Decoder and head. `from_pretrained` takes an own folder or a released Lumos-1 folder as it is."""
+
+    def __init__(self, config: LumosConfig):
+        super().__init__(config)
+        self.model = LumosModel(config)
+        self.lm_head = Head(config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LumosForVideoGeneration:
+        """As in transformers, after a check of the folder: ValueError or FileNotFoundError names what is missing."""
+        kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> LumosOutput:
+        """input_ids [B, L], right-padded; attention_mask [B, L] only says where padding begins.
+
+        Without targets: logits [B, L, V]. With targets [B, L] (visual code, or -100 where nothing is asked):
+        same-position cross-entropy over the visual codes. ValueError for cut frames and for padding on the left.
+        """
+        layouts = self.layouts(input_ids, attention_mask)
+        length, device = input_ids.shape[1], input_ids.device
+        rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
+        hidden = self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device))
+        if targets is None:
+            return LumosOutput(logits=self.lm_head(hidden))
+        supervised = targets != -100
+        loss = self.lm_head(hidden[supervised], targets=targets[supervised])
+        frames = frame_indices(layouts, length).to(device)[supervised]
+        return LumosOutput(loss=loss.mean(), position_loss=loss, frame_index=frames, supervised=supervised)
+
+    def layouts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Layout]:
+        """Frame spans of each row, read off the ids."""
+        if attention_mask is not None:
+            mask = attention_mask.bool()
+            if (mask[:, 1:] & ~mask[:, :-1]).any():
+                raise ValueError("attention_mask has padding before tokens; sequences must be padded on the right")
+            input_ids = input_ids.masked_fill(~mask, self.config.pad_token_id)
+        return parse_layout(input_ids, self.config)
+
+    def rotary(self, positions: Tensor, is_content: Tensor) -> Rotary:
+        """positions [B, 3, L], is_content bool [B, L] -> the tables that `model` takes, in the weights' dtype and place."""
+        return rotary_tables(positions.to(self.device), is_content.to(self.device), self.config, self.dtype)
+
+    def flops_per_token(self, context: int) -> int:
+        """Multiply-adds x 2 of one token's forward through the layers with `context` keys in sight (no head)."""
+        layers = sum(m.weight.numel() for m in self.model.layers.modules() if isinstance(m, nn.Linear))
+        attention = 2 * context * self.config.hidden_size * self.config.num_hidden_layers
+        return 2 * (layers + attention)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token leaves in the cache."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
