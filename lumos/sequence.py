@@ -21,7 +21,6 @@ from torch import Tensor
 from lumos.configuration import LumosConfig
 
 FRAME_HEADER = 3  # frame_start and the two size tokens
-VIDEO_HEADER = 3  # video_start, duration, fps
 
 
 @dataclass(frozen=True)
@@ -199,18 +198,20 @@ def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
         for mark in marks.tolist():
             if mark < at:
                 continue
-            frame = _read_frame(row, mark, length, f"frame {len(frames)} of sample {sample}", config)
+            frame = read_frame(row[:length], mark, config, f"frame {len(frames)} of sample {sample}")
             frames.append(frame)
             at = frame.end
     return Layout(length, tuple(frames))
 
 
-def _read_frame(row, start: int, length: int, what: str, config: LumosConfig) -> Frame:
+def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Frame:
+    """The frame that begins at `start` of a row of ids; ValueError where it is cut off or malformed."""
+    length = len(row)
     if start + FRAME_HEADER > length:
         raise ValueError(f"{what} is cut off: the sequence ends at {length}; frames must be whole")
     scale = config.pixels_per_size_unit // config.spatial_compression
     rows, cols = ((int(row[start + i]) - config.number_token_start) * scale for i in (1, 2))
-    if not (0 < rows and 0 < cols):
+    if rows <= 0 or cols <= 0:
         raise ValueError(f"{what} has no valid size tokens after its start at {start}")
     frame = Frame(start, rows, cols)
     if frame.end > length:

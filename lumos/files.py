@@ -1,0 +1,89 @@
+"""Files that are either whole or not there: written under a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import RunError, UserError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends without an error.
+
+    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was. Missing
+    parent folders are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    """
+    path = Path(path)
+    _make_parents(path)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; check free space and permissions, or choose another place"
+        ) from error
+    finally:
+        _remove(temporary)
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError if ``path`` could not be written later; leaves nothing behind. Call it before a long run starts."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file in it")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    probe = _beside(folder / path.name)
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place for it") from error
+    finally:
+        _remove(probe)
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write ``data`` whole or not at all; returns the path."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Write ``data`` as indented JSON, whole or not at all; what JSON does not know (a path) becomes text."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    return write_bytes(path, (text + "\n").encode("utf-8", "replace"))
+
+
+def _make_parents(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the folder {path.parent}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.part")
+
+
+def _remove(path: Path) -> None:
+    """Remove what is there, if anything; never hides the error that led here."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass
