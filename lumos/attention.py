@@ -2,9 +2,9 @@
 
 allowed(query, key) = key <= query, or both in the same frame's span (frame_start and frame_end included).
 
-Three forms of the same rule. `segmented` is the default: a frame is one unmasked attention over everything up to its end,
-a stretch of text one causal attention, so no mask tensor exists and memory is linear in the length. `flex` compiles
-the rule into one kernel on CUDA. `dense` spells the rule out as [B, L, L] and is the oracle of the tests.
+Three forms of the same rule. `segmented` is the default: a frame is one unmasked attention over everything up to its
+end, a stretch of text one causal attention, so no mask tensor exists and memory is linear in the length. `flex`
+compiles the rule into one kernel on CUDA. `dense` spells the rule out as [B, L, L] and is the oracle of the tests.
 Samples of a batch may differ in length and frames; nobody sees another sample's frames, nor padding.
 """
 
@@ -141,9 +141,11 @@ def flex_block_mask(layouts: Sequence[Layout], length: int, device: torch.device
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
-    """FlexAttention, compiled on CUDA. It has no backward on a CPU: there the segmented form is the one to train with."""
+    """FlexAttention, compiled on CUDA. It has no backward on a CPU: train with the segmented form there."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("attention 'flex' has no backward on a CPU; set attention to 'segmented' to train here")
+    if q.device.type == "cpu":
+        q, k, v = q.detach(), k.detach(), v.detach()
     return _compiled_flex(q.device.type)(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -14,10 +14,23 @@ PUBLISHED_TEMPLATE = (
 )
 
 _CHAMELEON_SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "max_position_embeddings rms_norm_eps rope_theta initializer_range model_parallel_size "
-    "visual_token_start visual_token_count architectures dtype torch_dtype"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+    "model_parallel_size",
+    "visual_token_start",
+    "visual_token_count",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
 _CHAMELEON_FIXED = {
     "attention_bias": False,
     "mlp_bias": False,

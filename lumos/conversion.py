@@ -1,4 +1,4 @@
-"""Checkpoint folders -> this model: what is in a folder, whether it is whole, and the small differences of released files.
+"""Checkpoint folders -> this model: what is in a folder, whether it is whole, what released files do differently.
 
 A folder holds config.json and model.safetensors, or shards with model.safetensors.index.json. Released Lumos-1 folders
 have the same key names; wrapper prefixes of FSDP and activation checkpointing are removed, QK-norm weights of shape

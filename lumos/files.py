@@ -29,7 +29,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; check free space and permissions, or choose another place"
+            f"cannot write {path}: {_reason(error)}; check free space and permissions, or choose another place"
         ) from error
     finally:
         _remove(temporary)
@@ -38,18 +38,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """UserError if ``path`` could not be written later; leaves nothing behind. Call it before a long run starts."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file in it")
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    probe = _beside(folder / path.name)
     try:
-        probe.touch(exist_ok=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place for it") from error
-    finally:
-        _remove(probe)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file in it")
+        folder = path.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        probe = _beside(folder / path.name)
+        try:
+            probe.touch(exist_ok=False)
+        finally:
+            _remove(probe)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
@@ -69,13 +72,15 @@ def _make_parents(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot create the folder {path.parent}: {error.strerror or error}; choose another place"
-        ) from error
+        raise UserError(f"cannot create the folder {path.parent}: {_reason(error)}; choose another place") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.part")
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")
 
 
 def _remove(path: Path) -> None:

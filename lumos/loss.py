@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +17,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         visual = weight[first_row : first_row + rows].to(hidden.dtype)
         normaliser = hidden.new_empty(len(hidden), dtype=torch.float32)
         loss = torch.empty_like(normaliser)
-        for part in torch.arange(len(hidden)).split(chunk):
-            s = slice(int(part[0]), int(part[-1]) + 1)
+        for s in chunks(len(hidden), chunk):
             logits = F.linear(hidden[s], visual).float()
             normaliser[s] = logits.logsumexp(dim=1)
             loss[s] = normaliser[s] - logits.gather(1, targets[s, None]).squeeze(1)
@@ -31,17 +32,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         visual = weight[rows].to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_visual = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
-        for part in torch.arange(len(hidden)).split(ctx.chunk):
-            s = slice(int(part[0]), int(part[-1]) + 1)
+        for s in chunks(len(hidden), ctx.chunk):
             grad = F.linear(hidden[s], visual).float().sub_(normaliser[s, None]).exp_()
-            at = torch.arange(len(part), device=grad.device)
-            grad[at, targets[s]] -= 1
+            grad[torch.arange(len(grad), device=grad.device), targets[s]] -= 1
             grad = grad.mul_(grad_loss[s, None]).to(hidden.dtype)
             grad_hidden[s] = grad @ visual
             grad_visual += grad.T @ hidden[s]
         grad_weight = torch.zeros_like(weight)
         grad_weight[rows] = grad_visual.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def chunked_cross_entropy(
@@ -57,7 +60,7 @@ def chunked_cross_entropy(
 
 
 def frame_losses(position_loss: Tensor, frame_index: Tensor) -> Tensor:
-    """Mean loss of each latent frame over a batch: position_loss [N], frame_index [N] -> [t]; nan where none is supervised."""
+    """Mean loss of each latent frame: position_loss [N], frame_index [N] -> [t]; nan where none is supervised."""
     frames = int(frame_index.max()) + 1 if len(frame_index) else 0
     total = torch.zeros(frames, device=position_loss.device).index_add_(0, frame_index, position_loss.detach())
     return total / torch.bincount(frame_index, minlength=frames)

@@ -1,7 +1,7 @@
 """What is hidden from the decoder: training masks (AR-DF), mask-ratio schedules, and the history mask of generation.
 
-A training mask is a bool [t, n]: t latent frames of n content tokens (codes and newlines), True where the mask token is put.
-AR-DF repeats one spatial pattern through time (a temporal tube), so that no frame can be copied from its neighbour.
+A training mask is a bool [t, n]: t latent frames of n content tokens (codes and newlines), True where the mask token is
+put. AR-DF repeats one spatial pattern through time (a temporal tube), so that no frame can be copied from its neighbour.
 Reference, sections 5.1 and 6.3.
 """
 
@@ -22,7 +22,7 @@ MIN_RATIO = 0.7
 
 @dataclass(frozen=True)
 class MaskedSequence:
-    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where one is supervised, else -100; the drawn ratio."""
+    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where supervised, else -100; the drawn ratio."""
 
     input_ids: Tensor
     targets: Tensor
@@ -80,7 +80,7 @@ def mask_sequence(
     min_ratio: float = MIN_RATIO,
     generator: torch.Generator,
 ) -> MaskedSequence:
-    """ids [L] of one clip -> what the decoder sees and what it must say. Newlines are masked with the tube, never supervised."""
+    """ids [L] of one clip -> what the decoder sees and must say. Newlines are masked with the tube, never supervised."""
     (layout,) = parse_layout(input_ids[None], config)
     if not layout.frames:
         raise ValueError("the sequence has no frames to mask")

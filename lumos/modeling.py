@@ -3,7 +3,7 @@
 - Llama's blocks: RMSNorm before attention and MLP, SwiGLU, grouped-query attention, no biases, untied head
 - QK-norm: LayerNorm with weight and bias over the channels of a head, before RoPE (Chameleon)
 - MM-RoPE: 3-D positions for video tokens, the original 1-D ones for text (lumos/rope.py)
-- frame-causal attention without a mask tensor (lumos/attention.py); `Attend` is handed in, so generation puts its cache there
+- frame-causal attention without a mask tensor (lumos/attention.py); `Attend` is handed in: generation puts its cache there
 - the loss is computed inside the head from supervised positions only; full logits exist only if asked for
 - positions and frame spans are read off the ids, so `model(input_ids)` is all there is to call
 
@@ -33,7 +33,7 @@ Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D/2]
 
 @dataclass
 class LumosOutput(ModelOutput):
-    """logits [B, L, V] (without targets); with targets: loss, their mean, and each supervised position in row-major order."""
+    """logits [B, L, V] without targets; with targets the loss of each supervised position, row-major, and its mean."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -129,7 +129,7 @@ class Head(nn.Linear):
         self.chunk = config.loss_chunk_size
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, visual_only: bool = False) -> Tensor:
-        """hidden [..., C] -> logits [..., V] or [..., visual codes]; with targets [N]: the loss [N] of hidden [N, C]."""
+        """hidden [..., C] -> logits [..., V] or [..., visual codes]; with targets [N]: loss [N] of hidden [N, C]."""
         if targets is not None:
             return chunked_cross_entropy(
                 hidden, self.weight, targets, first_row=self.first_row, rows=self.rows, chunk=self.chunk
@@ -230,7 +230,7 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         return parse_layout(input_ids, self.config)
 
     def rotary(self, positions: Tensor, is_content: Tensor) -> Rotary:
-        """positions [B, 3, L], is_content bool [B, L] -> the tables that `model` takes, in the weights' dtype and place."""
+        """positions [B, 3, L], is_content bool [B, L] -> the tables that `model` takes, in the weights' dtype."""
         return rotary_tables(positions.to(self.device), is_content.to(self.device), self.config, self.dtype)
 
     def flops_per_token(self, context: int) -> int:

@@ -1,12 +1,12 @@
 """Rotary positions: MM-RoPE, and the schemes that it is compared with.
 
 One rule serves all schemes. Every token has three positions (t, h, w); a text token's three are equal, its index in the
-sequence, so for text every scheme is the original 1-D RoPE. Frequency i of a head turns by position[axis(i)] * inv_freq(i).
-A scheme says which axis owns a frequency and how far apart neighbours are.
+sequence, so for text every scheme is the original 1-D RoPE. Frequency i of a head turns by
+position[axis(i)] * inv_freq(i). A scheme says which axis owns a frequency and how far apart neighbours are.
 
 MM-RoPE (arXiv 2507.08801): every group of 16 frequencies is shared t:h:w = 4:6:6, interleaved, so each axis sees
-the whole frequency range, each with its own channel's frequency; content token (row r, column c) of latent frame k stands
-at P0 + (4 k, 8 r, 8 c): the strides are the tokenizer's compression, P0 the index of the first content token.
+the whole frequency range, each with its own channel's frequency; content token (row r, column c) of latent frame k
+stands at P0 + (4 k, 8 r, 8 c): the strides are the tokenizer's compression, P0 the index of the first content token.
 Reference, section 3.
 """
 
@@ -43,7 +43,7 @@ def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
 
 
 def visual_inverse_frequencies(scheme: str, head_dim: int, theta: float) -> Tensor:
-    """fp32 [D/2] for content tokens. Only plain 3-D RoPE differs from text: each axis runs through a ladder of its own."""
+    """fp32 [D/2] for content tokens. Only plain 3-D RoPE differs from text: each axis has a ladder of its own."""
     if scheme != "rope_3d":
         return inverse_frequencies(head_dim, theta)
     sizes = torch.bincount(frequency_axes(scheme, head_dim // 2), minlength=3).tolist()

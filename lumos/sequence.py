@@ -5,7 +5,7 @@
     per latent frame: [frame_start] [number: H / unit] [number: W / unit]  h rows of (w codes, [newline])  [frame_end]
     [video_end] [sep]
 
-Without a prompt (the unconditional branch, text dropout) a sequence begins at video_start. Source: reference, section 2.
+Without a prompt (unconditional branch, text dropout) a sequence begins at video_start. Source: reference, section 2.
 Everything the decoder needs to know of a sequence (positions, frame spans) is read off the ids by `parse_layout`.
 """
 
@@ -86,9 +86,9 @@ def num_latent_frames(num_frames: int, temporal_compression: int = 4) -> int:
     return math.ceil((num_frames - 1) / temporal_compression) + 1
 
 
-def clip_duration(num_frames: int, fps: int) -> int:
-    """Seconds that the header states: a picture is (1 s, 1 fps); 25 frames at 12 fps are 2 s."""
-    return max(1, round((num_frames - 1) / fps))
+def clip_header(num_frames: int, fps: int) -> tuple[int, int]:
+    """(duration in s, fps) that the header states; a picture is (1, 1) (reference, sections 5.4 and 9)."""
+    return (1, 1) if num_frames == 1 else (max(1, round(num_frames / fps)), fps)
 
 
 def prompt_text(config: LumosConfig, prompt: str, *, height: int, width: int, num_frames: int, fps: int) -> str:

@@ -1,17 +1,15 @@
 """Pictures and clips in and out: files on one side, uint8 RGB arrays [T, H, W, 3] on the other.
 
-Reading trusts time stamps, not frame counts: a 30 fps or variable-rate clip read at 12 fps is a true 12 fps clip. It
-is bounded (pixels, frames, bytes), honours rotation and EXIF orientation, lays transparency on white, and turns any
-damaged file into one line. Writing picks the form by suffix and never leaves half a file (see ``lumos.files``).
+The one place to import from: reading is in ``lumos.video_reading``, arrays are in ``lumos.frames``, and this file
+writes. The suffix picks the form, and a file is whole or not there (see ``lumos.files``).
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -19,16 +17,21 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lumos.errors import RunError, UserError
-from lumos.files import check_writable as _check_writable
-from lumos.files import replacing, write_json
+from lumos.files import check_writable, replacing, write_json
+from lumos.frames import contact_sheet, fit, from_uint8, to_uint8
+from lumos.video_reading import MAX_FRAMES, MAX_PIXELS, count_frames, read_image, read_video
 
 __all__ = [
-    "check_writable",
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "check_output",
+    "contact_sheet",
+    "count_frames",
     "fit",
     "from_uint8",
     "read_image",
@@ -38,77 +41,103 @@ __all__ = [
     "write_video",
 ]
 
-MAX_PIXELS = 40_000_000  # one picture or one frame of a clip
-MAX_FRAMES = 2_000
-MAX_CLIP_BYTES = 2 << 30
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
-_PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+def check_output(path: str | Path, num_frames: int | None = None) -> None:
+    """UserError if :func:`write_video` could not write ``path``; leaves nothing behind. Call it before a long run."""
+    path = Path(path)
+    folder = _frame_folder(path, _suffix(path), num_frames or 1)
+    check_writable(path if folder is None else folder / "00000.png")
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
-    with _reading(path, "picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right below
-        with Image.open(path) as image:
-            _check_pixels(path, image.width, image.height, max_pixels)
-            return _rgb(ImageOps.exif_transpose(image))
+def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write frames uint8 [T, H, W, 3]; the suffix of ``path`` says how. Returns the path really written.
 
-
-def read_video(
-    path: str | Path,
-    *,
-    fps: float | None = None,
-    num_frames: int | None = None,
-    start: float = 0.0,
-    from_end: bool = False,
-    max_seconds: float | None = None,
-    size: tuple[int, int] | None = None,
-    max_frames: int = MAX_FRAMES,
-    max_pixels: int = MAX_PIXELS,
-) -> tuple[np.ndarray, float]:
-    """A clip as (uint8 [T, H, W, 3], fps).
-
-    ``fps``: frame n is what the clip shows at ``start + n / fps`` seconds; None keeps every frame and returns the
-    average rate. ``num_frames``: exactly so many (UserError if the clip is shorter), reading stops there; with
-    ``from_end`` they are the last ones, ending on the clip's last frame. Without ``num_frames`` the clip is read to its
-    end, or for ``max_seconds``. ``size`` (height, width): each frame is fitted as it is read. UserError for a missing
-    or damaged file, and for more than ``max_frames`` frames or 2 GiB.
+    .mp4 (H.264, yuv420p; an odd side gets one row or column more), .gif, .webp (lossless), .png (one frame: a picture;
+    more: the folder ``path`` without its suffix, with 00000.png, 00001.png, ...). ``metadata`` goes into the file's
+    comment as JSON. The file is whole or not there.
     """
-    _check_reading_arguments(path, fps, num_frames, start, from_end, max_seconds, max_frames)
-    with _reading(path, "video"):
-        clip = _Clip.open(Path(path), max_pixels)
-        rate = float(fps or clip.fps)
-        if from_end:
-            start = clip.start_of_last(num_frames, fps)
-        end = float("inf") if max_seconds is None else start + max_seconds
-        frames: list[np.ndarray] = []
-        wanted = num_frames or max_frames + 1
-        budget = MAX_CLIP_BYTES
-        for shown in clip.frames(start):
-            if shown.begin >= end or len(frames) == wanted:
-                break
-            if fps is None:
-                copies = int(shown.end > start)
-            else:
-                copies = 0
-                while (instant := start + (len(frames) + copies) / fps) < min(shown.end, end):
-                    copies += int(instant >= 0)
-                    if len(frames) + copies == wanted:
-                        break
-            if copies:
-                picture = shown.rgb()
-                frames += [picture if size is None else fit(picture[None], *size)[0]] * copies
-                budget -= copies * frames[-1].nbytes
-            if len(frames) > max_frames:
-                raise UserError(f"{path} has more than {max_frames} frames; set num_frames, max_seconds or a lower fps")
-            if budget < 0:
-                raise UserError(f"{path} is too large to read at once; set num_frames, max_seconds or a smaller size")
-    if not frames or (num_frames is not None and len(frames) < num_frames):
-        raise UserError(
-            f"{path} has only {len(frames)} frames at {rate:g} fps from {max(start, 0.0):g} s on, "
-            f"{num_frames or 1} are needed; ask for fewer, start earlier or raise fps"
-        )
-    return np.stack(frames), rate
+    path = Path(path)
+    suffix = _suffix(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise UserError(f"frames must be uint8 [T, H, W, 3], T at least 1; given {frames.dtype} {list(frames.shape)}")
+    if not 0 < fps <= (50 if suffix == ".gif" else 1000):
+        raise UserError(f"fps {fps} cannot be written to {path}; it must be above 0 and at most 1000 (gif: 50)")
+    # EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest.
+    comment = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
+    folder = _frame_folder(path, suffix, len(frames))
+    target = folder or path
+    with replacing(target) as temporary:
+        if suffix == ".mp4":
+            _write_mp4(temporary, frames, fps, comment)
+        elif folder:
+            temporary.mkdir()
+            for n, frame in enumerate(frames):
+                _write_png(temporary / f"{n:05d}.png", frame, comment)
+            if target.is_dir():
+                shutil.rmtree(target)
+        elif suffix == ".png":
+            _write_png(temporary, frames[0], comment)
+        else:
+            _write_animation(temporary, suffix, frames, fps, comment)
+    return target
+
+
+def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
+    """The folder that several PNG frames go to, None for every other form; UserError if it holds something else."""
+    if suffix != ".png" or num_frames == 1:
+        return None
+    folder = path.with_suffix("")
+    if folder.is_dir() and any(not re.fullmatch(r"\d{5,}\.png", p.name) for p in folder.iterdir()):
+        raise UserError(f"the folder {folder} holds other files than numbered frames; choose another name")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but the numbered frames need a folder of that name; choose another name")
+    return folder
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"cannot write {path}: the suffix {suffix!r} is unknown; use one of {', '.join(SUFFIXES)}")
+    return suffix
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    try:
+        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            container.metadata["comment"] = comment
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            # BT.601, limited range: what the conversion below does; said in the file, so that players do the same.
+            stream.codec_context.colorspace = 6
+            stream.codec_context.color_range = 1
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise RunError(f"cannot write the video ({error.strerror or error}); check free space, or try .webp") from error
+
+
+def _write_png(path: Path, frame: np.ndarray, comment: str) -> None:
+    info = PngInfo()
+    if comment:
+        info.add_itxt("comment", comment)
+    Image.fromarray(frame).save(path, "PNG", pnginfo=info)
+
+
+def _write_animation(path: Path, suffix: str, frames: np.ndarray, fps: float, comment: str) -> None:
+    unit = 10 if suffix == ".gif" else 1  # ms: the clock of the format
+    stamps = [round(n * 1000 / fps / unit) * unit for n in range(len(frames) + 1)]
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    common = {"save_all": True, "append_images": rest, "duration": [b - a for a, b in pairwise(stamps)], "loop": 0}
+    if suffix == ".gif":
+        first.save(path, "GIF", comment=comment.encode(), **common)
+    else:
+        exif = Image.Exif()
+        if comment:
+            exif[0x010E] = comment  # ImageDescription
+        first.save(path, "WEBP", lossless=True, quality=60, exif=exif, **common)

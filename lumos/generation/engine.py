@@ -116,18 +116,21 @@ class Engine:
         rotary = self._frame_rotary(frame_ids)
         return self.model.model(frame_ids.to(self.model.device), rotary, self.cache.extend)
 
+    def frame_position_ids(self, frame_ids: Tensor) -> Tensor:
+        """int64 [R, 3, n]: where the frame after the cache stands in each row."""
+        config = self.model.config
+        frame = read_frame(frame_ids[0].tolist(), 0, config)
+        places = [Frame(length, frame.rows, frame.cols) for length in self.cache.lengths]
+        return torch.stack(
+            [frame_positions(p, self.frames_done, o, config) for p, o in zip(places, self._origins, strict=True)]
+        )
+
     def _frame_rotary(self, frame_ids: Tensor) -> Rotary:
         """Rotary tables of the next frame; the steps of one frame share them."""
         if self._rotary is None or self._rotary[0] != self.frames_done:
-            config = self.model.config
-            frame = read_frame(frame_ids[0].tolist(), 0, config)
-            places = [Frame(length, frame.rows, frame.cols) for length in self.cache.lengths]
-            positions = torch.stack(
-                [frame_positions(p, self.frames_done, o, config) for p, o in zip(places, self._origins, strict=True)]
-            )
-            is_content = torch.zeros(len(places), frame_ids.shape[1], dtype=torch.bool)
+            is_content = torch.zeros(frame_ids.shape, dtype=torch.bool)
             is_content[:, FRAME_HEADER:-1] = True
-            self._rotary = self.frames_done, self.model.rotary(positions, is_content)
+            self._rotary = self.frames_done, self.model.rotary(self.frame_position_ids(frame_ids), is_content)
         return self._rotary[1]
 
 

@@ -1,0 +1,52 @@
+"""The command line: `python -m lumos VERB ...`. Exit code 0, 1 for a failure on the way, 2 for a request that cannot be met."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from lumos.errors import RunError, UserError
+
+VERBS = {
+    "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "train": "train the decoder",
+    "train-tokenizer": "train a video tokenizer",
+    "train-text-tokenizer": "train a text tokenizer from captions",
+    "evaluate": "measure a model: how well it follows prompts",
+    "bench": "measure speed and memory on this machine",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        verbs = "\n".join(f"  {name:22}{text}" for name, text in VERBS.items())
+        print(f"usage: python -m lumos VERB [options]\n\n{verbs}\n\n`python -m lumos VERB --help` lists a verb's options")
+        return 0 if argv else 2
+    verb = argv[0]
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(prog=f"lumos {verb}", description=VERBS[verb])
+    command.add_arguments(parser)
+    try:
+        command.run(parser.parse_args(argv[1:]))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except (UserError, ValueError) as error:
+        return fail(error, 2)
+    except (RunError, OSError, MemoryError) as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written for the unfinished clip", 1)
+    return 0
+
+
+def fail(error: object, code: int) -> int:
+    """Print an error as one line; returns the exit code."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
+    return code

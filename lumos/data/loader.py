@@ -1,0 +1,164 @@
+"""Which clips a training step sees, and making its batches ahead of time.
+
+Everything here is a pure function of (seed, step, position in the step): a resumed run, another number of threads,
+processes or micro-batches sees the same clips with the same random numbers, and no loader state has to be stored
+beside the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumos.data.worlds import Worlds
+from lumos.errors import UserError
+
+IGNORED = -100
+POSITIONS_PER_STEP = 1 << 16
+VALIDATION_STEP = 1 << 36
+"""Step number under which the validation set is drawn; no training run gets that far."""
+
+T_co = TypeVar("T_co")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames uint8 [T, H, W, 3]; `name` finds the clip again."""
+
+    frames: np.ndarray
+    caption: str
+    fps: int
+    name: str
+
+
+class Source(Protocol):
+    def clip(self, index: int, num_frames: int) -> Clip:
+        """Clip `index` of an endless numbering, the same at every call."""
+        ...
+
+
+class WorldSource:
+    """The endless small worlds as a source; `scenes` limits it to the first so many."""
+
+    def __init__(
+        self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict
+    ):
+        try:
+            self.videos = Worlds(
+                **{"seed": seed, "height": height, "width": width, "num_frames": num_frames, "fps": fps, **options}
+            )
+        except TypeError as error:
+            raise UserError(f"data.options: {error}; allowed: {', '.join(Worlds.__dataclass_fields__)}") from error
+        self.pictures = replace(self.videos, num_frames=1)
+        self.scenes = scenes
+
+    def clip(self, index: int, num_frames: int) -> Clip:
+        index = index % self.scenes if self.scenes else index
+        worlds = self.pictures if num_frames == 1 else self.videos
+        frames, caption = worlds[index]
+        return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step is made of: `kind` is "image" or "video", `batch_size` counts clips over all processes."""
+
+    kind: str
+    batch_size: int
+
+
+class Curriculum:
+    """Stages in order -> the shape of each step. `stages` hold steps, image_share, batch_size, image_batch_size; the last has no end."""
+
+    def __init__(self, stages: list, batch_size: int):
+        self.spans = []
+        start = 0
+        for stage in stages:
+            videos = stage.batch_size or batch_size
+            self.spans.append((start, stage.image_share, videos, stage.image_batch_size or videos))
+            start += stage.steps or 0
+        if not stages:
+            self.spans.append((0, 0.0, batch_size, batch_size))
+
+    def __call__(self, step: int) -> StepShape:
+        start, share, videos, images = next(s for s in reversed(self.spans) if s[0] <= step)
+        # Spread evenly: among the first n steps of the stage, floor(n * share) hold images. The small addition is for
+        # 0.3 * 10 = 2.99..
+        before, after = (int(n * share + 1e-9) for n in (step - start, step - start + 1))
+        return StepShape("image", images) if after > before else StepShape("video", videos)
+
+    @property
+    def kinds(self) -> list[str]:
+        shares = [share for _, share, _, _ in self.spans]
+        return [kind for kind, used in (("image", max(shares) > 0), ("video", min(shares) < 1)) if used]
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        return {
+            size
+            for _, share, videos, images in self.spans
+            for size in ([videos] * (share < 1) + [images] * (share > 0))
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a step. Every tensor is [B, ...]; `targets` [B, L] is IGNORED where nothing is to predict."""
+
+    step: int
+    kind: str
+    tensors: dict[str, Tensor]
+    names: list[str]
+    tokens: int
+
+    @property
+    def supervised(self) -> int:
+        return int((self.tensors["targets"] != IGNORED).sum())
+
+    def micro_batches(self, size: int | None) -> list[dict[str, Tensor]]:
+        count = len(self.names)
+        size = min(size or count, count)
+        return [{k: v[i : i + size] for k, v in self.tensors.items()} for i in range(0, count, size)]
+
+
+def sample_index(step: int, position: int) -> int:
+    """Number of the clip at `position` of `step`: no two of a run are equal."""
+    if not 0 <= position < POSITIONS_PER_STEP:
+        raise ValueError(f"position {position} in a step; allowed: 0 to {POSITIONS_PER_STEP - 1}")
+    return step * POSITIONS_PER_STEP + position
+
+
+def sample_generator(seed: int, step: int, position: int, purpose: str) -> torch.Generator:
+    """A CPU generator of its own for each (seed, step, position, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{position}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth: int) -> Iterator[T_co]:
+    """`make(step)` for each step in order, up to `depth` of them made ahead by `workers` threads; 0 workers: made when
+    asked for.
+
+    An error in `make` is raised at its step. Closing the iterator stops the threads after the batches they are at.
+    """
+    if workers == 0:
+        yield from map(make, steps)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    try:
+        waiting = deque(pool.submit(make, step) for step in steps[:depth])
+        for step in steps[depth:]:
+            done = waiting.popleft().result()
+            waiting.append(pool.submit(make, step))
+            yield done
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,294 @@
+"""A small endless world with known truth: shapes and handwritten digits that move, grow or shrink on a plain ground.
+
+Clip number `index` of a world is a pure function of (seed, index, options): any clip can be made at any time, in any
+order and any process, so a training run resumes exactly and a test set needs no files.
+
+Geometry is in pixels, x to the right, y down; pixel i covers [i, i + 1]. All lengths below are for a canvas whose
+shorter side is 64 and grow with it. A shape's radius is half of its width and of its height: a square of radius 7 is
+14 x 14, a triangle of radius 7 has a base of 14 and a height of 14, and `x0, y0` is the centre of that box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lumos.data import digits
+from lumos.errors import UserError
+
+SHAPES = ("circle", "square", "triangle", "plus")
+SIZES = {"small": 7.0, "large": 12.0}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 215, 50),
+    "magenta": (215, 60, 200),
+    "cyan": (60, 205, 215),
+    "white": (240, 240, 240),
+}
+BACKGROUNDS = {"black": (10, 10, 10), "gray": (110, 110, 110), "navy": (20, 25, 70)}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+GROWTH = {"grows": 1.6, "shrinks": 0.5}
+"""Radius at the last frame over radius at the first."""
+MOTIONS = (*DIRECTIONS, "still", *GROWTH)
+DIGIT_MOTIONS = (*DIRECTIONS, "still")
+VERBS = ("moves", "slides", "goes")
+KINDS = ("shapes", "digits")
+SPLITS = ("train", "held_out", "all")
+
+BASE_SIDE = 64
+SPEED = (1.2, 2.0)
+"""Pixels a frame. Lowered where a longer clip would leave the canvas."""
+MARGIN = 1.25
+"""Free pixels kept between object and canvas border, so that the soft edge is whole. Not less on a small canvas."""
+GAP = 2.0
+"""Free pixels kept between two objects, in every frame."""
+DIGIT_PIXEL = 3.0
+DIGIT_RADIUS = 4.5 * DIGIT_PIXEL
+"""Half of 8 pixels, plus half a pixel for the soft edge of the enlargement."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. Lengths in pixels of the canvas it is drawn on."""
+
+    shape: str  # one of SHAPES, or "digit"
+    colour: str
+    size: str  # one of SIZES, or "" for a digit
+    motion: str  # one of MOTIONS
+    radius: float = 0.0  # half width at the first frame
+    radius_end: float = 0.0  # half width at the last frame
+    x0: float = 0.0  # centre at the first frame
+    y0: float = 0.0
+    speed: float = 0.0  # pixels a frame along the motion's direction
+    digit: int | None = None  # 0 to 9
+    digit_image: int | None = None  # which image of lumos.data.digits
+
+    def path(self, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Centre x, centre y and radius in every frame, float64 [T] each."""
+        frame = np.arange(num_frames)
+        dx, dy = DIRECTIONS.get(self.motion, (0, 0))
+        radius = self.radius + (self.radius_end - self.radius) * frame / max(num_frames - 1, 1)
+        return self.x0 + dx * self.speed * frame, self.y0 + dy * self.speed * frame, radius
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that is to know about one clip."""
+
+    things: tuple[Thing, ...]
+    background: str
+    caption: str
+    num_frames: int
+    fps: int
+    height: int
+    width: int
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Combinations kept out of training to test composition: magenta triangles, yellow pluses, growing blue squares."""
+    kind = (thing.colour, thing.shape)
+    return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, thing.motion) == ("blue", "square", "grows")
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """An endless source of clips: `worlds[index]` is (video uint8 [T, H, W, 3], caption) for any index from 0 on.
+
+    Splits: "train" never shows a combination of `is_held_out`; in "held_out" every scene has one (a digit scene: an
+    image that training never shows); "all" has both. To validate on scenes like those of training take another seed.
+    """
+
+    seed: int = 0
+    split: str = "train"
+    kinds: tuple[str, ...] = KINDS
+    share_digits: float = 0.15  # share of the scenes that show a digit, where both kinds are asked for
+    share_two: float = 0.15  # share of the shape scenes with two objects
+    share_size: float = 0.75  # how often a caption names the size
+    share_background: float = 0.75  # how often a caption names the background
+    num_frames: int = 17
+    fps: int = 8
+    height: int = BASE_SIDE
+    width: int = BASE_SIDE
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise UserError(f"split {self.split!r} is unknown: take one of {', '.join(SPLITS)}")
+        kinds = tuple(self.kinds) if isinstance(self.kinds, list | tuple) else (self.kinds,)
+        if not kinds or any(kind not in KINDS for kind in kinds):
+            raise UserError(f"kinds {self.kinds!r} is not possible: take one or both of {', '.join(KINDS)}")
+        object.__setattr__(self, "kinds", kinds)
+        for name in ("share_digits", "share_two", "share_size", "share_background"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
+        for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)!r} is not possible: take {least} or more")
+
+    def scene(self, index: int) -> Scene:
+        """The truth of clip `index`, without drawing it."""
+        if index < 0:
+            raise IndexError(f"clip {index} does not exist: clips are numbered from 0 on, without end")
+        rng = np.random.default_rng([self.seed, index])
+        digit = "digits" in self.kinds and ("shapes" not in self.kinds or rng.random() < self.share_digits)
+        if digit:
+            things = (self._place(self._sample_digit(rng), rng),)
+        elif rng.random() < self.share_two:
+            things = self._sample_two(rng)
+        else:
+            things = (self._place(self._sample_shape(rng, self.split), rng),)
+        background = _pick(rng, tuple(BACKGROUNDS))
+        caption = self._describe(things, background, rng)
+        return Scene(things, background, caption, self.num_frames, self.fps, self.height, self.width)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        scene = self.scene(index)
+        return render(scene), scene.caption
+
+    def _sample_shape(self, rng: np.random.Generator, split: str) -> Thing:
+        motions = MOTIONS if self.num_frames > 1 else ("still",)
+        size = _pick(rng, tuple(SIZES))
+        if split == "held_out":
+            # The growing square has one motion where the others have seven, and a picture cannot show it at all.
+            choices = (("magenta", "triangle", ""), ("yellow", "plus", ""), ("blue", "square", "grows"))
+            colour, shape, motion = _pick(rng, choices if self.num_frames > 1 else choices[:2])
+            return Thing(shape, colour, size, motion or _pick(rng, motions))
+        while True:
+            thing = Thing(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), size, _pick(rng, motions))
+            if split == "all" or not is_held_out(thing):
+                return thing
+
+    def _sample_digit(self, rng: np.random.Generator) -> Thing:
+        image = int(rng.integers(*digits.image_range(self.split)))
+        motion = _pick(rng, DIGIT_MOTIONS if self.num_frames > 1 else ("still",))
+        return Thing("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
+
+    def _sample_two(self, rng: np.random.Generator) -> tuple[Thing, Thing]:
+        """Two shapes of different colours that stay apart in every frame."""
+        while True:
+            first = self._sample_shape(rng, self.split)
+            second = self._sample_shape(rng, "all" if self.split == "held_out" else self.split)
+            if first.colour == second.colour:
+                continue
+            if rng.random() < 0.5:
+                first, second = second, first
+            for _ in range(24):
+                things = self._place(first, rng), self._place(second, rng)
+                if _apart(*things, self.num_frames, GAP * self._scale):
+                    return things
+
+    @property
+    def _scale(self) -> float:
+        return min(self.height, self.width) / BASE_SIDE
+
+    def _place(self, thing: Thing, rng: np.random.Generator) -> Thing:
+        """Choose start and speed so that the whole way lies in the canvas."""
+        radius = self._scale * (DIGIT_RADIUS if thing.shape == "digit" else SIZES[thing.size])
+        radius_end = radius * GROWTH.get(thing.motion, 1.0)
+        border = max(radius, radius_end) + MARGIN * max(self._scale, 1.0)
+        dx, dy = DIRECTIONS.get(thing.motion, (0, 0))
+        steps = max(self.num_frames - 1, 1)
+        room = (self.width if dx else self.height) - 2 * border
+        fastest = min(SPEED[1] * self._scale, room / steps)
+        speed = float(rng.uniform(min(SPEED[0] * self._scale, fastest), fastest)) if dx or dy else 0.0
+
+        def start(side: int, direction: int) -> float:
+            way = direction * speed * steps
+            return float(rng.uniform(border + max(-way, 0.0), max(side - border - max(way, 0.0), border)))
+
+        x0, y0 = start(self.width, dx), start(self.height, dy)
+        return replace(thing, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
+
+    def _describe(self, things: tuple[Thing, ...], background: str, rng: np.random.Generator) -> str:
+        parts = []
+        for thing in things:
+            size = thing.size + " " if rng.random() < self.share_size and thing.size else ""
+            noun = f"the digit {thing.digit}" if thing.shape == "digit" else f"a {size}{thing.colour} {thing.shape}"
+            verb = _pick(rng, VERBS)
+            motion = {"still": "stays still", "grows": "grows", "shrinks": "shrinks"}.get(thing.motion)
+            parts.append(noun if self.num_frames == 1 else f"{noun} {motion or f'{verb} {thing.motion}'}")
+        ground = f" on a {background} background" if rng.random() < self.share_background else ""
+        return " and ".join(parts) + ground
+
+
+def sample_scene(seed: int, index: int, **options) -> Scene:
+    """Scene `index` of the world with this seed; `options` are the other fields of `Worlds`."""
+    return Worlds(seed=seed, **options).scene(index)
+
+
+def captions(seed: int, n: int, **options) -> Iterator[str]:
+    """The captions of the first n clips, without drawing them: a corpus for a text tokenizer."""
+    worlds = Worlds(seed=seed, **options)
+    return (worlds.scene(index).caption for index in range(n))
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draw a scene: uint8 [T, H, W, 3]. Edges are smooth over one pixel, positions are not rounded to pixels."""
+    shape = (scene.num_frames, scene.height, scene.width, 3)
+    video = np.empty(shape, np.uint8)
+    video[:] = BACKGROUNDS[scene.background]
+    for thing in scene.things:
+        _draw(video, thing)
+    return video
+
+
+def _draw(video: np.ndarray, thing: Thing) -> None:
+    num_frames, height, width, _ = video.shape
+    x, y, radius = thing.path(num_frames)
+    # The same box size in every frame, so that all frames are computed as one array [T, box, box].
+    box = int(np.ceil(2 * radius.max())) + 2
+    box_y, box_x = min(box, height), min(box, width)
+    left = np.clip(np.floor(x - box_x / 2 + 0.5), 0, width - box_x).astype(int)
+    top = np.clip(np.floor(y - box_y / 2 + 0.5), 0, height - box_y).astype(int)
+    # Pixel centres relative to the object's centre, [T, box].
+    dx = (left[:, None] + np.arange(box_x) + 0.5 - x[:, None]).astype(np.float32)
+    dy = (top[:, None] + np.arange(box_y) + 0.5 - y[:, None]).astype(np.float32)
+    r = radius[:, None].astype(np.float32)
+    if thing.shape == "digit":
+        coverage = _digit_coverage(digits.load()[0][thing.digit_image], dx, dy, r)
+    else:
+        coverage = _shape_coverage(thing.shape, dx, dy, r)
+    colour = np.array(COLOURS[thing.colour], np.float32)
+    for frame, alpha in enumerate(coverage[..., None]):
+        place = video[frame, top[frame] : top[frame] + box_y, left[frame] : left[frame] + box_x]
+        place[:] = np.rint(place + alpha * (colour - place))
+
+
+def _shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """How much of each pixel the shape covers, 0 to 1, [T, box, box]; dx, dy [T, box] and r [T, 1] in pixels."""
+    if shape == "circle":
+        distance = np.sqrt(dx[:, None, :] ** 2 + dy[:, :, None] ** 2)
+        return np.clip(r[:, None] - distance + 0.5, 0, 1)
+    if shape == "square":
+        return _bar(dx, r)[:, None, :] * _bar(dy, r)[:, :, None]
+    if shape == "plus":
+        arm_x, arm_y = _bar(dx, r / 3)[:, None, :], _bar(dy, r / 3)[:, :, None]
+        return _bar(dx, r)[:, None, :] * arm_y + arm_x * _bar(dy, r)[:, :, None] - arm_x * arm_y
+    # Triangle: both slanted sides at once, by symmetry; they fall 2 down for 1 across.
+    outside = (2 * np.abs(dx)[:, None, :] - (dy + r)[:, :, None]) / np.float32(5**0.5)
+    return np.clip(0.5 - outside, 0, 1) * _bar(dy, r)[:, :, None]
+
+
+def _bar(d: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Exact part of each pixel (centre at d) that lies in [-half, half]."""
+    return np.clip(np.minimum(d + 0.5, half) - np.maximum(d - 0.5, -half), 0, 1)
+
+
+def _digit_coverage(ink: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Bilinear enlargement of an 8 x 8 image to any size and sub-pixel place, [T, box, box]."""
+    cell = r * (DIGIT_PIXEL / DIGIT_RADIUS)
+    grid = np.arange(8, dtype=np.float32) - 3.5
+    across, down = (np.maximum(0, 1 - np.abs((d / cell)[..., None] - grid)) for d in (dx, dy))  # [T, box, 8]
+    return down @ ink @ across.transpose(0, 2, 1)
+
+
+def _apart(a: Thing, b: Thing, num_frames: int, gap: float) -> bool:
+    (ax, ay, ar), (bx, by, br) = a.path(num_frames), b.path(num_frames)
+    return bool((np.maximum(np.abs(ax - bx), np.abs(ay - by)) >= ar + br + gap).all())
+
+
+def _pick(rng: np.random.Generator, choices: tuple):
+    return choices[int(rng.integers(len(choices)))]

@@ -1,0 +1,290 @@
+"""Does a clip show what was asked for? Judged from its pixels alone, for clips of the world in `lumos.data.worlds`.
+
+The checker knows the words and colours of that world, not how it draws: background, objects, colour, shape, size and
+motion are measured, so the same code judges rendered, reconstructed and generated clips. It tells objects apart by
+colour; two objects of one colour are seen as one of unclear shape, and counted.
+
+    check_clip(video, "a red circle moves left")   -> {"count": True, "colour": True, "shape": False, ..., "all": False}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from scipy import ndimage
+
+from lumos.data import digits
+from lumos.data.worlds import (
+    BACKGROUNDS,
+    BASE_SIDE,
+    COLOURS,
+    DIGIT_PIXEL,
+    DIRECTIONS,
+    GROWTH,
+    SHAPES,
+    SIZES,
+    SPEED,
+    Scene,
+)
+from lumos.errors import UserError
+from lumos.evaluation.captions import parse_caption, scene_attributes
+
+# Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
+MAX_BACKGROUND_DISTANCE = 50.0
+MIN_CONTRAST = 45.0
+"""Least colour distance from the background that counts as an object. The faintest pair of the world is at 110."""
+MAX_COLOUR_DISTANCE = 70.0
+MIN_SHARE = 0.55
+"""Least part of the way from the ground to a colour at which a pixel is proof of it: thin strokes are never full."""
+MIN_AREA = 15.0
+"""Least full-coloured area of an object, median over the frames; less is dirt."""
+MIN_AREA_IN_FRAME = 4.0
+MIN_VISIBLE = 0.75
+"""Least share of the frames in which an object must be seen to exist."""
+MIN_SHAPE_SCORE = 0.65
+MAX_STILL_WAY = 9.0
+DIGIT_GRID = 20
+"""Digits are compared on a grid of this many samples, two per pixel of the 8 x 8 images, around the centre of ink."""
+
+AREA_OF_UNIT = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "plus": 20 / 9}
+"""Area of a shape with radius (half width) 1."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One object as measured. "unclear" where no word of the world fits. Lengths in pixels."""
+
+    colour: str
+    shape: str  # one of SHAPES, "digit" or "unclear"
+    digit: int | None
+    size: str  # at the first frame
+    motion: str  # one of MOTIONS or "unclear"
+    score: float  # overlap with the ideal outline of that shape, 0 to 1
+    radius: float  # at the first frame
+    way: tuple[float, float]  # displacement from the first to the last frame
+    growth: float  # radius at the last frame over radius at the first
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a clip shows: `count` objects, one `Seen` for each colour among them."""
+
+    background: str
+    things: tuple[Seen, ...]
+    count: int
+
+
+def inspect_clip(video: np.ndarray) -> Observation:
+    """Measure a clip, uint8 [T, H, W, 3]."""
+    video = np.asarray(video)
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
+        raise UserError(f"video {video.dtype} {list(video.shape)} cannot be checked: give uint8 [T, H, W, 3]")
+    scale = min(video.shape[1:3]) / BASE_SIDE
+    name, ground = _background(video)
+    difference = video.astype(np.float32) - ground  # [T, H, W, 3]
+    things, count = [], 0
+    labels = _label_by_colour(difference, ground, scale)
+    for colour in np.unique(labels[labels >= 0]):
+        own, fragments = _without_dirt(labels == colour)
+        near = ndimage.binary_dilation(own, np.ones((1, 3, 3))) & ((labels < 0) | own)
+        thing = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
+        things.append(thing)
+        count += 1 if thing.shape == "digit" else fragments
+    return Observation(name, tuple(things), count)
+
+
+def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]:
+    """Compare a clip with a caption, with attributes from `parse_caption`, or with all that is true of a scene.
+
+    Only what is named is checked: a caption without a size gives no "size". Keys: count, colour, shape (for a digit:
+    which digit), size, motion, background, and all. With two objects a key is true if it is true of both.
+    """
+    if isinstance(wanted, Scene):
+        wanted = scene_attributes(wanted)
+    elif isinstance(wanted, str):
+        wanted = parse_caption(wanted)
+    seen = inspect_clip(video)
+    result = {"count": seen.count == len(wanted["things"])}
+    things = [*seen.things, *[None] * len(wanted["things"])]
+    answers = [
+        [_compare(thing, ask) for thing, ask in zip(order, wanted["things"], strict=True)]
+        for order in permutations(things, len(wanted["things"]))
+    ]
+    best = max(answers, key=lambda answer: sum(sum(one.values()) for one in answer))
+    for key in ("colour", "shape", "size", "motion"):
+        named = [one[key] for one in best if key in one]
+        if named:
+            result[key] = all(named)
+    if "background" in wanted:
+        result["background"] = seen.background == wanted["background"]
+    return {**result, "all": all(result.values())}
+
+
+def _compare(thing: Seen | None, ask: dict) -> dict[str, bool]:
+    keys = [key for key in ("colour", "shape", "size", "motion") if key in ask]
+    answer = {key: thing is not None and getattr(thing, key) == ask[key] for key in keys}
+    if "digit" in ask:
+        answer["shape"] = thing is not None and thing.digit == ask["digit"]
+    return answer
+
+
+def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name and colour of the ground: the median of a frame of two pixels along the border, over all frames."""
+    border = np.ones(video.shape[1:3], bool)
+    border[2:-2, 2:-2] = False
+    ground = np.median(video[:, border].reshape(-1, 3), axis=0).astype(np.float32)
+    name, distance = _nearest(ground, BACKGROUNDS)
+    return (name if distance < MAX_BACKGROUND_DISTANCE else "unclear"), ground
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
+    distance = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in palette.items()}
+    name = min(distance, key=distance.get)
+    return name, distance[name]
+
+
+def _label_by_colour(difference: np.ndarray, ground: np.ndarray, scale: float) -> np.ndarray:
+    """Index of the colour that each pixel belongs to, -1 for background, int [T, H, W].
+
+    A soft edge mixes ground and colour, so a pixel belongs to the colour whose line from the ground passes nearest.
+    Only colours of which there is a real object take part, or the mixtures would make false ones.
+    """
+    labels = np.full(difference.shape[:3], -1)
+    mask = np.linalg.norm(difference, axis=-1) > MIN_CONTRAST
+    pixels = difference[mask]  # [N, 3]
+    lines = np.array(list(COLOURS.values()), np.float32) - ground  # [7, 3]
+    share = np.clip(pixels @ lines.T / (lines**2).sum(-1), 0, 1.1)  # [N, 7]
+    off = np.linalg.norm(pixels[:, None] - share[..., None] * lines, axis=-1)  # [N, 7]
+    core = (off == off.min(1, keepdims=True)) & (off < MAX_COLOUR_DISTANCE) & (share > MIN_SHARE)
+    frame = np.nonzero(mask)[0]
+    areas = np.stack([np.bincount(frame, core[:, k], len(labels)) for k in range(len(lines))])  # [7, T]
+    visible = (areas >= MIN_AREA_IN_FRAME * scale**2).mean(1) >= MIN_VISIBLE
+    real = visible & (np.median(areas, axis=1) >= MIN_AREA * scale**2)
+    if real.any():
+        labels[mask] = np.where(real, off, np.inf).argmin(1)
+    return labels
+
+
+def _without_dirt(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Drop specks below a tenth of the largest patch of each frame; also the usual number of large patches."""
+    within_frame = np.zeros((3, 3, 3))
+    within_frame[1] = 1
+    patches, _ = ndimage.label(mask, within_frame)
+    area = np.bincount(patches.ravel())
+    area[0] = 0
+    area = area[patches]  # [T, H, W]: the area of the patch that a pixel is in
+    share = area / np.maximum(area.max((1, 2), keepdims=True), 1)
+    large = [len(np.unique(frame[big])) for frame, big in zip(patches, share > 0.25, strict=True)]
+    return share > 0.1, max(1, int(np.median(large)))
+
+
+def _coverage(difference: np.ndarray, own: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """How much of each pixel the object covers, 0 to 1, [T, H, W], from its own colour as measured."""
+    pixels = difference[own]
+    strength = np.linalg.norm(pixels, axis=-1)
+    line = np.median(pixels[strength >= np.quantile(strength, 0.6)], axis=0)
+    return np.where(near, np.clip(difference @ line / (line @ line), 0, 1), 0)
+
+
+def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
+    num_frames, height, width = coverage.shape
+    area = coverage.sum((1, 2))
+    seen = np.nonzero(area >= MIN_AREA_IN_FRAME * scale**2)[0]
+    x = coverage.sum(1)[seen] @ (np.arange(width) + 0.5) / area[seen]
+    y = coverage.sum(2)[seen] @ (np.arange(height) + 0.5) / area[seen]
+    few = np.unique(np.linspace(0, len(seen) - 1, 6).round().astype(int))
+    views = [(coverage[seen[i]], x[i], y[i], area[seen[i]]) for i in few]
+    # The larger views weigh more: a shape that has shrunk to a few pixels looks like a circle.
+    weights = area[seen[few]]
+    scores = {shape: float(np.average([_overlap(*view, shape) for view in views], weights=weights)) for shape in SHAPES}
+    shape = max(scores, key=scores.get)
+    score, digit = scores[shape], None
+    if colour == "white":
+        found, digit_score = _read_digit(views, scale)
+        if digit_score > score:
+            shape, score, digit = "digit", digit_score, found
+    radii = np.sqrt(area[seen] / AREA_OF_UNIT.get(shape, np.pi))
+    if shape == "triangle":
+        y = y - radii / 3  # from the centre of mass to the centre of the box, which stays where it is in growth
+    (x_first, x_last), (y_first, y_last), (radius, last) = (_ends(seen, v, num_frames) for v in (x, y, radii))
+    way, growth = (x_last - x_first, y_last - y_first), max(last, 0.0) / max(radius, 1e-6)
+    size = "" if shape == "digit" else min(SIZES, key=lambda size: abs(radius - SIZES[size] * scale))
+    if score < MIN_SHAPE_SCORE:
+        shape, digit = "unclear", None
+    return Seen(colour, shape, digit, size, _motion(way, growth, num_frames, scale), score, radius, way, growth)
+
+
+def _ends(frames: np.ndarray, values: np.ndarray, num_frames: int) -> tuple[float, float]:
+    """First and last value of the straight line through the values, least squares."""
+    if len(frames) == 1:
+        return float(values[0]), float(values[0])
+    slope, start = np.polyfit(frames, values, 1)
+    return float(start), float(start + slope * (num_frames - 1))
+
+
+def _motion(way: tuple[float, float], growth: float, num_frames: int, scale: float) -> str:
+    """The word for a motion. The limits lie halfway between what the world shows and no change."""
+    dx, dy = way
+    long, short = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    moved = long > min(0.5 * SPEED[0] * (num_frames - 1), MAX_STILL_WAY) * scale
+    change = next((word for word, g in GROWTH.items() if (growth > g**0.5 if g > 1 else growth < g**0.5)), None)
+    if num_frames == 1 or (not moved and change is None):
+        return "still"
+    if moved and (change is not None or short > 0.5 * long):
+        return "unclear"
+    return change or max(DIRECTIONS, key=lambda word: dx * DIRECTIONS[word][0] + dy * DIRECTIONS[word][1])
+
+
+def _overlap(coverage: np.ndarray, x: float, y: float, area: float, shape: str) -> float:
+    """Intersection over union of a coverage [H, W] with the ideal shape of the same area and centre of mass."""
+    radius = np.sqrt(area / AREA_OF_UNIT[shape])
+    thirds = (np.arange(3) + 0.5) / 3
+    dx = ((np.arange(coverage.shape[1])[:, None] + thirds).ravel() - x) / radius
+    dy = ((np.arange(coverage.shape[0])[:, None] + thirds).ravel()[:, None] - y) / radius
+    if shape == "circle":
+        inside = dx**2 + dy**2 <= 1
+    elif shape == "triangle":
+        # Its centre of mass lies a third of the radius below the middle of its box.
+        inside = (dy <= 2 / 3) & (2 * np.abs(dx) <= dy + 4 / 3)
+    else:
+        dx, dy = np.abs(dx), np.abs(dy)
+        inside = (dx <= 1) & (dy <= 1)
+        if shape == "plus":
+            inside &= (dx <= 1 / 3) | (dy <= 1 / 3)
+    ideal = inside.reshape(coverage.shape[0], 3, coverage.shape[1], 3).mean((1, 3))
+    return float(np.minimum(coverage, ideal).sum() / np.maximum(coverage, ideal).sum())
+
+
+@lru_cache(maxsize=1)
+def _digit_references() -> tuple[np.ndarray, np.ndarray]:
+    """Every UCI image sampled around its centre of ink, [N, DIGIT_GRID ** 2], and its digit [N]."""
+    images, labels = digits.load()
+    middle = np.arange(8) + 0.5
+    ink = images.sum((1, 2))
+    sampled = [
+        _sample(image, image.sum(0) @ middle / total, image.sum(1) @ middle / total, 1.0)
+        for image, total in zip(images, ink, strict=True)
+    ]
+    references = np.stack(sampled)
+    return references, labels
+
+
+def _sample(image: np.ndarray, x: float, y: float, cell: float) -> np.ndarray:
+    """Bilinear samples of an image on the digit grid centred at (x, y), one digit pixel being `cell` wide."""
+    grid = (np.arange(DIGIT_GRID) - (DIGIT_GRID - 1) / 2) * cell / 2
+    at = np.meshgrid(y + grid - 0.5, x + grid - 0.5, indexing="ij")
+    return ndimage.map_coordinates(image, at, order=1, mode="grid-constant").ravel()
+
+
+def _read_digit(views: list, scale: float) -> tuple[int, float]:
+    """The digit of the nearest UCI image and its overlap with what is seen."""
+    seen = np.mean([_sample(coverage, x, y, DIGIT_PIXEL * scale) for coverage, x, y, _ in views], axis=0)
+    references, labels = _digit_references()
+    # Correlation, so that a softer or fainter hand still finds its digit.
+    nearest = int((references @ (seen - seen.mean()) / np.linalg.norm(references, axis=1)).argmax())
+    ideal = references[nearest]
+    seen = seen * (ideal.sum() / seen.sum())
+    return int(labels[nearest]), float(np.minimum(ideal, seen).sum() / np.maximum(ideal, seen).sum())

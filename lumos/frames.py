@@ -1,0 +1,98 @@
+"""Frames as arrays: scaled and cropped, turned into tensors and back, laid out on a sheet.
+
+Shapes: B batch, T frames, H W rows and columns. Arrays are uint8 [T, H, W, 3], tensors are [3, T, H, W] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lumos.errors import RunError, UserError
+from lumos.files import replacing
+
+
+def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale frames uint8 [T, H, W, 3] to cover height x width, then cut out the centre.
+
+    Halved with a box filter while both sides are at least twice the target, then bicubic: the published preparation.
+    """
+    if height < 1 or width < 1:
+        raise UserError(f"cannot fit frames to {width}x{height} pixels; both must be positive")
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.stack([_fit_one(Image.fromarray(frame), height, width) for frame in frames])
+
+
+def _fit_one(image: Image.Image, height: int, width: int) -> np.ndarray:
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    across, down = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize((across, down), Image.Resampling.BICUBIC)
+    left, top = (across - width) // 2, (down - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def to_uint8(video: torch.Tensor) -> np.ndarray:
+    """Frames uint8 [(B,) T, H, W, 3] of a video [(B,) 3, T, H, W] in [-1, 1]; RunError if it is not finite."""
+    if not torch.isfinite(video).all():
+        raise RunError("the video holds values that are not finite; use dtype float32, or check the weights")
+    levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.movedim(-4, -1).contiguous().cpu().numpy()
+
+
+def from_uint8(frames: np.ndarray) -> torch.Tensor:
+    """Video float32 [(B,) 3, T, H, W] in [-1, 1] of frames uint8 [(B,) T, H, W, 3]; inverse of :func:`to_uint8`."""
+    return (torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float() / 127.5 - 1).contiguous()
+
+
+def contact_sheet(
+    clips: Sequence[np.ndarray],
+    labels: Sequence[str],
+    path: str | Path,
+    *,
+    columns: int = 6,
+    cell: int = 96,
+    across: int = 1,
+) -> Path:
+    """Draw clips uint8 [T, H, W, 3] into one PNG: a label above ``columns`` evenly spaced frames of each clip.
+
+    ``cell`` is the width of a frame in pixels; ``across`` clips stand side by side before the next row begins.
+    """
+    if not clips or len(clips) != len(labels):
+        raise UserError(
+            f"a contact sheet needs as many labels as clips, at least one; given {len(clips)}, {len(labels)}"
+        )
+    if min(columns, cell, across) < 1:
+        raise UserError(f"columns {columns}, cell {cell} and across {across} must all be at least 1")
+    font = ImageFont.load_default(13)
+    gap, text_height = 4, 20
+    tallest = max(round(cell * clip.shape[1] / clip.shape[2]) for clip in clips)
+    strip_width, strip_height = columns * (cell + gap) + 2 * gap, text_height + tallest + 2 * gap
+    rows = math.ceil(len(clips) / across)
+    sheet = Image.new("RGB", (min(across, len(clips)) * strip_width, rows * strip_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+        left, top = (n % across) * strip_width + gap, (n // across) * strip_height
+        draw.text((left, top + 2), _shortened(label, font, strip_width - 2 * gap), fill="black", font=font)
+        for column, t in enumerate(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)):
+            picture = Image.fromarray(clip[t]).resize((cell, round(cell * clip.shape[1] / clip.shape[2])))
+            sheet.paste(picture, (left + column * (cell + gap), top + text_height))
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG", optimize=True)
+    return Path(path)
+
+
+def _shortened(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    label = " ".join(label.split())
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(label + "...") > width:
+        label = label[:-1]
+    return label + "..."

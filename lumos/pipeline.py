@@ -1,0 +1,333 @@
+"""Strings and pictures in, frames out."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumos.data.buckets import bucket_for
+from lumos.errors import UserError
+from lumos.generation.engine import generate_frames
+from lumos.generation.settings import GenerationSettings
+from lumos.modeling import LumosForVideoGeneration
+from lumos.sequence import build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
+from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
+from tokenizer import TextTokenizer, VideoTokenizer
+
+DEFAULTS_FILE = "pipeline.json"
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ClipDefaults:
+    """What a model makes when not told otherwise; the defaults are those of the released 384p checkpoints.
+
+    num_frames  RGB frames, 1 + a multiple of the temporal compression
+    height, width, fps  pixels, pixels, frames per second
+    target_size  given pictures choose the size from this area's buckets (reference, section 8.2); None: height x width
+    """
+
+    num_frames: int = 25
+    height: int = 384
+    width: int = 672
+    fps: int = 12
+    target_size: int | None = 528
+
+
+@dataclass
+class LumosPipelineOutput:
+    """frames: one uint8 array [T, H, W, 3] a clip; codes [B, t, h, w]; the seed of each; everything that was settled."""
+
+    frames: list[np.ndarray]
+    codes: Tensor
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+class LumosPipeline:
+    """A decoder with its two tokenizers. `settings` and `clip` are the model's own defaults for sampling and shape."""
+
+    def __init__(
+        self,
+        model: LumosForVideoGeneration,
+        text_tokenizer: TextTokenizer,
+        video_tokenizer: VideoTokenizer,
+        settings: GenerationSettings | None = None,
+        clip: ClipDefaults | None = None,
+    ):
+        check_agreement(model, video_tokenizer)
+        self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
+        self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        video_tokenizer: str | Path | None = None,
+        text_tokenizer: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> LumosPipeline:
+        """Read a model folder with `video_tokenizer/` and `text_tokenizer/` in it, or name those folders.
+
+        device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
+        """
+        device = pick_device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype).to(device)
+        text = TextTokenizer.from_pretrained(text_tokenizer or folder, limit=model.config.visual_token_start)
+        video = VideoTokenizer.from_pretrained(video_tokenizer or folder, dtype=dtype, device=device)
+        settings, clip = read_defaults(Path(folder))
+        return cls(model, text, video, settings, clip)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write one folder that `from_pretrained` reads whole."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
+        write_defaults(folder, self.settings, self.clip)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        image: Any = None,
+        video: Any = None,
+        num_given_frames: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        history_mask_ratio: float | None = None,
+        mask_given_frames: bool | None = None,
+        seed: int | Sequence[int] | None = None,
+        on_step: Callable[[int, int, int, int], None] = lambda frame, frames, step, steps: None,
+    ) -> LumosPipelineOutput:
+        """Make one clip for each prompt.
+
+        prompt, image, video, seed: one, or a list of equal length. image: path or uint8 [H, W, 3], the first frame of the clip.
+        video: path or uint8 [T, H, W, 3]; the clip continues its last `num_given_frames` frames (1 + a multiple of the
+        temporal compression; default: what the video has, at most half of num_frames). num_frames counts the given frames
+        too; 1 makes a picture. seed: one int seeds the clips seed, seed + 1, ...; None draws it. What is left None is
+        the model's default. on_step(frame, frames, step, steps) is called after every step.
+        Raises UserError for what cannot be made, before any work is done.
+        """
+        config = self.model.config
+        sampling = override(self.settings, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                            temperature=temperature, top_k=top_k, top_p=top_p,
+                            history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames)  # fmt: skip
+        prompts, images, videos, seeds = align(prompt, image, video, seed)
+        clip = override(self.clip, num_frames=num_frames, height=height, width=width, fps=fps)
+        check_num_frames(clip.num_frames, config.temporal_compression)
+        if clip.num_frames == 1:
+            clip = override(clip, fps=1)
+        if images[0] is not None and videos[0] is not None:
+            raise UserError("both image and video are given; give the picture or the clip that the result begins with")
+
+        # 1. what is given
+        pictures = [load_image(i) for i in images] if images[0] is not None else None
+        if pictures and clip.target_size and height is None and width is None:
+            h, w = bucket_for(*pictures[0].shape[:2], clip.target_size, config.pixels_per_size_unit)
+            clip = override(clip, height=h, width=w)
+        rows, cols = (
+            size_units(pixels, name, config) * config.pixels_per_size_unit // config.spatial_compression
+            for name, pixels in (("height", clip.height), ("width", clip.width))
+        )
+        if pictures:
+            given = [fit(p[None], clip.height, clip.width) for p in pictures]
+        elif videos[0] is not None:
+            given = self._load_videos(videos, clip, num_given_frames)
+        else:
+            given = []
+        if given and len(given[0]) >= clip.num_frames:
+            raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {len(given[0])} given frames")
+        given_codes = [self._encode(g) for g in given]
+
+        # 2. prefixes of both branches
+        conditional = [self._prefix(p, clip, codes) for p, codes in zip(prompts, pad_none(given_codes, prompts), strict=True)]
+        unconditional = None
+        if sampling.guidance_scale != 1:
+            unconditional = [self._prefix(negative_prompt, clip, codes) for codes in pad_none(given_codes, prompts)]
+        elif negative_prompt:
+            raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
+
+        # 3. frames
+        given_latents = len(given_codes[0]) if given_codes else 0
+        new_frames = num_latent_frames(clip.num_frames, config.temporal_compression) - given_latents
+        new_codes = generate_frames(
+            self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
+            generators=[torch.Generator().manual_seed(s) for s in seeds],
+            on_step=lambda frame, step: on_step(frame, new_frames, step, sampling.num_inference_steps),
+        )  # fmt: skip
+        codes = torch.stack([c.cpu() for c in new_codes], dim=1)  # [B, t, h, w]
+        if given_codes:
+            codes = torch.cat([torch.stack(given_codes), codes], dim=1)
+
+        # 4. pixels, clip by clip to bound the decoder's memory
+        frames = [self._decode(c) for c in codes]
+        settled = {**vars(sampling), **vars(clip), "num_given_frames": len(given[0]) if given else 0}
+        return LumosPipelineOutput(frames, codes, seeds, settled)
+
+    def _prefix(self, prompt: str | None, clip: ClipDefaults, given: Tensor | None) -> Tensor:
+        """Ids before the first new frame; prompt None: without text."""
+        config = self.model.config
+        text = None
+        if prompt is not None:
+            text = self.text_tokenizer.encode(
+                prompt_text(config, check_prompt(prompt), height=clip.height, width=clip.width,
+                            num_frames=clip.num_frames, fps=clip.fps)
+            )  # fmt: skip
+            if len(text) > config.max_prompt_tokens:
+                raise UserError(
+                    f"the prompt has {len(text)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it"
+                )
+        duration, fps = clip_header(clip.num_frames, clip.fps)
+        prefix = torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
+        return prefix if given is None else torch.cat([prefix, build_frames(given, config).flatten()])
+
+    def _load_videos(self, videos: Sequence[Any], clip: ClipDefaults, count: int | None) -> list[np.ndarray]:
+        stride = self.model.config.temporal_compression
+        if count is None:
+            count = 1 + (clip.num_frames // 2) // stride * stride
+            available = min(clip_length(v, clip.fps) for v in videos)
+            count = min(count, 1 + (available - 1) // stride * stride)
+        check_num_frames(count, stride, "num_given_frames")
+        return [load_video(v, clip, count) for v in videos]
+
+    @torch.inference_mode()
+    def _encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 [T, H, W, 3] -> codes [t, h, w] on the CPU."""
+        video = from_uint8(frames)[None]
+        parameter = next(self.video_tokenizer.parameters())
+        return self.video_tokenizer.encode(video.to(parameter.device, parameter.dtype))[0].cpu()
+
+    @torch.inference_mode()
+    def _decode(self, codes: Tensor) -> np.ndarray:
+        """codes [t, h, w] -> uint8 [T, H, W, 3]."""
+        device = next(self.video_tokenizer.parameters()).device
+        return to_uint8(self.video_tokenizer.decode(codes[None].to(device))[0])
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The named device, or CUDA if there is one, else the CPU."""
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is unknown; give cpu, cuda, cuda:1, mps, ...") from error
+
+
+def check_agreement(model: LumosForVideoGeneration, video_tokenizer: VideoTokenizer) -> None:
+    config = model.config
+    for what, ours, theirs in (
+        ("codes", config.visual_token_count, video_tokenizer.num_codes),
+        ("temporal compression", config.temporal_compression, video_tokenizer.temporal_compression),
+        ("spatial compression", config.spatial_compression, video_tokenizer.spatial_compression),
+    ):
+        if ours != theirs:
+            raise UserError(f"the model expects {what} {ours}, the video tokenizer has {theirs}: they do not belong together")
+
+
+def check_prompt(prompt: str) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"the prompt is empty ({prompt!r}); say in words what the clip shows")
+    return prompt
+
+
+def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> None:
+    if num_frames < 1 or (num_frames - 1) % stride:
+        below = max(1, 1 + (num_frames - 1) // stride * stride)
+        raise UserError(
+            f"{name} {num_frames} is not allowed; it must be 1 + a multiple of {stride}, for example "
+            f"{below} or {below + stride}"
+        )
+
+
+def override(defaults: Any, **given: Any) -> Any:
+    """A copy of a settings dataclass with what is not None replaced."""
+    values = {f.name: getattr(defaults, f.name) for f in fields(defaults)}
+    return type(defaults)(**{**values, **{k: v for k, v in given.items() if v is not None}})
+
+
+def align(prompt: Any, image: Any, video: Any, seed: Any) -> tuple[list, list, list, list[int]]:
+    """Single values and lists -> four lists of one length."""
+    given = {"prompt": prompt, "image": image, "video": video, "seed": seed}
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
+    count = max(lengths.values(), default=1)
+    for name, length in lengths.items():
+        if length != count:
+            raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
+    lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
+    for text in lists["prompt"]:
+        check_prompt(text)
+    if "seed" not in lengths:
+        first = random.randrange(2**31) if seed is None else seed
+        lists["seed"] = [first + i for i in range(count)]
+    for s in lists["seed"]:
+        if not isinstance(s, int) or not 0 <= s <= MAX_SEED:
+            raise UserError(f"seed {s!r} is not allowed; give a whole number from 0 to {MAX_SEED}")
+    return lists["prompt"], lists["image"], lists["video"], lists["seed"]
+
+
+def pad_none(items: list, like: Sequence) -> list:
+    return items or [None] * len(like)
+
+
+def load_image(image: Any) -> np.ndarray:
+    """A path, a PIL picture or an array -> uint8 [H, W, 3]."""
+    if isinstance(image, str | Path):
+        return read_image(image)
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UserError(f"image is an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3] or a path")
+    return array
+
+
+def clip_length(video: Any, fps: int) -> int:
+    """Frames that a clip has at this rate."""
+    return len(video) if isinstance(video, np.ndarray) else count_frames(video, fps)
+
+
+def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
+    """The last `count` frames of a path's clip at clip.fps, or of an array [T, H, W, 3], fitted to the clip's size."""
+    size = (clip.height, clip.width)
+    if isinstance(video, str | Path):
+        return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
+    array = np.asarray(video)
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or len(array) < count:
+        raise UserError(f"video is an array {array.dtype} {list(array.shape)}; give uint8 [T, H, W, 3], T >= {count}")
+    return fit(array[-count:], *size)
+
+
+def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
+    """The model's own defaults from pipeline.json, if it has one."""
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return GenerationSettings(), ClipDefaults()
+    try:
+        stored = json.loads(file.read_text())
+        parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{file} is no JSON object of settings ({error})") from error
+    if stored:
+        raise UserError(f"{file} has unknown settings: {', '.join(sorted(stored))}")
+    return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
+
+
+def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:
+    (folder / DEFAULTS_FILE).write_text(json.dumps({**vars(settings), **vars(clip)}, indent=2) + "\n")

@@ -1,0 +1,180 @@
+"""What the training loop trains: the decoder on masked codes (AR-DF, reference section 5).
+
+This is the only part of `training/` that knows the model. The loop asks a task for `build_model`, `batch`, `losses`,
+`export` and `check`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lumos.configuration import LumosConfig
+from lumos.data.loader import IGNORED, Batch, StepShape, WorldSource, sample_generator, sample_index
+from lumos.errors import UserError
+from lumos.masking import mask_sequence
+from lumos.modeling import LumosForVideoGeneration
+from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
+from lumos.training.settings import TrainingSettings
+from tokenizer.text import TextTokenizer
+from tokenizer.video import VideoTokenizer
+
+
+class ArdfTask:
+    """Masked-code training of `LumosForVideoGeneration`. `device` is where clips are encoded."""
+
+    def __init__(self, settings: TrainingSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.config = self._model_config()
+        video, text = (self._tokenizer_folder(kind) for kind in ("video", "text"))
+        self.video_tokenizer = VideoTokenizer.from_pretrained(video).to(device).eval().requires_grad_(False)
+        self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
+        self._check_sizes(video)
+        data = settings.data
+        self.num_frames = num_latent_frames(data.num_frames, self.config.temporal_compression)
+        self.source = WorldSource(
+            height=data.height,
+            width=data.width,
+            num_frames=data.num_frames,
+            fps=data.fps,
+            scenes=data.scenes,
+            seed=settings.training.seed,
+            options=data.options,
+        )
+
+    def build_model(self) -> nn.Module:
+        """The model on the CPU in float32, from a folder or from random weights drawn with training.seed."""
+        folder = self.settings.model.from_
+        if folder is not None:
+            model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+        else:
+            torch.manual_seed(self.settings.training.seed)
+            model = LumosForVideoGeneration(self.config)
+        if self.settings.training.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.train()
+
+    def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
+        """Render, encode, lay out and mask the clips at `positions` of a step."""
+        data = self.settings.data
+        num_frames = 1 if shape.kind == "image" else data.num_frames
+        clips = [self.source.clip(sample_index(step, position), num_frames) for position in positions]
+        codes = self._encode([clip.frames for clip in clips])
+        rows = []
+        for position, clip, code in zip(positions, clips, codes, strict=True):
+            rows.append(self._row(step, position, clip.caption, clip.fps, num_frames, code, dropout))
+        ids, targets = zip(*rows, strict=True)
+        tensors = {
+            "input_ids": pad_sequences(list(ids), self.config.pad_token_id),
+            "targets": pad_sequences(list(targets), IGNORED),
+        }
+        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], sum(len(row) for row in ids))
+
+    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(loss of each supervised position [N] with gradient, latent frame of each [N])."""
+        out = model(input_ids=micro["input_ids"], targets=micro["targets"])
+        return out.position_loss, out.frame_index
+
+    def export(self, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+        """Write a folder that `LumosPipeline.from_pretrained` opens: config, weights, both tokenizers."""
+        with torch.device("meta"):
+            model = LumosForVideoGeneration(self.config)
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+        model.load_state_dict(state, assign=True)
+        model.config.dtype = dtype
+        model.save_pretrained(folder)
+        self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
+        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit: the model's config."""
+        config = self.config.to_dict()
+        return {
+            key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")
+        }
+
+    def _model_config(self) -> LumosConfig:
+        model = self.settings.model
+        try:
+            if model.from_ is None:
+                return _reject_unknown(LumosConfig.preset(model.preset, **model.overrides), model.overrides)
+            if not (Path(model.from_) / "config.json").is_file():
+                raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
+            return _reject_unknown(LumosConfig.from_pretrained(model.from_, **model.overrides), model.overrides)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model: {error}") from error
+
+    def _tokenizer_folder(self, kind: str) -> str:
+        given = getattr(self.settings.tokenizer, kind)
+        folder = given or (self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer"))
+        if folder is None:
+            raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
+        if not Path(folder).exists():
+            raise UserError(
+                f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos train-{'tokenizer' if kind == 'video' else 'text-tokenizer'}`"
+            )
+        return folder
+
+    def _check_sizes(self, video: str) -> None:
+        config, data = self.config, self.settings.data
+        if self.video_tokenizer.num_codes != config.visual_token_count:
+            raise UserError(
+                f"tokenizer.video {video} has {self.video_tokenizer.num_codes} codes, but the model has visual_token_count "
+                f"{config.visual_token_count}; set model.overrides.visual_token_count or take another tokenizer"
+            )
+        for name in ("temporal_compression", "spatial_compression"):
+            of_tokenizer, of_model = getattr(self.video_tokenizer, name), getattr(config, name)
+            if of_tokenizer != of_model:
+                raise UserError(
+                    f"tokenizer.video {video} has {name} {of_tokenizer}, the model {of_model}; set model.overrides.{name}"
+                )
+        if (data.num_frames - 1) % config.temporal_compression:
+            raise UserError(
+                f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}"
+            )
+        for name in ("height", "width"):
+            if getattr(data, name) % config.pixels_per_size_unit:
+                raise UserError(
+                    f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}"
+                )
+
+    @torch.no_grad()
+    def _encode(self, frames: list) -> Tensor:
+        video = torch.stack([torch.from_numpy(f) for f in frames]).to(self.device)  # [B, T, H, W, 3]
+        video = video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
+        return self.video_tokenizer.encode(video).cpu()
+
+    def _row(
+        self, step: int, position: int, caption: str, fps: int, num_frames: int, codes: Tensor, dropout: bool
+    ) -> tuple[Tensor, Tensor]:
+        settings, masking = self.settings, self.settings.masking
+        seed = settings.training.seed
+        drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
+        text_ids = None
+        if not (dropout and drop):
+            size = {"height": settings.data.height, "width": settings.data.width}
+            text_ids = self.text_tokenizer.encode(
+                prompt_text(self.config, caption, num_frames=num_frames, fps=fps, **size)
+            )
+        duration, fps = clip_header(num_frames, fps)
+        ids = build_sequence(text_ids, codes, fps=fps, duration=duration, config=self.config)
+        masked = mask_sequence(
+            ids,
+            self.config,
+            kind=masking.kind,
+            min_ratio=masking.min_ratio,
+            generator=sample_generator(seed, step, position, "mask"),
+        )
+        return masked.input_ids, masked.targets
+
+
+def _reject_unknown(config: LumosConfig, overrides: dict[str, Any]) -> LumosConfig:
+    """Transformers configs keep any keyword; an option that nothing reads must not pass silently."""
+    known = set(LumosConfig().to_dict())
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"model.overrides.{key} is unknown; allowed: {', '.join(sorted(known))}")
+    return config

@@ -1,0 +1,187 @@
+"""The settings of a training run, each with its meaning and, where there is one, the published default.
+
+`load_settings` fills them from one YAML file and `section.key=value` overrides; `describe(TrainingSettings)` of
+`yaml_settings` lists them.
+"""
+
+# ruff: noqa: RUF009 - `setting` is dataclasses.field with a meaning
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import UserError
+from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
+
+
+@dataclass
+class ModelSettings:
+    preset: str = setting("tiny", "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
+    overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
+    from_: str | None = setting(None, "model folder whose weights and config to start from, instead of a preset")
+
+
+@dataclass
+class TokenizerSettings:
+    video: str | None = setting(None, "folder of the trained video tokenizer; default: the one inside model.from")
+    text: str | None = setting(None, "folder or file of the text tokenizer; default: the one inside model.from")
+
+
+@dataclass
+class StageSettings:
+    steps: int | None = setting(
+        None, "optimizer steps of this stage; null in the last stage: up to training.max_steps", low=1
+    )
+    image_share: float = setting(
+        0.0, "share of the steps whose batch holds pictures (one-frame clips); published: 1, then 0.5", low=0, high=1
+    )
+    batch_size: int | None = setting(
+        None, "clips in a video step, over all processes; default: training.batch_size", low=1
+    )
+    image_batch_size: int | None = setting(
+        None,
+        "pictures in an image step, over all processes; default: batch_size (published: 6 pictures for 1 clip)",
+        low=1,
+    )
+
+
+@dataclass
+class DataSettings:
+    source: str = setting("worlds", "where clips come from", choices=("worlds",))
+    options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
+    num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
+    height: int = setting(64, "frame height in pixels", low=1)
+    width: int = setting(64, "frame width in pixels", low=1)
+    fps: int = setting(8, "frames per second of the clips", low=1)
+    scenes: int | None = setting(None, "use only this many different scenes, over and over; null: endless", low=1)
+    stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
+    workers: int = setting(
+        1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0
+    )
+    prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
+    validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1)
+
+
+@dataclass
+class MaskingSettings:
+    kind: str = setting(
+        "tube", "mask pattern (published: tube)", choices=("tube", "random", "diffusion_forcing", "tube_decay")
+    )
+    min_ratio: float = setting(0.7, "lowest share of masked tokens in a clip (published 0.7)", low=0, high=1)
+    text_dropout: float = setting(
+        0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1
+    )
+
+
+@dataclass
+class OptimizationSettings:
+    max_steps: int = setting(1000, "optimizer steps of the whole run", low=1)
+    batch_size: int = setting(16, "clips in an optimizer step, over all processes and micro-batches", low=1)
+    micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1)
+    lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
+    min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
+    warmup_steps: int = setting(100, "steps of linear warm-up", low=0)
+    schedule: str = setting(
+        "cosine", "shape after the warm-up (published: constant)", choices=("constant", "cosine", "wsd")
+    )
+    decay_steps: int | None = setting(None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1)
+    weight_decay: float = setting(0.1, "decoupled weight decay of AdamW (published 0.1)", low=0)
+    decay_parameters: str = setting("matrices", "which parameters decay (published: all)", choices=("matrices", "all"))
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95)", low=0, high=1)
+    eps: float = setting(1e-8, "AdamW epsilon (published 1e-8)", low=0)
+    clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping (published 4)", low=0)
+    seed: int = setting(0, "seed of weights, data, masks and text dropout", low=0)
+    ema_decay: float = setting(
+        0.0, "decay of the averaged weights, which are then the exported ones; 0: none (published: none)", low=0, high=1
+    )
+    precision: str = setting(
+        "auto",
+        "fp32 or bf16 compute; auto: fp32 on CPU, bf16 on CUDA (published bf16)",
+        choices=("auto", "fp32", "bf16"),
+    )
+    device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    activation_checkpointing: bool = setting(
+        False, "recompute each layer in the backward pass to save memory (published: on)"
+    )
+    output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name of the config>")
+    log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1)
+    eval_every: int = setting(0, "steps between validation losses; 0: never", low=0)
+    save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0)
+    save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: not by time", low=0)
+    keep_last: int = setting(2, "complete checkpoints to keep (published 20)", low=1)
+    export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
+    export_dtype: str = setting(
+        "float32", "number format of exported weights", choices=("float32", "float16", "bfloat16")
+    )
+
+
+@dataclass
+class DeepSpeedSettings:
+    zero_stage: int | None = setting(
+        None,
+        "ZeRO stage; null: no DeepSpeed in one process, 2 in several (published: full sharding, as stage 3)",
+        low=0,
+        high=3,
+    )
+    config: str | None = setting(None, "JSON file of further DeepSpeed options (offload, buckets, ...)")
+
+
+@dataclass
+class TrainingSettings:
+    """All settings of a run. `name` is the config file's stem, and names the default output folder."""
+
+    name: str = setting("train", "name of the run")
+    model: ModelSettings = setting(ModelSettings, "what is trained")
+    tokenizer: TokenizerSettings = setting(TokenizerSettings, "the two tokenizers, which are not trained here")
+    data: DataSettings = setting(DataSettings, "what it is trained on")
+    masking: MaskingSettings = setting(MaskingSettings, "which tokens it must fill in")
+    training: OptimizationSettings = setting(OptimizationSettings, "how it is trained")
+    deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "how it is spread over processes")
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir or Path("runs") / self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""
+        return to_plain(self)
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainingSettings:
+    """Read a YAML file and apply overrides such as `training.max_steps=200`, in order.
+
+    Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    """
+    raw = read_yaml(path, overrides or [])
+    raw.setdefault("name", Path(path).stem)
+    return build_settings(raw)
+
+
+def build_settings(raw: dict[str, Any]) -> TrainingSettings:
+    """Settings from nested dicts; UserError as in `load_settings`, also for fields that contradict each other."""
+    settings = build(TrainingSettings, raw)
+    _check(settings)
+    return settings
+
+
+def _check(settings: TrainingSettings) -> None:
+    training, stages = settings.training, settings.data.stages
+    for i, stage in enumerate(stages[:-1]):
+        if stage.steps is None:
+            raise UserError(f"data.stages[{i}].steps is missing; only the last stage may leave it out")
+    if training.min_lr > training.lr:
+        raise UserError(f"training.min_lr is {training.min_lr}, above training.lr {training.lr}; it must be at most lr")
+    if training.warmup_steps >= training.max_steps:
+        raise UserError(
+            f"training.warmup_steps is {training.warmup_steps}; it must be below training.max_steps {training.max_steps}"
+        )
+    if training.ema_decay >= 1:
+        raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
+    if training.decay_steps is not None and training.schedule != "wsd":
+        raise UserError(f"training.decay_steps only has an effect with training.schedule=wsd, not {training.schedule}")
+    if settings.deepspeed.config is not None and not Path(settings.deepspeed.config).is_file():
+        raise UserError(
+            f"deepspeed.config: there is no file {settings.deepspeed.config}; the shipped ones are in configs/deepspeed/"
+        )

@@ -1,0 +1,169 @@
+"""Settings as nested dataclasses: filled from a YAML file and `section.key=value` overrides, with errors that help.
+
+A field is declared by `setting(default, meaning, ...)`. A trailing underscore of a field's name (`from_`) is not part
+of its key in the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lumos.errors import UserError
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "keys with values",
+    list: "a list",
+}
+
+
+def setting(
+    default: Any, meaning: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None
+):
+    """A dataclass field with its one-line meaning and the allowed values; `low` and `high` are inclusive."""
+    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+    """The nested dict in a YAML file, after overrides. UserError for a missing or malformed file or override."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold sections such as model, data, training, not a {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
+
+
+def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting, in order."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        key = f"{prefix}{f.name.rstrip('_')}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from describe(hints[f.name], f"{key}.")
+        else:
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            yield key, default, f.metadata["meaning"]
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().lstrip("-").split(".")
+    if not equals or not all(parts):
+        raise UserError(f"{override!r} is not of the form section.key=value, for example training.max_steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    node = raw
+    for depth, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"{override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def build(cls: type, raw: Any, path: str = "") -> Any:
+    """An instance of the dataclass from nested dicts. UserError for an unknown key, a wrong type, a value out of range."""
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path or 'the config'} must be a section with keys, not {raw!r}")
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f", did you mean {near[0]}?" if near else ";"
+            raise UserError(
+                f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}"
+            )
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        f = fields[key]
+        values[f.name] = _convert(hints[f.name], value, _join(path, key))
+        _check_range(f.metadata, values[f.name], _join(path, key))
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """The value as the annotated type, or UserError.
+
+    Whole numbers serve as floats, and so does 1e-3, which YAML reads as text.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, path)
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
+        return tuple(_convert(a, item, f"{path}[{i}]") for i, (a, item) in enumerate(zip(args, value, strict=True)))
+    if origin is dict and (isinstance(value, dict) or value is None):
+        return dict(value or {})
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    wanted = f"a list of {len(args)} values" if origin is tuple else WORDS[origin or kind]
+    raise UserError(f"{path} must be {wanted}, not {value!r}")
+
+
+def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> None:
+    choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    if choices and value not in choices:
+        raise UserError(f"{path} is {value!r}; allowed: {', '.join(map(str, choices))}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, (int, float)):
+            continue
+        # Written so that nan fails too.
+        if (low is not None and not number >= low) or (high is not None and not number <= high):
+            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise UserError(f"{path} is {number}; it must be {limits}")
+
+
+def to_plain(value: Any) -> Any:
+    """Plain dicts, lists and numbers with the file's key names; the inverse of `build`."""
+    if dataclasses.is_dataclass(value):
+        return {f.name.rstrip("_"): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    return value
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)

@@ -1,0 +1,309 @@
+"""Pictures and clips from files, as uint8 RGB arrays.
+
+Reading trusts time stamps, not frame counts: a 30 fps or variable-rate clip read at 12 fps is a true 12 fps clip. It
+is bounded (pixels, frames, bytes), honours rotation and EXIF orientation, lays transparency on white, and turns any
+damaged file into one line.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence
+
+from lumos.errors import UserError
+from lumos.frames import fit
+
+MAX_PIXELS = 40_000_000  # one picture or one frame of a clip
+MAX_FRAMES = 2_000
+MAX_CLIP_BYTES = 2 << 30
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: it would start Ghostscript
+_PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
+    with _reading(path, "picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit is checked right below
+        with Image.open(path, formats=_PICTURE_FORMATS) as image:
+            _check_pixels(path, image.width, image.height, max_pixels)
+            return _rgb(ImageOps.exif_transpose(image))
+
+
+def read_video(
+    path: str | Path,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    start: float = 0.0,
+    from_end: bool = False,
+    max_seconds: float | None = None,
+    size: tuple[int, int] | None = None,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[np.ndarray, float]:
+    """A clip as (uint8 [T, H, W, 3], fps).
+
+    ``fps``: frame n is what the clip shows at ``start + n / fps`` seconds; None keeps every frame and returns their
+    average rate. ``num_frames``: exactly so many (UserError if the clip is shorter), reading stops there; with
+    ``from_end`` they are the last ones, ending on the clip's last frame. Without ``num_frames`` the clip is read to its
+    end, or for ``max_seconds``. ``size`` (height, width): each frame is fitted as it is read. UserError for a missing
+    or damaged file, and for more than ``max_frames`` frames or 2 GiB of them.
+    """
+    _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
+    with _reading(path, "video"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        clip = _open_clip(path, max_pixels)
+        if from_end:
+            start = _start_of_last(path, clip.times(), num_frames, fps)
+        stop = math.inf if max_seconds is None else start + max_seconds
+        frames, span = _collect(path, clip, fps, num_frames, start, stop, size, max_frames)
+    rate = fps or clip.fps or len(frames) / max(span, 1e-3)
+    if not frames or (num_frames is not None and len(frames) < num_frames):
+        raise UserError(
+            f"{path} has only {len(frames)} frames at {rate:g} fps from {start:g} s on, {num_frames or 1} are needed; "
+            f"ask for fewer frames, start earlier or raise fps"
+        )
+    return np.stack(frames), float(rate)
+
+
+def count_frames(path: str | Path, fps: float) -> int:
+    """How many frames :func:`read_video` can give at ``fps`` with ``from_end``; reads the time stamps only."""
+    with _reading(path, "video"):
+        return math.floor(max(_open_clip(path, MAX_PIXELS).times(), default=-1.0) * fps + 1e-3) + 1
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A frame and the seconds from which and until which it is on screen, counted from the start of the clip."""
+
+    begin: float
+    end: float
+    rgb: Callable[[], np.ndarray]
+
+
+def _collect(
+    path: str | Path,
+    clip: _AvClip | _PillowClip,
+    fps: float | None,
+    num_frames: int | None,
+    start: float,
+    stop: float,
+    size: tuple[int, int] | None,
+    max_frames: int,
+) -> tuple[list[np.ndarray], float]:
+    """The frames asked for and the seconds that they were on screen."""
+    frames: list[np.ndarray] = []
+    span, held_bytes = 0.0, 0
+    wanted = math.inf if num_frames is None else num_frames
+    for shown in clip.frames(start):
+        if shown.begin >= stop - 1e-3:  # stamps are that uncertain, see _AvClip
+            break
+        if fps is None:
+            copies = int(shown.end > start)
+        else:  # sample instants up to the end of this frame that have no frame yet
+            due = math.ceil((min(shown.end, stop) - start) * fps - 1e-6)
+            copies = int(min(max(due - len(frames), 0), wanted - len(frames), max_frames + 1))
+        if not copies:
+            continue
+        picture = shown.rgb() if size is None else fit(shown.rgb()[None], *size)[0]
+        if frames and picture.shape != frames[0].shape:
+            raise UserError(f"{path} changes its frame size midway; cut it there, or convert it to one size")
+        frames += [picture] * copies
+        span += shown.end - shown.begin
+        held_bytes += picture.nbytes * copies
+        if len(frames) > max_frames:
+            raise UserError(f"{path} has more than {max_frames} frames; set num_frames, max_seconds or a lower fps")
+        if held_bytes > MAX_CLIP_BYTES:
+            raise UserError(f"{path} takes over {MAX_CLIP_BYTES >> 30} GiB as frames; read fewer or smaller ones")
+        if len(frames) >= wanted:
+            break
+    return frames, span
+
+
+def _start_of_last(path: str | Path, times: list[float], num_frames: int, fps: float | None) -> float:
+    """The start at which ``num_frames`` frames end on the last one; below zero if the clip is too short for them."""
+    times = sorted(times)
+    if fps is None:
+        first = times[-num_frames] if num_frames <= len(times) else -1.0
+    else:
+        first = times[-1] - (num_frames - 1) / fps if times else -1.0
+    if first < -1e-3 / (fps or 1):
+        raise UserError(
+            f"{path} is too short for its last {num_frames} frames{f' at {fps:g} fps' if fps else ''}: it has "
+            f"{len(times)} frames in {times[-1] if times else 0:.2f} s; ask for fewer frames or raise fps"
+        )
+    return max(first, 0.0)
+
+
+class _AvClip:
+    """A clip read through FFmpeg.
+
+    Frames count as on screen a little early (half a clock tick, at least 0.6 ms): many files hold stamps that were once
+    rounded to milliseconds, and a frame stamped 0.067 is the one to show at 2/30 s.
+    """
+
+    def __init__(self, path: Path, max_pixels: int):
+        self.path = path
+        with self._open() as (_, stream):
+            _check_pixels(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            self.fps = float(rate)
+            self.tick = float(stream.time_base)
+            self.early = max(self.tick / 2, 6e-4) + 1e-6
+            self.origin = (stream.start_time or 0) * self.tick
+            self.length = None if stream.duration is None else stream.duration * self.tick
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        # An absolute path, so that FFmpeg cannot take the name for one of its protocols.
+        with av.open(str(self.path.resolve()), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise UserError(f"{self.path} holds no video; give a file with a video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+
+    def times(self) -> list[float]:
+        """When each frame comes on screen, from the packets alone (nothing is decoded)."""
+        with self._open() as (container, stream):
+            return [p.pts * self.tick - self.origin for p in container.demux(stream) if p.pts is not None]
+
+    def frames(self, start: float) -> Iterator[_Shown]:
+        """Frames in order, at the latest from the one that is on screen at ``start``."""
+        if start > 1:
+            near = self._decode(start)
+            first = next(near, None)
+            if first is not None and first.begin <= start:
+                yield first
+                yield from near
+                return
+        yield from self._decode(None)
+
+    def _decode(self, seek: float | None) -> Iterator[_Shown]:
+        with self._open() as (container, stream):
+            if seek is not None:
+                container.seek(int((seek + self.origin) / self.tick), stream=stream)
+            held, held_begin = None, 0.0
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    begin = 0.0 if held is None else held_begin + 1 / self.fps
+                else:
+                    begin = frame.time - self.origin - self.early
+                if held is not None:
+                    yield _Shown(held_begin, begin, partial(_frame_rgb, held))
+                held, held_begin = frame, begin
+            if held is None:
+                raise UserError(f"{self.path} holds no frame that can be decoded; convert it to mp4 (H.264)")
+            end = held_begin + (held.duration * self.tick if held.duration else 1 / self.fps)
+            if self.length is not None and end < 0.9 * self.length - 0.1:
+                raise UserError(f"{self.path} is cut off: {end:.1f} s of {self.length:.1f} s are there; copy it again")
+            yield _Shown(held_begin, end, partial(_frame_rgb, held))
+
+
+class _PillowClip:
+    """An animated picture (GIF, WebP, PNG); a still one is a clip of one frame."""
+
+    fps = None  # known from the frames that were read: each has its own duration
+
+    def __init__(self, path: Path, max_pixels: int):
+        self.path, self.max_pixels = path, max_pixels
+
+    def times(self) -> list[float]:
+        return [shown.begin for shown in self.frames(0.0)]
+
+    def frames(self, start: float) -> Iterator[_Shown]:
+        with Image.open(self.path, formats=_PICTURE_FORMATS) as image:
+            _check_pixels(self.path, image.width, image.height, self.max_pixels)
+            begin = 0
+            for frame in ImageSequence.Iterator(image):
+                frame.load()  # WebP knows the duration of a frame only once it is decoded
+                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; browsers show "0" as 100 too
+                yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(_rgb, frame))
+                begin = end
+
+
+def _open_clip(path: str | Path, max_pixels: int) -> _AvClip | _PillowClip:
+    return (_PillowClip if Path(path).suffix.lower() in _PILLOW_CLIPS else _AvClip)(Path(path), max_pixels)
+
+
+def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
+    if any(component.is_alpha for component in frame.format.components):
+        rgb = _rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        rgb = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture of any mode, transparency laid on white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
+        grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _reading(path: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a decoder raises for a foreign file into one line."""
+    try:
+        if not Path(path).is_file():
+            found = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise UserError(f"the {what} {path} {found}; give the path of a {what} file")
+        yield
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}; make it smaller") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        better = "PNG or JPEG" if what == "picture" else "mp4 (H.264)"
+        raise UserError(
+            f"cannot read the {what} {path} ({reason}): it is damaged, cut off or of an unknown format; "
+            f"copy it again or convert it to {better}"
+        ) from error
+
+
+def _check_pixels(path: str | Path, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise UserError(
+            f"{path} has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels); the limit is "
+            f"{max_pixels / 1e6:g} megapixels: make it smaller"
+        )
+
+
+def _check_request(
+    path: str | Path,
+    fps: float | None,
+    num_frames: int | None,
+    start: float,
+    from_end: bool,
+    max_seconds: float | None,
+    max_frames: int,
+) -> None:
+    if fps is not None and not 0 < fps <= 1000:
+        raise UserError(f"fps {fps} for {path}; it must be above 0 and at most 1000")
+    if num_frames is not None and not 1 <= num_frames <= max_frames:
+        raise UserError(f"num_frames {num_frames} for {path}; it must be 1 to {max_frames}")
+    if not 0 <= start < math.inf:
+        raise UserError(f"start {start} s for {path}; it must be 0 or more")
+    if max_seconds is not None and not max_seconds > 0:
+        raise UserError(f"max_seconds {max_seconds} for {path}; it must be above 0")
+    if from_end and (num_frames is None or start or max_seconds is not None):
+        raise UserError("from_end needs num_frames, and goes with neither start nor max_seconds")

@@ -1,0 +1,166 @@
+"""VideoTokenizerConfig: the sizes of a video tokenizer, with the published field names and the published defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lumos.errors import UserError
+from tokenizer.wavelet import PATCH_METHODS
+
+BOOKKEEPING_KEYS = frozenset(
+    (
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "persistent_quantizer",
+    )
+)
+"""Keys of published config files that say nothing about the network."""
+
+
+class Sampling(NamedTuple):
+    """What a down- or upsampler between two levels does."""
+
+    spatial: bool
+    temporal: bool
+
+
+@dataclass(frozen=True)
+class VideoTokenizerConfig:
+    """Sizes of a VideoTokenizer. The defaults are the published Cosmos DV4x8x8 (112,472,182 parameters, 64,000 codes)."""
+
+    in_channels: int = 3  # colour channels of the input
+    out_channels: int = 3  # colour channels of the output
+    channels: int = 128  # width of the first level before its multiplier
+    channels_mult: tuple[int, ...] = (2, 4, 4)  # width multiplier per level; its length is the number of levels
+    num_res_blocks: int = 2  # residual blocks per encoder level; a decoder level has one more
+    attn_resolutions: tuple[int, ...] = (32,)  # nominal side lengths whose blocks get attention
+    dropout: float = 0.0  # inside residual blocks
+    resolution: int = 1024  # nominal input side in pixels; only decides where attn_resolutions apply
+    patch_size: int = 4  # pixels and frames per patch side: 1, 2, 4 or 8
+    patch_method: str = "haar"  # haar or rearrange
+    z_channels: int = 16  # encoder output channels
+    z_factor: int = 1  # multiplies z_channels at the encoder's output
+    num_groups: int = 1  # groups of the normalisations; the factorised network knows only 1
+    legacy_mode: bool = (
+        False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
+    )
+    spatial_compression: int = 8  # pixels per code along height and width
+    temporal_compression: int = 4  # frames per latent frame after the first
+    quantizer: str = "FSQ"
+    embedding_dim: int = 6  # quantized channels, one for each entry of levels
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # values per quantized channel; their product is the number of codes
+    encoder: str = "FACTORIZED"
+    decoder: str = "FACTORIZED"
+    name: str = "DV"
+
+    def __post_init__(self) -> None:
+        for field in ("channels_mult", "attn_resolutions", "levels"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in (
+            "in_channels",
+            "out_channels",
+            "channels",
+            "num_res_blocks",
+            "resolution",
+            "z_channels",
+            "z_factor",
+        ):
+            _require(_is_positive(getattr(self, field)), field, getattr(self, field), "a whole number above 0")
+        _require(
+            len(self.channels_mult) > 0 and all(map(_is_positive, self.channels_mult)),
+            "channels_mult",
+            self.channels_mult,
+            "a list of whole numbers above 0, one a level",
+        )
+        _require(
+            all(isinstance(level, int) and level >= 2 for level in self.levels) and len(self.levels) > 0,
+            "levels",
+            self.levels,
+            "a list of whole numbers of 2 or more",
+        )
+        _require(
+            self.embedding_dim == len(self.levels),
+            "embedding_dim",
+            self.embedding_dim,
+            f"{len(self.levels)}, the length of levels",
+        )
+        _require(self.patch_size in (1, 2, 4, 8), "patch_size", self.patch_size, "1, 2, 4 or 8")
+        _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
+        fixed = {"num_groups": 1, "quantizer": "FSQ", "encoder": "FACTORIZED", "decoder": "FACTORIZED", "name": "DV"}
+        for field, only in fixed.items():
+            _require(getattr(self, field) == only, field, getattr(self, field), repr(only))
+        self._check_compression("spatial")
+        self._check_compression("temporal")
+
+    def _check_compression(self, kind: str) -> None:
+        """The samplers between the levels must multiply up to the compression, in the encoder and in the decoder."""
+        field = f"{kind}_compression"
+        value = getattr(self, field)
+        _require(_is_positive(value) and value & (value - 1) == 0, field, value, "a power of two")
+        _require(value >= self.patch_size, field, value, f"patch_size ({self.patch_size}) or more")
+        for side, samplers in (("encoder", self.downsamplers()), ("decoder", self.upsamplers())):
+            reached = self.patch_size * 2 ** sum(getattr(sampler, kind) for sampler in samplers)
+            if reached != value:
+                raise UserError(
+                    f"{field} {value} is not possible: the {side} with {len(self.channels_mult)} levels and patch_size "
+                    f"{self.patch_size} reaches {reached}; change the number of channels_mult, patch_size or the compressions"
+                )
+
+    def _num_halvings(self, compression: int) -> int:
+        return compression.bit_length() - self.patch_size.bit_length()
+
+    def downsamplers(self) -> list[Sampling]:
+        """What the encoder's sampler after each level but the last does."""
+        spatial, temporal = self._num_halvings(self.spatial_compression), self._num_halvings(self.temporal_compression)
+        return [Sampling(level < spatial, level < temporal) for level in range(len(self.channels_mult) - 1)]
+
+    def upsamplers(self) -> list[Sampling]:
+        """What the decoder's sampler after level 1, 2, ... does (level 0 has none, and the decoder runs from the last to it).
+
+        In the published network the first sampler that runs doubles space only, unless legacy_mode is set.
+        """
+        spatial, temporal = self._num_halvings(self.spatial_compression), self._num_halvings(self.temporal_compression)
+        samplers = []
+        for level in range(1, len(self.channels_mult)):
+            order = len(self.channels_mult) - 1 - level
+            doubles_time = order < temporal if self.legacy_mode else 0 < order <= temporal
+            doubles_space = doubles_time or (order < spatial and spatial > temporal)
+            samplers.append(Sampling(doubles_space, doubles_time))
+        return samplers
+
+    def attention_levels(self) -> list[bool]:
+        """Which levels have attention after their residual blocks."""
+        first = self.resolution // self.patch_size
+        return [first // 2**level in self.attn_resolutions for level in range(len(self.channels_mult))]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VideoTokenizerConfig:
+        """Build from the contents of a config.json. An unknown key raises a ValueError that lists the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known - BOOKKEEPING_KEYS)
+        if unknown:
+            raise UserError(
+                f"unknown video tokenizer setting {', '.join(unknown)}: known are {', '.join(sorted(known))}"
+            )
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{field} {value!r} is not possible: allowed is {allowed}")

@@ -1,0 +1,133 @@
+"""Video tokenizer folders: find, read, check and write them. Nothing here unpickles; TorchScript archives give their tensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lumos.errors import RunError, UserError
+from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
+
+SUBFOLDER = "video_tokenizer"
+WEIGHTS = "model.safetensors"
+JIT_PAIR = ("encoder.jit", "decoder.jit")
+JIT_WHOLE = "autoencoder.jit"
+
+_NOT_PARAMETERS = re.compile(r"(^|\.)(wavelets|_arange|patch_size_buffer)$|^(quantizer|inv_quant|loss)\.")
+"""Constants that published files store beside the weights."""
+
+
+def find_tokenizer_folder(folder: Path) -> Path:
+    """The folder itself if it holds a tokenizer's weights, else its subfolder `video_tokenizer`."""
+    for candidate in (folder / SUBFOLDER, folder):
+        if candidate.is_dir() and _weight_files(candidate):
+            return candidate
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/"
+        )
+    raise FileNotFoundError(
+        f"no video tokenizer in {folder}: it needs config.json with {WEIGHTS}, or {' and '.join(JIT_PAIR)}, or {JIT_WHOLE}, "
+        f"there or in its subfolder {SUBFOLDER}"
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: one safetensors file, the pair of archives, or the whole archive."""
+    preferred = folder / WEIGHTS
+    others = sorted(folder.glob("*.safetensors"))
+    if preferred.is_file() or others:
+        return [preferred] if preferred.is_file() else others
+    pair = [folder / name for name in JIT_PAIR]
+    if all(path.is_file() for path in pair):
+        return pair
+    return [folder / JIT_WHOLE] if (folder / JIT_WHOLE).is_file() else []
+
+
+def read_config(folder: Path) -> VideoTokenizerConfig:
+    """config.json of the folder.
+
+    The published folders describe their network by name only (no file, or a file without sizes): then the published sizes
+    hold, and a name like DV8x16x16 in the folder's name gives the compression (frames x rows x columns).
+    """
+    path = folder / "config.json"
+    values: dict[str, object] = {}
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunError(f"cannot read {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must hold a JSON object with the settings of a video tokenizer")
+    if set(values) <= BOOKKEEPING_KEYS:
+        named = re.search(r"DV(\d+)x(\d+)x\2(?!\d)", str(folder.resolve()))
+        if named:
+            values = {"temporal_compression": int(named[1]), "spatial_compression": int(named[2])}
+    try:
+        return VideoTokenizerConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All weights of the folder on the CPU in their stored dtype, without the constants that published files carry."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            found = load_file(path) if path.suffix == ".safetensors" else _read_jit(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
+        tensors.update(found)
+    return {key: tensor for key, tensor in tensors.items() if not _NOT_PARAMETERS.search(key)}
+
+
+def _read_jit(path: Path) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive = torch.jit.load(str(path), map_location="cpu")
+    return {key: tensor.detach() for key, tensor in archive.state_dict().items()}
+
+
+def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ValueError unless both have the same keys with the same shapes."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = [key for key in expected if key in found and expected[key].shape != found[key].shape]
+    if not (missing or unexpected or wrong):
+        return
+    parts = [
+        f"{len(keys)} {kind} (first: {keys[0]})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if keys
+    ]
+    raise UserError(
+        f"the weights in {folder} do not fit its config.json: {', '.join(parts)}; are sizes and files of one tokenizer?"
+    )
+
+
+def write_folder(folder: Path, config: VideoTokenizerConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors, each to a temporary name first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    replace_file(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    text = json.dumps(config.to_dict(), indent=1) + "\n"
+    replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path) and move the result to `path`, so that no reader ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,274 @@
+"""How a video tokenizer is trained: `python -m lumos train-tokenizer --config configs/tokenizer/tiny.yaml steps=200`.
+
+Writes into output_dir: log.jsonl, checkpoints/ (a new start with the same settings resumes from the newest), samples/ (pictures of
+held-out clips above what comes back), and at the end the tokenizer folder `video_tokenizer/` with training.json beside its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumos.errors import RunError
+from lumos.files import write_json
+from lumos.frames import to_uint8
+from lumos.training import checkpoint
+from lumos.training.ema import Ema
+from lumos.training.logging import Meter, RunLog
+from lumos.training.schedule import learning_rate
+from lumos.video_io import write_video
+from tokenizer.clips import Batch, TrainingClips, held_out_photographs, held_out_worlds
+from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.training_settings import TokenizerTrainingSettings
+from tokenizer.video import VideoTokenizer
+
+
+def main(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Train with the settings of a parsed YAML file and return the final metrics; unknown keys raise a ValueError."""
+    return train(TokenizerTrainingSettings.from_dict(values))
+
+
+def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
+    """Weight of every pixel's error, [B, 1, T, H, W] with mean 1 per sample.
+
+    In a drawn world the moving thing covers a few per cent of the pixels, so a pixel that differs from its frame's median by
+    more than 0.1 counts `weight` times. Photographs and film weigh the same everywhere.
+    """
+    median = video.flatten(3).median(dim=3).values[..., None, None]
+    is_foreground = ((video - median).abs() > 0.1).any(dim=1, keepdim=True) & is_world.view(-1, 1, 1, 1, 1)
+    weights = 1 + (weight - 1) * is_foreground
+    return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
+
+
+def reconstruction_loss(
+    model: VideoTokenizer, video: Tensor, is_world: Tensor, settings: TokenizerTrainingSettings
+) -> Tensor:
+    """Weighted mean absolute and squared error of what comes back, a scalar."""
+    values, _ = model.quantize(model.encode_latent(video))
+    error = model.decode_latent(values) - video
+    weights = foreground_weight(video, is_world, settings.foreground_weight)
+    return (weights * (settings.l1_weight * error.abs() + settings.mse_weight * error.square())).mean()
+
+
+def batch_loss(model: VideoTokenizer, batch: Batch, settings: TokenizerTrainingSettings) -> Tensor:
+    """Loss of the clips plus picture_weight times the loss of the pictures."""
+    loss = reconstruction_loss(model, batch.clips, batch.clip_is_world, settings)
+    if len(batch.pictures):
+        loss = loss + settings.picture_weight * reconstruction_loss(
+            model, batch.pictures, batch.picture_is_world, settings
+        )
+    return loss
+
+
+@torch.inference_mode()
+def validate(model: VideoTokenizer, worlds: Tensor, pictures: Tensor) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """PSNR in dB (values clamped to [-1, 1], mean over samples) and the share of codes in use; and a sheet [2 T, H, W n, 3] each."""
+    model.eval()
+    metrics, sheets, used = {}, {}, []
+    for name, video in (("worlds", worlds), ("photographs", pictures)):
+        if not len(video):
+            continue
+        codes = torch.cat([model.encode(part) for part in video.split(4)])
+        back = torch.cat([model.decode(part) for part in codes.split(4)]).clamp(-1, 1)
+        mse = ((back - video) / 2).square().mean(dim=(1, 2, 3, 4))
+        metrics[f"psnr_{name}"] = float((-10 * torch.log10(mse)).mean())
+        used.append(codes.flatten())
+        sheets[name] = _sheet(video[:6, :, ::4], back[:6, :, ::4])
+    metrics["codes_used"] = len(torch.cat(used).unique()) / model.num_codes
+    model.train()
+    return metrics, sheets
+
+
+def _sheet(video: Tensor, back: Tensor) -> np.ndarray:
+    """Originals above reconstructions, one column a clip: uint8 [1, T 2 H, B W, 3]."""
+    pairs = torch.stack([video, back], dim=3)  # B, 3, T, 2, H, W
+    rows = pairs.permute(1, 2, 3, 4, 0, 5).flatten(4).flatten(1, 3)
+    return to_uint8(rows[:, None])
+
+
+def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
+    """Train, or go on where the newest checkpoint in output_dir stopped; returns the final metrics.
+
+    SIGTERM and Ctrl-C save a checkpoint and end the run early. Raises RunError when the loss is no longer finite.
+    """
+    output = Path(settings.output_dir)
+    torch.manual_seed(settings.seed)
+    model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).to(settings.device).train()
+    return _Run(settings, model, output).to_the_end()
+
+
+class _Run:
+    """The state of one training: model, optimizer, averaged weights, step and the time spent."""
+
+    def __init__(self, settings: TokenizerTrainingSettings, model: VideoTokenizer, output: Path) -> None:
+        self.settings, self.model, self.output = settings, model, output
+        self.parameters = dict(model.named_parameters())
+        decayed = [p for p in self.parameters.values() if p.dim() > 1]
+        others = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
+        self.data = TrainingClips(
+            seed=settings.seed, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+            batch_size=settings.batch_size, pictures_per_batch=settings.pictures_per_batch,
+            share_worlds=settings.share_worlds, film_sources=settings.films,
+        )  # fmt: skip
+        sizes = (settings.height, settings.width)
+        self.held_out = (
+            held_out_worlds(settings.validation_clips, settings.num_frames, *sizes).to(settings.device),
+            held_out_photographs(*sizes).to(settings.device),
+        )
+        self.step, self.seconds, self.meter = 0, 0.0, Meter()
+        self.stop_requested = False
+        self._resume()
+
+    def to_the_end(self) -> dict[str, Any]:
+        """All remaining steps, then the export."""
+        settings = self.settings
+        log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=True)
+        previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        saved_at, started = time.monotonic(), time.monotonic() - self.seconds
+        try:
+            while self.step < settings.steps and self._progress() < 1:
+                self._one_step(log)
+                self.seconds = time.monotonic() - started
+                if self.step % settings.validate_every == 0 and self.step < settings.steps:
+                    self._validate(log)
+                if self.stop_requested or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes:
+                    self._save()
+                    saved_at = time.monotonic()
+                if self.stop_requested:
+                    log.say(f"stopped at step {self.step}; the same command goes on from there")
+                    return {"finished": False, "step": self.step}
+            self._save()
+            return self._export(log)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            log.close()
+
+    def _request_stop(self, *_: object) -> None:
+        self.stop_requested = True
+
+    def _progress(self) -> float:
+        """How much of the run is done, by steps or, with max_minutes, by time if that is further."""
+        by_steps = self.step / self.settings.steps
+        return (
+            by_steps
+            if self.settings.max_minutes is None
+            else max(by_steps, self.seconds / (60 * self.settings.max_minutes))
+        )
+
+    def _one_step(self, log: RunLog) -> None:
+        settings = self.settings
+        step_by_time = max(self.step, int(self._progress() * settings.steps))
+        lr = learning_rate(
+            step_by_time,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            max_steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(settings.seed + self.step)
+        batch = self.data.batch(self.step)
+        batch = Batch(*(tensor.to(settings.device) for tensor in vars(batch).values()))
+        loss = batch_loss(self.model, batch, settings)
+        if not math.isfinite(value := loss.item()):
+            raise RunError(
+                f"the loss is {value} at step {self.step}; lower lr and start again from the last checkpoint"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
+        self.optimizer.step()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.parameters, self.step)
+        self.meter.add("loss", value)
+        self.meter.add("grad_norm", float(norm))
+        log.progress(value, lr)
+        if self.step % settings.log_every == 0:
+            log.write(step=self.step, lr=lr, seconds=round(self.seconds, 1), **self.meter.means())
+            self.meter = Meter()
+
+    def _validate(self, log: RunLog) -> dict[str, float]:
+        if self.ema:
+            self.ema.swap(self.parameters)
+        metrics, sheets = validate(self.model, *self.held_out)
+        if self.ema:
+            self.ema.swap(self.parameters)
+        for name, sheet in sheets.items():
+            write_video(self.output / "samples" / f"{name}-{self.step:06d}.png", sheet, fps=1)
+        log.write(step=self.step, seconds=round(self.seconds, 1), **metrics)
+        log.say(f"step {self.step}: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+        return metrics
+
+    def _save(self) -> None:
+        """A checkpoint: weights, optimizer moments, averaged weights; sums of the log since its last line."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        if self.ema:
+            tensors.update(self.ema.state())
+        root = self.output / "checkpoints"
+        folder = checkpoint.begin(root, self.step)
+        checkpoint.save_tensors(folder, 0, tensors)
+        state = {"settings": self.settings.to_dict(), "seconds": self.seconds, "meters": dict(self.meter.sums)}
+        checkpoint.finish(root, folder, self.step, state, keep_last=2)
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self.output / "checkpoints")
+        if found is None:
+            return
+        folder, state = found
+        self.settings.check_same_run(state["settings"], folder)
+        tensors = checkpoint.load_tensors(folder, 0)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                prefixes = {key: f"optimizer.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+                if prefixes["step"] in tensors:
+                    self.optimizer.state[parameter] = {key: tensors[at].clone() for key, at in prefixes.items()}
+        if self.ema:
+            self.ema.load_state(tensors)
+        self.step, self.seconds, self.meter = state["step"], state["seconds"], Meter(state["meters"])
+
+    def _export(self, log: RunLog) -> dict[str, Any]:
+        """Write the tokenizer folder and training.json; returns the metrics of the exported weights."""
+        settings = self.settings
+        if self.ema:
+            self.ema.swap(self.parameters)
+            self.ema = None
+        folder = self.output / "video_tokenizer"
+        self.model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
+        self.model = VideoTokenizer.from_pretrained(folder, device=settings.device)
+        metrics: dict[str, Any] = self._validate(log)
+        metrics |= {
+            "finished": True,
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 1),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "codes": self.model.num_codes,
+        }
+        record = {
+            "metrics": metrics,
+            "settings": settings.to_dict(),
+            "real_data": self.data.real_names,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        write_json(folder / "training.json", record)
+        log.say(json.dumps(metrics))
+        return metrics

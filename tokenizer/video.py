@@ -1,0 +1,229 @@
+"""VideoTokenizer: frames to integer codes and back, with the architecture of the published Cosmos DV tokenizer.
+
+    pixels -> Haar patches -> causal encoder -> finite scalar quantization -> codes
+    codes  -> values       -> causal decoder -> inverse Haar patches       -> pixels
+
+A picture is a clip of one frame. The first latent frame depends on the first frame only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer import loading
+from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.fsq import FiniteScalarQuantizer
+from tokenizer.layers import (
+    CausalConv3d,
+    Downsample,
+    FrameNorm,
+    ResidualBlock,
+    Upsample,
+    attention_pair,
+    factorised_conv,
+    point_conv,
+)
+from tokenizer.wavelet import patchify, unpatchify
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, dropout)
+        self.attn_1 = attention_pair(channels)
+        self.block_2 = ResidualBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where the configuration asks for it, then a sampler."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(attention_pair(out_channels) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn) > 0:
+                x = self.attn[index](x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Patches [B, p^3 C, T', H', W'] -> latent [B, z, t, h, w]."""
+
+    def __init__(self, config: VideoTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * mult for mult in (1, *config.channels_mult)]
+        self.conv_in = factorised_conv(config.in_channels * config.patch_size**3, config.channels)
+        self.down = nn.ModuleList()
+        for index, (wanted_attention, sampler) in enumerate(
+            zip(config.attention_levels(), [*config.downsamplers(), None], strict=True)
+        ):
+            level = Level(widths[index], widths[index + 1], config.num_res_blocks, wanted_attention, config.dropout)
+            if sampler is not None:
+                level.downsample = Downsample(widths[index + 1], spatial=sampler.spatial, temporal=sampler.temporal)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], config.dropout)
+        self.norm_out = FrameNorm(widths[-1])
+        self.conv_out = factorised_conv(widths[-1], config.z_factor * config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.norm_out(self.mid(h))
+        return self.conv_out(nn.functional.silu(h))
+
+
+class Decoder(nn.Module):
+    """Latent [B, z, t, h, w] -> patches [B, p^3 C, T', H', W']. `up` is numbered like the encoder's levels and runs backwards."""
+
+    def __init__(self, config: VideoTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channels_mult]
+        inner = [*widths[1:], widths[-1]]
+        self.conv_in = factorised_conv(config.z_channels, widths[-1])
+        self.mid = Middle(widths[-1], config.dropout)
+        self.up = nn.ModuleList()
+        for index, (wanted_attention, sampler) in enumerate(
+            zip(config.attention_levels(), [None, *config.upsamplers()], strict=True)
+        ):
+            level = Level(inner[index], widths[index], config.num_res_blocks + 1, wanted_attention, config.dropout)
+            if sampler is not None:
+                level.upsample = Upsample(widths[index], spatial=sampler.spatial, temporal=sampler.temporal)
+            self.up.append(level)
+        self.norm_out = FrameNorm(widths[0])
+        self.conv_out = factorised_conv(widths[0], config.out_channels * config.patch_size**3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(nn.functional.silu(self.norm_out(h)))
+
+
+class VideoTokenizer(nn.Module):
+    """Encodes video [B, 3, T, H, W] in [-1, 1] to codes [B, t, h, w] and decodes them again.
+
+    T must be 1 + temporal_compression * k; H and W multiples of spatial_compression.
+    """
+
+    def __init__(self, config: VideoTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = point_conv(config.z_factor * config.z_channels, config.embedding_dim)
+        self.post_quant_conv = point_conv(config.embedding_dim, config.z_channels)
+        self.quantizer = FiniteScalarQuantizer(config.levels)
+        self._start_as_image_network()
+
+    @property
+    def num_codes(self) -> int:
+        """Number of different codes; they are 0 .. num_codes - 1."""
+        return self.quantizer.num_codes
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per code along height and width."""
+        return self.config.spatial_compression
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame after the first."""
+        return self.config.temporal_compression
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] -> int64 codes [B, t, h, w]. ValueError for sizes that do not divide."""
+        return self.quantize(self.encode_latent(video))[1]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, t, h, w] -> video [B, 3, T, H, W], about [-1, 1] and not clamped. ValueError for codes out of range."""
+        if codes.dim() != 4:
+            raise ValueError(f"codes must have the shape [batch, frames, rows, columns], got {tuple(codes.shape)}")
+        return self.decode_latent(self.quantizer.values(codes, self.post_quant_conv.conv3d.weight.dtype))
+
+    def encode_latent(self, video: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W] -> latent [B, C, t, h, w] before quantization."""
+        self._check_video(video)
+        patches = patchify(video, self.config.patch_size, self.config.patch_method)
+        return self.quant_conv(self.encoder(patches))
+
+    def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent [B, C, t, h, w] -> (code values with straight-through gradient, int64 codes [B, t, h, w])."""
+        return self.quantizer(latent)
+
+    def decode_latent(self, values: Tensor) -> Tensor:
+        """Code values [B, C, t, h, w] -> video [B, 3, T, H, W]."""
+        patches = self.decoder(self.post_quant_conv(values))
+        return unpatchify(patches, self.config.patch_size, self.config.patch_method)
+
+    def _check_video(self, video: Tensor) -> None:
+        channels, step, stride = self.config.in_channels, self.temporal_compression, self.spatial_compression
+        if video.dim() != 5 or video.shape[1] != channels:
+            raise ValueError(
+                f"video must have the shape [batch, {channels}, frames, height, width], got {tuple(video.shape)}"
+            )
+        frames, height, width = video.shape[2:]
+        if (frames - 1) % step:
+            below = (frames - 1) // step * step + 1
+            raise ValueError(f"num_frames must be 1 + {step} * k, got {frames}; use {below} or {below + step}")
+        if height % stride or width % stride or not height or not width:
+            raise ValueError(f"height and width must be multiples of {stride}, got {height} x {width}")
+
+    @torch.no_grad()
+    def _start_as_image_network(self) -> None:
+        """Initial weights: PyTorch's own, except that a temporal convolution starts near "keep the current frame".
+
+        Two plain linear convolutions in a row would shrink the signal of every block. The last convolution starts small,
+        because the inverse wavelet adds up all its channels.
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d) and module.frames_in_front == 2:
+                weight = module.conv3d.weight
+                weight.mul_(0.5)
+                weight[:, :, -1, 0, 0] += torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        self.decoder.conv_out[0].conv3d.weight.mul_(0.1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> VideoTokenizer:
+        """Load a tokenizer folder: config.json + model.safetensors, or the published encoder.jit + decoder.jit / autoencoder.jit.
+
+        `folder` may also be a model folder that holds the tokenizer in `video_tokenizer/`. dtype None means float32.
+        Raises FileNotFoundError, ValueError (configuration, missing or unexpected keys) or lumos.errors.RunError (damaged file).
+        """
+        folder = loading.find_tokenizer_folder(Path(folder))
+        config = loading.read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = loading.read_tensors(folder)
+        loading.check_layout(model.state_dict(), tensors, folder)
+        target = dtype or torch.float32
+        tensors = {key: tensor.to(device=device, dtype=target) for key, tensor in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors (weights in their present dtype, published key names) into `folder`."""
+        loading.write_folder(Path(folder), self.config, self.state_dict())

@@ -1,0 +1,76 @@
+"""Patches for video: p x p x p pixels become p^3 channels, by a Haar wavelet or by plain rearranging. Both are invertible.
+
+The first frame stands alone: it is repeated p times in front, so that T = 1 + p k frames give 1 + k patch frames and the
+first patch frame depends on the first frame only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+PATCH_METHODS = ("haar", "rearrange")
+
+
+@lru_cache(maxsize=16)
+def haar_matrix(patch_size: int) -> Tensor:
+    """[p^3 bands, p^3 positions] float32 of the 3-D Haar transform over log2(p) levels, rows scaled by 8^-levels.
+
+    Rows: one base-8 digit a level, finest level last, with the bits (time, height, width), 0 for the mean and 1 for the
+    difference. Columns: row-major (time, height, width) places inside the patch. The inverse is the transpose times 8^levels.
+    """
+    num_levels = patch_size.bit_length() - 1
+    place = torch.arange(patch_size)
+    count = patch_size**3
+    sign_bits = torch.zeros(count, count, dtype=torch.long)
+    band = torch.arange(count)
+    places = torch.stack(torch.meshgrid(place, place, place, indexing="ij")).reshape(3, count)
+    for level in range(num_levels):
+        digit = band >> (3 * level) & 7
+        for axis in range(3):
+            band_bit = digit >> (2 - axis) & 1
+            place_bit = places[axis] >> level & 1
+            sign_bits += band_bit[:, None] * place_bit[None, :]
+    return (1.0 - 2.0 * (sign_bits % 2)) / 8**num_levels
+
+
+@lru_cache(maxsize=16)
+def _matrix_like(patch_size: int, inverse: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    matrix = haar_matrix(patch_size)
+    if inverse:
+        matrix = matrix.T * patch_size**3
+    return matrix.to(device=device, dtype=dtype)
+
+
+def patchify(video: Tensor, patch_size: int, method: str) -> Tensor:
+    """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]."""
+    p = patch_size
+    if p == 1:
+        return video
+    video = torch.cat([video[:, :, :1].expand(-1, -1, p - 1, -1, -1), video], dim=2)
+    b, c, frames, height, width = video.shape
+    t, h, w = frames // p, height // p, width // p
+    x = video.reshape(b, c, t, p, h, p, w, p)
+    if method == "rearrange":
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)
+    else:
+        x = x.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(b, p**3, c * t * h * w)
+        x = torch.matmul(_matrix_like(p, False, x.device, x.dtype), x)
+    return x.reshape(b, p**3 * c, t, h, w)
+
+
+def unpatchify(patches: Tensor, patch_size: int, method: str) -> Tensor:
+    """Inverse of `patchify`: [B, p^3 C, t, h, w] -> [B, C, 1 + p (t - 1), h p, w p]."""
+    p = patch_size
+    if p == 1:
+        return patches
+    b, channels, t, h, w = patches.shape
+    c = channels // p**3
+    if method == "rearrange":
+        x = patches.reshape(b, c, p, p, p, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    else:
+        x = torch.matmul(_matrix_like(p, True, patches.device, patches.dtype), patches.reshape(b, p**3, c * t * h * w))
+        x = x.view(b, p, p, p, c, t, h, w).permute(0, 4, 5, 1, 6, 2, 7, 3)
+    return x.reshape(b, c, t * p, h * p, w * p)[:, :, p - 1 :]

@@ -1,0 +1,10 @@
+"""`python train.py --config configs/training/tiny.yaml training.max_steps=200`, or `deepspeed --num_gpus 2 train.py --config ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from lumos.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
