@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import re
-import resource
 import sys
 import time
 from datetime import datetime
@@ -45,7 +43,6 @@ def run(args: argparse.Namespace) -> None:
     from lumos.pipeline import align, check_prompt
     from lumos.video_io import check_output
 
-    started = time.perf_counter()
     check_prompt(args.prompt)
     seed = align(args.prompt, None, None, args.seed)[3][0]
     output = Path(args.output or default_output(args.prompt, seed, args.num_frames))
@@ -58,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos import __version__
     from lumos.files import write_json
     from lumos.pipeline import LumosPipeline
+    from lumos.runtime import peak_memory_bytes, seconds_since_start, versions
     from lumos.video_io import write_video
 
     transformers.utils.logging.disable_progress_bar()
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
         dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
     )  # fmt: skip
-    loaded = time.perf_counter()
+    loaded, start_seconds = time.perf_counter(), seconds_since_start()
     with tqdm(unit="step", desc="generating", file=sys.stderr, disable=None, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
@@ -84,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     generated = time.perf_counter()
     metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lumos": __version__}
     written = write_video(output, result.frames[0], result.settings["fps"], metadata)
-    memory = peak_memory_mb(pipe.model.device)
+    memory = round(peak_memory_bytes(pipe.model.device) / 2**20)
+    total = seconds_since_start()
     write_json(
         written.with_suffix(".json"),
         {
@@ -92,14 +91,12 @@ def run(args: argparse.Namespace) -> None:
             "video": args.video, "settings": result.settings,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": {"load": round(loaded - started, 2), "generate": round(generated - loaded, 2),
-                        "total": round(time.perf_counter() - started, 2)},
+            "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2), "total": round(total, 2)},
             "peak_memory_mb": memory,
-            "versions": {"lumos": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                         "python": platform.python_version()},
+            "versions": versions(),
         },
     )  # fmt: skip
-    print(f"{written}  seed {seed}  {time.perf_counter() - started:.1f} s  peak memory {memory} MB")
+    print(f"{written}  seed {seed}  {total:.1f} s  peak memory {memory} MB")
 
 
 def shipped_model() -> Path:
@@ -111,13 +108,3 @@ def shipped_model() -> Path:
 def default_output(prompt: str, seed: int, num_frames: int | None) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "clip"
     return f"outputs/{name}-{seed}{'.png' if num_frames == 1 else '.mp4'}"
-
-
-def peak_memory_mb(device) -> int:
-    """Peak memory of this process, on the GPU if the model is there."""
-    if device.type == "cuda":
-        import torch
-
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

@@ -48,9 +48,7 @@ class Source(Protocol):
 class WorldSource:
     """The endless small worlds as a source; `scenes` limits it to the first so many."""
 
-    def __init__(
-        self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict
-    ):
+    def __init__(self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict):
         try:
             self.videos = Worlds(
                 **{"seed": seed, "height": height, "width": width, "num_frames": num_frames, "fps": fps, **options}
@@ -76,7 +74,10 @@ class StepShape:
 
 
 class Curriculum:
-    """Stages in order -> the shape of each step. `stages` hold steps, image_share, batch_size, image_batch_size; the last has no end."""
+    """Stages in order -> the shape of each step.
+
+    `stages` hold steps, image_share, batch_size and image_batch_size; the last has no end.
+    """
 
     def __init__(self, stages: list, batch_size: int):
         self.spans = []
@@ -102,16 +103,12 @@ class Curriculum:
 
     @property
     def batch_sizes(self) -> set[int]:
-        return {
-            size
-            for _, share, videos, images in self.spans
-            for size in ([videos] * (share < 1) + [images] * (share > 0))
-        }
+        return {size for _, share, videos, images in self.spans for size in ([videos] * (share < 1) + [images] * (share > 0))}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a step. Every tensor is [B, ...]; `targets` [B, L] is IGNORED where nothing is to predict."""
+    """One process's part of a step. Every tensor is [B, ...]; `targets` [B, L] is IGNORED where nothing is asked."""
 
     step: int
     kind: str

@@ -11,7 +11,8 @@ _OBJECT = re.compile(
     rf"(?:(?:an?|one|the)\s+)?"
     rf"(?:digit\s+(?P<digit>\d)|(?:(?P<size>{'|'.join(SIZES)})\s+)?(?:(?P<colour>{'|'.join(COLOURS)})\s+)?"
     rf"(?P<shape>{'|'.join(SHAPES)}))"
-    rf"(?:\s+(?:(?:{'|'.join(VERBS)})\s+(?P<way>{'|'.join(DIRECTIONS)})|stays\s+(?P<still>still)|(?P<growth>{'|'.join(GROWTH)})))?"
+    rf"(?:\s+(?:(?:{'|'.join(VERBS)})\s+(?P<way>{'|'.join(DIRECTIONS)})"
+    rf"|stays\s+(?P<still>still)|(?P<growth>{'|'.join(GROWTH)})))?"
 )
 _GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join(BACKGROUNDS)})\s+background)?\s*\.?$")
 

@@ -40,7 +40,8 @@ def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform numbers in [0, 1)."""
     tiny = torch.finfo(torch.float32).tiny
-    return -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+    exponential = -torch.log(uniform.clamp(min=tiny))
+    return -torch.log(exponential.clamp(min=tiny))
 
 
 def least_confident(log_prob: Tensor, uniform: Tensor, temperature: float, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What the training loop trains: the decoder on masked codes (AR-DF, reference section 5).
 
 This is the only part of `training/` that knows the model. The loop asks a task for `build_model`, `batch`, `losses`,
-`export` and `check`.
+`export` and `identity`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, Batch, StepShape, WorldSource, sample_generator, sample_index
@@ -21,6 +22,8 @@ from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_s
 from lumos.training.settings import TrainingSettings
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
+
+TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
 class ArdfTask:
@@ -85,16 +88,18 @@ class ArdfTask:
         state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
         model.load_state_dict(state, assign=True)
         model.config.dtype = dtype
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
+        if bars:
+            transformers_logging.enable_progress_bar()
         self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit: the model's config."""
         config = self.config.to_dict()
-        return {
-            key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")
-        }
+        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
 
     def _model_config(self) -> LumosConfig:
         model = self.settings.model
@@ -114,7 +119,7 @@ class ArdfTask:
             raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
         if not Path(folder).exists():
             raise UserError(
-                f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos train-{'tokenizer' if kind == 'video' else 'text-tokenizer'}`"
+                f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`"
             )
         return folder
 
@@ -132,14 +137,10 @@ class ArdfTask:
                     f"tokenizer.video {video} has {name} {of_tokenizer}, the model {of_model}; set model.overrides.{name}"
                 )
         if (data.num_frames - 1) % config.temporal_compression:
-            raise UserError(
-                f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}"
-            )
+            raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
         for name in ("height", "width"):
             if getattr(data, name) % config.pixels_per_size_unit:
-                raise UserError(
-                    f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}"
-                )
+                raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
 
     @torch.no_grad()
     def _encode(self, frames: list) -> Tensor:
@@ -156,9 +157,7 @@ class ArdfTask:
         text_ids = None
         if not (dropout and drop):
             size = {"height": settings.data.height, "width": settings.data.width}
-            text_ids = self.text_tokenizer.encode(
-                prompt_text(self.config, caption, num_frames=num_frames, fps=fps, **size)
-            )
+            text_ids = self.text_tokenizer.encode(prompt_text(self.config, caption, num_frames=num_frames, fps=fps, **size))
         duration, fps = clip_header(num_frames, fps)
         ids = build_sequence(text_ids, codes, fps=fps, duration=duration, config=self.config)
         masked = mask_sequence(

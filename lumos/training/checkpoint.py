@@ -124,9 +124,7 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def check_fits(
-    folder: Path, state: dict[str, Any], *, identity: dict[str, Any], engine: str, world: int, max_steps: int
-) -> None:
+def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], engine: str, world: int, max_steps: int) -> None:
     """UserError, with the remedy, if a checkpoint is of another model, another engine or a longer run."""
     remedy = f"name another training.output_dir, or move {folder.parent} away"
     now, before = json.loads(json.dumps(identity)), state["identity"]

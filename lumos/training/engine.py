@@ -67,9 +67,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, which: str) -> list[
 def make_optimizer(model: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
     training = settings.training
     groups = parameter_groups(model, training.weight_decay, training.decay_parameters)
-    return torch.optim.AdamW(
-        groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda")
-    )
+    return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
 
 
 def start_processes(settings: TrainingSettings, device: torch.device) -> None:
@@ -134,7 +132,10 @@ class PlainEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """Clip, update, forget the gradients; returns the norm before clipping. RunError, before the update, if it is not finite."""
+        """Clip, update, forget the gradients; returns the norm before clipping.
+
+        RunError, before the update, if the norm is not finite.
+        """
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
         if not math.isfinite(norm):
             raise RunError(f"the gradient norm is {norm}")

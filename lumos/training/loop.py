@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import platform
 import shutil
 import time
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lumos.data.loader import VALIDATION_STEP, Batch, Curriculum, StepShape, prefetched
+from lumos.data.loader import Batch, Curriculum, StepShape, prefetched
 from lumos.errors import RunError, UserError
+from lumos.files import check_writable, write_json
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
@@ -25,6 +27,7 @@ from lumos.training.interrupt import Interrupt
 from lumos.training.logging import Meter, RunLog, memory_bytes
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
+from lumos.training.validation import Validation, sums_by_frame
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,11 +53,17 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
 
     Returns a summary: steps, loss, seconds, output_dir, checkpoint, export, stopped_by. SIGTERM and SIGINT finish the
     step, save and return with `stopped_by` set. Raises UserError for settings that cannot work, RunError for a loss or
-    gradient that is not finite (before the update) and for checkpoints that cannot be read.
+    gradient that is not finite (before the update) and for checkpoints that cannot be read or written.
     """
+    check_writable(settings.output_dir / "log.jsonl")
     device = pick_device(settings.training.device)
     start_processes(settings, device)
-    run = Run(settings, ArdfTask(settings, device), device)
+    return run_task(settings, ArdfTask(settings, device), device)
+
+
+def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:
+    """`train` for any task."""
+    run = Run(settings, task, device)
     try:
         return run.train()
     finally:
@@ -62,32 +71,29 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
 
 
 class Run:
-    """One training run of one process."""
+    """One process's part of a training run. `step` counts the optimizer steps done."""
 
     def __init__(self, settings: TrainingSettings, task: Task, device: torch.device):
+        training = settings.training
         self.settings, self.task = settings, task
-        self.curriculum = Curriculum(settings.data.stages, settings.training.batch_size)
+        self.curriculum = Curriculum(settings.data.stages, training.batch_size)
         self.engine = make_engine(task.build_model(), settings, device)
-        self._check_sizes()
-        decay = settings.training.ema_decay
-        self.ema = Ema(self.engine.local_parameters(), decay) if decay else None
+        for size in sorted(self.curriculum.batch_sizes):
+            if size % self.engine.world:
+                raise UserError(f"batch_size {size} is not a multiple of the {self.engine.world} processes that share it")
+        self.ema = Ema(self.engine.local_parameters(), training.ema_decay) if training.ema_decay else None
+        self.validation = Validation(task, self.curriculum.kinds, settings)
         self.checkpoints = settings.output_dir / "checkpoints"
         self.meter = Meter()
+        self.loss = math.nan
         self.step = self._resume()
-        self.validation: dict[str, list[tuple[Batch, bool]]] = {}
-        self.log = RunLog(
-            settings.output_dir,
-            first_step=self.step,
-            max_steps=settings.training.max_steps,
-            enabled=self.engine.rank == 0,
-        )
-        self.log.write(
-            event="start", step=self.step, settings=settings.to_dict(), world=self.engine.world, **_versions()
-        )
+        self.log = RunLog(settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=self.engine.rank == 0)
+        self.log.write(event="start", step=self.step, settings=settings.to_dict(), world=self.engine.world, **versions())
         if self.step:
             self.log.say(f"resumed from step {self.step} in {self.checkpoints}")
 
     def train(self) -> dict[str, Any]:
+        """Do the steps that are left; returns the summary."""
         training, data = self.settings.training, self.settings.data
         started = saved_at = tick = time.monotonic()
         saved = self.step
@@ -101,18 +107,16 @@ class Run:
             for batch in batches:
                 waited = time.monotonic() - tick
                 minutes = (time.monotonic() - saved_at) / 60
-                due = bool(training.save_every_minutes) and minutes >= training.save_every_minutes
-                loss, stop, due = self._train_step(batch, bool(interrupt.name), due)
-                self.step += 1
-                now = time.monotonic()
+                due = 0 < training.save_every_minutes <= minutes
+                stop, due = self._train_step(batch, bool(interrupt.name), due)
                 self.meter.add("data_wait", waited)
-                self.meter.add("seconds", now - tick)
-                tick = now
-                self._report(loss)
+                self.meter.add("seconds", time.monotonic() - tick)
+                tick = time.monotonic()
+                self._report()
                 if training.eval_every and self.step % training.eval_every == 0:
                     self.log.write(step=self.step, **self.validate())
                 if stop or due or (training.save_every_steps and self.step % training.save_every_steps == 0):
-                    self.save(export=training.export_every_save)
+                    self.save(export=training.export_every_save and not stop)
                     saved, saved_at = self.step, time.monotonic()
                 if stop:
                     batches.close()
@@ -121,36 +125,62 @@ class Run:
                 self.save(export=False)
         finished = self.step >= training.max_steps
         summary = {
-            "steps": self.step, "seconds": round(time.monotonic() - started, 1), "output_dir":
-            str(self.settings.output_dir), "checkpoint": str(checkpoint.checkpoint_folder(self.checkpoints,
-            self.step)), "export": str(self.export()) if finished else None,
-            "loss": self.last_loss, "stopped_by": None if finished else interrupt.name,
-        }  # fmt: skip
+            "steps": self.step,
+            "loss": self.loss,
+            "seconds": round(time.monotonic() - started, 1),
+            "output_dir": str(self.settings.output_dir),
+            "checkpoint": str(checkpoint.checkpoint_folder(self.checkpoints, self.step)),
+            "export": str(self.export()) if finished else None,
+            "stopped_by": None if finished else interrupt.name,
+        }
         self.log.write(event="end", step=self.step, **{k: v for k, v in summary.items() if k != "steps"})
+        if finished:
+            self.log.say(f"{self.step} steps done; the model is in {summary['export']}")
+        else:
+            self.log.say(f"stopped after step {self.step}; the same command continues from {summary['checkpoint']}")
         return summary
-
-    last_loss: float | None = None
 
     def _batch(self, step: int) -> Batch:
         shape = self.curriculum(step)
         local = shape.batch_size // self.engine.world
         return self.task.batch(step, shape, range(self.engine.rank * local, (self.engine.rank + 1) * local))
 
-    def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[float, bool, bool]:
-        """One optimizer step: (loss of the global batch, whether any process was told to stop, whether to save)."""
-        training, engine = self.settings.training, self.engine
+    def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
+        """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
+        engine = self.engine
         count, tokens, stops, dues = engine.all_sum(
             torch.tensor([batch.supervised, batch.tokens, stop, due and engine.rank == 0], dtype=torch.float64)
         ).tolist()
         sums = torch.zeros(2, self.task.num_frames, dtype=torch.float64)  # loss, positions of each latent frame
-        micro_batches = batch.micro_batches(training.micro_batch_size)
+        micro_batches = batch.micro_batches(self.settings.training.micro_batch_size)
         for i, micro in enumerate(micro_batches):
             losses, frames = self._losses(micro)
-            sums += _sums_by_frame(losses, frames, self.task.num_frames)
+            sums += sums_by_frame(losses, frames, self.task.num_frames)
             engine.backward(losses.sum() / count, last=i + 1 == len(micro_batches))
         sums = engine.all_sum(sums)
-        loss = float(sums[0].sum() / sums[1].sum())
-        lr = learning_rate(
+        self.loss = float(sums[0].sum() / count)
+        lr = self._learning_rate()
+        norm = self._update(lr, batch)
+        self.step += 1
+        if self.ema:
+            self.ema.update(engine.local_parameters(), self.step)
+        values = {"loss": self.loss, f"loss_{batch.kind}": self.loss, "grad_norm": norm, "tokens": tokens, "lr": lr}
+        for key, value in values.items():
+            self.meter.add(key, value)
+        if batch.kind == "video":
+            for frame, (total, positions) in enumerate(sums.T.tolist()):
+                self.meter.add(f"frame/{frame}", total / max(positions, 1), positions)
+        self.log.progress(self.loss, lr)
+        return stops > 0, dues > 0
+
+    def _losses(self, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        micro = {name: tensor.to(self.engine.device) for name, tensor in micro.items()}
+        with self.engine.autocast():
+            return self.task.losses(self.engine.model, micro)
+
+    def _learning_rate(self) -> float:
+        training = self.settings.training
+        return learning_rate(
             self.step,
             lr=training.lr,
             min_lr=training.min_lr,
@@ -159,113 +189,71 @@ class Run:
             schedule=training.schedule,
             decay_steps=training.decay_steps,
         )
+
+    def _update(self, lr: float, batch: Batch) -> float:
+        """The optimizer's part of a step; the gradient norm. RunError, with the clips in the log, if not finite."""
         try:
-            if not math.isfinite(loss):
-                raise RunError(f"the loss is {loss}")
-            norm = engine.step(lr)
+            if not math.isfinite(self.loss):
+                raise RunError(f"the loss is {self.loss}")
+            return self.engine.step(lr)
         except RunError as error:
             self.log.write(event="not_finite", step=self.step + 1, error=str(error), clips=batch.names)
             raise RunError(
-                f"step {self.step + 1}: {error}; the weights were not updated, the clips are named in {self.log.path}; "
+                f"step {self.step + 1}: {error}; the weights were not updated; the clips are named in {self.log.path}; "
                 "resume with a lower training.lr or training.clip_grad"
             ) from error
-        if self.ema:
-            self.ema.update(engine.local_parameters(), self.step + 1)
-        for key, value in {"loss": loss, f"loss_{batch.kind}": loss, "grad_norm": norm, "tokens": tokens}.items():
-            self.meter.add(key, value)
-        for frame, (total, positions) in enumerate(sums.T.tolist()):
-            if positions and batch.kind == "video":
-                self.meter.add(f"frame/{frame}", total / positions, positions)
-        self.lr, self.last_loss = lr, loss
-        return loss, stops > 0, dues > 0
 
-    def _losses(self, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        micro = {name: tensor.to(self.engine.device) for name, tensor in micro.items()}
-        with self.engine.autocast():
-            return self.task.losses(self.engine.model, micro)
-
-    def _report(self, loss: float) -> None:
-        self.log.progress(loss, self.lr)
+    def _report(self) -> None:
         if self.step % self.settings.training.log_every:
             return
         means = self.meter.means()
         self.meter = Meter()
-        frames = [means[f"frame/{k}"] for k in range(self.task.num_frames) if f"frame/{k}" in means]
-        seconds, tokens = means.pop("seconds"), means.pop("tokens")
-        self.log.write(
-            step=self.step,
-            lr=self.lr,
-            **{k: v for k, v in means.items() if not k.startswith("frame/")},
-            frame_loss=frames,
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            memory_bytes=memory_bytes(self.engine.device),
-            time=time.time(),
-        )
+        frames = [means.pop(f"frame/{k}") for k in range(self.task.num_frames) if f"frame/{k}" in means]
+        tokens_per_second = means.pop("tokens") / means["seconds"]
+        memory = memory_bytes(self.engine.device)
+        extra = {"frame_loss": frames, "tokens_per_second": tokens_per_second, "memory_bytes": memory}
+        self.log.write(step=self.step, **means, **extra, time=time.time())
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss on the fixed clips with their fixed masks, by kind, with the current and the averaged weights."""
-        results = {}
-        self.engine.module.eval()
-        for kind in self.curriculum.kinds:
-            results[f"val_loss_{kind}"] = self._validation_loss(kind)
+        """Validation losses by kind, with the current weights and, as `..._ema`, with the averaged ones."""
+        results = self.validation.losses(self.engine, self._losses)
         if self.ema:
             with self._averaged_weights():
-                for kind in self.curriculum.kinds:
-                    results[f"val_loss_{kind}_ema"] = self._validation_loss(kind)
-        self.engine.module.train()
+                averaged = self.validation.losses(self.engine, self._losses)
+            results |= {f"{name}_ema": value for name, value in averaged.items()}
         return results
-
-    def _validation_loss(self, kind: str) -> float:
-        if kind not in self.validation:
-            self.validation[kind] = self._validation_batches(kind)
-        sums = torch.zeros(2, self.task.num_frames, dtype=torch.float64)
-        for batch, counts in self.validation[kind]:
-            losses, frames = self._losses(batch.tensors)
-            sums += _sums_by_frame(losses, frames, self.task.num_frames) * counts
-        sums = self.engine.all_sum(sums)
-        return float(sums[0].sum() / sums[1].sum())
-
-    def _validation_batches(self, kind: str) -> list[tuple[Batch, bool]]:
-        """This process's share. All have equally many batches, as ZeRO-3 needs; the surplus ones are marked not to count."""
-        clips, world, rank = self.settings.data.validation_clips, self.engine.world, self.engine.rank
-        size = min(self.settings.training.micro_batch_size or 16, clips)
-        starts = list(range(0, clips, size))
-        rounds = math.ceil(len(starts) / world)
-        mine = [
-            (starts[i] if i < len(starts) else 0, i < len(starts)) for i in range(rank * rounds, (rank + 1) * rounds)
-        ]
-        shape = StepShape(kind, clips)
-        return [
-            (self.task.batch(VALIDATION_STEP, shape, range(start, min(start + size, clips)), dropout=False), counts)
-            for start, counts in mine
-        ]
 
     def save(self, export: bool) -> Path:
         """Write a checkpoint of the current step; with `export` the model folder too."""
-        engine, rank = self.engine, self.engine.rank
-        if rank == 0:
-            checkpoint.begin(self.checkpoints, self.step)
-        engine.barrier()
-        folder = checkpoint.writing_folder(self.checkpoints, self.step)
-        tensors = engine.state() | checkpoint.random_state() | (self.ema.state() if self.ema else {})
-        checkpoint.save_tensors(folder, rank, tensors)
-        engine.save_files(folder)
-        engine.barrier()
-        if rank == 0:
-            state = {
-                "settings": self.settings.to_dict(), "identity": self.task.identity(), "engine": engine.kind, "world":
-                engine.world, "meter": self.meter.sums, **_versions(),
-            }  # fmt: skip
-            checkpoint.finish(self.checkpoints, folder, self.step, state, self.settings.training.keep_last)
+        engine = self.engine
+        try:
+            if engine.rank == 0:
+                checkpoint.begin(self.checkpoints, self.step)
+            engine.barrier()
+            folder = checkpoint.writing_folder(self.checkpoints, self.step)
+            tensors = engine.state() | checkpoint.random_state() | (self.ema.state() if self.ema else {})
+            checkpoint.save_tensors(folder, engine.rank, tensors)
+            engine.save_files(folder)
+            engine.barrier()
+            if engine.rank == 0:
+                state = {
+                    "settings": self.settings.to_dict(),
+                    "identity": self.task.identity(),
+                    "engine": engine.kind,
+                    "world": engine.world,
+                    "meter": self.meter.sums,
+                    **versions(),
+                }
+                checkpoint.finish(self.checkpoints, folder, self.step, state, self.settings.training.keep_last)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"the checkpoint of step {self.step} cannot be written: {error}; older ones are kept") from error
         engine.barrier()
         if export:
             self.export()
         return checkpoint.checkpoint_folder(self.checkpoints, self.step)
 
     def export(self) -> Path:
-        """Write <output_dir>/export, with the averaged weights if there are any; replaces the one before when it is whole."""
+        """Write <output_dir>/export, with the averaged weights if there are any, and put it in place when it is whole."""
         target = self.settings.output_dir / "export"
         with self._averaged_weights():
             weights = self.engine.gathered()
@@ -275,16 +263,11 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
             writing.mkdir(parents=True)
             self.task.export(weights, writing, EXPORT_DTYPES[self.settings.training.export_dtype])
-            facts = {
-                "steps": self.step,
-                "averaged": self.ema is not None,
-                "settings": self.settings.to_dict(),
-                **_versions(),
-            }
-            (writing / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            facts = {"steps": self.step, "averaged": self.ema is not None, "settings": self.settings.to_dict()}
+            write_json(writing / "training.json", facts | versions())
             if target.exists():
-                target.rename(old)
-            writing.rename(target)
+                os.replace(target, old)
+            os.replace(writing, target)
             shutil.rmtree(old, ignore_errors=True)
         self.engine.barrier()
         return target
@@ -320,28 +303,16 @@ class Run:
         tensors = checkpoint.load_tensors(folder, self.engine.rank)
         self.engine.load_state(tensors)
         self.engine.load_files(folder)
-        if self.ema and any(name.startswith("ema.") for name in tensors):
-            self.ema.load_state(tensors)
+        if self.ema:
+            averaged = any(name.startswith("ema.") for name in tensors)
+            self.ema = self.ema if averaged else Ema(self.engine.local_parameters(), self.ema.decay)
+            if averaged:
+                self.ema.load_state(tensors)
         checkpoint.set_random_state(tensors)
         self.meter = Meter(state["meter"])
         return state["step"]
 
-    def _check_sizes(self) -> None:
-        for size in sorted(self.curriculum.batch_sizes):
-            if size % self.engine.world:
-                raise UserError(
-                    f"batch_size {size} cannot be shared by {self.engine.world} processes; take a multiple of {self.engine.world}"
-                )
 
-
-def _sums_by_frame(losses: Tensor, frames: Tensor, num_frames: int) -> Tensor:
-    """float64 [2, t] on the CPU: sum of losses and number of positions of each latent frame."""
-    sums = torch.zeros(2, num_frames, dtype=torch.float64)
-    frames = frames.cpu()
-    sums[0].index_add_(0, frames, losses.detach().double().cpu())
-    sums[1] = torch.bincount(frames, minlength=num_frames)
-    return sums
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a run's files say about the software that made them."""
     return {"python": platform.python_version(), "torch": torch.__version__}

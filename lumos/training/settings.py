@@ -18,7 +18,7 @@ from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
 @dataclass
 class ModelSettings:
-    preset: str = setting("tiny", "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
+    preset: str | None = setting(None, "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
     from_: str | None = setting(None, "model folder whose weights and config to start from, instead of a preset")
 
@@ -31,15 +31,11 @@ class TokenizerSettings:
 
 @dataclass
 class StageSettings:
-    steps: int | None = setting(
-        None, "optimizer steps of this stage; null in the last stage: up to training.max_steps", low=1
-    )
+    steps: int | None = setting(None, "optimizer steps of this stage; null in the last stage: up to training.max_steps", low=1)
     image_share: float = setting(
         0.0, "share of the steps whose batch holds pictures (one-frame clips); published: 1, then 0.5", low=0, high=1
     )
-    batch_size: int | None = setting(
-        None, "clips in a video step, over all processes; default: training.batch_size", low=1
-    )
+    batch_size: int | None = setting(None, "clips in a video step, over all processes; default: training.batch_size", low=1)
     image_batch_size: int | None = setting(
         None,
         "pictures in an image step, over all processes; default: batch_size (published: 6 pictures for 1 clip)",
@@ -57,22 +53,16 @@ class DataSettings:
     fps: int = setting(8, "frames per second of the clips", low=1)
     scenes: int | None = setting(None, "use only this many different scenes, over and over; null: endless", low=1)
     stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
-    workers: int = setting(
-        1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0
-    )
+    workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
     prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
     validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1)
 
 
 @dataclass
 class MaskingSettings:
-    kind: str = setting(
-        "tube", "mask pattern (published: tube)", choices=("tube", "random", "diffusion_forcing", "tube_decay")
-    )
+    kind: str = setting("tube", "mask pattern (published: tube)", choices=("tube", "random", "diffusion_forcing", "tube_decay"))
     min_ratio: float = setting(0.7, "lowest share of masked tokens in a clip (published 0.7)", low=0, high=1)
-    text_dropout: float = setting(
-        0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1
-    )
+    text_dropout: float = setting(0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1)
 
 
 @dataclass
@@ -83,9 +73,7 @@ class OptimizationSettings:
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
     warmup_steps: int = setting(100, "steps of linear warm-up", low=0)
-    schedule: str = setting(
-        "cosine", "shape after the warm-up (published: constant)", choices=("constant", "cosine", "wsd")
-    )
+    schedule: str = setting("cosine", "shape after the warm-up (published: constant)", choices=("constant", "cosine", "wsd"))
     decay_steps: int | None = setting(None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1)
     weight_decay: float = setting(0.1, "decoupled weight decay of AdamW (published 0.1)", low=0)
     decay_parameters: str = setting("matrices", "which parameters decay (published: all)", choices=("matrices", "all"))
@@ -102,9 +90,7 @@ class OptimizationSettings:
         choices=("auto", "fp32", "bf16"),
     )
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    activation_checkpointing: bool = setting(
-        False, "recompute each layer in the backward pass to save memory (published: on)"
-    )
+    activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
     output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name of the config>")
     log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1)
     eval_every: int = setting(0, "steps between validation losses; 0: never", low=0)
@@ -112,9 +98,7 @@ class OptimizationSettings:
     save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: not by time", low=0)
     keep_last: int = setting(2, "complete checkpoints to keep (published 20)", low=1)
     export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
-    export_dtype: str = setting(
-        "float32", "number format of exported weights", choices=("float32", "float16", "bfloat16")
-    )
+    export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "float16", "bfloat16"))
 
 
 @dataclass
@@ -168,6 +152,13 @@ def build_settings(raw: dict[str, Any]) -> TrainingSettings:
 
 def _check(settings: TrainingSettings) -> None:
     training, stages = settings.training, settings.data.stages
+    if (settings.model.preset is None) == (settings.model.from_ is None):
+        raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
+    for i, stage in enumerate(stages):
+        if stage.image_batch_size is not None and stage.image_share == 0:
+            raise UserError(f"data.stages[{i}].image_batch_size has no effect with image_share 0; set image_share too")
+    if training.schedule == "constant" and training.min_lr not in (0, training.lr):
+        raise UserError(f"training.min_lr {training.min_lr} has no effect with training.schedule=constant; leave it out")
     for i, stage in enumerate(stages[:-1]):
         if stage.steps is None:
             raise UserError(f"data.stages[{i}].steps is missing; only the last stage may leave it out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -29,9 +30,7 @@ WORDS = {
 }
 
 
-def setting(
-    default: Any, meaning: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None
-):
+def setting(default: Any, meaning: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None):
     """A dataclass field with its one-line meaning and the allowed values; `low` and `high` are inclusive."""
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
     if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
@@ -98,9 +97,7 @@ def build(cls: type, raw: Any, path: str = "") -> Any:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f", did you mean {near[0]}?" if near else ";"
-            raise UserError(
-                f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}"
-            )
+            raise UserError(f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in raw.items():
@@ -148,9 +145,8 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, (int, float)):
             continue
-        # Written so that nan fails too.
-        if (low is not None and not number >= low) or (high is not None and not number <= high):
-            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+        if not math.isfinite(number) or (low is not None and not number >= low) or (high is not None and not number <= high):
+            limits = f"between {low} and {high}" if high is not None else f"a finite number of {low} or more"
             raise UserError(f"{path} is {number}; it must be {limits}")
 
 

@@ -41,9 +41,7 @@ def still(shape: str, x: float, y: float, radius: float, colour="white", backgro
 @given(INDEX, st.sampled_from(["train", "held_out", "all"]), st.sampled_from([1, 5, 17, 33, 65]), CANVAS)
 def test_objects_stay_inside_the_canvas_and_apart(index, split, num_frames, canvas):
     height, width = canvas
-    scene = sample_scene(
-        3, index, split=split, num_frames=num_frames, height=height, width=width, share_two=0.5, share_digits=0.2
-    )
+    scene = sample_scene(3, index, split=split, num_frames=num_frames, height=height, width=width, share_two=0.5, share_digits=0.2)
     video = render(scene)
     assert video.shape == (num_frames, height, width, 3)
     assert video.dtype == np.uint8
@@ -131,9 +129,7 @@ def test_held_out_combinations_by_split():
 
 def test_digit_images_of_the_splits_are_disjoint():
     used = {
-        split: {
-            s.things[0].digit_image for s in (sample_scene(0, i, split=split, kinds=["digits"]) for i in range(300))
-        }
+        split: {s.things[0].digit_image for s in (sample_scene(0, i, split=split, kinds=["digits"]) for i in range(300))}
         for split in ("train", "held_out")
     }
     assert not used["train"] & used["held_out"]

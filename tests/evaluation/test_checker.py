@@ -174,9 +174,7 @@ def test_a_scene_is_checked_beyond_its_caption():
     assert {"colour", "size", "motion", "background"} <= set(check_clip(render(scene), scene))
 
 
-@pytest.mark.parametrize(
-    "video", [np.zeros((64, 64, 3), np.uint8), np.zeros((1, 8, 8, 3)), np.zeros((0, 8, 8, 3), np.uint8)]
-)
+@pytest.mark.parametrize("video", [np.zeros((64, 64, 3), np.uint8), np.zeros((1, 8, 8, 3)), np.zeros((0, 8, 8, 3), np.uint8)])
 def test_other_arrays_are_refused(video):
     with pytest.raises(UserError, match="uint8"):
         inspect_clip(video)

@@ -1,0 +1,40 @@
+"""What a run was made with: versions, seconds since the process began, peak memory."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import psutil
+import torch
+import transformers
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide a result."""
+    import lumos
+
+    return {
+        "lumos": lumos.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def seconds_since_start() -> float:
+    """Wall seconds since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated on the GPU if the work is there, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
