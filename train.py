@@ -1,4 +1,4 @@
-"""`python train.py --config configs/training/tiny.yaml training.max_steps=200`, or `deepspeed --num_gpus 2 train.py --config ...`."""
+"""Train: `python train.py --config configs/training/tiny.yaml`, or `deepspeed --num_gpus 2 train.py --config ...`."""
 
 from __future__ import annotations
 

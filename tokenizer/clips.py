@@ -65,9 +65,7 @@ def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError(
-                f"film {source!r} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}"
-            )
+            raise UserError(f"film {source!r} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
     return [path for path in found if path.name.startswith(HELD_OUT_FILM) == held_out]
 
 
@@ -147,9 +145,7 @@ class TrainingClips:
             if picture_is_world[-1]:
                 pictures.append(self._world(step, self.batch_size + slot)[rng.integers(self.num_frames), None])
             else:
-                pictures.append(
-                    self._real_clip(rng)[:1] if not self.photographs else self._photograph(rng, moving=False)
-                )
+                pictures.append(self._real_clip(rng)[:1] if not self.photographs else self._photograph(rng, moving=False))
         empty = torch.empty(0, 3, 1, self.height, self.width)
         return Batch(
             to_video(clips), torch.tensor(clip_is_world),
@@ -169,9 +165,7 @@ class TrainingClips:
         film = self.films[rng.integers(len(self.films))]
         start = rng.integers(len(film) - self.num_frames + 1)
         box = self._window(rng, film.shape[2], film.shape[1])
-        return self._cut(
-            [Image.fromarray(frame) for frame in film[start : start + self.num_frames]], [box] * self.num_frames
-        )
+        return self._cut([Image.fromarray(frame) for frame in film[start : start + self.num_frames]], [box] * self.num_frames)
 
     def _photograph(self, rng: np.random.Generator, moving: bool) -> np.ndarray:
         photograph = self.photographs[rng.integers(len(self.photographs))]

@@ -48,9 +48,7 @@ class VideoTokenizerConfig:
     z_channels: int = 16  # encoder output channels
     z_factor: int = 1  # multiplies z_channels at the encoder's output
     num_groups: int = 1  # groups of the normalisations; the factorised network knows only 1
-    legacy_mode: bool = (
-        False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
-    )
+    legacy_mode: bool = False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
     spatial_compression: int = 8  # pixels per code along height and width
     temporal_compression: int = 4  # frames per latent frame after the first
     quantizer: str = "FSQ"
@@ -147,9 +145,7 @@ class VideoTokenizerConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known - BOOKKEEPING_KEYS)
         if unknown:
-            raise UserError(
-                f"unknown video tokenizer setting {', '.join(unknown)}: known are {', '.join(sorted(known))}"
-            )
+            raise UserError(f"unknown video tokenizer setting {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Video tokenizer folders: find, read, check and write them. Nothing here unpickles; TorchScript archives give their tensors only."""
+"""Video tokenizer folders: find, read, check and write them.
+
+Nothing here unpickles; TorchScript archives are read for their tensors only.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,7 @@ def find_tokenizer_folder(folder: Path) -> Path:
         if candidate.is_dir() and _weight_files(candidate):
             return candidate
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/"
-        )
+        raise FileNotFoundError(f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/")
     raise FileNotFoundError(
         f"no video tokenizer in {folder}: it needs config.json with {WEIGHTS}, or {' and '.join(JIT_PAIR)}, or {JIT_WHOLE}, "
         f"there or in its subfolder {SUBFOLDER}"

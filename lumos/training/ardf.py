@@ -118,9 +118,7 @@ class ArdfTask:
         if folder is None:
             raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
         if not Path(folder).exists():
-            raise UserError(
-                f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`"
-            )
+            raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
         return folder
 
     def _check_sizes(self, video: str) -> None:

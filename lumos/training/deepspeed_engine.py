@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -38,8 +39,6 @@ OWN_KEYS = {
 
 def connect(device: torch.device) -> None:
     """Join the processes. A run without a launcher becomes a group of one. UserError if DeepSpeed is not installed."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
         import deepspeed.ops
@@ -49,6 +48,11 @@ def connect(device: torch.device) -> None:
             "install it with pip install deepspeed, or run one process without the deepspeed section"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Of torch functions that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(here)))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -71,6 +75,8 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
             options = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"deepspeed.config {file} is not valid JSON: {error}") from error
+        if not isinstance(options, dict):
+            raise UserError(f"deepspeed.config {file} must hold keys with values, not a {type(options).__name__}")
     for key in options:
         if key in OWN_KEYS:
             raise UserError(f"deepspeed.config {file} sets {key}; leave it out, it follows from {OWN_KEYS[key]}")

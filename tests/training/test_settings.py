@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumos.errors import UserError
+from lumos.training.settings import TrainingSettings, build_settings, load_settings
+from lumos.training.yaml_settings import describe
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "training").glob("*.yaml"))
+SMALL = {"model": {"preset": "tiny"}}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {preset: tiny}\ntraining: {lr: 1e-3, max_steps: 500}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load_and_round_trip(path: Path):
+    settings = load_settings(path)
+    assert settings.name == path.stem
+    assert build_settings(settings.to_dict()) == settings
+
+
+def test_overrides_apply_in_order_and_by_type(config: Path):
+    settings = load_settings(
+        config,
+        ["training.max_steps=200", "training.max_steps=300", "model.overrides.hidden_size=64", "training.betas=[0.8, 0.9]",
+         "data.stages=[{steps: 10, image_share: 1}, {image_share: 0.5}]", "training.eps=1e-6"],
+    )  # fmt: skip
+    assert settings.training.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert settings.training.max_steps == 300
+    assert settings.model.overrides == {"hidden_size": 64}
+    assert settings.training.betas == (0.8, 0.9)
+    assert [stage.steps for stage in settings.data.stages] == [10, None]
+    assert settings.training.eps == 1e-6
+    assert settings.output_dir == Path("runs/small")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.max_step=5", ["training.max_step", "did you mean max_steps?", "batch_size"]),
+        ("trainings.max_steps=5", ["trainings", "did you mean training?"]),
+        ("training.max_steps=many", ["training.max_steps", "a whole number", "'many'"]),
+        ("training.max_steps=2.5", ["a whole number", "2.5"]),
+        ("training.max_steps=true", ["a whole number"]),
+        ("training.max_steps=0", ["training.max_steps", "1 or more"]),
+        ("training.lr=fast", ["a number"]),
+        ("training.lr=.nan", ["training.lr", "finite"]),
+        ("training.betas=[0.9]", ["training.betas", "2 values"]),
+        ("training.activation_checkpointing=1", ["true or false"]),
+        ("training.schedule=linear", ["constant, cosine, wsd"]),
+        ("masking.min_ratio=1.5", ["between 0 and 1"]),
+        ("data.stages=[{image_shares: 1}]", ["data.stages[0].image_shares", "image_share"]),
+        ("data.stages=[{image_share: 1}, {steps: 5}]", ["data.stages[0].steps"]),
+        ("data.stages=[{image_batch_size: 8}]", ["no effect"]),
+        ("training.min_lr=1", ["min_lr", "at most lr"]),
+        ("training.decay_steps=5", ["wsd"]),
+        ("training.ema_decay=1", ["0.999"]),
+        ("model.from=somewhere", ["model.preset", "model.from"]),
+        ("deepspeed.config=nowhere.json", ["nowhere.json"]),
+        ("max_steps", ["section.key=value"]),
+        ("name.x=1", ["name"]),
+        ("training=5", ["section with keys"]),
+        ("training.lr=[", ["not valid YAML"]),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong_and_allowed(config: Path, override: str, words: list[str]):
+    with pytest.raises(UserError) as error:
+        load_settings(config, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_files_that_are_no_config(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no config file.*configs/"):
+        load_settings(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    for text in ("a: [1", "- 1\n- 2", "\x00"):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=r"bad\.yaml"):
+            load_settings(bad)
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_any_unknown_key_is_refused(key: str):
+    known = {name.partition(".")[2].partition(".")[0] for name, _, _ in describe(TrainingSettings) if name.startswith("training.")}
+    if key not in known:
+        with pytest.raises(UserError, match="unknown key"):
+            build_settings({**SMALL, "training": {key: 1}})
+
+
+def test_every_setting_has_a_meaning():
+    entries = list(describe(TrainingSettings))
+    assert len({key for key, _, _ in entries}) == len(entries) > 40
+    assert all(len(meaning) > 10 for _, _, meaning in entries if _)

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_log import read_log
+from safetensors.torch import load_file
+
+from lumos import LumosForVideoGeneration
+from lumos.errors import RunError, UserError
+from lumos.training import checkpoint, loop
+from lumos.training.ardf import ArdfTask
+from lumos.training.ema import Ema
+from lumos.training.engine import parameter_groups, pick_precision
+from lumos.training.loop import Run, train
+from lumos.training.settings import build_settings
+
+CPU = torch.device("cpu")
+JOINT = {"stages": [{"steps": 2, "image_share": 1.0, "image_batch_size": 6}, {"image_share": 0.5}]}
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs but the closing of the log."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, where: str = "_report") -> None:
+    original = getattr(Run, where)
+
+    def killed(self: Run, *args, **kwargs):
+        if self.step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, where, killed)
+
+
+def test_it_learns_logs_and_exports(micro_settings, tmp_path: Path):
+    settings = micro_settings(
+        data={"scenes": 2, **JOINT}, training={"max_steps": 60, "log_every": 1, "eval_every": 30, "ema_decay": 0.9}
+    )
+    summary = train(settings)
+    losses = read_log(tmp_path / "run")
+    assert sorted(losses) == list(range(1, 61))
+    assert losses[1] == pytest.approx(math.log(1000), abs=0.3)
+    assert losses[60] < losses[1] - 1.5
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "start"
+    assert lines[0]["settings"] == settings.to_dict()
+    assert lines[-1]["event"] == "end"
+    video = next(line for line in lines if line.get("step") == 3 and "loss_video" in line)
+    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "data_wait", "memory_bytes"} <= video.keys()
+    assert len(video["frame_loss"]) == 2
+    assert min(video["frame_loss"]) <= video["loss"] <= max(video["frame_loss"])
+    evaluation = next(line for line in lines if line.get("step") == 60 and "val_loss_video" in line)
+    assert {"val_loss_image", "val_loss_image_ema", "val_loss_video_ema"} <= evaluation.keys()
+    assert (summary["steps"], summary["stopped_by"]) == (60, None)
+    folder = Path(summary["export"])
+    assert json.loads((folder / "training.json").read_text())["steps"] == 60
+    model = LumosForVideoGeneration.from_pretrained(folder)
+    saved = load_file(checkpoint.tensor_file(Path(summary["checkpoint"]), 0))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[f"ema.{name}"])
+        assert not torch.equal(parameter, saved[f"model.{name}"])
+
+
+def test_the_export_is_a_model_folder_that_generates(micro_settings):
+    from lumos import LumosPipeline
+
+    folder = train(micro_settings(training={"max_steps": 2, "export_dtype": "float16"}))["export"]
+    assert next(iter(load_file(Path(folder) / "model.safetensors").values())).dtype == torch.float16
+    clip = LumosPipeline.from_pretrained(folder)(
+        "a red circle", num_frames=5, height=32, width=32, num_inference_steps=2, seed=0
+    ).frames[0]
+    assert clip.shape == (5, 32, 32, 3)
+
+
+def gradients(settings) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, as the optimizer would get them."""
+    run = Run(settings, ArdfTask(settings, CPU), CPU)
+    found = {}
+
+    def keep(lr: float) -> float:
+        found.update({name: p.grad.clone() for name, p in run.engine.module.named_parameters()})
+        raise Killed
+
+    run.engine.step = keep
+    with pytest.raises(Killed):
+        run.train()
+    run.log.close()
+    return found
+
+
+def test_gradients_do_not_depend_on_micro_batches(micro_settings):
+    whole, *others = (gradients(micro_settings(training={"micro_batch_size": size})) for size in (None, 3, 2, 1))
+    for other in others:
+        for name, gradient in whole.items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_is_over_positions_not_over_micro_batches(micro_settings):
+    """Samples have different numbers of supervised positions, so a mean of means would be another number."""
+    settings = micro_settings(training={"max_steps": 1, "micro_batch_size": 1})
+    task = ArdfTask(settings, CPU)
+    batch = task.batch(0, loop.StepShape("video", 4), range(4))
+    model = task.build_model()
+    with torch.no_grad():
+        losses = [task.losses(model, micro)[0] for micro in batch.micro_batches(1)]
+    train(settings)
+    logged = read_log(settings.output_dir)[1]
+    assert logged == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
+    assert abs(logged - float(torch.stack([part.mean() for part in losses]).mean())) > 1e-5
+
+
+@pytest.mark.parametrize("variant", [{"data": {"workers": 2, "prefetch": 3}}, {"training": {"eval_every": 1, "ema_decay": 0.9}}])
+def test_losses_do_not_depend_on_workers_or_validation(micro_settings, tmp_path: Path, variant: dict):
+    train(micro_settings(data=JOINT))
+    other = {**variant, "data": {**JOINT, **variant.get("data", {})}}
+    other["training"] = {**variant.get("training", {}), "output_dir": str(tmp_path / "other")}
+    train(micro_settings(**other))
+    for key in ("loss", "grad_norm"):
+        assert read_log(tmp_path / "run", key) == read_log(tmp_path / "other", key)
+
+
+@pytest.mark.parametrize(("step", "where"), [(4, "_report"), (4, "save"), (6, "_report"), (6, "export")])
+def test_a_killed_run_continues_bitwise(micro_settings, tmp_path: Path, monkeypatch, step: int, where: str):
+    options = {"max_steps": 6, "save_every_steps": 2, "ema_decay": 0.9, "log_every": 3, "eval_every": 3}
+    train(micro_settings(data=JOINT, training=options))
+    broken = micro_settings(data=JOINT, training={**options, "output_dir": str(tmp_path / "broken")})
+    with monkeypatch.context() as patch:
+        kill_at(patch, step, where)
+        with pytest.raises(Killed):
+            train(broken)
+    torch.manual_seed(99)
+    train(broken)
+    for key in ("loss", "grad_norm", "lr", "val_loss_video", "val_loss_video_ema", "frame_loss"):
+        assert read_log(tmp_path / "run", key) == read_log(tmp_path / "broken", key)
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("run", "broken"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_sigkill_at_a_random_moment_loses_nothing(micro_settings, tmp_path: Path):
+    """A process of its own is killed while it saves at every step, then started again."""
+    settings = micro_settings(training={"max_steps": 20, "save_every_steps": 1, "ema_decay": 0.9})
+    train(settings)
+    raw = settings.to_dict()
+    raw["training"]["output_dir"] = str(tmp_path / "killed")
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    process = subprocess.Popen([sys.executable, "-m", "lumos", "train", "--config", str(config)], stderr=subprocess.PIPE)
+    log, wanted = tmp_path / "killed" / "log.jsonl", random.randint(2, 15)
+    while process.poll() is None and not (log.exists() and log.read_text().count('"grad_norm"') >= wanted):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert len(read_log(tmp_path / "killed")) < 20
+    train(build_settings(raw))
+    assert read_log(tmp_path / "killed") == read_log(tmp_path / "run")
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_finish_the_step_save_and_leave(micro_settings, tmp_path: Path, monkeypatch, number: signal.Signals):
+    train(micro_settings())
+    settings = micro_settings(training={"output_dir": str(tmp_path / "stopped")})
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        original = Run._report
+        patch.setattr(Run, "_report", lambda self: (original(self), os.kill(os.getpid(), number) if self.step == 2 else None))
+        summary = train(settings)
+    assert summary["stopped_by"] == number.name
+    assert summary["export"] is None
+    assert 2 <= summary["steps"] < 6
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert Path(summary["checkpoint"]).is_dir()
+    assert train(settings)["steps"] == 6
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_stops_before_the_update(micro_settings, tmp_path: Path, monkeypatch, what: str):
+    settings = micro_settings(training={"save_every_steps": 1})
+    original = ArdfTask.losses
+
+    def losses(self, model, micro):
+        values, frames = original(self, model, micro)
+        if model.training and run.step == 2:
+            # A finite loss with a gradient that is not: the square root's slope at 0.
+            values = values * math.nan if what == "loss" else values + (values * 0).sqrt()
+        return values, frames
+
+    monkeypatch.setattr(ArdfTask, "losses", losses)
+    run = Run(settings, ArdfTask(settings, CPU), CPU)
+    with pytest.raises(RunError, match=r"step 3.*not updated.*log\.jsonl"):
+        run.train()
+    run.log.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["event"] == "not_finite"
+    assert lines[-1]["clips"] == [f"worlds/0/{2 * 65536 + i}" for i in range(4)]
+    saved = load_file(checkpoint.tensor_file(checkpoint.checkpoint_folder(run.checkpoints, 2), 0))
+    for name, parameter in run.engine.module.named_parameters():
+        assert torch.equal(parameter, saved[f"model.{name}"])
+    assert checkpoint.latest(run.checkpoints)[1]["step"] == 2
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(micro_settings, tmp_path: Path, monkeypatch):
+    settings = micro_settings(training={"save_every_steps": 2})
+
+    def save_file(tensors, path):
+        if "00000004" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(tensors, path)
+
+    original = checkpoint.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_file)
+        with pytest.raises(RunError, match=r"step 4 cannot be written.*No space left"):
+            train(settings)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+    assert train(settings)["steps"] == 6
+
+
+def test_fine_tuning_starts_from_a_folder_and_its_tokenizers(micro_settings, tmp_path: Path):
+    first = train(micro_settings())["export"]
+    settings = micro_settings(
+        model={"from": first}, tokenizer={"video": None, "text": None}, training={"output_dir": str(tmp_path / "tuned"), "lr": 0.0}
+    )
+    second = train(settings)["export"]
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_of_another_run_is_refused(micro_settings):
+    train(micro_settings(training={"max_steps": 2}))
+    other = {"preset": "tiny", "overrides": {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}}
+    with pytest.raises(UserError, match=r"another model: hidden_size was 64, now 32; name another training\.output_dir"):
+        train(micro_settings(model=other))
+    with pytest.raises(UserError, match=r"past training\.max_steps"):
+        train(micro_settings(training={"max_steps": 1}))
+
+
+def test_an_output_folder_that_cannot_be_written(micro_settings, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, OSError)):
+        train(micro_settings(training={"output_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_which_parameters_decay(micro_settings):
+    model = ArdfTask(micro_settings(), CPU).build_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, rest = parameter_groups(model, 0.1, "matrices")
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all("norm" in names[id(p)] for p in rest["params"])
+    assert not [names[id(p)] for p in decayed["params"] if "norm" in names[id(p)]]
+    (everything,) = parameter_groups(model, 0.1, "all")
+    assert len(everything["params"]) == len(names) == len(decayed["params"]) + len(rest["params"])
+
+
+def test_averaged_weights_follow_the_rule():
+    weights = {"w": torch.zeros(2)}
+    ema, expected = Ema(weights, 0.6), 0.0
+    for step in range(1, 20):
+        weights["w"].fill_(step)
+        ema.update(weights, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.average["w"].tolist() == pytest.approx([expected] * 2)
+    ema.swap(weights)
+    assert weights["w"].tolist() == pytest.approx([expected] * 2)
+    ema.swap(weights)
+    assert weights["w"].tolist() == [19, 19]
+
+
+def test_precision_follows_the_device():
+    assert pick_precision("auto", CPU) == torch.float32
+    assert pick_precision("auto", torch.device("cuda")) == torch.bfloat16
+    assert pick_precision("bf16", CPU) == torch.bfloat16
+
+
+def test_bf16_and_recomputation_run(micro_settings, tmp_path: Path):
+    train(micro_settings(training={"max_steps": 2}))
+    for name, options in {"recomputed": {"activation_checkpointing": True}, "bf16": {"precision": "bf16"}}.items():
+        train(micro_settings(training={"max_steps": 2, "output_dir": str(tmp_path / name), **options}))
+        assert read_log(tmp_path / name)[2] == pytest.approx(
+            read_log(tmp_path / "run")[2], rel=1e-6 if name == "recomputed" else 0.01
+        )
