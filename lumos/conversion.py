@@ -26,17 +26,21 @@ IGNORED = re.compile(r"^(model\.vqmodel\.|.*rotary_emb\.)")
 QK_NORM = re.compile(r"\.self_attn\.[qk]_norm\.(weight|bias)$")
 
 
-def prepare_checkpoint(folder: str | os.PathLike, model_class: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+def prepare_checkpoint(
+    folder: str | os.PathLike | None, model_class: type, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike | None, dict[str, Any]]:
     """Check a local folder against the model that its config describes; returns the arguments to load it with.
 
-    Adds `state_dict` to them where the tensors need renaming or reshaping. Names that are no local folder are left to
-    the hub. UserError names missing files, shards, keys and wrong shapes.
+    Where tensors need renaming or reshaping these are a `state_dict` in place of the folder. Names that are no local
+    folder are left to the hub. UserError names missing files, shards, keys and wrong shapes.
     """
+    if folder is None:
+        return folder, kwargs
     path = Path(folder)
     if not path.is_dir():
         if path.suffix or path.is_absolute() or str(folder).startswith("."):
             raise UserError(f"no model folder at {folder}; give a folder with config.json and {WEIGHTS}")
-        return kwargs
+        return folder, kwargs
     config = kwargs.get("config") or LumosConfig.from_pretrained(existing_config(path))
     shapes = read_shapes(weight_files(path))
     with torch.device("meta"):
@@ -45,12 +49,12 @@ def prepare_checkpoint(folder: str | os.PathLike, model_class: type, kwargs: dic
     found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
     check_layout(path, found, expected)
     as_is = all(key == new and shapes[key] == found[new] for key, new in renamed.items())
-    if as_is or kwargs.get("state_dict") is not None:
-        return kwargs
+    if as_is:
+        return folder, kwargs
     tensors = {}
     for file in weight_files(path):
         tensors.update({renamed[k]: v.view(found[renamed[k]]) for k, v in load_file(file).items() if k in renamed})
-    return {**kwargs, "config": config, "state_dict": tensors}
+    return None, {**kwargs, "config": config, "state_dict": tensors}
 
 
 def existing_config(folder: Path) -> Path:

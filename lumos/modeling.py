@@ -189,8 +189,8 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LumosForVideoGeneration:
         """As in transformers, after a check of the folder: ValueError or FileNotFoundError names what is missing."""
-        kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name, kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

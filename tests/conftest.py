@@ -32,6 +32,33 @@ def micro_config(**overrides) -> LumosConfig:
     return LumosConfig.preset("tiny", **{**sizes, **overrides})
 
 
+@pytest.fixture(scope="session")
+def micro_folder(tmp_path_factory) -> Path:
+    """A whole model folder of random weights: 64 codes, 8 x 8 pixels a code, clips of 5 frames of 16 x 24 pixels."""
+    from lumos import LumosPipeline
+    from lumos.generation.settings import GenerationSettings
+    from lumos.pipeline import ClipDefaults
+    from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
+
+    torch.manual_seed(0)
+    video = VideoTokenizer(
+        VideoTokenizerConfig(
+            channels=8, channels_mult=(1, 2), num_res_blocks=1, spatial_compression=8, temporal_compression=4,
+            embedding_dim=3, levels=(4, 4, 4),
+        )
+    )  # fmt: skip
+    symbols = [f"<reserved{i:03d}>" for i in range(1, 255)]
+    captions = ["a red circle moves left on a gray background", "a small blue square grows", "the digit 7 moves up"]
+    text = TextTokenizer.train(captions, 600, reserved_symbols=symbols)
+    pipe = LumosPipeline(
+        LumosForVideoGeneration(micro_config()), text, video,
+        GenerationSettings(num_inference_steps=2, guidance_scale=2.0), ClipDefaults(5, 16, 24, 8, None),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "micro"
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def config() -> LumosConfig:
     return micro_config()

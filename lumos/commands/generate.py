@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
         dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
     )  # fmt: skip
+    check_output(output, args.num_frames or pipe.clip.num_frames)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     with tqdm(unit="step", desc="generating", file=sys.stderr, disable=None, leave=False) as bar:
 

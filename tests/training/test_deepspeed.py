@@ -43,7 +43,7 @@ def finished(runs: Path, micro_settings) -> Path:
     raw = settings.to_dict()
     (runs / "settings.json").write_text(json.dumps(raw))
     worker = Path(__file__).with_name("deepspeed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(worker)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     done = subprocess.run(
         [*command, str(runs / "settings.json"), str(runs), *STAGES], env=environment(), capture_output=True, text=True, timeout=300
     )

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel
+
+from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
+from lumos.errors import UserError
+from lumos.frames import from_uint8, to_uint8
+from lumos.pipeline import check_num_frames
+
+
+@pytest.fixture(scope="module")
+def pipe(micro_folder):
+    return LumosPipeline.from_pretrained(micro_folder, device="cpu")
+
+
+def picture(seed=0, height=16, width=24):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def film(frames, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (frames, 16, 24, 3), dtype=np.uint8)
+
+
+def own_reconstruction(pipe, frames):
+    codes = pipe.video_tokenizer.encode(from_uint8(frames)[None])
+    return to_uint8(pipe.video_tokenizer.decode(codes)[0])
+
+
+def test_text_to_video(pipe):
+    result = pipe("a red circle moves left", seed=3)
+    (clip,) = result.frames
+    assert (clip.dtype, clip.shape) == (np.uint8, (5, 16, 24, 3))
+    assert result.seeds == [3]
+    assert result.codes.shape == (1, 2, 2, 3)
+    again = pipe("a red circle moves left", seed=3).frames[0]
+    assert np.array_equal(clip, again)
+    assert not np.array_equal(clip, pipe("a red circle moves left", seed=4).frames[0])
+
+
+def test_every_size_and_setting_of_the_call(pipe):
+    result = pipe(
+        "x", num_frames=9, height=24, width=16, fps=4, num_inference_steps=3, guidance_scale=1.0, temperature=0.5, top_k=5,
+        top_p=0.9, history_mask_ratio=0.3, mask_given_frames=True, seed=0,
+    )  # fmt: skip
+    assert result.frames[0].shape == (9, 24, 16, 3)
+    assert result.settings["top_p"] == 0.9
+    assert result.settings["num_inference_steps"] == 3
+
+
+def test_text_to_image(pipe):
+    result = pipe("a red circle", num_frames=1, seed=0)
+    assert result.frames[0].shape == (1, 16, 24, 3)
+    assert result.settings["fps"] == 1
+
+
+def test_lists_make_one_clip_each_equal_to_single_calls(pipe):
+    prompts = ["a red circle moves left", "x", "the digit 7 moves up"]
+    together = pipe(prompts, seed=[5, 6, 7])
+    assert together.seeds == [5, 6, 7]
+    for prompt, seed, clip in zip(prompts, together.seeds, together.frames, strict=True):
+        assert np.array_equal(pipe(prompt, seed=seed).frames[0], clip)
+    assert pipe("x", seed=[1, 2]).seeds == [1, 2]
+    assert pipe(["x", "y"], seed=8).seeds == [8, 9]
+
+
+def test_image_to_video_keeps_the_first_frame(pipe):
+    image = picture()
+    clip = pipe("x", image=image, seed=1).frames[0]
+    assert np.array_equal(clip[0], own_reconstruction(pipe, image[None])[0])
+    both = pipe(["x", "y"], image=[image, picture(1)], seed=1).frames
+    assert np.array_equal(both[0], clip)
+
+
+def test_continuing_a_clip_keeps_its_last_frames(pipe):
+    video = film(30)
+    clip = pipe("x", video=video, num_frames=17, seed=1).frames[0]
+    assert len(clip) == 17
+    assert np.array_equal(clip[:9], own_reconstruction(pipe, video[-9:]))
+    short = pipe("x", video=film(6), num_frames=17, seed=1)
+    assert short.settings["num_given_frames"] == 5
+    one = pipe("x", video=video, num_given_frames=1, seed=1)
+    assert np.array_equal(one.frames[0][0], own_reconstruction(pipe, video[-1:])[0])
+
+
+def test_prompt_and_negative_prompt_matter(pipe):
+    base = pipe("x", seed=1, guidance_scale=8.0).codes
+    assert not torch.equal(base, pipe("a red circle moves left", seed=1, guidance_scale=8.0).codes)
+    assert not torch.equal(base, pipe("x", negative_prompt="a small blue square", seed=1, guidance_scale=8.0).codes)
+
+
+def test_steps_are_reported(pipe):
+    seen = []
+    pipe("x", seed=1, on_step=lambda *at: seen.append(at))
+    assert seen == [(f, 2, s, 2) for f in range(2) for s in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "   "}, "the prompt is empty"),
+        ({"prompt": "word " * 5000}, "this model reads at most 256"),
+        ({"num_frames": 16}, "num_frames 16 is not allowed; it must be 1 \\+ a multiple of 4, for example 13 or 17"),
+        ({"num_frames": 0}, "num_frames 0 is not allowed"),
+        ({"height": 60}, "height 60 is not a multiple of 8; the nearest sizes are 56 and 64"),
+        ({"width": -8}, "width -8 is not a multiple"),
+        ({"fps": 300}, "fps 300 has no number token"),
+        ({"seed": -1}, "seed -1 is not allowed"),
+        ({"seed": [1, 2], "prompt": ["a", "b", "c"]}, "seed is a list of 2, but there are 3 clips"),
+        ({"guidance_scale": 1.0, "negative_prompt": "y"}, "negative_prompt has no effect"),
+        ({"image": picture(), "num_frames": 1}, "leaves nothing to generate"),
+        ({"image": picture(), "video": film(5)}, "both image and video"),
+        ({"image": picture()[..., :2]}, "give uint8 \\[H, W, 3\\] or a path"),
+        ({"video": film(5).astype(float)}, "give uint8 \\[T, H, W, 3\\]"),
+        ({"video": film(5), "num_given_frames": 4, "num_frames": 9}, "num_given_frames 4 is not allowed"),
+        ({"image": "no-such-file.png"}, "no-such-file.png"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(pipe, monkeypatch, options, message):
+    monkeypatch.setattr(pipe.model.model, "forward", lambda *a: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "x", "seed": 0, **options})
+
+
+@given(st.integers(-5, 200), st.integers(1, 8))
+def test_allowed_frame_counts(n, stride):
+    if n >= 1 and (n - 1) % stride == 0:
+        check_num_frames(n, stride)
+    else:
+        with pytest.raises(UserError):
+            check_num_frames(n, stride)
+
+
+def test_round_trip_of_folders(pipe, micro_folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    assert not list((tmp_path / "copy").rglob("*.bin"))
+    again = LumosPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    assert np.array_equal(pipe("x", seed=1).frames[0], again("x", seed=1).frames[0])
+    assert again.settings == pipe.settings
+    assert again.clip == pipe.clip
+
+
+def test_auto_classes_know_the_model(micro_folder):
+    assert isinstance(AutoConfig.from_pretrained(micro_folder), LumosConfig)
+    model = AutoModel.from_pretrained(micro_folder)
+    assert isinstance(model, LumosForVideoGeneration)
+    half = LumosForVideoGeneration.from_pretrained(micro_folder, dtype=torch.bfloat16, device_map="cpu")
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_parts_that_do_not_belong_together(micro_folder, tmp_path):
+    from tokenizer import VideoTokenizer, VideoTokenizerConfig
+
+    other = VideoTokenizer(
+        VideoTokenizerConfig(
+            channels=8, channels_mult=(1, 2), num_res_blocks=1, spatial_compression=8, temporal_compression=4, embedding_dim=3,
+            levels=(5, 5, 5),
+        )
+    )  # fmt: skip
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="expects codes 64, the video tokenizer has 125"):
+        LumosPipeline.from_pretrained(micro_folder, video_tokenizer=tmp_path, device="cpu")
+
+
+def test_pipeline_json_is_checked(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stepz": 3}))
+    with pytest.raises(UserError, match="unknown settings: stepz"):
+        LumosPipeline.from_pretrained(tmp_path, device="cpu")
+    (tmp_path / "pipeline.json").write_text("{")
+    with pytest.raises(UserError, match="no JSON object"):
+        LumosPipeline.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(UserError, match="device 'gpu9' is unknown"):
+        LumosPipeline.from_pretrained(tmp_path, device="gpu9")
