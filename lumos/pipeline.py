@@ -81,6 +81,8 @@ class LumosPipeline:
 
         device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
         """
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype).to(device)
@@ -183,6 +185,10 @@ class LumosPipeline:
         frames = [self._decode(c) for c in codes]
         settled = {**vars(sampling), **vars(clip), "num_given_frames": len(given[0]) if given else 0}
         return LumosPipelineOutput(frames, codes, seeds, settled)
+
+    def reconstruct(self, frames: np.ndarray) -> np.ndarray:
+        """What the video tokenizer makes of a clip: uint8 [T, H, W, 3] there and back."""
+        return self._decode(self._encode(frames))
 
     def _prefix(self, prompt: str | None, clip: ClipDefaults, given: Tensor | None) -> Tensor:
         """Ids before the first new frame; prompt None: without text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     check_output(output, args.num_frames or pipe.clip.num_frames)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
-    with tqdm(unit="step", desc="generating", file=sys.stderr, disable=None, leave=False) as bar:
+    with tqdm(unit="step", desc="generating", file=sys.stderr, disable=False if "LUMOS_PROGRESS" in os.environ else None, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.total = frames * steps

@@ -33,6 +33,7 @@ OWN_KEYS = {
     "scheduler": "training.schedule",
     "bf16": "training.precision",
     "fp16": "training.precision",
+    "torch_autocast": "training.precision",
 }
 """DeepSpeed options that the run's own settings decide, and by which."""
 
@@ -84,6 +85,7 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     if settings.deepspeed.zero_stage is not None and zero.get("stage", stage) != stage:
         raise UserError(f"deepspeed.zero_stage is {stage}, but {file} has stage {zero['stage']}; set only one of them")
     zero.setdefault("stage", stage)
+    half = precision == torch.bfloat16
     # Micro-batches are counted by the loop, which may vary their number from step to step, so DeepSpeed is told of one.
     return {
         "steps_per_print": None,
@@ -93,15 +95,17 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
         **options,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.training.clip_grad if zero["stage"] or precision != torch.float32 else 0.0,
+        "gradient_clipping": settings.training.clip_grad if zero["stage"] else 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == torch.bfloat16, "check_grad_overflow": True},
+        # Stage 0 has no fp32 masters for bf16 weights, so there bf16 is autocast, as in plain PyTorch.
+        "bf16": {"enabled": half and zero["stage"] > 0, "check_grad_overflow": True},
+        "torch_autocast": {"enabled": half and zero["stage"] == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
 
 
 class DeepSpeedEngine:
-    """This process's part of a DeepSpeed run. In bf16 the weights are bf16 with fp32 masters in the optimizer."""
+    """This process's part of a DeepSpeed run. In bf16, from stage 1 on, weights are bf16 with fp32 masters in the optimizer."""
 
     def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device, stage: int):
         import deepspeed
@@ -110,7 +114,6 @@ class DeepSpeedEngine:
         precision = pick_precision(settings.training.precision, device)
         options = deepspeed_options(settings, stage, precision)
         self.stage = options["zero_optimization"]["stage"]
-        self.precision = precision
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.kind = f"deepspeed zero {self.stage}"
         model = model.to(device)
@@ -131,7 +134,7 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = None
-        if self.stage == 0 and self.precision == torch.float32:
+        if self.stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
             if not math.isfinite(norm):
                 raise RunError(f"the gradient norm is {norm}")

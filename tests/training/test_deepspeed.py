@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,10 +90,13 @@ def test_the_documented_command(micro_settings, tmp_path: Path):
     config.write_text(yaml.safe_dump(micro_settings(training={"max_steps": 2}).to_dict()))
     launcher = Path(sys.executable).parent / "deepspeed"
     zero = ROOT / "configs" / "deepspeed" / "zero2.json"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(ROOT / "train.py"), "--config", str(config)]
     done = subprocess.run(
-        [str(launcher), "--num_gpus", "2", "--master_port", "29713", str(ROOT / "train.py"), "--config", str(config), f"deepspeed.config={zero}"],
-        env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path,
-    )  # fmt: skip
+        [*command, f"deepspeed.config={zero}"], env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     train(micro_settings(training={"max_steps": 2, "output_dir": str(tmp_path / "plain")}))

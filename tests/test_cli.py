@@ -1,0 +1,203 @@
+"""The command line as a user types it: results, the files beside them, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumos.cli import main
+from lumos.video_io import read_image, read_video, write_video
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def generate(micro_folder, capsys):
+    """Runs `generate --model micro ...`; returns (exit code, stdout lines, stderr lines)."""
+
+    def call(*args, model=micro_folder):
+        code = main(["generate", "--model", str(model), *map(str, args)])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), [line for line in err.splitlines() if line.startswith("error")]
+
+    return call
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_text_to_video_writes_a_clip_and_its_record(generate, in_empty_folder):
+    code, out, err = generate("--prompt", "a red circle moves left", "--seed", 3)
+    assert (code, err) == (0, [])
+    path = "outputs/a-red-circle-moves-left-3.mp4"
+    assert out[-1].startswith(f"{path}  seed 3  ")
+    assert " s  peak memory " in out[-1]
+    frames, fps = read_video(path)
+    assert (frames.shape, fps) == ((5, 16, 24, 3), 8)
+    record = json.loads((in_empty_folder / path).with_suffix(".json").read_text())
+    assert record["prompt"] == "a red circle moves left"
+    assert record["seed"] == 3
+    assert record["settings"]["num_inference_steps"] == 2
+    assert {"lumos", "torch", "transformers", "python"} <= record["versions"].keys()
+    assert record["seconds"]["total"] > 0
+    assert record["peak_memory_mb"] > 0
+    assert files(in_empty_folder) == [path.replace(".mp4", ".json"), path]
+
+
+def test_a_record_is_enough_to_make_the_clip_again(generate):
+    generate("--prompt", "x", "--output", "a.webp")
+    record = json.loads(open("a.json").read())
+    settings = record["settings"]
+    generate("--prompt", record["prompt"], "--seed", record["seed"], "--num-inference-steps", settings["num_inference_steps"],
+             "--guidance-scale", settings["guidance_scale"], "--output", "b.webp")  # fmt: skip
+    assert np.array_equal(read_video("a.webp")[0], read_video("b.webp")[0])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "webp"])
+def test_output_formats(generate, suffix):
+    assert generate("--prompt", "x", "--output", f"sub/out.{suffix}")[0] == 0
+    assert read_video(f"sub/out.{suffix}")[0].shape == (5, 16, 24, 3)
+
+
+def test_pictures(generate, in_empty_folder):
+    assert generate("--prompt", "x", "--num-frames", 1, "--output", "picture.png")[0] == 0
+    assert read_image("picture.png").shape == (16, 24, 3)
+    assert generate("--prompt", "x", "--output", "frames.png")[0] == 0
+    assert files(in_empty_folder / "frames") == [f"{i:05d}.png" for i in range(5)]
+
+
+def test_image_and_video_inputs(generate):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("photo.png")
+    code, _, _ = generate("--prompt", "x", "--image", "photo.png", "--output", "i.webp")
+    assert code == 0
+    write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), dtype=np.uint8), 8)
+    code, _, _ = generate("--prompt", "x", "--video", "clip.mp4", "--num-frames", 9, "--output", "v.webp")
+    assert code == 0
+    assert len(read_video("v.webp")[0]) == 9
+    assert json.loads(open("v.json").read())["settings"]["num_given_frames"] == 5
+
+
+def huge_picture():
+    Image.new("1", (10_000, 10_000)).save("huge.png")
+    return "--image", "huge.png"
+
+
+def corrupt_clip():
+    open("broken.mp4", "wb").write(os.urandom(5000))
+    return "--video", "broken.mp4"
+
+
+def text_as_picture():
+    open("notes.png", "w").write("no picture")
+    return "--image", "notes.png"
+
+
+@pytest.mark.parametrize(
+    ("make_args", "message"),
+    [
+        (huge_picture, "10000x10000"),
+        (corrupt_clip, "broken.mp4"),
+        (text_as_picture, "notes.png"),
+        (lambda: ("--prompt", ""), "the prompt is empty"),
+        (lambda: ("--prompt", "word " * 5000), "reads at most 256"),
+        (lambda: ("--num-frames", "16"), "for example 13 or 17"),
+        (lambda: ("--height", "65"), "height 65 is not a multiple of 8"),
+        (lambda: ("--output", "clip.avi"), "use one of .mp4, .gif, .webp, .png"),
+        (lambda: ("--seed", "-4"), "seed -4 is not allowed"),
+        (lambda: ("--image", "nowhere.png"), "nowhere.png"),
+        (lambda: ("--guidance-scale", "0"), "guidance_scale 0.0 is not allowed"),
+        (lambda: ("--device", "gpu"), "device 'gpu' is unknown"),
+        (lambda: ("--model", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_exit_code_2_and_no_file(generate, in_empty_folder, make_args, message):
+    args = make_args()
+    before = files(in_empty_folder)
+    code, _, err = generate("--prompt", "x", "--output", "result.mp4", *args)
+    assert code == 2
+    assert len(err) == 1
+    assert message in err[0]
+    assert files(in_empty_folder) == before
+
+
+def test_a_folder_without_weights(generate, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in generate("--prompt", "x", model=tmp_path / "empty")[2][0]
+
+
+def test_no_write_permission_is_said_before_the_model_loads(generate, in_empty_folder):
+    (in_empty_folder / "file").write_text("")
+    code, _, err = generate("--prompt", "x", "--output", "file/out.mp4", model="nowhere")
+    assert code == 2
+    assert "file" in err[0]
+    assert "nowhere" not in err[0]
+
+
+def test_a_full_disk_fails_with_exit_code_1_and_leaves_nothing(generate, in_empty_folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    code, _, err = generate("--prompt", "x", "--output", "out.mp4")
+    assert code == 1
+    assert "No space left" in err[0]
+    assert files(in_empty_folder) == []
+
+
+@pytest.mark.parametrize("args", [[], ["paint"], ["generate"], ["generate", "--prompt", "x", "--stepz", "3"], ["train"]])
+def test_usage_errors(args, capsys):
+    assert main(args) == 2
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for verb in ("generate", "train", "train-tokenizer", "train-text-tokenizer", "evaluate", "bench"):
+        assert verb in out
+        assert main([verb, "--help"]) == 0
+
+
+def test_unknown_config_keys(repo, capsys):
+    assert main(["train", "--config", str(repo / "configs/training/tiny.yaml"), "training.max_stepz=3"]) == 2
+    assert "max_stepz" in capsys.readouterr().err
+    assert main(["train-tokenizer", "--config", str(repo / "configs/tokenizer/tiny.yaml"), "stepz=3"]) == 2
+    assert "stepz" in capsys.readouterr().err
+    assert main(["train", "--config", "nowhere.yaml"]) == 2
+
+
+def test_text_tokenizer_is_trained_from_a_file(capsys, in_empty_folder):
+    (in_empty_folder / "captions.txt").write_text("a red circle moves left\na blue square grows\n" * 50)
+    assert main(["train-text-tokenizer", "--captions", "captions.txt", "--vocab-size", "560", "--out", "t"]) == 0
+    assert files(in_empty_folder / "t") == ["tokenizer.model"]
+    assert main(["train-text-tokenizer", "--captions", "nowhere.txt", "--out", "t2"]) == 2
+
+
+def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder):
+    process = subprocess.Popen(
+        [sys.executable, str(repo / "generate.py"), "--model", str(micro_folder), "--prompt", "x", "--num-frames", "257",
+         "--num-inference-steps", "1000", "--output", "out.mp4"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "LUMOS_PROGRESS": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seen = b""
+    deadline = time.monotonic() + 120
+    while b"step 2/" not in seen and time.monotonic() < deadline and process.poll() is None:
+        seen += process.stderr.read1(4096)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, (seen + err).decode()
+    assert b"error: interrupted" in err
+    assert b"Traceback" not in err
+    assert files(in_empty_folder) == []
