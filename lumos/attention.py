@@ -58,25 +58,31 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layou
     groups = q.shape[1] // k.shape[1]
     if not uses_flash(q):
         k, v = expand_heads(k, groups), expand_heads(v, groups)
-    rows = []
-    for start, stop in equal_runs(layouts):
-        layout = layouts[start]
-        qr, kr, vr = q[start:stop], k[start:stop], v[start:stop]
-        parts = [_segment(qr, kr, vr, *segment) for segment in layout.segments]
-        if layout.length < q.shape[2]:
-            parts.append(torch.zeros_like(qr[:, :, layout.length :]))
-        rows.append(torch.cat(parts, dim=2))
-    return torch.cat(rows)
+    runs = list(equal_runs(layouts))
+    sizes = [stop - start for start, stop in runs]
+    rows = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)  # split: its gradient is one cat
+    return torch.cat([_run(qr, kr, vr, layouts[start]) for (start, _), qr, kr, vr in rows])
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, bidirectional: bool) -> Tensor:
-    if bidirectional or start == 0:
-        return prefix_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], causal=not bidirectional)
-    blocks = []
-    for s in range(start, end, CAUSAL_ROWS):
-        e = min(s + CAUSAL_ROWS, end)
-        blocks.append(prefix_attention(q[:, :, s:e], k[:, :, :e], v[:, :, :e], causal=True))
-    return torch.cat(blocks, dim=2)
+def _run(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Rows that share a layout."""
+    padding = q.shape[2] - layout.length
+    segments = list(_blocks(layout))
+    sizes = [end - start for start, end, _ in segments]
+    *queries, rest = q.split([*sizes, padding], dim=2)
+    parts = [
+        prefix_attention(query, k[:, :, :end], v[:, :, :end], causal=not bidirectional)
+        for query, (_, end, bidirectional) in zip(queries, segments, strict=True)
+    ]
+    return torch.cat([*parts, torch.zeros_like(rest)], dim=2)
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[int, int, bool]]:
+    """The segments, those of text behind a frame in blocks: their causal masks stay small."""
+    for start, end, bidirectional in layout.segments:
+        size = end - start if bidirectional or start == 0 else CAUSAL_ROWS
+        for s in range(start, end, size):
+            yield s, min(s + size, end), bidirectional
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

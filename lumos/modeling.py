@@ -43,7 +43,7 @@ class LumosOutput(ModelOutput):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight; statistics are computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class HeadNorm(nn.Module):
@@ -64,6 +64,8 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, L, D]."""
+        if len(self.weight) == 1:
+            return F.layer_norm(x, x.shape[-1:], self.weight[0].to(x.dtype), self.bias[0].to(x.dtype), eps=1e-5)
         repeats = x.shape[1] // self.weight.shape[0]
         weight, bias = (p.repeat_interleave(repeats, dim=0)[:, None] for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], eps=1e-5) * weight + bias
