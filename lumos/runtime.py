@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -34,6 +36,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return memory.peak_wset
+    if platform.system() == "Linux":  # ru_maxrss of a child begins at its parent's peak; VmHWM is its own
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

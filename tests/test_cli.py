@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_text_to_video_writes_a_clip_and_its_record(generate, in_empty_folder):
 
 def test_a_record_is_enough_to_make_the_clip_again(generate):
     generate("--prompt", "x", "--output", "a.webp")
-    record = json.loads(open("a.json").read())
+    record = json.loads(Path("a.json").read_text())
     settings = record["settings"]
     generate("--prompt", record["prompt"], "--seed", record["seed"], "--num-inference-steps", settings["num_inference_steps"],
              "--guidance-scale", settings["guidance_scale"], "--output", "b.webp")  # fmt: skip
@@ -87,7 +88,7 @@ def test_image_and_video_inputs(generate):
     code, _, _ = generate("--prompt", "x", "--video", "clip.mp4", "--num-frames", 9, "--output", "v.webp")
     assert code == 0
     assert len(read_video("v.webp")[0]) == 9
-    assert json.loads(open("v.json").read())["settings"]["num_given_frames"] == 5
+    assert json.loads(Path("v.json").read_text())["settings"]["num_given_frames"] == 5
 
 
 def huge_picture():
@@ -96,12 +97,12 @@ def huge_picture():
 
 
 def corrupt_clip():
-    open("broken.mp4", "wb").write(os.urandom(5000))
+    Path("broken.mp4").write_bytes(os.urandom(5000))
     return "--video", "broken.mp4"
 
 
 def text_as_picture():
-    open("notes.png", "w").write("no picture")
+    Path("notes.png").write_text("no picture")
     return "--image", "notes.png"
 
 
@@ -189,14 +190,14 @@ def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder
     process = subprocess.Popen(
         [sys.executable, str(repo / "generate.py"), "--model", str(micro_folder), "--prompt", "x", "--num-frames", "257",
          "--num-inference-steps", "1000", "--output", "out.mp4"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "LUMOS_PROGRESS": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     seen = b""
     deadline = time.monotonic() + 120
     while b"step 2/" not in seen and time.monotonic() < deadline and process.poll() is None:
         seen += process.stderr.read1(4096)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1, (seen + err).decode()
     assert b"error: interrupted" in err
     assert b"Traceback" not in err

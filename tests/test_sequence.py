@@ -117,6 +117,6 @@ def test_errors_say_what_is_allowed():
         build_prefix(None, fps=500, duration=1, config=CONFIG)
     with pytest.raises(ValueError, match="allowed: 0 to 63"):
         build_sequence(None, torch.full((1, 1, 1), 64), fps=1, duration=1, config=CONFIG)
+    a, b = (build_sequence(None, clip(1, s, s), fps=1, duration=1, config=CONFIG) for s in (2, 3))
     with pytest.raises(ValueError, match="frames of different sizes"):
-        a, b = (build_sequence(None, clip(1, s, s), fps=1, duration=1, config=CONFIG) for s in (2, 3))
         parse_sequence(torch.cat([a[:-2], b[3:]]), CONFIG)

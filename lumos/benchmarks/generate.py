@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lumos.benchmarks.apart import run_apart
-from lumos.benchmarks.measure import MB, Bench, Report, process_peak, ratio, rounded, shown, timed
+from lumos.benchmarks.measure import MB, Bench, Report, ratio, rounded, shown, timed
 from lumos.commands.generate import shipped_model
 from lumos.errors import UserError
+from lumos.runtime import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> 
         spent, result = timed(lambda seed=seed: pipe(prompt, seed=seed), device)
         seconds.append(spent)
     return {
-        "start": started, "load": loaded, "clips": seconds, "peak": process_peak(torch.device(device)),
+        "start": started, "load": loaded, "clips": seconds, "peak": peak_memory_bytes(torch.device(device)),
         "frames": len(result.frames[0]), "settings": result.settings,
     }  # fmt: skip
 

@@ -146,7 +146,7 @@ def extra_peak_bytes(prepare: Callable[..., Step], arguments: dict[str, Any], wa
     before = lowered_peak(device)
     kept = step()
     synchronize(str(device))
-    peak = process_peak(device)
+    peak = peak_memory_bytes(device)
     del kept
     return peak - before
 
@@ -158,14 +158,6 @@ def lowered_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     elif platform.system() == "Linux":
         Path("/proc/self/clear_refs").write_text("5")
-    return process_peak(device)
-
-
-def process_peak(device: torch.device) -> int:
-    """High-water mark in bytes: allocated on the GPU, or resident in this process."""
-    status = Path("/proc/self/status")
-    if device.type != "cuda" and status.is_file():
-        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)[1]) * 1024
     return peak_memory_bytes(device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     check_output(output, args.num_frames or pipe.clip.num_frames)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
-    with tqdm(unit="step", desc="generating", file=sys.stderr, disable=False if "LUMOS_PROGRESS" in os.environ else None, leave=False) as bar:
+    with tqdm(unit="step", desc="generating", file=sys.stderr, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.total = frames * steps
@@ -93,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
             "video": args.video, "settings": result.settings,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2), "total": round(total, 2)},
+            "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
+                        "total": round(total, 2)},
             "peak_memory_mb": memory,
             "versions": versions(),
         },

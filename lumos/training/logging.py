@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 
@@ -64,14 +62,6 @@ class RunLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device on CUDA, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _forget_after(path: Path, step: int) -> None:

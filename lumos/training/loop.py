@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from lumos.data.loader import Batch, Curriculum, StepShape, prefetched
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, write_json
+from lumos.runtime import peak_memory_bytes
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
 from lumos.training.engine import make_engine, pick_device, start_processes
 from lumos.training.interrupt import Interrupt
-from lumos.training.logging import Meter, RunLog, memory_bytes
+from lumos.training.logging import Meter, RunLog
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
 from lumos.training.validation import Validation, sums_by_frame
@@ -210,7 +211,7 @@ class Run:
         self.meter = Meter()
         frames = [means.pop(f"frame/{k}") for k in range(self.task.num_frames) if f"frame/{k}" in means]
         tokens_per_second = means.pop("tokens") / means["seconds"]
-        memory = memory_bytes(self.engine.device)
+        memory = peak_memory_bytes(self.engine.device)
         extra = {"frame_loss": frames, "tokens_per_second": tokens_per_second, "memory_bytes": memory}
         self.log.write(step=self.step, **means, **extra, time=time.time())
 

@@ -112,8 +112,9 @@ def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given
     forward, commit = MODEL.model.forward, Engine.commit
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
     monkeypatch.setattr(Engine, "commit", lambda self, ids: committed.append(ids) or commit(self, ids))
-    start = prefix([600], torch.zeros(1, *GRID, dtype=torch.long))
-    codes = run([start], [prefix(None, torch.zeros(1, *GRID, dtype=torch.long))], [1], history_mask_ratio=0.5, mask_given_frames=mask_given)
+    given = torch.zeros(1, *GRID, dtype=torch.long)
+    options = {"history_mask_ratio": 0.5, "mask_given_frames": mask_given}
+    codes = run([prefix([600], given)], [prefix(None, given)], [1], **options)
     expected = history_mask(GRID[0] * (GRID[1] + 1), 0.5)
     given_content = fed[0][0, -(len(expected) + 1) : -1]
     assert torch.equal(given_content == CONFIG.mask_token_id, expected & mask_given)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumos.errors import UserError
-from lumos.generation.sampling import filter_logits, gumbel, guide, least_confident, sample_codes
+from lumos.generation.sampling import filter_logits, guide, gumbel, least_confident, sample_codes
 from lumos.generation.settings import GenerationSettings
 
 
