@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -16,30 +15,13 @@ from torch import Tensor
 from lumos.data.buckets import bucket_for
 from lumos.errors import UserError
 from lumos.generation.engine import generate_frames
-from lumos.generation.settings import GenerationSettings
+from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
 from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 
-DEFAULTS_FILE = "pipeline.json"
 MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class ClipDefaults:
-    """What a model makes when not told otherwise; the defaults are those of the released 384p checkpoints.
-
-    num_frames  RGB frames, 1 + a multiple of the temporal compression
-    height, width, fps  pixels, pixels, frames per second
-    target_size  given pictures choose the size from this area's buckets (reference, section 8.2); None: height x width
-    """
-
-    num_frames: int = 25
-    height: int = 384
-    width: int = 672
-    fps: int = 12
-    target_size: int | None = 528
 
 
 @dataclass
@@ -318,22 +300,3 @@ def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or len(array) < count:
         raise UserError(f"video is an array {array.dtype} {list(array.shape)}; give uint8 [T, H, W, 3], T >= {count}")
     return fit(array[-count:], *size)
-
-
-def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
-    """The model's own defaults from pipeline.json, if it has one."""
-    file = folder / DEFAULTS_FILE
-    if not file.is_file():
-        return GenerationSettings(), ClipDefaults()
-    try:
-        stored = json.loads(file.read_text())
-        parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{file} is no JSON object of settings ({error})") from error
-    if stored:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(stored))}")
-    return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
-
-
-def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:
-    (folder / DEFAULTS_FILE).write_text(json.dumps({**vars(settings), **vars(clip)}, indent=2) + "\n")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int)
     add("--top-p", type=float)
     add("--history-mask-ratio", type=float)
-    add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips instead, or what the tokenizer makes of them")
+    add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
     add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet")
     add("--output", help="JSON file for settings, shares and the verdict of every clip")

@@ -1,10 +1,15 @@
-"""How a clip is sampled."""
+"""How a clip is sampled and shaped, and where a model folder keeps its own defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from lumos.errors import UserError
+from lumos.files import write_json
+
+DEFAULTS_FILE = "pipeline.json"
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,39 @@ class GenerationSettings:
         check(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
         check(0 <= self.history_mask_ratio < 1, "history_mask_ratio", "0 (history seen whole) to below 1")
+
+
+@dataclass(frozen=True)
+class ClipDefaults:
+    """What a model makes when not told otherwise; the defaults are those of the released 384p checkpoints.
+
+    num_frames  RGB frames, 1 + a multiple of the temporal compression
+    height, width, fps  pixels, pixels, frames per second
+    target_size  given pictures choose the size from this area's buckets (reference, section 8.2); None: height x width
+    """
+
+    num_frames: int = 25
+    height: int = 384
+    width: int = 672
+    fps: int = 12
+    target_size: int | None = 528
+
+
+def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
+    """The model's own defaults from pipeline.json, if it has one."""
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return GenerationSettings(), ClipDefaults()
+    try:
+        stored = json.loads(file.read_text())
+        parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{file} is no JSON object of settings ({error})") from error
+    if stored:
+        raise UserError(f"{file} has unknown settings: {', '.join(sorted(stored))}")
+    return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
+
+
+def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:
+    """Keep them in the folder's pipeline.json."""
+    write_json(folder / DEFAULTS_FILE, {**vars(settings), **vars(clip)})

@@ -6,6 +6,7 @@ This is the only part of `training/` that knows the model. The loop asks a task 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, Batch, StepShape, WorldSource, sample_generator, sample_index
 from lumos.errors import UserError
+from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
@@ -93,8 +95,11 @@ class ArdfTask:
         model.save_pretrained(folder)
         if bars:
             transformers_logging.enable_progress_bar()
-        self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
+        copy.deepcopy(self.video_tokenizer).to(dtype).save_pretrained(folder / "video_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        data = self.settings.data
+        clip = ClipDefaults(data.num_frames, data.height, data.width, data.fps, target_size=None)
+        write_defaults(folder, GenerationSettings(**self.settings.generation), clip)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit: the model's config."""

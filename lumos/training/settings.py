@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError
+from lumos.generation.settings import GenerationSettings
 from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
 
@@ -123,6 +124,7 @@ class TrainingSettings:
     masking: MaskingSettings = setting(MaskingSettings, "which tokens it must fill in")
     training: OptimizationSettings = setting(OptimizationSettings, "how it is trained")
     deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "how it is spread over processes")
+    generation: dict[str, Any] = setting({}, "how the exported model samples by default: fields of GenerationSettings")
 
     @property
     def output_dir(self) -> Path:
@@ -151,6 +153,11 @@ def build_settings(raw: dict[str, Any]) -> TrainingSettings:
 
 
 def _check(settings: TrainingSettings) -> None:
+    try:
+        GenerationSettings(**settings.generation)
+    except TypeError as error:
+        allowed = ", ".join(GenerationSettings.__dataclass_fields__)
+        raise UserError(f"generation: {error}; allowed: {allowed}") from error
     training, stages = settings.training, settings.data.stages
     if (settings.model.preset is None) == (settings.model.from_ is None):
         raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
