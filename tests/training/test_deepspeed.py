@@ -46,7 +46,7 @@ def finished(runs: Path, micro_settings) -> Path:
     worker = Path(__file__).with_name("deepspeed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     done = subprocess.run(
-        [*command, str(runs / "settings.json"), str(runs), *STAGES], env=environment(), capture_output=True, text=True, timeout=300
+        [*command, str(runs / "settings.json"), str(runs), *STAGES], env=environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     settings.training.output_dir = str(runs / "plain")
@@ -95,7 +95,7 @@ def test_the_documented_command(micro_settings, tmp_path: Path):
         port = str(probe.getsockname()[1])
     command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(ROOT / "train.py"), "--config", str(config)]
     done = subprocess.run(
-        [*command, f"deepspeed.config={zero}"], env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path
+        [*command, f"deepspeed.config={zero}"], env=environment(), capture_output=True, text=True, timeout=600, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()

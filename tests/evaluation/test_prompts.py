@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lumos.data.worlds import is_held_out, sample_scene
+from lumos.errors import UserError
+from lumos.evaluation.prompts import KINDS, generate_in_batches, prompt_set, score
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
+    prompts, truth = zip(*prompt_set(kind, 8, seed=77), strict=True)
+    shares, verdicts = score(truth, prompts)
+    assert shares["all"] == 1.0
+    assert len(verdicts) == 8
+    shares, _ = score([np.full_like(t, 10) for t in truth], prompts)
+    assert shares["all"] == 0.0
+
+
+def test_kinds_are_what_they_say():
+    assert all(" and " in prompt for prompt, _ in prompt_set("two", 8, seed=1))
+    assert all("digit" in prompt for prompt, _ in prompt_set("digits", 8, seed=1))
+    scenes = [sample_scene(1, i, **KINDS["held_out"]) for i in range(20)]
+    assert all(any(is_held_out(thing) for thing in scene.things) for scene in scenes)
+    scenes = [sample_scene(1, i, **KINDS["one"]) for i in range(200)]
+    assert not any(is_held_out(thing) for scene in scenes for thing in scene.things)
+    with pytest.raises(UserError, match="allowed: one, two, digits, held_out"):
+        prompt_set("three", 1, seed=0)
+
+
+def test_batches_do_not_change_prompts_or_seeds():
+    calls = []
+
+    def make(prompts, seeds):
+        calls.append(len(prompts))
+        return list(zip(prompts, seeds, strict=True))
+
+    prompts = [str(i) for i in range(7)]
+    expected = [(str(i), 100 + i) for i in range(7)]
+    assert generate_in_batches(make, prompts, 100, 3) == expected
+    assert calls == [3, 3, 1]
+    assert generate_in_batches(make, prompts, 100, 50) == expected
