@@ -1,0 +1,138 @@
+"""Every kind of source gives the same items: path, caption, times, and what is wrong with them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from lumos.data.manifest import as_file, items
+from lumos.errors import RunError, UserError
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """b.mp4 with a caption, a/c.png with one, d.gif without."""
+    folder = tmp_path / "clips"
+    (folder / "a").mkdir(parents=True)
+    for name in ("b.mp4", "a/c.png", "d.gif", "notes.md", ".hidden.mp4"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "b.txt").write_text("a red\n circle ", encoding="utf-8")
+    (folder / "a" / "c.txt").write_text("a blue square", encoding="utf-8")
+    return folder
+
+
+def facts(found):
+    return [(item.id, item.caption, item.problem and item.problem[0]) for item in found]
+
+
+def test_a_folder_in_a_fixed_order(clips):
+    found = list(items([clips]))
+    expected = [("clips/a/c.png", "a blue square", None), ("clips/b.mp4", "a red circle", None), ("clips/d.gif", "", "no caption")]
+    assert facts(found) == expected
+    assert [item.is_picture for item in found] == [True, False, False]
+    assert [Path(item.path).read_bytes() for item in found] == [b"a/c.png", b"b.mp4", b"d.gif"]
+
+
+def test_ids_do_not_depend_on_where_the_folder_lies(clips, tmp_path, monkeypatch):
+    before = facts(items([clips]))
+    (tmp_path / "elsewhere").mkdir()
+    clips.rename(tmp_path / "elsewhere" / "clips")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "clips")
+    assert facts(items(["."])) == before
+
+
+def test_captions_beside_a_folder_go_first(clips, tmp_path):
+    table = tmp_path / "captions.jsonl"
+    rows = [{"path": "d.gif", "caption": "by name"}, {"path": "c", "text": "by stem"}, {"path": "b.mp4", "caption": "new"}]
+    table.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [item.caption for item in items([clips], table)] == ["by stem", "new", "by name"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_manifests_agree(clips, tmp_path, kind):
+    rows = [
+        {"path": "clips/b.mp4", "text": "whole", "start": "", "end": ""},
+        {"path": "clips/b.mp4", "text": "part", "start": "0.5", "end": "2"},
+        {"path": "clips/b.mp4", "text": "part again", "start": "0.5", "end": "2"},
+        {"path": "clips/a/c.png", "text": "", "start": "", "end": ""},
+        {"path": "", "text": "nothing", "start": "", "end": ""},
+        {"path": "clips/d.gif", "text": "wrong times", "start": "3", "end": "2"},
+        {"path": str(clips / "d.gif"), "text": "absolute", "start": "1", "end": ""},
+    ]
+    table = tmp_path / f"m.{kind}"
+    if kind == "csv":
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        numbers = [{**row, "start": float(row["start"] or 0), "end": float(row["end"]) if row["end"] else None} for row in rows]
+        pq.write_table(pa.Table.from_pylist(numbers), table)
+    found = list(items([table]))
+    name = table.name
+    assert facts(found) == [
+        (f"{name}/clips/b.mp4", "whole", None),
+        (f"{name}/clips/b.mp4@0.5-2.0", "part", None),
+        (f"{name}/clips/b.mp4@0.5-2.0 (again 1)", "part again", "duplicate"),
+        (f"{name}/clips/a/c.png", "", "no caption"),
+        (f"{name}/row 5", "", "bad row"),
+        (f"{name}/row 6", "wrong times", "bad row"),
+        (f"{name}/{clips.as_posix()}/d.gif@1.0-", "absolute", None),
+    ]
+    assert [(item.start, item.end) for item in found[:2]] == [(0.0, None), (0.5, 2.0)]
+    assert Path(found[0].path).read_bytes() == b"b.mp4"
+
+
+def test_a_line_that_is_not_json_is_counted_and_the_rest_goes_on(clips, tmp_path):
+    table = tmp_path / "m.jsonl"
+    table.write_text('{"path": "clips/b.mp4", "caption": "x"}\n{"path": \n\n[1]\n{"path": "clips/d.gif", "caption": "y"}\n')
+    assert [problem for _, _, problem in facts(items([table]))] == [None, "bad row", "bad row", None]
+
+
+def test_a_webdataset_tar(tmp_path):
+    tar = tmp_path / "part-000.tar"
+    members = {
+        "x/0001.mp4": b"first", "x/0001.txt": b"caption one", "x/0002.json": b'{"caption": "caption two"}',
+        "x/0002.jpg": b"second", "x/0003.mp4": b"third",
+    }  # fmt: skip
+    with tarfile.open(tar, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    found = list(items([tar]))
+    assert facts(found) == [
+        ("part-000.tar/x/0001.mp4", "caption one", None),
+        ("part-000.tar/x/0002.jpg", "caption two", None),
+        ("part-000.tar/x/0003.mp4", "", "no caption"),
+    ]
+    for item, data in zip(found, (b"first", b"second", b"third"), strict=True):
+        with as_file(item) as file:
+            assert file.read_bytes() == data
+            assert file.suffix == Path(item.member).suffix
+        assert not file.exists()
+    tar.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(RunError, match="uncompressed tar"):
+        list(items([tar]))
+
+
+def test_sources_that_cannot_be_meant(clips, tmp_path):
+    with pytest.raises(UserError, match="there is no source"):
+        items([tmp_path / "none"])
+    with pytest.raises(UserError, match="no known kind of source"):
+        items([clips / "notes.md"])
+    (tmp_path / "x" / "clips").mkdir(parents=True)
+    with pytest.raises(UserError, match="two sources are named clips"):
+        items([clips, tmp_path / "x" / "clips"])
+    with pytest.raises(UserError, match="--captions"):
+        items([clips], tmp_path / "none.jsonl")
