@@ -10,6 +10,8 @@ from lumos.errors import RunError, UserError
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "ingest": "turn videos and pictures with captions into shards of codes to train on",
+    "inspect": "show what a folder of shards holds",
     "train": "train the decoder",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",

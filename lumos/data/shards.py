@@ -47,7 +47,7 @@ def schema() -> Any:
         "num_frames": pa.int32(),
         "height": pa.int32(),
         "width": pa.int32(),
-        "fps": pa.float32(),
+        "fps": pa.int32(),
         "caption": pa.string(),
         "source": pa.string(),
         "start": pa.float64(),
@@ -95,10 +95,11 @@ def open_shard(path: Path) -> Any:
     return file
 
 
-def read_columns(path: Path, columns: list[str]) -> dict[str, list]:
-    """Columns of a shard as lists; RunError as in :func:`open_shard`."""
+def read_columns(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
+    """Columns of a shard; RunError as in :func:`open_shard`."""
     try:
-        return open_shard(path).read(columns=columns).to_pydict()
+        table = open_shard(path).read(columns=columns)
+        return {name: table.column(name).to_numpy() for name in columns}
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
 
@@ -164,3 +165,13 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         "spatial_compression": tokenizer.spatial_compression,
         "temporal_compression": tokenizer.temporal_compression,
     }
+
+
+def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> None:
+    """UserError unless the codes were made with this video tokenizer; `what` names the setting that gave it."""
+    made, given = description["tokenizer"], tokenizer_facts(tokenizer)
+    if made["fingerprint"] != given["fingerprint"]:
+        raise UserError(
+            f"{what} is another video tokenizer than the one that made the shards ({made.get('folder')}, "
+            f"{made['num_codes']} codes; this one has {given['num_codes']}): give that one, or ingest again with this one"
+        )

@@ -1,0 +1,48 @@
+"""`ingest`: videos and pictures to shards of codes; typed again, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="folder, csv / jsonl / parquet of path and caption, webdataset tar, or file")
+    add("--captions", help="csv / jsonl / parquet of path and caption, for a source without captions")
+    add("--out", required=True, help="folder of shards to write or to continue")
+    add("--tokenizer", required=True, help="folder of the video tokenizer, or a model folder")
+    add("--fps", type=int, default=12, help="frames per second of the clips; default: %(default)s")
+    add("--size", default="256p", help="256p, 384p, 480p (buckets by aspect ratio) or HEIGHTxWIDTH; default: %(default)s")
+    add("--frames", type=int, default=25, dest="num_frames", help="frames of a clip, 1 + a multiple of 4; default: %(default)s")
+    add("--min-frames", type=int, help="shorter videos give shorter clips down to this; default: they are skipped")
+    add("--clips-per-video", type=int, default=1, help="up to so many from a long video; default: 1, its middle")
+    add("--engine", default="local", help="local: processes of this machine")
+    add("--workers", type=int, default=1, help="processes; default: 1")
+    add("--max-failure-rate", type=float, default=0.1, help="share of items without a clip that stops; default: %(default)s")
+    add("--retry-skipped", action="store_true", help="try items again that an earlier run skipped")
+    add("--shard-clips", type=int, default=1000, help="clips of a shard; a kill costs at most so many; default: %(default)s")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from lumos.data.ingest import ClipSettings, ingest
+
+    names = ("fps", "size", "num_frames", "min_frames", "clips_per_video")
+    settings = ClipSettings(**{name: getattr(args, name) for name in names})
+    with tqdm(unit="item", desc="ingesting", file=sys.stderr, disable=None) as bar:
+
+        def on_item(done: int, skipped: int) -> None:
+            bar.set_postfix(skipped=skipped, refresh=False)
+            bar.update()
+
+        report = ingest(
+            args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=args.workers,
+            max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips, retry_skipped=args.retry_skipped,
+            device=args.device, on_item=on_item,
+        )  # fmt: skip
+    keys = ("items", "encoded", "clips", "skipped_items", "reasons", "new_items", "seconds")
+    print(json.dumps({"out": args.out, **{key: report[key] for key in keys}}))

@@ -1,0 +1,80 @@
+"""`inspect`: what a folder of shards holds: counts, sizes, durations, captions, use of the codes, a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shards", help="folder that `ingest` wrote")
+    add("--sheet", help="PNG with clips spread over the data, as the tokenizer decodes them")
+    add("--sheet-clips", type=int, default=12, help="clips on the sheet")
+    add("--tokenizer", help="folder of the video tokenizer for --sheet; default: the one that ingest was given")
+    add("--captions", type=int, default=5, help="captions to print")
+
+
+def run(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from lumos.data import shards
+    from lumos.errors import UserError
+    from lumos.files import check_writable
+
+    folder = Path(args.shards)
+    description = shards.read_description(folder)
+    if min(args.sheet_clips, args.captions + 1) < 1:
+        raise UserError(f"--sheet-clips {args.sheet_clips} and --captions {args.captions} must be at least 1 and 0")
+    if args.sheet:
+        check_writable(args.sheet)
+    total = sum(shards.open_shard(path).metadata.num_rows for path in shards.shard_paths(folder))
+    if not total:
+        raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
+    counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)
+    sizes: Counter = Counter()
+    lengths: Counter = Counter()
+    words, seconds, tokens, shown = 0, 0.0, 0, []
+    for number, row in enumerate(shards.read_shards(folder)):
+        counts += np.bincount(row["codes"].reshape(-1), minlength=len(counts))
+        sizes[f"{row['width']}x{row['height']}"] += 1
+        lengths[row["num_frames"]] += 1
+        words += len(row["caption"].split())
+        seconds += row["num_frames"] / row["fps"] if row["num_frames"] > 1 else 0
+        tokens += row["codes"].size
+        if number * args.sheet_clips // total != (number - 1) * args.sheet_clips // total:
+            shown.append(row)
+    shares = counts[counts > 0] / counts.sum()
+    summary: dict[str, Any] = {
+        "shards": len(shards.shard_paths(folder)), "clips": total - lengths[1], "pictures": lengths[1],
+        "hours": round(seconds / 3600, 4), "frames_of_a_clip": dict(sorted(lengths.items())), "sizes": dict(sizes.most_common()),
+        "codes": tokens, "caption_words": round(words / total, 1), "codes_used": round(float((counts > 0).mean()), 4),
+        "code_perplexity": round(math.exp(-float((shares * np.log(shares)).sum())), 1),
+        "tokenizer": description["tokenizer"], "settings": description["settings"],
+    }  # fmt: skip
+    for name, value in summary.items():
+        print(f"{name:18}{', '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+    for row in shown[: args.captions]:
+        print(f"  {row['id']}: {row['caption']}")
+    if args.sheet:
+        _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, args.sheet)
+        print(args.sheet)
+    print(json.dumps(summary))
+
+
+def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any], sheet: str) -> None:
+    import torch
+
+    from lumos.data.shards import check_tokenizer
+    from lumos.frames import contact_sheet, to_uint8
+    from tokenizer import VideoTokenizer
+
+    model = VideoTokenizer.from_pretrained(tokenizer)
+    check_tokenizer(description, model, "--tokenizer")
+    with torch.no_grad():
+        clips = [to_uint8(model.decode(torch.from_numpy(row["codes"].astype("int64"))[None])[0]) for row in rows]
+    contact_sheet(clips, [f"{row['id']}: {row['caption']}" for row in rows], sheet)

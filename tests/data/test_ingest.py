@@ -1,0 +1,246 @@
+"""Ingest: true frame rates, what is skipped, and that a kill loses and doubles nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("pyarrow")
+
+from lumos.cli import main
+from lumos.data import shards
+from lumos.data.ingest import ClipSettings, _clips, clip_starts, ingest
+from lumos.data.manifest import Item, items
+from lumos.errors import RunError, UserError
+from lumos.frames import from_uint8
+from lumos.video_io import read_image, read_video, write_video
+from tokenizer import VideoTokenizer
+
+SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
+FLAGS = ["--fps", "12", "--size", "16x24", "--frames", "5"]
+
+
+def moving(seed: int, num_frames: int) -> np.ndarray:
+    start = np.random.default_rng(seed).integers(0, 255, (16, 24, 3))
+    return np.stack([np.roll(start, t, axis=1) for t in range(num_frames)]).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Seven good clips of a second, a picture; one clip cut off, one too short, one without caption."""
+    folder = tmp_path_factory.mktemp("source") / "clips"
+    for n in range(10):
+        write_video(folder / f"{n}.mp4", moving(n, 3 if n == 8 else 24), 24)
+        if n != 9:
+            (folder / f"{n}.txt").write_text(f"caption {n}")
+    whole = (folder / "3.mp4").read_bytes()
+    (folder / "3.mp4").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(moving(99, 1)[0]).save(folder / "picture.png")
+    (folder / "picture.txt").write_text("a picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(micro_folder) -> Path:
+    return micro_folder / "video_tokenizer"
+
+
+@pytest.fixture(scope="session")
+def ingested(clips, tokenizer, tmp_path_factory) -> Path:
+    """What one run from end to end writes, three clips a shard."""
+    out = tmp_path_factory.mktemp("out") / "shards"
+    ingest([clips], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
+    return out
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".parquet", ".jsonl")}
+
+
+def test_thirty_frames_a_second_become_true_twelve(tmp_path):
+    frames = np.repeat(np.arange(60, dtype=np.uint8) * 4, 16 * 24 * 3).reshape(60, 16, 24, 3)
+    write_video(tmp_path / "a.mp4", frames, 30)
+    item = Item("a.mp4", str(tmp_path / "a.mp4"))
+    settings = ClipSettings(fps=12, size="16x24", num_frames=9, clips_per_video=2)
+    found = _clips(item, tmp_path / "a.mp4", settings, 4)
+    assert [round(start * 12) for start, _ in found] == [2, 13]  # 24 frames: gaps of 2 before, between and after
+    for start, clip in found:
+        shown = clip.mean(axis=(1, 2, 3)) / 4
+        expected = np.floor((start + np.arange(9) / 12) * 30 + 1e-6)
+        assert np.abs(shown - expected).max() < 0.6
+    part = _clips(Item("a", str(tmp_path / "a.mp4"), start=0.5, end=1.25), tmp_path / "a.mp4", settings, 4)
+    assert [start for start, _ in part] == [0.5]
+    assert abs(part[0][1][0].mean() / 4 - 15) < 0.6
+
+
+def test_clips_of_a_long_video_do_not_overlap_and_lie_inside():
+    for available in range(5, 60):
+        for clips in range(1, 8):
+            starts = clip_starts(available, 5, clips)
+            assert len(starts) == min(clips, available // 5)
+            assert all(b - a >= 5 for a, b in pairwise(starts))
+            assert starts[0] >= 0
+            assert starts[-1] + 5 <= available
+    assert clip_starts(25, 5, 1) == [10]
+
+
+def test_sizes_by_aspect_ratio():
+    assert ClipSettings(size="256p").target(720, 1280) == (256, 448)
+    assert ClipSettings(size="480p").target(1000, 1600) == (480, 768)
+    with pytest.raises(UserError, match="size '512' is unknown; allowed: 256p, 384p, 480p"):
+        ClipSettings(size="512").target(1, 1)
+
+
+def test_rows_hold_the_codes_of_the_tokenizer_and_where_they_came_from(ingested, clips, tokenizer):
+    rows = list(shards.read_shards(ingested))
+    assert [row["id"] for row in rows] == [f"clips/{n}.mp4" for n in (0, 1, 2, 4, 5, 6, 7)] + ["clips/picture.png"]
+    model = VideoTokenizer.from_pretrained(tokenizer)
+    row = rows[3]
+    frames, _ = read_video(clips / "4.mp4", fps=12, num_frames=5, start=row["start"], size=(16, 24))
+    assert np.array_equal(row["codes"], model.encode(from_uint8(frames[None]))[0].numpy())
+    assert (row["caption"], row["fps"], row["grid"], row["num_frames"]) == ("caption 4", 12, [2, 2, 3], 5)
+    picture = rows[-1]
+    assert np.array_equal(picture["codes"], model.encode(from_uint8(read_image(clips / "picture.png")[None, None]))[0].numpy())
+    assert (picture["num_frames"], picture["fps"], picture["grid"]) == (1, 1, [1, 2, 3])
+    report = json.loads((ingested / "report.json").read_text())
+    assert report["reasons"] == {"unreadable": 1, "too short": 1, "no caption": 1}
+    assert {entry["id"] for entry in report["skipped"]} == {"clips/3.mp4", "clips/8.mp4", "clips/9.mp4"}
+    assert (report["items"], report["encoded"], report["clips"]) == (11, 8, 8)
+
+
+def test_shards_are_read_by_datasets(ingested, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in shards.shard_paths(ingested)]
+    data = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert data.features["codes"].feature.dtype == "uint16"
+    assert [row["caption"] for row in data] == [row["caption"] for row in shards.read_shards(ingested)]
+
+
+def test_a_second_run_does_nothing_and_new_clips_are_added(ingested, clips, tokenizer, tmp_path):
+    out, source = tmp_path / "shards", tmp_path / "more" / "clips"
+    shutil.copytree(ingested, out)
+    shutil.copytree(clips, source)
+    before = content(out)
+    report = ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
+    assert report["new_items"] == 0
+    assert content(out) == before
+    shutil.copy(source / "0.mp4", source / "3.mp4")  # mended
+    write_video(source / "new.mp4", moving(50, 24), 24)
+    (source / "new.txt").write_text("new")
+    report = ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, retry_skipped=True)
+    assert (report["encoded"], report["reasons"]) == (10, {"too short": 1, "no caption": 1})
+    ids = [row["id"] for row in shards.read_shards(out)]
+    assert ids[-2:] == ["clips/3.mp4", "clips/new.mp4"]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, tokenizer, tmp_path):
+    out = tmp_path / "shards"
+    script = (
+        "import os, signal, sys; from lumos.data.ingest import *\n"
+        "def on_item(done, skipped):\n"
+        "    if done + skipped == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"
+        "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], settings, shard_clips=3, max_failure_rate=0.5, on_item=on_item)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(clips), str(out), str(tokenizer)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    half = content(out)
+    assert set(half) == {"shard-000000.parquet", "shard-000001.parquet", "skipped.jsonl"}
+    with (out / "skipped.jsonl").open("a") as journal:
+        journal.write('{"id": "clips/9.m')  # a kill in the middle of a line
+    (out / ".shard-000002.parquet.1234.part").write_bytes(b"PAR1 half a shard")
+    ingest([clips], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
+    assert content(out) == content(ingested)
+
+
+def test_several_processes_write_the_same_shards(ingested, clips, tokenizer, tmp_path):
+    ingest([clips], tmp_path / "out", tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=2)
+    assert content(tmp_path / "out") == content(ingested)
+
+
+def test_too_many_failures_end_with_exit_code_1_and_keep_the_rest(clips, tokenizer, tmp_path, capsys):
+    command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS]
+    assert main([*command, "--max-failure-rate", "0.2"]) == 1
+    assert "3 of 11 items gave no clip (" in capsys.readouterr().err
+    assert len(list(shards.read_shards(tmp_path / "out"))) == 8
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["stopped"].startswith("3 of 11")
+    assert main([*command, "--max-failure-rate", "0.3"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_items"] == 0
+
+
+def test_other_settings_or_tokenizer_are_refused(ingested, clips, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="made with fps 12, not 8"):
+        ingest([clips], ingested, tokenizer, ClipSettings(fps=8, size="16x24", num_frames=5))
+    other = VideoTokenizer.from_pretrained(tokenizer)
+    other.half().save_pretrained(tmp_path / "half")  # an export in half precision is no other tokenizer
+    other.encoder.conv_in[0].conv3d.weight.data.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    ingest([clips], ingested, tmp_path / "half", SETTINGS, max_failure_rate=0.5)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        ingest([clips], ingested, tmp_path / "other", SETTINGS)
+    for wrong, words in (({"num_frames": 6}, "num_frames 6"), ({"size": "15x24"}, "multiples of 8"), ({"fps": 0}, "fps 0")):
+        with pytest.raises(UserError, match=words):
+            ingest([clips], tmp_path / "new", tokenizer, ClipSettings(**wrong))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nothing to ingest"):
+        ingest([tmp_path / "empty"], tmp_path / "new", tokenizer, SETTINGS)
+
+
+def test_a_truncated_or_changed_shard_is_found_and_can_be_filled_again(ingested, clips, tokenizer, tmp_path):
+    out = tmp_path / "shards"
+    shutil.copytree(ingested, out)
+    path = shards.shard_paths(out)[1]
+    whole = path.read_bytes()
+    rows = shards.read_group(path, 0)
+    path.write_bytes(whole[:-40])
+    for use in (lambda: list(shards.read_shards(out)), lambda: ingest([clips], out, tokenizer, SETTINGS)):
+        with pytest.raises(RunError, match=r"shard-000001\.parquet is damaged or cut off"):
+            use()
+    path.unlink()
+    report = ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
+    assert report["encoded"] == 8
+    key = lambda row: row["id"]  # noqa: E731
+    again, first = (sorted(shards.read_shards(folder), key=key) for folder in (out, ingested))
+    assert [row["checksum"] for row in again] == [row["checksum"] for row in first]
+    rows[0]["codes"] = (rows[0]["codes"] + 1) % 64
+    shards.write_shard(out / "shard-000009.parquet", rows)
+    with pytest.raises(RunError, match=r"the checksum of clips/4\.mp4 is wrong"):
+        list(shards.read_shards(out))
+
+
+def test_inspect_prints_and_draws(ingested, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    assert main(["inspect", str(ingested), "--sheet", str(sheet), "--sheet-clips", "4"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["clips"], summary["pictures"], summary["sizes"]) == (7, 1, {"24x16": 8})
+    assert summary["codes"] == 7 * 12 + 6
+    assert 0 < summary["codes_used"] <= 1
+    assert summary["code_perplexity"] <= 64
+    assert Image.open(sheet).width > 200
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "holds no ingested clips" in capsys.readouterr().err
+
+
+def test_only_one_ingest_writes_into_a_folder(clips, tokenizer, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another ingest is writing"):
+            ingest([clips], tmp_path / "out", tokenizer, SETTINGS)
+
+
+def test_one_function_makes_shorter_clips_if_asked(clips, tokenizer):
+    item = next(item for item in items([clips]) if item.id == "clips/8.mp4")
+    found = _clips(item, Path(item.path), ClipSettings(fps=24, size="16x24", num_frames=5, min_frames=1), 4)
+    assert [frames.shape[0] for _, frames in found] == [1]
