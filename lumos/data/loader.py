@@ -31,17 +31,22 @@ T_co = TypeVar("T_co")
 
 @dataclass(frozen=True)
 class Clip:
-    """frames uint8 [T, H, W, 3]; `name` finds the clip again."""
+    """frames uint8 [T, H, W, 3], or in their place `codes` uint16 [t, h, w] made earlier; `name` finds the clip again."""
 
-    frames: np.ndarray
+    frames: np.ndarray | None
     caption: str
     fps: int
     name: str
+    codes: np.ndarray | None = None
 
 
 class Source(Protocol):
-    def clip(self, index: int, num_frames: int) -> Clip:
-        """Clip `index` of an endless numbering, the same at every call."""
+    """Where clips come from. `usual_shape` holds num_frames, height, width and fps of most of its clips."""
+
+    usual_shape: dict[str, int]
+
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+        """The clips at `positions` of a step, the same at every call; all with frames or all with codes."""
         ...
 
 
@@ -57,8 +62,14 @@ class WorldSource:
             raise UserError(f"data.options: {error}; allowed: {', '.join(Worlds.__dataclass_fields__)}") from error
         self.pictures = replace(self.videos, num_frames=1)
         self.scenes = scenes
+        self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+        num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
+        return [self.clip(sample_index(step, position), num_frames) for position in positions]
 
     def clip(self, index: int, num_frames: int) -> Clip:
+        """Clip `index` of an endless numbering."""
         index = index % self.scenes if self.scenes else index
         worlds = self.pictures if num_frames == 1 else self.videos
         frames, caption = worlds[index]
@@ -67,10 +78,15 @@ class WorldSource:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step is made of: `kind` is "image" or "video", `batch_size` counts clips over all processes."""
+    """What a step is made of: `kind` is "image" or "video", `batch_size` counts clips over all processes.
+
+    `number` counts the earlier steps of the kind in the same `stage`: sources that pass over their clips go by it.
+    """
 
     kind: str
     batch_size: int
+    stage: int = 0
+    number: int = 0
 
 
 class Curriculum:
@@ -90,11 +106,13 @@ class Curriculum:
             self.spans.append((0, 0.0, batch_size, batch_size))
 
     def __call__(self, step: int) -> StepShape:
-        start, share, videos, images = next(s for s in reversed(self.spans) if s[0] <= step)
+        stage, (start, share, videos, images) = next(s for s in reversed([*enumerate(self.spans)]) if s[1][0] <= step)
         # Spread evenly: among the first n steps of the stage, floor(n * share) hold images. The small addition is for
         # 0.3 * 10 = 2.99..
         before, after = (int(n * share + 1e-9) for n in (step - start, step - start + 1))
-        return StepShape("image", images) if after > before else StepShape("video", videos)
+        if after > before:
+            return StepShape("image", images, stage, before)
+        return StepShape("video", videos, stage, step - start - before)
 
     @property
     def kinds(self) -> list[str]:

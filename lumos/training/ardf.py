@@ -10,12 +10,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from lumos.configuration import LumosConfig
-from lumos.data.loader import IGNORED, Batch, StepShape, WorldSource, sample_generator, sample_index
+from lumos.data.loader import IGNORED, Batch, Clip, Curriculum, Source, StepShape, WorldSource, sample_generator
+from lumos.data.shard_source import ShardSource
 from lumos.errors import UserError
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.masking import mask_sequence
@@ -38,17 +40,8 @@ class ArdfTask:
         self.video_tokenizer = VideoTokenizer.from_pretrained(video).to(device).eval().requires_grad_(False)
         self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
         self._check_sizes(video)
-        data = settings.data
-        self.num_frames = num_latent_frames(data.num_frames, self.config.temporal_compression)
-        self.source = WorldSource(
-            height=data.height,
-            width=data.width,
-            num_frames=data.num_frames,
-            fps=data.fps,
-            scenes=data.scenes,
-            seed=settings.training.seed,
-            options=data.options,
-        )
+        self.num_frames = num_latent_frames(settings.data.num_frames, self.config.temporal_compression)
+        self.source = self._source()
 
     def build_model(self) -> nn.Module:
         """The model on the CPU in float32, from a folder or from random weights drawn with training.seed."""
@@ -63,14 +56,11 @@ class ArdfTask:
         return model.train()
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
-        """Render, encode, lay out and mask the clips at `positions` of a step."""
-        data = self.settings.data
-        num_frames = 1 if shape.kind == "image" else data.num_frames
-        clips = [self.source.clip(sample_index(step, position), num_frames) for position in positions]
-        codes = self._encode([clip.frames for clip in clips])
+        """Take the clips at `positions` of a step from the source, encode them if need be, lay them out and mask them."""
+        clips = self.source.clips(step, shape, positions)
         rows = []
-        for position, clip, code in zip(positions, clips, codes, strict=True):
-            rows.append(self._row(step, position, clip.caption, clip.fps, num_frames, code, dropout))
+        for position, clip, code in zip(positions, clips, self._codes(clips), strict=True):
+            rows.append(self._row(step, position, clip.caption, clip.fps, code, dropout))
         ids, targets = zip(*rows, strict=True)
         tensors = {
             "input_ids": pad_sequences(list(ids), self.config.pad_token_id),
@@ -97,8 +87,7 @@ class ArdfTask:
             transformers_logging.enable_progress_bar()
         copy.deepcopy(self.video_tokenizer).to(dtype).save_pretrained(folder / "video_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        data = self.settings.data
-        clip = ClipDefaults(data.num_frames, data.height, data.width, data.fps, target_size=None)
+        clip = ClipDefaults(**self.source.usual_shape, target_size=None)
         write_defaults(folder, GenerationSettings(**self.settings.generation), clip)
 
     def identity(self) -> dict[str, Any]:
@@ -142,8 +131,29 @@ class ArdfTask:
         if (data.num_frames - 1) % config.temporal_compression:
             raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
         for name in ("height", "width"):
-            if getattr(data, name) % config.pixels_per_size_unit:
+            if data.source == "worlds" and getattr(data, name) % config.pixels_per_size_unit:
                 raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
+
+    def _source(self) -> Source:
+        data, training = self.settings.data, self.settings.training
+        if data.source == "worlds":
+            shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
+            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options)
+        return ShardSource(
+            data.path,
+            self.video_tokenizer,
+            kinds=Curriculum(data.stages, training.batch_size).kinds,
+            num_frames=data.num_frames,
+            size_unit=self.config.pixels_per_size_unit,
+            seed=training.seed,
+            held_out=data.validation_clips if training.eval_every else 0,
+        )
+
+    def _codes(self, clips: list[Clip]) -> list[Tensor]:
+        """Codes [t, h, w] of each clip."""
+        if clips[0].codes is None:
+            return list(self._encode([clip.frames for clip in clips]))
+        return [torch.from_numpy(clip.codes.astype(np.int64)) for clip in clips]
 
     @torch.no_grad()
     def _encode(self, frames: list) -> Tensor:
@@ -151,15 +161,16 @@ class ArdfTask:
         video = video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
         return self.video_tokenizer.encode(video).cpu()
 
-    def _row(
-        self, step: int, position: int, caption: str, fps: int, num_frames: int, codes: Tensor, dropout: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _row(self, step: int, position: int, caption: str, fps: int, codes: Tensor, dropout: bool) -> tuple[Tensor, Tensor]:
+        """(ids, targets), each [L], of a clip's codes [t, h, w]."""
         settings, masking = self.settings, self.settings.masking
         seed = settings.training.seed
+        t, h, w = codes.shape
+        num_frames = (t - 1) * self.config.temporal_compression + 1
         drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
         text_ids = None
         if not (dropout and drop):
-            size = {"height": settings.data.height, "width": settings.data.width}
+            size = {"height": h * self.config.spatial_compression, "width": w * self.config.spatial_compression}
             text_ids = self.text_tokenizer.encode(prompt_text(self.config, caption, num_frames=num_frames, fps=fps, **size))
         duration, fps = clip_header(num_frames, fps)
         ids = build_sequence(text_ids, codes, fps=fps, duration=duration, config=self.config)

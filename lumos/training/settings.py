@@ -46,13 +46,14 @@ class StageSettings:
 
 @dataclass
 class DataSettings:
-    source: str = setting("worlds", "where clips come from", choices=("worlds",))
+    source: str = setting("worlds", "where clips come from: the small worlds, or what ingest wrote", choices=("worlds", "shards"))
+    path: str | None = setting(None, "folder of the shards")
     options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
     num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
-    height: int = setting(64, "frame height in pixels", low=1)
-    width: int = setting(64, "frame width in pixels", low=1)
-    fps: int = setting(8, "frames per second of the clips", low=1)
-    scenes: int | None = setting(None, "use only this many different scenes, over and over; null: endless", low=1)
+    height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1)
+    width: int = setting(64, "frame width of worlds in pixels", low=1)
+    fps: int = setting(8, "frames per second of worlds", low=1)
+    scenes: int | None = setting(None, "use only this many different worlds, over and over; null: endless", low=1)
     stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
     workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
     prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
@@ -158,7 +159,13 @@ def _check(settings: TrainingSettings) -> None:
     except TypeError as error:
         allowed = ", ".join(GenerationSettings.__dataclass_fields__)
         raise UserError(f"generation: {error}; allowed: {allowed}") from error
-    training, stages = settings.training, settings.data.stages
+    training, data, stages = settings.training, settings.data, settings.data.stages
+    if (data.source == "shards") != (data.path is not None):
+        raise UserError(f"data.source is {data.source} and data.path is {data.path}; shards need a path, worlds have none")
+    usual = DataSettings()
+    for name in ("options", "height", "width", "fps", "scenes") if data.source == "shards" else ():
+        if getattr(data, name) != getattr(usual, name):
+            raise UserError(f"data.{name} has no effect with data.source=shards, which was ingested as it is; leave it out")
     if (settings.model.preset is None) == (settings.model.from_ is None):
         raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
     for i, stage in enumerate(stages):

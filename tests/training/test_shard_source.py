@@ -1,0 +1,185 @@
+"""Training from shards: which clips a step sees, that they are the ingested codes, and resuming."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyarrow")
+
+from lumos.data import shards
+from lumos.data.loader import IGNORED, Curriculum, StepShape
+from lumos.data.shard_source import CYCLE, size_order
+from lumos.errors import RunError, UserError
+from lumos.files import write_json
+from lumos.sequence import parse_sequence
+from lumos.training.ardf import ArdfTask
+from lumos.training.loop import train
+from lumos.training.settings import StageSettings
+from tokenizer.video import VideoTokenizer
+
+CPU = torch.device("cpu")
+
+
+def write_folder(folder: Path, tokenizer: str, grids: list[tuple[int, int, int]]) -> Path:
+    """Random codes, one clip an item, in shards of five."""
+    random = np.random.default_rng(0)
+    rows = []
+    for n, grid in enumerate(grids):
+        codes = random.integers(0, 1000, grid).astype(np.uint16)
+        t, h, w = grid
+        row = {"id": f"c/{n}", "clip": 0, "codes": codes, "num_frames": t * 4 - 3, "height": h * 8, "width": w * 8}
+        caption = "a red circle moves left on a gray background" if n % 2 else "a small blue square grows"
+        rest = {"fps": 12 if t > 1 else 1, "caption": caption, "source": f"{n}.mp4", "start": 0.0}
+        rows.append(row | rest | {"checksum": shards.checksum(codes, caption)})
+    folder.mkdir()
+    for start in range(0, len(rows), 5):
+        shards.write_shard(shards.next_shard(folder), rows[start : start + 5])
+    facts = shards.tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
+    write_json(folder / shards.DESCRIPTION, {"format": shards.FORMAT, "tokenizer": facts, "settings": {"fps": 12}})
+    return folder
+
+
+MIXED = [(3, 4, 4)] * 12 + [(2, 4, 6)] * 6 + [(1, 4, 4)] * 5 + [(1, 6, 4)] * 2
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, micro_tokenizers) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "shards", micro_tokenizers["video"], MIXED)
+
+
+@pytest.fixture
+def shard_settings(micro_settings, folder):
+    def make(path=folder, **sections):
+        data = {"source": "shards", "path": str(path), "height": 64, "width": 64, "num_frames": 5}
+        return micro_settings(**{**sections, "data": {**data, **sections.get("data", {})}})
+
+    return make
+
+
+HALF = {"stages": [{"image_share": 0.5}]}
+
+
+def test_each_clip_of_a_size_once_before_any_again(shard_settings):
+    task = ArdfTask(shard_settings(data=HALF), CPU)
+    curriculum = Curriculum([StageSettings(image_share=0.5)], 3)
+    names, sizes = {"video": {}, "image": {}}, {"video": Counter(), "image": Counter()}
+    for step in range(400):
+        shape = curriculum(step)
+        clips = task.source.clips(step, shape, range(3))
+        (size,) = {clip.codes.shape[1:] for clip in clips}
+        assert {clip.codes.shape[0] for clip in clips} == {2 if shape.kind == "video" else 1}
+        names[shape.kind].setdefault(size, []).extend(clip.name for clip in clips)
+        sizes[shape.kind][size] += 1
+    for seen in names.values():
+        for drawn in seen.values():
+            count = len(set(drawn))
+            passes = [drawn[i : i + count] for i in range(0, len(drawn) - count + 1, count)]
+            assert all(len(set(one)) == count for one in passes)
+            assert count < 4 or len({tuple(one) for one in passes}) > 1
+    assert {size: len(set(drawn)) for size, drawn in names["video"].items()} == {(4, 4): 12, (4, 6): 6}
+    assert {size: len(set(drawn)) for size, drawn in names["image"].items()} == {(4, 4): 5, (6, 4): 2}
+    assert 110 < sizes["video"][4, 4] < 155  # two thirds of 200, in random order
+
+
+def test_a_step_is_a_function_of_its_number_seed_and_stage(shard_settings):
+    task, again = (ArdfTask(shard_settings(), CPU) for _ in range(2))
+    other = ArdfTask(shard_settings(training={"seed": 5}), CPU)
+    shapes = [StepShape("video", 6, 0, number) for number in (0, 1, 2, 5 * CYCLE + 7)]
+
+    def names(task, shape, positions=range(6)):
+        return [clip.name for clip in task.source.clips(0, shape, positions)]
+
+    for shape in shapes:
+        assert names(task, shape) == names(again, shape) == names(again, shape, range(4)) + names(task, shape, range(4, 6))
+    assert [names(task, s) for s in shapes] != [names(other, s) for s in shapes]
+    assert names(task, shapes[0]) != names(task, StepShape("video", 6, 1, 0))
+
+
+def test_shares_of_sizes():
+    order, before = size_order((900, 90, 1), (0, 0, 0))
+    assert Counter(order.tolist()) == {0: 928, 1: 94, 2: 2}
+    assert before[-1].tolist() == [928, 94, 2]
+    assert [int(before[i, order[i]]) for i in range(3)] == [order[:i].tolist().count(order[i]) for i in range(3)]
+
+
+def test_rows_hold_the_ingested_codes_and_the_prompt_of_their_size(shard_settings, folder):
+    stored = {f"{row['id']}#0": row for row in shards.read_shards(folder)}
+    task = ArdfTask(shard_settings(data=HALF, masking={"text_dropout": 0.0}), CPU)
+    for shape in (StepShape("video", 4), StepShape("image", 4)):
+        batch = task.batch(0, shape, range(4))
+        for ids, targets, name in zip(batch.tensors["input_ids"], batch.tensors["targets"], batch.names, strict=True):
+            end = int((ids != task.config.pad_token_id).nonzero().max()) + 1
+            parsed, row = parse_sequence(ids[:end], task.config), stored[name]
+            codes = torch.from_numpy(row["codes"].astype(np.int64))[: 2 if shape.kind == "video" else 1]
+            assert torch.equal(torch.where(parsed.codes < 0, codes, parsed.codes), codes)
+            assert torch.equal(targets[targets != IGNORED], codes[parsed.codes < 0])
+            assert task.text_tokenizer.decode(parsed.text_ids) == row["caption"]
+            assert parsed.fps == row["fps"]
+
+
+def test_without_pictures_the_first_frames_of_clips_serve(shard_settings, micro_tokenizers, tmp_path):
+    path = write_folder(tmp_path / "clips", micro_tokenizers["video"], [(3, 4, 4)] * 4)
+    task = ArdfTask(shard_settings(path, data=HALF), CPU)
+    stored = {f"{row['id']}#0": row["codes"] for row in shards.read_shards(path)}
+    for clip in task.source.clips(0, StepShape("image", 4), range(4)):
+        assert np.array_equal(clip.codes, stored[clip.name][:1])
+
+
+def test_validation_clips_are_never_trained_on(shard_settings):
+    task = ArdfTask(shard_settings(data={"validation_clips": 4}, training={"eval_every": 2}), CPU)
+    held = {clip.name for clip in task.source.clips(1 << 36, StepShape("video", 4), range(4))}
+    seen = {clip.name for n in range(60) for clip in task.source.clips(n, StepShape("video", 4, 0, n), range(4))}
+    assert len(held) == 4
+    assert len(seen) == 14
+    assert not held & seen
+
+
+def test_training_from_shards_and_resuming_gives_the_same_losses(shard_settings, tmp_path):
+    def run(name, steps):
+        settings = shard_settings(
+            data=HALF | {"validation_clips": 3},
+            training={"max_steps": steps, "eval_every": 2, "schedule": "constant", "output_dir": str(tmp_path / name)},
+        )
+        return train(settings)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    assert run("parts", 4)["loss"] == whole["loss"]
+    assert (tmp_path / "whole" / "export" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"num_frames": 13}}, "has 0 clips of at least 13 frames .the longest of its 25 has 9.*lower data.num_frames"),
+        ({"data": {"validation_clips": 18}, "training": {"eval_every": 1}}, "18 clips of at least 5.*18 kept for validation"),
+        ({"data": {"height": 32}}, "data.height has no effect with data.source=shards"),
+        ({"data": {"source": "worlds", "height": 32}}, "data.source is worlds and data.path is"),
+        ({"data": {"path": None}}, "data.source is shards and data.path is None"),
+        ({"data": {"path": "nowhere"}}, "nowhere holds no ingested clips"),
+    ],
+)
+def test_settings_that_do_not_fit_the_shards(shard_settings, sections: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        ArdfTask(shard_settings(**sections), CPU)
+
+
+def test_shards_of_another_tokenizer(shard_settings, micro_tokenizers, tmp_path):
+    other = VideoTokenizer.from_pretrained(micro_tokenizers["video"])
+    other.encoder.conv_in[0].conv3d.weight.data.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"tokenizer\.video is another video tokenizer than the one that made the shards"):
+        ArdfTask(shard_settings(tokenizer={**micro_tokenizers, "video": str(tmp_path / "other")}), CPU)
+
+
+def test_a_shard_cut_off_is_found_at_the_start(shard_settings, micro_tokenizers, tmp_path):
+    path = write_folder(tmp_path / "clips", micro_tokenizers["video"], [(2, 4, 4)] * 7)
+    cut = shards.shard_paths(path)[1]
+    cut.write_bytes(cut.read_bytes()[:-10])
+    with pytest.raises(RunError, match=r"shard-000001\.parquet is damaged or cut off"):
+        ArdfTask(shard_settings(path), CPU)
