@@ -44,6 +44,8 @@ def find_tokenizer_folder(folder: Path) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: one safetensors file, the pair of archives, or the whole archive."""
+    if _is_other_model(folder):
+        return []
     preferred = folder / WEIGHTS
     others = sorted(folder.glob("*.safetensors"))
     if preferred.is_file() or others:
@@ -52,6 +54,14 @@ def _weight_files(folder: Path) -> list[Path]:
     if all(path.is_file() for path in pair):
         return pair
     return [folder / JIT_WHOLE] if (folder / JIT_WHOLE).is_file() else []
+
+
+def _is_other_model(folder: Path) -> bool:
+    """True for the folder of a Hugging Face model, a decoder for instance: its config.json names a model type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_config(folder: Path) -> VideoTokenizerConfig:
