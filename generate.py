@@ -2,7 +2,9 @@
 
 import sys
 
-from lumos.cli import main
-
 if __name__ == "__main__":
+    try:
+        from lumos.cli import main
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
     sys.exit(main(["generate", *sys.argv[1:]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 from lumos.errors import RunError, UserError
 
@@ -31,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"error: unknown verb {verb!r}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
-    parser = argparse.ArgumentParser(prog=f"lumos {verb}", description=VERBS[verb])
-    command.add_arguments(parser)
     try:
+        command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
+        parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
+        command.add_arguments(parser)
         command.run(parser.parse_args(argv[1:]))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
@@ -42,9 +43,20 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, 2)
     except (RunError, OSError, MemoryError) as error:
         return fail(error, 1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        return fail(f"out of memory ({str(error).splitlines()[0]}); make it smaller: size, frames, batch, or a smaller dtype", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written for the unfinished clip", 1)
+        return fail("interrupted", 1)
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
 
 
 def fail(error: object, code: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import warnings
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -31,6 +34,25 @@ _CHAMELEON_SIZES = (
     "dtype",
     "torch_dtype",
 )
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "model_parallel_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "loss_chunk_size",
+    "visual_token_count",
+    "number_token_count",
+    "temporal_compression",
+    "spatial_compression",
+    "pixels_per_size_unit",
+    "max_prompt_tokens",
+)
 _CHAMELEON_FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -43,6 +65,9 @@ _CHAMELEON_FIXED = {
 
 class LumosConfig(PreTrainedConfig):
     """Configuration of `LumosForVideoGeneration`; the defaults are the published 1B model's.
+
+    `attention` chooses how whole sequences are attended to (training, `model(input_ids)`); generation always runs against
+    its cache. `max_position_embeddings` is the longest sequence that the pipeline makes.
 
     Sizes follow the Llama names. Ids default to the published vocabulary (65,536 text ids, then 64,000 video codes).
     `pixels_per_size_unit` is what one unit of a frame's two size tokens stands for; `prompt_template` may use
@@ -94,6 +119,9 @@ class LumosConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for key in kwargs:
+            if close := difflib.get_close_matches(key, [f.name for f in fields(self)], n=1, cutoff=0.9):
+                raise ValueError(f"unknown config field {key!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
         self._check()
 
@@ -115,7 +143,34 @@ class LumosConfig(PreTrainedConfig):
             config_dict = from_chameleon(config_dict)
         return config_dict, kwargs
 
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Name -> id of every token that steers a sequence; none of them may ever come out of a text."""
+        names = "bos sep newline mask frame_start frame_end video_start video_end".split()  # noqa: SIM905
+        return {name: getattr(self, f"{name}_token_id") for name in names}
+
+    def is_reserved(self, token: int) -> bool:
+        """True for specials, numbers and visual codes: ids that are not text."""
+        number = 0 <= token - self.number_token_start < self.number_token_count
+        visual = 0 <= token - self.visual_token_start < self.visual_token_count
+        return number or visual or token in self.special_token_ids.values()
+
+    def _check_ids(self) -> None:
+        ids = self.special_token_ids
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"special tokens must have different ids; given: {ids}")
+        numbers = range(self.number_token_start, self.number_token_start + self.number_token_count)
+        visual = range(self.visual_token_start, self.visual_token_start + self.visual_token_count)
+        for name, value in {**ids, "first number": numbers.start, "last number": numbers.stop - 1}.items():
+            if not 0 <= value < self.vocab_size or value in visual:
+                raise ValueError(f"{name} token has id {value}: outside the vocabulary of {self.vocab_size}, or a visual code")
+        if inside := [name for name, value in ids.items() if value in numbers]:
+            raise ValueError(f"special tokens {', '.join(inside)} lie among the number tokens {numbers.start}..{numbers.stop - 1}")
+
     def _check(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
@@ -140,11 +195,19 @@ class LumosConfig(PreTrainedConfig):
                 f"visual tokens {self.visual_token_start}..{self.visual_token_start + self.visual_token_count - 1} "
                 f"do not fit into vocab_size {self.vocab_size}"
             )
+        self._check_ids()
         if self.pixels_per_size_unit % self.spatial_compression:
             raise ValueError(
                 f"pixels_per_size_unit {self.pixels_per_size_unit} is not a multiple of spatial_compression "
                 f"{self.spatial_compression}"
             )
+        try:
+            self.prompt_template.format(prompt="", width=0, height=0, num_frames=0, fps=0)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} is not usable ({error}); it may hold {{prompt}} {{width}} {{height}} "
+                "{num_frames} {fps}"
+            ) from error
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template {self.prompt_template!r} has no {{prompt}} in it")
         if self.tie_word_embeddings:
@@ -162,6 +225,14 @@ def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
         if published.get(key, value) != value:
             raise ValueError(f"config.json has {key} = {published[key]!r}; a Lumos-1 checkpoint has {value!r}")
     config = {key: published[key] for key in _CHAMELEON_SIZES if key in published}
+    rope = published.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json has rope_parameters = {rope!r}; a Lumos-1 checkpoint has no RoPE scaling")
+    config.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    if "rope_theta" not in published and "rope_theta" not in rope:
+        warnings.warn("config.json states no rope_theta; the published class default 10,000 is used")
+    if "mm_rope" not in published:
+        warnings.warn("config.json states no mm_rope; the published class default, plain 1-D RoPE, is used")
     config["position_scheme"] = "mm_rope" if published.get("mm_rope", False) else "1d"
     return {"model_type": "lumos", **config}
 

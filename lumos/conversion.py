@@ -36,7 +36,7 @@ def prepare_checkpoint(
     """
     if folder is None:
         return folder, kwargs
-    path = Path(folder)
+    path = Path(folder, kwargs.get("subfolder") or "")
     if not path.is_dir():
         if path.suffix or path.is_absolute() or str(folder).startswith("."):
             raise UserError(f"no model folder at {folder}; give a folder with config.json and {WEIGHTS}")
@@ -54,6 +54,7 @@ def prepare_checkpoint(
     tensors = {}
     for file in weight_files(path):
         tensors.update({renamed[k]: v.view(found[renamed[k]]) for k, v in load_file(file).items() if k in renamed})
+    kwargs.pop("subfolder", None)
     return None, {**kwargs, "config": config, "state_dict": tensors}
 
 
@@ -67,7 +68,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, all of them present; UserError otherwise."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error}); download or copy it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(

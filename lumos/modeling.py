@@ -218,6 +218,11 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         if targets is None:
             return LumosOutput(logits=self.lm_head(hidden))
         supervised = targets != -100
+        if supervised.any() and not 0 <= int(targets[supervised].min()) <= int(targets.max()) < self.config.visual_token_count:
+            raise ValueError(
+                f"targets run from {int(targets[supervised].min())} to {int(targets.max())}; allowed: visual codes 0 to "
+                f"{self.config.visual_token_count - 1}, and -100"
+            )
         loss = self.lm_head(hidden[supervised], targets=targets[supervised])
         frames = frame_indices(layouts, length).to(device)[supervised]
         return LumosOutput(loss=loss.mean(), position_loss=loss, frame_index=frames, supervised=supervised)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +19,7 @@ from lumos.errors import UserError
 from lumos.generation.engine import generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
 from lumos.modeling import LumosForVideoGeneration
+from lumos.runtime import pick_device
 from lumos.sequence import build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
@@ -45,7 +48,7 @@ class LumosPipeline:
         settings: GenerationSettings | None = None,
         clip: ClipDefaults | None = None,
     ):
-        check_agreement(model, video_tokenizer)
+        check_agreement(model, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
 
@@ -68,8 +71,14 @@ class LumosPipeline:
         device = pick_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype).to(device)
-        text = TextTokenizer.from_pretrained(text_tokenizer or folder, limit=model.config.visual_token_start)
-        video = VideoTokenizer.from_pretrained(video_tokenizer or folder, dtype=dtype, device=device)
+        try:
+            text = TextTokenizer.from_pretrained(text_tokenizer or folder, limit=model.config.visual_token_start)
+        except (UserError, OSError) as error:
+            raise UserError(f"{error} (text_tokenizer / --text-tokenizer names another place)") from error
+        try:
+            video = VideoTokenizer.from_pretrained(video_tokenizer or folder, dtype=dtype, device=device)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{error} (video_tokenizer / --video-tokenizer names another place)") from error
         settings, clip = read_defaults(Path(folder))
         return cls(model, text, video, settings, clip)
 
@@ -85,7 +94,7 @@ class LumosPipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
         video: Any = None,
         num_given_frames: int | None = None,
@@ -105,29 +114,39 @@ class LumosPipeline:
     ) -> LumosPipelineOutput:
         """Make one clip for each prompt.
 
-        prompt, image, video, seed: one, or a list of equal length. image: path or uint8 [H, W, 3], the first frame of the clip.
-        video: path or uint8 [T, H, W, 3]; the clip continues its last `num_given_frames` frames (1 + a multiple of the
-        temporal compression; default: what the video has, at most half of num_frames). num_frames counts the given frames
-        too; 1 makes a picture. seed: one int seeds the clips seed, seed + 1, ...; None draws it. What is left None is
-        the model's default. on_step(frame, frames, step, steps) is called after every step.
+        prompt, negative_prompt, image, video, seed: one, or a list of equal length.
+        image: path or uint8 [H, W, 3], the first frame of the clip. video: path or uint8 [T, H, W, 3]; the clip continues its
+        last `num_given_frames` frames (1 + a multiple of the temporal compression; default: what the video has, at most half
+        of num_frames). num_frames counts the given frames too; 1 makes a picture. seed: one int seeds the clips seed,
+        seed + 1, ...; None draws it. What is left None is the model's default.
+        on_step(frame, frames, step, steps) is called after every step.
         Raises UserError for what cannot be made, before any work is done.
         """
         config = self.model.config
         sampling = override(self.settings, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
                             temperature=temperature, top_k=top_k, top_p=top_p,
                             history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames)  # fmt: skip
-        prompts, images, videos, seeds = align(prompt, image, video, seed)
+        lists = align(prompt, negative_prompt, image, video, seed)
+        prompts, negatives, images, videos, seeds = lists.values()
         clip = override(self.clip, num_frames=num_frames, height=height, width=width, fps=fps)
         check_num_frames(clip.num_frames, config.temporal_compression)
         if clip.num_frames == 1:
+            without_effect("a picture (num_frames 1)", fps=fps, history_mask_ratio=history_mask_ratio)
             clip = override(clip, fps=1)
         if images[0] is not None and videos[0] is not None:
             raise UserError("both image and video are given; give the picture or the clip that the result begins with")
+        if videos[0] is None:
+            without_effect("a clip without video", num_given_frames=num_given_frames)
+            if images[0] is None:
+                without_effect("a clip without image or video", mask_given_frames=mask_given_frames or None)
 
         # 1. what is given
         pictures = [load_image(i) for i in images] if images[0] is not None else None
         if pictures and clip.target_size and height is None and width is None:
-            h, w = bucket_for(*pictures[0].shape[:2], clip.target_size, config.pixels_per_size_unit)
+            sizes = {bucket_for(*p.shape[:2], clip.target_size, config.pixels_per_size_unit) for p in pictures}
+            if len(sizes) > 1:
+                raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
+            ((h, w),) = sizes
             clip = override(clip, height=h, width=w)
         rows, cols = (
             size_units(pixels, name, config) * config.pixels_per_size_unit // config.spatial_compression
@@ -147,13 +166,20 @@ class LumosPipeline:
         conditional = [self._prefix(p, clip, codes) for p, codes in zip(prompts, pad_none(given_codes, prompts), strict=True)]
         unconditional = None
         if sampling.guidance_scale != 1:
-            unconditional = [self._prefix(negative_prompt, clip, codes) for codes in pad_none(given_codes, prompts)]
-        elif negative_prompt:
+            pairs = zip(negatives, pad_none(given_codes, prompts), strict=True)
+            unconditional = [self._prefix(text, clip, codes) for text, codes in pairs]
+        elif negatives[0] is not None:
             raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
 
         # 3. frames
         given_latents = len(given_codes[0]) if given_codes else 0
         new_frames = num_latent_frames(clip.num_frames, config.temporal_compression) - given_latents
+        longest = max(map(len, conditional)) + new_frames * build_frames(codes_of(-1, rows, cols), config).shape[1]
+        if longest > config.max_position_embeddings:
+            raise UserError(
+                f"the clip needs {longest} tokens, this model was made for at most {config.max_position_embeddings}; "
+                "ask for fewer frames or a smaller size"
+            )
         new_codes = generate_frames(
             self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
             generators=[torch.Generator().manual_seed(s) for s in seeds],
@@ -192,9 +218,11 @@ class LumosPipeline:
     def _load_videos(self, videos: Sequence[Any], clip: ClipDefaults, count: int | None) -> list[np.ndarray]:
         stride = self.model.config.temporal_compression
         if count is None:
-            count = 1 + (clip.num_frames // 2) // stride * stride
-            available = min(clip_length(v, clip.fps) for v in videos)
-            count = min(count, 1 + (available - 1) // stride * stride)
+            wanted = 1 + (clip.num_frames // 2) // stride * stride
+            counts = {min(wanted, 1 + (clip_length(v, clip.fps) - 1) // stride * stride) for v in videos}
+            if len(counts) > 1:
+                raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
+            (count,) = counts
         check_num_frames(count, stride, "num_given_frames")
         return [load_video(v, clip, count) for v in videos]
 
@@ -212,16 +240,11 @@ class LumosPipeline:
         return to_uint8(self.video_tokenizer.decode(codes[None].to(device))[0])
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or CUDA if there is one, else the CPU."""
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is unknown; give cpu, cuda, cuda:1, mps, ...") from error
-
-
-def check_agreement(model: LumosForVideoGeneration, video_tokenizer: VideoTokenizer) -> None:
+def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
+    """UserError where the tokenizers cannot be this model's."""
     config = model.config
+    if reserved := [i for i in range(text_tokenizer.max_text_id + 1) if config.is_reserved(i) and text_tokenizer.is_text(i)]:
+        raise UserError(f"the text tokenizer uses id {reserved[0]} for text, the model for itself: they do not belong together")
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
         ("temporal compression", config.temporal_compression, video_tokenizer.temporal_compression),
@@ -231,8 +254,10 @@ def check_agreement(model: LumosForVideoGeneration, video_tokenizer: VideoTokeni
             raise UserError(f"the model expects {what} {ours}, the video tokenizer has {theirs}: they do not belong together")
 
 
-def check_prompt(prompt: str) -> str:
-    if not isinstance(prompt, str) or not prompt.strip():
+def check_prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise UserError(f"the prompt is {prompt!r}; give a string")
+    if not prompt.strip():
         raise UserError(f"the prompt is empty ({prompt!r}); say in words what the clip shows")
     return prompt
 
@@ -252,24 +277,41 @@ def override(defaults: Any, **given: Any) -> Any:
     return type(defaults)(**{**values, **{k: v for k, v in given.items() if v is not None}})
 
 
-def align(prompt: Any, image: Any, video: Any, seed: Any) -> tuple[list, list, list, list[int]]:
-    """Single values and lists -> four lists of one length."""
-    given = {"prompt": prompt, "image": image, "video": video, "seed": seed}
+def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, seed: Any = None) -> dict[str, list]:
+    """Single values and lists -> lists of one length, by name."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "seed": seed}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
     count = max(lengths.values(), default=1)
     for name, length in lengths.items():
-        if length != count:
+        if length != count or length == 0:
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     for text in lists["prompt"]:
         check_prompt(text)
+    for name in ("negative_prompt", "image", "video"):
+        if len({value is None for value in lists[name]}) > 1:
+            raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
     if "seed" not in lengths:
-        first = random.randrange(2**31) if seed is None else seed
+        first = random.randrange(2**31) if seed is None else whole_seed(seed)
         lists["seed"] = [first + i for i in range(count)]
-    for s in lists["seed"]:
-        if not isinstance(s, int) or not 0 <= s <= MAX_SEED:
-            raise UserError(f"seed {s!r} is not allowed; give a whole number from 0 to {MAX_SEED}")
-    return lists["prompt"], lists["image"], lists["video"], lists["seed"]
+    lists["seed"] = [whole_seed(s) for s in lists["seed"]]
+    return lists
+
+
+def whole_seed(seed: Any) -> int:
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if isinstance(seed, bool) or not 0 <= value <= MAX_SEED:
+        raise UserError(f"seed {seed!r} is not allowed; give a whole number from 0 to {MAX_SEED}")
+    return value
+
+
+def without_effect(where: str, **options: Any) -> None:
+    """Say which of these were given although they change nothing."""
+    if given := [f"{name}={value}" for name, value in options.items() if value is not None]:
+        warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
 
 
 def pad_none(items: list, like: Sequence) -> list:
@@ -286,9 +328,20 @@ def load_image(image: Any) -> np.ndarray:
     return array
 
 
+def codes_of(value: int, rows: int, cols: int) -> Tensor:
+    return torch.full((1, rows, cols), value)
+
+
 def clip_length(video: Any, fps: int) -> int:
     """Frames that a clip has at this rate."""
-    return len(video) if isinstance(video, np.ndarray) else count_frames(video, fps)
+    return count_frames(video, fps) if isinstance(video, str | Path) else len(check_frames(video))
+
+
+def check_frames(video: Any) -> np.ndarray:
+    if not isinstance(video, np.ndarray) or video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
+        what = f"an array {video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else f"of type {type(video).__name__}"
+        raise UserError(f"video is {what}; give a path or uint8 [T, H, W, 3]")
+    return video
 
 
 def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
@@ -296,7 +349,6 @@ def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
     size = (clip.height, clip.width)
     if isinstance(video, str | Path):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
-    array = np.asarray(video)
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or len(array) < count:
-        raise UserError(f"video is an array {array.dtype} {list(array.shape)}; give uint8 [T, H, W, 3], T >= {count}")
-    return fit(array[-count:], *size)
+    if len(check_frames(video)) < count:
+        raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
+    return fit(video[-count:], *size)

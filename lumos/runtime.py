@@ -1,7 +1,8 @@
-"""What a run was made with: versions, seconds since the process began, peak memory."""
+"""What a run is made with: its device, versions, seconds since the process began, peak memory."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+
+from lumos.errors import UserError
 
 
 def versions() -> dict[str, str]:
@@ -22,6 +25,29 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device by its name (cpu, cuda, cuda:1, mps); None or "auto": CUDA if there is one, else the CPU.
+
+    "cuda" under a launcher such as deepspeed or torchrun is the GPU of this process (LOCAL_RANK). UserError for a name that is
+    unknown and for a device that is not there.
+    """
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if found is None or found.type not in counts:
+        raise UserError(f"device '{device}' is unknown; allowed: auto, cpu, cuda, cuda:1 (any number), mps")
+    index = found.index
+    if found.type == "cuda" and index is None:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+    if (index or 0) >= counts[found.type]:
+        raise UserError(f"device '{device}' is not available here; give {' or '.join(k for k, n in counts.items() if n)}")
+    return torch.device(found.type) if index is None else torch.device(found.type, index)
 
 
 def seconds_since_start() -> float:

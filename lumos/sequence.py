@@ -117,6 +117,8 @@ def size_units(pixels: int, what: str, config: LumosConfig) -> int:
 
 def build_prefix(text_ids: list[int] | None, *, fps: int, duration: int, config: LumosConfig) -> list[int]:
     """Ids up to and with the video header: what stands before the first frame."""
+    if reserved := [i for i in text_ids or () if config.is_reserved(i)]:
+        raise ValueError(f"text ids hold {reserved[0]}, a special, number or visual id of this model: the wrong text tokenizer?")
     text = [] if text_ids is None else [config.bos_token_id, *text_ids, config.sep_token_id]
     header = [
         config.video_start_token_id,
@@ -158,8 +160,8 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
     """ids [L] -> its parts; the inverse of `build_sequence`. ValueError where the row is not of that grammar."""
     row = ids.tolist()
     (layout,) = parse_layout(ids[None], config)
-    if config.video_start_token_id not in row:
-        raise ValueError("the sequence has no video_start token")
+    if config.video_start_token_id not in row[:-2]:
+        raise ValueError("the sequence has no video_start token with a header behind it")
     at = row.index(config.video_start_token_id)
     if at > 0 and (row[0] != config.bos_token_id or row[at - 1] != config.sep_token_id):
         raise ValueError("the text before video_start does not begin with bos and end with sep")
@@ -171,12 +173,21 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
         [ids[f.content_start : f.end - 1].view(rows, cols + 1)[:, :cols] for f in layout.frames]
     ) if layout.frames else ids.new_zeros(0, 0, 0)
     codes = torch.where(codes == config.mask_token_id, -1, codes - config.visual_token_start)
-    return Parsed(
+    parsed = Parsed(
         text_ids=row[1 : at - 1] if at > 0 else None,
         duration=row[at + 1] - config.number_token_start,
         fps=row[at + 2] - config.number_token_start,
         codes=codes,
     )
+    if not layout.frames:
+        raise ValueError("the sequence has no frames")
+    again = build_sequence(parsed.text_ids, codes, fps=parsed.fps, duration=parsed.duration, config=config)
+    length = min(len(ids), len(again))
+    differs = (ids[:length] != again[:length]) & (ids[:length] != config.mask_token_id)
+    if len(ids) != len(again) or differs.any():
+        where = int(differs.nonzero()[0]) if differs.any() else length
+        raise ValueError(f"the sequence leaves the grammar at token {where}")
+    return parsed
 
 
 def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[Layout]:

@@ -44,9 +44,10 @@ __all__ = [
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
 
-def check_output(path: str | Path, num_frames: int | None = None) -> None:
+def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1) -> None:
     """UserError if :func:`write_video` could not write ``path``; leaves nothing behind. Call it before a long run."""
     path = Path(path)
+    _check_fps(path, fps)
     folder = _frame_folder(path, _suffix(path), num_frames or 1)
     check_writable(path if folder is None else folder / "00000.png")
 
@@ -62,8 +63,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapp
     suffix = _suffix(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise UserError(f"frames must be uint8 [T, H, W, 3], T at least 1; given {frames.dtype} {list(frames.shape)}")
-    if not 0 < fps <= (50 if suffix == ".gif" else 1000):
-        raise UserError(f"fps {fps} cannot be written to {path}; it must be above 0 and at most 1000 (gif: 50)")
+    _check_fps(path, fps)
     # EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest.
     comment = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
     folder = _frame_folder(path, suffix, len(frames))
@@ -94,6 +94,11 @@ def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, but the numbered frames need a folder of that name; choose another name")
     return folder
+
+
+def _check_fps(path: Path, fps: float) -> None:
+    if not 0 < fps <= (50 if _suffix(path) == ".gif" else 1000):
+        raise UserError(f"fps {fps} cannot be written to {path}; it must be above 0 and at most 1000 (gif: 50)")
 
 
 def _suffix(path: Path) -> str:

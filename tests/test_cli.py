@@ -48,19 +48,19 @@ def test_text_to_video_writes_a_clip_and_its_record(generate, in_empty_folder):
     assert " s  peak memory " in out[-1]
     frames, fps = read_video(path)
     assert (frames.shape, fps) == ((5, 16, 24, 3), 8)
-    record = json.loads((in_empty_folder / path).with_suffix(".json").read_text())
+    record = json.loads((in_empty_folder / f"{path}.json").read_text())
     assert record["prompt"] == "a red circle moves left"
     assert record["seed"] == 3
     assert record["settings"]["num_inference_steps"] == 2
     assert {"lumos", "torch", "transformers", "python"} <= record["versions"].keys()
     assert record["seconds"]["total"] > 0
     assert record["peak_memory_mb"] > 0
-    assert files(in_empty_folder) == [path.replace(".mp4", ".json"), path]
+    assert files(in_empty_folder) == [path, f"{path}.json"]
 
 
 def test_a_record_is_enough_to_make_the_clip_again(generate):
     generate("--prompt", "x", "--output", "a.webp")
-    record = json.loads(Path("a.json").read_text())
+    record = json.loads(Path("a.webp.json").read_text())
     settings = record["settings"]
     generate("--prompt", record["prompt"], "--seed", record["seed"], "--num-inference-steps", settings["num_inference_steps"],
              "--guidance-scale", settings["guidance_scale"], "--output", "b.webp")  # fmt: skip
@@ -88,7 +88,7 @@ def test_image_and_video_inputs(generate):
     code, _, _ = generate("--prompt", "x", "--video", "clip.mp4", "--num-frames", 9, "--output", "v.webp")
     assert code == 0
     assert len(read_video("v.webp")[0]) == 9
-    assert json.loads(Path("v.json").read_text())["settings"]["num_given_frames"] == 5
+    assert json.loads(Path("v.webp.json").read_text())["settings"]["num_given_frames"] == 5
 
 
 def huge_picture():
@@ -121,6 +121,8 @@ def text_as_picture():
         (lambda: ("--image", "nowhere.png"), "nowhere.png"),
         (lambda: ("--guidance-scale", "0"), "guidance_scale 0.0 is not allowed"),
         (lambda: ("--device", "gpu"), "device 'gpu' is unknown"),
+        (lambda: ("--fps", "0"), "fps 0 is not allowed"),
+        (lambda: ("--output", "result.gif", "--fps", "60"), "(gif: 50)"),
         (lambda: ("--model", "nowhere"), "nowhere"),
     ],
 )
@@ -163,6 +165,31 @@ def test_usage_errors(args, capsys):
     assert main(args) == 2
 
 
+def test_a_wrong_option_is_one_line(capsys):
+    assert main(["generate", "--prompt", "x", "--num-frames", "abc"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_options_without_effect_or_out_of_range(capsys, micro_folder):
+    text = ["train-text-tokenizer", "--out", "t"]
+    assert main([*text, "--captions", "x.txt", "--worlds", "3"]) == 2
+    assert main([*text, "--reserved", "-5"]) == 2
+    judge = ["evaluate", "prompts", "--model", str(micro_folder)]
+    for wrong in (["--count", "0"], ["--batch-size", "0"], ["--reference", "truth", "--top-k", "3"], ["--kinds", "three"]):
+        assert main([*judge, *wrong]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_out_of_memory_is_one_line(generate, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("lumos.pipeline.generate_frames", lambda *a, **k: full())
+    code, _, err = generate("--prompt", "x", "--output", "x.gif")
+    assert code == 1
+    assert "make it smaller" in err[0]
+
+
 def test_help_lists_every_verb(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -194,11 +221,11 @@ def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder
     )  # fmt: skip
     seen = b""
     deadline = time.monotonic() + 120
-    while b"step 2/" not in seen and time.monotonic() < deadline and process.poll() is None:
+    while b"frame 1/" not in seen and time.monotonic() < deadline and process.poll() is None:
         seen += process.stderr.read1(4096)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1, (seen + err).decode()
+    assert process.returncode == 1, (seen + err).decode()[-500:]
     assert b"error: interrupted" in err
     assert b"Traceback" not in err
     assert files(in_empty_folder) == []

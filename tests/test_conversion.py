@@ -151,3 +151,30 @@ def test_missing_and_unknown_tensors_and_wrong_shapes(folder):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no model folder at"):
         LumosForVideoGeneration.from_pretrained(tmp_path / "nowhere")
+
+
+def test_theta_is_read_and_never_assumed_in_silence(tmp_path):
+    sizes = {"model_type": "chameleon", "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "mm_rope": True}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))
+    assert LumosConfig.from_pretrained(tmp_path).rope_theta == 5e5
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.warns(UserWarning, match="states no rope_theta"):
+        assert LumosConfig.from_pretrained(tmp_path).rope_theta == 10_000
+    del sizes["mm_rope"]
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "rope_theta": 1e4}))
+    with pytest.warns(UserWarning, match="states no mm_rope"):
+        assert LumosConfig.from_pretrained(tmp_path).position_scheme == "1d"
+
+
+def test_a_damaged_index_and_a_subfolder(model, sharded, tmp_path):
+    assert same_weights(LumosForVideoGeneration.from_pretrained(tmp_path, subfolder="sharded"), model)
+    for text in ("{", "{}", "[]"):
+        (sharded / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=r"index\.json is damaged"):
+            LumosForVideoGeneration.from_pretrained(sharded)
+
+
+def test_targets_out_of_range(model, config):
+    ids = torch.tensor([[0, 600, 601, 602]])
+    with pytest.raises(ValueError, match="allowed: visual codes 0 to 63"):
+        model(ids, targets=torch.tensor([[-100, 64, -100, -100]]))

@@ -110,7 +110,16 @@ def test_steps_are_reported(pipe):
         ({"num_frames": 16}, "num_frames 16 is not allowed; it must be 1 \\+ a multiple of 4, for example 13 or 17"),
         ({"num_frames": 0}, "num_frames 0 is not allowed"),
         ({"height": 60}, "height 60 is not a multiple of 8; the nearest sizes are 56 and 64"),
-        ({"width": -8}, "width -8 is not a multiple"),
+        ({"width": -8}, "width -8 is not allowed; give a whole number of at least 1"),
+        ({"fps": 0}, "fps 0 is not allowed"),
+        ({"fps": 7.5}, "fps 7.5 is not allowed"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 is not allowed; give a whole number"),
+        ({"top_k": "x"}, "top_k 'x' is not allowed"),
+        ({"seed": True}, "seed True is not allowed"),
+        ({"prompt": []}, "prompt is a list of 0"),
+        ({"prompt": ["a", "b"], "image": [None, picture()]}, "image is given for some clips and None for others"),
+        ({"prompt": ["a", "b"], "video": [film(30), film(6)], "num_frames": 17}, "set num_given_frames"),
+        ({"num_frames": 4001, "fps": 60}, "this model was made for at most 8192"),
         ({"fps": 300}, "fps 300 has no number token"),
         ({"seed": -1}, "seed -1 is not allowed"),
         ({"seed": [1, 2], "prompt": ["a", "b", "c"]}, "seed is a list of 2, but there are 3 clips"),
@@ -118,7 +127,7 @@ def test_steps_are_reported(pipe):
         ({"image": picture(), "num_frames": 1}, "leaves nothing to generate"),
         ({"image": picture(), "video": film(5)}, "both image and video"),
         ({"image": picture()[..., :2]}, "give uint8 \\[H, W, 3\\] or a path"),
-        ({"video": film(5).astype(float)}, "give uint8 \\[T, H, W, 3\\]"),
+        ({"video": film(5).astype(float)}, "give a path or uint8 \\[T, H, W, 3\\]"),
         ({"video": film(5), "num_given_frames": 4, "num_frames": 9}, "num_given_frames 4 is not allowed"),
         ({"image": "no-such-file.png"}, "no-such-file.png"),
     ],
@@ -180,3 +189,44 @@ def test_pipeline_json_is_checked(pipe, tmp_path):
         LumosPipeline.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(UserError, match="device 'gpu9' is unknown"):
         LumosPipeline.from_pretrained(tmp_path, device="gpu9")
+
+
+def test_options_without_effect_are_said(pipe):
+    with pytest.warns(UserWarning, match="mask_given_frames=True has no effect on a clip without image or video"):
+        pipe("x", mask_given_frames=True, seed=1)
+    with pytest.warns(UserWarning, match=r"fps=8, history_mask_ratio=0\.7 has no effect on a picture"):
+        assert pipe("x", num_frames=1, fps=8, history_mask_ratio=0.7, seed=1).settings["fps"] == 1
+
+
+def test_negative_prompts_may_be_a_list(pipe):
+    both = pipe(["x", "x"], negative_prompt=["a", "b"], seed=[1, 1], guidance_scale=9.0)
+    alone = pipe("x", negative_prompt="b", seed=1, guidance_scale=9.0)
+    assert np.array_equal(both.frames[1], alone.frames[0])
+    assert pipe("x", seed=np.int64(3)).seeds == [3]
+
+
+def test_pictures_that_ask_for_different_sizes(pipe, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr(pipe, "clip", replace(pipe.clip, target_size=32))
+    with pytest.raises(UserError, match="ask for different sizes"):
+        pipe(["a", "b"], image=[picture(0, 16, 40), picture(0, 40, 16)])
+    tall = pipe("a", image=picture(0, 40, 16), seed=1).frames[0]
+    assert tall.shape[1] > tall.shape[2]
+
+
+def test_a_text_tokenizer_that_uses_the_models_own_ids(micro_folder, tmp_path):
+    from tokenizer import TextTokenizer
+
+    TextTokenizer.train(["a red circle", "a blue square"], 400, reserved_symbols=["<a>", "<b>"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="they do not belong together"):
+        LumosPipeline.from_pretrained(micro_folder, text_tokenizer=tmp_path, device="cpu")
+
+
+def test_a_missing_tokenizer_says_which_option_names_one(pipe, tmp_path):
+    pipe.model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--text-tokenizer names another place"):
+        LumosPipeline.from_pretrained(tmp_path, device="cpu")
+    pipe.text_tokenizer.save_pretrained(tmp_path / "text_tokenizer")
+    with pytest.raises(UserError, match=r"no video tokenizer in .* --video-tokenizer names another place"):
+        LumosPipeline.from_pretrained(tmp_path, device="cpu")

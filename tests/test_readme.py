@@ -49,7 +49,7 @@ def test_the_first_command_as_it_stands(readme, clone):
     assert done.returncode == 0, done.stderr
     path, rest = done.stdout.splitlines()[-1].split("  seed ")
     assert (clone / path).is_file()
-    assert (clone / path).with_suffix(".json").is_file()
+    assert (clone / f"{path}.json").is_file()
     assert re.fullmatch(r"\d+  [\d.]+ s  peak memory \d+ MB", rest)
 
 

@@ -120,3 +120,46 @@ def test_errors_say_what_is_allowed():
     a, b = (build_sequence(None, clip(1, s, s), fps=1, duration=1, config=CONFIG) for s in (2, 3))
     with pytest.raises(ValueError, match="frames of different sizes"):
         parse_sequence(torch.cat([a[:-2], b[3:]]), CONFIG)
+
+
+@pytest.mark.parametrize("place", ["newline", "code", "tail", "duration", "after header", "cut tail"])
+def test_what_leaves_the_grammar_is_refused(place):
+    ids = build_sequence([600, 601], clip(2, 2, 3), fps=8, duration=1, config=CONFIG)
+    first = parse_layout(ids[None], CONFIG)[0].frames[0]
+    at = {"newline": first.content_start + 3, "code": first.content_start, "tail": len(ids) - 1, "duration": 5}
+    if place == "after header":
+        ids = torch.cat([ids[: first.start], ids.new_tensor([600]), ids[first.start :]])
+    elif place == "cut tail":
+        ids = ids[:-1]
+    else:
+        ids[at[place]] = 700
+    with pytest.raises(ValueError):
+        parse_sequence(ids, CONFIG)
+
+
+def test_text_ids_of_another_tokenizer_are_refused():
+    for wrong in (CONFIG.video_start_token_id, CONFIG.number_token_start, CONFIG.visual_token_start + 3):
+        with pytest.raises(ValueError, match="the wrong text tokenizer"):
+            build_prefix([600, wrong], fps=8, duration=1, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask_token_id": 2}, "must have different ids"),
+        ({"mask_token_id": 99_999}, "mask token has id 99999"),
+        ({"mask_token_id": 1024}, "a visual code"),
+        ({"number_token_count": 5000}, "last number token"),
+        ({"sep_token_id": 9}, "lie among the number tokens"),
+        ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 must be above 0"),
+        ({"prompt_template": "{prompt} {foo}"}, "is not usable"),
+        ({"prompt_template": "no place"}, "has no {prompt} in it"),
+        ({"hiden_size": 64}, "did you mean 'hidden_size'"),
+        ({"position_scheme": "2d"}, "allowed: mm_rope"),
+        ({"visual_token_count": 5000}, "do not fit into vocab_size"),
+    ],
+)
+def test_configs_that_cannot_work(fields, message):
+    with pytest.raises(ValueError, match=message):
+        micro_config(**fields)

@@ -6,10 +6,9 @@ Nothing here unpickles; TorchScript archives are read for their tensors only.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lumos.errors import RunError, UserError
+from lumos.files import replacing, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
 
 SUBFOLDER = "video_tokenizer"
@@ -44,6 +44,8 @@ def find_tokenizer_folder(folder: Path) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: one safetensors file, the pair of archives, or the whole archive."""
+    if _is_other_model(folder):
+        return []
     preferred = folder / WEIGHTS
     others = sorted(folder.glob("*.safetensors"))
     if preferred.is_file() or others:
@@ -52,6 +54,14 @@ def _weight_files(folder: Path) -> list[Path]:
     if all(path.is_file() for path in pair):
         return pair
     return [folder / JIT_WHOLE] if (folder / JIT_WHOLE).is_file() else []
+
+
+def _is_other_model(folder: Path) -> bool:
+    """True for the folder of a Hugging Face model, a decoder for instance: its config.json names a model type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_config(folder: Path) -> VideoTokenizerConfig:
@@ -117,18 +127,7 @@ def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fo
 
 def write_folder(folder: Path, config: VideoTokenizerConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors, each to a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    replace_file(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    text = json.dumps(config.to_dict(), indent=1) + "\n"
-    replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path) and move the result to `path`, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", config.to_dict())

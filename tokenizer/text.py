@@ -69,6 +69,10 @@ class TextTokenizer:
                 raise UserError(f"id {i} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}")
         return self._backend.decode(ids)
 
+    def is_text(self, i: int) -> bool:
+        """True if `encode` could return this id."""
+        return self._backend.is_text(i)
+
     def token_to_id(self, token: str) -> int | None:
         """Id of one vocabulary entry, special ones included ("<s>" for instance); None if there is no such entry."""
         return self._backend.token_to_id(token)
@@ -180,21 +184,21 @@ class _SentencePiece:
         self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.vocab_size = self.model.get_piece_size()
         # Trailing control symbols may lie above the limit; a text piece there would collide with a visual code.
-        self.max_text_id = max(i for i in range(self.vocab_size) if self._is_text(i))
+        self.max_text_id = max(i for i in range(self.vocab_size) if self.is_text(i))
         if limit is not None and self.max_text_id >= limit:
             raise UserError(
                 f"its text pieces reach id {self.max_text_id}, but ids from {limit} on are not text for this model; "
                 f"train a smaller one (vocab_size {limit} or less)"
             )
 
-    def _is_text(self, i: int) -> bool:
+    def is_text(self, i: int) -> bool:
         return not (self.model.is_control(i) or self.model.is_unused(i) or self.model.is_unknown(i))
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([i for i in ids if self._is_text(i)])
+        return self.model.decode([i for i in ids if self.is_text(i)])
 
     def token_to_id(self, token: str) -> int | None:
         i = self.model.piece_to_id(token)
@@ -237,6 +241,9 @@ class _HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([i for i in ids if i in self.text_ids], skip_special_tokens=False)
+
+    def is_text(self, i: int) -> bool:
+        return i in self.text_ids
 
     def token_to_id(self, token: str) -> int | None:
         return self.ids.get(token)

@@ -235,7 +235,7 @@ class _Run:
         root = self.output / "checkpoints"
         folder = checkpoint.begin(root, self.step)
         checkpoint.save_tensors(folder, 0, tensors)
-        state = {"settings": self.settings.to_dict(), "seconds": self.seconds, "meters": dict(self.meter.sums)}
+        state = {"settings": self.settings.to_dict(), "world": self.world, "seconds": self.seconds, "meters": dict(self.meter.sums)}
         checkpoint.finish(root, folder, self.step, state, keep_last=2)
 
     def _resume(self) -> None:
@@ -244,6 +244,11 @@ class _Run:
             return
         folder, state = found
         self.settings.check_same_run(state["settings"], folder)
+        if state["world"] != self.world:
+            raise UserError(
+                f"{folder} was made with {state['world']} processes, this run has {self.world}: start as many, "
+                "or take another output_dir"
+            )
         tensors = checkpoint.load_tensors(folder, 0)
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -34,20 +34,26 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos.commands.generate import shipped_model
+    from lumos.errors import UserError
     from lumos.evaluation.prompts import generate_in_batches, prompt_set, score
     from lumos.files import check_writable, write_json
     from lumos.pipeline import LumosPipeline
     from lumos.runtime import versions
     from lumos.video_io import contact_sheet
 
+    for name in ("count", "batch_size", "sheet_clips"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
+    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if options and args.reference:
+        raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")
     for path in (args.sheet, args.output):
         if path:
             check_writable(path)
     transformers.utils.logging.disable_progress_bar()
     model = args.model or shipped_model()
     pipe = LumosPipeline.from_pretrained(model, device=args.device)
-    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     shape = {name: getattr(pipe.clip, name) for name in ("num_frames", "fps", "height", "width")}
 
     def make(prompts: list[str], seeds: list[int]) -> list:

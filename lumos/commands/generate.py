@@ -40,20 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from lumos.files import check_writable, write_json
     from lumos.pipeline import align, check_prompt
     from lumos.video_io import check_output
 
     check_prompt(args.prompt)
-    seed = align(args.prompt, None, None, args.seed)[3][0]
+    seed = align(args.prompt, seed=args.seed)["seed"][0]
     output = Path(args.output or default_output(args.prompt, seed, args.num_frames))
     check_output(output, args.num_frames)
+    check_writable(record_path(output))
 
     import torch
     import transformers
     from tqdm import tqdm
 
     from lumos import __version__
-    from lumos.files import write_json
     from lumos.pipeline import LumosPipeline
     from lumos.runtime import peak_memory_bytes, seconds_since_start, versions
     from lumos.video_io import write_video
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
         model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
         dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
     )  # fmt: skip
-    check_output(output, args.num_frames or pipe.clip.num_frames)
+    num_frames = args.num_frames or pipe.clip.num_frames
+    check_output(output, num_frames, 1 if num_frames == 1 else args.fps or pipe.clip.fps)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     with tqdm(unit="step", desc="generating", file=sys.stderr, leave=False) as bar:
 
@@ -86,10 +88,11 @@ def run(args: argparse.Namespace) -> None:
     memory = round(peak_memory_bytes(pipe.model.device) / 2**20)
     total = seconds_since_start()
     write_json(
-        written.with_suffix(".json"),
+        record_path(written),
         {
             **metadata, "output": str(written), "negative_prompt": args.negative_prompt, "image": args.image,
-            "video": args.video, "settings": result.settings,
+            "video": args.video,
+            "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer, "settings": result.settings,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
@@ -99,6 +102,11 @@ def run(args: argparse.Namespace) -> None:
         },
     )  # fmt: skip
     print(f"{written}  seed {seed}  {total:.1f} s  peak memory {memory} MB")
+
+
+def record_path(result: Path) -> Path:
+    """Where the settings of a result lie: out.mp4 -> out.mp4.json."""
+    return result.with_name(f"{result.name}.json")
 
 
 def shipped_model() -> Path:

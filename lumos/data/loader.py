@@ -23,6 +23,15 @@ from lumos.errors import UserError
 
 IGNORED = -100
 POSITIONS_PER_STEP = 1 << 16
+SET_ELSEWHERE = {
+    "seed": "training.seed",
+    "height": "data.height",
+    "width": "data.width",
+    "num_frames": "data.num_frames",
+    "fps": "data.fps",
+    "split": "training itself, which always draws train",
+}
+"""Options of the worlds that data.options may not hold, and where they are set."""
 VALIDATION_STEP = 1 << 36
 """Step number under which the validation set is drawn; no training run gets that far."""
 
@@ -51,15 +60,17 @@ class Source(Protocol):
 
 
 class WorldSource:
-    """The endless small worlds as a source; `scenes` limits it to the first so many."""
+    """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own."""
 
     def __init__(self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict):
+        for key in options:
+            if key in SET_ELSEWHERE:
+                raise UserError(f"data.options may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
         try:
-            self.videos = Worlds(
-                **{"seed": seed, "height": height, "width": width, "num_frames": num_frames, "fps": fps, **options}
-            )
+            self.videos = Worlds(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
         except TypeError as error:
-            raise UserError(f"data.options: {error}; allowed: {', '.join(Worlds.__dataclass_fields__)}") from error
+            allowed = ", ".join(key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE)
+            raise UserError(f"data.options: {error}; allowed: {allowed}") from error
         self.pictures = replace(self.videos, num_frames=1)
         self.scenes = scenes
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
@@ -70,7 +81,8 @@ class WorldSource:
 
     def clip(self, index: int, num_frames: int) -> Clip:
         """Clip `index` of an endless numbering."""
-        index = index % self.scenes if self.scenes else index
+        if self.scenes and index < sample_index(VALIDATION_STEP, 0):
+            index %= self.scenes
         worlds = self.pictures if num_frames == 1 else self.videos
         frames, caption = worlds[index]
         return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")

@@ -15,8 +15,8 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits outside the k likeliest, or outside the smallest set of probability p, become -inf; the likeliest stays."""
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        kept = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)

@@ -12,6 +12,10 @@ from lumos.files import write_json
 DEFAULTS_FILE = "pipeline.json"
 
 
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """Sampling settings; the defaults are the published ones, a model folder's pipeline.json may bring its own.
@@ -37,6 +41,12 @@ class GenerationSettings:
             if not ok:
                 raise UserError(f"{name} {getattr(self, name)!r} is not allowed; give {allowed}")
 
+        for name in ("num_inference_steps", "top_k"):
+            value = getattr(self, name)
+            check(value is None or is_whole(value), name, "a whole number")
+        for name in ("guidance_scale", "temperature", "top_p", "history_mask_ratio"):
+            value = getattr(self, name)
+            check(value is None or is_whole(value) or isinstance(value, float), name, "a number")
         check(1 <= self.num_inference_steps <= 1000, "num_inference_steps", "1 to 1000")
         check(1 <= self.guidance_scale <= 100, "guidance_scale", "1 (no guidance) to 100")
         check(0 <= self.temperature <= 100, "temperature", "0 to 100")
@@ -59,6 +69,12 @@ class ClipDefaults:
     width: int = 672
     fps: int = 12
     target_size: int | None = 528
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "fps"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise UserError(f"{name} {value!r} is not allowed; give a whole number of at least 1")
 
 
 def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:

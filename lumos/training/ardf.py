@@ -7,6 +7,8 @@ This is the only part of `training/` that knows the model. The loop asks a task 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, Batch, Clip, Curriculum, Source, StepShape, WorldSource, sample_generator
 from lumos.data.shard_source import ShardSource
 from lumos.errors import UserError
+from lumos.frames import from_uint8
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
 from lumos.training.settings import TrainingSettings
-from tokenizer.text import TextTokenizer
+from lumos.training.yaml_settings import to_plain
+from tokenizer.text import TextTokenizer, find_tokenizer_file
 from tokenizer.video import VideoTokenizer
 
+DECISIVE_DATA = ("source", "path", "options", "num_frames", "height", "width", "fps", "scenes", "stages")
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
@@ -37,7 +42,12 @@ class ArdfTask:
         self.settings, self.device = settings, device
         self.config = self._model_config()
         video, text = (self._tokenizer_folder(kind) for kind in ("video", "text"))
-        self.video_tokenizer = VideoTokenizer.from_pretrained(video).to(device).eval().requires_grad_(False)
+        self.video_tokenizer = VideoTokenizer.from_pretrained(video)
+        self.fingerprints = {
+            "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
+            "tokenizer.text (sha256)": hashlib.sha256(find_tokenizer_file(Path(text)).read_bytes()).hexdigest(),
+        }
+        self.video_tokenizer.to(device).eval().requires_grad_(False)
         self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
         self._check_sizes(video)
         self.num_frames = num_latent_frames(settings.data.num_frames, self.config.temporal_compression)
@@ -91,9 +101,17 @@ class ArdfTask:
         write_defaults(folder, GenerationSettings(**self.settings.generation), clip)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit: the model's config."""
+        """What must be equal for a checkpoint to fit: the model's config and all that decides what it is trained on."""
         config = self.config.to_dict()
-        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
+        own = {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
+        data, training = self.settings.data, self.settings.training
+        return (
+            own
+            | self.fingerprints
+            | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
+            | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size")}
+        )
 
     def _model_config(self) -> LumosConfig:
         model = self.settings.model
@@ -157,9 +175,7 @@ class ArdfTask:
 
     @torch.no_grad()
     def _encode(self, frames: list) -> Tensor:
-        video = torch.stack([torch.from_numpy(f) for f in frames]).to(self.device)  # [B, T, H, W, 3]
-        video = video.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-        return self.video_tokenizer.encode(video).cpu()
+        return self.video_tokenizer.encode(from_uint8(np.stack(frames)).to(self.device)).cpu()
 
     def _row(self, step: int, position: int, caption: str, fps: int, codes: Tensor, dropout: bool) -> tuple[Tensor, Tensor]:
         """(ids, targets), each [L], of a clip's codes [t, h, w]."""
@@ -182,6 +198,14 @@ class ArdfTask:
             generator=sample_generator(seed, step, position, "mask"),
         )
         return masked.input_ids, masked.targets
+
+
+def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
+    """Of its config and float32 weights, whichever files they came from."""
+    digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _reject_unknown(config: LumosConfig, overrides: dict[str, Any]) -> LumosConfig:

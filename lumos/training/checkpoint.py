@@ -125,12 +125,12 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], engine: str, world: int, max_steps: int) -> None:
-    """UserError, with the remedy, if a checkpoint is of another model, another engine or a longer run."""
-    remedy = f"name another training.output_dir, or move {folder.parent} away"
+    """UserError, with the remedy, if a checkpoint is of another model or other data, another engine or a longer run."""
+    remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
     now, before = json.loads(json.dumps(identity)), state["identity"]
     for key in sorted(now.keys() | before.keys()):
         if now.get(key) != before.get(key):
-            raise UserError(f"{folder} is of another model: {key} was {before.get(key)}, now {now.get(key)}; {remedy}")
+            raise UserError(f"{folder} is of another run: {key} was {before.get(key)}, now {now.get(key)}; {remedy}")
     for key, value in (("engine", engine), ("world", world)):
         if state[key] != value:
             raise UserError(

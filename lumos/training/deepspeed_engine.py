@@ -6,7 +6,6 @@ DeepSpeed would build.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -69,15 +68,7 @@ def connect(device: torch.device) -> None:
 
 def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.dtype) -> dict[str, Any]:
     """The DeepSpeed config: the file's options, then what the run's settings decide. UserError where both decide."""
-    options: dict[str, Any] = {}
-    file = settings.deepspeed.config
-    if file is not None:
-        try:
-            options = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"deepspeed.config {file} is not valid JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise UserError(f"deepspeed.config {file} must hold keys with values, not a {type(options).__name__}")
+    file, options = settings.deepspeed.config, settings.deepspeed.file_options()
     for key in options:
         if key in OWN_KEYS:
             raise UserError(f"deepspeed.config {file} sets {key}; leave it out, it follows from {OWN_KEYS[key]}")

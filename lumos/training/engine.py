@@ -16,38 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError
 from lumos.training.settings import TrainingSettings
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-DEFAULT_STAGE = 2  # of runs with several processes that name none
-
-
-def world_size() -> int:
-    """Number of processes that the launcher (deepspeed, torchrun) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def zero_stage(settings: TrainingSettings) -> int | None:
-    """The ZeRO stage of the run, or None for plain PyTorch."""
-    wanted = settings.deepspeed
-    if wanted.zero_stage is None and wanted.config is None and world_size() == 1:
-        return None
-    return DEFAULT_STAGE if wanted.zero_stage is None else wanted.zero_stage
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`: this process's CUDA device if there is one, else the CPU. UserError for a device that is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if available["cuda"] else "cpu"
-    if not available[name]:
-        raise UserError(
-            f"training.device is {name}, but this machine has none; use {', '.join(k for k, v in available.items() if v)}"
-        )
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 on CUDA; fp32 elsewhere, where bf16 is many times slower."""
@@ -75,7 +47,7 @@ def start_processes(settings: TrainingSettings, device: torch.device) -> None:
     if device.type == "cpu":
         # Other libraries import DeepSpeed too, which without this warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if zero_stage(settings) is not None:
+    if settings.zero_stage is not None:
         from lumos.training.deepspeed_engine import connect
 
         connect(device)
@@ -107,7 +79,7 @@ class Engine(Protocol):
 
 def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:
     """The engine that the settings and the launcher ask for."""
-    stage = zero_stage(settings)
+    stage = settings.zero_stage
     if stage is None:
         return PlainEngine(model, settings, device)
     from lumos.training.deepspeed_engine import DeepSpeedEngine

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from lumos.files import write_bytes
 
 
 class Meter:
@@ -73,6 +74,4 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())

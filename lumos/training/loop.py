@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,16 +18,17 @@ from torch import Tensor, nn
 from lumos.data.loader import Batch, Curriculum, StepShape, prefetched
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, write_json
-from lumos.runtime import peak_memory_bytes
+from lumos.runtime import peak_memory_bytes, pick_device, versions
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
-from lumos.training.engine import make_engine, pick_device, start_processes
+from lumos.training.engine import make_engine, start_processes
 from lumos.training.interrupt import Interrupt
 from lumos.training.logging import Meter, RunLog
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
 from lumos.training.validation import Validation, sums_by_frame
+from lumos.training.yaml_settings import differences
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -87,11 +87,15 @@ class Run:
         self.checkpoints = settings.output_dir / "checkpoints"
         self.meter = Meter()
         self.loss = math.nan
+        self.changed: list[str] = []
         self.step = self._resume()
         self.log = RunLog(settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=self.engine.rank == 0)
         self.log.write(event="start", step=self.step, settings=settings.to_dict(), world=self.engine.world, **versions())
+        self.log.say(f"checkpoints, log and export go to {settings.output_dir}")
         if self.step:
             self.log.say(f"resumed from step {self.step} in {self.checkpoints}")
+        for change in self.changed:
+            self.log.say(f"changed since that checkpoint: {change}")
 
     def train(self) -> dict[str, Any]:
         """Do the steps that are left; returns the summary."""
@@ -209,7 +213,7 @@ class Run:
             return
         means = self.meter.means()
         self.meter = Meter()
-        frames = [means.pop(f"frame/{k}") for k in range(self.task.num_frames) if f"frame/{k}" in means]
+        frames = [means.pop(f"frame/{k}", None) for k in range(self.task.num_frames)]
         tokens_per_second = means.pop("tokens") / means["seconds"]
         memory = peak_memory_bytes(self.engine.device)
         extra = {"frame_loss": frames, "tokens_per_second": tokens_per_second, "memory_bytes": memory}
@@ -301,6 +305,7 @@ class Run:
             world=self.engine.world,
             max_steps=self.settings.training.max_steps,
         )
+        self.changed = differences(state["settings"], self.settings.to_dict())
         tensors = checkpoint.load_tensors(folder, self.engine.rank)
         self.engine.load_state(tensors)
         self.engine.load_files(folder)
@@ -312,8 +317,3 @@ class Run:
         checkpoint.set_random_state(tensors)
         self.meter = Meter(state["meter"])
         return state["step"]
-
-
-def versions() -> dict[str, str]:
-    """What a run's files say about the software that made them."""
-    return {"python": platform.python_version(), "torch": torch.__version__}

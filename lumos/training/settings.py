@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,13 @@ from typing import Any
 from lumos.errors import UserError
 from lumos.generation.settings import GenerationSettings
 from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
+
+DEFAULT_STAGE = 2  # of runs with several processes that name none
+
+
+def world_size() -> int:
+    """Number of processes that the launcher (deepspeed, torchrun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
@@ -93,7 +102,10 @@ class OptimizationSettings:
     )
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
-    output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name of the config>")
+    output_dir: str | None = setting(
+        None,
+        "where checkpoints, log and export go; default runs/<name>, with DeepSpeed runs/<name>-zero<stage>x<processes>",
+    )
     log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1)
     eval_every: int = setting(0, "steps between validation losses; 0: never", low=0)
     save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0)
@@ -113,6 +125,19 @@ class DeepSpeedSettings:
     )
     config: str | None = setting(None, "JSON file of further DeepSpeed options (offload, buckets, ...)")
 
+    def file_options(self) -> dict[str, Any]:
+        """What the JSON file holds; UserError if it cannot be used."""
+        if self.config is None:
+            return {}
+        try:
+            options = json.loads(Path(self.config).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"deepspeed.config {self.config} is not valid JSON: {error}") from error
+        zero = options.get("zero_optimization", {}) if isinstance(options, dict) else None
+        if not isinstance(zero, dict):
+            raise UserError(f"deepspeed.config {self.config} must hold keys with values, and so must its zero_optimization")
+        return options
+
 
 @dataclass
 class TrainingSettings:
@@ -128,8 +153,22 @@ class TrainingSettings:
     generation: dict[str, Any] = setting({}, "how the exported model samples by default: fields of GenerationSettings")
 
     @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage of the run, or None for plain PyTorch."""
+        wanted = self.deepspeed
+        if wanted.zero_stage is None and wanted.config is None:
+            return None if world_size() == 1 else DEFAULT_STAGE
+        if wanted.zero_stage is not None:
+            return wanted.zero_stage
+        return wanted.file_options().get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
+
+    @property
     def output_dir(self) -> Path:
-        return Path(self.training.output_dir or Path("runs") / self.name)
+        """The folder of the run. By default each kind of engine has its own, as none can read another's checkpoints."""
+        if self.training.output_dir:
+            return Path(self.training.output_dir)
+        stage = self.zero_stage
+        return Path("runs") / (self.name if stage is None else f"{self.name}-zero{stage}x{world_size()}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""

@@ -161,5 +161,17 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """One line for each key whose value is another, of two results of `to_plain`."""
+    lines = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, _join(path, key))
+        elif old != new:
+            lines.append(f"{_join(path, key)} was {old}, now {new}")
+    return lines
+
+
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)

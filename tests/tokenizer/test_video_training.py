@@ -101,6 +101,15 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path):
         train(small(tmp_path, steps=2, lr=1e-3))
 
 
+def test_a_run_with_another_number_of_processes_does_not_go_on(tmp_path):
+    train(small(tmp_path, steps=2))
+    (folder,) = (tmp_path / "checkpoints").glob("step-*")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"world": 2}))
+    with pytest.raises(UserError, match=r"made with 2 processes, this run has 1: start as many, or take another output_dir"):
+        train(small(tmp_path, steps=2))
+
+
 def test_a_time_budget_ends_the_run(tmp_path):
     metrics = train(small(tmp_path, steps=100_000, max_minutes=0.01))
     assert metrics["finished"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data.loader import IGNORED, Curriculum, StepShape, prefetched, sample_generator, sample_index
+from lumos.data.loader import IGNORED, VALIDATION_STEP, Curriculum, StepShape, prefetched, sample_generator, sample_index
 from lumos.errors import UserError
 from lumos.sequence import parse_sequence
 from lumos.training.ardf import ArdfTask
@@ -108,6 +108,15 @@ def test_rows_hold_the_clip_its_caption_and_masked_targets(micro_settings):
             assert torch.equal(targets[targets != IGNORED], codes[parsed.codes < 0])
 
 
+def test_validation_clips_are_never_training_clips(micro_settings):
+    source = ArdfTask(micro_settings(data={"scenes": 3}), CPU).source
+    seen = {source.clip(sample_index(step, position), 1).name for step in range(5) for position in range(5)}
+    assert len(seen) == 3
+    held_back = {source.clip(sample_index(VALIDATION_STEP, position), 1).name for position in range(8)}
+    assert len(held_back) == 8
+    assert not seen & held_back
+
+
 def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
     task = ArdfTask(micro_settings(masking={"text_dropout": 0.5}), CPU)
     start = task.config.video_start_token_id
@@ -124,6 +133,9 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
         ({"data": {"num_frames": 6}}, "data.num_frames is 6; it must be 1 \\+ a multiple of 4"),
         ({"data": {"height": 36}}, "data.height is 36; it must be a multiple of 8"),
         ({"data": {"options": {"colours": 3}}}, "data.options.*share_digits"),
+        ({"data": {"options": {"seed": 3}}}, "data.options may not hold seed; it is set by training.seed"),
+        ({"data": {"options": {"height": 64}}}, "data.options may not hold height; it is set by data.height"),
+        ({"data": {"options": {"split": "all"}}}, "data.options may not hold split"),
         ({"tokenizer": {"video": "nowhere"}}, "tokenizer.video.*nowhere.*train-tokenizer"),
         ({"tokenizer": {"text": None}}, "tokenizer.text is missing"),
         ({"model": {"preset": "huge"}}, "unknown preset 'huge'; known presets: tiny"),

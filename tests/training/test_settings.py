@@ -43,6 +43,20 @@ def test_overrides_apply_in_order_and_by_type(config: Path):
     assert settings.output_dir == Path("runs/small")
 
 
+def test_every_kind_of_engine_has_a_default_folder_of_its_own(config: Path, tmp_path: Path, monkeypatch):
+    file = tmp_path / "options.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+
+    def folder(*overrides: str) -> str:
+        return str(load_settings(config, list(overrides)).output_dir)
+
+    assert folder("deepspeed.zero_stage=1") == str(Path("runs/small-zero1x1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert folder() == str(Path("runs/small-zero2x2"))
+    assert folder(f"deepspeed.config={file}") == str(Path("runs/small-zero3x2"))
+    assert folder("training.output_dir=mine") == "mine"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

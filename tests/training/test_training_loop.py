@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 import yaml
 from run_log import read_log
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lumos import LumosForVideoGeneration
+from lumos.data.worlds import captions
 from lumos.errors import RunError, UserError
 from lumos.training import checkpoint, loop
 from lumos.training.ardf import ArdfTask
@@ -25,6 +27,7 @@ from lumos.training.ema import Ema
 from lumos.training.engine import parameter_groups, pick_precision
 from lumos.training.loop import Run, train
 from lumos.training.settings import build_settings
+from tokenizer.text import TextTokenizer
 
 CPU = torch.device("cpu")
 JOINT = {"stages": [{"steps": 2, "image_share": 1.0, "image_batch_size": 6}, {"image_share": 0.5}]}
@@ -244,10 +247,74 @@ def test_fine_tuning_starts_from_a_folder_and_its_tokenizers(micro_settings, tmp
 def test_a_checkpoint_of_another_run_is_refused(micro_settings):
     train(micro_settings(training={"max_steps": 2}))
     other = {"preset": "tiny", "overrides": {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}}
-    with pytest.raises(UserError, match=r"another model: hidden_size was 64, now 32; name another training\.output_dir"):
+    with pytest.raises(UserError, match=r"another run: hidden_size was 64, now 32; name another training\.output_dir.*start over"):
         train(micro_settings(model=other))
     with pytest.raises(UserError, match=r"past training\.max_steps"):
         train(micro_settings(training={"max_steps": 1}))
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("masking", {"min_ratio": 0.5}, r"masking\.min_ratio was 0\.7, now 0\.5"),
+        ("data", {"options": {"share_two": 0.5}}, r"data\.options was \{\}, now \{'share_two': 0\.5\}"),
+        ("data", {"height": 40}, r"data\.height was 32, now 40"),
+        ("data", {"scenes": 4}, r"data\.scenes was None, now 4"),
+        ("data", JOINT, r"data\.stages was \[\], now \[\{'steps': 2"),
+        ("training", {"seed": 1}, r"training\.seed was 0, now 1"),
+        ("training", {"batch_size": 8}, r"training\.batch_size was 4, now 8"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(micro_settings, section: str, change: dict, words: str):
+    train(micro_settings(training={"max_steps": 1}))
+    with pytest.raises(UserError, match=words + r".*training\.output_dir.*start over"):
+        train(micro_settings(**{"training": {"max_steps": 2}, section: change}))
+
+
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_a_run_does_not_go_on_with_another_tokenizer(micro_settings, micro_tokenizers, tmp_path: Path, kind: str):
+    """Of the same sizes, in the same place, with other content; a mere copy is the same tokenizer."""
+    folder = tmp_path / kind
+    shutil.copytree(micro_tokenizers[kind], folder)
+    train(micro_settings(training={"max_steps": 1}))
+    settings = micro_settings(tokenizer={kind: str(folder)}, training={"max_steps": 2})
+    train(settings)
+    if kind == "video":
+        tensors = load_file(folder / "model.safetensors")
+        next(iter(tensors.values())).view(-1)[0] += 1e-3
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        symbols = [f"<special{i}>" for i in range(1, 255)]
+        TextTokenizer.train(captions(1, 300), 900, reserved_symbols=symbols).save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"tokenizer\.{kind} \(sha256\) was [0-9a-f]{{64}}, now [0-9a-f]{{64}}"):
+        train(settings)
+
+
+def test_what_may_change_is_said(micro_settings, tmp_path: Path, capsys):
+    train(micro_settings(training={"max_steps": 1}))
+    assert f"checkpoints, log and export go to {tmp_path / 'run'}" in capsys.readouterr().err
+    train(micro_settings(training={"max_steps": 2, "lr": 1e-3, "ema_decay": 0.9}))
+    said = capsys.readouterr().err
+    for change in ("max_steps was 1, now 2", "lr was 0.003, now 0.001", "ema_decay was 0.0, now 0.9"):
+        assert f"changed since that checkpoint: training.{change}" in said
+    assert said.count("changed since") == 3
+
+
+def test_the_place_in_frame_loss_is_the_frame(micro_settings, tmp_path: Path, monkeypatch):
+    """Frame 0 of the clip has no supervised position here, and a picture is no clip."""
+    original = ArdfTask.losses
+
+    def without_first_frame(self, model, micro):
+        losses, frames = original(self, model, micro)
+        return losses[frames > 0], frames[frames > 0]
+
+    train(micro_settings(data={"stages": [{"image_share": 1.0}]}, training={"max_steps": 1, "output_dir": str(tmp_path / "image")}))
+    assert read_log(tmp_path / "image", "frame_loss") == {1: [None, None]}
+    monkeypatch.setattr(ArdfTask, "losses", without_first_frame)
+    train(micro_settings(training={"max_steps": 1}))
+    first, second = read_log(tmp_path / "run", "frame_loss")[1]
+    assert first is None
+    assert second > 0
 
 
 def test_an_output_folder_that_cannot_be_written(micro_settings, tmp_path: Path):

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lumos.errors import UserError
+from lumos.runtime import pick_device
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", [None, "auto", "cpu", torch.device("cpu")])
+def test_without_a_gpu(no_gpu, device):
+    assert pick_device(device) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
+def test_a_device_that_is_not_there(no_gpu, device: str):
+    with pytest.raises(UserError, match=f"device '{device}' is not available here; give cpu$"):
+        pick_device(device)
+
+
+@pytest.mark.parametrize("device", ["gpu9", "", "cuda:x", "meta"])
+def test_an_unknown_device(device: str):
+    with pytest.raises(UserError, match=f"device '{device}' is unknown; allowed: auto, cpu, cuda"):
+        pick_device(device)
+
+
+def test_with_two_gpus(two_gpus, monkeypatch):
+    assert pick_device(None) == pick_device("cuda") == torch.device("cuda:0")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="device 'cuda:2' is not available here; give cpu or cuda"):
+        pick_device("cuda:2")
