@@ -218,6 +218,7 @@ def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder
         [sys.executable, str(repo / "generate.py"), "--model", str(micro_folder), "--prompt", "x", "--num-frames", "257",
          "--num-inference-steps", "1000", "--output", "out.mp4"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not ignored in a background run
     )  # fmt: skip
     seen = b""
     deadline = time.monotonic() + 120
