@@ -70,6 +70,22 @@ def test_the_train_command(readme, clone):
                  "--width", "64", "--fps", "8", "--num-inference-steps", "1", "--output", "x.gif"]) == 0  # fmt: skip
 
 
+def test_the_deepspeed_command_is_the_one_that_the_training_tests_run(readme):
+    """tests/training/test_deepspeed.py types it with a config of its own."""
+    assert "deepspeed --num_gpus 2 train.py --config configs/training/tiny.yaml" in readme
+
+
+def test_the_tokenizer_commands(readme, clone):
+    (text,) = [c for c in readme if "train-text-tokenizer" in c]
+    (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
+    assert main([*shlex.split(text)[3:], "--vocab-size", "560"]) == 0
+    assert (clone / "text_tokenizer" / "tokenizer.model").is_file()
+    (video,) = [c for c in readme if "train-tokenizer" in c]
+    small = ["films=[]", "share_worlds=1", "steps=1", "warmup_steps=0", "batch_size=1", "pictures_per_batch=1"]
+    assert main([*shlex.split(video)[3:], *small, "validation_clips=1", f"output_dir={clone / 'tokenizer-run'}"]) == 0
+    assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
+
+
 def test_the_measuring_commands(readme, clone, capsys):
     (line,) = [c for c in readme if "evaluate prompts" in c]
     args = shlex.split(line)[3:]
