@@ -16,43 +16,29 @@ PUBLISHED_TEMPLATE = (
     "second, according to the following prompt:\n {prompt}"
 )
 
-_CHAMELEON_SIZES = (
+_SHARED_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "model_parallel_size",
     "max_position_embeddings",
     "rms_norm_eps",
     "rope_theta",
-    "initializer_range",
-    "model_parallel_size",
-    "visual_token_start",
     "visual_token_count",
-    "architectures",
-    "dtype",
-    "torch_dtype",
 )
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "model_parallel_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
+_POSITIVE = (
+    *_SHARED_SIZES,
     "loss_chunk_size",
-    "visual_token_count",
     "number_token_count",
     "temporal_compression",
     "spatial_compression",
     "pixels_per_size_unit",
     "max_prompt_tokens",
 )
+_CHAMELEON_FIELDS = (*_SHARED_SIZES, "initializer_range", "visual_token_start", "architectures", "dtype", "torch_dtype")
 _CHAMELEON_FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -168,7 +154,7 @@ class LumosConfig(PreTrainedConfig):
             raise ValueError(f"special tokens {', '.join(inside)} lie among the number tokens {numbers.start}..{numbers.stop - 1}")
 
     def _check(self) -> None:
-        for name in SIZES:
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -224,7 +210,7 @@ def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
     for key, value in _CHAMELEON_FIXED.items():
         if published.get(key, value) != value:
             raise ValueError(f"config.json has {key} = {published[key]!r}; a Lumos-1 checkpoint has {value!r}")
-    config = {key: published[key] for key in _CHAMELEON_SIZES if key in published}
+    config = {key: published[key] for key in _CHAMELEON_FIELDS if key in published}
     rope = published.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"config.json has rope_parameters = {rope!r}; a Lumos-1 checkpoint has no RoPE scaling")

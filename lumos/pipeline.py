@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lumos.data.buckets import bucket_for
 from lumos.errors import UserError
-from lumos.generation.engine import generate_frames
+from lumos.generation.engine import cache_tokens, generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
 from lumos.modeling import LumosForVideoGeneration
 from lumos.runtime import pick_device
-from lumos.sequence import build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
+from lumos.sequence import Frame, build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 
@@ -163,18 +163,18 @@ class LumosPipeline:
         given_codes = [self._encode(g) for g in given]
 
         # 2. prefixes of both branches
-        conditional = [self._prefix(p, clip, codes) for p, codes in zip(prompts, pad_none(given_codes, prompts), strict=True)]
+        begin_with = given_codes or [None] * len(prompts)
+        conditional = [self._prefix(text, clip, codes) for text, codes in zip(prompts, begin_with, strict=True)]
         unconditional = None
         if sampling.guidance_scale != 1:
-            pairs = zip(negatives, pad_none(given_codes, prompts), strict=True)
-            unconditional = [self._prefix(text, clip, codes) for text, codes in pairs]
+            unconditional = [self._prefix(text, clip, codes) for text, codes in zip(negatives, begin_with, strict=True)]
         elif negatives[0] is not None:
             raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
 
         # 3. frames
         given_latents = len(given_codes[0]) if given_codes else 0
         new_frames = num_latent_frames(clip.num_frames, config.temporal_compression) - given_latents
-        longest = max(map(len, conditional)) + new_frames * build_frames(codes_of(-1, rows, cols), config).shape[1]
+        longest = cache_tokens(max(map(len, conditional)), Frame(0, rows, cols).end, new_frames)
         if longest > config.max_position_embeddings:
             raise UserError(
                 f"the clip needs {longest} tokens, this model was made for at most {config.max_position_embeddings}; "
@@ -314,10 +314,6 @@ def without_effect(where: str, **options: Any) -> None:
         warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
 
 
-def pad_none(items: list, like: Sequence) -> list:
-    return items or [None] * len(like)
-
-
 def load_image(image: Any) -> np.ndarray:
     """A path, a PIL picture or an array -> uint8 [H, W, 3]."""
     if isinstance(image, str | Path):
@@ -326,10 +322,6 @@ def load_image(image: Any) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise UserError(f"image is an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3] or a path")
     return array
-
-
-def codes_of(value: int, rows: int, cols: int) -> Tensor:
-    return torch.full((1, rows, cols), value)
 
 
 def clip_length(video: Any, fps: int) -> int:
