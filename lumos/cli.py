@@ -16,7 +16,7 @@ VERBS = {
     "train": "train the decoder",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
-    "evaluate": "measure a model: how well it follows prompts",
+    "evaluate": "measure a model or a tokenizer",
     "bench": "measure speed and memory on this machine",
 }
 

@@ -198,6 +198,22 @@ def test_help_lists_every_verb(capsys):
         assert main([verb, "--help"]) == 0
 
 
+def test_evaluate_offers_every_measurement(repo, capsys):
+    from lumos.commands.evaluate import measurements
+
+    stems = {path.stem for path in (repo / "lumos/commands").glob("evaluate_*.py")}
+    assert {f"evaluate_{name.replace('-', '_')}" for name in measurements()} == stems
+    assert main(["evaluate", "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in measurements():
+        assert f"{name} " in out
+        assert main(["evaluate", name, "--help"]) == 0
+        assert f"lumos evaluate {name} " in capsys.readouterr().out
+    for wrong in ([], ["nothing"]):
+        assert main(["evaluate", *wrong]) == 2
+        assert "prompts" in capsys.readouterr().err
+
+
 def test_unknown_config_keys(repo, capsys):
     assert main(["train", "--config", str(repo / "configs/training/tiny.yaml"), "training.max_stepz=3"]) == 2
     assert "max_stepz" in capsys.readouterr().err

@@ -1,88 +1,35 @@
-"""`evaluate prompts`: share of the small worlds' prompts that a model draws right, judged from pixels."""
+"""`evaluate`: measure a model. Each measurement is a file `evaluate_NAME.py` beside this one and is found by its name.
+
+Such a file is a small verb of its own: add_arguments(parser), run(args), and a docstring "`evaluate NAME`: what it measures."
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
+import importlib
+import pkgutil
+
+from lumos import commands
+
+PREFIX = "evaluate_"
+
+
+def measurements() -> dict[str, str]:
+    """Name of each measurement as it is typed (`vbench-i2v` for evaluate_vbench_i2v.py) -> its module."""
+    modules = (found.name for found in pkgutil.iter_modules(commands.__path__) if found.name.startswith(PREFIX))
+    return {name.removeprefix(PREFIX).replace("_", "-"): f"{commands.__name__}.{name}" for name in sorted(modules)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("what", choices=("prompts",), help="prompts: does the clip show what the prompt says?")
-    add("--model", help="model folder; default: the shipped one")
-    add("--kinds", nargs="+", default=["one"], help="one, two, digits, held_out")
-    add("--count", type=int, default=50, help="prompts of each kind")
-    add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
-    add("--batch-size", type=int, default=10)
-    add("--num-inference-steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--temperature", type=float)
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--history-mask-ratio", type=float)
-    add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
-    add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
-    add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet")
-    add("--output", help="JSON file for settings, shares and the verdict of every clip")
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    found = measurements()
+    what = parser.add_subparsers(dest="what", metavar="|".join(found), required=True)
+    for name, path in found.items():
+        module = importlib.import_module(path)
+        text = module.__doc__.splitlines()[0].partition(": ")[2].replace("%", "%%")
+        sub = what.add_parser(name, description=text, help=text)
+        module.add_arguments(sub)
+        sub.set_defaults(measure=module.run)
 
 
 def run(args: argparse.Namespace) -> None:
-    import transformers
-    from tqdm import tqdm
-
-    from lumos.commands.generate import shipped_model
-    from lumos.errors import UserError
-    from lumos.evaluation.prompts import generate_in_batches, prompt_set, score
-    from lumos.files import check_writable, write_json
-    from lumos.pipeline import LumosPipeline
-    from lumos.runtime import versions
-    from lumos.video_io import contact_sheet
-
-    for name in ("count", "batch_size", "sheet_clips"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if options and args.reference:
-        raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")
-    for path in (args.sheet, args.output):
-        if path:
-            check_writable(path)
-    transformers.utils.logging.disable_progress_bar()
-    model = args.model or shipped_model()
-    pipe = LumosPipeline.from_pretrained(model, device=args.device)
-    shape = {name: getattr(pipe.clip, name) for name in ("num_frames", "fps", "height", "width")}
-
-    def make(prompts: list[str], seeds: list[int]) -> list:
-        return pipe(prompts, seed=seeds, **options).frames
-
-    results, clips_shown, labels = {}, [], []
-    started = time.perf_counter()
-    for kind in tqdm(args.kinds, desc="kinds", file=sys.stderr):
-        prompts, truth = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
-        if args.reference == "truth":
-            clips = list(truth)
-        elif args.reference == "reconstruction":
-            clips = [pipe.reconstruct(clip) for clip in truth]
-        else:
-            clips = generate_in_batches(make, prompts, args.seed, args.batch_size)
-        shares, verdicts = score(clips, prompts)
-        results[kind] = {"shares": shares, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
-        for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
-            wrong = [name for name, right in verdict.items() if not right and name not in ("all", "colour_and_motion")]
-            clips_shown.append(clip)
-            labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
-        print(f"{kind:9}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in shares.items()))
-    if args.sheet:
-        print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
-    summary = {
-        "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
-        "settings": {**vars(pipe.settings), **options}, "seconds": round(time.perf_counter() - started, 1),
-        "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
-    }  # fmt: skip
-    if args.output:
-        write_json(args.output, {**summary, "clips": {kind: result["clips"] for kind, result in results.items()}})
-    print(json.dumps(summary))
+    args.measure(args)
