@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,11 +113,11 @@ class TrainingClips:
 
     def __init__(
         self, *, seed: int, height: int, width: int, num_frames: int, batch_size: int, pictures_per_batch: int,
-        share_worlds: float, film_sources: Sequence[str],
+        share_worlds: float, film_sources: Sequence[str], world_options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.seed, self.height, self.width, self.num_frames = seed, height, width, num_frames
         self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
-        self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width)
+        self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
         self.photographs: list[Image.Image] = []
         self.films: list[np.ndarray] = []
         self.real_names: list[str] = []
@@ -194,9 +195,9 @@ class TrainingClips:
         return np.stack([np.asarray(image) for image in cut])
 
 
-def held_out_worlds(count: int, num_frames: int, height: int, width: int) -> Tensor:
-    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]."""
-    worlds = Worlds(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width)
+def held_out_worlds(count: int, num_frames: int, height: int, width: int, **options: Any) -> Tensor:
+    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]; options of `Worlds`."""
+    worlds = Worlds(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width, **options)
     return to_video([worlds[index][0] for index in range(count)])
 
 

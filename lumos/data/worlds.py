@@ -1,4 +1,4 @@
-"""A small endless world with known truth: shapes and handwritten digits that move, grow or shrink on a plain ground.
+"""A small endless world with known truth: shapes, handwritten digits and sprites that move, grow or shrink.
 
 Clip number `index` of a world is a pure function of (seed, index, options): any clip can be made at any time, in any
 order and any process, so a training run resumes exactly and a test set needs no files.
@@ -10,12 +10,12 @@ shorter side is 64 and grow with it. A shape's radius is half of its width and o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lumos.data import digits
+from lumos.data import digits, sprites, wording
 from lumos.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "plus")
@@ -30,13 +30,18 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 BACKGROUNDS = {"black": (10, 10, 10), "gray": (110, 110, 110), "navy": (20, 25, 70)}
+GRADIENTS = {
+    "sky": ((70, 140, 230), (190, 225, 250)),
+    "sunset": ((70, 45, 120), (245, 150, 90)),
+    "meadow": ((165, 215, 245), (70, 150, 75)),
+}
+"""Colours at the top and at the bottom. Only sprites move over them, whose colours no gradient can be mistaken for."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 GROWTH = {"grows": 1.6, "shrinks": 0.5}
 """Radius at the last frame over radius at the first."""
 MOTIONS = (*DIRECTIONS, "still", *GROWTH)
-DIGIT_MOTIONS = (*DIRECTIONS, "still")
-VERBS = ("moves", "slides", "goes")
-KINDS = ("shapes", "digits")
+DIGIT_MOTIONS = SPRITE_MOTIONS = (*DIRECTIONS, "still")
+KINDS = ("shapes", "digits", "sprites")
 SPLITS = ("train", "held_out", "all")
 
 BASE_SIDE = 64
@@ -49,15 +54,17 @@ GAP = 2.0
 DIGIT_PIXEL = 3.0
 DIGIT_RADIUS = 4.5 * DIGIT_PIXEL
 """Half of 8 pixels, plus half a pixel for the soft edge of the enlargement."""
+SPRITE_RADIUS = 12.0
+HELD_OUT_SPRITES = (("rocket", "down"), ("owl", "up"), ("apple", "left"), ("car", "up"), ("fish", "right"), ("star", "still"))
 
 
 @dataclass(frozen=True)
 class Thing:
     """One object. Lengths in pixels of the canvas it is drawn on."""
 
-    shape: str  # one of SHAPES, or "digit"
-    colour: str
-    size: str  # one of SIZES, or "" for a digit
+    shape: str  # one of SHAPES, or "digit", or "sprite"
+    colour: str  # "" for a sprite
+    size: str  # one of SIZES, or "" for a digit or a sprite
     motion: str  # one of MOTIONS
     radius: float = 0.0  # half width at the first frame
     radius_end: float = 0.0  # half width at the last frame
@@ -66,6 +73,7 @@ class Thing:
     speed: float = 0.0  # pixels a frame along the motion's direction
     digit: int | None = None  # 0 to 9
     digit_image: int | None = None  # which image of lumos.data.digits
+    sprite: str | None = None  # which picture of lumos.data.sprites
 
     def path(self, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centre x, centre y and radius in every frame, float64 [T] each."""
@@ -89,7 +97,10 @@ class Scene:
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Combinations kept out of training to test composition: magenta triangles, yellow pluses, growing blue squares."""
+    """Combinations kept out of training to test composition: magenta triangles, yellow pluses, growing blue squares, and
+    for a few sprites one of their motions."""
+    if thing.shape == "sprite":
+        return (thing.sprite, thing.motion) in HELD_OUT_SPRITES
     kind = (thing.colour, thing.shape)
     return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, thing.motion) == ("blue", "square", "grows")
 
@@ -104,11 +115,13 @@ class Worlds:
 
     seed: int = 0
     split: str = "train"
-    kinds: tuple[str, ...] = KINDS
-    share_digits: float = 0.15  # share of the scenes that show a digit, where both kinds are asked for
-    share_two: float = 0.15  # share of the shape scenes with two objects
+    kinds: tuple[str, ...] = ("shapes", "digits")  # sprites need their pictures: see lumos.data.sprites
+    share_digits: float = 0.15  # share of the scenes that show a digit, where other kinds are asked for too
+    share_sprites: float = 0.35  # the same for sprites
+    share_two: float = 0.15  # share of the other scenes with two objects
     share_size: float = 0.75  # how often a caption names the size
     share_background: float = 0.75  # how often a caption names the background
+    wording: str = "plain"  # how captions are worded, one of lumos.data.wording.WORDINGS
     num_frames: int = 17
     fps: int = 8
     height: int = BASE_SIDE
@@ -119,9 +132,11 @@ class Worlds:
             raise UserError(f"split {self.split!r} is unknown: take one of {', '.join(SPLITS)}")
         kinds = tuple(self.kinds) if isinstance(self.kinds, list | tuple) else (self.kinds,)
         if not kinds or any(kind not in KINDS for kind in kinds):
-            raise UserError(f"kinds {self.kinds!r} is not possible: take one or both of {', '.join(KINDS)}")
+            raise UserError(f"kinds {self.kinds!r} is not possible: take one or more of {', '.join(KINDS)}")
         object.__setattr__(self, "kinds", kinds)
-        for name in ("share_digits", "share_two", "share_size", "share_background"):
+        if self.wording not in wording.WORDINGS:
+            raise UserError(f"wording {self.wording!r} is unknown: take one of {', '.join(wording.WORDINGS)}")
+        for name in ("share_digits", "share_sprites", "share_two", "share_size", "share_background"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
         for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):
@@ -133,16 +148,29 @@ class Worlds:
         if index < 0:
             raise IndexError(f"clip {index} does not exist: clips are numbered from 0 on, without end")
         rng = np.random.default_rng([self.seed, index])
-        digit = "digits" in self.kinds and ("shapes" not in self.kinds or rng.random() < self.share_digits)
-        if digit:
+        kind = self._kind(rng)
+        if kind == "digits":
             things = (self._place(self._sample_digit(rng), rng),)
-        elif rng.random() < self.share_two:
-            things = self._sample_two(rng)
         else:
-            things = (self._place(self._sample_shape(rng, self.split), rng),)
-        background = _pick(rng, tuple(BACKGROUNDS))
-        caption = self._describe(things, background, rng)
+            sample = self._sample_sprite if kind == "sprites" else self._sample_shape
+            two = rng.random() < self.share_two
+            things = self._sample_two(sample, rng) if two else (self._place(sample(rng, self.split), rng),)
+        background = _pick(rng, (*BACKGROUNDS, *GRADIENTS) if kind == "sprites" else tuple(BACKGROUNDS))
+        caption = wording.caption(
+            things, background, rng, wording=self.wording, moving=self.num_frames > 1,
+            share_size=self.share_size, share_background=self.share_background,
+        )  # fmt: skip
         return Scene(things, background, caption, self.num_frames, self.fps, self.height, self.width)
+
+    def _kind(self, rng: np.random.Generator) -> str:
+        """Sprites and digits by their shares of what there is, shapes else."""
+        shares = {"sprites": self.share_sprites, "digits": self.share_digits}
+        left = [kind for kind in ("sprites", "digits", "shapes") if kind in self.kinds]
+        while len(left) > 1:
+            if rng.random() < shares[left[0]]:
+                break
+            left.pop(0)
+        return left[0]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         scene = self.scene(index)
@@ -166,12 +194,26 @@ class Worlds:
         motion = _pick(rng, DIGIT_MOTIONS if self.num_frames > 1 else ("still",))
         return Thing("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
 
-    def _sample_two(self, rng: np.random.Generator) -> tuple[Thing, Thing]:
-        """Two shapes of different colours that stay apart in every frame."""
+    def _sample_sprite(self, rng: np.random.Generator, split: str) -> Thing:
+        motions = SPRITE_MOTIONS if self.num_frames > 1 else ("still",)
+        if split == "held_out" and self.num_frames > 1:
+            name, motion = _pick(rng, HELD_OUT_SPRITES)
+            return Thing("sprite", "", "", motion, sprite=name)
         while True:
-            first = self._sample_shape(rng, self.split)
-            second = self._sample_shape(rng, "all" if self.split == "held_out" else self.split)
-            if first.colour == second.colour:
+            thing = Thing("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
+            if split != "train" or not is_held_out(thing) or self.num_frames == 1:
+                return thing
+
+    def _sample_two(self, sample: Callable[[np.random.Generator, str], Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
+        """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together."""
+        while True:
+            first = sample(rng, self.split)
+            second = sample(rng, "all" if self.split == "held_out" else self.split)
+            if first.sprite and rng.random() < 0.5:
+                second = replace(second, motion=first.motion)
+                if self.split == "train" and is_held_out(second):
+                    continue
+            if (first.colour, first.sprite) == (second.colour, second.sprite) or (first.colour and first.colour == second.colour):
                 continue
             if rng.random() < 0.5:
                 first, second = second, first
@@ -186,7 +228,7 @@ class Worlds:
 
     def _place(self, thing: Thing, rng: np.random.Generator) -> Thing:
         """Choose start and speed so that the whole way lies in the canvas."""
-        radius = self._scale * (DIGIT_RADIUS if thing.shape == "digit" else SIZES[thing.size])
+        radius = self._scale * ({"digit": DIGIT_RADIUS, "sprite": SPRITE_RADIUS}.get(thing.shape) or SIZES[thing.size])
         radius_end = radius * GROWTH.get(thing.motion, 1.0)
         border = max(radius, radius_end) + MARGIN * max(self._scale, 1.0)
         dx, dy = DIRECTIONS.get(thing.motion, (0, 0))
@@ -202,17 +244,6 @@ class Worlds:
         x0, y0 = start(self.width, dx), start(self.height, dy)
         return replace(thing, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
 
-    def _describe(self, things: tuple[Thing, ...], background: str, rng: np.random.Generator) -> str:
-        parts = []
-        for thing in things:
-            size = thing.size + " " if rng.random() < self.share_size and thing.size else ""
-            noun = f"the digit {thing.digit}" if thing.shape == "digit" else f"a {size}{thing.colour} {thing.shape}"
-            verb = _pick(rng, VERBS)
-            motion = {"still": "stays still", "grows": "grows", "shrinks": "shrinks"}.get(thing.motion)
-            parts.append(noun if self.num_frames == 1 else f"{noun} {motion or f'{verb} {thing.motion}'}")
-        ground = f" on a {background} background" if rng.random() < self.share_background else ""
-        return " and ".join(parts) + ground
-
 
 def sample_scene(seed: int, index: int, **options) -> Scene:
     """Scene `index` of the world with this seed; `options` are the other fields of `Worlds`."""
@@ -227,12 +258,18 @@ def captions(seed: int, n: int, **options) -> Iterator[str]:
 
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: uint8 [T, H, W, 3]. Edges are smooth over one pixel, positions are not rounded to pixels."""
-    shape = (scene.num_frames, scene.height, scene.width, 3)
-    video = np.empty(shape, np.uint8)
-    video[:] = BACKGROUNDS[scene.background]
+    video = np.empty((scene.num_frames, scene.height, scene.width, 3), np.uint8)
+    video[:] = np.rint(ground_colours(scene.background, scene.height))[:, None]
     for thing in scene.things:
         _draw(video, thing)
     return video
+
+
+def ground_colours(background: str, height: int) -> np.ndarray:
+    """Colour of every row of a background by name, float64 [H, 3] in 0..255."""
+    top, bottom = GRADIENTS[background] if background in GRADIENTS else (BACKGROUNDS[background],) * 2
+    share = ((np.arange(height) + 0.5) / height)[:, None]
+    return (1 - share) * np.array(top) + share * np.array(bottom)
 
 
 def _draw(video: np.ndarray, thing: Thing) -> None:
@@ -247,14 +284,18 @@ def _draw(video: np.ndarray, thing: Thing) -> None:
     dx = (left[:, None] + np.arange(box_x) + 0.5 - x[:, None]).astype(np.float32)
     dy = (top[:, None] + np.arange(box_y) + 0.5 - y[:, None]).astype(np.float32)
     r = radius[:, None].astype(np.float32)
-    if thing.shape == "digit":
+    if thing.shape == "sprite":
+        picture = sprite_pixels(sprites.load(thing.sprite), dx, dy, r)
+        ink, coverage = 255 * picture[..., :3], picture[..., 3]
+    elif thing.shape == "digit":
         coverage = _digit_coverage(digits.load()[0][thing.digit_image], dx, dy, r)
     else:
         coverage = _shape_coverage(thing.shape, dx, dy, r)
-    colour = np.array(COLOURS[thing.colour], np.float32)
+    if thing.colour:
+        ink = coverage[..., None] * np.array(COLOURS[thing.colour], np.float32)
     for frame, alpha in enumerate(coverage[..., None]):
         place = video[frame, top[frame] : top[frame] + box_y, left[frame] : left[frame] + box_x]
-        place[:] = np.rint(place + alpha * (colour - place))
+        place[:] = np.rint(place + (ink[frame] - alpha * place))
 
 
 def _shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -283,6 +324,18 @@ def _digit_coverage(ink: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarr
     grid = np.arange(8, dtype=np.float32) - 3.5
     across, down = (np.maximum(0, 1 - np.abs((d / cell)[..., None] - grid)) for d in (dx, dy))  # [T, box, 8]
     return down @ ink @ across.transpose(0, 2, 1)
+
+
+def sprite_pixels(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Premultiplied RGBA of every pixel, [T, box, box, 4]: the picture reduced to a side of 2 r by a triangular filter."""
+    side = len(picture)
+    cell = 2 * r / side
+    grid = np.arange(side, dtype=np.float32) - (side - 1) / 2
+    width = np.maximum(1 / cell, 1)[..., None]
+    weights = [np.maximum(0, 1 - np.abs((d / cell)[..., None] - grid) / width) / width for d in (dx, dy)]  # [T, box, side]
+    across, down = weights
+    rows = np.einsum("tbs,sxc->tbxc", down, picture, optimize=True)
+    return np.einsum("tax,tbxc->tbac", across, rows, optimize=True).clip(0, 1)
 
 
 def _apart(a: Thing, b: Thing, num_frames: int, gap: float) -> bool:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 
-from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GROWTH, SHAPES, SIZES, VERBS, Scene
+from lumos.data.sprites import SPRITES
+from lumos.data.wording import BASE_FORMS as _BASE
+from lumos.data.wording import VERBS, noun
+from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, GROWTH, SHAPES, SIZES, Scene
 from lumos.errors import UserError
 
+BASE_FORMS = tuple(_BASE[verb] for verb in VERBS)
 _OBJECT = re.compile(
     rf"(?:(?:an?|one|the)\s+)?"
-    rf"(?:digit\s+(?P<digit>\d)|(?:(?P<size>{'|'.join(SIZES)})\s+)?(?:(?P<colour>{'|'.join(COLOURS)})\s+)?"
+    rf"(?:(?P<sprite>{'|'.join(SPRITES)})|digit\s+(?P<digit>\d)|(?:(?P<size>{'|'.join(SIZES)})\s+)?(?:(?P<colour>{'|'.join(COLOURS)})\s+)?"
     rf"(?P<shape>{'|'.join(SHAPES)}))"
-    rf"(?:\s+(?:(?:{'|'.join(VERBS)})\s+(?P<way>{'|'.join(DIRECTIONS)})"
-    rf"|stays\s+(?P<still>still)|(?P<growth>{'|'.join(GROWTH)})))?"
+    rf"(?:\s+(?:(?:{'|'.join((*VERBS, *BASE_FORMS))})\s+(?P<way>{'|'.join(DIRECTIONS)})"
+    rf"|stays?\s+(?P<still>still)|(?P<growth>{'|'.join(GROWTH)})))?"
 )
-_GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join(BACKGROUNDS)})\s+background)?\s*\.?$")
+_PLURAL = re.compile(rf"\s(?:{'|'.join(BASE_FORMS)}|stay)\s+\w+$")
+_GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join((*BACKGROUNDS, *GRADIENTS))})\s+background)?\s*\.?$")
 
 
 def parse_caption(text: str) -> dict:
-    """Attributes named by a caption: {"things": [{"colour", "shape", "digit", "size", "motion"}], "background"}.
+    """Attributes named by a caption: {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}], "background"}.
 
     The inverse of the captions of `lumos.data.worlds`; what the caption leaves out is missing in the result.
     """
@@ -34,10 +39,12 @@ def parse_caption(text: str) -> dict:
             )
         named = match.groupdict()
         motion = named["way"] or named["still"] or named["growth"]
-        ask = {"colour": named["colour"], "shape": named["shape"], "size": named["size"], "motion": motion}
+        ask = {key: named[key] for key in ("colour", "shape", "sprite", "size")} | {"motion": motion}
         if named["digit"] is not None:
             ask.update(shape="digit", digit=int(named["digit"]))
         things.append({key: value for key, value in ask.items() if value is not None})
+    if len(things) == 2 and "motion" not in things[0] and _PLURAL.search(rest) and "motion" in things[1]:
+        things[0]["motion"] = things[1]["motion"]  # an apple and a banana move right
     return {"things": things, **({"background": ground} if ground else {})}
 
 
@@ -45,8 +52,22 @@ def scene_attributes(scene: Scene) -> dict:
     """All attributes of a scene, in the form of `parse_caption`, also those that its caption leaves out."""
     things = []
     for thing in scene.things:
-        ask = {"colour": thing.colour, "shape": thing.shape, "digit": thing.digit, "size": thing.size}
+        shape = None if thing.sprite else thing.shape
+        ask = {"colour": thing.colour, "shape": shape, "sprite": thing.sprite, "digit": thing.digit, "size": thing.size}
         if scene.num_frames > 1:
             ask["motion"] = thing.motion
         things.append({key: value for key, value in ask.items() if value not in (None, "")})
     return {"things": things, "background": scene.background}
+
+
+def named_attributes(scene: Scene) -> dict:
+    """Those attributes of a scene that its caption names, whatever its wording: without sizes and ground left out."""
+    wanted = scene_attributes(scene)
+    for thing, ask in zip(scene.things, wanted["things"], strict=True):
+        if "digit" in ask:
+            del ask["colour"]
+        if "size" in ask and noun(thing, named_size=True) not in scene.caption:
+            del ask["size"]
+    if f" {scene.background}" not in scene.caption:
+        del wanted["background"]
+    return wanted

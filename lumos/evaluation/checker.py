@@ -9,6 +9,7 @@ colour; two objects of one colour are seen as one of unclear shape, and counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -22,18 +23,16 @@ from lumos.data.worlds import (
     BASE_SIDE,
     COLOURS,
     DIGIT_PIXEL,
-    DIRECTIONS,
-    GROWTH,
     SHAPES,
     SIZES,
-    SPEED,
     Scene,
 )
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
+from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, line_ends, motion_word
+from lumos.evaluation.sprites import SeenSprite, inspect_sprites
 
 # Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
-MAX_BACKGROUND_DISTANCE = 50.0
 MIN_CONTRAST = 45.0
 """Least colour distance from the background that counts as an object. The faintest pair of the world is at 110."""
 MAX_COLOUR_DISTANCE = 70.0
@@ -45,7 +44,6 @@ MIN_AREA_IN_FRAME = 4.0
 MIN_VISIBLE = 0.75
 """Least share of the frames in which an object must be seen to exist."""
 MIN_SHAPE_SCORE = 0.65
-MAX_STILL_WAY = 9.0
 DIGIT_GRID = 20
 """Digits are compared on a grid of this many samples, two per pixel of the 8 x 8 images, around the centre of ink."""
 
@@ -100,31 +98,39 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
     """Compare a clip with a caption, with attributes from `parse_caption`, or with all that is true of a scene.
 
     Only what is named is checked: a caption without a size gives no "size". Keys: count, colour, shape (for a digit:
-    which digit), size, motion, background, and all. With two objects a key is true if it is true of both.
+    which digit), sprite, size, motion, background, and all. With two objects a key is true if it is true of both.
     """
     if isinstance(wanted, Scene):
         wanted = scene_attributes(wanted)
     elif isinstance(wanted, str):
         wanted = parse_caption(wanted)
-    seen = inspect_clip(video)
-    result = {"count": seen.count == len(wanted["things"])}
-    things = [*seen.things, *[None] * len(wanted["things"])]
+    background, found, count = _look(video, wanted)
+    result = {"count": count == len(wanted["things"])}
+    things = [*found, *[None] * len(wanted["things"])]
     answers = [
         [_compare(thing, ask) for thing, ask in zip(order, wanted["things"], strict=True)]
         for order in permutations(things, len(wanted["things"]))
     ]
     best = max(answers, key=lambda answer: sum(sum(one.values()) for one in answer))
-    for key in ("colour", "shape", "size", "motion"):
+    for key in ("colour", "shape", "sprite", "size", "motion"):
         named = [one[key] for one in best if key in one]
         if named:
             result[key] = all(named)
     if "background" in wanted:
-        result["background"] = seen.background == wanted["background"]
+        result["background"] = background == wanted["background"]
     return {**result, "all": all(result.values())}
 
 
-def _compare(thing: Seen | None, ask: dict) -> dict[str, bool]:
-    keys = [key for key in ("colour", "shape", "size", "motion") if key in ask]
+def _look(video: np.ndarray, wanted: dict) -> tuple[str, Sequence[Seen | SeenSprite], int]:
+    """(background, things, their number), measured as sprites if sprites are wanted."""
+    if any("sprite" in thing for thing in wanted["things"]):
+        return inspect_sprites(video)
+    seen = inspect_clip(video)
+    return seen.background, seen.things, seen.count
+
+
+def _compare(thing: Seen | SeenSprite | None, ask: dict) -> dict[str, bool]:
+    keys = [key for key in ("colour", "shape", "sprite", "size", "motion") if key in ask]
     answer = {key: thing is not None and getattr(thing, key) == ask[key] for key in keys}
     if "digit" in ask:
         answer["shape"] = thing is not None and thing.digit == ask["digit"]
@@ -209,33 +215,12 @@ def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
     radii = np.sqrt(area[seen] / AREA_OF_UNIT.get(shape, np.pi))
     if shape == "triangle":
         y = y - radii / 3  # from the centre of mass to the centre of the box, which stays where it is in growth
-    (x_first, x_last), (y_first, y_last), (radius, last) = (_ends(seen, v, num_frames) for v in (x, y, radii))
+    (x_first, x_last), (y_first, y_last), (radius, last) = (line_ends(seen, v, num_frames) for v in (x, y, radii))
     way, growth = (x_last - x_first, y_last - y_first), max(last, 0.0) / max(radius, 1e-6)
     size = "" if shape == "digit" else min(SIZES, key=lambda size: abs(radius - SIZES[size] * scale))
     if score < MIN_SHAPE_SCORE:
         shape, digit = "unclear", None
-    return Seen(colour, shape, digit, size, _motion(way, growth, num_frames, scale), score, radius, way, growth)
-
-
-def _ends(frames: np.ndarray, values: np.ndarray, num_frames: int) -> tuple[float, float]:
-    """First and last value of the straight line through the values, least squares."""
-    if len(frames) == 1:
-        return float(values[0]), float(values[0])
-    slope, start = np.polyfit(frames, values, 1)
-    return float(start), float(start + slope * (num_frames - 1))
-
-
-def _motion(way: tuple[float, float], growth: float, num_frames: int, scale: float) -> str:
-    """The word for a motion. The limits lie halfway between what the world shows and no change."""
-    dx, dy = way
-    long, short = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
-    moved = long > min(0.5 * SPEED[0] * (num_frames - 1), MAX_STILL_WAY) * scale
-    change = next((word for word, g in GROWTH.items() if (growth > g**0.5 if g > 1 else growth < g**0.5)), None)
-    if num_frames == 1 or (not moved and change is None):
-        return "still"
-    if moved and (change is not None or short > 0.5 * long):
-        return "unclear"
-    return change or max(DIRECTIONS, key=lambda word: dx * DIRECTIONS[word][0] + dy * DIRECTIONS[word][1])
+    return Seen(colour, shape, digit, size, motion_word(way, growth, num_frames, scale), score, radius, way, growth)
 
 
 def _overlap(coverage: np.ndarray, x: float, y: float, area: float, shape: str) -> float:

@@ -8,34 +8,39 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.worlds import Worlds
+from lumos.data.worlds import Worlds, render
 from lumos.errors import UserError
+from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"kinds": ("shapes",), "share_two": 0.0},
     "two": {"kinds": ("shapes",), "share_two": 1.0},
     "digits": {"kinds": ("digits",)},
+    "sprites": {"kinds": ("sprites",), "share_two": 0.0},
+    "two_sprites": {"kinds": ("sprites",), "share_two": 1.0},
     "held_out": {"kinds": ("shapes",), "share_two": 0.0, "split": "held_out"},
+    "paraphrased": {"kinds": ("shapes", "digits", "sprites"), "share_two": 0.0, "wording": "unseen"},
 }
-"""one: an object; two: two objects; digits; held_out: one object in a combination that training never shows."""
+"""one: an object; two: two objects; digits; sprites; held_out: one object in a combination that training never shows;
+paraphrased: one thing of any kind, said in ways that training never hears."""
 
 
-def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray]]:
-    """(prompt, rendered truth) pairs. `seed` must differ from that of training, whose scenes are of another stream."""
+def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
+    """(prompt, rendered truth, attributes that the prompt names) of scenes.
+
+    `seed` must differ from that of training, whose scenes are of another stream.
+    """
     if kind not in KINDS:
         raise UserError(f"prompt kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
     worlds = Worlds(seed=seed, **shape, **KINDS[kind])
-    pairs = []
-    for index in range(count):
-        video, caption = worlds[index]
-        pairs.append((caption, video))
-    return pairs
+    scenes = [worlds.scene(index) for index in range(count)]
+    return [(scene.caption, render(scene), named_attributes(scene)) for scene in scenes]
 
 
-def score(clips: Sequence[np.ndarray], prompts: Sequence[str]) -> tuple[dict[str, float], list[dict[str, bool]]]:
-    """(share right of each attribute among the prompts that name it, verdict of each clip); "colour_and_motion" too."""
-    verdicts = [check_clip(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
+def score(clips: Sequence[np.ndarray], wanted: Sequence[dict]) -> tuple[dict[str, float], list[dict[str, bool]]]:
+    """(share right of each attribute among the clips of which it is wanted, verdict of each clip); "colour_and_motion" too."""
+    verdicts = [check_clip(clip, ask) for clip, ask in zip(clips, wanted, strict=True)]
     for verdict in verdicts:
         if "colour" in verdict and "motion" in verdict:
             verdict["colour_and_motion"] = verdict["colour"] and verdict["motion"]

@@ -9,23 +9,23 @@ from lumos.evaluation.prompts import KINDS, generate_in_batches, prompt_set, sco
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
-    prompts, truth = zip(*prompt_set(kind, 8, seed=77), strict=True)
-    shares, verdicts = score(truth, prompts)
+def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind, sprite_pictures):
+    _, truth, wanted = zip(*prompt_set(kind, 8, seed=77), strict=True)
+    shares, verdicts = score(truth, wanted)
     assert shares["all"] == 1.0
     assert len(verdicts) == 8
-    shares, _ = score([np.full_like(t, 10) for t in truth], prompts)
+    shares, _ = score([np.full_like(t, 10) for t in truth], wanted)
     assert shares["all"] == 0.0
 
 
 def test_kinds_are_what_they_say():
-    assert all(" and " in prompt for prompt, _ in prompt_set("two", 8, seed=1))
-    assert all("digit" in prompt for prompt, _ in prompt_set("digits", 8, seed=1))
+    assert all(" and " in prompt for prompt, _, _ in prompt_set("two", 8, seed=1))
+    assert all("digit" in prompt for prompt, _, _ in prompt_set("digits", 8, seed=1))
     scenes = [sample_scene(1, i, **KINDS["held_out"]) for i in range(20)]
     assert all(any(is_held_out(thing) for thing in scene.things) for scene in scenes)
     scenes = [sample_scene(1, i, **KINDS["one"]) for i in range(200)]
     assert not any(is_held_out(thing) for scene in scenes for thing in scene.things)
-    with pytest.raises(UserError, match="allowed: one, two, digits, held_out"):
+    with pytest.raises(UserError, match="allowed: one, two, digits, sprites, two_sprites, held_out, paraphrased"):
         prompt_set("three", 1, seed=0)
 
 

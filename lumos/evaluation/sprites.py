@@ -1,0 +1,158 @@
+"""Which sprites of the small worlds does a clip show, and how do they move? Judged from its pixels alone.
+
+An object is a patch that differs from the ground. It is named after the nearest picture of the set, drawn on the same
+ground at the best of a few places; the sprites are the only things that this module knows how to draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import permutations
+
+import numpy as np
+from scipy import ndimage
+
+from lumos.data import sprites
+from lumos.data.worlds import BACKGROUNDS, BASE_SIDE, GRADIENTS, SPRITE_RADIUS, ground_colours, sprite_pixels
+from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, line_ends, motion_word
+
+# Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
+MIN_CONTRAST = 32.0
+MIN_AREA = 40.0
+"""Least area of a sprite's patch; the smallest of the set has some 150 pixels."""
+LARGEST = 2 * SPRITE_RADIUS + 2.5
+"""Pieces that fit into a box of this side are one sprite."""
+MIN_VISIBLE = 0.75
+"""Least share of the frames that must show the usual number of sprites."""
+MIN_LIKENESS = 0.6
+"""Least correlation with the nearest picture; less is none of the set."""
+REACH = 3
+"""The picture is tried at this many pixels to either side of the middle of the patch."""
+VIEWS = 6
+
+
+@dataclass(frozen=True)
+class SeenSprite:
+    """One sprite as measured; "unclear" where no picture or word fits."""
+
+    sprite: str
+    motion: str
+    likeness: float  # correlation with the nearest picture
+    way: tuple[float, float]  # displacement from the first to the last frame, pixels
+
+
+@dataclass(frozen=True)
+class _Patch:
+    x: float  # centre of mass
+    y: float
+    area: float
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
+    """(background, sprites, their number) of a clip, uint8 [T, H, W, 3]."""
+    scale = min(video.shape[1:3]) / BASE_SIDE
+    name, ground = _background(video)
+    patches = [_patches(frame, ground, scale) for frame in video]
+    count = int(np.median([len(found) for found in patches]))
+    usable = [i for i, found in enumerate(patches) if len(found) == count]
+    if not 0 < count <= 3 or len(usable) < MIN_VISIBLE * len(video):
+        return name, [], count
+    tracks = _tracks([patches[i] for i in usable])
+    return name, [_measure(video, ground, usable, track, scale) for track in tracks], count
+
+
+def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name of the ground, and its colour in every row, float32 [H, 3]: the median of the columns at both sides."""
+    sides = np.concatenate([video[:, :, :2], video[:, :, -2:]], axis=2)
+    ground = np.median(sides, axis=(0, 2)).astype(np.float32)
+    distance = {
+        name: float(np.linalg.norm(ground - ground_colours(name, len(ground)), axis=-1).mean())
+        for name in (*BACKGROUNDS, *GRADIENTS)
+    }
+    nearest = min(distance, key=distance.get)
+    return (nearest if distance[nearest] < MAX_BACKGROUND_DISTANCE else "unclear"), ground
+
+
+def _patches(frame: np.ndarray, ground: np.ndarray, scale: float) -> list[_Patch]:
+    """The sprites of a frame: its pieces, joined where they fit into one sprite's box."""
+    mask = np.linalg.norm(frame - ground[:, None], axis=-1) > MIN_CONTRAST
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    pieces = []
+    for label, place in enumerate(ndimage.find_objects(labels), 1):
+        rows, columns = place
+        pieces.append((int((labels[place] == label).sum()), label, (columns.start, rows.start, columns.stop, rows.stop)))
+    objects: list[tuple[list[int], tuple[int, int, int, int]]] = []
+    for area, label, box in sorted(pieces, reverse=True):
+        if area < 3 * scale**2:
+            continue
+        for i, (members, other) in enumerate(objects):
+            union = (*np.minimum(box[:2], other[:2]), *np.maximum(box[2:], other[2:]))
+            if max(union[2] - union[0], union[3] - union[1]) <= LARGEST * scale:
+                objects[i] = ([*members, label], union)
+                break
+        else:
+            objects.append(([label], box))
+    found = []
+    for members, box in objects:
+        y, x = np.nonzero(np.isin(labels, members))
+        if len(x) >= MIN_AREA * scale**2:
+            found.append(_Patch(x.mean() + 0.5, y.mean() + 0.5, float(len(x)), tuple(map(int, box))))
+    return found
+
+
+def _tracks(frames: list[list[_Patch]]) -> list[list[_Patch]]:
+    """The same object through all frames: each frame's patches in the order that is nearest to the frame before."""
+    ordered = [frames[0]]
+    for patches in frames[1:]:
+        ordered.append(min(map(list, permutations(patches)), key=partial(_way, ordered[-1])))
+    return [list(track) for track in zip(*ordered, strict=True)]
+
+
+def _way(before: list[_Patch], after: list[_Patch]) -> float:
+    return sum(np.hypot(a.x - b.x, a.y - b.y) for a, b in zip(before, after, strict=True))
+
+
+def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: list[_Patch], scale: float) -> SeenSprite:
+    at = np.array(frames)
+    (x0, x1), (y0, y1), (r0, r1) = (
+        line_ends(at, np.array(values), len(video))
+        for values in ([p.x for p in track], [p.y for p in track], [p.area**0.5 for p in track])
+    )
+    few = np.unique(np.linspace(0, len(track) - 1, VIEWS).round().astype(int))
+    likeness = np.mean([_likeness(video[frames[i]], ground, track[i].box, scale) for i in few], axis=0)
+    best = int(likeness.argmax())
+    name = tuple(sprites.SPRITES)[best] if likeness[best] >= MIN_LIKENESS else "unclear"
+    motion = motion_word((x1 - x0, y1 - y0), max(r1, 0.0) / max(r0, 1e-6), len(video), scale)
+    return SeenSprite(name, motion, float(likeness[best]), (x1 - x0, y1 - y0))
+
+
+def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, int], scale: float) -> np.ndarray:
+    """Correlation, -1 to 1, of what a patch shows beside the ground with every picture, at its best place: [sprites]."""
+    pictures = _pictures(scale)
+    side = pictures.shape[1]
+    left, top = round((box[0] + box[2]) / 2 - side / 2) - REACH, round((box[1] + box[3]) / 2 - side / 2) - REACH
+    rows = np.clip(np.arange(top, top + side + 2 * REACH), 0, len(frame) - 1)
+    columns = np.arange(left, left + side + 2 * REACH)
+    inside = (columns >= 0) & (columns < frame.shape[1])
+    difference = (frame - ground[:, None])[rows][:, np.clip(columns, 0, frame.shape[1] - 1)] * inside[:, None]
+    best = np.full(len(pictures), -1.0)
+    for dy in range(2 * REACH + 1):
+        under = ground[rows[dy : dy + side]][:, None]
+        drawn = (pictures[..., :3] - pictures[..., 3:] * under).reshape(len(pictures), -1)
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True) + 1e-6
+        for dx in range(2 * REACH + 1):
+            seen = difference[dy : dy + side, dx : dx + side].ravel()
+            best = np.maximum(best, drawn @ seen / (np.linalg.norm(seen) + 1e-6))
+    return best
+
+
+@lru_cache(maxsize=4)
+def _pictures(scale: float) -> np.ndarray:
+    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4]."""
+    radius = np.float32(SPRITE_RADIUS * scale)
+    side = int(np.ceil(2 * radius)) + 2
+    d = (np.arange(side, dtype=np.float32) + 0.5 - side / 2)[None]
+    drawn = np.stack([sprite_pixels(sprites.load(name), d, d, radius[None, None])[0] for name in sprites.SPRITES])
+    return drawn * np.array([255, 255, 255, 1], np.float32)
