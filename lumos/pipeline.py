@@ -198,19 +198,21 @@ class LumosPipeline:
         """What the video tokenizer makes of a clip: uint8 [T, H, W, 3] there and back."""
         return self._decode(self._encode(frames))
 
+    def text_ids(self, prompt: str, clip: ClipDefaults) -> list[int]:
+        """The prompt as the model reads it for a clip of this shape; UserError if it is empty or too long."""
+        config = self.model.config
+        text = self.text_tokenizer.encode(
+            prompt_text(config, check_prompt(prompt), height=clip.height, width=clip.width,
+                        num_frames=clip.num_frames, fps=clip.fps)
+        )  # fmt: skip
+        if len(text) > config.max_prompt_tokens:
+            raise UserError(f"the prompt has {len(text)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it")
+        return text
+
     def _prefix(self, prompt: str | None, clip: ClipDefaults, given: Tensor | None) -> Tensor:
         """Ids before the first new frame; prompt None: without text."""
         config = self.model.config
-        text = None
-        if prompt is not None:
-            text = self.text_tokenizer.encode(
-                prompt_text(config, check_prompt(prompt), height=clip.height, width=clip.width,
-                            num_frames=clip.num_frames, fps=clip.fps)
-            )  # fmt: skip
-            if len(text) > config.max_prompt_tokens:
-                raise UserError(
-                    f"the prompt has {len(text)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it"
-                )
+        text = None if prompt is None else self.text_ids(prompt, clip)
         duration, fps = clip_header(clip.num_frames, clip.fps)
         prefix = torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
         return prefix if given is None else torch.cat([prefix, build_frames(given, config).flatten()])
