@@ -46,17 +46,20 @@ def pattern(n: int, count: int, generator: torch.Generator) -> Tensor:
     return mask
 
 
-def training_mask(kind: str, t: int, n: int, *, min_ratio: float, generator: torch.Generator) -> tuple[Tensor, float]:
+def training_mask(
+    kind: str, t: int, n: int, *, min_ratio: float, fixed_ratio: float | None = None, generator: torch.Generator
+) -> tuple[Tensor, float]:
     """(bool [t, n], the ratio drawn; the mean one for diffusion forcing). Counts are exact.
 
     tube: one pattern for all frames. random: one ratio, positions drawn over the whole clip. diffusion_forcing: a fresh
     ratio and pattern for each frame. tube_decay: nested patterns whose count grows linearly to all of the last frame.
+    fixed_ratio takes the place of what would be drawn.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown mask kind {kind!r}; allowed: {', '.join(MASK_KINDS)}")
 
     def draw_ratio() -> float:
-        return mask_ratio(float(torch.rand((), generator=generator)), min_ratio)
+        return mask_ratio(float(torch.rand((), generator=generator)), min_ratio) if fixed_ratio is None else fixed_ratio
 
     if kind == "diffusion_forcing":
         ratios = [draw_ratio() for _ in range(t)]
@@ -78,6 +81,7 @@ def mask_sequence(
     *,
     kind: str = "tube",
     min_ratio: float = MIN_RATIO,
+    fixed_ratio: float | None = None,
     generator: torch.Generator,
 ) -> MaskedSequence:
     """ids [L] of one clip -> what the decoder sees and must say. Newlines are masked with the tube, never supervised."""
@@ -85,7 +89,7 @@ def mask_sequence(
     if not layout.frames:
         raise ValueError("the sequence has no frames to mask")
     t, n = len(layout.frames), layout.frames[0].content_length
-    mask, ratio = training_mask(kind, t, n, min_ratio=min_ratio, generator=generator)
+    mask, ratio = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
     hidden = torch.zeros(len(input_ids), dtype=torch.bool)
     for frame, row in zip(layout.frames, mask, strict=True):
         hidden[frame.content_start : frame.end - 1] = row

@@ -211,10 +211,7 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         Without targets: logits [B, L, V]. With targets [B, L] (visual code, or -100 where nothing is asked):
         same-position cross-entropy over the visual codes. ValueError for cut frames and for padding on the left.
         """
-        layouts = self.layouts(input_ids, attention_mask)
-        length, device = input_ids.shape[1], input_ids.device
-        rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
-        hidden = self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device))
+        hidden, layouts = self.hidden_states(input_ids, attention_mask)
         if targets is None:
             return LumosOutput(logits=self.lm_head(hidden))
         supervised = targets != -100
@@ -224,8 +221,15 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
                 f"{self.config.visual_token_count - 1}, and -100"
             )
         loss = self.lm_head(hidden[supervised], targets=targets[supervised])
-        frames = frame_indices(layouts, length).to(device)[supervised]
+        frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[supervised]
         return LumosOutput(loss=loss.mean(), position_loss=loss, frame_index=frames, supervised=supervised)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Layout]]:
+        """input_ids [B, L] -> ([B, L, C] before the head, frame spans of each row); ValueError as in `forward`."""
+        layouts = self.layouts(input_ids, attention_mask)
+        length, device = input_ids.shape[1], input_ids.device
+        rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
+        return self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device)), layouts
 
     def layouts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Layout]:
         """Frame spans of each row, read off the ids."""

@@ -48,7 +48,7 @@ class ShardSource:
         description = shards.read_description(path)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
         self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
-        self.index = _Index(self.folder)
+        self.index = ShardIndex(self.folder)
         self.pools = {kind: self._pool(kind, num_frames, held_out) for kind in kinds}
         used = [rows for pool in self.pools.values() for rows in pool.sizes]
         for rows in used:
@@ -97,16 +97,13 @@ class ShardSource:
             return self.groups[shard, group][row]
 
     def _pool(self, kind: str, num_frames: int, held_out: int) -> Pool:
-        frames = self.index.num_frames
-        usable = frames >= num_frames if kind == "video" and num_frames > 1 else frames == 1
-        if kind == "image" and not usable.any():
-            usable = frames >= 1
-        rows = np.flatnonzero(usable)
+        rows = self.index.usable(num_frames if kind == "video" else 1)
         validation = self.index.first_by_hash(rows, held_out) if held_out else rows[:0]
         held = self.index.same_items(validation)
         training = np.setdiff1d(rows, held)
         if not len(training) or len(validation) < held_out:
             what = "one-frame clips" if kind == "image" or num_frames == 1 else f"clips of at least {num_frames} frames"
+            frames = self.index.num_frames
             longest = int(frames.max()) if len(frames) else 0
             raise UserError(
                 f"{self.folder} has {len(rows)} {what} (the longest of its {len(frames)} has {longest}), too few for training with "
@@ -116,7 +113,7 @@ class ShardSource:
         return Pool([training[sizes == size] for size in np.unique(sizes)], validation)
 
 
-class _Index:
+class ShardIndex:
     """Where each clip is and how large, for all shards of a folder: a few numbers a clip, no codes."""
 
     def __init__(self, folder: Path):
@@ -145,6 +142,11 @@ class _Index:
         """(height, width) in pixels."""
         size = int(self.size[row])
         return size >> 32, size & 0xFFFFFFFF
+
+    def usable(self, num_frames: int) -> np.ndarray:
+        """Rows of at least so many frames. For 1, a picture, the one-frame clips; if there are none, all."""
+        rows = np.flatnonzero(self.num_frames >= num_frames if num_frames > 1 else self.num_frames == 1)
+        return rows if len(rows) or num_frames > 1 else np.arange(len(self.num_frames))
 
     def first_by_hash(self, rows: np.ndarray, count: int) -> np.ndarray:
         """`count` rows that neither the seed nor the order of the shards decides: runs on one data set can be compared."""
