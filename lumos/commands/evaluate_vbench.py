@@ -1,0 +1,17 @@
+"""`evaluate vbench`: clips of VBench's prompts in its official layout, and its totals from the official results."""
+
+from __future__ import annotations
+
+import argparse
+
+from lumos.commands import official_benchmarks
+
+NAME = "vbench"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    official_benchmarks.add_arguments(parser, NAME)
+
+
+def run(args: argparse.Namespace) -> None:
+    official_benchmarks.run(args, NAME)

@@ -1,0 +1,193 @@
+"""What `evaluate vbench`, `vbench-i2v` and `geneval` share: draw the official prompts, or sum up the official results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lumos.evaluation.prompt_lists import BENCHMARKS
+
+SAMPLING = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames")
+SHAPE = ("num_frames", "height", "width", "fps")
+SEED, BATCH_SIZE = 0, 5
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    benchmark, add = BENCHMARKS[name], parser.add_argument
+    add("--prompts", help=f"the official list, {benchmark.list_file}, or one of its form")
+    if benchmark.images:
+        add("--images", help="folder of the pictures that the list names, for example vbench2_beta_i2v/data/crop/7-4")
+    add("--out", help=f"folder for {benchmark.folder}/ and manifest.json; the same command goes on where it stopped")
+    add("--model", help="model folder; default: the shipped one")
+    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
+    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
+    add("--captions", help="what the model is told instead of the prompts: JSON {prompt: caption}, or a line for each entry")
+    add("--caption-key", help="field of the list's entries that the model is told instead of the prompt")
+    add("--samples", type=int, help="of each prompt; default: as the benchmark wants")
+    add("--seed", type=int, help=f"all seeds follow from this one and the files' names; default: {SEED}")
+    add("--batch-size", type=int, help=f"samples drawn together; default: {BATCH_SIZE}")
+    add("--shard", metavar="I/N", help="draw only part I of N, from 1 on; torchrun sets it for each of its processes")
+    if not benchmark.pictures:
+        add("--num-frames", type=int, help="1 + a multiple of 4")
+        add("--fps", type=int, help="frames per second")
+    add("--height", type=int, help="pixels")
+    add("--width", type=int, help="pixels")
+    add("--num-inference-steps", type=int)
+    add("--guidance-scale", type=float)
+    add("--temperature", type=float)
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    if not benchmark.pictures:
+        add("--history-mask-ratio", type=float)
+    if benchmark.images:
+        add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None)
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    results = "results.jsonl" if benchmark.pictures else "*_eval_results.json, folders or zips of them"
+    add("--aggregate", nargs="+", metavar="RESULTS", help=f"draw nothing; print the totals of official results: {results}")
+    add("--output", help="JSON file for the totals of --aggregate")
+
+
+def run(args: argparse.Namespace, name: str) -> None:
+    from lumos.errors import UserError
+
+    own = {"aggregate", "output"}
+    given = {key: value for key, value in vars(args).items() if value is not None and key not in ("what", "measure")}
+    if args.aggregate:
+        if other := [f"--{key.replace('_', '-')}" for key in given if key not in own]:
+            raise UserError(f"{', '.join(other)} have no effect with --aggregate, which draws nothing; leave them out")
+        aggregate(args.aggregate, name, args.output)
+        return
+    if args.output:
+        raise UserError("--output has no effect without --aggregate; --out names the folder for what is drawn")
+    needed = ["prompts", "out", *(["images"] if BENCHMARKS[name].images else [])]
+    if missing := [f"--{key}" for key in needed if key not in given]:
+        raise UserError(f"{', '.join(missing)} missing; give --{' and --'.join(needed)}, or --aggregate to sum up results")
+    draw(args, name)
+
+
+def aggregate(paths: list[str], name: str, output: str | None) -> None:
+    from lumos.evaluation.scores import summarize, table
+    from lumos.files import check_writable, write_json
+
+    if output:
+        check_writable(output)
+    summary = {"evaluate": name, "results": paths, **summarize(name, paths)}
+    print(table(summary))
+    if output:
+        write_json(output, summary)
+    print(json.dumps(summary))
+
+
+def draw(args: argparse.Namespace, name: str) -> None:
+    from lumos.errors import UserError
+    from lumos.evaluation.manifest import folder_sha256, keep_manifest
+    from lumos.evaluation.prompt_lists import read_list
+    from lumos.evaluation.rendering import Results, batches_of, parse_shard, render
+
+    benchmark, out, started = BENCHMARKS[name], Path(args.out), time.perf_counter()
+    shard = parse_shard(args.shard)
+    seed = SEED if args.seed is None else args.seed
+    batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size} is not allowed; give at least 1")
+    entries = read_list(benchmark, args.prompts, samples=args.samples, captions=args.captions, caption_key=args.caption_key)
+    batches = batches_of(entries, seed, batch_size)
+    samples = [sample for batch in batches for sample in batch]
+    notes = [note for entry in entries for note in entry.notes]
+    images = check_images(entries, Path(args.images)) if benchmark.images else []
+
+    import numpy as np
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    from lumos import __version__
+    from lumos.commands.generate import shipped_model
+    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.runtime import versions
+    from lumos.sequence import size_units
+    from lumos.video_io import write_video
+
+    transformers.utils.logging.disable_progress_bar()
+    model = Path(args.model or shipped_model())
+    pipe = LumosPipeline.from_pretrained(
+        model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
+        dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
+    )  # fmt: skip
+    options = {key: getattr(args, key, None) for key in (*SAMPLING, *SHAPE)}
+    if benchmark.pictures:
+        options["num_frames"] = 1
+    clip = override(pipe.clip, **{**{key: options[key] for key in SHAPE}, **({"fps": 1} if benchmark.pictures else {})})
+    settings = {**vars(override(pipe.settings, **{key: options[key] for key in SAMPLING})), **vars(clip)}
+    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
+    for side in ("height", "width"):
+        size_units(getattr(clip, side), side, pipe.model.config)
+    for caption in dict.fromkeys(sample.caption for sample in samples):
+        pipe.text_ids(caption, clip)
+
+    inputs = {
+        "benchmark": name, "model_sha256": model_sha256(model, args), "prompts_sha256": hashed(args.prompts),
+        "captions_sha256": hashed(args.captions), "caption_key": args.caption_key,
+        "images_sha256": folder_sha256(Path(args.images), images) if images else None,
+        "seed": seed, "batch_size": batch_size, "dtype": str(pipe.model.dtype).removeprefix("torch."), "settings": settings,
+        "seeds": {sample.file: sample.seed for sample in samples},
+    }  # fmt: skip
+    paths = {key: getattr(args, key, None) for key in ("prompts", "captions", "images", "video_tokenizer", "text_tokenizer")}
+    machine = {"device": pipe.model.device.type, "threads": torch.get_num_threads(), "versions": versions()}
+    environment = {"model": str(model), **paths, **machine}
+    for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
+        print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
+
+    results = Results(out, benchmark.folder, shard)
+    results.check_case([sample.file for sample in samples])
+    for file, text in notes if shard[0] == 1 else []:
+        if not results.has(file):
+            results.put(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+    def make(batch: list) -> list[np.ndarray]:
+        pictures = [str(Path(args.images) / sample.image) for sample in batch] if benchmark.images else None
+        return pipe([s.caption for s in batch], seed=[s.seed for s in batch], image=pictures, **options).frames
+
+    def save(path: Path, sample: Any, frames: np.ndarray) -> None:
+        about = {"prompt": sample.caption, "seed": sample.seed, "model": str(model), "lumos": __version__}
+        write_video(path, frames, clip.fps, about)
+
+    mine = batches[shard[0] - 1 :: shard[1]]
+    with tqdm(total=len(mine), unit="batch", desc=f"shard {shard[0]}/{shard[1]}", file=sys.stderr, disable=shard[0] > 1) as bar:
+        made = render(results, mine, make, save, bar.update)
+    missing = results.tidy([*(sample.file for sample in samples), *(file for file, _ in notes)])
+    summary = {
+        "evaluate": name, "folder": str(results.folder), "shard": "{}/{}".format(*shard), "files": len(samples), "made": made,
+        "missing": missing, "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    print(json.dumps(summary))
+
+
+def check_images(entries: list, folder: Path) -> list[Path]:
+    """The pictures that a list begins with; UserError names those that are missing."""
+    from lumos.errors import UserError
+
+    paths = [folder / name for name in dict.fromkeys(entry.image for entry in entries)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{len(missing)} of {len(paths)} pictures are missing, {missing[0]} first; --images names their folder")
+    return paths
+
+
+def hashed(path: str | None) -> str | None:
+    """SHA-256 of a file, or of what a folder holds to be read from."""
+    from lumos.evaluation.manifest import file_sha256, folder_sha256
+
+    if path is None:
+        return None
+    return folder_sha256(Path(path)) if Path(path).is_dir() else file_sha256(Path(path))
+
+
+def model_sha256(model: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Of the model folder, and of each tokenizer that is taken from elsewhere."""
+    places = {"model": str(model), "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer}
+    return {key: hashed(path) for key, path in places.items() if path}

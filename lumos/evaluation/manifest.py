@@ -1,0 +1,67 @@
+"""manifest.json of a folder of results: what decides the files, what surrounded their making, and hashes of inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import RunError, UserError
+from lumos.files import write_json
+
+MANIFEST = "manifest.json"
+HASHED = (".json", ".safetensors", ".model", ".jit")
+"""What models and tokenizers are read from; a README or a picture beside them is no part of them."""
+SHOWN = 4
+
+
+def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment: dict[str, Any]) -> list[str]:
+    """Write `out/manifest.json`, or, once there are results, compare with it; returns what differs in the environment.
+
+    inputs decide the files: UserError names what differs. environment (versions, device, paths) is for the caller to tell.
+    UserError too if `results` holds files and no manifest says what they are.
+    """
+    path = out / MANIFEST
+    begun = results.exists() and any(results.iterdir())  # looked at first: a process beside this one writes the manifest first
+    inputs, environment = (json.loads(json.dumps(part, default=str)) for part in (inputs, environment))
+    if not begun:
+        write_json(path, {"inputs": inputs, "environment": environment})
+        return []
+    if not path.exists():
+        raise UserError(f"{results} holds files, but no {path} says what made them; choose another folder")
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        before, around = dict(old["inputs"]), dict(old["environment"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); choose another folder, or delete this one and begin again") from error
+    if changed := differences(before, inputs):
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        raise UserError(f"{out} was begun with other inputs: {'; '.join(changed[:SHOWN])}{more}; choose another folder")
+    return differences(around, environment)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """`key was old, now new` for each value that differs; keys of objects in objects are joined by dots."""
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key} was {old}, now {new}")
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """As sha256sum prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
+    """SHA-256 of the lines `<path in the folder> <its SHA-256>`, sorted; default: the files that models are read from."""
+    if files is None:
+        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
+    lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
