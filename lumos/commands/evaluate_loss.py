@@ -1,0 +1,80 @@
+"""`evaluate loss`: masked-code loss and accuracy by latent frame and by the share of codes that is hidden."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from lumos.data.worlds import SPLITS
+    from lumos.masking import MASK_KINDS
+
+    add = parser.add_argument
+    add("--model", help="model folder; default: the shipped one")
+    add("--data", help="folder of shards that `ingest` wrote; default: the small worlds")
+    add("--split", choices=SPLITS, help="which combinations of the worlds; default: train, in scenes that training never sees")
+    add("--count", type=int, default=100, help="clips")
+    add("--num-frames", type=int, help="1 + a multiple of 4, 1: pictures; default: what the model makes")
+    add("--mask", choices=MASK_KINDS, default="tube", help="pattern of what is hidden; default: tube")
+    add("--bins", type=int, default=10, help="equal parts of the ratios from 0 to 1")
+    add("--seed", type=int, default=1_000_000, help="of the masks and of the worlds; training uses others")
+    add("--batch-size", type=int, default=20)
+    add("--output", help="JSON file for what is printed")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    from lumos.commands.generate import shipped_model
+    from lumos.data.worlds import Worlds
+    from lumos.errors import UserError
+    from lumos.evaluation.manifest import folder_sha256
+    from lumos.evaluation.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
+    from lumos.files import check_writable, write_json
+    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.runtime import versions
+
+    for name in ("count", "bins", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
+    if args.data and args.split:
+        raise UserError("--split has no effect with --data, whose clips are what they are; leave it out")
+    if args.output:
+        check_writable(args.output)
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    model = args.model or shipped_model()
+    pipe = LumosPipeline.from_pretrained(model, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
+    clip = override(pipe.clip, num_frames=args.num_frames)
+    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
+    if args.data:
+        data = {"shards": args.data}
+        codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
+    else:
+        shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
+        data = {"worlds": {"split": args.split or "train", "seed": args.seed, **shape}}
+        codes = world_codes(Worlds(split=args.split or "train", seed=args.seed, **shape), args.count, pipe.video_tokenizer)
+    sequences = [sequence_of(pipe, *found) for found in codes]
+    total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
+    with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:
+        results = masked_code_loss(
+            pipe.model, sequences, kind=args.mask, num_bins=args.bins, seed=args.seed, batch_size=args.batch_size,
+            on_batch=bar.update,
+        )  # fmt: skip
+    print(loss_table(results))
+    summary = {
+        "evaluate": "loss", "model": str(model), "model_sha256": folder_sha256(Path(model)), "data": data, "clips": len(sequences),
+        "num_frames": clip.num_frames, "mask": args.mask, "seed": args.seed, "results": results,
+        "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
+    }  # fmt: skip
+    if args.output:
+        write_json(args.output, summary)
+    print(json.dumps(summary))
