@@ -1,0 +1,64 @@
+"""The commands of docs/evaluation.md, as written there, with few steps and samples where they draw."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lumos.cli import main
+from lumos.evaluation.scores import PARTS
+
+
+@pytest.fixture
+def clone(repo, tmp_path, monkeypatch):
+    for name in ("checkpoints", "configs"):
+        (tmp_path / name).symlink_to(repo / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def commands(repo):
+    blocks = re.findall(r"```bash\n(.*?)```", (repo / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):
+    draws = [c for c in commands if "--prompts" in c]
+    assert {c[c.index("evaluate") + 1] for c in draws} == {"vbench", "vbench-i2v", "geneval"}
+    for command in draws:
+        start = command.index("evaluate")
+        assert command[:start] in (["python", "-m", "lumos"], ["torchrun", "--nproc_per_node", "2", "-m", "lumos"])
+        assert main([*command[start:], "--samples", "1", "--num-inference-steps", "1"]) == 0, command
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        out = Path(command[command.index("--out") + 1])
+        assert (out / "manifest.json").is_file()
+        assert summary["made"] > 0
+        assert (summary["missing"] == 0) == ("--shard" not in command)
+    losses = [c for c in commands if "loss" in c]
+    assert len(losses) == 2
+    for command in losses:
+        assert main([*command[3:], "--count", "2"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["clips"] == 2
+    assert Path("loss.json").is_file()
+
+
+def test_the_results_are_summed_up(commands, clone, capsys):
+    for folder, name in (("evaluation_results", "vbench"), ("evaluation_results_i2v", "vbench-i2v")):
+        Path(folder).mkdir()
+        for dimension in (d for _, part in PARTS[name].values() for d in part):
+            Path(folder, f"{dimension}_eval_results.json").write_text(json.dumps({dimension: [0.75, []]}))
+    tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    rows = [{"tag": tag, "prompt": tag, "correct": n % 2 == 0} for n, tag in enumerate(tags)]
+    Path("results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums = [c for c in commands if "--aggregate" in c]
+    assert [c[4] for c in sums] == ["vbench", "vbench-i2v", "geneval"]
+    for command in sums:
+        assert main(command[3:]) == 0
+        assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["total"] < 1
+    assert json.loads(Path("vbench.json").read_text())["evaluate"] == "vbench"
