@@ -10,12 +10,13 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lumos.data.worlds import SPLITS
+    from lumos.data.worlds import KINDS, SPLITS
     from lumos.masking import MASK_KINDS
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
     add("--data", help="folder of shards that `ingest` wrote; default: the small worlds")
+    add("--kinds", nargs="+", choices=KINDS, help="what the worlds show; default: shapes and digits")
     add("--split", choices=SPLITS, help="which combinations of the worlds; default: train, in scenes that training never sees")
     add("--count", type=int, default=100, help="clips")
     add("--num-frames", type=int, help="1 + a multiple of 4, 1: pictures; default: what the model makes")
@@ -45,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
     for name in ("count", "bins", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    if args.data and args.split:
-        raise UserError("--split has no effect with --data, whose clips are what they are; leave it out")
+    chosen = {name: value for name, value in (("kinds", args.kinds), ("split", args.split)) if value}
+    if args.data and chosen:
+        raise UserError(f"--{' and --'.join(chosen)} have no effect with --data, whose clips are what they are; leave them out")
     if args.output:
         check_writable(args.output)
     transformers.utils.logging.disable_progress_bar()
@@ -60,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
         codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
-        data = {"worlds": {"split": args.split or "train", "seed": args.seed, **shape}}
-        codes = world_codes(Worlds(split=args.split or "train", seed=args.seed, **shape), args.count, pipe.video_tokenizer)
+        worlds = Worlds(seed=args.seed, **chosen, **shape)
+        data = {"worlds": vars(worlds)}
+        codes = world_codes(worlds, args.count, pipe.video_tokenizer)
     sequences = [sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
     with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:

@@ -140,8 +140,11 @@ def test_the_worlds_from_the_command_line(micro_folder, tmp_path, capsys):
     assert summary["data"]["worlds"]["seed"] == summary["seed"] == 1_000_000
     assert main(args) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == summary["results"]
-    assert main([*args, "--split", "held_out"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] != summary["results"]
+    for other in (["--split", "held_out"], ["--kinds", "digits"]):
+        assert main([*args, *other]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["results"] != summary["results"]
+        assert other[-1] in str(found["data"]["worlds"])
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,9 @@ def test_the_clips_are_those_that_training_keeps_for_validation(shards, pipe):
         (["--count", "0"], "--count 0 is not allowed"),
         (["--bins", "0"], "--bins 0 is not allowed"),
         (["--num-frames", "6"], "num_frames 6 is not allowed"),
-        (["--data", "x", "--split", "all"], "--split has no effect with --data"),
+        (["--data", "x", "--split", "all"], "--split have no effect with --data"),
+        (["--data", "x", "--split", "all", "--kinds", "digits"], "--kinds and --split have no effect"),
+        (["--kinds", "cats"], "invalid choice: 'cats'"),
         (["--data", "x"], "x holds no ingested clips"),
         (["--mask", "cube"], "invalid choice: 'cube'"),
     ],
