@@ -58,6 +58,7 @@ class VideoTokenizerConfig:
     encoder: str = "FACTORIZED"
     decoder: str = "FACTORIZED"
     name: str = "DV"
+    attention_window: int | None = None  # frames that temporal attention sees, its own included; None: all, as published
 
     def __post_init__(self) -> None:
         for field in ("channels_mult", "attn_resolutions", "levels"):
@@ -89,6 +90,12 @@ class VideoTokenizerConfig:
             "embedding_dim",
             self.embedding_dim,
             f"{len(self.levels)}, the length of levels",
+        )
+        _require(
+            self.attention_window is None or _is_positive(self.attention_window),
+            "attention_window",
+            self.attention_window,
+            "a whole number above 0, or null for all earlier frames",
         )
         _require(self.patch_size in (1, 2, 4, 8), "patch_size", self.patch_size, "1, 2, 4 or 8")
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
@@ -150,8 +157,9 @@ class VideoTokenizerConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values for config.json; no attention_window where there is none, so that the published form stays as it is."""
+        values = dataclasses.asdict(self).items()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values if v is not None}
 
 
 def _is_positive(value: object) -> bool:

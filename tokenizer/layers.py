@@ -1,7 +1,9 @@
 """Layers of the video tokenizer: factorised causal convolutions, norms, attention and samplers on [B, C, T, H, W].
 
-Nothing here looks at a later frame, so the codes of a clip's beginning do not depend on how it goes on. Parameter names are
-those of the published Cosmos tokenizer; the submodule `conv3d` inside a convolution is one of them.
+Nothing here looks at a later frame, so the codes of a clip's beginning do not depend on how it goes on. A clip can come in
+chunks: a layer that looks back takes a `past`, continues from what it finds there and leaves what the next chunk needs.
+Without one, or with an empty one, x begins a clip. Parameter names are those of the published Cosmos tokenizer; the submodule
+`conv3d` inside a convolution is one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,18 @@ from torch import Tensor, nn
 SPATIAL_KERNEL = (1, 3, 3)
 TEMPORAL_KERNEL = (3, 1, 1)
 POINT_KERNEL = (1, 1, 1)
+
+Past = dict[nn.Module, Tensor]
+"""What each layer keeps of a stream's earlier frames."""
+
+
+class Chain(nn.Sequential):
+    """Layers with a past, one after the other."""
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, past)
+        return x
 
 
 class CausalConv3d(nn.Module):
@@ -34,9 +48,12 @@ class CausalConv3d(nn.Module):
         padding = (0, spatial_padding, spatial_padding)
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if self.frames_in_front > 0:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, self.frames_in_front, -1, -1), x], dim=2)
+            front = past[self] if past and self in past else x[:, :, :1].expand(-1, -1, self.frames_in_front, -1, -1)
+            x = torch.cat([front, x], dim=2)
+            if past is not None:
+                past[self] = x[:, :, -self.frames_in_front :].clone()  # a view would keep all of x
         conv = self.conv3d
         if conv.kernel_size[1:] == (1, 1) and conv.kernel_size[0] > 1:
             # The same sums as a 2-D convolution over (T, H W), which is a quarter to a third faster on a CPU.
@@ -45,9 +62,9 @@ class CausalConv3d(nn.Module):
         return conv(x)
 
 
-def factorised_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+def factorised_conv(in_channels: int, out_channels: int) -> Chain:
     """A 3x3x3 convolution as a spatial 1x3x3 followed by a temporal 3x1x1."""
-    return nn.Sequential(
+    return Chain(
         CausalConv3d(in_channels, out_channels, SPATIAL_KERNEL),
         CausalConv3d(out_channels, out_channels, TEMPORAL_KERNEL),
     )
@@ -82,9 +99,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = factorised_conv(out_channels, out_channels)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else point_conv(in_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), past)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))), past)
         return self.nin_shortcut(x) + h
 
 
@@ -107,7 +124,7 @@ class _Attention(nn.Module):
 class SpatialAttention(_Attention):
     """Every place of a frame attends to all places of the same frame."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         b, c, t, height, width = x.shape
         q, k, v = (p.permute(0, 2, 3, 4, 1).reshape(b * t, 1, height * width, c) for p in self._projections(x))
         h = F.scaled_dot_product_attention(q, k, v)
@@ -115,18 +132,28 @@ class SpatialAttention(_Attention):
 
 
 class TemporalAttention(_Attention):
-    """Every place attends to the same place in its own and earlier frames."""
+    """Every place attends to the same place in its own and earlier frames: all of them, or the last `window` with its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, channels: int, window: int | None) -> None:
+        super().__init__(channels)
+        self.window = window
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         b, c, t, height, width = x.shape
         q, k, v = (p.permute(0, 3, 4, 2, 1).reshape(b * height * width, 1, t, c) for p in self._projections(x))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is not None:
+            k, v = kept = torch.stack([k, v]) if self not in past else torch.cat([past[self], torch.stack([k, v])], dim=3)
+            past[self] = kept if self.window is None else kept[:, :, :, max(kept.shape[3] - self.window + 1, 0) :].clone()
+        frame = torch.arange(k.shape[2], device=x.device)
+        age = frame[-t:, None] - frame
+        seen = age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return x + self.proj_out(h.view(b, height, width, t, c).permute(0, 4, 3, 1, 2))
 
 
-def attention_pair(channels: int) -> nn.Sequential:
+def attention_pair(channels: int, window: int | None) -> Chain:
     """Attention over the places of a frame, then over the frames of a place."""
-    return nn.Sequential(SpatialAttention(channels), TemporalAttention(channels))
+    return Chain(SpatialAttention(channels), TemporalAttention(channels, window))
 
 
 class Downsample(nn.Module):
@@ -142,15 +169,16 @@ class Downsample(nn.Module):
         self.conv2 = CausalConv3d(channels, channels, TEMPORAL_KERNEL, stride=(2, 1, 1))
         self.conv3 = point_conv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if not (self.spatial or self.temporal):
             return x
         if self.spatial:
             x = F.pad(x, (0, 1, 0, 1))
             x = self.conv1(x) + F.avg_pool3d(x, (1, 2, 2))
         if self.temporal:
-            x = torch.cat([x[:, :, :1], x], dim=2)
-            x = self.conv2(x) + F.avg_pool3d(x, (2, 1, 1))
+            if not past or self.conv2 not in past:
+                x = torch.cat([x[:, :, :1], x], dim=2)
+            x = self.conv2(x, past) + F.avg_pool3d(x, (2, 1, 1))
         return self.conv3(x)
 
 
@@ -167,12 +195,14 @@ class Upsample(nn.Module):
         self.conv2 = CausalConv3d(channels, channels, SPATIAL_KERNEL)
         self.conv3 = point_conv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if not (self.spatial or self.temporal):
             return x
         if self.temporal:
-            x = x.repeat_interleave(2, dim=2)[:, :, 1:]
-            x = x + self.conv1(x)
+            x = x.repeat_interleave(2, dim=2)
+            if not past or self.conv1 not in past:
+                x = x[:, :, 1:]
+            x = x + self.conv1(x, past)
         if self.spatial:
             x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
             x = x + self.conv2(x)

@@ -46,12 +46,13 @@ def _matrix_like(patch_size: int, inverse: bool, device: torch.device, dtype: to
     return matrix.to(device=device, dtype=dtype)
 
 
-def patchify(video: Tensor, patch_size: int, method: str) -> Tensor:
-    """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]."""
+def patchify(video: Tensor, patch_size: int, method: str, starts: bool = True) -> Tensor:
+    """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]; T / p frames where the clip does not start here."""
     p = patch_size
     if p == 1:
         return video
-    video = torch.cat([video[:, :, :1].expand(-1, -1, p - 1, -1, -1), video], dim=2)
+    if starts:
+        video = torch.cat([video[:, :, :1].expand(-1, -1, p - 1, -1, -1), video], dim=2)
     b, c, frames, height, width = video.shape
     t, h, w = frames // p, height // p, width // p
     x = video.reshape(b, c, t, p, h, p, w, p)
@@ -63,8 +64,8 @@ def patchify(video: Tensor, patch_size: int, method: str) -> Tensor:
     return x.reshape(b, p**3 * c, t, h, w)
 
 
-def unpatchify(patches: Tensor, patch_size: int, method: str) -> Tensor:
-    """Inverse of `patchify`: [B, p^3 C, t, h, w] -> [B, C, 1 + p (t - 1), h p, w p]."""
+def unpatchify(patches: Tensor, patch_size: int, method: str, starts: bool = True) -> Tensor:
+    """Inverse of `patchify`: [B, p^3 C, t, h, w] -> [B, C, 1 + p (t - 1), h p, w p], or p t frames."""
     p = patch_size
     if p == 1:
         return patches
@@ -75,4 +76,4 @@ def unpatchify(patches: Tensor, patch_size: int, method: str) -> Tensor:
     else:
         x = torch.matmul(_matrix_like(p, True, patches.device, patches.dtype), patches.reshape(b, p**3, c * t * h * w))
         x = x.view(b, p, p, p, c, t, h, w).permute(0, 4, 5, 1, 6, 2, 7, 3)
-    return x.reshape(b, c, t * p, h * p, w * p)[:, :, p - 1 :]
+    return x.reshape(b, c, t * p, h * p, w * p)[:, :, p - 1 if starts else 0 :]

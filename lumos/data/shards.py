@@ -153,9 +153,12 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     """What decides whether codes fit a video tokenizer.
 
-    The fingerprint is of the weights rounded to half precision: an export in float16 is the same tokenizer.
+    The fingerprint is of the weights rounded to half precision: an export in float16 is the same tokenizer. A window of
+    attention belongs to it, because it changes the codes of long clips.
     """
     digest = hashlib.blake2b(digest_size=16)
+    if tokenizer.config.attention_window is not None:
+        digest.update(f"attention_window {tokenizer.config.attention_window}".encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())

@@ -1,0 +1,257 @@
+"""A clip in chunks gives the codes and the frames of the whole clip, from memory that does not grow with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumos.data.shards import tokenizer_facts
+from lumos.training.ardf import video_tokenizer_sha256
+from tokenizer import StreamDecoder, StreamEncoder, VideoTokenizer, VideoTokenizerConfig
+from tokenizer.video import PIECE
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"shipped": ROOT / "checkpoints/lumos-tiny", "published": ROOT / "tests/golden/cosmos"}
+EXAMPLES = {"max_examples": 8, "deadline": None, "derandomize": True}
+
+OTHERS = {
+    # samplers in time, attention between residual blocks, other patches
+    "samplers": {"patch_size": 2, "spatial_compression": 8, "channels_mult": [1, 1, 1], "attn_resolutions": [256, 128]},
+    "legacy": {"patch_size": 2, "spatial_compression": 4, "channels_mult": [1, 1], "legacy_mode": True},
+    "eight": {"temporal_compression": 8, "spatial_compression": 16, "channels_mult": [1, 1, 1], "patch_method": "rearrange"},
+    "frames": {"patch_size": 1, "temporal_compression": 1, "spatial_compression": 2, "channels_mult": [1, 1]},
+}
+
+
+def with_window(model: VideoTokenizer, window: int | None) -> VideoTokenizer:
+    """The same weights behind another attention_window."""
+    other = VideoTokenizer(dataclasses.replace(model.config, attention_window=window)).eval().requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def make(name: str, window: int | None) -> VideoTokenizer:
+    if name in FOLDERS:
+        return with_window(VideoTokenizer.from_pretrained(FOLDERS[name]), window)
+    torch.manual_seed(0)
+    sizes = {"channels": 4, "num_res_blocks": 1, "levels": [5, 4], "embedding_dim": 2, "z_channels": 4, "resolution": 512}
+    model = VideoTokenizer(VideoTokenizerConfig.from_dict({**sizes, **OTHERS[name], "attention_window": window}))
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[tuple[str, int | None], VideoTokenizer]:
+    return {(name, window): make(name, window) for name in (*FOLDERS, *OTHERS) for window in (None, 3)}
+
+
+def clip(frames: int, side: int = 16, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    """Noise that changes smoothly, so that neighbouring frames are alike and yet all differ: [B, 3, T, side, side]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, frames // 3 + 2, side // 4, side // 4, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(frames, side, side), mode="trilinear")
+
+
+def cut(data, total: int, dim: int, whole: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor in chunks, cut anywhere: sometimes twice in one place, which gives an empty chunk."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=6)))
+    return list(whole.tensor_split(cuts, dim=dim))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", [*FOLDERS, *OTHERS])
+@settings(**EXAMPLES)
+@given(data=st.data(), latent=st.integers(1, PIECE + 3))
+@torch.inference_mode()
+def test_every_way_of_cutting_gives_the_whole_clip(models, name, window, data, latent):
+    model = models[name, window]
+    video = clip(1 + model.temporal_compression * (latent - 1), seed=latent, batch=2)
+    whole = model.quantize(model.encode_latent(video))[1]
+    encoder = StreamEncoder(model)
+    streamed = torch.cat([encoder.push(chunk) for chunk in cut(data, video.shape[2], 2, video)], dim=1)
+    encoder.finish()
+    assert torch.equal(streamed, whole)
+    assert torch.equal(model.encode(video), whole)
+
+    frames = model.decode_latent(model.values(whole))
+    decoder = StreamDecoder(model)
+    streamed = torch.cat([decoder.push(chunk) for chunk in cut(data, latent, 1, whole)], dim=2)
+    torch.testing.assert_close(streamed, frames, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.decode(whole), frames, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_how_a_clip_is_cut_does_not_change_one_bit(models):
+    model = models["shipped", None]
+    codes = model.encode(clip(33, 32))
+    decoder = StreamDecoder(model)
+    one_by_one = torch.cat(list(model.decode_stream([codes])), dim=2)
+    assert torch.equal(torch.cat([decoder.push(chunk) for chunk in codes.split(4, dim=1)], dim=2), one_by_one)
+
+
+@torch.inference_mode()
+def test_iterators_give_each_latent_frame_as_soon_as_it_is_whole(models):
+    model = models["shipped", None]
+    video = clip(13)
+    taken = 0
+
+    def one_frame_at_a_time():
+        nonlocal taken
+        for frame in video.split(1, dim=2):
+            taken += 1
+            yield frame
+
+    seen = []
+    for codes in model.encode_stream(one_frame_at_a_time()):
+        assert codes.shape == (1, 1, 2, 2)
+        seen.append(taken)
+    assert seen == [1, 5, 9, 13]
+    lengths = [frames.shape[2] for frames in model.decode_stream([model.encode(video)])]
+    assert lengths == [1, 4, 4, 4]
+
+
+@torch.inference_mode()
+def test_streams_of_one_model_do_not_meet(models):
+    model = models["published", None]
+    clips = [clip(9, seed=1), clip(9, seed=2)]
+    encoders = [StreamEncoder(model), StreamEncoder(model)]
+    codes = [[], []]
+    for start in range(0, 9, 3):
+        for found, encoder, video in zip(codes, encoders, clips, strict=True):
+            found.append(encoder.push(video[:, :, start : start + 3]))
+    for found, video in zip(codes, clips, strict=True):
+        assert torch.equal(torch.cat(found, dim=1), model.encode(video))
+
+
+def cache_sizes(model: VideoTokenizer, latent: int) -> tuple[list[int], list[int]]:
+    """Bytes that an encoder and a decoder keep after each latent frame."""
+    encoder, decoder, sizes = StreamEncoder(model), StreamDecoder(model), ([], [])
+    step = model.temporal_compression
+    for chunk in clip(1 + step * (latent - 1)).split([1] + [step] * (latent - 1), dim=2):
+        decoder.push(encoder.push(chunk))
+        sizes[0].append(encoder.cache_bytes)
+        sizes[1].append(decoder.cache_bytes)
+    return sizes
+
+
+@pytest.mark.parametrize("name", list(FOLDERS))
+@torch.inference_mode()
+def test_with_a_window_the_cache_stops_growing(models, name):
+    for sizes in cache_sizes(models[name, 3], 12):
+        assert sizes[0] < sizes[1]
+        assert len(set(sizes[1:])) == 1
+
+
+@pytest.mark.parametrize("name", list(FOLDERS))
+@torch.inference_mode()
+def test_without_one_it_grows_by_keys_and_values_only(models, name):
+    model = models[name, None]
+    keys_and_values = 2 * 4 * model.config.channels * model.config.channels_mult[-1] * 2 * 2  # 2 x 2 places, float32
+    for sizes in cache_sizes(model, 12):
+        assert {b - a for a, b in pairwise(sizes)} == {keys_and_values}
+
+
+@torch.inference_mode()
+def test_a_window_is_the_whole_past_until_the_clip_is_longer(models):
+    whole, window = models["shipped", None], models["shipped", 3]
+    video = clip(13)
+    latents = whole.encode_latent(video), window.encode_latent(video)
+    torch.testing.assert_close(latents[1][:, :, :3], latents[0][:, :, :3], rtol=0, atol=1e-5)
+    assert (latents[1][:, :, 3] - latents[0][:, :, 3]).abs().max() > 1e-4
+
+
+@torch.inference_mode()
+def test_whole_clips_are_worked_through_in_pieces(models):
+    model = models["shipped", 3]
+    lengths = []
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+        for part in (model.encoder, model.decoder)
+    ]
+    codes = model.encode(clip(1 + 4 * (3 * PIECE)))
+    assert lengths == [PIECE, PIECE, PIECE, 1]
+    model.decode(codes)
+    assert lengths[4:] == [PIECE, PIECE, PIECE, 1]
+    for hook in hooks:
+        hook.remove()
+
+
+MEASURE = """
+import dataclasses, sys, torch
+from lumos.runtime import peak_memory_bytes
+from tokenizer import VideoTokenizer
+
+model = VideoTokenizer(dataclasses.replace(VideoTokenizer.from_pretrained(sys.argv[1]).config, attention_window=5)).eval()
+cpu = torch.device("cpu")
+
+def stream(frames):
+    generator = torch.Generator().manual_seed(0)
+    chunks = (torch.rand(1, 3, 1, 32, 32, generator=generator) * 2 - 1 for _ in range(frames))
+    return sum(video.shape[2] for video in model.decode_stream(model.encode_stream(chunks)))
+
+with torch.inference_mode():
+    assert stream(41) == 41
+    before = peak_memory_bytes(cpu)
+    assert stream(1001) == 1001
+    print(peak_memory_bytes(cpu) - before)
+    video = torch.rand(1, 3, 1001, 32, 32)
+    before = peak_memory_bytes(cpu)
+    assert model.decode(model.encode(video)).shape == video.shape
+    print(peak_memory_bytes(cpu) - before)
+"""
+
+
+def test_a_thousand_frames_need_no_more_memory_than_forty():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(FOLDERS["shipped"])], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    streamed, whole = map(int, done.stdout.split())
+    clip_bytes = 1001 * 3 * 32 * 32 * 4
+    assert streamed < clip_bytes / 4
+    assert whole < 4 * clip_bytes  # the frames twice and a piece; one forward of all frames needs 7 times the clip
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.5, True])
+def test_windows_that_cannot_be_are_refused(window):
+    with pytest.raises(ValueError, match="attention_window"):
+        VideoTokenizerConfig(attention_window=window)
+
+
+def test_the_window_is_saved_and_belongs_to_the_tokenizer(models, tmp_path):
+    model, other = models["shipped", None], models["shipped", 3]
+    other.save_pretrained(tmp_path)
+    assert VideoTokenizer.from_pretrained(tmp_path).config.attention_window == 3
+    assert "attention_window" not in model.config.to_dict()
+    assert tokenizer_facts(model)["fingerprint"] != tokenizer_facts(other)["fingerprint"]
+    assert video_tokenizer_sha256(model) != video_tokenizer_sha256(other)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_streamed(models):
+    model = models["shipped", None]
+    with pytest.raises(ValueError, match=r"num_frames must be 1 \+ 4 \* k, got 7; use 5 or 9"):
+        list(model.encode_stream([clip(7)]))
+    with pytest.raises(ValueError, match="num_frames must be 1"):
+        list(model.encode_stream([]))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        StreamEncoder(model).push(torch.zeros(1, 3, 1, 12, 16))
+    encoder = StreamEncoder(model)
+    encoder.push(clip(2))
+    with pytest.raises(ValueError, match=r"\(1, 16, 16\) and now are \(1, 24, 24\)"):
+        encoder.push(clip(1, 24))
+    decoder = StreamDecoder(model)
+    decoder.push(torch.zeros(1, 1, 2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"same batch, height and width"):
+        decoder.push(torch.zeros(2, 1, 2, 2, dtype=torch.long))
+    for wrong in (torch.zeros(1, 2, 2, dtype=torch.long), torch.full((1, 1, 2, 2), 1000)):
+        with pytest.raises(ValueError, match="codes must"):
+            StreamDecoder(model).push(wrong)

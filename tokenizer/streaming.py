@@ -1,0 +1,118 @@
+"""A clip through a video tokenizer chunk by chunk, with the result of the whole clip and the memory of a few frames.
+
+Every layer that looks back keeps what it needs of the past: a causal convolution one or two frames, temporal attention the
+keys and values of earlier frames. The published attention sees all earlier frames, so these grow with the clip, by
+2 * channels * 4 bytes (float32) for each place of a latent frame; with `attention_window` in the tokenizer's config.json, or
+from the start of its training, they stop growing after so many frames.
+
+Latent frames are computed one at a time, so the result does not depend on how the clip was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenizer.layers import Past
+
+if TYPE_CHECKING:
+    from tokenizer.video import VideoTokenizer
+
+
+class _Stream:
+    """What a stream keeps between two chunks, and the shape that all its chunks have."""
+
+    def __init__(self, tokenizer: VideoTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.past: Past = {}
+        self.shape: tuple[int, ...] | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes kept of what came so far."""
+        return sum(tensor.nbytes for tensor in self.past.values())
+
+    def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            raise ValueError(
+                f"all {what} of a clip must have the same batch, height and width; they were {self.shape} and now are {shape}"
+            )
+
+
+class StreamEncoder(_Stream):
+    """Codes of a clip whose frames come bit by bit."""
+
+    def __init__(self, tokenizer: VideoTokenizer) -> None:
+        super().__init__(tokenizer)
+        self.waiting: Tensor | None = None  # frames that do not fill a latent frame yet
+        self.num_frames = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        return super().cache_bytes + (0 if self.waiting is None else self.waiting.nbytes)
+
+    @torch.no_grad()
+    def push(self, video: Tensor) -> Tensor:
+        """The clip's next frames [B, 3, T, H, W] in [-1, 1] -> codes [B, t, h, w] of the latent frames that are whole now.
+
+        t may be 0. ValueError for sizes that do not divide or differ from those of the earlier chunks.
+        """
+        model = self.tokenizer
+        model.check_size(video)
+        self._check_shape("frames", (len(video), *video.shape[3:]))
+        self.num_frames += video.shape[2]
+        if self.waiting is not None:
+            video = torch.cat([self.waiting, video], dim=2)
+        grid = (side // model.spatial_compression for side in video.shape[3:])
+        codes = [torch.empty(len(video), 0, *grid, dtype=torch.int64, device=video.device)]
+        while video.shape[2] >= (wanted := model.temporal_compression if self.past else 1):
+            codes.append(model.quantize(model.encode_latent(video[:, :, :wanted], self.past))[1])
+            video = video[:, :, wanted:]
+        self.waiting = video.clone()  # a view would keep the chunk
+        return torch.cat(codes, dim=1)
+
+    def finish(self) -> None:
+        """Say that the clip has ended: ValueError if its last frames fill no latent frame."""
+        self.tokenizer.check_num_frames(self.num_frames)
+
+
+class StreamDecoder(_Stream):
+    """Frames of a clip whose codes come bit by bit."""
+
+    def push(self, codes: Tensor) -> Tensor:
+        """The clip's next codes [B, t, h, w] -> its next frames [B, 3, T, H, W], about [-1, 1] and not clamped.
+
+        The first latent frame of a clip gives one frame, every later one as many as the temporal compression. ValueError for
+        codes out of range or of another shape than the earlier chunks.
+        """
+        model = self.tokenizer
+        model.check_codes(codes)
+        self._check_shape("codes", (len(codes), *codes.shape[2:]))
+        values = model.values(codes)  # B, C, t, h, w
+        height, width = (side * model.spatial_compression for side in codes.shape[2:])
+        frames = [values.new_empty(len(codes), model.config.out_channels, 0, height, width)]
+        frames += [model.decode_latent(values[:, :, i : i + 1], self.past) for i in range(codes.shape[1])]
+        return torch.cat(frames, dim=2)
+
+
+def encode(tokenizer: VideoTokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`VideoTokenizer.encode_stream`."""
+    stream = StreamEncoder(tokenizer)
+    for chunk in chunks:
+        for frames in chunk.split(tokenizer.temporal_compression, dim=2):
+            codes = stream.push(frames)
+            if codes.shape[1]:
+                yield codes
+    stream.finish()
+
+
+def decode(tokenizer: VideoTokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`VideoTokenizer.decode_stream`."""
+    stream = StreamDecoder(tokenizer)
+    for chunk in chunks:
+        for index in range(chunk.shape[1]):
+            yield stream.push(chunk[:, index : index + 1])
