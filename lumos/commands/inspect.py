@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.data import shards
     from lumos.errors import UserError
+    from lumos.evaluation.quality import code_use
     from lumos.files import check_writable
 
     folder = Path(args.shards)
@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
         tokens += row["codes"].size
         if number * args.sheet_clips // total != (number - 1) * args.sheet_clips // total:
             shown.append(row)
-    shares = counts[counts > 0] / counts.sum()
+    used, perplexity = code_use(counts)
     summary: dict[str, Any] = {
         "shards": len(shards.shard_paths(folder)), "clips": total - lengths[1], "pictures": lengths[1],
         "hours": round(seconds / 3600, 4), "frames_of_a_clip": dict(sorted(lengths.items())), "sizes": dict(sizes.most_common()),
-        "codes": tokens, "caption_words": round(words / total, 1), "codes_used": round(float((counts > 0).mean()), 4),
-        "code_perplexity": round(math.exp(-float((shares * np.log(shares)).sum())), 1),
+        "codes": tokens, "caption_words": round(words / total, 1), "codes_used": round(used, 4),
+        "code_perplexity": round(perplexity, 1),
         "tokenizer": description["tokenizer"], "settings": description["settings"],
     }  # fmt: skip
     for name, value in summary.items():

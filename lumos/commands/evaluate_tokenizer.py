@@ -1,0 +1,124 @@
+"""`evaluate tokenizer`: what a video tokenizer keeps of clips (PSNR, SSIM, LPIPS), its use of codes, bits and speed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tokenizer", help="tokenizer folder, or a model folder that holds one; default: the shipped model")
+    add("--data", nargs="+", required=True, metavar="SOURCE",
+        help="worlds, photographs, films (held out from training), or folders and files of your own")  # fmt: skip
+    add("--count", type=int, default=50, help="clips of each source, at most; default: %(default)s")
+    add("--num-frames", type=int, help="of a clip, 1 + a multiple of the temporal compression; default: the shipped model's")
+    add("--height", type=int, help="pixels; default: the shipped model's")
+    add("--width", type=int)
+    add("--seed", type=int, default=1_000_000, help="of the worlds, and of the choice among more files than --count")
+    add("--batch-size", type=int, default=4)
+    add("--lpips", metavar="FOLDER", help="folder with the two files of LPIPS's weights; default: where their packages keep them")
+    add("--sheet", help="PNG with the first clips of each source, originals above what comes back")
+    add("--sheet-clips", type=int, help="clips of each source on the sheet; default: 6")
+    add("--output", help="JSON file for all figures, and the PSNR of every clip")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def run(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from lumos.commands.generate import shipped_model
+    from lumos.errors import UserError
+    from lumos.evaluation import lpips
+    from lumos.evaluation.quality import SSIM_SIDE
+    from lumos.evaluation.reconstruction import code_figures, reconstruct
+    from lumos.evaluation.sources import check_source, read_source
+    from lumos.files import check_writable, write_json
+    from lumos.generation.settings import read_defaults
+    from lumos.runtime import peak_memory_bytes, pick_device, versions
+    from lumos.video_io import contact_sheet
+    from tokenizer import VideoTokenizer
+
+    if args.sheet_clips is not None and not args.sheet:
+        raise UserError("--sheet-clips has no effect without --sheet; name the PNG, or leave it out")
+    sheet_clips = 6 if args.sheet_clips is None else args.sheet_clips
+    for name, value, least in (
+        ("count", args.count, 1), ("batch-size", args.batch_size, 1), ("sheet-clips", sheet_clips, 1), ("seed", args.seed, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"--{name} {value} is not allowed; give at least {least}")
+    for source in args.data:
+        check_source(source)
+    if len(set(args.data)) < len(args.data):
+        raise UserError(f"--data {' '.join(args.data)} names a source twice; name it once")
+    for path in (args.sheet, args.output):
+        if path:
+            check_writable(path)
+    folder, device = args.tokenizer or shipped_model(), pick_device(args.device)
+    try:
+        tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    clip = read_defaults(shipped_model())[1]
+    shape = {name: getattr(clip if getattr(args, name) is None else args, name) for name in ("num_frames", "height", "width")}
+    tokenizer.check_num_frames(shape["num_frames"])
+    tokenizer.check_size(torch.empty(1, 3, 0, shape["height"], shape["width"]))
+    if min(shape["height"], shape["width"]) < SSIM_SIDE:
+        raise UserError(f"{shape['height']} x {shape['width']} pixels cannot be measured; SSIM needs {SSIM_SIDE} x {SSIM_SIDE}")
+    perceived = lpips.load(args.lpips, shape["height"], shape["width"], device)
+    not_measured = perceived if isinstance(perceived, str) else None
+
+    data = {}
+    for source in args.data:
+        data[source], left_out = read_source(source, count=args.count, seed=args.seed, **shape)
+        for why in left_out:
+            print(f"left out of {source}: {why}", file=sys.stderr)
+    if not_measured:
+        print(f"LPIPS not measured: {not_measured}")
+    rows, quality, shown, labels = {}, {}, [], []
+    counts = np.zeros(tokenizer.num_codes, dtype=np.int64)
+    started = time.perf_counter()
+    with tqdm(total=sum(map(len, data.values())), unit="clip", desc="measuring", file=sys.stderr, leave=False) as bar:
+        for source, clips in data.items():
+            back = reconstruct(tokenizer, clips, args.batch_size, None if not_measured else perceived, bar.update)
+            rows[source], quality[source] = back.figures, back.psnr
+            counts += back.counts
+            for original, result, dB in list(zip(clips, back.frames, back.psnr, strict=True))[:sheet_clips]:
+                shown.append(np.concatenate([original, result], axis=1))
+                labels.append(f"{source}: {dB:.1f} dB")
+    for source, row in rows.items():
+        print(f"{source:12}  {line(row)}")
+    union = code_figures(counts)
+    if len(rows) > 1:
+        print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of them all, perplexity {union['code_perplexity']}")
+    if args.sheet:
+        print(contact_sheet(shown, labels, args.sheet, cell=80, across=2))
+    summary = {
+        "evaluate": "tokenizer", "tokenizer": str(folder), "num_codes": tokenizer.num_codes, **shape, "count": args.count,
+        "seed": args.seed, "batch_size": args.batch_size, "device": str(device), "dtype": args.dtype,
+        "threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_mb": round(peak_memory_bytes(device) / 2**20),
+        "lpips": f"not measured: {not_measured}" if not_measured else "measured", "data": rows, "union": union,
+        "versions": versions(),
+    }  # fmt: skip
+    if args.output:
+        write_json(args.output, {**summary, "psnr_of_each_clip": {k: [round(v, 3) for v in vs] for k, vs in quality.items()}})
+    print(json.dumps(summary))
+
+
+def line(row: dict) -> str:
+    """One source's figures for people."""
+    perceived = "" if row["lpips"] is None else f"  LPIPS {row['lpips']:.3f}"
+    speed = ", ".join(
+        f"{what} {row[f'{what}_clips_per_second']:.1f} clips/s = {row[f'{what}_pixels_per_second'] / 1e6:.2f} Mpixel/s"
+        for what in ("encode", "decode")
+    )
+    return (
+        f"{row['clips']} clips  PSNR {row['psnr']:.2f} dB  SSIM {row['ssim']:.3f}{perceived}  codes used "
+        f"{row['codes_used']:.1%}, perplexity {row['code_perplexity']:.1f}  {row['bits_per_pixel']:.3f} bits/pixel  {speed}"
+    )

@@ -1,0 +1,100 @@
+"""What a video tokenizer keeps of clips: likeness of what comes back, use of its codes, bits, speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumos.evaluation.lpips import Lpips
+from lumos.evaluation.quality import code_use, psnr, ssim
+from lumos.frames import from_uint8, to_uint8
+from tokenizer import VideoTokenizer
+
+MAX_PSNR = 100.0
+"""dB that a clip counts which comes back without any error, whose PSNR is infinite."""
+
+
+@dataclass
+class Reconstruction:
+    """Clips there and back: frames uint8 [T, H, W, 3] and PSNR in dB of each, how often each code occurred, the figures."""
+
+    frames: list[np.ndarray]
+    psnr: list[float]
+    counts: np.ndarray  # [num_codes]
+    figures: dict[str, Any]
+
+
+@torch.inference_mode()
+def reconstruct(
+    tokenizer: VideoTokenizer,
+    clips: Sequence[np.ndarray],
+    batch_size: int,
+    lpips: Lpips | None = None,
+    on_clips: Callable[[int], None] = lambda done: None,
+) -> Reconstruction:
+    """Encode and decode clips uint8 [T, H, W, 3] in batches of equal lengths, and compare.
+
+    PSNR, SSIM and LPIPS are means over clips; a clip's PSNR is that of all its values, its SSIM and LPIPS are means over its
+    frames. Bits per pixel are those of codes of one length. Speed is measured after one batch that does not count.
+    """
+    parameter = next(tokenizer.parameters())
+    device, batches = parameter.device, list(_batches(clips, batch_size))
+    back: list[np.ndarray] = [np.empty(0)] * len(clips)
+    counts, seconds = np.zeros(tokenizer.num_codes, dtype=np.int64), {"encode": 0.0, "decode": 0.0}
+
+    def timed(name: str, work: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        _wait(device)
+        started = time.perf_counter()
+        result = work(given)
+        _wait(device)
+        seconds[name] += time.perf_counter() - started
+        return result
+
+    for number, batch in enumerate(batches):
+        video = from_uint8(np.stack([clips[i] for i in batch])).to(device, parameter.dtype)  # B, 3, T, H, W
+        if number == 0:
+            tokenizer.decode(tokenizer.encode(video))
+        codes = timed("encode", tokenizer.encode, video)
+        frames = to_uint8(timed("decode", tokenizer.decode, codes))
+        counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(counts))
+        for place, i in enumerate(batch):
+            back[i] = frames[place]
+        on_clips(len(batch))
+    pairs = list(zip(clips, back, strict=True))
+    quality = [min(psnr(a, b), MAX_PSNR) for a, b in pairs]
+    pixels = sum(clip[..., 0].size for clip in clips)
+    figures = {
+        "clips": len(clips), "frames": sum(map(len, clips)),
+        "psnr": round(float(np.mean(quality)), 3), "ssim": round(float(np.mean([ssim(a, b) for a, b in pairs])), 5),
+        "lpips": lpips and round(float(np.mean([lpips(a, b) for a, b in pairs])), 5),
+        **code_figures(counts),
+        "bits_per_pixel": round(int(counts.sum()) * math.log2(len(counts)) / pixels, 5),
+        **{f"{name}_clips_per_second": round(len(clips) / spent, 2) for name, spent in seconds.items()},
+        **{f"{name}_pixels_per_second": round(pixels / spent) for name, spent in seconds.items()},
+    }  # fmt: skip
+    return Reconstruction(back, quality, counts, figures)
+
+
+def code_figures(counts: np.ndarray) -> dict[str, Any]:
+    """How many codes were written, the share of the codebook among them, their perplexity."""
+    used, perplexity = code_use(counts)
+    return {"codes": int(counts.sum()), "codes_used": round(used, 5), "code_perplexity": round(perplexity, 2)}
+
+
+def _batches(clips: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+    """Indices of clips of one length, in order, at most batch_size together."""
+    for length in sorted({len(clip) for clip in clips}, reverse=True):
+        alike = [i for i, clip in enumerate(clips) if len(clip) == length]
+        yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

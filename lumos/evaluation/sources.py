@@ -1,0 +1,78 @@
+"""The clips that a video tokenizer is measured on: held-out worlds, photographs and films, or a user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lumos.data.ingest import clip_starts
+from lumos.data.manifest import CLIPS, PICTURES
+from lumos.data.worlds import Worlds
+from lumos.errors import UserError
+from lumos.frames import fit
+from lumos.video_reading import read_image, read_video
+from tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
+
+KNOWN = ("worlds", "photographs", "films")
+
+
+def check_source(source: str) -> None:
+    """UserError unless the source is a known one, or a file or folder that is there."""
+    if source not in KNOWN and not Path(source).exists():
+        raise UserError(f"there is no data {source!r}; allowed: {', '.join(KNOWN)}, a folder, or a video or picture file")
+
+
+def read_source(
+    source: str, *, count: int, seed: int, num_frames: int, height: int, width: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """(up to `count` clips uint8 [T, H, W, 3], why files were left out). T is num_frames, of a picture 1.
+
+    Frames are scaled to cover height x width and cut to the centre; a film keeps its rate, and its first 30 s count. UserError
+    if there is not one clip.
+    """
+    if source == "worlds":
+        worlds = Worlds(seed=seed, split="held_out", num_frames=num_frames, height=height, width=width)
+        return [worlds[index][0] for index in range(count)], []
+    files = _files(source)
+    if len(files) > count:
+        files = [files[i] for i in sorted(np.random.default_rng(seed).permutation(len(files))[:count])]
+    clips, left_out = [], []
+    for index, file in enumerate(files):
+        wanted = (count - len(clips)) // (len(files) - index)  # what is left, shared among the files that are left
+        try:
+            clips += _read(file, wanted, num_frames, height, width)
+        except UserError as error:
+            left_out.append(str(error))
+    if not clips:
+        raise UserError(f"--data {source} gives no clip of {num_frames} frames: {left_out[0]}")
+    return clips, left_out
+
+
+def _files(source: str) -> Sequence[Path]:
+    path = Path(source)
+    if source == "photographs":
+        found, need = photographs(held_out=True), "those of scikit-image and scikit-learn: pip install scikit-image"
+    elif source == "films":
+        found, need = films([PACKAGE_FILMS], held_out=True), f"those of {PACKAGE_FILMS}"
+    elif path.is_dir():
+        found, need = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*CLIPS, *PICTURES)), "videos and pictures"
+    else:
+        found, need = [path], ""
+    if not found:
+        raise UserError(f"--data {source} holds no file; it needs {need}")
+    return found
+
+
+def _read(file: Path, wanted: int, num_frames: int, height: int, width: int) -> list[np.ndarray]:
+    """Up to `wanted` clips of a file, spread evenly; UserError if it has none."""
+    if file.suffix.lower() in PICTURES:
+        return [fit(read_image(file)[None], height, width)]
+    frames, _ = read_video(file, max_seconds=FILM_SECONDS, size=(height, width))
+    if len(frames) == 1:
+        return [frames]
+    starts = clip_starts(len(frames), num_frames, wanted)
+    if not starts:
+        raise UserError(f"{file} has {len(frames)} frames, {num_frames} are needed; lower --num-frames")
+    return [frames[start : start + num_frames] for start in starts]

@@ -1,0 +1,79 @@
+"""LPIPS is that of its own package; it is measured where its weights are, and says so where they are not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lumos.cli import main
+from lumos.errors import RunError, UserError
+from lumos.evaluation.lpips import BACKBONE, HEADS, MIN_SIDE, Lpips, find_weights
+
+SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with the two files of LPIPS, drawn at random."""
+    folder = tmp_path_factory.mktemp("lpips")
+    generator = torch.Generator().manual_seed(0)
+    backbone = {}
+    for place, shape in SHAPES.items():
+        backbone[f"features.{place}.weight"] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        backbone[f"features.{place}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, s[0], 1, 1, generator=generator) for i, s in enumerate(SHAPES.values())}
+    torch.save(backbone, folder / BACKBONE)
+    torch.save(heads, folder / HEADS)
+    return folder
+
+
+def test_lpips_agrees_with_its_package(weights):
+    """The expected values are those of lpips 0.1.4, LPIPS(net="alex"), with the same random weights."""
+    lpips = Lpips(*find_weights(weights), torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    for size, expected in (((64, 64), 0.9463840), ((48, 80), 0.9450706), ((MIN_SIDE, MIN_SIDE), 0.9052260)):
+        a, b = (rng.integers(0, 256, (3, *size, 3), dtype=np.uint8) for _ in range(2))
+        assert lpips(a, b) == pytest.approx(expected, abs=2e-6)
+        assert lpips(a, a) == 0
+
+
+def test_weights_that_are_not_there_or_not_right(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert f"there is no {BACKBONE} in {tmp_path}" in find_weights(None)
+    with pytest.raises(UserError, match=f"has no {BACKBONE} and no {HEADS}"):
+        find_weights(tmp_path)
+    (tmp_path / BACKBONE).write_bytes(b"not weights")
+    with pytest.raises(RunError, match="cannot read the weights"):
+        Lpips(tmp_path / BACKBONE, weights / HEADS, torch.device("cpu"))
+    with pytest.raises(RunError, match="are these the files of AlexNet"):
+        Lpips(weights / HEADS, weights / BACKBONE, torch.device("cpu"))
+    torch.save({f"lin{i}.model.1.weight": torch.rand(1, 64, 1, 1) for i in range(5)}, tmp_path / HEADS)
+    with pytest.raises(RunError, match="belongs to another network"):
+        Lpips(weights / BACKBONE, tmp_path / HEADS, torch.device("cpu"))
+
+
+def photographs(folder, *options) -> None:
+    """Let the command print what it finds about photographs of 32 x 32 pixels."""
+    size = ["--num-frames", "1", "--height", "32", "--width", "32"]
+    assert main(["evaluate", "tokenizer", "--tokenizer", str(folder), "--data", "photographs", *size, *options]) == 0
+
+
+def test_it_is_measured_where_its_weights_are(micro_folder, weights, capsys):
+    photographs(micro_folder, "--lpips", str(weights))
+    lines = capsys.readouterr().out.splitlines()
+    summary = json.loads(lines[-1])
+    assert summary["lpips"] == "measured"
+    assert f"LPIPS {summary['data']['photographs']['lpips']:.3f}" in lines[0]
+    assert summary["data"]["photographs"]["lpips"] > 0
+
+
+def test_it_says_what_is_missing(micro_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    photographs(micro_folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"LPIPS not measured: there is no alexnet-owt-7be5be79.pth in {tmp_path}")
+    assert json.loads(lines[-1])["data"]["photographs"]["lpips"] is None
