@@ -92,6 +92,10 @@ def test_the_measuring_commands(readme, clone, capsys):
     assert main([*args, "--count", "1", "--num-inference-steps", "1"]) == 0
     assert (clone / "sheet.png").is_file()
     assert '"shares"' in capsys.readouterr().out.splitlines()[-1]
+    (line,) = [c for c in readme if "evaluate tokenizer" in c]
+    assert main([*shlex.split(line)[3:], "--count", "3"]) == 0
+    assert (clone / "tokenizer.png").is_file()
+    assert '"union"' in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_python_example(repo, clone):

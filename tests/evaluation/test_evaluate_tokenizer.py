@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from lumos.cli import main
+from lumos.data.worlds import Worlds
 from lumos.errors import UserError
 from lumos.evaluation.quality import psnr, ssim
 from lumos.evaluation.reconstruction import MAX_PSNR, reconstruct
@@ -81,6 +82,7 @@ def test_worlds_are_held_out_and_follow_the_seed():
     again, other = (read_source("worlds", count=3, seed=seed, **SHAPE)[0] for seed in (5, 6))
     assert np.array_equal(clips, again)
     assert not np.array_equal(clips, other)
+    assert np.array_equal(clips, [Worlds(seed=5, split="held_out", **SHAPE)[index][0] for index in range(3)])
 
 
 def test_photographs_are_those_kept_from_training():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from lumos.data.shards import tokenizer_facts
 from lumos.training.ardf import video_tokenizer_sha256
+from lumos.video_io import write_video
 from tokenizer import StreamDecoder, StreamEncoder, VideoTokenizer, VideoTokenizerConfig
 from tokenizer.video import PIECE
 
@@ -218,6 +221,16 @@ def test_a_thousand_frames_need_no_more_memory_than_forty():
     clip_bytes = 1001 * 3 * 32 * 32 * 4
     assert streamed < clip_bytes / 4
     assert whole < 4 * clip_bytes  # the frames twice and a piece; one forward of all frames needs 7 times the clip
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tokenizer.md").read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if "import av" in block)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (11, 48, 64, 3), dtype=np.uint8), 8)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.splitlines() == ["(64, 64, 3)"] * 9  # frames 10 and 11 fill no latent frame
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, True])
