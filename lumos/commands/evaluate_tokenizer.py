@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokenizer", help="tokenizer folder, or a model folder that holds one; default: the shipped model")
     add("--data", nargs="+", required=True, metavar="SOURCE",
-        help="worlds, photographs, films (held out from training), or folders and files of your own")  # fmt: skip
+        help="worlds, sprites, photographs, films (kept from training), or folders and files of your own")  # fmt: skip
     add("--count", type=int, default=50, help="clips of each source, at most; default: %(default)s")
     add("--num-frames", type=int, help="of a clip, 1 + a multiple of the temporal compression; default: the shipped model's")
     add("--height", type=int, help="pixels; default: the shipped model's")

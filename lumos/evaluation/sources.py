@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,12 @@ from lumos.frames import fit
 from lumos.video_reading import read_image, read_video
 from tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
 
-KNOWN = ("worlds", "photographs", "films")
+WORLDS: dict[str, dict[str, Any]] = {
+    "worlds": {"kinds": ("shapes", "digits"), "split": "held_out"},
+    "sprites": {"kinds": ("sprites",), "split": "all"},
+}
+"""worlds: combinations that training never shows; sprites: all of them, in scenes of a seed that training does not draw."""
+KNOWN = (*WORLDS, "photographs", "films")
 
 
 def check_source(source: str) -> None:
@@ -32,8 +38,8 @@ def read_source(
     Frames are scaled to cover height x width and cut to the centre; a film keeps its rate, and its first 30 s count. UserError
     if there is not one clip.
     """
-    if source == "worlds":
-        worlds = Worlds(seed=seed, split="held_out", num_frames=num_frames, height=height, width=width)
+    if source in WORLDS:
+        worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])
         return [worlds[index][0] for index in range(count)], []
     files = _files(source)
     if len(files) > count:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from lumos.cli import main
+from lumos.data import sprites
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError
 from lumos.evaluation.quality import psnr, ssim
@@ -85,6 +86,20 @@ def test_worlds_are_held_out_and_follow_the_seed():
     assert np.array_equal(clips, [Worlds(seed=5, split="held_out", **SHAPE)[index][0] for index in range(3)])
 
 
+def test_sprites_are_drawn_from_all(tmp_path, monkeypatch):
+    for index, name in enumerate(sprites.SPRITES):
+        Image.new("RGBA", (64, 64), (255, index, 0, 255)).save(tmp_path / f"{name}.png")
+    monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
+    sprites.load.cache_clear()
+    try:
+        clips, _ = read_source("sprites", count=30, seed=5, num_frames=1, height=64, width=64)
+    finally:
+        sprites.load.cache_clear()
+    reddest = [clip.reshape(-1, 3)[(clip[..., 0].astype(int) - clip[..., 2]).argmax()] for clip in clips]
+    assert len({int(green) for _, green, _ in reddest}) > 10
+    assert len(clips) == 30
+
+
 def test_photographs_are_those_kept_from_training():
     clips, _ = read_source("photographs", count=9, seed=0, **SHAPE)
     assert np.array_equal(np.stack(clips), to_uint8(held_out_photographs(16, 24)))
@@ -136,7 +151,7 @@ def test_more_files_than_wanted_are_drawn_by_the_seed(tmp_path):
 def test_sources_that_are_not_there(own):
     for source in ("films", str(own), str(own / "picture.png")):
         check_source(source)
-    with pytest.raises(UserError, match="there is no data 'nothing'; allowed: worlds, photographs, films, a folder"):
+    with pytest.raises(UserError, match="there is no data 'nothing'; allowed: worlds, sprites, photographs, films, a folder"):
         check_source("nothing")
 
 

@@ -26,10 +26,11 @@ FOLDERS = {"shipped": ROOT / "checkpoints/lumos-tiny", "published": ROOT / "test
 EXAMPLES = {"max_examples": 8, "deadline": None, "derandomize": True}
 
 OTHERS = {
-    # samplers in time, attention between residual blocks, other patches
+    # samplers in time, attention between residual blocks, other patches, other ends
     "samplers": {"patch_size": 2, "spatial_compression": 8, "channels_mult": [1, 1, 1], "attn_resolutions": [256, 128]},
     "legacy": {"patch_size": 2, "spatial_compression": 4, "channels_mult": [1, 1], "legacy_mode": True},
     "eight": {"temporal_compression": 8, "spatial_compression": 16, "channels_mult": [1, 1, 1], "patch_method": "rearrange"},
+    "points": {"channels_mult": [1, 2], "pointwise_ends": True},
     "frames": {"patch_size": 1, "temporal_compression": 1, "spatial_compression": 2, "channels_mult": [1, 1]},
 }
 
