@@ -119,7 +119,8 @@ def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, st
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())}); copy the adapter again") from error
     if config.peft_type != "LORA":
-        raise UserError(f"{folder} holds an adapter of type {config.peft_type}; allowed: LORA")
+        raise UserError(f"{folder} holds an adapter of type {config.peft_type.value}; allowed: LORA")
+    config.base_model_name_or_path = None  # peft would warn if the base model's folder was moved
     try:
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:

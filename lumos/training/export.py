@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from lumos.adapters import Lora, fingerprints, write_adapter
+from lumos.adapters import Lora, fingerprints, read_record, write_adapter
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.files import replacing_folder, write_json
@@ -70,8 +71,9 @@ def export_checkpoint(
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
     with replacing_folder(out) as writing:
         if facts["lora"]:
-            weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape).to(DTYPES[dtype])
-                       for name, shape in ((n, torch.Size(s)) for n, s in facts["lora"]["shapes"].items())}  # fmt: skip
+            shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
+            read = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+            weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in read.items()}
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
             return made
@@ -83,16 +85,42 @@ def export_checkpoint(
     return made
 
 
-def export_merged(adapter: str | Path, base: str | Path, out: str | Path, *, dtype: str, tokenizers: Tokenizers | None) -> None:
-    """Write a whole model folder: the base model's with an adapter folder merged into its weights."""
+def export_merged(
+    folder: Path, state: dict[str, Any], base: str | None, out: str | Path, *, dtype: str | None, tokenizers: Tokenizers | None,
+    averaged: bool | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `export_checkpoint`, of a run with LoRA as a whole model folder: the base model's with the adapters merged in."""
+    with tempfile.TemporaryDirectory() as place:
+        adapter = Path(place) / "adapter"
+        made = export_checkpoint(folder, state, adapter, averaged=averaged, dtype="float32")
+        dtype = dtype or state["settings"]["training"]["export_dtype"]
+        export_adapter(adapter, base, out, dtype=dtype, tokenizers=tokenizers, made={**made, "dtype": dtype})
+    return {**made, "dtype": dtype}
+
+
+def export_adapter(
+    adapter: str | Path, base: str | None, out: str | Path, *, dtype: str, tokenizers: Tokenizers | None,
+    made: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Write a whole model folder: the base model's with an adapter folder merged in; returns the base model's folder.
+
+    `made` is what its training.json says; default: from what the adapter was made.
+    """
+    record = read_record(Path(adapter))
+    base = base or (record and record["base"]["folder"])
+    if base is None:
+        raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
     pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
     with replacing_folder(out) as writing:
         pipe.model.to(DTYPES[dtype])
+        pipe.model.config.dtype = DTYPES[dtype]
         pipe.video_tokenizer.to(DTYPES[dtype])
         with _no_progress_bar():
             pipe.save_pretrained(writing)
-        write_json(writing / "training.json", {"base": str(base), "adapter": str(adapter), "dtype": dtype, **versions()})
+        facts = made or {"adapter": str(adapter), "dtype": dtype, **versions()}
+        write_json(writing / "training.json", {"base": str(base), **facts})
+    return base
 
 
 def _write_model(folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype) -> None:

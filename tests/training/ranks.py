@@ -65,7 +65,7 @@ class Ranks:
         return settings.output_dir
 
     def close(self) -> None:
-        self.server.stdin.close()
+        self.server.kill()
         self.server.wait()
         self.log.close()
 

@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def kill_after_step(step: int) -> None:
         report(run)
         if run.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    Run._report = killed
+
+
+def kill_soon_after_step(step: int, seconds: float) -> None:
+    """Wherever it is then."""
+    report = Run._report
+
+    def killed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
     Run._report = killed
 

@@ -23,13 +23,12 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("fault", ["kill_after_step", "kill_in_save", "kill_before_rename"])
+@pytest.mark.parametrize("fault", ["kill_soon_after_step", "kill_in_save", "kill_before_rename"])
 def test_one_process_killed(runs: Runs, ranks: Ranks, fault: str):
     settings = runs.make(runs.folder / f"plain-{fault}")
-    step = random.randint(1, 4) if fault == "kill_after_step" else 4
-    (process,) = ranks.train(settings, "plain", 1, {0: [[fault, step]]})
-    assert process.code == -9, process.err
-    assert len(read_log(settings.output_dir)) < 5
+    where = (random.randint(1, 4), random.uniform(0, 0.2)) if fault == "kill_soon_after_step" else (4,)
+    (process,) = ranks.train(settings, "plain", 1, {0: [[fault, *where]]})
+    assert process.code in (-9, 0) if fault == "kill_soon_after_step" else process.code == -9, process.err
     ranks.finish(settings, "plain", 1)
     assert_same_run(settings.output_dir, runs.whole("plain"))
 
@@ -39,9 +38,10 @@ def test_one_of_two_killed_again_and_again(runs: Runs, ranks: Ranks, engine: str
     """After a step, then in the middle of a save. The other process ends with an error each time."""
     settings = runs.make(runs.killed(engine, 2, f"{engine}-again"))
     victim = random.randint(0, 1)
+    other = 1 - victim
     processes = ranks.train(settings, engine, 2, {victim: [["kill_in_save", 4]]})
     assert processes[victim].code == -9, processes[victim].err
-    assert (processes[1 - victim].code, "another process of the run" in processes[1 - victim].error) == (1, True)
+    assert (processes[other].code, "another process of the run" in processes[other].error) == (1, True), processes[other].err
     assert [p.name for p in checkpoint.list_checkpoints(settings.output_dir / "checkpoints")] == ["step-00000002"]
     ranks.finish(settings, engine)
     assert_same_run(settings.output_dir, runs.whole(engine))
