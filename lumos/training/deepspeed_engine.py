@@ -113,14 +113,20 @@ class DeepSpeedEngine(Engine):
         self.kind = f"DeepSpeed ZeRO {self.stage}"
         model = model.to(device)
         self.adam = make_optimizer(model, settings, device)
-        self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
+        file = settings.deepspeed.config
+        try:
+            self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            if file is None:
+                raise
+            raise UserError(f"DeepSpeed does not start with deepspeed.config {file}: {type(error).__name__}: {error}") from error
         self.module = self.model.module
         wanted = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
         kept = sum(slot.count for slot in self.slots().values()) if self.stores else 0
         if (found := int(self.all_sum(torch.tensor([kept])))) != wanted:
             raise UserError(
-                f"deepspeed.config {settings.deepspeed.config} spreads the weights in a way that checkpoints cannot hold "
-                f"({found} of {wanted} values found); leave mics, zenflow, nvme and the like out"
+                f"deepspeed.config {file} spreads the weights in a way that checkpoints cannot hold ({found} of {wanted} values "
+                "found); leave out what is not plain ZeRO: mics, zenflow, nvme, ..."
             )
 
     def autocast(self) -> AbstractContextManager:

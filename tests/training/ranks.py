@@ -42,11 +42,14 @@ class Ranks:
         )
 
     def train(
-        self, settings: TrainingSettings, engine: str = "zero2", world: int = 2, faults: dict | None = None, seconds: float = 120
+        self, settings: TrainingSettings, engine: str = "zero2", world: int = 2, faults: dict | None = None, seconds: float = 900
     ) -> list[Ended]:
-        """Run the settings in `world` processes of engine "plain", "zero0", ..., with faults [name, argument, ...] of each rank."""
+        """Run the settings in `world` processes of "plain", "zero0", ... or as they say themselves ("own").
+
+        faults: {rank: [[name, argument, ...], ...]}, functions of ranks_server.py.
+        """
         raw = settings.to_dict()
-        if engine != "plain":
+        if engine.startswith("zero"):
             raw["deepspeed"]["zero_stage"] = int(engine.removeprefix("zero"))
         config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(raw))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import Runs
+from ranks import Ranks, Runs
 from run_log import read_log
 from safetensors.torch import load_file
 
 from lumos.errors import UserError
+from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.loop import train
 from lumos.training.settings import load_settings
@@ -37,6 +40,68 @@ def test_two_processes_train_as_one(runs: Runs, stage: int):
     for name in plain:
         # Adam's first steps have the size of lr wherever the gradient is not exactly zero, so rounding can show in single weights.
         assert (plain[name] - spread[name]).abs().mean() < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
+def test_offload_trains_and_resumes_as_without(runs: Runs, ranks: Ranks, name: str):
+    """Optimizer state, and in stage 3 the weights too, in the CPU's memory. On a CPU nothing moves; the code is the same."""
+    settings = runs.make(runs.folder / name)
+    settings.deepspeed.config = str(ROOT / "configs" / "deepspeed" / f"{name}.json")
+    ranks.train(settings, "own", faults={0: [["kill_after_step", 3]]})
+    ranks.finish(settings, "own")
+    for key in ("loss", "grad_norm", "val_loss_video_ema"):
+        assert read_log(settings.output_dir, key) == pytest.approx(read_log(runs.whole("plain"), key), abs=1e-4)
+
+
+def test_recomputed_layers_in_two_processes(runs: Runs, ranks: Ranks):
+    settings = runs.make(runs.folder / "recomputed")
+    settings.training.activation_checkpointing = True
+    ranks.finish(settings, "zero3")
+    assert read_log(settings.output_dir) == pytest.approx(read_log(runs.whole("plain")), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_keeps_fp32_masters(runs: Runs, ranks: Ranks, stage: int):
+    """Near the fp32 run; what is stored and averaged has more digits than bf16; in stage 2 a killed run goes on bit by bit."""
+    settings = runs.make(runs.folder / f"bf16-{stage}")
+    settings.training.precision = "bf16"
+    ranks.finish(settings, f"zero{stage}")
+    losses = read_log(settings.output_dir)
+    assert losses == pytest.approx(read_log(runs.whole("plain")), rel=0.02)
+    assert losses != pytest.approx(read_log(runs.whole("plain")), abs=1e-4)
+    for kind in ("weight", "average", "exp_avg"):
+        stored = Stored(settings.output_dir / "checkpoints" / "step-00000005")
+        values = stored.read(kind, "model.layers.0.mlp.up_proj.weight", 0, 128 * 64)
+        assert (values != values.bfloat16()).float().mean() > 0.9, kind
+    if stage == 2:
+        broken = runs.make(runs.folder / "bf16-broken")
+        broken.training.precision = "bf16"
+        ranks.train(broken, "zero2", faults={0: [["kill_after_step", 3]]})
+        ranks.finish(broken, "zero2")
+        assert read_log(broken.output_dir) == losses
+
+
+def test_bf16_reduces_and_accumulates_in_fp32(micro_settings):
+    for stage in range(4):
+        options = deepspeed_options(micro_settings(training={"precision": "bf16"}), stage, torch.bfloat16)
+        assert (options["communication_data_type"], options["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
+        assert options["bf16"]["enabled"] == (stage > 0)
+        assert options["torch_autocast"]["enabled"] == (stage == 0)
+
+
+def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
+    """One line, in every process; also where DeepSpeed would run, but its layout is not one that checkpoints hold."""
+    path = runs.folder / "options.json"
+    settings = runs.make(runs.folder / "options")
+    settings.deepspeed.config = str(path)
+    for options, faults, words in (
+        ({"stage": 2, "nonsense": 1}, {}, "DeepSpeed does not start with deepspeed.config .*nonsense"),
+        ({"stage": 2}, {1: [["hide_a_weight"]]}, r"spreads the weights in a way that checkpoints cannot hold \(\d+ of \d+ values"),
+    ):
+        path.write_text(json.dumps({"zero_optimization": options}))
+        for process in ranks.train(settings, "own", faults=faults):
+            assert process.code == 2, process.err
+            assert re.search(words, process.error), process.err
 
 
 @needs_deepspeed
