@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, help="folder to write into; it must not exist yet")
     add("--count", type=int, default=20, help="clips; default: %(default)s")
-    add("--kind", default="one", help="one, two, digits, held_out (what the shipped model never saw); default: %(default)s")
+    add("--kind", default="one", help="as in evaluate prompts: one, two, digits, sprites, held_out, ...; default: %(default)s")
     add("--seed", type=int, default=0, help="other seeds show other scenes")
     add("--num-frames", type=int, default=17, help="default: %(default)s")
     add("--height", type=int, default=64, help="pixels; default: %(default)s")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(out)
     shape = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
     with replacing_folder(out) as folder:
-        for number, (caption, frames) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
+        for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
             write_video(folder / f"{number:05d}.mp4", frames, args.fps)
             (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
     print(f"{out}  {args.count} clips")
