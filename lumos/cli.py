@@ -11,9 +11,11 @@ from lumos.errors import RunError, UserError
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "render": "write clips of the small worlds as mp4 with captions, to try ingest and training with",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",
     "train": "train the decoder",
+    "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
     "fetch-sprites": "fetch the emoji pictures that move in the small worlds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -33,6 +34,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included."""
+    path = Path(path)
+    old = path.with_name(f".old-{path.name}")
+    for left_over in path.parent.glob(f".{glob.escape(path.name[:40])}.????????.part"):  # of killed processes
+        _remove(left_over)
+    with replacing(path) as writing:
+        writing.mkdir()
+        yield writing
+        _remove(old)
+        if path.exists():
+            os.replace(path, old)
+    _remove(old)
 
 
 def check_writable(path: str | Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumos.adapters import fingerprints, merge_adapter
+from lumos.configuration import LumosConfig
 from lumos.data.buckets import bucket_for
 from lumos.errors import UserError
 from lumos.generation.engine import cache_tokens, generate_frames
@@ -59,11 +61,13 @@ class LumosPipeline:
         *,
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
+        lora: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> LumosPipeline:
         """Read a model folder with `video_tokenizer/` and `text_tokenizer/` in it, or name those folders.
 
+        lora: an adapter folder (what a run with lora.rank exports), which is merged into the weights.
         device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
         """
         if not Path(folder).is_dir():
@@ -80,6 +84,8 @@ class LumosPipeline:
         except (ValueError, OSError) as error:
             raise UserError(f"{error} (video_tokenizer / --video-tokenizer names another place)") from error
         settings, clip = read_defaults(Path(folder))
+        if lora is not None:
+            model = merge_adapter(model, lora, fingerprints(video_tokenizer or folder, text_tokenizer or folder))
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -245,8 +251,7 @@ class LumosPipeline:
 def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
     """UserError where the tokenizers cannot be this model's."""
     config = model.config
-    if reserved := [i for i in range(text_tokenizer.max_text_id + 1) if config.is_reserved(i) and text_tokenizer.is_text(i)]:
-        raise UserError(f"the text tokenizer uses id {reserved[0]} for text, the model for itself: they do not belong together")
+    check_text_tokenizer(config, text_tokenizer)
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
         ("temporal compression", config.temporal_compression, video_tokenizer.temporal_compression),
@@ -254,6 +259,12 @@ def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenize
     ):
         if ours != theirs:
             raise UserError(f"the model expects {what} {ours}, the video tokenizer has {theirs}: they do not belong together")
+
+
+def check_text_tokenizer(config: LumosConfig, tokenizer: TextTokenizer) -> None:
+    """UserError if it uses ids for text that mean something else to the model."""
+    if reserved := [i for i in range(tokenizer.max_text_id + 1) if config.is_reserved(i) and tokenizer.is_text(i)]:
+        raise UserError(f"the text tokenizer uses id {reserved[0]} for text, the model for itself: they do not belong together")
 
 
 def check_prompt(prompt: Any) -> str:

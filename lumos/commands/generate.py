@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video", help="clip that the result continues; its last frames are kept")
     add("--num-given-frames", type=int, help="frames of --video to keep, 1 + a multiple of 4; default: up to half of the result")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
+    add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
     add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
     add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = args.model or shipped_model()
     pipe = LumosPipeline.from_pretrained(
-        model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
+        model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
         dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
     )  # fmt: skip
     num_frames = args.num_frames or pipe.clip.num_frames
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             history_mask_ratio=args.history_mask_ratio, mask_given_frames=args.mask_given_frames, seed=seed, on_step=on_step,
         )  # fmt: skip
     generated = time.perf_counter()
-    metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lumos": __version__}
+    metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lora": args.lora, "lumos": __version__}
     written = write_video(output, result.frames[0], result.settings["fps"], metadata)
     memory = round(peak_memory_bytes(pipe.model.device) / 2**20)
     total = seconds_since_start()

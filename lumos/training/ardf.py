@@ -6,7 +6,6 @@ This is the only part of `training/` that knows the model. The loop asks a task 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -15,20 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
+from lumos.adapters import Lora, add_adapters, sample, text_fingerprint
 from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, Batch, Clip, Curriculum, Source, StepShape, WorldSource, sample_generator
 from lumos.data.shard_source import ShardSource
+from lumos.data.shards import tokenizer_facts
 from lumos.errors import UserError
 from lumos.frames import from_uint8
-from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
+from lumos.generation.settings import GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
+from lumos.pipeline import check_text_tokenizer, override
 from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
+from lumos.training import checkpoint
+from lumos.training.export import Tokenizers, export_checkpoint
 from lumos.training.settings import TrainingSettings
 from lumos.training.yaml_settings import to_plain
-from tokenizer.text import TextTokenizer, find_tokenizer_file
+from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "path", "options", "num_frames", "height", "width", "fps", "scenes", "stages")
@@ -41,26 +44,39 @@ class ArdfTask:
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.config = self._model_config()
-        video, text = (self._tokenizer_folder(kind) for kind in ("video", "text"))
+        self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
+        video, text = self.places.video, self.places.text
         self.video_tokenizer = VideoTokenizer.from_pretrained(video)
-        self.fingerprints = {
+        self.fingerprints = {"video": tokenizer_facts(self.video_tokenizer)["fingerprint"], "text": text_fingerprint(text)}
+        self.identities = {
             "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
-            "tokenizer.text (sha256)": hashlib.sha256(find_tokenizer_file(Path(text)).read_bytes()).hexdigest(),
+            "tokenizer.text (sha256)": self.fingerprints["text"],
         }
         self.video_tokenizer.to(device).eval().requires_grad_(False)
         self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
+        check_text_tokenizer(self.config, self.text_tokenizer)
         self._check_sizes(video)
+        self._check_base_tokenizers()
+        self.adapter: dict[str, Any] | None = None
         self.num_frames = num_latent_frames(settings.data.num_frames, self.config.temporal_compression)
         self.source = self._source()
 
     def build_model(self) -> nn.Module:
-        """The model on the CPU in float32, from a folder or from random weights drawn with training.seed."""
-        folder = self.settings.model.from_
+        """The model on the CPU in float32, from a folder or from random weights drawn with training.seed.
+
+        With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
+        """
+        folder, lora = self.settings.model.from_, self.settings.lora
         if folder is not None:
             model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
-        else:
-            torch.manual_seed(self.settings.training.seed)
+        torch.manual_seed(self.settings.training.seed)
+        if folder is None:
             model = LumosForVideoGeneration(self.config)
+        if lora.rank is not None:
+            base = {"folder": folder, "sample": sample(model)}
+            add_adapters(model, Lora(**to_plain(lora)))
+            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+            self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
         if self.settings.training.activation_checkpointing:
             model.gradient_checkpointing_enable()
         return model.train()
@@ -83,35 +99,43 @@ class ArdfTask:
         out = model(input_ids=micro["input_ids"], targets=micro["targets"])
         return out.position_loss, out.frame_index
 
-    def export(self, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-        """Write a folder that `LumosPipeline.from_pretrained` opens: config, weights, both tokenizers."""
-        with torch.device("meta"):
-            model = LumosForVideoGeneration(self.config)
-        state = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
-        model.load_state_dict(state, assign=True)
-        model.config.dtype = dtype
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        model.save_pretrained(folder)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        copy.deepcopy(self.video_tokenizer).to(dtype).save_pretrained(folder / "video_tokenizer")
-        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        clip = ClipDefaults(**self.source.usual_shape, target_size=None)
-        write_defaults(folder, GenerationSettings(**self.settings.generation), clip)
+    def facts(self) -> dict[str, Any]:
+        """What `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
+        folder, own = self.settings.model.from_, self.settings.generation
+        usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
+        return {
+            "config": self._config(),
+            "tokenizers": vars(self.places),
+            "fingerprints": self.fingerprints,
+            "generation": vars(override(usual, **own)),
+            "clip": self.source.usual_shape,
+            "lora": self.adapter,
+        }
+
+    def export(self, folder: Path, target: Path) -> None:
+        """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens or, with lora.rank, an adapter folder."""
+        export_checkpoint(folder, checkpoint.read_state(folder), target)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit: the model's config and all that decides what it is trained on."""
-        config = self.config.to_dict()
-        own = {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
         data, training = self.settings.data, self.settings.training
+        adapter = {}
+        if self.adapter is not None:
+            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
+            adapter = {"model.from (sha256 of a sample)": weights}
         return (
-            own
-            | self.fingerprints
+            self._config()
+            | self.identities
+            | {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
+            | adapter
             | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
             | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
             | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size")}
         )
+
+    def _config(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
 
     def _model_config(self) -> LumosConfig:
         model = self.settings.model
@@ -126,12 +150,27 @@ class ArdfTask:
 
     def _tokenizer_folder(self, kind: str) -> str:
         given = getattr(self.settings.tokenizer, kind)
-        folder = given or (self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer"))
+        own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
+        folder = given or own
         if folder is None:
             raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
         if not Path(folder).exists():
             raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
         return folder
+
+    def _check_base_tokenizers(self) -> None:
+        """The weights of model.from mean nothing with other tokenizers than its own, where it has them."""
+        base = self.settings.model.from_
+        own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
+        for kind, folder in own.items():
+            if folder.is_dir() and getattr(self.settings.tokenizer, kind) is not None:
+                video = kind == "video"
+                made = tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"] if video else text_fingerprint(folder)
+                if made != self.fingerprints[kind]:
+                    raise UserError(
+                        f"tokenizer.{kind} {getattr(self.places, kind)} is another tokenizer than {folder}, with which the weights "
+                        f"of model.from were trained; leave tokenizer.{kind} out"
+                    )
 
     def _check_sizes(self, video: str) -> None:
         config, data = self.config, self.settings.data

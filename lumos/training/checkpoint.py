@@ -1,9 +1,13 @@
-"""Checkpoints that are complete or invisible.
+"""Checkpoints that are complete or invisible, and that any engine can read.
 
     <output_dir>/checkpoints/step-00000200/
-        rank-0000.safetensors    weights, optimizer, averaged weights, random state of one process
+        rank-0000.safetensors    what one process keeps: its runs of each weight, its share of the optimizer, random state
         state.json               step, settings, meters, and size and CRC-32 of every other file: written last
-        deepspeed/               DeepSpeed's own files, only with DeepSpeed
+
+A tensor is stored under "kind/name/start": values start, start + 1, ... of the parameter `name` in its flat order. Kinds are
+weight, exp_avg, exp_avg_sq (AdamW) and average (EMA), all fp32. Whichever engine and however many processes wrote them,
+`Stored` gives any run of any parameter. DeepSpeed's own way to this, ds_to_universal, unpickles, needs DeepSpeed to read,
+and knows no averages, no stage 0 and no plain PyTorch.
 
 A folder is written under a hidden name and renamed when it is whole, so a kill at any moment leaves the older ones
 untouched.
@@ -16,17 +20,22 @@ import os
 import shutil
 import sys
 import zlib
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.errors import RunError, UserError
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
+WEIGHT, AVERAGE = "weight", "average"
+UPDATES = "updates"
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -36,6 +45,10 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 def list_checkpoints(root: Path) -> list[Path]:
     """Renamed, so once complete, checkpoints; oldest first."""
     return sorted(p for p in root.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def writing_folder(root: Path, step: int) -> Path:
@@ -61,16 +74,55 @@ def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
     save_file(whole, tensor_file(folder, rank))
 
 
-def load_tensors(folder: Path, rank: int) -> dict[str, Tensor]:
-    return load_file(tensor_file(folder, rank))
+def key(kind: str, name: str, start: int) -> str:
+    return f"{kind}/{name}/{start}"
+
+
+class Stored:
+    """The tensors of a checkpoint, joined from the files of the processes that wrote it; reads only what is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = {path.name: safe_open(path, framework="pt") for path in sorted(folder.glob("rank-*.safetensors"))}
+        self.parts: dict[tuple[str, str], list[tuple[int, int, Any]]] = defaultdict(list)
+        for file in self.files.values():
+            for label in file.keys():  # noqa: SIM118
+                if label.count("/") == 2:
+                    kind, name, start = label.split("/")
+                    values = file.get_slice(label)
+                    self.parts[kind, name].append((int(start), values.get_shape()[0], values))
+
+    def names(self, kind: str) -> list[str]:
+        """Of the parameters that have tensors of this kind."""
+        return [name for found, name in self.parts if found == kind]
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """Values start .. start + count - 1 of a parameter, [count]; RunError if not all of them are there."""
+        values, found = torch.empty(count), 0
+        for begin, length, stored in self.parts.get((kind, name), ()):
+            low, high = max(start, begin), min(start + count, begin + length)
+            if low < high:
+                values[low - start : high - start] = stored[low - begin : high - begin]
+                found += high - low
+        if found != count:
+            raise RunError(f"checkpoint {self.folder}: {found} of the {count} values of {kind} {name} are there")
+        return values
+
+    def own(self, rank: int) -> dict[str, Tensor]:
+        """What the process of this rank stored for itself (random state); nothing if there was none."""
+        file = self.files.get(tensor_file(self.folder, rank).name)
+        return {} if file is None else {label: file.get_tensor(label) for label in file.keys() if "/" not in label}  # noqa: SIM118
 
 
 def tensor_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:04d}.safetensors"
 
 
-def finish(root: Path, folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Write state.json, make the folder visible, remove all but the newest `keep_last`. Call when every process has written."""
+def finish(root: Path, folder: Path, step: int, state: dict[str, Any], *, keep_last: int, keep_every: int = 0) -> Path:
+    """Write state.json, make the folder visible, remove the older ones. Call when every process has written.
+
+    The newest `keep_last` stay, and those of steps that are multiples of `keep_every`.
+    """
     files = {str(p.relative_to(folder)): [p.stat().st_size, crc32(p)] for p in sorted(folder.rglob("*")) if p.is_file()}
     for name in files:
         _sync(folder / name)
@@ -83,12 +135,21 @@ def finish(root: Path, folder: Path, step: int, state: dict[str, Any], keep_last
     os.replace(folder, target)
     _sync(root)
     for old in list_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(old)
+        if not keep_every or step_of(old) % keep_every:
+            shutil.rmtree(old)
     return target
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all there and undamaged; RunError says which one is not."""
+def give_up(root: Path, step: int) -> None:
+    """Remove what a save that failed has written, so that a full disk is not left fuller."""
+    shutil.rmtree(writing_folder(root, step), ignore_errors=True)
+
+
+def read_state(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all there and undamaged; RunError says which one is not.
+
+    With several processes each reads only its share of the files through.
+    """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         version, files = state["format"], state["files"]
@@ -96,7 +157,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise RunError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
     if version != FORMAT:
         raise RunError(f"checkpoint {folder} has format {version}; this version reads {FORMAT}")
-    for name, (size, checksum) in files.items():
+    for name, (size, checksum) in list(files.items())[rank::world]:
         path = folder / name
         if not path.is_file():
             raise RunError(f"checkpoint {folder}: {name} is missing")
@@ -107,35 +168,35 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest(
+    root: Path, rank: int = 0, world: int = 1, any_of: Callable[[bool], bool] = bool
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state, None if there is none at all.
 
     A damaged one is passed over with a warning on stderr. RunError if all are damaged, because starting anew would
-    hide the loss.
+    hide the loss. `any_of` tells whether something is true in any of the processes, which all come to the same answer.
     """
     folders = list_checkpoints(root)
     for folder in reversed(folders):
+        state = None
         try:
-            return folder, read_state(folder)
+            state = read_state(folder, rank, world)
         except RunError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+        if not any_of(state is None):
+            return folder, state
     if folders:
         raise RunError(f"no checkpoint in {root} can be read; move the folder away to start from the beginning")
     return None
 
 
-def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], engine: str, world: int, max_steps: int) -> None:
-    """UserError, with the remedy, if a checkpoint is of another model or other data, another engine or a longer run."""
+def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], max_steps: int) -> None:
+    """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run."""
     remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
     now, before = json.loads(json.dumps(identity)), state["identity"]
-    for key in sorted(now.keys() | before.keys()):
-        if now.get(key) != before.get(key):
-            raise UserError(f"{folder} is of another run: {key} was {before.get(key)}, now {now.get(key)}; {remedy}")
-    for key, value in (("engine", engine), ("world", world)):
-        if state[key] != value:
-            raise UserError(
-                f"{folder} was written with {key} {state[key]}, this run has {value}; start it the same way, or {remedy}"
-            )
+    for name in sorted(now.keys() | before.keys()):
+        if now.get(name) != before.get(name):
+            raise UserError(f"{folder} is of another run: {name} was {before.get(name)}, now {now.get(name)}; {remedy}")
     if state["step"] > max_steps:
         raise UserError(f"{folder} is past training.max_steps {max_steps}; raise it, or {remedy}")
 
@@ -148,7 +209,9 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
+    """Of a process that stored one; a process that did not exist then keeps what it has."""
+    if "random.cpu" in tensors:
+        torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
 

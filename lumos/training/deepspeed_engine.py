@@ -11,16 +11,15 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lumos.errors import RunError, UserError
-from lumos.training.engine import make_optimizer, pick_precision
+from lumos.errors import UserError
+from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, whole_slots
 from lumos.training.settings import TrainingSettings
 
 OWN_KEYS = {
@@ -37,15 +36,18 @@ OWN_KEYS = {
 """DeepSpeed options that the run's own settings decide, and by which."""
 
 
-def connect(device: torch.device) -> None:
-    """Join the processes. A run without a launcher becomes a group of one. UserError if DeepSpeed is not installed."""
+def connect(device: torch.device, timeout_minutes: float) -> None:
+    """Join the processes. A run without a launcher becomes a group of one. UserError if DeepSpeed is not installed.
+
+    A process that waits longer than `timeout_minutes` for another one ends with an error.
+    """
     try:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
         raise UserError(
             f"DeepSpeed cannot be imported ({error}), which several processes or deepspeed.zero_stage need; "
-            "install it with pip install deepspeed, or run one process without the deepspeed section"
+            "install it with pip install 'lumos-video[deepspeed]', or run one process without the deepspeed section"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # Of torch functions that DeepSpeed still calls by their old names.
@@ -63,7 +65,8 @@ def connect(device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
 def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.dtype) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     }
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """This process's part of a DeepSpeed run. In bf16, from stage 1 on, weights are bf16 with fp32 masters in the optimizer."""
 
     def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device, stage: int):
@@ -106,12 +109,25 @@ class DeepSpeedEngine:
         options = deepspeed_options(settings, stage, precision)
         self.stage = options["zero_optimization"]["stage"]
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.kind = f"deepspeed zero {self.stage}"
+        self.stores = self.stage > 0 or self.rank == 0
+        self.kind = f"DeepSpeed ZeRO {self.stage}"
         model = model.to(device)
-        optimizer = make_optimizer(model, settings, device)
-        self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+        self.adam = make_optimizer(model, settings, device)
+        file = settings.deepspeed.config
+        try:
+            self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            if file is None:
+                raise
+            raise UserError(f"DeepSpeed does not start with deepspeed.config {file}: {type(error).__name__}: {error}") from error
         self.module = self.model.module
-        self.model.checkpoint_engine = _safe_checkpoint_engine(self.model)
+        wanted = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        kept = sum(slot.count for slot in self.slots().values()) if self.stores else 0
+        if (found := int(self.all_sum(torch.tensor([kept])))) != wanted:
+            raise UserError(
+                f"deepspeed.config {file} spreads the weights in a way that checkpoints cannot hold ({found} of {wanted} values "
+                "found); leave out what is not plain ZeRO: mics, zenflow, nvme, ..."
+            )
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -124,89 +140,54 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
         if self.stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
-            if not math.isfinite(norm):
-                raise RunError(f"the gradient norm is {norm}")
+            if math.isfinite(norm):
+                self.model.step()
+            else:
+                self.model.zero_grad()
+            return norm
         self.model.step()
-        if getattr(self.optimizer, "overflow", False):
-            raise RunError("the gradient norm is not finite")
-        return float(self.model.get_global_grad_norm()) if norm is None else norm
+        # Where it finds an overflow, DeepSpeed leaves the update out in all processes.
+        return math.nan if self.optimizer.overflow else float(self.model.get_global_grad_norm())
 
     def all_sum(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
         torch.distributed.all_reduce(values)
         return values.cpu()
 
-    def barrier(self) -> None:
-        torch.distributed.barrier()
+    def slots(self) -> dict[str, Slot]:
+        if self.stage == 0:
+            return whole_slots(self.module)
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        found = {name: self._sharded_slot(p) if self.stage == 3 else self._flat_slot(p) for name, p in trained.items()}
+        return {name: slot for name, slot in found.items() if slot is not None and slot.count}
 
-    def local_parameters(self) -> dict[str, Tensor]:
-        return {name: (p.ds_tensor if self.stage == 3 else p).data for name, p in self.module.named_parameters()}
+    def _flat_slot(self, parameter: nn.Parameter) -> Slot | None:
+        """ZeRO 1 and 2 cut one flat tensor of all parameters of a group, so a process has whole ones, parts and none."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        (owner,) = self.optimizer.param_groups[mapping.param_group_index]["params"]
+        return Slot(owner, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
-    def parameters_changed(self) -> None:
-        """What ZeRO-3 still holds whole (small parameters always do) takes over what was written to the shares.
+    def _sharded_slot(self, parameter: nn.Parameter) -> Slot:
+        """ZeRO 3 cuts each parameter into equal parts, the last of them padded."""
+        group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = self.rank * size
+        owner = self.optimizer.fp32_partitioned_groups_flat[group]
+        return Slot(owner, offset, start, max(0, min(size, parameter.ds_numel - start)))
 
-        The same two calls as at the beginning and end of DeepSpeed's own ZeRO-3 step.
-        """
+    def weights_changed(self) -> None:
+        """The model takes over the masters, by the calls that end DeepSpeed's own update."""
+        if self.stage == 0:
+            return
         if self.stage < 3:
+            self.optimizer.update_lp_params()
             return
         self.optimizer._partition_all_parameters()
-        persistent = self.optimizer.persistent_parameters
-        if persistent:
+        for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters are always whole.
+        if persistent := self.optimizer.persistent_parameters:
             persistent[0].all_gather(persistent)
-
-    def gathered(self) -> dict[str, Tensor]:
-        import deepspeed
-
-        weights = {}
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters(parameter) if self.stage == 3 else nullcontext():
-                if self.rank == 0:
-                    weights[name] = parameter.detach().float().cpu().clone()
-        return weights
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing beside DeepSpeed's own files."""
-
-    def save_files(self, folder: Path) -> None:
-        with _quiet():
-            self.model.save_checkpoint(str(folder / "deepspeed"), tag="state", save_latest=False)
-
-    def load_files(self, folder: Path) -> None:
-        with _quiet():
-            path, _ = self.model.load_checkpoint(str(folder / "deepspeed"), tag="state", load_lr_scheduler_states=False)
-        if path is None:
-            raise RunError(f"checkpoint {folder}: DeepSpeed finds no state in it")
-
-
-def _safe_checkpoint_engine(engine: Any) -> Any:
-    """DeepSpeed's reader of its own files, without the unpickling of anything but tensors and DeepSpeed's plain records."""
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return SafeCheckpointEngine(engine._config)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints a line for each file that it saves or loads."""
-    import deepspeed
-
-    level = deepspeed.utils.logger.level
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        deepspeed.utils.logger.setLevel(level)

@@ -30,11 +30,3 @@ class Ema:
             current = parameters[name].float().clone()
             parameters[name].copy_(average)
             average.copy_(current)
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"ema.{name}": average for name, average in self.average.items()}
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, average in self.average.items():
-            average.copy_(tensors[f"ema.{name}"])

@@ -10,16 +10,24 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from pathlib import Path
-from typing import Any, Protocol
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lumos.errors import RunError
+from lumos.training.checkpoint import UPDATES, WEIGHT, Stored, key
 from lumos.training.settings import TrainingSettings
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of each weight, beside the number of updates that all weights share."""
+LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed out|Timeout|gloo|NCCL|Socket")
+"""In the messages with which torch's communication fails when a process is gone."""
+
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 on CUDA; fp32 elsewhere, where bf16 is many times slower."""
@@ -50,11 +58,46 @@ def start_processes(settings: TrainingSettings, device: torch.device) -> None:
     if settings.zero_stage is not None:
         from lumos.training.deepspeed_engine import connect
 
-        connect(device)
+        connect(device, settings.deepspeed.timeout_minutes)
 
 
-class Engine(Protocol):
-    """What the loop needs of an engine; `PlainEngine` documents the methods. `kind` says whose checkpoints it can read."""
+@contextlib.contextmanager
+def lost_process_reported() -> Iterator[None]:
+    """RunError in place of what torch raises if another process died or does not answer."""
+    try:
+        yield
+    except (RunError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and LOST.search(str(error)):
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(
+                f"another process of the run ended or did not answer within deepspeed.timeout_minutes ({reason}); its own message "
+                "says why; start the same command again"
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a process keeps its run of a parameter.
+
+    Values start .. start + count - 1 of the parameter in its flat order are those of `owner`, the fp32 tensor that AdamW
+    updates, from `offset` on.
+    """
+
+    owner: Tensor
+    offset: int
+    start: int
+    count: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This run [count] of a tensor that is laid out as `owner`, as a view."""
+        return tensor.view(-1).narrow(0, self.offset, self.count)
+
+
+class Engine:
+    """What the loop needs of an engine. Both kinds have `slots`, from which their state is stored and loaded alike."""
 
     rank: int
     world: int
@@ -62,19 +105,79 @@ class Engine(Protocol):
     device: torch.device
     model: nn.Module  # to call forward on
     module: nn.Module  # the bare model
+    adam: torch.optim.AdamW
+    stores = True  # False if another process has the same weights and stores them
 
-    def autocast(self) -> contextlib.AbstractContextManager: ...
-    def backward(self, loss: Tensor, last: bool) -> None: ...
-    def step(self, lr: float) -> float: ...
-    def all_sum(self, values: Tensor) -> Tensor: ...
-    def barrier(self) -> None: ...
-    def local_parameters(self) -> dict[str, Tensor]: ...
-    def parameters_changed(self) -> None: ...
-    def gathered(self) -> dict[str, Tensor]: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
-    def save_files(self, folder: Path) -> None: ...
-    def load_files(self, folder: Path) -> None: ...
+    def autocast(self) -> contextlib.AbstractContextManager:
+        raise NotImplementedError
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last` marks the one before `step`."""
+        raise NotImplementedError
+
+    def step(self, lr: float) -> float:
+        """Clip, update, forget the gradients; returns the norm before clipping, the same in all processes.
+
+        If the norm is not finite, nothing was updated.
+        """
+        raise NotImplementedError
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        raise NotImplementedError
+
+    def slots(self) -> dict[str, Slot]:
+        """This process's runs of the trained weights, by name."""
+        raise NotImplementedError
+
+    def weights_changed(self) -> None:
+        """To be called after writing to `weights()`."""
+        raise NotImplementedError
+
+    def any_of(self, value: bool) -> bool:
+        """True if it is true in any process."""
+        return float(self.all_sum(torch.tensor([value], dtype=torch.float64))) > 0
+
+    def weights(self) -> dict[str, Tensor]:
+        """This process's runs [n] of the fp32 weights, by name, as views that can be written to."""
+        return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load` needs, under the names that `Stored` reads."""
+        slots = self.slots()
+        tensors = self.labelled(WEIGHT, self.weights())
+        for kind in MOMENTS:
+            states = {name: (slot, self.adam.state.get(slot.owner)) for name, slot in slots.items()}
+            tensors |= self.labelled(kind, {name: slot.of(state[kind]) for name, (slot, state) in states.items() if state})
+        return tensors | {UPDATES: torch.tensor(self.updates)}
+
+    def load(self, stored: Stored, updates: int) -> None:
+        """Take over a checkpoint, whichever engine wrote it."""
+        with torch.no_grad():
+            self.fill(stored, WEIGHT, self.weights())
+            slots = self.slots()
+            if updates:
+                for owner in {id(slot.owner): slot.owner for slot in slots.values()}.values():
+                    count = torch.tensor(float(updates), device=owner.device)
+                    self.adam.state[owner] = {"step": count} | {kind: torch.zeros_like(owner) for kind in MOMENTS}
+                for kind in MOMENTS:
+                    self.fill(stored, kind, {n: slot.of(self.adam.state[slot.owner][kind]) for n, slot in slots.items()})
+            self.weights_changed()
+
+    @property
+    def updates(self) -> int:
+        """How often the weights were updated."""
+        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
+
+    def labelled(self, kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One value [n] for each of `weights()`, under the names of a checkpoint; empty where another process stores them."""
+        slots = self.slots() if self.stores else {}
+        return {key(kind, name, slots[name].start): tensor for name, tensor in values.items() if name in slots}
+
+    def fill(self, stored: Stored, kind: str, values: dict[str, Tensor]) -> None:
+        """Read them, one [n] for each of `weights()`, from a checkpoint."""
+        for name, slot in self.slots().items():
+            values[name].copy_(stored.read(kind, name, slot.start, slot.count))
 
 
 def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:
@@ -87,76 +190,43 @@ def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.devi
     return DeepSpeedEngine(model, settings, device, stage)
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """One process, one device. Weights stay fp32; bf16 is autocast."""
 
-    rank, world, kind = 0, 1, "plain"
+    rank, world, kind = 0, 1, "plain PyTorch"
 
     def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device):
         self.device, self.clip = device, settings.training.clip_grad
         self.precision = pick_precision(settings.training.precision, device)
         self.module = model.to(device)
         self.model = self.module
-        self.optimizer = make_optimizer(self.module, settings, device)
+        self.adam = make_optimizer(self.module, settings, device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one micro-batch; `last` marks the one before `step`."""
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """Clip, update, forget the gradients; returns the norm before clipping.
-
-        RunError, before the update, if the norm is not finite.
-        """
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
-        if not math.isfinite(norm):
-            raise RunError(f"the gradient norm is {norm}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
         return norm
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
         return values
 
-    def barrier(self) -> None:
+    def slots(self) -> dict[str, Slot]:
+        return whole_slots(self.module)
+
+    def weights_changed(self) -> None:
         pass
 
-    def local_parameters(self) -> dict[str, Tensor]:
-        """This process's share of the weights by name, as tensors that can be written to."""
-        return {name: p.data for name, p in self.module.named_parameters()}
 
-    def parameters_changed(self) -> None:
-        """To be called after writing to local_parameters."""
-
-    def gathered(self) -> dict[str, Tensor]:
-        """A copy of the whole weights on the CPU in fp32; with several processes only on rank 0."""
-        return {name: p.detach().cpu().to(torch.float32, copy=True) for name, p in self.module.named_parameters()}
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that `load_state` needs, by name."""
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        tensors = {f"model.{name}": p for name, p in self.local_parameters().items()}
-        for parameter, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
-        return tensors
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-            prefix = f"optimizer.{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in state.items()}
-
-    def save_files(self, folder: Path) -> None:
-        """Engine files of its own beside the common ones; none here."""
-
-    def load_files(self, folder: Path) -> None:
-        """Counterpart of `save_files`."""
+def whole_slots(module: nn.Module) -> dict[str, Slot]:
+    """Of a process that keeps and updates the parameters whole."""
+    return {name: Slot(p, 0, 0, p.numel()) for name, p in module.named_parameters() if p.requires_grad}

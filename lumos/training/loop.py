@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,22 +13,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lumos.data.loader import Batch, Curriculum, StepShape, prefetched
+from lumos.data.loader import Batch, Curriculum, StepShape, prefetched, sample_generator
 from lumos.errors import RunError, UserError
-from lumos.files import check_writable, write_json
+from lumos.files import check_writable
 from lumos.runtime import peak_memory_bytes, pick_device, versions
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
-from lumos.training.engine import make_engine, start_processes
+from lumos.training.engine import lost_process_reported, make_engine, start_processes
 from lumos.training.interrupt import Interrupt
 from lumos.training.logging import Meter, RunLog
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
 from lumos.training.validation import Validation, sums_by_frame
 from lumos.training.yaml_settings import differences
-
-EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Task(Protocol):
@@ -44,9 +40,11 @@ class Task(Protocol):
 
     def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
 
-    def export(self, state: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None: ...
-
     def identity(self) -> dict[str, Any]: ...
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def export(self, checkpoint: Path, target: Path) -> None: ...
 
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
@@ -54,12 +52,14 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
 
     Returns a summary: steps, loss, seconds, output_dir, checkpoint, export, stopped_by. SIGTERM and SIGINT finish the
     step, save and return with `stopped_by` set. Raises UserError for settings that cannot work, RunError for a loss or
-    gradient that is not finite (before the update) and for checkpoints that cannot be read or written.
+    gradient that is not finite (before the update), for checkpoints that cannot be read or written, and if another process
+    of the run is gone.
     """
     check_writable(settings.output_dir / "log.jsonl")
     device = pick_device(settings.training.device)
-    start_processes(settings, device)
-    return run_task(settings, ArdfTask(settings, device), device)
+    with lost_process_reported():
+        start_processes(settings, device)
+        return run_task(settings, ArdfTask(settings, device), device)
 
 
 def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:
@@ -82,11 +82,12 @@ class Run:
         for size in sorted(self.curriculum.batch_sizes):
             if size % self.engine.world:
                 raise UserError(f"batch_size {size} is not a multiple of the {self.engine.world} processes that share it")
-        self.ema = Ema(self.engine.local_parameters(), training.ema_decay) if training.ema_decay else None
+        self.ema = Ema(self.engine.weights(), training.ema_decay) if training.ema_decay else None
         self.validation = Validation(task, self.curriculum.kinds, settings)
         self.checkpoints = settings.output_dir / "checkpoints"
         self.meter = Meter()
         self.loss = math.nan
+        self.skipped = 0
         self.changed: list[str] = []
         self.step = self._resume()
         self.log = RunLog(settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=self.engine.rank == 0)
@@ -161,14 +162,19 @@ class Run:
         for i, micro in enumerate(micro_batches):
             losses, frames = self._losses(micro)
             sums += sums_by_frame(losses, frames, self.task.num_frames)
-            engine.backward(losses.sum() / count, last=i + 1 == len(micro_batches))
+            total = losses.sum() / count
+            # The gradient tells all processes of a loss that is not finite in one of them, even where its own would be.
+            engine.backward(total if sums.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
         sums = engine.all_sum(sums)
         self.loss = float(sums[0].sum() / count)
         lr = self._learning_rate()
-        norm = self._update(lr, batch)
+        norm = engine.step(lr)
         self.step += 1
+        if not math.isfinite(norm):
+            self._not_finite(norm)
+            return stops > 0, dues > 0
         if self.ema:
-            self.ema.update(engine.local_parameters(), self.step)
+            self.ema.update(engine.weights(), self.step)
         values = {"loss": self.loss, f"loss_{batch.kind}": self.loss, "grad_norm": norm, "tokens": tokens, "lr": lr}
         for key, value in values.items():
             self.meter.add(key, value)
@@ -195,24 +201,31 @@ class Run:
             decay_steps=training.decay_steps,
         )
 
-    def _update(self, lr: float, batch: Batch) -> float:
-        """The optimizer's part of a step; the gradient norm. RunError, with the clips in the log, if not finite."""
-        try:
-            if not math.isfinite(self.loss):
-                raise RunError(f"the loss is {self.loss}")
-            return self.engine.step(lr)
-        except RunError as error:
-            self.log.write(event="not_finite", step=self.step + 1, error=str(error), clips=batch.names)
+    def _not_finite(self, norm: float) -> None:
+        """Step number `step` made no update: put its clips into the log; RunError if too many did so."""
+        self.skipped += 1
+        allowed = self.settings.training.skip_not_finite
+        what = f"the gradient norm is {norm}" if math.isfinite(self.loss) else f"the loss is {self.loss}"
+        clips = None
+        if self.log.enabled:
+            shape = self.curriculum(self.step - 1)
+            clips = self.task.batch(self.step - 1, shape, range(shape.batch_size)).names
+        self.log.write(event="not_finite", step=self.step, error=what, clips=clips, skipped=self.skipped)
+        if self.skipped > allowed:
+            limit = f", as in {allowed} steps before (training.skip_not_finite)" if allowed else ""
             raise RunError(
-                f"step {self.step + 1}: {error}; the weights were not updated; the clips are named in {self.log.path}; "
-                "resume with a lower training.lr or training.clip_grad"
-            ) from error
+                f"step {self.step}: {what}; the weights were not updated{limit}; the clips are named in {self.log.path}; "
+                "resume with a lower training.lr or training.clip_grad, or let training.skip_not_finite leave such updates out"
+            )
+        self.log.say(f"step {self.step}: {what}; update left out, {self.skipped} of {allowed} allowed; clips in {self.log.path}")
 
     def _report(self) -> None:
         if self.step % self.settings.training.log_every:
             return
         means = self.meter.means()
         self.meter = Meter()
+        if "tokens" not in means:  # no step since the last line made an update
+            return
         frames = [means.pop(f"frame/{k}", None) for k in range(self.task.num_frames)]
         tokens_per_second = means.pop("tokens") / means["seconds"]
         memory = peak_memory_bytes(self.engine.device)
@@ -230,52 +243,50 @@ class Run:
 
     def save(self, export: bool) -> Path:
         """Write a checkpoint of the current step; with `export` the model folder too."""
-        engine = self.engine
+        engine, training, root = self.engine, self.settings.training, self.checkpoints
+        first, folder = engine.rank == 0, checkpoint.writing_folder(root, self.step)
+        averages = engine.labelled(checkpoint.AVERAGE, self.ema.average) if self.ema else {}
+        tensors = engine.state() | checkpoint.random_state() | averages
+        state = {
+            "settings": self.settings.to_dict(),
+            "identity": self.task.identity(),
+            "task": self.task.facts(),
+            "engine": engine.kind,
+            "world": engine.world,
+            "updates": engine.updates,
+            "skipped": self.skipped,
+            "averaged": self.ema is not None,
+            "meter": self.meter.sums,
+            **versions(),
+        }
+        kept = {"keep_last": training.keep_last, "keep_every": training.keep_every}
         try:
-            if engine.rank == 0:
-                checkpoint.begin(self.checkpoints, self.step)
-            engine.barrier()
-            folder = checkpoint.writing_folder(self.checkpoints, self.step)
-            tensors = engine.state() | checkpoint.random_state() | (self.ema.state() if self.ema else {})
-            checkpoint.save_tensors(folder, engine.rank, tensors)
-            engine.save_files(folder)
-            engine.barrier()
-            if engine.rank == 0:
-                state = {
-                    "settings": self.settings.to_dict(),
-                    "identity": self.task.identity(),
-                    "engine": engine.kind,
-                    "world": engine.world,
-                    "meter": self.meter.sums,
-                    **versions(),
-                }
-                checkpoint.finish(self.checkpoints, folder, self.step, state, self.settings.training.keep_last)
-        except (OSError, SafetensorError) as error:
+            self._together(lambda: checkpoint.begin(root, self.step) if first else None)
+            self._together(lambda: checkpoint.save_tensors(folder, engine.rank, tensors))
+            self._together(lambda: checkpoint.finish(root, folder, self.step, state, **kept) if first else None)
+        except RunError as error:
+            if first:
+                checkpoint.give_up(root, self.step)
             raise RunError(f"the checkpoint of step {self.step} cannot be written: {error}; older ones are kept") from error
-        engine.barrier()
         if export:
             self.export()
-        return checkpoint.checkpoint_folder(self.checkpoints, self.step)
+        return checkpoint.checkpoint_folder(root, self.step)
 
     def export(self) -> Path:
-        """Write <output_dir>/export, with the averaged weights if there are any, and put it in place when it is whole."""
-        target = self.settings.output_dir / "export"
-        with self._averaged_weights():
-            weights = self.engine.gathered()
-        if self.engine.rank == 0:
-            writing, old = target.with_name(".writing-export"), target.with_name(".old-export")
-            for folder in (writing, old):
-                shutil.rmtree(folder, ignore_errors=True)
-            writing.mkdir(parents=True)
-            self.task.export(weights, writing, EXPORT_DTYPES[self.settings.training.export_dtype])
-            facts = {"steps": self.step, "averaged": self.ema is not None, "settings": self.settings.to_dict()}
-            write_json(writing / "training.json", facts | versions())
-            if target.exists():
-                os.replace(target, old)
-            os.replace(writing, target)
-            shutil.rmtree(old, ignore_errors=True)
-        self.engine.barrier()
+        """Write <output_dir>/export from the checkpoint of this step, and put it in place when it is whole."""
+        target, folder = self.settings.output_dir / "export", checkpoint.checkpoint_folder(self.checkpoints, self.step)
+        self._together(lambda: self.task.export(folder, target) if self.engine.rank == 0 else None)
         return target
+
+    def _together(self, action: Callable[[], Any]) -> None:
+        """Do it; RunError in all processes if it fails in one, so that the others do not wait for that one."""
+        failure = None
+        try:
+            action()
+        except (OSError, SafetensorError, UserError, RunError) as error:
+            failure = error
+        if self.engine.any_of(failure is not None):
+            raise RunError(str(failure or "another process failed, see its own message")) from failure
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -283,37 +294,41 @@ class Run:
         if not self.ema:
             yield
             return
-        self.ema.swap(self.engine.local_parameters())
-        self.engine.parameters_changed()
+        self.ema.swap(self.engine.weights())
+        self.engine.weights_changed()
         try:
             yield
         finally:
-            self.ema.swap(self.engine.local_parameters())
-            self.engine.parameters_changed()
+            self.ema.swap(self.engine.weights())
+            self.engine.weights_changed()
 
     def _resume(self) -> int:
         """Load the newest good checkpoint of the output folder; returns the number of steps done."""
-        found = checkpoint.latest(self.checkpoints)
+        engine = self.engine
+        found = checkpoint.latest(self.checkpoints, engine.rank, engine.world, engine.any_of)
+        step = found[1]["step"] if found else 0
+        if float(engine.all_sum(torch.tensor([step], dtype=torch.float64))) != step * engine.world:
+            raise RunError(f"processes see different checkpoints in {self.checkpoints}; it must be a folder that all of them share")
+        # For dropout, where a run or a process begins; a checkpoint's own state goes before it.
+        torch.manual_seed(sample_generator(self.settings.training.seed, step, engine.rank, "process").initial_seed())
         if found is None:
             return 0
         folder, state = found
-        checkpoint.check_fits(
-            folder,
-            state,
-            identity=self.task.identity(),
-            engine=self.engine.kind,
-            world=self.engine.world,
-            max_steps=self.settings.training.max_steps,
-        )
+        checkpoint.check_fits(folder, state, identity=self.task.identity(), max_steps=self.settings.training.max_steps)
         self.changed = differences(state["settings"], self.settings.to_dict())
-        tensors = checkpoint.load_tensors(folder, self.engine.rank)
-        self.engine.load_state(tensors)
-        self.engine.load_files(folder)
+        written, now = (f"{kind}, {world} process{'es' * (world > 1)}" for kind, world in
+                        ((state["engine"], state["world"]), (engine.kind, engine.world)))  # fmt: skip
+        if written != now:
+            self.changed.append(
+                f"written by {written}, this is {now}: weights, optimizer state and averages were divided anew; losses agree "
+                "with those of an uninterrupted run up to rounding, not bit by bit"
+            )
+        stored = checkpoint.Stored(folder)
+        engine.load(stored, state["updates"])
         if self.ema:
-            averaged = any(name.startswith("ema.") for name in tensors)
-            self.ema = self.ema if averaged else Ema(self.engine.local_parameters(), self.ema.decay)
-            if averaged:
-                self.ema.load_state(tensors)
-        checkpoint.set_random_state(tensors)
-        self.meter = Meter(state["meter"])
-        return state["step"]
+            self.ema = Ema(engine.weights(), self.ema.decay)
+            if state["averaged"]:
+                engine.fill(stored, checkpoint.AVERAGE, self.ema.average)
+        checkpoint.set_random_state(stored.own(engine.rank))
+        self.meter, self.skipped = Meter(state["meter"]), state["skipped"]
+        return step

@@ -18,6 +18,7 @@ from lumos.errors import UserError
 from lumos.generation.settings import GenerationSettings
 from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_STAGE = 2  # of runs with several processes that name none
 
 
@@ -31,6 +32,16 @@ class ModelSettings:
     preset: str | None = setting(None, "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
     from_: str | None = setting(None, "model folder whose weights and config to start from, instead of a preset")
+
+
+@dataclass
+class LoraSettings:
+    rank: int | None = setting(
+        None, "rank of low-rank adapters (arXiv 2106.09685), which are then all that is trained; null: the whole model is", low=1
+    )
+    alpha: float = setting(16.0, "adapters are scaled by alpha / rank", low=0)
+    dropout: float = setting(0.0, "dropout on what goes into the adapters", low=0, high=1)
+    targets: list[str] = setting(list(LORA_TARGETS), "projections of every layer that get adapters")
 
 
 @dataclass
@@ -102,15 +113,16 @@ class OptimizationSettings:
     )
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
-    output_dir: str | None = setting(
-        None,
-        "where checkpoints, log and export go; default runs/<name>, with DeepSpeed runs/<name>-zero<stage>x<processes>",
+    skip_not_finite: int = setting(
+        0, "updates of the run that may be left out because loss or gradient is not finite; one more stops it", low=0
     )
+    output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name>")
     log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1)
     eval_every: int = setting(0, "steps between validation losses; 0: never", low=0)
     save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0)
     save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: not by time", low=0)
-    keep_last: int = setting(2, "complete checkpoints to keep (published 20)", low=1)
+    keep_last: int = setting(2, "newest complete checkpoints to keep (published 20)", low=1)
+    keep_every: int = setting(0, "keep those of every so many steps as well, a multiple of save_every_steps; 0: none", low=0)
     export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
     export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "float16", "bfloat16"))
 
@@ -124,6 +136,7 @@ class DeepSpeedSettings:
         high=3,
     )
     config: str | None = setting(None, "JSON file of further DeepSpeed options (offload, buckets, ...)")
+    timeout_minutes: float = setting(30.0, "how long processes wait for one that died or hangs before they end with an error")
 
     def file_options(self) -> dict[str, Any]:
         """What the JSON file holds; UserError if it cannot be used."""
@@ -145,6 +158,7 @@ class TrainingSettings:
 
     name: str = setting("train", "name of the run")
     model: ModelSettings = setting(ModelSettings, "what is trained")
+    lora: LoraSettings = setting(LoraSettings, "fine-tuning by low-rank adapters")
     tokenizer: TokenizerSettings = setting(TokenizerSettings, "the two tokenizers, which are not trained here")
     data: DataSettings = setting(DataSettings, "what it is trained on")
     masking: MaskingSettings = setting(MaskingSettings, "which tokens it must fill in")
@@ -164,11 +178,8 @@ class TrainingSettings:
 
     @property
     def output_dir(self) -> Path:
-        """The folder of the run. By default each kind of engine has its own, as none can read another's checkpoints."""
-        if self.training.output_dir:
-            return Path(self.training.output_dir)
-        stage = self.zero_stage
-        return Path("runs") / (self.name if stage is None else f"{self.name}-zero{stage}x{world_size()}")
+        """The folder of the run."""
+        return Path(self.training.output_dir or Path("runs") / self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""
@@ -207,6 +218,14 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(f"data.{name} has no effect with data.source=shards, which was ingested as it is; leave it out")
     if (settings.model.preset is None) == (settings.model.from_ is None):
         raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
+    _check_lora(settings)
+    if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
+        raise UserError(
+            f"training.keep_every is {training.keep_every}; it must be a multiple of training.save_every_steps, which is "
+            f"{training.save_every_steps}"
+        )
+    if settings.deepspeed.timeout_minutes <= 0:
+        raise UserError(f"deepspeed.timeout_minutes is {settings.deepspeed.timeout_minutes}; it must be above 0")
     for i, stage in enumerate(stages):
         if stage.image_batch_size is not None and stage.image_share == 0:
             raise UserError(f"data.stages[{i}].image_batch_size has no effect with image_share 0; set image_share too")
@@ -225,3 +244,18 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError(
             f"deepspeed.config: there is no file {settings.deepspeed.config}; the shipped ones are in configs/deepspeed/"
         )
+
+
+def _check_lora(settings: TrainingSettings) -> None:
+    lora, usual = settings.lora, LoraSettings()
+    if lora.rank is None:
+        for name in ("alpha", "dropout", "targets"):
+            if getattr(lora, name) != getattr(usual, name):
+                raise UserError(f"lora.{name} has no effect without lora.rank; set a rank, for example 8, or leave it out")
+        return
+    if settings.model.from_ is None:
+        raise UserError("lora.rank needs model.from: adapters change a trained model, not random weights")
+    if unknown := [name for name in lora.targets if name not in LORA_TARGETS]:
+        raise UserError(f"lora.targets has {unknown[0]!r}; allowed: {', '.join(LORA_TARGETS)}")
+    if not lora.targets or lora.dropout >= 1:
+        raise UserError("lora.targets must not be empty, and lora.dropout must be below 1")

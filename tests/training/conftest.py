@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks, Runs
 
 from lumos.data.worlds import captions
 from lumos.training.settings import TrainingSettings, build_settings
@@ -35,23 +36,43 @@ def micro_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     return {"video": str(folder / "video"), "text": str(folder / "text")}
 
 
+def build_micro(tokenizers: dict[str, str], output_dir: Path, **sections: dict) -> TrainingSettings:
+    """Settings of a run of a second; keywords are sections whose keys override."""
+    raw = {
+        "model": {"preset": "tiny", "overrides": MICRO_MODEL},
+        "tokenizer": tokenizers,
+        "data": {"num_frames": 5, "height": 32, "width": 32, "workers": 0, "validation_clips": 3},
+        "training": {
+            "max_steps": 6, "batch_size": 4, "warmup_steps": 1, "lr": 3e-3, "log_every": 1, "save_every_minutes": 0,
+            "device": "cpu",
+            "output_dir": str(output_dir),
+        },
+    }  # fmt: skip
+    for name, values in sections.items():
+        raw[name] = values if name == "model" else {**raw.get(name, {}), **values}
+    return build_settings(raw)
+
+
 @pytest.fixture
 def micro_settings(micro_tokenizers: dict[str, str], tmp_path: Path) -> Callable[..., TrainingSettings]:
-    """Settings of a run of a second; keywords are sections whose keys override."""
+    return lambda **sections: build_micro(micro_tokenizers, tmp_path / "run", **sections)
 
-    def make(**sections: dict) -> TrainingSettings:
-        raw = {
-            "model": {"preset": "tiny", "overrides": MICRO_MODEL},
-            "tokenizer": micro_tokenizers,
-            "data": {"num_frames": 5, "height": 32, "width": 32, "workers": 0, "validation_clips": 3},
-            "training": {
-                "max_steps": 6, "batch_size": 4, "warmup_steps": 1, "lr": 3e-3, "log_every": 1, "save_every_minutes": 0,
-                "device": "cpu",
-                "output_dir": str(tmp_path / "run"),
-            },
-        }  # fmt: skip
-        for name, values in sections.items():
-            raw[name] = values if name == "model" else {**raw.get(name, {}), **values}
-        return build_settings(raw)
 
-    return make
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pytest.importorskip("deepspeed")
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def runs(ranks: Ranks, micro_tokenizers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Pictures, then clips; checkpoints after steps 2 and 4 of 5; averaged weights; two or more micro-batches a step."""
+    data = {"stages": [{"steps": 2, "image_share": 1.0}, {}]}
+    training = {"max_steps": 5, "save_every_steps": 2, "ema_decay": 0.9, "eval_every": 5, "micro_batch_size": 1}
+
+    def make(folder: Path) -> TrainingSettings:
+        return build_micro(micro_tokenizers, folder, data=data, training=training)
+
+    return Runs(ranks, tmp_path_factory.mktemp("runs"), make)

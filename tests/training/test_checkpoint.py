@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import itertools
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lumos.errors import RunError
 from lumos.training import checkpoint
 
 
-def write(root: Path, step: int, keep_last: int = 9) -> Path:
+def write(root: Path, step: int, keep_last: int = 9, keep_every: int = 0) -> Path:
     checkpoint.begin(root, step)
     folder = checkpoint.writing_folder(root, step)
-    checkpoint.save_tensors(folder, 0, {"model.a": torch.full((4,), float(step))})
-    return checkpoint.finish(root, folder, step, {"note": "x"}, keep_last)
+    checkpoint.save_tensors(folder, 0, {checkpoint.key("weight", "a", 0): torch.full((4,), float(step))})
+    return checkpoint.finish(root, folder, step, {"note": "x"}, keep_last=keep_last, keep_every=keep_every)
 
 
 def truncate(folder: Path) -> None:
@@ -44,7 +48,7 @@ def test_round_trip(tmp_path: Path):
     folder = write(tmp_path, 3)
     found, state = checkpoint.latest(tmp_path)
     assert (found, state["step"], state["note"]) == (folder, 3, "x")
-    assert checkpoint.load_tensors(found, 0)["model.a"].tolist() == [3.0] * 4
+    assert checkpoint.Stored(found).read("weight", "a", 0, 4).tolist() == [3.0] * 4
 
 
 def test_none_at_all(tmp_path: Path):
@@ -58,6 +62,12 @@ def test_only_the_newest_are_kept_and_left_overs_go(tmp_path: Path):
     for step in (2, 10, 9):
         write(tmp_path, step, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
+
+
+def test_those_of_every_so_many_steps_stay_as_well(tmp_path: Path):
+    for step in range(2, 16, 2):
+        write(tmp_path, step, keep_last=2, keep_every=4)
+    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 12, 14]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_a_file, spoil_the_state, empty_the_state])
@@ -75,10 +85,44 @@ def test_a_damaged_one_falls_back_loudly(tmp_path: Path, capsys: pytest.CaptureF
 def test_views_are_stored_whole(tmp_path: Path):
     base = torch.arange(6.0)
     checkpoint.save_tensors(tmp_path, 0, {"a": base[:3], "b": base[3:], "c": base.view(2, 3).T})
-    loaded = checkpoint.load_tensors(tmp_path, 0)
+    loaded = checkpoint.Stored(tmp_path).own(0)
     assert loaded["a"].tolist() == [0, 1, 2]
     assert loaded["b"].tolist() == [3, 4, 5]
     assert loaded["c"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@given(st.integers(1, 40), st.data())
+def test_any_run_of_values_comes_back_whoever_wrote_it(count: int, data: st.DataObject):
+    """A parameter cut at random among files -> any run of it, as from the whole tensor."""
+    cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=5)) | {0, count})
+    whole = torch.randn(count)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, (low, high) in enumerate(itertools.pairwise(cuts)):
+            checkpoint.save_tensors(Path(folder), rank, {checkpoint.key("weight", "a.b", low): whole[low:high]})
+        stored = checkpoint.Stored(Path(folder))
+        start = data.draw(st.integers(0, count))
+        length = data.draw(st.integers(0, count - start))
+        assert torch.equal(stored.read("weight", "a.b", start, length), whole[start : start + length])
+        with pytest.raises(RunError, match=rf"{count} of the {count + 1} values of weight a\.b"):
+            stored.read("weight", "a.b", 0, count + 1)
+        with pytest.raises(RunError, match="0 of the 1 values of exp_avg"):
+            stored.read("exp_avg", "a.b", 0, 1)
+
+
+def test_processes_come_to_one_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each of two reads its share of the files through; what one finds damaged, both pass over."""
+    write(tmp_path, 1)
+    truncate(write(tmp_path, 2))
+    damaged = checkpoint.read_state(tmp_path / "step-00000002", rank=1, world=2)  # the only file is in the other's share
+    assert damaged["step"] == 2
+    asked = []
+
+    def any_of(mine: bool) -> bool:
+        asked.append(mine)
+        return mine or len(asked) == 1  # the other process found the first one damaged
+
+    assert checkpoint.latest(tmp_path, 1, 2, any_of)[1]["step"] == 1
+    assert asked == [False, False]
 
 
 def test_random_state_comes_back():
@@ -86,3 +130,4 @@ def test_random_state_comes_back():
     first = torch.rand(3)
     checkpoint.set_random_state(state)
     assert torch.equal(torch.rand(3), first)
+    checkpoint.set_random_state({})

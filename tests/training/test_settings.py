@@ -43,18 +43,11 @@ def test_overrides_apply_in_order_and_by_type(config: Path):
     assert settings.output_dir == Path("runs/small")
 
 
-def test_every_kind_of_engine_has_a_default_folder_of_its_own(config: Path, tmp_path: Path, monkeypatch):
-    file = tmp_path / "options.json"
-    file.write_text('{"zero_optimization": {"stage": 3}}')
-
-    def folder(*overrides: str) -> str:
-        return str(load_settings(config, list(overrides)).output_dir)
-
-    assert folder("deepspeed.zero_stage=1") == str(Path("runs/small-zero1x1"))
+def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
+    """Any of them reads the checkpoints of any other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert folder() == str(Path("runs/small-zero2x2"))
-    assert folder(f"deepspeed.config={file}") == str(Path("runs/small-zero3x2"))
-    assert folder("training.output_dir=mine") == "mine"
+    assert load_settings(config, ["deepspeed.zero_stage=1"]).output_dir == Path("runs/small")
+    assert load_settings(config, ["training.output_dir=mine"]).output_dir == Path("mine")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +71,12 @@ def test_every_kind_of_engine_has_a_default_folder_of_its_own(config: Path, tmp_
         ("training.min_lr=1", ["min_lr", "at most lr"]),
         ("training.decay_steps=5", ["wsd"]),
         ("training.ema_decay=1", ["0.999"]),
+        ("training.keep_every=10", ["training.keep_every is 10", "multiple of training.save_every_steps", "is 0"]),
+        ("training.skip_not_finite=-1", ["training.skip_not_finite", "0 or more"]),
+        ("deepspeed.timeout_minutes=0", ["timeout_minutes is 0", "above 0"]),
+        ("lora.rank=0", ["lora.rank", "1 or more"]),
+        ("lora.rank=8", ["lora.rank needs model.from"]),
+        ("lora.alpha=8", ["lora.alpha has no effect without lora.rank"]),
         ("model.from=somewhere", ["model.preset", "model.from"]),
         ("deepspeed.config=nowhere.json", ["nowhere.json"]),
         ("max_steps", ["section.key=value"]),
@@ -92,6 +91,21 @@ def test_wrong_settings_say_what_is_wrong_and_allowed(config: Path, override: st
     message = str(error.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+def test_lora_settings():
+    def lora(**values) -> TrainingSettings:
+        return build_settings({"model": {"from": "x"}, "lora": {"rank": 4, **values}})
+
+    assert lora().lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for values, words in (
+        ({"targets": ["q_proj", "qproj"]}, "lora.targets has 'qproj'; allowed: q_proj, k_proj"),
+        ({"targets": []}, "must not be empty"),
+        ({"dropout": 1.0}, "below 1"),
+        ({"rang": 4}, "did you mean rank"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lora(**values)
 
 
 def test_files_that_are_no_config(tmp_path: Path):

@@ -1,0 +1,52 @@
+"""`export`: a run, one of its checkpoints or an adapter -> a folder that `generate.py --model` or `--lora` takes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", help="folder of a run (its newest good checkpoint is taken), of one checkpoint, or of an adapter to merge")
+    add("--out", required=True, help="folder to write; it must not exist yet")
+    add("--weights", choices=("averaged", "trained"), help="default: the averaged ones where the run has them")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the run's training.export_dtype; adapters: float32")
+    add("--merge", action="store_true", help="of a run with LoRA, write the whole model instead of the adapter")
+    add("--model", help="base model to merge into; default: the one that the adapter was trained on")
+    add("--video-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
+    add("--text-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lumos.adapters import is_adapter
+    from lumos.errors import UserError
+    from lumos.files import check_writable
+    from lumos.training.export import Tokenizers, export_adapter, export_checkpoint, export_merged, find_checkpoint
+
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists already; name another --out, or move it away")
+    check_writable(out)
+    if (args.video_tokenizer is None) != (args.text_tokenizer is None):
+        raise UserError("--video-tokenizer and --text-tokenizer go together; give both or none")
+    tokenizers = Tokenizers(args.video_tokenizer, args.text_tokenizer) if args.video_tokenizer else None
+    if is_adapter(args.source):
+        if args.weights:
+            raise UserError("--weights has no effect on an adapter folder, which holds one kind; leave it out")
+        base = export_adapter(args.source, args.model, out, dtype=args.dtype or "float32", tokenizers=tokenizers)
+        print(f"{out}  {args.source} merged into {base}")
+        return
+    folder, state = find_checkpoint(args.source)
+    if not args.merge:
+        if args.model:
+            raise UserError("--model has an effect only with --merge; leave it out")
+    elif not state["task"]["lora"]:
+        raise UserError(f"{folder} has no adapters to merge (its lora.rank is not set); leave --merge out")
+    averaged = None if args.weights is None else args.weights == "averaged"
+    if args.merge:
+        made = export_merged(folder, state, args.model, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers)
+    else:
+        made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers)
+    what = "model" if args.merge or not state["task"]["lora"] else "adapter"
+    print(f"{out}  {what} of step {made['steps']}, {'averaged' if made['averaged'] else 'trained'} weights, {made['dtype']}")

@@ -1,0 +1,38 @@
+"""`render`: a folder of mp4 clips of the small worlds, each with its caption in a txt beside it, as `ingest` takes them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", required=True, help="folder to write into; it must not exist yet")
+    add("--count", type=int, default=20, help="clips; default: %(default)s")
+    add("--kind", default="one", help="as in evaluate prompts: one, two, digits, sprites, held_out, ...; default: %(default)s")
+    add("--seed", type=int, default=0, help="other seeds show other scenes")
+    add("--num-frames", type=int, default=17, help="default: %(default)s")
+    add("--height", type=int, default=64, help="pixels; default: %(default)s")
+    add("--width", type=int, default=64, help="pixels; default: %(default)s")
+    add("--fps", type=int, default=8, help="frames per second; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lumos.errors import UserError
+    from lumos.evaluation.prompts import prompt_set
+    from lumos.files import check_writable, replacing_folder
+    from lumos.video_io import write_video
+
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists already; name another --out, or move it away")
+    if args.count < 1:
+        raise UserError(f"--count {args.count} is not allowed; give at least 1")
+    check_writable(out)
+    shape = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
+    with replacing_folder(out) as folder:
+        for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
+            write_video(folder / f"{number:05d}.mp4", frames, args.fps)
+            (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
+    print(f"{out}  {args.count} clips")

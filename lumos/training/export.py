@@ -1,0 +1,156 @@
+"""A checkpoint of any engine -> a folder for `from_pretrained`, or for LoRA an adapter folder, in one process without DeepSpeed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from lumos.adapters import Lora, fingerprints, read_record, write_adapter
+from lumos.configuration import LumosConfig
+from lumos.errors import UserError
+from lumos.files import replacing_folder, write_json
+from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
+from lumos.modeling import LumosForVideoGeneration
+from lumos.pipeline import LumosPipeline
+from lumos.runtime import versions
+from lumos.training import checkpoint
+from tokenizer.text import TextTokenizer
+from tokenizer.video import VideoTokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Where the two are: a folder each, or the file of the text tokenizer."""
+
+    video: str
+    text: str
+
+
+def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint folder, or a run's folder, whose newest undamaged checkpoint is taken -> (checkpoint folder, its state)."""
+    source = Path(source)
+    if (source / checkpoint.STATE).is_file():
+        return source, checkpoint.read_state(source)
+    for root in (source / "checkpoints", source):
+        if (found := checkpoint.latest(root)) is not None:
+            return found
+    raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
+
+
+def export_checkpoint(
+    folder: Path,
+    state: dict[str, Any],
+    out: str | Path,
+    *,
+    averaged: bool | None = None,
+    dtype: str | None = None,
+    tokenizers: Tokenizers | None = None,
+) -> dict[str, Any]:
+    """Write `out`, whole or not at all, with the averaged weights (if there are any) or the trained ones.
+
+    A run with LoRA gives an adapter folder. `dtype` and `tokenizers` are by default those of the run. Returns what
+    training.json says. UserError if there are no averaged weights and for tokenizers that are not those of the run.
+    """
+    settings, facts = state["settings"], state["task"]
+    averaged = state["averaged"] if averaged is None else averaged
+    if averaged and not state["averaged"]:
+        raise UserError(f"{folder} has no averaged weights (training.ema_decay was 0); export the trained ones: --weights trained")
+    dtype = dtype or settings["training"]["export_dtype"]
+    tokenizers = tokenizers or Tokenizers(**facts["tokenizers"])
+    _check_tokenizers(folder, facts, tokenizers)
+    made = {"steps": state["step"], "averaged": averaged, "dtype": dtype, "settings": settings, **versions()}
+    stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
+    with replacing_folder(out) as writing:
+        if facts["lora"]:
+            shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
+            read = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+            weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in read.items()}
+            record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
+            write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
+            return made
+        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype])
+        VideoTokenizer.from_pretrained(tokenizers.video).to(DTYPES[dtype]).save_pretrained(writing / "video_tokenizer")
+        TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(writing / "text_tokenizer")
+        write_defaults(writing, GenerationSettings(**facts["generation"]), ClipDefaults(**facts["clip"], target_size=None))
+        write_json(writing / "training.json", made)
+    return made
+
+
+def export_merged(
+    folder: Path, state: dict[str, Any], base: str | None, out: str | Path, *, dtype: str | None, tokenizers: Tokenizers | None,
+    averaged: bool | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `export_checkpoint`, of a run with LoRA as a whole model folder: the base model's with the adapters merged in."""
+    with tempfile.TemporaryDirectory() as place:
+        adapter = Path(place) / "adapter"
+        made = export_checkpoint(folder, state, adapter, averaged=averaged, dtype="float32")
+        dtype = dtype or state["settings"]["training"]["export_dtype"]
+        export_adapter(adapter, base, out, dtype=dtype, tokenizers=tokenizers, made={**made, "dtype": dtype})
+    return {**made, "dtype": dtype}
+
+
+def export_adapter(
+    adapter: str | Path, base: str | None, out: str | Path, *, dtype: str, tokenizers: Tokenizers | None,
+    made: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Write a whole model folder: the base model's with an adapter folder merged in; returns the base model's folder.
+
+    `made` is what its training.json says; default: from what the adapter was made.
+    """
+    record = read_record(Path(adapter))
+    base = base or (record and record["base"]["folder"])
+    if base is None:
+        raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
+    places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
+    pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
+    with replacing_folder(out) as writing:
+        pipe.model.to(DTYPES[dtype])
+        pipe.model.config.dtype = DTYPES[dtype]
+        pipe.video_tokenizer.to(DTYPES[dtype])
+        with _no_progress_bar():
+            pipe.save_pretrained(writing)
+        facts = made or {"adapter": str(adapter), "dtype": dtype, **versions()}
+        write_json(writing / "training.json", {"base": str(base), **facts})
+    return base
+
+
+def _write_model(folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        model = LumosForVideoGeneration(config)
+    weights = {name: stored.read(kind, name, 0, p.numel()).view(p.shape).to(dtype) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    model.config.dtype = dtype
+    with _no_progress_bar():
+        model.save_pretrained(folder)
+
+
+def _check_tokenizers(folder: Path, facts: dict[str, Any], tokenizers: Tokenizers) -> None:
+    remedy = "name the run's with --video-tokenizer and --text-tokenizer"
+    try:
+        found = fingerprints(tokenizers.video, tokenizers.text)
+    except (ValueError, OSError) as error:
+        raise UserError(f"the tokenizers of {folder} cannot be read: {error}; {remedy}") from error
+    for kind, fingerprint in facts["fingerprints"].items():
+        if found[kind] != fingerprint:
+            other = f"{getattr(tokenizers, kind)} is another {kind} tokenizer"
+            raise UserError(f"{other} than the one that {folder} was trained with; {remedy}")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,55 @@
+"""The commands of docs/finetuning.md, in their order, with few clips and steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from lumos.cli import main
+from lumos.video_io import read_video
+
+FEWER = {
+    "render": ["--count", "4"],
+    "train": ["training.max_steps=2", "training.batch_size=2", "data.stages=[{image_share: 0.5, image_batch_size: 2}]"],
+    "generate": ["--num-inference-steps", "1", "--seed", "1"],
+    "evaluate": ["--count", "1", "--num-inference-steps", "1"],
+}
+
+
+def page(repo: Path) -> list[list[str]]:
+    """Every command as words after `python -m lumos`."""
+    text = (repo / "docs" / "finetuning.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line.split("  #")[0]) for line in lines]
+    named = [["train" if c[1] == "train.py" else "generate", *c[2:]] if c[1].endswith(".py") else c[3:] for c in commands]
+    return [command for command, words in zip(named, commands, strict=True) if words[0] == "python"]
+
+
+def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow")
+    for name in ("checkpoints", "configs"):
+        (tmp_path / name).symlink_to(repo / name)
+    monkeypatch.chdir(tmp_path)
+    commands = page(repo)
+    assert [command[0] for command in commands] == (
+        ["render", "ingest", "inspect", "train", "generate", "train", "generate", "export", "evaluate", "evaluate"]
+    )
+    for command in commands:
+        assert main([*command, *FEWER.get(command[0], [])]) == 0, (command, capsys.readouterr().err)
+    assert len(list(Path("clips").glob("*.mp4"))) == len(list(Path("clips").glob("*.txt"))) == 4
+    clips = {name: read_video(f"{name}.mp4")[0] for name in ("whole", "lora")}
+    assert {clip.shape for clip in clips.values()} == {(17, 64, 64, 3)}
+    assert not np.array_equal(clips["whole"], clips["lora"])
+    before, whole, merged = (
+        load_file(Path(folder) / "model.safetensors") for folder in ("checkpoints/lumos-tiny", "runs/finetune/export", "merged")
+    )
+    changed = {name for name in before if not np.array_equal(before[name].float(), merged[name].float())}
+    assert changed == {name for name in before if re.search(r"\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.", name)}
+    assert {name for name in before if not np.array_equal(before[name].float(), whole[name].float())} > changed
+    assert main(["render", "--out", "clips"]) == 2
+    assert "clips exists already" in capsys.readouterr().err

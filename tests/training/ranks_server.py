@@ -1,0 +1,194 @@
+"""Processes of training runs, forked from this one, which has imported everything: a run of two costs seconds, not half a minute.
+
+Reads a job a line, {"folder", "config", "overrides", "world", "faults": {rank: [[name, argument, ...], ...]}, "seconds"},
+and answers with how each process ended. Each is the command line's own `train`, with the faults put in before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from lumos.cli import main
+from lumos.training import checkpoint
+from lumos.training.ardf import ArdfTask
+from lumos.training.loop import Run
+
+
+def kill_after_step(step: int) -> None:
+    report = Run._report
+
+    def killed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run._report = killed
+
+
+def kill_soon_after_step(step: int, seconds: float) -> None:
+    """Wherever it is then."""
+    report = Run._report
+
+    def killed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+    Run._report = killed
+
+
+def stop_after_step(step: int) -> None:
+    """Neither dead nor alive."""
+    report = Run._report
+
+    def stopped(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    Run._report = stopped
+
+
+def kill_in_save(step: int) -> None:
+    """With half of this process's file written."""
+    save = checkpoint.save_file
+
+    def killed(tensors: dict, path: Path) -> None:
+        save(tensors, path)
+        if f"{step:08d}" in str(path):
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = killed
+
+
+def kill_before_rename(step: int) -> None:
+    """With everything written and nothing visible."""
+    replace = os.replace
+
+    def killed(source: object, target: object) -> None:
+        if str(target).endswith(f"step-{step:08d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = killed
+
+
+def full_disk_in_save(step: int) -> None:
+    """The kernel refuses more than a few bytes of this process's file."""
+    save = checkpoint.save_file
+
+    def limited(tensors: dict, path: Path) -> None:
+        if f"{step:08d}" in str(path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            save(tensors, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    checkpoint.save_file = limited
+
+
+def not_finite_in_step(step: int, what: str) -> None:
+    """The loss of this process's clips, or only its gradient."""
+    losses = ArdfTask.losses
+    calls = [0]
+
+    def spoiled(task: ArdfTask, model: torch.nn.Module, micro: dict) -> tuple:
+        values, frames = losses(task, model, micro)
+        if model.training:
+            calls[0] += 1
+            if calls[0] == step:
+                values = values * math.nan if what == "loss" else values + (values * 0).sqrt()
+        return values, frames
+
+    ArdfTask.losses = spoiled
+
+
+def hide_a_weight() -> None:
+    """As if DeepSpeed kept a weight where no slot leads to."""
+    from lumos.training.deepspeed_engine import DeepSpeedEngine
+
+    slots = DeepSpeedEngine.slots
+    DeepSpeedEngine.slots = lambda engine: dict(list(slots(engine).items())[1:])
+
+
+def serve() -> list[str] | None:
+    """Answer jobs; in a forked process, return the command line that it shall run."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children: list[int] = []
+        for rank in range(job["world"]):
+            child = os.fork()
+            if child == 0:
+                return become(rank, port, job)
+            children.append(child)
+        print(json.dumps(wait(children, job)), flush=True)
+    return None
+
+
+def become(rank: int, port: int, job: dict) -> list[str]:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if job["plain"]:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+    os.chdir(job["folder"])
+    for number, name in ((0, "/dev/null"), (1, f"out-{rank}"), (2, f"err-{rank}")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    for name, *arguments in job["faults"].get(str(rank), []):
+        globals()[name](*arguments)
+    return ["train", "--config", job["config"], *job["overrides"]]
+
+
+def wait(children: list[int], job: dict) -> list[dict]:
+    """How each ended: exit code, negative for a signal, null for one that had to be killed at the end."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + job["seconds"]
+    stopped = {int(rank) for rank, faults in job["faults"].items() if any(f[0] == "stop_after_step" for f in faults)}
+    waiting = {child for rank, child in enumerate(children) if rank not in stopped}
+    while waiting - codes.keys() and time.monotonic() < deadline:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[child] = os.waitstatus_to_exitcode(status)
+        else:
+            time.sleep(0.02)
+    for child in set(children) - codes.keys():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    texts = [Path(job["folder"], f"err-{rank}").read_text(errors="replace")[-4000:] for rank in range(len(children))]
+    return [{"code": codes.get(child), "err": text} for child, text in zip(children, texts, strict=True)]
+
+
+def import_all() -> None:
+    """Also what would be imported at the first use."""
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.original_muon
+    import peft  # noqa: F401
+
+    import lumos.commands.train
+    import lumos.data.digits
+    import lumos.training.deepspeed_engine
+
+    lumos.data.digits.load()
+    assert deepspeed.ops.__compatible_ops__
+
+
+if __name__ == "__main__":
+    import_all()
+    command = serve()
+    sys.exit(None if command is None else main(command))

@@ -1,0 +1,100 @@
+"""`export`: any checkpoint as a model folder, in one process, without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Runs
+from safetensors.torch import load_file
+
+from lumos import LumosPipeline
+from lumos.cli import main
+from lumos.training.loop import train
+
+ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def exported(runs: Runs) -> Path:
+    """<engine>-averaged and <engine>-trained of a run of each engine, written by a process that cannot import DeepSpeed or peft."""
+    folder = runs.folder / "exported"
+    commands = [
+        ["export", str(runs.whole(engine)), "--out", str(folder / f"{engine}-{weights}"), "--weights", weights]
+        for engine in ENGINES
+        for weights in ("averaged", "trained")
+    ]
+    code = "import sys; sys.modules |= {'deepspeed': None, 'peft': None}\nfrom lumos.cli import main\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + f"sys.exit(max(main(command) for command in {commands!r}))"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{folder / 'zero3-averaged'}  model of step 5, averaged weights, float32" in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_weights_of_every_engine(exported: Path, runs: Runs, engine: str):
+    own = load_file(runs.whole(engine) / "export" / "model.safetensors")
+    for weights in ("averaged", "trained"):
+        ours, plain = (load_file(exported / f"{name}-{weights}" / "model.safetensors") for name in (engine, "plain"))
+        assert ours.keys() == plain.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, own[name]) == (weights == "averaged"), name
+            assert (tensor - plain[name]).abs().mean() < 1e-5, name
+    pipe = LumosPipeline.from_pretrained(exported / f"{engine}-trained")
+    assert pipe.clip.num_frames == 5
+    assert json.loads((exported / f"{engine}-trained" / "training.json").read_text())["averaged"] is False
+
+
+def test_one_checkpoint_in_another_number_format(runs: Runs, tmp_path: Path, capsys):
+    checkpoint = runs.whole("zero2") / "checkpoints" / "step-00000004"
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert "model of step 4, averaged weights, bfloat16" in capsys.readouterr().out
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "half" / "video_tokenizer" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_damaged_newest_checkpoint(runs: Runs, tmp_path: Path, capsys):
+    shutil.copytree(runs.whole("zero3"), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "rank-0001.safetensors").unlink()
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "rank-0001.safetensors is missing; trying the one before" in said.err
+    assert "model of step 4" in said.out
+
+
+def test_what_cannot_be_exported(runs: Runs, tmp_path: Path, capsys):
+    run = str(runs.whole("plain"))
+    (tmp_path / "there").mkdir()
+    shutil.copytree(runs.whole("plain") / "export" / "text_tokenizer", tmp_path / "text")
+    text = tmp_path / "text" / "tokenizer.model"
+    text.write_bytes(text.read_bytes() + b"\n")
+    video = str(runs.whole("plain") / "export" / "video_tokenizer")
+    for args, words in (
+        ([run, "--out", str(tmp_path / "there")], "exists already; name another --out"),
+        ([str(tmp_path), "--out", "x"], "is no run, checkpoint or adapter folder"),
+        ([run, "--out", "x", "--merge"], "has no adapters to merge"),
+        ([run, "--out", "x", "--model", "y"], "--model has an effect only with --merge"),
+        ([run, "--out", "x", "--video-tokenizer", "y"], "give both or none"),
+        ([run, "--out", "x", "--video-tokenizer", "y", "--text-tokenizer", str(text)], "cannot be read: .*--video-tokenizer"),
+        ([run, "--out", "x", "--video-tokenizer", video, "--text-tokenizer", str(text)], "is another text tokenizer"),
+    ):
+        assert main(["export", *args]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(words, error), error
+    assert not Path("x").exists()
+
+
+def test_no_averaged_weights(micro_settings, tmp_path: Path, capsys):
+    folder = train(micro_settings(training={"max_steps": 1}))["output_dir"]
+    assert main(["export", folder, "--out", str(tmp_path / "x"), "--weights", "averaged"]) == 2
+    assert "has no averaged weights (training.ema_decay was 0)" in capsys.readouterr().err
+    assert main(["export", folder, "--out", str(tmp_path / "x")]) == 0
+    assert "trained weights" in capsys.readouterr().out
