@@ -35,7 +35,6 @@ from lumos.errors import RunError, UserError
 FORMAT = 2
 STATE = "state.json"
 WEIGHT, AVERAGE = "weight", "average"
-UPDATES = "updates"
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -65,13 +64,16 @@ def begin(root: Path, step: int) -> Path:
     return folder
 
 
-def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
-    """One process's tensors. Views are copied, because safetensors stores no shared memory."""
+def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Write one process's tensors; returns size and CRC-32 of the file. Views are copied: safetensors stores no shared memory."""
     whole = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         whole[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-    save_file(whole, tensor_file(folder, rank))
+    path = tensor_file(folder, rank)
+    save_file(whole, path)
+    _sync(path)
+    return path.stat().st_size, crc32(path)
 
 
 def key(kind: str, name: str, start: int) -> str:
@@ -118,14 +120,22 @@ def tensor_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:04d}.safetensors"
 
 
-def finish(root: Path, folder: Path, step: int, state: dict[str, Any], *, keep_last: int, keep_every: int = 0) -> Path:
+def finish(
+    root: Path,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    written: list[tuple[int, int]],
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+) -> Path:
     """Write state.json, make the folder visible, remove the older ones. Call when every process has written.
 
-    The newest `keep_last` stay, and those of steps that are multiples of `keep_every`.
+    `written` is what `save_tensors` returned in each process. The newest `keep_last` stay, and those of steps that are
+    multiples of `keep_every`.
     """
-    files = {str(p.relative_to(folder)): [p.stat().st_size, crc32(p)] for p in sorted(folder.rglob("*")) if p.is_file()}
-    for name in files:
-        _sync(folder / name)
+    files = {tensor_file(folder, rank).name: facts for rank, facts in enumerate(written)}
     path = folder / STATE
     path.write_text(json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1), encoding="utf-8")
     _sync(path)

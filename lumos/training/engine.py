@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lumos.errors import RunError
-from lumos.training.checkpoint import UPDATES, WEIGHT, Stored, key
-from lumos.training.settings import TrainingSettings
+from lumos.training.checkpoint import WEIGHT, Stored, key
+from lumos.training.settings import TrainingSettings, world_size
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,7 +69,7 @@ def lost_process_reported() -> Iterator[None]:
     except (RunError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and LOST.search(str(error)):
+        if world_size() > 1 and LOST.search(str(error)):
             reason = " ".join(str(error).split())[:300]
             raise RunError(
                 f"another process of the run ended or did not answer within deepspeed.timeout_minutes ({reason}); its own message "
@@ -143,13 +143,13 @@ class Engine:
         return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What `load` needs, under the names that `Stored` reads."""
+        """What `load` needs beside `updates`, under the names that `Stored` reads."""
         slots = self.slots()
         tensors = self.labelled(WEIGHT, self.weights())
         for kind in MOMENTS:
             states = {name: (slot, self.adam.state.get(slot.owner)) for name, slot in slots.items()}
             tensors |= self.labelled(kind, {name: slot.of(state[kind]) for name, (slot, state) in states.items() if state})
-        return tensors | {UPDATES: torch.tensor(self.updates)}
+        return tensors
 
     def load(self, stored: Stored, updates: int) -> None:
         """Take over a checkpoint, whichever engine wrote it."""

@@ -260,10 +260,19 @@ class Run:
             **versions(),
         }
         kept = {"keep_last": training.keep_last, "keep_every": training.keep_every}
+        written = torch.zeros(engine.world, 2, dtype=torch.float64)  # size and checksum of each process's file
+
+        def write() -> None:
+            written[engine.rank] = torch.tensor(checkpoint.save_tensors(folder, engine.rank, tensors), dtype=torch.float64)
+
+        def finish() -> None:
+            checkpoint.finish(root, folder, self.step, state, [tuple(map(int, file)) for file in files.tolist()], **kept)
+
         try:
             self._together(lambda: checkpoint.begin(root, self.step) if first else None)
-            self._together(lambda: checkpoint.save_tensors(folder, engine.rank, tensors))
-            self._together(lambda: checkpoint.finish(root, folder, self.step, state, **kept) if first else None)
+            self._together(write)
+            files = engine.all_sum(written)
+            self._together(lambda: finish() if first else None)
         except RunError as error:
             if first:
                 checkpoint.give_up(root, self.step)

@@ -48,6 +48,18 @@ def kill_soon_after_step(step: int, seconds: float) -> None:
     Run._report = killed
 
 
+def signal_after_step(step: int) -> None:
+    """As a scheduler does that wants its machine back."""
+    report = Run._report
+
+    def told(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Run._report = told
+
+
 def stop_after_step(step: int) -> None:
     """Neither dead nor alive."""
     report = Run._report

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.errors import RunError
@@ -16,8 +16,8 @@ from lumos.training import checkpoint
 def write(root: Path, step: int, keep_last: int = 9, keep_every: int = 0) -> Path:
     checkpoint.begin(root, step)
     folder = checkpoint.writing_folder(root, step)
-    checkpoint.save_tensors(folder, 0, {checkpoint.key("weight", "a", 0): torch.full((4,), float(step))})
-    return checkpoint.finish(root, folder, step, {"note": "x"}, keep_last=keep_last, keep_every=keep_every)
+    written = checkpoint.save_tensors(folder, 0, {checkpoint.key("weight", "a", 0): torch.full((4,), float(step))})
+    return checkpoint.finish(root, folder, step, {"note": "x"}, [written], keep_last=keep_last, keep_every=keep_every)
 
 
 def truncate(folder: Path) -> None:
@@ -92,6 +92,7 @@ def test_views_are_stored_whole(tmp_path: Path):
 
 
 @given(st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=30)
 def test_any_run_of_values_comes_back_whoever_wrote_it(count: int, data: st.DataObject):
     """A parameter cut at random among files -> any run of it, as from the whole tensor."""
     cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=5)) | {0, count})

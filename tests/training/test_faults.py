@@ -76,6 +76,16 @@ def test_another_number_of_processes_or_another_engine(
     assert [p.name for p in checkpoint.list_checkpoints(settings.output_dir / "checkpoints")] == ["step-00000004", "step-00000005"]
 
 
+def test_one_of_two_told_to_stop(runs: Runs, ranks: Ranks):
+    """Both finish the same step, save and leave; the same command goes on."""
+    settings = runs.make(runs.folder / "told")
+    ended = ranks.train(settings, "zero2", 2, {1: [["signal_after_step", 2]]})
+    assert [p.code for p in ended] == [0, 0], ended
+    assert "stopped after step 3; the same command continues" in ended[0].err
+    ranks.finish(settings, "zero2")
+    assert_same_run(settings.output_dir, runs.whole("zero2"))
+
+
 def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
     """The other one ends after deepspeed.timeout_minutes instead of waiting for ever."""
     settings = runs.make(runs.folder / "hangs")
