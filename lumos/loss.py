@@ -14,9 +14,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     logits are then computed once. Losses of different weights compute them again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, rows: int, chunk: int, wanted: tuple) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: slice, chunk: int, wanted: tuple[bool, bool]) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.place = (slice(first_row, first_row + rows), chunk, wanted)
+        ctx.place = (rows, chunk, wanted)
         loss, *ctx.gradients = _by_chunks(hidden, weight, targets, *ctx.place)
         return loss
 
@@ -29,7 +29,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             _, *gradients = _by_chunks(*ctx.saved_tensors, *ctx.place, scale=grad_loss)
         else:
             gradients = [g if g is None else g.mul_(scale) for g in gradients]
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _by_chunks(
@@ -85,7 +85,7 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, first_row, rows, chunk, wanted)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, slice(first_row, first_row + rows), chunk, wanted)
 
 
 def frame_losses(position_loss: Tensor, frame_index: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from conftest import micro_config
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
+from lumos.attention import KERNELS
 from lumos.loss import chunked_cross_entropy, frame_losses
 from lumos.masking import mask_sequence
 from lumos.sequence import build_sequence, pad_sequences
@@ -96,6 +98,26 @@ def test_gradient_checkpointing_changes_nothing(config):
         model(ids, targets=targets).loss.backward()
         grads.append(model.model.layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_gradient_checkpointing_computes_no_attention_again(config):
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.calls += op.name() in KERNELS
+            return op(*args, **(kwargs or {}))
+
+    ids, targets = batch(config)
+    model = LumosForVideoGeneration(config).train()
+    counts = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable()
+        with Count() as count:
+            model(ids, targets=targets).loss.backward()
+        counts.append(count.calls)
+    assert counts[0] == counts[1] > 0
 
 
 def test_only_visual_rows_of_the_head_are_trained(model, config):
