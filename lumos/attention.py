@@ -43,6 +43,15 @@ def attention_for(implementation: str, layouts: Sequence[Layout], length: int, d
     return lambda layer, q, k, v: segmented_attention(q, k, v, layouts)
 
 
+def allowed_pairs(layout: Layout) -> int:
+    """(query, key) pairs that the frame-causal rule allows: the work that must be done."""
+    pairs = 0
+    for start, end, bidirectional in layout.segments:
+        n = end - start
+        pairs += n * end if bidirectional else n * start + n * (n + 1) // 2
+    return pairs
+
+
 def dense_mask(layouts: Sequence[Layout], length: int) -> Tensor:
     """bool [B, L, L] (query, key). Padding queries see only themselves, so that no row is empty."""
     at = torch.arange(length)
