@@ -17,12 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lumos.sequence import Layout, frame_indices
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, H, L, D], k, v [B, Hkv, L, D]) -> [B, H, L, D]"""
 
+KERNELS = frozenset((
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention", "flash_attn::_flash_attn_forward",
+))  # fmt: skip
+"""What computes the segments, by device and format."""
 CAUSAL_ROWS = 256  # queries of text after the first frame are masked in blocks of this many rows
 
 
@@ -35,6 +41,15 @@ def attention_for(implementation: str, layouts: Sequence[Layout], length: int, d
         block_mask = flex_block_mask(layouts, length, device)
         return lambda layer, q, k, v: flex_attention(q, k, v, block_mask)
     return lambda layer, q, k, v: segmented_attention(q, k, v, layouts)
+
+
+def allowed_pairs(layout: Layout) -> int:
+    """(query, key) pairs that the frame-causal rule allows: the work that must be done."""
+    pairs = 0
+    for start, end, bidirectional in layout.segments:
+        n = end - start
+        pairs += n * end if bidirectional else n * start + n * (n + 1) // 2
+    return pairs
 
 
 def dense_mask(layouts: Sequence[Layout], length: int) -> Tensor:
@@ -100,6 +115,18 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention_kept() -> tuple:
+    """Contexts for `torch.utils.checkpoint`: what the kernels give is kept, all else of a layer is computed again.
+
+    A kernel's output has the size of a layer's input, and its work grows with the square of the length.
+    """
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op.name() in KERNELS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def expand_heads(x: Tensor, groups: int) -> Tensor:

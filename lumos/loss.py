@@ -5,42 +5,70 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Keeps only hidden states and one normaliser a position; the backward pass computes each chunk's logits again."""
+    """Its forward pass also makes the gradients, chunk by chunk, for losses that will all weigh the same, as in a mean: the
+    logits are then computed once. Losses of different weights compute them again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, rows: int, chunk: int) -> Tensor:
-        visual = weight[first_row : first_row + rows].to(hidden.dtype)
-        normaliser = hidden.new_empty(len(hidden), dtype=torch.float32)
-        loss = torch.empty_like(normaliser)
-        for s in chunks(len(hidden), chunk):
-            logits = F.linear(hidden[s], visual).float()
-            normaliser[s] = logits.logsumexp(dim=1)
-            loss[s] = normaliser[s] - logits.gather(1, targets[s, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.first_row, ctx.rows, ctx.chunk = first_row, rows, chunk
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: slice, chunk: int, wanted: tuple[bool, bool]) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.place = (rows, chunk, wanted)
+        loss, *ctx.gradients = _by_chunks(hidden, weight, targets, *ctx.place)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss: Tensor):
-        hidden, weight, targets, normaliser = ctx.saved_tensors
-        rows = slice(ctx.first_row, ctx.first_row + ctx.rows)
-        visual = weight[rows].to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_visual = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
-        for s in chunks(len(hidden), ctx.chunk):
-            grad = F.linear(hidden[s], visual).float().sub_(normaliser[s, None]).exp_()
-            grad[torch.arange(len(grad), device=grad.device), targets[s]] -= 1
-            grad = grad.mul_(grad_loss[s, None]).to(hidden.dtype)
-            grad_hidden[s] = grad @ visual
-            grad_visual += grad.T @ hidden[s]
-        grad_weight = torch.zeros_like(weight)
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = grad_loss[0] if len(grad_loss) else 1.0
+        if gradients is None or not (grad_loss == scale).all():
+            _, *gradients = _by_chunks(*ctx.saved_tensors, *ctx.place, scale=grad_loss)
+        else:
+            gradients = [g if g is None else g.mul_(scale) for g in gradients]
+        return (*gradients, None, None, None, None)
+
+
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: slice, chunk: int, wanted: tuple[bool, bool], scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(losses [N], the wanted gradients to hidden [N, D] and weight [V, D] of their sum, each times its `scale` if given).
+
+    Buffers serve all chunks: fresh memory of this size would cost more time than what is computed in it.
+    """
+    visual = weight[rows].to(hidden.dtype)
+    loss = hidden.new_empty(len(hidden), dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight) if wanted[1] else None
+    exact = weight.dtype == hidden.dtype == torch.float32
+    if wanted[1]:
+        grad_visual = grad_weight[rows] if exact else torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
+    size = (min(chunk, len(hidden)), len(visual))
+    product_buffer, log_buffer = hidden.new_empty(size), hidden.new_empty(size, dtype=torch.float32)
+    for s in chunks(len(hidden), chunk):
+        x, at = hidden[s], targets[s, None]
+        logits = torch.mm(x, visual.T, out=product_buffer[: len(x)]).float()
+        log_p = torch.log_softmax(logits, dim=1, out=log_buffer[: len(x)])
+        loss[s] = -log_p.gather(1, at).squeeze(1)
+        if not any(wanted):
+            continue
+        grad = log_p.exp_()  # softmax - one-hot
+        grad.scatter_add_(1, at, grad.new_full(at.shape, -1.0))
+        if scale is not None:
+            grad.mul_(scale[s, None])
+        grad = grad.to(hidden.dtype)
+        if wanted[0]:
+            torch.mm(grad, visual, out=grad_hidden[s])
+        if wanted[1] and exact:
+            grad_visual.addmm_(grad.T, x)
+        elif wanted[1]:
+            grad_visual += grad.T @ x
+    if wanted[1] and not exact:
         grad_weight[rows] = grad_visual.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+    return loss, grad_hidden, grad_weight
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:
@@ -56,7 +84,8 @@ def chunked_cross_entropy(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, first_row, rows, chunk)
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, slice(first_row, first_row + rows), chunk, wanted)
 
 
 def frame_losses(position_loss: Tensor, frame_index: Tensor) -> Tensor:

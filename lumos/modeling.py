@@ -5,6 +5,7 @@
 - MM-RoPE: 3-D positions for video tokens, the original 1-D ones for text (lumos/rope.py)
 - frame-causal attention without a mask tensor (lumos/attention.py); `Attend` is handed in: generation puts its cache there
 - the loss is computed inside the head from supervised positions only; full logits exist only if asked for
+- activation checkpointing keeps each layer's input and attention output, and computes the rest again
 - positions and frame spans are read off the ids, so `model(input_ids)` is all there is to call
 
 Shapes: B batch, L sequence, H heads, D head channels, C hidden channels, V vocabulary, N supervised positions.
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lumos.attention import Attend, attention_for
+from lumos.attention import Attend, attention_for, attention_kept
 from lumos.configuration import LumosConfig
 from lumos.conversion import prepare_checkpoint
 from lumos.loss import chunked_cross_entropy
@@ -171,9 +172,10 @@ class LumosModel(LumosPreTrainedModel):
     def forward(self, input_ids: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """input_ids [B, L], rotary tables of their positions -> hidden states [B, L, C] after the last norm."""
         x = self.embed_tokens(input_ids)
+        kept = attention_kept if self.config.attention == "segmented" else noop_context_fn
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=kept)
             else:
                 x = layer(x, rotary, attend)
         return self.norm(x)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from lumos.attention import attention_for
+from lumos.attention import allowed_pairs, attention_for
 from lumos.benchmarks.apart import run_apart
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
@@ -78,15 +78,6 @@ def layout_of(length: int, frame_tokens: int) -> Layout:
     text = length % frame_tokens
     cols = frame_tokens - FRAME_HEADER - 2
     return Layout(length, tuple(Frame(start, 1, cols) for start in range(text, length, frame_tokens)))
-
-
-def allowed_pairs(layout: Layout) -> int:
-    """(query, key) pairs that the frame-causal rule allows: the work that must be done."""
-    pairs = 0
-    for start, end, bidirectional in layout.segments:
-        n = end - start
-        pairs += n * end if bidirectional else n * start + n * (n + 1) // 2
-    return pairs
 
 
 def prepare(

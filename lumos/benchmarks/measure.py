@@ -1,6 +1,7 @@
 """How the bench measures: interleaved times with a check that all forms agree, peak memory, the machine's own peak.
 
-Time     Forms are run in turn (a, b, a, b, ...), so that a disturbance of the machine hits all; the median counts.
+Time     Forms are run in turn (a, b, a, b, ...), so that a disturbance of the machine hits all; the median counts,
+         the fastest for a whole training step, which is long and meets more disturbance than a few runs level out.
 Memory   Each figure comes from a fresh process (`lumos.benchmarks.apart`), so that nothing freed earlier is used again.
          There the code runs once on a tiny input (libraries and thread pools are loaded), the real inputs are made, the
          high-water mark is set back, and the step runs once: the figure is the mark after the step minus the mark before.
@@ -102,8 +103,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(forms: Mapping[str, Step], bench: Bench, what: str) -> tuple[dict[str, float], float]:
-    """Median seconds of each form, and the largest difference between the first form's results and another's.
+def interleaved(
+    forms: Mapping[str, Step], bench: Bench, what: str, choose: Callable[[list[float]], float] = statistics.median
+) -> tuple[dict[str, float], float]:
+    """Seconds of each form, the median or what `choose` takes, and how far any form's results are from the first one's.
 
     A form that returns nothing is only timed. The difference of two tensors is the largest one of their elements,
     relative to the largest element of both. RunError if it exceeds the tolerance of the dtype: a form that is fast and
@@ -125,7 +128,7 @@ def interleaved(forms: Mapping[str, Step], bench: Bench, what: str) -> tuple[dic
                 difference = max(difference, found)
             del result
             bench.step()
-    return {name: statistics.median(times) for name, times in seconds.items()}, difference
+    return {name: choose(times) for name, times in seconds.items()}, difference
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = targets.add_parser(name, description=text, help=text)
         add = sub.add_argument
         add("--threads", type=int, help="CPU threads; default: torch's own choice")
-        add("--repetitions", type=int, default=3, help="timed runs of each form, or clips; the median counts; default: %(default)s")
+        add("--repetitions", type=int, default=3, help="timed runs (the median counts) or clips; default: %(default)s")
         add("--device", help="cpu or cuda; default: cuda if there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
         add("--output", help="also write the result to this JSON file")
