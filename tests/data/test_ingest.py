@@ -12,58 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ingest_helpers import FLAGS, SETTINGS, content, moving
 from PIL import Image
 
 pytest.importorskip("pyarrow")
 
 from lumos.cli import main
 from lumos.data import shards
-from lumos.data.ingest import ClipSettings, _clips, clip_starts, ingest
+from lumos.data.encode import ClipSettings, _clips, clip_starts
+from lumos.data.ingest import ingest
 from lumos.data.manifest import Item, items
 from lumos.errors import RunError, UserError
 from lumos.frames import from_uint8
 from lumos.video_io import read_image, read_video, write_video
 from tokenizer import VideoTokenizer
-
-SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
-FLAGS = ["--fps", "12", "--size", "16x24", "--frames", "5"]
-
-
-def moving(seed: int, num_frames: int) -> np.ndarray:
-    start = np.random.default_rng(seed).integers(0, 255, (16, 24, 3))
-    return np.stack([np.roll(start, t, axis=1) for t in range(num_frames)]).astype(np.uint8)
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory) -> Path:
-    """Seven good clips of a second, a picture; one clip cut off, one too short, one without caption."""
-    folder = tmp_path_factory.mktemp("source") / "clips"
-    for n in range(10):
-        write_video(folder / f"{n}.mp4", moving(n, 3 if n == 8 else 24), 24)
-        if n != 9:
-            (folder / f"{n}.txt").write_text(f"caption {n}")
-    whole = (folder / "3.mp4").read_bytes()
-    (folder / "3.mp4").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(moving(99, 1)[0]).save(folder / "picture.png")
-    (folder / "picture.txt").write_text("a picture")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(micro_folder) -> Path:
-    return micro_folder / "video_tokenizer"
-
-
-@pytest.fixture(scope="session")
-def ingested(clips, tokenizer, tmp_path_factory) -> Path:
-    """What one run from end to end writes, three clips a shard."""
-    out = tmp_path_factory.mktemp("out") / "shards"
-    ingest([clips], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
-    return out
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".parquet", ".jsonl")}
 
 
 def test_thirty_frames_a_second_become_true_twelve(tmp_path):

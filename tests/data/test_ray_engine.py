@@ -1,0 +1,98 @@
+"""Ingest on a real local Ray: the files of the local engine, after a kill too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ingest_helpers import FLAGS, SETTINGS, content
+
+from lumos.cli import main
+from lumos.data.encode import Skip
+from lumos.data.engines import Work
+from lumos.data.ingest import ingest
+from lumos.data.manifest import items
+from lumos.data.ray_engine import RayEngine, from_text, to_text
+from lumos.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two CPUs that all tests here share: starting it takes longer than all of them."""
+    ray = pytest.importorskip("ray")
+    os.environ["PYTHONPATH"] = str(ROOT)  # what its workers import
+    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, clips, tokenizer, tmp_path, monkeypatch):
+    script = (
+        "import os, signal, sys; from lumos.data.encode import ClipSettings; from lumos.data.ingest import ingest\n"
+        "def on_item(done, skipped):\n"
+        "    if done + skipped == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"
+        "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], settings, engine='ray', shard_clips=3, on_item=on_item)\n"
+    )
+    out = tmp_path / "shards"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster}
+    command = [sys.executable, "-c", script, str(clips), str(out), str(tokenizer)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(content(out)) == {"shard-000000.parquet", "skipped.jsonl"}
+    monkeypatch.chdir(tokenizer.parent)  # a relative path is meant from here on every node
+    report = ingest([clips], out, tokenizer.name, SETTINGS, engine="ray", workers=2, shard_clips=3, max_failure_rate=0.5)
+    assert content(out) == content(ingested)
+    assert report["reasons"] == {"unreadable": 1, "too short": 1, "no caption": 1}
+    assert (report["new_items"], report["engine"]) == (7, "ray")  # of the first six, those of the whole shard and the skipped one
+
+
+def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsys):
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("path,caption\n" + "".join(f"none-{n}.mp4,text\n" for n in range(90)))
+    command = ["ingest", str(manifest), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine", "ray"]
+    assert main(command) == 1
+    assert "50 of 50 items gave no clip (missing file 50)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["items"] == 50
+    with pytest.raises(UserError, match="'cuda' is not available: the Ray cluster has no GPU"):
+        next(RayEngine(Work(str(tokenizer), SETTINGS, "cuda"), 1).results(items([manifest])))
+
+
+def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
+    command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine"]
+    assert main([*command, "ray", "--device", "cuda:1"]) == 2
+    assert "device 'cuda:1' is not for --engine ray" in capsys.readouterr().err
+    assert main([*command, "spark"]) == 2
+    assert "engine 'spark' is unknown; allowed: local, ray" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*command, "ray"]) == 2
+    assert "pip install 'lumos-video[ray]', or use --engine local" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+grids = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+rows = st.tuples(grids, st.integers(0, 1 << 32), st.text(), st.floats(0, 1e6))
+
+
+@given(st.lists(rows, min_size=1, max_size=3))
+def test_results_cross_as_text(made):
+    result = [
+        {"codes": np.random.default_rng(seed).integers(0, 1 << 16, grid).astype(np.uint16), "caption": text, "start": start}
+        for grid, seed, text, start in made
+    ]
+    for row, back in zip(result, from_text(to_text(result)), strict=True):
+        assert back["codes"].dtype == np.uint16
+        assert np.array_equal(row.pop("codes"), back.pop("codes"))
+        assert row == back
+    again = from_text(to_text(Skip("too short", "1 frame")))
+    assert (again.reason, again.detail) == ("too short", "1 frame")
