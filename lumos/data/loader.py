@@ -8,11 +8,12 @@ beside the step.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -50,9 +51,19 @@ class Clip:
 
 
 class Source(Protocol):
-    """Where clips come from. `usual_shape` holds num_frames, height, width and fps of most of its clips."""
+    """Where clips come from.
+
+    `usual_shape` holds num_frames, height, width and fps of most of its clips, `most_codes` the codes of the largest clip of
+    each kind, `identity` what must be the same, beside the settings, for a resumed run to see the same clips.
+    """
 
     usual_shape: dict[str, int]
+    most_codes: dict[str, int]
+    identity: dict[str, Any]
+
+    def clips_in(self, shape: StepShape) -> int:
+        """How many clips a step has, over all processes."""
+        ...
 
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
         """The clips at `positions` of a step, the same at every call; all with frames or all with codes."""
@@ -60,9 +71,15 @@ class Source(Protocol):
 
 
 class WorldSource:
-    """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own."""
+    """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own.
 
-    def __init__(self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict):
+    `most_codes` says how many codes the tokenizer makes of a picture and of a clip.
+    """
+
+    def __init__(
+        self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict,
+        most_codes: dict[str, int],
+    ):  # fmt: skip
         for key in options:
             if key in SET_ELSEWHERE:
                 raise UserError(f"data.options may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
@@ -74,6 +91,10 @@ class WorldSource:
         self.pictures = replace(self.videos, num_frames=1)
         self.scenes = scenes
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+        self.most_codes, self.identity = most_codes, {}
+
+    def clips_in(self, shape: StepShape) -> int:
+        return shape.tokens // self.most_codes[shape.kind] if shape.batch_size is None else shape.batch_size
 
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
         num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
@@ -90,24 +111,28 @@ class WorldSource:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step is made of: `kind` is "image" or "video", `batch_size` counts clips over all processes.
+    """What a step is made of, over all processes: `batch_size` clips of a `kind`, "image" or "video", or if that is None so many
+    that they have about `tokens` codes.
 
     `number` counts the earlier steps of the kind in the same `stage`: sources that pass over their clips go by it.
     """
 
     kind: str
-    batch_size: int
+    batch_size: int | None
     stage: int = 0
     number: int = 0
+    tokens: int | None = None
 
 
 class Curriculum:
     """Stages in order -> the shape of each step.
 
-    `stages` hold steps, image_share, batch_size and image_batch_size; the last has no end.
+    `stages` hold steps, image_share, batch_size and image_batch_size; the last has no end. A stage without batch_size has
+    that of the run or, if it is None, `tokens_per_batch`.
     """
 
-    def __init__(self, stages: list, batch_size: int):
+    def __init__(self, stages: list, batch_size: int | None, tokens_per_batch: int | None = None):
+        self.tokens = tokens_per_batch
         self.spans = []
         start = 0
         for stage in stages:
@@ -123,37 +148,74 @@ class Curriculum:
         # 0.3 * 10 = 2.99..
         before, after = (int(n * share + 1e-9) for n in (step - start, step - start + 1))
         if after > before:
-            return StepShape("image", images, stage, before)
-        return StepShape("video", videos, stage, step - start - before)
+            return self._shape("image", images, stage, before)
+        return self._shape("video", videos, stage, step - start - before)
+
+    def _shape(self, kind: str, batch_size: int | None, stage: int = 0, number: int = 0) -> StepShape:
+        return StepShape(kind, batch_size, stage, number, None if batch_size else self.tokens)
 
     @property
     def kinds(self) -> list[str]:
-        shares = [share for _, share, _, _ in self.spans]
-        return [kind for kind, used in (("image", max(shares) > 0), ("video", min(shares) < 1)) if used]
+        return sorted({shape.kind for shape in self.shapes})
 
     @property
-    def batch_sizes(self) -> set[int]:
-        return {size for _, share, videos, images in self.spans for size in ([videos] * (share < 1) + [images] * (share > 0))}
+    def shapes(self) -> set[StepShape]:
+        """The different shapes of all steps, without stage and number."""
+        kinds = {("video", videos) for _, share, videos, _ in self.spans if share < 1}
+        kinds |= {("image", images) for _, share, _, images in self.spans if share > 0}
+        return {self._shape(*kind) for kind in kinds}
+
+
+def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: int) -> None:
+    """UserError unless in every step each process has a clip, and equally many where a step counts clips."""
+    for shape in sorted(curriculum.shapes, key=str):
+        if shape.batch_size is None:
+            least = processes * most_codes[shape.kind]
+            if shape.tokens < least:
+                raise UserError(
+                    f"training.tokens_per_batch {shape.tokens} is too few: the largest {shape.kind} has {most_codes[shape.kind]} "
+                    f"codes, and each of the {processes} processes needs one; give at least {least}"
+                )
+        elif shape.batch_size % processes:
+            raise UserError(f"batch_size {shape.batch_size} is not a multiple of the {processes} processes that share it")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a step. Every tensor is [B, ...]; `targets` [B, L] is IGNORED where nothing is asked."""
+    """One process's part of a step. Every tensor is [B, L], right-padded to the longest of `lengths`; `targets` is IGNORED where
+    nothing is asked."""
 
     step: int
     kind: str
     tensors: dict[str, Tensor]
     names: list[str]
-    tokens: int
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
     @property
     def supervised(self) -> int:
         return int((self.tensors["targets"] != IGNORED).sum())
 
-    def micro_batches(self, size: int | None) -> list[dict[str, Tensor]]:
+    def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Tensor]]:
+        """Parts of up to `size` clips, each as long as its longest.
+
+        Their number is that of a process with `share` clips, because ZeRO needs it to be equal on all: a process with a clip
+        less may have to add one that asks for nothing.
+        """
         count = len(self.names)
-        size = min(size or count, count)
-        return [{k: v[i : i + size] for k, v in self.tensors.items()} for i in range(0, count, size)]
+        size = min(size or POSITIONS_PER_STEP, max(share or 0, count))
+        parts = [self._part(i, min(i + size, count)) for i in range(0, count, size)]
+        for _ in range(len(parts), math.ceil((share or count) / size)):
+            idle = self._part(count - 1, count)  # the shortest
+            parts.append(idle | {"targets": torch.full_like(idle["targets"], IGNORED)})
+        return parts
+
+    def _part(self, start: int, stop: int) -> dict[str, Tensor]:
+        longest = max(self.lengths[start:stop])
+        return {name: tensor[start:stop, :longest] for name, tensor in self.tensors.items()}
 
 
 def sample_index(step: int, position: int) -> int:

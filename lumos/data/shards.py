@@ -1,7 +1,10 @@
 """The form of ingested data: a folder of Parquet shards, `dataset.json` and the journal of what was skipped.
 
 One row is one clip: its codes (uint16, row-major), the grid [t, h, w], size, rate, caption, where it came from and a
-checksum. Shards appear whole or not at all, so the rows that can be read are the state of an ingest.
+checksum. Shards appear whole or not at all, so the rows that can be read are the state of an ingest. A shard's footer says
+how large its clips are and what they are in sum, so that training knows both without reading them.
+
+Folders and shards are paths (`pathlib.Path`), or for reading also URLs (`storage.Remote`).
 """
 
 from __future__ import annotations
@@ -9,18 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from lumos.data.storage import Remote, location
 from lumos.errors import RunError, UserError
 from lumos.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "dataset.json"
+INDEX = "lumos.index"
+"""The footer's key of what :class:`ShardIndex` holds, as JSON."""
+FOOTER_BYTES = 1 << 18
+"""Read from the end of a remote shard at once; a thousand clips have a footer of about 100 kB."""
 ROWS_IN_GROUP = 16
 """What is read from disk for one clip: small, because training asks for clips in random order."""
 
@@ -63,7 +72,24 @@ def checksum(codes: np.ndarray, caption: str) -> str:
     return hashlib.blake2b(head + codes.tobytes(), digest_size=16).hexdigest()
 
 
-def shard_paths(folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class ShardIndex:
+    """What is known of a shard's clips without reading them. `digest` is of their ids and checksums, in their order."""
+
+    digest: str
+    num_frames: np.ndarray  # [N], as are the next three
+    height: np.ndarray
+    width: np.ndarray
+    item: np.ndarray  # `item_number` of its id
+    rows: tuple[int, ...]  # of each row group
+
+
+def item_number(id_: str) -> int:
+    """A number for an item's id, evenly spread, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
@@ -78,21 +104,61 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
 
     plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
+    content = json.dumps([[row["id"], row["clip"], row["checksum"]] for row in rows])
+    index = {
+        "digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+        **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
+        "item": [item_number(row["id"]) for row in rows],
+    }
+    options = {"compression": "zstd", "use_dictionary": False}  # codes hardly repeat; split bytes are 2 a code instead of 2.8
     with replacing(path) as temporary:
         table = pa.Table.from_pylist(plain, schema=schema())
-        parquet().write_table(table, temporary, row_group_size=ROWS_IN_GROUP, compression="zstd")
+        split = {"codes.list.element": "BYTE_STREAM_SPLIT"}
+        with parquet().ParquetWriter(temporary, table.schema, column_encoding=split, **options) as writer:
+            writer.write_table(table, row_group_size=ROWS_IN_GROUP)
+            writer.add_key_value_metadata({INDEX: json.dumps(index)})
 
 
-def open_shard(path: Path) -> Any:
-    """pyarrow's ParquetFile; RunError if the shard is cut off or has other columns."""
+def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
+    """pyarrow's ParquetFile, of `file` if it is given; RunError if the shard is cut off or has other columns."""
+    import pyarrow as pa
+
+    source = file or (pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
     try:
-        file = parquet().ParquetFile(path)
+        opened = parquet().ParquetFile(source)
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
-    missing = [name for name in schema().names if name not in file.schema_arrow.names]
+    missing = [name for name in schema().names if name not in opened.schema_arrow.names]
     if missing:
         raise damaged(path, f"it has no column {missing[0]}")
-    return file
+    return opened
+
+
+def read_index(path: Path | Remote) -> ShardIndex:
+    """From the shard's footer alone; RunError if it is cut off or has none."""
+    source = _footer(path) if isinstance(path, Remote) else path
+    try:
+        metadata = parquet().read_metadata(source)
+        fields = json.loads(metadata.metadata[INDEX.encode()])
+        digest = fields.pop("digest")
+        columns = {name: np.array(values, dtype=np.int64) for name, values in fields.items()}
+        rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        return ShardIndex(digest=digest, rows=rows, **columns)
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    except (KeyError, TypeError) as error:
+        raise RunError(f"the shard {path} was written by another program (no {INDEX} in its footer); ingest again") from error
+
+
+def _footer(path: Remote) -> Any:
+    """The end of the file, from where its footer begins or before."""
+    import pyarrow as pa
+
+    end = path.read_bytes(last=FOOTER_BYTES)
+    needed = int.from_bytes(end[-8:-4], "little") + 8  # Parquet ends on the footer's length and four letters
+    if len(end) == FOOTER_BYTES < needed and end.endswith(b"PAR1"):
+        end = path.read_bytes(last=needed)
+    return pa.BufferReader(end)
 
 
 def read_columns(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
@@ -104,10 +170,13 @@ def read_columns(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
         raise damaged(path, error) from error
 
 
-def read_group(path: Path, group: int) -> list[dict[str, Any]]:
-    """The clips of a row group with codes as uint16 [t, h, w], each checked against its checksum; RunError if one differs."""
+def read_group(path: Path | Remote, group: int, opened: Any = None) -> list[dict[str, Any]]:
+    """The clips of a row group with codes as uint16 [t, h, w], each checked against its checksum; RunError if one differs.
+
+    `opened` is what :func:`open_shard` gave for the path, if it is at hand.
+    """
     try:
-        table = open_shard(path).read_row_group(group)
+        table = (opened or open_shard(path)).read_row_group(group)
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
     codes = table.column("codes").combine_chunks()
@@ -123,21 +192,25 @@ def read_group(path: Path, group: int) -> list[dict[str, Any]]:
     return rows
 
 
-def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
+def read_shards(folder: Path | Remote) -> Iterator[dict[str, Any]]:
     """All clips of a folder, in order."""
     for path in shard_paths(folder):
-        for group in range(open_shard(path).num_row_groups):
-            yield from read_group(path, group)
+        opened = open_shard(path)
+        for group in range(opened.num_row_groups):
+            yield from read_group(path, group, opened)
 
 
-def damaged(path: Path, why: object) -> RunError:
+def damaged(path: Path | Remote, why: object) -> RunError:
     reason = (str(why).splitlines() or ["unreadable"])[0]
-    return RunError(f"the shard {path} is damaged or cut off ({reason}); delete it and run the same ingest again: it fills the gap")
+    remedy = "delete it and run the same ingest again: it fills the gap"
+    if isinstance(path, Remote):
+        remedy = "copy it there again from where it was ingested"
+    return RunError(f"the shard {path} is damaged or cut off ({reason}); {remedy}")
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
     """dataset.json: what made the codes. UserError if the folder holds no ingested data."""
-    path = Path(folder) / DESCRIPTION
+    path = location(folder) / DESCRIPTION
     if not path.is_file():
         raise UserError(f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`")
     try:

@@ -34,7 +34,7 @@ from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
-DECISIVE_DATA = ("source", "path", "options", "num_frames", "height", "width", "fps", "scenes", "stages")
+DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
@@ -92,7 +92,7 @@ class ArdfTask:
             "input_ids": pad_sequences(list(ids), self.config.pad_token_id),
             "targets": pad_sequences(list(targets), IGNORED),
         }
-        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], sum(len(row) for row in ids))
+        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], [len(row) for row in ids])
 
     def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(loss of each supervised position [N] with gradient, latent frame of each [N])."""
@@ -130,7 +130,8 @@ class ArdfTask:
             | adapter
             | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
             | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
-            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size")}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch")}
+            | self.source.identity
         )
 
     def _config(self) -> dict[str, Any]:
@@ -195,15 +196,21 @@ class ArdfTask:
         data, training = self.settings.data, self.settings.training
         if data.source == "worlds":
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
-            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options)
+            picture = data.height * data.width // self.config.spatial_compression**2
+            codes = {"image": picture, "video": picture * self.num_frames}
+            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
             data.path,
             self.video_tokenizer,
             kinds=Curriculum(data.stages, training.batch_size).kinds,
             num_frames=data.num_frames,
+            min_frames=data.min_frames or data.num_frames,
             size_unit=self.config.pixels_per_size_unit,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
+            shuffle_shards=data.shuffle_shards,
+            cache_dir=Path(data.cache_dir or Path.home() / ".cache" / "lumos" / "shards"),
+            cache_bytes=int(data.cache_gb * 1e9),
         )
 
     def _codes(self, clips: list[Clip]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lumos.data.loader import Batch, Curriculum, StepShape, prefetched, sample_generator
+from lumos.data.loader import Batch, Curriculum, Source, StepShape, check_shares, prefetched, sample_generator
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable
 from lumos.runtime import peak_memory_bytes, pick_device, versions
@@ -33,6 +33,7 @@ class Task(Protocol):
     """What is trained. `num_frames` is how many latent frames the losses of a sample can belong to."""
 
     num_frames: int
+    source: Source
 
     def build_model(self) -> nn.Module: ...
 
@@ -77,11 +78,9 @@ class Run:
     def __init__(self, settings: TrainingSettings, task: Task, device: torch.device):
         training = settings.training
         self.settings, self.task = settings, task
-        self.curriculum = Curriculum(settings.data.stages, training.batch_size)
+        self.curriculum = Curriculum(settings.data.stages, training.batch_size, training.tokens_per_batch)
         self.engine = make_engine(task.build_model(), settings, device)
-        for size in sorted(self.curriculum.batch_sizes):
-            if size % self.engine.world:
-                raise UserError(f"batch_size {size} is not a multiple of the {self.engine.world} processes that share it")
+        check_shares(self.curriculum, task.source.most_codes, self.engine.world)
         self.ema = Ema(self.engine.weights(), training.ema_decay) if training.ema_decay else None
         self.validation = Validation(task, self.curriculum.kinds, settings)
         self.checkpoints = settings.output_dir / "checkpoints"
@@ -148,8 +147,7 @@ class Run:
 
     def _batch(self, step: int) -> Batch:
         shape = self.curriculum(step)
-        local = shape.batch_size // self.engine.world
-        return self.task.batch(step, shape, range(self.engine.rank * local, (self.engine.rank + 1) * local))
+        return self.task.batch(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
 
     def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
         """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
@@ -158,7 +156,8 @@ class Run:
             torch.tensor([batch.supervised, batch.tokens, stop, due and engine.rank == 0], dtype=torch.float64)
         ).tolist()
         sums = torch.zeros(2, self.task.num_frames, dtype=torch.float64)  # loss, positions of each latent frame
-        micro_batches = batch.micro_batches(self.settings.training.micro_batch_size)
+        share = math.ceil(self.task.source.clips_in(self.curriculum(batch.step)) / engine.world)
+        micro_batches = batch.micro_batches(self.settings.training.micro_batch_size, share)
         for i, micro in enumerate(micro_batches):
             losses, frames = self._losses(micro)
             sums += sums_by_frame(losses, frames, self.task.num_frames)
@@ -209,7 +208,7 @@ class Run:
         clips = None
         if self.log.enabled:
             shape = self.curriculum(self.step - 1)
-            clips = self.task.batch(self.step - 1, shape, range(shape.batch_size)).names
+            clips = self.task.batch(self.step - 1, shape, range(self.task.source.clips_in(shape))).names
         self.log.write(event="not_finite", step=self.step, error=what, clips=clips, skipped=self.skipped)
         if self.skipped > allowed:
             limit = f", as in {allowed} steps before (training.skip_not_finite)" if allowed else ""

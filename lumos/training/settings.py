@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lumos.data.storage import is_url
 from lumos.errors import UserError
 from lumos.generation.settings import GenerationSettings
 from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OF_WORLDS = ("options", "height", "width", "fps", "scenes")
+OF_SHARDS = ("shuffle_shards", "cache_dir", "cache_gb", "min_frames")
 DEFAULT_STAGE = 2  # of runs with several processes that name none
 
 
@@ -56,7 +59,7 @@ class StageSettings:
     image_share: float = setting(
         0.0, "share of the steps whose batch holds pictures (one-frame clips); published: 1, then 0.5", low=0, high=1
     )
-    batch_size: int | None = setting(None, "clips in a video step, over all processes; default: training.batch_size", low=1)
+    batch_size: int | None = setting(None, "clips in a video step, over all processes; default: as the run has it", low=1)
     image_batch_size: int | None = setting(
         None,
         "pictures in an image step, over all processes; default: batch_size (published: 6 pictures for 1 clip)",
@@ -67,9 +70,15 @@ class StageSettings:
 @dataclass
 class DataSettings:
     source: str = setting("worlds", "where clips come from: the small worlds, or what ingest wrote", choices=("worlds", "shards"))
-    path: str | None = setting(None, "folder of the shards")
+    path: str | None = setting(None, "folder of the shards, or its URL (s3://, gs://, hf://, https://, any that fsspec knows)")
+    shuffle_shards: int = setting(16, "shards whose clips are shuffled together; so many are in use at a time", low=1)
+    cache_dir: str | None = setting(None, "folder for copies of remote shards; default: ~/.cache/lumos/shards")
+    cache_gb: float = setting(20.0, "size to which the copies of remote shards may grow, in GB", low=0)
     options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
     num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
+    min_frames: int | None = setting(
+        None, "frames of the shortest clip of shards to use, each as it is; null: num_frames, shorter ones are left out", low=2
+    )
     height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1)
     width: int = setting(64, "frame width of worlds in pixels", low=1)
     fps: int = setting(8, "frames per second of worlds", low=1)
@@ -90,7 +99,14 @@ class MaskingSettings:
 @dataclass
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1)
-    batch_size: int = setting(16, "clips in an optimizer step, over all processes and micro-batches", low=1)
+    batch_size: int | None = setting(
+        16, "clips in an optimizer step, over all processes and micro-batches; null: by tokens_per_batch", low=1
+    )
+    tokens_per_batch: int | None = setting(
+        None,
+        "codes in an optimizer step, on average and within a clip, text not counted; instead of batch_size, which must be null",
+        low=1,
+    )
     micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1)
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
@@ -213,9 +229,22 @@ def _check(settings: TrainingSettings) -> None:
     if (data.source == "shards") != (data.path is not None):
         raise UserError(f"data.source is {data.source} and data.path is {data.path}; shards need a path, worlds have none")
     usual = DataSettings()
-    for name in ("options", "height", "width", "fps", "scenes") if data.source == "shards" else ():
+    for name in OF_WORLDS if data.source == "shards" else OF_SHARDS:
         if getattr(data, name) != getattr(usual, name):
-            raise UserError(f"data.{name} has no effect with data.source=shards, which was ingested as it is; leave it out")
+            why = ", which was ingested as it is" if data.source == "shards" else ""
+            raise UserError(f"data.{name} has no effect with data.source={data.source}{why}; leave it out")
+    for name in ("cache_dir", "cache_gb"):
+        if getattr(data, name) != getattr(usual, name) and not is_url(data.path):
+            raise UserError(f"data.{name} has no effect with the local data.path {data.path}; leave it out")
+    if (data.min_frames or 0) > data.num_frames:
+        raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
+    if (training.batch_size is None) == (training.tokens_per_batch is None):
+        raise UserError(
+            f"training.batch_size is {training.batch_size} and training.tokens_per_batch {training.tokens_per_batch}; "
+            "one of them must be null, the other a number"
+        )
+    if training.tokens_per_batch is not None and stages and all(stage.batch_size for stage in stages):
+        raise UserError("training.tokens_per_batch has no effect, as every stage has its batch_size; set one of them")
     if (settings.model.preset is None) == (settings.model.from_ is None):
         raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
     _check_lora(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks, Runs
+from shard_folder import MIXED, write_folder
 
 from lumos.data.worlds import captions
 from lumos.training.settings import TrainingSettings, build_settings
@@ -76,3 +77,17 @@ def runs(ranks: Ranks, micro_tokenizers: dict[str, str], tmp_path_factory: pytes
         return build_micro(micro_tokenizers, folder, data=data, training=training)
 
     return Runs(ranks, tmp_path_factory.mktemp("runs"), make)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, micro_tokenizers) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "shards", micro_tokenizers["video"], MIXED)
+
+
+@pytest.fixture
+def shard_settings(micro_settings, folder):
+    def make(path=folder, **sections):
+        data = {"source": "shards", "path": str(path), "height": 64, "width": 64, "num_frames": 5}
+        return micro_settings(**{**sections, "data": {**data, **sections.get("data", {})}})
+
+    return make

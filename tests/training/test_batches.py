@@ -32,7 +32,7 @@ def test_curriculum_sizes_and_alternation():
     shapes = [(s.kind, s.batch_size) for s in map(curriculum, range(6))]
     assert shapes == [("image", 32)] * 2 + [("video", 16), ("image", 16)] * 2
     assert [(s.stage, s.number) for s in map(curriculum, range(6))] == [(0, 0), (0, 1), (1, 0), (1, 0), (1, 1), (1, 1)]
-    assert curriculum.batch_sizes == {32, 16}
+    assert curriculum.shapes == {StepShape("image", 32), StepShape("image", 16), StepShape("video", 16)}
     assert curriculum.kinds == ["image", "video"]
     assert Curriculum([], 3)(10**6) == StepShape("video", 3, stage=0, number=10**6)
     assert Curriculum([StageSettings(image_share=1.0)], 3).kinds == ["image"]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shard_folder import write_folder
 
 pytest.importorskip("pyarrow")
 
 from lumos.data import shards
 from lumos.data.loader import IGNORED, Curriculum, StepShape
-from lumos.data.shard_source import CYCLE, size_order
 from lumos.errors import RunError, UserError
-from lumos.files import write_json
 from lumos.sequence import parse_sequence
 from lumos.training.ardf import ArdfTask
 from lumos.training.loop import train
@@ -25,71 +23,31 @@ from tokenizer.video import VideoTokenizer
 CPU = torch.device("cpu")
 
 
-def write_folder(folder: Path, tokenizer: str, grids: list[tuple[int, int, int]]) -> Path:
-    """Random codes, one clip an item, in shards of five."""
-    random = np.random.default_rng(0)
-    rows = []
-    for n, grid in enumerate(grids):
-        codes = random.integers(0, 1000, grid).astype(np.uint16)
-        t, h, w = grid
-        row = {"id": f"c/{n}", "clip": 0, "codes": codes, "num_frames": t * 4 - 3, "height": h * 8, "width": w * 8}
-        caption = "a red circle moves left on a gray background" if n % 2 else "a small blue square grows"
-        rest = {"fps": 12 if t > 1 else 1, "caption": caption, "source": f"{n}.mp4", "start": 0.0}
-        rows.append(row | rest | {"checksum": shards.checksum(codes, caption)})
-    folder.mkdir()
-    for start in range(0, len(rows), 5):
-        shards.write_shard(shards.next_shard(folder), rows[start : start + 5])
-    facts = shards.tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
-    write_json(folder / shards.DESCRIPTION, {"format": shards.FORMAT, "tokenizer": facts, "settings": {"fps": 12}})
-    return folder
-
-
-MIXED = [(3, 4, 4)] * 12 + [(2, 4, 6)] * 6 + [(1, 4, 4)] * 5 + [(1, 6, 4)] * 2
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory, micro_tokenizers) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data") / "shards", micro_tokenizers["video"], MIXED)
-
-
-@pytest.fixture
-def shard_settings(micro_settings, folder):
-    def make(path=folder, **sections):
-        data = {"source": "shards", "path": str(path), "height": 64, "width": 64, "num_frames": 5}
-        return micro_settings(**{**sections, "data": {**data, **sections.get("data", {})}})
-
-    return make
-
-
 HALF = {"stages": [{"image_share": 0.5}]}
 
 
-def test_each_clip_of_a_size_once_before_any_again(shard_settings):
+def test_each_clip_once_before_any_again_and_sizes_together(shard_settings):
     task = ArdfTask(shard_settings(data=HALF), CPU)
     curriculum = Curriculum([StageSettings(image_share=0.5)], 3)
-    names, sizes = {"video": {}, "image": {}}, {"video": Counter(), "image": Counter()}
-    for step in range(400):
+    names, mixed = {"video": [], "image": []}, 0
+    for step in range(2 * 63):
         shape = curriculum(step)
+        assert task.source.clips_in(shape) == 3
         clips = task.source.clips(step, shape, range(3))
-        (size,) = {clip.codes.shape[1:] for clip in clips}
+        mixed += len({clip.codes.shape for clip in clips}) > 1
         assert {clip.codes.shape[0] for clip in clips} == {2 if shape.kind == "video" else 1}
-        names[shape.kind].setdefault(size, []).extend(clip.name for clip in clips)
-        sizes[shape.kind][size] += 1
-    for seen in names.values():
-        for drawn in seen.values():
-            count = len(set(drawn))
-            passes = [drawn[i : i + count] for i in range(0, len(drawn) - count + 1, count)]
-            assert all(len(set(one)) == count for one in passes)
-            assert count < 4 or len({tuple(one) for one in passes}) > 1
-    assert {size: len(set(drawn)) for size, drawn in names["video"].items()} == {(4, 4): 12, (4, 6): 6}
-    assert {size: len(set(drawn)) for size, drawn in names["image"].items()} == {(4, 4): 5, (6, 4): 2}
-    assert 110 < sizes["video"][4, 4] < 155  # two thirds of 200, in random order
+        names[shape.kind] += [clip.name for clip in clips]
+    assert mixed > 60
+    for kind, count in (("video", 18), ("image", 7)):
+        thrice = [names[kind][i : i + 3 * count] for i in range(0, 189 - 3 * count + 1, 3 * count)]  # whole steps
+        assert all(sorted(Counter(drawn).values()) == [3] * count for drawn in thrice)
+        assert thrice[0] != thrice[1]
 
 
 def test_a_step_is_a_function_of_its_number_seed_and_stage(shard_settings):
     task, again = (ArdfTask(shard_settings(), CPU) for _ in range(2))
     other = ArdfTask(shard_settings(training={"seed": 5}), CPU)
-    shapes = [StepShape("video", 6, 0, number) for number in (0, 1, 2, 5 * CYCLE + 7)]
+    shapes = [StepShape("video", 6, 0, number) for number in (0, 1, 2, 5007)]
 
     def names(task, shape, positions=range(6)):
         return [clip.name for clip in task.source.clips(0, shape, positions)]
@@ -98,13 +56,6 @@ def test_a_step_is_a_function_of_its_number_seed_and_stage(shard_settings):
         assert names(task, shape) == names(again, shape) == names(again, shape, range(4)) + names(task, shape, range(4, 6))
     assert [names(task, s) for s in shapes] != [names(other, s) for s in shapes]
     assert names(task, shapes[0]) != names(task, StepShape("video", 6, 1, 0))
-
-
-def test_shares_of_sizes():
-    order, before = size_order((900, 90, 1), (0, 0, 0))
-    assert Counter(order.tolist()) == {0: 928, 1: 94, 2: 2}
-    assert before[-1].tolist() == [928, 94, 2]
-    assert [int(before[i, order[i]]) for i in range(3)] == [order[:i].tolist().count(order[i]) for i in range(3)]
 
 
 def test_rows_hold_the_ingested_codes_and_the_prompt_of_their_size(shard_settings, folder):
