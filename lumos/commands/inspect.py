@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shards", help="folder that `ingest` wrote")
+    add("shards", help="folder that `ingest` wrote, or its URL")
     add("--sheet", help="PNG with clips spread over the data, as the tokenizer decodes them")
     add("--sheet-clips", type=int, default=12, help="clips on the sheet")
     add("--tokenizer", help="folder of the video tokenizer for --sheet; default: the one that ingest was given")
@@ -22,17 +21,18 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from lumos.data import shards
+    from lumos.data.storage import location
     from lumos.errors import UserError
     from lumos.evaluation.quality import code_use
     from lumos.files import check_writable
 
-    folder = Path(args.shards)
+    folder = location(args.shards)
     description = shards.read_description(folder)
     if min(args.sheet_clips, args.captions + 1) < 1:
         raise UserError(f"--sheet-clips {args.sheet_clips} and --captions {args.captions} must be at least 1 and 0")
     if args.sheet:
         check_writable(args.sheet)
-    total = sum(shards.open_shard(path).metadata.num_rows for path in shards.shard_paths(folder))
+    total = sum(sum(shards.read_index(path).rows) for path in shards.shard_paths(folder))
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
     counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)

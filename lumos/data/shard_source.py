@@ -48,7 +48,7 @@ class ShardSource:
         held_out: int, shuffle_shards: int, cache_dir: Path, cache_bytes: int,
     ):  # fmt: skip
         self.folder = location(path)
-        description = shards.read_description(path)
+        description = shards.read_description(self.folder)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
         self.index = _Index(self.folder, tokenizer)
         self.latent_frames = {"image": 1, "video": self.index.latent_frames(num_frames)}

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lumos.data.storage import Remote, location
+from lumos.data.storage import Remote
 from lumos.errors import RunError, UserError
 from lumos.files import replacing
 
@@ -208,9 +208,9 @@ def damaged(path: Path | Remote, why: object) -> RunError:
     return RunError(f"the shard {path} is damaged or cut off ({reason}); {remedy}")
 
 
-def read_description(folder: str | Path) -> dict[str, Any]:
+def read_description(folder: Path | Remote) -> dict[str, Any]:
     """dataset.json: what made the codes. UserError if the folder holds no ingested data."""
-    path = location(folder) / DESCRIPTION
+    path = folder / DESCRIPTION
     if not path.is_file():
         raise UserError(f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`")
     try:

@@ -1,0 +1,132 @@
+"""Files behind URLs, by fsspec's file system in memory, and their bounded local copies."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from lumos.data import storage
+from lumos.data.storage import LocalCopies, Remote, location
+from lumos.errors import RunError, UserError
+
+
+@pytest.fixture
+def remote():
+    system = fsspec.filesystem("memory")
+    system.pipe({f"/bucket/data/part-{n}.bin": bytes([n]) * 100 for n in range(5)} | {"/bucket/data/note.txt": b"caf\xc3\xa9"})
+    yield Remote("memory://bucket/data")
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+
+
+def passes(file: Path) -> None:
+    pass
+
+
+def test_a_remote_folder_is_used_like_a_path(remote):
+    assert location("memory://bucket/data/") == remote
+    assert location("some/folder") == Path("some/folder")
+    names = sorted(remote.glob("part-*.bin"))
+    assert [path.name for path in names] == [f"part-{n}.bin" for n in range(5)]
+    assert names[3].read_bytes() == b"\x03" * 100
+    assert names[3].read_bytes(last=7) == b"\x03" * 7
+    assert names[3].read_bytes(last=700) == b"\x03" * 100
+    assert (remote / "note.txt").read_text() == "café"
+    assert (remote / "note.txt").is_file()
+    assert not (remote / "none").is_file()
+    assert Remote("memory://elsewhere").glob("*") == []
+    with pytest.raises(RunError, match="memory://bucket/data/none is not there any more"):
+        (remote / "none").read_bytes()
+
+
+def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_one_line(remote, monkeypatch):
+    calls, whole = [], MemoryFileSystem.cat_file
+
+    def flaky(self, path, **options):
+        calls.append(path)
+        if len(calls) % 3:
+            raise TimeoutError("no answer\nfor a while")
+        return whole(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
+    assert (remote / "part-1.bin").read_bytes() == b"\x01" * 100
+    assert len(calls) == 3
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    with pytest.raises(RunError, match=r"part-1.bin cannot be read, tried 2 times \(no answer\); check address, network and cred"):
+        (remote / "part-1.bin").read_bytes()
+
+    def denied(self, path, **options):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", denied)
+    with pytest.raises(RunError, match=r"may not be read \(Forbidden\); check the credentials"):
+        (remote / "part-1.bin").read_bytes()
+
+
+def test_urls_that_cannot_work():
+    with pytest.raises(UserError, match=r"nonsense://a cannot be read \(Protocol not known: nonsense"):
+        Remote("nonsense://a").is_file()
+    fsspec.register_implementation("lumos-test", "no_such_package.System", errtxt="Install no_such_package to use it")
+    with pytest.raises(UserError, match=r"needs a package that is not installed \(Install no_such_package to use it\)"):
+        Remote("lumos-test://a").is_file()
+
+
+def test_copies_stay_below_their_limit_and_the_least_recently_used_go(remote, tmp_path):
+    copies = LocalCopies(tmp_path, 300)
+
+    def use(number: int) -> None:
+        with copies.open(remote / f"part-{number}.bin", f"{number}.bin", passes) as file:
+            assert file.read() == bytes([number]) * 100
+
+    for number in (0, 1, 2):
+        use(number)
+        os.utime(tmp_path / f"{number}.bin", (number, number))
+    use(0)
+    use(3)
+    assert {path.name for path in tmp_path.glob("*.bin")} == {"0.bin", "2.bin", "3.bin"}
+    copies.limit = 50  # less than one: that one stays while it is in use
+    use(4)
+    assert {path.name for path in tmp_path.iterdir()} == {"4.bin", "4.bin.lock"}
+
+
+def test_one_download_serves_all_who_wait_for_it_and_what_fails_the_check_is_not_kept(remote, tmp_path, monkeypatch):
+    calls, whole = [], MemoryFileSystem.get_file
+
+    def slow(self, *args, **options):
+        calls.append(args)
+        threading.Event().wait(0.05)
+        whole(self, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slow)
+    several = [LocalCopies(tmp_path, 1000) for _ in range(4)]
+    threads = [threading.Thread(target=c.fetch, args=(remote / "part-1.bin", "1.bin", passes)) for c in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+    def fails(file: Path) -> None:
+        raise RunError(f"{file.stat().st_size} bytes arrived")
+
+    with pytest.raises(RunError, match="100 bytes arrived"):
+        several[0].fetch(remote / "part-2.bin", "2.bin", fails)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["1.bin"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name, age in ((".old.bin.1.part", 2 * 86400), (".new.bin.1.part", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    LocalCopies(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [".new.bin.1.part"]
