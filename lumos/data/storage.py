@@ -47,12 +47,6 @@ class Remote:
     def __str__(self) -> str:
         return self.url
 
-    def is_file(self) -> bool:
-        try:
-            return self._call("info")["type"] == "file"
-        except FileNotFoundError:
-            return False
-
     def glob(self, pattern: str) -> list[Remote]:
         """Files of this folder whose name fits the pattern; a folder that is not there has none."""
         try:
@@ -63,14 +57,8 @@ class Remote:
         return [self / name for name in names if fnmatch(name, pattern)]
 
     def read_bytes(self, last: int | None = None) -> bytes:
-        """The whole file, or its last so many bytes (all if it has fewer)."""
-        try:
-            return self._call("cat_file", start=None if last is None else -last)
-        except FileNotFoundError as error:
-            raise RunError(f"{self} is not there any more") from error
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        return self.read_bytes().decode(encoding)
+        """The whole file, or its last so many bytes (all if it has fewer). FileNotFoundError as a path raises it."""
+        return self._call("cat_file", start=None if last is None else -last)
 
     def download(self, target: Path) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -125,9 +126,49 @@ def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, 
     assert content(out) == content(ingested)
 
 
+def test_killed_at_random_lines_no_clip_is_lost_or_doubled(ingested, clips, tokenizer, tmp_path):
+    script = Path(__file__).with_name("killed_ingest.py")
+    command = [sys.executable, str(script), str(clips), str(tmp_path), str(tokenizer), "0", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f": {-signal.SIGKILL}") >= 5, done.stdout
+    whole = [row["id"] for row in shards.read_shards(ingested)]
+    left = [[row["id"] for row in shards.read_shards(folder)] for folder in tmp_path.glob("*/killed-*")]
+    assert all(ids == whole[: len(ids)] for ids in left)  # a shard that is there is whole and holds what it should
+    assert len({len(ids) for ids in left}) > 1
+    for number in range(3):
+        assert content(tmp_path / str(number) / "out") == content(ingested)
+
+
 def test_several_processes_write_the_same_shards(ingested, clips, tokenizer, tmp_path):
     ingest([clips], tmp_path / "out", tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=2)
     assert content(tmp_path / "out") == content(ingested)
+
+
+def test_broken_files_of_all_kinds_among_good_ones(clips, tokenizer, tmp_path):
+    """A broken file gives a clip or a line in the journal, never an end of the run; the good ones are all there."""
+    source = tmp_path / "clips"
+    source.mkdir()
+    whole = (clips / "0.mp4").read_bytes()
+    random = np.random.default_rng(0)
+    for n in range(12):
+        broken = bytearray(whole)
+        if n < 8:  # bytes changed, first in few places, then in many
+            for at in random.integers(0, len(broken), 4 ** (n // 2 + 1)):
+                broken[at] = random.integers(0, 256)
+        else:
+            broken = (b"", b"a text", whole[: len(whole) // 3], whole[len(whole) // 10 :])[n - 8]
+        (source / f"{n}-broken.mp4").write_bytes(broken)
+        shutil.copy(clips / f"{n % 3}.mp4", source / f"{n}-good.mp4")
+        for name in ("broken", "good"):
+            (source / f"{n}-{name}.txt").write_text("text")
+    report = ingest([source], tmp_path / "out", tokenizer, SETTINGS, max_failure_rate=0.5)
+    done = [row["id"] for row in shards.read_shards(tmp_path / "out")]
+    skipped = {entry["id"]: entry["reason"] for entry in report["skipped"]}
+    assert {f"clips/{n}-good.mp4" for n in range(12)} <= set(done)
+    assert sorted([*done, *skipped]) == sorted(f"clips/{n}-{name}.mp4" for n in range(12) for name in ("broken", "good"))
+    assert [skipped[f"clips/{n}-broken.mp4"] for n in range(8, 12)] == ["unreadable"] * 4
 
 
 def test_too_many_failures_end_with_exit_code_1_and_keep_the_rest(clips, tokenizer, tmp_path, capsys):

@@ -1,0 +1,64 @@
+"""Ingests that are killed at random lines of their code, each twice, and then left alone.
+
+usage: killed_ingest.py source folder tokenizer seed rounds
+
+Writes folder/ROUND/out, and folder/ROUND/killed-1 and killed-2, which are copies of it after each kill. Processes are forked
+from this one, which has imported everything and done nothing, so that a kill costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from lumos.data import shards
+from lumos.data.encode import ClipSettings
+from lumos.data.ingest import ingest
+
+SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
+FILES = ("data/ingest.py", "data/shards.py", "data/encode.py", "data/engines.py", "data/manifest.py", "lumos/files.py")
+LINES = 1800
+"""Of these files in a whole ingest, or a little less."""
+
+
+def forked(source: str, out: str, tokenizer: str, last_line: int | None) -> int:
+    """Ingest in a process that is killed when it comes to its `last_line`-th line; returns how it ended."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    lines = 0
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(FILES):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == last_line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
+    os._exit(0)
+
+
+def main(source: str, folder: str, tokenizer: str, seed: str, rounds: str) -> None:
+    draw = random.Random(int(seed))
+    shards.parquet()
+    for number in range(int(rounds)):
+        out = Path(folder) / str(number) / "out"
+        for kill in (1, 2):
+            line = draw.randrange(1, LINES)
+            print(f"line {line}: {forked(source, str(out), tokenizer, line)}", flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(out, out.with_name(f"killed-{kill}"))
+        assert forked(source, str(out), tokenizer, None) == 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
