@@ -21,12 +21,13 @@ from lumos.data.ingest import ingest
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 FILES = ("data/ingest.py", "data/shards.py", "data/encode.py", "data/engines.py", "data/manifest.py", "lumos/files.py")
-LINES = 1800
-"""Of these files in a whole ingest, or a little less."""
+WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip")
+LINES = {"everywhere": 1800, "writing": 120}
+"""Of these files, or of these functions of theirs, in a whole ingest, or a little less."""
 
 
-def forked(source: str, out: str, tokenizer: str, last_line: int | None) -> int:
-    """Ingest in a process that is killed when it comes to its `last_line`-th line; returns how it ended."""
+def forked(source: str, out: str, tokenizer: str, where: str = "everywhere", last_line: int | None = None) -> int:
+    """Ingest in a process that is killed when it comes to its `last_line`-th line there; returns how it ended."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -34,11 +35,13 @@ def forked(source: str, out: str, tokenizer: str, last_line: int | None) -> int:
 
     def trace(frame, event, argument):
         nonlocal lines
-        if not frame.f_code.co_filename.endswith(FILES):
+        code = frame.f_code
+        if not code.co_filename.endswith(FILES) or (where == "writing" and code.co_name not in WRITERS):
             return None
         if event == "line":
             lines += 1
             if lines == last_line:
+                print(f"{code.co_name}, line {frame.f_lineno}", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
@@ -52,12 +55,13 @@ def main(source: str, folder: str, tokenizer: str, seed: str, rounds: str) -> No
     shards.parquet()
     for number in range(int(rounds)):
         out = Path(folder) / str(number) / "out"
-        for kill in (1, 2):
-            line = draw.randrange(1, LINES)
-            print(f"line {line}: {forked(source, str(out), tokenizer, line)}", flush=True)
+        for kill, where in enumerate(draw.sample(list(LINES), 2), 1):
+            line = draw.randrange(1, LINES[where])
+            print(f"line {line} {where}: ", end="", flush=True)
+            print(f"ended with {forked(source, str(out), tokenizer, where, line)}", flush=True)
             out.mkdir(parents=True, exist_ok=True)
             shutil.copytree(out, out.with_name(f"killed-{kill}"))
-        assert forked(source, str(out), tokenizer, None) == 0
+        assert forked(source, str(out), tokenizer) == 0
 
 
 if __name__ == "__main__":
