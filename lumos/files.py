@@ -72,6 +72,11 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
 
 
+def user_cache(name: str) -> Path:
+    """The folder for copies of what can be fetched again: lumos/`name` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
+
+
 def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write ``data`` whole or not at all; returns the path."""
     with replacing(path) as temporary:

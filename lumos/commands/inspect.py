@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet-clips {args.sheet_clips} and --captions {args.captions} must be at least 1 and 0")
     if args.sheet:
         check_writable(args.sheet)
-    total = sum(sum(shards.read_index(path).rows) for path in shards.shard_paths(folder))
+    total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
     counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)

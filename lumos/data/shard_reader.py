@@ -62,7 +62,7 @@ class ShardReader:
 
         def check(file: Path) -> None:
             with suppress(RunError):
-                if shards.read_index(file).digest == self.digests[shard]:
+                if shards.read_facts(file).digest == self.digests[shard]:
                     return
             raise RunError(
                 f"{self.paths[shard]} is not what it was when the run began: it was changed, or did not arrive whole; "

@@ -38,21 +38,21 @@ class ShardSource:
     exact because the tokenizer is causal; shorter ones are not used. A picture step takes the one-frame clips, or if there
     are none the first frames of all clips. Clips of all sizes come together, in the order of :class:`Order`.
 
-    `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. Remote shards are copied
-    to `cache_dir`, up to `cache_bytes`, when they are needed. UserError if the tokenizer differs, if a kind has no clip left,
-    for sizes that are no multiples of `size_unit`, and for a cache that cannot hold what is in use at a time.
+    `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. Shards behind a URL are
+    read from `copies`, which they need and others have not. UserError if the tokenizer differs, if a kind has no clip left, for
+    sizes that are no multiples of `size_unit`, and for copies that cannot hold what is in use at a time.
     """
 
     def __init__(
-        self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, min_frames: int, size_unit: int, seed: int,
-        held_out: int, shuffle_shards: int, cache_dir: Path, cache_bytes: int,
+        self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, min_frames: int | None = None, size_unit: int,
+        seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None,
     ):  # fmt: skip
-        self.folder = location(path)
+        self.folder, min_frames = location(path), min_frames or num_frames
         description = shards.read_description(self.folder)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
-        self.index = _Index(self.folder, tokenizer)
-        self.latent_frames = {"image": 1, "video": self.index.latent_frames(num_frames)}
-        usable = {kind: self._usable(kind, num_frames, min_frames) for kind in kinds}
+        self.index = ShardIndex(self.folder)
+        self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
+        usable = {kind: self.index.usable(min_frames if kind == "video" else 1) for kind in kinds}
         validation = {kind: self.index.first_by_hash(rows, held_out) for kind, rows in usable.items()}
         held = self.index.same_items(np.concatenate([*validation.values()]))
         self.pools = {}
@@ -60,7 +60,7 @@ class ShardSource:
             rows = np.setdiff1d(usable[kind], held)
             if not len(rows) or len(validation[kind]) < held_out:
                 raise self._too_few(kind, len(usable[kind]), num_frames, min_frames, held_out)
-            codes = self.index.codes(rows, self.latent_frames[kind])
+            codes = self.index.codes(rows, tokenizer, self.latent_frames[kind])
             order = Order(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
             self.pools[kind] = Pool(rows, order, validation[kind])
         self.most_codes = {kind: int(pool.order.codes.max()) for kind, pool in self.pools.items()}
@@ -72,10 +72,8 @@ class ShardSource:
         height, width = self._usual_size(size_unit)
         fps = int(description["settings"]["fps"])
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
-        copies = None
-        if isinstance(self.folder, Remote):
-            self._check_room(shuffle_shards, cache_bytes)
-            copies = LocalCopies(cache_dir, cache_bytes)
+        if copies:
+            self._check_room(tokenizer, shuffle_shards, copies.limit)
         self.reader = ShardReader(self.index.paths, self.index.digests, copies)
 
     def clips_in(self, shape: StepShape) -> int:
@@ -92,16 +90,9 @@ class ShardSource:
         return [self._clip(int(row), shape.kind) for row in rows]
 
     def _clip(self, row: int, kind: str) -> Clip:
-        found = self.reader.read(*map(int, self.index.places[row]))
+        found = self.reader.read(*self.index.place_of(row))
         codes = found["codes"][: self.latent_frames[kind]]
         return Clip(None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes)
-
-    def _usable(self, kind: str, num_frames: int, min_frames: int) -> np.ndarray:
-        frames = self.index.num_frames
-        usable = frames >= min_frames if kind == "video" and num_frames > 1 else frames == 1
-        if kind == "image" and not usable.any():
-            usable = frames >= 1
-        return np.flatnonzero(usable)
 
     def _too_few(self, kind: str, found: int, num_frames: int, min_frames: int, held_out: int) -> UserError:
         frames = self.index.num_frames
@@ -122,48 +113,53 @@ class ShardSource:
         height, width = sizes[:, counts.argmax()].tolist()
         return height, width
 
-    def _check_room(self, shuffle_shards: int, cache_bytes: int) -> None:
-        codes = np.bincount(self.index.places[:, 0], self.index.codes(np.arange(len(self.index.places))))
+    def _check_room(self, tokenizer: Any, shuffle_shards: int, limit: int) -> None:
+        codes = np.bincount(self.index.places[:, 0], self.index.codes(np.arange(len(self.index.places)), tokenizer))
         largest = np.sort(codes)[::-1] * BYTES_PER_CODE
         needed = int(largest[: 2 * shuffle_shards * len(self.pools)].sum())  # in use, and next
-        if cache_bytes < needed:
+        if limit < needed:
             raise UserError(
-                f"data.cache_gb {cache_bytes / 1e9:g} is too little for {self.folder}: with data.shuffle_shards {shuffle_shards}, "
+                f"data.cache_gb {limit / 1e9:g} is too little for {self.folder}: with data.shuffle_shards {shuffle_shards}, "
                 f"{needed / 1e9:.3g} GB of it are in use at a time; raise the one or lower the other"
             )
 
 
-class _Index:
+class ShardIndex:
     """Where each clip is and how large, for all shards of a folder: a few numbers a clip, read from the shards' footers."""
 
-    def __init__(self, folder: Path | Remote, tokenizer: Any):
-        self.spatial, self.temporal = tokenizer.spatial_compression, tokenizer.temporal_compression
+    def __init__(self, folder: Path | Remote):
         self.paths = shards.shard_paths(folder)
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-            found = list(pool.map(shards.read_index, self.paths))
-        self.digests = [index.digest for index in found]
+            found = list(pool.map(shards.read_facts, self.paths))
+        self.digests = [facts.digest for facts in found]
         places = [
             np.stack([np.full(n, shard), np.full(n, group), np.arange(n)], axis=1)
-            for shard, index in enumerate(found)
-            for group, n in enumerate(index.rows)
+            for shard, facts in enumerate(found)
+            for group, n in enumerate(facts.rows)
         ]
         self.places = np.concatenate([np.zeros((0, 3), np.int32), *places], dtype=np.int32)  # [N, 3] shard, row group, row in it
         self.num_frames, self.height, self.width, self.item = (
-            np.concatenate([np.zeros(0, np.int64), *(getattr(index, name) for index in found)])
+            np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in found)])
             for name in ("num_frames", "height", "width", "item")
         )
         names = [[path.name, digest] for path, digest in zip(self.paths, self.digests, strict=True)]
         total = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         self.content = f"{len(names)} shards with {len(self.places)} clips (digest {total})"
 
-    def latent_frames(self, num_frames: Any) -> Any:
-        return (num_frames - 1) // self.temporal + 1
+    def place_of(self, row: int) -> tuple[int, int, int]:
+        """(shard, row group, row in it)."""
+        return tuple(map(int, self.places[row]))
 
-    def codes(self, rows: np.ndarray, most_frames: int | None = None) -> np.ndarray:
-        """Codes of each row, of its first `most_frames` latent frames if that is given."""
-        latent = self.latent_frames(self.num_frames[rows])
+    def usable(self, num_frames: int) -> np.ndarray:
+        """Rows of at least so many frames. For 1, a picture, the one-frame clips; if there are none, all."""
+        rows = np.flatnonzero(self.num_frames >= num_frames if num_frames > 1 else self.num_frames == 1)
+        return rows if len(rows) or num_frames > 1 else np.arange(len(self.num_frames))
+
+    def codes(self, rows: np.ndarray, tokenizer: Any, most_frames: int | None = None) -> np.ndarray:
+        """How many codes each row has, in its first `most_frames` latent frames if that is given."""
+        latent = (self.num_frames[rows] - 1) // tokenizer.temporal_compression + 1
         latent = latent if most_frames is None else np.minimum(latent, most_frames)
-        return latent * (self.height[rows] // self.spatial) * (self.width[rows] // self.spatial)
+        return latent * (self.height[rows] // tokenizer.spatial_compression) * (self.width[rows] // tokenizer.spatial_compression)
 
     def first_by_hash(self, rows: np.ndarray, count: int) -> np.ndarray:
         """`count` rows that neither the seed nor the order of the shards decides: runs on one data set can be compared."""

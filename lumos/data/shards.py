@@ -26,8 +26,8 @@ from lumos.files import replacing
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
-INDEX = "lumos.index"
-"""The footer's key of what :class:`ShardIndex` holds, as JSON."""
+FACTS = "lumos.facts"
+"""The footer's key of what :class:`ShardFacts` holds, as JSON."""
 FOOTER_BYTES = 1 << 18
 """Read from the end of a remote shard at once; a thousand clips have a footer of about 160 kB."""
 ROWS_IN_GROUP = 16
@@ -73,7 +73,7 @@ def checksum(codes: np.ndarray, caption: str) -> str:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
+class ShardFacts:
     """What is known of a shard's clips without reading them. `digest` is of their ids and checksums, in their order."""
 
     digest: str
@@ -105,7 +105,7 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 
     plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
     content = json.dumps([[row["id"], row["clip"], row["checksum"]] for row in rows])
-    index = {
+    facts = {
         "digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
         **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
         "item": [item_number(row["id"]) for row in rows],
@@ -116,7 +116,7 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
         split = {"codes.list.element": "BYTE_STREAM_SPLIT"}
         with parquet().ParquetWriter(temporary, table.schema, column_encoding=split, **options) as writer:
             writer.write_table(table, row_group_size=ROWS_IN_GROUP)
-            writer.add_key_value_metadata({INDEX: json.dumps(index)})
+            writer.add_key_value_metadata({FACTS: json.dumps(facts)})
 
 
 def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
@@ -134,19 +134,19 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
     return opened
 
 
-def read_index(path: Path | Remote) -> ShardIndex:
+def read_facts(path: Path | Remote) -> ShardFacts:
     """From the shard's footer alone; RunError if it is cut off or has none."""
     try:
         metadata = parquet().read_metadata(_footer(path) if isinstance(path, Remote) else path)
-        fields = json.loads(metadata.metadata[INDEX.encode()])
+        fields = json.loads(metadata.metadata[FACTS.encode()])
         digest = fields.pop("digest")
         columns = {name: np.array(values, dtype=np.int64) for name, values in fields.items()}
         rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        return ShardIndex(digest=digest, rows=rows, **columns)
+        return ShardFacts(digest=digest, rows=rows, **columns)
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
     except (KeyError, TypeError) as error:
-        raise RunError(f"the shard {path} was written by another program (no {INDEX} in its footer); ingest again") from error
+        raise RunError(f"the shard {path} was written by another program (no {FACTS} in its footer); ingest again") from error
 
 
 def _footer(path: Remote) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lumos.errors import UserError
+from lumos.files import user_cache
 
 PACKAGE = "emoji-datasource-google@16.0.0"
 SIDE = 64
@@ -38,8 +39,7 @@ SPRITES = {
 
 def folder() -> Path:
     """Where the pictures are: $LUMOS_SPRITES, or lumos/sprites in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LUMOS_SPRITES") or Path(cache) / "lumos" / "sprites")
+    return Path(os.environ.get("LUMOS_SPRITES") or user_cache("sprites"))
 
 
 @lru_cache(maxsize=128)

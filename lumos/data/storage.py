@@ -101,10 +101,10 @@ class LocalCopies:
     When they hold more than `limit` bytes, the least recently used go. UserError if the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
-        check_writable(folder / "copy")
-        for part in folder.glob(".*.part"):
+    def __init__(self, folder: str | Path, limit: int):
+        self.folder, self.limit = Path(folder), limit
+        check_writable(self.folder / "copy")
+        for part in self.folder.glob(".*.part"):
             with suppress(OSError):
                 if time.time() - part.stat().st_mtime > 86400:  # of a killed process, not of one at work
                     part.unlink()

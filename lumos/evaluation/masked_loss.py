@@ -50,7 +50,7 @@ def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: Vide
     Of the clips that are long enough (pictures, if num_frames is 1 and there are any) the first by hash: the ones that
     training keeps for validation. UserError if there are too few or another tokenizer made them.
     """
-    description = shards.read_description(folder)
+    description = shards.read_description(Path(folder))
     shards.check_tokenizer(description, tokenizer, "the one of --model")
     index = ShardIndex(Path(folder))
     usable = index.usable(num_frames)

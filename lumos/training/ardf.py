@@ -20,7 +20,9 @@ from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, Batch, Clip, Curriculum, Source, StepShape, WorldSource, sample_generator
 from lumos.data.shard_source import ShardSource
 from lumos.data.shards import tokenizer_facts
+from lumos.data.storage import LocalCopies, is_url
 from lumos.errors import UserError
+from lumos.files import user_cache
 from lumos.frames import from_uint8
 from lumos.generation.settings import GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
@@ -204,13 +206,12 @@ class ArdfTask:
             self.video_tokenizer,
             kinds=Curriculum(data.stages, training.batch_size).kinds,
             num_frames=data.num_frames,
-            min_frames=data.min_frames or data.num_frames,
+            min_frames=data.min_frames,
             size_unit=self.config.pixels_per_size_unit,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
             shuffle_shards=data.shuffle_shards,
-            cache_dir=Path(data.cache_dir or Path.home() / ".cache" / "lumos" / "shards"),
-            cache_bytes=int(data.cache_gb * 1e9),
+            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
         )
 
     def _codes(self, clips: list[Clip]) -> list[Tensor]:
