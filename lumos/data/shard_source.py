@@ -38,15 +38,18 @@ class ShardSource:
     a stage each clip of a size comes once before any comes again, in another order each time.
 
     `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. UserError if the
-    tokenizer differs, if a kind has no clip left, and for sizes that are no multiples of `size_unit`.
+    tokenizer differs, if the shards were ingested with another `size`, if a kind has no clip left, and for sizes that are
+    no multiples of `size_unit`.
     """
 
     def __init__(
-        self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, size_unit: int, seed: int, held_out: int
-    ):
+        self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, size_unit: int, seed: int, held_out: int,
+        size: str | None = None,
+    ):  # fmt: skip
         self.folder, self.seed = Path(path), seed
         description = shards.read_description(path)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
+        shards.check_size(description, size, path)
         self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
         self.index = ShardIndex(self.folder)
         self.pools = {kind: self._pool(kind, num_frames, held_out) for kind in kinds}

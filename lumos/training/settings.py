@@ -31,7 +31,9 @@ def world_size() -> int:
 class ModelSettings:
     preset: str | None = setting(None, "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
-    from_: str | None = setting(None, "model folder whose weights and config to start from, instead of a preset")
+    from_: str | None = setting(
+        None, "model folder whose weights and config to start from; with a preset too, it must have the preset's shape"
+    )
 
 
 @dataclass
@@ -68,6 +70,9 @@ class StageSettings:
 class DataSettings:
     source: str = setting("worlds", "where clips come from: the small worlds, or what ingest wrote", choices=("worlds", "shards"))
     path: str | None = setting(None, "folder of the shards")
+    size: str | None = setting(
+        None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` counts with it"
+    )
     options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
     num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
     height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1)
@@ -216,8 +221,10 @@ def _check(settings: TrainingSettings) -> None:
     for name in ("options", "height", "width", "fps", "scenes") if data.source == "shards" else ():
         if getattr(data, name) != getattr(usual, name):
             raise UserError(f"data.{name} has no effect with data.source=shards, which was ingested as it is; leave it out")
-    if (settings.model.preset is None) == (settings.model.from_ is None):
-        raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
+    if data.size is not None and data.source != "shards":
+        raise UserError(f"data.size has no effect with data.source={data.source}; set data.height and data.width")
+    if settings.model.preset is None and settings.model.from_ is None:
+        raise UserError("set model.preset (random weights) or model.from (a model folder)")
     _check_lora(settings)
     if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
         raise UserError(
