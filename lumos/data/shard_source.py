@@ -39,17 +39,19 @@ class ShardSource:
     are none the first frames of all clips. Clips of all sizes come together, in the order of :class:`Order`.
 
     `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. Shards behind a URL are
-    read from `copies`, which they need and others have not. UserError if the tokenizer differs, if a kind has no clip left, for
-    sizes that are no multiples of `size_unit`, and for copies that cannot hold what is in use at a time.
+    read from `copies`, which they need and others have not. UserError if the tokenizer differs, if the shards were ingested
+    with another `size`, if a kind has no clip left, for sizes that are no multiples of `size_unit`, and for copies that cannot
+    hold what is in use at a time.
     """
 
     def __init__(
         self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, min_frames: int | None = None, size_unit: int,
-        seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None,
+        seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None, size: str | None = None,
     ):  # fmt: skip
         self.folder, min_frames = location(path), min_frames or num_frames
         description = shards.read_description(self.folder)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
+        shards.check_size(description, size, self.folder)
         self.index = ShardIndex(self.folder)
         self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
         usable = {kind: self.index.usable(min_frames if kind == "video" else 1) for kind in kinds}

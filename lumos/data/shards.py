@@ -254,3 +254,10 @@ def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> N
             f"{what} is another video tokenizer than the one that made the shards ({made.get('folder')}, "
             f"{made['num_codes']} codes; this one has {given['num_codes']}): give that one, or ingest again with this one"
         )
+
+
+def check_size(description: dict[str, Any], size: str | None, path: str | Path) -> None:
+    """UserError unless the shards were ingested with this --size; None: any is right."""
+    made = description["settings"].get("size")
+    if size is not None and size != made:
+        raise UserError(f"data.size is {size}, but {path} was ingested with --size {made}; give others or leave data.size out")

@@ -31,12 +31,16 @@ from lumos.pipeline import check_text_tokenizer, override
 from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
 from lumos.training import checkpoint
 from lumos.training.export import Tokenizers, export_checkpoint
-from lumos.training.settings import TrainingSettings
+from lumos.training.settings import ModelSettings, TrainingSettings
 from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
+SHAPE = (
+    "vocab_size", "visual_token_start", "visual_token_count", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
@@ -45,7 +49,7 @@ class ArdfTask:
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
-        self.config = self._model_config()
+        self.config = model_config(settings.model)
         self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
         video, text = self.places.video, self.places.text
         self.video_tokenizer = VideoTokenizer.from_pretrained(video)
@@ -140,17 +144,6 @@ class ArdfTask:
         config = self.config.to_dict()
         return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
 
-    def _model_config(self) -> LumosConfig:
-        model = self.settings.model
-        try:
-            if model.from_ is None:
-                return _reject_unknown(LumosConfig.preset(model.preset, **model.overrides), model.overrides)
-            if not (Path(model.from_) / "config.json").is_file():
-                raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
-            return _reject_unknown(LumosConfig.from_pretrained(model.from_, **model.overrides), model.overrides)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model: {error}") from error
-
     def _tokenizer_folder(self, kind: str) -> str:
         given = getattr(self.settings.tokenizer, kind)
         own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
@@ -208,6 +201,7 @@ class ArdfTask:
             num_frames=data.num_frames,
             min_frames=data.min_frames,
             size_unit=self.config.pixels_per_size_unit,
+            size=data.size,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
             shuffle_shards=data.shuffle_shards,
@@ -253,6 +247,28 @@ def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_config(model: ModelSettings) -> LumosConfig:
+    """The config of the model that the settings name. UserError if they cannot work, or if folder and preset differ in shape."""
+    try:
+        preset = model.preset and _reject_unknown(LumosConfig.preset(model.preset, **model.overrides), model.overrides)
+        if model.from_ is None:
+            return preset
+        if not (Path(model.from_) / "config.json").is_file():
+            raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
+        config = _reject_unknown(LumosConfig.from_pretrained(model.from_, **model.overrides), model.overrides)
+        stored = LumosConfig.from_pretrained(model.from_)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model: {error}") from error
+    for name in SHAPE if preset else ():
+        found, wanted = getattr(stored, name), getattr(preset, name)
+        if found != wanted:
+            raise UserError(
+                f"model.from: {model.from_} has {name} {found}, but model.preset {model.preset} has {wanted}; name a folder of "
+                "that shape, or leave model.preset out (model.preset=null)"
+            )
+    return config
 
 
 def _reject_unknown(config: LumosConfig, overrides: dict[str, Any]) -> LumosConfig:

@@ -21,7 +21,7 @@ from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
-OF_SHARDS = ("shuffle_shards", "cache_dir", "cache_gb", "min_frames")
+OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
 DEFAULT_STAGE = 2  # of runs with several processes that name none
 
 
@@ -34,7 +34,9 @@ def world_size() -> int:
 class ModelSettings:
     preset: str | None = setting(None, "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
-    from_: str | None = setting(None, "model folder whose weights and config to start from, instead of a preset")
+    from_: str | None = setting(
+        None, "model folder whose weights and config to start from; with a preset too, it must have the preset's shape"
+    )
 
 
 @dataclass
@@ -74,6 +76,9 @@ class DataSettings:
     shuffle_shards: int = setting(16, "shards whose clips are shuffled together; so many are in use at a time", low=1)
     cache_dir: str | None = setting(None, "folder for copies of remote shards; default: ~/.cache/lumos/shards")
     cache_gb: float = setting(20.0, "size to which the copies of remote shards may grow, in GB", low=0)
+    size: str | None = setting(
+        None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` counts with it"
+    )
     options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
     num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
     min_frames: int | None = setting(
@@ -245,8 +250,8 @@ def _check(settings: TrainingSettings) -> None:
         )
     if training.tokens_per_batch is not None and stages and all(stage.batch_size for stage in stages):
         raise UserError("training.tokens_per_batch has no effect, as every stage has its batch_size; set one of them")
-    if (settings.model.preset is None) == (settings.model.from_ is None):
-        raise UserError("set either model.preset (random weights) or model.from (a model folder), and not both")
+    if settings.model.preset is None and settings.model.from_ is None:
+        raise UserError("set model.preset (random weights) or model.from (a model folder)")
     _check_lora(settings)
     if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
         raise UserError(
