@@ -30,29 +30,32 @@ class Order:
         A step by `tokens` has the clips whose first code lies in its stretch of so many codes: it has more or fewer than
         that by less than a clip, and steps have that many on average.
         """
-        size = shape.tokens if shape.batch_size is None else shape.batch_size
+        size, _ = self._measure(shape)
         chosen = self._stretch(shape, shape.number * size, (shape.number + 1) * size)
         return chosen[np.argsort(-self.codes[chosen], kind="stable")]
 
     def next_shards(self, shape: StepShape) -> list[int]:
         """Shards in use soon after a step, about a block of them, in the order of their use."""
-        by_tokens = shape.batch_size is None
-        size = shape.tokens if by_tokens else shape.batch_size
-        total = self.total_codes if by_tokens else len(self.codes)
-        ahead = -(-total * self.shuffle_shards // (int(self.shard.max()) + 1))
+        size, total = self._measure(shape)
+        block = min(total, -(-total * self.shuffle_shards // (int(self.shard.max()) + 1)))
         first = (shape.number + 1) * size
-        coming = self.shards[self._stretch(shape, first, first + min(ahead, total))]
+        coming = self.shards[self._stretch(shape, first, first + block)]
         return [int(coming[i]) for i in np.sort(np.unique(coming, return_index=True)[1])]
 
+    def _measure(self, shape: StepShape) -> tuple[int, int]:
+        """How much a step takes and an epoch has, both in clips, or in codes if the step goes by them."""
+        if shape.batch_size is None:
+            return shape.tokens, self.total_codes
+        return shape.batch_size, len(self.codes)
+
     def _stretch(self, shape: StepShape, first: int, last: int) -> np.ndarray:
-        """Clips that begin from `first` up to before `last`, counted in codes or clips from the stage's beginning."""
-        by_tokens = shape.batch_size is None
-        total = self.total_codes if by_tokens else len(self.codes)
+        """Clips that begin from `first` up to before `last`, counted from the stage's beginning."""
+        _, total = self._measure(shape)
         parts = []
         for epoch in range(first // total, (last - 1) // total + 1):
             order, starts = self.epoch(shape.stage, shape.kind, epoch)
             here = np.clip([first - epoch * total, last - epoch * total], 0, total)
-            low, high = np.searchsorted(starts, here) if by_tokens else here
+            low, high = np.searchsorted(starts, here) if shape.batch_size is None else here
             parts.append(order[low:high])
         return np.concatenate(parts)
 

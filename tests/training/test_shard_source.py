@@ -90,6 +90,16 @@ def test_validation_clips_are_never_trained_on(shard_settings):
     assert not held & seen
 
 
+def test_what_is_held_out_as_a_clip_is_no_training_picture(shard_settings, micro_tokenizers, tmp_path):
+    path = write_folder(tmp_path / "clips", micro_tokenizers["video"], [(3, 4, 4)] * 9 + [(2, 4, 4)] * 9)
+    task = ArdfTask(shard_settings(path, data={"num_frames": 9, "validation_clips": 2} | HALF, training={"eval_every": 2}), CPU)
+    held = {clip.name for kind in ("video", "image") for clip in task.source.clips(1 << 36, StepShape(kind, 2), range(2))}
+    assert len(held) == 4  # the first of all are not the first of the long ones
+    for kind in ("video", "image"):
+        seen = {clip.name for n in range(20) for clip in task.source.clips(n, StepShape(kind, 4, 0, n), range(4))}
+        assert not held & seen
+
+
 def test_training_from_shards_and_resuming_gives_the_same_losses(shard_settings, tmp_path):
     def run(name, steps):
         settings = shard_settings(
