@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -16,7 +17,7 @@ from scipy import ndimage
 
 from lumos.data import sprites
 from lumos.data.worlds import BACKGROUNDS, BASE_SIDE, GRADIENTS, SPRITE_RADIUS, ground_colours, sprite_pixels
-from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, line_ends, motion_word
+from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 
 # Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
 MIN_CONTRAST = 32.0
@@ -53,6 +54,7 @@ class _Patch:
 
 def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
     """(background, sprites, their number) of a clip, uint8 [T, H, W, 3]."""
+    video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
     patches = [_patches(frame, ground, scale) for frame in video]
@@ -131,7 +133,7 @@ def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: li
 
 def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, int], scale: float) -> np.ndarray:
     """Correlation, -1 to 1, of what a patch shows beside the ground with every picture, at its best place: [sprites]."""
-    pictures = _pictures(scale)
+    pictures = _pictures(sprites.folder(), scale)
     side = pictures.shape[1]
     span = side + 2 * REACH
     left, top = (side - REACH + round((box[at] + box[at + 2] - side) / 2) for at in (0, 1))
@@ -152,8 +154,11 @@ def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, i
 
 
 @lru_cache(maxsize=4)
-def _pictures(scale: float) -> np.ndarray:
-    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4]."""
+def _pictures(folder: Path, scale: float) -> np.ndarray:
+    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4].
+
+    `folder`, where they come from, only keys the cache.
+    """
     radius = np.float32(SPRITE_RADIUS * scale)
     side = int(np.ceil(2 * radius)) + 2
     d = (np.arange(side, dtype=np.float32) + 0.5 - side / 2)[None]
