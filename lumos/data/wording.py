@@ -2,7 +2,7 @@
 
     plain     a small red circle moves left on a black background
     varied    on a black background, a small red circle is moving to the left
-    unseen    a small red circle heads leftward against black        (ways that `varied` never takes)
+    unseen    a small red circle heads left against a black background       (ways that `varied` never takes)
 
 Every way names the same attributes, so a model that was trained on `varied` can be asked with `unseen`.
 """
@@ -33,7 +33,16 @@ _GROUNDS = {
     "varied": ("{0} on a {1} background", "{0} over a {1} background", "on a {1} background, {0}", "{0} in front of {1}"),
     "unseen": ("{0} against a {1} background", "over a {1} background, {0}"),
 }
-_OPENINGS = {"plain": ("{}",), "varied": ("{}", "{}", "{}", "a video of {}", "here {}"), "unseen": ("{}", "a clip of {}")}
+_OPENINGS = {
+    "plain": ("{}",),
+    "varied": ("{}", "{}", "{}", "a video in which {}", "here {}"),
+    "unseen": ("{}", "a clip in which {}"),
+}
+_PICTURE_OPENINGS = {
+    "plain": ("{}",),
+    "varied": ("{}", "{}", "{}", "a picture of {}", "here is {}"),
+    "unseen": ("an image of {}", "this is {}"),
+}
 BASE_FORMS = {"moves": "move", "slides": "slide", "goes": "go", "travels": "travel", "drifts": "drift", "glides": "glide",
                "heads": "head", "wanders": "wander", "stays": "stay", "does": "do", "stands": "stand", "is": "are"}  # fmt: skip
 
@@ -44,19 +53,18 @@ def caption(
 ) -> str:  # fmt: skip
     """Say what a scene shows. Size and background are named in shares of the captions; a picture has no motion."""
     named = rng.random() < share_background
+    named_sizes = rng.random(len(things)) < share_size
     if len(things) == 2 and things[0].shape == "sprite" and things[0].motion == things[1].motion:
         both = " and ".join(noun(thing, named_size=False) for thing in things)
         said = f"{both} {_plural(_motion(things[0].motion, rng, wording))}" if moving else both
     else:
-        parts = []
-        for thing in things:
-            parts.append(noun(thing, named_size=bool(rng.random() < share_size)))
-            if moving:
-                parts[-1] += " " + _motion(thing.motion, rng, wording)
-        said = " and ".join(parts)
+        said = " and ".join(
+            noun(thing, named_size) + (f" {_motion(thing.motion, rng, wording)}" if moving else "")
+            for thing, named_size in zip(things, named_sizes, strict=True)
+        )
     if named:
         said = _pick(rng, _GROUNDS[wording]).format(said, background)
-    opening = _pick(rng, _OPENINGS[wording])
+    opening = _pick(rng, (_OPENINGS if moving else _PICTURE_OPENINGS)[wording])
     return said if said.startswith(("on ", "over ")) else opening.format(said)
 
 

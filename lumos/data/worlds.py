@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -110,15 +111,16 @@ class Worlds:
     """An endless source of clips: `worlds[index]` is (video uint8 [T, H, W, 3], caption) for any index from 0 on.
 
     Splits: "train" never shows a combination of `is_held_out`; in "held_out" every scene has one (a digit scene: an
-    image that training never shows); "all" has both. To validate on scenes like those of training take another seed.
+    image that training never shows; a picture of sprites: any, for it has no motion); "all" has both. To validate on
+    scenes like those of training take another seed.
     """
 
     seed: int = 0
     split: str = "train"
     kinds: tuple[str, ...] = ("shapes", "digits")  # sprites need their pictures: see lumos.data.sprites
-    share_digits: float = 0.15  # share of the scenes that show a digit, where other kinds are asked for too
-    share_sprites: float = 0.35  # the same for sprites
-    share_two: float = 0.15  # share of the other scenes with two objects
+    share_sprites: float = 0.35  # share of the scenes that show sprites, where other kinds are asked for too
+    share_digits: float = 0.15  # share of the other scenes that show a digit, where shapes are asked for too
+    share_two: float = 0.15  # share of two objects among the scenes of shapes and among those of sprites
     share_size: float = 0.75  # how often a caption names the size
     share_background: float = 0.75  # how often a caption names the background
     wording: str = "plain"  # how captions are worded, one of lumos.data.wording.WORDINGS
@@ -137,11 +139,11 @@ class Worlds:
         if self.wording not in wording.WORDINGS:
             raise UserError(f"wording {self.wording!r} is unknown: take one of {', '.join(wording.WORDINGS)}")
         for name in ("share_digits", "share_sprites", "share_two", "share_size", "share_background"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
         for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)!r} is not possible: take {least} or more")
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a whole number of {least} or more")
 
     def scene(self, index: int) -> Scene:
         """The truth of clip `index`, without drawing it."""
@@ -201,8 +203,11 @@ class Worlds:
             return Thing("sprite", "", "", motion, sprite=name)
         while True:
             thing = Thing("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
-            if split != "train" or not is_held_out(thing) or self.num_frames == 1:
+            if split != "train" or not self._holds_out(thing):
                 return thing
+
+    def _holds_out(self, sprite: Thing) -> bool:
+        return self.num_frames > 1 and is_held_out(sprite)
 
     def _sample_two(self, sample: Callable[[np.random.Generator, str], Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
         """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together."""
@@ -211,9 +216,9 @@ class Worlds:
             second = sample(rng, "all" if self.split == "held_out" else self.split)
             if first.sprite and rng.random() < 0.5:
                 second = replace(second, motion=first.motion)
-                if self.split == "train" and is_held_out(second):
+                if self.split == "train" and self._holds_out(second):
                     continue
-            if (first.colour, first.sprite) == (second.colour, second.sprite) or (first.colour and first.colour == second.colour):
+            if (first.colour or first.sprite) == (second.colour or second.sprite):
                 continue
             if rng.random() < 0.5:
                 first, second = second, first
@@ -327,15 +332,20 @@ def _digit_coverage(ink: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarr
 
 
 def sprite_pixels(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA of every pixel, [T, box, box, 4]: the picture reduced to a side of 2 r by a triangular filter."""
-    side = len(picture)
-    cell = 2 * r / side
-    grid = np.arange(side, dtype=np.float32) - (side - 1) / 2
-    width = np.maximum(1 / cell, 1)[..., None]
-    weights = [np.maximum(0, 1 - np.abs((d / cell)[..., None] - grid) / width) / width for d in (dx, dy)]  # [T, box, side]
-    across, down = weights
+    """Premultiplied RGBA of every pixel, [T, box, box, 4]: the picture with a side of 2 r through a triangular filter.
+
+    The filter is integrated over each of the picture's pixels, which keeps mass, mean place and opacity exact at any size.
+    """
+    edges = np.linspace(-1, 1, len(picture) + 1, dtype=np.float32) * r  # [T, side + 1]
+    across, down = (np.diff(_triangle_integral(edges[:, None] - d[..., None])) for d in (dx, dy))  # [T, box, side]
     rows = np.einsum("tbs,sxc->tbxc", down, picture, optimize=True)
     return np.einsum("tax,tbxc->tbac", across, rows, optimize=True).clip(0, 1)
+
+
+def _triangle_integral(end: np.ndarray) -> np.ndarray:
+    """Area up to `end` under the triangle that rises from -1 to 0 and falls to 1."""
+    end = end.clip(-1, 1)
+    return 0.5 + end - end * np.abs(end) / 2
 
 
 def _apart(a: Thing, b: Thing, num_frames: int, gap: float) -> bool:

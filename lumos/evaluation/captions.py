@@ -35,7 +35,8 @@ def parse_caption(text: str) -> dict:
         if match is None:
             raise UserError(
                 f"caption {text!r} cannot be checked: write it like 'a small red circle moves left on a black "
-                "background', 'a red plus grows and a white square stays still' or 'the digit 7 moves up'"
+                "background', 'a red plus grows and a white square stays still', 'the digit 7 moves up' or 'an owl and a "
+                "car move right on a sky background'"
             )
         named = match.groupdict()
         motion = named["way"] or named["still"] or named["growth"]
@@ -43,8 +44,9 @@ def parse_caption(text: str) -> dict:
         if named["digit"] is not None:
             ask.update(shape="digit", digit=int(named["digit"]))
         things.append({key: value for key, value in ask.items() if value is not None})
-    if len(things) == 2 and "motion" not in things[0] and _PLURAL.search(rest) and "motion" in things[1]:
-        things[0]["motion"] = things[1]["motion"]  # an apple and a banana move right
+    if _PLURAL.search(rest):  # an apple and a banana move right
+        for thing in things[:-1]:
+            thing.setdefault("motion", things[-1]["motion"])
     return {"things": things, **({"background": ground} if ground else {})}
 
 

@@ -29,7 +29,7 @@ from lumos.data.worlds import (
 )
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
-from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, line_ends, motion_word
+from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 from lumos.evaluation.sprites import SeenSprite, inspect_sprites
 
 # Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
@@ -77,9 +77,7 @@ class Observation:
 
 def inspect_clip(video: np.ndarray) -> Observation:
     """Measure a clip, uint8 [T, H, W, 3]."""
-    video = np.asarray(video)
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
-        raise UserError(f"video {video.dtype} {list(video.shape)} cannot be checked: give uint8 [T, H, W, 3]")
+    video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
     difference = video.astype(np.float32) - ground  # [T, H, W, 3]
@@ -123,7 +121,10 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
 
 def _look(video: np.ndarray, wanted: dict) -> tuple[str, Sequence[Seen | SeenSprite], int]:
     """(background, things, their number), measured as sprites if sprites are wanted."""
-    if any("sprite" in thing for thing in wanted["things"]):
+    are_sprites = {"sprite" in thing for thing in wanted["things"]}
+    if len(are_sprites) > 1:
+        raise UserError("a sprite beside a shape or digit cannot be checked: no world shows them together; ask for one kind")
+    if True in are_sprites:
         return inspect_sprites(video)
     seen = inspect_clip(video)
     return seen.background, seen.things, seen.count

@@ -1,13 +1,22 @@
-"""The word for a motion, from measured places: shared by the checkers."""
+"""What the checkers share: the clips that they take, and the word for a motion."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from lumos.data.worlds import DIRECTIONS, GROWTH, SPEED
+from lumos.errors import UserError
 
 MAX_BACKGROUND_DISTANCE = 50.0
 MAX_STILL_WAY = 9.0
+
+
+def as_clip(video: np.ndarray) -> np.ndarray:
+    """The video, if it is a clip; UserError else."""
+    video = np.asarray(video)
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
+        raise UserError(f"video {video.dtype} {list(video.shape)} cannot be checked: give uint8 [T, H, W, 3]")
+    return video
 
 
 def line_ends(frames: np.ndarray, values: np.ndarray, num_frames: int) -> tuple[float, float]:

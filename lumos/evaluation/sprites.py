@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from lumos.data import sprites
 from lumos.data.worlds import BACKGROUNDS, BASE_SIDE, GRADIENTS, SPRITE_RADIUS, ground_colours, sprite_pixels
-from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, line_ends, motion_word
+from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 
 # Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
 MIN_CONTRAST = 32.0
@@ -52,6 +54,7 @@ class _Patch:
 
 def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
     """(background, sprites, their number) of a clip, uint8 [T, H, W, 3]."""
+    video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
     patches = [_patches(frame, ground, scale) for frame in video]
@@ -130,27 +133,32 @@ def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: li
 
 def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, int], scale: float) -> np.ndarray:
     """Correlation, -1 to 1, of what a patch shows beside the ground with every picture, at its best place: [sprites]."""
-    pictures = _pictures(scale)
+    pictures = _pictures(sprites.folder(), scale)
     side = pictures.shape[1]
-    left, top = round((box[0] + box[2]) / 2 - side / 2) - REACH, round((box[1] + box[3]) / 2 - side / 2) - REACH
-    rows = np.clip(np.arange(top, top + side + 2 * REACH), 0, len(frame) - 1)
-    columns = np.arange(left, left + side + 2 * REACH)
-    inside = (columns >= 0) & (columns < frame.shape[1])
-    difference = (frame - ground[:, None])[rows][:, np.clip(columns, 0, frame.shape[1] - 1)] * inside[:, None]
-    best = np.full(len(pictures), -1.0)
-    for dy in range(2 * REACH + 1):
-        under = ground[rows[dy : dy + side]][:, None]
-        drawn = (pictures[..., :3] - pictures[..., 3:] * under).reshape(len(pictures), -1)
-        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True) + 1e-6
-        for dx in range(2 * REACH + 1):
-            seen = difference[dy : dy + side, dx : dx + side].ravel()
-            best = np.maximum(best, drawn @ seen / (np.linalg.norm(seen) + 1e-6))
-    return best
+    span = side + 2 * REACH
+    left, top = (side - REACH + round((box[at] + box[at + 2] - side) / 2) for at in (0, 1))
+    difference = np.pad(frame - ground[:, None], ((side, side), (side, side), (0, 0)))[top : top + span, left : left + span]
+    ground = np.pad(ground, ((side, side), (0, 0)), "edge")[top : top + span]
+    # p places down, q places across, n pictures, a rows, b columns, c channels. Beside the ground a picture is
+    # colour - alpha ground: its products and squares are sums over the two parts, so nothing is drawn for each place.
+    colour, alpha = pictures[..., :3], pictures[..., 3]
+    seen = sliding_window_view(difference, (side, side), axis=(0, 1)).transpose(0, 1, 3, 4, 2)  # [p, q, a, b, c]
+    under = sliding_window_view(ground, side, axis=0).transpose(0, 2, 1)  # [p, a, c]
+    product = np.einsum("nabc,pqabc->npq", colour, seen, optimize=True)
+    product -= np.einsum("nab,pqabc,pac->npq", alpha, seen, under, optimize=True)
+    square = np.einsum("nabc,nabc->n", colour, colour)[:, None]
+    square = square - 2 * np.einsum("nabc,nab,pac->np", colour, alpha, under, optimize=True)
+    square += np.einsum("nab,nab,pac,pac->np", alpha, alpha, under, under, optimize=True)
+    length = np.sqrt(square.clip(0))[:, :, None] * np.sqrt(np.einsum("pqabc,pqabc->pq", seen, seen))
+    return (product / (length + 1e-6)).max((1, 2))
 
 
 @lru_cache(maxsize=4)
-def _pictures(scale: float) -> np.ndarray:
-    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4]."""
+def _pictures(folder: Path, scale: float) -> np.ndarray:
+    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4].
+
+    `folder`, where they come from, only keys the cache.
+    """
     radius = np.float32(SPRITE_RADIUS * scale)
     side = int(np.ceil(2 * radius)) + 2
     d = (np.arange(side, dtype=np.float32) + 0.5 - side / 2)[None]

@@ -95,11 +95,7 @@ def test_sprites_are_drawn_from_all(tmp_path, monkeypatch):
     for index, name in enumerate(sprites.SPRITES):
         Image.new("RGBA", (64, 64), (255, index, 0, 255)).save(tmp_path / f"{name}.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
-    sprites.load.cache_clear()
-    try:
-        clips, _ = read_source("sprites", count=30, seed=5, num_frames=1, height=64, width=64)
-    finally:
-        sprites.load.cache_clear()
+    clips, _ = read_source("sprites", count=30, seed=5, num_frames=1, height=64, width=64)
     reddest = [clip.reshape(-1, 3)[(clip[..., 0].astype(int) - clip[..., 2]).argmax()] for clip in clips]
     assert len({int(green) for _, green, _ in reddest}) > 10
     assert len(clips) == 30
