@@ -17,7 +17,7 @@ from run_log import read_log
 from lumos import LumosForVideoGeneration
 from lumos.data import shards
 from lumos.data.buckets import bucket_sizes
-from lumos.data.ingest import TARGET_SIZES
+from lumos.data.encode import TARGET_SIZES
 from lumos.data.loader import Curriculum
 from lumos.errors import UserError
 from lumos.files import write_json
