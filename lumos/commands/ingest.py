@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.data.ingest import ClipSettings, ingest
+    from lumos.data.encode import ClipSettings
+    from lumos.data.ingest import ingest
 
     names = ("fps", "size", "num_frames", "min_frames", "clips_per_video")
     settings = ClipSettings(**{name: getattr(args, name) for name in names})

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.ingest import clip_starts
+from lumos.data.encode import clip_starts
 from lumos.data.manifest import CLIPS, PICTURES
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError

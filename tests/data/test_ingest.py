@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_and_new_clips_are_added(ingested, clips, toke
 def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, tokenizer, tmp_path):
     out = tmp_path / "shards"
     script = (
-        "import os, signal, sys; from lumos.data.ingest import *\n"
+        "import os, signal, sys; from lumos.data.encode import ClipSettings; from lumos.data.ingest import ingest\n"
         "def on_item(done, skipped):\n"
         "    if done + skipped == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
         "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"

@@ -16,7 +16,7 @@ from lumos.data.loader import IGNORED, Curriculum, StepShape, check_shares
 from lumos.errors import UserError
 from lumos.training.ardf import ArdfTask
 from lumos.training.loop import train
-from lumos.training.settings import StageSettings, build_settings
+from lumos.training.settings import StageSettings, build_settings, load_settings
 
 CPU = torch.device("cpu")
 LENGTHS = [(4, 4, 4)] * 6 + [(3, 4, 6)] * 5 + [(2, 6, 4)] * 7 + [(1, 4, 4)] * 5 + [(1, 6, 4)] * 3
@@ -124,9 +124,11 @@ def test_two_processes_share_uneven_steps(token_settings, ranks, tmp_path):
         assert read_log(tmp_path / "two", key) == pytest.approx(read_log(tmp_path / "run", key), abs=1e-4)
 
 
-def test_the_published_joint_training():
-    """Reference, sections 8.4 and 9: 6 pictures, then 1 clip, in turn on each process; 48 of them."""
-    curriculum = Curriculum([StageSettings(image_share=0.5, batch_size=48, image_batch_size=6 * 48)], 16)
+@pytest.mark.parametrize("recipe", ["0.5b-stage2", "1b-stage2", "1b-384p", "3b-stage2", "3b-384p"])
+def test_the_published_joint_training(repo, recipe: str):
+    """Reference, sections 8.4 and 9: a clip and 6 pictures in turn on each process; 48 of them."""
+    settings = load_settings(repo / "configs" / "training" / f"{recipe}.yaml")
+    curriculum = Curriculum(settings.data.stages, settings.training.batch_size)
     steps = [curriculum(step) for step in range(8)]
     assert [(s.kind, s.batch_size // 48) for s in steps] == [("video", 1), ("image", 6)] * 4
     check_shares(curriculum, {}, 48)
