@@ -156,10 +156,13 @@ class _Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, (optimizer, parameter) in self._owners().items():
-            keys = [at.split(".")[1] for at in tensors if at.startswith("optimizer.") and at.split(".", 2)[2] == name]
-            if keys:
-                optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"].clone() for key in keys}
+        owners = self._owners()
+        for label, value in tensors.items():
+            if label.startswith("optimizer."):
+                _, key, name = label.split(".", 2)
+                optimizer, parameter = owners[name]
+                # AdamW wants its count of steps on the CPU, wherever the weights are.
+                optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value
 
 
 class _Run:
@@ -281,12 +284,12 @@ class _Run:
         tensors = {f"model.{name}": tensor for name, tensor in self.parameters.items()}
         tensors |= self.optimizer.state()
         if self.ema:
-            tensors.update(self.ema.state())
+            tensors |= {f"ema.{name}": average for name, average in self.ema.average.items()}
         root = self.output / "checkpoints"
         folder = checkpoint.begin(root, self.step)
-        checkpoint.save_tensors(folder, 0, tensors)
+        written = checkpoint.save_tensors(folder, 0, tensors)
         state = {"settings": self.settings.to_dict(), "world": self.world, "seconds": self.seconds, "meters": dict(self.meter.sums)}
-        checkpoint.finish(root, folder, self.step, state, keep_last=2)
+        checkpoint.finish(root, folder, self.step, state, [written], keep_last=2)
 
     def _resume(self) -> None:
         found = checkpoint.latest(self.output / "checkpoints")
@@ -299,13 +302,13 @@ class _Run:
                 f"{folder} was made with {state['world']} processes, this run has {self.world}: start as many, "
                 "or take another output_dir"
             )
-        tensors = checkpoint.load_tensors(folder, 0)
+        tensors = checkpoint.Stored(folder).own(0)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state(tensors)
         if self.ema:
-            self.ema.load_state(tensors)
+            self.ema.average = {name: tensors[f"ema.{name}"].to(p.device) for name, p in self.parameters.items()}
         self.step, self.seconds, self.meter = state["step"], state["seconds"], Meter(state["meters"])
 
     def _export(self, log: RunLog) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             wrong = [name for name, right in verdict.items() if not right and name not in ("all", "colour_and_motion")]
             clips_shown.append(clip)
             labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
-        print(f"{kind:9}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in shares.items()))
+        print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in shares.items()))
     if args.sheet:
         print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
     summary = {

@@ -48,6 +48,15 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):
     assert Path("loss.json").is_file()
 
 
+def test_the_prompts_of_the_small_worlds(commands, clone, sprite_pictures, capsys):
+    model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
+    assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0
+    assert Path("sheet.png").is_file()
+    assert main([*truth, "--count", "8"]) == 0
+    shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
+    assert {kind: share["all"] for kind, share in shares.items()} == {"sprites": 1, "two_sprites": 1, "paraphrased": 1}
+
+
 def test_the_results_are_summed_up(commands, clone, capsys):
     for folder, name in (("evaluation_results", "vbench"), ("evaluation_results_i2v", "vbench-i2v")):
         Path(folder).mkdir()

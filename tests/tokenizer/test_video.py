@@ -147,6 +147,7 @@ def test_attention_between_residual_blocks_where_asked():
         ({"spatial_compression": 12}, "a power of two"),
         ({"quantizer": "VQ"}, "'FSQ'"),
         ({"num_groups": 8}, "num_groups 8 is not possible: allowed is 1"),
+        ({"pointwise_ends": "no"}, "pointwise_ends 'no' is not possible: allowed is true or false"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
@@ -170,6 +171,38 @@ def test_save_and_load(tmp_path, place):
     assert loaded.config == model.config
     assert_same_weights(model, loaded)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+@torch.inference_mode()
+def test_pointwise_ends_are_saved_and_loaded(tmp_path):
+    model, usual = tiny(pointwise_ends=True), tiny()
+    model.save_pretrained(tmp_path)
+    loaded = VideoTokenizer.from_pretrained(tmp_path)
+    assert loaded.config.pointwise_ends
+    assert_same_weights(model, loaded)
+    assert torch.equal(loaded.encode(clip()), model.encode(clip()))
+    changed = {
+        name.removesuffix(".weight")
+        for name in model.state_dict().keys() ^ usual.state_dict().keys()
+        if name.endswith(".weight")
+    }
+    assert changed == {f"{end}{at}.conv3d" for end in ("encoder.conv_in", "decoder.conv_out") for at in ("", ".0", ".1")}
+    assert model.encoder.conv_in.conv3d.weight.shape == (4, 3 * 4**3, 1, 1, 1)
+    assert model.decoder.conv_out.conv3d.weight.shape == (3 * 4**3, 4, 1, 1, 1)
+
+
+@torch.inference_mode()
+def test_a_folder_from_before_pointwise_ends_loads_as_it_did(tmp_path):
+    for name, model in (("usual", tiny()), ("pointwise", tiny(pointwise_ends=True))):
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        del config["pointwise_ends"]
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    loaded = VideoTokenizer.from_pretrained(tmp_path / "usual")
+    assert loaded.config == tiny().config
+    assert torch.equal(loaded.encode(clip()), tiny().encode(clip()))
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
+        VideoTokenizer.from_pretrained(tmp_path / "pointwise")
 
 
 def test_half_precision_folders_compute_in_float32_unless_asked(tmp_path):

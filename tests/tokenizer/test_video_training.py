@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lumos.data.worlds import Worlds
 from lumos.errors import RunError, UserError
 from lumos.video_io import write_video
-from tokenizer import VideoTokenizer
+from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer import training as tokenizer_training
-from tokenizer.clips import TrainingClips, films, held_out_photographs, photographs
-from tokenizer.training import TokenizerTrainingSettings, foreground_weight, load_settings, train
+from tokenizer.clips import TrainingClips, films, held_out_photographs, held_out_worlds, photographs, to_video
+from tokenizer.training import TokenizerTrainingSettings, _Optimizer, foreground_weight, load_settings, train
 
 MODEL = {
     "channels": 8,
@@ -66,9 +68,9 @@ def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
     assert (tmp_path / "samples" / "worlds-000020.png").is_file()
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, ema_decay):
-    changes = {"ema_decay": ema_decay, "model": MODEL | {"dropout": 0.1}, "export_dtype": "float32"}
+@pytest.mark.parametrize(("ema_decay", "muon_lr"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.02)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, ema_decay, muon_lr):
+    changes = {"ema_decay": ema_decay, "muon_lr": muon_lr, "model": MODEL | {"dropout": 0.1}, "export_dtype": "float32"}
     train(small(tmp_path / "whole", **changes))
 
     calls = []
@@ -110,6 +112,61 @@ def test_a_run_with_another_number_of_processes_does_not_go_on(tmp_path):
         train(small(tmp_path, steps=2))
 
 
+def optimizer_of(tmp_path, **changes) -> tuple[dict[str, torch.Tensor], _Optimizer]:
+    """The weights of a small tokenizer with random gradients, and their optimizer."""
+    torch.manual_seed(0)
+    parameters = dict(VideoTokenizer(VideoTokenizerConfig.from_dict(MODEL)).named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    return parameters, _Optimizer(parameters, small(tmp_path, lr=1e-3, **changes))
+
+
+def changes_of(parameters: dict[str, torch.Tensor], optimizer: _Optimizer, share: float) -> dict[str, torch.Tensor]:
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer.step(share)
+    return {name: (parameter - before[name]).detach() for name, parameter in parameters.items()}
+
+
+def test_muon_turns_the_convolutions_and_adamw_the_rest(tmp_path):
+    parameters, optimizer = optimizer_of(tmp_path, muon_lr=0.02, weight_decay=0.0)
+    changes = changes_of(parameters, optimizer, share=0.5)
+    kinds = {name: parameters[name].dim() for name in changes}
+    assert {"encoder.conv_in.0.conv3d.weight", "decoder.conv_out.0.conv3d.weight"} <= {n for n, d in kinds.items() if d > 1}
+    for name, change in changes.items():
+        if kinds[name] > 1:
+            # Orthogonal steps: all singular values alike, at 0.5 * muon_lr, larger for tall matrices. AdamW's are not.
+            matrix = change.flatten(1)
+            step = 0.01 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            values = torch.linalg.svdvals(matrix) / step
+            assert 0.6 < values.median() <= values.max() < 1.3, name
+        else:
+            torch.testing.assert_close(change, -0.5e-3 * parameters[name].grad.sign(), rtol=1e-3, atol=1e-6)
+    assert not any(change.any() for change in changes_of(parameters, optimizer, share=0.0).values())
+
+
+def test_without_muon_adamw_takes_all(tmp_path):
+    parameters, optimizer = optimizer_of(tmp_path, weight_decay=0.0)
+    for name, change in changes_of(parameters, optimizer, share=0.5).items():
+        torch.testing.assert_close(change, -0.5e-3 * parameters[name].grad.sign(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("muon_lr", "lr"), [(0.0, 1e-3), (0.02, 0.02)])
+def test_only_matrices_decay(tmp_path, muon_lr, lr):
+    parameters, optimizer = optimizer_of(tmp_path, muon_lr=muon_lr, weight_decay=0.5)
+    for parameter in parameters.values():
+        parameter.grad.zero_()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, change in changes_of(parameters, optimizer, share=1.0).items():
+        kept = lr * 0.5 if before[name].dim() > 1 else 0.0
+        torch.testing.assert_close(change, -kept * before[name], rtol=1e-3, atol=1e-7)
+
+
+def test_muon_needs_a_torch_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"muon_lr 0\.02 needs torch 2\.9 or newer"):
+        train(small(tmp_path, muon_lr=0.02))
+
+
 def test_a_time_budget_ends_the_run(tmp_path):
     metrics = train(small(tmp_path, steps=100_000, max_minutes=0.01))
     assert metrics["finished"]
@@ -137,6 +194,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
         ({"lr": float("nan")}, "lr"),
         ({"export_dtype": "int8"}, "float16, bfloat16, float32"),
         ({"warmup_steps": 6}, "fewer than steps"),
+        ({"muon_lr": -0.1}, "muon_lr -0.1 is not possible: allowed is 0 or more"),
+        ({"muon_lr": "fast"}, "muon_lr 'fast' is not possible: it must be of type float"),
+        ({"worlds": {"colour": "red"}}, "worlds {'colour': 'red'} is not possible: allowed is the keys kinds, share_sprites"),
+        ({"worlds": {"seed": 3}}, "worlds {'seed': 3} is not possible"),
+        ({"worlds": {"wording": "varied"}}, "worlds {'wording': 'varied'} is not possible"),
+        ({"worlds": ["kinds"]}, "worlds \\['kinds'\\] is not possible: allowed is the keys kinds"),
+        ({"worlds": None}, "worlds None is not possible"),
+        ({"worlds": {"kinds": ["cats"]}}, "kinds \\['cats'\\] is not possible: take one or more of shapes, digits, sprites"),
+        ({"worlds": {"share_two": "half"}}, "share_two 'half' is not possible: take a number from 0 to 1"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, changes, message):
@@ -160,19 +226,37 @@ def test_settings_from_a_file_and_overrides(tmp_path):
         load_settings(path)
 
 
+def test_worlds_and_whole_numbers_from_a_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("foreground_weight: 13\nmuon_lr: 6e-3\nworlds: {kinds: [digits]}\n")
+    settings = load_settings(path, ["worlds.kinds=[sprites]", "worlds.share_two=1"])
+    assert settings.worlds == {"kinds": ["sprites"], "share_two": 1}
+    assert (settings.foreground_weight, settings.muon_lr) == (13.0, 0.006)
+    assert isinstance(settings.foreground_weight, float)
+
+
 def test_the_shipped_configuration_is_valid():
     settings = load_settings("configs/tokenizer/tiny.yaml")
     assert (settings.height, settings.width, settings.num_frames) == (64, 64, 17)
 
 
-def test_foreground_counts_as_often_as_it_is_told():
+@pytest.mark.parametrize("weight", [13, 13.0])
+def test_foreground_counts_as_often_as_it_is_told(weight):
     video = torch.full((2, 3, 1, 8, 8), -0.5)
     video[:, :, :, 2:4, 2:4] = 0.5
-    weights = foreground_weight(video, torch.tensor([True, False]), 13.0)
+    weights = foreground_weight(video, torch.tensor([True, False]), weight)
     inside, outside = weights[0, 0, 0, 2, 2], weights[0, 0, 0, 0, 0]
     assert inside / outside == pytest.approx(13)
     assert weights.mean(dim=(1, 2, 3, 4)).tolist() == pytest.approx([1, 1])
     assert (weights[1] == 1).all()
+
+
+def test_a_gradient_is_no_foreground():
+    video = torch.linspace(-1, 1, 8)[:, None].expand(1, 3, 2, 8, 8).clone()
+    video[..., 3, 2:4] += 0.4
+    weights = foreground_weight(video, torch.tensor([True]), 13)
+    assert (weights > weights.min()).sum() == 2 * 2
+    assert weights.max() / weights.min() == pytest.approx(13)
 
 
 def clips_of(**changes) -> TrainingClips:
@@ -210,6 +294,32 @@ def test_worlds_and_real_material_are_mixed_as_told():
     assert only_real.real_names
     moves = [(clip[:, 0] - clip[:, -1]).abs().mean() for clip in only_real.batch(0).clips]
     assert min(moves) > 0
+
+
+def test_sprites_are_trained_on_where_asked(sprite_pictures):
+    options = {"kinds": ["sprites"], "share_two": 1.0}
+    batch = clips_of(share_worlds=1.0, world_options=options).batch(2)
+    worlds = Worlds(seed=0, num_frames=5, height=16, width=24, **options)
+    for slot in range(4):
+        assert torch.equal(batch.clips[slot], to_video([worlds[2 * (4 + 3) + slot][0]])[0])
+    held_out = held_out_worlds(2, 5, 16, 24, **options)
+    assert torch.equal(held_out[1], to_video([replace(worlds, seed=10_007, split="held_out")[1][0]])[0])
+
+
+def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(sprite_pictures, tmp_path):
+    changes = {"worlds": {"kinds": ["sprites"]}, "steps": 2}
+    assert train(small(tmp_path, **changes))["finished"]
+    record = json.loads((tmp_path / "video_tokenizer" / "training.json").read_text())
+    assert record["settings"]["worlds"] == {"kinds": ["sprites"]}
+    assert train(small(tmp_path, **changes))["step"] == 2
+    with pytest.raises(UserError, match=r"worlds was \{'kinds': \['sprites'\]\}, now \{\}"):
+        train(small(tmp_path, steps=2))
+
+
+def test_missing_pictures_end_the_run_before_it_begins(no_sprite_pictures, tmp_path):
+    with pytest.raises(UserError, match="python -m lumos fetch-sprites"):
+        train(small(tmp_path / "run", worlds={"kinds": ["sprites"]}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_test_material_is_never_trained_on(tmp_path):
