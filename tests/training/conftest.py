@@ -49,6 +49,7 @@ def micro_settings(micro_tokenizers: dict[str, str], tmp_path: Path) -> Callable
                 "device": "cpu",
                 "output_dir": str(tmp_path / "run"),
             },
+            "logging": {"peak_tflops": 0.1},
         }  # fmt: skip
         for name, values in sections.items():
             raw[name] = values if name == "model" else {**raw.get(name, {}), **values}
