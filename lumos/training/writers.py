@@ -93,7 +93,12 @@ class Tracker:
             write_bytes(file, uuid.uuid4().hex[:12].encode())
         name = f"{settings.name}-{file.read_text()}"
         place = {"id": name, "dir": str(settings.output_dir)} if module.__name__ == "wandb" else {}
-        module.init(project=settings.logging.project, name=name, config=settings.to_dict(), resume="allow", **place)
+        try:
+            module.init(project=settings.logging.project, name=name, config=settings.to_dict(), resume="allow", **place)
+        except Exception as error:  # their own kinds of error, which cannot be named without them
+            raise UserError(
+                f"{module.__name__} of logging.to cannot start: {error}; log in, set WANDB_MODE=offline for wandb, or leave it out"
+            ) from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.module.log(values, step=step)

@@ -10,20 +10,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from run_log import flat, read_log
 from safetensors.torch import load_file
 
+from lumos import LumosPipeline
 from lumos.errors import UserError
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.loop import train
 from lumos.training.settings import load_settings
+from lumos.video_io import contact_sheet, read_image
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("0", "1", "2", "3")
 OPTIONS = {"max_steps": 5, "save_every_steps": 2, "ema_decay": 0.9, "eval_every": 5, "micro_batch_size": 1}
+SAMPLES = {"every": 5, "prompts": ["a red circle"], "options": {"num_inference_steps": 2}}
 DATA = {"stages": [{"steps": 2, "image_share": 1.0}, {}]}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -42,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(runs: Path, micro_settings) -> Path:
     if (runs / "plain").exists():
         return runs
-    settings = micro_settings(data=DATA, training=OPTIONS)
+    settings = micro_settings(data=DATA, training=OPTIONS, samples=SAMPLES)
     raw = settings.to_dict()
     (runs / "settings.json").write_text(json.dumps(raw))
     worker = Path(__file__).with_name("deepspeed_worker.py")
@@ -77,6 +81,17 @@ def test_a_broken_run_continues_bitwise(finished: Path, stage: str):
         assert read_log(finished / f"zero{stage}-broken", key) == read_log(finished / f"zero{stage}-whole", key)
     events = (finished / f"zero{stage}-broken" / "log.jsonl").read_text().count('"event": "start", "step": 2')
     assert events == 1
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_samples_are_drawn_with_the_whole_averaged_weights(finished: Path, stage: str):
+    """As the exported model of the same step draws them; both runs came past them."""
+    for name in ("whole", "broken"):
+        run = finished / f"zero{stage}-{name}"
+        pipe = LumosPipeline.from_pretrained(run / "export")
+        again = contact_sheet(pipe("a red circle", seed=0, num_inference_steps=2).frames, ["a red circle"], run / "again.png")
+        assert np.array_equal(read_image(run / "samples" / "step-00000005" / "sheet.png"), read_image(again))
 
 
 @needs_deepspeed

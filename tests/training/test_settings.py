@@ -80,6 +80,15 @@ def test_every_kind_of_engine_has_a_default_folder_of_its_own(config: Path, tmp_
         ("training.ema_decay=1", ["0.999"]),
         ("model.from=somewhere", ["model.preset", "model.from"]),
         ("deepspeed.config=nowhere.json", ["nowhere.json"]),
+        ("logging.to=[tensorboards]", ["logging.to", "'tensorboards'", "tensorboard, wandb, trackio"]),
+        ("logging.to=tensorboard", ["logging.to", "a list"]),
+        ("logging.to=[wandb, wandb]", ["one place twice", "wandb"]),
+        ("logging.peak_tflops=0", ["logging.peak_tflops"]),
+        ("samples.every=5", ["samples.prompts is empty", "at least one prompt"]),
+        ("samples={every: 5, prompts: ['']}", ["empty prompt"]),
+        ("samples={every: 5, prompts: [a], options: {steps: 3}}", ["samples.options", "steps", "num_inference_steps"]),
+        ("samples={every: 5, prompts: [a], options: {num_inference_steps: 0}}", ["num_inference_steps 0", "1 to 1000"]),
+        ("samples.max_seconds=5000", ["between 1 and 1200"]),
         ("max_steps", ["section.key=value"]),
         ("name.x=1", ["name"]),
         ("training=5", ["section with keys"]),
@@ -92,6 +101,11 @@ def test_wrong_settings_say_what_is_wrong_and_allowed(config: Path, override: st
     message = str(error.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+def test_prompts_that_are_never_drawn_are_warned_of(config: Path):
+    with pytest.warns(UserWarning, match=r"samples\.prompts has no effect with samples\.every=0"):
+        load_settings(config, ["samples.prompts=[a circle]"])
 
 
 def test_files_that_are_no_config(tmp_path: Path):

@@ -312,7 +312,7 @@ def test_the_place_in_frame_loss_is_the_frame(micro_settings, tmp_path: Path, mo
         return losses[later], {"frame": places["frame"][later]}
 
     train(micro_settings(data={"stages": [{"image_share": 1.0}]}, training={"max_steps": 1, "output_dir": str(tmp_path / "image")}))
-    assert "frame_loss" not in (tmp_path / "image" / "log.jsonl").read_text()
+    assert '"frame_loss' not in (tmp_path / "image" / "log.jsonl").read_text()
     monkeypatch.setattr(ArdfTask, "losses", without_first_frame)
     train(micro_settings(training={"max_steps": 1}))
     first, second = read_log(tmp_path / "run", "frame_loss_video")[1]
