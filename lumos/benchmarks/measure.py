@@ -77,15 +77,17 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def matrix_peak_gflops(device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None) -> float:
-    """GFLOP/s of the best of several products of two square matrices: what this machine can do at all."""
+def matrix_peak_gflops(
+    device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None, products: int = 1
+) -> float:
+    """GFLOP/s of the best of several products, at least `products`, of two square matrices: what this machine can do at all."""
     n = size or MATRIX_SIZE[torch.device(device).type]
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(n, n, generator=generator).to(device, dtype) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + seconds
+    best, done, until = float("inf"), 0, time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < until or best == float("inf"):
-        best = min(best, timed(lambda: a @ b, device)[0])
+    while time.perf_counter() < until or done < products:
+        best, done = min(best, timed(lambda: a @ b, device)[0]), done + 1
     return 2 * n**3 / best / 1e9
 
 

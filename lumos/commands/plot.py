@@ -60,12 +60,12 @@ def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, st
     for number, (name, curves) in enumerate(runs.items()):
         for field in (field for field in curves if panel_of(field) == panel):
             style = ":" if field.endswith("_ema") else "--" if field.startswith("val_") else "-"
-            places = [value if isinstance(value, list) else [value] for _, value in curves[field]]
-            for k in range(len(places[0])):
-                points = [(step, v[k]) for (step, _), v in zip(curves[field], places, strict=True) if v[k] is not None]
-                if points:
-                    label = f"{name} {field}{f'[{k}]' if len(places[0]) > 1 else ''}"
-                    yield number, label, style, 1 - 0.8 * k / len(places[0]), points
+            rows = [(step, value if isinstance(value, list) else [value]) for step, value in curves[field]]
+            used = [k for k in range(len(rows[0][1])) if any(values[k] is not None for _, values in rows)]
+            for nth, k in enumerate(used):
+                points = [(step, values[k]) for step, values in rows if values[k] is not None]
+                label = f"{name} {field}" + (f" {k}" if len(rows[0][1]) > 1 else "")
+                yield number, label, style, 1 - 0.8 * nth / len(used), points
 
 
 def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
@@ -88,6 +88,6 @@ def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=5, framealpha=0.5)
     with replacing(out) as temporary:
         figure.savefig(temporary, format=Path(out).suffix[1:].lower(), dpi=110)

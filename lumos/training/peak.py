@@ -30,7 +30,8 @@ GPU_TFLOPS = {
     "MI300X": 1307.4,
 }
 """Dense bf16 matrix products with fp32 sums, TFLOP/s by the makers' data sheets, by a word of the device's name."""
-PROBE_SECONDS, PROBE_SIZE = 0.2, {"cpu": 512}
+PROBE = {"seconds": 0.2, "products": 50}
+CPU_PROBE_SIZE = 256  # a third of a millisecond: among fifty some are not disturbed, however busy the machine is
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, stated: float | None) -> tuple[float, str]:
@@ -45,7 +46,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, stated: float | None) -
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if dtype == torch.bfloat16 and (known := known_gpu(name)):
         return GPU_TFLOPS[known] * 1e12, f"data sheet of {known}"
-    return matrix_peak_gflops(str(device), dtype, PROBE_SECONDS, PROBE_SIZE.get(device.type)) * 1e9, "measured"
+    size = CPU_PROBE_SIZE if device.type == "cpu" else None
+    return matrix_peak_gflops(str(device), dtype, size=size, **PROBE) * 1e9, "measured"
 
 
 def known_gpu(name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from lumos.data.loader import IGNORED, VALIDATION_STEP, StepShape, sample_genera
 from lumos.flops import keys_seen, training_flops
 from lumos.masking import mask_ratio
 from lumos.modeling import LumosForVideoGeneration
+from lumos.runtime import versions
 from lumos.sequence import Frame, Layout, frame_indices, parse_layout
 from lumos.training import loop
 from lumos.training.ardf import RATIO_BINS, ArdfTask, ratio_bins
@@ -254,6 +256,18 @@ def test_what_the_peak_is_and_how_it_is_known(micro_settings, tmp_path, monkeypa
 )  # fmt: skip
 def test_gpus_are_known_by_name(name: str, entry: str | None):
     assert known_gpu(name) == entry
+
+
+def test_every_field_is_documented(micro_settings, tmp_path, repo):
+    options = {"max_steps": 2, "eval_every": 2, "ema_decay": 0.9}
+    samples = {"every": 2, "prompts": ["a circle"], "options": {"num_inference_steps": 1}}
+    train(micro_settings(data=JOINT, training=options, samples=samples))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("event") for line in lines] == ["start", None, None, None, "samples", "end"]
+    text = (repo / "docs" / "training.md").read_text()
+    for field in {field for line in lines for field in line} - versions().keys():
+        name = re.sub("_(image|video)$", "_<kind>", field.removeprefix("val_").removesuffix("_ema"))
+        assert f"`{name}`" in text, field
 
 
 def test_names_for_dashboards():

@@ -37,7 +37,7 @@ def test_what_is_drawn(logs: list[str]):
     assert lines[4][4] == [(3, 7.0)]
     assert lines[4][1] == f"{logs[1]} val_loss_video"
     ((number, label, _, _, points), *_) = plot.lines_of(runs, "frame_loss_video")
-    assert (number, label, points) == (0, f"{logs[0]} frame_loss_video[0]", [(1, 1), (2, 2), (3, 3)])
+    assert (number, label, points) == (0, f"{logs[0]} frame_loss_video 0", [(1, 1), (2, 2), (3, 3)])
     assert len(list(plot.lines_of(runs, "frame_loss_video"))) == 2
     assert list(plot.lines_of(runs, "mfu")) == []
 
