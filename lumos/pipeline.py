@@ -207,16 +207,7 @@ class LumosPipeline:
     def _prefix(self, prompt: str | None, clip: ClipDefaults, given: Tensor | None) -> Tensor:
         """Ids before the first new frame; prompt None: without text."""
         config = self.model.config
-        text = None
-        if prompt is not None:
-            text = self.text_tokenizer.encode(
-                prompt_text(config, check_prompt(prompt), height=clip.height, width=clip.width,
-                            num_frames=clip.num_frames, fps=clip.fps)
-            )  # fmt: skip
-            if len(text) > config.max_prompt_tokens:
-                raise UserError(
-                    f"the prompt has {len(text)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it"
-                )
+        text = None if prompt is None else prompt_ids(prompt, clip, config, self.text_tokenizer)
         duration, fps = clip_header(clip.num_frames, clip.fps)
         prefix = torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
         return prefix if given is None else torch.cat([prefix, build_frames(given, config).flatten()])
@@ -244,6 +235,15 @@ class LumosPipeline:
         """codes [t, h, w] -> uint8 [T, H, W, 3]."""
         device = next(self.video_tokenizer.parameters()).device
         return to_uint8(self.video_tokenizer.decode(codes[None].to(device))[0])
+
+
+def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of the text that the decoder reads for a prompt; UserError if it is empty or too long."""
+    shape = {name: getattr(clip, name) for name in ("height", "width", "num_frames", "fps")}
+    ids = tokenizer.encode(prompt_text(config, check_prompt(prompt), **shape))
+    if len(ids) > config.max_prompt_tokens:
+        raise UserError(f"the prompt has {len(ids)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it")
+    return ids
 
 
 def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
