@@ -142,6 +142,23 @@ class Engine:
         """This process's runs [n] of the fp32 weights, by name, as views that can be written to."""
         return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
 
+    def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole trained parameters on the CPU in fp32, of which `values`, one [n] for each of `weights()`, are this process's runs.
+
+        To be called in all processes; only the first gets them.
+        """
+        slots, whole = self.slots() if self.stores else {}, {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves nothing in the parameter itself
+                flat = torch.zeros(shape.numel())
+                if name in slots:
+                    flat[slots[name].start :][: slots[name].count] = values[name].float().cpu()
+                flat = self.all_sum(flat)
+                if self.rank == 0:
+                    whole[name] = flat.view(shape)
+        return whole
+
     def state(self) -> dict[str, Tensor]:
         """What `load` needs beside `updates`, under the names that `Stored` reads."""
         slots = self.slots()

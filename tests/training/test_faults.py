@@ -13,7 +13,7 @@ from run_log import read_log
 
 from lumos.training import checkpoint
 
-KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss")
+KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss_video")
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
