@@ -270,6 +270,13 @@ def test_every_field_is_documented(micro_settings, tmp_path, repo):
         assert f"`{name}`" in text, field
 
 
+def test_the_terminal_shows_step_loss_and_rate(micro_settings, tmp_path, capsys):
+    train(micro_settings(training={"max_steps": 2}))
+    line = capsys.readouterr().err.splitlines()[-1]
+    loss, lr = (read_log(tmp_path / "run", key)[2] for key in ("loss", "lr"))
+    assert re.search(rf"2/2 .*step.*loss={loss:.4f}, lr={lr:.2e}", line), line
+
+
 def test_names_for_dashboards():
     line = {"step": 4, "time": 1.0, "loss": 2.0, "val_loss_video": 3.0, "frame_loss_video": [None, 5.0], "mfu": None}
     assert dict(scalars(line)) == {"train/loss": 2.0, "val/loss_video": 3.0, "train/frame_loss_video/1": 5.0}
