@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import micro_config
 from hypothesis import given
 from hypothesis import strategies as st
+from micro import micro_config
 
 from lumos.masking import MASK_KINDS, history_mask, mask_ratio, mask_sequence, training_mask, unmasking_counts
 from lumos.sequence import build_sequence, code_mask, parse_layout
