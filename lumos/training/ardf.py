@@ -244,7 +244,7 @@ class ArdfTask:
         if data.source == "worlds":
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
             picture = data.height * data.width // self.config.spatial_compression**2
-            codes = {"image": picture, "video": picture * self.num_frames}
+            codes = {"image": picture, "video": picture * num_latent_frames(data.num_frames, self.config.temporal_compression)}
             return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
             data.path,
