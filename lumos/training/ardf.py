@@ -94,9 +94,14 @@ class ArdfTask:
 
         With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
         """
-        folder, lora = self.settings.model.from_, self.settings.lora
+        folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
         if folder is not None:
-            model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+            try:
+                model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+            except UserError as error:
+                if not overrides:
+                    raise
+                raise UserError(f"model.overrides {overrides} do not fit the weights of model.from: {error}") from error
         torch.manual_seed(self.settings.training.seed)
         if folder is None:
             model = LumosForVideoGeneration(self.config)

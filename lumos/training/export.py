@@ -112,13 +112,12 @@ def export_adapter(
     if base is None:
         raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
-    pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
-    with replacing_folder(out) as writing:
+    with _no_progress_bar(), replacing_folder(out) as writing:
+        pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
         pipe.model.to(DTYPES[dtype])
         pipe.model.config.dtype = DTYPES[dtype]
         pipe.video_tokenizer.to(DTYPES[dtype])
-        with _no_progress_bar():
-            pipe.save_pretrained(writing)
+        pipe.save_pretrained(writing)
         facts = made or {"adapter": str(adapter), "dtype": dtype, **versions()}
         write_json(writing / "training.json", {"base": str(base), **facts})
     return base

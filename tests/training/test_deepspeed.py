@@ -54,13 +54,12 @@ def test_samples_are_drawn_with_the_whole_averaged_weights(runs: Runs, name: str
     assert np.array_equal(read_image(run / "samples" / "step-00000005" / "sheet.png"), read_image(again))
 
 
-@pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
-def test_offload_trains_and_resumes_as_without(runs: Runs, ranks: Ranks, name: str):
+@pytest.mark.parametrize("engine", ["zero2-offload", "zero3-offload"])
+def test_offload_trains_and_resumes_as_without(runs: Runs, ranks: Ranks, engine: str):
     """Optimizer state, and in stage 3 the weights too, in the CPU's memory. On a CPU nothing moves; the code is the same."""
-    settings = runs.make(runs.folder / name)
-    settings.deepspeed.config = str(ROOT / "configs" / "deepspeed" / f"{name}.json")
-    ranks.train(settings, "own", faults={0: [["kill_after_step", 3]]})
-    ranks.finish(settings, "own")
+    settings = runs.make(runs.folder / engine)
+    ranks.train(settings, engine, faults={0: [["kill_after_step", 3]]})
+    ranks.finish(settings, engine)
     for key in ("loss", "grad_norm", "val_loss_video_ema"):
         assert read_log(settings.output_dir, key) == pytest.approx(read_log(runs.whole("plain"), key), abs=1e-4)
 

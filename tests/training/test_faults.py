@@ -123,7 +123,10 @@ def test_a_damaged_newest_checkpoint_of_two_processes(runs: Runs, ranks: Ranks):
     assert_same_run(settings.output_dir, runs.whole("zero3"))
 
 
-@pytest.mark.parametrize(("engine", "what"), [("zero0", "gradient"), ("zero1", "loss"), ("zero2", "gradient"), ("zero3", "loss")])
+@pytest.mark.parametrize(("engine", "what"), [
+    ("zero0", "gradient"), ("zero1", "loss"), ("zero2", "gradient"), ("zero3", "loss"), ("zero2-offload", "loss"),
+    ("zero3-offload", "gradient"),
+])  # fmt: skip
 def test_not_finite_in_one_of_two_processes_is_left_out_by_both(runs: Runs, ranks: Ranks, engine: str, what: str):
     """Both leave the update out, as one process does with the same batch."""
     runs_of = {}

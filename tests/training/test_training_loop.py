@@ -224,6 +224,12 @@ def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path:
     assert sorted(read_log(tmp_path / "run")) == [2, 6, 8]
 
 
+def test_checkpoints_that_are_kept(micro_settings, tmp_path: Path):
+    train(micro_settings(training={"max_steps": 7, "save_every_steps": 1, "keep_last": 2, "keep_every": 3}))
+    kept = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [checkpoint.step_of(folder) for folder in kept] == [3, 6, 7]
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(micro_settings, tmp_path: Path, monkeypatch):
     settings = micro_settings(training={"save_every_steps": 2})
 
@@ -250,6 +256,13 @@ def test_fine_tuning_starts_from_a_folder_and_its_tokenizers(micro_settings, tmp
     second = train(settings)["export"]
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fine_tuning_with_another_shape(micro_settings):
+    first = train(micro_settings(training={"max_steps": 1}))["export"]
+    settings = micro_settings(model={"from": first, "overrides": {"vocab_size": 3000}}, tokenizer={"video": None, "text": None})
+    with pytest.raises(UserError, match=r"model\.overrides .*do not fit the weights of model\.from: .*has shape \[2024, 64\]"):
+        train(settings)
 
 
 def test_a_checkpoint_of_another_run_is_refused(micro_settings):
