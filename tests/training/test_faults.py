@@ -90,6 +90,7 @@ def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
     """The other one ends after deepspeed.timeout_minutes instead of waiting for ever."""
     settings = runs.make(runs.folder / "hangs")
     settings.deepspeed.timeout_minutes = 0.05
+    settings.samples.max_seconds = 1
     first, stopped = ranks.train(settings, "zero2", 2, {1: [["stop_after_step", 1]]})
     assert (first.code, stopped.code) == (1, None), first.err
     assert "another process of the run ended or did not answer within deepspeed.timeout_minutes" in first.error

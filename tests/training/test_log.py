@@ -182,6 +182,8 @@ def test_the_longest_wait_and_the_largest_memory_of_all_processes_count(micro_se
     other = torch.tensor([[0.0, 1e6], [0.0, 2.0**50]], dtype=torch.float64)
     run.engine.all_sum = lambda values: original(values + other if values.shape == other.shape else values)
     monkeypatch.setattr(run, "validate", dict)
+    monkeypatch.setattr(run, "save", lambda **_: None)
+    monkeypatch.setattr(run, "export", lambda: None)
     run.train()
     run.log.close()
     assert read_log(tmp_path / "run", "data_wait") == {1: 1e6}
@@ -213,8 +215,8 @@ def test_flops_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         hidden = model.model(torch.ones(shape, dtype=torch.int64), rotary, attention_for("segmented", [layout], layout.length, CPU))
         model.lm_head(hidden[0, :30], targets=torch.zeros(30, dtype=torch.int64)).sum().backward()
-    again = 2 * 30 * config.hidden_size * config.visual_token_count  # the backward computes the logits a second time
-    assert counter.get_total_flops() - again == training_flops(config, layout, 30)
+    uncounted = 2 * 30 * config.hidden_size * config.visual_token_count  # of the head's gradient, added in place
+    assert counter.get_total_flops() + uncounted == training_flops(config, layout, 30)
     assert model.flops_per_token(0) == 2 * matrix_weights(model)
 
 
@@ -274,7 +276,7 @@ def test_the_terminal_shows_step_loss_and_rate(micro_settings, tmp_path, capsys)
     train(micro_settings(training={"max_steps": 2}))
     line = capsys.readouterr().err.splitlines()[-1]
     loss, lr = (read_log(tmp_path / "run", key)[2] for key in ("loss", "lr"))
-    assert re.search(rf"2/2 .*step.*loss={loss:.4f}, lr={lr:.2e}", line), line
+    assert re.search(rf"2/2 .*step.*loss={loss:.4f}, lr={re.escape(f'{lr:.2e}')}", line), line
 
 
 def test_names_for_dashboards():
