@@ -188,7 +188,7 @@ class ArdfTask:
             | adapter
             | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
             | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
-            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch")}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
             | self.source.identity
         )
 

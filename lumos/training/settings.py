@@ -114,6 +114,11 @@ class OptimizationSettings:
         low=1,
     )
     micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1)
+    optimizer: str = setting(
+        "adamw",
+        "adamw (published), or muon for the layers' matrices and AdamW for the rest: with ZeRO 0 or without",
+        choices=("adamw", "muon"),
+    )
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
     warmup_steps: int = setting(100, "steps of linear warm-up", low=0)
