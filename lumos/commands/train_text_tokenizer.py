@@ -10,7 +10,7 @@ from lumos.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--captions", help="text file with one caption a line; default: captions of the small worlds")
-    add("--worlds", type=int, help="how many captions of the small worlds to use; default 20,000")
+    add("--worlds", type=int, help="how many captions of the three small worlds to use, in all their wordings; default 20,000")
     add("--seed", type=int, help="of the small worlds; default 0")
     add("--vocab-size", type=int, default=1024, help="reserved ids, bytes and pieces; at most the model's visual_token_start")
     add("--reserved", type=int, default=254, help="ids after 0 that text can never produce: specials and numbers")
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value} is not allowed; give at least {least}")
-    captions = args.captions or worlds.captions(args.seed or 0, args.worlds or 20_000)
+    captions = args.captions or worlds.captions(args.seed or 0, args.worlds or 20_000, kinds=worlds.KINDS, wording="varied")
     symbols = [f"<reserved{i:03d}>" for i in range(1, args.reserved + 1)]
     text_tokenizer = TextTokenizer.train(captions, args.vocab_size, reserved_symbols=symbols)
     file = text_tokenizer.save_pretrained(args.out)
