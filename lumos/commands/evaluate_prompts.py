@@ -7,6 +7,9 @@ import json
 import sys
 import time
 
+SUMS = ("all", "colour_and_motion", "last_frame", "steady")
+"""Keys of a verdict that follow from others or say them again."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -14,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kinds", nargs="+", default=["one"], help="one, two, digits, sprites, two_sprites, held_out, paraphrased")
     add("--count", type=int, default=50, help="prompts of each kind")
     add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
+    add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")
+    add("--image-to-video", action="store_true", help="give each clip its first frame, as the small worlds draw it")
     add("--batch-size", type=int, default=10)
     add("--num-inference-steps", type=int)
     add("--guidance-scale", type=float)
@@ -21,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int)
     add("--top-p", type=float)
     add("--history-mask-ratio", type=float)
+    add("--mask-given-frames", action="store_true", default=None, help="hide a part of the given frame too, as of later history")
     add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
     add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet")
@@ -34,29 +40,35 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.commands.generate import shipped_model
     from lumos.errors import UserError
-    from lumos.evaluation.prompts import generate_in_batches, prompt_set, score
+    from lumos.evaluation.prompts import generate_in_batches, is_kept, prompt_set, score, shares
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import LumosPipeline
+    from lumos.pipeline import LumosPipeline, check_num_frames, override
     from lumos.runtime import versions
     from lumos.video_io import contact_sheet
 
     for name in ("count", "batch_size", "sheet_clips"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio")
+    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if options and args.reference:
         raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")
+    if args.image_to_video and args.reference:
+        raise UserError(f"--image-to-video has no effect with --reference {args.reference}; leave it out")
+    if args.mask_given_frames and not args.image_to_video:
+        raise UserError("--mask-given-frames has no effect without --image-to-video; add it, or leave it out")
     for path in (args.sheet, args.output):
         if path:
             check_writable(path)
     transformers.utils.logging.disable_progress_bar()
     model = args.model or shipped_model()
     pipe = LumosPipeline.from_pretrained(model, device=args.device)
-    shape = {name: getattr(pipe.clip, name) for name in ("num_frames", "fps", "height", "width")}
+    clip = override(pipe.clip, num_frames=args.num_frames)
+    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
+    shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
 
-    def make(prompts: list[str], seeds: list[int]) -> list:
-        return pipe(prompts, seed=seeds, **options).frames
+    def make(prompts: list[str], seeds: list[int], pictures: list | None) -> list:
+        return pipe(prompts, seed=seeds, image=pictures, num_frames=clip.num_frames, **options).frames
 
     results, clips_shown, labels = {}, [], []
     started = time.perf_counter()
@@ -67,18 +79,24 @@ def run(args: argparse.Namespace) -> None:
         elif args.reference == "reconstruction":
             clips = [pipe.reconstruct(clip) for clip in truth]
         else:
-            clips = generate_in_batches(make, prompts, args.seed, args.batch_size)
-        shares, verdicts = score(clips, wanted)
-        results[kind] = {"shares": shares, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
+            pictures = [frames[0] for frames in truth] if args.image_to_video else None
+            clips = generate_in_batches(make, args.seed, args.batch_size, prompts, pictures)
+        _, verdicts = score(clips, wanted)
+        if args.image_to_video:
+            for frames, first, verdict in zip(clips, truth, verdicts, strict=True):
+                verdict["first_frame"] = is_kept(frames[0], pipe.reconstruct(first[:1])[0])
+        found = shares(verdicts)
+        results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
-            wrong = [name for name, right in verdict.items() if not right and name not in ("all", "colour_and_motion")]
+            wrong = [name for name, right in verdict.items() if not right and name not in SUMS]
             clips_shown.append(clip)
             labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
-        print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in shares.items()))
+        print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
     if args.sheet:
         print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
     summary = {
         "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
+        "num_frames": clip.num_frames, "image_to_video": args.image_to_video,
         "settings": {**vars(pipe.settings), **options}, "seconds": round(time.perf_counter() - started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip

@@ -119,6 +119,18 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
     return {**result, "all": all(result.values())}
 
 
+def check_identity(frame: np.ndarray, wanted: dict) -> dict[str, bool]:
+    """What `check_clip` says of one frame [H, W, 3] of a clip: count, colour, shape, sprite, all; neither size nor motion."""
+    things = [{key: value for key, value in thing.items() if key not in ("size", "motion")} for thing in wanted["things"]]
+    return check_clip(np.asarray(frame)[None], {"things": things})
+
+
+def identities(frame: np.ndarray, wanted: dict) -> list[tuple]:
+    """Colour and shape, or the sprite, of everything that a frame [H, W, 3] shows, in a fixed order."""
+    _, things, _ = _look(as_clip(np.asarray(frame)[None]), wanted)
+    return sorted((t.sprite,) if isinstance(t, SeenSprite) else (t.colour, t.shape, t.digit or -1) for t in things)
+
+
 def _look(video: np.ndarray, wanted: dict) -> tuple[str, Sequence[Seen | SeenSprite], int]:
     """(background, things, their number), measured as sprites if sprites are wanted."""
     are_sprites = {"sprite" in thing for thing in wanted["things"]}

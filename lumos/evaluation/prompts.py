@@ -11,7 +11,7 @@ import numpy as np
 from lumos.data.worlds import Worlds, render
 from lumos.errors import UserError
 from lumos.evaluation.captions import named_attributes
-from lumos.evaluation.checker import check_clip
+from lumos.evaluation.checker import check_clip, check_identity, identities
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"kinds": ("shapes",), "share_two": 0.0},
@@ -39,24 +39,46 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
 
 
 def score(clips: Sequence[np.ndarray], wanted: Sequence[dict]) -> tuple[dict[str, float], list[dict[str, bool]]]:
-    """(share right of each attribute among the clips of which it is wanted, verdict of each clip); "colour_and_motion" too."""
+    """(share right of each attribute among the clips of which it is wanted, verdict of each clip).
+
+    Beside the attributes and "all" of `check_clip`: colour_and_motion; last_frame: colour and shape, digit or sprite, of all things
+    are right in the last frame; steady: they are there what they are in the first, right or wrong.
+    """
     verdicts = [check_clip(clip, ask) for clip, ask in zip(clips, wanted, strict=True)]
-    for verdict in verdicts:
+    for clip, ask, verdict in zip(clips, wanted, verdicts, strict=True):
         if "colour" in verdict and "motion" in verdict:
             verdict["colour_and_motion"] = verdict["colour"] and verdict["motion"]
+        if len(clip) > 1:
+            verdict["last_frame"] = check_identity(clip[-1], ask)["all"]
+            verdict["steady"] = identities(clip[-1], ask) == identities(clip[0], ask)
+    return shares(verdicts), verdicts
+
+
+def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """Share of True of each key, among the verdicts that have it."""
     found = defaultdict(list)
     for verdict in verdicts:
         for name, right in verdict.items():
             found[name].append(right)
-    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}, verdicts
+    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+
+
+def is_kept(frame: np.ndarray, picture: np.ndarray) -> bool:
+    """A clip's first frame is the given picture as the tokenizer gives it back, both uint8 [H, W, 3], to 2 of 255 on average."""
+    return float(np.abs(frame.astype(np.int16) - picture).mean()) <= 2
 
 
 def generate_in_batches(
-    make: Callable[[list[str], list[int]], list[np.ndarray]], prompts: Sequence[str], seed: int, batch_size: int
+    make: Callable[..., list[np.ndarray]],
+    seed: int,
+    batch_size: int,
+    prompts: Sequence[str],
+    pictures: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Clips of all prompts, prompt i with seed + i, whatever the batch size."""
+    """Clips of all prompts, prompt i with seed + i, whatever the batch size: `make(prompts, seeds, pictures or None)`."""
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
-        clips += make(part, [seed + start + i for i in range(len(part))])
+        part = slice(start, min(start + batch_size, len(prompts)))
+        seeds = [seed + i for i in range(part.start, part.stop)]
+        clips += make(list(prompts[part]), seeds, pictures and list(pictures[part]))
     return clips

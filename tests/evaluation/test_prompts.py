@@ -5,17 +5,36 @@ import pytest
 
 from lumos.data.worlds import is_held_out, sample_scene
 from lumos.errors import UserError
-from lumos.evaluation.prompts import KINDS, generate_in_batches, prompt_set, score
+from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, prompt_set, score
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind, sprite_pictures):
     _, truth, wanted = zip(*prompt_set(kind, 8, seed=77), strict=True)
     shares, verdicts = score(truth, wanted)
-    assert shares["all"] == 1.0
+    assert (shares["all"], shares["last_frame"], shares["steady"]) == (1.0, 1.0, 1.0)
     assert len(verdicts) == 8
     shares, _ = score([np.full_like(t, 10) for t in truth], wanted)
-    assert shares["all"] == 0.0
+    assert (shares["all"], shares["last_frame"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["one", "digits", "sprites"])
+def test_what_turns_into_something_else_is_seen(kind, sprite_pictures):
+    """The second half of each clip is of another clip that shows another thing."""
+    _, truth, wanted = zip(*prompt_set(kind, 12, seed=78), strict=True)
+    named = [tuple(ask["things"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]
+    other = [next(j for j in range(12) if named[j] != mine) for mine in named]
+    turned = [np.concatenate([truth[i][:9], truth[j][9:]]) for i, j in enumerate(other)]
+    found, _ = score(turned, wanted)
+    assert (found["last_frame"], found["steady"]) == (0.0, 0.0)
+    found, _ = score([truth[j] for j in other], wanted)
+    assert (found["last_frame"], found["steady"]) == (0.0, 1.0)
+
+
+def test_a_given_picture_is_kept_or_not():
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    assert is_kept(picture + 2, picture)
+    assert not is_kept(picture - 3, picture)
 
 
 def test_kinds_are_what_they_say():
@@ -32,12 +51,13 @@ def test_kinds_are_what_they_say():
 def test_batches_do_not_change_prompts_or_seeds():
     calls = []
 
-    def make(prompts, seeds):
+    def make(prompts, seeds, pictures):
         calls.append(len(prompts))
-        return list(zip(prompts, seeds, strict=True))
+        return list(zip(prompts, seeds, strict=True)) if pictures is None else list(zip(prompts, pictures, strict=True))
 
     prompts = [str(i) for i in range(7)]
     expected = [(str(i), 100 + i) for i in range(7)]
-    assert generate_in_batches(make, prompts, 100, 3) == expected
+    assert generate_in_batches(make, 100, 3, prompts) == expected
     assert calls == [3, 3, 1]
-    assert generate_in_batches(make, prompts, 100, 50) == expected
+    assert generate_in_batches(make, 100, 50, prompts) == expected
+    assert generate_in_batches(make, 100, 3, prompts, prompts) == [(text, text) for text in prompts]
