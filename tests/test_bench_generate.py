@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lumos.benchmarks.generate as bench
 from lumos.benchmarks.bound import products, profiled
@@ -65,10 +66,27 @@ def test_shares_are_of_the_whole_time(case):
 
 
 def test_flops_are_those_of_the_formula(case):
-    """Two branches of 32 tokens: 3 frames of 3 steps and 2 commits; the head over 24 + 20 + 12 masked codes of each frame."""
+    """Two branches of 32 tokens, 3 frames of 3 steps and 2 commits; 24, 20 and 12 masked codes count in last layer and head."""
     c, parts = case.model.config, {p.part: p.flops for p in products(case)}
-    tokens = 2 * 32 * 11 + len(case.conditional) + len(case.unconditional)
-    assert parts["mlp.up_proj"] == 2 * tokens * c.num_hidden_layers * c.hidden_size * c.intermediate_size
-    assert parts["head"] == 2 * 3 * (24 + 20 + 12) * c.hidden_size * c.visual_token_count
-    keys = sum(len(p) + 32 * (f + 1) for p in (case.conditional, case.unconditional) for f in (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2))
-    assert parts["attention scores"] == parts["attention values"] == 2 * c.num_hidden_layers * 32 * keys * c.hidden_size
+    assert c.num_hidden_layers == 2
+    tokens, wanted = 2 * 32 * 11 + len(case.conditional) + len(case.unconditional), 2 * 3 * (24 + 20 + 12)
+    assert parts["mlp.up_proj"] == 2 * (tokens + wanted) * c.hidden_size * c.intermediate_size
+    assert parts["self_attn.k_proj"] == 2 * (tokens + tokens) * c.hidden_size * c.head_dim
+    assert parts["head"] == wanted * c.hidden_size * c.visual_token_count
+    steps = [(f, m) for f in range(3) for m in (24, 20, 12, 0)][:-1]
+    pairs = sum((len(p) + 32 * (f + 1)) * (32 + m) for p in (case.conditional, case.unconditional) for f, m in steps)
+    assert parts["attention scores"] == parts["attention values"] == 2 * pairs * c.hidden_size
+
+
+def test_the_engine_spends_these_flops_and_no_more(case):
+    """Counted by torch while it runs: the products of layers and head, and attention, where a prompt's is not counted here."""
+    with FlopCounterMode(display=False) as counter:
+        generate(case)
+    counted = {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    parts = {p.part: p.flops for p in products(case)}
+    attention = parts.pop("attention scores") + parts.pop("attention values")
+    prompt = (len(case.conditional) + len(case.unconditional)) / (2 * 32 * 11)
+    products_counted = counted["mm"] + counted.get("addmm", 0)
+    assert sum(parts.values()) <= products_counted <= (1 + prompt) * sum(parts.values())
+    if len(counted) > 1:
+        assert attention <= sum(counted.values()) - products_counted <= (1 + prompt) * attention

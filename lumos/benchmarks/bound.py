@@ -2,8 +2,9 @@
 
 FLOPs are multiply-adds x 2. Counted is what any form of the method must do: both branches of every token through the layers
 (each step of a frame, and each frame but the last once more for the cache), attention of each to the cache and its own frame,
-and the visual rows of the head at positions that are still masked. The head counts once a clip, not once a branch: guidance is
-linear, so it may be put on the hidden states. Softmax, norms and everything else that is no product count nothing.
+and the visual rows of the head at positions that are still masked; in the last layer, other positions give keys and values
+only. The head counts once a clip, not once a branch: guidance is linear, so it may be put on the hidden states. Softmax, norms
+and everything else that is no product count nothing.
 """
 
 from __future__ import annotations
@@ -42,26 +43,28 @@ class Product:
 def products(case: Case) -> list[Product]:
     """All matrix products of the case, by shape."""
     config, steps = case.model.config, case.settings.num_inference_steps
-    codes, passes = case.grid[0] * case.grid[1], case.frames * steps + case.frames - 1
+    codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
+    masked = [codes, *unmasking_counts(codes, steps)[:-1]]
     lengths = [len(case.conditional), len(case.unconditional)]
-    tokens = sum(lengths) + BRANCHES * case.span * passes
+    passes = [  # (context, positions whose states are wanted) of one frame's tokens in one branch
+        (length + case.span * (frame + 1), wanted)
+        for length in lengths
+        for frame in range(case.frames)
+        for wanted in (*masked, *([0] if frame + 1 < case.frames else []))
+    ]
+    tokens, wanted = sum(lengths) + case.span * len(passes), sum(m for _, m in passes)
     found = []
     for name, layer in case.model.model.layers[0].named_modules():
         if isinstance(layer, nn.Linear):
-            flops = 2 * layer.weight.numel() * tokens * config.num_hidden_layers
+            last = tokens if name.endswith(("k_proj", "v_proj")) else wanted
+            flops = 2 * layer.weight.numel() * (tokens * (layers - 1) + last)
             found.append(Product(name, flops, 1, BRANCHES * case.span, layer.in_features, layer.out_features))
-    contexts = [
-        length + case.span * (frame + 1)
-        for length in lengths
-        for frame in range(case.frames)
-        for _ in range(steps + (frame + 1 < case.frames))
-    ]
-    half = 2 * config.hidden_size * config.num_hidden_layers * case.span * sum(contexts)
-    heads, mean = BRANCHES * config.num_attention_heads, round(statistics.mean(contexts))
+    pairs = sum(context * (case.span * (layers - 1) + m) for context, m in passes)
+    half, mean = 2 * config.hidden_size * pairs, round(statistics.mean(context for context, _ in passes))
+    heads = BRANCHES * config.num_attention_heads
     found.append(Product("attention scores", half, heads, case.span, config.head_dim, mean))
     found.append(Product("attention values", half, heads, case.span, mean, config.head_dim))
-    masked = sum([codes, *unmasking_counts(codes, steps)]) * case.frames
-    head = 2 * config.hidden_size * config.visual_token_count * masked
+    head = 2 * config.hidden_size * config.visual_token_count * sum(masked) * case.frames
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found
 

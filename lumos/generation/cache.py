@@ -49,21 +49,23 @@ class Cache:
     def extend(self, n: int) -> Attend:
         """Attention of frames of n tokens each to the cache, to the frames before them, and to themselves.
 
-        Their keys and values are written behind each row's length, which stays: `lengths` says what is to be kept.
+        Where there are fewer queries than keys, all are of the last frame. Their keys and values are written behind each row's
+        length, which stays: `lengths` says what is to be kept.
         """
         runs = list(equal_runs(self.lengths))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            total, parts = q.shape[2], []
+            total, parts = k.shape[2], []
+            size = n if q.shape[2] == total else q.shape[2]
             for start, stop in runs:
                 length, rows = self.lengths[start], slice(start, stop)
                 keys, values = (c[layer, rows, :, : length + total] for c in (self.keys, self.values))
                 keys[:, :, length:] = k[rows]
                 values[:, :, length:] = v[rows]
-                frames = [
-                    prefix_attention(q[rows, :, at : at + n], keys[:, :, : length + at + n], values[:, :, : length + at + n], False)
-                    for at in range(0, total, n)
-                ]
+                frames = []
+                for i, queries in enumerate(reversed(q[rows].split(size, dim=2))):
+                    end = length + total - i * n
+                    frames.insert(0, prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False))
                 parts.append(torch.cat(frames, dim=2) if len(frames) > 1 else frames[0])
             return torch.cat(parts) if len(parts) > 1 else parts[0]
 

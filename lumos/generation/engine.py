@@ -90,11 +90,12 @@ class Engine:
         committing: ids [R, n] of the finished frame before it, as later frames shall see it; the same forward appends it to the
         cache. The frame of frame_ids itself leaves nothing there.
         """
-        hidden = self._forward(frame_ids if committing is None else torch.cat([committing, frame_ids], dim=1), frame_ids.shape[1])
-        if committing is not None:
-            self._advance(committing.shape[1])
-            hidden = hidden[:, committing.shape[1] :]
-        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        n = frame_ids.shape[1]
+        if committing is None:
+            return self._forward(frame_ids, n, at)
+        hidden = self._forward(torch.cat([committing, frame_ids], dim=1), n, at + n)
+        self._advance(n)
+        return hidden
 
     @torch.inference_mode()
     def denoise(self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None) -> Tensor:
@@ -109,11 +110,11 @@ class Engine:
         self._forward(frame_ids, frame_ids.shape[1])
         self._advance(frame_ids.shape[1])
 
-    def _forward(self, ids: Tensor, n: int) -> Tensor:
-        """ids [R, n of one frame, or 2 n of two in a row]."""
+    def _forward(self, ids: Tensor, n: int, at: Tensor | None = None) -> Tensor:
+        """ids [R, n of one frame, or 2 n of two in a row] -> hidden states of all, or of the offsets `at` in the last frame."""
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
-        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n))
+        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n), at)
 
     def _advance(self, n: int) -> None:
         self._rotary.pop(self.frames_done, None)
