@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Lora:
 
 
 def import_peft() -> ModuleType:
+    """UserError, with the extra's name, if it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which warns that it found no accelerator
     try:
         import peft
     except ImportError as error:
@@ -122,7 +126,9 @@ def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, st
         raise UserError(f"{folder} holds an adapter of type {config.peft_type.value}; allowed: LORA")
     config.base_model_name_or_path = None  # peft would warn if the base model's folder was moved
     try:
-        wrapped = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for an attribute by its old name
+            wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"{folder} does not fit this model: {' '.join(str(error).split())}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}

@@ -18,6 +18,7 @@ VERBS = {
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
+    "plot": "draw the curves of runs from their logs",
     "fetch-sprites": "fetch the emoji pictures that move in the small worlds",
     "evaluate": "measure a model or a tokenizer",
     "bench": "measure speed and memory on this machine",

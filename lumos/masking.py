@@ -22,11 +22,11 @@ MIN_RATIO = 0.7
 
 @dataclass(frozen=True)
 class MaskedSequence:
-    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where supervised, else -100; the drawn ratio."""
+    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where supervised, else -100; `ratios` of the t frames."""
 
     input_ids: Tensor
     targets: Tensor
-    ratio: float
+    ratios: tuple[float, ...]
 
 
 def mask_ratio(t: float, min_ratio: float = MIN_RATIO) -> float:
@@ -48,8 +48,8 @@ def pattern(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 def training_mask(
     kind: str, t: int, n: int, *, min_ratio: float, fixed_ratio: float | None = None, generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """(bool [t, n], the ratio drawn; the mean one for diffusion forcing). Counts are exact.
+) -> tuple[Tensor, tuple[float, ...]]:
+    """(bool [t, n], the ratio meant for each frame). Counts are exact: what is hidden is the ratio rounded to tokens.
 
     tube: one pattern for all frames. random: one ratio, positions drawn over the whole clip. diffusion_forcing: a fresh
     ratio and pattern for each frame. tube_decay: nested patterns whose count grows linearly to all of the last frame.
@@ -62,17 +62,17 @@ def training_mask(
         return mask_ratio(float(torch.rand((), generator=generator)), min_ratio) if fixed_ratio is None else fixed_ratio
 
     if kind == "diffusion_forcing":
-        ratios = [draw_ratio() for _ in range(t)]
-        return torch.stack([pattern(n, mask_count(n, r), generator) for r in ratios]), sum(ratios) / t
+        ratios = tuple(draw_ratio() for _ in range(t))
+        return torch.stack([pattern(n, mask_count(n, r), generator) for r in ratios]), ratios
     ratio = draw_ratio()
     if kind == "random":
-        return pattern(t * n, mask_count(t * n, ratio), generator).view(t, n), ratio
+        return pattern(t * n, mask_count(t * n, ratio), generator).view(t, n), (ratio,) * t
     if kind == "tube":
-        return pattern(n, mask_count(n, ratio), generator).expand(t, n), ratio
+        return pattern(n, mask_count(n, ratio), generator).expand(t, n), (ratio,) * t
     rank = torch.randperm(n, generator=generator)
     first = mask_count(n, ratio)
     counts = torch.linspace(first, n, t).round() if t > 1 else torch.tensor([float(first)])
-    return rank[None] < counts[:, None], ratio
+    return rank[None] < counts[:, None], (ratio, *(counts[1:] / n).tolist())
 
 
 def mask_sequence(
@@ -89,7 +89,7 @@ def mask_sequence(
     if not layout.frames:
         raise ValueError("the sequence has no frames to mask")
     t, n = len(layout.frames), layout.frames[0].content_length
-    mask, ratio = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
+    mask, ratios = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
     hidden = torch.zeros(len(input_ids), dtype=torch.bool)
     for frame, row in zip(layout.frames, mask, strict=True):
         hidden[frame.content_start : frame.end - 1] = row
@@ -97,7 +97,7 @@ def mask_sequence(
     return MaskedSequence(
         input_ids=input_ids.masked_fill(hidden, config.mask_token_id),
         targets=torch.where(hidden & is_code, input_ids - config.visual_token_start, -100),
-        ratio=ratio,
+        ratios=ratios,
     )
 
 

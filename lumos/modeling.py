@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from lumos.attention import Attend, attention_for, attention_kept
 from lumos.configuration import LumosConfig
 from lumos.conversion import prepare_checkpoint
+from lumos.flops import layer_flops_per_token
 from lumos.loss import chunked_cross_entropy
 from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
@@ -266,9 +267,7 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
 
     def flops_per_token(self, context: int) -> int:
         """Multiply-adds x 2 of one token's forward through the layers with `context` keys in sight (no head)."""
-        layers = sum(m.weight.numel() for m in self.model.layers.modules() if isinstance(m, nn.Linear))
-        attention = 2 * context * self.config.hidden_size * self.config.num_hidden_layers
-        return 2 * (layers + attention)
+        return int(layer_flops_per_token(self.config, context))
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token leaves in the cache."""

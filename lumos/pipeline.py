@@ -208,14 +208,7 @@ class LumosPipeline:
 
     def text_ids(self, prompt: str, clip: ClipDefaults) -> list[int]:
         """The prompt as the model reads it for a clip of this shape; UserError if it is empty or too long."""
-        config = self.model.config
-        text = self.text_tokenizer.encode(
-            prompt_text(config, check_prompt(prompt), height=clip.height, width=clip.width,
-                        num_frames=clip.num_frames, fps=clip.fps)
-        )  # fmt: skip
-        if len(text) > config.max_prompt_tokens:
-            raise UserError(f"the prompt has {len(text)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it")
-        return text
+        return prompt_ids(prompt, clip, self.model.config, self.text_tokenizer)
 
     def _prefix(self, prompt: str | None, clip: ClipDefaults, given: Tensor | None) -> Tensor:
         """Ids before the first new frame; prompt None: without text."""
@@ -248,6 +241,15 @@ class LumosPipeline:
         """codes [t, h, w] -> uint8 [T, H, W, 3]."""
         device = next(self.video_tokenizer.parameters()).device
         return to_uint8(self.video_tokenizer.decode(codes[None].to(device))[0])
+
+
+def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of the text that the decoder reads for a prompt; UserError if it is empty or too long."""
+    shape = {name: getattr(clip, name) for name in ("height", "width", "num_frames", "fps")}
+    ids = tokenizer.encode(prompt_text(config, check_prompt(prompt), **shape))
+    if len(ids) > config.max_prompt_tokens:
+        raise UserError(f"the prompt has {len(ids)} tokens; this model reads at most {config.max_prompt_tokens}: shorten it")
+    return ids
 
 
 def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:

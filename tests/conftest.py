@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from micro import micro_config
 from PIL import Image
 
 from lumos import LumosConfig, LumosForVideoGeneration
@@ -60,15 +61,6 @@ def sprite_pictures(sprite_folder, monkeypatch) -> Path:
 def no_sprite_pictures(tmp_path, monkeypatch) -> None:
     """The sprites have no pictures, whatever the machine holds."""
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path / "no-sprites"))
-
-
-def micro_config(**overrides) -> LumosConfig:
-    """A decoder of two layers with the tiny preset's ids and few codes; grouped heads."""
-    sizes = {
-        "vocab_size": 1024 + 64, "visual_token_count": 64, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    }  # fmt: skip
-    return LumosConfig.preset("tiny", **{**sizes, **overrides})
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import micro_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import micro_config
 
 from lumos import LumosForVideoGeneration
 from lumos.attention import (

@@ -23,6 +23,10 @@ from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 KEYS = ["target", "hardware", "versions", "settings", "measured", "ratios"]
 TINY_ATTENTION = ["--lengths", "1024", "--frame-tokens", "100", "--heads", "1", "--head-dim", "8"]
 TINY_LOSS = ["--positions", "600", "--hidden-size", "8", "--vocab-size", "6000", "--visual-codes", "3000", "--chunk-size", "50"]
+TINY_TRAIN = [
+    "--tokens", "600", "--frame-height", "64", "--frame-width", "64", "--channels", "64", "--layers", "1",
+    "--text-ids", "9100", "--codes", "3000",
+]  # fmt: skip
 COMMON = ["--threads", "1", "--repetitions", "2", "--device", "cpu"]
 
 
@@ -53,7 +57,8 @@ def everything(model_folder):
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(out):
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
-        code = main(["bench", "all", *COMMON, *TINY_ATTENTION, *TINY_LOSS, *shapes, "--output", str(file)])
+        sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN]
+        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())
@@ -75,8 +80,8 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
     assert result["settings"]["threads"] == 1
     assert result["measured"]["matrix_product_gflops"]["float32"] > 0
     for part in ("settings", "measured", "ratios"):
-        assert {"attention", "loss", "generate"} <= set(result[part])
-    for table in ("attention:", "loss:", "generate:"):
+        assert {"attention", "loss", "train", "generate"} <= set(result[part])
+    for table in ("attention:", "loss:", "train:", "generate:"):
         assert any(line.startswith(table) for line in out.splitlines())
 
 
@@ -100,6 +105,20 @@ def test_loss_memory_and_ratios(everything):
     assert row["visual"]["extra_memory_mb"] > 6.5
     assert of["full_over_chunked_memory"] > of["visual_over_chunked_memory"] > 1
     assert row["gradients_mb"] == pytest.approx(6600 * 8 * 4 / 2**20, rel=1e-3)
+
+
+def test_training_memory_and_ratios(everything):
+    """The published form holds logits of 600 positions over 12,100 rows, 28 MB, and their gradient."""
+    _, result, _ = everything
+    made, of = result["measured"]["train"], result["ratios"]["train"]
+    assert (made["frames"], made["text_tokens"]) == (7, 61)
+    assert 0 < made["supervised"] < 7 * 64
+    ours, published = made["lumos"], made["published"]
+    assert ours["weights_mb"] == published["weights_mb"]
+    assert published["extra_memory_beyond_gradients_mb"] > 29 > ours["extra_memory_beyond_gradients_mb"]
+    assert made["max_difference"] < 1e-4
+    assert of["published_over_lumos_memory"] > of["lumos_over_llama_memory"]
+    assert of["lumos_over_llama_time"] == pytest.approx(ours["seconds"] / made["llama"]["seconds"], rel=1e-2)
 
 
 def test_generation_figures(everything):
@@ -186,7 +205,10 @@ def test_layout_and_pairs_are_the_rule(length, frame_tokens):
         (["loss", "--positions", "0"], "--positions 0"),
         (["generate", "--model", "no-such-folder"], "no model in no-such-folder"),
         (["generate", "--shapes", "huge"], "invalid choice: 'huge'"),
-        (["all", "--model", "no-such-folder"], "no model in no-such-folder"),
+        (["train", "--codes", "3000000000"], "smaller --tokens, --layers or --codes"),
+        (["train", "--tokens", "50"], "holds no frame"),
+        (["train", "--channels", "100"], "multiple of 64"),
+        (["all", *TINY_TRAIN, "--model", "no-such-folder"], "no model in no-such-folder"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(options, message, capsys):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import micro_config
+from micro import micro_config
 from safetensors.torch import load_file, save_file
 
 from lumos import LumosConfig, LumosForVideoGeneration

@@ -107,7 +107,7 @@ def test_ardf_masks_are_tubes_of_the_stated_ratio(model, golden):
         ours_hidden = ours.input_ids == c.mask_token_id
         ours_frames = torch.stack([ours_hidden[f.content_start : f.end - 1] for f in layout.frames])
         assert (ours_frames == ours_frames[0]).all()
-        assert int(ours_frames[0].sum()) == max(1, round(n * ours.ratio))
+        assert int(ours_frames[0].sum()) == max(1, round(n * ours.ratios[0]))
 
 
 @pytest.mark.parametrize("fused", [False, True])

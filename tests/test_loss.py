@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import micro_config
 from hypothesis import given
 from hypothesis import strategies as st
+from micro import micro_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import micro_config
 from hypothesis import given
 from hypothesis import strategies as st
+from micro import micro_config
 
 from lumos.masking import MASK_KINDS, history_mask, mask_ratio, mask_sequence, training_mask, unmasking_counts
 from lumos.sequence import build_sequence, code_mask, parse_layout
@@ -22,31 +22,35 @@ def draw(kind, t, n, seed, min_ratio=0.7):
 @given(sizes)
 def test_a_tube_is_one_pattern_with_the_exact_count(size):
     t, n, seed = size
-    mask, ratio = draw("tube", t, n, seed)
+    mask, (ratio, *others) = draw("tube", t, n, seed)
     assert mask.shape == (t, n)
     assert (mask == mask[0]).all()
     assert int(mask[0].sum()) == max(1, round(n * ratio))
     assert 0.7 <= ratio <= 1
+    assert others == [ratio] * (t - 1)
 
 
 @given(sizes)
 def test_random_counts_over_the_whole_clip(size):
     t, n, seed = size
-    mask, ratio = draw("random", t, n, seed)
+    mask, (ratio, *others) = draw("random", t, n, seed)
+    assert others == [ratio] * (t - 1)
     assert int(mask.sum()) == max(1, round(t * n * ratio))
 
 
 @given(sizes)
 def test_decaying_tubes_are_nested_and_end_full(size):
     t, n, seed = size
-    mask, ratio = draw("tube_decay", t, n, seed)
-    assert int(mask[0].sum()) == max(1, round(n * ratio))
+    mask, ratios = draw("tube_decay", t, n, seed)
+    assert mask.sum(1).tolist() == [max(1, round(n * ratio)) for ratio in ratios]
     assert (mask[1:] >= mask[:-1]).all()
     assert t == 1 or mask[-1].all()
 
 
 def test_diffusion_forcing_draws_each_frame_anew():
-    masks = [draw("diffusion_forcing", 4, 200, seed)[0] for seed in range(20)]
+    drawn = [draw("diffusion_forcing", 4, 200, seed) for seed in range(20)]
+    assert all(m.sum(1).tolist() == [round(200 * ratio) for ratio in ratios] for m, ratios in drawn)
+    masks = [m for m, _ in drawn]
     counts = torch.stack([m.sum(1) for m in masks]).float()
     assert counts.std(dim=1).max() > 5
     assert any((m[0] != m[1]).any() and m[0].sum() == m[1].sum() for m in masks)

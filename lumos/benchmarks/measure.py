@@ -31,7 +31,7 @@ from lumos.runtime import peak_memory_bytes
 
 MB = 2**20
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 Step = Callable[[], tuple[Tensor, ...]]
 
 
@@ -78,14 +78,17 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def matrix_peak_gflops(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """GFLOP/s of the best of several products of two square matrices: what this machine can do at all."""
-    n = MATRIX_SIZE[torch.device(device).type]
-    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + seconds
+def matrix_peak_gflops(
+    device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None, products: int = 1
+) -> float:
+    """GFLOP/s of the best of several products, at least `products`, of two square matrices: what this machine can do at all."""
+    n = size or MATRIX_SIZE[torch.device(device).type]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    best, done, until = float("inf"), 0, time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < until or best == float("inf"):
-        best = min(best, timed(lambda: a @ b, device)[0])
+    while time.perf_counter() < until or done < products:
+        best, done = min(best, timed(lambda: a @ b, device)[0]), done + 1
     return 2 * n**3 / best / 1e9
 
 
@@ -101,6 +104,8 @@ def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
 
 
 def interleaved(

@@ -35,6 +35,8 @@ SET_ELSEWHERE = {
 """Options of the worlds that data.options may not hold, and where they are set."""
 VALIDATION_STEP = 1 << 36
 """Step number under which the validation set is drawn; no training run gets that far."""
+VALIDATION_SEED = 0
+"""Of validation clips and their masks, whatever the run's own seed: runs can be compared."""
 
 T_co = TypeVar("T_co")
 
@@ -88,7 +90,6 @@ class WorldSource:
         except TypeError as error:
             allowed = ", ".join(key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE)
             raise UserError(f"data.options: {error}; allowed: {allowed}") from error
-        self.pictures = replace(self.videos, num_frames=1)
         self.scenes = scenes
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         self.most_codes, self.identity = most_codes, {}
@@ -102,9 +103,11 @@ class WorldSource:
 
     def clip(self, index: int, num_frames: int) -> Clip:
         """Clip `index` of an endless numbering."""
-        if self.scenes and index < sample_index(VALIDATION_STEP, 0):
+        worlds = replace(self.videos, num_frames=num_frames)
+        if index >= sample_index(VALIDATION_STEP, 0):
+            worlds = replace(worlds, seed=VALIDATION_SEED)
+        elif self.scenes:
             index %= self.scenes
-        worlds = self.pictures if num_frames == 1 else self.videos
         frames, caption = worlds[index]
         return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")
 
@@ -182,17 +185,19 @@ def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a step. Every tensor is [B, L], right-padded to the longest of `lengths`; `targets` is IGNORED where
-    nothing is asked."""
+    """One process's part of a step. Every tensor is [B, ...], right-padded to the longest of `lengths`; `targets` [B, L] is IGNORED
+    where nothing is asked. `flops` of its forward and backward."""
 
     step: int
     kind: str
     tensors: dict[str, Tensor]
     names: list[str]
     lengths: list[int]
+    flops: float
 
     @property
     def tokens(self) -> int:
+        """Without padding."""
         return sum(self.lengths)
 
     @property

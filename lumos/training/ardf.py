@@ -1,7 +1,6 @@
 """What the training loop trains: the decoder on masked codes (AR-DF, reference section 5).
 
-This is the only part of `training/` that knows the model. The loop asks a task for `build_model`, `batch`, `losses`,
-`export` and `identity`.
+This is the only part of `training/` that knows the model. The loop asks a task for what its `Task` lists.
 """
 
 from __future__ import annotations
@@ -17,20 +16,34 @@ from torch import Tensor, nn
 
 from lumos.adapters import Lora, add_adapters, sample, text_fingerprint
 from lumos.configuration import LumosConfig
-from lumos.data.loader import IGNORED, Batch, Clip, Curriculum, Source, StepShape, WorldSource, sample_generator
+from lumos.data.loader import (
+    IGNORED,
+    VALIDATION_SEED,
+    VALIDATION_STEP,
+    Batch,
+    Clip,
+    Curriculum,
+    Source,
+    StepShape,
+    WorldSource,
+    sample_generator,
+)
 from lumos.data.shard_source import ShardSource
 from lumos.data.shards import tokenizer_facts
 from lumos.data.storage import LocalCopies, is_url
 from lumos.errors import UserError
 from lumos.files import user_cache
+from lumos.flops import training_flops
 from lumos.frames import from_uint8
-from lumos.generation.settings import GenerationSettings, read_defaults
+from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
-from lumos.pipeline import check_text_tokenizer, override
-from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, prompt_text
+from lumos.pipeline import LumosPipeline, check_text_tokenizer, override, prompt_ids
+from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, parse_layout, prompt_text
 from lumos.training import checkpoint
-from lumos.training.export import Tokenizers, export_checkpoint
+from lumos.training.engine import pick_precision
+from lumos.training.export import Tokenizers, export_checkpoint, model_with
+from lumos.training.samples import Sampler
 from lumos.training.settings import ModelSettings, TrainingSettings
 from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
@@ -42,6 +55,7 @@ SHAPE = (
     "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
+RATIO_BINS = 10
 
 
 class ArdfTask:
@@ -64,17 +78,30 @@ class ArdfTask:
         self._check_sizes(video)
         self._check_base_tokenizers()
         self.adapter: dict[str, Any] | None = None
-        self.num_frames = num_latent_frames(settings.data.num_frames, self.config.temporal_compression)
+        self.groups = {
+            "frame": num_latent_frames(settings.data.num_frames, self.config.temporal_compression),
+            "mask_ratio": RATIO_BINS,
+        }
         self.source = self._source()
+        pictures_only = Curriculum(settings.data.stages, settings.training.batch_size).kinds == ["image"]
+        shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
+        self.sample_shape = ClipDefaults(**shape, target_size=None)
+        for prompt in settings.samples.prompts:
+            prompt_ids(prompt, self.sample_shape, self.config, self.text_tokenizer)
 
     def build_model(self) -> nn.Module:
         """The model on the CPU in float32, from a folder or from random weights drawn with training.seed.
 
         With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
         """
-        folder, lora = self.settings.model.from_, self.settings.lora
+        folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
         if folder is not None:
-            model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+            try:
+                model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+            except UserError as error:
+                if not overrides:
+                    raise
+                raise UserError(f"model.overrides {overrides} do not fit the weights of model.from: {error}") from error
         torch.manual_seed(self.settings.training.seed)
         if folder is None:
             model = LumosForVideoGeneration(self.config)
@@ -93,27 +120,35 @@ class ArdfTask:
         rows = []
         for position, clip, code in zip(positions, clips, self._codes(clips), strict=True):
             rows.append(self._row(step, position, clip.caption, clip.fps, code, dropout))
-        ids, targets = zip(*rows, strict=True)
+        ids, targets, ratios = zip(*rows, strict=True)
         tensors = {
             "input_ids": pad_sequences(list(ids), self.config.pad_token_id),
             "targets": pad_sequences(list(targets), IGNORED),
+            "mask_ratios": pad_sequences(list(ratios), 0),
         }
-        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], [len(row) for row in ids])
+        layouts = parse_layout(tensors["input_ids"], self.config)
+        supervised = (tensors["targets"] != IGNORED).sum(1).tolist()
+        flops = sum(training_flops(self.config, *row) for row in zip(layouts, supervised, strict=True))
+        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], [len(row) for row in ids], flops)
 
-    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss of each supervised position [N] with gradient, latent frame of each [N])."""
+    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each supervised position [N] with gradient, and where each is [N].
+
+        frame: its latent frame, unless the clips have but one. mask_ratio: the tenth that its frame's ratio is in.
+        """
         out = model(input_ids=micro["input_ids"], targets=micro["targets"])
-        return out.position_loss, out.frame_index
+        ratios = micro["mask_ratios"]
+        rows = out.supervised.nonzero()[:, 0]
+        places = {"mask_ratio": ratio_bins(ratios[rows, out.frame_index])}
+        return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
     def facts(self) -> dict[str, Any]:
         """What `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
-        folder, own = self.settings.model.from_, self.settings.generation
-        usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
         return {
             "config": self._config(),
             "tokenizers": vars(self.places),
             "fingerprints": self.fingerprints,
-            "generation": vars(override(usual, **own)),
+            "generation": vars(self._generation()),
             "clip": self.source.usual_shape,
             "lora": self.adapter,
         }
@@ -121,6 +156,23 @@ class ArdfTask:
     def export(self, folder: Path, target: Path) -> None:
         """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens or, with lora.rank, an adapter folder."""
         export_checkpoint(folder, checkpoint.read_state(folder), target)
+
+    def sampler(self, weights: dict[str, Tensor]) -> Sampler:
+        """Draws clips of the usual shape with these trained weights, pictures if the run has only those."""
+        dtype = pick_precision(self.settings.training.precision, self.device)
+        if self.adapter is None:
+            model = model_with(weights, self.config, dtype)
+        else:
+            model = LumosForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
+            add_adapters(model, Lora(**self.adapter["settings"]))
+            model.load_state_dict(weights, strict=False)
+        settings = override(self._generation(), **self.settings.samples.options)
+        pipe = LumosPipeline(model.to(self.device), self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
+        return Sampler(
+            lambda prompt, seed, on_step: pipe(prompt, seed=seed, on_step=on_step).frames[0],
+            self.sample_shape.fps,
+            {**vars(settings), **vars(self.sample_shape)},
+        )
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit: the model's config and all that decides what it is trained on."""
@@ -136,9 +188,14 @@ class ArdfTask:
             | adapter
             | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
             | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
-            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch")}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
             | self.source.identity
         )
+
+    def _generation(self) -> GenerationSettings:
+        folder = self.settings.model.from_
+        usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
+        return override(usual, **self.settings.generation)
 
     def _config(self) -> dict[str, Any]:
         config = self.config.to_dict()
@@ -192,7 +249,7 @@ class ArdfTask:
         if data.source == "worlds":
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
             picture = data.height * data.width // self.config.spatial_compression**2
-            codes = {"image": picture, "video": picture * self.num_frames}
+            codes = {"image": picture, "video": picture * num_latent_frames(data.num_frames, self.config.temporal_compression)}
             return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
             data.path,
@@ -218,10 +275,12 @@ class ArdfTask:
     def _encode(self, frames: list) -> Tensor:
         return self.video_tokenizer.encode(from_uint8(np.stack(frames)).to(self.device)).cpu()
 
-    def _row(self, step: int, position: int, caption: str, fps: int, codes: Tensor, dropout: bool) -> tuple[Tensor, Tensor]:
-        """(ids, targets), each [L], of a clip's codes [t, h, w]."""
-        settings, masking = self.settings, self.settings.masking
-        seed = settings.training.seed
+    def _row(
+        self, step: int, position: int, caption: str, fps: int, codes: Tensor, dropout: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [L], targets [L], mask ratios [t]) of a clip's codes [t, h, w]."""
+        masking = self.settings.masking
+        seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
         t, h, w = codes.shape
         num_frames = (t - 1) * self.config.temporal_compression + 1
         drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
@@ -238,7 +297,12 @@ class ArdfTask:
             min_ratio=masking.min_ratio,
             generator=sample_generator(seed, step, position, "mask"),
         )
-        return masked.input_ids, masked.targets
+        return masked.input_ids, masked.targets, torch.tensor(masked.ratios)
+
+
+def ratio_bins(ratios: Tensor) -> Tensor:
+    """Ratios in [0, 1] -> 0 to 9, the tenth that each is in; a ratio on an edge belongs to the tenth above, and 1 to the last."""
+    return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # a float32 0.7 is a little less than 0.7
 
 
 def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:

@@ -108,6 +108,11 @@ class DeepSpeedEngine(Engine):
         precision = pick_precision(settings.training.precision, device)
         options = deepspeed_options(settings, stage, precision)
         self.stage = options["zero_optimization"]["stage"]
+        if settings.training.optimizer == "muon" and self.stage:
+            raise UserError(
+                f"training.optimizer is muon, which needs whole matrices, but ZeRO {self.stage} cuts them; "
+                "set deepspeed.zero_stage=0, or training.optimizer=adamw"
+            )
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.stores = self.stage > 0 or self.rank == 0
         self.kind = f"DeepSpeed ZeRO {self.stage}"

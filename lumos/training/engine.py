@@ -11,7 +11,8 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from lumos.errors import RunError
 from lumos.training.checkpoint import WEIGHT, Stored, key
+from lumos.training.muon import Muon, layer_matrices
 from lumos.training.settings import TrainingSettings, world_size
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of each weight, beside the number of updates that all weights share."""
+"""State of each weight in AdamW, in Muon only the first, beside the number of updates that all weights share."""
 LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed out|Timeout|gloo|NCCL|Socket")
 """In the messages with which torch's communication fails when a process is gone."""
 
@@ -34,20 +36,25 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[("bf16" if device.type == "cuda" else "fp32") if name == "auto" else name]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, which: str) -> list[dict[str, Any]]:
-    """AdamW groups. "matrices": no decay for norms and vectors, whatever shape their weights are stored in; "all": one group."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in parameters.items() if which == "all" or (p.ndim >= 2 and "norm" not in name)]
-    kept = {id(p) for p in decayed}
-    rest = [p for p in parameters.values() if id(p) not in kept]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, weight_decay: float, which: str, matrices: Container[str] = ()) -> list[dict[str, Any]]:
+    """Groups by decay, and by optimizer: Muon's are the weights named in `matrices`.
+
+    "matrices": no decay for norms and vectors, whatever shape their weights are stored in; "all": for every weight.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed = which == "all" or (p.ndim >= 2 and "norm" not in name)
+            groups[weight_decay if decayed else 0.0, name in matrices].append(p)
+    return [{"params": params, "weight_decay": decay, "muon": muon} for (decay, muon), params in groups.items()]
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
     training = settings.training
-    groups = parameter_groups(model, training.weight_decay, training.decay_parameters)
-    return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
+    matrices = layer_matrices(model) if training.optimizer == "muon" else ()
+    groups = parameter_groups(model, training.weight_decay, training.decay_parameters, matrices)
+    optimizer = Muon if matrices else torch.optim.AdamW
+    return optimizer(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
 
 
 def start_processes(settings: TrainingSettings, device: torch.device) -> None:
@@ -142,13 +149,30 @@ class Engine:
         """This process's runs [n] of the fp32 weights, by name, as views that can be written to."""
         return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
 
+    def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole trained parameters on the CPU in fp32, of which `values`, one [n] for each of `weights()`, are this process's runs.
+
+        To be called in all processes; only the first gets them.
+        """
+        slots, whole = self.slots() if self.stores else {}, {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves nothing in the parameter itself
+                flat = torch.zeros(shape.numel())
+                if name in slots:
+                    flat[slots[name].start :][: slots[name].count] = values[name].float().cpu()
+                flat = self.all_sum(flat)
+                if self.rank == 0:
+                    whole[name] = flat.view(shape)
+        return whole
+
     def state(self) -> dict[str, Tensor]:
         """What `load` needs beside `updates`, under the names that `Stored` reads."""
         slots = self.slots()
         tensors = self.labelled(WEIGHT, self.weights())
         for kind in MOMENTS:
-            states = {name: (slot, self.adam.state.get(slot.owner)) for name, slot in slots.items()}
-            tensors |= self.labelled(kind, {name: slot.of(state[kind]) for name, (slot, state) in states.items() if state})
+            states = {name: (slot, self.adam.state.get(slot.owner, {})) for name, slot in slots.items()}
+            tensors |= self.labelled(kind, {n: slot.of(state[kind]) for n, (slot, state) in states.items() if kind in state})
         return tensors
 
     def load(self, stored: Stored, updates: int) -> None:
@@ -157,11 +181,14 @@ class Engine:
             self.fill(stored, WEIGHT, self.weights())
             slots = self.slots()
             if updates:
+                muon = {id(p) for group in self.adam.param_groups if group.get("muon") for p in group["params"]}
                 for owner in {id(slot.owner): slot.owner for slot in slots.values()}.values():
                     count = torch.tensor(float(updates), device=owner.device)
-                    self.adam.state[owner] = {"step": count} | {kind: torch.zeros_like(owner) for kind in MOMENTS}
+                    kinds = MOMENTS[:1] if id(owner) in muon else MOMENTS
+                    self.adam.state[owner] = {"step": count} | {kind: torch.zeros_like(owner) for kind in kinds}
                 for kind in MOMENTS:
-                    self.fill(stored, kind, {n: slot.of(self.adam.state[slot.owner][kind]) for n, slot in slots.items()})
+                    states = {name: (slot, self.adam.state[slot.owner]) for name, slot in slots.items()}
+                    self.fill(stored, kind, {n: slot.of(state[kind]) for n, (slot, state) in states.items() if kind in state})
             self.weights_changed()
 
     @property
@@ -176,8 +203,10 @@ class Engine:
 
     def fill(self, stored: Stored, kind: str, values: dict[str, Tensor]) -> None:
         """Read them, one [n] for each of `weights()`, from a checkpoint."""
-        for name, slot in self.slots().items():
-            values[name].copy_(stored.read(kind, name, slot.start, slot.count))
+        slots = self.slots()
+        for name, value in values.items():
+            slot = slots[name]
+            value.copy_(stored.read(kind, name, slot.start, slot.count))
 
 
 def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:

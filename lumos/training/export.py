@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lumos.adapters import Lora, fingerprints, read_record, write_adapter
@@ -111,13 +112,12 @@ def export_adapter(
     if base is None:
         raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
-    pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
-    with replacing_folder(out) as writing:
+    with _no_progress_bar(), replacing_folder(out) as writing:
+        pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
         pipe.model.to(DTYPES[dtype])
         pipe.model.config.dtype = DTYPES[dtype]
         pipe.video_tokenizer.to(DTYPES[dtype])
-        with _no_progress_bar():
-            pipe.save_pretrained(writing)
+        pipe.save_pretrained(writing)
         facts = made or {"adapter": str(adapter), "dtype": dtype, **versions()}
         write_json(writing / "training.json", {"base": str(base), **facts})
     return base
@@ -125,12 +125,19 @@ def export_adapter(
 
 def _write_model(folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype) -> None:
     with torch.device("meta"):
-        model = LumosForVideoGeneration(config)
-    weights = {name: stored.read(kind, name, 0, p.numel()).view(p.shape).to(dtype) for name, p in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
-    model.config.dtype = dtype
+        shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
+    weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape).to(dtype) for name, shape in shapes.items()}
     with _no_progress_bar():
-        model.save_pretrained(folder)
+        model_with(weights, config, dtype).save_pretrained(folder)
+
+
+def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:
+    """The model of these whole weights, by name, in a number format."""
+    with torch.device("meta"):
+        model = LumosForVideoGeneration(config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    model.config.dtype = dtype
+    return model
 
 
 def _check_tokenizers(folder: Path, facts: dict[str, Any], tokenizers: Tokenizers) -> None:

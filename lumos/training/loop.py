@@ -20,32 +20,38 @@ from lumos.runtime import peak_memory_bytes, pick_device, versions
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
-from lumos.training.engine import lost_process_reported, make_engine, start_processes
+from lumos.training.engine import lost_process_reported, make_engine, pick_precision, start_processes
 from lumos.training.interrupt import Interrupt
 from lumos.training.logging import Meter, RunLog
+from lumos.training.peak import peak_flops
+from lumos.training.samples import Sampler, render
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
-from lumos.training.validation import Validation, sums_by_frame
+from lumos.training.sums import LossSums, of_all_processes
+from lumos.training.validation import Validation
+from lumos.training.writers import check_installed, open_writers
 from lumos.training.yaml_settings import differences
 
 
 class Task(Protocol):
-    """What is trained. `num_frames` is how many latent frames the losses of a sample can belong to."""
+    """What is trained. `groups` {name: places} say by what its losses are sorted in the log."""
 
-    num_frames: int
+    groups: dict[str, int]
     source: Source
 
     def build_model(self) -> nn.Module: ...
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch: ...
 
-    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def identity(self) -> dict[str, Any]: ...
 
     def facts(self) -> dict[str, Any]: ...
 
     def export(self, checkpoint: Path, target: Path) -> None: ...
+
+    def sampler(self, weights: dict[str, Tensor]) -> Sampler: ...
 
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
@@ -57,6 +63,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     of the run is gone.
     """
     check_writable(settings.output_dir / "log.jsonl")
+    check_installed(settings.logging.to)
     device = pick_device(settings.training.device)
     with lost_process_reported():
         start_processes(settings, device)
@@ -89,8 +96,16 @@ class Run:
         self.skipped = 0
         self.changed: list[str] = []
         self.step = self._resume()
-        self.log = RunLog(settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=self.engine.rank == 0)
-        self.log.write(event="start", step=self.step, settings=settings.to_dict(), world=self.engine.world, **versions())
+        first = self.engine.rank == 0
+        writers = open_writers(settings, self.step) if first else ()
+        self.log = RunLog(
+            settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=first, writers=writers
+        )
+        self._together(lambda: None)  # a device is measured while all are, as they share what they run on
+        peak, known = peak_flops(device, pick_precision(training.precision, device), settings.logging.peak_tflops)
+        self.peak_flops = float(self.engine.all_sum(torch.tensor(peak, dtype=torch.float64)))
+        facts = {"world": self.engine.world, "peak_flops": self.peak_flops, "peak_flops_from": known}
+        self.log.write(event="start", step=self.step, settings=settings.to_dict(), **facts, **versions())
         self.log.say(f"checkpoints, log and export go to {settings.output_dir}")
         if self.step:
             self.log.say(f"resumed from step {self.step} in {self.checkpoints}")
@@ -99,7 +114,7 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Do the steps that are left; returns the summary."""
-        training, data = self.settings.training, self.settings.data
+        training, data, samples = self.settings.training, self.settings.data, self.settings.samples
         started = saved_at = tick = time.monotonic()
         saved = self.step
         batches = prefetched(
@@ -116,16 +131,18 @@ class Run:
                 stop, due = self._train_step(batch, bool(interrupt.name), due)
                 self.meter.add("data_wait", waited)
                 self.meter.add("seconds", time.monotonic() - tick)
-                tick = time.monotonic()
                 self._report()
                 if training.eval_every and self.step % training.eval_every == 0:
                     self.log.write(step=self.step, **self.validate())
+                if samples.every and self.step % samples.every == 0:
+                    self.sample(stop=lambda: bool(interrupt.name))
                 if stop or due or (training.save_every_steps and self.step % training.save_every_steps == 0):
                     self.save(export=training.export_every_save and not stop)
                     saved, saved_at = self.step, time.monotonic()
                 if stop:
                     batches.close()
                     break
+                tick = time.monotonic()
             if saved < self.step:
                 self.save(export=False)
         finished = self.step >= training.max_steps
@@ -152,20 +169,20 @@ class Run:
     def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
         """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
         engine = self.engine
-        count, tokens, stops, dues = engine.all_sum(
-            torch.tensor([batch.supervised, batch.tokens, stop, due and engine.rank == 0], dtype=torch.float64)
+        count, tokens, flops, stops, dues = engine.all_sum(
+            torch.tensor([batch.supervised, batch.tokens, batch.flops, stop, due and engine.rank == 0], dtype=torch.float64)
         ).tolist()
-        sums = torch.zeros(2, self.task.num_frames, dtype=torch.float64)  # loss, positions of each latent frame
+        sums = LossSums(self.task.groups)
         share = math.ceil(self.task.source.clips_in(self.curriculum(batch.step)) / engine.world)
         micro_batches = batch.micro_batches(self.settings.training.micro_batch_size, share)
         for i, micro in enumerate(micro_batches):
-            losses, frames = self._losses(micro)
-            sums += sums_by_frame(losses, frames, self.task.num_frames)
+            losses, places = self._losses(micro)
+            sums.add(losses, places)
             total = losses.sum() / count
             # The gradient tells all processes of a loss that is not finite in one of them, even where its own would be.
-            engine.backward(total if sums.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
-        sums = engine.all_sum(sums)
-        self.loss = float(sums[0].sum() / count)
+            engine.backward(total if sums.table.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
+        sums = sums.over_processes(engine)
+        self.loss = sums.mean
         lr = self._learning_rate()
         norm = engine.step(lr)
         self.step += 1
@@ -174,16 +191,14 @@ class Run:
             return stops > 0, dues > 0
         if self.ema:
             self.ema.update(engine.weights(), self.step)
-        values = {"loss": self.loss, f"loss_{batch.kind}": self.loss, "grad_norm": norm, "tokens": tokens, "lr": lr}
-        for key, value in values.items():
-            self.meter.add(key, value)
-        if batch.kind == "video":
-            for frame, (total, positions) in enumerate(sums.T.tolist()):
-                self.meter.add(f"frame/{frame}", total / max(positions, 1), positions)
+        self.meter.add("loss", *sums.table[:, 0].tolist())
+        self.meter.add_parts(sums.parts(batch.kind))
+        for name, value in {"grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops}.items():
+            self.meter.add(name, value)
         self.log.progress(self.loss, lr)
         return stops > 0, dues > 0
 
-    def _losses(self, micro: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _losses(self, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         micro = {name: tensor.to(self.engine.device) for name, tensor in micro.items()}
         with self.engine.autocast():
             return self.task.losses(self.engine.model, micro)
@@ -225,13 +240,33 @@ class Run:
         self.meter = Meter()
         if "tokens" not in means:  # no step since the last line made an update
             return
-        frames = [means.pop(f"frame/{k}", None) for k in range(self.task.num_frames)]
-        tokens_per_second = means.pop("tokens") / means["seconds"]
-        memory = peak_memory_bytes(self.engine.device)
-        extra = {"frame_loss": frames, "tokens_per_second": tokens_per_second, "memory_bytes": memory}
-        self.log.write(step=self.step, **means, **extra, time=time.time())
+        waits, memory = of_all_processes(self.engine, means.pop("data_wait"), peak_memory_bytes(self.engine.device))
+        rates = {
+            "tokens_per_second": means.pop("tokens") / means["seconds"],
+            "mfu": means.pop("flops") / means["seconds"] / self.peak_flops,
+            "data_wait": max(waits),
+            "memory_bytes": int(max(memory)),
+        }
+        self.log.write(step=self.step, **means, **rates, time=time.time())
 
-    def validate(self) -> dict[str, float]:
+    def sample(self, stop: Callable[[], bool]) -> None:
+        """Render the sample clips on the first process, with the averaged weights if there are any; the others wait."""
+        weights = self.engine.whole(self.ema.average if self.ema else self.engine.weights())
+
+        def draw() -> None:
+            render(
+                self.settings.samples,
+                lambda: self.task.sampler(weights),
+                self.settings.output_dir / "samples" / f"step-{self.step:08d}",
+                step=self.step,
+                log=self.log,
+                stop=stop,
+                facts={"averaged": self.ema is not None},
+            )
+
+        self._together(lambda: draw() if self.engine.rank == 0 else None)
+
+    def validate(self) -> dict[str, Any]:
         """Validation losses by kind, with the current weights and, as `..._ema`, with the averaged ones."""
         results = self.validation.losses(self.engine, self._losses)
         if self.ema:

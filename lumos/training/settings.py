@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ class OptimizationSettings:
         low=1,
     )
     micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1)
+    optimizer: str = setting(
+        "adamw",
+        "adamw (published), or muon for the layers' matrices and AdamW for the rest: with ZeRO 0 or without",
+        choices=("adamw", "muon"),
+    )
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
     warmup_steps: int = setting(100, "steps of linear warm-up", low=0)
@@ -146,6 +152,29 @@ class OptimizationSettings:
     keep_every: int = setting(0, "keep those of every so many steps as well, a multiple of save_every_steps; 0: none", low=0)
     export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
     export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "float16", "bfloat16"))
+
+
+@dataclass
+class SampleSettings:
+    every: int = setting(0, "steps between sample clips, rendered with the weights of that step; 0: never", low=0)
+    prompts: list[str] = setting([], "what the samples show, a clip each")
+    seed: int = setting(0, "seed of the first sample; the next ones count on from it", low=0)
+    options: dict[str, Any] = setting({}, "how samples are drawn where it is not as in the section generation")
+    max_seconds: float = setting(
+        120.0, "rendering ends after so many seconds with the clips done by then; all processes wait", low=1, high=1200
+    )
+
+
+@dataclass
+class LoggingSettings:
+    to: list[str] = setting([], "where to write beside log.jsonl", choices=("tensorboard", "wandb", "trackio"))
+    project: str = setting("lumos", "project of wandb and trackio")
+    peak_tflops: float | None = setting(
+        None,
+        "what one device can do at most, TFLOP/s, as the measure of mfu; null: of the data sheet for known GPUs in bf16, "
+        "else measured at the start by a matrix product",
+        low=1e-6,
+    )
 
 
 @dataclass
@@ -185,6 +214,8 @@ class TrainingSettings:
     masking: MaskingSettings = setting(MaskingSettings, "which tokens it must fill in")
     training: OptimizationSettings = setting(OptimizationSettings, "how it is trained")
     deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "how it is spread over processes")
+    logging: LoggingSettings = setting(LoggingSettings, "where it can be watched")
+    samples: SampleSettings = setting(SampleSettings, "which clips it draws on the way")
     generation: dict[str, Any] = setting({}, "how the exported model samples by default: fields of GenerationSettings")
 
     @property
@@ -225,11 +256,21 @@ def build_settings(raw: dict[str, Any]) -> TrainingSettings:
 
 
 def _check(settings: TrainingSettings) -> None:
-    try:
-        GenerationSettings(**settings.generation)
-    except TypeError as error:
-        allowed = ", ".join(GenerationSettings.__dataclass_fields__)
-        raise UserError(f"generation: {error}; allowed: {allowed}") from error
+    samples = settings.samples
+    for name, options in (("generation", settings.generation), ("samples.options", settings.generation | samples.options)):
+        try:
+            GenerationSettings(**options)
+        except TypeError as error:
+            allowed = ", ".join(GenerationSettings.__dataclass_fields__)
+            raise UserError(f"{name}: {error}; allowed: {allowed}") from error
+    if samples.every and not samples.prompts:
+        raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
+    if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:
+        raise UserError(f"samples.prompts holds the empty prompt {empty[0]!r}; say in words what the clip shows")
+    if samples.prompts and not samples.every:
+        warnings.warn("samples.prompts has no effect with samples.every=0")
+    if len(set(settings.logging.to)) < len(settings.logging.to):
+        raise UserError(f"logging.to names one place twice: {', '.join(settings.logging.to)}")
     training, data, stages = settings.training, settings.data, settings.data.stages
     if (data.source == "shards") != (data.path is not None):
         raise UserError(f"data.source is {data.source} and data.path is {data.path}; shards need a path, worlds have none")
@@ -260,6 +301,11 @@ def _check(settings: TrainingSettings) -> None:
         )
     if settings.deepspeed.timeout_minutes <= 0:
         raise UserError(f"deepspeed.timeout_minutes is {settings.deepspeed.timeout_minutes}; it must be above 0")
+    if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:
+        raise UserError(
+            f"samples.max_seconds is {samples.max_seconds}, but processes wait for each other only "
+            f"{settings.deepspeed.timeout_minutes} minutes; lower it, or raise deepspeed.timeout_minutes"
+        )
     for i, stage in enumerate(stages):
         if stage.image_batch_size is not None and stage.image_share == 0:
             raise UserError(f"data.stages[{i}].image_batch_size has no effect with image_share 0; set image_share too")

@@ -1,17 +1,22 @@
-"""Validation loss on fixed clips with fixed masks, so that two runs, or two moments of one, can be compared."""
+"""Validation loss on fixed clips with fixed masks, so that two runs, or two moments of one, can be compared.
+
+Neither the clips nor their masks depend on training.seed, on the number of processes or on the size of micro-batches.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lumos.data.loader import VALIDATION_STEP, Batch, StepShape
 from lumos.training.engine import Engine
+from lumos.training.logging import Meter
 from lumos.training.settings import TrainingSettings
+from lumos.training.sums import LossSums
 
 if TYPE_CHECKING:
     from lumos.training.loop import Task
@@ -27,20 +32,23 @@ class Validation:
         self.batches: dict[str, list[tuple[Batch, bool]]] = {}
 
     @torch.no_grad()
-    def losses(self, engine: Engine, losses: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """{val_loss_<kind>: mean over all supervised positions}, without text dropout."""
+    def losses(
+        self, engine: Engine, losses: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    ) -> dict[str, Any]:
+        """{val_loss_<kind>: mean over all supervised positions, val_<group>_loss_<kind>: [places]}, without text dropout."""
         engine.module.eval()
-        results = {}
+        meter = Meter()
         for kind in self.kinds:
             if kind not in self.batches:
                 self.batches[kind] = self._share(kind, engine.rank, engine.world)
-            sums = torch.zeros(2, self.task.num_frames, dtype=torch.float64)
+            sums = LossSums(self.task.groups)
             for batch, counts in self.batches[kind]:
-                sums += sums_by_frame(*losses(batch.tensors), self.task.num_frames) * counts
-            sums = engine.all_sum(sums)
-            results[f"val_loss_{kind}"] = float(sums[0].sum() / sums[1].sum())
+                found = losses(batch.tensors)
+                if counts:
+                    sums.add(*found)
+            meter.add_parts(sums.over_processes(engine).parts(kind))
         engine.module.train()
-        return results
+        return {f"val_{name}": value for name, value in meter.means().items()}
 
     def _share(self, kind: str, rank: int, world: int) -> list[tuple[Batch, bool]]:
         """One process's batches. All have equally many, as ZeRO-3 needs; surplus ones are marked not to count."""
@@ -53,12 +61,3 @@ class Validation:
             positions = range(start, min(start + self.size, self.clips))
             share.append((self.task.batch(VALIDATION_STEP, shape, positions, dropout=False), i < len(starts)))
         return share
-
-
-def sums_by_frame(losses: Tensor, frames: Tensor, num_frames: int) -> Tensor:
-    """losses [N], frames [N] -> float64 [2, t] on the CPU: sum of losses and number of positions of each latent frame."""
-    sums = torch.zeros(2, num_frames, dtype=torch.float64)
-    frames = frames.cpu()
-    sums[0].index_add_(0, frames, losses.detach().double().cpu())
-    sums[1] = torch.bincount(frames, minlength=num_frames)
-    return sums

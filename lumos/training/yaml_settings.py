@@ -140,8 +140,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> None:
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
-    if choices and value not in choices:
-        raise UserError(f"{path} is {value!r}; allowed: {', '.join(map(str, choices))}")
+    for item in value if isinstance(value, list) else [value]:
+        if choices and item not in choices:
+            raise UserError(f"{path} is {item!r}; allowed: {', '.join(map(str, choices))}")
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, (int, float)):
             continue

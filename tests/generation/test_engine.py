@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import micro_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import micro_config
 
 from lumos import LumosForVideoGeneration
 from lumos.generation.cache import KeptPrefix

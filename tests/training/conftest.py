@@ -48,6 +48,7 @@ def build_micro(tokenizers: dict[str, str], output_dir: Path, **sections: dict) 
             "device": "cpu",
             "output_dir": str(output_dir),
         },
+        "logging": {"peak_tflops": 0.1},
     }  # fmt: skip
     for name, values in sections.items():
         raw[name] = values if name == "model" else {**raw.get(name, {}), **values}
@@ -72,9 +73,10 @@ def runs(ranks: Ranks, micro_tokenizers: dict[str, str], tmp_path_factory: pytes
     """Pictures, then clips; checkpoints after steps 2 and 4 of 5; averaged weights; two or more micro-batches a step."""
     data = {"stages": [{"steps": 2, "image_share": 1.0}, {}]}
     training = {"max_steps": 5, "save_every_steps": 2, "ema_decay": 0.9, "eval_every": 5, "micro_batch_size": 1}
+    samples = {"every": 5, "prompts": ["a red circle"], "options": {"num_inference_steps": 2}}
 
     def make(folder: Path) -> TrainingSettings:
-        return build_micro(micro_tokenizers, folder, data=data, training=training)
+        return build_micro(micro_tokenizers, folder, data=data, training=training, samples=samples)
 
     return Runs(ranks, tmp_path_factory.mktemp("runs"), make)
 

@@ -44,12 +44,14 @@ class Ranks:
     def train(
         self, settings: TrainingSettings, engine: str = "zero2", world: int = 2, faults: dict | None = None, seconds: float = 900
     ) -> list[Ended]:
-        """Run the settings in `world` processes of "plain", "zero0", ... or as they say themselves ("own").
+        """Run the settings in `world` processes of "plain", "zero0", "zero2-offload", ... or as they say ("own").
 
         faults: {rank: [[name, argument, ...], ...]}, functions of ranks_server.py.
         """
         raw = settings.to_dict()
-        if engine.startswith("zero"):
+        if engine.endswith("-offload"):
+            raw["deepspeed"]["config"] = str(ROOT / "configs" / "deepspeed" / f"{engine}.json")
+        elif engine.startswith("zero"):
             raw["deepspeed"]["zero_stage"] = int(engine.removeprefix("zero"))
         config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(raw))

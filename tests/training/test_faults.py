@@ -13,7 +13,7 @@ from run_log import read_log
 
 from lumos.training import checkpoint
 
-KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss")
+KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss_video")
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -90,6 +90,7 @@ def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
     """The other one ends after deepspeed.timeout_minutes instead of waiting for ever."""
     settings = runs.make(runs.folder / "hangs")
     settings.deepspeed.timeout_minutes = 0.05
+    settings.samples.max_seconds = 1
     first, stopped = ranks.train(settings, "zero2", 2, {1: [["stop_after_step", 1]]})
     assert (first.code, stopped.code) == (1, None), first.err
     assert "another process of the run ended or did not answer within deepspeed.timeout_minutes" in first.error
@@ -123,7 +124,10 @@ def test_a_damaged_newest_checkpoint_of_two_processes(runs: Runs, ranks: Ranks):
     assert_same_run(settings.output_dir, runs.whole("zero3"))
 
 
-@pytest.mark.parametrize(("engine", "what"), [("zero0", "gradient"), ("zero1", "loss"), ("zero2", "gradient"), ("zero3", "loss")])
+@pytest.mark.parametrize(("engine", "what"), [
+    ("zero0", "gradient"), ("zero1", "loss"), ("zero2", "gradient"), ("zero3", "loss"), ("zero2-offload", "loss"),
+    ("zero3-offload", "gradient"),
+])  # fmt: skip
 def test_not_finite_in_one_of_two_processes_is_left_out_by_both(runs: Runs, ranks: Ranks, engine: str, what: str):
     """Both leave the update out, as one process does with the same batch."""
     runs_of = {}

@@ -25,6 +25,7 @@ from lumos.errors import UserError
 from lumos.training.ardf import ArdfTask
 from lumos.training.loop import train
 from lumos.training.settings import TrainingSettings
+from lumos.video_io import contact_sheet, read_image
 from tokenizer import TextTokenizer
 
 CPU = torch.device("cpu")
@@ -91,6 +92,14 @@ def test_a_run_learns_resumes_bit_by_bit_and_leaves_the_base_alone(tuning, base:
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(base / "model.safetensors").items())
     (stored,) = (whole.output_dir / "checkpoints" / "step-00000012").glob("rank-*")
     assert all("lora_" in key for key in load_file(stored) if "/" in key)
+
+
+def test_samples_show_the_base_with_the_adapters(adapter: Path, base: Path, tmp_path: Path):
+    shown = read_image(adapter.parent / "samples" / "step-00000005" / "sheet.png")
+    for lora, same in ((adapter, True), (None, False)):
+        pipe = LumosPipeline.from_pretrained(base, lora=lora)
+        frames = pipe("a red circle", seed=0, num_inference_steps=2).frames
+        assert np.array_equal(shown, read_image(contact_sheet(frames, ["a red circle"], tmp_path / "again.png"))) == same
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])

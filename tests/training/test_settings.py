@@ -80,6 +80,15 @@ def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
         ("model.preset=null", ["model.preset", "model.from"]),
         ("data.size=256p", ["data.size has no effect with data.source=worlds"]),
         ("deepspeed.config=nowhere.json", ["nowhere.json"]),
+        ("logging.to=[tensorboards]", ["logging.to", "'tensorboards'", "tensorboard, wandb, trackio"]),
+        ("logging.to=tensorboard", ["logging.to", "a list"]),
+        ("logging.to=[wandb, wandb]", ["one place twice", "wandb"]),
+        ("logging.peak_tflops=0", ["logging.peak_tflops"]),
+        ("samples.every=5", ["samples.prompts is empty", "at least one prompt"]),
+        ("samples={every: 5, prompts: ['']}", ["empty prompt"]),
+        ("samples={every: 5, prompts: [a], options: {steps: 3}}", ["samples.options", "steps", "num_inference_steps"]),
+        ("samples={every: 5, prompts: [a], options: {num_inference_steps: 0}}", ["num_inference_steps 0", "1 to 1000"]),
+        ("samples.max_seconds=5000", ["between 1 and 1200"]),
         ("max_steps", ["section.key=value"]),
         ("name.x=1", ["name"]),
         ("training=5", ["section with keys"]),
@@ -107,6 +116,17 @@ def test_lora_settings():
     ):
         with pytest.raises(UserError, match=words):
             lora(**values)
+
+
+def test_samples_take_less_time_than_processes_wait(config: Path):
+    overrides = ["samples={every: 5, prompts: [a], max_seconds: 900}", "deepspeed.timeout_minutes=15"]
+    with pytest.raises(UserError, match=r"samples\.max_seconds is 900.*only 15\.0 minutes.*raise deepspeed\.timeout_minutes"):
+        load_settings(config, overrides)
+
+
+def test_prompts_that_are_never_drawn_are_warned_of(config: Path):
+    with pytest.warns(UserWarning, match=r"samples\.prompts has no effect with samples\.every=0"):
+        load_settings(config, ["samples.prompts=[a circle]"])
 
 
 def test_files_that_are_no_config(tmp_path: Path):

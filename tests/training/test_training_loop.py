@@ -56,9 +56,10 @@ def test_it_learns_logs_and_exports(micro_settings, tmp_path: Path):
     assert lines[0]["settings"] == settings.to_dict()
     assert lines[-1]["event"] == "end"
     video = next(line for line in lines if line.get("step") == 3 and "loss_video" in line)
-    assert {"lr", "grad_norm", "tokens_per_second", "seconds", "data_wait", "memory_bytes"} <= video.keys()
-    assert len(video["frame_loss"]) == 2
-    assert min(video["frame_loss"]) <= video["loss"] <= max(video["frame_loss"])
+    fields = {"lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "data_wait", "memory_bytes", "mask_ratio_loss_video"}
+    assert fields <= video.keys()
+    assert len(video["frame_loss_video"]) == 2
+    assert min(video["frame_loss_video"]) <= video["loss"] <= max(video["frame_loss_video"])
     evaluation = next(line for line in lines if line.get("step") == 60 and "val_loss_video" in line)
     assert {"val_loss_image", "val_loss_image_ema", "val_loss_video_ema"} <= evaluation.keys()
     assert (summary["steps"], summary["stopped_by"]) == (60, None)
@@ -140,7 +141,8 @@ def test_a_killed_run_continues_bitwise(micro_settings, tmp_path: Path, monkeypa
             train(broken)
     torch.manual_seed(99)
     train(broken)
-    for key in ("loss", "grad_norm", "lr", "val_loss_video", "val_loss_video_ema", "frame_loss"):
+    fields = ("loss", "loss_image", "loss_video", "grad_norm", "lr", "frame_loss_video", "mask_ratio_loss_image")
+    for key in (*fields, "val_loss_video", "val_loss_video_ema", "val_mask_ratio_loss_video"):
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "broken", key)
     ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("run", "broken"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -222,6 +224,12 @@ def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path:
     assert sorted(read_log(tmp_path / "run")) == [2, 6, 8]
 
 
+def test_checkpoints_that_are_kept(micro_settings, tmp_path: Path):
+    train(micro_settings(training={"max_steps": 7, "save_every_steps": 1, "keep_last": 2, "keep_every": 3}))
+    kept = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [checkpoint.step_of(folder) for folder in kept] == [3, 6, 7]
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(micro_settings, tmp_path: Path, monkeypatch):
     settings = micro_settings(training={"save_every_steps": 2})
 
@@ -248,6 +256,13 @@ def test_fine_tuning_starts_from_a_folder_and_its_tokenizers(micro_settings, tmp
     second = train(settings)["export"]
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fine_tuning_with_another_shape(micro_settings):
+    first = train(micro_settings(training={"max_steps": 1}))["export"]
+    settings = micro_settings(model={"from": first, "overrides": {"vocab_size": 3000}}, tokenizer={"video": None, "text": None})
+    with pytest.raises(UserError, match=r"model\.overrides .*do not fit the weights of model\.from: .*has shape \[2024, 64\]"):
+        train(settings)
 
 
 def test_a_checkpoint_of_another_run_is_refused(micro_settings):
@@ -311,14 +326,15 @@ def test_the_place_in_frame_loss_is_the_frame(micro_settings, tmp_path: Path, mo
     original = ArdfTask.losses
 
     def without_first_frame(self, model, micro):
-        losses, frames = original(self, model, micro)
-        return losses[frames > 0], frames[frames > 0]
+        losses, places = original(self, model, micro)
+        later = places["frame"] > 0
+        return losses[later], {"frame": places["frame"][later]}
 
     train(micro_settings(data={"stages": [{"image_share": 1.0}]}, training={"max_steps": 1, "output_dir": str(tmp_path / "image")}))
-    assert read_log(tmp_path / "image", "frame_loss") == {1: [None, None]}
+    assert '"frame_loss' not in (tmp_path / "image" / "log.jsonl").read_text()
     monkeypatch.setattr(ArdfTask, "losses", without_first_frame)
     train(micro_settings(training={"max_steps": 1}))
-    first, second = read_log(tmp_path / "run", "frame_loss")[1]
+    first, second = read_log(tmp_path / "run", "frame_loss_video")[1]
     assert first is None
     assert second > 0
 

@@ -1,0 +1,70 @@
+"""Muon beside AdamW: momentum made orthogonal for the layers' matrices, AdamW for all other weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+"""Coefficients of five steps that bring all singular values near 1 (K. Jordan, Muon: https://kellerjordan.github.io/posts/muon)."""
+
+
+class Muon(torch.optim.AdamW):
+    """Groups with "muon": True are updated by Muon, all others by AdamW, with the same learning rate and decay rule.
+
+    A matrix [m, n] moves by lr * 0.2 * sqrt(max(m, n)) times its orthogonal momentum, so that an update is on average as large
+    as one of AdamW and takes the same lr (arXiv 2502.16982, section 2.2). Its only state is the momentum, under AdamW's name
+    `exp_avg`. A matrix must be whole: ZeRO 1 to 3 cut it into pieces.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+        return super().step(closure)
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Uses up the gradients, so that AdamW passes these matrices by."""
+        alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike[tuple(parameter.shape)].append(parameter)
+        for (rows, columns), parameters in alike.items():
+            updates = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
+                state["step"] += 1
+                momentum = state["exp_avg"].lerp_(parameter.grad, 1 - MOMENTUM)
+                updates.append(parameter.grad.lerp(momentum, MOMENTUM))
+                parameter.grad = None
+            size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+            for parameter, update in zip(parameters, orthogonal(torch.stack(updates)), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: [N, m, n] with all singular values brought to between 0.7 and 1.2.
+
+    In bfloat16 on CUDA, where that is enough and fast.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        square = x @ x.mT
+        x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def layer_matrices(model: nn.Module) -> set[str]:
+    """Names of the trained weights of plain linear layers; embedding and head are none."""
+    linear = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name for name, weight in linear.items() if weight.requires_grad}

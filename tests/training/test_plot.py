@@ -1,0 +1,77 @@
+"""`lumos plot` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lumos.cli import main
+from lumos.commands import plot
+from lumos.training.loop import train
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> list[str]:
+    """Two logs: with places and validation, with an event; the second ends in a line that a kill cut off."""
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        lines = [{"event": "start", "step": 0}]
+        for step in (1, 2, 3):
+            lines.append({"step": step, "loss_video": step + shift, "frame_loss_video": [step, None], "mfu": None, "time": 1.0})
+        lines += [{"step": 3, "val_loss_video": 7.0, "val_loss_video_ema": 8.0}, {"event": "end", "step": 3, "loss": 1.0}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "log.jsonl").write_text(text + ('{"step": 4, "loss_vi' if name == "b" else ""))
+    return [str(tmp_path / "a"), str(tmp_path / "b" / "log.jsonl")]
+
+
+def test_what_is_drawn(logs: list[str]):
+    runs = {name: plot.read_curves(name) for name in logs}
+    lines = list(plot.lines_of(runs, "loss_video"))
+    assert [(number, style) for number, _, style, _, _ in lines] == [(0, "-"), (0, "--"), (0, ":"), (1, "-"), (1, "--"), (1, ":")]
+    assert lines[0][4] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert lines[3][4] == [(1, 2.0), (2, 3.0), (3, 4.0)]
+    assert lines[4][4] == [(3, 7.0)]
+    assert lines[4][1] == f"{logs[1]} val_loss_video"
+    ((number, label, _, _, points), *_) = plot.lines_of(runs, "frame_loss_video")
+    assert (number, label, points) == (0, f"{logs[0]} frame_loss_video 0", [(1, 1), (2, 2), (3, 3)])
+    assert len(list(plot.lines_of(runs, "frame_loss_video"))) == 2
+    assert list(plot.lines_of(runs, "mfu")) == []
+
+
+def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
+    train(micro_settings(training={"max_steps": 2, "eval_every": 1}))
+    picture = tmp_path / "pictures" / "curves.png"
+    assert main(["plot", str(tmp_path / "run"), "--out", str(picture)]) == 0
+    assert capsys.readouterr().out == f"{picture}\n"
+    whole = Image.open(picture)
+    assert main(["plot", str(tmp_path / "run"), "--out", str(picture), "--fields", "loss_video"]) == 0
+    assert Image.open(picture).size < whole.size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["there is no log nowhere", "runs/tiny"]),
+        (["empty.jsonl"], ["has no line of a step yet"]),
+        (["a", "--fields", "los"], ["no log has los", "loss_video, frame_loss_video"]),
+        (["a", "--out", "curves.bmp"], ["curves.bmp", ".png, .svg, .pdf"]),
+    ],
+)
+def test_what_cannot_be_plotted(logs: list[str], tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: list[str]):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text('{"event": "start", "step": 0}\n')
+    assert main(["plot", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(word in said for word in words)
+    assert not Path("curves.png").exists()
+
+
+def test_without_matplotlib(logs: list[str], tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", *logs, "--out", str(tmp_path / "c.png")]) == 2
+    assert "pip install 'lumos-video[plot]'" in capsys.readouterr().err
