@@ -90,4 +90,7 @@ class KeptPrefix:
 
     @staticmethod
     def _key_of(model: LumosForVideoGeneration, prefix: Tensor) -> tuple:
-        return tuple(prefix.tolist()), tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
+        def version(p: Tensor) -> object:
+            return object() if p.is_inference() else p._version  # writes to it are not counted: it equals nothing kept
+
+        return tuple(prefix.tolist()), tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())

@@ -189,6 +189,15 @@ def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
     assert torch.equal(prefilled()[0], codes)
 
 
+def test_a_prefix_of_weights_whose_changes_nobody_counts_is_not_kept():
+    kept, ids = KeptPrefix(), prefix(None)
+    with torch.inference_mode():
+        uncounted = copy.deepcopy(MODEL)
+    for model, found in ((MODEL, True), (uncounted, False)):
+        kept.save(model, ids, (ids, ids))
+        assert (kept.load(model, ids) is not None) == found
+
+
 def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):
     hidden = torch.randn(2, 7, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
