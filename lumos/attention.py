@@ -108,11 +108,12 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if uses_flash(q):
         out = _flash_attn()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return out.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
+    groups, n, m = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    if not causal:  # the query heads of a group are more queries to the same keys
+        return F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).flatten(2, 3), k, v).reshape(q.shape)
     k, v = expand_heads(k, groups), expand_heads(v, groups)
-    n, m = q.shape[2], k.shape[2]
-    if not causal or n == m:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if n == m:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

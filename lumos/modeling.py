@@ -31,6 +31,7 @@ from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D/2]
+MLP_TOKENS = 1024  # without gradients, an MLP takes so many tokens at a time
 
 
 @dataclass
@@ -42,6 +43,11 @@ class LumosOutput(ModelOutput):
     position_loss: Tensor | None = None  # fp32 [N]
     frame_index: Tensor | None = None  # int64 [N], latent frame of each
     supervised: Tensor | None = None  # bool [B, L]
+
+
+def take(x: Tensor, at: Tensor) -> Tensor:
+    """x [B, L, C], at int64 [B, m] -> [B, m, C]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class RMSNorm(nn.Module):
@@ -85,12 +91,13 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(config.head_dim, config.model_parallel_size)
         self.k_norm = HeadNorm(config.head_dim, config.model_parallel_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
+        queries, turned = (x, rotary) if at is None else (take(x, at), tuple(take(t[:, 0], at)[:, None] for t in rotary))
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(of).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj, of in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
         )
-        q = apply_rotary(self.q_norm(q), *rotary).to(v.dtype)
+        q = apply_rotary(self.q_norm(q), *turned).to(v.dtype)
         k = apply_rotary(self.k_norm(k), *rotary).to(v.dtype)
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
 
@@ -105,6 +112,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.shape[:-1].numel() <= MLP_TOKENS:
+            return self._expand_and_contract(x)
+        pieces = x.flatten(0, -2).split(MLP_TOKENS)  # the intermediate is the widest tensor of a layer
+        return torch.cat([self._expand_and_contract(piece) for piece in pieces]).view(x.shape)
+
+    def _expand_and_contract(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -116,8 +129,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
+        """at: int64 [B, m], the tokens whose states are wanted; the others give keys and values only. Default: all."""
+        attended = self.self_attn(self.input_layernorm(x), rotary, attend, at)
+        x = (x if at is None else take(x, at)) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -170,15 +185,18 @@ class LumosModel(LumosPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """input_ids [B, L], rotary tables of their positions -> hidden states [B, L, C] after the last norm."""
+    def forward(self, input_ids: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
+        """input_ids [B, L], rotary tables of their positions -> hidden states [B, L, C] after the last norm.
+
+        at: int64 [B, m], the tokens whose hidden states [B, m, C] are wanted: the last layer has no queries but theirs.
+        """
         x = self.embed_tokens(input_ids)
         kept = attention_kept if self.config.attention == "segmented" else noop_context_fn
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=kept)
             else:
-                x = layer(x, rotary, attend)
+                x = layer(x, rotary, attend, at if layer is self.layers[-1] else None)
         return self.norm(x)
 
 

@@ -18,6 +18,7 @@ from lumos.adapters import fingerprints, merge_adapter
 from lumos.configuration import LumosConfig
 from lumos.data.buckets import bucket_for
 from lumos.errors import UserError
+from lumos.generation.cache import KeptPrefix
 from lumos.generation.engine import cache_tokens, generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
 from lumos.modeling import LumosForVideoGeneration
@@ -53,6 +54,7 @@ class LumosPipeline:
         check_agreement(model, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
+        self._kept = KeptPrefix()
 
     @classmethod
     def from_pretrained(
@@ -189,7 +191,7 @@ class LumosPipeline:
         new_codes = generate_frames(
             self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
             generators=[torch.Generator().manual_seed(s) for s in seeds],
-            on_step=lambda frame, step: on_step(frame, new_frames, step, sampling.num_inference_steps),
+            on_step=lambda frame, step: on_step(frame, new_frames, step, sampling.num_inference_steps), kept=self._kept,
         )  # fmt: skip
         codes = torch.stack([c.cpu() for c in new_codes], dim=1)  # [B, t, h, w]
         if given_codes:

@@ -56,8 +56,9 @@ def everything(model_folder):
     out, file = io.StringIO(), model_folder.parent / "result.json"
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(out):
+        shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN]
-        code = main(["bench", "all", *COMMON, *sizes, "--model", str(model_folder), "--output", str(file)])
+        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())
@@ -129,6 +130,20 @@ def test_generation_figures(everything):
     assert settings["generation"]["num_inference_steps"] == 2
 
 
+def test_generation_is_compared_with_the_twin(everything):
+    """The twin's logits of 26 tokens (the given model) and 32 (small) over the whole vocabulary are small; ours are smaller."""
+    _, result, _ = everything
+    rows, ratios = result["measured"]["generate"]["shapes"], result["ratios"]["generate"]["shapes"]
+    assert [row["shape"] for row in rows] == [of["shape"] for of in ratios] == ["shipped", "small"]
+    for row, of in zip(rows, ratios, strict=True):
+        assert row["logits_max_difference"] < 1e-4
+        assert of["twin_over_lumos_time"] == pytest.approx(row["twin"]["seconds"] / row["lumos"]["seconds"], rel=1e-2)
+        assert row["share_of_bound"] == pytest.approx(row["bound_seconds"] / row["lumos"]["seconds"], rel=1e-2)
+        assert row["gflops_that_must_be_done"] == pytest.approx(sum(p["gflops"] for p in row["products"].values()), rel=1e-2)
+        assert {"products", "attention", "no operation"} <= set(row["shares_of_time"])
+    assert rows[1]["twin"]["extra_memory_mb"] > 0.5 > rows[1]["lumos"]["extra_memory_mb"]
+
+
 def test_one_target_has_the_same_form(no_memory, capsys):
     assert main(["bench", "attention", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -189,6 +204,7 @@ def test_layout_and_pairs_are_the_rule(length, frame_tokens):
         (["loss", "--visual-codes", "70", "--vocab-size", "60"], "do not fit"),
         (["loss", "--positions", "0"], "--positions 0"),
         (["generate", "--model", "no-such-folder"], "no model in no-such-folder"),
+        (["generate", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["train", "--codes", "3000000000"], "smaller --tokens, --layers or --codes"),
         (["train", "--tokens", "50"], "holds no frame"),
         (["train", "--channels", "100"], "multiple of 64"),

@@ -10,5 +10,5 @@ TARGETS = {
     "attention": "segmented against dense frame-causal attention, time and extra memory",
     "loss": "chunked visual loss against full logits, time and extra memory of forward and backward",
     "train": "a training step against the published way and transformers' Llama, tokens per second and memory",
-    "generate": "a model's load time, seconds for a clip and peak memory",
+    "generate": "a model from start to clip; its decoder against a plain twin and the machine's bound",
 }

@@ -157,7 +157,7 @@ def run(settings: Settings, bench: Bench) -> Report:
             ])  # fmt: skip
         measured.append(row)
         ratios.append(of)
-    return Report(asdict(settings), measured, ratios, table)
+    return Report(asdict(settings), measured, ratios, [table])
 
 
 def build_mask(layout: Layout, length: int, device: str) -> tuple:

@@ -127,4 +127,4 @@ def run(settings: Settings, bench: Bench) -> Report:
                 shown(beyond[form] / MB), shown(more),
             ])  # fmt: skip
         ratios.append(of)
-    return Report(asdict(settings), measured, ratios, table)
+    return Report(asdict(settings), measured, ratios, [table])

@@ -54,12 +54,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Report:
-    """One target's result: resolved settings, figures, ratios of figures of this run, and a table [headers, *rows] to print."""
+    """One target's result: resolved settings, figures, ratios of figures of this run, and tables [headers, *rows] to print."""
 
     settings: dict[str, Any]
     measured: Any
     ratios: Any
-    table: list[list[str]]
+    tables: list[list[list[str]]]
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def run(settings: Settings, bench: Bench) -> Report:
         "lumos_over_llama_time": ratio(seconds["lumos"], seconds["llama"]),
         "lumos_over_llama_memory": ratio(memory["lumos"], memory["llama"]),
     }
-    return Report(asdict(settings), row, ratios, table)
+    return Report(asdict(settings), row, ratios, [table])
 
 
 def timed_forms(config: LumosConfig, settings: Settings, bench: Bench) -> tuple[dict[str, float], float, int]:

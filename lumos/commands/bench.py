@@ -82,7 +82,8 @@ def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
             bench = Bench(**common, peak_gflops=peaks, step=bar.update)
             bar.reset(module.steps(settings, bench))
             report = module.run(settings, bench)
-        print(f"\n{name}: {TARGETS[name]}\n{render_table(report.table)}", flush=True)
+        print(f"\n{name}: {TARGETS[name]}")
+        print("\n\n".join(render_table(table) for table in report.tables), flush=True)
         result["settings"][name], result["measured"][name] = report.settings, report.measured
         result["ratios"][name] = report.ratios
     print()

@@ -1,8 +1,10 @@
-"""Frame-by-frame generation: prefill the prefix, denoise a frame in parallel steps, commit it to the cache.
+"""Frame-by-frame generation: prefill the prefix, then for each frame denoise it in parallel steps.
 
 A row is one sequence in the batch: the conditional branch of a sample, or its unconditional one. Rows share every matrix
 product; each has its own prefix and length in a preallocated cache, without padding. No mask is needed: a frame sees the whole
-cache and itself. S samples, R rows, n tokens of a frame's span, m positions asked for, K codes.
+cache and itself. A finished frame enters the cache in the same forward as the first step of the next. The head multiplies
+positions that are still masked by visual rows, a piece at a time, so that logits are never there as a whole; and once for both
+branches, as guidance is linear. S samples, R rows, n tokens of a frame's span, m positions asked for, C channels, K codes.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lumos.attention import Attend, equal_runs, prefix_attention, segmented_attention
+from lumos.generation.cache import Cache, KeptPrefix
 from lumos.generation.sampling import filter_logits, guide, least_confident, sample_codes
 from lumos.generation.settings import GenerationSettings
 from lumos.masking import history_mask, unmasking_counts
-from lumos.modeling import LumosForVideoGeneration, Rotary
+from lumos.modeling import Head, LumosForVideoGeneration, Rotary
 from lumos.rope import frame_positions, position_ids
 from lumos.sequence import (
     FRAME_HEADER,
@@ -24,49 +26,17 @@ from lumos.sequence import (
     Layout,
     build_frames,
     content_mask,
-    pad_sequences,
     parse_layout,
     read_frame,
 )
 
-
-class Cache:
-    """Keys and values of R rows, each filled up to its own length: [layers, R, Hkv, capacity, D]."""
-
-    def __init__(self, model: LumosForVideoGeneration, rows: int, capacity: int):
-        c = model.config
-        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.empty_like(self.keys)
-        self.lengths = [0] * rows
-
-    def store(self, layouts: Sequence[Layout]) -> Attend:
-        """Attention over whole prefixes [R, L] that also fills the cache with them."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, :, :, : k.shape[2]] = k
-            self.values[layer, :, :, : v.shape[2]] = v
-            return segmented_attention(q, k, v, layouts)
-
-        return attend
-
-    def extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one frame to the cache and itself; its keys and values are written behind each row's length."""
-        n, parts = q.shape[2], []
-        for start, stop in equal_runs(self.lengths):
-            length = self.lengths[start]
-            rows, span = slice(start, stop), slice(length, length + n)
-            self.keys[layer, rows, :, span] = k[rows]
-            self.values[layer, rows, :, span] = v[rows]
-            keys, values = (c[layer, rows, :, : length + n] for c in (self.keys, self.values))
-            parts.append(prefix_attention(q[rows], keys, values, causal=False))
-        return torch.cat(parts)
+LOGITS_BYTES = 2**26  # of the piece of the logits that exists at a time
 
 
 class Engine:
     """The decoder with a cache: `prefill` once, then per frame any number of `denoise` and one `commit`.
 
-    The three calls take ids, so a recorded run can be replayed through them.
+    The calls take ids, so a recorded run can be replayed through them.
     """
 
     def __init__(self, model: LumosForVideoGeneration):
@@ -74,64 +44,104 @@ class Engine:
         self.cache: Cache | None = None
         self.frames_done = 0
         self._origins: list[int] = []
-        self._rotary: tuple[int, Rotary] | None = None
+        self._frame: Frame | None = None
+        self._rotary: dict[int, Rotary] = {}
 
     @torch.inference_mode()
-    def prefill(self, prefixes: Sequence[Tensor], capacity: int) -> None:
-        """prefixes: ids [L_r] of each row, ending before a frame; capacity: cached tokens a row may reach."""
-        config, device = self.model.config, self.model.device
-        ids = pad_sequences(list(prefixes), config.pad_token_id)
-        layouts = [Layout(len(p), parse_layout(p[None], config)[0].frames) for p in prefixes]
+    def prefill(self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None) -> None:
+        """prefixes: ids [L_r] of each row, ending before a frame; capacity: cached tokens a row may reach.
+
+        Equal prefixes are computed once, and the last row's not at all if `kept` has it from an earlier call.
+        """
+        config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
+        layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
         frames = {len(layout.frames) for layout in layouts}
         if len(frames) > 1:
             raise ValueError(f"rows with different numbers of given frames: {sorted(frames)}")
         self.cache = Cache(self.model, len(prefixes), capacity)
-        rotary = self.model.rotary(position_ids(layouts, ids.shape[1], config), content_mask(layouts, ids.shape[1]))
-        self.model.model(ids.to(device), rotary, self.cache.store(layouts))
-        self.cache.lengths = [layout.length for layout in layouts]
         self.frames_done = frames.pop()
         self._origins = [layout.origin or layout.length + FRAME_HEADER for layout in layouts]
-        self._rotary = None
+        self._frame, self._rotary = None, {}
+
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prefix in enumerate(prefixes):
+            rows_of.setdefault(tuple(prefix.tolist()), []).append(row)
+        stored = kept.load(self.model, prefixes[-1]) if kept else None
+        if stored is not None:
+            for row in rows_of.pop(tuple(prefixes[-1].tolist())):
+                self.cache.write(row, *stored)
+        firsts = [rows[0] for rows in rows_of.values()]
+        for layout in dict.fromkeys(layouts[row] for row in firsts):
+            rows = [row for row in firsts if layouts[row] == layout]
+            same = [layout] * len(rows)
+            rotary = self.model.rotary(position_ids(same, layout.length, config), content_mask(same, layout.length))
+            ids = torch.stack([prefixes[row] for row in rows]).to(self.model.device)
+            self.model.model(ids, rotary, self.cache.store(rows, same))
+        for first, *others in rows_of.values():
+            for row in others:
+                self.cache.write(row, *self.cache.read(first))
+        if kept and stored is None:
+            kept.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
 
     @torch.inference_mode()
-    def denoise(self, frame_ids: Tensor, at: Tensor | None = None) -> Tensor:
-        """One step on the frame after the cache: frame_ids [R, n] -> logits fp32 [R, m, K]; the cache keeps its length.
+    def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None) -> Tensor:
+        """One step on the frame after the cache: frame_ids [R, n] -> hidden states [R, m, C] of the offsets `at` [R, m].
 
-        at: int64 [R, m], offsets in the span where logits are wanted; default: every code, row by row.
+        committing: ids [R, n] of the finished frame before it, as later frames shall see it; the same forward appends it to the
+        cache. The frame of frame_ids itself leaves nothing there.
         """
-        hidden = self._forward(frame_ids)
+        n = frame_ids.shape[1]
+        if committing is None:
+            return self._forward(frame_ids, n, at)
+        hidden = self._forward(torch.cat([committing, frame_ids], dim=1), n, at + n)
+        self._advance(n)
+        return hidden
+
+    @torch.inference_mode()
+    def denoise(self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None) -> Tensor:
+        """As `hidden`, but logits fp32 [R, m, K] of each row. at: default every code, row by row."""
         if at is None:
-            at = code_offsets(read_frame(frame_ids[0].tolist(), 0, self.model.config)).to(hidden.device).expand(len(hidden), -1)
-        wanted = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.model.lm_head(wanted, visual_only=True).float()
+            at = code_offsets(self._read_frame(frame_ids)).to(self.model.device).expand(len(frame_ids), -1)
+        return self.model.lm_head(self.hidden(frame_ids, at, committing), visual_only=True).float()
 
     @torch.inference_mode()
     def commit(self, frame_ids: Tensor) -> None:
         """Append a frame, as later frames shall see it: frame_ids [R, n]."""
-        self._forward(frame_ids)
-        self.cache.lengths = [length + frame_ids.shape[1] for length in self.cache.lengths]
+        self._forward(frame_ids, frame_ids.shape[1])
+        self._advance(frame_ids.shape[1])
+
+    def _forward(self, ids: Tensor, n: int, at: Tensor | None = None) -> Tensor:
+        """ids [R, n of one frame, or 2 n of two in a row] -> hidden states of all, or of the offsets `at` in the last frame."""
+        tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
+        rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
+        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n), at)
+
+    def _advance(self, n: int) -> None:
+        self._rotary.pop(self.frames_done, None)
+        self.cache.lengths = [length + n for length in self.cache.lengths]
         self.frames_done += 1
 
-    def _forward(self, frame_ids: Tensor) -> Tensor:
-        rotary = self._frame_rotary(frame_ids)
-        return self.model.model(frame_ids.to(self.model.device), rotary, self.cache.extend)
+    def _read_frame(self, frame_ids: Tensor) -> Frame:
+        """Rows and columns, read off the ids once: it makes the host wait for the device."""
+        if self._frame is None:
+            self._frame = read_frame(frame_ids[0].tolist(), 0, self.model.config)
+        return self._frame
 
-    def frame_position_ids(self, frame_ids: Tensor) -> Tensor:
-        """int64 [R, 3, n]: where the frame after the cache stands in each row."""
-        config = self.model.config
-        frame = read_frame(frame_ids[0].tolist(), 0, config)
-        places = [Frame(length, frame.rows, frame.cols) for length in self.cache.lengths]
-        return torch.stack(
-            [frame_positions(p, self.frames_done, o, config) for p, o in zip(places, self._origins, strict=True)]
-        )
+    def frame_position_ids(self, frame_ids: Tensor, ahead: int = 0) -> Tensor:
+        """int64 [R, 3, n]: where the frame after the cache, or `ahead` frames later, stands in each row."""
+        frame, config = self._read_frame(frame_ids), self.model.config
+        places = [Frame(length + ahead * frame.end, frame.rows, frame.cols) for length in self.cache.lengths]
+        index = self.frames_done + ahead
+        return torch.stack([frame_positions(p, index, o, config) for p, o in zip(places, self._origins, strict=True)])
 
-    def _frame_rotary(self, frame_ids: Tensor) -> Rotary:
-        """Rotary tables of the next frame; the steps of one frame share them."""
-        if self._rotary is None or self._rotary[0] != self.frames_done:
+    def _frame_rotary(self, frame_ids: Tensor, ahead: int) -> Rotary:
+        """Rotary tables of a frame; its steps share them."""
+        index = self.frames_done + ahead
+        if index not in self._rotary:
             is_content = torch.zeros(frame_ids.shape, dtype=torch.bool)
             is_content[:, FRAME_HEADER:-1] = True
-            self._rotary = self.frames_done, self.model.rotary(self.frame_position_ids(frame_ids), is_content)
-        return self._rotary[1]
+            self._rotary[index] = self.model.rotary(self.frame_position_ids(frame_ids, ahead), is_content)
+        return self._rotary[index]
 
 
 def code_offsets(frame: Frame) -> Tensor:
@@ -155,11 +165,13 @@ def generate_frames(
     settings: GenerationSettings,
     generators: Sequence[torch.Generator],
     on_step: Callable[[int, int], None] = lambda frame, step: None,
+    kept: KeptPrefix | None = None,
 ) -> Iterator[Tensor]:
     """Sample `new_frames` latent frames after the prefixes; yields the codes [S, h, w] of each as soon as it is done.
 
     prefixes, unconditional: ids of each sample's two branches (no unconditional ones: guidance is off). generators: one
     CPU generator a sample, so a clip does not depend on the batch. on_step(frame, step) is called after each step.
+    kept: where the last unconditional prefix stays for the next call.
     """
     config, device = model.config, model.device
     samples, (h, w) = len(prefixes), grid
@@ -174,32 +186,45 @@ def generate_frames(
         rows = [mask_given(row, hidden_later.cpu(), config) for row in rows]
     still_masked = unmasking_counts(h * w, settings.num_inference_steps)
 
-    engine = Engine(model)
-    engine.prefill(rows, cache_tokens(max(map(len, rows)), blank.shape[1], new_frames))
+    engine, finished = Engine(model), None
+    engine.prefill(rows, cache_tokens(max(map(len, rows)), blank.shape[1], new_frames), kept if branches == 2 else None)
     for frame in range(new_frames):
         ids = blank.to(device).repeat(samples, 1)  # [S, n]
         masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide
+        uniform = draw_uniform(generators, len(still_masked), h * w).to(device)
         for step, count in enumerate(still_masked):
-            logits = engine.denoise(ids.repeat(branches, 1), masked.repeat(branches, 1))
+            hidden = engine.hidden(ids.repeat(branches, 1), masked.repeat(branches, 1), finished)
+            finished = None
             if branches == 2:
-                logits = guide(logits, settings.guidance_scale)
-            logits = filter_logits(logits, settings.top_k, settings.top_p)
-            uniform = draw_uniform(generators, h * w, masked.shape[1]).to(device)
-            codes, log_prob = sample_codes(logits, uniform[0])
+                hidden = guide(hidden, settings.guidance_scale)
+            for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
+            codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
             temperature = settings.temperature * (1 - (step + 1) / len(still_masked))
-            remask = least_confident(log_prob, uniform[1], temperature, count)
+            remask = least_confident(log_prob, for_confidence, temperature, count)
             ids.scatter_(1, masked, codes + config.visual_token_start)
             masked = masked.gather(1, remask)
             ids.scatter_(1, masked, config.mask_token_id)
             on_step(frame, step)
-        if frame + 1 < new_frames:
-            engine.commit(ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1))
+        finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
 
 
-def draw_uniform(generators: Sequence[torch.Generator], total: int, used: int) -> Tensor:
-    """Uniform numbers [2, S, used]: `total` are drawn for each sample, so every step moves a generator equally far."""
-    return torch.stack([torch.rand(2, total, generator=g) for g in generators], dim=1)[:, :, :used]
+@torch.inference_mode()
+def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
+    """hidden [S, m, C], uniform [S, m] -> codes [S, m] and their log-probabilities [S, m]; logits exist piece by piece."""
+    piece = max(1, LOGITS_BYTES // (4 * head.rows))
+    codes, log_probs = [], []
+    for states, numbers in zip(hidden.flatten(0, 1).split(piece), uniform.flatten().split(piece), strict=True):
+        logits = filter_logits(head(states, visual_only=True).float(), settings.top_k, settings.top_p)
+        drawn = sample_codes(logits, numbers)
+        codes.append(drawn[0])
+        log_probs.append(drawn[1])
+    return torch.cat(codes).view(uniform.shape), torch.cat(log_probs).view(uniform.shape)
+
+
+def draw_uniform(generators: Sequence[torch.Generator], steps: int, total: int) -> Tensor:
+    """Uniform numbers [steps, 2, S, total] for a frame; as each step has `total` of them, seeds mean the same whatever it uses."""
+    return torch.stack([torch.rand(steps, 2, total, generator=g) for g in generators], dim=2)
 
 
 def mask_given(prefix: Tensor, hidden: Tensor, config) -> Tensor:

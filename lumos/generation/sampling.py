@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): logits [2 S, m, K], conditional rows first -> [S, m, K]."""
-    conditional, unconditional = logits.chunk(2)
+def guide(states: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): states [2 S, m, C], conditional rows first -> [S, m, C].
+
+    Of logits, or of the hidden states that the head, being linear, makes logits of.
+    """
+    conditional, unconditional = states.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
 
@@ -28,13 +33,31 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw by inverse distribution function, one uniform number a position, so the draw is the same on every device.
 
-    logits fp32 [S, m, K], uniform [S, m] in [0, 1) -> codes [S, m], their log-probabilities [S, m].
+    logits fp32 [..., K], uniform [...] in [0, 1) -> codes [...], their log-probabilities [...]. The sum runs over blocks of
+    codes first and then inside the block where the number falls, so that no running sum over all K codes is written.
     """
-    log_probs = logits.log_softmax(-1)
-    cumulative = log_probs.exp().cumsum(-1)
-    threshold = uniform.clamp(min=torch.finfo(torch.float32).tiny)[..., None] * cumulative[..., -1:]
-    codes = torch.searchsorted(cumulative, threshold).clamp(max=logits.shape[-1] - 1)
-    return codes.squeeze(-1), log_probs.gather(-1, codes).squeeze(-1)
+    blocks = block_count(logits.shape[-1])
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (blocks, -1))
+    upto = weights.sum(-1).cumsum(-1)
+    total = upto[..., -1:]
+    threshold = uniform[..., None] * total
+    block = search(upto, threshold)
+    inside = weights.gather(-2, block[..., None].expand(*block.shape, weights.shape[-1])).squeeze(-2)
+    before = upto.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
+    code = search(inside.cumsum(-1), threshold - before)
+    log_prob = (inside.gather(-1, code) / total).log()
+    return (block * inside.shape[-1] + code).squeeze(-1), log_prob.squeeze(-1)
+
+
+def search(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """First index [..., 1] where a running sum [..., n] reaches the threshold [..., 1]; never one that adds nothing."""
+    tiny = torch.finfo(cumulative.dtype).tiny
+    return torch.searchsorted(cumulative, threshold.clamp(min=tiny).minimum(cumulative[..., -1:]))
+
+
+def block_count(codes: int) -> int:
+    """The divisor of `codes` that is closest to its root from below."""
+    return max(n for n in range(1, math.isqrt(codes) + 1) if codes % n == 0)
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from micro import micro_config
 
 from lumos import LumosForVideoGeneration
-from lumos.generation.engine import Engine, generate_frames
+from lumos.generation.cache import KeptPrefix
+from lumos.generation.engine import Engine, decide, draw_uniform, generate_frames
 from lumos.generation.settings import GenerationSettings
 from lumos.masking import history_mask
 from lumos.sequence import build_frames, build_prefix
@@ -25,11 +28,11 @@ def prefix(text, given=None):
     return ids if given is None else torch.cat([ids, build_frames(given, CONFIG).flatten()])
 
 
-def run(conditional, unconditional, seeds, new_frames=3, on_step=lambda *_: None, **options):
+def run(conditional, unconditional, seeds, new_frames=3, on_step=lambda *_: None, kept=None, **options):
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, **options}
     frames = generate_frames(
         MODEL, conditional, unconditional, grid=GRID, new_frames=new_frames, settings=GenerationSettings(**options),
-        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step,
+        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, kept=kept,
     )  # fmt: skip
     return torch.stack(list(frames), dim=1)
 
@@ -94,7 +97,7 @@ def test_guidance_one_runs_one_branch(monkeypatch):
     assert set(seen) == {1}
     seen.clear()
     run([prefix([600])], [prefix(None)], seeds=[1])
-    assert set(seen) == {2}
+    assert seen == [1, 1] + [2] * 9  # two prefixes of different lengths, then steps
 
 
 def test_forwards_are_counted_and_the_last_frame_is_not_committed(monkeypatch):
@@ -102,16 +105,21 @@ def test_forwards_are_counted_and_the_last_frame_is_not_committed(monkeypatch):
     forward = MODEL.model.forward
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: calls.append(1) or forward(ids, *a))
     run([prefix([600])], [prefix(None)], seeds=[1], new_frames=4, num_inference_steps=5)
-    assert len(calls) == 1 + 4 * 5 + 3
+    assert len(calls) == 2 + 4 * 5  # commits are part of the steps
 
 
 @pytest.mark.parametrize("mask_given", [False, True])
 def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given):
     """Generated frames are partly hidden; given frames are whole unless asked otherwise (the release ignores its setting)."""
     fed, committed = [], []
-    forward, commit = MODEL.model.forward, Engine.commit
+    forward, hidden = MODEL.model.forward, Engine.hidden
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
-    monkeypatch.setattr(Engine, "commit", lambda self, ids: committed.append(ids) or commit(self, ids))
+
+    def watched(self, ids, at, committing=None):
+        committed.extend([] if committing is None else [committing])
+        return hidden(self, ids, at, committing)
+
+    monkeypatch.setattr(Engine, "hidden", watched)
     given = torch.zeros(1, *GRID, dtype=torch.long)
     options = {"history_mask_ratio": 0.5, "mask_given_frames": mask_given}
     codes = run([prefix([600], given)], [prefix(None, given)], [1], **options)
@@ -124,6 +132,92 @@ def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given
         assert torch.equal(content == CONFIG.mask_token_id, expected.expand_as(content))
         whole = build_frames(codes[0, frame : frame + 1], CONFIG)[0, 3:-1]
         assert torch.equal(content[0][~expected], whole[~expected])
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(1, *GRID, dtype=torch.long)])
+def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
+    """The same codes for every seed, and the same logits, as when a finished frame is appended by a forward of its own."""
+    conditional, unconditional = [prefix([600, 601], given), prefix([602], given)], [prefix(None, given)] * 2
+    fused = [run(conditional, unconditional, seeds=[s, s + 1]) for s in range(4)]
+    hidden, largest = Engine.hidden, []
+
+    def apart(self, ids, at, committing=None):
+        if committing is None:
+            return hidden(self, ids, at)
+        inside = copy.deepcopy(self.cache), self.frames_done
+        together = hidden(self, ids, at, committing)
+        self.cache, self.frames_done = inside
+        self.commit(committing)
+        after = hidden(self, ids, at)
+        largest.append(float((after - together).abs().max()))
+        return after
+
+    monkeypatch.setattr(Engine, "hidden", apart)
+    for s, codes in enumerate(fused):
+        assert torch.equal(run(conditional, unconditional, seeds=[s, s + 1]), codes)
+    assert len(largest) == 4 * 2
+    assert max(largest) < 1e-5
+
+
+def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
+    """A kept prefix gives the same codes; it is computed again for other ids and for changed weights."""
+    fed, forward, kept = [], MODEL.model.forward, KeptPrefix()
+    monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
+
+    def prefilled(unconditional=None, **options):
+        fed.clear()
+        codes = run([prefix([600]), prefix([601])], [prefix(unconditional)] * 2, [1, 2], new_frames=1, kept=kept, **options)
+        return codes, [tuple(ids.shape) for ids in fed[:-3]]
+
+    length = len(prefix(None))
+    codes, first = prefilled()
+    assert first == [(2, length + 3), (1, length)]
+    again, second = prefilled()
+    assert second == [(2, length + 3)]
+    assert torch.equal(codes, again)
+    assert len(prefilled([603])[1]) == 1  # it is as long as the others: one batch of three
+    assert fed[0].shape == (3, length + 3)
+    prefilled()
+    weight = MODEL.model.layers[0].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    changed, computed = prefilled()
+    with torch.no_grad():
+        weight.mul_(0.5)
+    assert len(computed) == 2
+    assert not torch.equal(changed, codes)
+    assert torch.equal(prefilled()[0], codes)
+
+
+def test_a_prefix_of_weights_whose_changes_nobody_counts_is_not_kept():
+    kept, ids = KeptPrefix(), prefix(None)
+    with torch.inference_mode():
+        uncounted = copy.deepcopy(MODEL)
+    for model, found in ((MODEL, True), (uncounted, False)):
+        kept.save(model, ids, (ids, ids))
+        assert (kept.load(model, ids) is not None) == found
+
+
+def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):
+    hidden = torch.randn(2, 7, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
+    at_once = decide(MODEL.lm_head, hidden, uniform, GenerationSettings(top_k=9))
+    rows, head = [], MODEL.lm_head.forward
+    monkeypatch.setattr(MODEL.lm_head, "forward", lambda x, **k: rows.append(len(x)) or head(x, **k))
+    monkeypatch.setattr("lumos.generation.engine.LOGITS_BYTES", 3 * 4 * CONFIG.visual_token_count)
+    by_piece = decide(MODEL.lm_head, hidden, uniform, GenerationSettings(top_k=9))
+    assert rows == [3, 3, 3, 3, 2]
+    assert torch.equal(at_once[0], by_piece[0])
+    torch.testing.assert_close(at_once[1], by_piece[1])
+
+
+def test_uniform_numbers_come_step_by_step():
+    """A frame's numbers in one draw are those of a draw for each step: 2 x 6 of every generator, in order."""
+    at_once = draw_uniform([torch.Generator().manual_seed(s) for s in (3, 4)], steps=5, total=6)
+    for sample, seed in enumerate((3, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(5):
+            assert torch.equal(at_once[step, :, sample], torch.rand(2, 6, generator=generator))
 
 
 def test_temperature_is_annealed_within_each_frame_and_reset(monkeypatch):
@@ -139,15 +233,15 @@ def test_temperature_is_annealed_within_each_frame_and_reset(monkeypatch):
 
 def test_steps_unmask_on_schedule_and_report():
     steps, masked = [], []
-    original = Engine.denoise
+    original = Engine.hidden
 
-    def denoise(self, ids, at=None):
+    def hidden(self, ids, at, committing=None):
         masked.append(int((ids[0] == CONFIG.mask_token_id).sum()))
         assert at.shape == (len(ids), masked[-1])
-        return original(self, ids, at)
+        return original(self, ids, at, committing)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "denoise", denoise)
+        patch.setattr(Engine, "hidden", hidden)
         run([prefix([600])], [prefix(None)], [1], new_frames=2, on_step=lambda *s: steps.append(s))
     assert masked == [6, 5, 3] * 2
     assert steps == [(f, s) for f in range(2) for s in range(3)]

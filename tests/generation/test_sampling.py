@@ -38,6 +38,24 @@ def test_top_p_keeps_the_smallest_likely_set(p, seed):
     assert abs(int(kept.sum()) - max(1, count)) <= (1 if abs(total - p) < 1e-4 else 0)
 
 
+@given(st.integers(1, 70), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 20.0]))
+def test_the_code_is_where_the_distribution_reaches_the_number(codes, seed, spread):
+    """Against the running sum of all probabilities in float64; prime counts have one block."""
+    g = torch.Generator().manual_seed(seed)
+    logits, uniform = spread * torch.randn(2, 5, codes, generator=g), torch.rand(2, 5, generator=g)
+    found, log_prob = sample_codes(logits, uniform)
+    plain = logits.double().softmax(-1)
+    after = plain.cumsum(-1).gather(-1, found[..., None])[..., 0]
+    before = after - plain.gather(-1, found[..., None])[..., 0]
+    assert ((before - 1e-5 <= uniform) & (uniform <= after + 1e-5)).all()
+    torch.testing.assert_close(log_prob, logits.log_softmax(-1).gather(-1, found[..., None])[..., 0], atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_of_hidden_states_is_guidance_of_logits():
+    hidden, head = torch.randn(4, 3, 8), torch.randn(8, 20)
+    torch.testing.assert_close(guide(hidden, 15.0) @ head, guide(hidden @ head, 15.0), atol=1e-3, rtol=1e-4)
+
+
 def test_codes_are_drawn_with_their_probabilities():
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(1, 30_000, 3)
     uniform = torch.rand(1, 30_000, generator=torch.Generator().manual_seed(0))
