@@ -175,9 +175,19 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
     assert main([*text, "--captions", "x.txt", "--worlds", "3"]) == 2
     assert main([*text, "--reserved", "-5"]) == 2
     judge = ["evaluate", "prompts", "--model", str(micro_folder)]
-    for wrong in (["--count", "0"], ["--batch-size", "0"], ["--reference", "truth", "--top-k", "3"], ["--kinds", "three"]):
+    for wrong in (["--count", "0"], ["--batch-size", "0"], ["--reference", "truth", "--top-k", "3"], ["--kinds", "three"],
+                  ["--mask-given-frames"], ["--image-to-video", "--reference", "truth"], ["--num-frames", "6"]):  # fmt: skip
         assert main([*judge, *wrong]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_prompts_with_their_first_frame_and_longer(micro_folder, tmp_path, capsys):
+    options = ["--model", str(micro_folder), "--count", "2", "--num-frames", "9", "--image-to-video", "--output", str(tmp_path / "r.json")]
+    assert main(["evaluate", "prompts", *options]) == 0
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["num_frames"], written["image_to_video"]) == (9, True)
+    assert written["shares"]["one"]["first_frame"] == 1.0
+    assert {"last_frame", "steady"} <= written["clips"]["one"][0].keys()
 
 
 def test_out_of_memory_is_one_line(generate, monkeypatch):
