@@ -50,7 +50,7 @@ class LumosPipeline:
         settings: GenerationSettings | None = None,
         clip: ClipDefaults | None = None,
     ):
-        check_agreement(model, text_tokenizer, video_tokenizer)
+        check_agreement(model.config, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
 
@@ -248,9 +248,8 @@ class LumosPipeline:
         return to_uint8(self.video_tokenizer.decode(codes[None].to(device))[0])
 
 
-def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
+def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
     """UserError where the tokenizers cannot be this model's."""
-    config = model.config
     check_text_tokenizer(config, text_tokenizer)
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
