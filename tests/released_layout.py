@@ -1,4 +1,4 @@
-"""Random weights in the layout of the Lumos-1 release: `python tests/released_layout.py FOLDER --hidden-size 512 --layers 12`.
+"""Random weights in the layout of the Lumos-1 release: `python -m tests.released_layout FOLDER --hidden-size 512 --layers 12`.
 
     FOLDER/lumos/stage-2-joint/       config.json and bf16 shards, as the published trainer writes them
     FOLDER/cosmos/tokenizer/          text_tokenizer.json: 65,536 text entries, then 64,000 video codes

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     shape = {name: getattr(pipe.clip, name) for name in ("num_frames", "fps", "height", "width")}
 
     def make(prompts: list[str], seeds: list[int]) -> list:
-        return pipe(prompts, seed=seeds, **options).frames
+        return pipe(prompts, seed=seeds, output_type="uint8", **options).frames
 
     results, clips_shown, labels = {}, [], []
     started = time.perf_counter()
