@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
@@ -26,19 +27,44 @@ VIDEO_TOKENIZER = COSMOS / "Cosmos-Tokenizer-DV4x8x8"
 TEXT_TOKENIZER = COSMOS / "tokenizer" / "text_tokenizer.json"
 
 
-def write_release(folder: Path, *, hidden_size=64, layers=2, heads=2, kv_heads=1, channels=8, shard="9MB", dtype=torch.bfloat16):
+def write_release(
+    folder: Path, *, hidden_size=64, layers=2, heads=2, kv_heads=1, channels=8, shard=16_600_000, dtype=torch.bfloat16
+) -> None:  # fmt: skip
     """Write the three parts; the ids and the numbers of codes are the published ones, the widths are as asked."""
     torch.manual_seed(0)
     config = LumosConfig(
         hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads,
     )  # fmt: skip
-    model = LumosForVideoGeneration(config).to(dtype)
-    model.save_pretrained(folder / DECODER, max_shard_size=shard)
+    write_decoder(folder / DECODER, config, shard, dtype)
     (folder / DECODER / "config.json").write_text(json.dumps(released_config(config)))
     write_text_tokenizer(folder / TEXT_TOKENIZER)
     sizes = {} if channels is None else {"channels": channels, "num_res_blocks": 1}
     write_video_tokenizer(folder / VIDEO_TOKENIZER, VideoTokenizerConfig(**sizes), dtype)
+
+
+def write_decoder(folder: Path, config: LumosConfig, limit: int, dtype: torch.dtype) -> None:
+    """Shards of at most `limit` bytes and their index, with no more than one of them in memory."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
+    runs: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        if runs[-1] and sum(shapes[n].numel() for n in runs[-1]) + shape.numel() > limit // dtype.itemsize:
+            runs.append([])
+        runs[-1].append(name)
+    weight_map = {}
+    for number, names in enumerate(runs, 1):
+        file = f"model-{number:05d}-of-{len(runs):05d}.safetensors"
+        save_file({name: random_tensor(name, shapes[name], dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if "norm" in name:
+        return torch.full(shape, float(name.endswith("weight")), dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(std=0.02)
 
 
 def released_config(config: LumosConfig) -> dict:
@@ -124,4 +150,4 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, help="of the video tokenizer; default: the published network")
     asked = parser.parse_args()
     write_release(asked.folder, hidden_size=asked.hidden_size, layers=asked.layers, heads=asked.hidden_size // 64,
-                  kv_heads=max(1, asked.hidden_size // 256), channels=asked.channels, shard="100MB")  # fmt: skip
+                  kv_heads=max(1, asked.hidden_size // 256), channels=asked.channels, shard=10**9)  # fmt: skip
