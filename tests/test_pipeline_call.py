@@ -27,7 +27,7 @@ def clip(pipe):
 
 
 def frames_that_export_to_video_writes(video_frames):
-    """What diffusers.utils.export_to_video (0.36) hands to its writer, by the type of the first frame."""
+    """What diffusers.utils.export_to_video (0.42.1) hands to its writer, by the type of the first frame."""
     if isinstance(video_frames[0], np.ndarray):
         return [(frame * 255).astype(np.uint8) for frame in video_frames]
     if isinstance(video_frames[0], Image.Image):
