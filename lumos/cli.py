@@ -16,6 +16,7 @@ VERBS = {
     "inspect": "show what a folder of shards holds",
     "train": "train the decoder",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
+    "convert": "make one model folder of released Lumos-1 weights and their tokenizers",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
     "plot": "draw the curves of runs from their logs",

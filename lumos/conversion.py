@@ -43,11 +43,7 @@ def prepare_checkpoint(
         return folder, kwargs
     config = kwargs.get("config") or LumosConfig.from_pretrained(existing_config(path))
     shapes = read_shapes(weight_files(path))
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
-    renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
-    found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
-    check_layout(path, found, expected)
+    renamed, found = match_layout(path, shapes, config, model_class)
     as_is = all(key == new and shapes[key] == found[new] for key, new in renamed.items())
     if as_is:
         return folder, kwargs
@@ -56,6 +52,18 @@ def prepare_checkpoint(
         tensors.update({renamed[k]: v.view(found[renamed[k]]) for k, v in load_file(file).items() if k in renamed})
     kwargs.pop("subfolder", None)
     return None, {**kwargs, "config": config, "state_dict": tensors}
+
+
+def match_layout(
+    path: Path, shapes: dict[str, tuple[int, ...]], config: LumosConfig, model_class: type
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Stored key -> the model's key for all that are its own, and the model's key -> shape; UserError where they do not match."""
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+    renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
+    found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
+    check_layout(path, found, expected)
+    return renamed, found
 
 
 def existing_config(folder: Path) -> Path:

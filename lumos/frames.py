@@ -52,6 +52,13 @@ def from_uint8(frames: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
+def as_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 as they are, or floats in [0, 1] (what `output_type="np"` gives) as uint8; others as they are too."""
+    if np.issubdtype(frames.dtype, np.floating) and frames.size and frames.min() >= 0 and frames.max() <= 1:
+        return (frames * 255).round().astype(np.uint8)
+    return frames
+
+
 def contact_sheet(
     clips: Sequence[np.ndarray],
     labels: Sequence[str],

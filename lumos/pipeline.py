@@ -6,7 +6,7 @@ import operator
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,28 @@ from torch import Tensor
 from lumos.adapters import fingerprints, merge_adapter
 from lumos.configuration import LumosConfig
 from lumos.data.buckets import bucket_for
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
+from lumos.frames import as_uint8
 from lumos.generation.cache import KeptPrefix
 from lumos.generation.engine import cache_tokens, generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
 from lumos.modeling import LumosForVideoGeneration
+from lumos.pipeline_call import (
+    Interrupted,
+    LumosPipelineOutput,
+    StepCallback,
+    as_output_type,
+    check_output_type,
+    repeat_each,
+    seeds_from,
+    step_callback,
+)
 from lumos.runtime import pick_device
 from lumos.sequence import Frame, build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 
 MAX_SEED = 2**63 - 1
-
-
-@dataclass
-class LumosPipelineOutput:
-    """frames: one uint8 array [T, H, W, 3] a clip; codes [B, t, h, w]; the seed of each; everything that was settled."""
-
-    frames: list[np.ndarray]
-    codes: Tensor
-    seeds: list[int]
-    settings: dict[str, Any]
 
 
 class LumosPipeline:
@@ -51,10 +52,10 @@ class LumosPipeline:
         settings: GenerationSettings | None = None,
         clip: ClipDefaults | None = None,
     ):
-        check_agreement(model, text_tokenizer, video_tokenizer)
+        check_agreement(model.config, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
-        self._kept = KeptPrefix()
+        self._kept, self._interrupt, self._num_timesteps = KeptPrefix(), False, 0
 
     @classmethod
     def from_pretrained(
@@ -98,6 +99,36 @@ class LumosPipeline:
         self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
         write_defaults(folder, self.settings, self.clip)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that is running or was the last one, over all its new latent frames."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """True once a callback has set `pipe._interrupt`: the call then ends with the latent frames that are done."""
+        return self._interrupt
+
+    def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LumosPipeline:
+        """Move decoder and video tokenizer, in place: `to("cuda")`, `to(torch.bfloat16)` or `to("cuda", torch.bfloat16)`."""
+        for value in args:
+            if isinstance(value, torch.dtype):
+                dtype = value
+            else:
+                device = value
+        target = None if device is None else pick_device(device)
+        self.model.to(device=target, dtype=dtype)
+        self.video_tokenizer.to(device=target, dtype=dtype)
+        return self
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -117,24 +148,42 @@ class LumosPipeline:
         top_p: float | None = None,
         history_mask_ratio: float | None = None,
         mask_given_frames: bool | None = None,
+        num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         on_step: Callable[[int, int, int, int], None] = lambda frame, frames, step, steps: None,
-    ) -> LumosPipelineOutput:
-        """Make one clip for each prompt.
+    ) -> LumosPipelineOutput | tuple:
+        """Make num_videos_per_prompt clips for each prompt; arguments and output are those of a pipeline of diffusers.
 
         prompt, negative_prompt, image, video, seed: one, or a list of equal length.
         image: path or uint8 [H, W, 3], the first frame of the clip. video: path or uint8 [T, H, W, 3]; the clip continues its
         last `num_given_frames` frames (1 + a multiple of the temporal compression; default: what the video has, at most half
         of num_frames). num_frames counts the given frames too; 1 makes a picture. seed: one int seeds the clips seed,
-        seed + 1, ...; None draws it. What is left None is the model's default.
-        on_step(frame, frames, step, steps) is called after every step.
+        seed + 1, ...; None draws it. A list of seeds or generators has one for each clip; a generator gives each clip a seed, and
+        moves on. What is left None is the model's default.
+        image and video may also be floats in [0, 1]. output_type: np, pil, pt, uint8 or latent, see LumosPipelineOutput;
+        return_dict False gives (frames,).
+        callback_on_step_end(pipe, step, codes still masked, tensors) is called after every step; `step` counts on over the latent
+        frames up to pipe.num_timesteps. `tensors` holds those named: codes int64 [B, h, w] of the frame that is being made (-1:
+        still masked), history [B, t, h, w] of the frames before it. It may return {"codes": ...} with other values, and set
+        pipe._interrupt to end the clip with the latent frames that are done.
+        on_step(frame, frames, step, steps) is the same without tensors.
         Raises UserError for what cannot be made, before any work is done.
         """
         config = self.model.config
+        check_output_type(output_type)
+        if generator is not None and seed is not None:
+            raise UserError("both seed and generator are given; give one of them")
         sampling = override(self.settings, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
                             temperature=temperature, top_k=top_k, top_p=top_p,
                             history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames)  # fmt: skip
-        lists = align(prompt, negative_prompt, image, video, seed)
+        lists = align(*repeat_each(num_videos_per_prompt, prompt, negative_prompt, image, video), seed)
+        if generator is not None:
+            lists["seed"] = seeds_from(generator, len(lists["prompt"]))
         prompts, negatives, images, videos, seeds = lists.values()
         clip = override(self.clip, num_frames=num_frames, height=height, width=width, fps=fps)
         check_num_frames(clip.num_frames, config.temporal_compression)
@@ -188,23 +237,39 @@ class LumosPipeline:
                 f"the clip needs {longest} tokens, this model was made for at most {config.max_position_embeddings}; "
                 "ask for fewer frames or a smaller size"
             )
-        new_codes = generate_frames(
-            self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
-            generators=[torch.Generator().manual_seed(s) for s in seeds],
-            on_step=lambda frame, step: on_step(frame, new_frames, step, sampling.num_inference_steps), kept=self._kept,
-        )  # fmt: skip
-        codes = torch.stack([c.cpu() for c in new_codes], dim=1)  # [B, t, h, w]
-        if given_codes:
-            codes = torch.cat([torch.stack(given_codes), codes], dim=1)
+        steps, done = sampling.num_inference_steps, [torch.stack(given_codes)] if given_codes else []
+        self._interrupt, self._num_timesteps = False, new_frames * steps
+        step_end = None
+        if callback_on_step_end is not None:
+            empty = torch.empty(len(prompts), 0, rows, cols, dtype=torch.int64)
+            step_end = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs, grid=(rows, cols), steps=steps,
+                                     history=lambda: torch.cat([empty, *done], dim=1), config=config)  # fmt: skip
+
+        def after_step(frame: int, step: int, ids: Tensor) -> None:
+            on_step(frame, new_frames, step, steps)
+            if step_end is not None:
+                step_end(frame, step, ids)
+
+        try:
+            for codes in generate_frames(
+                self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
+                generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=after_step, kept=self._kept,
+            ):  # fmt: skip
+                done.append(codes.cpu()[:, None])
+        except Interrupted:
+            if not done:
+                raise RunError("the callback interrupted the call before its first latent frame was done") from None
+        codes = torch.cat(done, dim=1)  # [B, t, h, w]
 
         # 4. pixels, clip by clip to bound the decoder's memory
-        frames = [self._decode(c) for c in codes]
-        settled = {**vars(sampling), **vars(clip), "num_given_frames": len(given[0]) if given else 0}
-        return LumosPipelineOutput(frames, codes, seeds, settled)
+        frames = codes if output_type == "latent" else as_output_type([self._decode(c) for c in codes], output_type)
+        made = 1 + (codes.shape[1] - 1) * config.temporal_compression
+        settled = {**vars(sampling), **vars(clip), "num_frames": made, "num_given_frames": len(given[0]) if given else 0}
+        return LumosPipelineOutput(frames, codes, seeds, settled) if return_dict else (frames,)
 
     def reconstruct(self, frames: np.ndarray) -> np.ndarray:
         """What the video tokenizer makes of a clip: uint8 [T, H, W, 3] there and back."""
-        return self._decode(self._encode(frames))
+        return self._decode(self._encode(as_uint8(frames)))
 
     def text_ids(self, prompt: str, clip: ClipDefaults) -> list[int]:
         """The prompt as the model reads it for a clip of this shape; UserError if it is empty or too long."""
@@ -252,9 +317,8 @@ def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: 
     return ids
 
 
-def check_agreement(model: LumosForVideoGeneration, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
+def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
     """UserError where the tokenizers cannot be this model's."""
-    config = model.config
     check_text_tokenizer(config, text_tokenizer)
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
@@ -335,9 +399,9 @@ def load_image(image: Any) -> np.ndarray:
     """A path, a PIL picture or an array -> uint8 [H, W, 3]."""
     if isinstance(image, str | Path):
         return read_image(image)
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    array = as_uint8(np.array(image.convert("RGB") if hasattr(image, "convert") else image))
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UserError(f"image is an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3] or a path")
+        raise UserError(f"image is an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3], floats in [0, 1], or a path")
     return array
 
 
@@ -347,9 +411,10 @@ def clip_length(video: Any, fps: int) -> int:
 
 
 def check_frames(video: Any) -> np.ndarray:
+    video = as_uint8(video) if isinstance(video, np.ndarray) else video
     if not isinstance(video, np.ndarray) or video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
         what = f"an array {video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else f"of type {type(video).__name__}"
-        raise UserError(f"video is {what}; give a path or uint8 [T, H, W, 3]")
+        raise UserError(f"video is {what}; give a path, uint8 [T, H, W, 3] or floats in [0, 1]")
     return video
 
 
@@ -358,6 +423,7 @@ def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
     size = (clip.height, clip.width)
     if isinstance(video, str | Path):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
-    if len(check_frames(video)) < count:
+    video = check_frames(video)
+    if len(video) < count:
         raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
     return fit(video[-count:], *size)

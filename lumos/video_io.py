@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, replacing, write_json
-from lumos.frames import contact_sheet, fit, from_uint8, to_uint8
+from lumos.frames import as_uint8, contact_sheet, fit, from_uint8, to_uint8
 from lumos.video_reading import MAX_FRAMES, MAX_PIXELS, count_frames, read_image, read_video
 
 __all__ = [
@@ -53,7 +53,7 @@ def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write frames uint8 [T, H, W, 3]; the suffix of ``path`` says how. Returns the path really written.
+    """Write frames [T, H, W, 3], uint8 or floats in [0, 1]; the suffix of ``path`` says how. Returns the path really written.
 
     .mp4 (H.264, yuv420p; an odd side gets one row or column more), .gif, .webp (lossless), .png (one frame: a picture;
     more: the folder ``path`` without its suffix, with 00000.png, 00001.png, ...). ``metadata`` goes into the file's
@@ -61,8 +61,10 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapp
     """
     path = Path(path)
     suffix = _suffix(path)
+    frames = as_uint8(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise UserError(f"frames must be uint8 [T, H, W, 3], T at least 1; given {frames.dtype} {list(frames.shape)}")
+        given = f"{frames.dtype} {list(frames.shape)}"
+        raise UserError(f"frames must be uint8, or floats in [0, 1], [T, H, W, 3], T at least 1; given {given}")
     _check_fps(path, fps)
     # EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest.
     comment = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""

@@ -182,9 +182,10 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
 
 
 def test_prompts_with_their_first_frame_and_longer(micro_folder, tmp_path, capsys):
-    options = ["--model", str(micro_folder), "--count", "2", "--num-frames", "9", "--image-to-video", "--output", str(tmp_path / "r.json")]
+    file = tmp_path / "r.json"
+    options = ["--model", str(micro_folder), "--count", "2", "--num-frames", "9", "--image-to-video", "--output", str(file)]
     assert main(["evaluate", "prompts", *options]) == 0
-    written = json.loads((tmp_path / "r.json").read_text())
+    written = json.loads(file.read_text())
     assert (written["num_frames"], written["image_to_video"]) == (9, True)
     assert written["shares"]["one"]["first_frame"] == 1.0
     assert {"last_frame", "steady"} <= written["clips"]["one"][0].keys()

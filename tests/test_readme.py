@@ -112,4 +112,4 @@ def test_the_python_example(repo, clone):
     scope: dict = {}
     exec(block, scope)
     assert scope["clip"].shape == (17, 64, 64, 3)
-    assert scope["clip"].dtype == np.uint8
+    assert scope["clip"].dtype == np.float32

@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = args.model or shipped_model()
     pipe = LumosPipeline.from_pretrained(model, device=args.device)
-    clip = override(pipe.clip, num_frames=args.num_frames)
-    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
-    shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
+    form = override(pipe.clip, num_frames=args.num_frames)
+    check_num_frames(form.num_frames, pipe.model.config.temporal_compression)
+    shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
 
     def make(prompts: list[str], seeds: list[int], pictures: list | None) -> list:
-        return pipe(prompts, seed=seeds, image=pictures, num_frames=clip.num_frames, **options).frames
+        return pipe(prompts, seed=seeds, image=pictures, num_frames=form.num_frames, output_type="uint8", **options).frames
 
     results, clips_shown, labels = {}, [], []
     started = time.perf_counter()
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
             clips = generate_in_batches(make, args.seed, args.batch_size, prompts, pictures)
         _, verdicts = score(clips, wanted)
         if args.image_to_video:
-            for frames, first, verdict in zip(clips, truth, verdicts, strict=True):
-                verdict["first_frame"] = is_kept(frames[0], pipe.reconstruct(first[:1])[0])
+            for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
+                verdict["first_frame"] = is_kept(made[0], pipe.reconstruct(drawn[:1])[0])
         found = shares(verdicts)
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
     summary = {
         "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
-        "num_frames": clip.num_frames, "image_to_video": args.image_to_video,
+        "num_frames": form.num_frames, "image_to_video": args.image_to_video,
         "settings": {**vars(pipe.settings), **options}, "seconds": round(time.perf_counter() - started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip

@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
             num_given_frames=args.num_given_frames, num_frames=args.num_frames, height=args.height, width=args.width,
             fps=args.fps, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            history_mask_ratio=args.history_mask_ratio, mask_given_frames=args.mask_given_frames, seed=seed, on_step=on_step,
+            history_mask_ratio=args.history_mask_ratio, mask_given_frames=args.mask_given_frames, seed=seed,
+            output_type="uint8", on_step=on_step,
         )  # fmt: skip
     generated = time.perf_counter()
     metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lora": args.lora, "lumos": __version__}

@@ -151,7 +151,8 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     def make(batch: list) -> list[np.ndarray]:
         pictures = [str(Path(args.images) / sample.image) for sample in batch] if benchmark.images else None
-        return pipe([s.caption for s in batch], seed=[s.seed for s in batch], image=pictures, **options).frames
+        captions, seeds = [s.caption for s in batch], [s.seed for s in batch]
+        return pipe(captions, seed=seeds, image=pictures, output_type="uint8", **options).frames
 
     def save(path: Path, sample: Any, frames: np.ndarray) -> None:
         about = {"prompt": sample.caption, "seed": sample.seed, "model": str(model), "lumos": __version__}

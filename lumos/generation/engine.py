@@ -164,13 +164,14 @@ def generate_frames(
     new_frames: int,
     settings: GenerationSettings,
     generators: Sequence[torch.Generator],
-    on_step: Callable[[int, int], None] = lambda frame, step: None,
+    on_step: Callable[[int, int, Tensor], None] = lambda frame, step, ids: None,
     kept: KeptPrefix | None = None,
 ) -> Iterator[Tensor]:
     """Sample `new_frames` latent frames after the prefixes; yields the codes [S, h, w] of each as soon as it is done.
 
     prefixes, unconditional: ids of each sample's two branches (no unconditional ones: guidance is off). generators: one
-    CPU generator a sample, so a clip does not depend on the batch. on_step(frame, step) is called after each step.
+    CPU generator a sample, so a clip does not depend on the batch. on_step(frame, step, ids) is called after
+    each step with the frame's span [S, n], which it may change where codes are decided.
     kept: where the last unconditional prefix stays for the next call.
     """
     config, device = model.config, model.device
@@ -204,7 +205,7 @@ def generate_frames(
             ids.scatter_(1, masked, codes + config.visual_token_start)
             masked = masked.gather(1, remask)
             ids.scatter_(1, masked, config.mask_token_id)
-            on_step(frame, step)
+            on_step(frame, step, ids)
         finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
 

@@ -169,7 +169,7 @@ class ArdfTask:
         settings = override(self._generation(), **self.settings.samples.options)
         pipe = LumosPipeline(model.to(self.device), self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
         return Sampler(
-            lambda prompt, seed, on_step: pipe(prompt, seed=seed, on_step=on_step).frames[0],
+            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
             self.sample_shape.fps,
             {**vars(settings), **vars(self.sample_shape)},
         )

@@ -242,7 +242,7 @@ def test_steps_unmask_on_schedule_and_report():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "hidden", hidden)
-        run([prefix([600])], [prefix(None)], [1], new_frames=2, on_step=lambda *s: steps.append(s))
+        run([prefix([600])], [prefix(None)], [1], new_frames=2, on_step=lambda frame, step, ids: steps.append((frame, step)))
     assert masked == [6, 5, 3] * 2
     assert steps == [(f, s) for f in range(2) for s in range(3)]
 

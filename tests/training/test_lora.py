@@ -60,7 +60,8 @@ def adapter(runs: Runs, base: Path) -> Path:
 
 def clip(folder: Path, **options) -> np.ndarray:
     pipe = LumosPipeline.from_pretrained(folder, **options)
-    return pipe("a red circle", num_frames=5, height=32, width=32, num_inference_steps=3, guidance_scale=2.0, seed=1).frames[0]
+    return pipe("a red circle", num_frames=5, height=32, width=32, num_inference_steps=3, guidance_scale=2.0, seed=1,
+                output_type="uint8").frames[0]  # fmt: skip
 
 
 def test_only_adapters_are_trained_and_begin_as_nothing(tuning, base: Path):
@@ -98,7 +99,7 @@ def test_samples_show_the_base_with_the_adapters(adapter: Path, base: Path, tmp_
     shown = read_image(adapter.parent / "samples" / "step-00000005" / "sheet.png")
     for lora, same in ((adapter, True), (None, False)):
         pipe = LumosPipeline.from_pretrained(base, lora=lora)
-        frames = pipe("a red circle", seed=0, num_inference_steps=2).frames
+        frames = pipe("a red circle", seed=0, num_inference_steps=2, output_type="uint8").frames
         assert np.array_equal(shown, read_image(contact_sheet(frames, ["a red circle"], tmp_path / "again.png"))) == same
 
 

@@ -54,7 +54,7 @@ def test_a_run_draws_what_its_averaged_weights_can_draw(micro_settings, tmp_path
     for seed, prompt in enumerate(PROMPTS, 5):
         path, frames, fps = last[f"samples/{Path(NAMES[seed - 5]).stem}"]
         assert (path, fps) == (folder / "step-00000006" / NAMES[seed - 5], 8)
-        assert np.array_equal(frames, pipe(prompt, seed=seed, **SAMPLES["options"]).frames[0])
+        assert np.array_equal(frames, pipe(prompt, seed=seed, output_type="uint8", **SAMPLES["options"]).frames[0])
     record = json.loads((folder / "step-00000006" / "samples.json").read_text())
     assert [(c["prompt"], c["seed"], c["file"]) for c in record["clips"]] == [(PROMPTS[i], 5 + i, NAMES[i]) for i in (0, 1)]
     assert (record["step"], record["averaged"], record["left_out"]) == (6, True, [])

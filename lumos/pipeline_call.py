@@ -1,0 +1,136 @@
+"""What the pipeline's call shares with those of diffusers: generators, clips per prompt, output types, the step callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from lumos.configuration import LumosConfig
+from lumos.errors import UserError
+from lumos.generation.engine import code_offsets
+from lumos.generation.settings import is_whole
+from lumos.masking import unmasking_counts
+from lumos.sequence import Frame
+
+if TYPE_CHECKING:
+    from lumos.pipeline import LumosPipeline
+
+OUTPUT_TYPES = ("np", "pil", "pt", "uint8", "latent")
+TENSOR_INPUTS = ("codes", "history")
+
+StepCallback = Callable[["LumosPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass
+class LumosPipelineOutput(ModelOutput):
+    """What a call gives; also by index and as a tuple, like every output of diffusers.
+
+    frames    in the asked output_type: np float32 [B, T, H, W, 3] in [0, 1]; pt the same as a tensor [B, T, 3, H, W]; pil a list
+              of pictures for each clip; uint8 a list of arrays [T, H, W, 3]; latent the codes
+    codes     int64 [B, t, h, w]
+    seeds     the seed of each clip
+    settings  everything that was settled
+    """
+
+    frames: Any = None
+    codes: Tensor | None = None
+    seeds: list[int] | None = None
+    settings: dict[str, Any] | None = None
+
+
+class Interrupted(Exception):
+    """A callback has set `pipe._interrupt`."""
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type {output_type!r} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
+
+
+def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
+    """Clips uint8 [T, H, W, 3] of one size -> np, pil, pt or uint8 frames (see LumosPipelineOutput).
+
+    The floats are value / 255 in float32, so that diffusers' export_to_video, which writes (frame * 255).astype(uint8), gives
+    the clip back exactly.
+    """
+    if output_type == "uint8":
+        return clips
+    if output_type == "pil":
+        return [[Image.fromarray(frame) for frame in clip] for clip in clips]
+    frames = np.stack(clips).astype(np.float32) / 255
+    return torch.from_numpy(frames).movedim(-1, 2).contiguous() if output_type == "pt" else frames
+
+
+def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:
+    """`num_videos_per_prompt`: every entry of a list `count` times in a row; a single prompt alone becomes such a list."""
+    if not is_whole(count) or count < 1:
+        raise UserError(f"num_videos_per_prompt {count!r} is not allowed; give a whole number of at least 1")
+    values = [prompt, *others]
+    if count > 1 and not any(isinstance(value, list | tuple) for value in values):
+        values[0] = [prompt]
+    return [[v for v in value for _ in range(count)] if isinstance(value, list | tuple) else value for value in values]
+
+
+def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: int) -> list[int]:
+    """A seed for each clip, drawn from its generator, or from the one generator in turn: each call moves them on."""
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator] * count
+    if wrong := [g for g in generators if not isinstance(g, torch.Generator)]:
+        raise UserError(f"generator is {wrong[0]!r}; give a torch.Generator or a list of them")
+    if len(generators) != count:
+        raise UserError(f"generator is a list of {len(generators)}, but there are {count} clips to make")
+    return [int(torch.randint(2**31, (1,), generator=g, device=g.device)) for g in generators]
+
+
+def step_callback(
+    pipe: LumosPipeline,
+    callback: StepCallback,
+    names: Sequence[str],
+    *,
+    grid: tuple[int, int],
+    steps: int,
+    history: Callable[[], Tensor],
+    config: LumosConfig,
+) -> Callable[[int, int, Tensor], None]:
+    """`callback_on_step_end` as a function of (frame, step, ids [B, n] of the frame's span), which it may change in place.
+
+    grid: rows and columns of codes. history(): codes [B, t, h, w] of the latent frames before this one.
+    UserError for names that are not offered and for codes of another shape or out of range; Interrupted if the callback asks.
+    """
+    if unknown := [name for name in names if name not in TENSOR_INPUTS]:
+        raise UserError(f"callback_on_step_end_tensor_inputs {unknown} are not offered; allowed: {', '.join(TENSOR_INPUTS)}")
+    offsets, still_masked = code_offsets(Frame(0, *grid)), unmasking_counts(grid[0] * grid[1], steps)
+
+    def hook(frame: int, step: int, ids: Tensor) -> None:
+        at = offsets.to(ids.device)
+        tokens = ids[:, at]
+        codes = (tokens - config.visual_token_start).masked_fill(tokens == config.mask_token_id, -1).view(-1, *grid)
+        offered = {"codes": lambda: codes.clone(), "history": history}
+        result = callback(pipe, frame * steps + step, still_masked[step], {name: offered[name]() for name in names}) or {}
+        if "codes" in result:
+            changed = check_codes(result["codes"], codes, config).to(ids.device)
+            ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)
+        if pipe.interrupt:
+            raise Interrupted
+
+    return hook
+
+
+def check_codes(changed: Any, codes: Tensor, config: LumosConfig) -> Tensor:
+    """What a callback gives back in place of `codes`: other values, but -1 (still masked) at the same places."""
+    if not isinstance(changed, Tensor) or changed.shape != codes.shape or changed.is_floating_point():
+        given = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+        raise UserError(f"the callback gave codes {given}; give whole numbers {list(codes.shape)}")
+    changed = changed.to(codes)
+    if not torch.equal(changed < 0, codes < 0) or changed.min() < -1 or changed.max() >= config.visual_token_count:
+        raise UserError(
+            f"the callback gave codes that cannot be taken: 0 to {config.visual_token_count - 1} where a code is decided, "
+            "-1 where it is still masked"
+        )
+    return changed

@@ -1,0 +1,229 @@
+"""The ComfyUI nodes against the published node interface; the application's modules are stood in for."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from lumos import LumosPipeline
+from lumos.errors import UserError
+
+
+class Stopped(Exception):
+    """comfy.model_management.InterruptProcessingException"""
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path, micro_folder):
+    """`comfy.utils`, `comfy.model_management` and `folder_paths` as the application has them; records the progress bar's calls."""
+    shutil.copytree(micro_folder, tmp_path / "models" / "lumos" / "micro")
+    application = types.SimpleNamespace(seen=[], stop_after=None)
+
+    class ProgressBar:
+        def __init__(self, total, node_id=None):
+            self.total, self.current = total, 0
+
+        def update_absolute(self, value, total=None, preview=None):
+            self.total = total or self.total
+            self.current = min(value, self.total)
+            application.seen.append((self.current, self.total, preview))
+
+    def stop():
+        if application.stop_after is not None and len(application.seen) >= application.stop_after:
+            raise Stopped
+
+    places: dict[str, list[str]] = {}
+    modules = {
+        "comfy": {},
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.model_management": {
+            "get_torch_device": lambda: torch.device("cpu"), "throw_exception_if_processing_interrupted": stop,
+        },
+        "folder_paths": {
+            "models_dir": str(tmp_path / "models"), "get_folder_paths": lambda name: places[name][:],
+            "add_model_folder_path": lambda name, path, is_default=False: places.setdefault(name, []).append(path),
+        },
+    }  # fmt: skip
+    for name, members in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            setattr(sys.modules["comfy"], name.split(".")[1], module)
+    return application
+
+
+@pytest.fixture
+def nodes(comfy, repo, monkeypatch):
+    """The package, loaded as the application loads a folder of custom_nodes: by path, under a name that is no identifier."""
+    name = "/ComfyUI/custom_nodes/lumos"
+    spec = importlib.util.spec_from_file_location(name, repo / "integrations" / "comfyui" / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    yield module
+    for key in [key for key in sys.modules if key.startswith(f"{name}.")]:
+        del sys.modules[key]
+
+
+def execute(nodes, kind, **inputs):
+    """As the application runs a node: a new object, the method named FUNCTION, inputs by name, a tuple for RETURN_TYPES."""
+    node = nodes.NODE_CLASS_MAPPINGS[kind]
+    result = getattr(node(), node.FUNCTION)(**inputs)
+    assert isinstance(result, tuple)
+    assert len(result) == len(node.RETURN_TYPES)
+    return result
+
+
+def widgets(node):
+    """Name -> default of the inputs that are typed in rather than connected."""
+    found = {}
+    for group in node.INPUT_TYPES().values():
+        for name, (kind, *options) in group.items():
+            if isinstance(kind, list):
+                found[name] = kind[0]
+            elif kind in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+                found[name] = options[0]["default"]
+    return found
+
+
+@pytest.fixture
+def model(nodes):
+    return execute(nodes, "LumosLoader", model="micro", dtype="auto")[0]
+
+
+def test_the_published_interface(nodes):
+    assert nodes.NODE_CLASS_MAPPINGS.keys() == nodes.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    for node in nodes.NODE_CLASS_MAPPINGS.values():
+        inputs = node.INPUT_TYPES()
+        assert set(inputs) <= {"required", "optional", "hidden"}
+        for name, (kind, *options) in [item for group in inputs.values() for item in group.items()]:
+            assert isinstance(kind, str | list), name
+            assert len(options) <= 1
+            if kind in ("INT", "FLOAT"):
+                assert options[0]["min"] <= options[0]["default"] <= options[0]["max"]
+        assert all(isinstance(kind, str) for kind in node.RETURN_TYPES)
+        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+        assert callable(getattr(node, node.FUNCTION))
+        assert node.CATEGORY == "Lumos"
+        json.dumps(inputs)
+        accepted = inspect.signature(getattr(node, node.FUNCTION)).parameters
+        assert any(p.kind is p.VAR_KEYWORD for p in accepted.values()) or accepted.keys() - {"self"} == inputs["required"].keys()
+
+
+def test_text_to_video_with_previews(nodes, comfy, model, micro_folder):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    images, fps = execute(nodes, "LumosTextToVideo", model=model, **{**widgets(node), "prompt": "x", "seed": 3, "num_frames": 9})
+    assert (images.dtype, images.device.type, tuple(images.shape), fps) == (torch.float32, "cpu", (9, 16, 24, 3), 8.0)
+    assert 0 <= images.min() < images.max() <= 1
+    alone = LumosPipeline.from_pretrained(micro_folder, device="cpu")("x", num_frames=9, seed=3).frames[0]
+    assert np.abs(images.numpy() - alone).max() < 1.5 / 255
+    assert [(at, total) for at, total, _ in comfy.seen] == [(i, 6) for i in range(1, 7)]
+    previews = [preview for *_, preview in comfy.seen]
+    assert [preview is None for preview in previews] == [True, False] * 3
+    for number, (form, picture, side) in zip((0, 4, 8), [p for p in previews if p], strict=True):
+        assert (form, side) == ("JPEG", 512)
+        assert np.array_equal(np.asarray(picture), (images[number] * 255).round().byte().numpy())
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_picture_or_a_clip_to_begin_with(nodes, comfy, model, micro_folder, frames):
+    given = torch.rand(frames, 16, 24, 4, generator=torch.Generator().manual_seed(0))  # with an alpha channel
+    node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
+    asked = {**widgets(node), "prompt": "x", "seed": 3, "num_frames": 9}
+    images, _ = execute(nodes, "LumosImageToVideo", model=model, images=given, **asked)
+    begin = {"image": given[0, ..., :3].numpy()} if frames == 1 else {"video": given[..., :3].numpy()}
+    alone = LumosPipeline.from_pretrained(micro_folder, device="cpu")("x", num_frames=9, seed=3, **begin)
+    assert alone.settings["num_given_frames"] == frames
+    assert np.abs(images.numpy() - alone.frames[0]).max() < 1.5 / 255  # frames one by one or together: float rounding
+    assert len(comfy.seen) == 2 * (3 - 1 - frames // 4)
+
+
+def test_settings_reach_the_model(nodes, model):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    base = {**widgets(node), "prompt": "x", "seed": 3, "num_inference_steps": 6, "num_frames": 17}
+    plain, _ = execute(nodes, "LumosTextToVideo", model=model, **base)
+    for other in ({"negative_prompt": "a red circle"}, {"num_inference_steps": 4}, {"guidance_scale": 20.0},
+                  {"temperature": 50.0}, {"seed": 4}, {"history_mask_ratio": 0.0}):  # fmt: skip
+        assert not torch.equal(plain, execute(nodes, "LumosTextToVideo", model=model, **{**base, **other})[0]), other
+    still, fps = execute(nodes, "LumosTextToVideo", model=model, **{**base, "num_frames": 1, "width": 16, "height": 8})
+    assert (tuple(still.shape), fps) == ((1, 8, 16, 3), 1.0)
+
+
+def test_cancelling(nodes, comfy, model):
+    comfy.stop_after = 3
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    with pytest.raises(Stopped):
+        execute(nodes, "LumosTextToVideo", model=model, **{**widgets(node), "prompt": "x", "num_frames": 17})
+    assert len(comfy.seen) == 3
+
+
+def test_mistakes_are_said(nodes, model):
+    with pytest.raises(UserError, match="no model 'big' in models/lumos; found: micro"):
+        execute(nodes, "LumosLoader", model="big", dtype="auto")
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    with pytest.raises(UserError, match="num_frames 6 is not allowed"):
+        execute(nodes, "LumosTextToVideo", model=model, **{**widgets(node), "prompt": "x", "num_frames": 6})
+
+
+def test_dtype(nodes):
+    assert execute(nodes, "LumosLoader", model="micro", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+OWN = {"CreateVideo": (["images", "fps"], ["VIDEO"]), "SaveVideo": (["video"], []), "LoadImage": ([], ["IMAGE", "MASK"])}
+
+
+@pytest.mark.parametrize("name", ["text_to_video", "image_to_video"])
+def test_sample_workflows_fit_the_nodes(nodes, repo, name):
+    flow = json.loads((repo / "integrations/comfyui/example_workflows" / f"{name}.json").read_text())
+    by_id = {node["id"]: node for node in flow["nodes"]}
+    assert {node["type"] for node in by_id.values()} <= nodes.NODE_CLASS_MAPPINGS.keys() | OWN.keys()
+    for link, source, out, target, slot, kind in flow["links"]:
+        assert by_id[source]["outputs"][out]["type"] == kind
+        assert link in by_id[source]["outputs"][out]["links"]
+        assert (by_id[target]["inputs"][slot]["type"], by_id[target]["inputs"][slot]["link"]) == (kind, link)
+    for node in by_id.values():
+        if (cls := nodes.NODE_CLASS_MAPPINGS.get(node["type"])) is None:
+            assert [i["name"] for i in node["inputs"]] == OWN[node["type"]][0]
+            assert [o["name"] for o in node["outputs"]] == OWN[node["type"]][1]
+            continue
+        assert [o["type"] for o in node["outputs"]] == list(cls.RETURN_TYPES)
+        inputs = {k: v for group in cls.INPUT_TYPES().values() for k, v in group.items()}
+        typed = widgets(cls)
+        assert [i["name"] for i in node["inputs"]] == [name for name in inputs if name not in typed]
+        # The interface adds a widget of its own behind a seed: fixed, randomize, ...
+        expected = [v for n, v in typed.items() for v in ([v, "randomize"] if n == "seed" else [v])]
+        assert len(node["widgets_values"]) == len(expected)
+        assert [type(v) for v in node["widgets_values"]] == [type(v) for v in expected]
+
+
+def test_the_sample_request_runs(nodes, comfy, repo, monkeypatch):
+    """The graph that curl posts, walked as the application does, with its own two nodes stood in for."""
+    graph = json.loads((repo / "integrations/comfyui/api/text_to_video.json").read_text())["prompt"]
+    saved = []
+
+    def value(given):
+        return run(given[0])[given[1]] if isinstance(given, list) else given
+
+    def run(key):
+        kind, inputs = graph[key]["class_type"], {k: value(v) for k, v in graph[key]["inputs"].items()}
+        if kind == "CreateVideo":
+            return (inputs,)
+        if kind == "SaveVideo":
+            return saved.append(inputs["video"])
+        cls = nodes.NODE_CLASS_MAPPINGS[kind]
+        assert inputs.keys() == {name for group in cls.INPUT_TYPES().values() for name in group}
+        return execute(nodes, kind, **inputs)
+
+    graph["1"]["inputs"]["model"] = "micro"
+    run("4")
+    assert saved[0]["images"].shape == (5, 16, 24, 3)
+    assert saved[0]["fps"] == 8.0
