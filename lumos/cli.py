@@ -14,6 +14,7 @@ VERBS = {
     "render": "write clips of the small worlds as mp4 with captions, to try ingest and training with",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",
+    "plan": "what a training run or a clip will need: steps, FLOPs, memory, time",
     "train": "train the decoder",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",

@@ -6,6 +6,9 @@ rotations and the softmax are left out, as is usual: they are below a hundredth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lumos.attention import allowed_pairs
 from lumos.configuration import LumosConfig
 from lumos.sequence import Layout
 
@@ -18,22 +21,27 @@ def layer_flops_per_token(config: LumosConfig, context: float) -> float:
     return 2 * config.num_hidden_layers * (weights + attention)
 
 
-def keys_seen(layout: Layout) -> int:
-    """Keys in sight of each token, summed over the tokens of a sequence."""
-    return sum(
-        (end - start) * end if bidirectional else (end - start) * (start + 1 + end) // 2
-        for start, end, bidirectional in layout.segments
-    )
+def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> int:
+    """Weights of low-rank adapters in all layers: for each target a matrix into `rank` channels and one out of them."""
+    c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    ends = {"q_proj": c + c, "k_proj": c + kv, "v_proj": c + kv, "o_proj": c + c}
+    ends |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), c + f)
+    return config.num_hidden_layers * rank * sum(ends[name] for name in targets)
 
 
-def training_flops(config: LumosConfig, layout: Layout, supervised: int) -> float:
+def training_flops(config: LumosConfig, layout: Layout, supervised: float, adapters: int | None = None) -> float:
     """Forward and backward of one sequence whose head is asked at `supervised` positions.
 
     The backward counts twice the forward (Kaplan et al., arXiv 2001.08361, section 2.1). What is computed a second time to
     save memory is not counted, so the share of the peak that follows is the model's (MFU, PaLM, arXiv 2204.02311, appendix B).
+    adapters: weights of the adapters, if they alone are trained. The matrices then need no gradient of their own, which halves
+    their backward.
     """
     if not layout.length:
         return 0.0
-    layers = layout.length * layer_flops_per_token(config, keys_seen(layout) / layout.length)
+    layers = layout.length * layer_flops_per_token(config, allowed_pairs(layout) / layout.length)
     head = 2 * supervised * config.hidden_size * config.visual_token_count
-    return 3 * (layers + head)
+    if adapters is None:
+        return 3 * (layers + head)
+    matrices = layout.length * layer_flops_per_token(config, 0)
+    return 3 * (layers + head) - (matrices + head) + 3 * layout.length * 2 * adapters

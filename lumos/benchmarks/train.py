@@ -35,9 +35,10 @@ from lumos.benchmarks.apart import run_apart
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
+from lumos.flops import layer_flops_per_token, training_flops
 from lumos.masking import mask_count, pattern
 from lumos.modeling import LumosForVideoGeneration
-from lumos.planning import forward_flops, meta_model, parameter_count, sequence_layout
+from lumos.planning.memory import meta_model, parameter_count, sequence_layout
 from lumos.rope import position_ids
 from lumos.runtime import pick_device
 from lumos.sequence import build_sequence, code_mask, content_mask, parse_layout
@@ -242,9 +243,9 @@ def run(settings: Settings, bench: Bench) -> Report:
     weights = {form: parameter_count(llama if form == "llama" else meta) * itemsize for form in FORMS}
     text, t = clip_of(config, settings)
     layout = sequence_layout(config, text, t, settings.frame_height, settings.frame_width)
-    ours = 3 * forward_flops(meta, layout, supervised)
+    ours = training_flops(config, layout, supervised)
     length = settings.tokens
-    causal = 3 * length * (meta.flops_per_token((length + 1) / 2) + 2 * settings.codes * settings.channels)
+    causal = 3 * length * (layer_flops_per_token(config, (length + 1) / 2) + 2 * settings.codes * settings.channels)
 
     table = [["form", "tokens/s", "seconds", "time x", "extra MB", "memory x", "beyond gradients MB", "memory x", "peak share"]]
     row: dict[str, Any] = {

@@ -157,6 +157,18 @@ class Curriculum:
     def _shape(self, kind: str, batch_size: int | None, stage: int = 0, number: int = 0) -> StepShape:
         return StepShape(kind, batch_size, stage, number, None if batch_size else self.tokens)
 
+    def counts(self, steps: int) -> dict[StepShape, int]:
+        """How many of the first so many steps have each shape, without stage and number."""
+        counts: dict[StepShape, int] = {}
+        ends = [*(start for start, *_ in self.spans[1:]), steps]
+        for (start, share, videos, images), end in zip(self.spans, ends, strict=True):
+            count = max(0, min(end, steps) - start)
+            pictures = int(count * share + 1e-9)
+            for shape, n in ((self._shape("image", images), pictures), (self._shape("video", videos), count - pictures)):
+                if n:
+                    counts[shape] = counts.get(shape, 0) + n
+        return counts
+
     @property
     def kinds(self) -> list[str]:
         return sorted({shape.kind for shape in self.shapes})

@@ -33,7 +33,7 @@ from lumos.data.shards import tokenizer_facts
 from lumos.data.storage import LocalCopies, is_url
 from lumos.errors import UserError
 from lumos.files import user_cache
-from lumos.flops import training_flops
+from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
@@ -44,7 +44,7 @@ from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
 from lumos.training.export import Tokenizers, export_checkpoint, model_with
 from lumos.training.samples import Sampler
-from lumos.training.settings import ModelSettings, TrainingSettings
+from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings
 from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
@@ -128,7 +128,9 @@ class ArdfTask:
         }
         layouts = parse_layout(tensors["input_ids"], self.config)
         supervised = (tensors["targets"] != IGNORED).sum(1).tolist()
-        flops = sum(training_flops(self.config, *row) for row in zip(layouts, supervised, strict=True))
+        lora = self.settings.lora
+        adapters = adapter_weights(self.config, lora.rank, lora.targets) if lora.rank else None
+        flops = sum(training_flops(self.config, *row, adapters) for row in zip(layouts, supervised, strict=True))
         return Batch(step, shape.kind, tensors, [clip.name for clip in clips], [len(row) for row in ids], flops)
 
     def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -226,7 +228,7 @@ class ArdfTask:
                     )
 
     def _check_sizes(self, video: str) -> None:
-        config, data = self.config, self.settings.data
+        config = self.config
         if self.video_tokenizer.num_codes != config.visual_token_count:
             raise UserError(
                 f"tokenizer.video {video} has {self.video_tokenizer.num_codes} codes, but the model has visual_token_count "
@@ -238,11 +240,7 @@ class ArdfTask:
                 raise UserError(
                     f"tokenizer.video {video} has {name} {of_tokenizer}, the model {of_model}; set model.overrides.{name}"
                 )
-        if (data.num_frames - 1) % config.temporal_compression:
-            raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
-        for name in ("height", "width"):
-            if data.source == "worlds" and getattr(data, name) % config.pixels_per_size_unit:
-                raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
+        check_clip_shape(config, self.settings.data)
 
     def _source(self) -> Source:
         data, training = self.settings.data, self.settings.training
@@ -333,6 +331,15 @@ def model_config(model: ModelSettings) -> LumosConfig:
                 "that shape, or leave model.preset out (model.preset=null)"
             )
     return config
+
+
+def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
+    """UserError for clips that the model's sequences cannot hold."""
+    if (data.num_frames - 1) % config.temporal_compression:
+        raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
+    for name in ("height", "width"):
+        if data.source == "worlds" and getattr(data, name) % config.pixels_per_size_unit:
+            raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
 
 
 def _reject_unknown(config: LumosConfig, overrides: dict[str, Any]) -> LumosConfig:

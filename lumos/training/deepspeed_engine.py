@@ -79,6 +79,11 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     if settings.deepspeed.zero_stage is not None and zero.get("stage", stage) != stage:
         raise UserError(f"deepspeed.zero_stage is {stage}, but {file} has stage {zero['stage']}; set only one of them")
     zero.setdefault("stage", stage)
+    if settings.training.optimizer == "muon" and zero["stage"]:
+        raise UserError(
+            f"training.optimizer is muon, which needs whole matrices, but ZeRO {zero['stage']} cuts them; "
+            "set deepspeed.zero_stage=0, or training.optimizer=adamw"
+        )
     half = precision == torch.bfloat16
     # Micro-batches are counted by the loop, which may vary their number from step to step, so DeepSpeed is told of one.
     return {
@@ -108,11 +113,6 @@ class DeepSpeedEngine(Engine):
         precision = pick_precision(settings.training.precision, device)
         options = deepspeed_options(settings, stage, precision)
         self.stage = options["zero_optimization"]["stage"]
-        if settings.training.optimizer == "muon" and self.stage:
-            raise UserError(
-                f"training.optimizer is muon, which needs whole matrices, but ZeRO {self.stage} cuts them; "
-                "set deepspeed.zero_stage=0, or training.optimizer=adamw"
-            )
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.stores = self.stage > 0 or self.rank == 0
         self.kind = f"DeepSpeed ZeRO {self.stage}"

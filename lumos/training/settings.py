@@ -221,9 +221,13 @@ class TrainingSettings:
     @property
     def zero_stage(self) -> int | None:
         """The ZeRO stage of the run, or None for plain PyTorch."""
+        return self.zero_stage_with(world_size())
+
+    def zero_stage_with(self, processes: int) -> int | None:
+        """The same of a run that has so many processes."""
         wanted = self.deepspeed
         if wanted.zero_stage is None and wanted.config is None:
-            return None if world_size() == 1 else DEFAULT_STAGE
+            return None if processes == 1 else DEFAULT_STAGE
         if wanted.zero_stage is not None:
             return wanted.zero_stage
         return wanted.file_options().get("zero_optimization", {}).get("stage", DEFAULT_STAGE)

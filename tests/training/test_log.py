@@ -17,10 +17,10 @@ from run_log import flat, read_log
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumos.attention import attention_for
+from lumos.attention import allowed_pairs, attention_for
 from lumos.configuration import LumosConfig
 from lumos.data.loader import IGNORED, VALIDATION_STEP, StepShape, sample_generator
-from lumos.flops import keys_seen, training_flops
+from lumos.flops import training_flops
 from lumos.masking import mask_ratio
 from lumos.modeling import LumosForVideoGeneration
 from lumos.runtime import versions
@@ -201,7 +201,7 @@ def test_keys_in_sight_are_those_of_the_rule(frames: list[bool], prefix: int, ta
     layout = Layout(at + tail, tuple(places))
     frame = frame_indices([layout], layout.length)[0].tolist()
     seen = sum(k <= q or (frame[q] >= 0 and frame[q] == frame[k]) for q in range(layout.length) for k in range(layout.length))
-    assert keys_seen(layout) == seen
+    assert allowed_pairs(layout) == seen
 
 
 def test_flops_are_those_that_torch_counts():

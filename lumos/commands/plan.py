@@ -1,0 +1,135 @@
+"""`plan`: what a training run or a clip will need, by arithmetic, before anything is loaded or paid for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+UTILISATION = 0.4
+OF_TRAINING = ("config", "gpus", "gpu", "gpu_memory", "peak_tflops")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", help="YAML file of the training, for example configs/training/3b-stage2.yaml")
+    add("overrides", nargs="*", metavar="section.key=value", help="as train.py takes them, for example training.batch_size=96")
+    add("--gpus", type=int, help="how many GPUs, or processes with training.device=cpu")
+    add("--gpu", help="which GPU; default: h100")
+    add("--gpu-memory", type=float, help="GiB of one GPU; default: of --gpu")
+    add("--peak-tflops", type=float, help="most that one GPU can do; default: logging.peak_tflops, else bf16 of --gpu")
+    add("--utilisation", type=float, default=UTILISATION, help="share of the peak that a run gets; default: %(default)s, assumed")
+    add("--text-tokens", type=int, help="tokens of a prompt; default: 16 for the small worlds, else 160")
+    add("--json", action="store_true", help="print one JSON line in place of tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lumos.errors import UserError
+
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation {args.utilisation} is not allowed; give more than 0, at most 1")
+    if args.text_tokens is not None and args.text_tokens < 0:
+        raise UserError(f"--text-tokens {args.text_tokens} is not allowed; give at least 0")
+    report, text = training(args)
+    print(json.dumps(report) if args.json else text)
+
+
+def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from lumos.errors import UserError
+    from lumos.planning.training import TrainingPlan
+    from lumos.training.settings import load_settings
+
+    if args.config is None or args.gpus is None:
+        raise UserError("give --config and --gpus, for example --config configs/training/3b-stage2.yaml --gpus 48")
+    settings = load_settings(args.config, args.overrides)
+    plan = TrainingPlan(settings, hardware(args, settings), utilisation=args.utilisation, text_tokens=args.text_tokens)
+    report = plan.report()
+    return report, render(report)
+
+
+def hardware(args: argparse.Namespace, settings: Any) -> Any:
+    """The lumos.planning.gpus.Hardware that options and settings name."""
+    import psutil
+    import torch
+
+    from lumos.errors import UserError
+    from lumos.planning.gpus import GIB, GPUS, Hardware
+    from lumos.training.engine import pick_precision
+    from lumos.training.peak import peak_flops
+
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus} is not allowed; give at least 1")
+    for name in ("gpu_memory", "peak_tflops"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
+    peak = args.peak_tflops or settings.logging.peak_tflops
+    if settings.training.device == "cpu":
+        if args.gpu:
+            raise UserError(f"--gpu {args.gpu} has no effect with training.device=cpu; leave one of them out")
+        memory = args.gpu_memory * GIB if args.gpu_memory else psutil.virtual_memory().total / args.gpus
+        cpu = torch.device("cpu")
+        # All processes share the cores that one alone is measured on.
+        speed = peak * 1e12 if peak else peak_flops(cpu, pick_precision(settings.training.precision, cpu), None)[0] / args.gpus
+        return Hardware("CPU process", args.gpus, int(memory), speed)
+    name = (args.gpu or "h100").lower()
+    if name not in GPUS:
+        raise UserError(f"--gpu {args.gpu} is unknown; allowed: {', '.join(GPUS)}, or give --gpu-memory and --peak-tflops")
+    if args.gpu and args.gpu_memory and peak:
+        raise UserError(f"--gpu {args.gpu} has no effect with both its memory and its peak given; leave it out")
+    memory, known = GPUS[name]
+    if settings.training.precision == "fp32" and not peak:
+        raise UserError("training.precision is fp32, but peaks of GPUs are known in bf16; give --peak-tflops")
+    label = "GPU" if args.gpu_memory and peak else name
+    return Hardware(label, args.gpus, int((args.gpu_memory or memory) * GIB), (peak or known) * 1e12)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The plan of a training as a page of text."""
+    from lumos.benchmarks.measure import render_table
+    from lumos.planning.gpus import GIB
+    from lumos.planning.memory import PARTS
+
+    machine, total = report["hardware"], report["total"]
+    trained = "" if report["trained"] == report["parameters"] else f", of which {report['trained']:,} are trained"
+    lines = [
+        f"{report['name']}: {report['parameters']:,} parameters{trained}",
+        f"{machine['count']} x {machine['name']}, {machine['memory'] / GIB:.0f} GiB and "
+        f"{machine['peak'] / 1e12:,.4g} TFLOP/s each; a run is taken to get {report['utilisation']:.0%} of that (--utilisation)",
+        "",
+    ]
+    rows = [["steps", "", "clips", "a process", "tokens a clip", "tokens a step", "FLOPs a step", "seconds", "GB sent"]]
+    for kind in report["steps"]:
+        parts = f"{kind['micro_batches']} x {kind['micro_batch']}"
+        rows.append(
+            [kind["kind"], f"{kind['steps']:,}", f"{kind['clips']:,.4g}", parts, f"{kind['tokens_of_a_clip']:,}",
+             f"{kind['tokens']:,.0f}", f"{kind['flops']:.3g}", f"{kind['seconds']:.3g}",
+             f"{kind['sent'] / 1e9:.3g}"]
+        )  # fmt: skip
+    rows.append(["all", f"{total['steps']:,}", "", "", "", f"{total['tokens']:.3g}", f"{total['flops']:.3g}",
+                 f"{total['seconds']:.3g}", ""])  # fmt: skip
+    again = sum(kind["flops_computed_again"] * kind["steps"] for kind in report["steps"]) / total["flops"]
+    lines += [render_table(rows), "", f"{duration(total['seconds'])}, {total['seconds'] / 3600 * machine['count']:,.4g} GPU hours"]
+    if sent := max(kind["sent"] / kind["seconds"] for kind in report["steps"]):
+        lines[-1] += f", if each sends {sent / 1e9:,.3g} GB/s meanwhile"
+    if again:
+        lines[-1] += f"; activation checkpointing computes {again:.0%} more, not counted"
+    rows = [["GiB of each", *PARTS, "a step", "start", "", "host"]]
+    for way in report["memory"]:
+        name = way["name"] + (" *" if way["configured"] else "")
+        figures = [f"{size / GIB:.2f}" for size in (*way["parts"].values(), way["step"], way["start"])]
+        rows.append([name, *figures, "fits" if way["fits"] else "too much", f"{way['host'] / GIB:.2f}"])
+    room = (machine["memory"] - report["reserved"]) / GIB
+    lines += ["", render_table(rows)]
+    lines.append("Parts are at their largest, not all at once: a step needs less than their sum. Start: weights not yet divided.")
+    lines += [f"* as these settings have it; {room:.4g} GiB may be used, the rest is for libraries and gaps between tensors"]
+    lines += ["", report["advice"]]
+    lines += [f"Assumed: {said}." for said in report["assumed"]]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"

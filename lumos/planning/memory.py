@@ -1,0 +1,258 @@
+"""The memory of a training step, by arithmetic alone.
+
+Nothing is allocated: the model is built on the meta device, sequences are layouts without ids. All memory is in bytes for
+one process (one GPU).
+
+Memory is looked at in four moments of a step; the worst of them is the plan's answer, so its parts add up to its total:
+
+    start     every process holds the whole model in float32 before DeepSpeed takes its share
+    loss      all layers have kept what their backward pass needs, and the head makes its gradient
+    backward  the last layer's backward pass, the widest place
+    update    all activations are gone, all gradients are there
+
+tests/test_planning.py holds this against the measured memory of real steps on a CPU. What DeepSpeed takes on a GPU follows from
+its documents and code, and was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lumos.configuration import LumosConfig
+from lumos.flops import adapter_weights
+from lumos.modeling import LumosForVideoGeneration
+from lumos.sequence import Frame, Layout
+from lumos.training.settings import LoraSettings
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a run is spread. `stage` None: plain PyTorch on one device, else DeepSpeed's ZeRO stage over `world` processes.
+
+    `bucket`, `live`: elements that DeepSpeed reduces at once, and that ZeRO-3 holds gathered. `half`: bf16. `on_gpu`: CUDA's
+    fused kernels. `averaged`: with EMA. `accumulates`: a step has several micro-batches. `muon`: in place of AdamW, with whole
+    weights only.
+    """
+
+    stage: int | None = None
+    world: int = 1
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    bucket: int = 50_000_000
+    live: int = 1_000_000_000
+    half: bool = True
+    on_gpu: bool = True
+    averaged: bool = False
+    muon: bool = False
+    accumulates: bool = False
+    checkpointing: bool = True
+
+    @property
+    def autocast(self) -> bool:
+        """bf16 products over float32 weights; from stage 1 on the weights themselves are bf16."""
+        return self.half and not self.stage
+
+    @property
+    def offloaded(self) -> list[str]:
+        """What lies in the machine's memory in place of the GPU's."""
+        return [what for what, is_on in (("optimizer", self.offload_optimizer), ("weights", self.offload_weights)) if is_on]
+
+    @property
+    def name(self) -> str:
+        if self.stage is None:
+            return "no DeepSpeed"
+        return f"ZeRO {self.stage}" + (f", {' and '.join(self.offloaded)} on CPU" if self.offloaded else "")
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained. `parameters` counts those of adapters, too, which with `lora` are all that is trained."""
+
+    config: LumosConfig
+    parameters: int
+    lora: LoraSettings | None = None
+
+    @classmethod
+    def of(cls, config: LumosConfig, lora: LoraSettings | None = None) -> Trainee:
+        adapters = adapter_weights(config, lora.rank, lora.targets) if lora else 0
+        return cls(config, parameter_count(meta_model(config)) + adapters, lora)
+
+    @property
+    def trained(self) -> int:
+        return adapter_weights(self.config, self.lora.rank, self.lora.targets) if self.lora else self.parameters
+
+    @property
+    def matrices(self) -> int:
+        """Trained weights of the layers' matrices, which Muon updates."""
+        return self.trained if self.lora else self.config.num_hidden_layers * sum(_shapes(self.config).values())
+
+    @property
+    def stacked(self) -> int:
+        """The most of them that have one shape: Muon handles these together."""
+        return self.trained if self.lora else self.config.num_hidden_layers * max(_shapes(self.config).values())
+
+
+def _shapes(config: LumosConfig) -> Counter[tuple[int, int]]:
+    """(rows, columns) -> weights of that shape in a layer."""
+    c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    matrices = [(c, c), (c, c), (kv, c), (kv, c), (f, c), (f, c), (c, f)]
+    counts: Counter[tuple[int, int]] = Counter()
+    for rows, columns in matrices:
+        counts[rows, columns] += rows * columns
+    return counts
+
+
+def meta_model(config: LumosConfig) -> LumosForVideoGeneration:
+    """The model without weights, for its sizes."""
+    with torch.device("meta"):
+        return LumosForVideoGeneration(config)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def sequence_layout(config: LumosConfig, text_tokens: int, t: int, height: int, width: int) -> Layout:
+    """The layout of `t` latent frames of height x width pixels behind a prompt of `text_tokens`: see lumos/sequence.py."""
+    rows, cols = height // config.spatial_compression, width // config.spatial_compression
+    frames, at = [], text_tokens + 5  # bos, sep, video_start, duration, fps
+    for _ in range(t):
+        frames.append(Frame(at, rows, cols))
+        at = frames[-1].end
+    return Layout(at + 2, tuple(frames))  # video_end, sep
+
+
+def code_count(layout: Layout) -> int:
+    return sum(frame.rows * frame.cols for frame in layout.frames)
+
+
+def layer_bytes(config: LumosConfig, spread: Spread) -> int:
+    """What one layer keeps for its backward pass, of one token; lumos/modeling.py from top to bottom."""
+    c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    s, residual = (2 if spread.half else 4), (2 if spread.half and not spread.autocast else 4)
+    inputs = 2 * c * residual  # of the two norms
+    inputs += 0 if spread.on_gpu else 2 * c * residual  # divided by their rms: the CPU has no fused RMSNorm
+    normed = (5 if spread.autocast else 2) * c * s  # inputs of q, k, v and of gate, up: one, or a cast for each
+    raw = (c + kv) * (4 if spread.autocast else s)  # q, k before their norm, which autocast computes in float32
+    attention = (c + 2 * (kv if heads == kv_heads else c)) * s  # rotated q; k and v, repeated for their groups
+    attention += 2 * c * s  # what it gives, by segment and joined for o_proj
+    statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
+    return inputs + normed + raw + attention + statistics + 4 * f * s
+
+
+def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> int:
+    """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
+    s, more = 2 if spread.half else 4, 0
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
+        adapted = sum(name in lora.targets for name in names)
+        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # dropout gives each its own
+        more += (kept - (len(names) if spread.autocast else 1)) * width * s
+        more += adapted * lora.rank * s
+        if lora.dropout:
+            more += adapted * width * (1 if spread.on_gpu else 4 if spread.autocast else s)  # masks: bytes, or factors
+    return more
+
+
+def kept_bytes(config: LumosConfig, spread: Spread) -> int:
+    """The same under activation checkpointing: a layer's input and what attention gave."""
+    half = 2 if spread.half else 4
+    return config.hidden_size * (half if not spread.autocast else 4) + config.hidden_size * half + 4 * config.num_attention_heads
+
+
+def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
+    """Moment -> part -> bytes on the device of one process, for micro-batches of `rows` sequences."""
+    config, lora, parameters = model.config, model.lora, model.parameters
+    width, embedding = config.hidden_size, config.vocab_size * config.hidden_size
+    tokens, asked = rows * layout.length, rows * code_count(layout)
+    compute = 2 if spread.half else 4
+    stored = compute if spread.stage else 4  # bytes of a weight
+    residual = 4 if spread.autocast else compute
+
+    fixed = dict.fromkeys(PARTS, 0) | _states(model, spread)
+    all_gradients, fixed["gradients"] = fixed["gradients"], 0
+    earlier = all_gradients if spread.accumulates or spread.stage == 3 else 0  # ZeRO-3 always holds its share's
+    # The head's gradient is made first and the embedding's last, whole in every stage.
+    largest = 0 if lora else stored * embedding
+    after = all_gradients + (largest if spread.accumulates or spread.stage else 0)
+
+    per_layer, layers = tokens * layer_bytes(config, spread), config.num_hidden_layers
+    if lora:
+        per_layer += tokens * adapter_bytes(config, spread, lora)
+    kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
+    outer = tokens * (width * (residual if spread.on_gpu else 2 * residual) + config.head_dim * stored)  # last norm, rotary tables
+    widest = tokens * (2 * config.intermediate_size * compute + 2 * width * residual)  # gradients on their way
+    widest += per_layer if spread.checkpointing else 0
+
+    chunk = min(config.loss_chunk_size, asked)
+    casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
+    logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
+    logits += asked * width * 2 * compute + tokens * width * residual  # selected states, their gradient, all states
+    if spread.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
+        logits += config.visual_token_count * width * (4 + 2)
+    if spread.autocast:  # the rows cast
+        logits += config.visual_token_count * width * 2
+
+    # Muon's updates, copies of them and of their products, bf16 on a GPU; their gradients go.
+    working = model.stacked * (12 if spread.on_gpu else 20) if spread.muon else 0
+
+    def at(**parts: int) -> dict[str, int]:
+        return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
+
+    return {
+        "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * parameters},
+        "loss": at(gradients=earlier + largest, activations=kept + outer, logits=logits),
+        "backward": at(gradients=earlier + largest, activations=kept + outer + widest),
+        "update": at(gradients=after, optimizer=working, activations=tokens * width * residual),
+    }
+
+
+def host_bytes(model: Trainee, spread: Spread) -> int:
+    """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
+    share = math.ceil(model.trained / spread.world)
+    optimizer = (20 if spread.averaged else 16) * share if spread.offload_optimizer else 0
+    weights = (2 if spread.half else 4) * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
+    return optimizer + weights
+
+
+def _states(model: Trainee, spread: Spread) -> dict[str, int]:
+    """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
+    config, lora, parameters, trained = model.config, model.lora, model.parameters, model.trained
+    embedding = config.vocab_size * config.hidden_size
+    share, stage = math.ceil(trained / spread.world), spread.stage or 0
+    if stage == 0:
+        # Autocast keeps bf16 copies of the matrices: for a step, those of frozen ones only as long as activations.
+        cast = parameters - embedding
+        if lora and spread.checkpointing:
+            cast = (parameters - 2 * embedding) // config.num_hidden_layers
+        weights = 4 * parameters + (2 * cast if spread.autocast else 0)
+        averaged = 4 * trained if spread.averaged else 0
+        moments = 8 * trained - (4 * model.matrices if spread.muon else 0)
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
+    compute = 2 if spread.half else 4
+    own = math.ceil(parameters / spread.world) if stage == 3 else parameters
+    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone.
+    bucket = min(spread.bucket, trained)
+    buffers = 4 * max(0 if lora else embedding, bucket) + 2 * 4 * bucket
+    if stage == 1:
+        gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
+    elif stage == 2:
+        gradients = compute * share + 4 * share
+    else:
+        gradients = 4 * share + 4 * share
+        buffers += compute * min(parameters, spread.live)  # gathered weights
+    on_device = not spread.offload_optimizer
+    return {
+        "weights": 0 if spread.offload_weights else compute * own,
+        "gradients": gradients if on_device or stage == 1 else compute * share,
+        "optimizer": on_device * (16 if spread.averaged else 12) * share,  # float32 weights, two moments, averages
+        "buffers": buffers,
+    }

@@ -1,0 +1,85 @@
+"""Real optimizer steps in a process of their own, and the memory that each took: see test_planning.py.
+
+stdin: a JSON list of settings; the last line of stdout: the peak of each in bytes, from before the model is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lumos import LumosConfig, LumosForVideoGeneration
+from lumos.adapters import Lora, add_adapters
+from lumos.benchmarks.measure import lowered_peak
+from lumos.runtime import peak_memory_bytes
+from lumos.sequence import build_sequence, code_mask, num_latent_frames, parse_layout
+from lumos.training.ema import Ema
+from lumos.training.engine import make_engine
+from lumos.training.settings import DataSettings, build_settings
+from lumos.training.yaml_settings import to_plain
+
+CPU = torch.device("cpu")
+TEXT_TOKENS = 16
+
+
+def batch(config: LumosConfig, data: DataSettings, rows: int, t: int) -> tuple[Tensor, Tensor]:
+    """(ids, targets), each [rows, L]: random words and codes, four fifths of the codes asked for."""
+    grid = (t, data.height // config.spatial_compression, data.width // config.spatial_compression)
+    words = list(range(256, 256 + TEXT_TOKENS))
+    codes = torch.randint(config.visual_token_count, (rows, *grid))
+    ids = torch.stack([build_sequence(words, code, fps=8, duration=2, config=config) for code in codes])
+    asked = code_mask(parse_layout(ids, config), ids.shape[1]) & (torch.rand(ids.shape) < 0.8)
+    targets = torch.where(asked, ids - config.visual_token_start, -100)
+    return ids.masked_fill(asked, config.mask_token_id), targets
+
+
+def prepare(raw: dict) -> Callable[[int, int], None]:
+    """A run as the training loop sets it up; the result does an optimizer step of so many micro-batches and latent frames."""
+    settings = build_settings(raw)
+    training = settings.training
+    torch.manual_seed(0)
+    config = LumosConfig.preset(settings.model.preset, **settings.model.overrides)
+    model = LumosForVideoGeneration(config)
+    if settings.lora.rank:
+        add_adapters(model, Lora(**to_plain(settings.lora)))
+    if training.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    engine = make_engine(model.train(), settings, CPU)
+    ema = Ema(engine.weights(), training.ema_decay) if training.ema_decay else None
+
+    def step(micro_batches: int, t: int) -> None:
+        for i in range(micro_batches):
+            ids, targets = batch(config, settings.data, training.micro_batch_size, t)
+            with engine.autocast():
+                losses = engine.model(input_ids=ids, targets=targets).position_loss
+            engine.backward(losses.sum() / (micro_batches * len(losses)), last=i + 1 == micro_batches)
+        engine.step(1e-4)
+        if ema:
+            ema.update(engine.weights(), 1)
+
+    return step
+
+
+def measured(raw: dict) -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = lowered_peak(CPU)
+    step = prepare(raw)
+    step(1, 1)  # makes the optimizer's state
+    training, data = raw["training"], raw["data"]
+    step(training["batch_size"] // training["micro_batch_size"], num_latent_frames(data["num_frames"]))
+    return peak_memory_bytes(CPU) - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = json.load(sys.stdin)
+    for precision in ("fp32", "bf16"):  # libraries and thread pools are loaded, kernels made
+        prepare(cases[0] | {"training": {**cases[0]["training"], "precision": precision}})(1, 1)
+    print(json.dumps([measured(case) for case in cases]))
