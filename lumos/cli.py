@@ -23,6 +23,7 @@ VERBS = {
     "plot": "draw the curves of runs from their logs",
     "fetch-sprites": "fetch the emoji pictures that move in the small worlds",
     "evaluate": "measure a model or a tokenizer",
+    "experiment": "compare settings: train and judge variants, draw the result",
     "bench": "measure speed and memory on this machine",
 }
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.commands.generate import shipped_model
     from lumos.errors import UserError
-    from lumos.evaluation.prompts import generate_in_batches, is_kept, prompt_set, score, shares
+    from lumos.evaluation.prompts import generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_writable, write_json
     from lumos.pipeline import LumosPipeline, check_num_frames, override
     from lumos.runtime import versions
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         if args.image_to_video:
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
                 verdict["first_frame"] = is_kept(made[0], pipe.reconstruct(drawn[:1])[0])
-        found = shares(verdicts)
+        found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
             wrong = [name for name, right in verdict.items() if not right and name not in SUMS]

@@ -63,6 +63,15 @@ def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
 
 
+def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
+    """Change from frame to frame, mean over pixels and clips, over that of the rendered truth: 1 is as much motion as asked for."""
+    ours, theirs = (
+        np.mean([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean() for clip in of]) if len(of[0]) > 1 else 0.0
+        for of in (clips, truth)
+    )
+    return round(float(ours / theirs), 4) if theirs else 0.0
+
+
 def is_kept(frame: np.ndarray, picture: np.ndarray) -> bool:
     """A clip's first frame is the given picture as the tokenizer gives it back, both uint8 [H, W, 3], to 2 of 255 on average."""
     return float(np.abs(frame.astype(np.int16) - picture).mean()) <= 2

@@ -5,7 +5,7 @@ import pytest
 
 from lumos.data.worlds import is_held_out, sample_scene
 from lumos.errors import UserError
-from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, prompt_set, score
+from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved, prompt_set, score
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -29,6 +29,13 @@ def test_what_turns_into_something_else_is_seen(kind, sprite_pictures):
     assert (found["last_frame"], found["steady"]) == (0.0, 0.0)
     found, _ = score([truth[j] for j in other], wanted)
     assert (found["last_frame"], found["steady"]) == (0.0, 1.0)
+
+
+def test_how_much_moves():
+    _, truth, _ = zip(*prompt_set("one", 6, seed=77), strict=True)
+    assert moved(truth, truth) == 1.0
+    assert moved([clip[:1].repeat(17, 0) for clip in truth], truth) == 0.0
+    assert moved([clip[::2] for clip in truth], truth) > 1.2
 
 
 def test_a_given_picture_is_kept_or_not():

@@ -1,0 +1,46 @@
+"""`experiment`: train and judge the variants of an experiment's YAML, and write the comparison as JSON and PNG."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", metavar="YAML", help="for example configs/experiments/positions.yaml")
+    add("--out", help="the two files to write, without suffix; default: docs/findings/<name of the YAML>")
+    add("--runs", help="folder of the runs; default: runs/experiments/<name of the YAML>")
+    add("--parallel", type=int, default=1, help="runs at a time, which share the cores; default: %(default)s")
+    add("--list", action="store_true", help="print the commands that are not done yet, and do nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from lumos.errors import UserError
+    from lumos.evaluation import experiments
+    from lumos.files import check_writable
+
+    if args.parallel < 1:
+        raise UserError(f"--parallel {args.parallel} is not allowed; give at least 1")
+    experiment = experiments.load(args.config)
+    name = Path(args.config).stem
+    out = Path(args.out or Path("docs") / "findings" / name)
+    jobs = experiments.jobs(experiment, Path(args.runs or Path("runs") / "experiments" / name))
+    if args.list:
+        for job in jobs:
+            for command in job.missing():
+                print(shlex.join(["python", "-m", "lumos", *command]))
+        return
+    check_writable(out.with_suffix(".json"))
+    with tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar:
+        experiments.run(jobs, args.parallel, bar.update)
+    result = experiments.gather(experiment, jobs)
+    experiments.write(experiment, result, out)
+    for variant, row in result["variants"].items():
+        pairs = ((figure, *numbers) for figure, numbers in row["summary"].items())
+        print(f"{variant:24}" + "  ".join(f"{figure} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for figure, mean, spread in pairs))
+    print(f"{out.with_suffix('.json')}  {out.with_suffix('.png')}")

@@ -1,0 +1,77 @@
+"""The picture of an experiment: a panel for each curve and one for all shares; means over seeds, bands of a standard deviation."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import UserError
+from lumos.files import replacing
+
+Points = list[tuple[float, float, float]]  # x, mean, standard deviation
+
+
+def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
+    """`result` is what `experiments.gather` gives. UserError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"experiment needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
+    variants = result["variants"]
+    fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
+    shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
+    panels = len(fields) + bool(shown)
+    figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
+    figure.suptitle(result["question"], fontsize=11)
+    for n, field in enumerate(fields, 1):
+        axes = figure.add_subplot(1, panels, n)
+        for k, (name, row) in enumerate(variants.items()):
+            _band(axes, curve(row["runs"], field), f"C{k}", name)
+        per_place = any(isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
+        _finish(axes, field + (", last value" if per_place else ""), "place" if per_place else "step")
+    if shown:
+        _shares(figure.add_subplot(1, panels, panels), variants, shown, result["axis"])
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def curve(runs: list[dict[str, Any]], field: str) -> Points:
+    """Over steps; for a field with places, such as frames, the last value over the places."""
+    values: dict[float, list[float]] = {}
+    for run in runs:
+        points = run["curves"][field]
+        if isinstance(points[-1][1], list):
+            points = list(enumerate(points[-1][1]))
+        for x, y in points:
+            if y is not None:
+                values.setdefault(x, []).append(y)
+    return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
+
+
+def _shares(axes: Any, variants: dict[str, Any], shown: list[str], axis: str) -> None:
+    """Lines over x where every variant has one, else points over the variants' names."""
+    numeric = all(row["x"] is not None for row in variants.values())
+    for k, name in enumerate(shown):
+        rows = [(n if not numeric else row["x"], row) for n, row in enumerate(variants.values()) if name in row["summary"]]
+        points = sorted((x, *row["summary"][name]) for x, row in rows)
+        _band(axes, points, f"C{k}", name, "-o" if numeric else "o")
+    if not numeric:
+        axes.set_xticks(range(len(variants)), list(variants), rotation=20, ha="right", fontsize=8)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "share of prompts; moved: over the truth's", axis)
+
+
+def _band(axes: Any, points: Points, colour: str, label: str, style: str = "-") -> None:
+    x, mean, spread = zip(*points, strict=True)
+    axes.plot(x, mean, style, color=colour, lw=1.3, ms=4, label=label)
+    if any(spread):
+        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def _finish(axes: Any, title: str, x: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

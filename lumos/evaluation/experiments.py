@@ -1,0 +1,205 @@
+"""Comparisons of settings: every variant with every seed is trained, judged, or both; then one JSON file and one picture.
+
+A run is a command line in a process of its own, so what an experiment does can be typed by hand, and each resumes by itself:
+an experiment that was stopped goes on, and one whose YAML grew runs only what is new.
+"""
+
+# ruff: noqa: RUF009 - `setting` is dataclasses.field with a meaning
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import RunError, UserError
+from lumos.files import write_json
+from lumos.runtime import versions
+from lumos.training.logging import read_lines
+from lumos.training.yaml_settings import build, read_yaml, setting
+
+FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
+
+
+@dataclass
+class Training:
+    config: str | None = setting(None, "config of `train` that all variants share; null: nothing is trained")
+    overrides: list[str] = setting([], "section.key=value for all of them")
+
+
+@dataclass
+class Variant:
+    train: list[str] = setting([], "section.key=value of this variant")
+    prompts: list[str] = setting([], "options of `evaluate prompts` of this variant")
+    x: float | None = setting(None, "where it stands on the axis; null: variants have names only")
+
+
+@dataclass
+class Experiment:
+    question: str = setting("", "what is to be found out")
+    train: Training = setting(Training, "what is trained")
+    model: str | None = setting(None, "model folder to judge where nothing is trained; null: the shipped one")
+    prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: prompts are not judged")
+    curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
+    figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw")
+    axis: str = setting("", "what x is")
+    seeds: list[int] = setting([0], "each variant runs once with each")
+    variants: dict[str, Any] = setting({}, "name: {train: [...], prompts: [...], x: ...}")
+
+
+def load(path: str | Path) -> Experiment:
+    """Read and check an experiment's YAML."""
+    experiment = build(Experiment, read_yaml(path, []))
+    if not experiment.variants:
+        raise UserError(f"{path} has no variants; name at least one")
+    experiment.variants = {str(name): build(Variant, raw, f"variants.{name}") for name, raw in experiment.variants.items()}
+    trains, judges = experiment.train.config is not None, experiment.prompts is not None
+    if not trains and not judges:
+        raise UserError(f"{path} neither trains (train.config) nor judges (prompts); set one of them")
+    for name, variant in experiment.variants.items():
+        if variant.train and not trains:
+            raise UserError(f"variants.{name}.train has no effect without train.config; leave it out")
+        if variant.prompts and not judges:
+            raise UserError(f"variants.{name}.prompts has no effect without prompts; leave it out")
+        if "/" in name or name.startswith("."):
+            raise UserError(f"variant {name!r} cannot name a folder; leave out / and a dot in front")
+    if trains and experiment.model:
+        raise UserError("model has no effect where variants are trained; leave it out")
+    if experiment.curves and not trains:
+        raise UserError("curves has no effect where nothing is trained; leave it out")
+    return experiment
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant with one seed: the command lines that make `folder/train` and `folder/prompts.json`."""
+
+    name: str
+    seed: int
+    folder: Path
+    train: tuple[str, ...] | None
+    prompts: tuple[str, ...] | None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train" / "log.jsonl"
+
+    def missing(self) -> Iterator[tuple[str, ...]]:
+        """Commands that are not done yet, in order."""
+        if self.train and not (self.folder / "train" / "export" / "config.json").is_file():
+            yield self.train
+        if self.prompts and not (self.folder / "prompts.json").is_file():
+            yield self.prompts
+
+
+def jobs(experiment: Experiment, root: Path) -> list[Job]:
+    """All of them, below `root`, one folder a variant and seed."""
+    found = []
+    for name, variant in experiment.variants.items():
+        for seed in experiment.seeds:
+            folder = root / f"{name}-{seed}"
+            train = prompts = None
+            if experiment.train.config:
+                train = ("train", "--config", experiment.train.config, *experiment.train.overrides, *variant.train,
+                         f"training.seed={seed}", f"training.output_dir={folder / 'train'}")  # fmt: skip
+            if experiment.prompts is not None:
+                model = [str(folder / "train" / "export")] if train else [experiment.model] if experiment.model else []
+                options = [f"--seed={1_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
+                prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
+                           *variant.prompts)  # fmt: skip
+            found.append(Job(name, seed, folder, train, prompts))
+    return found
+
+
+def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
+    """Do what is missing, `parallel` jobs at a time, each with its share of the cores; RunError names the first that failed."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+
+    def one(job: Job) -> str | None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        for command in job.missing():
+            with open(job.folder / f"{command[0]}.log", "w") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                ended = subprocess.run(
+                    [sys.executable, "-m", "lumos", *command], stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+                )
+            if ended.returncode:
+                last = (job.folder / f"{command[0]}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                return f"{' '.join(command)} ended with {ended.returncode}: {' '.join(last)[-300:]} (see {log.name})"
+        on_done()
+        return None
+
+    with ThreadPoolExecutor(parallel) as pool:
+        failures = [failure for failure in pool.map(one, todo) if failure]
+    if failures:
+        raise RunError(failures[0] + (f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""))
+
+
+def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
+    """What a job that is done gave.
+
+    curves: {field: [[step, value], ...]}; kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the kinds}.
+    """
+    found: dict[str, Any] = {"seed": job.seed}
+    if job.train:
+        lines = [line for line in read_lines(job.log) if "event" not in line]
+        known = {field for line in lines for field in line}
+        if unknown := [field for field in experiment.curves if field not in known]:
+            raise UserError(f"curves: {job.log} has no {unknown[0]}; there are {', '.join(sorted(known))}")
+        found["curves"] = {
+            field: [[line["step"], line[field]] for line in lines if line.get(field) is not None] for field in experiment.curves
+        }
+    if job.prompts:
+        judged = json.loads((job.folder / "prompts.json").read_text())
+        found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
+        figures = {figure for shares in judged["shares"].values() for figure in shares}
+        found["shares"] = {
+            figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
+            for figure in sorted(figures)
+        }
+    return found
+
+
+def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
+    """Everything that was measured, by variant."""
+    variants: dict[str, Any] = {}
+    for job in done:
+        variant = experiment.variants[job.name]
+        row = variants.setdefault(job.name, {"train": variant.train, "prompts": variant.prompts, "x": variant.x, "runs": []})
+        row["runs"].append(results_of(job, experiment))
+    for row in variants.values():
+        row["summary"] = summary(row["runs"])
+    return {
+        "question": experiment.question, "train": vars(experiment.train), "prompts": experiment.prompts,
+        "axis": experiment.axis, "seeds": experiment.seeds, "variants": variants, "versions": versions(),
+    }  # fmt: skip
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """{name: [mean over seeds, standard deviation, 0 of one seed]} of each curve's last value, if a number, and of each share."""
+    values: dict[str, list[float]] = {}
+    for result in runs:
+        for field, points in result.get("curves", {}).items():
+            if points and isinstance(points[-1][1], float):
+                values.setdefault(field, []).append(points[-1][1])
+        for figure, share in result.get("shares", {}).items():
+            values.setdefault(figure, []).append(share)
+    return {
+        name: [round(statistics.mean(found), 4), round(statistics.stdev(found), 4) if len(found) > 1 else 0.0]
+        for name, found in values.items()
+    }
+
+
+def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
+    """`out`.json and `out`.png."""
+    from lumos.evaluation.experiment_plots import draw
+
+    write_json(out.with_suffix(".json"), result)
+    draw(result, experiment.figures, out.with_suffix(".png"))

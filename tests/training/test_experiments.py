@@ -1,0 +1,103 @@
+"""`experiment`, from YAML to JSON and PNG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lumos.cli import main
+from lumos.evaluation import experiments
+from lumos.training.ardf import model_config
+from lumos.training.settings import load_settings
+from lumos.video_io import read_image
+
+pytest.importorskip("matplotlib")
+
+
+def write(path: Path, **keys) -> str:
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def trained(micro_settings, tmp_path: Path) -> str:
+    """Two variants that train and are judged, of one seed."""
+    base = micro_settings(training={"max_steps": 2, "eval_every": 1}, samples={"every": 0})
+    return write(
+        tmp_path / "rates.yaml", question="Which rate?", seeds=[3], curves=["val_loss_video", "val_frame_loss_video"],
+        train={"config": write(tmp_path / "base.yaml", **base.to_dict())}, prompts=["--count", "1", "--num-inference-steps", "1"],
+        variants={"slow": {"train": ["training.lr=1e-4"], "x": 1}, "fast": {"train": ["training.lr=1e-2"], "x": 2}},
+    )  # fmt: skip
+
+
+def test_variants_are_trained_judged_and_drawn_once(trained: str, tmp_path: Path, capsys):
+    places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out" / "rates")]
+    assert main(["experiment", *places, "--list"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert [command.split()[3] for command in commands] == ["train", "evaluate", "train", "evaluate"]
+    assert not (tmp_path / "runs").exists()
+    assert main(["experiment", *places, "--parallel", "2"]) == 0
+    result = json.loads((tmp_path / "out" / "rates.json").read_text())
+    slow, fast = (result["variants"][name] for name in ("slow", "fast"))
+    for row in (slow, fast):
+        (run,) = row["runs"]
+        assert [step for step, _ in run["curves"]["val_loss_video"]] == [1, 2]
+        assert row["summary"]["val_loss_video"] == [pytest.approx(run["curves"]["val_loss_video"][-1][1], abs=1e-4), 0.0]
+        assert 0 <= run["shares"]["motion"] <= 1
+    assert slow["summary"]["val_loss_video"] != fast["summary"]["val_loss_video"]
+    assert read_image(tmp_path / "out" / "rates.png").shape[1] > 1500  # three panels
+    capsys.readouterr()
+    assert main(["experiment", *places, "--list"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(trained: str, tmp_path: Path, capsys):
+    raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None}
+    raw["variants"]["slow"]["train"] = ["training.lr=-1"]
+    path = write(Path(trained), **raw)
+    places = [path, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert main(["experiment", *places]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "training.lr=-1" in error
+    assert "ended with 2: error: training.lr" in error
+    assert main(["experiment", *places, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variants": {}}, "no variants"),
+        ({"train": {}, "prompts": None}, "neither trains"),
+        ({"variants": {"a": {"prompts": ["--count", "2"]}}, "prompts": None}, "variants.a.prompts has no effect"),
+        ({"variants": {"a": {"train": ["x.y=1"]}}, "train": {}}, "variants.a.train has no effect"),
+        ({"variants": {"a/b": {}}}, "cannot name a folder"),
+        ({"variants": {"a": {"trian": []}}}, "did you mean train"),
+        ({"model": "m"}, "model has no effect"),
+        ({"train": {}}, "curves has no effect"),
+    ],
+)
+def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys):
+    good = {"train": {"config": "c.yaml"}, "prompts": [], "curves": ["loss"], "variants": {"a": {}}}
+    assert main(["experiment", write(tmp_path / "x.yaml", **(good | change))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_means_and_spread_over_seeds():
+    runs = [{"curves": {"loss": [[1, 3.0], [2, value]]}, "shares": {"all": share}} for value, share in ((1.0, 0.5), (2.0, 0.7))]
+    assert experiments.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}
+
+
+def test_every_shipped_experiment_can_be_planned(repo: Path):
+    for path in (repo / "configs" / "experiments").glob("*.yaml"):
+        if path.stem != "base":
+            found = experiments.jobs(experiments.load(path), Path("runs"))
+            assert len(found) >= 2, path
+            assert len({job.folder for job in found}) == len(found)
+            for job in found:
+                if job.train:
+                    model_config(load_settings(repo / job.train[2], list(job.train[3:])).model)
