@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> None:
     result = experiments.gather(experiment, jobs)
     experiments.write(experiment, result, out)
     for variant, row in result["variants"].items():
-        pairs = ((figure, *numbers) for figure, numbers in row["summary"].items())
-        print(f"{variant:24}" + "  ".join(f"{figure} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for figure, mean, spread in pairs))
+        figures = (f"{name} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for name, (mean, spread) in row["summary"].items())
+        print(f"{variant:24}{'  '.join(figures)}")
     print(f"{out.with_suffix('.json')}  {out.with_suffix('.png')}")
