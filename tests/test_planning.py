@@ -25,10 +25,14 @@ from lumos.cli import main
 from lumos.data.loader import Curriculum
 from lumos.errors import UserError
 from lumos.flops import adapter_weights, training_flops
+from lumos.generation.cache import Cache
+from lumos.generation.engine import generate_frames
+from lumos.generation.settings import ClipDefaults, GenerationSettings
+from lumos.planning.generation import ClipPlan
 from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.memory import meta_model, parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan, mean_mask_ratio
-from lumos.sequence import Frame, Layout
+from lumos.sequence import Frame, Layout, build_prefix
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.settings import LORA_TARGETS, MaskingSettings, StageSettings, build_settings, load_settings
 
@@ -324,6 +328,101 @@ def test_a_run_on_cpu_processes(capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert main(COMMAND) == 0
+    assert capsys.readouterr().out in page
+    for size in ("0.5b", "1b", "3b"):
+        for stage in ("stage1", "stage2", "384p"):
+            report = planned(recipe=f"{size}-{stage}", hardware=replace(H100, peak=989.4e12)).report()
+            kinds, (way,) = report["steps"], [way for way in report["memory"] if way["configured"]]
+            cells = (
+                f"`{size}-{stage}`", f"{report['total']['steps']:,}", " / ".join(f"{kind['tokens'] / 1e6:.2g}" for kind in kinds),
+                " / ".join(f"{kind['flops'] / 1e15:.2g}" for kind in kinds), f"{max(way['step'], way['start']) / GIB:.1f}",
+                f"{report['total']['days']:.2g}", f"{max(kind['sent'] / kind['seconds'] for kind in kinds) / 1e9:.0f}",
+            )  # fmt: skip
+            assert f"| {' | '.join(cells)} |" in page
+
+
+# ---- a clip
+
+CLIP = ["plan", "--generate", "--peak-tflops", "0.1"]
+
+
+@pytest.mark.parametrize(("guidance", "frames"), [(1.0, 1), (1.0, 3), (3.0, 1), (3.0, 3)])
+def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance: float, frames: int):
+    """The plan leaves out what a prefix needs beside its keys and values: attention to itself, and the rest of the last layer."""
+    settings = GenerationSettings(num_inference_steps=3, guidance_scale=guidance)
+    clip = ClipDefaults(num_frames=4 * frames - 3, height=16, width=24, fps=8, target_size=None)
+    plan = ClipPlan(config, clip, settings, 7, torch.float32)
+    prefixes = [torch.tensor(build_prefix(text, fps=8, duration=1, config=config)) for text in (list(range(300, 307)), None)]
+    lengths = plan.case.prefix_lengths
+    assert lengths == [len(prefix) for prefix in prefixes][: len(lengths)]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        made = generate_frames(
+            model, prefixes[:1], prefixes[1:] if guidance > 1 else None, grid=(2, 3), new_frames=frames, settings=settings,
+            generators=[torch.Generator()],
+        )  # fmt: skip
+        assert sum(1 for _ in made) == frames
+    c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    left_out = sum(2 * 2 * layers * c * n * n + 2 * n * (2 * c * c + 3 * c * f) for n in lengths)
+    assert counter.get_total_flops() == plan.report(1e12, 0.5)["flops"]["total"] + left_out
+
+
+def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
+    clip = ClipDefaults(num_frames=9, height=16, width=24, fps=8, target_size=None)
+    for guidance, rows in ((1.0, 1), (3.0, 2)):
+        report = ClipPlan(config, clip, GenerationSettings(guidance_scale=guidance), 7, torch.bfloat16).report(1e12, 0.5)
+        cache = Cache(model.bfloat16(), rows, report["tokens"])
+        assert report["bytes"]["cache"] == cache.keys.nbytes + cache.values.nbytes
+        assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_a_clip_of_the_shipped_model(capsys):
+    assert main([*CLIP, "--json", "--num-frames", "9", "--guidance-scale", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["latent_frames"], report["codes_of_a_frame"], report["rows"]) == (3, 64, 1)
+    assert report["tokens"] == 16 + 5 + 3 * (4 + 8 * 9)
+    assert report["steps"] == 3 * 12
+    assert report["seconds"] == pytest.approx(report["flops"]["total"] / (0.1e12 * 0.4))
+    assert main([*CLIP, "--preset", "3b", "--dtype", "bfloat16"]) == 0
+    text = capsys.readouterr().out
+    assert "3b: 3,614,630,912 parameters, bfloat16 on cpu" in text
+    assert "25 frames of 672x384 pixels: 7 latent frames of 4,032 codes" in text
+    assert f"weights {2 * PARAMETERS / 2**20:,.1f}" in text
+
+
+def test_the_peak_is_probed(capsys):
+    assert main(["plan", "--generate", "--json", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["peak_from"], report["peak"] > 0) == ("measured", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*CLIP, "--config", "configs/training/tiny.yaml"], "--config has no effect on the plan of --generate"),
+        ([*CLIP, "training.max_steps=3"], "training.max_steps=3 has no effect on the plan of --generate"),
+        ([*COMMAND, "--num-frames", "5"], "--num-frames has no effect on the plan of a training"),
+        ([*CLIP, "--model", "a", "--preset", "3b"], "give one of them"),
+        ([*CLIP, "--model", "a"], "a is no model folder"),
+        ([*CLIP, "--preset", "4b"], "unknown preset '4b'; known presets: tiny"),
+        ([*CLIP, "--num-frames", "8"], "num_frames 8 is not allowed"),
+        ([*CLIP, "--height", "30"], "height 30 is not a multiple of 8"),
+        ([*CLIP, "--height", "0"], "height 0 is not allowed"),
+        ([*CLIP, "--num-frames", "4001"], "this model was made for at most 8192"),
+        ([*CLIP, "--text-tokens", "300"], "this model reads 256"),
+        ([*CLIP, "--num-inference-steps", "0"], "num_inference_steps 0 is not allowed"),
+        (["plan", "--generate", "--peak-tflops", "0"], "--peak-tflops 0.0 is not allowed"),
+    ],
+)
+def test_mistakes_about_clips_are_one_line(arguments: list[str], message: str, capsys):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -22,7 +22,6 @@ from lumos.benchmarks.decoding import Case
 from lumos.benchmarks.measure import timed
 from lumos.masking import unmasking_counts
 
-BRANCHES = 2
 PRODUCT_SECONDS, PRODUCT_RUNS = 0.3, 3
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
 ATTENTION = ("scaled_dot_product", "flash", "efficient_attention", "cudnn_attention")
@@ -45,7 +44,7 @@ def products(case: Case) -> list[Product]:
     config, steps = case.model.config, case.settings.num_inference_steps
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
     masked = [codes, *unmasking_counts(codes, steps)[:-1]]
-    lengths = [len(case.conditional), len(case.unconditional)]
+    lengths = case.prefix_lengths
     passes = [  # (context, positions whose states are wanted) of one frame's tokens in one branch
         (length + case.span * (frame + 1), wanted)
         for length in lengths
@@ -58,10 +57,10 @@ def products(case: Case) -> list[Product]:
         if isinstance(layer, nn.Linear):
             last = tokens if name.endswith(("k_proj", "v_proj")) else wanted
             flops = 2 * layer.weight.numel() * (tokens * (layers - 1) + last)
-            found.append(Product(name, flops, 1, BRANCHES * case.span, layer.in_features, layer.out_features))
+            found.append(Product(name, flops, 1, len(lengths) * case.span, layer.in_features, layer.out_features))
     pairs = sum(context * (case.span * (layers - 1) + m) for context, m in passes)
     half, mean = 2 * config.hidden_size * pairs, round(statistics.mean(context for context, _ in passes))
-    heads = BRANCHES * config.num_attention_heads
+    heads = len(lengths) * config.num_attention_heads
     found.append(Product("attention scores", half, heads, case.span, config.head_dim, mean))
     found.append(Product("attention values", half, heads, case.span, mean, config.head_dim))
     head = 2 * config.hidden_size * config.visual_token_count * sum(masked) * case.frames

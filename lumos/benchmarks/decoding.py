@@ -46,11 +46,12 @@ SHIPPED = "shipped"
 
 @dataclass(frozen=True)
 class Case:
-    """One clip to make. conditional, unconditional: ids of the two prefixes; frames: latent frames, of grid (h, w) codes."""
+    """One clip to make. conditional, unconditional: ids of the two prefixes, without guidance only of the first; frames: latent
+    frames, of grid (h, w) codes."""
 
     model: LumosForVideoGeneration
     conditional: Tensor
-    unconditional: Tensor
+    unconditional: Tensor | None
     grid: tuple[int, int]
     frames: int
     settings: GenerationSettings
@@ -66,9 +67,13 @@ class Case:
         return Frame(0, *self.grid).end
 
     @property
+    def prefix_lengths(self) -> list[int]:
+        return [len(ids) for ids in (self.conditional, self.unconditional) if ids is not None]
+
+    @property
     def cache_bytes(self) -> int:
-        longest = max(len(self.conditional), len(self.unconditional))
-        return 2 * cache_tokens(longest, self.span, self.frames) * self.model.kv_bytes_per_token()
+        lengths = self.prefix_lengths
+        return len(lengths) * cache_tokens(max(lengths), self.span, self.frames) * self.model.kv_bytes_per_token()
 
 
 def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:

@@ -1,4 +1,4 @@
-"""`plan`: what a training run or a clip will need, by arithmetic, before anything is loaded or paid for."""
+"""`plan`: what a training run or, with --generate, a clip will need, by arithmetic, before anything is loaded or paid for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from typing import Any
 
 UTILISATION = 0.4
-OF_TRAINING = ("config", "gpus", "gpu", "gpu_memory", "peak_tflops")
+OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
+OF_CLIPS = (
+    "model", "preset", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "device", "dtype",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peak-tflops", type=float, help="most that one GPU can do; default: logging.peak_tflops, else bf16 of --gpu")
     add("--utilisation", type=float, default=UTILISATION, help="share of the peak that a run gets; default: %(default)s, assumed")
     add("--text-tokens", type=int, help="tokens of a prompt; default: 16 for the small worlds, else 160")
+    add("--generate", action="store_true", help="plan a clip in place of a training, with the options that follow")
+    add("--model", help="model folder, of which only config.json is read; default: the shipped one")
+    add("--preset", help="model shape in place of a folder: tiny, 0.5b, 1b, 3b")
+    add("--height", type=int, help="pixels; default, as for all that follow: the model's own")
+    add("--width", type=int, help="pixels")
+    add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
+    add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
+    add("--guidance-scale", type=float, help="1 = no guidance")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--json", action="store_true", help="print one JSON line in place of tables")
 
 
@@ -30,7 +43,15 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--utilisation {args.utilisation} is not allowed; give more than 0, at most 1")
     if args.text_tokens is not None and args.text_tokens < 0:
         raise UserError(f"--text-tokens {args.text_tokens} is not allowed; give at least 0")
-    report, text = training(args)
+    mode, other = ("--generate", OF_TRAINING) if args.generate else ("a training", OF_CLIPS)
+    if given := [name for name in other if getattr(args, name) not in (None, [])]:
+        option = args.overrides[0] if given[0] == "overrides" else f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} has no effect on the plan of {mode}; leave it out, or say which of both is meant")
+    for name in ("gpu_memory", "peak_tflops"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
+    report, text = generation(args) if args.generate else training(args)
     print(json.dumps(report) if args.json else text)
 
 
@@ -47,6 +68,41 @@ def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return report, render(report)
 
 
+def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from pathlib import Path
+
+    import torch
+
+    from lumos.commands.generate import shipped_model
+    from lumos.configuration import LumosConfig
+    from lumos.errors import UserError
+    from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
+    from lumos.pipeline import override
+    from lumos.planning.generation import ClipPlan
+    from lumos.runtime import pick_device
+    from lumos.training.peak import peak_flops
+
+    if args.model and args.preset:
+        raise UserError(f"--model {args.model} and --preset {args.preset} are both given; give one of them")
+    if args.preset:
+        name, config, settings, clip = args.preset, LumosConfig.preset(args.preset), GenerationSettings(), ClipDefaults()
+    else:
+        name = args.model or shipped_model()
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
+        config, (settings, clip) = LumosConfig.from_pretrained(name), read_defaults(Path(name))
+    clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
+    settings = override(settings, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
+    plan = ClipPlan(config, clip, settings, text_tokens, dtype)
+    peak, known = peak_flops(device, dtype, args.peak_tflops)
+    report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
+    report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}
+    return report, render_clip(report)
+
+
 def hardware(args: argparse.Namespace, settings: Any) -> Any:
     """The lumos.planning.gpus.Hardware that options and settings name."""
     import psutil
@@ -59,10 +115,6 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
 
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus} is not allowed; give at least 1")
-    for name in ("gpu_memory", "peak_tflops"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
     peak = args.peak_tflops or settings.logging.peak_tflops
     if settings.training.device == "cpu":
         if args.gpu:
@@ -126,6 +178,25 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", report["advice"]]
     lines += [f"Assumed: {said}." for said in report["assumed"]]
     return "\n".join(lines)
+
+
+def render_clip(report: dict[str, Any]) -> str:
+    """The plan of a clip as a page of text."""
+    clip, flops, sizes, settings = (report[name] for name in ("clip", "flops", "bytes", "settings"))
+    parts = ", ".join(f"{name} {flops[name] / flops['total']:.1%}" for name in ("layers", "attention", "head"))
+    held = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
+    return "\n".join((
+        f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']} on {report['device']}",
+        f"clip     {clip['num_frames']} frames of {clip['width']}x{clip['height']} pixels: {report['latent_frames']} latent frames "
+        f"of {report['codes_of_a_frame']:,} codes, a prompt of {report['text_tokens']} tokens",
+        f"tokens   {report['tokens']:,} in a row; {report['rows']} row{'s' * (report['rows'] > 1)} at guidance "
+        f"{settings['guidance_scale']:g}; {report['steps']:,} steps, {settings['num_inference_steps']} a latent frame",
+        f"FLOPs    {flops['total']:.3g}: {parts}",
+        f"memory   MiB: {held}",
+        f"time     {duration(report['seconds'])} at {report['utilisation']:.0%} (--utilisation) of "
+        f"{report['peak'] / 1e12:.3g} TFLOP/s, {report['peak_from']}",
+        "Without loading and without the video tokenizer, which turns codes into pixels.",
+    ))  # fmt: skip
 
 
 def duration(seconds: float) -> str:
