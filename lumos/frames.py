@@ -96,6 +96,60 @@ def contact_sheet(
     return Path(path)
 
 
+def animated_sheet(
+    clips: Sequence[np.ndarray],
+    labels: Sequence[str],
+    path: str | Path,
+    fps: float,
+    *,
+    cell: int = 128,
+    across: int = 4,
+    hold: float = 0.8,
+) -> Path:
+    """Play clips uint8 [T, H, W, 3] side by side in one looping .webp or .gif, each over its label on up to three lines.
+
+    ``cell`` is the width of a clip in pixels. A shorter clip waits on its last frame; all do for ``hold`` seconds at the end.
+    """
+    if not clips or len(clips) != len(labels):
+        raise UserError(f"an animated sheet needs as many labels as clips, at least one; given {len(clips)}, {len(labels)}")
+    if Path(path).suffix.lower() not in (".webp", ".gif"):
+        raise UserError(f"{path} cannot be animated; name a .webp or .gif file")
+    font, gap, line, lines = ImageFont.load_default(11), 6, 13, 3
+    tallest = max(round(cell * clip.shape[1] / clip.shape[2]) for clip in clips)
+    wide, high = cell + gap, tallest + lines * line + gap
+    rows = math.ceil(len(clips) / across)
+    page = Image.new("RGB", (min(across, len(clips)) * wide + gap, rows * high + gap), "white")
+    draw = ImageDraw.Draw(page)
+    places = [(gap + (n % across) * wide, gap + (n // across) * high) for n in range(len(clips))]
+    for (left, top), label in zip(places, labels, strict=True):
+        for n, text in enumerate(_lines(label, font, cell, lines)):
+            draw.text((left, top + tallest + n * line), text, fill="black", font=font)
+    pages = []
+    for t in range(max(map(len, clips))):
+        page = page.copy()
+        for (left, top), clip in zip(places, clips, strict=True):
+            picture = Image.fromarray(clip[min(t, len(clip) - 1)])
+            page.paste(picture.resize((cell, round(cell * clip.shape[1] / clip.shape[2]))), (left, top))
+        pages.append(page)
+    waits = [round(1000 / fps)] * (len(pages) - 1) + [round(1000 / fps + 1000 * hold)]
+    with replacing(path) as temporary:
+        options = {"quality": 80, "method": 6} if Path(path).suffix.lower() == ".webp" else {}
+        pages[0].save(temporary, Path(path).suffix[1:], save_all=True, append_images=pages[1:], duration=waits, loop=0, **options)
+    return Path(path)
+
+
+def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
+    """At most so many lines of whole words; the last is shortened if need be."""
+    words, lines = label.split(), []
+    while words and len(lines) < most - 1:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        lines.append(_shortened(" ".join(words[:count]), font, width))
+        words = words[count:]
+    return [*lines, _shortened(" ".join(words), font, width)] if words else lines
+
+
 def _shortened(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     label = " ".join(label.split())
     if font.getlength(label) <= width:

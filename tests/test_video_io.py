@@ -20,7 +20,6 @@ from lumos import files, video_reading
 from lumos.errors import RunError, UserError
 from lumos.video_io import (
     check_output,
-    contact_sheet,
     count_frames,
     fit,
     from_uint8,
@@ -529,19 +528,6 @@ def test_levels_survive_the_way_to_a_tensor_and_back():
     assert to_uint8(torch.tensor([[-9.0, 9.0, 0.0]]).expand(3, 1, 1, 3))[0, 0, :, 0].tolist() == [0, 255, 128]
     with pytest.raises(RunError, match="finite"):
         to_uint8(torch.full((3, 1, 2, 2), float("nan")))
-
-
-def test_contact_sheet(tmp_path):
-    red, blue = (np.full((9, 32, 32, 3), c, np.uint8) for c in ([200, 0, 0], [0, 0, 200]))
-    clips = [red, blue, red[:1]]
-    path = contact_sheet(clips, ["a red one", "a blue one " * 40, ""], tmp_path / "s.png", columns=4, cell=40, across=2)
-    sheet = read_image(path)
-    labels = sheet[:20, : sheet.shape[1] // 2]
-    assert (labels < 128).any()
-    for colour, strips in (([200, 0, 0], 5), ([0, 0, 200], 4)):  # red: four frames and the single one below
-        assert (sheet == colour).all(axis=-1).sum() == strips * 40 * 40
-    with pytest.raises(UserError):
-        contact_sheet(clips, ["too few"], tmp_path / "s.png")
 
 
 # -- a real film and a real photograph ---------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask-given-frames", action="store_true", default=None, help="hide a part of the given frame too, as of later history")
     add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
-    add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet")
+    add("--animation", help=".webp or .gif that plays the same clips side by side over their prompts")
+    add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet and in the animation")
     add("--output", help="JSON file for settings, shares and the verdict of every clip")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
@@ -42,9 +43,9 @@ def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
     from lumos.evaluation.prompts import generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_writable, write_json
+    from lumos.frames import animated_sheet, contact_sheet
     from lumos.pipeline import LumosPipeline, check_num_frames, override
     from lumos.runtime import versions
-    from lumos.video_io import contact_sheet
 
     for name in ("count", "batch_size", "sheet_clips"):
         if getattr(args, name) < 1:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--image-to-video has no effect with --reference {args.reference}; leave it out")
     if args.mask_given_frames and not args.image_to_video:
         raise UserError("--mask-given-frames has no effect without --image-to-video; add it, or leave it out")
-    for path in (args.sheet, args.output):
+    for path in (args.sheet, args.animation, args.output):
         if path:
             check_writable(path)
     transformers.utils.logging.disable_progress_bar()
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
     if args.sheet:
         print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
+    if args.animation:
+        captions = [label.partition(" | ")[2] for label in labels]
+        print(animated_sheet(clips_shown, captions, args.animation, form.fps))
     summary = {
         "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
         "num_frames": form.num_frames, "image_to_video": args.image_to_video,
