@@ -148,6 +148,10 @@ class LumosPipeline:
         top_p: float | None = None,
         history_mask_ratio: float | None = None,
         mask_given_frames: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        confidence_threshold: float | None = None,
+        later_steps: int | None = None,
+        history_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -171,7 +175,9 @@ class LumosPipeline:
         frames up to pipe.num_timesteps. `tensors` holds those named: codes int64 [B, h, w] of the frame that is being made (-1:
         still masked), history [B, t, h, w] of the frames before it. It may return {"codes": ...} with other values, and set
         pipe._interrupt to end the clip with the latent frames that are done.
-        on_step(frame, frames, step, steps) is the same without tensors.
+        on_step(frame, frames, step, steps) is the same without tensors; `steps` are those of this latent frame at most.
+        With history_frames a clip may be of any length; the text and the header then tell the model of a clip as long as its
+        default at most, which is what it was trained on.
         Raises UserError for what cannot be made, before any work is done.
         """
         config = self.model.config
@@ -180,7 +186,9 @@ class LumosPipeline:
             raise UserError("both seed and generator are given; give one of them")
         sampling = override(self.settings, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
                             temperature=temperature, top_k=top_k, top_p=top_p,
-                            history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames)  # fmt: skip
+                            history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames,
+                            guidance_interval=guidance_interval, confidence_threshold=confidence_threshold,
+                            later_steps=later_steps, history_frames=history_frames)  # fmt: skip
         lists = align(*repeat_each(num_videos_per_prompt, prompt, negative_prompt, image, video), seed)
         if generator is not None:
             lists["seed"] = seeds_from(generator, len(lists["prompt"]))
@@ -220,33 +228,36 @@ class LumosPipeline:
         given_codes = [self._encode(g) for g in given]
 
         # 2. prefixes of both branches
+        told = clip if sampling.history_frames is None else override(clip, num_frames=min(clip.num_frames, self.clip.num_frames))
         begin_with = given_codes or [None] * len(prompts)
-        conditional = [self._prefix(text, clip, codes) for text, codes in zip(prompts, begin_with, strict=True)]
+        conditional = [self._prefix(text, told, codes) for text, codes in zip(prompts, begin_with, strict=True)]
         unconditional = None
         if sampling.guidance_scale != 1:
-            unconditional = [self._prefix(text, clip, codes) for text, codes in zip(negatives, begin_with, strict=True)]
+            unconditional = [self._prefix(text, told, codes) for text, codes in zip(negatives, begin_with, strict=True)]
         elif negatives[0] is not None:
             raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
 
         # 3. frames
         given_latents = len(given_codes[0]) if given_codes else 0
         new_frames = num_latent_frames(clip.num_frames, config.temporal_compression) - given_latents
-        longest = cache_tokens(max(map(len, conditional)), Frame(0, rows, cols).end, new_frames)
-        if longest > config.max_position_embeddings:
-            raise UserError(
-                f"the clip needs {longest} tokens, this model was made for at most {config.max_position_embeddings}; "
-                "ask for fewer frames or a smaller size"
-            )
-        steps, done = sampling.num_inference_steps, [torch.stack(given_codes)] if given_codes else []
-        self._interrupt, self._num_timesteps = False, new_frames * steps
+        if new_frames == 1:
+            without_effect("a single new latent frame", later_steps=later_steps)
+        if given_latents + new_frames <= 2 + (sampling.history_frames or 0):
+            without_effect(f"a clip of {given_latents + new_frames} latent frames", history_frames=history_frames)
+        span = Frame(0, rows, cols).end
+        check_length(max(map(len, conditional)) - given_latents * span, span, given_latents + new_frames, sampling, config)
+        done = [torch.stack(given_codes)] if given_codes else []
+        self._interrupt, self._num_timesteps = False, sampling.steps_before(new_frames)
         step_end = None
         if callback_on_step_end is not None:
             empty = torch.empty(len(prompts), 0, rows, cols, dtype=torch.int64)
-            step_end = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs, grid=(rows, cols), steps=steps,
-                                     history=lambda: torch.cat([empty, *done], dim=1), config=config)  # fmt: skip
+            step_end = step_callback(
+                self, callback_on_step_end, callback_on_step_end_tensor_inputs, grid=(rows, cols), config=config,
+                steps_before=sampling.steps_before, history=lambda: torch.cat([empty, *done], dim=1),
+            )  # fmt: skip
 
         def after_step(frame: int, step: int, ids: Tensor) -> None:
-            on_step(frame, new_frames, step, steps)
+            on_step(frame, new_frames, step, sampling.steps_of(frame))
             if step_end is not None:
                 step_end(frame, step, ids)
 
@@ -349,6 +360,25 @@ def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> 
         raise UserError(
             f"{name} {num_frames} is not allowed; it must be 1 + a multiple of {stride}, for example "
             f"{below} or {below + stride}"
+        )
+
+
+def check_length(text: int, span: int, frames: int, settings: GenerationSettings, config: LumosConfig) -> None:
+    """UserError if a frame would see more tokens than the model was made for; a warning if only positions go beyond that.
+
+    text: tokens before the frames; span: of a frame; frames: latent frames of the clip.
+    """
+    seen, last = cache_tokens(text, span, frames, settings.history_frames), cache_tokens(text, span, frames)
+    limit, bound = config.max_position_embeddings, settings.history_frames
+    if seen > limit:
+        way = "or bound what a frame sees with history_frames" if bound is None else f"or lower history_frames {bound}"
+        raise UserError(
+            f"the clip needs {seen} tokens, this model was made for at most {limit}; ask for fewer frames or a smaller size, {way}"
+        )
+    if last > limit:
+        warnings.warn(
+            f"the clip's positions go up to {last}, this model was made for {limit}: how far away text and first frame are is "
+            "beyond what it may have learned"
         )
 
 

@@ -16,7 +16,6 @@ from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.generation.engine import code_offsets
 from lumos.generation.settings import is_whole
-from lumos.masking import unmasking_counts
 from lumos.sequence import Frame
 
 if TYPE_CHECKING:
@@ -94,25 +93,27 @@ def step_callback(
     names: Sequence[str],
     *,
     grid: tuple[int, int],
-    steps: int,
+    steps_before: Callable[[int], int],
     history: Callable[[], Tensor],
     config: LumosConfig,
 ) -> Callable[[int, int, Tensor], None]:
     """`callback_on_step_end` as a function of (frame, step, ids [B, n] of the frame's span), which it may change in place.
 
-    grid: rows and columns of codes. history(): codes [B, t, h, w] of the latent frames before this one.
+    grid: rows and columns of codes. steps_before(frame): steps of all the latent frames before it. history(): their codes
+    [B, t, h, w].
     UserError for names that are not offered and for codes of another shape or out of range; Interrupted if the callback asks.
     """
     if unknown := [name for name in names if name not in TENSOR_INPUTS]:
         raise UserError(f"callback_on_step_end_tensor_inputs {unknown} are not offered; allowed: {', '.join(TENSOR_INPUTS)}")
-    offsets, still_masked = code_offsets(Frame(0, *grid)), unmasking_counts(grid[0] * grid[1], steps)
+    offsets = code_offsets(Frame(0, *grid))
 
     def hook(frame: int, step: int, ids: Tensor) -> None:
         at = offsets.to(ids.device)
         tokens = ids[:, at]
         codes = (tokens - config.visual_token_start).masked_fill(tokens == config.mask_token_id, -1).view(-1, *grid)
         offered = {"codes": lambda: codes.clone(), "history": history}
-        result = callback(pipe, frame * steps + step, still_masked[step], {name: offered[name]() for name in names}) or {}
+        still_masked = int((codes < 0).sum(dim=(1, 2)).max())
+        result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names}) or {}
         if "codes" in result:
             changed = check_codes(result["codes"], codes, config).to(ids.device)
             ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)

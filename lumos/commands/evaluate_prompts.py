@@ -7,6 +7,8 @@ import json
 import sys
 import time
 
+from lumos.commands.sampling import TRADES, add_trades
+
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from others or say them again."""
 
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float)
     add("--history-mask-ratio", type=float)
     add("--mask-given-frames", action="store_true", default=None, help="hide a part of the given frame too, as of later history")
+    add_trades(parser)
     add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
     add("--animation", help=".webp or .gif that plays the same clips side by side over their prompts")
@@ -50,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("count", "batch_size", "sheet_clips"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames")
+    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames",
+             *TRADES)  # fmt: skip
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if options and args.reference:
         raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")

@@ -9,7 +9,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from lumos.commands.sampling import TRADES, add_trades
+
 SHIPPED_MODEL = "checkpoints/lumos-tiny"
+BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, help="sample among the likeliest codes of this total probability")
     add("--history-mask-ratio", type=float, help="share of each finished frame hidden from later frames")
     add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None, help="hide that share of given frames too")
+    add_trades(parser)
     add("--seed", type=int, help="default: drawn, printed and stored")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
@@ -69,12 +73,12 @@ def run(args: argparse.Namespace) -> None:
     num_frames = args.num_frames or pipe.clip.num_frames
     check_output(output, num_frames, 1 if num_frames == 1 else args.fps or pipe.clip.fps)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
-    with tqdm(unit="step", desc="generating", file=sys.stderr, leave=False) as bar:
+    with tqdm(unit="frame", desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
-            bar.total = frames * steps
-            bar.set_postfix_str(f"frame {frame + 1}/{frames} step {step + 1}/{steps}", refresh=False)
-            bar.update()
+            bar.total = frames
+            bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
+            bar.update(frame + (step + 1) / steps - bar.n)
 
         result = pipe(
             args.prompt, negative_prompt=args.negative_prompt, image=args.image, video=args.video,
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             fps=args.fps, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             history_mask_ratio=args.history_mask_ratio, mask_given_frames=args.mask_given_frames, seed=seed,
-            output_type="uint8", on_step=on_step,
+            output_type="uint8", on_step=on_step, **{name: getattr(args, name) for name in TRADES},
         )  # fmt: skip
     generated = time.perf_counter()
     metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lora": args.lora, "lumos": __version__}

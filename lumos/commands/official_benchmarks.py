@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lumos.commands.sampling import TRADES, add_trades
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
-SAMPLING = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames")
+SAMPLING = (
+    "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
+)  # fmt: skip
 SHAPE = ("num_frames", "height", "width", "fps")
 SEED, BATCH_SIZE = 0, 5
 
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--top-p", type=float)
     if not benchmark.pictures:
         add("--history-mask-ratio", type=float)
+    add_trades(parser, pictures=benchmark.pictures)
     if benchmark.images:
         add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None)
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")

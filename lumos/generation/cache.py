@@ -13,14 +13,18 @@ from lumos.sequence import Layout
 
 
 class Cache:
-    """Keys and values of R rows, each filled up to its own length: [layers, R, Hkv, capacity, D]."""
+    """Keys and values of R rows, each filled up to its own length: [layers, R, Hkv, capacity, D].
 
-    def __init__(self, model: LumosForVideoGeneration, rows: int, capacity: int):
+    history: frames that stay behind a row's first one, which begins at `firsts`; when one more comes, the oldest of them leaves
+    and those after it move up, with the rotary positions that they have. None: all stay.
+    """
+
+    def __init__(self, model: LumosForVideoGeneration, rows: int, capacity: int, history: int | None = None):
         c = model.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.values = torch.empty_like(self.keys)
-        self.lengths = [0] * rows
+        self.lengths, self.firsts, self.history = [0] * rows, [0] * rows, history
 
     def store(self, rows: Sequence[int], layouts: Sequence[Layout]) -> Attend:
         """Attention over whole prefixes [len(rows), L], one layout each, that also fills these rows of the cache."""
@@ -46,30 +50,48 @@ class Cache:
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : keys.shape[2]] = values
 
-    def extend(self, n: int) -> Attend:
-        """Attention of frames of n tokens each to the cache, to the frames before them, and to themselves.
+    def extend(self, n: int, rows: int, stay: int) -> Attend:
+        """Attention of one frame of n tokens, or of two in a row, to the cache and itself, in the first `rows` rows.
 
-        Where there are fewer queries than keys, all are of the last frame. Their keys and values are written behind each row's
-        length, which stays: `lengths` says what is to be kept.
+        The first `stay` of the frames stay in the cache, which `advance` has to be told. Where there are fewer queries than keys,
+        all are of the last frame.
         """
-        runs = list(equal_runs(self.lengths))
+        runs = list(equal_runs(self.lengths[:rows]))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            total, parts = k.shape[2], []
-            size = n if q.shape[2] == total else q.shape[2]
+            frames = k.shape[2] // n
+            sizes = [n] * frames if q.shape[2] == k.shape[2] else [0] * (frames - 1) + [q.shape[2]]
+            parts = []
             for start, stop in runs:
-                length, rows = self.lengths[start], slice(start, stop)
-                keys, values = (c[layer, rows, :, : length + total] for c in (self.keys, self.values))
-                keys[:, :, length:] = k[rows]
-                values[:, :, length:] = v[rows]
-                frames = []
-                for i, queries in enumerate(reversed(q[rows].split(size, dim=2))):
-                    end = length + total - i * n
-                    frames.insert(0, prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False))
-                parts.append(torch.cat(frames, dim=2) if len(frames) > 1 else frames[0])
+                length, some, seen = self.lengths[start], slice(start, stop), []
+                keys, values = self.keys[layer, some], self.values[layer, some]
+                split = zip(q[some].split(sizes, dim=2), k[some].split(n, dim=2), v[some].split(n, dim=2), strict=True)
+                for i, (queries, new_keys, new_values) in enumerate(split):
+                    end = length + n
+                    keys[:, :, length:end] = new_keys
+                    values[:, :, length:end] = new_values
+                    if queries.shape[2]:
+                        queries = prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False)
+                    seen.append(queries)
+                    if i < stay and (oldest := self._oldest(start, n)) is not None:
+                        for cached in (keys, values):
+                            cached[:, :, oldest:length] = cached[:, :, oldest + n : end].clone()
+                    else:
+                        length = end
+                parts.append(torch.cat(seen, dim=2) if len(seen) > 1 else seen[0])
             return torch.cat(parts) if len(parts) > 1 else parts[0]
 
         return attend
+
+    def advance(self, n: int) -> None:
+        """A frame of n tokens has come to stay in every row."""
+        self.lengths = [length + (n if self._oldest(row, n) is None else 0) for row, length in enumerate(self.lengths)]
+
+    def _oldest(self, row: int, n: int) -> int | None:
+        """Where the frame begins that leaves when another comes."""
+        behind = self.firsts[row] + n
+        full = self.history is not None and self.lengths[row] - behind >= self.history * n
+        return behind if full else None
 
 
 class KeptPrefix:

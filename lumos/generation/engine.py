@@ -10,12 +10,13 @@ branches, as guidance is linear. S samples, R rows, n tokens of a frame's span, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lumos.generation.cache import Cache, KeptPrefix
-from lumos.generation.sampling import filter_logits, guide, least_confident, sample_codes
+from lumos.generation.sampling import filter_logits, guide, least_confident, sample_codes, unsure
 from lumos.generation.settings import GenerationSettings
 from lumos.masking import history_mask, unmasking_counts
 from lumos.modeling import Head, LumosForVideoGeneration, Rotary
@@ -43,24 +44,37 @@ class Engine:
         self.model = model
         self.cache: Cache | None = None
         self.frames_done = 0
+        self._lengths: list[int] = []  # of the sequences so far, what has left the cache included
         self._origins: list[int] = []
         self._frame: Frame | None = None
         self._rotary: dict[int, Rotary] = {}
 
     @torch.inference_mode()
-    def prefill(self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None) -> None:
+    def prefill(
+        self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None, history: int | None = None
+    ) -> None:
         """prefixes: ids [L_r] of each row, ending before a frame; capacity: cached tokens a row may reach.
 
         Equal prefixes are computed once, and the last row's not at all if `kept` has it from an earlier call.
+        history: as in GenerationSettings.history_frames; given frames behind the first are then committed one by one.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
         layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
         frames = {len(layout.frames) for layout in layouts}
         if len(frames) > 1:
             raise ValueError(f"rows with different numbers of given frames: {sorted(frames)}")
-        self.cache = Cache(self.model, len(prefixes), capacity)
         self.frames_done = frames.pop()
+        if history is not None and self.frames_done > 1:
+            spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
+            begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]
+            self.prefill(begin, capacity, kept, history)
+            for frame in list(zip(*spans, strict=True))[1:]:
+                self.commit(torch.stack(frame))
+            return
+        self.cache = Cache(self.model, len(prefixes), capacity, history)
+        self._lengths = [layout.length for layout in layouts]
         self._origins = [layout.origin or layout.length + FRAME_HEADER for layout in layouts]
+        self.cache.firsts = [origin - FRAME_HEADER for origin in self._origins]
         self._frame, self._rotary = None, {}
 
         rows_of: dict[tuple[int, ...], list[int]] = {}
@@ -87,13 +101,14 @@ class Engine:
     def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None) -> Tensor:
         """One step on the frame after the cache: frame_ids [R, n] -> hidden states [R, m, C] of the offsets `at` [R, m].
 
+        Without `committing`, frame_ids and `at` may be those of the first rows only.
         committing: ids [R, n] of the finished frame before it, as later frames shall see it; the same forward appends it to the
         cache. The frame of frame_ids itself leaves nothing there.
         """
         n = frame_ids.shape[1]
         if committing is None:
             return self._forward(frame_ids, n, at)
-        hidden = self._forward(torch.cat([committing, frame_ids], dim=1), n, at + n)
+        hidden = self._forward(torch.cat([committing, frame_ids], dim=1), n, at + n, stay=1)
         self._advance(n)
         return hidden
 
@@ -107,18 +122,21 @@ class Engine:
     @torch.inference_mode()
     def commit(self, frame_ids: Tensor) -> None:
         """Append a frame, as later frames shall see it: frame_ids [R, n]."""
-        self._forward(frame_ids, frame_ids.shape[1])
-        self._advance(frame_ids.shape[1])
+        rows, n = frame_ids.shape
+        self._forward(frame_ids, n, torch.empty(rows, 0, dtype=torch.int64, device=self.model.device), stay=1)
+        self._advance(n)
 
-    def _forward(self, ids: Tensor, n: int, at: Tensor | None = None) -> Tensor:
-        """ids [R, n of one frame, or 2 n of two in a row] -> hidden states of all, or of the offsets `at` in the last frame."""
+    def _forward(self, ids: Tensor, n: int, at: Tensor, stay: int = 0) -> Tensor:
+        """ids [R, n of one frame, or 2 n of two in a row], the first `stay` to be kept -> hidden states of the offsets `at`."""
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
-        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n), at)
+        rotary = tuple(table[: len(ids)] for table in rotary)
+        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n, len(ids), stay), at)
 
     def _advance(self, n: int) -> None:
         self._rotary.pop(self.frames_done, None)
-        self.cache.lengths = [length + n for length in self.cache.lengths]
+        self.cache.advance(n)
+        self._lengths = [length + n for length in self._lengths]
         self.frames_done += 1
 
     def _read_frame(self, frame_ids: Tensor) -> Frame:
@@ -128,17 +146,17 @@ class Engine:
         return self._frame
 
     def frame_position_ids(self, frame_ids: Tensor, ahead: int = 0) -> Tensor:
-        """int64 [R, 3, n]: where the frame after the cache, or `ahead` frames later, stands in each row."""
+        """int64 [R, 3, n]: where the frame after the cache, or `ahead` frames later, stands in the sequence of each row."""
         frame, config = self._read_frame(frame_ids), self.model.config
-        places = [Frame(length + ahead * frame.end, frame.rows, frame.cols) for length in self.cache.lengths]
+        places = [Frame(length + ahead * frame.end, frame.rows, frame.cols) for length in self._lengths]
         index = self.frames_done + ahead
         return torch.stack([frame_positions(p, index, o, config) for p, o in zip(places, self._origins, strict=True)])
 
     def _frame_rotary(self, frame_ids: Tensor, ahead: int) -> Rotary:
-        """Rotary tables of a frame; its steps share them."""
+        """Rotary tables of a frame in all rows; its steps share them."""
         index = self.frames_done + ahead
         if index not in self._rotary:
-            is_content = torch.zeros(frame_ids.shape, dtype=torch.bool)
+            is_content = torch.zeros(len(self._lengths), frame_ids.shape[1], dtype=torch.bool)
             is_content[:, FRAME_HEADER:-1] = True
             self._rotary[index] = self.model.rotary(self.frame_position_ids(frame_ids, ahead), is_content)
         return self._rotary[index]
@@ -150,9 +168,12 @@ def code_offsets(frame: Frame) -> Tensor:
     return grid.flatten() + FRAME_HEADER
 
 
-def cache_tokens(prefix: int, span: int, new_frames: int) -> int:
-    """Tokens that a row reaches: prefix and all frames; the last is never committed but needs its place while denoised."""
-    return prefix + span * new_frames
+def cache_tokens(text: int, span: int, frames: int, history: int | None = None) -> int:
+    """Tokens that a row reaches: what stands before the frames, and all frames, or the first, the last `history`, and one more.
+
+    The last frame is never committed but needs its place while denoised.
+    """
+    return text + span * (frames if history is None else min(frames, 1 + history + 1))
 
 
 def generate_frames(
@@ -185,29 +206,45 @@ def generate_frames(
     hidden_later = hidden_later.to(device)
     if settings.mask_given_frames:
         rows = [mask_given(row, hidden_later.cpu(), config) for row in rows]
-    still_masked = unmasking_counts(h * w, settings.num_inference_steps)
+    span, given = blank.shape[1], len(parse_layout(rows[0][None], config)[0].frames)
+    capacity = cache_tokens(max(map(len, rows)) - given * span, span, given + new_frames, settings.history_frames)
 
     engine, finished = Engine(model), None
-    engine.prefill(rows, cache_tokens(max(map(len, rows)), blank.shape[1], new_frames), kept if branches == 2 else None)
+    engine.prefill(rows, capacity, kept if branches == 2 else None, settings.history_frames)
     for frame in range(new_frames):
         ids = blank.to(device).repeat(samples, 1)  # [S, n]
-        masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide
-        uniform = draw_uniform(generators, len(still_masked), h * w).to(device)
-        for step, count in enumerate(still_masked):
-            hidden = engine.hidden(ids.repeat(branches, 1), masked.repeat(branches, 1), finished)
+        masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide; 0 where a sample has fewer
+        steps = settings.steps_of(frame)
+        uniform = draw_uniform(generators, steps, h * w).to(device)
+        for step, (before, after) in enumerate(pairwise([h * w, *unmasking_counts(h * w, steps)])):
+            active = branches if settings.guides(step, steps) else 1
+            if finished is not None and active < branches:
+                engine.commit(finished)
+                finished = None
+            hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
             finished = None
-            if branches == 2:
+            if active == 2:
                 hidden = guide(hidden, settings.guidance_scale)
             for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
             codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
-            temperature = settings.temperature * (1 - (step + 1) / len(still_masked))
-            remask = least_confident(log_prob, for_confidence, temperature, count)
-            ids.scatter_(1, masked, codes + config.visual_token_start)
-            masked = masked.gather(1, remask)
-            ids.scatter_(1, masked, config.mask_token_id)
+            temperature = settings.temperature * (1 - (step + 1) / steps)
+            put(ids, masked, codes + config.visual_token_start)
+            if settings.confidence_threshold is None:
+                masked = masked.gather(1, least_confident(log_prob, for_confidence, temperature, after))
+            else:
+                threshold = settings.confidence_threshold
+                masked = unsure(masked, log_prob, for_confidence, temperature, before - after, threshold)
+            put(ids, masked, torch.full_like(masked, config.mask_token_id))
             on_step(frame, step, ids)
+            if masked.shape[1] == 0:
+                break
         finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
+
+
+def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
+    """Write values [S, m] at offsets `at` [S, m] of ids [S, n]; at offset 0, which is no code, what is there stays."""
+    ids.scatter_(1, at, torch.where(at > 0, values, ids[:, :1]))
 
 
 @torch.inference_mode()

@@ -74,3 +74,18 @@ def least_confident(log_prob: Tensor, uniform: Tensor, temperature: float, count
     """
     confidence = log_prob + temperature * gumbel(uniform)
     return confidence.topk(count, dim=-1, largest=False).indices.sort(-1).values
+
+
+def unsure(masked: Tensor, log_prob: Tensor, uniform: Tensor, temperature: float, decided: int, threshold: float) -> Tensor:
+    """What stays masked when a step decides the `decided` most confident codes, and every code of probability >= threshold.
+
+    masked: offsets int64 [S, m] above 0, ascending, filled up with 0 where a sample has fewer -> the same of what stays, as wide
+    as the longest of them. Reading that width makes the host wait for the device.
+    """
+    waiting = masked > 0
+    confidence = (log_prob + temperature * gumbel(uniform)).masked_fill(~waiting, math.inf)
+    rank = confidence.argsort(-1).argsort(-1)
+    stays = (rank < waiting.sum(-1, keepdim=True) - decided) & (log_prob < math.log(threshold))
+    last = torch.iinfo(masked.dtype).max
+    kept = masked.masked_fill(~stays, last).sort(-1).values[:, : int(stays.sum(-1).max())]
+    return kept.masked_fill(kept == last, 0)

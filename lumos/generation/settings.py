@@ -16,6 +16,10 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    return is_whole(value) or isinstance(value, float)
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """Sampling settings; the defaults are the published ones, a model folder's pipeline.json may bring its own.
@@ -26,6 +30,15 @@ class GenerationSettings:
     top_k, top_p          sample among the k likeliest codes, or the likeliest with total probability p; off by default
     history_mask_ratio    share of a finished frame's content hidden from later frames, 0 <= ratio < 1
     mask_given_frames     hide that share of given frames too; by default they are seen whole
+
+    The others save time or memory and change what is made; off by default:
+    guidance_interval     (start, stop): guidance only at steps k of n with start <= k / n < stop, k from 0 (arXiv 2404.07724);
+                          the other steps run one branch
+    confidence_threshold  a step decides as many codes as the schedule says, the most confident first, and every other code whose
+                          probability, guided and filtered, is at least this; a frame ends when all are decided (arXiv 2505.22618)
+    later_steps           num_inference_steps of every latent frame after the first that is made
+    history_frames        a frame sees the text, the clip's first latent frame, and so many latent frames right before it, each at
+                          the positions that it always had; the cache stays that small
     """
 
     num_inference_steps: int = 50
@@ -35,24 +48,67 @@ class GenerationSettings:
     top_p: float | None = None
     history_mask_ratio: float = 0.7
     mask_given_frames: bool = False
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    confidence_threshold: float | None = None
+    later_steps: int | None = None
+    history_frames: int | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
                 raise UserError(f"{name} {getattr(self, name)!r} is not allowed; give {allowed}")
 
-        for name in ("num_inference_steps", "top_k"):
+        for name in ("num_inference_steps", "top_k", "later_steps", "history_frames"):
             value = getattr(self, name)
             check(value is None or is_whole(value), name, "a whole number")
-        for name in ("guidance_scale", "temperature", "top_p", "history_mask_ratio"):
+        for name in ("guidance_scale", "temperature", "top_p", "history_mask_ratio", "confidence_threshold"):
             value = getattr(self, name)
-            check(value is None or is_whole(value) or isinstance(value, float), name, "a number")
+            check(value is None or is_number(value), name, "a number")
         check(1 <= self.num_inference_steps <= 1000, "num_inference_steps", "1 to 1000")
         check(1 <= self.guidance_scale <= 100, "guidance_scale", "1 (no guidance) to 100")
         check(0 <= self.temperature <= 100, "temperature", "0 to 100")
         check(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
         check(0 <= self.history_mask_ratio < 1, "history_mask_ratio", "0 (history seen whole) to below 1")
+        threshold = self.confidence_threshold
+        check(threshold is None or 0 < threshold <= 1, "confidence_threshold", "more than 0, at most 1")
+        check(self.later_steps is None or 1 <= self.later_steps <= 1000, "later_steps", "1 to 1000")
+        check(self.history_frames is None or self.history_frames >= 1, "history_frames", "at least 1")
+        interval = self.guidance_interval
+        pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
+        check(pair and 0 <= interval[0] < interval[1] <= 1, "guidance_interval", "two numbers, 0 <= start < stop <= 1")
+        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))  # JSON and YAML give lists
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        for steps in {self.steps_of(0), self.steps_of(1)}:
+            if not any(self.guides(step, steps) for step in range(steps)):
+                raise UserError(
+                    f"guidance_interval {self.guidance_interval} holds none of {steps} steps (they stand at k / {steps}); "
+                    "widen it, or turn guidance off with guidance_scale 1"
+                )
+        if self.guidance_scale == 1 and self.guidance_interval != (0.0, 1.0):
+            raise UserError(
+                f"guidance_interval {self.guidance_interval} has no effect with guidance_scale 1; raise guidance_scale or give 0 1"
+            )
+        if self.top_k == 1 and self.confidence_threshold is not None:
+            raise UserError(
+                f"confidence_threshold {self.confidence_threshold} cannot work with top_k 1: every code is certain then, and each "
+                "frame would end after one step; leave one of them out"
+            )
+
+    def steps_of(self, frame: int) -> int:
+        """Steps of the frame-th latent frame that is made, from 0; with a threshold it may end earlier."""
+        return self.num_inference_steps if frame == 0 or self.later_steps is None else self.later_steps
+
+    def steps_before(self, frame: int) -> int:
+        """Steps of all the frames before it."""
+        return sum(map(self.steps_of, range(frame)))
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether this of a frame's steps uses both branches."""
+        start, stop = self.guidance_interval
+        return start <= step / steps < stop
 
 
 @dataclass(frozen=True)

@@ -144,9 +144,9 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
     def apart(self, ids, at, committing=None):
         if committing is None:
             return hidden(self, ids, at)
-        inside = copy.deepcopy(self.cache), self.frames_done
+        inside = copy.deepcopy(self.cache), self.frames_done, self._lengths
         together = hidden(self, ids, at, committing)
-        self.cache, self.frames_done = inside
+        self.cache, self.frames_done, self._lengths = inside
         self.commit(committing)
         after = hidden(self, ids, at)
         largest.append(float((after - together).abs().max()))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.errors import UserError
@@ -19,6 +19,7 @@ def test_guidance_is_the_published_formula():
 
 
 @given(st.integers(1, 12), st.integers(0, 1000))
+@settings(deadline=None)
 def test_top_k_keeps_the_k_likeliest(k, seed):
     logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(seed))
     kept = filter_logits(logits, k, None).isfinite()
@@ -27,6 +28,7 @@ def test_top_k_keeps_the_k_likeliest(k, seed):
 
 
 @given(st.floats(0.01, 1.0), st.integers(0, 1000))
+@settings(deadline=None)
 def test_top_p_keeps_the_smallest_likely_set(p, seed):
     logits = 2 * torch.randn(9, generator=torch.Generator().manual_seed(seed))
     kept = filter_logits(logits[None, None], None, p)[0, 0].isfinite()
@@ -39,6 +41,7 @@ def test_top_p_keeps_the_smallest_likely_set(p, seed):
 
 
 @given(st.integers(1, 70), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 20.0]))
+@settings(deadline=None)
 def test_the_code_is_where_the_distribution_reaches_the_number(codes, seed, spread):
     """Against the running sum of all probabilities in float64; prime counts have one block."""
     g = torch.Generator().manual_seed(seed)
