@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline_call import (
     Interrupted,
     LumosPipelineOutput,
+    Prepared,
+    Request,
     StepCallback,
     as_output_type,
     check_output_type,
@@ -37,6 +40,7 @@ from lumos.runtime import pick_device
 from lumos.sequence import Frame, build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
+from tokenizer.streaming import StreamDecoder
 
 MAX_SEED = 2**63 - 1
 
@@ -180,34 +184,105 @@ class LumosPipeline:
         default at most, which is what it was trained on.
         Raises UserError for what cannot be made, before any work is done.
         """
-        config = self.model.config
         check_output_type(output_type)
-        if generator is not None and seed is not None:
+        request = Request(
+            prompt, negative_prompt, image, video, num_given_frames, num_frames, height, width, fps, num_inference_steps,
+            guidance_scale, temperature, top_k, top_p, history_mask_ratio, mask_given_frames, guidance_interval,
+            confidence_threshold, later_steps, history_frames, num_videos_per_prompt, seed, generator,
+        )  # fmt: skip
+        ready = self.prepare(request)
+        done = [torch.stack(ready.given)] if ready.given else []
+        step_end = None
+        if callback_on_step_end is not None:
+            empty = torch.empty(len(ready.seeds), 0, *ready.grid, dtype=torch.int64)
+            step_end = step_callback(
+                self, callback_on_step_end, callback_on_step_end_tensor_inputs, grid=ready.grid, config=self.model.config,
+                steps_before=ready.sampling.steps_before, history=lambda: torch.cat([empty, *done], dim=1),
+            )  # fmt: skip
+
+        def after_step(frame: int, step: int, ids: Tensor) -> None:
+            on_step(frame, ready.new_frames, step, ready.sampling.steps_of(frame))
+            if step_end is not None:
+                step_end(frame, step, ids)
+
+        try:
+            for codes in self._latents(ready, after_step):
+                done.append(codes)
+        except Interrupted:
+            if not done:
+                raise RunError("the callback interrupted the call before its first latent frame was done") from None
+        codes = torch.cat(done, dim=1)  # [B, t, h, w]
+
+        # clip by clip to bound the decoder's memory
+        frames = codes if output_type == "latent" else as_output_type([self._decode(c) for c in codes], output_type)
+        settled = ready.settled(codes.shape[1], self.model.config.temporal_compression)
+        return LumosPipelineOutput(frames, codes, ready.seeds, settled) if return_dict else (frames,)
+
+    def stream(
+        self, prompt: str | Sequence[str], *, on_step: Callable[[int, int, int, int], None] = lambda *_: None, **options: Any
+    ) -> Iterator[list[np.ndarray]]:
+        """Make clips and yield their frames as soon as their latent frame is done: for each clip uint8 [n, H, W, 3].
+
+        n is 1 for the first latent frame of a clip, then the temporal compression (given frames come at once, first). Joined,
+        they are the frames of a call with the same arguments, to rounding. `options`: those of a call that say what is made, by
+        name; see `Request`. What the decoder keeps does not grow with the clip if history_frames is set and the video tokenizer
+        has an attention_window. Closing the iterator ends the work. Raises UserError here, before the first frame is asked for.
+        """
+        try:
+            request = Request(prompt, **options)
+        except TypeError as error:
+            known = ", ".join(field.name for field in fields(Request))
+            raise UserError(f"stream: {str(error).split('() ')[-1]}; it takes {known}") from error
+        ready = self.prepare(request)
+        steps_of = ready.sampling.steps_of
+        return self._frames(ready, lambda frame, step, ids: on_step(frame, ready.new_frames, step, steps_of(frame)))
+
+    def _frames(self, ready: Prepared, on_step: Callable[[int, int, Tensor], None]) -> Iterator[list[np.ndarray]]:
+        decoder = StreamDecoder(self.video_tokenizer)
+        device = next(self.video_tokenizer.parameters()).device
+        given = [torch.stack(ready.given)] if ready.given else []
+        for codes in itertools.chain(given, self._latents(ready, on_step)):
+            with torch.inference_mode():
+                frames = [to_uint8(clip) for clip in decoder.push(codes.to(device))]
+            yield frames
+
+    def _latents(self, ready: Prepared, on_step: Callable[[int, int, Tensor], None]) -> Iterator[Tensor]:
+        """Codes [B, 1, h, w] on the CPU of each new latent frame. Interrupted if a callback asks."""
+        self._interrupt, self._num_timesteps = False, ready.sampling.steps_before(ready.new_frames)
+        for codes in generate_frames(
+            self.model, ready.conditional, ready.unconditional, grid=ready.grid, new_frames=ready.new_frames,
+            settings=ready.sampling, generators=ready.generators(), on_step=on_step, kept=self._kept,
+        ):  # fmt: skip
+            yield codes.cpu()[:, None]
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle and check a request, encode what is given, write the prefixes. UserError for what cannot be made."""
+        config = self.model.config
+        if request.generator is not None and request.seed is not None:
             raise UserError("both seed and generator are given; give one of them")
-        sampling = override(self.settings, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                            temperature=temperature, top_k=top_k, top_p=top_p,
-                            history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames,
-                            guidance_interval=guidance_interval, confidence_threshold=confidence_threshold,
-                            later_steps=later_steps, history_frames=history_frames)  # fmt: skip
-        lists = align(*repeat_each(num_videos_per_prompt, prompt, negative_prompt, image, video), seed)
-        if generator is not None:
-            lists["seed"] = seeds_from(generator, len(lists["prompt"]))
+        sampling = override(self.settings, **{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
+        lists = align(
+            *repeat_each(request.num_videos_per_prompt, request.prompt, request.negative_prompt, request.image, request.video),
+            request.seed,
+        )
+        if request.generator is not None:
+            lists["seed"] = seeds_from(request.generator, len(lists["prompt"]))
         prompts, negatives, images, videos, seeds = lists.values()
-        clip = override(self.clip, num_frames=num_frames, height=height, width=width, fps=fps)
+        clip = override(self.clip, **{f.name: getattr(request, f.name, None) for f in fields(ClipDefaults)})
         check_num_frames(clip.num_frames, config.temporal_compression)
         if clip.num_frames == 1:
-            without_effect("a picture (num_frames 1)", fps=fps, history_mask_ratio=history_mask_ratio)
+            without_effect("a picture (num_frames 1)", fps=request.fps, history_mask_ratio=request.history_mask_ratio)
             clip = override(clip, fps=1)
         if images[0] is not None and videos[0] is not None:
             raise UserError("both image and video are given; give the picture or the clip that the result begins with")
         if videos[0] is None:
-            without_effect("a clip without video", num_given_frames=num_given_frames)
+            without_effect("a clip without video", num_given_frames=request.num_given_frames)
             if images[0] is None:
-                without_effect("a clip without image or video", mask_given_frames=mask_given_frames or None)
+                without_effect("a clip without image or video", mask_given_frames=request.mask_given_frames or None)
 
         # 1. what is given
         pictures = [load_image(i) for i in images] if images[0] is not None else None
-        if pictures and clip.target_size and height is None and width is None:
+        if pictures and clip.target_size and request.height is None and request.width is None:
             sizes = {bucket_for(*p.shape[:2], clip.target_size, config.pixels_per_size_unit) for p in pictures}
             if len(sizes) > 1:
                 raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
@@ -220,7 +295,7 @@ class LumosPipeline:
         if pictures:
             given = [fit(p[None], clip.height, clip.width) for p in pictures]
         elif videos[0] is not None:
-            given = self._load_videos(videos, clip, num_given_frames)
+            given = self._load_videos(videos, clip, request.num_given_frames)
         else:
             given = []
         if given and len(given[0]) >= clip.num_frames:
@@ -241,42 +316,14 @@ class LumosPipeline:
         given_latents = len(given_codes[0]) if given_codes else 0
         new_frames = num_latent_frames(clip.num_frames, config.temporal_compression) - given_latents
         if new_frames == 1:
-            without_effect("a single new latent frame", later_steps=later_steps)
+            without_effect("a single new latent frame", later_steps=request.later_steps)
         if given_latents + new_frames <= 2 + (sampling.history_frames or 0):
-            without_effect(f"a clip of {given_latents + new_frames} latent frames", history_frames=history_frames)
+            without_effect(f"a clip of {given_latents + new_frames} latent frames", history_frames=request.history_frames)
         span = Frame(0, rows, cols).end
         check_length(max(map(len, conditional)) - given_latents * span, span, given_latents + new_frames, sampling, config)
-        done = [torch.stack(given_codes)] if given_codes else []
-        self._interrupt, self._num_timesteps = False, sampling.steps_before(new_frames)
-        step_end = None
-        if callback_on_step_end is not None:
-            empty = torch.empty(len(prompts), 0, rows, cols, dtype=torch.int64)
-            step_end = step_callback(
-                self, callback_on_step_end, callback_on_step_end_tensor_inputs, grid=(rows, cols), config=config,
-                steps_before=sampling.steps_before, history=lambda: torch.cat([empty, *done], dim=1),
-            )  # fmt: skip
-
-        def after_step(frame: int, step: int, ids: Tensor) -> None:
-            on_step(frame, new_frames, step, sampling.steps_of(frame))
-            if step_end is not None:
-                step_end(frame, step, ids)
-
-        try:
-            for codes in generate_frames(
-                self.model, conditional, unconditional, grid=(rows, cols), new_frames=new_frames, settings=sampling,
-                generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=after_step, kept=self._kept,
-            ):  # fmt: skip
-                done.append(codes.cpu()[:, None])
-        except Interrupted:
-            if not done:
-                raise RunError("the callback interrupted the call before its first latent frame was done") from None
-        codes = torch.cat(done, dim=1)  # [B, t, h, w]
-
-        # 4. pixels, clip by clip to bound the decoder's memory
-        frames = codes if output_type == "latent" else as_output_type([self._decode(c) for c in codes], output_type)
-        made = 1 + (codes.shape[1] - 1) * config.temporal_compression
-        settled = {**vars(sampling), **vars(clip), "num_frames": made, "num_given_frames": len(given[0]) if given else 0}
-        return LumosPipelineOutput(frames, codes, seeds, settled) if return_dict else (frames,)
+        return Prepared(
+            sampling, clip, (rows, cols), conditional, unconditional, given_codes, len(given[0]) if given else 0, new_frames, seeds
+        )
 
     def reconstruct(self, frames: np.ndarray) -> np.ndarray:
         """What the video tokenizer makes of a clip: uint8 [T, H, W, 3] there and back."""

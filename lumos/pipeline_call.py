@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.generation.engine import code_offsets
-from lumos.generation.settings import is_whole
+from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
 from lumos.sequence import Frame
 
 if TYPE_CHECKING:
@@ -42,6 +42,58 @@ class LumosPipelineOutput(ModelOutput):
     codes: Tensor | None = None
     seeds: list[int] | None = None
     settings: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip is asked for with; each field as the argument of `LumosPipeline.__call__` of that name."""
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    image: Any = None
+    video: Any = None
+    num_given_frames: int | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    history_mask_ratio: float | None = None
+    mask_given_frames: bool | None = None
+    guidance_interval: tuple[float, float] | None = None
+    confidence_threshold: float | None = None
+    later_steps: int | None = None
+    history_frames: int | None = None
+    num_videos_per_prompt: int = 1
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be made, as the decoder takes it: B clips of one shape."""
+
+    sampling: GenerationSettings
+    clip: ClipDefaults
+    grid: tuple[int, int]  # rows and columns of codes
+    conditional: list[Tensor]  # ids before the first new frame
+    unconditional: list[Tensor] | None  # None: guidance is off
+    given: list[Tensor]  # codes [t, h, w] that each clip begins with, or empty
+    num_given_frames: int
+    new_frames: int  # latent frames to make
+    seeds: list[int]
+
+    def generators(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def settled(self, latent_frames: int, temporal_compression: int) -> dict[str, Any]:
+        """Everything that was settled, of a clip of so many latent frames."""
+        made = 1 + (latent_frames - 1) * temporal_compression
+        return {**vars(self.sampling), **vars(self.clip), "num_frames": made, "num_given_frames": self.num_given_frames}
 
 
 class Interrupted(Exception):
