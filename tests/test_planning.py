@@ -312,7 +312,7 @@ def test_a_run_on_cpu_processes(capsys):
         (["plan"], "give --config and --gpus"),
         (["plan", "--config", "none.yaml", "--gpus", "1"], "none.yaml"),
         ([*COMMAND[:-1], "0"], "--gpus 0 is not allowed"),
-        ([*COMMAND[:-1], "36"], "batch_size 48 is not a multiple of the 36 processes"),
+        ([*COMMAND[:-1], "36"], "is 48; it must be a multiple of the 36 processes"),
         ([*COMMAND, "--gpu", "h1000"], "--gpu h1000 is unknown; allowed: 3090"),
         ([*COMMAND, "--gpu", "h100", "--gpu-memory", "80", "--peak-tflops", "900"], "--gpu h100 has no effect"),
         ([*COMMAND, "--gpu-memory", "-1"], "--gpu-memory -1.0 is not allowed"),
