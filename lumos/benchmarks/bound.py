@@ -41,16 +41,18 @@ class Product:
 
 def products(case: Case) -> list[Product]:
     """All matrix products of the case, by shape."""
-    config, steps = case.model.config, case.settings.num_inference_steps
+    config, settings, lengths = case.model.config, case.settings, case.prefix_lengths
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
-    masked = [codes, *unmasking_counts(codes, steps)[:-1]]
-    lengths = case.prefix_lengths
-    passes = [  # (context, positions whose states are wanted) of one frame's tokens in one branch
-        (length + case.span * (frame + 1), wanted)
-        for length in lengths
-        for frame in range(case.frames)
-        for wanted in (*masked, *([0] if frame + 1 < case.frames else []))
-    ]
+    passes, asked = [], 0  # (context, positions whose states are wanted) of one frame's tokens in one branch
+    for frame in range(case.frames):
+        steps = settings.steps_of(frame)
+        masked = [codes, *unmasking_counts(codes, steps)[:-1]]
+        asked += sum(masked)
+        behind = frame if settings.history_frames is None else min(frame, 1 + settings.history_frames)
+        contexts = [length + case.span * (behind + 1) for length in lengths]
+        for step, wanted in enumerate(masked):
+            passes += [(context, wanted) for context in (contexts if settings.guides(step, steps) else contexts[:1])]
+        passes += [(context, 0) for context in contexts if frame + 1 < case.frames]
     tokens, wanted = sum(lengths) + case.span * len(passes), sum(m for _, m in passes)
     found = []
     for name, layer in case.model.model.layers[0].named_modules():
@@ -63,7 +65,7 @@ def products(case: Case) -> list[Product]:
     heads = len(lengths) * config.num_attention_heads
     found.append(Product("attention scores", half, heads, case.span, config.head_dim, mean))
     found.append(Product("attention values", half, heads, case.span, mean, config.head_dim))
-    head = 2 * config.hidden_size * config.visual_token_count * sum(masked) * case.frames
+    head = 2 * config.hidden_size * config.visual_token_count * asked
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found
 

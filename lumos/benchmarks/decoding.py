@@ -73,7 +73,8 @@ class Case:
     @property
     def cache_bytes(self) -> int:
         lengths = self.prefix_lengths
-        return len(lengths) * cache_tokens(max(lengths), self.span, self.frames) * self.model.kv_bytes_per_token()
+        tokens = cache_tokens(max(lengths), self.span, self.frames, self.settings.history_frames)
+        return len(lengths) * tokens * self.model.kv_bytes_per_token()
 
 
 def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:
