@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
             args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=args.workers,
             max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips, retry_skipped=args.retry_skipped,
             device=args.device, on_item=on_item,
+            warn=lambda text: bar.write(f"warning: {text}", file=sys.stderr),
         )  # fmt: skip
     keys = ("items", "encoded", "clips", "skipped_items", "reasons", "new_items", "seconds")
     print(json.dumps({"out": args.out, **{key: report[key] for key in keys}}))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -93,10 +94,16 @@ def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
-def next_shard(folder: Path) -> Path:
-    paths = shard_paths(folder)
-    number = int(paths[-1].stem.split("-")[1]) + 1 if paths else 0
-    return folder / f"shard-{number:06d}.parquet"
+def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
+    """The first free name, without the `reserved` ones."""
+    taken = {path.name for path in shard_paths(folder)} | set(reserved)
+    return folder / next(name for number in count() if (name := f"shard-{number:06d}.parquet") not in taken)
+
+
+def content_digest(rows: list[dict[str, Any]]) -> str:
+    """What a shard of these rows is in sum; :class:`ShardFacts` has it."""
+    content = json.dumps([[row["id"], row["clip"], row["checksum"]] for row in rows])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -104,9 +111,8 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
 
     plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
-    content = json.dumps([[row["id"], row["clip"], row["checksum"]] for row in rows])
     facts = {
-        "digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+        "digest": content_digest(rows),
         **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
         "item": [item_number(row["id"]) for row in rows],
     }

@@ -20,8 +20,9 @@ from lumos.data.encode import ClipSettings
 from lumos.data.ingest import ingest
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
-FILES = ("data/ingest.py", "data/shards.py", "data/encode.py", "data/engines.py", "data/manifest.py", "lumos/files.py")
-WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip")
+NAMES = ("ingest", "shards", "encode", "engines", "state", "manifest")
+FILES = (*(f"data/{name}.py" for name in NAMES), "lumos/files.py")
+WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip", "_write", "_append")
 LINES = {"everywhere": 1800, "writing": 120}
 """Of these files, or of these functions of theirs, in a whole ingest, or a little less."""
 

@@ -23,6 +23,7 @@ from lumos.data import shards
 from lumos.data.encode import ClipSettings, _clips, clip_starts
 from lumos.data.ingest import ingest
 from lumos.data.manifest import Item, items
+from lumos.data.shard_source import ShardIndex
 from lumos.errors import RunError, UserError
 from lumos.frames import from_uint8
 from lumos.video_io import read_image, read_video, write_video
@@ -118,7 +119,7 @@ def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, 
     killed = subprocess.run([sys.executable, "-c", script, str(clips), str(out), str(tokenizer)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     half = content(out)
-    assert set(half) == {"shard-000000.parquet", "shard-000001.parquet", "skipped.jsonl"}
+    assert set(half) == {"shard-000000.parquet", "shard-000001.parquet", "shards.jsonl", "skipped.jsonl"}
     with (out / "skipped.jsonl").open("a") as journal:
         journal.write('{"id": "clips/9.m')  # a kill in the middle of a line
     (out / ".shard-000002.parquet.1234.part").write_bytes(b"PAR1 half a shard")
@@ -199,7 +200,7 @@ def test_other_settings_or_tokenizer_are_refused(ingested, clips, tokenizer, tmp
         ingest([tmp_path / "empty"], tmp_path / "new", tokenizer, SETTINGS)
 
 
-def test_a_truncated_or_changed_shard_is_found_and_can_be_filled_again(ingested, clips, tokenizer, tmp_path):
+def test_a_truncated_or_changed_shard_is_found(ingested, clips, tokenizer, tmp_path):
     out = tmp_path / "shards"
     shutil.copytree(ingested, out)
     path = shards.shard_paths(out)[1]
@@ -210,15 +211,47 @@ def test_a_truncated_or_changed_shard_is_found_and_can_be_filled_again(ingested,
         with pytest.raises(RunError, match=r"shard-000001\.parquet is damaged or cut off"):
             use()
     path.unlink()
-    report = ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
-    assert report["encoded"] == 8
-    key = lambda row: row["id"]  # noqa: E731
-    again, first = (sorted(shards.read_shards(folder), key=key) for folder in (out, ingested))
-    assert [row["checksum"] for row in again] == [row["checksum"] for row in first]
     rows[0]["codes"] = (rows[0]["codes"] + 1) % 64
     shards.write_shard(out / "shard-000009.parquet", rows)
     with pytest.raises(RunError, match=r"the checksum of clips/4\.mp4 is wrong"):
         list(shards.read_shards(out))
+
+
+@pytest.mark.parametrize("lost", [[1], [0, 1], [2]])
+def test_deleted_shards_are_filled_with_what_they_held(ingested, clips, tokenizer, tmp_path, lost):
+    """With another size of shards too: training runs remember the folder by its names and digests."""
+    out = tmp_path / "shards"
+    shutil.copytree(ingested, out)
+    before, known = content(out), ShardIndex(out).content
+    for number in lost:
+        (out / f"shard-{number:06d}.parquet").unlink()
+    report = ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5, shard_clips=2)
+    assert (report["encoded"], report["clips"], report["warnings"]) == (8, 8, [])
+    assert ShardIndex(out).content == known
+    assert all(content(out)[name] == data for name, data in before.items() if name.endswith("parquet"))
+
+
+def test_a_deleted_shard_leaves_its_number_free_for_its_own_items(ingested, clips, tokenizer, tmp_path):
+    out, source = tmp_path / "shards", tmp_path / "a"
+    shutil.copytree(ingested, out)
+    source.mkdir()
+    for n in (0, 1):
+        write_video(source / f"{n}.mp4", moving(50 + n, 24), 24)
+        (source / f"{n}.txt").write_text("new")
+    known = content(out)
+    (out / "shard-000001.parquet").unlink()
+    with pytest.warns(UserWarning, match=r"shard-000001\.parquet is missing, and so are its 3 items in what was given"):
+        ingest([source], out, tokenizer, SETTINGS, max_failure_rate=0.5)
+    assert [path.name[8:12] for path in shards.shard_paths(out)] == ["0000", "0002", "0003"]
+    ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
+    assert content(out)["shard-000001.parquet"] == known["shard-000001.parquet"]
+    (out / "shard-000000.parquet").unlink()
+    changed = tmp_path / "clips"
+    shutil.copytree(clips, changed)
+    (changed / "1.mp4").unlink()
+    with pytest.warns(UserWarning, match=r"shard-000000\.parquet is not what it was \(1 of its 3 items gave no clip\)"):
+        ingest([changed], out, tokenizer, SETTINGS, max_failure_rate=0.5)
+    assert [row["id"] for row in shards.read_shards(out)][:3] == ["clips/0.mp4", "clips/2.mp4", "clips/4.mp4"]
 
 
 def test_inspect_prints_and_draws(ingested, tmp_path, capsys):

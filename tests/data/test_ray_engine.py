@@ -49,7 +49,7 @@ def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, 
     command = [sys.executable, "-c", script, str(clips), str(out), str(tokenizer)]
     killed = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert set(content(out)) == {"shard-000000.parquet", "skipped.jsonl"}
+    assert set(content(out)) == {"shard-000000.parquet", "shards.jsonl", "skipped.jsonl"}
     monkeypatch.chdir(tokenizer.parent)  # a relative path is meant from here on every node
     report = ingest([clips], out, tokenizer.name, SETTINGS, engine="ray", workers=2, shard_clips=3, max_failure_rate=0.5)
     assert content(out) == content(ingested)
