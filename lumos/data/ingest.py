@@ -49,7 +49,8 @@ def ingest(
 ) -> dict[str, Any]:
     """Encode what is new in the sources into the folder `out`; returns the report, which is also in out/report.json.
 
-    UserError for settings that cannot work or differ from those of the folder. RunError when more than `max_failure_rate`
+    `warn` is told what the user should know of changed items and shards. UserError for settings that cannot work or differ
+    from those of the folder, and for other items under the names of some that are in it. RunError when more than `max_failure_rate`
     of all items so far gave no clip, for a damaged shard, and when another ingest writes into the folder.
     """
     out, settings, started = Path(out), settings or ClipSettings(), time.perf_counter()
@@ -68,6 +69,8 @@ def ingest(
     with only_writer(out, "ingest"):
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
+        if state.marks:
+            state.check(items(sources, captions))
         earlier = len(state.done) + len(state.skipped)
         whole = True
         with closing(spread.results(item for item in todo if not state.knows(item))) as results:

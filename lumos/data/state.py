@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from lumos.data import shards
 from lumos.data.encode import Skip
 from lumos.data.manifest import Item
-from lumos.data.marks import mark
+from lumos.data.marks import CHANGED, OTHER, compare, mark
+from lumos.errors import UserError
 
 JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
 
@@ -62,7 +64,30 @@ class State:
         for entry in _read_lines(out / JOURNAL):
             if entry["id"] not in self.done:
                 self.skipped[entry["id"]] = {"reason": entry["reason"], "detail": entry["detail"]}
-                self.marks[entry["id"]] = entry["mark"]
+                if "mark" in entry:
+                    self.marks[entry["id"]] = entry["mark"]
+
+    def check(self, todo: Iterable[Item]) -> None:
+        """Warn of items that are not done again although they changed; UserError for another source with the same names."""
+        done, skipped = [], []
+        for item in todo:
+            difference = compare(item, self.marks[item.id]) if item.id in self.marks else None
+            if difference == OTHER and item.id in self.done:
+                raise UserError(
+                    f"{item.path} would have the name {item.id}, which another file in {self.out} has, from a source of the "
+                    "same name in another place; rename the folder or file that is the source, or use another --out"
+                )
+            if difference in (OTHER, CHANGED):
+                (done if item.id in self.done else skipped).append(item.id)
+        if done:
+            self.warnings.append(
+                f"{len(done)} items changed (file or caption) since they were ingested, such as {done[0]}; they are not done "
+                "again: use a new --out for that"
+            )
+        if skipped:
+            self.warnings.append(
+                f"{len(skipped)} items that were skipped changed since, such as {skipped[0]}; --retry-skipped tries them again"
+            )
 
     def knows(self, item: Item) -> bool:
         return item.id in self.done or item.id in self.skipped

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -215,6 +216,42 @@ def test_a_truncated_or_changed_shard_is_found(ingested, clips, tokenizer, tmp_p
     shards.write_shard(out / "shard-000009.parquet", rows)
     with pytest.raises(RunError, match=r"the checksum of clips/4\.mp4 is wrong"):
         list(shards.read_shards(out))
+
+
+def test_another_source_of_the_same_name_is_an_error_and_a_moved_one_is_not(ingested, clips, tokenizer, tmp_path):
+    out, other, moved = tmp_path / "shards", tmp_path / "b" / "clips", tmp_path / "c" / "clips"
+    shutil.copytree(ingested, out)
+    before = content(out)
+    shutil.copytree(clips, moved, copy_function=shutil.copyfile)  # with new times
+    write_video(other / "1.mp4", moving(77, 24), 24)
+    (other / "1.txt").write_text("caption 1")
+    (other / "0.mp4").write_bytes((clips / "9.mp4").read_bytes())
+    (other / "0.txt").write_text("not yet known")
+    with pytest.raises(UserError, match=r"b/clips/0\.mp4 would have the name clips/0\.mp4, which another file"):
+        ingest([other], out, tokenizer, SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ingest([moved], out, tokenizer, SETTINGS, max_failure_rate=0.5)["new_items"] == 0
+    assert content(out) == before
+
+
+def test_changed_files_and_captions_are_counted(ingested, clips, tokenizer, tmp_path, capsys):
+    source, out = tmp_path / "clips", tmp_path / "shards"
+    shutil.copytree(clips, source)
+    command = ["ingest", str(source), "--out", str(out), "--tokenizer", str(tokenizer), *FLAGS, "--max-failure-rate", "0.5"]
+    assert main(command) == 0
+    (source / "0.txt").write_text("another caption")
+    write_video(source / "1.mp4", moving(77, 24), 24)
+    os.utime(source / "2.mp4")  # touched only
+    (source / "9.txt").write_text("a caption at last")
+    capsys.readouterr()
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "warning: 2 items changed (file or caption) since they were ingested, such as clips/0.mp4" in shown.err
+    assert "warning: 1 items that were skipped changed since, such as clips/9.mp4; --retry-skipped" in shown.err
+    (source / "captions.csv").write_text("path,caption\n4,given")
+    assert main([*command, "--captions", str(source / "captions.csv")]) == 0
+    assert "warning: 3 items changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lost", [[1], [0, 1], [2]])
