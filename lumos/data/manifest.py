@@ -31,6 +31,7 @@ PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
 CAPTION_KEYS = ("caption", "text", "prompt")
 
 BAD_ROW, DUPLICATE, NO_CAPTION = "bad row", "duplicate", "no caption"
+BROKEN_TAR, NO_END = "broken tar", "tar without an end"
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,14 @@ def _read_captions(table: Path) -> dict[str, str]:
 
 
 def _tar_items(tar: Path, name: str) -> Iterator[Item]:
-    """Members that share what stands before the first dot of their name are one sample: media, .txt and .json."""
+    """Members that share what stands before the first dot of their name are one sample: media, .txt and .json.
+
+    Of a tar that is cut off come the samples whose members are all whole, and an item that says what is wrong.
+    """
+    groups: dict[str, list[tarfile.TarInfo]] = {}
     try:
         with tarfile.open(tar, "r:") as archive:
-            groups: dict[str, list[tarfile.TarInfo]] = {}
-            for member in archive:
-                if member.isfile():
-                    inner = PurePosixPath(member.name)
-                    groups.setdefault(str(inner.with_name(inner.name.split(".", 1)[0] or inner.name)), []).append(member)
+            problem = _read_members(archive, tar.stat().st_size, groups)
             for members in groups.values():
                 caption = _tar_caption(archive, members)
                 for member in members:
@@ -194,7 +195,35 @@ def _tar_items(tar: Path, name: str) -> Iterator[Item]:
                         place = {"member": member.name, "offset": member.offset_data, "size": member.size}
                         yield Item(f"{name}/{member.name}", str(tar), caption, **place)
     except (OSError, tarfile.TarError) as error:
-        raise RunError(f"cannot read {tar}: {error}; it must be a whole, uncompressed tar") from error
+        problem = BROKEN_TAR, f"{error}; it must be a whole, uncompressed tar"
+    if problem:
+        yield Item(name, str(tar), problem=(problem[0], f"{tar}: {problem[1]}"))
+
+
+def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[tarfile.TarInfo]]) -> tuple[str, str] | None:
+    """Sort the files of a tar of `size` bytes into `groups` by sample; returns what is wrong with it.
+
+    tarfile takes a tar that stops after any member, or goes on with something that is no header, for a whole one.
+    """
+    try:
+        for member in archive:
+            if not member.isfile():
+                continue
+            inner = PurePosixPath(member.name)
+            sample = str(inner.with_name(inner.name.split(".", 1)[0] or inner.name))
+            if member.offset_data + member.size > size:
+                groups.pop(sample, None)
+                return BROKEN_TAR, f"it is cut off in {member.name}; the samples before are used"
+            groups.setdefault(sample, []).append(member)
+        archive.fileobj.seek(archive.offset)
+        header = archive.fileobj.read(tarfile.BLOCKSIZE)
+    except (OSError, tarfile.TarError) as error:
+        return BROKEN_TAR, f"{error} after {sum(map(len, groups.values()))} files; the samples before are used"
+    if not header:
+        return NO_END, "it ends without the blocks that end a tar, so files may be missing; what is there is used"
+    if header.strip(b"\0"):
+        return BROKEN_TAR, f"no tar header at byte {archive.offset}; the samples before are used"
+    return None
 
 
 def _tar_caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lumos.data.manifest import as_file, items
-from lumos.errors import RunError, UserError
+from lumos.errors import UserError
 
 
 @pytest.fixture
@@ -121,9 +121,58 @@ def test_a_webdataset_tar(tmp_path):
             assert file.read_bytes() == data
             assert file.suffix == Path(item.member).suffix
         assert not file.exists()
-    tar.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(RunError, match="uncompressed tar"):
-        list(items([tar]))
+
+
+@pytest.fixture
+def tar(tmp_path) -> Path:
+    """Three samples, 0.png with its 0.txt and so on, each file of 1024 bytes: a sample every 3072 bytes."""
+    path = tmp_path / "w.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for n in range(3):
+            for suffix, data in ((".png", bytes(1024)), (".txt", b"caption".ljust(1024))):
+                info = tarfile.TarInfo(f"{n}{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cut", "samples", "problem"),
+    [
+        (9216, 3, "tar without an end"),
+        (6144, 2, "tar without an end"),
+        (0, 0, "broken tar"),
+        (9216 - 1, 2, "broken tar"),  # in the caption of the last
+        (3072 + 512 + 5, 1, "broken tar"),  # in a picture
+        (6144 + 100, 2, "broken tar"),  # in a header
+        (6144 + 512, 2, "broken tar"),  # after a header
+    ],
+)
+def test_a_cut_tar_gives_its_whole_samples_and_one_failure(tar, cut, samples, problem):
+    tar.write_bytes(tar.read_bytes()[:cut])
+    expected = [(f"w.tar/{n}.png", "caption", None) for n in range(samples)]
+    assert facts(items([tar])) == [*expected, ("w.tar", "", problem)]
+
+
+def test_a_tar_that_is_none_or_goes_on_with_something_else(tar, tmp_path):
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:6144] + b"garbage!" * 1000)
+    (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
+    found = list(items([tmp_path / "none.tar", tar]))
+    assert facts(found)[0] == ("none.tar", "", "broken tar")
+    assert "uncompressed tar" in found[0].problem[1]
+    assert facts(found)[1:] == [("w.tar/0.png", "caption", None), ("w.tar/1.png", "caption", None), ("w.tar", "", "broken tar")]
+    tar.write_bytes(whole)
+    assert len(list(items([tar]))) == 3
+
+
+def test_a_long_name_cut_in_the_middle_of_its_headers(tar):
+    """tarfile raises here, where it passes over a plain header that is cut off."""
+    with tarfile.open(tar, "a") as archive:
+        archive.addfile(tarfile.TarInfo("x" * 200 + ".txt"))
+    assert len(list(items([tar]))) == 3
+    tar.write_bytes(tar.read_bytes()[: 9216 + 512])
+    assert [problem for _, _, problem in facts(items([tar]))] == [None, None, None, "broken tar"]
 
 
 def test_sources_that_cannot_be_meant(clips, tmp_path):
