@@ -7,7 +7,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, is_out_of_memory
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, OSError, MemoryError) as error:
         return fail(error, 1)
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return fail(f"out of memory ({str(error).splitlines()[0]}); make it smaller: size, frames, batch, or a smaller dtype", 1)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from lumos.data import shards
 from lumos.data.buckets import bucket_for
 from lumos.data.manifest import Item, as_file
-from lumos.errors import UserError
+from lumos.errors import UserError, is_out_of_memory
 from lumos.frames import fit, from_uint8
 from lumos.video_reading import count_frames, read_image, read_video
 from tokenizer import VideoTokenizer
 
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # reference, section 8.2
-MISSING, UNREADABLE, TOO_SHORT = "missing file", "unreadable", "too short"
+MISSING, UNREADABLE, TOO_SHORT, OUT_OF_MEMORY = "missing file", "unreadable", "too short", "out of memory"
 
 
 @dataclass(frozen=True)
@@ -87,34 +88,42 @@ def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -
             raise Skip(MISSING, f"there is no file {item.path}")
         with as_file(item) as file:
             clips = _clips(item, file, settings, tokenizer.temporal_compression)
+            # One at a time: all clips of a long video at once would take as much memory as the video.
+            return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
     except Skip as skip:
         return skip
     except (UserError, OSError) as error:
         return Skip(UNREADABLE, str(error))
-    weight = next(tokenizer.parameters())
-    video = from_uint8(np.stack([frames for _, frames in clips])).to(weight)  # [B, 3, T, H, W]
-    rows = []
-    for number, ((start, frames), codes) in enumerate(zip(clips, tokenizer.encode(video).cpu().numpy(), strict=True)):
-        codes = codes.astype(np.uint16)  # [t, h, w]
-        count, height, width = frames.shape[:3]
-        row = {
-            "id": item.id, "clip": number, "codes": codes, "num_frames": count, "height": height, "width": width,
-            "fps": settings.fps if count > 1 else 1, "caption": item.caption,
-            "source": f"{item.path}/{item.member}" if item.member else item.path, "start": start,
-            "checksum": shards.checksum(codes, item.caption),
-        }  # fmt: skip
-        rows.append(row)
-    return rows
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Skip(OUT_OF_MEMORY, (str(error).splitlines() or ["out of memory"])[0])
 
 
-def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> list[tuple[float, np.ndarray]]:
-    """(start in s, frames uint8 [T, H, W, 3]) of each clip; all of one item have one size."""
+def _row(
+    item: Item, number: int, start: float, frames: np.ndarray, settings: ClipSettings, tokenizer: VideoTokenizer
+) -> dict[str, Any]:
+    """The row of a clip of uint8 frames [T, H, W, 3] that begins at `start` seconds."""
+    video = from_uint8(frames[None]).to(next(tokenizer.parameters()))  # [1, 3, T, H, W]
+    codes = tokenizer.encode(video)[0].cpu().numpy().astype(np.uint16)  # [t, h, w]
+    count, height, width = frames.shape[:3]
+    return {
+        "id": item.id, "clip": number, "codes": codes, "num_frames": count, "height": height, "width": width,
+        "fps": settings.fps if count > 1 else 1, "caption": item.caption,
+        "source": f"{item.path}/{item.member}" if item.member else item.path, "start": start,
+        "checksum": shards.checksum(codes, item.caption),
+    }  # fmt: skip
+
+
+def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[tuple[float, np.ndarray]]:
+    """(start in s, frames uint8 [T, H, W, 3]) of each clip, read when it is asked for; all of one item have one size."""
     total = 1 if item.is_picture else count_frames(file, settings.fps)
     if item.is_picture and file.suffix.lower() in (".png", ".webp"):  # may be animated
         total = count_frames(file, settings.fps)
     if item.is_picture and total == 1:
         frames = read_image(file)[None]
-        return [(0.0, fit(frames, *settings.target(*frames.shape[1:3])))]
+        yield 0.0, fit(frames, *settings.target(*frames.shape[1:3]))
+        return
     available = total - item.start * settings.fps
     if item.end is not None:
         available = min(available, (item.end - item.start) * settings.fps)
@@ -128,8 +137,9 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> list[tu
             name = item.member or item.path
             raise Skip(TOO_SHORT, f"{name}: {max(available, 0)} frames at {settings.fps} fps, {least} are needed")
     size = settings.target(*read_video(file, num_frames=1)[0].shape[1:3])
-    starts = [item.start + first / settings.fps for first in clip_starts(available, count, settings.clips_per_video)]
-    return [(s, read_video(file, fps=settings.fps, num_frames=count, start=s, size=size)[0]) for s in starts]
+    for first in clip_starts(available, count, settings.clips_per_video):
+        start = item.start + first / settings.fps
+        yield start, read_video(file, fps=settings.fps, num_frames=count, start=start, size=size)[0]
 
 
 def clip_starts(available: int, num_frames: int, clips: int) -> list[int]:

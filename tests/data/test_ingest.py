@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +23,7 @@ pytest.importorskip("pyarrow")
 
 from lumos.cli import main
 from lumos.data import shards
-from lumos.data.encode import ClipSettings, _clips, clip_starts
+from lumos.data.encode import ClipSettings, _clips, clip_starts, ingest_item
 from lumos.data.ingest import ingest
 from lumos.data.manifest import Item, items
 from lumos.data.shard_source import ShardIndex
@@ -36,13 +38,13 @@ def test_thirty_frames_a_second_become_true_twelve(tmp_path):
     write_video(tmp_path / "a.mp4", frames, 30)
     item = Item("a.mp4", str(tmp_path / "a.mp4"))
     settings = ClipSettings(fps=12, size="16x24", num_frames=9, clips_per_video=2)
-    found = _clips(item, tmp_path / "a.mp4", settings, 4)
+    found = list(_clips(item, tmp_path / "a.mp4", settings, 4))
     assert [round(start * 12) for start, _ in found] == [2, 13]  # 24 frames: gaps of 2 before, between and after
     for start, clip in found:
         shown = clip.mean(axis=(1, 2, 3)) / 4
         expected = np.floor((start + np.arange(9) / 12) * 30 + 1e-6)
         assert np.abs(shown - expected).max() < 0.6
-    part = _clips(Item("a", str(tmp_path / "a.mp4"), start=0.5, end=1.25), tmp_path / "a.mp4", settings, 4)
+    part = list(_clips(Item("a", str(tmp_path / "a.mp4"), start=0.5, end=1.25), tmp_path / "a.mp4", settings, 4))
     assert [start for start, _ in part] == [0.5]
     assert abs(part[0][1][0].mean() / 4 - 15) < 0.6
 
@@ -56,6 +58,53 @@ def test_clips_of_a_long_video_do_not_overlap_and_lie_inside():
             assert starts[0] >= 0
             assert starts[-1] + 5 <= available
     assert clip_starts(25, 5, 1) == [10]
+
+
+def test_clips_of_a_video_are_read_and_encoded_one_at_a_time(tmp_path, tokenizer, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving(0, 60), 12)
+    model, held = VideoTokenizer.from_pretrained(tokenizer), []
+    encode = model.encode
+
+    def one(video):
+        gc.collect()
+        held.append(sum(ref() is not None for ref in alive))
+        return encode(video)
+
+    def read(*args, **options):
+        frames, fps = read_video(*args, **options)
+        if options.get("fps"):
+            alive.append(weakref.ref(frames))
+        return frames, fps
+
+    alive = []
+    monkeypatch.setattr(model, "encode", one)
+    monkeypatch.setattr("lumos.data.encode.read_video", read)
+    settings = ClipSettings(fps=12, size="16x24", num_frames=5, clips_per_video=12)
+    rows = ingest_item(Item("a", str(tmp_path / "a.mp4")), settings, model)
+    assert [row["clip"] for row in rows] == list(range(12))
+    assert len(held) == 12
+    assert max(held) <= 2
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate", "can't allocate memory: you tried to allocate", None])
+def test_an_item_that_takes_too_much_memory_is_a_failure_of_its_own(clips, tokenizer, tmp_path, monkeypatch, words):
+    encode = VideoTokenizer.encode
+
+    def sometimes(self, video):
+        if video.shape[2] == 1:  # the picture
+            raise MemoryError if words is None else RuntimeError(words)
+        return encode(self, video)
+
+    monkeypatch.setattr(VideoTokenizer, "encode", sometimes)
+    report = ingest([clips], tmp_path / "out", tokenizer, SETTINGS, max_failure_rate=0.5)
+    assert (report["encoded"], report["reasons"]["out of memory"]) == (7, 1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        ingest_item(Item("a", str(clips / "picture.png")), SETTINGS, _Broken.from_pretrained(tokenizer))
+
+
+class _Broken(VideoTokenizer):
+    def encode(self, video):
+        raise RuntimeError("a bug")
 
 
 def test_sizes_by_aspect_ratio():
@@ -315,5 +364,5 @@ def test_only_one_ingest_writes_into_a_folder(clips, tokenizer, tmp_path):
 
 def test_one_function_makes_shorter_clips_if_asked(clips, tokenizer):
     item = next(item for item in items([clips]) if item.id == "clips/8.mp4")
-    found = _clips(item, Path(item.path), ClipSettings(fps=24, size="16x24", num_frames=5, min_frames=1), 4)
+    found = list(_clips(item, Path(item.path), ClipSettings(fps=24, size="16x24", num_frames=5, min_frames=1), 4))
     assert [frames.shape[0] for _, frames in found] == [1]
