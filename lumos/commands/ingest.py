@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-frames", type=int, help="shorter videos give shorter clips down to this; default: they are skipped")
     add("--clips-per-video", type=int, default=1, help="up to so many from a long video; default: 1, its middle")
     add("--engine", default="local", help="local: processes of this machine; ray: actors on a Ray cluster; default: local")
-    add("--workers", type=int, default=1, help="processes, or actors at most; default: 1")
+    add("--workers", type=int, default=1, help="processes, or actors at most; 0: none but this one; default: 1")
+    add("--item-timeout", type=float, metavar="SECONDS", help="an item that takes longer is skipped; default: half an hour")
     add("--max-failure-rate", type=float, default=0.1, help="share of items without a clip that stops; default: %(default)s")
     add("--retry-skipped", action="store_true", help="try items again that an earlier run skipped")
     add("--shard-clips", type=int, default=1000, help="clips of a shard; a kill costs at most so many; default: %(default)s")
@@ -42,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
 
         report = ingest(
             args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=args.workers,
-            max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips, retry_skipped=args.retry_skipped,
-            device=args.device, on_item=on_item,
+            item_timeout=args.item_timeout, max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips,
+            retry_skipped=args.retry_skipped, device=args.device, on_item=on_item,
             warn=lambda text: bar.write(f"warning: {text}", file=sys.stderr),
         )  # fmt: skip
     keys = ("items", "encoded", "clips", "skipped_items", "reasons", "new_items", "seconds")

@@ -16,6 +16,7 @@ from lumos.data.buckets import bucket_for
 from lumos.data.manifest import Item, as_file
 from lumos.errors import UserError, is_out_of_memory
 from lumos.frames import fit, from_uint8
+from lumos.runtime import pick_device
 from lumos.video_reading import count_frames, read_image, read_video
 from tokenizer import VideoTokenizer
 
@@ -76,6 +77,26 @@ class Skip(Exception):
 
 Result = list[dict[str, Any]] | Skip
 """The rows of an item's clips, or why there are none."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know to do :func:`ingest_item`; `device` None is a GPU if the worker has one."""
+
+    tokenizer: str
+    settings: ClipSettings
+    device: str | None
+
+
+class Encoder:
+    """`ingest_item` with its tokenizer loaded: what each worker holds."""
+
+    def __init__(self, work: Work):
+        self.settings = work.settings
+        self.tokenizer = VideoTokenizer.from_pretrained(work.tokenizer, device=str(pick_device(work.device)))
+
+    def __call__(self, item: Item) -> Result:
+        return ingest_item(item, self.settings, self.tokenizer)
 
 
 @torch.no_grad()

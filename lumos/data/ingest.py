@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lumos.data import shards
-from lumos.data.encode import ClipSettings, Skip
-from lumos.data.engines import Engine, LocalEngine, Work
+from lumos.data.encode import ClipSettings, Skip, Work
+from lumos.data.engines import Engine, LocalEngine
 from lumos.data.manifest import items
 from lumos.data.ray_engine import RayEngine
 from lumos.data.state import JOURNAL, State
@@ -39,7 +39,8 @@ def ingest(
     *,
     captions: str | Path | None = None,
     engine: str = "local",
-    workers: int = 1,
+    workers: int = 0,
+    item_timeout: float | None = None,
     max_failure_rate: float = 0.1,
     shard_clips: int = 1000,
     retry_skipped: bool = False,
@@ -49,14 +50,18 @@ def ingest(
 ) -> dict[str, Any]:
     """Encode what is new in the sources into the folder `out`; returns the report, which is also in out/report.json.
 
-    `warn` is told what the user should know of changed items and shards. UserError for settings that cannot work or differ
-    from those of the folder, and for other items under the names of some that are in it. RunError when more than `max_failure_rate`
-    of all items so far gave no clip, for a damaged shard, and when another ingest writes into the folder.
+    `workers` 0 is this process. With processes of their own an item that ends its worker twice, or takes more than
+    `item_timeout` seconds (None: half an hour), is skipped. `warn` is told what the user should know of changed items and
+    shards. UserError for settings that cannot work or differ from those of the folder, and for other items under the names
+    of some that are in it. RunError when more than `max_failure_rate` of all items so far gave no clip, for a damaged shard,
+    and when another ingest writes into the folder.
     """
     out, settings, started = Path(out), settings or ClipSettings(), time.perf_counter()
-    for name, value in (("workers", workers), ("shard_clips", shard_clips)):
-        if value < 1:
-            raise UserError(f"{name} {value} is not allowed; give at least 1")
+    for name, value, least in (("workers", workers, 0), ("shard_clips", shard_clips, 1)):
+        if value < least:
+            raise UserError(f"{name} {value} is not allowed; give at least {least}")
+    if item_timeout is not None and not item_timeout > 0:
+        raise UserError(f"item_timeout {item_timeout} is not allowed; give seconds above 0")
     if not 0 <= max_failure_rate <= 1:
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
     if engine not in ENGINES:
@@ -65,7 +70,7 @@ def ingest(
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
-    spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers)
+    spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers, item_timeout)
     with only_writer(out, "ingest"):
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
@@ -91,7 +96,8 @@ def ingest(
             **state.counts(), "new_items": len(state.done) + len(state.skipped) - earlier, "stopped": problem,
             "warnings": state.warnings,
             "skipped": [{"id": id_, **why} for id_, why in list(state.skipped.items())[:1000]], "all_skipped": JOURNAL,
-            "settings": asdict(settings), "sources": [str(source) for source in sources], "workers": workers, "engine": engine,
+            "settings": asdict(settings), "sources": [str(source) for source in sources], "workers": workers,
+            "engine": engine,
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip
         write_json(out / REPORT, report)

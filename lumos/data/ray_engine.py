@@ -20,8 +20,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from lumos.data.encode import Result, Skip
-from lumos.data.engines import Encoder, Work
+from lumos.data.encode import Encoder, Result, Skip, Work
 from lumos.data.manifest import Item
 from lumos.errors import RunError, UserError
 
@@ -36,8 +35,12 @@ ATTEMPTS = 3
 class RayEngine:
     """Up to `workers` actors of one CPU each, and one GPU each where the cluster has GPUs or `device` asks for them."""
 
-    def __init__(self, work: Work, workers: int):
+    def __init__(self, work: Work, workers: int, item_timeout: float | None):
         _ray()
+        if not workers:
+            raise UserError("0 workers is not for --engine ray; give at least 1")
+        if item_timeout is not None:
+            raise UserError("item_timeout is not for --engine ray; leave it out, or use --engine local")
         if work.device not in DEVICES:
             raise UserError(f"device '{work.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
         self.work, self.workers = work, workers
@@ -55,7 +58,10 @@ class RayEngine:
             while some := list(islice(todo, ITEMS_A_WORKER * self.workers)):
                 with closing(self._map(ray, some)) as results:
                     for item in some:
-                        yield item, next(results)
+                        result = next(results, None)
+                        if result is None:  # next() without a default would end this generator with an error that says nothing
+                            raise RunError(f"Ray gave no result for {item.id}; run the same command again, it goes on")
+                        yield item, result
         except ray.exceptions.RayError as error:
             near = f"near {item.id}" if item else "at the start"
             raise RunError(f"a Ray worker failed {near}: {_cause(error)}; run the same command again, it goes on") from error

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,11 @@ from hypothesis import strategies as st
 from ingest_helpers import FLAGS, SETTINGS, content
 
 from lumos.cli import main
-from lumos.data.encode import Skip
-from lumos.data.engines import Work
+from lumos.data.encode import Skip, Work
 from lumos.data.ingest import ingest
 from lumos.data.manifest import items
 from lumos.data.ray_engine import RayEngine, from_text, to_text
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, 
         "def on_item(done, skipped):\n"
         "    if done + skipped == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
         "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"
-        "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], settings, engine='ray', shard_clips=3, on_item=on_item)\n"
+        "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], settings, engine='ray', workers=1, shard_clips=3, on_item=on_item)\n"
     )
     out = tmp_path / "shards"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster}
@@ -65,19 +65,35 @@ def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsy
     assert "50 of 50 items gave no clip (missing file 50)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["items"] == 50
     with pytest.raises(UserError, match="'cuda' is not available: the Ray cluster has no GPU"):
-        next(RayEngine(Work(str(tokenizer), SETTINGS, "cuda"), 1).results(items([manifest])))
+        next(RayEngine(Work(str(tokenizer), SETTINGS, "cuda"), 1, None).results(items([manifest])))
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
     command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine"]
     assert main([*command, "ray", "--device", "cuda:1"]) == 2
     assert "device 'cuda:1' is not for --engine ray" in capsys.readouterr().err
+    assert main([*command, "ray", "--workers", "0"]) == 2
+    assert "0 workers is not for --engine ray" in capsys.readouterr().err
+    assert main([*command, "ray", "--item-timeout", "60"]) == 2
+    assert "item_timeout is not for --engine ray" in capsys.readouterr().err
     assert main([*command, "spark"]) == 2
     assert "engine 'spark' is unknown; allowed: local, ray" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "ray"]) == 2
     assert "pip install 'lumos-video[ray]', or use --engine local" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_fewer_results_than_items_are_an_error_that_says_so(clips, tokenizer, monkeypatch):
+    """`next` in a generator would say "generator raised StopIteration"."""
+    ray = types.SimpleNamespace(is_initialized=lambda: True, exceptions=types.SimpleNamespace(RayError=KeyError))
+    monkeypatch.setattr("lumos.data.ray_engine._ray", lambda: ray)
+    engine = RayEngine(Work(str(tokenizer), SETTINGS, "cpu"), 1, None)
+    monkeypatch.setattr(engine, "_map", lambda ray, some: (Skip("too short", "") for _ in some[1:]))
+    found = engine.results(items([clips]))
+    assert len([next(found) for _ in range(10)]) == 10
+    with pytest.raises(RunError, match=r"Ray gave no result for clips/picture\.png"):
+        next(found)
 
 
 grids = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))

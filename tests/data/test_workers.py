@@ -1,0 +1,95 @@
+"""Items that end their worker or hang cost themselves, whatever the number of processes; the others are all there, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ingest_helpers import FLAGS, SETTINGS, Fragile, Unstartable
+
+pytest.importorskip("pyarrow")
+
+from lumos.cli import main
+from lumos.data import shards
+from lumos.data.ingest import ingest
+from lumos.errors import RunError
+
+
+@pytest.fixture
+def source(clips, tmp_path) -> Path:
+    """Good, killing, good, killing once, hanging, good."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    captions = ["good", "kill", "good", f"once {tmp_path / 'flag'}", "hang", "good"]
+    for n, caption in enumerate(captions):
+        shutil.copy(clips / "0.mp4", folder / f"{n}.mp4")
+        (folder / f"{n}.txt").write_text(caption)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_items_that_kill_or_hang_are_skipped(source, tokenizer, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.setattr("lumos.data.engines.Encoder", Fragile)
+    command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS]
+    options = ["--workers", str(workers), "--item-timeout", "3", "--max-failure-rate"]
+    assert main([*command, *options, "0.5"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["reasons"] == {"worker died": 1, "timeout": 1}
+    assert [(entry["id"], entry["reason"]) for entry in report["skipped"]] == [
+        ("clips/1.mp4", "worker died"), ("clips/4.mp4", "timeout"),
+    ]  # fmt: skip
+    assert "ended its worker twice (exit code -11)" in report["skipped"][0]["detail"]
+    assert [row["id"] for row in shards.read_shards(tmp_path / "out")] == [f"clips/{n}.mp4" for n in (0, 2, 3, 5)]
+    capsys.readouterr()
+    assert main([*command, *options, "0.2"]) == 1  # typed again it does not meet them again
+    assert "2 of 6 items gave no clip (worker died 1, timeout 1)" in capsys.readouterr().err
+
+
+def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("lumos.data.engines.Encoder", Unstartable)
+    with pytest.raises(RunError, match=r"a worker process ended as it began \(exit code 7"):
+        ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
+    (source / "0.txt").write_text("bug")
+    monkeypatch.setattr("lumos.data.engines.Encoder", Fragile)
+    with pytest.raises(OSError, match="a bug"):
+        ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
+
+
+def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path):
+    (source / "0.txt").write_text("hang")
+    script = (
+        "import sys, pathlib, ingest_helpers, lumos.data.engines as engines; from lumos.data.ingest import ingest\n"
+        "engines.Encoder = ingest_helpers.Fragile\n"
+        "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], ingest_helpers.SETTINGS, workers=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(tokenizer)]
+    with subprocess.Popen(command, env=environment) as process:
+        children = []
+        while len(children) < 3 and process.poll() is None:  # the server of processes, the tracker of resources, the worker
+            time.sleep(0.2)
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) == 3
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--workers", "0", "--item-timeout", "5"], "item_timeout needs processes"),
+        (["--item-timeout", "0"], "item_timeout 0.0 is not allowed"),
+        (["--workers", "-1"], "workers -1 is not allowed; give at least 0"),
+    ],
+)
+def test_options_that_cannot_be_meant(clips, tokenizer, tmp_path, capsys, options, words):
+    assert main(["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, *options]) == 2
+    assert words in capsys.readouterr().err
