@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", help="folder that `ingest` wrote, or its URL")
-    add("--sheet", help="PNG with clips spread over the data, as the tokenizer decodes them")
-    add("--sheet-clips", type=int, default=12, help="clips on the sheet")
-    add("--tokenizer", help="folder of the video tokenizer for --sheet; default: the one that ingest was given")
+    add("--sheet", help="PNG with clips spread over the data, as the tokenizer decodes them; default: sheet.png in a local folder")
+    add("--no-sheet", action="store_true", help="draw no sheet")
+    add("--sheet-clips", type=int, help="clips on the sheet; default: 12")
+    add("--tokenizer", help="folder of the video tokenizer for the sheet; default: the one that ingest was given")
     add("--captions", type=int, default=5, help="captions to print")
 
 
@@ -22,16 +25,15 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.data import shards
     from lumos.data.storage import location
-    from lumos.errors import UserError
+    from lumos.errors import RunError, UserError
     from lumos.evaluation.quality import code_use
-    from lumos.files import check_writable
 
     folder = location(args.shards)
     description = shards.read_description(folder)
-    if min(args.sheet_clips, args.captions + 1) < 1:
-        raise UserError(f"--sheet-clips {args.sheet_clips} and --captions {args.captions} must be at least 1 and 0")
-    if args.sheet:
-        check_writable(args.sheet)
+    sheet_clips = 12 if args.sheet_clips is None else args.sheet_clips
+    if min(sheet_clips, args.captions + 1) < 1:
+        raise UserError(f"--sheet-clips {sheet_clips} and --captions {args.captions} must be at least 1 and 0")
+    sheet, why_none = _where(args, folder)
     total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         words += len(row["caption"].split())
         seconds += row["num_frames"] / row["fps"] if row["num_frames"] > 1 else 0
         tokens += row["codes"].size
-        if number * args.sheet_clips // total != (number - 1) * args.sheet_clips // total:
+        if number * sheet_clips // total != (number - 1) * sheet_clips // total:
             shown.append(row)
     used, perplexity = code_use(counts)
     summary: dict[str, Any] = {
@@ -60,13 +62,45 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:18}{', '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     for row in shown[: args.captions]:
         print(f"  {row['id']}: {row['caption']}")
-    if args.sheet:
-        _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, args.sheet)
-        print(args.sheet)
+    if sheet:
+        try:
+            _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, sheet)
+            print(f"sheet: {sheet}")
+        except (UserError, RunError) as error:
+            if args.sheet or args.tokenizer:
+                raise
+            why_none = f"{error}; give --tokenizer"  # nobody asked for it: the shards may have come without their tokenizer
+    if why_none:
+        print(f"no sheet: {why_none}", file=sys.stderr)
     print(json.dumps(summary))
 
 
-def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any], sheet: str) -> None:
+def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | None]:
+    """Where the sheet goes, or None and why there is none (None: it is not wanted). UserError for a place where it cannot go."""
+    from lumos.data.shards import SHEET
+    from lumos.errors import UserError
+    from lumos.files import check_writable
+
+    if args.no_sheet:
+        given = {"--sheet": args.sheet, "--sheet-clips": args.sheet_clips, "--tokenizer": args.tokenizer}
+        if without := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(without)} has no effect with --no-sheet; leave one of them out")
+        return None, None
+    if args.sheet is not None:
+        if Path(args.sheet).suffix.lower() != ".png":
+            raise UserError(f"--sheet {args.sheet} must end in .png")
+        check_writable(args.sheet)
+        return Path(args.sheet), None
+    if not isinstance(folder, Path):
+        return None, f"{folder} is not on this machine; name a file with --sheet"
+    try:
+        check_writable(folder / SHEET)
+    except UserError as error:
+        return None, f"{error} with --sheet"
+    return folder / SHEET, None
+
+
+def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any], sheet: Path) -> None:
     import torch
 
     from lumos.data.shards import check_tokenizer

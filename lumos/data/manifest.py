@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lumos.data.shards import parquet
+from lumos.data.shards import DESCRIPTION, SHEET, parquet
 from lumos.errors import RunError, UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -97,7 +97,8 @@ def _items_of(path: Path) -> Iterator[Item]:
     name, suffix = path.resolve().name, path.suffix.lower()
     if path.is_dir():
         for file in sorted((f for f in path.rglob("*") if f.suffix.lower() in MEDIA), key=lambda f: f.relative_to(path).parts):
-            if not file.name.startswith(".") and file.is_file():
+            drawn = file.name == SHEET and (file.parent / DESCRIPTION).exists()  # of shards that lie in the source
+            if not file.name.startswith(".") and file.is_file() and not drawn:
                 yield Item(f"{name}/{file.relative_to(path).as_posix()}", str(file), _text_beside(file))
     elif suffix == ".tar":
         yield from _tar_items(path, name)

@@ -27,6 +27,8 @@ from lumos.files import replacing
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
+SHEET = "sheet.png"
+"""What `inspect` draws beside the shards; no data."""
 FACTS = "lumos.facts"
 """The footer's key of what :class:`ShardFacts` holds, as JSON."""
 FOOTER_BYTES = 1 << 18

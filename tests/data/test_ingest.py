@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ingest_helpers import FLAGS, SETTINGS, content, moving
-from PIL import Image
 
 pytest.importorskip("pyarrow")
 
@@ -338,19 +337,6 @@ def test_a_deleted_shard_leaves_its_number_free_for_its_own_items(ingested, clip
     with pytest.warns(UserWarning, match=r"shard-000000\.parquet is not what it was \(1 of its 3 items gave no clip\)"):
         ingest([changed], out, tokenizer, SETTINGS, max_failure_rate=0.5)
     assert [row["id"] for row in shards.read_shards(out)][:3] == ["clips/0.mp4", "clips/2.mp4", "clips/4.mp4"]
-
-
-def test_inspect_prints_and_draws(ingested, tmp_path, capsys):
-    sheet = tmp_path / "sheet.png"
-    assert main(["inspect", str(ingested), "--sheet", str(sheet), "--sheet-clips", "4"]) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (summary["clips"], summary["pictures"], summary["sizes"]) == (7, 1, {"24x16": 8})
-    assert summary["codes"] == 7 * 12 + 6
-    assert 0 < summary["codes_used"] <= 1
-    assert summary["code_perplexity"] <= 64
-    assert Image.open(sheet).width > 200
-    assert main(["inspect", str(tmp_path)]) == 2
-    assert "holds no ingested clips" in capsys.readouterr().err
 
 
 def test_only_one_ingest_writes_into_a_folder(clips, tokenizer, tmp_path):

@@ -38,6 +38,14 @@ def test_a_folder_in_a_fixed_order(clips):
     assert [Path(item.path).read_bytes() for item in found] == [b"a/c.png", b"b.mp4", b"d.gif"]
 
 
+def test_the_sheet_of_shards_in_a_source_is_no_picture_of_it(clips):
+    (clips / "sheet.png").write_bytes(b"the user's own")
+    (clips / "shards").mkdir()
+    (clips / "shards" / "sheet.png").write_bytes(b"drawn by inspect")
+    (clips / "shards" / "dataset.json").write_text("{}")
+    assert [item.id for item in items([clips])] == ["clips/a/c.png", "clips/b.mp4", "clips/d.gif", "clips/sheet.png"]
+
+
 def test_ids_do_not_depend_on_where_the_folder_lies(clips, tmp_path, monkeypatch):
     before = facts(items([clips]))
     (tmp_path / "elsewhere").mkdir()
