@@ -33,11 +33,9 @@ _PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
-    with _reading(path, "picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit is checked right below
-        with Image.open(path, formats=_PICTURE_FORMATS) as image:
-            _check_pixels(path, image.width, image.height, max_pixels)
-            return _rgb(ImageOps.exif_transpose(image))
+    with _reading(path, "picture", max_pixels), Image.open(path, formats=_PICTURE_FORMATS) as image:
+        _check_pixels(path, image.width, image.height, max_pixels)
+        return _rgb(ImageOps.exif_transpose(image))
 
 
 def read_video(
@@ -61,8 +59,7 @@ def read_video(
     or damaged file, and for more than ``max_frames`` frames or 2 GiB of them.
     """
     _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
-    with _reading(path, "video"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _reading(path, _kind(path), max_pixels):
         clip = _open_clip(path, max_pixels)
         if from_end:
             start = _start_of_last(path, clip.times(), num_frames, fps)
@@ -79,7 +76,7 @@ def read_video(
 
 def count_frames(path: str | Path, fps: float) -> int:
     """How many frames :func:`read_video` can give at ``fps`` with ``from_end``; reads the time stamps only."""
-    with _reading(path, "video"):
+    with _reading(path, _kind(path), MAX_PIXELS):
         return math.floor(max(_open_clip(path, MAX_PIXELS).times(), default=-1.0) * fps + 1e-3) + 1
 
 
@@ -259,18 +256,28 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def _kind(path: str | Path) -> str:
+    """What people take the file for; a png or webp is rarely animated."""
+    return "picture" if Path(path).suffix.lower() in (".png", ".webp") else "video"
+
+
 @contextmanager
-def _reading(path: str | Path, what: str) -> Iterator[None]:
+def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
     """Turn whatever a decoder raises for a foreign file into one line."""
     try:
         if not Path(path).is_file():
             found = "is a folder" if Path(path).is_dir() else "does not exist"
             raise UserError(f"the {what} {path} {found}; give the path of a {what} file")
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit, a lower one, is checked instead
+            yield
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}; make it smaller") from error
+        raise UserError(
+            f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; the limit is "
+            f"{max_pixels / 1e6:g} megapixels: make it smaller"
+        ) from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         better = "PNG or JPEG" if what == "picture" else "mp4 (H.264)"

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import struct
+import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -306,7 +307,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("side", "message"), [(10_000, "10000x10000.*40 megapixels"), (20_000, "exceeds limit")])
+@pytest.mark.parametrize(("side", "message"), [(10_000, "10000x10000.*40 megapixels"), (20_000, "more than 179 megapixels; the limit is 40 megapixels")])
 def test_huge_picture_is_refused_from_its_header(side: int, message: str, tmp_path, recwarn):
     (tmp_path / "huge.png").write_bytes(png_header(side, side))
     with pytest.raises(UserError, match=message) as caught:
@@ -561,3 +562,19 @@ def test_real_film(tmp_path):
     assert np.array_equal(slower, whole[[50 + int(25 * n / 8) for n in range(17)]])
     again, _ = read_video(write_video(tmp_path / "a.mp4", whole[:33], 25))
     assert psnr(again, whole[:33]) > 30
+
+
+@pytest.mark.parametrize("read", [read_image, read_video, lambda path: count_frames(path, 12)])
+def test_a_picture_that_is_none_or_huge_is_called_so(tmp_path, read):
+    path = tmp_path / "junk.png"
+    path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"cannot read the picture .*convert it to PNG or JPEG"):
+        read(path)
+    for side, found in ((11_000, "has 11000x11000 pixels"), (40_000, "has more than 179 megapixels")):
+        head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        path.write_bytes(data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match=rf"{found}.*the limit is 40 megapixels: make it smaller"):
+                read(path)
