@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, sheet)
             print(f"sheet: {sheet}")
-        except (UserError, RunError) as error:
+        except (UserError, RunError, OSError) as error:
             if args.sheet or args.tokenizer:
                 raise
             why_none = f"{error}; give --tokenizer"  # nobody asked for it: the shards may have come without their tokenizer
