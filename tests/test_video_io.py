@@ -307,7 +307,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("side", "message"), [(10_000, "10000x10000.*40 megapixels"), (20_000, "more than 179 megapixels; the limit is 40 megapixels")])
+@pytest.mark.parametrize(("side", "message"), [(10_000, "10000x10000.*40 megapixels"), (20_000, "179 megapixels.*40 megapixels")])
 def test_huge_picture_is_refused_from_its_header(side: int, message: str, tmp_path, recwarn):
     (tmp_path / "huge.png").write_bytes(png_header(side, side))
     with pytest.raises(UserError, match=message) as caught:
