@@ -12,9 +12,8 @@ from lumos.benchmarks.bound import products
 from lumos.benchmarks.decoding import Case
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
-from lumos.generation.engine import cache_tokens
 from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.pipeline import check_num_frames
+from lumos.pipeline import check_length, check_num_frames
 from lumos.planning.memory import meta_model, parameter_count
 from lumos.sequence import num_latent_frames, size_units
 
@@ -36,12 +35,8 @@ class ClipPlan:
         check_num_frames(self.clip.num_frames, self.config.temporal_compression)
         if self.text_tokens > self.config.max_prompt_tokens:
             raise UserError(f"a prompt of {self.text_tokens} tokens is too long; this model reads {self.config.max_prompt_tokens}")
-        tokens = longest(self.case)
-        if tokens > self.config.max_position_embeddings:
-            raise UserError(
-                f"the clip needs {tokens} tokens, this model was made for at most "
-                f"{self.config.max_position_embeddings}; ask for fewer frames or a smaller size"
-            )
+        case = self.case
+        check_length(max(case.prefix_lengths), case.span, case.frames, self.settings, self.config)
 
     @property
     def case(self) -> Case:
@@ -67,13 +62,9 @@ class ClipPlan:
         total = sum(flops.values())
         return {
             "parameters": parameters, "clip": vars(self.clip), "latent_frames": case.frames,
-            "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": longest(case), "steps": case.frames * self.settings.num_inference_steps,
+            "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": case.tokens,
+            "steps": self.settings.steps_before(case.frames),
             "flops": {**flops, "total": total},
             "bytes": {"weights": parameters * self.dtype.itemsize, "cache": case.cache_bytes},
             "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
         }  # fmt: skip
-
-
-def longest(case: Case) -> int:
-    """Tokens of its longest row."""
-    return cache_tokens(max(case.prefix_lengths), case.span, case.frames)
