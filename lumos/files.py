@@ -52,6 +52,31 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     _remove(old)
 
 
+@contextmanager
+def only_writer(folder: str | Path, what: str) -> Iterator[None]:
+    """Keep a second `what` out of the folder, which is made if need be; the lock goes with the process, however that ends.
+
+    RunError if another one is there, UserError if the folder cannot be written to. On Windows nothing is locked.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+    with lock:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another {what} is writing into {folder}; wait for it, stop it, or use another folder") from error
+        yield
+
+
 def check_writable(path: str | Path) -> None:
     """UserError if ``path`` could not be written later; leaves nothing behind. Call it before a long run starts."""
     path = Path(path)

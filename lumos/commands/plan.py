@@ -6,10 +6,12 @@ import argparse
 import json
 from typing import Any
 
+from lumos.commands.sampling import TRADES, add_trades
+
 UTILISATION = 0.4
 OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
 OF_CLIPS = (
-    "model", "preset", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "device", "dtype",
+    "model", "preset", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", *TRADES, "device", "dtype",
 )  # fmt: skip
 
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
     add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
     add("--guidance-scale", type=float, help="1 = no guidance")
+    add_trades(parser)
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--json", action="store_true", help="print one JSON line in place of tables")
@@ -92,7 +95,8 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
         config, (settings, clip) = LumosConfig.from_pretrained(name), read_defaults(Path(name))
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
-    settings = override(settings, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    names = ("num_inference_steps", "guidance_scale", *TRADES)
+    settings = override(settings, **{name: getattr(args, name) for name in names})
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
@@ -190,7 +194,7 @@ def render_clip(report: dict[str, Any]) -> str:
         f"clip     {clip['num_frames']} frames of {clip['width']}x{clip['height']} pixels: {report['latent_frames']} latent frames "
         f"of {report['codes_of_a_frame']:,} codes, a prompt of {report['text_tokens']} tokens",
         f"tokens   {report['tokens']:,} in a row; {report['rows']} row{'s' * (report['rows'] > 1)} at guidance "
-        f"{settings['guidance_scale']:g}; {report['steps']:,} steps, {settings['num_inference_steps']} a latent frame",
+        f"{settings['guidance_scale']:g}; {'at most ' * (settings['confidence_threshold'] is not None)}{report['steps']:,} steps",
         f"FLOPs    {flops['total']:.3g}: {parts}",
         f"memory   MiB: {held}",
         f"time     {duration(report['seconds'])} at {report['utilisation']:.0%} (--utilisation) of "

@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lumos.data.engines import Engine, LocalEngine, Work
 from lumos.data.manifest import Item, items
 from lumos.data.ray_engine import RayEngine
 from lumos.errors import RunError, UserError
-from lumos.files import write_json
+from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
 
@@ -66,7 +66,7 @@ def ingest(
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
     spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers)
-    with _only_writer(out):
+    with only_writer(out, "ingest"):
         _claim(out, settings, model, tokenizer)
         state = _State(out, retry_skipped)
         earlier = len(state.done) + len(state.skipped)
@@ -169,24 +169,3 @@ def _claim(out: Path, settings: ClipSettings, model: VideoTokenizer, tokenizer: 
     for name, value in description["settings"].items():
         if old["settings"].get(name) != value:
             raise UserError(f"{out} was made with {name} {old['settings'].get(name)}, not {value}; use that, or another folder")
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Keeps a second ingest out of the folder; the lock goes with the process, however that ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}; choose another folder") from error
-    with lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another ingest is writing into {out}; wait for it, or use another folder") from error
-        yield

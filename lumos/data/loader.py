@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumos.data import sprites
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError
 
@@ -88,8 +89,11 @@ class WorldSource:
         try:
             self.videos = Worlds(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
         except TypeError as error:
-            allowed = ", ".join(key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE)
-            raise UserError(f"data.options: {error}; allowed: {allowed}") from error
+            known = [key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE]
+            wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
+            raise UserError(f"data.options: {wrong}; allowed: {', '.join(known)}") from error
+        if "sprites" in self.videos.kinds:
+            sprites.load(next(iter(sprites.SPRITES)))  # without the pictures nothing starts
         self.scenes = scenes
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         self.most_codes, self.identity = most_codes, {}
@@ -192,7 +196,8 @@ def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: 
                     f"codes, and each of the {processes} processes needs one; give at least {least}"
                 )
         elif shape.batch_size % processes:
-            raise UserError(f"batch_size {shape.batch_size} is not a multiple of the {processes} processes that share it")
+            key = "training.batch_size or a stage's batch_size" if shape.kind == "video" else "a stage's image_batch_size"
+            raise UserError(f"{key} is {shape.batch_size}; it must be a multiple of the {processes} processes that share it")
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class ShardSource:
 
     def _too_few(self, kind: str, found: int, num_frames: int, min_frames: int, held_out: int) -> UserError:
         frames = self.index.num_frames
-        what = "one-frame clips" if kind == "image" or num_frames == 1 else f"clips of at least {min_frames} frames"
+        what = "clips to take pictures from" if kind == "image" or num_frames == 1 else f"clips of at least {min_frames} frames"
         longest = int(frames.max()) if len(frames) else 0
         return UserError(
             f"{self.folder} has {found} {what} (the longest of its {len(frames)} has {longest}), too few for training with "

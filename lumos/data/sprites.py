@@ -55,7 +55,7 @@ def _read(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(
             f"the picture of the sprite {path.stem!r} is missing: {path}. Fetch all with `python -m lumos fetch-sprites`, or "
-            "leave sprites out with kinds=('shapes', 'digits')"
+            "leave sprites out: kinds [shapes, digits] (data.options.kinds=[shapes,digits] in a training)"
         ) from None
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for damaged files
         raise UserError(f"{path} cannot be read: {error}; fetch it again with `python -m lumos fetch-sprites`") from error

@@ -39,7 +39,7 @@ from lumos.generation.settings import ClipDefaults, GenerationSettings, read_def
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline import LumosPipeline, check_text_tokenizer, override, prompt_ids
-from lumos.sequence import build_sequence, clip_header, num_latent_frames, pad_sequences, parse_layout, prompt_text
+from lumos.sequence import Frame, build_sequence, clip_header, num_latent_frames, pad_sequences, parse_layout, prompt_text
 from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
 from lumos.training.export import Tokenizers, export_checkpoint, model_with
@@ -83,6 +83,7 @@ class ArdfTask:
             "mask_ratio": RATIO_BINS,
         }
         self.source = self._source()
+        self._check_length()
         pictures_only = Curriculum(settings.data.stages, settings.training.batch_size).kinds == ["image"]
         shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
         self.sample_shape = ClipDefaults(**shape, target_size=None)
@@ -111,7 +112,7 @@ class ArdfTask:
             shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
             self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
         if self.settings.training.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.model.gradient_checkpointing = True
         return model.train()
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
@@ -241,6 +242,18 @@ class ArdfTask:
                     f"tokenizer.video {video} has {name} {of_tokenizer}, the model {of_model}; set model.overrides.{name}"
                 )
         check_clip_shape(config, self.settings.data)
+
+    def _check_length(self) -> None:
+        """UserError if the model could train on the usual clip but, by its own limit, not generate it."""
+        shape, config = self.source.usual_shape, self.config
+        grid = (shape[side] // config.spatial_compression for side in ("height", "width"))
+        tokens = num_latent_frames(shape["num_frames"], config.temporal_compression) * Frame(0, *grid).end
+        if tokens > config.max_position_embeddings:
+            size = f"{shape['num_frames']} frames of {shape['width']}x{shape['height']} pixels"
+            raise UserError(
+                f"clips of {size} need {tokens} tokens beside their text, but the model has max_position_embeddings "
+                f"{config.max_position_embeddings}; take smaller or shorter clips, or raise model.overrides.max_position_embeddings"
+            )
 
     def _source(self) -> Source:
         data, training = self.settings.data, self.settings.training

@@ -133,7 +133,7 @@ def finish(
     """Write state.json, make the folder visible, remove the older ones. Call when every process has written.
 
     `written` is what `save_tensors` returned in each process. The newest `keep_last` stay, and those of steps that are
-    multiples of `keep_every`.
+    multiples of `keep_every`. Checkpoints of later steps, which a resume has passed over, become damaged-step-....
     """
     files = {tensor_file(folder, rank).name: facts for rank, facts in enumerate(written)}
     path = folder / STATE
@@ -143,6 +143,11 @@ def finish(
     if target.exists():
         shutil.rmtree(target)
     os.replace(folder, target)
+    for newer in list_checkpoints(root):  # the run fell back past them, as they are damaged
+        if step_of(newer) > step:
+            aside = root / f"damaged-{newer.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(newer, aside)
     _sync(root)
     for old in list_checkpoints(root)[:-keep_last]:
         if not keep_every or step_of(old) % keep_every:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lumos.data.loader import Batch, Curriculum, Source, StepShape, check_shares, prefetched, sample_generator
 from lumos.errors import RunError, UserError
-from lumos.files import check_writable
+from lumos.files import check_writable, only_writer
 from lumos.runtime import peak_memory_bytes, pick_device, versions
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
@@ -67,7 +68,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     device = pick_device(settings.training.device)
     with lost_process_reported():
         start_processes(settings, device)
-        return run_task(settings, ArdfTask(settings, device), device)
+        with only_writer(settings.output_dir, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
+            return run_task(settings, ArdfTask(settings, device), device)
 
 
 def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:

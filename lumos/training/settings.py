@@ -23,7 +23,7 @@ from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
-DEFAULT_STAGE = 2  # of runs with several processes that name none
+DEFAULT_STAGE = 2  # of runs with several processes that name none; of Muon, which needs whole matrices, 0
 
 
 def world_size() -> int:
@@ -227,7 +227,8 @@ class TrainingSettings:
         """The same of a run that has so many processes."""
         wanted = self.deepspeed
         if wanted.zero_stage is None and wanted.config is None:
-            return None if processes == 1 else DEFAULT_STAGE
+            usual = 0 if self.training.optimizer == "muon" else DEFAULT_STAGE
+            return None if processes == 1 else usual
         if wanted.zero_stage is not None:
             return wanted.zero_stage
         return wanted.file_options().get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
@@ -265,8 +266,9 @@ def _check(settings: TrainingSettings) -> None:
         try:
             GenerationSettings(**options)
         except TypeError as error:
-            allowed = ", ".join(GenerationSettings.__dataclass_fields__)
-            raise UserError(f"{name}: {error}; allowed: {allowed}") from error
+            known = GenerationSettings.__dataclass_fields__
+            wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
+            raise UserError(f"{name}: {wrong}; allowed: {', '.join(known)}") from error
     if samples.every and not samples.prompts:
         raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
     if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:

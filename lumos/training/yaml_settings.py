@@ -147,7 +147,8 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
         if not isinstance(number, (int, float)):
             continue
         if not math.isfinite(number) or (low is not None and not number >= low) or (high is not None and not number <= high):
-            limits = f"between {low} and {high}" if high is not None else f"a finite number of {low} or more"
+            least = "a finite number" if low is None else f"a finite number of {low} or more"
+            limits = f"between {low} and {high}" if high is not None else least
             raise UserError(f"{path} is {number}; it must be {limits}")
 
 

@@ -51,6 +51,20 @@ def test_round_trip(tmp_path: Path):
     assert checkpoint.Stored(found).read("weight", "a", 0, 4).tolist() == [3.0] * 4
 
 
+def test_a_save_after_a_fallback_is_kept_and_the_damaged_ones_are_set_aside(tmp_path: Path):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    for step in (20, 30):
+        truncate(checkpoint.checkpoint_folder(tmp_path, step))
+    assert checkpoint.latest(tmp_path)[1]["step"] == 10
+    write(tmp_path, 15, keep_last=2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [10, 15]
+    assert checkpoint.latest(tmp_path)[1]["step"] == 15
+    assert sorted(path.name for path in tmp_path.glob("damaged-*")) == ["damaged-step-00000020", "damaged-step-00000030"]
+    write(tmp_path, 20, keep_last=1)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [20]
+
+
 def test_none_at_all(tmp_path: Path):
     assert checkpoint.latest(tmp_path / "nothing") is None
     checkpoint.begin(tmp_path, 5)  # a kill before the rename
@@ -59,7 +73,7 @@ def test_none_at_all(tmp_path: Path):
 
 def test_only_the_newest_are_kept_and_left_overs_go(tmp_path: Path):
     checkpoint.begin(tmp_path, 1)
-    for step in (2, 10, 9):
+    for step in (2, 9, 10):
         write(tmp_path, step, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
 

@@ -9,6 +9,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from run_log import flat, read_log
 from safetensors.torch import load_file
 
 from lumos import LumosPipeline
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
+from lumos.files import only_writer
 from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.loop import train
@@ -118,7 +121,10 @@ def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
 
 @needs_deepspeed
 def test_the_documented_commands_in_their_order(micro_settings, tmp_path: Path, monkeypatch):
-    """`train.py --config ...`, then `deepspeed --num_gpus 2 train.py --config ...`, which goes on from there, without GPUs."""
+    """`train.py --config ...`, then `deepspeed --num_gpus 2 train.py --config ...`, which goes on from there, without GPUs.
+
+    Between them the second is told to stop by SIGTERM to the deepspeed command, which passes nothing on.
+    """
     config = tmp_path / "micro.yaml"
     config.write_text(yaml.safe_dump(micro_settings(training={"max_steps": 2, "output_dir": None}).to_dict() | {"name": "micro"}))
     monkeypatch.chdir(tmp_path)
@@ -130,16 +136,48 @@ def test_the_documented_commands_in_their_order(micro_settings, tmp_path: Path, 
         port = str(probe.getsockname()[1])
     command = [str(launcher), "--num_gpus", "2", "--master_port", port, str(ROOT / "train.py"), "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    folder = tmp_path / "runs" / "micro"
+
+    def events(name: str) -> list[dict]:
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        return [line for line in lines if line.get("event", "step") == name]
+
+    with open(tmp_path / "first.err", "w") as err:
+        told = subprocess.Popen([*command, f"deepspeed.config={zero}", "training.max_steps=90000"],
+                                env=environment, stdout=err, stderr=err, cwd=tmp_path)  # fmt: skip
+        wait_for(lambda: len(events("step")) > 2 or told.poll() is not None)
+        told.terminate()
+        told.wait()
+        wait_for(lambda: len(events("end")) == 2)
+    first = (tmp_path / "first.err").read_text()
+    assert "changed since that checkpoint: training.max_steps was 2, now 90000" in first
+    assert "written by plain PyTorch, 1 process, this is DeepSpeed ZeRO 2, 2 processes: weights" in first
+    stopped = events("end")[-1]
+    assert stopped["stopped_by"] == "a lost launcher"
+    wait_for(lambda: not locked(folder))
+    last = stopped["step"] + 2
     done = subprocess.run(
-        [*command, f"deepspeed.config={zero}", "training.max_steps=4"],
+        [*command, f"deepspeed.config={zero}", f"training.max_steps={last}"],
         env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / "micro"
     assert (folder / "export" / "model.safetensors").exists()
-    assert sorted(read_log(folder)) == [1, 2, 3, 4]
-    assert "changed since that checkpoint: training.max_steps was 2, now 4" in done.stderr
-    assert "written by plain PyTorch, 1 process, this is DeepSpeed ZeRO 2, 2 processes: weights" in done.stderr
+    assert sorted(read_log(folder)) == list(range(1, last + 1))
+
+
+def wait_for(done: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def locked(folder: Path) -> bool:
+    try:
+        with only_writer(folder, "training"):
+            return False
+    except RunError:
+        return True
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.stem)

@@ -132,7 +132,7 @@ def test_the_published_joint_training(repo, recipe: str):
     steps = [curriculum(step) for step in range(8)]
     assert [(s.kind, s.batch_size // 48) for s in steps] == [("video", 1), ("image", 6)] * 4
     check_shares(curriculum, {}, 48)
-    with pytest.raises(UserError, match="batch_size 48 is not a multiple of the 36 processes"):
+    with pytest.raises(UserError, match="is 48; it must be a multiple of the 36 processes"):
         check_shares(curriculum, {}, 36)
 
 

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from lumos import LumosForVideoGeneration
 from lumos.data.worlds import captions
 from lumos.errors import RunError, UserError
-from lumos.training import checkpoint, loop
+from lumos.files import only_writer
+from lumos.training import checkpoint, interrupt, loop
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
 from lumos.training.engine import parameter_groups, pick_precision
 from lumos.training.loop import Run, train
+from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 
 CPU = torch.device("cpu")
@@ -146,6 +148,35 @@ def test_a_killed_run_continues_bitwise(micro_settings, tmp_path: Path, monkeypa
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "broken", key)
     ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("run", "broken"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(micro_settings, tmp_path: Path):
+    settings = micro_settings(training={"max_steps": 1})
+    with only_writer(settings.output_dir, "training"), pytest.raises(RunError, match="another training is writing into"):
+        train(settings)
+    assert train(settings)["steps"] == 1
+
+
+def test_a_lost_launcher_stops_the_run_as_a_signal_does(micro_settings, monkeypatch):
+    """deepspeed's own processes stay when the command ends: their launcher then has another parent."""
+    answers = iter([(10, 20)] * 3)
+    monkeypatch.setattr(interrupt, "_launcher", lambda: next(answers, (10, 1)))
+    summary = train(micro_settings())
+    assert summary["stopped_by"] == "a lost launcher"
+    assert 0 < summary["steps"] < 6
+    assert train(micro_settings())["steps"] == 6
+
+
+def test_sprites_without_pictures_are_told_at_the_start(micro_settings, no_sprite_pictures, tmp_path: Path):
+    with pytest.raises(UserError, match=r"fetch-sprites.*data.options.kinds=\[shapes,digits\]"):
+        ArdfTask(micro_settings(data={"options": {"kinds": ["sprites"]}}), CPU)
+
+
+def test_clips_that_the_model_could_not_generate(micro_settings):
+    model = to_plain(micro_settings().model)
+    model["overrides"]["max_position_embeddings"] = 40
+    with pytest.raises(UserError, match="need 48 tokens beside their text, but the model has max_position_embeddings 40"):
+        ArdfTask(micro_settings(model=model), CPU)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
