@@ -20,6 +20,7 @@ from lumos.configuration import LumosConfig
 from lumos.data.buckets import bucket_for
 from lumos.errors import RunError, UserError
 from lumos.frames import as_uint8
+from lumos.generation.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.generation.cache import KeptPrefix
 from lumos.generation.engine import cache_tokens, generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
@@ -71,11 +72,14 @@ class LumosPipeline:
         lora: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        int8: bool = False,
+        compile: bool = False,
     ) -> LumosPipeline:
         """Read a model folder with `video_tokenizer/` and `text_tokenizer/` in it, or name those folders.
 
         lora: an adapter folder (what a run with lora.rank exports), which is merged into the weights.
         device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
+        int8, compile: see `lumos.generation.acceleration`; such a decoder cannot be saved with int8 weights.
         """
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
@@ -93,10 +97,16 @@ class LumosPipeline:
         settings, clip = read_defaults(Path(folder))
         if lora is not None:
             model = merge_adapter(model, lora, fingerprints(video_tokenizer or folder, text_tokenizer or folder))
+        if int8:
+            use_int8_weights(model)
+        if compile:
+            compile_parts(model)
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder that `from_pretrained` reads whole."""
+        if has_int8_weights(self.model):
+            raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
         folder = Path(folder)
         self.model.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")

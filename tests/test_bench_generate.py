@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import lumos.benchmarks.generate as bench
 from lumos.benchmarks.bound import products, profiled
 from lumos.benchmarks.decoding import Case, generate, generate_plainly, logits_difference, make_case
+from lumos.benchmarks.measure import Bench
 from lumos.benchmarks.twin import plain_frames
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
+from lumos.generation.acceleration import compile_parts
 from lumos.generation.engine import Engine
 
 
@@ -20,8 +26,9 @@ def case() -> Case:
 
 
 def test_engine_and_twin_have_the_same_logits(case):
-    difference, largest = logits_difference(case)
-    assert difference < 1e-5 < 0.1 < largest
+    found = logits_difference(case)
+    assert found.largest < 1e-5 < 0.1 < found.scale
+    assert found.same_likeliest == 1
 
 
 def test_a_difference_ends_the_bench(case, monkeypatch):
@@ -78,15 +85,73 @@ def test_flops_are_those_of_the_formula(case):
     assert parts["attention scores"] == parts["attention values"] == 2 * pairs * c.hidden_size
 
 
-def test_the_engine_spends_these_flops_and_no_more(case):
+TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1}
+
+
+@pytest.mark.parametrize("options", [{}, TRADED, {"guidance_interval": (0.5, 1.0)}])
+def test_the_engine_spends_these_flops_and_no_more(case, options):
     """Counted by torch while it runs: the products of layers and head, and attention, where a prompt's is not counted here."""
+    case = bench.with_options(replace(case, frames=4), options)
     with FlopCounterMode(display=False) as counter:
         generate(case)
     counted = {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     parts = {p.part: p.flops for p in products(case)}
     attention = parts.pop("attention scores") + parts.pop("attention values")
-    prompt = (len(case.conditional) + len(case.unconditional)) / (2 * 32 * 11)
+    passes = sum(1 + case.settings.guides(s, n) for f in range(4) for n in [case.settings.steps_of(f)] for s in range(n)) + 2 * 3
+    prompt = (len(case.conditional) + len(case.unconditional)) / (32 * passes)
     products_counted = counted["mm"] + counted.get("addmm", 0)
     assert sum(parts.values()) <= products_counted <= (1 + prompt) * sum(parts.values())
     if len(counted) > 1:
         assert attention <= sum(counted.values()) - products_counted <= (1 + prompt) * attention
+
+
+def test_options_are_timed_beside_the_twin(case, monkeypatch):
+    """Their own bound and cache; none where a threshold decides how many steps there are."""
+    monkeypatch.setattr(bench, "run_apart", lambda *args, **named: 2**20)
+    monkeypatch.setattr(bench, "product_gflops", lambda *args: 50.0)
+    measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
+    options = {"later_steps": 1, "history_frames": 1, "guidance_interval": (0.0, 0.5)}
+    settings = bench.Settings("", "", ("small",), options, ("bfloat16",))
+    row, of, table = bench.run_shape("small", settings, measure)
+    changed = row["lumos_with_options"]
+    assert changed["gflops_that_must_be_done"] < 0.7 * row["gflops_that_must_be_done"]
+    assert changed["later_steps"] == 1
+    assert of["twin_over_lumos_with_options_time"] == pytest.approx(row["twin"]["seconds"] / changed["seconds"], rel=1e-2)
+    assert [line[0] for line in table] == ["small", "small, options"]
+    assert len({len(line) for line in table}) == 1
+    found = row["precision_differences"]["bfloat16"]
+    assert 1e-4 < found["largest"] < 0.1 * found["scale"]
+    assert 0.5 < found["same_likeliest"] <= 1
+    unknown = bench.form_figures(bench.with_options(case, {"confidence_threshold": 0.9}), 1.0, measure)
+    assert unknown["bound_seconds"] is None
+
+
+def test_int8_weights_are_close(case):
+    pytest.importorskip("torchao")
+    found = bench.precision_difference(case, "int8")
+    assert 1e-4 < found["largest"] < 0.1 * found["scale"]
+
+
+def test_int8_without_torchao_names_the_extra(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"int8 weights need torchao .*\[int8\]"):
+        bench.precision_difference(case, "int8")
+
+
+def test_compiled_parts_give_the_same_logits(case):
+    """By the backend that compiles nothing, as a compiler takes long: what is traced is what runs."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    compiled = copy.deepcopy(case.model)
+    compile_parts(compiled, backend="eager")
+    assert logits_difference(case, compiled).largest < 1e-5
+    assert counters["stats"]["unique_graphs"] - before >= 4  # the probe, RMSNorm, HeadNorm, MLP
+    assert counters["graph_break"] == {}
+
+
+def test_a_missing_compiler_is_told(case, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no C++ compiler\nmore")))
+    with pytest.raises(UserError, match=r"torch.compile does not work here \(no C\+\+ compiler\); leave compile out"):
+        compile_parts(case.model)

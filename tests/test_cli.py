@@ -67,6 +67,17 @@ def test_a_record_is_enough_to_make_the_clip_again(generate):
     assert np.array_equal(read_video("a.webp")[0], read_video("b.webp")[0])
 
 
+def test_settings_that_trade_are_taken_and_recorded(generate):
+    trades = ["--guidance-interval", 0, 0.5, "--confidence-threshold", 0.9, "--later-steps", 1, "--history-frames", 1]
+    assert generate("--prompt", "x", "--num-frames", 17, *trades, "--output", "a.webp")[0] == 0
+    settings = json.loads(Path("a.webp.json").read_text())["settings"]
+    assert settings["guidance_interval"] == [0.0, 0.5]
+    assert [settings[name] for name in ("confidence_threshold", "later_steps", "history_frames")] == [0.9, 1, 1]
+    code, _, err = generate("--prompt", "x", "--guidance-interval", 0.6, 0.9, "--output", "b.webp")
+    assert (code, len(err)) == (2, 1)
+    assert "holds none of 2 steps" in err[0]
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "webp"])
 def test_output_formats(generate, suffix):
     assert generate("--prompt", "x", "--output", f"sub/out.{suffix}")[0] == 0

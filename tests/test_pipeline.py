@@ -13,6 +13,7 @@ from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.errors import UserError
 from lumos.frames import as_uint8, from_uint8, to_uint8
 from lumos.pipeline import check_num_frames
+from lumos.pipeline_call import Request
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +231,42 @@ def test_a_missing_tokenizer_says_which_option_names_one(pipe, tmp_path):
     pipe.text_tokenizer.save_pretrained(tmp_path / "text_tokenizer")
     with pytest.raises(UserError, match=r"no video tokenizer in .* --video-tokenizer names another place"):
         LumosPipeline.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
+    """A model made for 60 tokens makes ten times its default length; it is told of that length, and says where it extrapolates."""
+    pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
+    pipe.model.config.max_position_embeddings = 60
+    with pytest.raises(UserError, match=r"this model was made for at most 60; .* or bound what a frame sees with history_frames"):
+        pipe("x", num_frames=49, seed=0)
+    with pytest.warns(UserWarning, match=r"positions go up to .*, this model was made for 60"):
+        result = pipe("x", num_frames=49, history_frames=1, seed=0)
+    assert result.codes.shape == (1, 13, 2, 3)
+    assert result.settings["history_frames"] == 1
+    assert result.settings["num_frames"] == 49
+    with pytest.raises(UserError, match="or lower history_frames 9"):
+        pipe("x", num_frames=49, history_frames=9, seed=0)
+    with pytest.warns(UserWarning, match="history_frames=1 has no effect on a clip of 2 latent frames"):
+        pipe("x", history_frames=1, seed=0)
+    with pytest.warns(UserWarning, match="later_steps=1 has no effect"):
+        pipe("x", num_frames=1, later_steps=1, seed=0)
+    prefix = pipe._prefix("x", pipe.clip, None)
+    pipe.model.config.max_position_embeddings = 8192
+    ready = pipe.prepare(Request("x", num_frames=49, history_frames=1))
+    assert torch.equal(ready.conditional[0], prefix)
+    assert not torch.equal(pipe.prepare(Request("x", num_frames=49)).conditional[0], prefix)
+
+
+def test_steps_of_later_frames_are_reported(pipe):
+    seen = []
+    pipe("x", seed=1, num_frames=9, num_inference_steps=3, later_steps=1, on_step=lambda *at: seen.append(at))
+    assert seen == [(0, 3, 0, 3), (0, 3, 1, 3), (0, 3, 2, 3), (1, 3, 0, 1), (2, 3, 0, 1)]
+    assert pipe.num_timesteps == 5
+
+
+def test_int8_weights_make_clips_and_are_not_saved(micro_folder, tmp_path):
+    pytest.importorskip("torchao")
+    pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu", int8=True)
+    assert pipe("x", seed=0).codes.shape == (1, 2, 2, 3)
+    with pytest.raises(UserError, match="int8 weights is not saved"):
+        pipe.save_pretrained(tmp_path / "saved")

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lumos.benchmarks.decoding import Case
 from lumos.benchmarks.measure import timed
+from lumos.generation.engine import cache_tokens
 from lumos.masking import unmasking_counts
 
 PRODUCT_SECONDS, PRODUCT_RUNS = 0.3, 3
@@ -40,19 +41,19 @@ class Product:
 
 
 def products(case: Case) -> list[Product]:
-    """All matrix products of the case, by shape."""
+    """All matrix products of the case, by shape; with a confidence threshold there are as many at most."""
     config, settings, lengths = case.model.config, case.settings, case.prefix_lengths
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
-    passes, asked = [], 0  # (context, positions whose states are wanted) of one frame's tokens in one branch
+    passes: list[tuple[int, int]] = []  # (context, positions whose states are wanted) of one frame's tokens in one branch
+    head_rows = 0
     for frame in range(case.frames):
         steps = settings.steps_of(frame)
         masked = [codes, *unmasking_counts(codes, steps)[:-1]]
-        asked += sum(masked)
-        behind = frame if settings.history_frames is None else min(frame, 1 + settings.history_frames)
-        contexts = [length + case.span * (behind + 1) for length in lengths]
-        for step, wanted in enumerate(masked):
-            passes += [(context, wanted) for context in (contexts if settings.guides(step, steps) else contexts[:1])]
-        passes += [(context, 0) for context in contexts if frame + 1 < case.frames]
+        head_rows += sum(masked)
+        for branch, length in enumerate(lengths):
+            context = cache_tokens(length, case.span, frame + 1, settings.history_frames)
+            passes += [(context, m) for step, m in enumerate(masked) if branch == 0 or settings.guides(step, steps)]
+            passes += [(context, 0)] * (frame + 1 < case.frames)  # for the cache
     tokens, wanted = sum(lengths) + case.span * len(passes), sum(m for _, m in passes)
     found = []
     for name, layer in case.model.model.layers[0].named_modules():
@@ -65,7 +66,7 @@ def products(case: Case) -> list[Product]:
     heads = len(lengths) * config.num_attention_heads
     found.append(Product("attention scores", half, heads, case.span, config.head_dim, mean))
     found.append(Product("attention values", half, heads, case.span, mean, config.head_dim))
-    head = 2 * config.hidden_size * config.visual_token_count * asked
+    head = 2 * config.hidden_size * config.visual_token_count * head_rows
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found
 

@@ -71,10 +71,13 @@ class Case:
         return [len(ids) for ids in (self.conditional, self.unconditional) if ids is not None]
 
     @property
+    def tokens(self) -> int:
+        """Cached tokens of the longest row."""
+        return cache_tokens(max(self.prefix_lengths), self.span, self.frames, self.settings.history_frames)
+
+    @property
     def cache_bytes(self) -> int:
-        lengths = self.prefix_lengths
-        tokens = cache_tokens(max(lengths), self.span, self.frames, self.settings.history_frames)
-        return len(lengths) * tokens * self.model.kv_bytes_per_token()
+        return len(self.prefix_lengths) * self.tokens * self.model.kv_bytes_per_token()
 
 
 def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:
@@ -129,20 +132,32 @@ def generate_plainly(case: Case, seed: int = 0, watch: Watch = lambda ids, logit
         pass
 
 
-def logits_difference(case: Case) -> tuple[float, float]:
-    """(largest |engine - twin| of all visual logits, largest |logit|) while the engine is fed the ids that the twin makes."""
-    config, engine = case.model.config, Engine(case.model)
+@dataclass(frozen=True)
+class Difference:
+    """Visual logits of both branches, ours against the twin's: largest |ours - theirs|, largest |theirs|, and the share of
+    positions where both have the same likeliest code."""
+
+    largest: float
+    scale: float
+    same_likeliest: float
+
+
+def logits_difference(case: Case, model: LumosForVideoGeneration | None = None) -> Difference:
+    """The engine, with the case's model or another of its kind, is fed the ids that the twin makes."""
+    config, engine = case.model.config, Engine(model or case.model)
     rows = [case.conditional, case.unconditional]
     engine.prefill(rows, cache_tokens(max(map(len, rows)), case.span, case.frames))
     offsets = code_offsets(Frame(0, *case.grid)).to(case.model.device)
-    first, largest = config.visual_token_start, []
+    first, steps = config.visual_token_start, []
 
     def watch(ids: Tensor, logits: Tensor | None) -> None:
         if logits is None:
             engine.commit(ids)
             return
         ours, theirs = engine.denoise(ids), logits[:, offsets, first : first + config.visual_token_count]
-        largest.append((float((ours - theirs).abs().max()), float(theirs.abs().max())))
+        same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+        steps.append((float((ours - theirs).abs().max()), float(theirs.abs().max()), float(same)))
 
     generate_plainly(case, watch=watch)
-    return max(d for d, _ in largest), max(s for _, s in largest)
+    differences, scales, same = zip(*steps, strict=True)
+    return Difference(max(differences), max(scales), sum(same) / len(same))

@@ -6,14 +6,19 @@ Shapes     Only the decoder, from prefix ids to codes: seconds of the engine and
            take at the speed of this machine's own matrix products (`bound`); memory beyond the weights, at one step a frame, for
            the first step of a frame needs the most; where the time goes, by a profile. Before anything is timed, the engine
            is fed what the twin makes of at most two frames of two steps, and all visual logits must agree.
+Options    Settings that trade, and other ways to run (`--later-steps`, `--int8`, ...), make a third form, timed beside these
+           two; its bound is that of its own arithmetic. `--precisions` says how far the logits of the weights in bfloat16 or
+           int8 are from the twin's, for the same ids.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,16 @@ from lumos.benchmarks.bound import product_gflops, products, profiled
 from lumos.benchmarks.decoding import SHAPES, SHIPPED, Case, generate, generate_plainly, logits_difference, make_case
 from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, timed
 from lumos.commands.generate import shipped_model
+from lumos.commands.sampling import ACCELERATION, TRADES, add_acceleration, add_trades
 from lumos.errors import RunError, UserError
+from lumos.generation.acceleration import compile_parts, use_int8_weights
+from lumos.generation.settings import GenerationSettings, read_defaults
 from lumos.runtime import peak_memory_bytes
 
 LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that are called the same
 FORMS = {"lumos": generate, "twin": generate_plainly}
+OPTIONS = "lumos_with_options"
+PRECISIONS = ("bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Settings:
     model: str
     prompt: str
     shapes: tuple[str, ...]
+    options: dict[str, Any]
+    precisions: tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", choices=(SHIPPED, *SHAPES), default=[SHIPPED], metavar="SHAPE",
         help=f"decoders to compare with a plain twin: {SHIPPED} (the model), or with random weights {', '.join(SHAPES)}; "
              "0.5b and mid take minutes; default: shipped")  # fmt: skip
+    add_trades(parser)
+    add_acceleration(parser)
+    add("--precisions", nargs="+", choices=PRECISIONS, default=[], metavar="PRECISION",
+        help=f"also measure what the logits differ by in {' or '.join(PRECISIONS)}")  # fmt: skip
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -55,11 +71,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"there is no model in {model} (no config.json); name its folder with --model")
     if not args.prompt.strip():
         raise UserError(f"the prompt is empty ({args.prompt!r}); say in words what the clip shows")
-    return Settings(str(model), args.prompt, tuple(dict.fromkeys(args.shapes)))
+    trades = {name: getattr(args, name) for name in TRADES if getattr(args, name) is not None}
+    for shape in args.shapes:
+        usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
+        replace(usual, **trades)
+    options = trades | {name: True for name in ACCELERATION if getattr(args, name)}
+    return Settings(str(model), args.prompt, tuple(dict.fromkeys(args.shapes)), options, tuple(dict.fromkeys(args.precisions)))
 
 
 def steps(settings: Settings, bench: Bench) -> int:
-    return 1 + len(settings.shapes) * (1 + len(FORMS) * (1 + bench.repetitions) + 1)
+    forms = len(FORMS) + bool(settings.options)
+    return 1 + len(settings.shapes) * (len(FORMS) + 1 + forms * bench.repetitions + 1 + len(settings.precisions))
 
 
 def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> dict[str, Any]:
@@ -97,15 +119,55 @@ def extra_memory(**arguments: Any) -> int:
 
 def check_logits(case: Case, shape: str, dtype: str) -> float:
     """The largest difference of engine and twin; RunError if it is too large to call them equal."""
-    difference, largest = logits_difference(case.cut(frames=2, steps=2))
-    allowed = LOGITS_TOLERANCE if dtype == "float32" else largest * TOLERANCE[getattr(torch, dtype)]
-    if not difference <= allowed:
-        raise RunError(f"generation, shape {shape}: logits of engine and twin differ by {difference:.2g}; {allowed:.2g} is allowed")
-    return difference
+    found = logits_difference(case.cut(frames=2, steps=2))
+    allowed = LOGITS_TOLERANCE if dtype == "float32" else found.scale * TOLERANCE[getattr(torch, dtype)]
+    if not found.largest <= allowed:
+        difference = f"differ by {found.largest:.2g}; {allowed:.2g} is allowed"
+        raise RunError(f"generation, shape {shape}: logits of engine and twin {difference}")
+    return found.largest
 
 
-def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """(figures, ratios, row of the table) of one shape."""
+def precision_difference(case: Case, precision: str) -> dict[str, float]:
+    """How far the logits of a copy of the model in another precision are from the twin's."""
+    model = copy.deepcopy(case.model)
+    if precision == "int8":
+        use_int8_weights(model)
+    else:
+        model.to(getattr(torch, precision))
+    return {name: rounded(value) for name, value in asdict(logits_difference(case.cut(frames=2, steps=2), model)).items()}
+
+
+def with_options(case: Case, options: dict[str, Any]) -> Case:
+    """The case with settings that trade, and with a copy of its model where it shall run another way."""
+    trades, model = {name: value for name, value in options.items() if name in TRADES}, case.model
+    if len(trades) < len(options):
+        model = copy.deepcopy(model)
+    if options.get("int8"):
+        use_int8_weights(model)
+    if options.get("compile"):
+        compile_parts(model)
+    return replace(case, model=model, settings=replace(case.settings, **trades))
+
+
+def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
+    """What must be done for a case, how long that takes at the speed of the products alone, and our time against it.
+
+    With a confidence threshold no number of steps is known before, and so no bound.
+    """
+    figures = {**vars(case.settings), "cache_mb": rounded(case.cache_bytes / MB)}
+    if case.settings.confidence_threshold is not None:
+        return {**figures, "gflops_that_must_be_done": None, "products": None, "bound_seconds": None, "share_of_bound": None}
+    parts = {p: product_gflops(p, bench.device, getattr(torch, bench.dtype)) for p in products(case)}
+    bound = sum(p.flops / gflops / 1e9 for p, gflops in parts.items())
+    return {
+        **figures, "gflops_that_must_be_done": rounded(sum(p.flops for p in parts) / 1e9),
+        "products": {p.part: {"gflops": rounded(p.flops / 1e9), "peak_gflops": rounded(gflops)} for p, gflops in parts.items()},
+        "bound_seconds": rounded(bound), "share_of_bound": rounded(bound / seconds),
+    }  # fmt: skip
+
+
+def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
+    """(figures, ratios, rows of the table) of one shape."""
     arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
     memory = {}
     for form in FORMS:
@@ -116,23 +178,26 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     difference = check_logits(case, shape, bench.dtype)
     bench.step()
     forms = {name: lambda form=form: form(case) or () for name, form in FORMS.items()}
+    if settings.options:
+        changed = with_options(case, settings.options)
+        forms[OPTIONS] = lambda: generate(changed) or ()
+        if settings.options.get("compile"):
+            generate(changed)  # the compiler's work is not the clip's
     seconds, _ = interleaved(forms, bench, f"generation, shape {shape}")
     shares = profiled(lambda: generate(case.cut(frames=2, steps=4)), bench.device)
     bench.step()
-    parts = {p: product_gflops(p, bench.device, getattr(torch, bench.dtype)) for p in products(case)}
-    flops, bound = sum(p.flops for p in parts), sum(p.flops / gflops / 1e9 for p, gflops in parts.items())
-    config = case.model.config
+    precisions = {}
+    for precision in settings.precisions:
+        precisions[precision] = precision_difference(case, precision)
+        bench.step()
+    config, figures = case.model.config, form_figures(case, seconds["lumos"], bench)
     row = {
         "shape": shape, "parameters": sum(p.numel() for p in case.model.parameters()), "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "visual_codes": config.visual_token_count, "tokens_a_frame": case.span,
-        "latent_frames": case.frames, **vars(case.settings), "logits_max_difference": rounded(difference),
+        "latent_frames": case.frames, "logits_max_difference": rounded(difference),
         **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": rounded(memory[form] / MB)} for form in FORMS},
-        "cache_mb": rounded(case.cache_bytes / MB), "gflops_that_must_be_done": rounded(flops / 1e9),
-        "products": {
-            p.part: {"gflops": rounded(p.flops / 1e9), "peak_gflops": rounded(gflops)} for p, gflops in parts.items()
-        },
-        "bound_seconds": rounded(bound), "share_of_bound": rounded(bound / seconds["lumos"]),
-        "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
+        **figures, "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
+        "precision_differences": precisions,
     }  # fmt: skip
     of = {
         "shape": shape, "twin_over_lumos_time": ratio(seconds["twin"], seconds["lumos"]),
@@ -140,12 +205,26 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     }  # fmt: skip
     costliest = [name for name in shares if name not in ("products", "attention")]
     costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
-    table = [
-        shape, shown(flops / 1e9), shown(bound), shown(seconds["lumos"]), f"{bound / seconds['lumos']:.0%}",
-        shown(seconds["twin"]), shown(of["twin_over_lumos_time"]), f"{difference:.1g}", shown(case.cache_bytes / MB),
-        shown(memory["lumos"] / MB), shown(memory["twin"] / MB), ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
-    ]  # fmt: skip
+    table = [[
+        shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
+        f"{difference:.1g}", shown(figures["cache_mb"]), shown(memory["lumos"] / MB), shown(memory["twin"] / MB),
+        ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
+    ]]  # fmt: skip
+    if settings.options:
+        spent, figures = seconds[OPTIONS], form_figures(changed, seconds[OPTIONS], bench)
+        row[OPTIONS] = {"seconds": rounded(spent), **settings.options, **figures}
+        of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
+        table.append([
+            f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
+            shown(figures["cache_mb"]), "-", shown(memory["twin"] / MB), "",
+        ])  # fmt: skip
     return row, of, table
+
+
+def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
+    share = figures["share_of_bound"]
+    percent = "-" if share is None else f"{share:.0%}"
+    return [shown(figures["gflops_that_must_be_done"]), shown(figures["bound_seconds"]), shown(seconds), percent]
 
 
 def run(settings: Settings, bench: Bench) -> Report:
@@ -170,5 +249,5 @@ def run(settings: Settings, bench: Bench) -> Report:
                "extra MB", "twin MB", "overhead"]  # fmt: skip
     return Report(
         {**asdict(settings), "generation": made["settings"]}, {**measured, "shapes": rows},
-        {"clip_seconds_per_second_of_video": ratio(clip, video), "shapes": ratios}, [clips, [headers, *shapes]],
+        {"clip_seconds_per_second_of_video": ratio(clip, video), "shapes": ratios}, [clips, [headers, *chain(*shapes)]],
     )  # fmt: skip

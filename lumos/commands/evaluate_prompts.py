@@ -7,7 +7,7 @@ import json
 import sys
 import time
 
-from lumos.commands.sampling import TRADES, add_trades
+from lumos.commands.sampling import TRADES, add_acceleration, add_trades
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from others or say them again."""
@@ -36,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet and in the animation")
     add("--output", help="JSON file for settings, shares and the verdict of every clip")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_acceleration(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
     import transformers
     from tqdm import tqdm
 
@@ -67,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
             check_writable(path)
     transformers.utils.logging.disable_progress_bar()
     model = args.model or shipped_model()
-    pipe = LumosPipeline.from_pretrained(model, device=args.device)
+    pipe = LumosPipeline.from_pretrained(
+        model, device=args.device, dtype=args.dtype and getattr(torch, args.dtype), int8=args.int8, compile=args.compile
+    )
     form = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(form.num_frames, pipe.model.config.temporal_compression)
     shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
@@ -105,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
     summary = {
         "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
         "num_frames": form.num_frames, "image_to_video": args.image_to_video,
-        "settings": {**vars(pipe.settings), **options}, "seconds": round(time.perf_counter() - started, 1),
+        "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip
     if args.output:

@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from lumos.commands.sampling import TRADES, add_trades
+from lumos.commands.sampling import TRADES, add_acceleration, add_trades
 
 SHIPPED_MODEL = "checkpoints/lumos-tiny"
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="default: drawn, printed and stored")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_acceleration(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     model = args.model or shipped_model()
     pipe = LumosPipeline.from_pretrained(
         model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
-        dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
+        dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
     )  # fmt: skip
     num_frames = args.num_frames or pipe.clip.num_frames
     check_output(output, num_frames, 1 if num_frames == 1 else args.fps or pipe.clip.fps)
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
             "video": args.video,
             "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer, "settings": result.settings,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
+            "int8": args.int8, "compile": args.compile,
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},

@@ -12,7 +12,6 @@ from lumos.benchmarks.bound import products
 from lumos.benchmarks.decoding import Case
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
-from lumos.generation.engine import cache_tokens
 from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.pipeline import check_length, check_num_frames
 from lumos.planning.memory import meta_model, parameter_count
@@ -63,14 +62,9 @@ class ClipPlan:
         total = sum(flops.values())
         return {
             "parameters": parameters, "clip": vars(self.clip), "latent_frames": case.frames,
-            "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": longest(case),
+            "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": case.tokens,
             "steps": self.settings.steps_before(case.frames),
             "flops": {**flops, "total": total},
             "bytes": {"weights": parameters * self.dtype.itemsize, "cache": case.cache_bytes},
             "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
         }  # fmt: skip
-
-
-def longest(case: Case) -> int:
-    """Tokens of its longest row."""
-    return cache_tokens(max(case.prefix_lengths), case.span, case.frames, case.settings.history_frames)
