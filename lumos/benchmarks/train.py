@@ -15,7 +15,8 @@ leave over, then frames with `mask_ratio` of their content masked in a tube, the
 Times are the fastest of the interleaved repetitions. The memory of a form is the peak of one step in a process of its own on
 top of what lies there before it: weights, AdamW's two moments, ids. It holds the gradients of all weights, which all forms
 need; "beyond gradients" leaves them out, "with optimizer" counts the moments too. FLOPs are what the form's method needs:
-three forward passes, repeated work not counted; for published, those of lumos.
+three forward passes, repeated work not counted; for published, those of lumos. On a CPU all forms run with
+`return_freed_memory`, as `train.py` does with activation_checkpointing: what a form holds is then what its tensors need.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lumos.masking import mask_count, pattern
 from lumos.modeling import LumosForVideoGeneration
 from lumos.planning.memory import meta_model, parameter_count, sequence_layout
 from lumos.rope import position_ids
-from lumos.runtime import pick_device
+from lumos.runtime import pick_device, return_freed_memory
 from lumos.sequence import build_sequence, code_mask, content_mask, parse_layout
 
 FORMS = ("lumos", "published", "llama")
@@ -223,6 +224,7 @@ def prepare(form: str, device: str, dtype: str, **settings: Any) -> Step:
 
 def extra_memory(**arguments: Any) -> int:
     """Bytes of a step on top of weights, moments and ids; runs in a process of its own."""
+    return_freed_memory(torch.device(arguments["device"]))
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
@@ -279,6 +281,7 @@ def run(settings: Settings, bench: Bench) -> Report:
 
 def timed_forms(config: LumosConfig, settings: Settings, bench: Bench) -> tuple[dict[str, float], float, int]:
     """(fastest seconds of each form, largest difference between lumos and published, supervised positions)."""
+    return_freed_memory(torch.device(bench.device))
     torch.manual_seed(0)
     ours = with_optimizer(LumosForVideoGeneration(config), **bench.place)
     llama = with_optimizer(LlamaForCausalLM(llama_config(config, settings.tokens)), **bench.place)

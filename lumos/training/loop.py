@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lumos.data.loader import Batch, Curriculum, Source, StepShape, check_shares, prefetched, sample_generator
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, only_writer
-from lumos.runtime import peak_memory_bytes, pick_device, versions
+from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
@@ -66,6 +66,8 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     check_writable(settings.output_dir / "log.jsonl")
     check_installed(settings.logging.to)
     device = pick_device(settings.training.device)
+    if settings.training.activation_checkpointing:
+        return_freed_memory(device)
     with lost_process_reported():
         start_processes(settings, device)
         with only_writer(settings.output_dir, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lumos.errors import UserError
-from lumos.runtime import pick_device
+from lumos.runtime import pick_device, return_freed_memory
 
 
 @pytest.fixture
@@ -47,3 +51,30 @@ def test_with_two_gpus(two_gpus, monkeypatch):
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
     with pytest.raises(UserError, match="device 'cuda:2' is not available here; give cpu or cuda"):
         pick_device("cuda:2")
+
+
+HOLES = """
+import sys, psutil, torch
+from lumos.runtime import return_freed_memory
+if sys.argv[1] == "returned":
+    assert return_freed_memory(torch.device("cpu"))
+torch.zeros(6 * 2**20)  # glibc now keeps blocks of up to 24 MiB in its heap
+before = psutil.Process().memory_info().rss
+kept = [torch.zeros(4 * 2**20) for _ in range(16)][::2]
+print((psutil.Process().memory_info().rss - before) / 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_freed_tensors_between_kept_ones_return_their_memory():
+    """16 tensors of 16 MiB, of which every second is freed: their holes in the heap stay unless they are asked to return."""
+    held = {
+        how: float(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("heap", "returned")
+    }
+    assert held["heap"] > 200
+    assert held["returned"] < 150
+
+
+def test_other_devices_need_nothing():
+    assert return_freed_memory(torch.device("meta")) is False
