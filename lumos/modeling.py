@@ -28,6 +28,7 @@ from lumos.configuration import LumosConfig
 from lumos.conversion import prepare_checkpoint
 from lumos.flops import layer_flops_per_token
 from lumos.loss import chunked_cross_entropy
+from lumos.placement import working_device
 from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
 
@@ -180,6 +181,11 @@ class LumosPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("DecoderLayer",)
     _keys_to_ignore_on_load_unexpected = (r"^model\.vqmodel\.",)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; with a device_map, weights may wait elsewhere."""
+        return working_device(self) if hasattr(self, "hf_device_map") else super().device
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import itertools
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lumos.pipeline_call import (
     seeds_from,
     step_callback,
 )
+from lumos.placement import is_spread, loading_arguments
 from lumos.runtime import pick_device
 from lumos.sequence import Frame, build_frames, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
 from lumos.video_io import count_frames, fit, from_uint8, read_image, read_video, to_uint8
@@ -74,18 +75,26 @@ class LumosPipeline:
         device: str | torch.device | None = None,
         int8: bool = False,
         compile: bool = False,
+        device_map: str | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
     ) -> LumosPipeline:
         """Read a model folder with `video_tokenizer/` and `text_tokenizer/` in it, or name those folders.
 
         lora: an adapter folder (what a run with lora.rank exports), which is merged into the weights.
         device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
         int8, compile: see `lumos.generation.acceleration`; such a decoder cannot be saved with int8 weights.
+        device_map="auto", max_memory: for decoders larger than the device, see `lumos.placement`.
         """
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype).to(device)
+        placement = loading_arguments(device, device_map, max_memory)
+        model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype, **placement)
+        if not is_spread(model):
+            model = model.to(device)
+        elif lora is not None or int8 or compile:
+            raise UserError("lora, int8 and compile need the whole decoder in one place; merge the adapters, or leave them out")
         try:
             text = TextTokenizer.from_pretrained(text_tokenizer or folder, limit=model.config.visual_token_start)
         except (UserError, OSError) as error:
@@ -105,6 +114,8 @@ class LumosPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write one folder that `from_pretrained` reads whole."""
+        if is_spread(self.model):
+            raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
         folder = Path(folder)
@@ -138,6 +149,8 @@ class LumosPipeline:
                 dtype = value
             else:
                 device = value
+        if is_spread(self.model):
+            raise UserError("a decoder with a device_map stays where it is; load it again with another device or dtype")
         target = None if device is None else pick_device(device)
         self.model.to(device=target, dtype=dtype)
         self.video_tokenizer.to(device=target, dtype=dtype)

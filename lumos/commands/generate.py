@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add_acceleration(parser)
+    add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
+    add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos import __version__
     from lumos.pipeline import LumosPipeline
+    from lumos.placement import parse_max_memory
     from lumos.runtime import peak_memory_bytes, seconds_since_start, versions
     from lumos.video_io import write_video
 
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = LumosPipeline.from_pretrained(
         model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
         dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
+        device_map=args.device_map, max_memory=parse_max_memory(args.max_memory),
     )  # fmt: skip
     num_frames = args.num_frames or pipe.clip.num_frames
     check_output(output, num_frames, 1 if num_frames == 1 else args.fps or pipe.clip.fps)
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             "video": args.video,
             "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer, "settings": result.settings,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
-            "int8": args.int8, "compile": args.compile,
+            "int8": args.int8, "compile": args.compile, "device_map": args.device_map, "max_memory": args.max_memory,
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
