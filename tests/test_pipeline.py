@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModel
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.errors import UserError
 from lumos.frames import as_uint8, from_uint8, to_uint8
-from lumos.pipeline import check_num_frames
 from lumos.pipeline_call import Request
+from lumos.pipeline_inputs import check_num_frames
+from lumos.pipeline_request import prefix_ids
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
         pipe("x", history_frames=1, seed=0)
     with pytest.warns(UserWarning, match="later_steps=1 has no effect"):
         pipe("x", num_frames=1, later_steps=1, seed=0)
-    prefix = pipe._prefix("x", pipe.clip, None)
+    prefix = prefix_ids("x", pipe.clip, pipe.model.config, pipe.text_tokenizer)
     pipe.model.config.max_position_embeddings = 8192
     ready = pipe.prepare(Request("x", num_frames=49, history_frames=1))
     assert torch.equal(ready.conditional[0], prefix)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import align, check_prompt
+    from lumos.pipeline_inputs import align, check_prompt
     from lumos.video_io import check_output
 
     check_prompt(args.prompt)

@@ -112,7 +112,8 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     from lumos import __version__
     from lumos.commands.generate import shipped_model
-    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.pipeline import LumosPipeline
+    from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
     from lumos.sequence import size_units
     from lumos.video_io import write_video

@@ -13,7 +13,7 @@ from lumos.benchmarks.decoding import Case
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.pipeline import check_length, check_num_frames
+from lumos.pipeline_inputs import check_length, check_num_frames
 from lumos.planning.memory import meta_model, parameter_count
 from lumos.sequence import num_latent_frames, size_units
 

@@ -38,7 +38,8 @@ from lumos.frames import from_uint8
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
-from lumos.pipeline import LumosPipeline, check_text_tokenizer, override, prompt_ids
+from lumos.pipeline import LumosPipeline
+from lumos.pipeline_inputs import check_text_tokenizer, override, prompt_ids
 from lumos.sequence import Frame, build_sequence, clip_header, num_latent_frames, pad_sequences, parse_layout, prompt_text
 from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
