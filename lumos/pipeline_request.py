@@ -160,16 +160,15 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
     form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):
         raise UserError(f"later_prompts is {later!r}; {form}")
-    before = given
+    before = given  # the first frame that the prompt before makes
     for pair in later or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
             raise UserError(f"later_prompts holds {pair!r}; {form}")
         check_num_frames(pair[0], stride, "the first frame of a later prompt")
         if not before < pair[0] < clip.num_frames:
-            what = "given frames and those of earlier prompts" if before else "frames of earlier prompts"
             raise UserError(
-                f"a later prompt cannot begin at frame {pair[0]}: {before} {what} come before it, and the clip has "
-                f"{clip.num_frames} frames, counted from 0; starts must grow and leave each prompt frames to make"
+                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, from which on the prompt before it makes "
+                f"frames, and less than num_frames {clip.num_frames}"
             )
         before = pair[0]
     return [(start, text) for start, text in later or ()]
