@@ -11,6 +11,7 @@ from lumos.errors import RunError, UserError, is_out_of_memory
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "demo": "open a page in the browser, and an HTTP API, that make clips",
     "render": "write clips of the small worlds as mp4 with captions, to try ingest and training with",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",

@@ -1,0 +1,77 @@
+"""`demo`: a page in the browser, and an HTTP API beside it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from lumos.commands.sampling import ACCELERATION, add_acceleration
+from lumos.errors import UserError
+
+EXAMPLES = (
+    "a large red circle moves left on a gray background",
+    "a small blue square moves up",
+    "the digit 7 moves up",
+    "a large green triangle grows",
+    "a small yellow circle moves right on a white background",
+)
+"""What the shipped model was trained for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from lumos.demo.limits import Limits
+
+    add = parser.add_argument
+    add("--model", help="model folder; default: the shipped one")
+    add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
+    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
+    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_acceleration(parser)
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in. Default: this machine only")
+    add("--port", type=int, default=7860)
+    add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads, the only one that is served from")
+    add("--examples", type=Path, help="text file, one prompt a line; default: some for the shipped model, none for others")
+    for entry in fields(Limits):
+        shown = "" if entry.default is None else f"; default: {entry.default:g}"
+        add(f"--{entry.name.replace('_', '-')}", type=float if entry.type == "float" else int, default=entry.default,
+            help=f"{entry.metadata['help']}{shown}")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"demo needs gradio ({error}); install it with pip install 'lumos-video[demo]'") from error
+
+    import torch
+    import transformers
+
+    from lumos.commands.generate import shipped_model
+    from lumos.demo.limits import Limits
+    from lumos.demo.server import listen, serve
+    from lumos.demo.studio import Studio
+    from lumos.files import only_writer
+    from lumos.pipeline import LumosPipeline
+
+    limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
+    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
+    transformers.utils.logging.disable_progress_bar()
+    model = args.model or shipped_model()
+    with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
+        pipe = LumosPipeline.from_pretrained(
+            model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
+            dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
+            **{name: getattr(args, name) for name in ACCELERATION},
+        )  # fmt: skip
+        serve(Studio(pipe, args.root, limits, Path(model).name), examples, listener)
+
+
+def read_examples(path: Path) -> list[str]:
+    """The prompts of a text file, without empty lines."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the examples {path} ({error}); give a text file with one prompt a line") from error

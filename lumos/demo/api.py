@@ -1,0 +1,175 @@
+"""`POST /api/generate`: one call that ends in an mp4. Same bounds and same queue as the page; errors are JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lumos import pipeline_call
+from lumos.commands.generate import record_path
+from lumos.demo.limits import Busy, TooLarge
+from lumos.demo.store import Store
+from lumos.demo.studio import Studio
+from lumos.demo.worker import Job
+from lumos.errors import RunError, UserError
+
+FIELDS: dict[str, Callable[[str], Any]] = {
+    "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "num_inference_steps": int,
+    "guidance_scale": float, "history_mask_ratio": float, "seed": int,
+}  # fmt: skip
+FILES = ("image", "video")
+POLL_SECONDS = 0.1
+FORM_OVERHEAD = 2**20  # bytes of a body beyond the file in it
+
+
+def add_api(app: FastAPI, studio: Studio) -> None:
+    """Put the routes under /api on an app."""
+
+    @app.post("/api/generate")
+    async def generate(request: Request) -> Response:
+        async with asked(await read_form(request), studio.store) as wanted:
+            job = studio.submit(Job(wanted))
+            try:
+                async for _ in watch(job):
+                    if await request.is_disconnected():
+                        break
+            finally:
+                studio.worker.cancel(job)
+        if job.error is not None:
+            raise job.error
+        if job.record is None:
+            raise Busy("the request was cancelled")
+        name = job.record["file"]
+        headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{record_path(Path(name))}"}
+        return FileResponse(studio.store.results / name, headers=headers, filename=name)
+
+    @app.get("/api/status")
+    async def status() -> dict[str, Any]:
+        return {**studio.worker.status(), "model": studio.model, "defaults": studio.defaults, "limits": vars(studio.limits)}
+
+    @app.get("/api/results/{name}")
+    async def result(name: str) -> Response:
+        path = studio.store.find(name)
+        if path is None:
+            raise HTTPException(404, f"there is no result {name!r}; old ones give way to new ones")
+        return FileResponse(path)
+
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"])
+    async def unknown(rest: str) -> Response:
+        raise HTTPException(404, "unknown; there are POST /api/generate, GET /api/status and GET /api/results/NAME")
+
+    for kind in (UserError, RunError, HTTPException):
+        app.add_exception_handler(kind, lambda request, error: failure(error))
+
+
+def failure(error: Exception) -> JSONResponse:
+    """{"error": message} with a status that says whose mistake it is."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code)
+    statuses = ((TooLarge, 413), (Busy, 429), (UserError, 400))
+    return JSONResponse({"error": str(error)}, next((status for kind, status in statuses if isinstance(error, kind)), 500))
+
+
+async def watch(job: Job) -> AsyncIterator[None]:
+    """A beat every POLL_SECONDS until the job has ended, and one then."""
+    while not job.ended:
+        yield
+        await asyncio.sleep(POLL_SECONDS)
+    yield
+
+
+async def read_form(request: Request) -> dict[str, str | UploadFile]:
+    """The fields of a form, each at most once."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        raise UserError(f"the request's content type is {kind!r}; send a form (curl -F prompt=...)")
+    form = await request.form(max_files=1, max_fields=len(FIELDS) + 1)
+    given = form.multi_items()
+    if unknown := [name for name, _ in given if name not in (*FIELDS, *FILES)]:
+        raise UserError(f"unknown field {unknown[0]!r}; known are {', '.join((*FIELDS, *FILES))}")
+    if len(dict(given)) < len(given):
+        raise UserError("a field is given twice; give each once")
+    return dict(given)
+
+
+@contextlib.asynccontextmanager
+async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterator[pipeline_call.Request]:
+    """What a form asks for; the file that came with it is there inside of the block."""
+    values: dict[str, Any] = {name: field_value(name, value) for name, value in form.items() if name in FIELDS}
+    if "prompt" not in values:
+        raise UserError("prompt is missing; say in words what the clip shows")
+    folders: list[Path] = []
+    try:
+        for name in set(form) & set(FILES):
+            upload = form[name]
+            if isinstance(upload, str):
+                raise UserError(f"{name} is text; send a file (curl -F {name}=@FILE)")
+            values[name] = store.new_upload(upload.filename or name)
+            folders.append(values[name].parent)
+            with values[name].open("wb") as file:
+                await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
+        yield pipeline_call.Request(**values)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def field_value(name: str, value: str | UploadFile) -> Any:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is a file; send it as text")
+    try:
+        return FIELDS[name](value)
+    except ValueError:
+        number = "a whole number" if FIELDS[name] is int else "a number"
+        raise UserError(f"{name} {value[:40]!r} is not allowed; give {number}") from None
+
+
+class BoundedBody:
+    """Refuses request bodies over a limit with status 413, by their stated length or once they exceed it on the way."""
+
+    def __init__(self, app: ASGIApp, limit: int, message: str):
+        self.app, self.limit, self.message = app, limit, message
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = failure(TooLarge(self.message))
+        stated = dict(scope["headers"]).get(b"content-length", b"")
+        if stated.isdigit() and int(stated) > self.limit:
+            await refusal(scope, receive, send)
+            return
+        received, refused, started = 0, False, False
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise TooLarge(self.message)
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal refused, started
+            if received <= self.limit or started:
+                started = True
+                await send(message)
+            elif not refused:  # whatever the app made of it
+                refused = True
+                await refusal(scope, receive, send)
+
+        try:
+            await self.app(scope, counted, answer)
+        except TooLarge:
+            if not (started or refused):
+                await refusal(scope, receive, send)

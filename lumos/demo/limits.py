@@ -1,0 +1,92 @@
+"""What a visitor may ask for, and what the server keeps: every bound is a field here and a flag of `python -m lumos demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lumos.configuration import LumosConfig
+from lumos.errors import RunError, UserError
+from lumos.generation.settings import ClipDefaults, is_number
+from lumos.pipeline_call import Request
+from lumos.pipeline_inputs import check_num_frames, check_prompt
+from lumos.sequence import size_units
+
+
+class TooLarge(UserError):
+    """An upload beyond its bound."""
+
+
+class Busy(RunError):
+    """The queue is full, or this visitor already has a clip in it."""
+
+
+def bound(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the page and the API alike; None is settled by the model, see `of_model`."""
+
+    max_prompt_length: int = bound(500, "most characters of a prompt, and of a negative prompt")
+    max_frames: int = bound(None, "most frames of a clip, given ones included; default: the model's own length twice, less one")
+    max_side: int = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's own size")
+    max_steps: int = bound(100, "most decoding steps of each latent frame")
+    max_upload_mb: float = bound(20, "most megabytes of an uploaded file")
+    max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
+    max_reading_seconds: float = bound(20, "most seconds that reading an upload may take")
+    queue_length: int = bound(8, "most requests that wait; one more is refused")
+    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None and not (is_number(value) and (value >= 1 or (value > 0 and entry.type == "float"))):
+                least = "a number above 0" if entry.type == "float" else "a whole number of at least 1"
+                raise UserError(f"--{entry.name.replace('_', '-')} {value} is not allowed; give {least}")
+
+    def of_model(self, clip: ClipDefaults) -> Limits:
+        """With what is None settled by the model's own shape."""
+        return replace(
+            self, max_frames=self.max_frames or 2 * clip.num_frames - 1, max_side=self.max_side or max(clip.height, clip.width)
+        )
+
+    @property
+    def upload_bytes(self) -> int:
+        return int(self.max_upload_mb * 2**20)
+
+    def check(self, request: Request, config: LumosConfig) -> None:
+        """UserError for what is out of bounds or can be seen to be impossible before it waits in a queue."""
+        check_prompt(request.prompt)
+        for name in ("prompt", "negative_prompt"):
+            length = len(getattr(request, name) or "")
+            if length > self.max_prompt_length:
+                raise UserError(f"{name} has {length} characters; at most {self.max_prompt_length} are allowed: shorten it")
+        for name, most in (
+            ("num_frames", self.max_frames),
+            ("height", self.max_side),
+            ("width", self.max_side),
+            ("num_inference_steps", self.max_steps),
+        ):
+            value = getattr(request, name)
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"{name} {value} is not allowed here; give 1 to {most}")
+        if request.num_frames is not None:
+            check_num_frames(request.num_frames, config.temporal_compression)
+        for name in ("height", "width"):
+            if getattr(request, name) is not None:
+                check_side(getattr(request, name), name, config)
+        for upload in (request.image, request.video):
+            if upload is not None and (size := Path(upload).stat().st_size) > self.upload_bytes:
+                raise TooLarge(
+                    f"{Path(upload).name} has {size / 2**20:.1f} MB; at most {self.max_upload_mb:g} MB are allowed: make it smaller"
+                )
+
+
+def check_side(pixels: int, name: str, config: LumosConfig) -> None:
+    try:
+        size_units(pixels, name, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error

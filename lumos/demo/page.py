@@ -1,0 +1,145 @@
+"""The page: gradio's components, and what happens when a button is pressed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from lumos.demo import views
+from lumos.demo.api import watch
+from lumos.demo.studio import Studio
+from lumos.demo.worker import Job
+from lumos.errors import RunError, UserError
+from lumos.pipeline_call import Request
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CHOICES = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "history_mask_ratio")
+SHOWN_RESULTS = 24  # of a session
+FILES_STAY_SECONDS = 6 * 3600  # uploads of the page
+CSS = Path(__file__).with_name("page.css")
+HELLO = "Say what the clip shows, then press Generate."
+
+
+def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
+    """The page of a studio; `examples` are prompts."""
+    longest = studio.limits.max_prompt_length
+    with gr.Blocks(title="Lumos", analytics_enabled=False, delete_cache=(3600, FILES_STAY_SECONDS)) as page:
+        gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
+        results = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300, elem_id="left"):
+                with gr.Column(elem_id="ask"):
+                    prompt = gr.Textbox("", label="Prompt", lines=2, max_length=longest, autofocus=True, elem_id="prompt")
+                    with gr.Row():
+                        start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+                        cancel = gr.Button("Cancel", min_width=120, interactive=False, elem_id="cancel")
+                with gr.Column(elem_id="more"):
+                    if examples:
+                        gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
+                    given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
+                    with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
+                        asked = {"prompt": prompt, "given": given, **sampling_controls(studio)}
+            with gr.Column(scale=6, min_width=300, elem_id="right"):
+                stage = gr.HTML(views.stage_text(HELLO), elem_id="stage")
+                line = gr.HTML(views.status(""), elem_id="line")
+        gallery = gr.HTML("", elem_id="gallery")
+
+        async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
+            request = request_of({name: values[part] for name, part in asked.items()}, studio.defaults)
+            job = Job(request, owner=session.session_hash)
+            try:
+                studio.submit(job)
+            except (UserError, RunError) as error:
+                yield {line: views.wrong(str(error))}
+                return
+            yield {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
+            try:
+                async for update in shown_progress(studio, job):
+                    yield {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
+            finally:
+                studio.worker.cancel(job)  # for a visitor who has gone
+            ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}
+            if job.record is not None:
+                shown = [*values[results], job.record][-SHOWN_RESULTS:]
+                ended |= {stage: views.stage_result(job.record), gallery: views.gallery(shown), results: shown}
+            yield ended
+
+        def give_up(session: gr.Request) -> None:
+            studio.worker.cancel_of(session.session_hash)
+
+        gr.on(
+            [start.click, prompt.submit], generate, {results, *asked.values()}, [stage, line, gallery, results, start, cancel],
+            show_progress="hidden", concurrency_limit=None, api_visibility="private",
+        )  # fmt: skip
+        cancel.click(give_up, None, None, queue=False, api_visibility="private")
+        page.unload(give_up)
+    return page
+
+
+def sampling_controls(studio: Studio) -> dict[str, Component]:
+    """What is folded away at first, by the names of the pipeline's call."""
+    limits, own, sampling, config = studio.limits, studio.pipe.clip, studio.pipe.settings, studio.pipe.model.config
+    unit, stride = config.pixels_per_size_unit, config.temporal_compression
+    negative = gr.Textbox("", label="Negative prompt", max_length=limits.max_prompt_length)
+    with gr.Row():
+        width = gr.Slider(unit, limits.max_side, own.width, step=unit, label="Width, pixels", min_width=140)
+        height = gr.Slider(unit, limits.max_side, own.height, step=unit, label="Height, pixels", min_width=140)
+    label = f"Frames, {own.fps} a second, given ones included; 1 is a picture"
+    return {
+        "negative_prompt": negative, "width": width, "height": height,
+        "num_frames": gr.Slider(1, limits.max_frames, own.num_frames, step=stride, label=label, elem_id="frames"),
+        "num_inference_steps": gr.Slider(
+            1, limits.max_steps, sampling.num_inference_steps, step=1, label="Steps of each latent frame", elem_id="steps"
+        ),
+        "guidance_scale": gr.Slider(
+            1, max(20, sampling.guidance_scale), sampling.guidance_scale, step=0.1, label="Guidance; 1 is none"
+        ),
+        "history_mask_ratio": gr.Slider(
+            0, 0.95, sampling.history_mask_ratio, step=0.05, label="History mask: share of past frames that is hidden"
+        ),
+        "seed": gr.Number(None, label="Seed; empty: drawn", precision=0, minimum=0, elem_id="seed"),
+    }  # fmt: skip
+
+
+def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+    """The request that the page's controls ask for; one that stands where it stood at first is no choice."""
+    chosen = {name: answers[name] for name in CHOICES if answers[name] != defaults[name]}
+    if given := answers["given"]:
+        chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
+    return Request(answers["prompt"], answers["negative_prompt"].strip() or None, seed=answers["seed"], **chosen)
+
+
+async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, str]]:
+    """What changes on the page while a job is on its way: `stage`, `line`."""
+    frames, said = 0, ""
+    async for _ in watch(job):
+        update = {}
+        text = progress_line(studio, job)
+        if text != said:
+            said = update["line"] = text
+        if job.state == "working" and len(job.frames) > frames:
+            frames = len(job.frames)
+            update["stage"] = await asyncio.to_thread(views.stage_preview, job.frames[:frames], job.fps)
+        if update:
+            yield update
+
+
+def progress_line(studio: Studio, job: Job) -> str:
+    if job.state == "waiting":
+        return views.status(f"{studio.worker.ahead(job)} before you", 0)
+    return views.status(f"{len(job.frames)} frames, {job.progress:.0%}", job.progress)
+
+
+def outcome(job: Job) -> str:
+    """The line under the stage when all is over."""
+    if job.error is not None:
+        return views.wrong(str(job.error))
+    if job.record is None:
+        return views.status("Cancelled.")
+    notes = "".join(f" Note: {note}." for note in job.notes)
+    return views.status(f"Seed {job.record['seed']}, {job.record['seconds']:.1f} s.{notes}")

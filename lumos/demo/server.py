@@ -1,0 +1,60 @@
+"""One address with the page at / and the API under /api."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from lumos.demo.api import FORM_OVERHEAD, BoundedBody, add_api
+from lumos.demo.page import CSS, build_page
+from lumos.demo.reading import prepare_reading
+from lumos.demo.studio import Studio
+from lumos.errors import UserError
+
+CLOSING_SECONDS = 3  # that open connections get
+
+
+def build_app(studio: Studio, examples: Sequence[str]) -> ASGIApp:
+    """The whole site. gradio keeps its uploads in the studio's folder, and serves no other files; it calls no other server."""
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.store.uploads)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_api(app, studio)
+    fonts = ["system-ui", "sans-serif"]
+    gr.mount_gradio_app(
+        app, build_page(studio, examples), path="/", theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        css_paths=[CSS], max_file_size=studio.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
+        show_error=False, enable_monitoring=False, mcp_server=False,
+    )  # fmt: skip
+    message = f"the upload is too large; at most {studio.limits.max_upload_mb:g} MB are allowed: make it smaller"
+    return BoundedBody(app, studio.limits.upload_bytes + FORM_OVERHEAD, message)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """An address of our own, before anything slow begins; UserError if it cannot be had. Port 0 takes any that is free."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host} port {port} ({reason}); choose others with --host and --port") from error
+    return listener
+
+
+def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> None:
+    """Serve until Ctrl-C; what is running then is cancelled."""
+    prepare_reading()
+    config = uvicorn.Config(build_app(studio, examples), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+    host, port = listener.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {studio.store.results}", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        studio.worker.close()

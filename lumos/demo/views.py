@@ -1,0 +1,78 @@
+"""HTML of what the page shows: the stage, the line under it, the gallery. Strings in, strings out."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lumos.commands.generate import record_path
+
+PREVIEW_FRAMES = 32  # the last ones of a long clip: what a preview costs does not grow with it
+OF_A_CLIP = ("num_frames", "num_given_frames", "fps", "history_mask_ratio")
+HIDDEN = ("target_size", "height", "width")
+
+
+def stage_text(text: str) -> str:
+    return f'<div class="stage"><p>{escape(text)}</p></div>'
+
+
+def stage_preview(frames: Sequence[np.ndarray], fps: int) -> str:
+    """The frames made so far, uint8 [H, W, 3] each, as a moving picture inside of the page."""
+    first, *rest = (Image.fromarray(frame) for frame in frames[-PREVIEW_FRAMES:])
+    file = io.BytesIO()
+    first.save(file, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="data:image/webp;base64,{data}"></div>'
+
+
+def stage_result(record: dict[str, Any]) -> str:
+    return f'<div class="stage">{player(record["file"], "autoplay")}</div>'
+
+
+def player(name: str, how: str) -> str:
+    """A result as video or picture; the address is relative, for pages behind a proxy."""
+    if name.endswith(".png"):
+        return f'<img class="result" alt="the picture" src="api/results/{name}">'
+    return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'
+
+
+def status(text: str, progress: float | None = None) -> str:
+    bar = "" if progress is None else f'<progress value="{progress:.3f}" max="1"></progress>'
+    return f'<div class="status" role="status">{bar}<span>{escape(text)}</span></div>'
+
+
+def wrong(message: str) -> str:
+    return f'<div class="status wrong" role="alert">{escape(message)}</div>'
+
+
+def gallery(records: Sequence[dict[str, Any]]) -> str:
+    """The results of a session, the newest first, each with the settings that made it."""
+    if not records:
+        return ""
+    return f'<h3>Made in this session</h3><div class="results">{"".join(map(card, reversed(records)))}</div>'
+
+
+def card(record: dict[str, Any]) -> str:
+    name = record["file"]
+    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in shown_settings(record))
+    links = f'<a href="api/results/{name}" download>file</a> · <a href="api/results/{record_path(Path(name))}" download>record</a>'
+    return (
+        f'<figure>{player(name, "preload=auto")}<figcaption><p>{escape(record["prompt"])}</p>{links}'
+        f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details></figcaption></figure>"
+    )
+
+
+def shown_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What decided the result, without what is off."""
+    settings = record["settings"]
+    given = [(name, record[name]) for name in ("negative_prompt", "image", "video") if record[name]]
+    left_out = HIDDEN if settings["num_frames"] > 1 else (*HIDDEN, *OF_A_CLIP)
+    rest = [(key, value) for key, value in settings.items() if key not in left_out and value not in (None, False, 0)]
+    return [*given, ("size", f"{settings['width']} x {settings['height']}"), *rest, ("seconds", record["seconds"])]

@@ -1,0 +1,138 @@
+"""One thread that makes one clip after the other, and the bounded queue before it."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lumos.demo.limits import Busy
+from lumos.errors import RunError, UserError, is_out_of_memory
+from lumos.pipeline_call import Request
+
+ENDED = ("done", "failed", "cancelled")
+
+
+class Cancelled(Exception):
+    """The work was asked to stop."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: waiting, working, then done, failed or cancelled. The worker's thread writes, others read."""
+
+    request: Request
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    state: str = "waiting"
+    progress: float = 0.0  # share of all steps
+    frames: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], as they are made
+    fps: int = 1
+    notes: list[str] = field(default_factory=list)  # warnings: settings without effect
+    error: Exception | None = None
+    record: dict[str, Any] | None = None  # of the written result, `file` is its name
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def check_stop(self) -> None:
+        """Cancelled once somebody asked for it; called after every step."""
+        if self.stop.is_set():
+            raise Cancelled
+
+
+class Worker:
+    """make(job) does the work of a job and raises Cancelled soon after `job.stop` is set."""
+
+    def __init__(self, make: Callable[[Job], None], queue_length: int):
+        self._make, self._queue_length = make, queue_length
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="lumos-demo", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> Job:
+        """Put a job into the queue; Busy if that is full or the job's owner has one in it."""
+        with self._changed:
+            if self._closed:
+                raise Busy("the server is closing; try again later")
+            if any(other.owner == job.owner for other in self._all()):
+                raise Busy("your last clip is still being made; wait for it or cancel it")
+            if len(self._all()) > self._queue_length:
+                raise Busy(f"{len(self._waiting)} requests are waiting already, no more are taken; try again later")
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """A waiting job is gone at once, a running one after the step that it is in. Nothing happens to one that has ended."""
+        with self._changed:
+            job.stop.set()
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.state = "cancelled"
+
+    def cancel_of(self, owner: str) -> None:
+        with self._changed:
+            for job in [job for job in self._all() if job.owner == owner]:
+                self.cancel(job)
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs come before this waiting one."""
+        with self._changed:
+            everyone = self._all()
+            return everyone.index(job) if job in everyone else 0
+
+    def status(self) -> dict[str, Any]:
+        with self._changed:
+            return {"state": "working" if self._all() else "idle", "waiting": len(self._waiting)}
+
+    def close(self) -> None:
+        """Cancel everything and wait for the running job's end."""
+        with self._changed:
+            self._closed = True
+            for job in self._all():
+                self.cancel(job)
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _all(self) -> list[Job]:
+        return [*([self._running] if self._running else []), *self._waiting]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                job = self._running = self._waiting.popleft()
+                job.state = "working"
+            state = self._outcome(job)
+            with self._changed:
+                self._running, job.state = None, state
+
+    def _outcome(self, job: Job) -> str:
+        """Do the work; whatever goes wrong stays with the job, and the worker lives on."""
+        try:
+            self._make(job)
+            return "done"
+        except Cancelled:
+            return "cancelled"
+        except (UserError, RunError) as error:
+            job.error = error
+        except Exception as error:
+            if is_out_of_memory(error):
+                job.error = RunError("out of memory; ask for a smaller size or fewer frames")
+            else:
+                traceback.print_exc()
+                job.error = RunError("the clip failed on the way; the server's log says why")
+        return "failed"
