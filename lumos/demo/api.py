@@ -13,7 +13,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos import pipeline_call
 from lumos.commands.generate import record_path
@@ -29,7 +28,6 @@ FIELDS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 FILES = ("image", "video")
 POLL_SECONDS = 0.1
-FORM_OVERHEAD = 2**20  # bytes of a body beyond the file in it
 
 
 def add_api(app: FastAPI, studio: Studio) -> None:
@@ -132,44 +130,3 @@ def field_value(name: str, value: str | UploadFile) -> Any:
     except ValueError:
         number = "a whole number" if FIELDS[name] is int else "a number"
         raise UserError(f"{name} {value[:40]!r} is not allowed; give {number}") from None
-
-
-class BoundedBody:
-    """Refuses request bodies over a limit with status 413, by their stated length or once they exceed it on the way."""
-
-    def __init__(self, app: ASGIApp, limit: int, message: str):
-        self.app, self.limit, self.message = app, limit, message
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = failure(TooLarge(self.message))
-        stated = dict(scope["headers"]).get(b"content-length", b"")
-        if stated.isdigit() and int(stated) > self.limit:
-            await refusal(scope, receive, send)
-            return
-        received, refused, started = 0, False, False
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.limit:
-                raise TooLarge(self.message)
-            return message
-
-        async def answer(message: Message) -> None:
-            nonlocal refused, started
-            if received <= self.limit or started:
-                started = True
-                await send(message)
-            elif not refused:  # whatever the app made of it
-                refused = True
-                await refusal(scope, receive, send)
-
-        try:
-            await self.app(scope, counted, answer)
-        except TooLarge:
-            if not (started or refused):
-                await refusal(scope, receive, send)

@@ -38,6 +38,7 @@ class Limits:
     max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
     max_reading_seconds: float = bound(20, "most seconds that reading an upload may take")
     queue_length: int = bound(8, "most requests that wait; one more is refused")
+    keep_uploads_mb: float = bound(1000, "most megabytes of uploads that stay on the disk; the oldest give way")
     keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way")
 
     def __post_init__(self) -> None:
@@ -46,6 +47,11 @@ class Limits:
             if value is not None and not (is_number(value) and (value >= 1 or (value > 0 and entry.type == "float"))):
                 least = "a number above 0" if entry.type == "float" else "a whole number of at least 1"
                 raise UserError(f"--{entry.name.replace('_', '-')} {value} is not allowed; give {least}")
+        if self.keep_uploads_mb < self.max_upload_mb:
+            raise UserError(
+                f"--keep-uploads-mb {self.keep_uploads_mb:g} holds not even one upload of --max-upload-mb {self.max_upload_mb:g}; "
+                "raise it, or lower the other"
+            )
 
     def of_model(self, clip: ClipDefaults) -> Limits:
         """With what is None settled by the model's own shape."""
@@ -81,7 +87,7 @@ class Limits:
         for upload in (request.image, request.video):
             if upload is not None and (size := Path(upload).stat().st_size) > self.upload_bytes:
                 raise TooLarge(
-                    f"{Path(upload).name} has {size / 2**20:.1f} MB; at most {self.max_upload_mb:g} MB are allowed: make it smaller"
+                    f"{Path(upload).name} has {size / 2**20:.3g} MB; at most {self.max_upload_mb:g} MB are allowed: make it smaller"
                 )
 
 

@@ -12,6 +12,7 @@ from gradio.components import Component
 
 from lumos.demo import views
 from lumos.demo.api import watch
+from lumos.demo.store import Store
 from lumos.demo.studio import Studio
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError
@@ -22,6 +23,7 @@ CHOICES = ("width", "height", "num_frames", "num_inference_steps", "guidance_sca
 SHOWN_RESULTS = 24  # of a session
 FILES_STAY_SECONDS = 6 * 3600  # uploads of the page
 CSS = Path(__file__).with_name("page.css")
+NO_UPLOAD = "the file is not there any more; upload it again"
 HELLO = "Say what the clip shows, then press Generate."
 
 
@@ -53,6 +55,8 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             request = request_of({name: values[part] for name, part in asked.items()}, studio.defaults)
             job = Job(request, owner=session.session_hash)
             try:
+                if values[given] and not studio.store.holds_upload(values[given]):
+                    raise UserError(NO_UPLOAD)
                 studio.submit(job)
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
@@ -78,7 +82,20 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
         )  # fmt: skip
         cancel.click(give_up, None, None, queue=False, api_visibility="private")
         page.unload(give_up)
+    allow_uploads_only(page, studio.store)
     return page
+
+
+def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
+    """gradio, mounted in another app, would read any file of this machine and fetch any address that a request names."""
+
+    async def same_path(path: str | Path | None) -> str | None:
+        if path is not None and not store.holds_upload(path):
+            raise gr.Error(NO_UPLOAD)
+        return None if path is None else str(path)
+
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = same_path
 
 
 def sampling_controls(studio: Studio) -> dict[str, Component]:

@@ -11,7 +11,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from lumos.demo.api import FORM_OVERHEAD, BoundedBody, add_api
+from lumos.demo.api import add_api
+from lumos.demo.gate import Gate
 from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
 from lumos.demo.studio import Studio
@@ -21,7 +22,7 @@ CLOSING_SECONDS = 3  # that open connections get
 
 
 def build_app(studio: Studio, examples: Sequence[str]) -> ASGIApp:
-    """The whole site. gradio keeps its uploads in the studio's folder, and serves no other files; it calls no other server."""
+    """The whole site. gradio keeps its uploads in the studio's folder; what it would serve besides the page is not let out."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.store.uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_api(app, studio)
@@ -31,8 +32,7 @@ def build_app(studio: Studio, examples: Sequence[str]) -> ASGIApp:
         css_paths=[CSS], max_file_size=studio.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
         show_error=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip
-    message = f"the upload is too large; at most {studio.limits.max_upload_mb:g} MB are allowed: make it smaller"
-    return BoundedBody(app, studio.limits.upload_bytes + FORM_OVERHEAD, message)
+    return Gate(app, studio.store, studio.limits)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,9 +52,12 @@ def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> N
     """Serve until Ctrl-C; what is running then is cancelled."""
     prepare_reading()
     config = uvicorn.Config(build_app(studio, examples), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+    listener.listen()  # whoever is told the address can connect from now on
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {studio.store.results}", flush=True)
     try:
         uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # how uvicorn ends after Ctrl-C
+        pass
     finally:
         studio.worker.close()

@@ -68,7 +68,7 @@ class Worker:
             if any(other.owner == job.owner for other in self._all()):
                 raise Busy("your last clip is still being made; wait for it or cancel it")
             if len(self._all()) > self._queue_length:
-                raise Busy(f"{len(self._waiting)} requests are waiting already, no more are taken; try again later")
+                raise Busy(f"{self._queue_length} requests are waiting already, no more are taken; try again later")
             self._waiting.append(job)
             self._changed.notify_all()
         return job

@@ -1,0 +1,239 @@
+"""`POST /api/generate` over the whole of it but gradio: a clip, and every mistake as JSON with a status that fits."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumos import LumosPipeline
+from lumos.demo.limits import Limits
+from lumos.demo.studio import Studio
+from lumos.demo.worker import Job
+from lumos.pipeline_call import Request
+from lumos.video_io import read_image, read_video, write_video
+
+fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [demo]")
+testclient = pytest.importorskip("fastapi.testclient")
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipe(micro_folder):
+    return LumosPipeline.from_pretrained(micro_folder)
+
+
+@pytest.fixture
+def studio(pipe, tmp_path):
+    limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, max_upload_seconds=3, queue_length=1)
+    studio = Studio(pipe, tmp_path / "root", limits, "micro")
+    yield studio
+    studio.worker.close()
+
+
+@pytest.fixture
+def site(studio):
+    from lumos.demo.api import add_api
+    from lumos.demo.gate import Gate
+
+    app = fastapi.FastAPI()
+    add_api(app, studio)
+    return Gate(app, studio.store, studio.limits)
+
+
+@pytest.fixture
+def client(site):
+    return testclient.TestClient(site, raise_server_exceptions=False)
+
+
+def png(picture: np.ndarray = PICTURE) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def uploads(studio) -> list:
+    return [path for path in studio.store.uploads.rglob("*") if path.is_file()]
+
+
+def test_a_call_ends_in_an_mp4_whose_record_makes_it_again(client, studio, pipe, tmp_path):
+    answer = client.post("/api/generate", data={"prompt": "a red circle", "seed": "3", "num_frames": "9"})
+    assert (answer.status_code, answer.headers["content-type"], answer.headers["x-lumos-seed"]) == (200, "video/mp4", "3")
+    (tmp_path / "clip.mp4").write_bytes(answer.content)
+    frames, fps = read_video(tmp_path / "clip.mp4")
+    assert (frames.shape, fps) == ((9, 16, 24, 3), 8)
+    write_video(tmp_path / "same.mp4", pipe("a red circle", seed=3, num_frames=9, output_type="uint8").frames[0], 8)
+    assert np.abs(frames.astype(int) - read_video(tmp_path / "same.mp4")[0]).max() <= 4
+    record = client.get(f"/api/{answer.headers['x-lumos-record']}").json()
+    assert (record["prompt"], record["seed"], record["model"]) == ("a red circle", 3, "micro")
+    assert (record["settings"]["num_frames"], record["settings"]["num_inference_steps"]) == (9, 2)
+    assert client.get(f"/api/results/{record['file']}").content == answer.content
+    assert json.loads((studio.store.results / f"{record['file']}.json").read_text()) == record
+    assert client.get("/api/status").json()["state"] == "idle"
+
+
+def test_a_picture_and_what_it_cannot_use(client, tmp_path):
+    answer = client.post("/api/generate", data={"prompt": "x", "num_frames": "1", "history_mask_ratio": "0.5"})
+    assert answer.headers["content-type"] == "image/png"
+    (tmp_path / "a.png").write_bytes(answer.content)
+    assert read_image(tmp_path / "a.png").shape == (16, 24, 3)
+    notes = client.get(f"/api/{answer.headers['x-lumos-record']}").json()["notes"]
+    assert notes == ["history_mask_ratio=0.5 has no effect on a picture (num_frames 1)"]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_uploads_begin_the_clip_and_are_gone_afterwards(client, studio, tmp_path, kind):
+    if kind == "image":
+        file = ("my photo.png", png())
+    else:
+        file = ("clip.mp4", write_video(tmp_path / "c.mp4", np.stack([PICTURE] * 16), 8).read_bytes())
+    answer = client.post("/api/generate", data={"prompt": "x", "num_frames": "9"}, files={kind: file})
+    assert answer.status_code == 200, answer.text
+    record = client.get(f"/api/{answer.headers['x-lumos-record']}").json()
+    assert record["settings"]["num_given_frames"] == {"image": 1, "video": 5}[kind]
+    assert record[kind] == {"image": "my_photo.png", "video": "clip.mp4"}[kind]
+    assert uploads(studio) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "prompt is missing"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "x" * 51}, "prompt has 51 characters; at most 50"),
+        ({"prompt": "x", "num_frames": "many"}, "num_frames 'many' is not allowed; give a whole number"),
+        ({"prompt": "x", "num_frames": "258"}, "num_frames 258 is not allowed here; give 1 to 257"),
+        ({"prompt": "x", "num_frames": "6"}, "for example 5 or 9"),
+        ({"prompt": "x", "height": "48"}, "height 48 is not allowed here; give 1 to 24"),
+        ({"prompt": "x", "num_inference_steps": "1001"}, "give 1 to 1000"),
+        ({"prompt": "x", "guidance_scale": "0"}, "guidance_scale 0.0 is not allowed"),
+        ({"prompt": "x", "guidance_scale": "nan"}, "guidance_scale nan is not allowed"),
+        ({"prompt": "x", "guidance_scale": "1", "negative_prompt": "y"}, "negative_prompt has no effect"),
+        ({"prompt": "x", "seed": "-1"}, "seed -1 is not allowed"),
+        ({"prompt": "x", "device": "cpu"}, "unknown field 'device'; known are prompt, negative_prompt"),
+        ({"prompt": ["x", "y"]}, "a field is given twice"),
+        ({"prompt": "x", "image": "/etc/passwd"}, "image is text; send a file"),
+    ],
+)
+def test_a_mistake_is_json_with_status_400(client, studio, data, message):
+    answer = client.post("/api/generate", data=data or {"seed": "1"})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+    assert list(studio.store.results.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status", "message"),
+    [
+        ("notes.png", b"no picture", 400, "notes.png"),
+        ("large.png", bytes(2**20 + 9), 413, "large.png has 1 MB; at most 1 MB are allowed"),
+        ("huge.png", bytes(3 * 2**20), 413, "the request is too large; at most 1 MB are allowed"),
+    ],
+)
+def test_bad_uploads(client, studio, name, content, status, message):
+    answer = client.post("/api/generate", data={"prompt": "x"}, files={"image": (name, content)})
+    assert answer.status_code == status
+    assert message in answer.json()["error"]
+    assert str(studio.store.uploads) not in answer.text
+    assert uploads(studio) == []
+
+
+def test_a_long_clip_and_both_kinds_at_once(client, tmp_path):
+    long = write_video(tmp_path / "c.mp4", np.stack([PICTURE] * 40), 8).read_bytes()
+    answer = client.post("/api/generate", data={"prompt": "x"}, files={"video": ("long.mp4", long)})
+    assert (answer.status_code, answer.json()["error"]) == (400, "long.mp4 lasts 5.0 s; at most 3 s are allowed: cut it")
+    answer = client.post("/api/generate", data={"prompt": "x"}, files={"video": ("c.mp4", long), "image": ("a.png", png())})
+    assert answer.status_code == 400
+    assert "error" in answer.json()
+
+
+def test_a_body_that_hides_its_length_is_bounded_too(client):
+    def body():
+        yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        for _ in range(5):
+            yield bytes(2**20)
+        yield b"\r\n--b--\r\n"
+
+    answer = client.post("/api/generate", content=body(), headers={"content-type": "multipart/form-data; boundary=b"})
+    assert answer.status_code == 413
+    assert "too large" in answer.json()["error"]
+
+
+def test_other_bodies_are_small(client):
+    answer = client.post("/api/status", content=bytes(2 * 2**20))
+    assert answer.status_code == 413
+
+
+def test_other_content_is_refused(client):
+    answer = client.post("/api/generate", json={"prompt": "x"})
+    assert (answer.status_code, "send a form" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/results/..%2f..%2f..%2fetc%2fpasswd", "/api/results/none-0123456789ab.mp4", "/api/nothing", "/docs",
+             "/openapi.json", "/gradio_api/file=/etc/passwd", "/gradio_api/file/etc/passwd", "/etc/passwd", "/api/generate"],
+)  # fmt: skip
+def test_nothing_else_is_there(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert "root:" not in answer.text
+    assert "error" in answer.json()
+
+
+LONG = Request("x", num_frames=257, num_inference_steps=1000)
+
+
+def test_a_full_queue_is_status_429_for_page_and_api_alike(client, studio):
+    jobs = [studio.submit(Job(LONG)) for _ in range(2)]
+    answer = client.post("/api/generate", data={"prompt": "x"})
+    assert (answer.status_code, "try again later" in answer.json()["error"]) == (429, True)
+    status = client.get("/api/status").json()
+    assert (status["state"], status["limits"]["queue_length"], status["defaults"]["num_frames"]) == ("working", 1, 5)
+    studio.worker.close()
+    assert {job.state for job in jobs} == {"cancelled"}
+
+
+def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lumos.files.os.replace", full)
+    answer = client.post("/api/generate", data={"prompt": "x"})
+    assert (answer.status_code, "No space left" in answer.json()["error"]) == (500, True)
+    assert list(studio.store.results.iterdir()) == []
+
+
+def test_hanging_up_ends_the_work(site, studio):
+    """The request as a server hands it on: its body, then, once the work has begun, the news that the client has gone."""
+    body = b"prompt=x&num_frames=257&num_inference_steps=1000"
+    begun, sent, messages = threading.Event(), [], [{"type": "http.request", "body": body}]
+    make = studio.worker._make
+    studio.worker._make = lambda job: (begun.set(), make(job))
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        if not begun.is_set():
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/x-www-form-urlencoded"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "path": "/api/generate", "raw_path": b"/api/generate", "query_string": b"",
+             "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}  # fmt: skip
+    asyncio.run(asyncio.wait_for(site(scope, receive, send), 60))
+    assert begun.is_set()
+    deadline = time.monotonic() + 60
+    while studio.worker.status()["state"] != "idle":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list(studio.store.results.iterdir()) == []

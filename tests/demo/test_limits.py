@@ -1,0 +1,76 @@
+"""What is out of bounds is refused before it waits, with what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from micro import micro_config
+
+from lumos.cli import main
+from lumos.demo.limits import Limits, TooLarge
+from lumos.errors import UserError
+from lumos.generation.settings import ClipDefaults
+from lumos.pipeline_call import Request
+
+LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(ClipDefaults(5, 16, 24, 8, None))
+FITS = Request("x" * 20, "y" * 20, num_frames=9, height=24, width=24, num_inference_steps=30)
+
+
+def test_the_model_settles_what_is_left_open():
+    assert (LIMITS.max_frames, LIMITS.max_side) == (9, 24)
+    given = Limits(max_frames=33, max_side=64).of_model(ClipDefaults(5, 16, 24, 8, None))
+    assert (given.max_frames, given.max_side) == (33, 64)
+
+
+def test_what_is_just_within_bounds_is_taken():
+    LIMITS.check(FITS, micro_config(pixels_per_size_unit=8))
+    LIMITS.check(Request("x"), micro_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "x" * 21}, "prompt has 21 characters; at most 20 are allowed"),
+        ({"negative_prompt": "x" * 21}, "negative_prompt has 21 characters"),
+        ({"num_frames": 13}, "num_frames 13 is not allowed here; give 1 to 9"),
+        ({"num_frames": 0}, "give 1 to 9"),
+        ({"num_frames": 8}, "for example 5 or 9"),
+        ({"height": 32}, "height 32 is not allowed here; give 1 to 24"),
+        ({"width": 32}, "width 32 is not allowed here"),
+        ({"width": 20}, "width 20 is not a multiple of 8"),
+        ({"num_inference_steps": 31}, "num_inference_steps 31 is not allowed here; give 1 to 30"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        LIMITS.check(replace(FITS, **change), micro_config(pixels_per_size_unit=8))
+
+
+@pytest.mark.parametrize("name", ["image", "video"])
+def test_a_large_file_is_refused(name, tmp_path):
+    (tmp_path / "small.png").write_bytes(bytes(1000))
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    LIMITS.check(Request("x", **{name: tmp_path / "small.png"}), micro_config())
+    with pytest.raises(TooLarge, match=r"large\.png has 0\.00191 MB; at most 0\.001 MB are allowed"):
+        LIMITS.check(Request("x", **{name: tmp_path / "large.png"}), micro_config())
+
+
+def test_every_bound_is_a_flag_with_its_default(capsys):
+    assert main(["demo", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for entry in fields(Limits):
+        assert f"--{entry.name.replace('_', '-')} " in text
+        assert " ".join(entry.metadata["help"].split()) in text
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in fields(Limits)])
+def test_a_bound_below_one_is_an_error(name):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0 is not allowed"):
+        Limits(**{name: 0})
+
+
+def test_uploads_that_stay_hold_at_least_one():
+    with pytest.raises(UserError, match="--keep-uploads-mb 5 holds not even one upload"):
+        Limits(keep_uploads_mb=5)
