@@ -8,7 +8,7 @@ from typing import Any
 
 from lumos.configuration import LumosConfig
 from lumos.errors import RunError, UserError
-from lumos.generation.settings import ClipDefaults, is_number
+from lumos.generation.settings import ClipDefaults, GenerationSettings, is_number
 from lumos.pipeline_call import Request
 from lumos.pipeline_inputs import check_num_frames, check_prompt
 from lumos.sequence import size_units
@@ -53,11 +53,15 @@ class Limits:
                 "raise it, or lower the other"
             )
 
-    def of_model(self, clip: ClipDefaults) -> Limits:
-        """With what is None settled by the model's own shape."""
-        return replace(
-            self, max_frames=self.max_frames or 2 * clip.num_frames - 1, max_side=self.max_side or max(clip.height, clip.width)
-        )
+    def of_model(self, clip: ClipDefaults, sampling: GenerationSettings) -> Limits:
+        """With what is None settled by the model's own shape; UserError for bounds that the model's own defaults exceed."""
+        side = max(clip.height, clip.width)
+        limits = replace(self, max_frames=self.max_frames or 2 * clip.num_frames - 1, max_side=self.max_side or side)
+        for name, own in (("max_frames", clip.num_frames), ("max_side", side), ("max_steps", sampling.num_inference_steps)):
+            if getattr(limits, name) < own:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {getattr(limits, name)} is less than the model's own {own}; give at least that")
+        return limits
 
     @property
     def upload_bytes(self) -> int:

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.components import Component
 
 from lumos.demo import views
-from lumos.demo.api import watch
+from lumos.demo.api import field_value, watch
 from lumos.demo.store import Store
 from lumos.demo.studio import Studio
 from lumos.demo.worker import Job
@@ -52,9 +52,9 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
         gallery = gr.HTML("", elem_id="gallery")
 
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
-            request = request_of({name: values[part] for name, part in asked.items()}, studio.defaults)
-            job = Job(request, owner=session.session_hash)
             try:
+                request = request_of({name: values[part] for name, part in asked.items()}, studio.defaults)
+                job = Job(request, owner=session.session_hash)
                 if values[given] and not studio.store.holds_upload(values[given]):
                     raise UserError(NO_UPLOAD)
                 studio.submit(job)
@@ -104,8 +104,8 @@ def sampling_controls(studio: Studio) -> dict[str, Component]:
     unit, stride = config.pixels_per_size_unit, config.temporal_compression
     negative = gr.Textbox("", label="Negative prompt", max_length=limits.max_prompt_length)
     with gr.Row():
-        width = gr.Slider(unit, limits.max_side, own.width, step=unit, label="Width, pixels", min_width=140)
-        height = gr.Slider(unit, limits.max_side, own.height, step=unit, label="Height, pixels", min_width=140)
+        width = gr.Slider(unit, limits.max_side, own.width, step=unit, label="Width", min_width=140)
+        height = gr.Slider(unit, limits.max_side, own.height, step=unit, label="Height", min_width=140)
     label = f"Frames, {own.fps} a second, given ones included; 1 is a picture"
     return {
         "negative_prompt": negative, "width": width, "height": height,
@@ -119,16 +119,18 @@ def sampling_controls(studio: Studio) -> dict[str, Component]:
         "history_mask_ratio": gr.Slider(
             0, 0.95, sampling.history_mask_ratio, step=0.05, label="History mask: share of past frames that is hidden"
         ),
-        "seed": gr.Number(None, label="Seed; empty: drawn", precision=0, minimum=0, elem_id="seed"),
+        "seed": gr.Textbox("", label="Seed; empty: drawn", max_length=20, elem_id="seed"),  # gradio makes 0 of an empty Number
     }  # fmt: skip
 
 
 def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
-    """The request that the page's controls ask for; one that stands where it stood at first is no choice."""
+    """The request that the page's controls ask for; one that stands where it stood at first is no choice. UserError for a seed."""
     chosen = {name: answers[name] for name in CHOICES if answers[name] != defaults[name]}
     if given := answers["given"]:
         chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
-    return Request(answers["prompt"], answers["negative_prompt"].strip() or None, seed=answers["seed"], **chosen)
+    if seed := answers["seed"].strip():
+        chosen["seed"] = field_value("seed", seed)
+    return Request(answers["prompt"], answers["negative_prompt"].strip() or None, **chosen)
 
 
 async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, str]]:

@@ -29,7 +29,7 @@ class Studio:
 
     def __init__(self, pipe: LumosPipeline, root: Path, limits: Limits, model: str):
         self.pipe, self.model = pipe, model
-        self.limits = limits.of_model(pipe.clip)
+        self.limits = limits.of_model(pipe.clip, pipe.settings)
         self.store = Store(root, self.limits)
         self.worker = Worker(self.make, self.limits.queue_length)
 

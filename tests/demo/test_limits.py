@@ -10,17 +10,25 @@ from micro import micro_config
 from lumos.cli import main
 from lumos.demo.limits import Limits, TooLarge
 from lumos.errors import UserError
-from lumos.generation.settings import ClipDefaults
+from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.pipeline_call import Request
 
-LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(ClipDefaults(5, 16, 24, 8, None))
+OWN = ClipDefaults(5, 16, 24, 8, None), GenerationSettings(num_inference_steps=12)
+LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(*OWN)
 FITS = Request("x" * 20, "y" * 20, num_frames=9, height=24, width=24, num_inference_steps=30)
 
 
 def test_the_model_settles_what_is_left_open():
     assert (LIMITS.max_frames, LIMITS.max_side) == (9, 24)
-    given = Limits(max_frames=33, max_side=64).of_model(ClipDefaults(5, 16, 24, 8, None))
+    given = Limits(max_frames=33, max_side=64).of_model(*OWN)
     assert (given.max_frames, given.max_side) == (33, 64)
+
+
+@pytest.mark.parametrize(("name", "own"), [("max_frames", 5), ("max_side", 24), ("max_steps", 12)])
+def test_a_bound_below_what_the_model_makes_by_itself_is_an_error(name, own):
+    assert getattr(Limits(**{name: own}).of_model(*OWN), name) == own
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {own - 1} is less than the model's own {own}"):
+        Limits(**{name: own - 1}).of_model(*OWN)
 
 
 def test_what_is_just_within_bounds_is_taken():

@@ -12,6 +12,7 @@ from PIL import Image, ImageSequence
 
 from lumos.cli import main
 from lumos.demo import views
+from lumos.errors import UserError
 from lumos.pipeline_call import Request
 
 RECORD = {
@@ -64,14 +65,14 @@ def gradio():
 
 
 DEFAULTS = {"width": 24, "height": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0, "history_mask_ratio": 0.7}
-UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "seed": None}
+UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "seed": " "}
 
 
 @pytest.mark.parametrize(
     ("answers", "request_"),
     [
         ({}, Request("x")),
-        ({"seed": 3, "negative_prompt": "y"}, Request("x", "y", seed=3)),
+        ({"seed": "3", "negative_prompt": "y"}, Request("x", "y", seed=3)),
         ({"num_frames": 9, "guidance_scale": 1}, Request("x", num_frames=9, guidance_scale=1)),
         ({"given": "/u/a.PNG"}, Request("x", image="/u/a.PNG")),
         ({"given": "/u/a.gif"}, Request("x", video="/u/a.gif")),
@@ -82,6 +83,13 @@ def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
     from lumos.demo.page import request_of
 
     assert request_of({**UNTOUCHED, **answers}, DEFAULTS) == request_
+
+
+def test_a_seed_is_a_number(gradio):
+    from lumos.demo.page import request_of
+
+    with pytest.raises(UserError, match="seed 'three' is not allowed; give a whole number"):
+        request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS)
 
 
 @pytest.mark.parametrize(
