@@ -167,8 +167,8 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
         check_num_frames(pair[0], stride, "the first frame of a later prompt")
         if not before < pair[0] < clip.num_frames:
             raise UserError(
-                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, from which on the prompt before it makes "
-                f"frames, and less than num_frames {clip.num_frames}"
+                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, where the prompt before it begins to "
+                f"make frames, and less than num_frames {clip.num_frames}"
             )
         before = pair[0]
     return [(start, text) for start, text in later or ()]
