@@ -30,8 +30,8 @@ def only_shard(out: Path, shard: tuple[int, int]) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(lock, ignore_errors=True)
-    with suppress(OSError):  # others are at work, or were killed
-        (out / UNFINISHED).rmdir()
+            with suppress(OSError):  # others are at work, or were killed
+                (out / UNFINISHED).rmdir()
 
 
 def sum_over_processes(*values: int) -> tuple[int, ...]:
