@@ -49,6 +49,11 @@ class Settled:
     def num_given_frames(self) -> int:
         return len(self.given[0]) if self.given else 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the clips."""
+        return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
+
 
 def settle(
     request: Request, config: LumosConfig, tokenizer: TextTokenizer, settings: GenerationSettings, defaults: ClipDefaults

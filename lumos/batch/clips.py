@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ def clips_of(row: Row, request: Request, settled: Settled, inputs: dict[str, Any
         decides = {
             "prompt": request.prompt, "later_prompts": request.later_prompts, "seed": seed,
             "negative_prompt": request.negative_prompt,
-            "settings": {**vars(form.sampling), **vars(form.clip), "num_given_frames": form.num_given_frames}, **inputs,
+            "settings": settled.settings, **inputs,
         }  # fmt: skip
         clips.append(Clip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
     return clips
@@ -172,9 +172,9 @@ class Recorded(Results):
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def stale(self) -> list[str]:
-        """Files that are there, made of something else."""
-        return [file for file in self.clips if (self.folder / file).is_file() and not self.has(file)]
+    def stale(self, files: Iterable[str]) -> list[str]:
+        """Those that are there, made of something else."""
+        return [file for file in files if (self.folder / file).is_file() and not self.has(file)]
 
     def put(self, file: str, write: Callable[[Path], object]) -> None:
         """As of any file, and its record, which is the last to come and the first to go."""

@@ -111,14 +111,14 @@ def make_one(args: argparse.Namespace) -> None:
         raise UserError("--preview has no effect on a picture; leave it out")
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
-    with tqdm(unit="frame", desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar, out_of_memory_as(advice):
+    with out_of_memory_as(advice), tqdm(desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.total = frames
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 
-        ready = pipe.prepare(request)
+        ready = pipe.encode_given(settled)
         parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_prepared(ready, on_step))
         if args.preview is not None:
             parts = previewed(parts, Path(args.preview), ready.clip.fps)
@@ -130,7 +130,7 @@ def make_one(args: argparse.Namespace) -> None:
         {
             **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
             "image": args.image, "video": args.video,
-            "settings": {**vars(ready.sampling), **vars(ready.clip), "num_given_frames": ready.num_given_frames}, **circumstance,
+            "settings": settled.settings, **circumstance,
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
         },

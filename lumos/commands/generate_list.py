@@ -153,7 +153,7 @@ def make_clips(
     started, made, failed = time.perf_counter(), 0, 0
     batches = batches_of(clips, args.batch_size or BATCH_SIZE)[shard[0] - 1 :: shard[1]]
     results = Recorded(out, shard, clips, describe)
-    if shard[0] == 1 and (stale := results.stale()):
+    if stale := results.stale(clip.file for batch in batches for clip in batch):
         print(f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again", file=sys.stderr)
     with tqdm(total=sum(map(len, batches)), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
