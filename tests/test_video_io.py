@@ -145,6 +145,11 @@ def test_png_is_a_picture_or_a_folder_of_frames(tmp_path, everything_in):
     assert (tmp_path / "many" / "diary.txt").read_text() == "mine"
 
 
+def test_the_same_frames_are_the_same_mp4(tmp_path):
+    frames = smooth_clip(9, height=64, width=64)
+    assert len({write_video(tmp_path / "a.mp4", frames, 8).read_bytes() for _ in range(60)}) == 1
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 def test_frames_that_come_part_by_part_make_the_same_file(suffix: str, tmp_path):
     frames = smooth_clip(9, height=47, width=63)
