@@ -108,9 +108,8 @@ def clips_of(row: Row, request: Request, settled: Settled, inputs: dict[str, Any
             path = PurePosixPath(row.options["output"])
             file = str(path.parent / f"{path.stem}{after}{path.suffix}")
         decides = {
-            "prompt": request.prompt, "later_prompts": request.later_prompts, "seed": seed,
-            "negative_prompt": request.negative_prompt,
-            "settings": settled.settings, **inputs,
+            "prompt": request.prompt, "later_prompts": request.later_prompts, "negative_prompt": request.negative_prompt,
+            "seed": seed, "settings": settled.settings, **inputs,
         }  # fmt: skip
         clips.append(Clip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
     return clips

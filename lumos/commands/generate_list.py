@@ -77,10 +77,7 @@ def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int
         return read_rows(args.prompts), defaults, whole_seed(SEED if args.seed is None else args.seed[0])
     for prompt in args.prompt:
         check_prompt(prompt)
-    if args.seed is not None:
-        defaults["seed"] = args.seed if len(args.seed) > 1 else args.seed[0]
-    else:
-        defaults["seed"] = None
+    defaults["seed"] = args.seed[0] if len(args.seed or ()) == 1 else args.seed
     return [Row(0, 0, {"prompt": args.prompt})], defaults, SEED
 
 
@@ -98,7 +95,6 @@ def check_rows(
 
     hashes = model_sha256(Path(model), args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
-
     clips, problems, lines = [], {}, {}
     for row in rows:
         try:
