@@ -92,6 +92,9 @@ class DataSettings:
     stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
     workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
     prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
+    processes: int = setting(
+        0, "processes that draw or read clips ahead, for devices that outrun `workers`, which then only encode; 0: none", low=0
+    )
     validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1)
 
 
