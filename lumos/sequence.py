@@ -233,9 +233,10 @@ def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Fra
     return frame
 
 
-def pad_sequences(sequences: list[Tensor], value: int) -> Tensor:
-    """Rows of different lengths -> [B, longest], right-padded with `value`."""
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Tensor:
+    """Rows of different lengths -> [B, L], right-padded with `value`; L is the longest, rounded up to a multiple."""
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
 
 
 def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:

@@ -210,6 +210,7 @@ class Batch:
     flops: float
     supervised: int
     layouts: list[Layout]
+    pad_to: int = 1  # the rows' length is a multiple of it
 
     @property
     def tokens(self) -> int:
@@ -231,7 +232,7 @@ class Batch:
         return parts
 
     def _part(self, start: int, stop: int) -> dict[str, Any]:
-        longest = max(self.lengths[start:stop])
+        longest = math.ceil(max(self.lengths[start:stop]) / self.pad_to) * self.pad_to
         parts = {name: tensor[start:stop, :longest] for name, tensor in self.tensors.items()}
         return parts | {"layouts": self.layouts[start:stop]}
 

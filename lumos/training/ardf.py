@@ -5,6 +5,7 @@ This is the only part of `training/` that knows the model. The loop asks a task 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -37,6 +38,7 @@ from lumos.errors import UserError
 from lumos.files import user_cache
 from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
+from lumos.generation.acceleration import compile_parts
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
@@ -107,16 +109,18 @@ class ArdfTask:
         With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
         """
         folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
+        config = copy.deepcopy(self.config)
+        config.attention = self.settings.training.attention or config.attention
         if folder is not None:
             try:
-                model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+                model = LumosForVideoGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
             except UserError as error:
                 if not overrides:
                     raise
                 raise UserError(f"model.overrides {overrides} do not fit the weights of model.from: {error}") from error
         torch.manual_seed(self.settings.training.seed)
         if folder is None:
-            model = LumosForVideoGeneration(self.config)
+            model = LumosForVideoGeneration(config)
         if lora.rank is not None:
             base = {"folder": folder, "sample": sample(model)}
             add_adapters(model, Lora(**to_plain(lora)))
@@ -124,6 +128,8 @@ class ArdfTask:
             self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
         if self.settings.training.activation_checkpointing:
             model.model.gradient_checkpointing = True
+        if self.settings.training.compile:
+            compile_parts(model.to(self.device))
         return model.train()
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
@@ -135,7 +141,8 @@ class ArdfTask:
         config, clips = self.config, self.source.clips(step, shape, positions)
         rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
         ids, asked, ratios = zip(*rows, strict=True)
-        input_ids = pad_sequences(list(ids), config.pad_token_id)
+        pad_to = self.settings.data.pad_to
+        input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
         layouts = parse_layout(input_ids, config)
         supervised = [int(row.sum()) for row in asked]
         lora = self.settings.lora
@@ -144,14 +151,14 @@ class ArdfTask:
             step, shape.kind, {"mask_ratios": pad_sequences(list(ratios), 0)}, [clip.name for clip in clips],
             lengths=[len(row) for row in ids],
             flops=sum(training_flops(config, *row, adapters) for row in zip(layouts, supervised, strict=True)),
-            supervised=sum(supervised), layouts=layouts,
+            supervised=sum(supervised), layouts=layouts, pad_to=pad_to,
         )  # fmt: skip
         if clips[0].codes is None:
             made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
         else:
             made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
         codes_at = code_mask(layouts, input_ids.shape[1])
-        return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False), batch)
+        return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
 
     def encoded(self, draft: Draft) -> Batch:
         """The batch of a draft, on the device where clips are encoded."""
