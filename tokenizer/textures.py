@@ -51,7 +51,7 @@ def spectral_noise(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def recoloured(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [T, H, W, 3], half of the time in other light: each channel has a gain and a gamma, sometimes channels change places."""
+    """uint8 [T, H, W, 3], half of the time in other light: a gain and a gamma a channel, and sometimes channels change places."""
     if rng.random() < 0.5:
         return clip
     values = np.arange(256)[:, None] / 255
