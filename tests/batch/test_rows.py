@@ -127,3 +127,13 @@ def test_names_are_made_of_words():
     assert default_name("A red circle, moving!", False, "0001-") == "0001-a-red-circle-moving.mp4"
     assert default_name("кошка", True, after="-7") == "clip-7.png"
     assert len(default_name("word " * 100, False)) < 70
+
+
+def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
+    text = (repo / "docs" / "generation.md").read_text()
+    rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
+    assert len(rows) == 3
+    assert [request_of(row, {}, 0).num_frames for row in rows] == [None, 33, 33]
+    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames"}
+    paragraph = text[text.index("A row may say") : text.index("Every row is checked")]
+    assert {name for name in OPTIONS if f"`{name}`" in paragraph} == OPTIONS.keys() - trades
