@@ -225,12 +225,12 @@ def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "vocab_size": 2024,
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
+        "vocab_size": 5399,
+        "hidden_size": 320,
+        "intermediate_size": 896,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
         "max_position_embeddings": 8192,
         "sep_token_id": 1,
         "newline_token_id": 2,
@@ -242,7 +242,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "number_token_start": 8,
         "number_token_count": 247,
         "visual_token_start": 1024,
-        "visual_token_count": 1000,
+        "visual_token_count": 4375,
         "pixels_per_size_unit": 8,
         "max_prompt_tokens": 256,
         "prompt_template": "{prompt}",

@@ -47,9 +47,10 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
     return levels.movedim(-4, -1).contiguous().cpu().numpy()
 
 
-def from_uint8(frames: np.ndarray) -> torch.Tensor:
+def from_uint8(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Video float32 [(B,) 3, T, H, W] in [-1, 1] of frames uint8 [(B,) T, H, W, 3]; inverse of :func:`to_uint8`."""
-    return (torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -4).float() / 127.5 - 1).contiguous()
+    frames = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
+    return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
 def as_uint8(frames: np.ndarray) -> np.ndarray:

@@ -249,13 +249,15 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
+        layouts: list[Layout] | None = None,
     ) -> LumosOutput:
-        """input_ids [B, L], right-padded; attention_mask [B, L] only says where padding begins.
+        """input_ids [B, L], right-padded; attention_mask [B, L] only says where padding begins. `layouts` saves reading the frame
+        spans off the ids, for which a GPU would wait.
 
         Without targets: logits [B, L, V]. With targets [B, L] (visual code, or -100 where nothing is asked):
         same-position cross-entropy over the visual codes. ValueError for cut frames and for padding on the left.
         """
-        hidden, layouts = self.hidden_states(input_ids, attention_mask)
+        hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
         if targets is None:
             return LumosOutput(logits=self.lm_head(hidden))
         supervised = targets != -100
@@ -268,9 +270,11 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[supervised]
         return LumosOutput(loss=loss.mean(), position_loss=loss, frame_index=frames, supervised=supervised)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Layout]]:
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, layouts: list[Layout] | None = None
+    ) -> tuple[Tensor, list[Layout]]:
         """input_ids [B, L] -> ([B, L, C] before the head, frame spans of each row); ValueError as in `forward`."""
-        layouts = self.layouts(input_ids, attention_mask)
+        layouts = layouts or self.layouts(input_ids, attention_mask)
         length, device = input_ids.shape[1], input_ids.device
         rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
         return self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device)), layouts

@@ -290,7 +290,10 @@ class LumosPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """`settle` a request, encode what is given, write the prefixes."""
-        settled = self.settle(request)
+        return self.encode_given(self.settle(request))
+
+    def encode_given(self, settled: Settled) -> Prepared:
+        """The second half of `prepare`."""
         given = [self._encode(frames) for frames in settled.given]
         begin = [build_frames(codes, self.model.config).flatten() for codes in given]
 

@@ -49,6 +49,11 @@ class Settled:
     def num_given_frames(self) -> int:
         return len(self.given[0]) if self.given else 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the clips."""
+        return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
+
 
 def settle(
     request: Request, config: LumosConfig, tokenizer: TextTokenizer, settings: GenerationSettings, defaults: ClipDefaults
@@ -167,8 +172,8 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
         check_num_frames(pair[0], stride, "the first frame of a later prompt")
         if not before < pair[0] < clip.num_frames:
             raise UserError(
-                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, from which on the prompt before it makes "
-                f"frames, and less than num_frames {clip.num_frames}"
+                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, where the prompt before it begins to "
+                f"make frames, and less than num_frames {clip.num_frames}"
             )
         before = pair[0]
     return [(start, text) for start, text in later or ()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lumos.configuration import LumosConfig
-from lumos.sequence import Frame, Layout
+from lumos.sequence import Frame, Layout, by_layout
 
 T_AXIS, H_AXIS, W_AXIS = 0, 1, 2
 MM_ROPE_GROUP = (0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2)
@@ -71,11 +71,14 @@ def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) 
 
 def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Tensor:
     """int64 [B, 3, L]: (t, h, w) of every token."""
-    positions = torch.arange(length).repeat(len(layouts), 3, 1)
-    for b, layout in enumerate(layouts):
+
+    def row(layout: Layout) -> Tensor:
+        positions = torch.arange(length).repeat(3, 1)
         for k, frame in enumerate(layout.frames):
-            positions[b, :, frame.start : frame.end] = frame_positions(frame, k, layout.origin, config)
-    return positions
+            positions[:, frame.start : frame.end] = frame_positions(frame, k, layout.origin, config)
+        return positions
+
+    return by_layout(layouts, row)
 
 
 def rotary_tables(

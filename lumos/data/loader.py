@@ -1,4 +1,4 @@
-"""Which clips a training step sees, and making its batches ahead of time.
+"""Which clips a training step sees, and what its batches are.
 
 Everything here is a pure function of (seed, step, position in the step): a resumed run, another number of threads,
 processes or micro-batches sees the same clips with the same random numbers, and no loader state has to be stored
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor
 from lumos.data import sprites
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError
+from lumos.sequence import Layout
 
 IGNORED = -100
 POSITIONS_PER_STEP = 1 << 16
@@ -38,8 +36,6 @@ VALIDATION_STEP = 1 << 36
 """Step number under which the validation set is drawn; no training run gets that far."""
 VALIDATION_SEED = 0
 """Of validation clips and their masks, whatever the run's own seed: runs can be compared."""
-
-T_co = TypeVar("T_co")
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,8 @@ def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: 
 @dataclass(frozen=True)
 class Batch:
     """One process's part of a step. Every tensor is [B, ...], right-padded to the longest of `lengths`; `targets` [B, L] is IGNORED
-    where nothing is asked. `flops` of its forward and backward."""
+    where nothing is asked, which is not so in `supervised` places. `flops` of its forward and backward. `layouts` [B] is what the
+    model would read off the ids."""
 
     step: int
     kind: str
@@ -211,17 +208,16 @@ class Batch:
     names: list[str]
     lengths: list[int]
     flops: float
+    supervised: int
+    layouts: list[Layout]
+    pad_to: int = 1  # the rows' length is a multiple of it
 
     @property
     def tokens(self) -> int:
         """Without padding."""
         return sum(self.lengths)
 
-    @property
-    def supervised(self) -> int:
-        return int((self.tensors["targets"] != IGNORED).sum())
-
-    def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Tensor]]:
+    def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Any]]:
         """Parts of up to `size` clips, each as long as its longest.
 
         Their number is that of a process with `share` clips, because ZeRO needs it to be equal on all: a process with a clip
@@ -235,9 +231,25 @@ class Batch:
             parts.append(idle | {"targets": torch.full_like(idle["targets"], IGNORED)})
         return parts
 
-    def _part(self, start: int, stop: int) -> dict[str, Tensor]:
-        longest = max(self.lengths[start:stop])
-        return {name: tensor[start:stop, :longest] for name, tensor in self.tensors.items()}
+    def _part(self, start: int, stop: int) -> dict[str, Any]:
+        longest = math.ceil(max(self.lengths[start:stop]) / self.pad_to) * self.pad_to
+        parts = {name: tensor[start:stop, :longest] for name, tensor in self.tensors.items()}
+        return parts | {"layouts": self.layouts[start:stop]}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A Batch whose clips are not encoded yet: all that can be done in any process, without a model.
+
+    `ids` [B, L] has code 0 wherever a code is to be seen, `codes_at` bool [B, L] says where codes belong, `asked` which of them
+    are supervised; `clips` are uint8 [B, T, H, W, 3], or codes already, int64 of all rows in a row.
+    """
+
+    clips: Tensor
+    ids: Tensor
+    codes_at: Tensor
+    asked: Tensor
+    batch: Batch  # its tensors still lack input_ids and targets
 
 
 def sample_index(step: int, position: int) -> int:
@@ -251,25 +263,3 @@ def sample_generator(seed: int, step: int, position: int, purpose: str) -> torch
     """A CPU generator of its own for each (seed, step, position, purpose)."""
     digest = hashlib.blake2b(f"{seed}/{step}/{position}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth: int) -> Iterator[T_co]:
-    """`make(step)` for each step in order, up to `depth` of them made ahead by `workers` threads; 0 workers: made when
-    asked for.
-
-    An error in `make` is raised at its step. Closing the iterator stops the threads after the batches they are at.
-    """
-    if workers == 0:
-        yield from map(make, steps)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
-    try:
-        waiting = deque(pool.submit(make, step) for step in steps[:depth])
-        for step in steps[depth:]:
-            done = waiting.popleft().result()
-            waiting.append(pool.submit(make, step))
-            yield done
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

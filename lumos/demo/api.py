@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from lumos import pipeline_call
-from lumos.commands.generate import record_path
+from lumos.batch.clips import record_path
 from lumos.demo.limits import Busy, TooLarge
 from lumos.demo.store import Store
 from lumos.demo.studio import Studio
@@ -53,7 +53,7 @@ def add_api(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
-        return {**studio.worker.status(), "model": studio.model, "defaults": studio.defaults, "limits": vars(studio.limits)}
+        return {**studio.worker.status(), "defaults": studio.defaults, "limits": vars(studio.limits)}
 
     @app.get("/api/results/{name}")
     async def result(name: str) -> Response:

@@ -6,7 +6,7 @@ import re
 import uuid
 from pathlib import Path
 
-from lumos.commands.generate import record_path
+from lumos.batch.clips import record_path
 from lumos.demo.limits import Limits
 
 RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumos import __version__
-from lumos.commands.generate import default_output, record_path
+from lumos.batch.clips import default_name, record_path
 from lumos.demo.limits import Limits
 from lumos.demo.reading import read_upload
 from lumos.demo.store import Store
@@ -20,15 +19,22 @@ from lumos.demo.worker import Job, Worker
 from lumos.files import write_json
 from lumos.pipeline import LumosPipeline
 from lumos.pipeline_call import Request
-from lumos.runtime import versions
+from lumos.pipeline_request import Settled
 from lumos.video_io import write_video
 
 
 class Studio:
-    """What page and API share. `model`: what the model is called in records."""
+    """What page and API share. metadata(prompt, seed) goes into a result's file, circumstances() into the record beside it."""
 
-    def __init__(self, pipe: LumosPipeline, root: Path, limits: Limits, model: str):
-        self.pipe, self.model = pipe, model
+    def __init__(
+        self,
+        pipe: LumosPipeline,
+        root: Path,
+        limits: Limits,
+        metadata: Callable[[str, int], dict[str, Any]],
+        circumstances: Callable[[], dict[str, Any]] = dict,
+    ):
+        self.pipe, self.metadata, self.circumstances = pipe, metadata, circumstances
         self.limits = limits.of_model(pipe.clip, pipe.settings)
         self.store = Store(root, self.limits)
         self.worker = Worker(self.make, self.limits.queue_length)
@@ -49,20 +55,18 @@ class Studio:
         request = self._read_uploads(job)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ready = self.pipe.prepare(request)
+            settled = self.pipe.settle(request)
         job.notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
-        job.fps = ready.clip.fps
+        job.fps = settled.clip.fps
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             job.progress = (frame + (step + 1) / steps) / frames
             job.check_stop()
 
-        for (frames,) in self.pipe.stream_prepared(ready, on_step):
+        for (frames,) in self.pipe.stream_prepared(self.pipe.encode_given(settled), on_step):
             job.frames.extend(frames)
             job.check_stop()
-        stride = self.pipe.model.config.temporal_compression
-        settings = ready.settled(1 + (len(job.frames) - 1) // stride, stride)
-        job.record = self._write(job, ready.seeds[0], settings, time.perf_counter() - began)
+        job.record = self._write(job, settled, time.perf_counter() - began)
 
     def _read_uploads(self, job: Job) -> Request:
         """The request with its files read; a clip's rest is cut to what the pipeline may use of it."""
@@ -77,20 +81,16 @@ class Studio:
             return replace(request, video=video)
         return request
 
-    def _write(self, job: Job, seed: int, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _write(self, job: Job, settled: Settled, seconds: float) -> dict[str, Any]:
         """Write the result with its record beside it, as `generate` does; returns the record."""
-        request = job.request
-        name = Path(default_output(request.prompt, seed, len(job.frames))).name
-        path = self.store.new_result(name)
-        metadata = {"prompt": request.prompt, "seed": seed, "model": self.model, "lumos": __version__}
-        write_video(path, np.stack(job.frames), settings["fps"], metadata)
+        request, seed = job.request, settled.seeds[0]
+        path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))
+        about = self.metadata(request.prompt, seed)
+        write_video(path, np.stack(job.frames), job.fps, about)
         record = {
-            **metadata, "file": path.name, "negative_prompt": request.negative_prompt,
+            **about, "file": path.name, "negative_prompt": request.negative_prompt,
             **{name: getattr(request, name) and Path(getattr(request, name)).name for name in ("image", "video")},
-            "settings": settings, "notes": job.notes,
-            "dtype": str(self.pipe.dtype).removeprefix("torch."), "device": str(self.pipe.device),
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"), "seconds": round(seconds, 2),
-            "versions": versions(),
+            "settings": settled.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
         }  # fmt: skip
         write_json(record_path(path), record)
         return record

@@ -5,8 +5,10 @@ This is the only part of `training/` that knows the model. The loop asks a task 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lumos.data.loader import (
     Batch,
     Clip,
     Curriculum,
+    Draft,
     Source,
     StepShape,
     WorldSource,
@@ -35,12 +38,22 @@ from lumos.errors import UserError
 from lumos.files import user_cache
 from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
+from lumos.generation.acceleration import compile_parts
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline import LumosPipeline
 from lumos.pipeline_inputs import check_text_tokenizer, override, prompt_ids
-from lumos.sequence import Frame, build_sequence, clip_header, num_latent_frames, pad_sequences, parse_layout, prompt_text
+from lumos.sequence import (
+    Frame,
+    build_sequence,
+    clip_header,
+    code_mask,
+    num_latent_frames,
+    pad_sequences,
+    parse_layout,
+    prompt_text,
+)
 from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
 from lumos.training.export import Tokenizers, export_checkpoint, model_with
@@ -97,16 +110,18 @@ class ArdfTask:
         With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
         """
         folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
+        config = copy.deepcopy(self.config)
+        config.attention = self.settings.training.attention or config.attention
         if folder is not None:
             try:
-                model = LumosForVideoGeneration.from_pretrained(folder, config=self.config, dtype=torch.float32)
+                model = LumosForVideoGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
             except UserError as error:
                 if not overrides:
                     raise
                 raise UserError(f"model.overrides {overrides} do not fit the weights of model.from: {error}") from error
         torch.manual_seed(self.settings.training.seed)
         if folder is None:
-            model = LumosForVideoGeneration(self.config)
+            model = LumosForVideoGeneration(config)
         if lora.rank is not None:
             base = {"folder": folder, "sample": sample(model)}
             add_adapters(model, Lora(**to_plain(lora)))
@@ -114,33 +129,56 @@ class ArdfTask:
             self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
         if self.settings.training.activation_checkpointing:
             model.model.gradient_checkpointing = True
+        if self.settings.training.compile:
+            compile_parts(model.to(self.device))
         return model.train()
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
-        """Take the clips at `positions` of a step from the source, encode them if need be, lay them out and mask them."""
-        clips = self.source.clips(step, shape, positions)
-        rows = []
-        for position, clip, code in zip(positions, clips, self._codes(clips), strict=True):
-            rows.append(self._row(step, position, clip.caption, clip.fps, code, dropout))
-        ids, targets, ratios = zip(*rows, strict=True)
-        tensors = {
-            "input_ids": pad_sequences(list(ids), self.config.pad_token_id),
-            "targets": pad_sequences(list(targets), IGNORED),
-            "mask_ratios": pad_sequences(list(ratios), 0),
-        }
-        layouts = parse_layout(tensors["input_ids"], self.config)
-        supervised = (tensors["targets"] != IGNORED).sum(1).tolist()
-        lora = self.settings.lora
-        adapters = adapter_weights(self.config, lora.rank, lora.targets) if lora.rank else None
-        flops = sum(training_flops(self.config, *row, adapters) for row in zip(layouts, supervised, strict=True))
-        return Batch(step, shape.kind, tensors, [clip.name for clip in clips], [len(row) for row in ids], flops)
+        """Take the clips at `positions` of a step from the source, lay them out, mask them, and encode them if need be."""
+        return self.encoded(self.draft(step, shape, positions, dropout=dropout))
 
-    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def draft(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Draft:
+        """All of `batch` but the codes, which neither the layout nor the masks depend on."""
+        config, clips = self.config, self.source.clips(step, shape, positions)
+        rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
+        ids, asked, ratios = zip(*rows, strict=True)
+        pad_to = self.settings.data.pad_to
+        input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
+        layouts = parse_layout(input_ids, config)
+        supervised = [int(row.sum()) for row in asked]
+        lora = self.settings.lora
+        adapters = adapter_weights(config, lora.rank, lora.targets) if lora.rank else None
+        batch = Batch(
+            step, shape.kind, {"mask_ratios": pad_sequences(list(ratios), 0)}, [clip.name for clip in clips],
+            lengths=[len(row) for row in ids],
+            flops=sum(training_flops(config, *row, adapters) for row in zip(layouts, supervised, strict=True)),
+            supervised=sum(supervised), layouts=layouts, pad_to=pad_to,
+        )  # fmt: skip
+        if clips[0].codes is None:
+            made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+        else:
+            made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
+        codes_at = code_mask(layouts, input_ids.shape[1])
+        return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
+
+    def encoded(self, draft: Draft) -> Batch:
+        """The batch of a draft, on the device where clips are encoded."""
+        clips, ids, codes_at, asked = (x.to(self.device, non_blocking=True) for x in vars(draft).values() if isinstance(x, Tensor))
+        codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
+        code = torch.zeros_like(ids).masked_scatter(codes_at, codes.flatten())
+        tensors = {
+            "input_ids": torch.where(codes_at & (ids != self.config.mask_token_id), ids + code, ids),
+            "targets": torch.where(asked, code, IGNORED),
+            "mask_ratios": draft.batch.tensors["mask_ratios"].to(self.device),
+        }
+        return replace(draft.batch, tensors=tensors)
+
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each supervised position [N] with gradient, and where each is [N].
 
         frame: its latent frame, unless the clips have but one. mask_ratio: the tenth that its frame's ratio is in.
         """
-        out = model(input_ids=micro["input_ids"], targets=micro["targets"])
+        out = model(input_ids=micro["input_ids"], targets=micro["targets"], layouts=micro.get("layouts"))
         ratios = micro["mask_ratios"]
         rows = out.supervised.nonzero()[:, 0]
         places = {"mask_ratio": ratio_bins(ratios[rows, out.frame_index])}
@@ -277,39 +315,33 @@ class ArdfTask:
             copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
         )
 
-    def _codes(self, clips: list[Clip]) -> list[Tensor]:
-        """Codes [t, h, w] of each clip."""
-        if clips[0].codes is None:
-            return list(self._encode([clip.frames for clip in clips]))
-        return [torch.from_numpy(clip.codes.astype(np.int64)) for clip in clips]
-
     @torch.no_grad()
-    def _encode(self, frames: list) -> Tensor:
-        return self.video_tokenizer.encode(from_uint8(np.stack(frames)).to(self.device)).cpu()
+    def _encode(self, frames: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> codes [B, t, h, w]."""
+        return self.video_tokenizer.encode(from_uint8(frames))
 
-    def _row(
-        self, step: int, position: int, caption: str, fps: int, codes: Tensor, dropout: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [L], targets [L], mask ratios [t]) of a clip's codes [t, h, w]."""
-        masking = self.settings.masking
+    def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [L] with code 0 where a code is seen, bool [L] where one is asked, mask ratios [t]) of a clip."""
+        masking, config = self.settings.masking, self.config
         seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
-        t, h, w = codes.shape
-        num_frames = (t - 1) * self.config.temporal_compression + 1
+        if clip.codes is None:
+            frames, height, width = clip.frames.shape[:3]
+            t = num_latent_frames(frames, config.temporal_compression)
+            grid = (t, height // config.spatial_compression, width // config.spatial_compression)
+        else:
+            grid = clip.codes.shape
+        num_frames = (grid[0] - 1) * config.temporal_compression + 1
         drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
         text_ids = None
         if not (dropout and drop):
-            size = {"height": h * self.config.spatial_compression, "width": w * self.config.spatial_compression}
-            text_ids = self.text_tokenizer.encode(prompt_text(self.config, caption, num_frames=num_frames, fps=fps, **size))
-        duration, fps = clip_header(num_frames, fps)
-        ids = build_sequence(text_ids, codes, fps=fps, duration=duration, config=self.config)
+            size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
+            text_ids = self.text_tokenizer.encode(prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size))
+        duration, fps = clip_header(num_frames, clip.fps)
+        ids = build_sequence(text_ids, torch.zeros(grid, dtype=torch.int64), fps=fps, duration=duration, config=config)
         masked = mask_sequence(
-            ids,
-            self.config,
-            kind=masking.kind,
-            min_ratio=masking.min_ratio,
-            generator=sample_generator(seed, step, position, "mask"),
+            ids, config, kind=masking.kind, min_ratio=masking.min_ratio, generator=sample_generator(seed, step, position, "mask")
         )
-        return masked.input_ids, masked.targets, torch.tensor(masked.ratios)
+        return masked.input_ids, masked.targets != IGNORED, torch.tensor(masked.ratios)
 
 
 def ratio_bins(ratios: Tensor) -> Tensor:

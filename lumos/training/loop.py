@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lumos.data.loader import Batch, Curriculum, Source, StepShape, check_shares, prefetched, sample_generator
+from lumos.data.ahead import in_processes, prefetched
+from lumos.data.loader import Batch, Curriculum, Draft, Source, StepShape, check_shares, sample_generator
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, only_writer
 from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
@@ -44,7 +45,11 @@ class Task(Protocol):
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch: ...
 
-    def losses(self, model: nn.Module, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def draft(self, step: int, shape: StepShape, positions: range) -> Draft: ...
+
+    def encoded(self, draft: Draft) -> Batch: ...
+
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def identity(self) -> dict[str, Any]: ...
 
@@ -118,15 +123,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Do the steps that are left; returns the summary."""
-        training, data, samples = self.settings.training, self.settings.data, self.settings.samples
+        training, samples = self.settings.training, self.settings.samples
         started = saved_at = tick = time.monotonic()
         saved = self.step
-        batches = prefetched(
-            self._batch,
-            range(self.step, training.max_steps),
-            workers=data.workers,
-            depth=max(data.prefetch, data.workers),
-        )
+        batches = self._batches(range(self.step, training.max_steps))
         with Interrupt() as interrupt:
             for batch in batches:
                 waited = time.monotonic() - tick
@@ -166,9 +166,18 @@ class Run:
             self.log.say(f"stopped after step {self.step}; the same command continues from {summary['checkpoint']}")
         return summary
 
-    def _batch(self, step: int) -> Batch:
+    def _batches(self, steps: range) -> Generator[Batch, None, None]:
+        """The steps' batches, made ahead by threads; with data.processes, drawn by these, and one thread encodes them."""
+        data = self.settings.data
+        make, workers = (lambda step: self.task.encoded(self._draft(step))), data.workers
+        if data.processes:
+            drafts = in_processes(self._draft, steps, processes=data.processes)
+            make, workers = (lambda step: self.task.encoded(next(drafts))), 1
+        return prefetched(make, steps, workers=workers, depth=max(data.prefetch, workers))
+
+    def _draft(self, step: int) -> Draft:
         shape = self.curriculum(step)
-        return self.task.batch(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
+        return self.task.draft(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
 
     def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
         """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
@@ -202,8 +211,8 @@ class Run:
         self.log.progress(self.loss, lr)
         return stops > 0, dues > 0
 
-    def _losses(self, micro: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        micro = {name: tensor.to(self.engine.device) for name, tensor in micro.items()}
+    def _losses(self, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        micro = {name: x.to(self.engine.device) if isinstance(x, Tensor) else x for name, x in micro.items()}
         with self.engine.autocast():
             return self.task.losses(self.engine.model, micro)
 

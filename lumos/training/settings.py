@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lumos.configuration import ATTENTION_IMPLEMENTATIONS
 from lumos.data.storage import is_url
 from lumos.errors import UserError
 from lumos.generation.settings import GenerationSettings
@@ -92,6 +93,12 @@ class DataSettings:
     stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
     workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
     prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
+    processes: int = setting(
+        0, "processes that draw or read clips ahead, for devices that outrun `workers`, which then only encode; 0: none", low=0
+    )
+    pad_to: int = setting(
+        1, "rows are padded to a multiple of so many tokens: fewer different lengths, for attention or code that is compiled", low=1
+    )
     validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1)
 
 
@@ -139,6 +146,13 @@ class OptimizationSettings:
         choices=("auto", "fp32", "bf16"),
     )
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    attention: str | None = setting(
+        None,
+        "how the run attends: segmented (a GPU wants few and long segments), dense (short clips on a GPU), flex (CUDA only, "
+        "compiled for each length: set data.pad_to); null: as the model's config says",
+        choices=(None, *ATTENTION_IMPLEMENTATIONS),
+    )
+    compile: bool = setting(False, "torch.compile for norms and MLPs; the first steps wait for the compiler")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
     skip_not_finite: int = setting(
         0, "updates of the run that may be left out because loss or gradient is not finite; one more stops it", low=0

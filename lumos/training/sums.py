@@ -22,13 +22,16 @@ class LossSums:
 
     def add(self, losses: Tensor, places: Mapping[str, Tensor]) -> None:
         """losses [N]; places {group: [N], the place of each position}. A group that is left out gets nothing."""
-        losses = losses.detach().double().cpu()
-        self._column(0, torch.zeros(len(losses), dtype=torch.int64), losses)
+        losses = losses.detach().double()
+        table = torch.zeros(self.table.shape, dtype=torch.float64, device=losses.device)
+        table[:, 0] = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
         start = 1
         for group, size in self.groups.items():
             if group in places:
-                self._column(start, places[group].cpu(), losses)
+                table[0].index_add_(0, start + places[group], losses)
+                table[1].index_add_(0, start + places[group], torch.ones_like(losses))
             start += size
+        self.table += table.cpu()
 
     def over_processes(self, engine: Engine) -> LossSums:
         """The sums of all processes together."""
@@ -47,10 +50,6 @@ class LossSums:
         tables = self.table[:, 1:].split(list(self.groups.values()), dim=1)
         for group, table in zip(self.groups, tables, strict=True):
             yield f"{group}_loss_{kind}", table
-
-    def _column(self, start: int, places: Tensor, losses: Tensor) -> None:
-        self.table[0].index_add_(0, start + places, losses)
-        self.table[1].index_add_(0, start + places, torch.ones_like(losses))
 
 
 def of_all_processes(engine: Engine, *values: float) -> list[list[float]]:

@@ -33,7 +33,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(
-        self, engine: Engine, losses: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+        self, engine: Engine, losses: Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
     ) -> dict[str, Any]:
         """{val_loss_<kind>: mean over all supervised positions, val_<group>_loss_<kind>: [places]}, without text dropout."""
         engine.module.eval()
@@ -43,7 +43,7 @@ class Validation:
                 self.batches[kind] = self._share(kind, engine.rank, engine.world)
             sums = LossSums(self.task.groups)
             for batch, counts in self.batches[kind]:
-                found = losses(batch.tensors)
+                found = losses(batch.tensors | {"layouts": batch.layouts})
                 if counts:
                     sums.add(*found)
             meter.add_parts(sums.over_processes(engine).parts(kind))

@@ -33,7 +33,7 @@ def pipe(micro_folder):
 @pytest.fixture
 def studio(pipe, tmp_path):
     limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, max_upload_seconds=3, queue_length=1)
-    studio = Studio(pipe, tmp_path / "root", limits, "micro")
+    studio = Studio(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
     yield studio
     studio.worker.close()
 

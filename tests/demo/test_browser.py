@@ -122,7 +122,8 @@ def test_a_prompt_becomes_a_playing_video(page, server):
     assert re.search(r"num_frames\s+9", settings)
     name = page.get_attribute("#stage video", "src").rpartition("/")[2]
     record = json.loads((server.root / "results" / f"{name}.json").read_text())
-    assert (record["prompt"], record["seed"]) == ("a red circle ${6*7} <b>bold</b>", 5)
+    assert (record["prompt"], record["seed"], record["model"]) == ("a red circle ${6*7} <b>bold</b>", 5, "micro")
+    assert {"lumos", "created", "device", "dtype", "peak_memory_mb", "versions"} <= record.keys()
     page.fill(f"#seed {FIELD}", "")
     page.click("#generate")
     page.wait_for_function("document.querySelectorAll('#gallery figure').length == 2")

@@ -134,9 +134,9 @@ def test_muon_turns_the_convolutions_and_adamw_the_rest(tmp_path):
     assert {"encoder.conv_in.0.conv3d.weight", "decoder.conv_out.0.conv3d.weight"} <= {n for n, d in kinds.items() if d > 1}
     for name, change in changes.items():
         if kinds[name] > 1:
-            # Orthogonal steps: all singular values alike, at 0.5 * muon_lr, larger for tall matrices. AdamW's are not.
+            # Orthogonal steps: all singular values alike, at 0.5 * muon_lr, larger for large matrices. AdamW's are not.
             matrix = change.flatten(1)
-            step = 0.01 * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            step = 0.01 * 0.2 * max(matrix.shape) ** 0.5
             values = torch.linalg.svdvals(matrix) / step
             assert 0.6 < values.median() <= values.max() < 1.3, name
         else:
@@ -159,12 +159,6 @@ def test_only_matrices_decay(tmp_path, muon_lr, lr):
     for name, change in changes_of(parameters, optimizer, share=1.0).items():
         kept = lr * 0.5 if before[name].dim() > 1 else 0.0
         torch.testing.assert_close(change, -kept * before[name], rtol=1e-3, atol=1e-7)
-
-
-def test_muon_needs_a_torch_that_has_it(tmp_path, monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UserError, match=r"muon_lr 0\.02 needs torch 2\.9 or newer"):
-        train(small(tmp_path, muon_lr=0.02))
 
 
 def test_a_time_budget_ends_the_run(tmp_path):
@@ -277,11 +271,15 @@ def test_batches_are_a_pure_function_of_the_step():
     clips = clips_of()
     later = clips.batch(7)
     again = clips_of().batch(7)
-    assert later.clips.shape == (4, 3, 5, 16, 24)
-    assert later.pictures.shape == (3, 3, 1, 16, 24)
+    assert later.clips.shape == (4, 5, 16, 24, 3)
+    assert later.pictures.shape == (3, 1, 16, 24, 3)
     assert all(torch.equal(a, b) for a, b in zip(vars(later).values(), vars(again).values(), strict=True))
     assert not torch.equal(later.clips, clips.batch(8).clips)
-    assert -1 <= later.clips.min() < later.clips.max() <= 1
+    (videos, worlds), (pictures, _) = later.videos("cpu")
+    assert torch.equal(videos, to_video(later.clips.numpy()))
+    assert torch.equal(worlds, later.clip_is_world)
+    assert pictures.shape == (3, 3, 1, 16, 24)
+    assert -1 <= videos.min() < videos.max() <= 1
 
 
 def test_worlds_and_real_material_are_mixed_as_told():
@@ -292,7 +290,7 @@ def test_worlds_and_real_material_are_mixed_as_told():
     only_real = clips_of(share_worlds=0.0)
     assert not only_real.batch(0).clip_is_world.any()
     assert only_real.real_names
-    moves = [(clip[:, 0] - clip[:, -1]).abs().mean() for clip in only_real.batch(0).clips]
+    moves = [(clip[0].float() - clip[-1]).abs().mean() for clip in only_real.batch(0).clips]
     assert min(moves) > 0
 
 
@@ -301,7 +299,7 @@ def test_sprites_are_trained_on_where_asked(sprite_pictures):
     batch = clips_of(share_worlds=1.0, world_options=options).batch(2)
     worlds = Worlds(seed=0, num_frames=5, height=16, width=24, **options)
     for slot in range(4):
-        assert torch.equal(batch.clips[slot], to_video([worlds[2 * (4 + 3) + slot][0]])[0])
+        assert np.array_equal(batch.clips[slot], worlds[2 * (4 + 3) + slot][0])
     held_out = held_out_worlds(2, 5, 16, 24, **options)
     assert torch.equal(held_out[1], to_video([replace(worlds, seed=10_007, split="held_out")[1][0]])[0])
 

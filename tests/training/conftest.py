@@ -21,6 +21,8 @@ MICRO_MODEL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "intermediate_size": 128,
+    "vocab_size": 2024,
+    "visual_token_count": 1000,
 }
 
 

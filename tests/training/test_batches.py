@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data.loader import IGNORED, VALIDATION_STEP, Curriculum, StepShape, prefetched, sample_generator, sample_index
+from lumos.data.ahead import prefetched
+from lumos.data.loader import IGNORED, VALIDATION_STEP, Curriculum, StepShape, sample_generator, sample_index
 from lumos.errors import UserError
 from lumos.sequence import parse_sequence
 from lumos.training.ardf import ArdfTask
@@ -102,7 +103,7 @@ def test_rows_hold_the_clip_its_caption_and_masked_targets(micro_settings):
             clip = task.source.clip(sample_index(0, position), 5 if shape is VIDEO else 1)
             assert task.text_tokenizer.decode(parsed.text_ids) == clip.caption
             assert (parsed.duration, parsed.fps) == header
-            codes = task._encode([clip.frames])[0]
+            codes = task._encode(torch.from_numpy(clip.frames)[None])[0]
             assert parsed.codes.shape == codes.shape == (frames, 4, 4)
             assert torch.equal(torch.where(parsed.codes < 0, codes, parsed.codes), codes)
             assert torch.equal(targets[targets != IGNORED], codes[parsed.codes < 0])

@@ -94,7 +94,7 @@ def test_worlds_by_tokens(micro_settings):
         shape = StepShape(kind, None, tokens=200)
         batch = task.batch(0, shape, range(task.source.clips_in(shape)))
         clip = task.source.clip(0, 4 * frames - 3)
-        assert task._encode([clip.frames]).numel() == frames * 16
+        assert task._encode(torch.from_numpy(clip.frames)[None]).numel() == frames * 16
         assert 200 - frames * 16 < len(batch.names) * frames * 16 <= 200
 
 
