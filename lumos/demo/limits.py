@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Limits:
     """Bounds of the page and the API alike; None is settled by the model, see `of_model`."""
 
     max_prompt_length: int = bound(500, "most characters of a prompt, and of a negative prompt")
-    max_frames: int = bound(None, "most frames of a clip, given ones included; default: the model's own length twice, less one")
-    max_side: int = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's own size")
+    max_frames: int | None = bound(None, "most frames of a clip, given ones included; default: the model's own twice, less one")
+    max_side: int | None = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's own size")
     max_steps: int = bound(100, "most decoding steps of each latent frame")
     max_upload_mb: float = bound(20, "most megabytes of an uploaded file")
     max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
@@ -44,7 +45,8 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value is not None and not (is_number(value) and (value >= 1 or (value > 0 and entry.type == "float"))):
+            allowed = is_number(value) and isfinite(value) and (value >= 1 or (value > 0 and entry.type == "float"))
+            if value is not None and not allowed:
                 least = "a number above 0" if entry.type == "float" else "a whole number of at least 1"
                 raise UserError(f"--{entry.name.replace('_', '-')} {value} is not allowed; give {least}")
         if self.keep_uploads_mb < self.max_upload_mb:

@@ -150,7 +150,7 @@ async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, st
 
 def progress_line(studio: Studio, job: Job) -> str:
     if job.state == "waiting":
-        return views.status(f"{studio.worker.ahead(job)} before you", 0)
+        return views.status(f"Waiting, {studio.worker.ahead(job)} before you")
     return views.status(f"{len(job.frames)} frames, {job.progress:.0%}", job.progress)
 
 

@@ -71,7 +71,8 @@ def browser():
     if path is None:
         pytest.skip(f"no Chromium is installed ({', '.join(BROWSERS)}); Debian: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        for_root = ["--no-sandbox"] if os.getuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=path, args=["--disable-dev-shm-usage", *for_root])
         yield browser
         browser.close()
 

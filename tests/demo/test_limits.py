@@ -79,6 +79,12 @@ def test_a_bound_below_one_is_an_error(name):
         Limits(**{name: 0})
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bound_is_finite(value):
+    with pytest.raises(UserError, match=r"--max-upload-mb (inf|nan) is not allowed; give a number above 0"):
+        Limits(max_upload_mb=value)
+
+
 def test_uploads_that_stay_hold_at_least_one():
     with pytest.raises(UserError, match="--keep-uploads-mb 5 holds not even one upload"):
         Limits(keep_uploads_mb=5)

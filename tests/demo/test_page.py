@@ -19,7 +19,8 @@ RECORD = {
     "prompt": '<img src=x onerror="alert(1)">', "seed": 3, "file": "x-3-0123456789ab.mp4", "negative_prompt": "a <b>dog</b>",
     "image": None, "video": None, "seconds": 1.5,
     "settings": {"num_frames": 5, "height": 16, "width": 24, "fps": 8, "top_k": None, "guidance_scale": 2.0,
-                 "history_mask_ratio": 0.7, "mask_given_frames": False, "num_given_frames": 0, "target_size": None, "guidance_interval": (0.0, 1.0)},
+                 "history_mask_ratio": 0.7, "mask_given_frames": False, "num_given_frames": 0, "target_size": None,
+                 "guidance_interval": (0.0, 1.0)},
 }  # fmt: skip
 
 
