@@ -11,6 +11,10 @@ class RunError(RuntimeError):
     """A correct request that failed on the way (disk, damaged file, non-finite loss). Exit code 1."""
 
 
+class OutOfMemory(RunError):
+    """Memory ran out; says what would need less."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is Python's, or torch's on the CPU or on a GPU, way of saying that memory ran out."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)

@@ -71,6 +71,8 @@ class Request:
     num_videos_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None
+    later_prompts: Sequence[tuple[int, str | Sequence[str]]] | None = None
+    last_image: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Prepared:
     grid: tuple[int, int]  # rows and columns of codes
     conditional: list[Tensor]  # ids before the first new frame
     unconditional: list[Tensor] | None  # None: guidance is off
+    later: dict[int, list[Tensor]]  # number of a new latent frame, from 0 -> ids as `conditional` from that one on
     given: list[Tensor]  # codes [t, h, w] that each clip begins with, or empty
     num_given_frames: int
     new_frames: int  # latent frames to make

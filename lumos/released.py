@@ -30,7 +30,7 @@ from lumos.errors import RunError, UserError
 from lumos.files import check_writable, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.modeling import LumosForVideoGeneration
-from lumos.pipeline import check_agreement
+from lumos.pipeline_inputs import check_agreement
 from lumos.runtime import versions
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig, loading
 from tokenizer.text import find_tokenizer_file

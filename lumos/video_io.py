@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
     "read_image",
     "read_video",
     "to_uint8",
+    "write_frames",
     "write_json",
     "write_video",
 ]
@@ -61,19 +62,15 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapp
     """
     path = Path(path)
     suffix = _suffix(path)
-    frames = as_uint8(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        given = f"{frames.dtype} {list(frames.shape)}"
-        raise UserError(f"frames must be uint8, or floats in [0, 1], [T, H, W, 3], T at least 1; given {given}")
+    if suffix == ".mp4":
+        return write_frames(path, [_checked(frames)], fps, metadata)
+    frames = _checked(frames)
     _check_fps(path, fps)
-    # EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest.
-    comment = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
+    comment = _comment(metadata, suffix)
     folder = _frame_folder(path, suffix, len(frames))
     target = folder or path
     with replacing(target) as temporary:
-        if suffix == ".mp4":
-            _write_mp4(temporary, frames, fps, comment)
-        elif folder:
+        if folder:
             temporary.mkdir()
             for n, frame in enumerate(frames):
                 _write_png(temporary / f"{n:05d}.png", frame, comment)
@@ -84,6 +81,37 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapp
         else:
             _write_animation(temporary, suffix, frames, fps, comment)
     return target
+
+
+def write_frames(
+    path: str | Path, parts: Iterable[np.ndarray], fps: float, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """As :func:`write_video`, of frames [T, H, W, 3] that come part by part, all of one size.
+
+    An .mp4 is written as they come and holds none of them; other forms are written when all are there. Whatever ends the parts
+    early, nothing is left behind.
+    """
+    path = Path(path)
+    if _suffix(path) != ".mp4":
+        return write_video(path, np.concatenate([as_uint8(part) for part in parts]), fps, metadata)
+    _check_fps(path, fps)
+    with replacing(path) as temporary:
+        _write_mp4(temporary, parts, fps, _comment(metadata, ".mp4"))
+    return path
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    """Frames as uint8 [T, H, W, 3]; UserError if they cannot be."""
+    frames = as_uint8(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        given = f"{frames.dtype} {list(frames.shape)}"
+        raise UserError(f"frames must be uint8, or floats in [0, 1], [T, H, W, 3], T at least 1; given {given}")
+    return frames
+
+
+def _comment(metadata: Mapping[str, Any] | None, suffix: str) -> str:
+    """EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest."""
+    return json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
 
 
 def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
@@ -110,20 +138,27 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+def _write_mp4(path: Path, parts: Iterable[np.ndarray], fps: float, comment: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     try:
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["comment"] = comment
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
-            stream.height, stream.width = frames.shape[1:3]
+            # With its macroblock tree x264 makes different files of the same frames; without it crf 20 looks like crf 17 with it.
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "mbtree": "0"})
             stream.pix_fmt = "yuv420p"
             # BT.601, limited range: what the conversion below does; said in the file, so that players do the same.
             stream.codec_context.colorspace = 6
             stream.codec_context.color_range = 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            size = None
+            for part in map(_checked, parts):
+                if size is None:
+                    size = part.shape[1:3]
+                    stream.height, stream.width = (side + side % 2 for side in size)
+                if part.shape[1:3] != size:
+                    raise UserError(f"frames of {list(part.shape[1:3])} pixels come after frames of {list(size)}; give one size")
+                for frame in part:
+                    frame = np.pad(frame, ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise RunError(f"cannot write the video ({error.strerror or error}); check free space, or try .webp") from error

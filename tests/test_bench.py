@@ -16,8 +16,7 @@ from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
 from lumos.data.worlds import captions
 from lumos.errors import RunError
-from lumos.generation.settings import GenerationSettings
-from lumos.pipeline import ClipDefaults
+from lumos.generation.settings import ClipDefaults, GenerationSettings
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 
 KEYS = ["target", "hardware", "versions", "settings", "measured", "ratios"]

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.video_io import read_image, read_video, write_video
 
@@ -135,12 +137,25 @@ def text_as_picture():
         (lambda: ("--fps", "0"), "fps 0 is not allowed"),
         (lambda: ("--output", "result.gif", "--fps", "60"), "(gif: 50)"),
         (lambda: ("--model", "nowhere"), "nowhere"),
+        (lambda: ("--last-image", "photo.png"), "last_image cannot be kept"),
+        (lambda: ("--prompt", "x", "--prompt", "y"), "2 prompts are given and none of their prompt_frames"),
+        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9"), "2 prompts are given and 1 of their prompt_frames"),
+        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9", "0"), "each prompt needs at least one frame"),
+        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9", "8", "--num-frames", "5"), "17 frames, but num_frames"),
+        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "8", "9"), "first frame of a later prompt 8 is not allowed"),
+        (lambda: ("--preview", "p.png"), "name a .mp4, .gif or .webp file"),
+        (lambda: ("--preview", "result.mp4"), "is --output too"),
+        (lambda: ("--preview", "p.mp4", "--num-frames", "1", "--output", "a.png"), "no effect on a picture"),
+        (lambda: ("--batch-size", "3"), "--batch-size has no effect on a single clip"),
+        (lambda: ("--output-dir", "out"), "--output-dir has no effect on a single clip"),
+        (lambda: ("--shard", "1/2"), "--shard has no effect on a single clip"),
     ],
 )
 def test_a_mistake_is_one_line_exit_code_2_and_no_file(generate, in_empty_folder, make_args, message):
     args = make_args()
     before = files(in_empty_folder)
-    code, _, err = generate("--prompt", "x", "--output", "result.mp4", *args)
+    prompt = () if "--prompt" in args else ("--prompt", "x")
+    code, _, err = generate(*prompt, "--output", "result.mp4", *args)
     assert code == 2
     assert len(err) == 1
     assert message in err[0]
@@ -202,14 +217,80 @@ def test_prompts_with_their_first_frame_and_longer(micro_folder, tmp_path, capsy
     assert {"last_frame", "steady"} <= written["clips"]["one"][0].keys()
 
 
-def test_out_of_memory_is_one_line(generate, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError()])
+def test_out_of_memory_is_one_line_with_settings_that_need_less(generate, monkeypatch, in_empty_folder, error):
     def full(*_):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr("lumos.pipeline.generate_frames", lambda *a, **k: full())
-    code, _, err = generate("--prompt", "x", "--output", "x.gif")
-    assert code == 1
-    assert "make it smaller" in err[0]
+    code, _, err = generate("--prompt", "x", "--num-frames", 33, "--output", "x.mp4")
+    assert (code, len(err)) == (1, 1)
+    assert f"out of memory ({str(error) or 'MemoryError'}); weights" in err[0]
+    for options in ("--dtype bfloat16", "--history-frames 2", "--num-frames 13"):
+        assert f"{options} needs " in err[0]
+    assert files(in_empty_folder) == []
+
+
+def test_out_of_memory_while_loading_is_one_line(generate, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("lumos.pipeline.LumosForVideoGeneration.from_pretrained", full)
+    code, _, err = generate("--prompt", "x", "--output", "x.mp4")
+    assert (code, len(err)) == (1, 1)
+    assert "--device-map auto leaves layers in host memory" in err[0]
+
+
+def test_prompts_over_time(generate):
+    times = ["--prompt", "x", "--prompt", "the digit 7 moves up", "--prompt-frames", 9, 8]
+    assert generate(*times, "--seed", 1, "--output", "a.webp")[0] == 0
+    frames = read_video("a.webp")[0]
+    assert len(frames) == 17
+    record = json.loads(Path("a.webp.json").read_text())
+    assert (record["prompt"], record["later_prompts"]) == ("x", [[9, "the digit 7 moves up"]])
+    generate("--prompt", "x", "--num-frames", 17, "--seed", 1, "--output", "b.webp")
+    plain = read_video("b.webp")[0]
+    assert np.array_equal(frames[:9], plain[:9])
+    assert not np.array_equal(frames[9:], plain[9:])
+
+
+def test_a_preview_grows_and_is_whole_at_any_time(generate, monkeypatch):
+    seen = []
+    put = LumosPipeline._push
+
+    def watched(self, *args):
+        seen.append(len(read_video("p.mp4")[0]) if Path("p.mp4").exists() else 0)
+        return put(self, *args)
+
+    monkeypatch.setattr(LumosPipeline, "_push", watched)
+    assert generate("--prompt", "x", "--num-frames", 13, "--preview", "p.mp4", "--output", "a.mp4", "--seed", 1)[0] == 0
+    assert seen == [0, 1, 5, 9]
+    assert np.array_equal(read_video("p.mp4")[0], read_video("a.mp4")[0])
+
+
+def test_ten_times_the_training_length_is_written_as_it_is_made(micro_folder, generate, monkeypatch, tmp_path):
+    """No frame outlives the writing of the next ones; the model is made for five latent frames and makes fifty."""
+    pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
+    pipe.model.config.max_position_embeddings = 200
+    pipe.save_pretrained(tmp_path / "short")
+    made, alive = [], []
+    push = LumosPipeline._push
+
+    def watched(self, *args):
+        frames = push(self, *args)
+        made.append(weakref.ref(frames))
+        alive.append(sum(reference() is not None for reference in made))
+        return frames
+
+    monkeypatch.setattr(LumosPipeline, "_push", watched)
+    options = ["--num-frames", 197, "--num-inference-steps", 1, "--output", "long.mp4"]
+    code, _, err = generate("--prompt", "x", *options, model=tmp_path / "short")
+    assert code == 2
+    assert "bound what a frame sees with history_frames" in err[0]
+    assert generate("--prompt", "x", *options, "--history-frames", 3, model=tmp_path / "short")[0] == 0
+    assert len(read_video("long.mp4")[0]) == 197
+    assert len(made) == 50
+    assert max(alive) <= 3
 
 
 def test_help_lists_every_verb(capsys):

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModel
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.errors import UserError
 from lumos.frames import as_uint8, from_uint8, to_uint8
-from lumos.pipeline import check_num_frames
 from lumos.pipeline_call import Request
+from lumos.pipeline_inputs import check_num_frames
+from lumos.pipeline_request import prefix_ids
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,16 @@ def test_steps_are_reported(pipe):
         ({"video": film(5).astype(float)}, "give a path, uint8 \\[T, H, W, 3\\] or floats"),
         ({"video": film(5), "num_given_frames": 4, "num_frames": 9}, "num_given_frames 4 is not allowed"),
         ({"image": "no-such-file.png"}, "no-such-file.png"),
+        ({"last_image": picture()}, "last_image cannot be kept: .* give the first frame as image"),
+        ({"later_prompts": "y"}, "later_prompts is 'y'; give \\(first frame, prompt\\) pairs"),
+        ({"later_prompts": [(5, "y", 3)]}, "later_prompts holds \\(5, 'y', 3\\)"),
+        ({"later_prompts": [("5", "y")]}, "later_prompts holds \\('5', 'y'\\)"),
+        ({"later_prompts": [(6, "y")], "num_frames": 9}, "the first frame of a later prompt 6 is not allowed; .* 5 or 9"),
+        ({"later_prompts": [(9, "y")], "num_frames": 9}, "cannot begin at frame 9; give more than 0, .* less than num_frames 9"),
+        ({"later_prompts": [(5, "y"), (5, "z")], "num_frames": 9}, "cannot begin at frame 5; give more than 5"),
+        ({"later_prompts": [(5, "y")], "video": film(5), "num_given_frames": 5, "num_frames": 17}, "cannot begin at frame 5"),
+        ({"later_prompts": [(5, " ")], "num_frames": 9}, "the prompt is empty"),
+        ({"later_prompts": [(5, ["y", "z"])], "num_frames": 9}, "a list of 2, but there are 1 prompts"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(pipe, monkeypatch, options, message):
@@ -250,11 +261,34 @@ def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
         pipe("x", history_frames=1, seed=0)
     with pytest.warns(UserWarning, match="later_steps=1 has no effect"):
         pipe("x", num_frames=1, later_steps=1, seed=0)
-    prefix = pipe._prefix("x", pipe.clip, None)
+    prefix = prefix_ids("x", pipe.clip, pipe.model.config, pipe.text_tokenizer)
     pipe.model.config.max_position_embeddings = 8192
     ready = pipe.prepare(Request("x", num_frames=49, history_frames=1))
     assert torch.equal(ready.conditional[0], prefix)
     assert not torch.equal(pipe.prepare(Request("x", num_frames=49)).conditional[0], prefix)
+
+
+def test_prompts_over_time(pipe):
+    """A later prompt is the prompt of a clip that continues what came before; lists give each clip its own."""
+    first = pipe("a red circle moves left", num_frames=17, seed=1)
+    clip = pipe("a red circle moves left", later_prompts=[(9, "the digit 7 moves up")], num_frames=17, seed=1, guidance_scale=9.0)
+    plain = pipe("a red circle moves left", num_frames=17, seed=1, guidance_scale=9.0)
+    assert torch.equal(clip.codes[:, :3], plain.codes[:, :3])
+    assert not torch.equal(clip.codes[:, 3:], plain.codes[:, 3:])
+    both = pipe(["a red circle moves left", "x"], later_prompts=[(9, ["the digit 7 moves up", "x"])], num_frames=17, seed=[1, 1],
+                guidance_scale=9.0)  # fmt: skip
+    assert torch.equal(both.codes[0], clip.codes[0])
+    assert torch.equal(both.codes[1], pipe("x", num_frames=17, seed=1, guidance_scale=9.0).codes[0])
+    again = pipe("a red circle moves left", later_prompts=[(9, "a red circle moves left")], num_frames=17, seed=1)
+    assert torch.equal(again.codes, first.codes)
+
+
+def test_prompts_over_time_after_given_frames_and_with_a_bounded_history(pipe):
+    options = {"video": film(9), "num_given_frames": 9, "num_frames": 49, "history_frames": 2, "seed": 1, "guidance_scale": 9.0}
+    plain = pipe("x", **options).codes
+    codes = pipe("x", later_prompts=[(13, "the digit 7 moves up"), (33, "x")], **options).codes
+    assert torch.equal(codes[:, :4], plain[:, :4])
+    assert not torch.equal(codes[:, 4:9], plain[:, 4:9])
 
 
 def test_steps_of_later_frames_are_reported(pipe):

@@ -79,7 +79,7 @@ def test_shapes_and_ranges_of_the_output_types(pipe, clip):
 
 
 def test_latent_output_decodes_nothing(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.video_tokenizer, "decode", lambda codes: pytest.fail("decoded"))
+    monkeypatch.setattr(pipe.video_tokenizer, "decode_latent", lambda *_: pytest.fail("decoded"))
     assert pipe("x", seed=1, output_type="latent").frames.shape == (1, 2, 2, 3)
 
 

@@ -29,7 +29,7 @@ from lumos.flops import adapter_weights, training_flops
 from lumos.generation.cache import Cache
 from lumos.generation.engine import generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.planning.generation import ClipPlan
+from lumos.planning.generation import ClipPlan, lighter, out_of_memory_advice
 from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.memory import meta_model, parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan, mean_mask_ratio
@@ -388,6 +388,28 @@ def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
         cache = Cache(model.bfloat16(), rows, report["tokens"])
         assert report["bytes"]["cache"] == cache.keys.nbytes + cache.values.nbytes
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_what_is_lighter_needs_at_most_half_the_cache_and_is_the_largest_that_does(config):
+    clip = ClipDefaults(num_frames=33, height=64, width=96, fps=8, target_size=None)
+    plan = ClipPlan(config, clip, GenerationSettings(), 7, torch.float32)
+    weights, cache = parameter_count(plan.case.model) * 4, plan.case.cache_bytes
+    found = dict(lighter(plan, clips=4))
+    assert found["--batch-size 2"] == weights + 2 * cache
+    assert found["--dtype bfloat16"] == (weights + 4 * cache) / 2
+    assert found["--num-frames 13"] <= weights + 2 * cache  # of 9 latent frames, 4 with the text need less than half, 5 more
+    assert found["--history-frames 2"] == found["--num-frames 13"]
+    assert found["--height 40 --width 64"] <= weights + 2 * cache
+    assert len(found) == 5
+    advice = out_of_memory_advice(plan, 4)
+    assert "--num-frames 13 needs" in advice
+    assert advice.endswith("`python -m lumos plan --generate` counts other settings")
+
+
+def test_what_is_lighter_than_a_picture_in_half_precision_is_a_smaller_one(config):
+    clip = ClipDefaults(num_frames=1, height=64, width=64, fps=1, target_size=None)
+    (options,) = dict(lighter(ClipPlan(config, clip, GenerationSettings(), 7, torch.bfloat16)))
+    assert options == "--height 32 --width 32"  # 40 x 40 leave 46 of 88 tokens, with the text
 
 
 def test_a_clip_of_the_shipped_model(capsys):

@@ -36,6 +36,7 @@ def clone(repo, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(repo / name)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save("photo.png")
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\na small blue square moves up\n")
     write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8), 8)
     return tmp_path
 

@@ -27,6 +27,7 @@ from lumos.video_io import (
     read_image,
     read_video,
     to_uint8,
+    write_frames,
     write_json,
     write_video,
 )
@@ -142,6 +143,35 @@ def test_png_is_a_picture_or_a_folder_of_frames(tmp_path, everything_in):
     with pytest.raises(UserError, match="is a file"):
         check_output(tmp_path / "taken.png", 3)
     assert (tmp_path / "many" / "diary.txt").read_text() == "mine"
+
+
+def test_the_same_frames_are_the_same_mp4(tmp_path):
+    frames = smooth_clip(9, height=64, width=64)
+    assert len({write_video(tmp_path / "a.mp4", frames, 8).read_bytes() for _ in range(60)}) == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_frames_that_come_part_by_part_make_the_same_file(suffix: str, tmp_path):
+    frames = smooth_clip(9, height=47, width=63)
+    whole = write_video(tmp_path / f"whole{suffix}", frames, 8, {"prompt": "x"})
+    parts = write_frames(tmp_path / f"parts{suffix}", iter([frames[:1], frames[1:5], frames[5:] / 255]), 8, {"prompt": "x"})
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_parts_that_end_early_or_do_not_belong_together_leave_no_file(tmp_path):
+    def parts(last):
+        yield smooth_clip(1)
+        if isinstance(last, BaseException):
+            raise last
+        yield last
+
+    with pytest.raises(KeyboardInterrupt):
+        write_frames(tmp_path / "a.mp4", parts(KeyboardInterrupt()), 8)
+    with pytest.raises(UserError, match=r"frames of \[32, 64\] pixels come after frames of \[48, 64\]"):
+        write_frames(tmp_path / "a.mp4", parts(smooth_clip(4, height=32)), 8)
+    with pytest.raises(UserError, match="frames must be uint8"):
+        write_frames(tmp_path / "a.mp4", parts(np.zeros((4, 48, 64))[..., None] - 1), 8)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metadata_is_in_the_file(tmp_path):

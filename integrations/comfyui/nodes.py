@@ -21,7 +21,7 @@ from torch import Tensor
 from lumos import LumosPipeline
 from lumos.errors import UserError
 from lumos.frames import to_uint8
-from lumos.pipeline import MAX_SEED
+from lumos.pipeline_inputs import MAX_SEED
 from tokenizer import StreamDecoder
 
 KIND = "lumos"

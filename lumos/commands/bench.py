@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.errors import UserError
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import pick_device
+    from lumos.runtime import pick_device
 
     for name in ("threads", "repetitions"):
         value = getattr(args, name)

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     from lumos.evaluation.manifest import folder_sha256
     from lumos.evaluation.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.pipeline import LumosPipeline
+    from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
     for name in ("count", "bins", "batch_size"):

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     from lumos.evaluation.prompts import generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_writable, write_json
     from lumos.frames import animated_sheet, contact_sheet
-    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.pipeline import LumosPipeline
+    from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
     for name in ("count", "batch_size", "sheet_clips"):

@@ -1,32 +1,44 @@
-"""`generate`: a clip or a picture from words, from a picture, or continuing a clip."""
+"""`generate`: a clip or a picture from words, from a picture, or continuing a clip; or many of them from a list."""
 
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import sys
 import time
-from datetime import datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lumos.commands.sampling import TRADES, add_acceleration, add_trades
+from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
+from lumos.commands.sampling import add_acceleration, add_trades
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHIPPED_MODEL = "checkpoints/lumos-tiny"
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+OF_LISTS = ("output_dir", "batch_size", "shard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", required=True, help="what the clip shows")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="what the clip shows; given several times, one after the other")
+    asked.add_argument("--prompts", metavar="LIST", help="a clip for each row of a .txt, .jsonl or .csv file: docs/generation.md")
+    add("--prompt-frames", type=int, nargs="+", metavar="N", help="frames that each --prompt is shown for; together --num-frames")
     add("--negative-prompt", help="what guidance leads away from; default: no text at all")
     add("--image", help="picture that the clip begins with")
     add("--video", help="clip that the result continues; its last frames are kept")
+    add("--last-image", help="refused, with what is possible instead")
     add("--num-given-frames", type=int, help="frames of --video to keep, 1 + a multiple of 4; default: up to half of the result")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
     add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
     add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
     add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
+    add("--output-dir", help="folder for several clips, default: outputs; the same command goes on where it stopped")
+    add("--preview", metavar="FILE", help=".mp4 .gif .webp to watch meanwhile: it grows with each latent frame")
     add("--num-frames", type=int, help="1 + a multiple of 4, given frames included; 1 makes a picture")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
@@ -39,86 +51,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--history-mask-ratio", type=float, help="share of each finished frame hidden from later frames")
     add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None, help="hide that share of given frames too")
     add_trades(parser)
-    add("--seed", type=int, help="default: drawn, printed and stored")
+    add("--seed", type=int, nargs="+", help="several make several clips; default: drawn, printed and stored; of --prompts: 0")
+    add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
+    add("--batch-size", type=int, help="clips of one size and length that are made together; default: 4")
+    add("--shard", metavar="I/N", help="make only part I of N of several clips; torchrun and deepspeed set it for their processes")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add_acceleration(parser)
     add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
     add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
 
 
 def run(args: argparse.Namespace) -> None:
+    from lumos.errors import UserError
+
+    several = args.prompts or len(args.seed or ()) > 1 or (args.num_videos_per_prompt or 1) != 1
+    if several:
+        from lumos.commands.generate_list import make_list
+
+        make_list(args)
+        return
+    if given := [name for name in OF_LISTS if getattr(args, name) is not None]:
+        option = given[0].replace("_", "-")
+        raise UserError(f"--{option} has no effect on a single clip; leave it out, or make several with --prompts or --seed 1 2 3")
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"a launcher started {world} processes for one clip; ask for several with --prompts or --seed 1 2 3")
+    make_one(args)
+
+
+def make_one(args: argparse.Namespace) -> None:
+    from lumos.batch.clips import default_name, prompts_over_time, record_path
+    from lumos.errors import UserError
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import align, check_prompt
-    from lumos.video_io import check_output
+    from lumos.pipeline_inputs import align, check_prompt
+    from lumos.video_io import check_output, write_frames
 
-    check_prompt(args.prompt)
-    seed = align(args.prompt, seed=args.seed)["seed"][0]
-    output = Path(args.output or default_output(args.prompt, seed, args.num_frames))
-    check_output(output, args.num_frames)
+    for prompt in args.prompt:
+        check_prompt(prompt)
+    over_time = prompts_over_time(args.prompt, args.prompt_frames, args.num_frames)
+    seed = align(args.prompt[0], seed=args.seed and args.seed[0])["seed"][0]
+    output = Path(args.output or f"outputs/{default_name(args.prompt[0], args.num_frames == 1, after=f'-{seed}')}")
+    check_output(output, over_time["num_frames"])
     check_writable(record_path(output))
+    if args.preview is not None:
+        check_preview(Path(args.preview), output)
 
-    import torch
-    import transformers
     from tqdm import tqdm
 
-    from lumos import __version__
-    from lumos.pipeline import LumosPipeline
-    from lumos.placement import parse_max_memory
-    from lumos.runtime import peak_memory_bytes, seconds_since_start, versions
-    from lumos.video_io import write_video
+    from lumos.pipeline_call import Request
+    from lumos.runtime import seconds_since_start
 
-    transformers.utils.logging.disable_progress_bar()
-    model = args.model or shipped_model()
-    pipe = LumosPipeline.from_pretrained(
-        model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
-        dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
-        device_map=args.device_map, max_memory=parse_max_memory(args.max_memory),
-    )  # fmt: skip
-    num_frames = args.num_frames or pipe.clip.num_frames
-    check_output(output, num_frames, 1 if num_frames == 1 else args.fps or pipe.clip.fps)
+    pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
-    with tqdm(unit="frame", desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
+    request = Request(**{**given_options(args), **over_time, "seed": seed})
+    settled = pipe.settle(request)
+    check_output(output, settled.clip.num_frames, settled.clip.fps)
+    if args.preview is not None and settled.clip.num_frames == 1:
+        raise UserError("--preview has no effect on a picture; leave it out")
+    about = metadata(args, model, args.prompt[0], seed)
+    advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
+    with out_of_memory_as(advice), tqdm(desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.total = frames
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 
-        result = pipe(
-            args.prompt, negative_prompt=args.negative_prompt, image=args.image, video=args.video,
-            num_given_frames=args.num_given_frames, num_frames=args.num_frames, height=args.height, width=args.width,
-            fps=args.fps, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            history_mask_ratio=args.history_mask_ratio, mask_given_frames=args.mask_given_frames, seed=seed,
-            output_type="uint8", on_step=on_step, **{name: getattr(args, name) for name in TRADES},
-        )  # fmt: skip
-    generated = time.perf_counter()
-    metadata = {"prompt": args.prompt, "seed": seed, "model": str(model), "lora": args.lora, "lumos": __version__}
-    written = write_video(output, result.frames[0], result.settings["fps"], metadata)
-    memory = round(peak_memory_bytes(pipe.model.device) / 2**20)
-    total = seconds_since_start()
+        ready = pipe.encode_given(settled)
+        parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_prepared(ready, on_step))
+        if args.preview is not None:
+            parts = previewed(parts, Path(args.preview), ready.clip.fps)
+        written = write_frames(output, parts, ready.clip.fps, about)
+    generated, total = time.perf_counter(), seconds_since_start()
+    circumstance = circumstances(args, pipe)
     write_json(
         record_path(written),
         {
-            **metadata, "output": str(written), "negative_prompt": args.negative_prompt, "image": args.image,
-            "video": args.video,
-            "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer, "settings": result.settings,
-            "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
-            "int8": args.int8, "compile": args.compile, "device_map": args.device_map, "max_memory": args.max_memory,
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+            **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
+            "image": args.image, "video": args.video,
+            "settings": settled.settings, **circumstance,
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
-            "peak_memory_mb": memory,
-            "versions": versions(),
         },
     )  # fmt: skip
-    print(f"{written}  seed {seed}  {total:.1f} s  peak memory {memory} MB")
-
-
-def record_path(result: Path) -> Path:
-    """Where the settings of a result lie: out.mp4 -> out.mp4.json."""
-    return result.with_name(f"{result.name}.json")
+    print(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB")
 
 
 def shipped_model() -> Path:
@@ -127,6 +144,25 @@ def shipped_model() -> Path:
     return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL
 
 
-def default_output(prompt: str, seed: int, num_frames: int | None) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "clip"
-    return f"outputs/{name}-{seed}{'.png' if num_frames == 1 else '.mp4'}"
+def check_preview(path: Path, output: Path) -> None:
+    from lumos.errors import UserError
+    from lumos.video_io import check_output
+
+    if path.suffix.lower() == ".png":
+        raise UserError(f"--preview {path} cannot grow as pictures; name a .mp4, .gif or .webp file")
+    if path.absolute() == output.absolute():
+        raise UserError(f"--preview {path} is --output too; give the preview a name of its own")
+    check_output(path)
+
+
+def previewed(parts: Iterable[np.ndarray], path: Path, fps: int) -> Iterator[np.ndarray]:
+    """The same frames, while a file of all that came so far is put in the place of the one before; whole at any time."""
+    import numpy as np
+
+    from lumos.video_io import write_video
+
+    seen = []
+    for part in parts:
+        seen.append(part)
+        write_video(path, np.concatenate(seen), fps)
+        yield part

@@ -88,10 +88,11 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
 
 
 def draw(args: argparse.Namespace, name: str) -> None:
+    from lumos.batch.results import Results, parse_shard, render
     from lumos.errors import UserError
     from lumos.evaluation.manifest import folder_sha256, keep_manifest
     from lumos.evaluation.prompt_lists import read_list
-    from lumos.evaluation.rendering import Results, batches_of, parse_shard, render
+    from lumos.evaluation.rendering import batches_of
 
     benchmark, out, started = BENCHMARKS[name], Path(args.out), time.perf_counter()
     shard = parse_shard(args.shard)
@@ -112,7 +113,8 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     from lumos import __version__
     from lumos.commands.generate import shipped_model
-    from lumos.pipeline import LumosPipeline, check_num_frames, override
+    from lumos.pipeline import LumosPipeline
+    from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
     from lumos.sequence import size_units
     from lumos.video_io import write_video
@@ -193,6 +195,7 @@ def hashed(path: str | None) -> str | None:
 
 
 def model_sha256(model: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Of the model folder, and of each tokenizer that is taken from elsewhere."""
-    places = {"model": str(model), "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer}
+    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
+    elsewhere = {name: getattr(args, name, None) for name in ("video_tokenizer", "text_tokenizer", "lora")}
+    places = {"model": str(model), **elsewhere}
     return {key: hashed(path) for key, path in places.items() if path}

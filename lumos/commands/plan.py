@@ -80,7 +80,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.configuration import LumosConfig
     from lumos.errors import UserError
     from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
-    from lumos.pipeline import override
+    from lumos.pipeline_inputs import override
     from lumos.planning.generation import ClipPlan
     from lumos.runtime import pick_device
     from lumos.training.peak import peak_flops

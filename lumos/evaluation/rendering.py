@@ -1,25 +1,12 @@
-"""Drawing a prompt list into a folder: which process draws which files, with which seeds, and going on after a stop.
-
-Knows no generator. The list is cut into batches before anything else and a process draws whole batches, so that no file
-depends on how many processes there are or where an earlier run stopped.
-"""
+"""What to draw of a prompt list, with which seeds, batch by batch; `lumos.batch.results` makes the files."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from lumos.errors import RunError, UserError
 from lumos.evaluation.prompt_lists import Entry
-
-UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
@@ -44,92 +31,3 @@ def seed_of(seed: int, file: str) -> int:
     """53 bits, which every reader of JSON keeps whole."""
     digest = hashlib.blake2b(f"{seed}/{file}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 11
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """(which from 1 on, of how many) as `2/4` says; None: as torchrun says, else 1 of 1."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if text is None:
-        return int(os.environ.get("RANK", "0")) + 1, world
-    if world > 1:
-        raise UserError(f"shard {text} is given, but a launcher started {world} processes that share the work; leave it out")
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"shard {text!r} is not allowed; give which part of how many, 1/4 to 4/4 for example")
-    return int(number), int(count)
-
-
-class Results:
-    """The files in `out/name`. Each is written elsewhere in `out` and moved there, whole or not at all.
-
-    Elsewhere, because the official evaluations take whatever lies beside a result for another one.
-    """
-
-    def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
-        self.folder, self.unfinished = out / name, out / UNFINISHED
-        self.mine = self.unfinished / "{}-of-{}".format(*shard)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.mine, ignore_errors=True)
-
-    def has(self, file: str) -> bool:
-        return (self.folder / file).is_file()
-
-    def put(self, file: str, write: Callable[[Path], object]) -> None:
-        """`write` is given a path of the same suffix, whose folder exists."""
-        target = self.folder / file
-        temporary = self.mine / f"{uuid.uuid4().hex}{target.suffix}"
-        try:
-            for folder in (self.mine, target.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise RunError(f"cannot write {target}: {error.strerror or error}; check free space and permissions") from error
-
-    def check_case(self, files: Sequence[str]) -> None:
-        """UserError if two files differ only in case, as some of VBench do, and this file system cannot hold both."""
-        seen: dict[str, str] = {}
-        twins = [(first, file) for file in files if (first := seen.setdefault(file.casefold(), file)) != file]
-        if twins and ignores_case(self.folder.parent):
-            first, second = twins[0]
-            raise UserError(f"{self.folder} is where {first!r} and {second!r} are one file; choose a place that tells them apart")
-
-    def tidy(self, files: Sequence[str]) -> int:
-        """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""
-        shutil.rmtree(self.mine, ignore_errors=True)
-        missing = sum(not self.has(file) for file in files)
-        if not missing:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        return missing
-
-
-def ignores_case(folder: Path) -> bool:
-    probe = folder / f".Case-{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        return probe.with_name(probe.name.lower()).exists()
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def render(
-    results: Results,
-    batches: Sequence[Sequence[Sample]],
-    make: Callable[[Sequence[Sample]], Sequence[np.ndarray]],
-    save: Callable[[Path, Sample, np.ndarray], object],
-    on_batch: Callable[[], object] = lambda: None,
-) -> int:
-    """Draw what is missing of the batches; returns how many files were written.
-
-    A batch of which a file is missing is made again whole, and what it lacks is saved.
-    """
-    written = 0
-    for batch in batches:
-        missing = [not results.has(sample.file) for sample in batch]
-        if any(missing):
-            for sample, clip, wanted in zip(batch, make(batch), missing, strict=True):
-                if wanted:
-                    results.put(sample.file, lambda path, sample=sample, clip=clip: save(path, sample, clip))
-                    written += 1
-        on_batch()
-    return written

@@ -9,7 +9,7 @@ branches, as guidance is linear. S samples, R rows, n tokens of a frame's span, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -71,6 +71,7 @@ class Engine:
             for frame in list(zip(*spans, strict=True))[1:]:
                 self.commit(torch.stack(frame))
             return
+        self.cache = None  # one that is there goes before the next comes
         self.cache = Cache(self.model, len(prefixes), capacity, history)
         self._lengths = [layout.length for layout in layouts]
         self._origins = [layout.origin or layout.length + FRAME_HEADER for layout in layouts]
@@ -187,6 +188,7 @@ def generate_frames(
     generators: Sequence[torch.Generator],
     on_step: Callable[[int, int, Tensor], None] = lambda frame, step, ids: None,
     kept: KeptPrefix | None = None,
+    later: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Sample `new_frames` latent frames after the prefixes; yields the codes [S, h, w] of each as soon as it is done.
 
@@ -194,24 +196,31 @@ def generate_frames(
     CPU generator a sample, so a clip does not depend on the batch. on_step(frame, step, ids) is called after
     each step with the frame's span [S, n], which it may change where codes are decided.
     kept: where the last unconditional prefix stays for the next call.
+    later: other `prefixes` from some of the new frames on. The frames before are read again behind them, so that all stand where
+    they would stand had the clip begun with that prefix.
     """
     config, device = model.config, model.device
     samples, (h, w) = len(prefixes), grid
-    rows = [*prefixes, *(unconditional or ())]
-    branches = len(rows) // samples
+    starts = {0: prefixes, **(later or {})}
+    branches = 2 if unconditional else 1
     blank = build_frames(torch.full((1, h, w), -1), config)  # [1, n]
     offsets = code_offsets(Frame(0, h, w)).to(device)
     hidden_later = torch.zeros(blank.shape[1], dtype=torch.bool)
     hidden_later[FRAME_HEADER:-1] = history_mask(h * (w + 1), settings.history_mask_ratio)
     hidden_later = hidden_later.to(device)
+    rows_from = {start: [*conditional, *(unconditional or ())] for start, conditional in starts.items()}
     if settings.mask_given_frames:
-        rows = [mask_given(row, hidden_later.cpu(), config) for row in rows]
-    span, given = blank.shape[1], len(parse_layout(rows[0][None], config)[0].frames)
-    capacity = cache_tokens(max(map(len, rows)) - given * span, span, given + new_frames, settings.history_frames)
+        rows_from = {start: [mask_given(row, hidden_later.cpu(), config) for row in rows] for start, rows in rows_from.items()}
+    span, given = blank.shape[1], len(parse_layout(rows_from[0][0][None], config)[0].frames)
+    longest = max(len(row) for rows in rows_from.values() for row in rows)
+    capacity = cache_tokens(longest - given * span, span, given + new_frames, settings.history_frames)
 
-    engine, finished = Engine(model), None
-    engine.prefill(rows, capacity, kept if branches == 2 else None, settings.history_frames)
+    engine, finished, history = Engine(model), None, [[] for _ in range(branches * samples)]
     for frame in range(new_frames):
+        if frame in rows_from:
+            rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
+            engine.prefill(rows, capacity, kept if branches == 2 and frame == 0 else None, settings.history_frames)
+            finished = None
         ids = blank.to(device).repeat(samples, 1)  # [S, n]
         masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide; 0 where a sample has fewer
         steps = settings.steps_of(frame)
@@ -239,6 +248,9 @@ def generate_frames(
             if masked.shape[1] == 0:
                 break
         finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
+        if frame + 1 <= max(rows_from):
+            for made, row in zip(history, finished.cpu(), strict=True):
+                made.append(row)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from lumos.benchmarks.decoding import Case
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.pipeline import check_length, check_num_frames
+from lumos.pipeline_inputs import check_length, check_num_frames
 from lumos.planning.memory import meta_model, parameter_count
 from lumos.sequence import num_latent_frames, size_units
 
@@ -68,3 +71,58 @@ class ClipPlan:
             "bytes": {"weights": parameters * self.dtype.itemsize, "cache": case.cache_bytes},
             "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
         }  # fmt: skip
+
+
+def lighter(plan: ClipPlan, clips: int = 1) -> list[tuple[str, int]]:
+    """(options, bytes of weights and cache) of plans that each change one thing so that `clips` clips at a time need less.
+
+    Each brings the cache to half or less, or the dtype to two bytes; what cannot is left out.
+    """
+    weights = parameter_count(plan.case.model)
+
+    def needed(other: ClipPlan) -> int:
+        return weights * other.dtype.itemsize + clips * other.case.cache_bytes
+
+    def largest(options: str, plans: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, int]]:
+        for values, changed in plans:
+            with suppress(ValueError):
+                other = replace(plan, **changed)
+                if 2 * other.case.cache_bytes <= plan.case.cache_bytes:
+                    yield options.format(*values.split()), needed(other)
+                    return
+
+    clip, settings, stride, unit = plan.clip, plan.settings, plan.config.temporal_compression, plan.config.pixels_per_size_unit
+    found = []
+    if clips > 1:
+        found.append((f"--batch-size {clips // 2}", weights * plan.dtype.itemsize + clips // 2 * plan.case.cache_bytes))
+    if plan.dtype.itemsize > 2:
+        found.append(("--dtype bfloat16", needed(replace(plan, dtype=torch.bfloat16))))
+    with warnings.catch_warnings(action="ignore"):
+        found += largest("--history-frames {}", (
+            (f"{n}", {"settings": replace(settings, history_frames=n)})
+            for n in range((settings.history_frames or plan.case.frames) - 1, 0, -1)
+        ))  # fmt: skip
+        found += largest("--num-frames {}", (
+            (f"{n}", {"clip": replace(clip, num_frames=n)}) for n in range(clip.num_frames - stride, 0, -stride)
+        ))  # fmt: skip
+        found += largest("--height {} --width {}", (
+            (f"{height} {width}", {"clip": replace(clip, height=height, width=width)})
+            for height in range(clip.height - unit, 0, -unit)
+            for width in (round(clip.width * height / clip.height / unit) * unit,)
+            if width
+        ))  # fmt: skip
+    return found
+
+
+def out_of_memory_advice(plan: ClipPlan, clips: int = 1) -> str:
+    """What a clip for which memory ran out needs, and what would need less."""
+    weights, cache = parameter_count(plan.case.model) * plan.dtype.itemsize, clips * plan.case.cache_bytes
+    less = "; ".join(f"{options} needs {in_units(size)}" for options, size in lighter(plan, clips))
+    return (
+        f"weights {in_units(weights)} and cache {in_units(cache)} were to be kept, besides the states of one step: {less}; "
+        "`python -m lumos plan --generate` counts other settings"
+    )
+
+
+def in_units(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"

@@ -42,7 +42,8 @@ from lumos.generation.acceleration import compile_parts
 from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
-from lumos.pipeline import LumosPipeline, check_text_tokenizer, override, prompt_ids
+from lumos.pipeline import LumosPipeline
+from lumos.pipeline_inputs import check_text_tokenizer, override, prompt_ids
 from lumos.sequence import (
     Frame,
     build_sequence,

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumos.batch import results as results_module
+from lumos.batch.results import Results, parse_shard, render
 from lumos.errors import RunError, UserError
-from lumos.evaluation import rendering
 from lumos.evaluation.manifest import differences, file_sha256, folder_sha256, keep_manifest
 from lumos.evaluation.prompt_lists import Entry
-from lumos.evaluation.rendering import Results, batches_of, parse_shard, render, seed_of
+from lumos.evaluation.rendering import batches_of, seed_of
 
 
 def some_entries(counts, images=False):
@@ -135,7 +136,7 @@ def test_names_that_differ_in_case_need_a_file_system_that_tells_them_apart(tmp_
     results = Results(tmp_path, "videos")
     results.check_case(["A cat-0.mp4", "a cat-0.mp4"])
     assert list(tmp_path.iterdir()) == [results.folder]
-    monkeypatch.setattr(rendering, "ignores_case", lambda folder: True)
+    monkeypatch.setattr(results_module, "ignores_case", lambda folder: True)
     results.check_case(["a cat-0.mp4", "a dog-0.mp4"])
     with pytest.raises(UserError, match=r"'A cat-0.mp4' and 'a cat-0.mp4' are one file"):
         results.check_case(["A cat-0.mp4", "a cat-0.mp4"])

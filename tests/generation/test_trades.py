@@ -35,10 +35,10 @@ def prefix(text, codes=None):
     return ids if codes is None else torch.cat([ids, build_frames(codes, CONFIG).flatten()])
 
 
-def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *_: None):
+def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *_: None, later=None):
     frames = generate_frames(
         MODEL, conditional, unconditional, grid=GRID, new_frames=new_frames, settings=options,
-        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step,
+        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, later=later,
     )  # fmt: skip
     return torch.stack(list(frames), dim=1)
 
@@ -64,12 +64,14 @@ def plain_logits(sequence, history):
     return MODEL.lm_head(content)[:, CONFIG.visual_token_start :]
 
 
-def plain_clip(conditional, unconditional, seed, new_frames, options):
-    """(codes [t, h, w], steps taken in each frame) of one clip."""
+def plain_clip(conditional, unconditional, seed, new_frames, options, later=None):
+    """(codes [t, h, w], steps taken in each frame) of one clip; later: new frame -> prefix that it and those after it read."""
     generator, total = torch.Generator().manual_seed(seed), GRID[0] * GRID[1]
     hidden_later = history_mask(GRID[0] * (GRID[1] + 1), options.history_mask_ratio)
-    made, taken = [], []
+    made, taken, done = [], [], []
     for frame in range(new_frames):
+        if later and frame in later:
+            conditional = torch.cat([later[frame], *done])
         codes = torch.full((total,), -1)
         n = options.num_inference_steps if frame == 0 or options.later_steps is None else options.later_steps
         counts = [total, *unmasking_counts(total, n)]
@@ -98,6 +100,7 @@ def plain_clip(conditional, unconditional, seed, new_frames, options):
         made.append(codes.view(GRID))
         finished = build_frames(codes.view(1, *GRID), CONFIG).flatten()
         finished[3:-1][hidden_later] = CONFIG.mask_token_id
+        done.append(finished)
         conditional = torch.cat([conditional, finished])
         unconditional = None if unconditional is None else torch.cat([unconditional, finished])
     return torch.stack(made), taken
@@ -127,6 +130,38 @@ def test_all_of_them_together_are_the_plain_twin(options, given_frames, seed):
         assert torch.equal(codes[sample], plain)
         taken.append(counts)
     assert [steps.count(frame) for frame in range(3)] == [max(of) for of in zip(*taken, strict=True)]
+
+
+@given(trades, st.integers(0, 3), st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_prompts_over_time_are_the_plain_twin(options, given_frames, seed):
+    """From frame 1 on other prompts, longer and shorter, from frame 3 on others again; each reads all frames before as its own."""
+    options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
+    g = torch.Generator().manual_seed(seed)
+    begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
+    without = prefix(None, begin)
+    texts = {0: ([600, 601], [602]), 1: ([603], [604, 605, 606]), 3: ([602, 607], [603])}
+    conditional, *later = ([prefix(list(text), begin) for text in of] for of in texts.values())
+    later = dict(zip((1, 3), later, strict=True))
+    codes = run(conditional, [without] * 2, [seed, seed + 1], 5, options, later=later)
+    for sample in range(2):
+        of_sample = {frame: rows[sample] for frame, rows in later.items()}
+        plain, _ = plain_clip(conditional[sample], without, seed + sample, 5, options, of_sample)
+        assert torch.equal(codes[sample], plain)
+
+
+def test_another_prompt_changes_what_comes_after_it_only(monkeypatch):
+    options = GenerationSettings(num_inference_steps=3, guidance_scale=4.0)
+    whole = run([prefix([600])], [prefix(None)], [1], 4, options)
+    capacities = []
+    prefill = Engine.prefill
+    monkeypatch.setattr(Engine, "prefill", lambda self, rows, n, *rest: capacities.append(n) or prefill(self, rows, n, *rest))
+    other = run([prefix([600])], [prefix(None)], [1], 4, options, later={2: [prefix([601, 602, 603, 604])]})
+    assert torch.equal(other[:, :2], whole[:, :2])
+    assert not torch.equal(other[:, 2:], whole[:, 2:])
+    assert capacities == [cache_tokens(len(prefix([600] * 4)), SPAN, 4)] * 2  # room for the longest prompt
+    same = run([prefix([600])], [prefix(None)], [1], 4, options, later={2: [prefix([600])]})
+    assert torch.equal(same, whole)
 
 
 @pytest.mark.parametrize("history", [None, 1, 2])

@@ -1,0 +1,146 @@
+"""Files that are made batch by batch: which process makes which, and going on after a stop.
+
+Knows no generator. The list is cut into batches before anything else and a process makes whole batches, so that no file
+depends on how many processes there are or where an earlier run stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from lumos.errors import RunError, UserError
+from lumos.files import only_writer
+
+UNFINISHED = "unfinished"
+
+
+@contextmanager
+def only_shard(out: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """Keep a second process away from this share; RunError if one is at work on it."""
+    lock = out / UNFINISHED / "lock-{}-of-{}".format(*shard)
+    with only_writer(lock, "process that makes the same clips"):
+        try:
+            yield
+        finally:
+            shutil.rmtree(lock, ignore_errors=True)
+            with suppress(OSError):  # others are at work, or were killed
+                (out / UNFINISHED).rmdir()
+
+
+def sum_over_processes(*values: int) -> tuple[int, ...]:
+    """The sums over all processes of a launcher, when all have come here: it stops the others when one ends with an error."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    sums = torch.tensor(values)
+    dist.all_reduce(sums)
+    dist.destroy_process_group()
+    return tuple(sums.tolist())
+
+
+class HasFile(Protocol):
+    """One file to make; its path is from the folder of results."""
+
+    @property
+    def file(self) -> str: ...
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """(which from 1 on, of how many) as `2/4` says; None: as torchrun says, else 1 of 1."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if text is None:
+        return int(os.environ.get("RANK", "0")) + 1, world
+    if world > 1:
+        raise UserError(f"shard {text} is given, but a launcher started {world} processes that share the work; leave it out")
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"shard {text!r} is not allowed; give which part of how many, 1/4 to 4/4 for example")
+    return int(number), int(count)
+
+
+class Results:
+    """The files in `out/name`. Each is written elsewhere in `out` and moved there, whole or not at all.
+
+    Elsewhere, because the official evaluations take whatever lies beside a result for another one.
+    """
+
+    def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
+        self.folder, self.unfinished = out / name, out / UNFINISHED
+        self.mine = self.unfinished / "{}-of-{}".format(*shard)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.mine, ignore_errors=True)
+
+    def has(self, file: str) -> bool:
+        return (self.folder / file).is_file()
+
+    def put(self, file: str, write: Callable[[Path], object]) -> None:
+        """`write` is given a path of the same suffix, whose folder exists."""
+        target = self.folder / file
+        temporary = self.mine / f"{uuid.uuid4().hex}{target.suffix}"
+        try:
+            for folder in (self.mine, target.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise RunError(f"cannot write {target}: {error.strerror or error}; check free space and permissions") from error
+
+    def check_case(self, files: Sequence[str]) -> None:
+        """UserError if two files differ only in case, as some of VBench do, and this file system cannot hold both."""
+        seen: dict[str, str] = {}
+        twins = [(first, file) for file in files if (first := seen.setdefault(file.casefold(), file)) != file]
+        if twins and ignores_case(self.folder.parent):
+            first, second = twins[0]
+            raise UserError(f"{self.folder} is where {first!r} and {second!r} are one file; choose a place that tells them apart")
+
+    def tidy(self, files: Sequence[str]) -> int:
+        """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""
+        shutil.rmtree(self.mine, ignore_errors=True)
+        missing = sum(not self.has(file) for file in files)
+        if not missing:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        return missing
+
+
+def ignores_case(folder: Path) -> bool:
+    probe = folder / f".Case-{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.with_name(probe.name.lower()).exists()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def render(
+    results: Results,
+    batches: Sequence[Sequence[HasFile]],
+    make: Callable[[Sequence[Any]], Sequence[Any]],
+    save: Callable[[Path, Any, Any], object],
+    on_batch: Callable[[], object] = lambda: None,
+) -> int:
+    """Make what is missing of the batches; returns how many files were written.
+
+    make(batch) gives one thing for each file, and save(path, file's entry, thing) writes it.
+
+    A batch of which a file is missing is made again whole, and what it lacks is saved.
+    """
+    written = 0
+    for batch in batches:
+        missing = [not results.has(sample.file) for sample in batch]
+        if any(missing):
+            for sample, clip, wanted in zip(batch, make(batch), missing, strict=True):
+                if wanted:
+                    results.put(sample.file, lambda path, sample=sample, clip=clip: save(path, sample, clip))
+                    written += 1
+        on_batch()
+    return written

@@ -1,0 +1,148 @@
+"""Lists of clips to make, read from a file: a prompt a line (.txt), an object a line (.jsonl), or columns under names (.csv).
+
+A row that cannot be read becomes a `Row` with its problem, so that the others can be made.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import UserError
+from lumos.generation.settings import is_number, is_whole
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be, and how a cell of a table says it."""
+
+    name: str
+    holds: Callable[[Any], bool]
+    parse: Callable[[str], Any]
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def parse_flag(cell: str) -> bool:
+    return {"true": True, "false": False}[cell.lower()]
+
+
+TEXT = Kind("text", is_text, str)
+PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or (isinstance(v, list) and v and all(map(is_text, v))), str)
+WHOLE = Kind("a whole number", is_whole, int)
+WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or (isinstance(v, list) and all(map(is_whole, v))), int)
+NUMBER = Kind("a number", is_number, float)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool), parse_flag)
+INTERVAL = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2, lambda cell: [float(part) for part in cell.split()])
+COUNTS = Kind("a list of whole numbers", lambda v: isinstance(v, list) and all(map(is_whole, v)),
+              lambda cell: [int(part) for part in cell.split()])  # fmt: skip
+
+OPTIONS = {
+    "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "output": TEXT,
+    "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE, "num_inference_steps": WHOLE,
+    "guidance_scale": NUMBER, "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "history_mask_ratio": NUMBER,
+    "mask_given_frames": FLAG, "guidance_interval": INTERVAL, "confidence_threshold": NUMBER, "later_steps": WHOLE,
+    "history_frames": WHOLE, "num_videos_per_prompt": WHOLE, "seed": WHOLES,
+}  # fmt: skip
+"""What a row may say, by the names of the command line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a list: the line of the file where it ends, its number from 0, what it says, why it cannot be read."""
+
+    line: int
+    number: int
+    options: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a list; pictures and clips that they name are looked for from the list's folder.
+
+    UserError for a file that cannot be read, one of another form, and one without rows.
+    """
+    path = Path(path)
+    readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path} is no list of prompts; give a file that ends in {', '.join(readers)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list of prompts {path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = []
+    for line, read in readers[path.suffix.lower()](text, path):
+        try:
+            rows.append(Row(line, len(rows), checked(read(), path.parent)))
+        except UserError as error:
+            rows.append(Row(line, len(rows), problem=str(error)))
+    if not rows:
+        raise UserError(f"{path} holds no prompts")
+    return rows
+
+
+Reader = Iterator[tuple[int, Callable[[], dict[str, Any]]]]
+
+
+def read_lines(text: str, path: Path) -> Reader:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, lambda line=line: {"prompt": line.strip()}
+
+
+def read_objects(text: str, path: Path) -> Reader:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, lambda line=line: parse_object(line)
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"a JSON {type(row).__name__}; give an object, as {{\"prompt\": \"a red circle\"}}")
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def read_table(text: str, path: Path) -> Reader:
+    table = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in next(table, [])]
+        if wrong := [name for name in names if name not in OPTIONS or names.count(name) > 1]:
+            raise UserError(f"{path}: the column {wrong[0]!r} is unknown or there twice; allowed: {', '.join(OPTIONS)}")
+        for cells in table:
+            if any(cell.strip() for cell in cells):
+                yield table.line_num, lambda cells=cells: parse_cells(names, cells)
+    except csv.Error as error:
+        raise UserError(f"{path} is no table of comma-separated values: {error} in line {table.line_num}") from error
+
+
+def parse_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(names):
+        raise UserError(f"{len(cells)} cells under {len(names)} columns")
+    row = {}
+    for name, cell in zip(names, map(str.strip, cells), strict=True):
+        try:
+            row |= {name: OPTIONS[name].parse(cell)} if cell else {}
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{name} {cell!r} is not allowed; give {OPTIONS[name].name}") from error
+    return row
+
+
+def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with the paths of what it begins with; UserError for an unknown name and for a value of another kind."""
+    if unknown := [name for name in row if name not in OPTIONS]:
+        raise UserError(f"{unknown[0]!r} is unknown; allowed: {', '.join(OPTIONS)}")
+    for name, value in row.items():
+        if not OPTIONS[name].holds(value):
+            raise UserError(f"{name} {value!r} is not allowed; give {OPTIONS[name].name}")
+    return {name: str(folder / value) if name in ("image", "video") else value for name, value in row.items()}

@@ -1,0 +1,172 @@
+"""`generate` of several clips: the rows of a list, or one prompt with several seeds, without loading the model again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lumos.batch.clips import Clip
+    from lumos.batch.rows import Row
+    from lumos.pipeline import LumosPipeline
+
+BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
+
+
+def make_list(args: argparse.Namespace) -> None:
+    from lumos.batch.results import only_shard, parse_shard, sum_over_processes
+    from lumos.errors import RunError, UserError
+
+    check_arguments(args)
+    shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
+    rows, defaults, seed = asked_rows(args)
+    pipe, model = load(args)
+    clips, problems = check_rows(args, pipe, model, rows, defaults, seed, out)
+    if len(rows) == len(problems) == 1:
+        raise UserError(next(iter(problems.values())))
+    for line, problem in problems.items() if shard[0] == 1 else ():
+        print(f"{where(args, line)}: {problem}", file=sys.stderr)
+    if not clips:
+        raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
+    with only_shard(out, shard):
+        made, failed = make_clips(args, pipe, model, clips, shard, out)
+    made, failed = sum_over_processes(made, failed)
+    if shard[0] == 1 or args.shard:
+        print(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows")
+    if failed or problems:
+        bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
+        lacking = [f"memory ran out for {failed} clips"] if failed else []
+        raise RunError(f"{' and '.join(bad + lacking)}, as said above; the other clips are in {out}")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    from lumos.errors import UserError
+
+    for name, instead in (("output", "--output-dir names the folder for several"), ("preview", "it shows a single clip")):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} has no effect on several clips: {instead}; leave it out")
+    for name in ("batch_size", "num_videos_per_prompt"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least 1")
+    if args.prompts and len(args.seed or ()) > 1:
+        raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
+                        "row adds its number, or a seed in each row")  # fmt: skip
+    if args.prompts is None and args.seed is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes need one --seed to agree on; give it")
+
+
+def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
+    """(rows, options for those that do not say otherwise, the seed from which rows count theirs)."""
+    from lumos.batch.rows import Row, read_rows
+    from lumos.pipeline_inputs import check_prompt, whole_seed
+
+    defaults = given_options(args)
+    for name in ("num_videos_per_prompt", "prompt_frames"):
+        defaults |= {name: value} if (value := getattr(args, name)) is not None else {}
+    if args.prompts:
+        return read_rows(args.prompts), defaults, whole_seed(SEED if args.seed is None else args.seed[0])
+    for prompt in args.prompt:
+        check_prompt(prompt)
+    defaults["seed"] = args.seed[0] if len(args.seed or ()) == 1 else args.seed
+    return [Row(0, 0, {"prompt": args.prompt})], defaults, SEED
+
+
+def where(args: argparse.Namespace, line: int) -> str:
+    return f"{args.prompts} line {line}" if args.prompts else "--prompt"
+
+
+def check_rows(
+    args: argparse.Namespace, pipe: LumosPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
+) -> tuple[list[Clip], dict[int, str]]:
+    """The clips that can be made, and by their line what is wrong with the other rows. Nothing is made."""
+    from lumos.batch.clips import check_file, clips_of, request_of
+    from lumos.commands.official_benchmarks import hashed, model_sha256
+    from lumos.errors import RunError, UserError
+
+    hashes = model_sha256(Path(model), args)
+    loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
+    clips, problems, lines = [], {}, {}
+    for row in rows:
+        try:
+            request = request_of(row, defaults, seed)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                settled = pipe.settle(request)
+            begins_with = {key: path for key in ("image", "video") if (path := getattr(request, key)) is not None}
+            inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
+            found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
+            for clip in found:
+                check_file(out, clip)
+                if (name := clip.file.casefold()) in lines:
+                    raise UserError(f"{clip.file} is written by line {lines[name]} too; give it another seed or output")
+                lines[name] = row.line
+        except (ValueError, RunError, OSError) as error:
+            problems[row.line] = " ".join(str(error).split())
+            continue
+        clips += found
+        for warning in said:
+            print(f"{where(args, row.line)}: note: {warning.message}", file=sys.stderr)
+    return clips, problems
+
+
+def make_clips(
+    args: argparse.Namespace, pipe: LumosPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
+) -> tuple[int, int]:
+    """(clips made, clips for which memory ran out) of this process's share of what is not there yet."""
+    from tqdm import tqdm
+
+    from lumos.batch.clips import Recorded, batches_of, make_codes
+    from lumos.batch.results import render
+    from lumos.errors import OutOfMemory, RunError
+    from lumos.video_io import write_frames
+
+    def describe(clip: Clip) -> dict[str, Any]:
+        about = metadata(args, model, clip.prompt, clip.seed)
+        begins_with = {key: clip.given.get(key) for key in ("image", "video")}
+        run = {**circumstances(args, pipe), "seconds": {"since_loaded": round(time.perf_counter() - started, 2)}}
+        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
+
+    def make(batch: list[Clip]) -> list[Tensor]:
+        return make_codes(pipe, batch, on_step)
+
+    def on_step(frame: int, frames: int, step: int, steps: int) -> None:
+        bar.set_postfix_str(f"frame {frame + 1}/{frames}", refresh=False)
+        bar.update(0)
+
+    def save(path: Path, clip: Clip, codes: Tensor) -> None:
+        write_frames(path, pipe.decode(codes), clip.form.clip.fps, metadata(args, model, clip.prompt, clip.seed))
+
+    started, made, failed = time.perf_counter(), 0, 0
+    batches = batches_of(clips, args.batch_size or BATCH_SIZE)[shard[0] - 1 :: shard[1]]
+    results = Recorded(out, shard, clips, describe)
+    if stale := results.stale(clip.file for batch in batches for clip in batch):
+        print(f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again", file=sys.stderr)
+    with tqdm(total=sum(map(len, batches)), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
+        try:
+            for batch in batches:
+                form = batch[0].form
+                try:
+                    with out_of_memory_as(planned(pipe, form.clip, form.sampling, batch[0].prompt, len(batch))):
+                        made += render(results, [batch], make, save)
+                except OutOfMemory as error:
+                    failed += len(batch)
+                    lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
+                    bar.write(f"{lines}: {error}", file=sys.stderr)
+                bar.update(len(batch))
+        except KeyboardInterrupt:
+            done = sum(results.has(clip.file) for clip in clips)
+            raise RunError(f"interrupted; {done} of {len(clips)} clips are in {out}, and the same command goes on") from None
+        finally:
+            results.tidy([clip.file for clip in clips])
+    return made, failed

@@ -1,0 +1,94 @@
+"""What making one clip and making a list of them share: options, the pipeline, records, and words for a lack of memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from lumos.commands.sampling import TRADES
+from lumos.errors import OutOfMemory, RunError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from lumos.generation.settings import ClipDefaults, GenerationSettings
+    from lumos.pipeline import LumosPipeline
+
+OF_A_CLIP = (
+    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps",
+    "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
+)  # fmt: skip
+"""Options that are arguments of the pipeline's call."""
+LOADING_NEEDS_LESS = "--dtype bfloat16 and --int8 need less, and --device-map auto leaves layers in host memory or in their files"
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of a clip that are given, by the names of the call."""
+    return {name: value for name in OF_A_CLIP if (value := getattr(args, name)) is not None}
+
+
+def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
+    """The pipeline that the options name, and its folder."""
+    import torch
+    import transformers
+
+    from lumos.commands.generate import shipped_model
+    from lumos.pipeline import LumosPipeline
+    from lumos.placement import parse_max_memory
+
+    transformers.utils.logging.disable_progress_bar()
+    model = str(args.model or shipped_model())
+    with out_of_memory_as(lambda: LOADING_NEEDS_LESS):
+        pipe = LumosPipeline.from_pretrained(
+            model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
+            dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
+            device_map=args.device_map, max_memory=parse_max_memory(args.max_memory),
+        )  # fmt: skip
+    return pipe, model
+
+
+def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> dict[str, Any]:
+    """What is written into a clip's file."""
+    from lumos import __version__
+
+    return {"prompt": prompt, "seed": seed, "model": model, "lora": args.lora, "lumos": __version__}
+
+
+def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, Any]:
+    """What a record tells of where and how a clip was made."""
+    from lumos.runtime import peak_memory_bytes, versions
+
+    return {
+        "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
+        "int8": args.int8, "compile": args.compile, "device_map": args.device_map, "max_memory": args.max_memory,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
+    }  # fmt: skip
+
+
+@contextmanager
+def out_of_memory_as(advice: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out: OutOfMemory, which ends with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RunError) or not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise OutOfMemory(f"out of memory ({said[0]}); {advice()}") from error
+
+
+def planned(
+    pipe: LumosPipeline, clip: ClipDefaults, sampling: GenerationSettings, prompt: str, clips: int = 1
+) -> Callable[[], str]:
+    """The advice of the planning code for so many clips at a time, when it is asked for."""
+
+    def advice() -> str:
+        from lumos.planning.generation import ClipPlan, out_of_memory_advice
+
+        text_tokens = len(pipe.text_ids(prompt, clip))
+        return out_of_memory_advice(ClipPlan(pipe.model.config, clip, sampling, text_tokens, pipe.model.dtype), clips)
+
+    return advice

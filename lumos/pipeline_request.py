@@ -1,0 +1,187 @@
+"""A request settled: every value known and checked, nothing encoded yet, so that many can be checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumos.configuration import LumosConfig
+from lumos.data.buckets import bucket_for
+from lumos.errors import UserError
+from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
+from lumos.pipeline_call import Request, repeat_each, seeds_from
+from lumos.pipeline_inputs import (
+    align,
+    check_length,
+    check_num_frames,
+    clip_length,
+    load_image,
+    load_video,
+    override,
+    prompt_ids,
+    without_effect,
+)
+from lumos.sequence import Frame, build_prefix, clip_header, num_latent_frames, size_units
+from lumos.video_io import fit
+from tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A request that can be made: B clips of one shape."""
+
+    sampling: GenerationSettings
+    clip: ClipDefaults
+    grid: tuple[int, int]  # rows and columns of codes
+    conditional: list[Tensor]  # ids before the frames
+    unconditional: list[Tensor] | None  # None: guidance is off
+    later: dict[int, list[Tensor]]  # number of a new latent frame, from 0 -> ids before the frames from that one on
+    given: list[np.ndarray]  # frames uint8 [T, H, W, 3] that each clip begins with, or empty
+    new_frames: int  # latent frames to make
+    seeds: list[int]
+
+    @property
+    def num_given_frames(self) -> int:
+        return len(self.given[0]) if self.given else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the clips."""
+        return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
+
+
+def settle(
+    request: Request, config: LumosConfig, tokenizer: TextTokenizer, settings: GenerationSettings, defaults: ClipDefaults
+) -> Settled:
+    """Fill in what the request leaves open, check it, and read what it begins with. UserError for what cannot be made."""
+    if request.generator is not None and request.seed is not None:
+        raise UserError("both seed and generator are given; give one of them")
+    if request.last_image is not None:
+        raise UserError(
+            "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
+            "last one or one in between; give the first frame as image, or the first frames as video"
+        )
+    sampling = override(settings, **{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
+    repeats = request.num_videos_per_prompt
+    lists = align(
+        *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video), request.seed
+    )
+    count = len(lists["prompt"])
+    if request.generator is not None:
+        lists["seed"] = seeds_from(request.generator, count)
+    prompts, negatives, images, videos, seeds = lists.values()
+    clip = override(defaults, **{f.name: getattr(request, f.name, None) for f in fields(ClipDefaults)})
+    check_num_frames(clip.num_frames, config.temporal_compression)
+    if clip.num_frames == 1:
+        without_effect("a picture (num_frames 1)", fps=request.fps, history_mask_ratio=request.history_mask_ratio)
+        clip = override(clip, fps=1)
+    if images[0] is not None and videos[0] is not None:
+        raise UserError("both image and video are given; give the picture or the clip that the result begins with")
+    if videos[0] is None:
+        without_effect("a clip without video", num_given_frames=request.num_given_frames)
+        if images[0] is None:
+            without_effect("a clip without image or video", mask_given_frames=request.mask_given_frames or None)
+
+    # 1. what is given
+    pictures = [load_image(i) for i in images] if images[0] is not None else None
+    if pictures and clip.target_size and request.height is None and request.width is None:
+        clip = of_pictures(pictures, clip, config)
+    rows, cols = (
+        size_units(pixels, name, config) * config.pixels_per_size_unit // config.spatial_compression
+        for name, pixels in (("height", clip.height), ("width", clip.width))
+    )
+    if pictures:
+        given = [fit(p[None], clip.height, clip.width) for p in pictures]
+    elif videos[0] is not None:
+        given = load_videos(videos, clip, request.num_given_frames, config.temporal_compression)
+    else:
+        given = []
+    if given and len(given[0]) >= clip.num_frames:
+        raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {len(given[0])} given frames")
+
+    # 2. what both branches read before the frames
+    told = clip if sampling.history_frames is None else override(clip, num_frames=min(clip.num_frames, defaults.num_frames))
+
+    def read(texts: Sequence[str | None]) -> list[Tensor]:
+        return [prefix_ids(text, told, config, tokenizer) for text in texts]
+
+    conditional, unconditional = read(prompts), None
+    if sampling.guidance_scale != 1:
+        unconditional = read(negatives)
+    elif negatives[0] is not None:
+        raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
+
+    # 3. frames
+    given_latents = num_latent_frames(len(given[0]), config.temporal_compression) if given else 0
+    latents = num_latent_frames(clip.num_frames, config.temporal_compression)
+    new_frames = latents - given_latents
+    if new_frames == 1:
+        without_effect("a single new latent frame", later_steps=request.later_steps)
+    if latents <= 2 + (sampling.history_frames or 0):
+        without_effect(f"a clip of {latents} latent frames", history_frames=request.history_frames)
+    later = {}
+    for start, text in check_later(request.later_prompts, len(given[0]) if given else 0, clip, config.temporal_compression):
+        later[num_latent_frames(start, config.temporal_compression) - given_latents] = read(for_each(text, start, repeats, count))
+    longest = max(len(ids) for prefixes in (conditional, *later.values()) for ids in prefixes)
+    check_length(longest, Frame(0, rows, cols).end, latents, sampling, config)
+    return Settled(sampling, clip, (rows, cols), conditional, unconditional, later, given, new_frames, seeds)
+
+
+def of_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, config: LumosConfig) -> ClipDefaults:
+    """The clip in the size, of its area's buckets, that the pictures ask for."""
+    sizes = {bucket_for(*p.shape[:2], clip.target_size, config.pixels_per_size_unit) for p in pictures}
+    if len(sizes) > 1:
+        raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
+    ((height, width),) = sizes
+    return override(clip, height=height, width=width)
+
+
+def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
+    """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
+    if count is None:
+        wanted = 1 + (clip.num_frames // 2) // stride * stride
+        counts = {min(wanted, 1 + (clip_length(v, clip.fps) - 1) // stride * stride) for v in videos}
+        if len(counts) > 1:
+            raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
+        (count,) = counts
+    check_num_frames(count, stride, "num_given_frames")
+    return [load_video(v, clip, count) for v in videos]
+
+
+def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> Tensor:
+    """Ids before the frames; prompt None: without text."""
+    text = None if prompt is None else prompt_ids(prompt, clip, config, tokenizer)
+    duration, fps = clip_header(clip.num_frames, clip.fps)
+    return torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
+
+
+def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
+    """`later_prompts` as (start, prompt or list of prompts) in order; UserError where a start cannot be one."""
+    form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
+    if later is not None and not isinstance(later, list | tuple):
+        raise UserError(f"later_prompts is {later!r}; {form}")
+    before = given  # the first frame that the prompt before makes
+    for pair in later or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
+            raise UserError(f"later_prompts holds {pair!r}; {form}")
+        check_num_frames(pair[0], stride, "the first frame of a later prompt")
+        if not before < pair[0] < clip.num_frames:
+            raise UserError(
+                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, where the prompt before it begins to "
+                f"make frames, and less than num_frames {clip.num_frames}"
+            )
+        before = pair[0]
+    return [(start, text) for start, text in later or ()]
+
+
+def for_each(text: Any, start: int, repeats: int, count: int) -> list[Any]:
+    """A later prompt, one for all or a list with one for each prompt, for each of `count` clips."""
+    texts = [t for t in text for _ in range(repeats)] if isinstance(text, list | tuple) else [text] * count
+    if len(texts) != count:
+        raise UserError(f"the later prompt at frame {start} is a list of {len(text)}, but there are {count // repeats} prompts")
+    return texts
