@@ -35,7 +35,7 @@ CAUSAL_ROWS = 256  # queries of text after the first frame are masked in blocks 
 def attention_for(implementation: str, layouts: Sequence[Layout], length: int, device: torch.device) -> Attend:
     """The attention of one forward pass over whole sequences [B, length] with these layouts."""
     if implementation == "dense":
-        mask = dense_mask(layouts, length).to(device)[:, None]
+        mask = dense_mask(layouts, length, device)[:, None]
         return lambda layer, q, k, v: dense_attention(q, k, v, mask)
     if implementation == "flex":
         block_mask = flex_block_mask(layouts, length, device)
@@ -52,14 +52,14 @@ def allowed_pairs(layout: Layout) -> int:
     return pairs
 
 
-def dense_mask(layouts: Sequence[Layout], length: int) -> Tensor:
+def dense_mask(layouts: Sequence[Layout], length: int, device: torch.device | None = None) -> Tensor:
     """bool [B, L, L] (query, key). Padding queries see only themselves, so that no row is empty."""
-    at = torch.arange(length)
-    frame = frame_indices(list(layouts), length)
+    at = torch.arange(length, device=device)
+    frame = frame_indices(list(layouts), length).to(at.device)
     same_frame = (frame[:, :, None] == frame[:, None, :]) & (frame >= 0)[:, :, None]
     allowed = (at[None, :] <= at[:, None]) | same_frame
-    real = at < torch.tensor([layout.length for layout in layouts])[:, None]
-    return allowed & real[:, :, None] & real[:, None, :] | torch.eye(length, dtype=torch.bool)
+    real = at < torch.tensor([layout.length for layout in layouts], device=at.device)[:, None]
+    return allowed & real[:, :, None] & real[:, None, :] | torch.eye(length, dtype=torch.bool, device=at.device)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class LumosOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     position_loss: Tensor | None = None  # fp32 [N]
+    row_index: Tensor | None = None  # int64 [N], row of each
     frame_index: Tensor | None = None  # int64 [N], latent frame of each
-    supervised: Tensor | None = None  # bool [B, L]
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -257,18 +257,19 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         Without targets: logits [B, L, V]. With targets [B, L] (visual code, or -100 where nothing is asked):
         same-position cross-entropy over the visual codes. ValueError for cut frames and for padding on the left.
         """
-        hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
         if targets is None:
-            return LumosOutput(logits=self.lm_head(hidden))
-        supervised = targets != -100
-        if supervised.any() and not 0 <= int(targets[supervised].min()) <= int(targets.max()) < self.config.visual_token_count:
+            return LumosOutput(logits=self.lm_head(self.hidden_states(input_ids, attention_mask, layouts)[0]))
+        rows, columns = (targets != -100).nonzero(as_tuple=True)  # all that a GPU must be waited for comes before its work
+        wanted = targets[rows, columns]
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.config.visual_token_count:
             raise ValueError(
-                f"targets run from {int(targets[supervised].min())} to {int(targets.max())}; allowed: visual codes 0 to "
+                f"targets run from {int(wanted.min())} to {int(wanted.max())}; allowed: visual codes 0 to "
                 f"{self.config.visual_token_count - 1}, and -100"
             )
-        loss = self.lm_head(hidden[supervised], targets=targets[supervised])
-        frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[supervised]
-        return LumosOutput(loss=loss.mean(), position_loss=loss, frame_index=frames, supervised=supervised)
+        hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
+        loss = self.lm_head(hidden[rows, columns], targets=wanted)
+        frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
+        return LumosOutput(loss=loss.mean(), position_loss=loss, row_index=rows, frame_index=frames)
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, layouts: list[Layout] | None = None

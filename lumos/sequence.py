@@ -192,11 +192,13 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
 
 
 def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[Layout]:
-    """ids [B, L], right-padded with pad -> one Layout a row.
+    """ids [B, L], right-padded with pad -> one Layout a row; equal ones are one object.
 
     Frames are looked for from the first video_start on. ValueError where a frame is cut off or malformed.
     """
-    return [_row_layout(row, b, config) for b, row in enumerate(input_ids.cpu().numpy())]
+    known: dict[Layout, Layout] = {}
+    found = (_row_layout(row, b, config) for b, row in enumerate(input_ids.cpu().numpy()))
+    return [known.setdefault(layout, layout) for layout in found]
 
 
 def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
@@ -240,9 +242,10 @@ def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Ten
 
 
 def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:
-    """`make` of each row's layout, [B, ...]; done once for rows that share one, of which a batch has many."""
-    number = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
-    return torch.stack([make(layout) for layout in number])[[number[layout] for layout in layouts]]
+    """`make` of each row's layout, [B, ...]; done once for rows that share one, as `parse_layout` lets equal rows do."""
+    distinct = {id(layout): layout for layout in layouts}
+    number = {key: i for i, key in enumerate(distinct)}
+    return torch.stack([make(layout) for layout in distinct.values()])[[number[id(layout)] for layout in layouts]]
 
 
 def content_mask(layouts: list[Layout], length: int) -> Tensor:

@@ -80,7 +80,7 @@ def test_model_loss_equals_that_of_its_logits(model, config):
     plain = F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")
     torch.testing.assert_close(out.position_loss, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.loss, plain.mean())
-    assert torch.equal(out.supervised, targets >= 0)
+    assert torch.equal(out.row_index, (targets >= 0).nonzero()[:, 0])
     by_frame = frame_losses(out.position_loss, out.frame_index)
     weights = torch.bincount(out.frame_index) / len(out.frame_index)
     torch.testing.assert_close((by_frame * weights).sum(), out.loss)

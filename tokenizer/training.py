@@ -105,8 +105,21 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
             raise UserError("max_minutes is not possible with several processes, whose clocks differ: set steps")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(settings.seed)
-    model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).to(device).train()
+    config = VideoTokenizerConfig.from_dict(settings.model)
+    model = VideoTokenizer(config)
+    if settings.start_from is not None:
+        model = VideoTokenizer.from_pretrained(settings.start_from).requires_grad_(True)
+        if model.config != config:
+            raise UserError(f"start_from {settings.start_from} has another config than model: {differing(model.config, config)}")
+    model = model.to(device).train()
+    torch.backends.cudnn.benchmark = True  # the shapes stay the same
     return _Run(settings, model, output, device).to_the_end()
+
+
+def differing(found: VideoTokenizerConfig, wanted: VideoTokenizerConfig) -> str:
+    """The fields in which two configs differ, as text."""
+    pairs = {name: (value, getattr(wanted, name)) for name, value in vars(found).items()}
+    return ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b)
 
 
 class _Optimizer:

@@ -31,6 +31,7 @@ class TokenizerTrainingSettings:
 
     output_dir: str = "runs/video-tokenizer"  # folder for everything the run writes
     model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
+    start_from: str | None = None  # tokenizer folder of the same config, whose weights to begin with; null: random ones
     seed: int = 0
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, mps
     precision: str = "fp32"  # of the network's products in training: fp32 or bf16
@@ -176,7 +177,7 @@ def _parse(text: str, origin: str) -> Any:
 
 def _as_type(key: str, annotation: str, value: Any) -> Any:
     """The value as the annotated type. YAML reads 1e-3 as text, so text that is a number serves as one."""
-    wanted = {"int": int, "float": float, "float | None": float, "str": str, "bool": bool}.get(annotation, object)
+    wanted = {"int": int, "float": float, "str": str, "bool": bool}.get(annotation.removesuffix(" | None"), object)
     if value is None and annotation.endswith("None"):
         return None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
     """
     loader = DataLoader(
         _Made(make), sampler=steps, batch_size=None, collate_fn=_as_it_is, num_workers=processes, prefetch_factor=2,
-        worker_init_fn=_one_thread, multiprocessing_context="fork",
+        worker_init_fn=_settle, multiprocessing_context="fork",
     )  # fmt: skip
     return iter(loader)
 
@@ -62,5 +63,8 @@ def _as_it_is(item: T_co) -> T_co:
     return item
 
 
-def _one_thread(_: int) -> None:
+def _settle(_: int) -> None:
+    """In a new process. Signals to the whole group are the run's to answer, which ends its processes when it ends."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

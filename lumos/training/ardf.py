@@ -180,8 +180,7 @@ class ArdfTask:
         """
         out = model(input_ids=micro["input_ids"], targets=micro["targets"], layouts=micro.get("layouts"))
         ratios = micro["mask_ratios"]
-        rows = out.supervised.nonzero()[:, 0]
-        places = {"mask_ratio": ratio_bins(ratios[rows, out.frame_index])}
+        places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
         return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
     def facts(self) -> dict[str, Any]:

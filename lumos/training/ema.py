@@ -20,8 +20,7 @@ class Ema:
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
         """Take in the weights after optimizer step number `step` (the first is 1)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(parameters[name].float(), weight)
+        torch._foreach_lerp_(list(self.average.values()), [parameters[name].float() for name in self.average], weight)
 
     @torch.no_grad()
     def swap(self, parameters: dict[str, Tensor]) -> None:

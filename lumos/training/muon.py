@@ -35,18 +35,19 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None:
                 alike[tuple(parameter.shape)].append(parameter)
         for (rows, columns), parameters in alike.items():
-            updates = []
+            gradients, momenta = [p.grad for p in parameters], []
             for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
                     state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
                 state["step"] += 1
-                momentum = state["exp_avg"].lerp_(parameter.grad, 1 - MOMENTUM)
-                updates.append(parameter.grad.lerp(momentum, MOMENTUM))
+                momenta.append(state["exp_avg"])
                 parameter.grad = None
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            torch._foreach_lerp_(gradients, momenta, MOMENTUM)
             size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-            for parameter, update in zip(parameters, orthogonal(torch.stack(updates)), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, list(orthogonal(torch.stack(gradients))), alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
