@@ -114,10 +114,10 @@ class SiluTimes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gate, up), (for_gate, for_up) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if for_gate else None
+        return grad_gate, F.silu(gate).mul_(grad) if for_up else None
 
 
 class MLP(nn.Module):

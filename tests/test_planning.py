@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measured_steps import TEXT_TOKENS
+from measured_steps import TEXT_TOKENS, batch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,11 +33,12 @@ from lumos.generation.engine import generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.planning.generation import ClipPlan
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.memory import meta_model, parameter_count
+from lumos.planning.memory import Spread, adapter_bytes, layer_bytes, meta_model, parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan, mean_mask_ratio
 from lumos.sequence import Frame, Layout, build_prefix
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.settings import LORA_TARGETS, MaskingSettings, StageSettings, build_settings, load_settings
+from lumos.training.yaml_settings import to_plain
 
 ROOT = Path(__file__).parents[1]
 H100 = Hardware("h100", 48, 80 * GIB, 1e15)
@@ -112,6 +115,63 @@ def test_memory_is_that_of_a_real_step_within_15_percent(name: str, measured: di
     assert max(need.parts, key=need.parts.get) == largest
     assert measured[name] > 64 * 2**20, "too small for a resident set to tell"
     assert need.step == pytest.approx(measured[name], rel=0.15)
+
+
+KEPT = {  # name -> settings of a case, dtype of the weights; where the case says bf16, autocast computes in it
+    "fp32": (CASES["activations"][0], torch.float32),
+    "autocast": (CASES["activations, bf16"][0], torch.float32),
+    "bf16": (CASES["activations"][0], torch.bfloat16),
+    "adapters": (CASES["adapters"][0], torch.float32),
+    "few adapters": (CASES["few adapters"][0], torch.float32),
+    "adapters without dropout": (case(DEEP, 2, lora={"rank": 8}), torch.float32),
+    "few adapters, autocast": (case(DEEP, 2, lora={"rank": 8, "targets": ["up_proj"]}, precision="bf16"), torch.float32),
+}
+
+
+def kept_by_layer(model: LumosForVideoGeneration, number: int, forward: Callable[[], object]) -> int:
+    """Bytes that one layer keeps for its backward pass in `forward`, without weights, copies of them, and rotary tables."""
+    layer, kept, others = model.model.layers[number], {}, set()
+    weights = {tuple(sorted(p.shape)) for p in layer.parameters() if p.dim() == 2}
+    inside = False
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        nonlocal inside
+        inside = True
+        others.update(t.untyped_storage().data_ptr() for t in (*model.parameters(), *args[1]))
+
+    def leave(*_) -> None:
+        nonlocal inside
+        inside = False
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if inside and storage.data_ptr() not in others and tuple(sorted(x.shape)) not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        graph = forward()
+    del graph
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_peft if "adapters" in name else ()) for name in KEPT])
+def test_what_a_layer_keeps_is_what_torch_keeps(name: str):
+    raw, dtype = KEPT[name]
+    settings, half = build_settings(raw), raw["training"].get("precision") == "bf16"
+    model = LumosForVideoGeneration(LumosConfig.preset("tiny", **raw["model"]["overrides"])).to(dtype)
+    if settings.lora.rank:
+        add_adapters(model, Lora(**to_plain(settings.lora)))
+    ids, targets = batch(model.config, settings.data, rows=2, t=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        kept = kept_by_layer(model.train(), 1, lambda: model(input_ids=ids, targets=targets).position_loss)
+    spread = Spread(stage=None if dtype == torch.float32 else 1, half=half or dtype == torch.bfloat16, on_gpu=False)
+    planned = layer_bytes(model.config, spread)
+    if settings.lora.rank:
+        planned += adapter_bytes(model.config, spread, settings.lora)
+    assert kept / ids.numel() == pytest.approx(planned, rel=0.01)
 
 
 # ---- figures by hand

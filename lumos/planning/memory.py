@@ -60,6 +60,16 @@ class Spread:
         return self.half and not self.stage
 
     @property
+    def product(self) -> int:
+        """Bytes of a number that a matrix product takes and gives."""
+        return 2 if self.half else 4
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number in the sums that go from layer to layer."""
+        return 4 if self.autocast else self.product
+
+    @property
     def offloaded(self) -> list[str]:
         """What lies in the machine's memory in place of the GPU's."""
         return [what for what, is_on in (("optimizer", self.offload_optimizer), ("weights", self.offload_weights)) if is_on]
@@ -133,24 +143,35 @@ def code_count(layout: Layout) -> int:
     return sum(frame.rows * frame.cols for frame in layout.frames)
 
 
+def norm_bytes(config: LumosConfig, spread: Spread, is_frozen: bool = False) -> int:
+    """What one RMSNorm keeps for its backward pass, of one token.
+
+    Its input; the CPU, without a fused kernel, keeps that in float32, and divided by its rms for the gradient of the weight.
+    """
+    if spread.on_gpu:
+        return config.hidden_size * spread.residual
+    return config.hidden_size * 4 * (1 if is_frozen else 2)
+
+
 def layer_bytes(config: LumosConfig, spread: Spread) -> int:
     """What one layer keeps for its backward pass, of one token; lumos/modeling.py from top to bottom."""
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    s, residual = (2 if spread.half else 4), (2 if spread.half and not spread.autocast else 4)
-    inputs = 2 * c * residual  # of the two norms
-    inputs += 0 if spread.on_gpu else 2 * c * residual  # divided by their rms: the CPU has no fused RMSNorm
+    s = spread.product
+    norms = 2 * norm_bytes(config, spread)
     normed = (5 if spread.autocast else 2) * c * s  # inputs of q, k, v and of gate, up: one, or a cast for each
-    raw = (c + kv) * (4 if spread.autocast else s)  # q, k before their norm, which autocast computes in float32
+    raw = (c + kv) * (4 if spread.autocast and spread.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
     attention = (c + 2 * (kv if heads == kv_heads else c)) * s  # rotated q; k and v, repeated for their groups
     attention += 2 * c * s  # what it gives, by segment and joined for o_proj
     statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
-    return inputs + normed + raw + attention + statistics + 4 * f * s
+    gated = 3 * f * s  # gate, up, and down_proj's input
+    return norms + normed + raw + attention + statistics + gated
 
 
 def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> int:
     """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
-    s, more = 2 if spread.half else 4, 0
+    s = spread.product
+    more = 2 * (norm_bytes(config, spread, is_frozen=True) - norm_bytes(config, spread))
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
@@ -164,8 +185,7 @@ def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> in
 
 def kept_bytes(config: LumosConfig, spread: Spread) -> int:
     """The same under activation checkpointing: a layer's input and what attention gave."""
-    half = 2 if spread.half else 4
-    return config.hidden_size * (half if not spread.autocast else 4) + config.hidden_size * half + 4 * config.num_attention_heads
+    return config.hidden_size * (spread.residual + spread.product) + 4 * config.num_attention_heads
 
 
 def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
@@ -173,9 +193,8 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     config, lora, parameters = model.config, model.lora, model.parameters
     width, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     tokens, asked = rows * layout.length, rows * code_count(layout)
-    compute = 2 if spread.half else 4
+    compute, residual = spread.product, spread.residual
     stored = compute if spread.stage else 4  # bytes of a weight
-    residual = 4 if spread.autocast else compute
 
     fixed = dict.fromkeys(PARTS, 0) | _states(model, spread)
     all_gradients, fixed["gradients"] = fixed["gradients"], 0
@@ -188,9 +207,12 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     if lora:
         per_layer += tokens * adapter_bytes(config, spread, lora)
     kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
-    outer = tokens * (width * (residual if spread.on_gpu else 2 * residual) + config.head_dim * stored)  # last norm, rotary tables
-    widest = tokens * (2 * config.intermediate_size * compute + 2 * width * residual)  # gradients on their way
-    widest += per_layer if spread.checkpointing else 0
+    kept += tokens * config.head_dim * stored  # rotary tables
+    last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
+    # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
+    keeps_product = lora is None or "down_proj" in lora.targets
+    widest = tokens * ((2 if keeps_product else 3) * config.intermediate_size * compute + 2 * width * residual)
+    widest += per_layer - tokens * kept_bytes(config, spread) if spread.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
     casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
@@ -209,8 +231,8 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
 
     return {
         "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * parameters},
-        "loss": at(gradients=earlier + largest, activations=kept + outer, logits=logits),
-        "backward": at(gradients=earlier + largest, activations=kept + outer + widest),
+        "loss": at(gradients=earlier + largest, activations=kept + last_norm, logits=logits),
+        "backward": at(gradients=earlier + largest, activations=kept + widest),
         "update": at(gradients=after, optimizer=working, activations=tokens * width * residual),
     }
 
@@ -219,7 +241,7 @@ def host_bytes(model: Trainee, spread: Spread) -> int:
     """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
     share = math.ceil(model.trained / spread.world)
     optimizer = (20 if spread.averaged else 16) * share if spread.offload_optimizer else 0
-    weights = (2 if spread.half else 4) * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
+    weights = spread.product * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
     return optimizer + weights
 
 
@@ -237,7 +259,7 @@ def _states(model: Trainee, spread: Spread) -> dict[str, int]:
         averaged = 4 * trained if spread.averaged else 0
         moments = 8 * trained - (4 * model.matrices if spread.muon else 0)
         return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
-    compute = 2 if spread.half else 4
+    compute = spread.product
     own = math.ceil(parameters / spread.world) if stage == 3 else parameters
     # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone.
     bucket = min(spread.bucket, trained)
