@@ -159,9 +159,9 @@ def layer_bytes(config: LumosConfig, spread: Spread) -> int:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     s = spread.product
     norms = 2 * norm_bytes(config, spread)
-    normed = (5 if spread.autocast else 2) * c * s  # inputs of q, k, v and of gate, up: one, or a cast for each
+    normed = 2 * c * s  # input of q, k, v and that of gate, up
     raw = (c + kv) * (4 if spread.autocast and spread.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
-    attention = (c + 2 * (kv if heads == kv_heads else c)) * s  # rotated q; k and v, repeated for their groups
+    attention = (c + 2 * kv) * s  # rotated q and k, and v
     attention += 2 * c * s  # what it gives, by segment and joined for o_proj
     statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
     gated = 3 * f * s  # gate, up, and down_proj's input
@@ -175,8 +175,8 @@ def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> in
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
-        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # dropout gives each its own
-        more += (kept - (len(names) if spread.autocast else 1)) * width * s
+        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
+        more += (kept - 1) * width * s
         more += adapted * lora.rank * s
         if lora.dropout:
             more += adapted * width * (1 if spread.on_gpu else 4 if spread.autocast else s)  # masks: bytes, or factors
@@ -217,7 +217,7 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     chunk = min(config.loss_chunk_size, asked)
     casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
     logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
-    logits += asked * width * 2 * compute + tokens * width * residual  # selected states, their gradient, all states
+    logits += asked * width * 2 * compute + tokens * width * compute  # selected states, their gradient, all states
     if spread.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
         logits += config.visual_token_count * width * (4 + 2)
     if spread.autocast:  # the rows cast
