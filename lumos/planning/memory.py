@@ -10,8 +10,8 @@ Memory is looked at in four moments of a step; the worst of them is the plan's a
     backward  the last layer's backward pass, the widest place
     update    all activations are gone, all gradients are there
 
-tests/test_planning.py holds this against the measured memory of real steps on a CPU. What DeepSpeed takes on a GPU follows from
-its documents and code, and was not measured.
+tests/test_planning.py holds this against the measured memory of real steps on a CPU, and tests/training/test_deepspeed.py what
+two processes hold between steps in ZeRO 1 to 3. What DeepSpeed takes beyond that, such as buckets on a GPU, follows from its code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import Frame, Layout
 from lumos.training.settings import LoraSettings
 
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
@@ -196,9 +198,11 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     compute, residual = spread.product, spread.residual
     stored = compute if spread.stage else 4  # bytes of a weight
 
-    fixed = dict.fromkeys(PARTS, 0) | _states(model, spread)
+    fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, spread)
     all_gradients, fixed["gradients"] = fixed["gradients"], 0
-    earlier = all_gradients if spread.accumulates or spread.stage == 3 else 0  # ZeRO-3 always holds its share's
+    # ZeRO-3 always holds its share's; ZeRO-1 with bf16 weights always all.
+    always = spread.stage == 3 or (spread.stage == 1 and spread.half)
+    earlier = all_gradients if spread.accumulates or always else 0
     # The head's gradient is made first and the embedding's last, whole in every stage.
     largest = 0 if lora else stored * embedding
     after = all_gradients + (largest if spread.accumulates or spread.stage else 0)
@@ -245,7 +249,7 @@ def host_bytes(model: Trainee, spread: Spread) -> int:
     return optimizer + weights
 
 
-def _states(model: Trainee, spread: Spread) -> dict[str, int]:
+def fixed_bytes(model: Trainee, spread: Spread) -> dict[str, int]:
     """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
     config, lora, parameters, trained = model.config, model.lora, model.parameters, model.trained
     embedding = config.vocab_size * config.hidden_size
@@ -261,10 +265,13 @@ def _states(model: Trainee, spread: Spread) -> dict[str, int]:
         return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
     compute = spread.product
     own = math.ceil(parameters / spread.world) if stage == 3 else parameters
-    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone.
-    bucket = min(spread.bucket, trained)
+    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
+    # however small the model is, which on a CPU costs nothing where it is not written to.
+    bucket = spread.bucket if spread.on_gpu else min(spread.bucket, trained)
     buffers = 4 * max(0 if lora else embedding, bucket) + 2 * 4 * bucket
-    if stage == 1:
+    if stage == 1 and spread.half:
+        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
+    elif stage == 1:
         gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
     elif stage == 2:
         gradients = compute * share + 4 * share
