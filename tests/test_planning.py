@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measured_steps import TEXT_TOKENS, batch
-from torch import Tensor, nn
+from measured_steps import TEXT_TOKENS
+from planned_cases import CASES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,12 +32,11 @@ from lumos.generation.engine import generate_frames
 from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.planning.generation import ClipPlan
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.memory import Spread, adapter_bytes, layer_bytes, meta_model, parameter_count
+from lumos.planning.memory import meta_model, parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan, mean_mask_ratio
 from lumos.sequence import Frame, Layout, build_prefix
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.settings import LORA_TARGETS, MaskingSettings, StageSettings, build_settings, load_settings
-from lumos.training.yaml_settings import to_plain
 
 ROOT = Path(__file__).parents[1]
 H100 = Hardware("h100", 48, 80 * GIB, 1e15)
@@ -56,41 +54,6 @@ def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H10
 
 
 # ---- memory against real steps
-
-NARROW = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-DEEP = NARROW | {"intermediate_size": 256, "num_hidden_layers": 6}
-WIDE = {
-    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "vocab_size": 9024, "visual_token_count": 8000,
-}  # fmt: skip
-CODES = NARROW | {
-    "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 17_024, "visual_token_count": 16_000, "loss_chunk_size": 1024,
-}  # fmt: skip
-
-
-def case(model: dict, clips: int, *, side: int = 128, num_frames: int = 13, batches: int = 1, lora: dict | None = None, **training):
-    return {
-        "model": {"preset": "tiny", "overrides": model} | ({"from": "base"} if lora else {}),
-        "lora": lora or {},
-        "data": {"num_frames": num_frames, "height": side, "width": side},
-        "training": {"device": "cpu", "batch_size": clips * batches, "micro_batch_size": clips, **training},
-    }
-
-
-SMALL = {"side": 64, "num_frames": 1}
-CASES = {  # name -> settings, the part that takes most
-    "activations": (case(DEEP, 3), "activations"),
-    "activations, bf16": (case(DEEP, 3, precision="bf16"), "activations"),
-    "checkpointing": (case(DEEP | {"num_hidden_layers": 12}, 6, activation_checkpointing=True), "activations"),
-    "logits": (case(CODES, 3), "logits"),
-    "logits, bf16": (case(CODES, 3, precision="bf16"), "logits"),
-    "weights": (case(WIDE, 1, **SMALL), "optimizer"),
-    "micro-batches, averages": (case(WIDE, 1, **SMALL, batches=2, ema_decay=0.9), "optimizer"),
-    "muon": (case(WIDE, 1, **SMALL, optimizer="muon"), "optimizer"),
-    "adapters": (case(DEEP, 2, lora={"rank": 8, "dropout": 0.1}), "activations"),
-    "few adapters": (case(DEEP, 3, lora={"rank": 8, "targets": ["q_proj", "v_proj"]}), "activations"),
-}
-
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, int]:
@@ -115,63 +78,6 @@ def test_memory_is_that_of_a_real_step_within_15_percent(name: str, measured: di
     assert max(need.parts, key=need.parts.get) == largest
     assert measured[name] > 64 * 2**20, "too small for a resident set to tell"
     assert need.step == pytest.approx(measured[name], rel=0.15)
-
-
-KEPT = {  # name -> settings of a case, dtype of the weights; where the case says bf16, autocast computes in it
-    "fp32": (CASES["activations"][0], torch.float32),
-    "autocast": (CASES["activations, bf16"][0], torch.float32),
-    "bf16": (CASES["activations"][0], torch.bfloat16),
-    "adapters": (CASES["adapters"][0], torch.float32),
-    "few adapters": (CASES["few adapters"][0], torch.float32),
-    "adapters without dropout": (case(DEEP, 2, lora={"rank": 8}), torch.float32),
-    "few adapters, autocast": (case(DEEP, 2, lora={"rank": 8, "targets": ["up_proj"]}, precision="bf16"), torch.float32),
-}
-
-
-def kept_by_layer(model: LumosForVideoGeneration, number: int, forward: Callable[[], object]) -> int:
-    """Bytes that one layer keeps for its backward pass in `forward`, without weights, copies of them, and rotary tables."""
-    layer, kept, others = model.model.layers[number], {}, set()
-    weights = {tuple(sorted(p.shape)) for p in layer.parameters() if p.dim() == 2}
-    inside = False
-
-    def enter(module: nn.Module, args: tuple) -> None:
-        nonlocal inside
-        inside = True
-        others.update(t.untyped_storage().data_ptr() for t in (*model.parameters(), *args[1]))
-
-    def leave(*_) -> None:
-        nonlocal inside
-        inside = False
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if inside and storage.data_ptr() not in others and tuple(sorted(x.shape)) not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    layer.register_forward_pre_hook(enter)
-    layer.register_forward_hook(leave)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        graph = forward()
-    del graph
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_peft if "adapters" in name else ()) for name in KEPT])
-def test_what_a_layer_keeps_is_what_torch_keeps(name: str):
-    raw, dtype = KEPT[name]
-    settings, half = build_settings(raw), raw["training"].get("precision") == "bf16"
-    model = LumosForVideoGeneration(LumosConfig.preset("tiny", **raw["model"]["overrides"])).to(dtype)
-    if settings.lora.rank:
-        add_adapters(model, Lora(**to_plain(settings.lora)))
-    ids, targets = batch(model.config, settings.data, rows=2, t=2)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        kept = kept_by_layer(model.train(), 1, lambda: model(input_ids=ids, targets=targets).position_loss)
-    spread = Spread(stage=None if dtype == torch.float32 else 1, half=half or dtype == torch.bfloat16, on_gpu=False)
-    planned = layer_bytes(model.config, spread)
-    if settings.lora.rank:
-        planned += adapter_bytes(model.config, spread, settings.lora)
-    assert kept / ids.numel() == pytest.approx(planned, rel=0.01)
 
 
 # ---- figures by hand
