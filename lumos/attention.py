@@ -70,26 +70,27 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout]) -> Tensor:
     """q [B, H, L, D], k, v [B, Hkv, L, D] -> [B, H, L, D]; rows of equal layout run together. Padding gives zeros."""
-    groups = q.shape[1] // k.shape[1]
-    if not uses_flash(q):
-        k, v = expand_heads(k, groups), expand_heads(v, groups)
     runs = list(equal_runs(layouts))
     sizes = [stop - start for start, stop in runs]
     rows = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)  # split: its gradient is one cat
-    return torch.cat([_run(qr, kr, vr, layouts[start]) for (start, _), qr, kr, vr in rows])
+    out = [_run(qr, kr, vr, layouts[start]) for (start, _), qr, kr, vr in rows]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Rows that share a layout."""
+    """Rows that share a layout, in the memory's order [B, L, H, D], which the next matrix product wants.
+
+    From the last segment to the first, each with a prefix of the prefix of the one behind it: the backward pass then begins with
+    the shortest and never fills more than the next prefix with zeros, nor holds more than one beside the sum.
+    """
     padding = q.shape[2] - layout.length
     segments = list(_blocks(layout))
-    sizes = [end - start for start, end, _ in segments]
-    *queries, rest = q.split([*sizes, padding], dim=2)
-    parts = [
-        prefix_attention(query, k[:, :, :end], v[:, :, :end], causal=not bidirectional)
-        for query, (_, end, bidirectional) in zip(queries, segments, strict=True)
-    ]
-    return torch.cat([*parts, torch.zeros_like(rest)], dim=2)
+    *queries, rest = q.split([*(end - start for start, end, _ in segments), padding], dim=2)
+    parts = [torch.zeros_like(rest)]
+    for query, (_, end, bidirectional) in zip(reversed(queries), reversed(segments), strict=True):
+        k, v = k[:, :, :end], v[:, :, :end]
+        parts.append(prefix_attention(query, k, v, causal=not bidirectional))
+    return torch.cat([part.transpose(1, 2) for part in reversed(parts)], dim=1).transpose(1, 2)
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[int, int, bool]]:
@@ -109,13 +110,11 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         out = _flash_attn()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return out.transpose(1, 2)
     groups, n, m = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    if not causal:  # the query heads of a group are more queries to the same keys
-        return F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).flatten(2, 3), k, v).reshape(q.shape)
-    k, v = expand_heads(k, groups), expand_heads(v, groups)
-    if n == m:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if causal and n == m:  # of its own copy of q, as autograd would keep all that a slice is of
+        return F.scaled_dot_product_attention(q.contiguous(), expand_heads(k, groups), expand_heads(v, groups), is_causal=True)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n).repeat(groups, 1) if causal else None
+    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # the query heads of a group are more queries to the same keys
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def attention_kept() -> tuple:

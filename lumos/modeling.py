@@ -53,7 +53,10 @@ def take(x: Tensor, at: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; statistics are computed in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight; statistics are computed in fp32 (arXiv 1910.07467).
+
+    Under autocast it gives the format of the products that follow, which would otherwise cast it, and keep that, each for itself.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -61,7 +64,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        normed, device = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps), x.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
 class HeadNorm(nn.Module):
@@ -73,11 +77,11 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shards, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, L, D]."""
+        """x [B, L, H, D]."""
         if len(self.weight) == 1:
             return F.layer_norm(x, x.shape[-1:], self.weight[0].to(x.dtype), self.bias[0].to(x.dtype), eps=1e-5)
-        repeats = x.shape[1] // self.weight.shape[0]
-        weight, bias = (p.repeat_interleave(repeats, dim=0)[:, None] for p in (self.weight, self.bias))
+        repeats = x.shape[2] // self.weight.shape[0]
+        weight, bias = (p.repeat_interleave(repeats, dim=0) for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], eps=1e-5) * weight + bias
 
 
@@ -96,11 +100,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
         queries, turned = (x, rotary) if at is None else (take(x, at), tuple(take(t[:, 0], at)[:, None] for t in rotary))
         q, k, v = (
-            proj(of).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            proj(of).unflatten(-1, (-1, self.head_dim))
             for proj, of in ((self.q_proj, queries), (self.k_proj, x), (self.v_proj, x))
         )
-        q = apply_rotary(self.q_norm(q), *turned).to(v.dtype)
-        k = apply_rotary(self.k_norm(k), *rotary).to(v.dtype)
+        q = apply_rotary(self.q_norm(q).transpose(1, 2), *turned).to(v.dtype)
+        k = apply_rotary(self.k_norm(k).transpose(1, 2), *rotary).to(v.dtype)
+        v = v.transpose(1, 2)
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -114,10 +119,10 @@ class SiluTimes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gate, up), (for_gate, for_up) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if for_gate else None
+        return grad_gate, F.silu(gate).mul_(grad) if for_up else None
 
 
 class MLP(nn.Module):

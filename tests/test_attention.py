@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import micro_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
 from lumos.attention import (
@@ -154,6 +155,32 @@ def test_no_attention_tensor_grows_with_the_square_of_the_length():
         return sum(storages.values())
 
     assert kept(32) < 4.6 * kept(8)
+
+
+class Padded(TorchDispatchMode):
+    """The number of keys that each gradient of a slice is filled up to with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.slice_backward.default:
+            self.lengths.append(out.shape[2])
+        return out
+
+
+def test_gradients_of_a_segments_keys_are_filled_up_to_the_next_segment_only():
+    ids = make_batch([(3, 4, 2, 2, 0)])
+    (layout,) = parse_layout(ids, CONFIG)
+    q, k, v = qkv(*ids.shape)
+    out = segmented_attention(q, k, v, [layout])
+    with Padded() as padded:
+        out.sum().backward()
+    ends = [end for _, end, _ in layout.segments]
+    assert sorted(padded.lengths) == sorted(2 * ends[1:])  # of keys and of values; the last segment has them all
+    assert k.grad.shape == k.shape
 
 
 def test_equal_runs():

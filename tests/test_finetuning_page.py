@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -30,6 +32,12 @@ def page(repo: Path) -> list[list[str]]:
     return [command for command, words in zip(named, commands, strict=True) if words[0] == "python"]
 
 
+def test_the_figures_are_of_the_model_that_is_shipped(repo: Path):
+    (digest,) = re.findall(r"SHA-256 `(\w{12})\.\.\.`", (repo / "docs" / "finetuning.md").read_text())
+    now = hashlib.sha256((repo / "checkpoints" / "lumos-tiny" / "model.safetensors").read_bytes()).hexdigest()
+    assert now.startswith(digest), "another model is shipped: run the page's commands again and put their shares into its table"
+
+
 def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("pyarrow")
     for name in ("checkpoints", "configs"):
@@ -37,10 +45,12 @@ def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     commands = page(repo)
     assert [command[0] for command in commands] == (
-        ["render", "ingest", "inspect", "train", "generate", "train", "generate", "export", "evaluate", "evaluate"]
+        ["render", "ingest", "inspect", "train", "generate", "train", "generate", "export", "evaluate", "evaluate", "evaluate"]
     )
     for command in commands:
         assert main([*command, *FEWER.get(command[0], [])]) == 0, (command, capsys.readouterr().err)
+    shares = {name: json.loads(Path(f"{name}.json").read_text())["shares"] for name in ("before", "whole", "lora")}
+    assert all(set(found) == {"held_out", "one"} for found in shares.values())
     assert len(list(Path("clips").glob("*.mp4"))) == len(list(Path("clips").glob("*.txt"))) == 4
     clips = {name: read_video(f"{name}.mp4")[0] for name in ("whole", "lora")}
     assert {clip.shape for clip in clips.values()} == {(17, 64, 64, 3)}

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumos.modeling import SiluTimes
+from lumos import LumosConfig
+from lumos.modeling import MLP, SiluTimes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,3 +32,38 @@ def test_silu_times_keeps_two_tensors():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         SiluTimes.apply(torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True))
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_silu_times_makes_no_gradient_that_nobody_wants(wanted: int):
+    arguments = [torch.randn(4, 2, requires_grad=i == wanted) for i in range(2)]
+    calls = CountedCalls()
+    out = SiluTimes.apply(*arguments)
+    with calls:
+        out.sum().backward()
+    assert arguments[1 - wanted].grad is None
+    assert ("silu_backward" in calls.names) == (wanted == 0)
+    assert ("silu" in calls.names) == (wanted == 1)
+
+
+class CountedCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_mlp_compiles_to_one_graph_with_the_same_gradients(autocast: bool):
+    torch.manual_seed(0)
+    mlp = MLP(LumosConfig.preset("tiny", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48))
+    x, results = torch.randn(2, 5, 64, requires_grad=True), []
+    for form in (mlp, torch.compile(mlp, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = form(x)
+        results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])])
+    for ours, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(ours, compiled, **({"rtol": 0.02, "atol": 0.01} if autocast else {}))

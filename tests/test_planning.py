@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured_steps import TEXT_TOKENS
+from planned_cases import CASES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,41 +54,6 @@ def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H10
 
 
 # ---- memory against real steps
-
-NARROW = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-DEEP = NARROW | {"intermediate_size": 256, "num_hidden_layers": 6}
-WIDE = {
-    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "vocab_size": 9024, "visual_token_count": 8000,
-}  # fmt: skip
-CODES = NARROW | {
-    "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 17_024, "visual_token_count": 16_000, "loss_chunk_size": 1024,
-}  # fmt: skip
-
-
-def case(model: dict, clips: int, *, side: int = 128, num_frames: int = 13, batches: int = 1, lora: dict | None = None, **training):
-    return {
-        "model": {"preset": "tiny", "overrides": model} | ({"from": "base"} if lora else {}),
-        "lora": lora or {},
-        "data": {"num_frames": num_frames, "height": side, "width": side},
-        "training": {"device": "cpu", "batch_size": clips * batches, "micro_batch_size": clips, **training},
-    }
-
-
-SMALL = {"side": 64, "num_frames": 1}
-CASES = {  # name -> settings, the part that takes most
-    "activations": (case(DEEP, 3), "activations"),
-    "activations, bf16": (case(DEEP, 3, precision="bf16"), "activations"),
-    "checkpointing": (case(DEEP | {"num_hidden_layers": 12}, 6, activation_checkpointing=True), "activations"),
-    "logits": (case(CODES, 3), "logits"),
-    "logits, bf16": (case(CODES, 3, precision="bf16"), "logits"),
-    "weights": (case(WIDE, 1, **SMALL), "optimizer"),
-    "micro-batches, averages": (case(WIDE, 1, **SMALL, batches=2, ema_decay=0.9), "optimizer"),
-    "muon": (case(WIDE, 1, **SMALL, optimizer="muon"), "optimizer"),
-    "adapters": (case(DEEP, 2, lora={"rank": 8, "dropout": 0.1}), "activations"),
-    "few adapters": (case(DEEP, 3, lora={"rank": 8, "targets": ["q_proj", "v_proj"]}), "activations"),
-}
-
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, int]:

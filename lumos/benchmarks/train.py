@@ -86,7 +86,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
     settings = Settings(
         args.tokens, args.frame_height, args.frame_width, args.channels, args.layers, args.text_ids, args.codes, args.mask_ratio
     )
-    clip_of(config_of(settings), settings)
+    try:
+        config = config_of(settings)
+    except ValueError as error:
+        raise UserError(f"--text-ids {args.text_ids} --codes {args.codes} --channels {args.channels}: {error}") from error
+    clip_of(config, settings)
     needed, free = memory_needed(settings), psutil.virtual_memory().available
     if needed > free and pick_device(args.device).type == "cpu":
         raise UserError(

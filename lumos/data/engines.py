@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from typing import Protocol
 
@@ -41,7 +42,8 @@ class LocalEngine:
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         if self.workers:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
-            yield from Pool(partial(Encoder, self.work), self.workers, threads, self.item_timeout).results(todo)
+            with closing(Pool(partial(Encoder, self.work), self.workers, threads, self.item_timeout)) as pool:
+                yield from pool.results(todo)
         else:
             encoder = Encoder(self.work)
             for item in todo:

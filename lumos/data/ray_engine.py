@@ -1,5 +1,6 @@
 """Ingest on a Ray cluster: items into Ray Data, tokenizer actors map over them, their results back in order.
 
+Each actor does its items in a process of its own, as on one machine: an item that crashes or hangs there costs itself alone.
 Only small things travel: an item's path and caption one way, its codes the other. The process that was started writes all
 shards, so that what holds for one machine (no sample twice, none lost, the stop at too many failures) holds here. Sources
 and tokenizer must be readable on every node under the same path.
@@ -14,14 +15,16 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from types import ModuleType
 
 import numpy as np
-import torch
 
 from lumos.data.encode import Encoder, Result, Skip, Work
+from lumos.data.engines import ITEM_TIMEOUT
 from lumos.data.manifest import Item
+from lumos.data.workers import Make, Pool
 from lumos.errors import RunError, UserError
 
 DEVICES = (None, "auto", "cpu", "cuda")
@@ -29,7 +32,7 @@ ITEMS_A_WORKER = 1000
 """Items for each worker in one Ray data set; a data set starts its actors anew, which takes seconds."""
 ITEMS_IN_BLOCK = 4
 ATTEMPTS = 3
-"""An item whose worker dies (out of memory, a lost node) is tried again so often; Ray's default is without end."""
+"""An item whose actor dies (a lost node) is tried again so often; Ray's default is without end."""
 
 
 class RayEngine:
@@ -39,11 +42,9 @@ class RayEngine:
         _ray()
         if not workers:
             raise UserError("0 workers is not for --engine ray; give at least 1")
-        if item_timeout is not None:
-            raise UserError("item_timeout is not for --engine ray; leave it out, or use --engine local")
         if work.device not in DEVICES:
             raise UserError(f"device '{work.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
-        self.work, self.workers = work, workers
+        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         ray = _ray()
@@ -77,7 +78,7 @@ class RayEngine:
         data.context.enable_progress_bars = False
         data = data.map(
             _Actor,
-            fn_constructor_args=(self.work, os.getcwd()),
+            fn_constructor_args=(partial(Encoder, self.work), self.item_timeout, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
             num_cpus=1,
             num_gpus=self._gpus(ray),
@@ -95,15 +96,15 @@ class RayEngine:
 
 
 class _Actor:
-    def __init__(self, work: Work, folder: str):
+    def __init__(self, make: Make, seconds: float, folder: str):
         os.chdir(folder)  # what relative paths are from
-        torch.set_num_threads(1)  # Ray counts on one CPU for it
-        self.encoder = Encoder(work)
+        self.pool = Pool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         fields = json.loads(row["item"])
         fields["problem"] = fields["problem"] and tuple(fields["problem"])
-        return {"result": to_text(self.encoder(Item(**fields)))}
+        [(_, result)] = self.pool.results(iter([Item(**fields)]))
+        return {"result": to_text(result)}
 
 
 def to_text(result: Result) -> str:

@@ -59,31 +59,35 @@ class _Worker:
 
 
 class Pool:
-    """Up to `workers` processes that do what `make` gives, each with `threads` threads and `seconds` for an item."""
+    """Up to `workers` processes that do what `make` gives, each with `threads` threads and `seconds` for an item.
+
+    They stay for the next `results` until `close`.
+    """
 
     def __init__(self, make: Make, workers: int, threads: int, seconds: float):
         self.make, self.workers, self.threads, self.seconds = make, workers, threads, seconds
         self.pool: list[_Worker] = []
         self.begun: deque[_Task] = deque()
         self.again: deque[_Task] = deque()
+        self.folder = tempfile.TemporaryDirectory(prefix="lumos-")  # a killed worker cannot tidy up
+
+    def close(self) -> None:
+        for worker in self.pool:
+            worker.stop()
+        self.folder.cleanup()
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         """The results of `todo`, in its order. An item whose worker dies is tried again, alone, before it is skipped."""
-        with tempfile.TemporaryDirectory(prefix="lumos-") as folder:  # a killed worker cannot tidy up
-            try:
-                while True:
-                    while task := self._next(todo):
-                        self._give(task, folder)
-                    while self.begun and self.begun[0].result is not None:
-                        task = self.begun.popleft()
-                        yield task.item, task.result
-                    if any(worker.task for worker in self.pool):
-                        self._receive()
-                    elif not self.begun:
-                        return
-            finally:
-                for worker in self.pool:
-                    worker.stop()
+        while True:
+            while task := self._next(todo):
+                self._give(task)
+            while self.begun and self.begun[0].result is not None:
+                task = self.begun.popleft()
+                yield task.item, task.result
+            if any(worker.task for worker in self.pool):
+                self._receive()
+            elif not self.begun:
+                return
 
     def _next(self, todo: Iterator[Item]) -> _Task | None:
         """What can be begun now, if anything."""
@@ -97,10 +101,10 @@ class Pool:
         self.begun.append(_Task(item))
         return self.begun[-1]
 
-    def _give(self, task: _Task, folder: str) -> None:
+    def _give(self, task: _Task) -> None:
         worker = next((worker for worker in self.pool if not worker.task), None)
         if worker is None:
-            worker = _Worker(self.make, self.threads, folder)
+            worker = _Worker(self.make, self.threads, self.folder.name)
             self.pool.append(worker)
         worker.task = task
         with suppress(OSError):  # it is dead, which is found when its answer is read

@@ -10,8 +10,8 @@ Memory is looked at in four moments of a step; the worst of them is the plan's a
     backward  the last layer's backward pass, the widest place
     update    all activations are gone, all gradients are there
 
-tests/test_planning.py holds this against the measured memory of real steps on a CPU. What DeepSpeed takes on a GPU follows from
-its documents and code, and was not measured.
+tests/test_planning.py holds this against the measured memory of real steps on a CPU, and tests/training/test_deepspeed.py what
+two processes hold between steps in ZeRO 1 to 3. What DeepSpeed takes beyond that, such as buckets on a GPU, follows from its code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import Frame, Layout
 from lumos.training.settings import LoraSettings
 
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
@@ -58,6 +60,16 @@ class Spread:
     def autocast(self) -> bool:
         """bf16 products over float32 weights; from stage 1 on the weights themselves are bf16."""
         return self.half and not self.stage
+
+    @property
+    def product(self) -> int:
+        """Bytes of a number that a matrix product takes and gives."""
+        return 2 if self.half else 4
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number in the sums that go from layer to layer."""
+        return 4 if self.autocast else self.product
 
     @property
     def offloaded(self) -> list[str]:
@@ -133,29 +145,40 @@ def code_count(layout: Layout) -> int:
     return sum(frame.rows * frame.cols for frame in layout.frames)
 
 
+def norm_bytes(config: LumosConfig, spread: Spread, is_frozen: bool = False) -> int:
+    """What one RMSNorm keeps for its backward pass, of one token.
+
+    Its input; the CPU, without a fused kernel, keeps that in float32, and divided by its rms for the gradient of the weight.
+    """
+    if spread.on_gpu:
+        return config.hidden_size * spread.residual
+    return config.hidden_size * 4 * (1 if is_frozen else 2)
+
+
 def layer_bytes(config: LumosConfig, spread: Spread) -> int:
     """What one layer keeps for its backward pass, of one token; lumos/modeling.py from top to bottom."""
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    s, residual = (2 if spread.half else 4), (2 if spread.half and not spread.autocast else 4)
-    inputs = 2 * c * residual  # of the two norms
-    inputs += 0 if spread.on_gpu else 2 * c * residual  # divided by their rms: the CPU has no fused RMSNorm
-    normed = (5 if spread.autocast else 2) * c * s  # inputs of q, k, v and of gate, up: one, or a cast for each
-    raw = (c + kv) * (4 if spread.autocast else s)  # q, k before their norm, which autocast computes in float32
-    attention = (c + 2 * (kv if heads == kv_heads else c)) * s  # rotated q; k and v, repeated for their groups
+    s = spread.product
+    norms = 2 * norm_bytes(config, spread)
+    normed = 2 * c * s  # input of q, k, v and that of gate, up
+    raw = (c + kv) * (4 if spread.autocast and spread.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
+    attention = (c + 2 * kv) * s  # rotated q and k, and v
     attention += 2 * c * s  # what it gives, by segment and joined for o_proj
     statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
-    return inputs + normed + raw + attention + statistics + 4 * f * s
+    gated = 3 * f * s  # gate, up, and down_proj's input
+    return norms + normed + raw + attention + statistics + gated
 
 
 def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> int:
     """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
-    s, more = 2 if spread.half else 4, 0
+    s = spread.product
+    more = 2 * (norm_bytes(config, spread, is_frozen=True) - norm_bytes(config, spread))
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
-        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # dropout gives each its own
-        more += (kept - (len(names) if spread.autocast else 1)) * width * s
+        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
+        more += (kept - 1) * width * s
         more += adapted * lora.rank * s
         if lora.dropout:
             more += adapted * width * (1 if spread.on_gpu else 4 if spread.autocast else s)  # masks: bytes, or factors
@@ -164,8 +187,7 @@ def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> in
 
 def kept_bytes(config: LumosConfig, spread: Spread) -> int:
     """The same under activation checkpointing: a layer's input and what attention gave."""
-    half = 2 if spread.half else 4
-    return config.hidden_size * (half if not spread.autocast else 4) + config.hidden_size * half + 4 * config.num_attention_heads
+    return config.hidden_size * (spread.residual + spread.product) + 4 * config.num_attention_heads
 
 
 def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
@@ -173,13 +195,14 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     config, lora, parameters = model.config, model.lora, model.parameters
     width, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     tokens, asked = rows * layout.length, rows * code_count(layout)
-    compute = 2 if spread.half else 4
+    compute, residual = spread.product, spread.residual
     stored = compute if spread.stage else 4  # bytes of a weight
-    residual = 4 if spread.autocast else compute
 
-    fixed = dict.fromkeys(PARTS, 0) | _states(model, spread)
+    fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, spread)
     all_gradients, fixed["gradients"] = fixed["gradients"], 0
-    earlier = all_gradients if spread.accumulates or spread.stage == 3 else 0  # ZeRO-3 always holds its share's
+    # ZeRO-3 always holds its share's; ZeRO-1 with bf16 weights always all.
+    always = spread.stage == 3 or (spread.stage == 1 and spread.half)
+    earlier = all_gradients if spread.accumulates or always else 0
     # The head's gradient is made first and the embedding's last, whole in every stage.
     largest = 0 if lora else stored * embedding
     after = all_gradients + (largest if spread.accumulates or spread.stage else 0)
@@ -188,14 +211,17 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     if lora:
         per_layer += tokens * adapter_bytes(config, spread, lora)
     kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
-    outer = tokens * (width * (residual if spread.on_gpu else 2 * residual) + config.head_dim * stored)  # last norm, rotary tables
-    widest = tokens * (2 * config.intermediate_size * compute + 2 * width * residual)  # gradients on their way
-    widest += per_layer if spread.checkpointing else 0
+    kept += tokens * config.head_dim * stored  # rotary tables
+    last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
+    # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
+    keeps_product = lora is None or "down_proj" in lora.targets
+    widest = tokens * ((2 if keeps_product else 3) * config.intermediate_size * compute + 2 * width * residual)
+    widest += per_layer - tokens * kept_bytes(config, spread) if spread.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
     casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
     logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
-    logits += asked * width * 2 * compute + tokens * width * residual  # selected states, their gradient, all states
+    logits += asked * width * 2 * compute + tokens * width * compute  # selected states, their gradient, all states
     if spread.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
         logits += config.visual_token_count * width * (4 + 2)
     if spread.autocast:  # the rows cast
@@ -209,8 +235,8 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
 
     return {
         "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * parameters},
-        "loss": at(gradients=earlier + largest, activations=kept + outer, logits=logits),
-        "backward": at(gradients=earlier + largest, activations=kept + outer + widest),
+        "loss": at(gradients=earlier + largest, activations=kept + last_norm, logits=logits),
+        "backward": at(gradients=earlier + largest, activations=kept + widest),
         "update": at(gradients=after, optimizer=working, activations=tokens * width * residual),
     }
 
@@ -219,11 +245,11 @@ def host_bytes(model: Trainee, spread: Spread) -> int:
     """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
     share = math.ceil(model.trained / spread.world)
     optimizer = (20 if spread.averaged else 16) * share if spread.offload_optimizer else 0
-    weights = (2 if spread.half else 4) * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
+    weights = spread.product * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
     return optimizer + weights
 
 
-def _states(model: Trainee, spread: Spread) -> dict[str, int]:
+def fixed_bytes(model: Trainee, spread: Spread) -> dict[str, int]:
     """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
     config, lora, parameters, trained = model.config, model.lora, model.parameters, model.trained
     embedding = config.vocab_size * config.hidden_size
@@ -237,12 +263,15 @@ def _states(model: Trainee, spread: Spread) -> dict[str, int]:
         averaged = 4 * trained if spread.averaged else 0
         moments = 8 * trained - (4 * model.matrices if spread.muon else 0)
         return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
-    compute = 2 if spread.half else 4
+    compute = spread.product
     own = math.ceil(parameters / spread.world) if stage == 3 else parameters
-    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone.
-    bucket = min(spread.bucket, trained)
+    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
+    # however small the model is, which on a CPU costs nothing where it is not written to.
+    bucket = spread.bucket if spread.on_gpu else min(spread.bucket, trained)
     buffers = 4 * max(0 if lora else embedding, bucket) + 2 * 4 * bucket
-    if stage == 1:
+    if stage == 1 and spread.half:
+        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
+    elif stage == 1:
         gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
     elif stage == 2:
         gradients = compute * share + 4 * share

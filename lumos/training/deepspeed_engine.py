@@ -34,6 +34,9 @@ OWN_KEYS = {
     "torch_autocast": "training.precision",
 }
 """DeepSpeed options that the run's own settings decide, and by which."""
+BUCKET = 50_000_000
+"""Gradients that are reduced at once where no file says it, as in configs/deepspeed. DeepSpeed's own is ten times as many, for
+which it takes 2 GB of a GPU, however small the model is."""
 
 
 def connect(device: torch.device, timeout_minutes: float) -> None:
@@ -79,6 +82,8 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     if settings.deepspeed.zero_stage is not None and zero.get("stage", stage) != stage:
         raise UserError(f"deepspeed.zero_stage is {stage}, but {file} has stage {zero['stage']}; set only one of them")
     zero.setdefault("stage", stage)
+    if file is None and stage:
+        zero["reduce_bucket_size"] = BUCKET
     if settings.training.optimizer == "muon" and zero["stage"]:
         raise UserError(
             f"training.optimizer is muon, which needs whole matrices, but ZeRO {zero['stage']} cuts them; "
@@ -97,7 +102,8 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
         "gradient_clipping": settings.training.clip_grad if zero["stage"] else 0.0,
         "zero_optimization": zero,
         # Stage 0 has no fp32 masters for bf16 weights, so there bf16 is autocast, as in plain PyTorch.
-        "bf16": {"enabled": half and zero["stage"] > 0, "check_grad_overflow": True},
+        # Stage 1 would keep each bf16 gradient until the update, though it is in the fp32 ones already.
+        "bf16": {"enabled": half and zero["stage"] > 0, "check_grad_overflow": True, "immediate_grad_update": zero["stage"] == 1},
         "torch_autocast": {"enabled": half and zero["stage"] == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ingest_helpers import FLAGS, SETTINGS, content
+from ingest_helpers import FLAGS, SETTINGS, Fragile, content
 
 from lumos.cli import main
+from lumos.data import shards
 from lumos.data.encode import Skip, Work
 from lumos.data.ingest import ingest
 from lumos.data.manifest import items
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 def cluster():
     """A Ray of two CPUs that all tests here share: starting it takes longer than all of them."""
     ray = pytest.importorskip("ray")
-    os.environ["PYTHONPATH"] = str(ROOT)  # what its workers import
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # what its workers import
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield context.address_info["address"]
     ray.shutdown()
@@ -68,14 +70,28 @@ def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsy
         next(RayEngine(Work(str(tokenizer), SETTINGS, "cuda"), 1, None).results(items([manifest])))
 
 
+def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "clips"
+    source.mkdir()
+    for n, caption in enumerate(("good", "kill", f"once {tmp_path / 'flag'}", "hang", "good")):
+        shutil.copy(clips / "0.mp4", source / f"{n}.mp4")
+        (source / f"{n}.txt").write_text(caption)
+    monkeypatch.setattr("lumos.data.ray_engine.Encoder", Fragile)
+    command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine", "ray"]
+    assert main([*command, "--item-timeout", "3", "--max-failure-rate", "0.5"]) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(entry["id"], entry["reason"]) for entry in report["skipped"]] == [
+        ("clips/1.mp4", "worker died"), ("clips/3.mp4", "timeout"),
+    ]  # fmt: skip
+    assert [row["id"] for row in shards.read_shards(tmp_path / "out")] == [f"clips/{n}.mp4" for n in (0, 2, 4)]
+
+
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
     command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine"]
     assert main([*command, "ray", "--device", "cuda:1"]) == 2
     assert "device 'cuda:1' is not for --engine ray" in capsys.readouterr().err
     assert main([*command, "ray", "--workers", "0"]) == 2
     assert "0 workers is not for --engine ray" in capsys.readouterr().err
-    assert main([*command, "ray", "--item-timeout", "60"]) == 2
-    assert "item_timeout is not for --engine ray" in capsys.readouterr().err
     assert main([*command, "spark"]) == 2
     assert "engine 'spark' is unknown; allowed: local, ray" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)

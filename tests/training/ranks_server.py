@@ -6,6 +6,7 @@ and answers with how each process ended. Each is the command line's own `train`,
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -126,6 +127,27 @@ def not_finite_in_step(step: int, what: str) -> None:
         return values, frames
 
     ArdfTask.losses = spoiled
+
+
+def weigh_after_step(step: int, file: str) -> None:
+    """Bytes of all tensors between two steps, without those that were there before the model."""
+    build_model, report = ArdfTask.build_model, Run._report
+
+    def held() -> dict[int, int]:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+    def built(task: ArdfTask) -> torch.nn.Module:
+        task.before = held()
+        return build_model(task)
+
+    def weighed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            Path(file).write_text(str(sum(size for place, size in held().items() if place not in run.task.before)))
+
+    ArdfTask.build_model, Run._report = built, weighed
 
 
 def hide_a_weight() -> None:

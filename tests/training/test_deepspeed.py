@@ -24,10 +24,12 @@ from safetensors.torch import load_file
 from lumos import LumosPipeline
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
+from lumos.planning.memory import Spread, Trainee, fixed_bytes, meta_model, parameter_count
+from lumos.training.ardf import model_config
 from lumos.training.checkpoint import Stored
-from lumos.training.deepspeed_engine import deepspeed_options
+from lumos.training.deepspeed_engine import BUCKET, deepspeed_options
 from lumos.training.loop import train
-from lumos.training.settings import load_settings
+from lumos.training.settings import TrainingSettings, load_settings
 from lumos.video_io import contact_sheet, read_image
 
 ROOT = Path(__file__).parents[2]
@@ -75,12 +77,29 @@ def test_recomputed_layers_in_two_processes(runs: Runs, ranks: Ranks):
     assert read_log(settings.output_dir) == pytest.approx(read_log(runs.whole("plain")), abs=1e-4)
 
 
+def planned_between_steps(settings: TrainingSettings, stage: int) -> int:
+    """What `plan` says that one of two processes holds of weights, optimizer state and averages, and of gradients if it does."""
+    config = model_config(settings.model)
+    parts = fixed_bytes(Trainee.of(config), Spread(stage, world=2, half=True, on_gpu=False, averaged=True))
+    held = parts["weights"] + parts["optimizer"]
+    if stage == 0:
+        return held - 2 * (parameter_count(meta_model(config)) - config.vocab_size * config.hidden_size)  # copies of a step
+    if stage == 3:
+        sizes = [p.numel() for p in meta_model(config).parameters()]
+        held += sum(sizes) * 4 // 2  # its share of the gradients
+        held += 2 * sum(size for size in sizes if size <= 100_000) // 2  # small parameters are whole
+    return held + (parts["gradients"] if stage == 1 else 0)
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_keeps_fp32_masters(runs: Runs, ranks: Ranks, stage: int):
     """Near the fp32 run; what is stored and averaged has more digits than bf16; in stage 2 a killed run goes on bit by bit."""
     settings = runs.make(runs.folder / f"bf16-{stage}")
     settings.training.precision = "bf16"
-    ranks.finish(settings, f"zero{stage}")
+    held = runs.folder / f"held-{stage}"
+    ranks.finish(settings, f"zero{stage}", faults={0: [["weigh_after_step", 3, str(held)]]})
+    bucket = 4 * BUCKET if stage == 3 else 0  # the others make theirs for each step
+    assert int(held.read_text()) - bucket == pytest.approx(planned_between_steps(settings, stage), rel=0.03)
     losses = read_log(settings.output_dir)
     assert losses == pytest.approx(read_log(runs.whole("plain")), rel=0.02)
     assert losses != pytest.approx(read_log(runs.whole("plain")), abs=1e-4)
