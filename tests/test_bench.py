@@ -35,7 +35,8 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
     model = LumosForVideoGeneration(LumosConfig.preset(
-        "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        "tiny", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=2024, visual_token_count=1000,
     ))  # fmt: skip
     video = VideoTokenizer(VideoTokenizerConfig(
         channels=8, channels_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4, embedding_dim=4, levels=(8, 5, 5, 5)

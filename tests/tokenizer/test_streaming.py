@@ -19,6 +19,7 @@ from lumos.data.shards import tokenizer_facts
 from lumos.training.ardf import video_tokenizer_sha256
 from lumos.video_io import write_video
 from tokenizer import StreamDecoder, StreamEncoder, VideoTokenizer, VideoTokenizerConfig
+from tokenizer.layers import TemporalAttention
 from tokenizer.video import PIECE
 
 ROOT = Path(__file__).parents[2]
@@ -159,14 +160,16 @@ def test_with_a_window_the_cache_stops_growing(models, name):
 @torch.inference_mode()
 def test_without_one_it_grows_by_keys_and_values_only(models, name):
     model = models[name, None]
-    keys_and_values = 2 * 4 * model.config.channels * model.config.channels_mult[-1] * 2 * 2  # 2 x 2 places, float32
-    for sizes in cache_sizes(model, 12):
-        assert {b - a for a, b in pairwise(sizes)} == {keys_and_values}
+    channels = model.config.channels * model.config.channels_mult[-1]
+    for part, sizes in zip((model.encoder, model.decoder), cache_sizes(model, 12), strict=True):
+        attentions = sum(isinstance(module, TemporalAttention) for module in part.modules())
+        assert attentions > 0
+        assert {b - a for a, b in pairwise(sizes)} == {attentions * 2 * 4 * channels * 2 * 2}  # 2 x 2 places, float32
 
 
 @torch.inference_mode()
 def test_a_window_is_the_whole_past_until_the_clip_is_longer(models):
-    whole, window = models["shipped", None], models["shipped", 3]
+    whole, window = models["published", None], models["published", 3]
     video = clip(13)
     latents = whole.encode_latent(video), window.encode_latent(video)
     torch.testing.assert_close(latents[1][:, :, :3], latents[0][:, :, :3], rtol=0, atol=1e-5)
@@ -266,6 +269,6 @@ def test_what_cannot_be_streamed(models):
     decoder.push(torch.zeros(1, 1, 2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"same batch, height and width"):
         decoder.push(torch.zeros(2, 1, 2, 2, dtype=torch.long))
-    for wrong in (torch.zeros(1, 2, 2, dtype=torch.long), torch.full((1, 1, 2, 2), 1000)):
+    for wrong in (torch.zeros(1, 2, 2, dtype=torch.long), torch.full((1, 1, 2, 2), model.num_codes)):
         with pytest.raises(ValueError, match="codes must"):
             StreamDecoder(model).push(wrong)

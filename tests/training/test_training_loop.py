@@ -298,7 +298,8 @@ def test_fine_tuning_with_another_shape(micro_settings):
 
 def test_a_checkpoint_of_another_run_is_refused(micro_settings):
     train(micro_settings(training={"max_steps": 2}))
-    other = {"preset": "tiny", "overrides": {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}}
+    codes = {"vocab_size": 2024, "visual_token_count": 1000}
+    other = {"preset": "tiny", "overrides": {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, **codes}}
     with pytest.raises(UserError, match=r"another run: hidden_size was 64, now 32; name another training\.output_dir.*start over"):
         train(micro_settings(model=other))
     with pytest.raises(UserError, match=r"past training\.max_steps"):
