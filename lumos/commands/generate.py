@@ -111,10 +111,10 @@ def make_one(args: argparse.Namespace) -> None:
         raise UserError("--preview has no effect on a picture; leave it out")
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
-    with out_of_memory_as(advice), tqdm(desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
+    bar_of = {"total": settled.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
+    with out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
-            bar.total = frames
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 

@@ -108,7 +108,8 @@ def check_rows(
             for clip in found:
                 check_file(out, clip)
                 if (name := clip.file.casefold()) in lines:
-                    raise UserError(f"{clip.file} is written by line {lines[name]} too; give it another seed or output")
+                    by = f"line {lines[name]}" if args.prompts else f"another --seed {clip.seed}"
+                    raise UserError(f"{clip.file} is written by {by} too; give it another seed or output")
                 lines[name] = row.line
         except (ValueError, RunError, OSError) as error:
             problems[row.line] = " ".join(str(error).split())
