@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.sampling import TRADES
+from lumos.commands.sampling import LOADING, SAMPLING
 from lumos.errors import OutOfMemory, RunError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from lumos.pipeline import LumosPipeline
 
 OF_A_CLIP = (
-    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps",
-    "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
-)  # fmt: skip
+    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps", *SAMPLING,
+)
 """Options that are arguments of the pipeline's call."""
 LOADING_NEEDS_LESS = "--dtype bfloat16 and --int8 need less, and --device-map auto leaves layers in host memory or in their files"
+HALF_NEEDS_LESS = "--dtype bfloat16 needs less"
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
-    """The pipeline that the options name, and its folder."""
+    """The pipeline that the verb's options name, as many of them as it has, and its folder."""
     import torch
     import transformers
 
@@ -39,20 +39,17 @@ def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
 
     transformers.utils.logging.disable_progress_bar()
     model = str(args.model or shipped_model())
-    with out_of_memory_as(lambda: LOADING_NEEDS_LESS):
-        pipe = LumosPipeline.from_pretrained(
-            model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
-            dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
-            device_map=args.device_map, max_memory=parse_max_memory(args.max_memory),
-        )  # fmt: skip
-    return pipe, model
+    options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
+    dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
+    with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):
+        return LumosPipeline.from_pretrained(model, dtype=dtype, max_memory=limits, **options), model
 
 
 def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> dict[str, Any]:
     """What is written into a clip's file."""
     from lumos import __version__
 
-    return {"prompt": prompt, "seed": seed, "model": model, "lora": args.lora, "lumos": __version__}
+    return {"prompt": prompt, "seed": seed, "model": model, "lora": getattr(args, "lora", None), "lumos": __version__}
 
 
 def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, Any]:

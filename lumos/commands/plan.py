@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lumos.commands.sampling import TRADES, add_trades
+from lumos.commands.sampling import TRADES, add_device, add_trades
 
 UTILISATION = 0.4
 OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
     add("--guidance-scale", type=float, help="1 = no guidance")
     add_trades(parser)
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_device(parser)
     add("--json", action="store_true", help="print one JSON line in place of tables")
 
 
