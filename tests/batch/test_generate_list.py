@@ -271,6 +271,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
     if launcher == "by hand":
         done = [generate(*args, "parts", "--shard", f"{part}/3") for part in (3, 1, 2)]
         assert [code for code, _, _ in done] == [1, 1, 1]
+        assert all(err[0].startswith("list.jsonl line 12: not valid JSON") for _, _, err in done)  # each has its own terminal
         assert sum(int(re.search(r"(\d+) made now", out)[1]) for _, out, _ in done) == 11
     else:
         python, *rest = command(micro_folder, *args, "parts")
