@@ -10,7 +10,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
+from lumos.commands.generating import (
+    circumstances,
+    given_options,
+    hashed,
+    load,
+    metadata,
+    model_sha256,
+    out_of_memory_as,
+    planned,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,10 +100,9 @@ def check_rows(
 ) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
     """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
     from lumos.batch.clips import check_file, clips_of, request_of
-    from lumos.commands.official_benchmarks import hashed, model_sha256
     from lumos.errors import RunError, UserError
 
-    hashes = model_sha256(Path(model), args)
+    hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
     clips, problems, notes, lines = [], {}, [], {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What making one clip and making a list of them share: options, the pipeline, records, and words for a lack of memory."""
+"""What the verbs that make clips share: options, the pipeline, records, hashes, and words for a lack of memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.sampling import LOADING, SAMPLING
+from lumos.commands.sampling import LOADING, PLACES, SAMPLING
 from lumos.errors import OutOfMemory, RunError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -63,6 +64,22 @@ def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, An
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
     }  # fmt: skip
+
+
+def hashed(path: str | None) -> str | None:
+    """SHA-256 of a file, or of what a folder holds to be read from."""
+    from lumos.evaluation.manifest import file_sha256, folder_sha256
+
+    if path is None:
+        return None
+    return folder_sha256(Path(path)) if Path(path).is_dir() else file_sha256(Path(path))
+
+
+def model_sha256(model: str, args: argparse.Namespace) -> dict[str, str]:
+    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
+    elsewhere = {name: getattr(args, name, None) for name in PLACES}
+    places = {"model": model, **elsewhere}
+    return {key: hashed(path) for key, path in places.items() if path}
 
 
 @contextmanager

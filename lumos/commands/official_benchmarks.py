@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lumos.commands.generating import load, metadata
-from lumos.commands.sampling import PLACES, SAMPLING, add_device, add_parts, add_sampling
+from lumos.commands.generating import hashed, load, metadata, model_sha256
+from lumos.commands.sampling import SAMPLING, add_device, add_parts, add_sampling
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
 SHAPE = ("num_frames", "height", "width", "fps")
@@ -115,7 +115,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
         pipe.text_ids(caption, clip)
 
     inputs = {
-        "benchmark": name, "model_sha256": model_sha256(Path(model), args), "prompts_sha256": hashed(args.prompts),
+        "benchmark": name, "model_sha256": model_sha256(model, args), "prompts_sha256": hashed(args.prompts),
         "captions_sha256": hashed(args.captions), "caption_key": args.caption_key,
         "images_sha256": folder_sha256(Path(args.images), images) if images else None,
         "seed": seed, "batch_size": batch_size, "dtype": str(pipe.model.dtype).removeprefix("torch."), "settings": settings,
@@ -160,19 +160,3 @@ def check_images(entries: list, folder: Path) -> list[Path]:
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{len(missing)} of {len(paths)} pictures are missing, {missing[0]} first; --images names their folder")
     return paths
-
-
-def hashed(path: str | None) -> str | None:
-    """SHA-256 of a file, or of what a folder holds to be read from."""
-    from lumos.evaluation.manifest import file_sha256, folder_sha256
-
-    if path is None:
-        return None
-    return folder_sha256(Path(path)) if Path(path).is_dir() else file_sha256(Path(path))
-
-
-def model_sha256(model: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
-    elsewhere = {name: getattr(args, name, None) for name in PLACES}
-    places = {"model": str(model), **elsewhere}
-    return {key: hashed(path) for key, path in places.items() if path}
