@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lumos import LumosForVideoGeneration
-from lumos.generation.acceleration import compile_parts
+from lumos.generation.acceleration import compile_parts, use_int8_weights
 from lumos.generation.cache import KeptPrefix
 from lumos.generation.engine import Engine, code_offsets
 from lumos.generation.sampling import guide
@@ -153,6 +153,21 @@ def test_compiled_parts(model, trace):
     compiled = copy.deepcopy(model)
     compile_parts(compiled, backend="eager")
     check(trace, compiled)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_fewer_bits_stay_close(model, trace, precision):
+    """These do not keep the result: they are held to a tenth of the logits' range, all steps through one cache."""
+    changed = copy.deepcopy(model)
+    if precision == "int8":
+        pytest.importorskip("torchao")
+        use_int8_weights(changed)
+    else:
+        changed.to(torch.bfloat16)
+    engine = Engine(changed)
+    for call, ids, finished in steps(trace, engine):
+        ours, theirs = engine.denoise(ids, committing=finished), trace.logits(call)
+        assert 1e-3 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max(), call
 
 
 def test_layers_that_wait_in_their_file(golden, trace):
