@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lumos.errors import RunError, UserError, is_out_of_memory
 
@@ -44,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
         parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
-        command.run(parser.parse_args(argv[1:]))
+        with warnings_as_notes():
+            command.run(parser.parse_args(argv[1:]))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     except (UserError, ValueError) as error:
@@ -58,6 +63,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 1)
     return 0
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """What this program warns of is one line on stderr, as errors are; what libraries warn of stays as it is."""
+    usual, here = warnings.showwarning, Path(__file__).parent
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(here):
+            print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            usual(message, category, filename, *where)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 class Parser(argparse.ArgumentParser):

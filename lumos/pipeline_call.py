@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("np", "pil", "pt", "uint8", "latent")
 TENSOR_INPUTS = ("codes", "history")
+MAX_VIDEOS_PER_PROMPT = 10_000  # each is checked before the first is made
 
 StepCallback = Callable[["LumosPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -124,8 +125,8 @@ def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
 
 def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:
     """`num_videos_per_prompt`: every entry of a list `count` times in a row; a single prompt alone becomes such a list."""
-    if not is_whole(count) or count < 1:
-        raise UserError(f"num_videos_per_prompt {count!r} is not allowed; give a whole number of at least 1")
+    if not is_whole(count) or not 1 <= count <= MAX_VIDEOS_PER_PROMPT:
+        raise UserError(f"num_videos_per_prompt {count!r} is not allowed; give a whole number from 1 to {MAX_VIDEOS_PER_PROMPT}")
     values = [prompt, *others]
     if count > 1 and not any(isinstance(value, list | tuple) for value in values):
         values[0] = [prompt]

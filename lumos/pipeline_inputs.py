@@ -129,6 +129,14 @@ def without_effect(where: str, **options: Any) -> None:
         warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
 
 
+def check_effect(latents: int, new_frames: int, *, later_steps: int | None, history_frames: int | None) -> None:
+    """Warnings for what was asked for although a clip of so many latent frames, `new_frames` of them made, is the same without."""
+    if new_frames == 1:
+        without_effect("a single new latent frame", later_steps=later_steps)
+    if latents <= 2 + (history_frames or 0):
+        without_effect(f"a clip of {latents} latent frames", history_frames=history_frames)
+
+
 def load_image(image: Any) -> np.ndarray:
     """A path, a PIL picture or an array -> uint8 [H, W, 3]."""
     if isinstance(image, str | Path):

@@ -17,6 +17,7 @@ from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
 from lumos.pipeline_call import Request, repeat_each, seeds_from
 from lumos.pipeline_inputs import (
     align,
+    check_effect,
     check_length,
     check_num_frames,
     clip_length,
@@ -120,10 +121,7 @@ def settle(
     given_latents = num_latent_frames(len(given[0]), config.temporal_compression) if given else 0
     latents = num_latent_frames(clip.num_frames, config.temporal_compression)
     new_frames = latents - given_latents
-    if new_frames == 1:
-        without_effect("a single new latent frame", later_steps=request.later_steps)
-    if latents <= 2 + (sampling.history_frames or 0):
-        without_effect(f"a clip of {latents} latent frames", history_frames=request.history_frames)
+    check_effect(latents, new_frames, later_steps=request.later_steps, history_frames=request.history_frames)
     later = {}
     for start, text in check_later(request.later_prompts, len(given[0]) if given else 0, clip, config.temporal_compression):
         later[num_latent_frames(start, config.temporal_compression) - given_latents] = read(for_each(text, start, repeats, count))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from lumos import LumosPipeline
-from lumos.cli import main
+from lumos.cli import main, warnings_as_notes
 from lumos.video_io import read_image, read_video, write_video
 
 
@@ -189,6 +191,21 @@ def test_a_full_disk_fails_with_exit_code_1_and_leaves_nothing(generate, in_empt
 @pytest.mark.parametrize("args", [[], ["paint"], ["generate"], ["generate", "--prompt", "x", "--stepz", "3"], ["train"]])
 def test_usage_errors(args, capsys):
     assert main(args) == 2
+
+
+def test_an_option_without_effect_is_one_line(micro_folder, capsys):
+    call = ["--prompt", "x", "--seed", 1, "--num-given-frames", 5, "--history-frames", 1, "--output", "a.mp4"]
+    with warnings.catch_warnings(action="always"):
+        assert main(["generate", "--model", str(micro_folder), *map(str, call)]) == 0
+    notes = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("note")]
+    assert notes == ["note: num_given_frames=5 has no effect on a clip without video",
+                     "note: history_frames=1 has no effect on a clip of 2 latent frames"]  # fmt: skip
+
+
+def test_warnings_of_libraries_stay_as_they_are(capsys):
+    with pytest.warns(UserWarning, match="somewhere else"), warnings_as_notes():
+        warnings.warn("somewhere else", stacklevel=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_wrong_option_is_one_line(capsys):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from lumos import LumosForVideoGeneration
 from lumos.attention import dense_mask
-from lumos.generation.engine import Engine
 from lumos.loss import frame_losses
 from lumos.masking import mask_sequence
 from lumos.rope import position_ids
@@ -108,42 +107,6 @@ def test_ardf_masks_are_tubes_of_the_stated_ratio(model, golden):
         ours_frames = torch.stack([ours_hidden[f.content_start : f.end - 1] for f in layout.frames])
         assert (ours_frames == ours_frames[0]).all()
         assert int(ours_frames[0].sum()) == max(1, round(n * ours.ratios[0]))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", TRACES)
-def test_trace_is_replayed_through_the_cache(model, golden, name, fused):
-    """fused: a frame is committed by the forward of the step after it."""
-    settings = json.loads((golden / f"{name}.json").read_text())
-    g = load_file(golden / f"{name}.safetensors")
-    h, w = settings["grid"]
-    span = h * (w + 1) + 4
-    branches = ("cond", "uncond")
-    calls = [c.removesuffix("_cond") for c in settings["order"] if c.endswith("_cond")]
-    assert [f"{c}_{b}" for c in calls for b in branches] == settings["order"]
-
-    engine = Engine(model)
-    first = [g[f"{calls[0]}_{b}.input_ids"][0] for b in branches]
-    commits = sum("commit" in c for c in calls)
-    engine.prefill([ids[:-span] for ids in first], max(map(len, first)) + span * commits)
-    finished = None
-    for call in calls:
-        positions = torch.stack(
-            [torch.stack([g[f"{call}_{b}.position_{axis}"][0, -span:] for axis in "thw"]) for b in branches]
-        )
-        ids = torch.stack([g[f"{call}_{b}.input_ids"][0, -span:] for b in branches])
-        ahead = int(finished is not None)
-        assert torch.equal(engine.frame_position_ids(ids, ahead)[:, :, 3:-1], positions[:, :, 3:-1]), call
-        if "commit" in call and fused:
-            finished = ids
-            continue
-        if "commit" in call:
-            engine.commit(ids)
-            continue
-        logits = engine.denoise(ids, committing=finished)
-        finished = None
-        expected = torch.stack([g[f"{call}_{b}.logits"].reshape(h * w, -1) for b in branches])
-        torch.testing.assert_close(logits, expected, **TOLERANCE, msg=lambda m, call=call: f"{call}: {m}")
 
 
 @pytest.mark.parametrize("name", TRACES)

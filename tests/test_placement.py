@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import released_layout
 import torch
 
-from lumos import LumosPipeline
+from lumos import LumosConfig, LumosPipeline
 from lumos.cli import main
 from lumos.errors import UserError
 from lumos.placement import FOR_WEIGHTS, is_spread, loading_arguments, parse_max_memory, size_in_bytes, working_device
@@ -103,3 +106,32 @@ def test_from_the_command_line(micro_folder, tmp_path, capsys):
     assert main([*call, "--device-map", "auto", "--max-memory", "60KB"]) == 2
     assert "--max-memory 60KB is not allowed; give the GPU's number or cpu, and a size" in capsys.readouterr().err
     assert parse_max_memory(["0=6GiB", "cpu=16GiB"]) == {0: "6GiB", "cpu": "16GiB"}
+
+
+LOAD = """
+import sys
+import torch
+from lumos import LumosForVideoGeneration
+from lumos.benchmarks.measure import lowered_peak
+from lumos.runtime import peak_memory_bytes
+warm_up, folder = sys.argv[1:]
+LumosForVideoGeneration.from_pretrained(warm_up, dtype=torch.bfloat16)
+before = lowered_peak(torch.device("cpu"))
+model = LumosForVideoGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+read = sum(float(p.detach().view(torch.int16)[..., ::64].sum()) for p in model.parameters())
+print(peak_memory_bytes(torch.device("cpu")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is set back by /proc")
+def test_loading_shards_takes_little_more_than_the_weights(micro_folder, repo, tmp_path):
+    """Released files of bf16, every page of them read, in a process of its own."""
+    config = LumosConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
+    )
+    released_layout.write_decoder(tmp_path / "m", config, 40_000_000, torch.bfloat16)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(released_layout.released_config(config)))
+    weights = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.safetensors"))
+    call = [sys.executable, "-c", LOAD, str(micro_folder), str(tmp_path / "m")]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=repo)
+    assert 0.9 * weights < int(done.stdout.splitlines()[-1]) < 1.2 * weights

@@ -395,6 +395,15 @@ def test_a_clip_of_the_shipped_model(capsys):
     assert f"weights {2 * PARAMETERS / 2**20:,.1f}" in text
 
 
+def test_options_that_change_no_clip_are_said(capsys):
+    for options, note in (
+        (["--num-frames", "1", "--later-steps", "3"], "later_steps=3 has no effect on a single new latent frame"),
+        (["--num-frames", "17", "--history-frames", "3"], "history_frames=3 has no effect on a clip of 5 latent frames"),
+    ):
+        assert main([*CLIP, *options]) == 0
+        assert capsys.readouterr().err == f"note: {note}\n"
+
+
 def test_the_peak_is_probed(capsys):
     assert main(["plan", "--generate", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)

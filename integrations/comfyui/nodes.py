@@ -20,9 +20,8 @@ from torch import Tensor
 
 from lumos import LumosPipeline
 from lumos.errors import UserError
-from lumos.frames import to_uint8
+from lumos.pipeline_call import Request
 from lumos.pipeline_inputs import MAX_SEED
-from tokenizer import StreamDecoder
 
 KIND = "lumos"
 PREVIEW_PIXELS = 512
@@ -131,25 +130,21 @@ def asked(
 
 def make_clip(pipe: LumosPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
     """The clip as IMAGE [T, H, W, 3] and its rate; the interface sees each step, and each latent frame's last picture."""
-    bar, decoder, frames = comfy.utils.ProgressBar(1), StreamDecoder(pipe.video_tokenizer), []
+    ready = pipe.prepare(Request(prompt, **options))
+    steps_before, frames = ready.sampling.steps_before, []
+    total = steps_before(ready.new_frames)
+    bar = comfy.utils.ProgressBar(total)
 
-    def decode(codes: Tensor) -> None:
-        with torch.inference_mode():
-            frames.append(to_uint8(decoder.push(codes.to(pipe.device)))[0])
-
-    def step_end(pipe: LumosPipeline, step: int, left: int, tensors: dict[str, Tensor]) -> None:
+    def on_step(frame: int, new_frames: int, step: int, steps: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        preview = None
-        if left == 0:
-            if not frames and tensors["history"].shape[1]:
-                decode(tensors["history"])
-            decode(tensors["codes"][:, None])
-            preview = ("JPEG", Image.fromarray(frames[-1][-1]), PREVIEW_PIXELS)
-        bar.update_absolute(step + 1, pipe.num_timesteps, preview)
+        if step + 1 < steps:  # after its last step a frame can be seen
+            bar.update_absolute(steps_before(frame) + step + 1, total)
 
-    result = pipe(prompt, output_type="latent", callback_on_step_end=step_end,
-                  callback_on_step_end_tensor_inputs=("codes", "history"), **options)  # fmt: skip
-    return torch.from_numpy(np.concatenate(frames)).float() / 255, float(result.settings["fps"])
+    for (part,) in pipe.stream_prepared(ready, on_step):
+        frames.append(part)
+        if made := len(frames) - bool(ready.given):
+            bar.update_absolute(steps_before(made), total, ("JPEG", Image.fromarray(part[-1]), PREVIEW_PIXELS))
+    return torch.from_numpy(np.concatenate(frames)).float() / 255, float(ready.clip.fps)
 
 
 NODE_CLASS_MAPPINGS = {

@@ -30,19 +30,23 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def is_list_of(kind: Callable[[object], bool], value: object) -> bool:
+    """Not of an empty one."""
+    return isinstance(value, list) and bool(value) and all(map(kind, value))
+
+
 def parse_flag(cell: str) -> bool:
     return {"true": True, "false": False}[cell.lower()]
 
 
 TEXT = Kind("text", is_text, str)
-PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or (isinstance(v, list) and v and all(map(is_text, v))), str)
+PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
 WHOLE = Kind("a whole number", is_whole, int)
-WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or (isinstance(v, list) and all(map(is_whole, v))), int)
+WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), int)
 NUMBER = Kind("a number", is_number, float)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), parse_flag)
 INTERVAL = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2, lambda cell: [float(part) for part in cell.split()])
-COUNTS = Kind("a list of whole numbers", lambda v: isinstance(v, list) and all(map(is_whole, v)),
-              lambda cell: [int(part) for part in cell.split()])  # fmt: skip
+COUNTS = Kind("a list of whole numbers", lambda v: is_list_of(is_whole, v), lambda cell: [int(part) for part in cell.split()])
 
 OPTIONS = {
     "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "output": TEXT,

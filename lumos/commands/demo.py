@@ -7,7 +7,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from lumos.commands.sampling import add_acceleration
+from lumos.commands.sampling import PLACES, add_loading
 from lumos.errors import UserError
 
 EXAMPLES = (
@@ -25,14 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
-    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
-    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
-    add_acceleration(parser)
-    add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
-    add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
+    add_loading(parser)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in. Default: this machine only")
     add("--port", type=int, default=7860)
     add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads, the only one that is served from")
@@ -68,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 def without_folders(args: argparse.Namespace) -> argparse.Namespace:
     """The same for the eyes of visitors: where on this machine a model lies is not their concern."""
-    places = {name: getattr(args, name) for name in ("lora", "video_tokenizer", "text_tokenizer")}
+    places = {name: getattr(args, name) for name in PLACES}
     return argparse.Namespace(**{**vars(args), **{name: place and Path(place).name for name, place in places.items()}})
 
 

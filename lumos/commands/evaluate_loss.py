@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from lumos.commands.generating import load
+from lumos.commands.sampling import add_device
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from lumos.data.worlds import KINDS, SPLITS
@@ -25,22 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1_000_000, help="of the masks and of the worlds; training uses others")
     add("--batch-size", type=int, default=20)
     add("--output", help="JSON file for what is printed")
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-    import transformers
     from tqdm import tqdm
 
-    from lumos.commands.generate import shipped_model
     from lumos.data.worlds import Worlds
     from lumos.errors import UserError
     from lumos.evaluation.manifest import folder_sha256
     from lumos.evaluation.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
     from lumos.files import check_writable, write_json
-    from lumos.pipeline import LumosPipeline
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
@@ -52,10 +50,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--{' and --'.join(chosen)} have no effect with --data, whose clips are what they are; leave them out")
     if args.output:
         check_writable(args.output)
-    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    model = args.model or shipped_model()
-    pipe = LumosPipeline.from_pretrained(model, dtype=args.dtype and getattr(torch, args.dtype), device=args.device)
+    pipe, model = load(args)
     clip = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
     if args.data:
@@ -75,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
     print(loss_table(results))
     summary = {
-        "evaluate": "loss", "model": str(model), "model_sha256": folder_sha256(Path(model)), "data": data, "clips": len(sequences),
+        "evaluate": "loss", "model": model, "model_sha256": folder_sha256(Path(model)), "data": data, "clips": len(sequences),
         "num_frames": clip.num_frames, "mask": args.mask, "seed": args.seed, "results": results,
         "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
     }  # fmt: skip

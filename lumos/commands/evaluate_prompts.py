@@ -7,7 +7,8 @@ import json
 import sys
 import time
 
-from lumos.commands.sampling import TRADES, add_acceleration, add_trades
+from lumos.commands.generating import load
+from lumos.commands.sampling import SAMPLING, add_acceleration, add_device, add_sampling
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from others or say them again."""
@@ -22,44 +23,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")
     add("--image-to-video", action="store_true", help="give each clip its first frame, as the small worlds draw it")
     add("--batch-size", type=int, default=10)
-    add("--num-inference-steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--temperature", type=float)
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--history-mask-ratio", type=float)
-    add("--mask-given-frames", action="store_true", default=None, help="hide a part of the given frame too, as of later history")
-    add_trades(parser)
+    add_sampling(parser)
     add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
     add("--animation", help=".webp or .gif that plays the same clips side by side over their prompts")
     add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet and in the animation")
     add("--output", help="JSON file for settings, shares and the verdict of every clip")
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_device(parser)
     add_acceleration(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-    import transformers
     from tqdm import tqdm
 
-    from lumos.commands.generate import shipped_model
     from lumos.errors import UserError
     from lumos.evaluation.prompts import generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_writable, write_json
     from lumos.frames import animated_sheet, contact_sheet
-    from lumos.pipeline import LumosPipeline
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
     for name in ("count", "batch_size", "sheet_clips"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    names = ("num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames",
-             *TRADES)  # fmt: skip
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if options and args.reference:
         raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")
     if args.image_to_video and args.reference:
@@ -69,11 +56,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.sheet, args.animation, args.output):
         if path:
             check_writable(path)
-    transformers.utils.logging.disable_progress_bar()
-    model = args.model or shipped_model()
-    pipe = LumosPipeline.from_pretrained(
-        model, device=args.device, dtype=args.dtype and getattr(torch, args.dtype), int8=args.int8, compile=args.compile
-    )
+    pipe, model = load(args)
     form = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(form.num_frames, pipe.model.config.temporal_compression)
     shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
@@ -109,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         captions = [label.partition(" | ")[2] for label in labels]
         print(animated_sheet(clips_shown, captions, args.animation, form.fps))
     summary = {
-        "evaluate": "prompts", "model": str(model), "reference": args.reference, "count": args.count, "seed": args.seed,
+        "evaluate": "prompts", "model": model, "reference": args.reference, "count": args.count, "seed": args.seed,
         "num_frames": form.num_frames, "image_to_video": args.image_to_video,
         "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
-from lumos.commands.sampling import add_acceleration, add_trades
+from lumos.commands.sampling import add_loading, add_sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last-image", help="refused, with what is possible instead")
     add("--num-given-frames", type=int, help="frames of --video to keep, 1 + a multiple of 4; default: up to half of the result")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
-    add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
-    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
-    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
     add("--output-dir", help="folder for several clips, default: outputs; the same command goes on where it stopped")
     add("--preview", metavar="FILE", help=".mp4 .gif .webp to watch meanwhile: it grows with each latent frame")
@@ -43,23 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
     add("--fps", type=int, help="frames per second")
-    add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
-    add("--guidance-scale", type=float, help="1 = no guidance")
-    add("--temperature", type=float, help="noise on the confidence, annealed to 0 within each frame")
-    add("--top-k", type=int, help="sample among the k likeliest codes")
-    add("--top-p", type=float, help="sample among the likeliest codes of this total probability")
-    add("--history-mask-ratio", type=float, help="share of each finished frame hidden from later frames")
-    add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None, help="hide that share of given frames too")
-    add_trades(parser)
+    add_sampling(parser)
     add("--seed", type=int, nargs="+", help="several make several clips; default: drawn, printed and stored; of --prompts: 0")
     add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
     add("--batch-size", type=int, help="clips of one size and length that are made together; default: 4")
     add("--shard", metavar="I/N", help="make only part I of N of several clips; torchrun and deepspeed set it for their processes")
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
-    add_acceleration(parser)
-    add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
-    add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
+    add_loading(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
 
 
@@ -111,10 +97,10 @@ def make_one(args: argparse.Namespace) -> None:
         raise UserError("--preview has no effect on a picture; leave it out")
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
-    with out_of_memory_as(advice), tqdm(desc="generating", bar_format=BAR, file=sys.stderr, leave=False) as bar:
+    bar_of = {"total": settled.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
+    with out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
-            bar.total = frames
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 

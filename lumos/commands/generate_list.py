@@ -10,7 +10,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
+from lumos.commands.generating import (
+    circumstances,
+    given_options,
+    hashed,
+    load,
+    metadata,
+    model_sha256,
+    out_of_memory_as,
+    planned,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,17 +39,18 @@ def make_list(args: argparse.Namespace) -> None:
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
     rows, defaults, seed = asked_rows(args)
     pipe, model = load(args)
-    clips, problems = check_rows(args, pipe, model, rows, defaults, seed, out)
+    clips, problems, notes = check_rows(args, pipe, model, rows, defaults, seed, out)
     if len(rows) == len(problems) == 1:
         raise UserError(next(iter(problems.values())))
-    for line, problem in problems.items() if shard[0] == 1 else ():
-        print(f"{where(args, line)}: {problem}", file=sys.stderr)
+    speaks = shard[0] == 1 or args.shard is not None  # of a launcher's processes, which share a terminal, the first
+    for line, said in [*problems.items(), *notes] if speaks else ():
+        print(f"{where(args, line)}: {said}", file=sys.stderr)
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with only_shard(out, shard):
         made, failed = make_clips(args, pipe, model, clips, shard, out)
     made, failed = sum_over_processes(made, failed)
-    if shard[0] == 1 or args.shard:
+    if speaks:
         print(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows")
     if failed or problems:
         bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
@@ -87,15 +97,14 @@ def where(args: argparse.Namespace, line: int) -> str:
 
 def check_rows(
     args: argparse.Namespace, pipe: LumosPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
-) -> tuple[list[Clip], dict[int, str]]:
-    """The clips that can be made, and by their line what is wrong with the other rows. Nothing is made."""
+) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
+    """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
     from lumos.batch.clips import check_file, clips_of, request_of
-    from lumos.commands.official_benchmarks import hashed, model_sha256
     from lumos.errors import RunError, UserError
 
-    hashes = model_sha256(Path(model), args)
+    hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
-    clips, problems, lines = [], {}, {}
+    clips, problems, notes, lines = [], {}, [], {}
     for row in rows:
         try:
             request = request_of(row, defaults, seed)
@@ -108,15 +117,15 @@ def check_rows(
             for clip in found:
                 check_file(out, clip)
                 if (name := clip.file.casefold()) in lines:
-                    raise UserError(f"{clip.file} is written by line {lines[name]} too; give it another seed or output")
+                    by = f"line {lines[name]}" if args.prompts else f"another --seed {clip.seed}"
+                    raise UserError(f"{clip.file} is written by {by} too; give it another seed or output")
                 lines[name] = row.line
         except (ValueError, RunError, OSError) as error:
             problems[row.line] = " ".join(str(error).split())
             continue
         clips += found
-        for warning in said:
-            print(f"{where(args, row.line)}: note: {warning.message}", file=sys.stderr)
-    return clips, problems
+        notes += [(row.line, f"note: {warning.message}") for warning in said]
+    return clips, problems, notes
 
 
 def make_clips(

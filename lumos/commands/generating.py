@@ -1,4 +1,4 @@
-"""What making one clip and making a list of them share: options, the pipeline, records, and words for a lack of memory."""
+"""What the verbs that make clips share: options, the pipeline, records, hashes, and words for a lack of memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.sampling import TRADES
+from lumos.commands.sampling import LOADING, PLACES, SAMPLING
 from lumos.errors import OutOfMemory, RunError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from lumos.pipeline import LumosPipeline
 
 OF_A_CLIP = (
-    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps",
-    "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
-)  # fmt: skip
+    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps", *SAMPLING,
+)
 """Options that are arguments of the pipeline's call."""
 LOADING_NEEDS_LESS = "--dtype bfloat16 and --int8 need less, and --device-map auto leaves layers in host memory or in their files"
+HALF_NEEDS_LESS = "--dtype bfloat16 needs less"
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
-    """The pipeline that the options name, and its folder."""
+    """The pipeline that the verb's options name, as many of them as it has, and its folder."""
     import torch
     import transformers
 
@@ -39,20 +40,17 @@ def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
 
     transformers.utils.logging.disable_progress_bar()
     model = str(args.model or shipped_model())
-    with out_of_memory_as(lambda: LOADING_NEEDS_LESS):
-        pipe = LumosPipeline.from_pretrained(
-            model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer, lora=args.lora,
-            dtype=args.dtype and getattr(torch, args.dtype), device=args.device, int8=args.int8, compile=args.compile,
-            device_map=args.device_map, max_memory=parse_max_memory(args.max_memory),
-        )  # fmt: skip
-    return pipe, model
+    options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
+    dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
+    with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):
+        return LumosPipeline.from_pretrained(model, dtype=dtype, max_memory=limits, **options), model
 
 
 def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> dict[str, Any]:
     """What is written into a clip's file."""
     from lumos import __version__
 
-    return {"prompt": prompt, "seed": seed, "model": model, "lora": args.lora, "lumos": __version__}
+    return {"prompt": prompt, "seed": seed, "model": model, "lora": getattr(args, "lora", None), "lumos": __version__}
 
 
 def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, Any]:
@@ -66,6 +64,22 @@ def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, An
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
     }  # fmt: skip
+
+
+def hashed(path: str | None) -> str | None:
+    """SHA-256 of a file, or of what a folder holds to be read from."""
+    from lumos.evaluation.manifest import file_sha256, folder_sha256
+
+    if path is None:
+        return None
+    return folder_sha256(Path(path)) if Path(path).is_dir() else file_sha256(Path(path))
+
+
+def model_sha256(model: str, args: argparse.Namespace) -> dict[str, str]:
+    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
+    elsewhere = {name: getattr(args, name, None) for name in PLACES}
+    places = {"model": model, **elsewhere}
+    return {key: hashed(path) for key, path in places.items() if path}
 
 
 @contextmanager

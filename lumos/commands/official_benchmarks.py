@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lumos.commands.sampling import TRADES, add_trades
+from lumos.commands.generating import hashed, load, metadata, model_sha256
+from lumos.commands.sampling import SAMPLING, add_device, add_parts, add_sampling
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
-SAMPLING = (
-    "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
-)  # fmt: skip
 SHAPE = ("num_frames", "height", "width", "fps")
 SEED, BATCH_SIZE = 0, 5
 
@@ -26,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--images", help="folder of the pictures that the list names, for example vbench2_beta_i2v/data/crop/7-4")
     add("--out", help=f"folder for {benchmark.folder}/ and manifest.json; the same command goes on where it stopped")
     add("--model", help="model folder; default: the shipped one")
-    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
-    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
+    add_parts(parser)
     add("--captions", help="what the model is told instead of the prompts: JSON {prompt: caption}, or a line for each entry")
     add("--caption-key", help="field of the list's entries that the model is told instead of the prompt")
     add("--samples", type=int, help="of each prompt; default: as the benchmark wants")
@@ -39,18 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--fps", type=int, help="frames per second")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
-    add("--num-inference-steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--temperature", type=float)
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    if not benchmark.pictures:
-        add("--history-mask-ratio", type=float)
-    add_trades(parser, pictures=benchmark.pictures)
-    if benchmark.images:
-        add("--mask-given-frames", action=argparse.BooleanOptionalAction, default=None)
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_sampling(parser, pictures=benchmark.pictures, given=benchmark.images)
+    add_device(parser)
     results = "results.jsonl" if benchmark.pictures else "*_eval_results.json, folders or zips of them"
     add("--aggregate", nargs="+", metavar="RESULTS", help=f"draw nothing; print the totals of official results: {results}")
     add("--output", help="JSON file for the totals of --aggregate")
@@ -108,23 +95,14 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     import numpy as np
     import torch
-    import transformers
     from tqdm import tqdm
 
-    from lumos import __version__
-    from lumos.commands.generate import shipped_model
-    from lumos.pipeline import LumosPipeline
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
     from lumos.sequence import size_units
     from lumos.video_io import write_video
 
-    transformers.utils.logging.disable_progress_bar()
-    model = Path(args.model or shipped_model())
-    pipe = LumosPipeline.from_pretrained(
-        model, video_tokenizer=args.video_tokenizer, text_tokenizer=args.text_tokenizer,
-        dtype=args.dtype and getattr(torch, args.dtype), device=args.device,
-    )  # fmt: skip
+    pipe, model = load(args)
     options = {key: getattr(args, key, None) for key in (*SAMPLING, *SHAPE)}
     if benchmark.pictures:
         options["num_frames"] = 1
@@ -145,7 +123,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     }  # fmt: skip
     paths = {key: getattr(args, key, None) for key in ("prompts", "captions", "images", "video_tokenizer", "text_tokenizer")}
     machine = {"device": pipe.model.device.type, "threads": torch.get_num_threads(), "versions": versions()}
-    environment = {"model": str(model), **paths, **machine}
+    environment = {"model": model, **paths, **machine}
     for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
         print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
 
@@ -161,8 +139,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
         return pipe(captions, seed=seeds, image=pictures, output_type="uint8", **options).frames
 
     def save(path: Path, sample: Any, frames: np.ndarray) -> None:
-        about = {"prompt": sample.caption, "seed": sample.seed, "model": str(model), "lumos": __version__}
-        write_video(path, frames, clip.fps, about)
+        write_video(path, frames, clip.fps, metadata(args, model, sample.caption, sample.seed))
 
     mine = batches[shard[0] - 1 :: shard[1]]
     with tqdm(total=len(mine), unit="batch", desc=f"shard {shard[0]}/{shard[1]}", file=sys.stderr, disable=shard[0] > 1) as bar:
@@ -183,19 +160,3 @@ def check_images(entries: list, folder: Path) -> list[Path]:
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{len(missing)} of {len(paths)} pictures are missing, {missing[0]} first; --images names their folder")
     return paths
-
-
-def hashed(path: str | None) -> str | None:
-    """SHA-256 of a file, or of what a folder holds to be read from."""
-    from lumos.evaluation.manifest import file_sha256, folder_sha256
-
-    if path is None:
-        return None
-    return folder_sha256(Path(path)) if Path(path).is_dir() else file_sha256(Path(path))
-
-
-def model_sha256(model: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
-    elsewhere = {name: getattr(args, name, None) for name in ("video_tokenizer", "text_tokenizer", "lora")}
-    places = {"model": str(model), **elsewhere}
-    return {key: hashed(path) for key, path in places.items() if path}

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lumos.commands.sampling import TRADES, add_trades
+from lumos.commands.sampling import TRADES, add_device, add_trades
 
 UTILISATION = 0.4
 OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
     add("--guidance-scale", type=float, help="1 = no guidance")
     add_trades(parser)
-    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add_device(parser)
     add("--json", action="store_true", help="print one JSON line in place of tables")
 
 
@@ -80,7 +79,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.configuration import LumosConfig
     from lumos.errors import UserError
     from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
-    from lumos.pipeline_inputs import override
+    from lumos.pipeline_inputs import check_effect, override
     from lumos.planning.generation import ClipPlan
     from lumos.runtime import pick_device
     from lumos.training.peak import peak_flops
@@ -101,6 +100,8 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
     plan = ClipPlan(config, clip, settings, text_tokens, dtype)
+    latents = plan.case.frames
+    check_effect(latents, latents, later_steps=args.later_steps, history_frames=args.history_frames)
     peak, known = peak_flops(device, dtype, args.peak_tflops)
     report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
     report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}

@@ -1,4 +1,4 @@
-"""What stands before the site: only known paths get in, bodies are bounded, and uploads find room."""
+"""What stands before the site: only known paths get in, other sites' pages do not, bodies are bounded, and uploads find room."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ FORM_BYTES = 2**20  # of a body besides the file in it
 
 
 class Gate:
-    """404 for other paths; 413 for bodies over the limit, by their stated length or once they exceed it on the way."""
+    """404 for other paths; 403 for what a page of another site makes a browser send; 413 for bodies over the limit, by their stated
+    length or once they exceed it on the way.
+    """
 
     def __init__(self, app: ASGIApp, store: Store, limits: Limits):
         self.app, self.store, self.limits = app, store, limits
@@ -33,6 +35,8 @@ class Gate:
             await self.app(scope, receive, send)
         elif scope["type"] != "http" or not OPEN.fullmatch(scope["path"]):
             await failure(HTTPException(404, "there is nothing here"))(scope, receive, send)
+        elif scope["method"] != "GET" and dict(scope["headers"]).get(b"sec-fetch-site") == b"cross-site":
+            await failure(HTTPException(403, "a page of another site sent this; open the demo itself"))(scope, receive, send)
         elif UPLOADS.fullmatch(scope["path"]):
             await asyncio.to_thread(self.store.make_room)
             await self._bounded(scope, receive, send, self.limits.upload_bytes + FORM_BYTES)

@@ -271,6 +271,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
     if launcher == "by hand":
         done = [generate(*args, "parts", "--shard", f"{part}/3") for part in (3, 1, 2)]
         assert [code for code, _, _ in done] == [1, 1, 1]
+        assert all(err[0].startswith("list.jsonl line 12: not valid JSON") for _, _, err in done)  # each has its own terminal
         assert sum(int(re.search(r"(\d+) made now", out)[1]) for _, out, _ in done) == 11
     else:
         python, *rest = command(micro_folder, *args, "parts")
@@ -312,6 +313,8 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
         ({"prompt": "x", "output": "a.gif", "fps": 60}, "(gif: 50)"),
         ({"prompt": "x", "output": "Good.mp4"}, "Good.mp4 is written by line 1 too"),
         ({"prompt": "x", "seed": [1, 1]}, "is written by line 2 too"),
+        ({"prompt": "x", "seed": []}, "seed [] is not allowed; give a whole number, or a list of them"),
+        ({"prompt": "x", "num_videos_per_prompt": 10**8}, "num_videos_per_prompt 100000000 is not allowed"),
         ({"prompt": "word " * 5000}, "this model reads at most 256"),
         ({"prompt": "x", "guidance_scale": 0}, "guidance_scale 0 is not allowed"),
         ({"prompt": "x", "height": 65}, "height 65 is not a multiple of 8"),
@@ -346,6 +349,7 @@ def test_a_bad_row_is_told_before_any_work(generate, monkeypatch, row, message):
         (["--prompt", "x", "--seed", "1", "2", "--num-frames", "6"], "num_frames 6 is not allowed"),
         (["--prompt", "x", "--seed", "1", "2", "--num-videos-per-prompt", "3"], "seed is a list of 2, but there are 3 clips"),
         (["--prompt", " ", "--seed", "1", "2"], "the prompt is empty"),
+        (["--prompt", "x", "--seed", "1", "1"], "x-1.mp4 is written by another --seed 1 too"),
     ],
 )
 def test_options_that_cannot_be(generate, args, message):

@@ -171,6 +171,16 @@ def test_other_bodies_are_small(client):
     assert answer.status_code == 413
 
 
+def test_pages_of_other_sites_start_nothing(client, studio):
+    """A browser says where a request comes from, and would send a form from anywhere to an address of its own machine."""
+    ask = lambda site: client.post("/api/generate", data={"prompt": "x"}, headers={"sec-fetch-site": site})  # noqa: E731
+    answer = ask("cross-site")
+    assert (answer.status_code, "another site" in answer.json()["error"]) == (403, True)
+    assert list(studio.store.results.iterdir()) == []
+    assert ask("same-origin").status_code == 200
+    assert client.get("/api/status", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link to it
+
+
 def test_other_content_is_refused(client):
     answer = client.post("/api/generate", json={"prompt": "x"})
     assert (answer.status_code, "send a form" in answer.json()["error"]) == (400, True)
