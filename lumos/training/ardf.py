@@ -78,6 +78,7 @@ class ArdfTask:
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.config = model_config(settings.model)
+        self._check_attention()
         self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
         video, text = self.places.video, self.places.text
         self.video_tokenizer = VideoTokenizer.from_pretrained(video)
@@ -251,6 +252,12 @@ class ArdfTask:
         if not Path(folder).exists():
             raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
         return folder
+
+    def _check_attention(self) -> None:
+        """UserError if the run could not attend as it is told."""
+        wanted = self.settings.training.attention or self.config.attention
+        if wanted == "flex" and self.device.type != "cuda":
+            raise UserError(f"attention flex trains on CUDA only, not on {self.device.type}; set training.attention=segmented")
 
     def _check_base_tokenizers(self) -> None:
         """The weights of model.from mean nothing with other tokenizers than its own, where it has them."""
