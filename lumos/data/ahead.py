@@ -17,6 +17,8 @@ import torch
 
 from lumos.errors import RunError, UserError
 
+GRACE = 10.0
+"""Seconds in which processes may end what they are at, before they are ended."""
 T_co = TypeVar("T_co")
 _make: Callable[[int], Any]
 """What a process does, as it was when the process was forked."""
@@ -58,7 +60,10 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
             "with fewer processes"
         ) from error
     finally:
+        late = threading.Timer(GRACE, held.close)  # one was killed after the last result that was needed, or hangs
+        late.start()
         pool.shutdown(wait=True, cancel_futures=True)
+        late.cancel()
         held.close()
         watched.close()
 

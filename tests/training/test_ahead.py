@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
-from run_log import read_log
+from ranks import Ranks, Runs
+from run_log import assert_same_run, read_log
 from safetensors.torch import load_file
 
+from lumos.data import ahead
 from lumos.data.ahead import in_processes
 from lumos.errors import RunError, UserError
+from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
 from lumos.training.loop import Run, train
-from lumos.training.settings import build_settings
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
 STAGES = [{"steps": 2, "image_share": 1.0, "image_batch_size": 6}, {"image_share": 0.5}]
@@ -52,8 +49,22 @@ def test_an_error_keeps_its_kind_and_its_one_line():
 def test_a_killed_process_is_one_error_and_ends_the_others():
     made = in_processes(lambda step: (time.sleep(0.02), os.getpid())[1], range(1000), processes=3)
     os.kill(next(made), signal.SIGKILL)
-    with pytest.raises(RunError, match="was killed, by the system if memory ran out; .* with fewer processes"):
+    with pytest.raises(RunError, match=r"was killed, by the system if memory ran out; .* with fewer processes"):
         list(made)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", ["killed when all is made", "hanging"])
+def test_processes_that_do_not_end_are_ended(monkeypatch, how: str):
+    monkeypatch.setattr(ahead, "GRACE", 0.2)
+    made = in_processes(lambda step: (step and how == "hanging" and time.sleep(1000), os.getpid()), range(2), processes=2)
+    _, process = next(made)
+    if how == "hanging":
+        made.close()
+    else:
+        time.sleep(0.1)
+        os.kill(process, signal.SIGKILL)
+        assert len(list(made)) == 1
     assert not multiprocessing.active_children()
 
 
@@ -120,78 +131,46 @@ def test_a_system_that_cannot_fork(micro_settings, monkeypatch):
         micro_settings(data={"processes": 2})
 
 
-@pytest.fixture(scope="module")
-def command(repo) -> list[str]:
-    return [sys.executable, str(repo / "train.py"), "--config"]
-
-
-class Started:
-    """The command line's run of some settings, in a group of processes of its own, seen when it has done two steps."""
-
-    def __init__(self, command: list[str], settings, repo: Path):
-        self.settings, self.folder = settings, settings.output_dir
-        config = self.folder.with_suffix(".yaml")
-        config.write_text(yaml.safe_dump(settings.to_dict()))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
-        self.process = subprocess.Popen(
-            [*command, str(config)], stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-        )
-        deadline, before = time.monotonic() + 120, self._steps()
-        while self.process.poll() is None and time.monotonic() < deadline and self._steps() < before + 2:
-            time.sleep(0.02)
-        assert self.process.poll() is None, self.process.stderr.read()
-        self.drawing = psutil.Process(self.process.pid).children()
-        assert len(self.drawing) == settings.data.processes
-
-    def _steps(self) -> int:
-        log = self.folder / "log.jsonl"
-        return log.read_text().count('"grad_norm"') if log.exists() else 0
-
-    def ended(self) -> tuple[int, list[str]]:
-        """Exit code and the errors; nothing that it started is left."""
-        _, err = self.process.communicate(timeout=60)
-        assert not psutil.wait_procs(self.drawing, timeout=10)[1]
-        assert "Traceback" not in err, err
-        return self.process.returncode, [line for line in err.splitlines() if line.startswith("error")]
-
-
 @pytest.fixture
-def started(command, micro_settings, repo):
-    runs = []
+def drawn(runs: Runs):
+    """Settings of `runs` in a folder of this name, drawn by two processes."""
 
-    def start():
-        settings = micro_settings(
-            data={"processes": 2, "workers": 1}, training={"max_steps": 100_000, "save_every_steps": 2, "log_every": 1}
-        )
-        runs.append(Started(command, settings, repo))
-        return runs[-1]
+    def make(name: str):
+        settings = runs.make(runs.folder / name)
+        settings.data.processes, settings.data.workers = 2, 1
+        return settings
 
-    yield start
-    for run in runs:
-        run.process.kill()
-        run.process.wait()
+    return make
 
 
-def test_signals_to_the_whole_group_save_and_a_killed_process_ends_the_run(started):
-    """SIGTERM to all: the processes leave it to the run. The same command goes on, loses a process and ends with an error; and
-    goes on again, when it is killed itself: the lock of its folder goes with it, though its processes share that."""
-    run = started()
-    os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.ended() == (0, [])
-    last = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()][-1]
-    assert (last["event"], last["stopped_by"]) == ("end", "SIGTERM")
+def test_a_signal_to_the_whole_group_is_left_to_the_run(drawn, runs: Runs, ranks: Ranks):
+    settings = drawn("group")
+    (process,) = ranks.train(settings, "plain", 1, {0: [["signal_group_after_step", 2]]})
+    assert process.code == 0, process.err
+    assert "stopped after step 3; the same command continues" in process.err
+    assert "Traceback" not in process.err
+    ranks.finish(settings, "plain", 1)
+    assert_same_run(settings.output_dir, runs.whole("plain"))
 
-    run = started()
-    run.drawing[0].kill()
-    code, errors = run.ended()
-    assert code == 1
-    assert len(errors) == 1
-    assert "a process that makes batches ahead was killed" in errors[0]
 
-    run = started()
-    run.process.kill()
-    assert run.ended()[0] == -signal.SIGKILL
-    raw = run.settings.to_dict()
-    raw["training"]["max_steps"] = 1  # done already: it only has to be let in
-    with pytest.raises(UserError, match="max_steps"):
-        train(build_settings(raw))
+def test_a_killed_process_ends_the_run_with_one_error(drawn, runs: Runs, ranks: Ranks):
+    settings = drawn("lost-process")
+    settings.training.max_steps = 50
+    (process,) = ranks.train(settings, "plain", 1, {0: [["kill_drawing_after_step", 2]]}, seconds=60)
+    assert process.code == 1, process.err
+    assert process.error.startswith("error: a process that makes batches ahead was killed")
+    assert "Traceback" not in process.err
+    assert checkpoint.latest(settings.output_dir / "checkpoints")[1]["step"] >= 2
+
+
+def test_what_a_killed_run_shared_with_its_processes_goes_with_it(drawn, runs: Runs, ranks: Ranks):
+    """The lock of its folder, so that the same command is let in at once; its connections, so that the other one ends."""
+    settings = drawn("killed-drawing")
+    for after in (1, 3):
+        first, second = ranks.train(settings, "zero2", 2, {1: [["kill_after_step", after]]}, seconds=60)
+        assert (first.code, second.code) == (1, -9), first.err
+        assert "another process of the run" in first.error
+        first, second = ranks.train(settings, "zero2", 2, {0: [["kill_after_step", after + 1]]}, seconds=60)
+        assert (first.code, second.code) == (-9, 1), second.err
+    ranks.finish(settings, "zero2")
+    assert_same_run(settings.output_dir, runs.whole("zero2"))
