@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 from ranks import Ranks, Runs
 from run_log import KEYS, assert_same_run, read_log
 
 from lumos.training import checkpoint
+
 
 @pytest.mark.parametrize("fault", ["kill_soon_after_step", "kill_in_save", "kill_before_rename"])
 def test_one_process_killed(runs: Runs, ranks: Ranks, fault: str):
