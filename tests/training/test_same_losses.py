@@ -129,3 +129,13 @@ def test_without_a_compiler(micro_settings, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
     with pytest.raises(UserError, match=r"torch\.compile does not work here \(no C\+\+ compiler\); leave compile out"):
         train(micro_settings(training={"compile": True}))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_code_that_a_compiler_made(micro_settings, tmp_path: Path):
+    losses = {}
+    for compiled in (False, True):
+        training = {"compile": compiled, "max_steps": 2, "output_dir": str(tmp_path / str(compiled))}
+        losses[compiled] = read_log(train_folder(micro_settings(training=training)))
+    torch._dynamo.reset()
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
