@@ -34,7 +34,7 @@ from lumos.data.loader import (
 from lumos.data.shard_source import ShardSource
 from lumos.data.shards import tokenizer_facts
 from lumos.data.storage import LocalCopies, is_url
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.files import user_cache
 from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
@@ -159,6 +159,12 @@ class ArdfTask:
             made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
         else:
             made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
+            if int(made.max()) >= config.visual_token_count:
+                name = next(clip.name for clip in clips if clip.codes.max() >= config.visual_token_count)
+                raise RunError(
+                    f"{name} has the code {int(made.max())}; allowed: 0 to {config.visual_token_count - 1}; ingest it again with "
+                    "this tokenizer"
+                )
         codes_at = code_mask(layouts, input_ids.shape[1])
         return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
 
