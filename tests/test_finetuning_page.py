@@ -16,10 +16,10 @@ from lumos.cli import main
 from lumos.video_io import read_video
 
 FEWER = {
-    "render": ["--count", "4"],
     "train": ["training.max_steps=2", "training.batch_size=2", "data.stages=[{image_share: 0.5, image_batch_size: 2}]"],
     "generate": ["--num-inference-steps", "1", "--seed", "1"],
     "evaluate": ["--count", "1", "--num-inference-steps", "1"],
+    "loss": ["--count", "2"],
 }
 
 
@@ -40,18 +40,25 @@ def test_the_figures_are_of_the_model_that_is_shipped(repo: Path):
 
 def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("pyarrow")
+    pytest.importorskip("skimage")
     for name in ("checkpoints", "configs"):
         (tmp_path / name).symlink_to(repo / name)
     monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", (repo / "docs" / "finetuning.md").read_text(), re.DOTALL)
+    exec(script, {})
+    rows = Path("rabbit.jsonl").read_text().splitlines()
+    assert len(rows) == 20
+    Path("rabbit.jsonl").write_text("\n".join(rows[:4]))
     commands = page(repo)
     assert [command[0] for command in commands] == (
-        ["render", "ingest", "inspect", "train", "generate", "train", "generate", "export", "evaluate", "evaluate", "evaluate"]
+        ["ingest", "inspect", "train", "generate", "train", "generate", "export", *["evaluate"] * 5]
     )
     for command in commands:
-        assert main([*command, *FEWER.get(command[0], [])]) == 0, (command, capsys.readouterr().err)
-    shares = {name: json.loads(Path(f"{name}.json").read_text())["shares"] for name in ("before", "whole", "lora")}
-    assert all(set(found) == {"held_out", "one"} for found in shares.values())
-    assert len(list(Path("clips").glob("*.mp4"))) == len(list(Path("clips").glob("*.txt"))) == 4
+        fewer = FEWER["loss" if command[1] == "loss" else command[0]] if command[0] not in ("ingest", "inspect", "export") else []
+        assert main([*command, *fewer]) == 0, (command, capsys.readouterr().err)
+    losses = {name: json.loads(Path(f"{name}.json").read_text()) for name in ("before", "whole", "lora")}
+    assert {found["model"] for found in losses.values()} == {"checkpoints/lumos-tiny", "runs/finetune/export", "merged"}
+    assert all(set(json.loads(Path(f"{name}-one.json").read_text())["shares"]) == {"one"} for name in ("whole", "lora"))
     clips = {name: read_video(f"{name}.mp4")[0] for name in ("whole", "lora")}
     assert {clip.shape for clip in clips.values()} == {(17, 64, 64, 3)}
     assert not np.array_equal(clips["whole"], clips["lora"])
@@ -61,5 +68,3 @@ def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch,
     changed = {name for name in before if not np.array_equal(before[name].float(), merged[name].float())}
     assert changed == {name for name in before if re.search(r"\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.", name)}
     assert {name for name in before if not np.array_equal(before[name].float(), whole[name].float())} > changed
-    assert main(["render", "--out", "clips"]) == 2
-    assert "clips exists already" in capsys.readouterr().err
