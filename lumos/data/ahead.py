@@ -44,8 +44,9 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
     """`make(step)` for each step in order, made ahead by `processes` with one thread each, which are forked at the first step.
 
     What `make` gives is pickled, its tensors go through shared memory. It must not touch a GPU. An error in `make` is raised at
-    its step; RunError if a process is killed. Closing the iterator stops the processes after the batches they are at; they also
-    end with this one, however that ends: a lock or connection that they share with it must not outlive it.
+    its step; RunError if a process is killed or shared memory is short. Closing the iterator stops the processes after the
+    batches they are at; they also end with this one, however that ends: a lock or connection that they share with it must not
+    outlive it.
     """
     check_processes(processes)
     context = multiprocessing.get_context("fork")
@@ -58,6 +59,13 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
         raise RunError(
             "a process that makes batches ahead was killed, by the system if memory ran out; start the same command again, or "
             "with fewer processes"
+        ) from error
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise RunError(
+            f"the batches of {processes} processes have no room in shared memory ({str(error).splitlines()[0]}); enlarge /dev/shm, "
+            "in a container by --shm-size, or use fewer processes"
         ) from error
     finally:
         late = threading.Timer(GRACE, held.close)  # one was killed after the last result that was needed, or hangs

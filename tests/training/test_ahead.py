@@ -54,6 +54,18 @@ def test_a_killed_process_is_one_error_and_ends_the_others():
     assert not multiprocessing.active_children()
 
 
+def test_too_little_shared_memory_says_what_to_do():
+    """As torch says it in a container with 64 MB of it."""
+
+    def make(step: int) -> int:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
+
+    with pytest.raises(RunError, match=r"of 2 processes have no room in shared memory \(unable .*\); enlarge /dev/shm"):
+        list(in_processes(make, range(3), processes=2))
+    with pytest.raises(RuntimeError, match="another fault"):
+        list(in_processes(lambda step: (_ for _ in ()).throw(RuntimeError("another fault")), range(3), processes=2))
+
+
 @pytest.mark.parametrize("how", ["killed when all is made", "hanging"])
 def test_processes_that_do_not_end_are_ended(monkeypatch, how: str):
     monkeypatch.setattr(ahead, "GRACE", 0.2)
