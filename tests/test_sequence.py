@@ -8,8 +8,11 @@ from micro import micro_config
 
 from lumos import LumosConfig
 from lumos.sequence import (
+    Frame,
+    Layout,
     build_prefix,
     build_sequence,
+    by_layout,
     clip_header,
     code_mask,
     content_mask,
@@ -163,3 +166,29 @@ def test_text_ids_of_another_tokenizer_are_refused():
 def test_configs_that_cannot_work(fields, message):
     with pytest.raises(ValueError, match=message):
         micro_config(**fields)
+
+
+def test_rows_that_share_a_layout_are_made_once_and_equal_ones_need_not_be_one_object():
+    one, other = (Layout(9, (Frame(start, 1, 1),)) for start in (0, 2))
+    twin = Layout(9, (Frame(0, 1, 1),))
+    asked = []
+
+    def make(layout: Layout) -> torch.Tensor:
+        asked.append(layout)
+        return torch.tensor([layout.frames[0].start, layout.length])
+
+    assert by_layout([one, other, one, one], make).tolist() == [[0, 9], [2, 9], [0, 9], [0, 9]]
+    assert asked == [one, other]
+    assert by_layout([one, twin], make).tolist() == [[0, 9], [0, 9]]
+    rows = [build_sequence(None, clip(n, 1, 1), fps=8, duration=1, config=CONFIG) for n in (2, 1, 2)]
+    first, second, third = parse_layout(pad_sequences(rows, CONFIG.pad_token_id), CONFIG)
+    assert first is third
+    assert second != first
+
+
+def test_padding_to_a_multiple():
+    rows = [torch.ones(5), torch.ones(3)]
+    assert pad_sequences(rows, 0).shape == pad_sequences(rows, 0, 5).shape == (2, 5)
+    padded = pad_sequences(rows, 7, 4)
+    assert padded.tolist() == [[1] * 5 + [7] * 3, [1] * 3 + [7] * 5]
+    assert pad_sequences([row.bool() for row in rows], False, 4).dtype == torch.bool

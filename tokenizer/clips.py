@@ -138,8 +138,10 @@ class TrainingClips:
         film_paths = films(film_sources)
         self.films = [film for film in map(read_film, film_paths) if len(film) >= self.num_frames]
         self.real_names = sorted(path.name for path in (*paths, *film_paths))
-        if not self.photographs and not self.films:
-            raise UserError("no photographs or films found: install scikit-image, name films, or set share_worlds=1")
+        if not self.photographs and not self.films and self.share_textures < 1:
+            raise UserError(
+                "no photographs or films found: install scikit-image, name films, or set share_worlds=1 or share_textures=1"
+            )
 
     def batch(self, step: int) -> Batch:
         """The data of step number `step`."""
@@ -176,10 +178,12 @@ class TrainingClips:
 
     def _real_picture(self, rng: np.random.Generator) -> np.ndarray:
         """A part of a photograph or a texture; a frame of a film where there are no photographs."""
-        if not self.photographs and rng.random() >= self.share_textures:
-            return self._real_clip(rng)[:1]
-        image = texture(rng) if rng.random() < self.share_textures else self._photograph(rng)
-        picture = self._cut([image], [self._window(rng, *image.size)])
+        drawn = rng.random() < self.share_textures
+        if drawn or self.photographs:
+            image = texture(rng) if drawn else self._photograph(rng)
+            picture = self._cut([image], [self._window(rng, *image.size)])
+        else:
+            picture = self._film(rng)[:1]
         return recoloured(picture, rng) if self.recolour else picture
 
     def _textures(self, rng: np.random.Generator) -> np.ndarray:

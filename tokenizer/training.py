@@ -11,6 +11,8 @@ import math
 import os
 import signal
 import time
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,10 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     config = VideoTokenizerConfig.from_dict(settings.model)
     model = VideoTokenizer(config)
     if settings.start_from is not None:
-        model = VideoTokenizer.from_pretrained(settings.start_from).requires_grad_(True)
+        try:
+            model = VideoTokenizer.from_pretrained(settings.start_from).requires_grad_(True)
+        except (OSError, ValueError, RunError) as error:
+            raise UserError(f"start_from {settings.start_from} cannot be read: {error}") from error
         if model.config != config:
             raise UserError(f"start_from {settings.start_from} has another config than model: {differing(model.config, config)}")
     model = model.to(device).train()
@@ -204,21 +209,20 @@ class _Run:
         log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=self.rank == 0)
         previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         saved_at, started = time.monotonic(), time.monotonic() - self.seconds
-        steps = range(self.step, settings.steps)
-        batches = in_processes(self._batch, steps, processes=settings.processes) if settings.processes else map(self._batch, steps)
         try:
-            while self.step < settings.steps and self._progress() < 1:
-                self._one_step(next(batches), log)
-                self.seconds = time.monotonic() - started
-                if self.rank == 0 and self.step % settings.validate_every == 0 and self.step < settings.steps:
-                    self._validate(log)
-                if self.stop_requested or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes:
-                    saved_at = time.monotonic()
-                    if self.rank == 0:
-                        self._save()
-                if self.stop_requested:
-                    log.say(f"stopped at step {self.step}; the same command goes on from there")
-                    return {"finished": False, "step": self.step}
+            with closing(self._batches(range(self.step, settings.steps))) as batches:
+                while self.step < settings.steps and self._progress() < 1:
+                    self._one_step(next(batches), log)
+                    self.seconds = time.monotonic() - started
+                    if self.rank == 0 and self.step % settings.validate_every == 0 and self.step < settings.steps:
+                        self._validate(log)
+                    if self.stop_requested or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes:
+                        saved_at = time.monotonic()
+                        if self.rank == 0:
+                            self._save()
+                    if self.stop_requested:
+                        log.say(f"stopped at step {self.step}; the same command goes on from there")
+                        return {"finished": False, "step": self.step}
             if self.rank != 0:
                 return {"finished": True, "step": self.step}
             self._save()
@@ -235,6 +239,10 @@ class _Run:
         """How much of the run is done, by steps or, with max_minutes, by time if that is further."""
         by_steps = self.step / self.settings.steps
         return by_steps if self.settings.max_minutes is None else max(by_steps, self.seconds / (60 * self.settings.max_minutes))
+
+    def _batches(self, steps: range) -> Generator[Batch, None, None]:
+        processes = self.settings.processes
+        yield from in_processes(self._batch, steps, processes=processes) if processes else map(self._batch, steps)
 
     def _batch(self, step: int) -> Batch:
         return self.data.batch(step * self.world + self.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lumos.data.ahead import check_processes
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError
 from tokenizer.configuration import VideoTokenizerConfig
@@ -70,6 +72,7 @@ class TokenizerTrainingSettings:
         object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.films, str):
             object.__setattr__(self, "films", [self.films])
+        check_processes(self.processes)
         is_dict = isinstance(self.worlds, dict)
         self._check("worlds", is_dict and self.worlds.keys() <= {*_WORLD_OPTIONS}, f"the keys {', '.join(_WORLD_OPTIONS)}")
         Worlds(**self.worlds)
@@ -111,6 +114,9 @@ class TokenizerTrainingSettings:
         self._check("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps ({self.steps})")
         self._check("foreground_weight", self.foreground_weight >= 1, "1 or more")
         self._check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "null or a number above 0")
+        for name in ("films", "share_textures", "recolour"):
+            if self.share_worlds == 1 and getattr(self, name):
+                warnings.warn(f"{name} has no effect with share_worlds=1")
         self._check("export_dtype", self.export_dtype in EXPORT_DTYPES, ", ".join(EXPORT_DTYPES))
 
     def _check(self, name: str, condition: bool, allowed: str) -> None:

@@ -34,7 +34,7 @@ from lumos.data.loader import (
 from lumos.data.shard_source import ShardSource
 from lumos.data.shards import tokenizer_facts
 from lumos.data.storage import LocalCopies, is_url
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.files import user_cache
 from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
@@ -78,6 +78,7 @@ class ArdfTask:
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.config = model_config(settings.model)
+        self._check_attention()
         self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
         video, text = self.places.video, self.places.text
         self.video_tokenizer = VideoTokenizer.from_pretrained(video)
@@ -158,6 +159,12 @@ class ArdfTask:
             made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
         else:
             made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
+            if int(made.max()) >= config.visual_token_count:
+                name = next(clip.name for clip in clips if clip.codes.max() >= config.visual_token_count)
+                raise RunError(
+                    f"{name} has the code {int(made.max())}; allowed: 0 to {config.visual_token_count - 1}; ingest it again with "
+                    "this tokenizer"
+                )
         codes_at = code_mask(layouts, input_ids.shape[1])
         return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
 
@@ -251,6 +258,12 @@ class ArdfTask:
         if not Path(folder).exists():
             raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
         return folder
+
+    def _check_attention(self) -> None:
+        """UserError if the run could not attend as it is told."""
+        wanted = self.settings.training.attention or self.config.attention
+        if wanted == "flex" and self.device.type != "cuda":
+            raise UserError(f"attention flex trains on CUDA only, not on {self.device.type}; set training.attention=segmented")
 
     def _check_base_tokenizers(self) -> None:
         """The weights of model.from mean nothing with other tokenizers than its own, where it has them."""

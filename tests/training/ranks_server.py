@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -59,6 +60,31 @@ def signal_after_step(step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Run._report = told
+
+
+def signal_group_after_step(step: int) -> None:
+    """As `kill -- -GROUP`, or a scheduler that ends all processes of a job."""
+    os.setpgid(0, 0)
+    report = Run._report
+
+    def told(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            os.killpg(0, signal.SIGTERM)
+
+    Run._report = told
+
+
+def kill_drawing_after_step(step: int) -> None:
+    """One of data.processes, as the system does when memory runs out."""
+    report = Run._report
+
+    def killed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            multiprocessing.active_children()[0].kill()
+
+    Run._report = killed
 
 
 def stop_after_step(step: int) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss_video")
+
 
 def read_log(folder: str | Path, key: str = "loss") -> dict[int, float]:
     """{step: value} of every log line of a step that has the key, at least one."""
@@ -19,3 +21,10 @@ def flat(values: dict[int, float | list]) -> dict[str, float]:
     """The same with the places of lists as keys of their own, as pytest.approx wants it."""
     lists = {step: value if isinstance(value, list) else [value] for step, value in values.items()}
     return {f"{step}/{k}": math.nan if v is None else v for step, places in lists.items() for k, v in enumerate(places)}
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Bit by bit the same numbers, and nothing left over."""
+    for key in KEYS:
+        assert read_log(folder, key) == read_log(whole, key), key
+    assert not list((folder / "checkpoints").glob(".*"))

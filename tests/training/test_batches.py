@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.ahead import prefetched
-from lumos.data.loader import IGNORED, VALIDATION_STEP, Curriculum, StepShape, sample_generator, sample_index
-from lumos.errors import UserError
-from lumos.sequence import parse_sequence
+from lumos.data.loader import IGNORED, VALIDATION_STEP, Clip, Curriculum, StepShape, sample_generator, sample_index
+from lumos.errors import RunError, UserError
+from lumos.masking import MASK_KINDS, mask_sequence
+from lumos.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
 from lumos.training.ardf import ArdfTask
 from lumos.training.settings import StageSettings
 
@@ -149,3 +151,45 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
 def test_data_and_model_that_do_not_fit(micro_settings, sections: dict, words: str):
     with pytest.raises(UserError, match=words):
         ArdfTask(micro_settings(**sections), CPU)
+
+
+def test_codes_that_the_model_does_not_have(micro_settings, monkeypatch):
+    task = ArdfTask(micro_settings(), CPU)
+    codes = np.zeros((2, 4, 4), np.uint16)
+    clips = [Clip(None, "x", 8, name, codes + number) for name, number in (("good", 999), ("bad", 1000))]
+    monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: clips)
+    with pytest.raises(RunError, match="bad has the code 1000; allowed: 0 to 999; ingest it again"):
+        task.draft(0, VIDEO, range(2))
+    clips[1] = clips[0]
+    assert task.batch(0, VIDEO, range(2)).supervised > 0
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_a_draft_that_gets_its_codes_later_is_the_sequence_masked_with_them(micro_settings, monkeypatch, kind: str):
+    """Rows of different sizes and lengths, against each row built from its codes and masked at once."""
+    task = ArdfTask(micro_settings(masking={"kind": kind, "text_dropout": 0.5}), CPU)
+    config, rng = task.config, np.random.default_rng(0)
+    grids = [(2, 4, 4), (1, 2, 6), (3, 4, 2), (2, 4, 4)]
+    codes = [rng.integers(0, 1000, grid).astype(np.uint16) for grid in grids]
+    clips = [Clip(None, f"a red circle {i}", 8, str(i), made) for i, made in enumerate(codes)]
+    monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: [clips[i] for i in positions])
+    batch = task.batch(5, VIDEO, range(4))
+    for i, clip in enumerate(clips):
+        num_frames = (grids[i][0] - 1) * 4 + 1
+        drop = torch.rand((), generator=sample_generator(0, 5, i, "text")) < 0.5
+        size = {"height": grids[i][1] * 8, "width": grids[i][2] * 8}
+        text = prompt_text(config, clip.caption, num_frames=num_frames, fps=8, **size)
+        duration, fps = clip_header(num_frames, 8)
+        ids = build_sequence(
+            None if drop else task.text_tokenizer.encode(text), torch.from_numpy(clip.codes.astype(np.int64)), fps=fps,
+            duration=duration, config=config,
+        )  # fmt: skip
+        masked = mask_sequence(ids, config, kind=kind, min_ratio=0.7, generator=sample_generator(0, 5, i, "mask"))
+        n = len(ids)
+        assert torch.equal(batch.tensors["input_ids"][i, :n], masked.input_ids)
+        assert torch.equal(batch.tensors["targets"][i, :n], masked.targets)
+        assert (batch.tensors["targets"][i, n:] == IGNORED).all()
+        assert batch.tensors["mask_ratios"][i, : grids[i][0]].tolist() == pytest.approx(masked.ratios)
+    assert batch.supervised == int((batch.tensors["targets"] != IGNORED).sum())
+    assert batch.layouts == parse_layout(batch.tensors["input_ids"], config)
+    assert batch.layouts[0] is not batch.layouts[1]

@@ -220,3 +220,10 @@ def test_options_that_two_places_decide(micro_settings, tmp_path: Path):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             deepspeed_options(micro_settings(deepspeed={"zero_stage": 1, "config": str(path)}), 1, torch.float32)
+
+
+def test_compiled_parts_are_refused_with_zero_3(micro_settings):
+    settings = micro_settings(training={"compile": True})
+    assert deepspeed_options(settings, 2, torch.float32)["zero_optimization"]["stage"] == 2
+    with pytest.raises(UserError, match=r"training\.compile is true, but .* set deepspeed\.zero_stage=2, or"):
+        deepspeed_options(settings, 3, torch.float32)

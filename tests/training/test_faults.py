@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 from ranks import Ranks, Runs
-from run_log import read_log
+from run_log import KEYS, assert_same_run, read_log
 
 from lumos.training import checkpoint
-
-KEYS = ("loss", "grad_norm", "val_loss_video", "val_loss_video_ema", "frame_loss_video")
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Bit by bit the same numbers, and nothing left over."""
-    for key in KEYS:
-        assert read_log(folder, key) == read_log(whole, key), key
-    assert not list((folder / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("fault", ["kill_soon_after_step", "kill_in_save", "kill_before_rename"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from run_log import read_log
 from shard_folder import write_folder
 
 pytest.importorskip("pyarrow")
@@ -182,3 +183,12 @@ def test_a_resumed_run_refuses_shards_that_changed(shard_settings, folder, tmp_p
     words = rf"of another run: {CONTENT} was 5 shards with 25 clips \(digest \w+\), now 4 shards with 20 clips \(digest"
     with pytest.raises(UserError, match=words):
         run()
+
+
+def test_processes_read_what_one_process_would(remote_settings, shard_settings, bucket, tmp_path):
+    losses = {}
+    for name, make, data in (("here", shard_settings, {"shuffle_shards": 2}), ("processes", remote_settings, {"processes": 2})):
+        settings = make(data=data, training={"output_dir": str(tmp_path / name), "max_steps": 4})
+        train(settings)
+        losses[name] = read_log(tmp_path / name)
+    assert losses["here"] == losses["processes"]

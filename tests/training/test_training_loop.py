@@ -401,6 +401,9 @@ def test_averaged_weights_follow_the_rule():
     assert weights["w"].tolist() == pytest.approx([expected] * 2)
     ema.swap(weights)
     assert weights["w"].tolist() == [19, 19]
+    nothing = Ema({}, 0.6)  # of a process whose share is but padding
+    nothing.update({}, 1)
+    assert nothing.average == {}
 
 
 def test_precision_follows_the_device():

@@ -1,0 +1,141 @@
+"""Settings that make a run faster on a GPU, and must not change what it learns: padding, attention, compiled parts."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from run_log import read_log
+from safetensors.torch import load_file
+
+from lumos import LumosPipeline
+from lumos.data.loader import StepShape
+from lumos.errors import UserError
+from lumos.generation.acceleration import compile_parts
+from lumos.training import ardf
+from lumos.training.ardf import ArdfTask
+from lumos.training.loop import train
+
+CPU = torch.device("cpu")
+STAGES = {"stages": [{"steps": 2, "image_share": 1.0, "image_batch_size": 6}, {"image_share": 0.5}]}
+KEYS = ("loss", "grad_norm", "frame_loss_video", "mask_ratio_loss_video", "val_loss_video", "val_loss_image")
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """torch.compile traces, but has no code made, for which a compiler would take long."""
+    monkeypatch.setattr(ardf, "compile_parts", functools.partial(compile_parts, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def plain_run(micro_settings, tmp_path: Path) -> Path:
+    train(micro_settings(data=STAGES, training={"eval_every": 3, "output_dir": str(tmp_path / "plain")}))
+    return tmp_path / "plain"
+
+
+def assert_close(folder: Path, plain: Path) -> None:
+    for key in KEYS:
+        ours, theirs = read_log(folder, key), read_log(plain, key)
+        assert sorted(ours) == sorted(theirs)
+        for step, value in theirs.items():
+            assert ours[step] == pytest.approx(value, abs=1e-4), (key, step)
+
+
+@pytest.mark.parametrize(("data", "training"), [
+    ({"pad_to": 16}, {}), ({"pad_to": 16}, {"micro_batch_size": 3}), ({}, {"attention": "dense"}),
+    ({"pad_to": 8}, {"attention": "dense", "micro_batch_size": 1, "activation_checkpointing": True}),
+])  # fmt: skip
+def test_padding_and_attention(micro_settings, plain_run: Path, data: dict, training: dict):
+    settings = micro_settings(data=STAGES | data, training={"eval_every": 3, **training})
+    assert_close(train_folder(settings), plain_run)
+
+
+def train_folder(settings) -> Path:
+    train(settings)
+    return settings.output_dir
+
+
+def test_rows_are_padded_to_the_multiple_and_hold_the_same(micro_settings):
+    shape = StepShape("video", 4)
+    plain, padded = (ArdfTask(micro_settings(data={"pad_to": pad_to}), CPU).batch(0, shape, range(4)) for pad_to in (1, 32))
+    for micro in (padded.tensors, *padded.micro_batches(3)):
+        assert micro["input_ids"].shape[1] % 32 == micro["targets"].shape[1] % 32 == 0
+    assert (padded.lengths, padded.layouts, padded.flops) == (plain.lengths, plain.layouts, plain.flops)
+    length = plain.tensors["input_ids"].shape[1]
+    for name, nothing in (("input_ids", 0), ("targets", -100)):
+        assert torch.equal(padded.tensors[name][:, :length], plain.tensors[name])
+        assert (padded.tensors[name][:, length:] == nothing).all()
+
+
+def test_attention_is_of_the_run_not_of_the_model(micro_settings):
+    """A checkpoint goes on with another one, and the export attends as its config says."""
+    train(micro_settings(training={"max_steps": 2, "attention": "dense"}))
+    folder = Path(train(micro_settings(training={"max_steps": 3}))["export"])
+    assert LumosPipeline.from_pretrained(folder).model.config.attention == "segmented"
+
+
+def test_flex_is_for_cuda(micro_settings):
+    with pytest.raises(UserError, match=r"attention flex trains on CUDA only, not on cpu; set training\.attention=segmented"):
+        train(micro_settings(training={"attention": "flex"}))
+    settings = micro_settings()
+    settings.model.overrides = {**settings.model.overrides, "attention": "flex"}
+    with pytest.raises(UserError, match="flex trains on CUDA only"):
+        train(settings)
+    settings.training.attention = "segmented"
+    ArdfTask(settings, CPU)
+
+
+@pytest.mark.parametrize("training", [
+    {}, {"activation_checkpointing": True, "attention": "dense"}, {"activation_checkpointing": True},
+])  # fmt: skip
+def test_compiled_parts(micro_settings, plain_run: Path, eager, training: dict):
+    assert_close(train_folder(micro_settings(data=STAGES, training={"eval_every": 3, "compile": True, **training})), plain_run)
+
+
+def test_a_compiled_run_has_the_names_of_any_other(micro_settings, tmp_path: Path, eager):
+    """It goes on compiled or not, and its export is a model folder."""
+    compiled = {"compile": True, "save_every_steps": 2, "ema_decay": 0.9, "schedule": "constant"}
+    train(micro_settings(training={**compiled, "max_steps": 6, "output_dir": str(tmp_path / "whole")}))
+    train(micro_settings(training={**compiled, "max_steps": 4}))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    train(micro_settings(training={**compiled, "max_steps": 6}))
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    train(micro_settings(training={**compiled, "compile": False, "max_steps": 6, "output_dir": str(tmp_path / "other")}))
+    assert read_log(tmp_path / "other") == pytest.approx(read_log(tmp_path / "whole"), abs=1e-4)
+    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("run", "other"))
+    assert ours.keys() == theirs.keys()
+    LumosPipeline.from_pretrained(tmp_path / "run" / "export")
+
+
+def test_compiled_parts_with_adapters(micro_settings, tmp_path: Path, eager):
+    base = train(micro_settings(training={"max_steps": 1, "output_dir": str(tmp_path / "base")}))["export"]
+    sections = {"model": {"from": base}, "tokenizer": {"video": None, "text": None}, "lora": {"rank": 2}}
+    folders = [
+        train_folder(micro_settings(**sections, training={"compile": c, "max_steps": 3, "output_dir": str(tmp_path / str(c))}))
+        for c in (False, True)
+    ]
+    plain, compiled = (read_log(folder) for folder in folders)
+    assert compiled == pytest.approx(plain, abs=1e-4)
+    ours, theirs = (load_file(folder / "export" / "adapter_model.safetensors") for folder in folders)
+    assert ours.keys() == theirs.keys()
+
+
+def test_without_a_compiler(micro_settings, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
+    with pytest.raises(UserError, match=r"torch\.compile does not work here \(no C\+\+ compiler\); leave compile out"):
+        train(micro_settings(training={"compile": True}))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_code_that_a_compiler_made(micro_settings, tmp_path: Path):
+    losses = {}
+    for compiled in (False, True):
+        training = {"compile": compiled, "max_steps": 2, "output_dir": str(tmp_path / str(compiled))}
+        losses[compiled] = read_log(train_folder(micro_settings(training=training)))
+    torch._dynamo.reset()
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
