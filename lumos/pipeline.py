@@ -174,6 +174,7 @@ class LumosPipeline:
         confidence_threshold: float | None = None,
         later_steps: int | None = None,
         history_frames: int | None = None,
+        history_thinning: bool | None = None,
         num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -212,7 +213,8 @@ class LumosPipeline:
         request = Request(
             prompt, negative_prompt, image, video, num_given_frames, num_frames, height, width, fps, num_inference_steps,
             guidance_scale, temperature, top_k, top_p, history_mask_ratio, mask_given_frames, guidance_interval,
-            confidence_threshold, later_steps, history_frames, num_videos_per_prompt, seed, generator, later_prompts, last_image,
+            confidence_threshold, later_steps, history_frames, history_thinning, num_videos_per_prompt, seed, generator,
+            later_prompts, last_image,
         )  # fmt: skip
         ready = self.prepare(request)
         done = [torch.stack(ready.given)] if ready.given else []

@@ -69,6 +69,7 @@ class Request:
     confidence_threshold: float | None = None
     later_steps: int | None = None
     history_frames: int | None = None
+    history_thinning: bool | None = None
     num_videos_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None

@@ -16,6 +16,7 @@ from lumos.errors import UserError
 from lumos.frames import as_uint8
 from lumos.generation.engine import cache_tokens
 from lumos.generation.settings import ClipDefaults, GenerationSettings
+from lumos.generation.thinning import thins
 from lumos.sequence import prompt_text
 from lumos.video_io import count_frames, fit, read_image, read_video
 from tokenizer import TextTokenizer, VideoTokenizer
@@ -80,8 +81,9 @@ def check_length(text: int, span: int, frames: int, settings: GenerationSettings
             f"the clip needs {seen} tokens, this model was made for at most {limit}; ask for fewer frames or a smaller size, {way}"
         )
     if last > limit:
+        far = "text, first frame and old frames" if settings.history_thinning else "text and first frame"
         warnings.warn(
-            f"the clip's positions go up to {last}, this model was made for {limit}: how far away text and first frame are is "
+            f"the clip's positions go up to {last}, this model was made for {limit}: how far away {far} are is "
             "beyond what it may have learned"
         )
 
@@ -129,12 +131,20 @@ def without_effect(where: str, **options: Any) -> None:
         warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
 
 
-def check_effect(latents: int, new_frames: int, *, later_steps: int | None, history_frames: int | None) -> None:
-    """Warnings for what was asked for although a clip of so many latent frames, `new_frames` of them made, is the same without."""
+def check_effect(latents: int, new_frames: int, asked: Any, settings: GenerationSettings) -> None:
+    """Warnings for what was asked for although a clip of so many latent frames, `new_frames` of them made, is the same without.
+
+    asked: has what was given, or None, by the names of GenerationSettings; settings: what came of it.
+    """
+    clip, history = f"a clip of {latents} latent frames", settings.history_frames
     if new_frames == 1:
-        without_effect("a single new latent frame", later_steps=later_steps)
-    if latents <= 2 + (history_frames or 0):
-        without_effect(f"a clip of {latents} latent frames", history_frames=history_frames)
+        without_effect("a single new latent frame", later_steps=asked.later_steps)
+    if history is None:
+        return
+    if latents <= 2 + history:
+        without_effect(clip, history_frames=asked.history_frames, history_thinning=asked.history_thinning or None)
+    elif not thins(latents, history):
+        without_effect(f"{clip} with history_frames {history}", history_thinning=asked.history_thinning or None)
 
 
 def load_image(image: Any) -> np.ndarray:

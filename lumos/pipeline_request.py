@@ -121,7 +121,7 @@ def settle(
     given_latents = num_latent_frames(len(given[0]), config.temporal_compression) if given else 0
     latents = num_latent_frames(clip.num_frames, config.temporal_compression)
     new_frames = latents - given_latents
-    check_effect(latents, new_frames, later_steps=request.later_steps, history_frames=request.history_frames)
+    check_effect(latents, new_frames, request, sampling)
     later = {}
     for start, text in check_later(request.later_prompts, len(given[0]) if given else 0, clip, config.temporal_compression):
         later[num_latent_frames(start, config.temporal_compression) - given_latents] = read(for_each(text, start, repeats, count))

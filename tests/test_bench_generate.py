@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_formula(case):
     assert parts["attention scores"] == parts["attention values"] == 2 * pairs * c.hidden_size
 
 
-TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1}
+TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1, "history_thinning": True}
 
 
 @pytest.mark.parametrize("options", [{}, TRADED, {"guidance_interval": (0.5, 1.0)}])

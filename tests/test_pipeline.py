@@ -283,12 +283,22 @@ def test_prompts_over_time(pipe):
     assert torch.equal(again.codes, first.codes)
 
 
-def test_prompts_over_time_after_given_frames_and_with_a_bounded_history(pipe):
+@pytest.mark.parametrize("thinning", [False, True])
+def test_prompts_over_time_after_given_frames_and_with_a_bounded_history(pipe, thinning):
     options = {"video": film(9), "num_given_frames": 9, "num_frames": 49, "history_frames": 2, "seed": 1, "guidance_scale": 9.0}
+    options["history_thinning"] = thinning
     plain = pipe("x", **options).codes
     codes = pipe("x", later_prompts=[(13, "the digit 7 moves up"), (33, "x")], **options).codes
     assert torch.equal(codes[:, :4], plain[:, :4])
     assert not torch.equal(codes[:, 4:9], plain[:, 4:9])
+
+
+def test_a_thinned_history_changes_the_first_frame_that_sees_another_one(pipe):
+    options = {"num_frames": 33, "history_frames": 2, "seed": 1, "history_mask_ratio": 0.0, "guidance_scale": 9.0}
+    window, thinned = pipe("x", **options), pipe("x", history_thinning=True, **options)
+    assert torch.equal(window.codes[:, :5], thinned.codes[:, :5])
+    assert not torch.equal(window.codes[:, 5:], thinned.codes[:, 5:])
+    assert thinned.settings["history_thinning"] is True
 
 
 def test_steps_of_later_frames_are_reported(pipe):

@@ -399,6 +399,10 @@ def test_options_that_change_no_clip_are_said(capsys):
     for options, note in (
         (["--num-frames", "1", "--later-steps", "3"], "later_steps=3 has no effect on a single new latent frame"),
         (["--num-frames", "17", "--history-frames", "3"], "history_frames=3 has no effect on a clip of 5 latent frames"),
+        (["--num-frames", "17", "--history-frames", "3", "--history-thinning"],
+         "history_frames=3, history_thinning=True has no effect on a clip of 5 latent frames"),
+        (["--num-frames", "21", "--history-frames", "3", "--history-thinning"],
+         "history_thinning=True has no effect on a clip of 6 latent frames with history_frames 3"),
     ):
         assert main([*CLIP, *options]) == 0
         assert capsys.readouterr().err == f"note: {note}\n"

@@ -30,6 +30,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
         {"num_frames": 9, "image": PICTURE},
         {"num_frames": 13, "video": np.stack([PICTURE] * 5), "history_mask_ratio": 0.0},
         {"num_frames": 17, "later_prompts": [(5, "x"), (13, "the digit 7 moves up")], "num_videos_per_prompt": 2},
+        {"num_frames": 25, "history_frames": 2, "history_thinning": True, "later_prompts": [(21, "x")]},
         {"num_frames": 25, "history_frames": 1, "num_videos_per_prompt": 2, "height": 8, "width": 16},
     ],
 )

@@ -53,7 +53,7 @@ OPTIONS = {
     "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE, "num_inference_steps": WHOLE,
     "guidance_scale": NUMBER, "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "history_mask_ratio": NUMBER,
     "mask_given_frames": FLAG, "guidance_interval": INTERVAL, "confidence_threshold": NUMBER, "later_steps": WHOLE,
-    "history_frames": WHOLE, "num_videos_per_prompt": WHOLE, "seed": WHOLES,
+    "history_frames": WHOLE, "history_thinning": FLAG, "num_videos_per_prompt": WHOLE, "seed": WHOLES,
 }  # fmt: skip
 """What a row may say, by the names of the command line."""
 

@@ -101,7 +101,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
     plan = ClipPlan(config, clip, settings, text_tokens, dtype)
     latents = plan.case.frames
-    check_effect(latents, latents, later_steps=args.later_steps, history_frames=args.history_frames)
+    check_effect(latents, latents, args, settings)
     peak, known = peak_flops(device, dtype, args.peak_tflops)
     report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
     report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-TRADES = ("guidance_interval", "confidence_threshold", "later_steps", "history_frames")
+TRADES = ("guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning")
 """Fields of GenerationSettings that save time or memory and change what is made."""
 SAMPLING = (
     "num_inference_steps", "guidance_scale", "temperature", "top_k", "top_p", "history_mask_ratio", "mask_given_frames", *TRADES,
@@ -39,6 +39,8 @@ def add_trades(parser: argparse.ArgumentParser, pictures: bool = False) -> None:
     if not pictures:
         add("--later-steps", type=int, help="steps of each latent frame after the first")
         add("--history-frames", type=int, help="a frame sees the first latent frame and so many before it; memory stays bounded")
+        add("--history-thinning", action=argparse.BooleanOptionalAction, default=None,
+            help="those are the newest and older ones, the farther apart the older, over the whole clip")  # fmt: skip
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumos.attention import Attend, equal_runs, prefix_attention, segmented_attention
+from lumos.generation.thinning import leaving
 from lumos.modeling import LumosForVideoGeneration
 from lumos.sequence import Layout
 
@@ -15,16 +16,20 @@ from lumos.sequence import Layout
 class Cache:
     """Keys and values of R rows, each filled up to its own length: [layers, R, Hkv, capacity, D].
 
-    history: frames that stay behind a row's first one, which begins at `firsts`; when one more comes, the oldest of them leaves
-    and those after it move up, with the rotary positions that they have. None: all stay.
+    frames: numbers of the frames that are in every row, from 0; the first begins at `firsts`.
+    history: frames that stay behind the first one; when one more comes, the oldest of them leaves, or with `thinning` the one that
+    `leaving` names, and those after it move up, with the rotary positions that they have. None: all stay.
     """
 
-    def __init__(self, model: LumosForVideoGeneration, rows: int, capacity: int, history: int | None = None):
+    def __init__(
+        self, model: LumosForVideoGeneration, rows: int, capacity: int, history: int | None = None, thinning: bool = False
+    ):
         c = model.config
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim)
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.values = torch.empty_like(self.keys)
-        self.lengths, self.firsts, self.history = [0] * rows, [0] * rows, history
+        self.lengths, self.firsts, self.frames = [0] * rows, [0] * rows, []
+        self.history, self.thinning = history, thinning
 
     def store(self, rows: Sequence[int], layouts: Sequence[Layout]) -> Attend:
         """Attention over whole prefixes [len(rows), L], one layout each, that also fills these rows of the cache."""
@@ -56,7 +61,7 @@ class Cache:
         The first `stay` of the frames stay in the cache, which `advance` has to be told. Where there are fewer queries than keys,
         all are of the last frame.
         """
-        runs = list(equal_runs(self.lengths[:rows]))
+        runs, place = list(equal_runs(self.lengths[:rows])), self._leaving()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             frames = k.shape[2] // n
@@ -73,9 +78,10 @@ class Cache:
                     if queries.shape[2]:
                         queries = prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False)
                     seen.append(queries)
-                    if i < stay and (oldest := self._oldest(start, n)) is not None:
+                    if i < stay and place is not None:
+                        left = self.firsts[start] + place * n
                         for cached in (keys, values):
-                            cached[:, :, oldest:length] = cached[:, :, oldest + n : end].clone()
+                            cached[:, :, left:length] = cached[:, :, left + n : end].clone()
                     else:
                         length = end
                 parts.append(torch.cat(seen, dim=2) if len(seen) > 1 else seen[0])
@@ -85,13 +91,18 @@ class Cache:
 
     def advance(self, n: int) -> None:
         """A frame of n tokens has come to stay in every row."""
-        self.lengths = [length + (n if self._oldest(row, n) is None else 0) for row, length in enumerate(self.lengths)]
+        place, new = self._leaving(), self.frames[-1] + 1 if self.frames else 0
+        if place is None:
+            self.lengths = [length + n for length in self.lengths]
+        else:
+            del self.frames[place]
+        self.frames.append(new)
 
-    def _oldest(self, row: int, n: int) -> int | None:
-        """Where the frame begins that leaves when another comes."""
-        behind = self.firsts[row] + n
-        full = self.history is not None and self.lengths[row] - behind >= self.history * n
-        return behind if full else None
+    def _leaving(self) -> int | None:
+        """Which of `frames`, by its place there, leaves when another comes."""
+        if self.history is None or len(self.frames) <= self.history:
+            return None
+        return self.frames.index(leaving(self.frames[1:], self.frames[-1] + 1)) if self.thinning else 1
 
 
 class KeptPrefix:

@@ -51,12 +51,14 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(
-        self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None, history: int | None = None
-    ) -> None:
+        self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None, history: int | None = None,
+        thinning: bool = False,
+    ) -> None:  # fmt: skip
         """prefixes: ids [L_r] of each row, ending before a frame; capacity: cached tokens a row may reach.
 
         Equal prefixes are computed once, and the last row's not at all if `kept` has it from an earlier call.
-        history: as in GenerationSettings.history_frames; given frames behind the first are then committed one by one.
+        history, thinning: as history_frames and history_thinning of GenerationSettings; given frames behind the first are then
+        committed one by one.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
         layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
@@ -67,15 +69,16 @@ class Engine:
         if history is not None and self.frames_done > 1:
             spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
             begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]
-            self.prefill(begin, capacity, kept, history)
+            self.prefill(begin, capacity, kept, history, thinning)
             for frame in list(zip(*spans, strict=True))[1:]:
                 self.commit(torch.stack(frame))
             return
         self.cache = None  # one that is there goes before the next comes
-        self.cache = Cache(self.model, len(prefixes), capacity, history)
+        self.cache = Cache(self.model, len(prefixes), capacity, history, thinning)
         self._lengths = [layout.length for layout in layouts]
         self._origins = [layout.origin or layout.length + FRAME_HEADER for layout in layouts]
         self.cache.firsts = [origin - FRAME_HEADER for origin in self._origins]
+        self.cache.frames = list(range(self.frames_done))
         self._frame, self._rotary = None, {}
 
         rows_of: dict[tuple[int, ...], list[int]] = {}
@@ -170,7 +173,7 @@ def code_offsets(frame: Frame) -> Tensor:
 
 
 def cache_tokens(text: int, span: int, frames: int, history: int | None = None) -> int:
-    """Tokens that a row reaches: what stands before the frames, and all frames, or the first, the last `history`, and one more.
+    """Tokens that a row reaches: what stands before the frames, and all frames, or the first, `history` others, and one more.
 
     The last frame is never committed but needs its place while denoised.
     """
@@ -219,7 +222,8 @@ def generate_frames(
     for frame in range(new_frames):
         if frame in rows_from:
             rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
-            engine.prefill(rows, capacity, kept if branches == 2 and frame == 0 else None, settings.history_frames)
+            stored = kept if branches == 2 and frame == 0 else None
+            engine.prefill(rows, capacity, stored, settings.history_frames, settings.history_thinning)
             finished = None
         ids = blank.to(device).repeat(samples, 1)  # [S, n]
         masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide; 0 where a sample has fewer

@@ -39,6 +39,8 @@ class GenerationSettings:
     later_steps           num_inference_steps of every latent frame after the first that is made
     history_frames        a frame sees the text, the clip's first latent frame, and so many latent frames right before it, each at
                           the positions that it always had; the cache stays that small
+    history_thinning      those many latent frames are the one right before it and older ones, the farther apart the older they are,
+                          over the whole clip
     """
 
     num_inference_steps: int = 50
@@ -52,6 +54,7 @@ class GenerationSettings:
     confidence_threshold: float | None = None
     later_steps: int | None = None
     history_frames: int | None = None
+    history_thinning: bool = False
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
@@ -74,6 +77,7 @@ class GenerationSettings:
         check(threshold is None or 0 < threshold <= 1, "confidence_threshold", "more than 0, at most 1")
         check(self.later_steps is None or 1 <= self.later_steps <= 1000, "later_steps", "1 to 1000")
         check(self.history_frames is None or self.history_frames >= 1, "history_frames", "at least 1")
+        check(isinstance(self.history_thinning, bool), "history_thinning", "true or false")
         interval = self.guidance_interval
         pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
         check(pair and 0 <= interval[0] < interval[1] <= 1, "guidance_interval", "two numbers, 0 <= start < stop <= 1")
@@ -91,6 +95,8 @@ class GenerationSettings:
             raise UserError(
                 f"guidance_interval {self.guidance_interval} has no effect with guidance_scale 1; raise guidance_scale or give 0 1"
             )
+        if self.history_thinning and self.history_frames is None:
+            raise UserError("history_thinning has no effect without history_frames; give it too, or leave history_thinning out")
         if self.top_k == 1 and self.confidence_threshold is not None:
             raise UserError(
                 f"confidence_threshold {self.confidence_threshold} cannot work with top_k 1: every code is certain then, and each "

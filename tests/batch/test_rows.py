@@ -134,6 +134,6 @@ def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
     rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
     assert len(rows) == 3
     assert [request_of(row, {}, 0).num_frames for row in rows] == [None, 33, 33]
-    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames"}
+    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning"}
     paragraph = text[text.index("A row may say") : text.index("Every row is checked")]
     assert {name for name in OPTIONS if f"`{name}`" in paragraph} == OPTIONS.keys() - trades

@@ -17,6 +17,7 @@ from lumos.errors import UserError
 from lumos.generation.engine import Engine, cache_tokens, generate_frames
 from lumos.generation.sampling import gumbel, sample_codes
 from lumos.generation.settings import GenerationSettings
+from lumos.generation.thinning import leaving
 from lumos.masking import history_mask, unmasking_counts
 from lumos.rope import position_ids
 from lumos.sequence import build_frames, build_prefix, content_mask, parse_layout
@@ -43,25 +44,42 @@ def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *
     return torch.stack(list(frames), dim=1)
 
 
-def plain_mask(layout, history):
-    """bool [L, L]: the frame-causal rule; a frame's tokens see of the frames only the first, `history` before them, and theirs."""
-    allowed = dense_mask([layout], layout.length)[0]
+def plain_mask(layout, history, thinning=False):
+    """bool [L, L]: the frame-causal rule; a frame's tokens see of the frames only the first, `history` before them, and theirs.
+
+    thinning: not those right before them, but those that stay by the rule of `leaving`.
+    """
+    allowed, stay = dense_mask([layout], layout.length)[0], set()
     for i, later in enumerate(layout.frames):
         for j, earlier in enumerate(layout.frames):
-            if history is not None and j >= 1 and i - j > history:
+            seen = j in stay if thinning else history is None or i - j <= history
+            if 1 <= j < i and not seen:
                 allowed[later.start : later.end, earlier.start : earlier.end] = False
+        if thinning and len(stay) == history:
+            stay.remove(leaving(sorted(stay), i))
+        stay |= {i} - {0}
     return allowed
 
 
 @torch.no_grad()
-def plain_logits(sequence, history):
+def plain_logits(sequence, history, thinning=False):
     """Visual logits [6, K] of the codes of the last frame, by one forward over the whole sequence."""
     (layout,) = parse_layout(sequence[None], CONFIG)
-    mask = plain_mask(layout, history)[None, None]
+    mask = plain_mask(layout, history, thinning)[None, None]
     rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
     hidden = MODEL.model(sequence[None], rotary, lambda layer, q, k, v: dense_attention(q, k, v, mask))[0, -SPAN:]
     content = hidden[3:-1].view(GRID[0], GRID[1] + 1, -1)[:, :-1].flatten(0, 1)
     return MODEL.lm_head(content)[:, CONFIG.visual_token_start :]
+
+
+@torch.no_grad()
+def plain_keys_and_values(sequence, history, thinning):
+    """Those of the whole sequence, [layers, Hkv, L, D] both."""
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    mask, found = plain_mask(layout, history, thinning)[None, None], []
+    rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
+    MODEL.model(sequence[None], rotary, lambda layer, q, k, v: found.append((k[0], v[0])) or dense_attention(q, k, v, mask))
+    return [torch.stack(of) for of in zip(*found, strict=True)]
 
 
 def plain_clip(conditional, unconditional, seed, new_frames, options, later=None):
@@ -79,10 +97,11 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
         taken.append(0)
         for step in range(n):
             current = build_frames(codes.view(1, *GRID), CONFIG).flatten()
-            logits = plain_logits(torch.cat([conditional, current]), options.history_frames)
+            bound = options.history_frames, options.history_thinning
+            logits = plain_logits(torch.cat([conditional, current]), *bound)
             start, stop = options.guidance_interval
             if unconditional is not None and start <= step / n < stop:
-                without = plain_logits(torch.cat([unconditional, current]), options.history_frames)
+                without = plain_logits(torch.cat([unconditional, current]), *bound)
                 logits = without + options.guidance_scale * (logits - without)
             masked = [i for i in range(total) if codes[i] < 0]
             drawn, log_prob = sample_codes(logits[masked], numbers[step, 0, : len(masked)])
@@ -106,12 +125,14 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
     return torch.stack(made), taken
 
 
-trades = st.fixed_dictionaries({
+histories = st.just({}) | st.builds(
+    lambda frames, thinning: {"history_frames": frames, "history_thinning": thinning}, st.integers(1, 3), st.booleans()
+)
+trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
     "guidance_interval": st.sampled_from([(0.0, 1.0), (0.0, 0.3), (0.5, 1.0), (0.25, 0.6)]),
     "confidence_threshold": st.none() | st.floats(0.05, 1.0),
     "later_steps": st.none() | st.integers(2, 4),
-    "history_frames": st.none() | st.integers(1, 3),
-})  # fmt: skip
+}))  # fmt: skip
 
 
 @given(trades, st.integers(0, 4), st.integers(0, 99))
@@ -164,19 +185,19 @@ def test_another_prompt_changes_what_comes_after_it_only(monkeypatch):
     assert torch.equal(same, whole)
 
 
-@pytest.mark.parametrize("history", [None, 1, 2])
+@pytest.mark.parametrize(("history", "thinning"), [(None, False), (1, False), (2, False), (1, True), (2, True), (3, True)])
 @pytest.mark.parametrize("fused", [False, True])
-def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, fused):
+def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning, fused):
     """The same frames through the engine and through one forward with a dense mask, all positions those of the whole sequence."""
     g = torch.Generator().manual_seed(1)
-    frames = build_frames(torch.randint(0, 64, (7, *GRID), generator=g), CONFIG)
+    frames = build_frames(torch.randint(0, 64, (9, *GRID), generator=g), CONFIG)
     engine, sequence = Engine(MODEL), prefix([600, 601])
-    engine.prefill([sequence], cache_tokens(len(sequence), SPAN, 7, history), history=history)
+    engine.prefill([sequence], cache_tokens(len(sequence), SPAN, 9, history), history=history, thinning=thinning)
     for i, frame in enumerate(frames):
         committing = frames[i - 1 : i] if fused and i else None
         logits = engine.denoise(frame[None], committing=committing)[0]
         sequence = torch.cat([sequence, frame])
-        torch.testing.assert_close(logits, plain_logits(sequence, history), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, plain_logits(sequence, history, thinning), atol=2e-4, rtol=1e-4)
         if not fused:
             engine.commit(frame[None])
 
@@ -192,7 +213,42 @@ def test_the_mask_of_the_twin_hides_what_it_should():
     assert not seen[layout.frames[1].start : layout.frames[1].end].any()
 
 
-def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch):
+def test_the_mask_of_the_twin_thins_as_it_should():
+    """Guards the twin: with two frames of history, thinned, frame 5 sees text, frames 0, 2 and 4, and itself."""
+    sequence = torch.cat([prefix([600]), build_frames(torch.zeros(6, *GRID, dtype=torch.long), CONFIG).flatten()])
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    seen = plain_mask(layout, 2, thinning=True)[layout.frames[5].start]
+    assert [bool(seen[f.start : f.end].all()) for f in layout.frames] == [True, False, True, False, True, True]
+    assert int(seen.sum()) == layout.frames[0].start + 4 * SPAN
+
+
+@given(st.integers(1, 5), st.booleans(), st.integers(2, 14), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_the_cache_holds_the_keys_and_values_of_the_kept_frames(history, thinning, frames, seed):
+    """In both of two rows with texts of different lengths: those that one cache of all frames holds, if all see what they saw."""
+    g = torch.Generator().manual_seed(seed)
+    spans = build_frames(torch.randint(0, 64, (2 * frames, *GRID), generator=g), CONFIG).view(2, frames, SPAN)
+    engine, texts = Engine(MODEL), [prefix([600, 601]), prefix([602])]
+    engine.prefill(texts, cache_tokens(len(texts[0]), SPAN, frames + 1, history), history=history, thinning=thinning)
+    for frame in spans.unbind(1):
+        engine.commit(frame)
+    kept = []
+    for i in range(1, frames):
+        if len(kept) == history:
+            kept.remove(leaving(kept, i) if thinning else kept[0])
+        kept.append(i)
+    assert engine.cache.frames == [0, *kept]
+    for row, text in enumerate(texts):
+        sequence = torch.cat([text, *spans[row]])
+        keys, values = plain_keys_and_values(sequence, history, thinning)
+        begins = [len(text) + i * SPAN for i in (0, *kept)]
+        at = [*range(len(text)), *(place for begin in begins for place in range(begin, begin + SPAN))]
+        for ours, theirs in zip(engine.cache.read(row), (keys, values), strict=True):
+            torch.testing.assert_close(ours, theirs[:, :, at], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("thinning", [False, True])
+def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch, thinning):
     """A model made for 5 latent frames makes 50: one cache, allocated once, and no attention to more than it holds."""
     config = micro_config(max_position_embeddings=len(prefix([600])) + 5 * SPAN)
     torch.manual_seed(0)
@@ -210,7 +266,7 @@ def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch):
     monkeypatch.setattr(Engine, "hidden", watched)
     frames = list(generate_frames(
         model, [prefix([600])], [prefix(None)], grid=GRID, new_frames=50, generators=[torch.Generator().manual_seed(0)],
-        settings=GenerationSettings(num_inference_steps=2, history_frames=3),
+        settings=GenerationSettings(num_inference_steps=2, history_frames=3, history_thinning=thinning),
     ))  # fmt: skip
     assert len(frames) == 50
     assert len(caches) == 1
@@ -260,6 +316,8 @@ def test_a_threshold_never_takes_more_steps_and_ends_early():
         ({"later_steps": 0}, "later_steps 0 is not allowed; give 1 to 1000"),
         ({"later_steps": 2.5}, "give a whole number"),
         ({"history_frames": 0}, "history_frames 0 is not allowed; give at least 1"),
+        ({"history_frames": 2, "history_thinning": 1}, "history_thinning 1 is not allowed; give true or false"),
+        ({"history_thinning": True}, "history_thinning has no effect without history_frames"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
