@@ -56,7 +56,9 @@ def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
     backbone = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     package = importlib.util.find_spec("lpips")
     heads = None if package is None or package.origin is None else Path(package.origin).parent / "weights/v0.1" / HEADS
-    missing = [] if backbone.is_file() else [f"{BACKBONE} in {backbone.parent}, where torchvision keeps it"]
+    place, home = backbone.parent, Path.home()
+    shown = f"~/{place.relative_to(home)}" if place.is_relative_to(home) else place  # a result names no user
+    missing = [] if backbone.is_file() else [f"{BACKBONE} in {shown}, where torchvision keeps it"]
     missing += [] if heads is not None and heads.is_file() else [f"{HEADS}, which the package lpips brings"]
     return f"there is no {', and no '.join(missing)}" if missing else (backbone, heads)
 
