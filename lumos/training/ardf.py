@@ -105,6 +105,11 @@ class ArdfTask:
         for prompt in settings.samples.prompts:
             prompt_ids(prompt, self.sample_shape, self.config, self.text_tokenizer)
 
+    @property
+    def attention(self) -> str:
+        """How the run attends; the exported model keeps what its config says."""
+        return self.settings.training.attention or self.config.attention
+
     def build_model(self) -> nn.Module:
         """The model on the CPU in float32, from a folder or from random weights drawn with training.seed.
 
@@ -112,7 +117,7 @@ class ArdfTask:
         """
         folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
         config = copy.deepcopy(self.config)
-        config.attention = self.settings.training.attention or config.attention
+        config.attention = self.attention
         if folder is not None:
             try:
                 model = LumosForVideoGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -261,8 +266,7 @@ class ArdfTask:
 
     def _check_attention(self) -> None:
         """UserError if the run could not attend as it is told."""
-        wanted = self.settings.training.attention or self.config.attention
-        if wanted == "flex" and self.device.type != "cuda":
+        if self.attention == "flex" and self.device.type != "cuda":
             raise UserError(f"attention flex trains on CUDA only, not on {self.device.type}; set training.attention=segmented")
 
     def _check_base_tokenizers(self) -> None:
