@@ -33,7 +33,7 @@ from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D/2]
-MLP_TOKENS = 1024  # without gradients, an MLP takes so many tokens at a time
+MLP_TOKENS = 1024  # an MLP takes so many tokens at a time, with gradients a quarter of them if that is more
 
 
 @dataclass
@@ -125,6 +125,15 @@ class SiluTimes(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad) if for_up else None
 
 
+def mlp_piece(tokens: int, with_gradients: bool) -> int:
+    """Tokens that an MLP takes at a time, of so many.
+
+    Its intermediates are the widest tensors of a layer. A backward pass is done with one piece before it comes to the next, so the
+    gradients of the intermediates exist for one piece only. More and smaller pieces would save little more.
+    """
+    return max(MLP_TOKENS, -(-tokens // 4)) if with_gradients else MLP_TOKENS
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
@@ -135,10 +144,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.shape[:-1].numel() <= MLP_TOKENS:
+        tokens = x.shape[:-1].numel()
+        piece = mlp_piece(tokens, torch.is_grad_enabled())
+        if tokens <= piece or torch.compiler.is_compiling():  # compiled code fuses them, and would be compiled for each piece
             return self._expand_and_contract(x)
-        pieces = x.flatten(0, -2).split(MLP_TOKENS)  # the intermediate is the widest tensor of a layer
-        return torch.cat([self._expand_and_contract(piece) for piece in pieces]).view(x.shape)
+        return torch.cat([self._expand_and_contract(part) for part in x.flatten(0, -2).split(piece)]).view(x.shape)
 
     def _expand_and_contract(self, x: Tensor) -> Tensor:
         return self.down_proj(SiluTimes.apply(self.gate_proj(x), self.up_proj(x)))

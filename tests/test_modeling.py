@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosConfig
-from lumos.modeling import MLP, SiluTimes
+from lumos.modeling import MLP, SiluTimes, mlp_piece
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,3 +67,25 @@ def test_an_mlp_compiles_to_one_graph_with_the_same_gradients(autocast: bool):
         results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])])
     for ours, compiled in zip(*results, strict=True):
         torch.testing.assert_close(ours, compiled, **({"rtol": 0.02, "atol": 0.01} if autocast else {}))
+
+
+@pytest.mark.parametrize(("tokens", "gradients", "pieces"), [(1024, True, 1), (1025, True, 2), (8195, True, 4), (2500, False, 3)])
+def test_an_mlp_in_pieces_is_the_mlp(tokens: int, gradients: bool, pieces: int):
+    torch.manual_seed(0)
+    config = LumosConfig.preset("tiny", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
+    mlp = MLP(config).double()
+    x = torch.randn(1, tokens, 64, dtype=torch.float64, requires_grad=True)
+    sizes = []
+    watched = mlp.up_proj.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2]))
+    with torch.set_grad_enabled(gradients):
+        out = mlp(x)
+    watched.remove()
+    assert (len(sizes), sum(sizes)) == (pieces, tokens)
+    assert max(sizes) <= mlp_piece(tokens, gradients)
+    expected = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, expected)
+    if gradients:
+        wanted = [x, *mlp.parameters()]
+        ours, theirs = (torch.autograd.grad(of.square().sum(), wanted) for of in (out, expected))
+        torch.testing.assert_close(ours, theirs)

@@ -25,7 +25,7 @@ from torch import nn
 
 from lumos.configuration import LumosConfig
 from lumos.flops import adapter_weights
-from lumos.modeling import LumosForVideoGeneration
+from lumos.modeling import LumosForVideoGeneration, mlp_piece
 from lumos.sequence import Frame, Layout
 from lumos.training.settings import LoraSettings
 
@@ -215,7 +215,8 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
     # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
     keeps_product = lora is None or "down_proj" in lora.targets
-    widest = tokens * ((2 if keeps_product else 3) * config.intermediate_size * compute + 2 * width * residual)
+    piece = min(tokens, mlp_piece(tokens, with_gradients=True))
+    widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
     widest += per_layer - tokens * kept_bytes(config, spread) if spread.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
