@@ -32,7 +32,7 @@ from lumos.placement import working_device
 from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
 
-Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D/2]
+Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D]
 MLP_TOKENS = 1024  # an MLP takes so many tokens at a time, with gradients a quarter of them if that is more
 
 

@@ -84,7 +84,7 @@ def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Ten
 def rotary_tables(
     positions: Tensor, is_content: Tensor, config: LumosConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """positions [B, 3, L], is_content [B, L] -> cos, sin [B, 1, L, D/2], computed in fp32."""
+    """positions [B, 3, L], is_content [B, L] -> (cos, cos), (-sin, sin) [B, 1, L, D], computed in fp32."""
     device, scheme = positions.device, config.position_scheme
     axes = frequency_axes(scheme, config.head_dim // 2).to(device)
     inv_freq = inverse_frequencies(config.head_dim, config.rope_theta).to(device)
@@ -93,10 +93,10 @@ def rotary_tables(
         visual = visual_inverse_frequencies(scheme, config.head_dim, config.rope_theta).to(device)
         inv_freq = torch.where(is_content[..., None], visual, inv_freq)
     angles = (by_frequency * inv_freq)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, L, D]: channel i is paired with channel i + D/2 (the half-split layout of Hugging Face checkpoints)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -122,6 +122,10 @@ def test_options_are_timed_beside_the_twin(case, monkeypatch):
     found = row["precision_differences"]["bfloat16"]
     assert 1e-4 < found["largest"] < 0.1 * found["scale"]
     assert 0.5 < found["same_likeliest"] <= 1
+    row, of, _ = bench.run_shape("small", replace(settings, options={"dtype": "bfloat16"}, memory=("lumos",)), measure)
+    assert row["lumos_with_options"]["dtype"] == "bfloat16"
+    assert row["lumos_with_options"]["cache_mb"] == pytest.approx(row["cache_mb"] / 2, rel=1e-2)
+    assert (row["lumos"]["extra_memory_mb"], row["twin"]["extra_memory_mb"], of["twin_over_lumos_memory"]) == (1.0, None, None)
     unknown = bench.form_figures(bench.with_options(case, {"confidence_threshold": 0.9}), 1.0, measure)
     assert unknown["bound_seconds"] is None
 

@@ -57,9 +57,10 @@ def test_text_keeps_its_one_dimensional_rope(scheme):
     cos, sin = rotary_tables(position_ids(layouts, len(ids), config), content, config)
     angles = torch.arange(len(ids))[:, None] * inverse_frequencies(config.head_dim, config.rope_theta)
     text = ~content[0]
-    torch.testing.assert_close(cos[0, 0][text], angles.cos()[text])
-    torch.testing.assert_close(sin[0, 0][text], angles.sin()[text])
-    moved = not torch.allclose(cos[0, 0][~text], angles.cos()[~text])
+    pairs = config.head_dim // 2
+    torch.testing.assert_close(cos[0, 0, text, :pairs], angles.cos()[text])
+    torch.testing.assert_close(sin[0, 0, text, pairs:], angles.sin()[text])
+    moved = not torch.allclose(cos[0, 0, ~text, :pairs], angles.cos()[~text])
     assert moved == (scheme != "1d")
 
 
@@ -88,8 +89,23 @@ def test_tables_equal_a_loop_over_tokens(scheme, t, h, w, text):
                 if scheme == "rope_3d":
                     exponent = (i - axes.index(axes[i])) / axes.count(axes[i])
             angles[n, i] = position * config.rope_theta**-exponent
-    torch.testing.assert_close(cos[0, 0], angles.cos(), atol=2e-4, rtol=0)
-    torch.testing.assert_close(sin[0, 0], angles.sin(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(cos[0, 0], angles.cos().repeat(1, 2), atol=2e-4, rtol=0)
+    torch.testing.assert_close(sin[0, 0], torch.cat([-angles.sin(), angles.sin()], dim=1), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_turns_each_pair_of_channels_as_a_complex_number(dtype):
+    config = micro_config()
+    positions, is_content = torch.randint(0, 500, (2, 3, 7)), torch.zeros(2, 7, dtype=torch.bool)
+    x = torch.randn(2, 7, 4, config.head_dim).to(dtype).transpose(1, 2)
+    first, second = x.double().chunk(2, dim=-1)
+    angles = positions[:, frequency_axes(config.position_scheme, config.head_dim // 2)].transpose(1, 2).double()
+    angles = angles * inverse_frequencies(config.head_dim, config.rope_theta).double()
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    found = apply_rotary(x, *rotary_tables(positions, is_content, config, dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():

@@ -6,9 +6,9 @@ Shapes     Only the decoder, from prefix ids to codes: seconds of the engine and
            take at the speed of this machine's own matrix products (`bound`); memory beyond the weights, at one step a frame, for
            the first step of a frame needs the most; where the time goes, by a profile. Before anything is timed, the engine
            is fed what the twin makes of at most two frames of two steps, and all visual logits must agree.
-Options    Settings that trade, and other ways to run (`--later-steps`, `--int8`, ...), make a third form, timed beside these
-           two; its bound is that of its own arithmetic. `--precisions` says how far the logits of the weights in bfloat16 or
-           int8 are from the twin's, for the same ids.
+Options    Settings that trade, and other ways to run (`--later-steps`, `--options-dtype`, `--int8`, ...), make a third form, timed
+           beside these two; its bound is that of its own arithmetic. `--precisions` says how far the logits of the weights in
+           bfloat16 or int8 are from the twin's, for the same ids.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ PRECISIONS = ("bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Settings:
-    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model."""
+    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model. memory: forms."""
 
     model: str
     prompt: str
     shapes: tuple[str, ...]
     options: dict[str, Any]
     precisions: tuple[str, ...]
+    memory: tuple[str, ...] = ("lumos", "twin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "0.5b and mid take minutes; default: shipped")  # fmt: skip
     add_trades(parser)
     add_acceleration(parser)
+    add("--options-dtype", choices=("bfloat16", "float16"), help="weights of the form with options")
     add("--precisions", nargs="+", choices=PRECISIONS, default=[], metavar="PRECISION",
         help=f"also measure what the logits differ by in {' or '.join(PRECISIONS)}")  # fmt: skip
+    add("--memory", nargs="*", choices=tuple(FORMS), default=list(FORMS), metavar="FORM",
+        help="whose memory to measure, for which each makes a clip more, of one step a frame; default: lumos twin")  # fmt: skip
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -76,12 +80,15 @@ def settings_from(args: argparse.Namespace) -> Settings:
         usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
         replace(usual, **trades)
     options = trades | {name: True for name in ACCELERATION if getattr(args, name)}
-    return Settings(str(model), args.prompt, tuple(dict.fromkeys(args.shapes)), options, tuple(dict.fromkeys(args.precisions)))
+    if args.options_dtype:
+        options["dtype"] = args.options_dtype
+    shapes, precisions, memory = (tuple(dict.fromkeys(names)) for names in (args.shapes, args.precisions, args.memory))
+    return Settings(str(model), args.prompt, shapes, options, precisions, memory)
 
 
 def steps(settings: Settings, bench: Bench) -> int:
     forms = len(FORMS) + bool(settings.options)
-    return 1 + len(settings.shapes) * (len(FORMS) + 1 + forms * bench.repetitions + 1 + len(settings.precisions))
+    return 1 + len(settings.shapes) * (len(settings.memory) + 1 + forms * bench.repetitions + 1 + len(settings.precisions))
 
 
 def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> dict[str, Any]:
@@ -142,6 +149,8 @@ def with_options(case: Case, options: dict[str, Any]) -> Case:
     trades, model = {name: value for name, value in options.items() if name in TRADES}, case.model
     if len(trades) < len(options):
         model = copy.deepcopy(model)
+    if options.get("dtype"):
+        model.to(getattr(torch, options["dtype"]))
     if options.get("int8"):
         use_int8_weights(model)
     if options.get("compile"):
@@ -157,7 +166,7 @@ def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
     figures = {**vars(case.settings), "cache_mb": rounded(case.cache_bytes / MB)}
     if case.settings.confidence_threshold is not None:
         return {**figures, "gflops_that_must_be_done": None, "products": None, "bound_seconds": None, "share_of_bound": None}
-    parts = {p: product_gflops(p, bench.device, getattr(torch, bench.dtype)) for p in products(case)}
+    parts = {p: product_gflops(p, bench.device, case.model.dtype) for p in products(case)}
     bound = sum(p.flops / gflops / 1e9 for p, gflops in parts.items())
     return {
         **figures, "gflops_that_must_be_done": rounded(sum(p.flops for p in parts) / 1e9),
@@ -170,7 +179,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     """(figures, ratios, rows of the table) of one shape."""
     arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
     memory = {}
-    for form in FORMS:
+    for form in settings.memory:
         call = {"form": form, **arguments}
         memory[form] = run_apart("generate", "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
         bench.step()
@@ -190,24 +199,25 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     for precision in settings.precisions:
         precisions[precision] = precision_difference(case, precision)
         bench.step()
+    megabytes = {form: rounded(extra / MB) for form, extra in memory.items()}
     config, figures = case.model.config, form_figures(case, seconds["lumos"], bench)
     row = {
         "shape": shape, "parameters": sum(p.numel() for p in case.model.parameters()), "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "visual_codes": config.visual_token_count, "tokens_a_frame": case.span,
         "latent_frames": case.frames, "logits_max_difference": rounded(difference),
-        **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": rounded(memory[form] / MB)} for form in FORMS},
+        **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": megabytes.get(form)} for form in FORMS},
         **figures, "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
         "precision_differences": precisions,
     }  # fmt: skip
     of = {
         "shape": shape, "twin_over_lumos_time": ratio(seconds["twin"], seconds["lumos"]),
-        "twin_over_lumos_memory": ratio(memory["twin"], memory["lumos"]),
+        "twin_over_lumos_memory": ratio(memory["twin"], memory["lumos"]) if len(memory) == len(FORMS) else None,
     }  # fmt: skip
     costliest = [name for name in shares if name not in ("products", "attention")]
     costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
     table = [[
         shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
-        f"{difference:.1g}", shown(figures["cache_mb"]), shown(memory["lumos"] / MB), shown(memory["twin"] / MB),
+        f"{difference:.1g}", shown(figures["cache_mb"]), *(shown(megabytes[form]) if form in memory else "-" for form in FORMS),
         ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
     ]]  # fmt: skip
     if settings.options:
@@ -216,7 +226,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
         table.append([
             f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
-            shown(figures["cache_mb"]), "-", shown(memory["twin"] / MB), "",
+            shown(figures["cache_mb"]), "-", shown(megabytes["twin"]) if "twin" in memory else "-", "",
         ])  # fmt: skip
     return row, of, table
 

@@ -211,7 +211,7 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     if lora:
         per_layer += tokens * adapter_bytes(config, spread, lora)
     kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
-    kept += tokens * config.head_dim * stored  # rotary tables
+    kept += tokens * 2 * config.head_dim * stored  # rotary tables
     last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
     # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
     keeps_product = lora is None or "down_proj" in lora.targets
