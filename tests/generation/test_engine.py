@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import micro_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
 from lumos.generation.cache import KeptPrefix
@@ -250,3 +252,36 @@ def test_steps_unmask_on_schedule_and_report():
 def test_rows_with_different_numbers_of_given_frames_are_refused():
     with pytest.raises(ValueError, match="different numbers of given frames"):
         Engine(MODEL).prefill([prefix([600]), prefix(None, torch.zeros(1, *GRID, dtype=torch.long))], 60)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a host can only do with values, for which it would wait for a device: scalars, sizes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if func is torch.ops.aten.index.Tensor:  # only where an index is a mask
+            reads = any(at is not None and at.dtype == torch.bool for at in args[1])
+        if reads:
+            raise AssertionError(f"{func} reads values")
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device():
+    """After the first step, which reads the grid off the ids, no value is read on the host until the frames are asked for."""
+    texts = ([prefix([600, 601]), prefix([602])], [prefix(None)] * 2)
+
+    def make(**options):
+        with ExitStack() as watch, pytest.MonkeyPatch.context() as patch:
+
+            def started(frame, step, ids):
+                if (frame, step) == (0, 0):
+                    watch.enter_context(NoWaiting())
+                    for name in ("tolist", "cpu", "numpy", "item"):
+                        patch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))
+
+            run(*texts, [0, 1], on_step=started, **options)
+
+    make()
+    make(guidance_interval=(0.0, 0.5), later_steps=2, history_frames=1, top_k=20)
+    with pytest.raises(AssertionError, match="reads values"):  # as docs/generation.md says of this option
+        make(confidence_threshold=0.5)
