@@ -29,7 +29,9 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
         for k, (name, row) in enumerate(variants.items()):
             _band(axes, curve(row["runs"], field), f"C{k}", name)
         per_place = any(isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
-        _finish(axes, field + (", last value" if per_place else ""), "place" if per_place else "step")
+        if result["over"] == "flops" and not per_place:
+            axes.set(xscale="log", yscale="log")
+        _finish(axes, field + (", last value" if per_place else ""), "place" if per_place else result["over"])
     if shown:
         _shares(figure.add_subplot(1, panels, panels), variants, shown, result["axis"])
     with replacing(path) as temporary:

@@ -25,6 +25,7 @@ from lumos.runtime import versions
 from lumos.training.logging import read_lines
 from lumos.training.yaml_settings import build, read_yaml, setting
 
+OVER = ("step", "flops")
 FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
 
 
@@ -48,6 +49,7 @@ class Experiment:
     model: str | None = setting(None, "model folder to judge where nothing is trained; null: the shipped one")
     prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: prompts are not judged")
     curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
+    over: str = setting("step", "what curves run over: step, or flops, those of training up to there")
     figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw")
     axis: str = setting("", "what x is")
     seeds: list[int] = setting([0], "each variant runs once with each")
@@ -72,6 +74,8 @@ def load(path: str | Path) -> Experiment:
             raise UserError(f"variant {name!r} cannot name a folder; leave out / and a dot in front")
     if trains and experiment.model:
         raise UserError("model has no effect where variants are trained; leave it out")
+    if experiment.over not in OVER:
+        raise UserError(f"over: {experiment.over!r} is not allowed; allowed: {', '.join(OVER)}")
     if experiment.curves and not trains:
         raise UserError("curves has no effect where nothing is trained; leave it out")
     return experiment
@@ -156,6 +160,9 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
         found["curves"] = {
             field: [[line["step"], line[field]] for line in lines if line.get(field) is not None] for field in experiment.curves
         }
+        if experiment.over == "flops":
+            for points in found["curves"].values():
+                points[:] = [[flops_until(step, lines), value] for step, value in points]
     if job.prompts:
         judged = json.loads((job.folder / "prompts.json").read_text())
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
@@ -165,6 +172,16 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
             for figure in sorted(figures)
         }
     return found
+
+
+def flops_until(step: int, lines: list[dict[str, Any]]) -> float:
+    """Training FLOPs of the first `step` steps: each line of the log holds the mean of a step since the line before."""
+    spent = rate = last = 0
+    for line in lines:
+        if "flops" in line and last < step:
+            rate, now = line["flops"], min(line["step"], step)
+            spent, last = spent + (now - last) * rate, now
+    return spent + (step - last) * rate
 
 
 def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
@@ -178,7 +195,7 @@ def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
         row["summary"] = summary(row["runs"])
     return {
         "question": experiment.question, "train": vars(experiment.train), "prompts": experiment.prompts,
-        "axis": experiment.axis, "seeds": experiment.seeds, "variants": variants, "versions": versions(),
+        "axis": experiment.axis, "over": experiment.over, "seeds": experiment.seeds, "variants": variants, "versions": versions(),
     }  # fmt: skip
 
 

@@ -255,7 +255,7 @@ class Run:
         waits, memory = of_all_processes(self.engine, means.pop("data_wait"), peak_memory_bytes(self.engine.device))
         rates = {
             "tokens_per_second": means.pop("tokens") / means["seconds"],
-            "mfu": means.pop("flops") / means["seconds"] / self.peak_flops,
+            "mfu": means["flops"] / means["seconds"] / self.peak_flops,
             "data_wait": max(waits),
             "memory_bytes": int(max(memory)),
         }

@@ -79,12 +79,24 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(trained: str, tmp_pat
         ({"variants": {"a": {"trian": []}}}, "did you mean train"),
         ({"model": "m"}, "model has no effect"),
         ({"train": {}}, "curves has no effect"),
+        ({"over": "hours"}, "over: 'hours' is not allowed; allowed: step, flops"),
     ],
 )
 def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys):
     good = {"train": {"config": "c.yaml"}, "prompts": [], "curves": ["loss"], "variants": {"a": {}}}
     assert main(["experiment", write(tmp_path / "x.yaml", **(good | change))]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_curves_may_run_over_flops(trained: str, tmp_path: Path):
+    raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None, "over": "flops"}
+    assert main(["experiment", write(Path(trained), **raw), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]) == 0
+    run = json.loads((tmp_path / "x.json").read_text())["variants"]["slow"]["runs"][0]
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "slow-3" / "train" / "log.jsonl").read_text().splitlines()]
+    spent = sum(line["flops"] for line in lines if "flops" in line)
+    assert run["curves"]["val_loss_video"][-1][0] == pytest.approx(spent)
+    sparse = [{"step": 2, "flops": 10.0}, {"step": 3, "val_loss_video": 1.0}, {"step": 4, "flops": 20.0}]
+    assert [experiments.flops_until(step, sparse) for step in (1, 2, 3, 4, 5)] == [10, 20, 40, 60, 80]
 
 
 def test_means_and_spread_over_seeds():
