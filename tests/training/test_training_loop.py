@@ -59,7 +59,7 @@ def test_it_learns_logs_and_exports(micro_settings, tmp_path: Path):
     assert lines[-1]["event"] == "end"
     video = next(line for line in lines if line.get("step") == 3 and "loss_video" in line)
     fields = {"lr", "grad_norm", "tokens_per_second", "flops", "mfu", "seconds", "data_wait", "memory_bytes"}
-    assert fields <= video.keys()
+    assert fields | {"mask_ratio_loss_video"} <= video.keys()
     assert len(video["frame_loss_video"]) == 2
     assert min(video["frame_loss_video"]) <= video["loss"] <= max(video["frame_loss_video"])
     evaluation = next(line for line in lines if line.get("step") == 60 and "val_loss_video" in line)
