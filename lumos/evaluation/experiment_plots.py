@@ -1,4 +1,7 @@
-"""The picture of an experiment: a panel for each curve and one for all shares; means over seeds, bands of a standard deviation."""
+"""The picture of an experiment: a panel for each curve, one for all shares, one for the amount of motion.
+
+Means over seeds; bands and bars are a standard deviation.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from lumos.errors import UserError
 from lumos.files import replacing
 
+MOTION = "moved"  # no share: may be above 1
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
 
@@ -16,12 +20,17 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
     """`result` is what `experiments.gather` gives. UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise UserError(f"experiment needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     variants = result["variants"]
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    panels = len(fields) + bool(shown)
+    shares = {  # panel title -> figures
+        "share of prompts": [figure for figure in shown if figure != MOTION],
+        "motion, over the truth's": [figure for figure in shown if figure == MOTION],
+    }
+    panels = len(fields) + sum(map(bool, shares.values()))
     figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
     figure.suptitle(result["question"], fontsize=11)
     for n, field in enumerate(fields, 1):
@@ -31,9 +40,11 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
         per_place = any(isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
         if result["over"] == "flops" and not per_place:
             axes.set(xscale="log", yscale="log")
-        _finish(axes, field + (", last value" if per_place else ""), "place" if per_place else result["over"])
-    if shown:
-        _shares(figure.add_subplot(1, panels, panels), variants, shown, result["axis"])
+        if per_place:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(axes, field + (", last value" if per_place else ""), "latent frame" if per_place else result["over"])
+    for n, (title, names) in enumerate(((title, names) for title, names in shares.items() if names), len(fields) + 1):
+        _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -51,17 +62,22 @@ def curve(runs: list[dict[str, Any]], field: str) -> Points:
     return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
 
 
-def _shares(axes: Any, variants: dict[str, Any], shown: list[str], axis: str) -> None:
+def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, axis: str) -> None:
     """Lines over x where every variant has one, else points over the variants' names."""
     numeric = all(row["x"] is not None for row in variants.values())
     for k, name in enumerate(shown):
         rows = [(n if not numeric else row["x"], row) for n, row in enumerate(variants.values()) if name in row["summary"]]
         points = sorted((x, *row["summary"][name]) for x, row in rows)
-        _band(axes, points, f"C{k}", name, "-o" if numeric else "o")
+        if numeric:
+            _band(axes, points, f"C{k}", name, "-o")
+        else:  # beside each other
+            x, mean, spread = zip(*points, strict=True)
+            places = [place + 0.8 * ((k + 0.5) / len(shown) - 0.5) for place in x]
+            axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=name)
     if not numeric:
         axes.set_xticks(range(len(variants)), list(variants), rotation=20, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
-    _finish(axes, "share of prompts; moved: over the truth's", axis)
+    _finish(axes, title, axis)
 
 
 def _band(axes: Any, points: Points, colour: str, label: str, style: str = "-") -> None:
