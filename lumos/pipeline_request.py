@@ -67,7 +67,7 @@ def settle(
             "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
             "last one or one in between; give the first frame as image, or the first frames as video"
         )
-    sampling = override(settings, **{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
+    sampling = settings.changed(**{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
     repeats = request.num_videos_per_prompt
     lists = align(
         *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video), request.seed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lumos.benchmarks.twin import Watch, plain_frames
+from lumos.commands.sampling import TRADES
 from lumos.configuration import LumosConfig
 from lumos.generation.engine import Engine, cache_tokens, code_offsets, generate_frames
 from lumos.generation.settings import GenerationSettings
@@ -81,7 +82,7 @@ class Case:
 
 
 def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:
-    """The case of a name in SHAPES, or the model in `folder` at its own defaults, with guidance on."""
+    """The case of a name in SHAPES, or the model in `folder` at its own defaults, guided, without what trades."""
     if shape == SHIPPED:
         return folder_case(folder, prompt, device, dtype)
     of = SHAPES[shape]
@@ -103,7 +104,8 @@ def folder_case(folder: str, prompt: str, device: str, dtype: str) -> Case:
     duration, fps = clip_header(clip.num_frames, clip.fps)
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
     frames = num_latent_frames(clip.num_frames, config.temporal_compression)
-    settings = replace(settings, top_k=None, top_p=None)  # the twin has no filters
+    plain = {name: getattr(GenerationSettings, name) for name in ("top_k", "top_p", *TRADES)}  # the twin has none of these
+    settings = replace(settings, **plain)
     return Case(pipe.model, *prefixes(pipe.text_ids(prompt, clip), fps, duration, config), grid, frames, settings)
 
 

@@ -78,7 +78,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     trades = {name: getattr(args, name) for name in TRADES if getattr(args, name) is not None}
     for shape in args.shapes:
         usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
-        replace(usual, **trades)
+        GenerationSettings(num_inference_steps=usual.num_inference_steps, **trades)
     options = trades | {name: True for name in ACCELERATION if getattr(args, name)}
     if args.options_dtype:
         options["dtype"] = args.options_dtype

@@ -107,7 +107,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     if benchmark.pictures:
         options["num_frames"] = 1
     clip = override(pipe.clip, **{**{key: options[key] for key in SHAPE}, **({"fps": 1} if benchmark.pictures else {})})
-    settings = {**vars(override(pipe.settings, **{key: options[key] for key in SAMPLING})), **vars(clip)}
+    settings = {**vars(pipe.settings.changed(**{key: options[key] for key in SAMPLING})), **vars(clip)}
     check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
     for side in ("height", "width"):
         size_units(getattr(clip, side), side, pipe.model.config)

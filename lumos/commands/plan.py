@@ -95,7 +95,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         config, (settings, clip) = LumosConfig.from_pretrained(name), read_defaults(Path(name))
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
     names = ("num_inference_steps", "guidance_scale", *TRADES)
-    settings = override(settings, **{name: getattr(args, name) for name in names})
+    settings = settings.changed(**{name: getattr(args, name) for name in names})
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens

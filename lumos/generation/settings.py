@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from lumos.errors import UserError
 from lumos.files import write_json
@@ -102,6 +103,19 @@ class GenerationSettings:
                 f"confidence_threshold {self.confidence_threshold} cannot work with top_k 1: every code is certain then, and each "
                 "frame would end after one step; leave one of them out"
             )
+
+    def changed(self, **given: Any) -> GenerationSettings:
+        """A copy with what is not None replaced.
+
+        A model's own later_steps and guidance_interval were chosen for its other defaults: they end where other
+        num_inference_steps, or a guidance_scale of 1, are given without them.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("num_inference_steps", self.num_inference_steps) != self.num_inference_steps:
+            given.setdefault("later_steps", None)
+        if given.get("guidance_scale") == 1:
+            given.setdefault("guidance_interval", GenerationSettings.guidance_interval)
+        return replace(self, **given)
 
     def steps_of(self, frame: int) -> int:
         """Steps of the frame-th latent frame that is made, from 0; with a threshold it may end earlier."""

@@ -43,7 +43,7 @@ from lumos.generation.settings import ClipDefaults, GenerationSettings, read_def
 from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline import LumosPipeline
-from lumos.pipeline_inputs import check_text_tokenizer, override, prompt_ids
+from lumos.pipeline_inputs import check_text_tokenizer, prompt_ids
 from lumos.sequence import (
     Frame,
     build_sequence,
@@ -219,7 +219,7 @@ class ArdfTask:
             model = LumosForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
             add_adapters(model, Lora(**self.adapter["settings"]))
             model.load_state_dict(weights, strict=False)
-        settings = override(self._generation(), **self.settings.samples.options)
+        settings = self._generation().changed(**self.settings.samples.options)
         pipe = LumosPipeline(model.to(self.device), self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
         return Sampler(
             lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
@@ -248,7 +248,7 @@ class ArdfTask:
     def _generation(self) -> GenerationSettings:
         folder = self.settings.model.from_
         usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
-        return override(usual, **self.settings.generation)
+        return usual.changed(**self.settings.generation)
 
     def _config(self) -> dict[str, Any]:
         config = self.config.to_dict()

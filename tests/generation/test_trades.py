@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -327,3 +328,14 @@ def test_what_cannot_be_is_refused(options, message):
 
 def test_lists_from_json_are_the_same_settings():
     assert GenerationSettings(guidance_interval=[0, 0.5]) == GenerationSettings(guidance_interval=(0.0, 0.5))
+
+
+def test_what_a_model_saves_by_itself_goes_with_its_other_defaults():
+    own = GenerationSettings(num_inference_steps=12, guidance_interval=(0.0, 0.5), later_steps=6)
+    assert own.changed(num_inference_steps=12, temperature=0.5, guidance_scale=None) == replace(own, temperature=0.5)
+    assert own.changed(num_inference_steps=4) == replace(own, num_inference_steps=4, later_steps=None)
+    assert own.changed(num_inference_steps=4, later_steps=2) == replace(own, num_inference_steps=4, later_steps=2)
+    assert own.changed(guidance_scale=1) == replace(own, guidance_scale=1, guidance_interval=(0.0, 1.0))
+    assert own.changed(guidance_scale=5).guidance_interval == (0.0, 0.5)
+    with pytest.raises(UserError, match="has no effect with guidance_scale 1"):
+        own.changed(guidance_scale=1, guidance_interval=(0.0, 0.5))
