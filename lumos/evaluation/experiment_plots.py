@@ -1,4 +1,4 @@
-"""The picture of an experiment: a panel for each curve, one for all shares, one for the amount of motion.
+"""The picture of an experiment: a panel for each curve, one for all shares, one for the amount of motion, one for time.
 
 Means over seeds; bands and bars are a standard deviation.
 """
@@ -30,7 +30,9 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
         "share of prompts": [figure for figure in shown if figure != MOTION],
         "motion, over the truth's": [figure for figure in shown if figure == MOTION],
     }
-    panels = len(fields) + sum(map(bool, shares.values()))
+    judged = [row for row in variants.values() if row["x"] is not None and "seconds" in row["runs"][0]]
+    times = [(row["x"], _seconds(row["runs"]), 0.0) for row in judged]
+    panels = len(fields) + sum(map(bool, shares.values())) + bool(times)
     figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
     figure.suptitle(result["question"], fontsize=11)
     for n, field in enumerate(fields, 1):
@@ -45,6 +47,11 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
         _finish(axes, field + (", last value" if per_place else ""), "latent frame" if per_place else result["over"])
     for n, (title, names) in enumerate(((title, names) for title, names in shares.items() if names), len(fields) + 1):
         _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
+    if times:
+        axes = figure.add_subplot(1, panels, panels)
+        _band(axes, sorted(times), "C0", "a clip, on the cores of the run", "-o")
+        axes.set_ylim(bottom=0)
+        _finish(axes, "seconds", result["axis"])
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -60,6 +67,10 @@ def curve(runs: list[dict[str, Any]], field: str) -> Points:
             if y is not None:
                 values.setdefault(x, []).append(y)
     return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
+
+
+def _seconds(runs: list[dict[str, Any]]) -> float:
+    return statistics.mean(run["seconds"] / run["clips"] for run in runs)
 
 
 def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, axis: str) -> None:

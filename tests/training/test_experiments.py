@@ -48,7 +48,7 @@ def test_variants_are_trained_judged_and_drawn_once(trained: str, tmp_path: Path
         assert row["summary"]["val_loss_video"] == [pytest.approx(run["curves"]["val_loss_video"][-1][1], abs=1e-4), 0.0]
         assert 0 <= run["shares"]["motion"] <= 1
     assert slow["summary"]["val_loss_video"] != fast["summary"]["val_loss_video"]
-    assert read_image(tmp_path / "out" / "rates.png").shape[1] > 1500  # three panels
+    assert read_image(tmp_path / "out" / "rates.png").shape[1] > 3000  # five panels
     capsys.readouterr()
     assert main(["experiment", *places, "--list"]) == 0
     assert capsys.readouterr().out == ""
