@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def check_writable(path: str | Path) -> None:
         folder = path.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
+        with suppress(FileNotFoundError):
+            (folder / path.name).lstat()
         probe = _beside(folder / path.name)
         try:
             probe.touch(exist_ok=False)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lumos.configuration import LumosConfig
+from lumos.errors import UserError
 
 FRAME_HEADER = 3  # frame_start and the two size tokens
 
@@ -102,17 +103,20 @@ def prompt_text(config: LumosConfig, prompt: str, *, height: int, width: int, nu
 
 
 def number_token(value: int, what: str, config: LumosConfig) -> int:
-    """Id of a number in the header or of a frame's size; ValueError when there is no such token."""
+    """Id of a number in the header or of a frame's size; UserError when there is no such token."""
     if not 0 <= value < config.number_token_count:
-        raise ValueError(f"{what} {value} has no number token; allowed: 0 to {config.number_token_count - 1}")
+        raise UserError(f"{what} {value} has no number token; allowed: 0 to {config.number_token_count - 1}")
     return config.number_token_start + value
 
 
 def size_units(pixels: int, what: str, config: LumosConfig) -> int:
-    unit = config.pixels_per_size_unit
+    """Pixels of a side -> what a frame's header states; UserError for a size that it cannot state."""
+    unit, most = config.pixels_per_size_unit, config.number_token_count - 1
     if pixels <= 0 or pixels % unit:
         down = max(unit, pixels // unit * unit)
-        raise ValueError(f"{what} {pixels} is not a multiple of {unit}; the nearest sizes are {down} and {down + unit}")
+        raise UserError(f"{what} {pixels} is not a multiple of {unit}; the nearest sizes are {down} and {down + unit}")
+    if pixels // unit > most:
+        raise UserError(f"{what} {pixels} is too large for this model's number tokens; allowed: {unit} to {most * unit}")
     return pixels // unit
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lumos.batch.results import UNFINISHED, Results
 from lumos.batch.rows import Row
 from lumos.errors import UserError
-from lumos.files import write_json
+from lumos.files import check_writable, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.pipeline_call import Request
 from lumos.video_io import check_output
@@ -130,6 +130,7 @@ def check_file(out: Path, clip: Clip) -> None:
     if path.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"output {clip.file!r} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
     check_output(out / clip.file, frames, clip.form.clip.fps)
+    check_writable(record_path(out / clip.file))
 
 
 def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
 
-    several = args.prompts or len(args.seed or ()) > 1 or (args.num_videos_per_prompt or 1) != 1
+    several = args.prompts or len(args.seed or ()) > 1 or args.num_videos_per_prompt not in (None, 1)
     if several:
         from lumos.commands.generate_list import make_list
 

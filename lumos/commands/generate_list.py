@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lumos.commands.generating import (
@@ -71,7 +71,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts and len(args.seed or ()) > 1:
         raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
                         "row adds its number, or a seed in each row")  # fmt: skip
-    if args.prompts is None and args.seed is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if args.prompts is None and args.seed is None and (args.shard or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UserError("several processes need one --seed to agree on; give it")
 
 
@@ -104,7 +104,7 @@ def check_rows(
 
     hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
-    clips, problems, notes, lines = [], {}, [], {}
+    clips, problems, notes, lines, folders = [], {}, [], {}, set()
     for row in rows:
         try:
             request = request_of(row, defaults, seed)
@@ -116,10 +116,16 @@ def check_rows(
             found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
             for clip in found:
                 check_file(out, clip)
-                if (name := clip.file.casefold()) in lines:
+                name = clip.file.casefold()
+                if above := {str(folder) for folder in PurePosixPath(name).parents} & lines.keys():
+                    raise UserError(f"{clip.file} would lie in {above.pop()}, which is a clip; give it another output")
+                if name in folders:
+                    raise UserError(f"{clip.file} is the folder of another clip; give it another output")
+                if name in lines:
                     by = f"line {lines[name]}" if args.prompts else f"another --seed {clip.seed}"
                     raise UserError(f"{clip.file} is written by {by} too; give it another seed or output")
                 lines[name] = row.line
+                folders |= {str(folder) for folder in PurePosixPath(name).parents}
         except (ValueError, RunError, OSError) as error:
             problems[row.line] = " ".join(str(error).split())
             continue
