@@ -318,6 +318,10 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
         ({"prompt": "word " * 5000}, "this model reads at most 256"),
         ({"prompt": "x", "guidance_scale": 0}, "guidance_scale 0 is not allowed"),
         ({"prompt": "x", "height": 65}, "height 65 is not a multiple of 8"),
+        ({"prompt": "x", "width": 2000, "height": 8}, "width 2000 is too large for this model's number tokens; allowed: 8 to"),
+        ({"prompt": "x", "output": "y" * 248 + ".mp4"}, ".mp4.json: File name too long"),
+        ({"prompt": "x", "output": "y" * 300 + ".mp4"}, "File name too long"),
+        ({"prompt": "x", "output": "good.mp4/b.mp4"}, "would lie in good.mp4, which is a clip"),
         ({"prompt": "x", "seed": -1}, "seed -1 is not allowed"),
         ({"prompt": "x", "image": "a.png", "video": "b.mp4"}, "both image and video are given"),
         ({"prompt": ["x", "y"], "prompt_frames": [6, 3]}, "the first frame of a later prompt 6 is not allowed"),
@@ -349,6 +353,8 @@ def test_a_bad_row_is_told_before_any_work(generate, monkeypatch, row, message):
         (["--prompt", "x", "--seed", "1", "2", "--num-frames", "6"], "num_frames 6 is not allowed"),
         (["--prompt", "x", "--seed", "1", "2", "--num-videos-per-prompt", "3"], "seed is a list of 2, but there are 3 clips"),
         (["--prompt", " ", "--seed", "1", "2"], "the prompt is empty"),
+        (["--prompt", "x", "--num-videos-per-prompt", "0"], "--num-videos-per-prompt 0 is not allowed"),
+        (["--prompt", "x", "--num-videos-per-prompt", "2", "--shard", "1/2"], "several processes need one --seed to agree on"),
         (["--prompt", "x", "--seed", "1", "1"], "x-1.mp4 is written by another --seed 1 too"),
     ],
 )
@@ -365,3 +371,20 @@ def test_notes_about_a_row_are_said_once_and_before(generate):
     rows = write_list({"prompt": "x", "mask_given_frames": True})
     code, _, err = generate("--prompts", rows, "--output-dir", "out")
     assert (code, err) == (0, ["list.jsonl line 1: note: mask_given_frames=True has no effect on a clip without image or video"])
+
+
+def test_a_clip_cannot_be_the_folder_of_another(generate, monkeypatch):
+    monkeypatch.setattr("lumos.commands.generate_list.make_clips", lambda *a: (1, 0))
+    rows = ({"prompt": "x", "output": "a.mp4/b.mp4"}, {"prompt": "x", "output": "a.mp4"})
+    code, _, err = generate("--prompts", write_list(*rows), "--output-dir", "out")
+    assert code == 1
+    assert err[0].startswith("list.jsonl line 2: a.mp4 is the folder of another clip")
+
+
+def test_an_empty_negative_prompt_is_none(generate, monkeypatch):
+    made = []
+    taken = lambda args, pipe, model, clips, *rest: made.extend(clips) or (2, 0)  # noqa: E731
+    monkeypatch.setattr("lumos.commands.generate_list.make_clips", taken)
+    rows = ({"prompt": "x", "seed": 1}, {"prompt": "x", "seed": 1, "negative_prompt": " ", "output": "b.mp4"})
+    assert generate("--prompts", write_list(*rows), "--output-dir", "out")[0] == 0
+    assert len(made) == 2
