@@ -383,7 +383,7 @@ def test_a_clip_of_the_shipped_model(capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["latent_frames"], report["codes_of_a_frame"], report["rows"]) == (3, 64, 1)
     assert report["tokens"] == 16 + 5 + 3 * (4 + 8 * 9)
-    assert report["steps"] == 3 * 12
+    assert report["steps"] == 12 + 2 * 6  # the shipped model's own later_steps
     assert main([*CLIP, "--json", "--num-frames", "33", "--later-steps", "6", "--history-frames", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["steps"], report["tokens"]) == (12 + 8 * 6, 16 + 5 + 4 * (4 + 8 * 9))
