@@ -86,7 +86,7 @@ def check_writable(path: str | Path) -> None:
         folder = path.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # the probe's name is shorter: this one sees a name that is too long
             (folder / path.name).lstat()
         probe = _beside(folder / path.name)
         try:

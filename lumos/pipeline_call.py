@@ -47,7 +47,10 @@ class LumosPipelineOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Request:
-    """What a clip is asked for with; each field as the argument of `LumosPipeline.__call__` of that name."""
+    """What a clip is asked for with; each field as the argument of `LumosPipeline.__call__` of that name.
+
+    A negative_prompt without words is none.
+    """
 
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] | None = None
@@ -75,6 +78,10 @@ class Request:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     later_prompts: Sequence[tuple[int, str | Sequence[str]]] | None = None
     last_image: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.negative_prompt, str) and not self.negative_prompt.strip():
+            object.__setattr__(self, "negative_prompt", None)
 
 
 @dataclass(frozen=True)

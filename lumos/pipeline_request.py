@@ -68,11 +68,9 @@ def settle(
             "last one or one in between; give the first frame as image, or the first frames as video"
         )
     sampling = settings.changed(**{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
-    repeats, negative = request.num_videos_per_prompt, request.negative_prompt
-    if isinstance(negative, str) and not negative.strip():
-        negative = None
+    repeats = request.num_videos_per_prompt
     lists = align(
-        *repeat_each(repeats, request.prompt, negative, request.image, request.video), request.seed
+        *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video), request.seed
     )
     count = len(lists["prompt"])
     if request.generator is not None:

@@ -121,7 +121,7 @@ def asked(
 ) -> dict[str, Any]:  # fmt: skip
     """A node's inputs as the pipeline's arguments: what is left at 0 or -1 becomes None."""
     return {
-        "negative_prompt": negative_prompt.strip() or None, "seed": seed,
+        "negative_prompt": negative_prompt, "seed": seed,
         "temperature": None if temperature < 0 else temperature,
         "history_mask_ratio": None if history_mask_ratio < 0 else history_mask_ratio,
         **{name: value or None for name, value in shape.items()},

@@ -43,14 +43,15 @@ PRECISIONS = ("bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Settings:
-    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model. memory: forms."""
+    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model. memory: forms whose
+    memory is measured."""
 
     model: str
     prompt: str
     shapes: tuple[str, ...]
     options: dict[str, Any]
     precisions: tuple[str, ...]
-    memory: tuple[str, ...] = ("lumos", "twin")
+    memory: tuple[str, ...] = tuple(FORMS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,10 +179,11 @@ def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
 def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
     """(figures, ratios, rows of the table) of one shape."""
     arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
-    memory = {}
+    megabytes = dict.fromkeys(FORMS)  # None: not measured
     for form in settings.memory:
         call = {"form": form, **arguments}
-        memory[form] = run_apart("generate", "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        extra = run_apart("generate", "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        megabytes[form] = rounded(extra / MB)
         bench.step()
     case = make_case(**arguments)
     difference = check_logits(case, shape, bench.dtype)
@@ -199,25 +201,24 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     for precision in settings.precisions:
         precisions[precision] = precision_difference(case, precision)
         bench.step()
-    megabytes = {form: rounded(extra / MB) for form, extra in memory.items()}
     config, figures = case.model.config, form_figures(case, seconds["lumos"], bench)
     row = {
         "shape": shape, "parameters": sum(p.numel() for p in case.model.parameters()), "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "visual_codes": config.visual_token_count, "tokens_a_frame": case.span,
         "latent_frames": case.frames, "logits_max_difference": rounded(difference),
-        **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": megabytes.get(form)} for form in FORMS},
+        **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": megabytes[form]} for form in FORMS},
         **figures, "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
         "precision_differences": precisions,
     }  # fmt: skip
     of = {
         "shape": shape, "twin_over_lumos_time": ratio(seconds["twin"], seconds["lumos"]),
-        "twin_over_lumos_memory": ratio(memory["twin"], memory["lumos"]) if len(memory) == len(FORMS) else None,
+        "twin_over_lumos_memory": None if None in megabytes.values() else ratio(megabytes["twin"], megabytes["lumos"]),
     }  # fmt: skip
     costliest = [name for name in shares if name not in ("products", "attention")]
     costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
     table = [[
         shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
-        f"{difference:.1g}", shown(figures["cache_mb"]), *(shown(megabytes[form]) if form in memory else "-" for form in FORMS),
+        f"{difference:.1g}", shown(figures["cache_mb"]), *map(shown, megabytes.values()),
         ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
     ]]  # fmt: skip
     if settings.options:
@@ -226,7 +227,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
         table.append([
             f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
-            shown(figures["cache_mb"]), "-", shown(megabytes["twin"]) if "twin" in memory else "-", "",
+            shown(figures["cache_mb"]), "-", shown(megabytes["twin"]), "",
         ])  # fmt: skip
     return row, of, table
 

@@ -117,15 +117,16 @@ def check_rows(
             for clip in found:
                 check_file(out, clip)
                 name = clip.file.casefold()
-                if above := {str(folder) for folder in PurePosixPath(name).parents} & lines.keys():
-                    raise UserError(f"{clip.file} would lie in {above.pop()}, which is a clip; give it another output")
+                above = {str(folder) for folder in PurePosixPath(name).parents}
+                if inside := above & lines.keys():
+                    raise UserError(f"{clip.file} would lie in {inside.pop()}, which is a clip; give it another output")
                 if name in folders:
                     raise UserError(f"{clip.file} is the folder of another clip; give it another output")
                 if name in lines:
                     by = f"line {lines[name]}" if args.prompts else f"another --seed {clip.seed}"
                     raise UserError(f"{clip.file} is written by {by} too; give it another seed or output")
                 lines[name] = row.line
-                folders |= {str(folder) for folder in PurePosixPath(name).parents}
+                folders |= above
         except (ValueError, RunError, OSError) as error:
             problems[row.line] = " ".join(str(error).split())
             continue

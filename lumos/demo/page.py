@@ -130,7 +130,7 @@ def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any]) -> Reque
         chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
     if seed := answers["seed"].strip():
         chosen["seed"] = field_value("seed", seed)
-    return Request(answers["prompt"], answers["negative_prompt"].strip() or None, **chosen)
+    return Request(answers["prompt"], answers["negative_prompt"], **chosen)
 
 
 async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, str]]:

@@ -26,13 +26,11 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
     variants = result["variants"]
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    shares = {  # panel title -> figures
-        "share of prompts": [figure for figure in shown if figure != MOTION],
-        "motion, over the truth's": [figure for figure in shown if figure == MOTION],
-    }
+    shares = {"share of prompts": [name for name in shown if name != MOTION], "motion, over the truth's": {MOTION} & {*shown}}
+    shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if row["x"] is not None and "seconds" in row["runs"][0]]
-    times = [(row["x"], _seconds(row["runs"]), 0.0) for row in judged]
-    panels = len(fields) + sum(map(bool, shares.values())) + bool(times)
+    times = sorted((row["x"], statistics.mean(run["seconds"] / run["clips"] for run in row["runs"]), 0.0) for row in judged)
+    panels = len(fields) + len(shares) + bool(times)
     figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
     figure.suptitle(result["question"], fontsize=11)
     for n, field in enumerate(fields, 1):
@@ -40,16 +38,16 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
         for k, (name, row) in enumerate(variants.items()):
             _band(axes, curve(row["runs"], field), f"C{k}", name)
         per_place = any(isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
-        if result["over"] == "flops" and not per_place:
-            axes.set(xscale="log", yscale="log")
         if per_place:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif result["over"] == "flops":
+            axes.set(xscale="log", yscale="log")
         _finish(axes, field + (", last value" if per_place else ""), "latent frame" if per_place else result["over"])
-    for n, (title, names) in enumerate(((title, names) for title, names in shares.items() if names), len(fields) + 1):
+    for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
         _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
     if times:
         axes = figure.add_subplot(1, panels, panels)
-        _band(axes, sorted(times), "C0", "a clip, on the cores of the run", "-o")
+        _band(axes, times, "C0", "a clip, on the cores of the run", "-o")
         axes.set_ylim(bottom=0)
         _finish(axes, "seconds", result["axis"])
     with replacing(path) as temporary:
@@ -69,12 +67,8 @@ def curve(runs: list[dict[str, Any]], field: str) -> Points:
     return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
 
 
-def _seconds(runs: list[dict[str, Any]]) -> float:
-    return statistics.mean(run["seconds"] / run["clips"] for run in runs)
-
-
 def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, axis: str) -> None:
-    """Lines over x where every variant has one, else points over the variants' names."""
+    """Lines over x where every variant has one, else bars over the variants' names."""
     numeric = all(row["x"] is not None for row in variants.values())
     for k, name in enumerate(shown):
         rows = [(n if not numeric else row["x"], row) for n, row in enumerate(variants.values()) if name in row["summary"]]

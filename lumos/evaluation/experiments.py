@@ -149,7 +149,7 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
 def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
     """What a job that is done gave.
 
-    curves: {field: [[step, value], ...]}; kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the kinds}.
+    curves: {field: [[step or FLOPs, value], ...]}; kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the kinds}.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -157,12 +157,11 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
         known = {field for line in lines for field in line}
         if unknown := [field for field in experiment.curves if field not in known]:
             raise UserError(f"curves: {job.log} has no {unknown[0]}; there are {', '.join(sorted(known))}")
+        place = {line["step"]: line["step"] if experiment.over == "step" else flops_until(line["step"], lines) for line in lines}
         found["curves"] = {
-            field: [[line["step"], line[field]] for line in lines if line.get(field) is not None] for field in experiment.curves
+            field: [[place[line["step"]], line[field]] for line in lines if line.get(field) is not None]
+            for field in experiment.curves
         }
-        if experiment.over == "flops":
-            for points in found["curves"].values():
-                points[:] = [[flops_until(step, lines), value] for step, value in points]
     if job.prompts:
         judged = json.loads((job.folder / "prompts.json").read_text())
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}

@@ -381,10 +381,14 @@ def test_a_clip_cannot_be_the_folder_of_another(generate, monkeypatch):
     assert err[0].startswith("list.jsonl line 2: a.mp4 is the folder of another clip")
 
 
-def test_an_empty_negative_prompt_is_none(generate, monkeypatch):
-    made = []
-    taken = lambda args, pipe, model, clips, *rest: made.extend(clips) or (2, 0)  # noqa: E731
-    monkeypatch.setattr("lumos.commands.generate_list.make_clips", taken)
-    rows = ({"prompt": "x", "seed": 1}, {"prompt": "x", "seed": 1, "negative_prompt": " ", "output": "b.mp4"})
+def test_an_empty_negative_prompt_is_none(generate):
+    """Also where it shares a batch with prompts that have one, or none."""
+    rows = [{"prompt": "x", "seed": 1, "output": f"{n}.mp4", "negative_prompt": text} for n, text in enumerate((" ", "y", ""))]
+    rows.append({"prompt": "x", "seed": 1, "output": "3.mp4"})
     assert generate("--prompts", write_list(*rows), "--output-dir", "out")[0] == 0
-    assert len(made) == 2
+    records = [json.loads(Path(f"out/{n}.mp4.json").read_text()) for n in range(4)]
+    assert [record["negative_prompt"] for record in records] == [None, "y", None, None]
+    blank, told, empty, none = (read_video(f"out/{n}.mp4")[0] for n in range(4))
+    assert np.array_equal(blank, none)
+    assert np.array_equal(empty, none)
+    assert not np.array_equal(told, none)
