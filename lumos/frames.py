@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,11 +54,45 @@ def from_uint8(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
     return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
-def as_uint8(frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 as they are, or floats in [0, 1] (what `output_type="np"` gives) as uint8; others as they are too."""
-    if np.issubdtype(frames.dtype, np.floating) and frames.size and frames.min() >= 0 and frames.max() <= 1:
-        return (frames * 255).round().astype(np.uint8)
-    return frames
+def as_uint8(frames: Any, name: str = "frames", ndim: int = 4) -> np.ndarray:
+    """Frames as any `output_type` of the pipeline gives them -> uint8 [T, H, W, 3]; with ndim 3 one picture [H, W, 3].
+
+    Taken: an array, uint8 or floats in [0, 1]; a tensor of the same [T, 3, H, W]; a list of PIL pictures, or with ndim 3 one.
+    UserError for others, where `name` is what they are called.
+    """
+    array = _as_array(frames, name)
+    if np.issubdtype(array.dtype, np.floating) and array.size and array.min() >= 0 and array.max() <= 1:
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or 0 in array.shape:
+        given = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "shape") else f"of type {type(frames).__name__}"
+        array_form, tensor_form, pictures = (
+            ("[T, H, W, 3]", "[T, 3, H, W]", "a list of PIL pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
+        )
+        raise UserError(
+            f"{name} {given} cannot be read; give uint8 or floats in [0, 1] as an array {array_form} or a tensor {tensor_form}, "
+            f"or {pictures}"
+        )
+    return array
+
+
+def _as_array(frames: Any, name: str) -> np.ndarray:
+    """Colours last; an empty array for what is none of the forms."""
+    if isinstance(frames, np.ndarray):
+        return frames
+    if isinstance(frames, Image.Image):
+        return np.array(frames.convert("RGB"))
+    if is_pictures(frames):
+        if len(sizes := {picture.size for picture in frames}) > 1:
+            raise UserError(f"{name} are pictures of different sizes {sorted(sizes)}; give one size")
+        return np.stack([np.array(picture.convert("RGB")) for picture in frames])
+    if isinstance(frames, torch.Tensor) and frames.ndim >= 3:
+        return np.moveaxis((frames.float() if frames.is_floating_point() else frames).numpy(force=True), -3, -1)
+    return np.empty(0)
+
+
+def is_pictures(value: Any) -> bool:
+    """Whether it is a list of PIL pictures."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Image.Image) for item in value)
 
 
 def contact_sheet(

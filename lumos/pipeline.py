@@ -189,13 +189,13 @@ class LumosPipeline:
         """Make num_videos_per_prompt clips for each prompt; arguments and output are those of a pipeline of diffusers.
 
         prompt, negative_prompt, image, video, seed: one, or a list of equal length.
-        image: path or uint8 [H, W, 3], the first frame of the clip. video: path or uint8 [T, H, W, 3]; the clip continues its
-        last `num_given_frames` frames (1 + a multiple of the temporal compression; default: what the video has, at most half
-        of num_frames). num_frames counts the given frames too; 1 makes a picture. seed: one int seeds the clips seed,
+        image: path or picture, the first frame of the clip. video: path or frames of a clip, which goes on from the last
+        `num_given_frames` of them (1 + a multiple of the temporal compression; default: what the video has, at most half of
+        num_frames). Pictures and frames are taken in any form that a call gives (see `frames.as_uint8`); a list of PIL pictures
+        as video is one clip. num_frames counts the given frames too; 1 makes a picture. seed: one int seeds the clips seed,
         seed + 1, ...; None draws it. A list of seeds or generators has one for each clip; a generator gives each clip a seed, and
         moves on. What is left None is the model's default.
-        image and video may also be floats in [0, 1]. output_type: np, pil, pt, uint8 or latent, see LumosPipelineOutput;
-        return_dict False gives (frames,).
+        output_type: np, pil, pt, uint8 or latent, see LumosPipelineOutput; return_dict False gives (frames,).
         callback_on_step_end(pipe, step, codes still masked, tensors) is called after every step; `step` counts on over the latent
         frames up to pipe.num_timesteps. `tensors` holds those named: codes int64 [B, h, w] of the frame that is being made (-1:
         still masked), history [B, t, h, w] of the frames before it. It may return {"codes": ...} with other values, and set
@@ -309,7 +309,7 @@ class LumosPipeline:
             settled.new_frames, settled.seeds,
         )  # fmt: skip
 
-    def reconstruct(self, frames: np.ndarray) -> np.ndarray:
+    def reconstruct(self, frames: Any) -> np.ndarray:
         """What the video tokenizer makes of a clip: uint8 [T, H, W, 3] there and back."""
         return self._decode(self._encode(as_uint8(frames)))
 

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
+from lumos.frames import as_uint8, is_pictures
 from lumos.generation.engine import code_offsets
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
 from lumos.sequence import Frame
@@ -49,7 +50,7 @@ class LumosPipelineOutput(ModelOutput):
 class Request:
     """What a clip is asked for with; each field as the argument of `LumosPipeline.__call__` of that name.
 
-    A negative_prompt without words is none.
+    A negative_prompt without words is none, in a list too. A list of PIL pictures as video is one clip. Numbers may be numpy's.
     """
 
     prompt: str | Sequence[str]
@@ -80,8 +81,19 @@ class Request:
     last_image: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.negative_prompt, str) and not self.negative_prompt.strip():
-            object.__setattr__(self, "negative_prompt", None)
+        changed = {name: value.item() for name, value in vars(self).items() if isinstance(value, np.generic)}
+        if isinstance(self.negative_prompt, list | tuple):
+            changed["negative_prompt"] = [none_if_blank(text) for text in self.negative_prompt]
+        else:
+            changed["negative_prompt"] = none_if_blank(self.negative_prompt)
+        if is_pictures(self.video):
+            changed["video"] = as_uint8(self.video, "video")
+        for name, value in changed.items():
+            object.__setattr__(self, name, value)
+
+
+def none_if_blank(text: Any) -> Any:
+    return None if isinstance(text, str) and not text.strip() else text
 
 
 @dataclass(frozen=True)

@@ -148,34 +148,21 @@ def check_effect(latents: int, new_frames: int, asked: Any, settings: Generation
 
 
 def load_image(image: Any) -> np.ndarray:
-    """A path, a PIL picture or an array -> uint8 [H, W, 3]."""
-    if isinstance(image, str | Path):
-        return read_image(image)
-    array = as_uint8(np.array(image.convert("RGB") if hasattr(image, "convert") else image))
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UserError(f"image is an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3], floats in [0, 1], or a path")
-    return array
+    """A path, a PIL picture, an array or a tensor -> uint8 [H, W, 3]."""
+    return read_image(image) if isinstance(image, str | Path) else as_uint8(image, "image", ndim=3)
 
 
 def clip_length(video: Any, fps: int) -> int:
     """Frames that a clip has at this rate."""
-    return count_frames(video, fps) if isinstance(video, str | Path) else len(check_frames(video))
-
-
-def check_frames(video: Any) -> np.ndarray:
-    video = as_uint8(video) if isinstance(video, np.ndarray) else video
-    if not isinstance(video, np.ndarray) or video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
-        what = f"an array {video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else f"of type {type(video).__name__}"
-        raise UserError(f"video is {what}; give a path, uint8 [T, H, W, 3] or floats in [0, 1]")
-    return video
+    return count_frames(video, fps) if isinstance(video, str | Path) else len(as_uint8(video, "video"))
 
 
 def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
-    """The last `count` frames of a path's clip at clip.fps, or of an array [T, H, W, 3], fitted to the clip's size."""
+    """The last `count` frames of a path's clip at clip.fps, or of frames as `as_uint8` takes them, fitted to the clip's size."""
     size = (clip.height, clip.width)
     if isinstance(video, str | Path):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
-    video = check_frames(video)
+    video = as_uint8(video, "video")
     if len(video) < count:
         raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
     return fit(video[-count:], *size)

@@ -53,18 +53,17 @@ def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1
     check_writable(path if folder is None else folder / "00000.png")
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write frames [T, H, W, 3], uint8 or floats in [0, 1]; the suffix of ``path`` says how. Returns the path really written.
+def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a clip, frames as :func:`as_uint8` takes them; the suffix of ``path`` says how. Returns the path really written.
 
     .mp4 (H.264, yuv420p; an odd side gets one row or column more), .gif, .webp (lossless), .png (one frame: a picture;
     more: the folder ``path`` without its suffix, with 00000.png, 00001.png, ...). ``metadata`` goes into the file's
     comment as JSON. The file is whole or not there.
     """
     path = Path(path)
-    suffix = _suffix(path)
+    suffix, frames = _suffix(path), as_uint8(frames)
     if suffix == ".mp4":
-        return write_frames(path, [_checked(frames)], fps, metadata)
-    frames = _checked(frames)
+        return write_frames(path, [frames], fps, metadata)
     _check_fps(path, fps)
     comment = _comment(metadata, suffix)
     folder = _frame_folder(path, suffix, len(frames))
@@ -84,9 +83,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: Mapp
 
 
 def write_frames(
-    path: str | Path, parts: Iterable[np.ndarray], fps: float, metadata: Mapping[str, Any] | None = None
+    path: str | Path, parts: Iterable[Any], fps: float, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """As :func:`write_video`, of frames [T, H, W, 3] that come part by part, all of one size.
+    """As :func:`write_video`, of frames that come part by part, all of one size.
 
     An .mp4 is written as they come and holds none of them; other forms are written when all are there. Whatever ends the parts
     early, nothing is left behind.
@@ -98,15 +97,6 @@ def write_frames(
     with replacing(path) as temporary:
         _write_mp4(temporary, parts, fps, _comment(metadata, ".mp4"))
     return path
-
-
-def _checked(frames: np.ndarray) -> np.ndarray:
-    """Frames as uint8 [T, H, W, 3]; UserError if they cannot be."""
-    frames = as_uint8(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        given = f"{frames.dtype} {list(frames.shape)}"
-        raise UserError(f"frames must be uint8, or floats in [0, 1], [T, H, W, 3], T at least 1; given {given}")
-    return frames
 
 
 def _comment(metadata: Mapping[str, Any] | None, suffix: str) -> str:
@@ -138,7 +128,7 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _write_mp4(path: Path, parts: Iterable[np.ndarray], fps: float, comment: str) -> None:
+def _write_mp4(path: Path, parts: Iterable[Any], fps: float, comment: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     try:
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
@@ -150,7 +140,7 @@ def _write_mp4(path: Path, parts: Iterable[np.ndarray], fps: float, comment: str
             stream.codec_context.colorspace = 6
             stream.codec_context.color_range = 1
             size = None
-            for part in map(_checked, parts):
+            for part in map(as_uint8, parts):
                 if size is None:
                     size = part.shape[1:3]
                     stream.height, stream.width = (side + side % 2 for side in size)

@@ -75,7 +75,7 @@ def test_lists_make_one_clip_each_equal_to_single_calls(pipe):
 def test_image_to_video_keeps_the_first_frame(pipe):
     image = picture()
     clip = pipe("x", image=image, seed=1).frames[0]
-    assert np.array_equal(as_uint8(clip[0]), own_reconstruction(pipe, image[None])[0])
+    assert np.array_equal(as_uint8(clip[0], ndim=3), own_reconstruction(pipe, image[None])[0])
     both = pipe(["x", "y"], image=[image, picture(1)], seed=1).frames
     assert np.array_equal(both[0], clip)
 
@@ -88,7 +88,7 @@ def test_continuing_a_clip_keeps_its_last_frames(pipe):
     short = pipe("x", video=film(6), num_frames=17, seed=1)
     assert short.settings["num_given_frames"] == 5
     one = pipe("x", video=video, num_given_frames=1, seed=1)
-    assert np.array_equal(as_uint8(one.frames[0][0]), own_reconstruction(pipe, video[-1:])[0])
+    assert np.array_equal(as_uint8(one.frames[0][0], ndim=3), own_reconstruction(pipe, video[-1:])[0])
 
 
 def test_prompt_and_negative_prompt_matter(pipe):
@@ -128,8 +128,12 @@ def test_steps_are_reported(pipe):
         ({"guidance_scale": 1.0, "negative_prompt": "y"}, "negative_prompt has no effect"),
         ({"image": picture(), "num_frames": 1}, "leaves nothing to generate"),
         ({"image": picture(), "video": film(5)}, "both image and video"),
-        ({"image": picture()[..., :2]}, "give uint8 \\[H, W, 3\\], floats in"),
-        ({"video": film(5).astype(float)}, "give a path, uint8 \\[T, H, W, 3\\] or floats"),
+        ({"image": picture()[..., :2]}, "give uint8 or floats in \\[0, 1\\] as an array \\[H, W, 3\\] or a tensor"),
+        ({"image": picture()[:0]}, "image uint8 \\[0, .*\\] cannot be read"),
+        ({"video": film(5).astype(float)}, "video float64 .* give uint8 or floats in \\[0, 1\\] as an array \\[T, H, W, 3\\]"),
+        ({"video": film(5)[:, :, :0]}, "video uint8 .* cannot be read"),
+        ({"video": 5}, "video of type int cannot be read"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["x", " "]}, "negative_prompt is given for some clips and None for others"),
         ({"video": film(5), "num_given_frames": 4, "num_frames": 9}, "num_given_frames 4 is not allowed"),
         ({"image": "no-such-file.png"}, "no-such-file.png"),
         ({"last_image": picture()}, "last_image cannot be kept: .* give the first frame as image"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -95,11 +96,31 @@ def test_a_result_goes_back_in(pipe, clip, tmp_path):
     assert np.array_equal(as_uint8(pipe.reconstruct(floats)), pipe.reconstruct(clip))
     for name in ("image", "video"):
         given = {name: floats[0] if name == "image" else floats, "num_frames": 9, "seed": 2}
-        same = {**given, name: as_uint8(given[name])}
+        same = {**given, name: as_uint8(given[name], ndim=given[name].ndim)}
         assert torch.equal(pipe("x", **given).codes, pipe("x", **same).codes)
     assert torch.equal(pipe("x", image=Image.fromarray(clip[0]), seed=2).codes, pipe("x", image=clip[0], seed=2).codes)
-    write_video(tmp_path / "a.webp", floats, 8)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil", "uint8"])
+def test_every_output_type_goes_back_in(pipe, clip, tmp_path, output_type):
+    """As video, alone and in a list; as image; and into a file."""
+    frames = pipe("x", seed=1, output_type=output_type).frames[0]
+    wanted = pipe("x", video=clip, num_frames=9, seed=2).codes
+    assert torch.equal(pipe("x", video=frames, num_frames=9, seed=2).codes, wanted)
+    assert torch.equal(pipe("x", video=[frames, frames], num_frames=9, seed=[2, 3]).codes[:1], wanted)
+    assert torch.equal(pipe("x", image=frames[0], seed=2).codes, pipe("x", image=clip[0], seed=2).codes)
+    for suffix in (".webp", ".mp4"):
+        written = write_video(tmp_path / f"a{suffix}", frames, 8)
+        assert written.read_bytes() == write_video(tmp_path / f"b{suffix}", clip, 8).read_bytes()
     assert np.array_equal(read_video(tmp_path / "a.webp")[0], clip)
+
+
+def test_numpys_numbers_are_numbers(pipe):
+    plain = {"num_frames": 9, "num_inference_steps": 3, "guidance_scale": 2.0, "fps": 4, "seed": 5}
+    theirs = {name: np.float32(value) if isinstance(value, float) else np.int32(value) for name, value in plain.items()}
+    result = pipe("x", **theirs)
+    assert torch.equal(result.codes, pipe("x", **plain).codes)
+    json.dumps(result.settings)
 
 
 def test_clips_per_prompt(pipe):

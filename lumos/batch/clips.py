@@ -69,8 +69,18 @@ def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_
     return {"prompt": prompts[0], "later_prompts": list(zip(starts, prompts[1:], strict=True)), "num_frames": sum(frames)}
 
 
-def request_of(row: Row, defaults: Mapping[str, Any], seed: int) -> Request:
-    """A row as a request; `defaults` are options of the command line. seed: of a row that names none, from the list's own seed on.
+def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
+    """UserError where a prompt would end within a latent frame of so many frames."""
+    if frames and ((frames[0] - 1) % stride or any(count % stride for count in frames[1:])):
+        raise UserError(
+            f"prompt_frames {list(frames)} is not allowed; give 1 + a multiple of {stride} for the first prompt and multiples of "
+            f"{stride} for later ones"
+        )
+
+
+def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
+    """A row as a request; `defaults` are options of the command line. seed: of a row that names none, from the list's own seed on;
+    stride: the model's temporal compression.
 
     UserError for a row that could not be read or has no prompt.
     """
@@ -87,6 +97,7 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int) -> Request:
         raise UserError("the row has no prompt")
     frames, num_frames = options.pop("prompt_frames", None), options.pop("num_frames", None)
     over_time = prompts_over_time([prompts] if isinstance(prompts, str) else prompts, frames, num_frames)
+    check_prompt_frames(frames, stride)
     options.setdefault("seed", seed + row.number)
     repeats = options.get("num_videos_per_prompt") or 1
     if isinstance(options["seed"], list) and repeats == 1:

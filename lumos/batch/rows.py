@@ -39,10 +39,15 @@ def parse_flag(cell: str) -> bool:
     return {"true": True, "false": False}[cell.lower()]
 
 
+def whole_numbers(cell: str) -> int | list[int]:
+    numbers = [int(part) for part in cell.split()]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 TEXT = Kind("text", is_text, str)
 PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
 WHOLE = Kind("a whole number", is_whole, int)
-WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), int)
+WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), whole_numbers)
 NUMBER = Kind("a number", is_number, float)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), parse_flag)
 INTERVAL = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2, lambda cell: [float(part) for part in cell.split()])

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_one(args: argparse.Namespace) -> None:
-    from lumos.batch.clips import default_name, prompts_over_time, record_path
+    from lumos.batch.clips import check_prompt_frames, default_name, prompts_over_time, record_path
     from lumos.errors import UserError
     from lumos.files import check_writable, write_json
     from lumos.pipeline_inputs import align, check_prompt
@@ -90,6 +90,7 @@ def make_one(args: argparse.Namespace) -> None:
 
     pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
+    check_prompt_frames(args.prompt_frames, pipe.model.config.temporal_compression)
     request = Request(**{**given_options(args), **over_time, "seed": seed})
     settled = pipe.settle(request)
     check_output(output, settled.clip.num_frames, settled.clip.fps)

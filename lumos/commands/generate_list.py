@@ -54,7 +54,7 @@ def make_list(args: argparse.Namespace) -> None:
         print(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows")
     if failed or problems:
         bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
-        lacking = [f"memory ran out for {failed} clips"] if failed else []
+        lacking = [f"{failed} clips could not be made"] if failed else []
         raise RunError(f"{' and '.join(bad + lacking)}, as said above; the other clips are in {out}")
 
 
@@ -107,7 +107,7 @@ def check_rows(
     clips, problems, notes, lines, folders = [], {}, [], {}, set()
     for row in rows:
         try:
-            request = request_of(row, defaults, seed)
+            request = request_of(row, defaults, seed, pipe.model.config.temporal_compression)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 settled = pipe.settle(request)
@@ -138,12 +138,12 @@ def check_rows(
 def make_clips(
     args: argparse.Namespace, pipe: LumosPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
 ) -> tuple[int, int]:
-    """(clips made, clips for which memory ran out) of this process's share of what is not there yet."""
+    """(clips made, clips that could not be) of this process's share of what is not there yet."""
     from tqdm import tqdm
 
     from lumos.batch.clips import Recorded, batches_of, make_codes
     from lumos.batch.results import render
-    from lumos.errors import OutOfMemory, RunError
+    from lumos.errors import OutOfMemory, RunError, UserError
     from lumos.video_io import write_frames
 
     def describe(clip: Clip) -> dict[str, Any]:
@@ -170,12 +170,16 @@ def make_clips(
     with tqdm(total=sum(map(len, batches)), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
         try:
-            for batch in batches:
+            while batches:
+                batch = batches.pop(0)
                 form = batch[0].form
                 try:
                     with out_of_memory_as(planned(pipe, form.clip, form.sampling, batch[0].prompt, len(batch))):
                         made += render(results, [batch], make, save)
-                except OutOfMemory as error:
+                except (OutOfMemory, UserError) as error:
+                    if isinstance(error, UserError) and len(batch) > 1:  # a picture that has gone since: of which clip is not said
+                        batches[:0] = [[clip] for clip in batch]
+                        continue
                     failed += len(batch)
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
                     bar.write(f"{lines}: {error}", file=sys.stderr)

@@ -7,12 +7,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lumos.configuration import LumosConfig
 from lumos.errors import RunError, UserError
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_number
 from lumos.pipeline_call import Request
-from lumos.pipeline_inputs import check_num_frames, check_prompt
-from lumos.sequence import size_units
+from lumos.pipeline_inputs import check_prompt
 
 
 class TooLarge(UserError):
@@ -69,8 +67,8 @@ class Limits:
     def upload_bytes(self) -> int:
         return int(self.max_upload_mb * 2**20)
 
-    def check(self, request: Request, config: LumosConfig) -> None:
-        """UserError for what is out of bounds or can be seen to be impossible before it waits in a queue."""
+    def check(self, request: Request) -> None:
+        """UserError for what is out of bounds."""
         check_prompt(request.prompt)
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(request, name) or "")
@@ -85,20 +83,8 @@ class Limits:
             value = getattr(request, name)
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"{name} {value} is not allowed here; give 1 to {most}")
-        if request.num_frames is not None:
-            check_num_frames(request.num_frames, config.temporal_compression)
-        for name in ("height", "width"):
-            if getattr(request, name) is not None:
-                check_side(getattr(request, name), name, config)
         for upload in (request.image, request.video):
             if upload is not None and (size := Path(upload).stat().st_size) > self.upload_bytes:
                 raise TooLarge(
                     f"{Path(upload).name} has {size / 2**20:.3g} MB; at most {self.max_upload_mb:g} MB are allowed: make it smaller"
                 )
-
-
-def check_side(pixels: int, name: str, config: LumosConfig) -> None:
-    try:
-        size_units(pixels, name, config)
-    except ValueError as error:
-        raise UserError(str(error)) from error

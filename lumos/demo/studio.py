@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class Studio:
         self.pipe, self.metadata, self.circumstances = pipe, metadata, circumstances
         self.limits = limits.of_model(pipe.clip, pipe.settings)
         self.store = Store(root, self.limits)
+        self.settling = threading.Lock()
         self.worker = Worker(self.make, self.limits.queue_length)
 
     @property
@@ -45,18 +47,16 @@ class Studio:
         return {**vars(self.pipe.settings), **vars(self.pipe.clip)}
 
     def submit(self, job: Job) -> Job:
-        """Check a job's request against the bounds and queue it; UserError or Busy."""
-        self.limits.check(job.request, self.pipe.model.config)
+        """Check all of a job's request but what its upload holds, and queue it; UserError or Busy."""
+        self.limits.check(job.request)
+        self._settle(replace(job.request, image=None, video=None))
         return self.worker.submit(job)
 
     def make(self, job: Job) -> None:
         """Make and write the clip of a job; its frames appear in it on the way."""
         began = time.perf_counter()
         request = self._read_uploads(job)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            settled = self.pipe.settle(request)
-        job.notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        settled, job.notes = self._settle(request)
         job.fps = settled.clip.fps
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
@@ -67,6 +67,13 @@ class Studio:
             job.frames.extend(frames)
             job.check_stop()
         job.record = self._write(job, settled, time.perf_counter() - began)
+
+    def _settle(self, request: Request) -> tuple[Settled, list[str]]:
+        """A request settled, and what was noted. One at a time: where warnings go is a matter of the whole process."""
+        with self.settling, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            settled = self.pipe.settle(request)
+        return settled, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:
         """The request with its files read; a clip's rest is cut to what the pipeline may use of it."""

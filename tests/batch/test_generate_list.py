@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from lumos import LumosPipeline
+from lumos.batch.clips import Recorded
 from lumos.batch.results import only_shard
 from lumos.cli import main
 from lumos.errors import RunError
@@ -257,9 +258,27 @@ def test_clips_for_which_memory_runs_out_are_told_and_the_others_made(generate, 
     assert (code, out) == (1, "out  1 made now  3 clips in all  3 rows")
     assert err[0].startswith("list.jsonl line 1, list.jsonl line 2: out of memory (CUDA out of memory")
     assert "--batch-size 1 needs" in err[0]
-    assert err[-1] == "error: memory ran out for 2 clips, as said above; the other clips are in out"
+    assert err[-1] == "error: 2 clips could not be made, as said above; the other clips are in out"
     assert list(clips_in("out")) == ["0003-z.mp4"]
     assert not Path("out/unfinished").exists()
+
+
+def test_a_picture_that_goes_while_clips_are_made_costs_its_own_clip_only(generate, monkeypatch):
+    Image.new("RGB", (24, 16), "red").save("a.png")
+    Image.new("RGB", (24, 16), "blue").save("b.png")
+    check = Recorded.stale
+
+    def stale(results, files):  # after the rows were checked, before the first batch
+        Path("b.png").unlink()
+        return check(results, files)
+
+    monkeypatch.setattr("lumos.batch.clips.Recorded.stale", stale)
+    rows = [{"prompt": "x", "image": "a.png"}, {"prompt": "y", "image": "b.png"}, {"prompt": "z", "image": "a.png"}]
+    code, out, err = generate("--prompts", write_list(*rows), "--output-dir", "out")
+    assert (code, out) == (1, "out  2 made now  3 clips in all  3 rows")
+    assert re.match(r"list\.jsonl line 2: .*b\.png", err[0])
+    assert err[-1] == "error: 1 clips could not be made, as said above; the other clips are in out"
+    assert list(clips_in("out")) == ["0001-x.mp4", "0003-z.mp4"]
 
 
 @pytest.mark.parametrize("launcher", ["by hand", "torchrun"])
@@ -324,7 +343,7 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
         ({"prompt": "x", "output": "good.mp4/b.mp4"}, "would lie in good.mp4, which is a clip"),
         ({"prompt": "x", "seed": -1}, "seed -1 is not allowed"),
         ({"prompt": "x", "image": "a.png", "video": "b.mp4"}, "both image and video are given"),
-        ({"prompt": ["x", "y"], "prompt_frames": [6, 3]}, "the first frame of a later prompt 6 is not allowed"),
+        ({"prompt": ["x", "y"], "prompt_frames": [6, 3]}, "prompt_frames [6, 3] is not allowed"),
         ({"prompt": "x", "num_frames": 4001, "fps": 60}, "this model was made for at most 8192"),
     ],
 )

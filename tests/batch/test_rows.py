@@ -67,7 +67,7 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path, name, row, problem)
     assert other.options == {"prompt": "y"}
     assert other.number == 1
     with pytest.raises(UserError, match=problem):
-        request_of(bad, {}, 0)
+        request_of(bad, {}, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_every_option_of_a_row_is_one_of_a_request():
 def test_a_row_says_more_than_the_command_line():
     defaults = {"guidance_scale": 2.0, "image": "a.png", "num_frames": 9, "num_videos_per_prompt": 2}
     row = Row(3, 5, {"prompt": "x", "video": "b.mp4", "num_frames": 17})
-    assert request_of(row, defaults, 100) == Request(
+    assert request_of(row, defaults, 100, 4) == Request(
         "x", video="b.mp4", num_frames=17, guidance_scale=2.0, num_videos_per_prompt=2, seed=105
     )
-    assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0) == Request("x", num_videos_per_prompt=2, seed=[4, 9])
-    assert request_of(Row(1, 0, {"prompt": "x", "seed": 7}), defaults, 0).image == "a.png"
+    assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0, 4) == Request("x", num_videos_per_prompt=2, seed=[4, 9])
+    assert request_of(Row(1, 0, {"prompt": "x", "seed": 7}), defaults, 0, 4).image == "a.png"
     with pytest.raises(UserError, match="the row has no prompt"):
-        request_of(Row(1, 0, {"seed": 1}), {}, 0)
+        request_of(Row(1, 0, {"seed": 1}), {}, 0, 4)
 
 
 def test_prompts_over_time_are_a_prompt_and_those_that_follow():
@@ -118,9 +118,22 @@ def test_prompts_over_time_are_a_prompt_and_those_that_follow():
     }  # fmt: skip
     assert prompts_over_time(["a"], [9], 9)["num_frames"] == 9
     row = Row(1, 0, {"prompt": ["a", "b"], "prompt_frames": [5, 4]})
-    assert request_of(row, {}, 0).later_prompts == [(5, "b")]
+    assert request_of(row, {}, 0, 4).later_prompts == [(5, "b")]
     with pytest.raises(UserError, match="2 prompts are given and none of their prompt_frames"):
-        request_of(Row(1, 0, {"prompt": ["a", "b"]}), {}, 0)
+        request_of(Row(1, 0, {"prompt": ["a", "b"]}), {}, 0, 4)
+
+
+@pytest.mark.parametrize(("frames", "stride", "allowed"), [
+    ([5, 4], 4, True), ([9], 4, True), ([5, 5], 4, False), ([4, 4], 4, False), ([3, 2], 1, True), ([5, 4, 6], 4, False),
+])  # fmt: skip
+def test_prompts_change_between_latent_frames(frames, stride, allowed):
+    row = Row(1, 0, {"prompt": ["a", "b", "c"][: len(frames)], "prompt_frames": frames})
+    if allowed:
+        assert request_of(row, {}, 0, stride).num_frames == sum(frames)
+        return
+    message = rf"prompt_frames \[{', '.join(map(str, frames))}\] is not allowed; give 1 \+ a multiple of {stride} for the first"
+    with pytest.raises(UserError, match=message):
+        request_of(row, {}, 0, stride)
 
 
 def test_names_are_made_of_words():
@@ -133,7 +146,7 @@ def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
     text = (repo / "docs" / "generation.md").read_text()
     rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
     assert len(rows) == 3
-    assert [request_of(row, {}, 0).num_frames for row in rows] == [None, 33, 33]
+    assert [request_of(row, {}, 0, 4).num_frames for row in rows] == [None, 33, 33]
     trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning"}
     paragraph = text[text.index("A row may say") : text.index("Every row is checked")]
     assert {name for name in OPTIONS if f"`{name}`" in paragraph} == OPTIONS.keys() - trades

@@ -220,6 +220,19 @@ def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatc
     assert list(studio.store.results.iterdir()) == []
 
 
+@pytest.mark.parametrize("data", [
+    {"guidance_scale": "0"}, {"history_mask_ratio": "1"}, {"seed": "-1"}, {"num_frames": "6"}, {"width": "20"},
+    {"guidance_scale": "1", "negative_prompt": "y"},
+])  # fmt: skip
+def test_a_mistake_is_told_before_it_waits(client, studio, data):
+    """All but what an upload holds: also where nobody may wait any more."""
+    for _ in range(2):
+        studio.submit(Job(LONG))
+    assert client.post("/api/generate", data={"prompt": "x"}).status_code == 429
+    answer = client.post("/api/generate", data={"prompt": "x", **data})
+    assert answer.status_code == 400, answer.text
+
+
 def test_hanging_up_ends_the_work(site, studio):
     """The request as a server hands it on: its body, then, once the work has begun, the news that the client has gone."""
     body = b"prompt=x&num_frames=257&num_inference_steps=1000"
