@@ -146,7 +146,7 @@ def text_as_picture():
         (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9"), "2 prompts are given and 1 of their prompt_frames"),
         (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9", "0"), "each prompt needs at least one frame"),
         (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9", "8", "--num-frames", "5"), "17 frames, but num_frames"),
-        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "8", "9"), "first frame of a later prompt 8 is not allowed"),
+        (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "8", "9"), "prompt_frames [8, 9] is not allowed"),
         (lambda: ("--preview", "p.png"), "name a .mp4, .gif or .webp file"),
         (lambda: ("--preview", "result.mp4"), "is --output too"),
         (lambda: ("--preview", "p.mp4", "--num-frames", "1", "--output", "a.png"), "no effect on a picture"),
