@@ -54,11 +54,11 @@ def from_uint8(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
     return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
-def as_uint8(frames: Any, name: str = "frames", ndim: int = 4) -> np.ndarray:
+def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -> np.ndarray:
     """Frames as any `output_type` of the pipeline gives them -> uint8 [T, H, W, 3]; with ndim 3 one picture [H, W, 3].
 
     Taken: an array, uint8 or floats in [0, 1]; a tensor of the same [T, 3, H, W]; a list of PIL pictures, or with ndim 3 one.
-    UserError for others, where `name` is what they are called.
+    UserError for others, where `name` is what they are called and `also` what the caller takes besides, as "a path, ".
     """
     array = _as_array(frames, name)
     if np.issubdtype(array.dtype, np.floating) and array.size and array.min() >= 0 and array.max() <= 1:
@@ -69,8 +69,8 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4) -> np.ndarray:
             ("[T, H, W, 3]", "[T, 3, H, W]", "a list of PIL pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
         )
         raise UserError(
-            f"{name} {given} cannot be read; give uint8 or floats in [0, 1] as an array {array_form} or a tensor {tensor_form}, "
-            f"or {pictures}"
+            f"{name} {given} cannot be read; give {also}uint8 or floats in [0, 1] as an array {array_form} or a tensor "
+            f"{tensor_form}, or {pictures}"
         )
     return array
 

@@ -149,20 +149,24 @@ def check_effect(latents: int, new_frames: int, asked: Any, settings: Generation
 
 def load_image(image: Any) -> np.ndarray:
     """A path, a PIL picture, an array or a tensor -> uint8 [H, W, 3]."""
-    return read_image(image) if isinstance(image, str | Path) else as_uint8(image, "image", ndim=3)
+    return read_image(image) if isinstance(image, str | Path) else as_uint8(image, "image", ndim=3, also="a path, ")
 
 
-def clip_length(video: Any, fps: int) -> int:
+def path_or_frames(video: Any) -> str | Path | np.ndarray:
+    """A path as it is, or frames as uint8 [T, H, W, 3]."""
+    return video if isinstance(video, str | Path) else as_uint8(video, "video", also="a path, ")
+
+
+def clip_length(video: str | Path | np.ndarray, fps: int) -> int:
     """Frames that a clip has at this rate."""
-    return count_frames(video, fps) if isinstance(video, str | Path) else len(as_uint8(video, "video"))
+    return len(video) if isinstance(video, np.ndarray) else count_frames(video, fps)
 
 
-def load_video(video: Any, clip: ClipDefaults, count: int) -> np.ndarray:
-    """The last `count` frames of a path's clip at clip.fps, or of frames as `as_uint8` takes them, fitted to the clip's size."""
+def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -> np.ndarray:
+    """The last `count` frames of a path's clip at clip.fps, or of frames uint8 [T, H, W, 3], fitted to the clip's size."""
     size = (clip.height, clip.width)
-    if isinstance(video, str | Path):
+    if not isinstance(video, np.ndarray):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
-    video = as_uint8(video, "video")
     if len(video) < count:
         raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
     return fit(video[-count:], *size)

@@ -24,6 +24,7 @@ from lumos.pipeline_inputs import (
     load_image,
     load_video,
     override,
+    path_or_frames,
     prompt_ids,
     without_effect,
 )
@@ -141,6 +142,7 @@ def of_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, config: Lumo
 
 def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
     """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
+    videos = [path_or_frames(video) for video in videos]
     if count is None:
         wanted = 1 + (clip.num_frames // 2) // stride * stride
         counts = {min(wanted, 1 + (clip_length(v, clip.fps) - 1) // stride * stride) for v in videos}

@@ -123,6 +123,12 @@ def test_prompts_over_time_are_a_prompt_and_those_that_follow():
         request_of(Row(1, 0, {"prompt": ["a", "b"]}), {}, 0, 4)
 
 
+def test_a_cell_may_hold_several_seeds(tmp_path):
+    rows = rows_of(tmp_path, "a.csv", "prompt,seed\nx,3\ny,4 9\n")
+    assert [row.options["seed"] for row in rows] == [3, [4, 9]]
+    assert rows_of(tmp_path, "b.csv", "prompt,seed\nx,4 y\n")[0].problem.startswith("seed '4 y' is not allowed")
+
+
 @pytest.mark.parametrize(("frames", "stride", "allowed"), [
     ([5, 4], 4, True), ([9], 4, True), ([5, 5], 4, False), ([4, 4], 4, False), ([3, 2], 1, True), ([5, 4, 6], 4, False),
 ])  # fmt: skip
