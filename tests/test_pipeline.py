@@ -130,7 +130,7 @@ def test_steps_are_reported(pipe):
         ({"image": picture(), "video": film(5)}, "both image and video"),
         ({"image": picture()[..., :2]}, "give a path, uint8 or floats in \\[0, 1\\] as an array \\[H, W, 3\\] or a tensor"),
         ({"image": picture()[:0]}, "image uint8 \\[0, .*\\] cannot be read"),
-        ({"video": film(5).astype(float)}, "video float64 .* give a path, uint8 or floats in \\[0, 1\\] as an array \\[T"),
+        ({"video": film(5).astype(float)}, "video float64 .* give a path, uint8 or floats in .* as an array \\[T, H, W, 3\\]"),
         ({"video": film(5)[:, :, :0]}, "video uint8 .* cannot be read"),
         ({"video": 5}, "video of type int cannot be read"),
         ({"prompt": ["a", "b"], "negative_prompt": ["x", " "]}, "negative_prompt is given for some clips and None for others"),
