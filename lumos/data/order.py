@@ -35,9 +35,9 @@ class Order:
         return chosen[np.argsort(-self.codes[chosen], kind="stable")]
 
     def next_shards(self, shape: StepShape) -> list[int]:
-        """Shards in use soon after a step, about a block of them, in the order of their use."""
+        """Shards in use soon after a step, about a block of them, at least those of the next step, in the order of their use."""
         size, total = self._measure(shape)
-        block = min(total, -(-total * self.shuffle_shards // (int(self.shard.max()) + 1)))
+        block = min(total, max(size, -(-total * self.shuffle_shards // (int(self.shard.max()) + 1))))
         first = (shape.number + 1) * size
         coming = self.shards[self._stretch(shape, first, first + block)]
         return [int(coming[i]) for i in np.sort(np.unique(coming, return_index=True)[1])]

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import groupby
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lumos.data.loader import StepShape
@@ -81,6 +81,7 @@ def test_steps_by_tokens_are_parts_of_the_walk(made, extra: int):
 
 
 @given(data, st.booleans())
+@example(([(0, 3), (1, 3), (2, 5)], 1, 1), True)  # a clip is longer than a block
 def test_next_shards_are_those_of_the_steps_that_follow(made, by_tokens: bool):
     order = make(*made)
     shape = (None, int(order.codes.max())) if by_tokens else (1, None)
