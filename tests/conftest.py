@@ -16,6 +16,11 @@ from lumos.data.sprites import SIDE, SPRITES
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers that each take every core run many times slower than with a share of their own.
+    share = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(share)
+    os.environ["OMP_NUM_THREADS"] = str(share)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 

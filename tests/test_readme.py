@@ -44,7 +44,7 @@ def clone(repo, tmp_path, monkeypatch):
 def test_the_first_two_commands_are_the_promised_ones(readme):
     assert readme[0] == "pip install -c constraints.txt -e ."
     assert readme[1] == 'python generate.py --prompt "a large red circle moves left on a gray background"'
-    assert readme[2:4] == ['pip install -c constraints.txt -e ".[test]"', "pytest"]
+    assert readme[2:4] == ['pip install -c constraints.txt -e ".[test]"', "pytest -n 2 --dist loadfile"]
 
 
 def test_the_first_command_as_it_stands(readme, clone):

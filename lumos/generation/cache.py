@@ -55,21 +55,23 @@ class Cache:
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : keys.shape[2]] = values
 
-    def extend(self, n: int, rows: int, stay: int) -> Attend:
-        """Attention of one frame of n tokens, or of two in a row, to the cache and itself, in the first `rows` rows.
+    def extend(self, n: int, rows: range, stay: int) -> Attend:
+        """Attention of one frame of n tokens, or of two in a row, to the cache and itself, in these rows, which follow each other.
 
         The first `stay` of the frames stay in the cache, which `advance` has to be told. Where there are fewer queries than keys,
         all are of the last frame.
         """
-        runs, place = list(equal_runs(self.lengths[:rows])), self._leaving()
+        here, place = slice(rows.start, rows.stop), self._leaving()
+        lengths = self.lengths[here]
+        runs = list(equal_runs(lengths))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             frames = k.shape[2] // n
             sizes = [n] * frames if q.shape[2] == k.shape[2] else [0] * (frames - 1) + [q.shape[2]]
             parts = []
             for start, stop in runs:
-                length, some, seen = self.lengths[start], slice(start, stop), []
-                keys, values = self.keys[layer, some], self.values[layer, some]
+                length, some, seen = lengths[start], slice(start, stop), []
+                keys, values = self.keys[layer, here][some], self.values[layer, here][some]
                 split = zip(q[some].split(sizes, dim=2), k[some].split(n, dim=2), v[some].split(n, dim=2), strict=True)
                 for i, (queries, new_keys, new_values) in enumerate(split):
                     end = length + n
@@ -79,7 +81,7 @@ class Cache:
                         queries = prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False)
                     seen.append(queries)
                     if i < stay and place is not None:
-                        left = self.firsts[start] + place * n
+                        left = self.firsts[rows[start]] + place * n
                         for cached in (keys, values):
                             cached[:, :, left:length] = cached[:, :, left + n : end].clone()
                     else:

@@ -31,7 +31,8 @@ from lumos.sequence import (
     read_frame,
 )
 
-LOGITS_BYTES = 2**26  # of the piece of the logits that exists at a time
+LOGITS_BYTES = 2**24  # of the piece of the logits that exists at a time; a GPU, which wants larger products, takes eight such
+STATES_BYTES = 2**24  # of a layer's input in one forward, if that takes more than one row: more make no product faster
 
 
 class Engine:
@@ -134,8 +135,13 @@ class Engine:
         """ids [R, n of one frame, or 2 n of two in a row], the first `stay` to be kept -> hidden states of the offsets `at`."""
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
-        rotary = tuple(table[: len(ids)] for table in rotary)
-        return self.model.model(ids.to(self.model.device), rotary, self.cache.extend(n, len(ids), stay), at)
+        row_bytes = ids.shape[1] * self.model.config.hidden_size * self.model.dtype.itemsize
+        ids, size, hidden = ids.to(self.model.device), max(1, STATES_BYTES // row_bytes), []
+        for rows in (range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)):
+            some = slice(rows.start, rows.stop)
+            attend = self.cache.extend(n, rows, stay)
+            hidden.append(self.model.model(ids[some], tuple(table[some] for table in rotary), attend, at[some]))
+        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _advance(self, n: int) -> None:
         self._rotary.pop(self.frames_done, None)
@@ -266,7 +272,7 @@ def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
 @torch.inference_mode()
 def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
     """hidden [S, m, C], uniform [S, m] -> codes [S, m] and their log-probabilities [S, m]; logits exist piece by piece."""
-    piece = max(1, LOGITS_BYTES // (4 * head.rows))
+    piece = max(1, LOGITS_BYTES * (1 if hidden.is_cpu else 8) // (4 * head.rows))
     codes, log_probs = [], []
     for states, numbers in zip(hidden.flatten(0, 1).split(piece), uniform.flatten().split(piece), strict=True):
         logits = filter_logits(head(states, visual_only=True).float(), settings.top_k, settings.top_p)

@@ -85,6 +85,20 @@ def test_a_clip_does_not_depend_on_its_batch():
         assert torch.equal(run(conditional[i : i + 1], [prefix(None)], seeds=[seed])[0], together[i])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"history_frames": 1}, {"guidance_interval": (0.0, 0.5)}])
+def test_rows_that_are_too_large_together_go_one_after_the_other(monkeypatch, rows, options):
+    """A forward takes as many rows as its states may take bytes, one at least; the codes are the same."""
+    sizes, forward = [], MODEL.model.forward
+    args = [prefix([600, 601]), prefix([602]), prefix([603, 604, 605])], [prefix(None)] * 3, [5, 6, 7]
+    together = run(*args, new_frames=5, **options)
+    span = len(build_frames(torch.full((1, *GRID), -1), CONFIG)[0])
+    monkeypatch.setattr("lumos.generation.engine.STATES_BYTES", rows * 2 * span * CONFIG.hidden_size * MODEL.dtype.itemsize)
+    monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: sizes.append(ids.shape) or forward(ids, *a))
+    assert torch.equal(run(*args, new_frames=5, **options), together)
+    assert max(shape[0] for shape in sizes if shape[1] == 2 * span) == rows
+
+
 def test_seeds_decide():
     args = ([prefix([600])], [prefix(None)])
     assert torch.equal(run(*args, seeds=[1]), run(*args, seeds=[1]))
