@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -281,7 +282,14 @@ def test_a_picture_that_goes_while_clips_are_made_costs_its_own_clip_only(genera
     assert list(clips_in("out")) == ["0001-x.mp4", "0003-z.mp4"]
 
 
-@pytest.mark.parametrize("launcher", ["by hand", "torchrun"])
+def launch(launcher: str, python: str, port: int) -> list[str]:
+    """What starts a Python program in two processes."""
+    if launcher == "torchrun":
+        return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+
+
+@pytest.mark.parametrize("launcher", ["by hand", "torchrun", "deepspeed"])
 def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launcher):
     """A bad row does not stop the others, and the launcher hears of it when all is made."""
     rows = [{"prompt": f"x {n}", "num_frames": 9 if n % 3 else 5} for n in range(11)]
@@ -293,9 +301,14 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
         assert all(err[0].startswith("list.jsonl line 12: not valid JSON") for _, _, err in done)  # each has its own terminal
         assert sum(int(re.search(r"(\d+) made now", out)[1]) for _, out, _ in done) == 11
     else:
-        python, *rest = command(micro_folder, *args, "parts")
-        torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *rest]
-        done = subprocess.run(torchrun, capture_output=True, text=True, env=environment(repo))
+        if launcher == "deepspeed":
+            pytest.importorskip("deepspeed")
+        python, _, _, _, *rest = command(micro_folder, *args, "parts")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            started = launch(launcher, python, probe.getsockname()[1])
+        started += [str(repo / "generate.py"), *rest]
+        done = subprocess.run(started, capture_output=True, text=True, env=environment(repo) | {"DS_ACCELERATOR": "cpu"})
         assert done.returncode == 1
         assert done.stderr.count("list.jsonl line 12: not valid JSON") == 1
         assert "parts  11 made now  11 clips in all  12 rows" in done.stdout
