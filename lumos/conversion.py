@@ -41,7 +41,7 @@ def prepare_checkpoint(
         if path.suffix or path.is_absolute() or str(folder).startswith("."):
             raise UserError(f"no model folder at {folder}; give a folder with config.json and {WEIGHTS}")
         return folder, kwargs
-    config = kwargs.get("config") or LumosConfig.from_pretrained(existing_config(path))
+    config = kwargs.get("config") or read_config(path)
     shapes = read_shapes(weight_files(path))
     renamed, found = match_layout(path, shapes, config, model_class)
     as_is = all(key == new and shapes[key] == found[new] for key, new in renamed.items())
@@ -58,6 +58,8 @@ def match_layout(
     path: Path, shapes: dict[str, tuple[int, ...]], config: LumosConfig, model_class: type
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """Stored key -> the model's key for all that are its own, and the model's key -> shape; UserError where they do not match."""
+    if config.num_hidden_layers > len(shapes):  # before a model of so many layers is made
+        raise UserError(f"{path} has {len(shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.json")
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
@@ -66,10 +68,16 @@ def match_layout(
     return renamed, found
 
 
-def existing_config(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+def read_config(folder: Path) -> LumosConfig:
+    """The folder's config.json; UserError if there is none, or it cannot be read."""
+    file = folder / "config.json"
+    if not file.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of a saved or released model")
-    return folder
+    try:
+        return LumosConfig.from_pretrained(folder)
+    except (OSError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is damaged ({reason}); download or copy it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -78,6 +86,8 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{outside[0]!r} is no file beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error}); download or copy it again") from error
         missing = [name for name in names if not (folder / name).is_file()]

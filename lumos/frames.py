@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lumos.errors import RunError, UserError
 from lumos.files import replacing
@@ -80,14 +80,28 @@ def _as_array(frames: Any, name: str) -> np.ndarray:
     if isinstance(frames, np.ndarray):
         return frames
     if isinstance(frames, Image.Image):
-        return np.array(frames.convert("RGB"))
+        return picture_rgb(ImageOps.exif_transpose(frames))
     if is_pictures(frames):
         if len(sizes := {picture.size for picture in frames}) > 1:
             raise UserError(f"{name} are pictures of different sizes {sorted(sizes)}; give one size")
-        return np.stack([np.array(picture.convert("RGB")) for picture in frames])
+        return np.stack([picture_rgb(picture) for picture in frames])
     if isinstance(frames, torch.Tensor) and frames.ndim >= 3:
         return np.moveaxis((frames.float() if frames.is_floating_point() else frames).numpy(force=True), -3, -1)
     return np.empty(0)
+
+
+def picture_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture of any mode, transparency laid on white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
+        grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return np.array(image.convert("RGB"))
 
 
 def is_pictures(value: Any) -> bool:

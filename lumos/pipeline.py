@@ -200,7 +200,7 @@ class LumosPipeline:
         frames up to pipe.num_timesteps. `tensors` holds those named: codes int64 [B, h, w] of the frame that is being made (-1:
         still masked), history [B, t, h, w] of the frames before it. It may return {"codes": ...} with other values, and set
         pipe._interrupt to end the clip with the latent frames that are done.
-        on_step(frame, frames, step, steps) is the same without tensors; `steps` are those of this latent frame at most.
+        on_step(frame, frames, step, steps) is called at the same times; `steps` are those of this latent frame at most.
         later_prompts: [(17, "it jumps"), ...]: what the clip shows from frame 17 on, counted from 0 with given frames; a start is
         1 + a multiple of the temporal compression. The frames before it are then history under the new prompt, at the same
         distances. A list in place of a prompt has one for each of `prompt`.
@@ -210,13 +210,15 @@ class LumosPipeline:
         Raises UserError for what cannot be made, before any work is done.
         """
         check_output_type(output_type)
-        request = Request(
-            prompt, negative_prompt, image, video, num_given_frames, num_frames, height, width, fps, num_inference_steps,
-            guidance_scale, temperature, top_k, top_p, history_mask_ratio, mask_given_frames, guidance_interval,
-            confidence_threshold, later_steps, history_frames, history_thinning, num_videos_per_prompt, seed, generator,
-            later_prompts, last_image,
-        )  # fmt: skip
-        ready = self.prepare(request)
+        ready = self.prepare(Request(
+            prompt=prompt, negative_prompt=negative_prompt, image=image, video=video, num_given_frames=num_given_frames,
+            num_frames=num_frames, height=height, width=width, fps=fps, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+            history_mask_ratio=history_mask_ratio, mask_given_frames=mask_given_frames, guidance_interval=guidance_interval,
+            confidence_threshold=confidence_threshold, later_steps=later_steps, history_frames=history_frames,
+            history_thinning=history_thinning, num_videos_per_prompt=num_videos_per_prompt, seed=seed, generator=generator,
+            later_prompts=later_prompts, last_image=last_image,
+        ))  # fmt: skip
         done = [torch.stack(ready.given)] if ready.given else []
         step_end = None
         if callback_on_step_end is not None:
@@ -230,10 +232,14 @@ class LumosPipeline:
             on_step(frame, ready.new_frames, step, ready.sampling.steps_of(frame))
             if step_end is not None:
                 step_end(frame, step, ids)
+            if self._interrupt and (ids == self.model.config.mask_token_id).any():
+                raise Interrupted
 
         try:
             for codes in self._latents(ready, after_step):
                 done.append(codes)
+                if self._interrupt:
+                    break
         except Interrupted:
             if not done:
                 raise RunError("the callback interrupted the call before its first latent frame was done") from None

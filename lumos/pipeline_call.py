@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +177,12 @@ def step_callback(
 
     grid: rows and columns of codes. steps_before(frame): steps of all the latent frames before it. history(): their codes
     [B, t, h, w].
-    UserError for names that are not offered and for codes of another shape or out of range; Interrupted if the callback asks.
+    UserError for what is no function, names that are not offered, and codes of another shape or out of range.
     """
+    if not callable(callback):
+        raise UserError(f"callback_on_step_end is {callback!r}; give a function of (pipe, step, codes still masked, tensors)")
+    if isinstance(names, str):
+        raise UserError(f"callback_on_step_end_tensor_inputs is the text {names!r}; give a list of names, as [{names!r}]")
     if unknown := [name for name in names if name not in TENSOR_INPUTS]:
         raise UserError(f"callback_on_step_end_tensor_inputs {unknown} are not offered; allowed: {', '.join(TENSOR_INPUTS)}")
     offsets = code_offsets(Frame(0, *grid))
@@ -189,12 +193,12 @@ def step_callback(
         codes = (tokens - config.visual_token_start).masked_fill(tokens == config.mask_token_id, -1).view(-1, *grid)
         offered = {"codes": lambda: codes.clone(), "history": history}
         still_masked = int((codes < 0).sum(dim=(1, 2)).max())
-        result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names}) or {}
-        if "codes" in result:
+        result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names})
+        if result is not None and not isinstance(result, Mapping):
+            raise UserError(f"the callback gave {result!r}; give nothing, or a dict as {{'codes': ...}}")
+        if result and "codes" in result:
             changed = check_codes(result["codes"], codes, config).to(ids.device)
             ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)
-        if pipe.interrupt:
-            raise Interrupted
 
     return hook
 

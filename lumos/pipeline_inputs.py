@@ -15,7 +15,7 @@ from lumos.configuration import LumosConfig
 from lumos.errors import UserError
 from lumos.frames import as_uint8
 from lumos.generation.engine import cache_tokens
-from lumos.generation.settings import ClipDefaults, GenerationSettings
+from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
 from lumos.generation.thinning import thins
 from lumos.sequence import prompt_text
 from lumos.video_io import count_frames, fit, read_image, read_video
@@ -60,6 +60,8 @@ def check_prompt(prompt: Any) -> str:
 
 
 def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> None:
+    if not is_whole(num_frames):
+        raise UserError(f"{name} {num_frames!r} is not allowed; give a whole number, 1 + a multiple of {stride}")
     if num_frames < 1 or (num_frames - 1) % stride:
         below = max(1, 1 + (num_frames - 1) // stride * stride)
         raise UserError(
@@ -99,6 +101,8 @@ def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: An
     given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "seed": seed}
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
     count = max(lengths.values(), default=1)
+    if not count:
+        raise UserError(f"{next(iter(lengths))} is an empty list; give at least one, or a single value without a list")
     for name, length in lengths.items():
         if length != count or length == 0:
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")

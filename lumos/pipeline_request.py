@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lumos.pipeline_inputs import (
     check_effect,
     check_length,
     check_num_frames,
+    check_prompt,
     clip_length,
     load_image,
     load_video,
@@ -29,7 +31,7 @@ from lumos.pipeline_inputs import (
     without_effect,
 )
 from lumos.sequence import Frame, build_prefix, clip_header, num_latent_frames, size_units
-from lumos.video_io import fit
+from lumos.video_io import MAX_FRAMES, fit
 from tokenizer import TextTokenizer
 
 
@@ -90,7 +92,7 @@ def settle(
             without_effect("a clip without image or video", mask_given_frames=request.mask_given_frames or None)
 
     # 1. what is given
-    pictures = [load_image(i) for i in images] if images[0] is not None else None
+    pictures = each_once(load_image, images) if images[0] is not None else None
     if pictures and clip.target_size and request.height is None and request.width is None:
         clip = of_pictures(pictures, clip, config)
     rows, cols = (
@@ -98,7 +100,7 @@ def settle(
         for name, pixels in (("height", clip.height), ("width", clip.width))
     )
     if pictures:
-        given = [fit(p[None], clip.height, clip.width) for p in pictures]
+        given = each_once(lambda p: fit(p[None], clip.height, clip.width), pictures)
     elif videos[0] is not None:
         given = load_videos(videos, clip, request.num_given_frames, config.temporal_compression)
     else:
@@ -126,7 +128,7 @@ def settle(
     later = {}
     for start, text in check_later(request.later_prompts, len(given[0]) if given else 0, clip, config.temporal_compression):
         later[num_latent_frames(start, config.temporal_compression) - given_latents] = read(for_each(text, start, repeats, count))
-    longest = max(len(ids) for prefixes in (conditional, *later.values()) for ids in prefixes)
+    longest = max(len(ids) for prefixes in (conditional, unconditional or (), *later.values()) for ids in prefixes)
     check_length(longest, Frame(0, rows, cols).end, latents, sampling, config)
     return Settled(sampling, clip, (rows, cols), conditional, unconditional, later, given, new_frames, seeds)
 
@@ -142,15 +144,22 @@ def of_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, config: Lumo
 
 def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
     """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
-    videos = [path_or_frames(video) for video in videos]
+    videos = each_once(path_or_frames, videos)
     if count is None:
-        wanted = 1 + (clip.num_frames // 2) // stride * stride
-        counts = {min(wanted, 1 + (clip_length(v, clip.fps) - 1) // stride * stride) for v in videos}
+        wanted = 1 + min(clip.num_frames // 2, MAX_FRAMES - 1) // stride * stride
+        counts = {1 + (min(wanted, n) - 1) // stride * stride for n in each_once(lambda v: clip_length(v, clip.fps), videos)}
         if len(counts) > 1:
             raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
         (count,) = counts
     check_num_frames(count, stride, "num_given_frames")
-    return [load_video(v, clip, count) for v in videos]
+    return each_once(lambda v: load_video(v, clip, count), videos)
+
+
+def each_once(made_of: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """made_of(item) of each, computed once, and kept once, for those that are the same path or object."""
+    keys = [str(item) if isinstance(item, str | Path) else id(item) for item in items]
+    made = {key: made_of(item) for key, item in dict(zip(keys, items, strict=True)).items()}
+    return [made[key] for key in keys]
 
 
 def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> Tensor:
@@ -184,4 +193,4 @@ def for_each(text: Any, start: int, repeats: int, count: int) -> list[Any]:
     texts = [t for t in text for _ in range(repeats)] if isinstance(text, list | tuple) else [text] * count
     if len(texts) != count:
         raise UserError(f"the later prompt at frame {start} is a list of {len(text)}, but there are {count // repeats} prompts")
-    return texts
+    return [check_prompt(t) for t in texts]

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.configuration import LumosConfig
-from lumos.conversion import INDEX, WEIGHTS, existing_config, match_layout, read_shapes, weight_files
+from lumos.conversion import INDEX, WEIGHTS, match_layout, read_config, read_shapes, weight_files
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
@@ -102,7 +102,7 @@ def convert(
     kind = defaults or FOLDERS.get(lumos.resolve().name, "video-384p")
     if kind not in DEFAULTS:
         raise UserError(f"defaults {kind!r} are unknown; allowed: {', '.join(DEFAULTS)}")
-    config = LumosConfig.from_pretrained(existing_config(lumos))
+    config = read_config(lumos)
     parts = decoder_parts(lumos, config, dtype)
     text_file = find_text_tokenizer(lumos, cosmos, text_tokenizer)
     text = TextTokenizer.from_pretrained(text_file, limit=config.visual_token_start)
@@ -246,4 +246,4 @@ def check_space(out: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{out} needs {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; make room or go elsewhere")
+        raise UserError(f"{out} needs {needed / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free; make room or go elsewhere")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lumos.errors import RunError, UserError
-from lumos.files import check_writable, replacing, write_json
+from lumos.files import check_writable, replacing, replacing_folder, write_json
 from lumos.frames import as_uint8, contact_sheet, fit, from_uint8, to_uint8
 from lumos.video_reading import MAX_FRAMES, MAX_PIXELS, count_frames, read_image, read_video
 
@@ -45,9 +44,15 @@ __all__ = [
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
 
-def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1) -> None:
-    """UserError if :func:`write_video` could not write ``path``; leaves nothing behind. Call it before a long run."""
+def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1, keep: Sequence[str | Path] = ()) -> None:
+    """UserError if :func:`write_video` could not write ``path``, or would write over a file of ``keep``; leaves nothing behind.
+
+    Call it before a long run.
+    """
     path = Path(path)
+    for kept in map(Path, keep):
+        if path.resolve() == kept.resolve():
+            raise UserError(f"{path} is what the clip begins with, or another of its files; give each a name of its own")
     _check_fps(path, fps)
     folder = _frame_folder(path, _suffix(path), num_frames or 1)
     check_writable(path if folder is None else folder / "00000.png")
@@ -67,19 +72,17 @@ def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str
     _check_fps(path, fps)
     comment = _comment(metadata, suffix)
     folder = _frame_folder(path, suffix, len(frames))
-    target = folder or path
-    with replacing(target) as temporary:
-        if folder:
-            temporary.mkdir()
+    if folder is not None:
+        with replacing_folder(folder) as temporary:
             for n, frame in enumerate(frames):
                 _write_png(temporary / f"{n:05d}.png", frame, comment)
-            if target.is_dir():
-                shutil.rmtree(target)
-        elif suffix == ".png":
+        return folder
+    with replacing(path) as temporary:
+        if suffix == ".png":
             _write_png(temporary, frames[0], comment)
         else:
             _write_animation(temporary, suffix, frames, fps, comment)
-    return target
+    return path
 
 
 def write_frames(

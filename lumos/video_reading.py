@@ -22,20 +22,25 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
 from lumos.errors import UserError
-from lumos.frames import fit
+from lumos.frames import fit, picture_rgb
 
 MAX_PIXELS = 40_000_000  # one picture or one frame of a clip
 MAX_FRAMES = 2_000
 MAX_CLIP_BYTES = 2 << 30
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: it would start Ghostscript
 _PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
+# Playlists and others that would make FFmpeg open what they name are not among them, and neither is any protocol but files.
+_AV_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,ivf,ogg,flv,asf,mxf,dv",
+    "protocol_whitelist": "file",
+}
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
     with _reading(path, "picture", max_pixels), Image.open(path, formats=_PICTURE_FORMATS) as image:
         _check_pixels(path, image.width, image.height, max_pixels)
-        return _rgb(ImageOps.exif_transpose(image))
+        return picture_rgb(ImageOps.exif_transpose(image))
 
 
 def read_video(
@@ -164,7 +169,7 @@ class _AvClip:
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
         # An absolute path, so that FFmpeg cannot take the name for one of its protocols.
-        with av.open(str(self.path.resolve()), metadata_errors="replace") as container:
+        with av.open(str(self.path.resolve()), metadata_errors="replace", options=_AV_OPTIONS) as container:
             if not container.streams.video:
                 raise UserError(f"{self.path} holds no video; give a file with a video stream")
             stream = container.streams.video[0]
@@ -226,7 +231,7 @@ class _PillowClip:
             for frame in ImageSequence.Iterator(image):
                 frame.load()  # WebP knows the duration of a frame only once it is decoded
                 end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; browsers show "0" as 100 too
-                yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(_rgb, frame))
+                yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(picture_rgb, frame))
                 begin = end
 
 
@@ -236,24 +241,10 @@ def _open_clip(path: str | Path, max_pixels: int) -> _AvClip | _PillowClip:
 
 def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
     if any(component.is_alpha for component in frame.format.components):
-        rgb = _rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+        rgb = picture_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
         rgb = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture of any mode, transparency laid on white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
-        grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return np.array(image.convert("RGB"))
 
 
 def _kind(path: str | Path) -> str:

@@ -213,12 +213,24 @@ def test_interrupting(pipe):
         return callback
 
     whole = pipe("x", num_frames=13, seed=1)
-    part = pipe("x", num_frames=13, seed=1, callback_on_step_end=at(5))
+    steps = whole.settings["num_inference_steps"]
+    part = pipe("x", num_frames=13, seed=1, callback_on_step_end=at(2 * steps))
     assert part.frames.shape[1] == part.settings["num_frames"] == 5
     assert torch.equal(part.codes, whole.codes[:, :2])
+    kept = pipe("x", num_frames=13, seed=1, callback_on_step_end=at(2 * steps - 1))  # a frame that is just done counts
+    assert torch.equal(kept.codes, whole.codes[:, :2])
     with pytest.raises(RunError, match="before its first latent frame was done"):
         pipe("x", seed=1, callback_on_step_end=at(0))
     assert torch.equal(pipe("x", num_frames=13, seed=1).codes, whole.codes)
+
+
+def test_callbacks_that_are_none(pipe):
+    with pytest.raises(UserError, match="callback_on_step_end is 5; give a function"):
+        pipe("x", callback_on_step_end=5)
+    with pytest.raises(UserError, match=r"is the text 'codes'; give a list of names, as \['codes'\]"):
+        pipe("x", callback_on_step_end=lambda *a: None, callback_on_step_end_tensor_inputs="codes")
+    with pytest.raises(UserError, match="the callback gave True; give nothing, or a dict"):
+        pipe("x", callback_on_step_end=lambda *a: True)
 
 
 def test_wrong_names_are_refused_before_any_work(pipe, monkeypatch):

@@ -295,3 +295,19 @@ def test_a_picture_that_is_none_or_huge_is_called_so(tmp_path, read):
             warnings.simplefilter("error")
             with pytest.raises(UserError, match=rf"{found}.*the limit is 40 megapixels: make it smaller"):
                 read(path)
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat", "list.sdp"])
+def test_a_list_of_files_is_not_followed(tmp_path, name):
+    """FFmpeg would open what a playlist names: any clip of the machine, for whoever may upload one."""
+    private = tmp_path / "private.mp4"
+    write_video(private, np.zeros((9, 16, 16, 3), np.uint8), 8)
+    texts = {
+        ".m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1.5,\n{private}\n#EXT-X-ENDLIST\n",
+        ".ffconcat": f"ffconcat version 1.0\nfile {private.name}\n", ".sdp": "v=0\nm=video 5004 RTP/AVP 96\n",
+    }  # fmt: skip
+    path = tmp_path / name
+    path.write_text(texts.get(path.suffix, texts[".m3u8"]))
+    for read in (read_video, lambda p: count_frames(p, 8)):
+        with pytest.raises(UserError, match="cannot read the video"):
+            read(path)

@@ -132,15 +132,15 @@ def default_name(prompt: str, picture: bool, before: str = "", after: str = "") 
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
 
 
-def check_file(out: Path, clip: Clip) -> None:
-    """UserError if the clip cannot be written where it is to go."""
+def check_file(out: Path, clip: Clip, keep: Iterable[str | Path] = ()) -> None:
+    """UserError if the clip cannot be written where it is to go, or would take the place of what it begins with."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
         raise UserError(f"output {clip.file!r} is not allowed; name a file in the folder of results, as cats/one.mp4")
     frames = clip.form.clip.num_frames
     if path.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"output {clip.file!r} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
-    check_output(out / clip.file, frames, clip.form.clip.fps)
+    check_output(out / clip.file, frames, clip.form.clip.fps, keep=list(keep))
     check_writable(record_path(out / clip.file))
 
 
@@ -169,7 +169,8 @@ def record_path(result: Path) -> Path:
 
 
 class Recorded(Results):
-    """Clips in a folder, each with a record beside it. A clip is there if its record says that it was made of the same inputs."""
+    """Clips in a folder, each with a record beside it. A clip is there if its record says that it was made of the same inputs, and
+    it has as many bytes as then."""
 
     def __init__(self, out: Path, shard: tuple[int, int], clips: Sequence[Clip], describe: Callable[[Clip], dict[str, Any]]):
         super().__init__(out, "", shard)
@@ -179,7 +180,8 @@ class Recorded(Results):
         path = self.folder / file
         try:
             record = json.loads(record_path(path).read_text(encoding="utf-8"))
-            return path.is_file() and all(record[name] == value for name, value in self.clips[file].inputs.items())
+            whole = path.is_file() and path.stat().st_size == record["bytes"]
+            return whole and all(record[name] == value for name, value in self.clips[file].inputs.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -192,4 +194,5 @@ class Recorded(Results):
         record = record_path(self.folder / file)
         record.unlink(missing_ok=True)
         super().put(file, write)
-        super().put(record.relative_to(self.folder).as_posix(), lambda path: write_json(path, self.describe(self.clips[file])))
+        told = {**self.describe(self.clips[file]), "bytes": (self.folder / file).stat().st_size}
+        super().put(record.relative_to(self.folder).as_posix(), lambda path: write_json(path, told))

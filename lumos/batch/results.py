@@ -18,20 +18,25 @@ from typing import Any, Protocol
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 
-UNFINISHED = "unfinished"
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
 def only_shard(out: Path, shard: tuple[int, int]) -> Iterator[None]:
     """Keep a second process away from this share; RunError if one is at work on it."""
-    lock = out / UNFINISHED / "lock-{}-of-{}".format(*shard)
-    with only_writer(lock, "process that makes the same clips"):
+    work = work_folder(out, shard)
+    with only_writer(work, "process with share {} of {}".format(*shard)):
         try:
             yield
         finally:
-            shutil.rmtree(lock, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # others are at work, or were killed
-                (out / UNFINISHED).rmdir()
+                work.parent.rmdir()
+
+
+def work_folder(out: Path, shard: tuple[int, int]) -> Path:
+    """Where a share's files are written before they are whole."""
+    return out / UNFINISHED / "{}-of-{}".format(*shard)
 
 
 def sum_over_processes(*values: int) -> tuple[int, ...]:
@@ -76,9 +81,10 @@ class Results:
 
     def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
         self.folder, self.unfinished = out / name, out / UNFINISHED
-        self.mine = self.unfinished / "{}-of-{}".format(*shard)
+        self.mine = work_folder(out, shard)
         self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.mine, ignore_errors=True)
+        for left_over in self.mine.glob("[!.]*"):
+            left_over.unlink()
 
     def has(self, file: str) -> bool:
         return (self.folder / file).is_file()
@@ -107,8 +113,11 @@ class Results:
         """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""
         shutil.rmtree(self.mine, ignore_errors=True)
         missing = sum(not self.has(file) for file in files)
-        if not missing:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+        for left_over in self.unfinished.glob("*-of-*") if not missing else ():
+            with suppress(RunError), only_writer(left_over, "process"):  # not where one is at work
+                shutil.rmtree(left_over, ignore_errors=True)
+        with suppress(OSError):
+            self.unfinished.rmdir()
         return missing
 
 

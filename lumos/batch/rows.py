@@ -85,7 +85,8 @@ def read_rows(path: str | Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list of prompts {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"cannot read the list of prompts {path} ({reason}); give a text file in UTF-8") from error
     rows = []
     for line, read in readers[path.suffix.lower()](text, path):
         try:
@@ -117,6 +118,8 @@ def parse_object(line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise UserError("JSON of an absurd size or depth; give an object, as {\"prompt\": \"a red circle\"}") from error
     if not isinstance(row, dict):
         raise UserError(f"a JSON {type(row).__name__}; give an object, as {{\"prompt\": \"a red circle\"}}")
     return {name: value for name, value in row.items() if value is not None}

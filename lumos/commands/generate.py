@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lumos.commands.generating import circumstances, given_options, load, metadata, out_of_memory_as, planned
+from lumos.commands.generating import circumstances, ended_by_sigterm, given_options, load, metadata, out_of_memory_as, planned
 from lumos.commands.sampling import add_loading, add_sampling
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
 
-    several = args.prompts or len(args.seed or ()) > 1 or args.num_videos_per_prompt not in (None, 1)
+    several = args.prompts is not None or len(args.seed or ()) > 1 or args.num_videos_per_prompt not in (None, 1)
     if several:
         from lumos.commands.generate_list import make_list
 
@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
 
 def make_one(args: argparse.Namespace) -> None:
     from lumos.batch.clips import check_prompt_frames, default_name, prompts_over_time, record_path
-    from lumos.errors import UserError
     from lumos.files import check_writable, write_json
     from lumos.pipeline_inputs import align, check_prompt
     from lumos.video_io import check_output, write_frames
@@ -77,11 +76,19 @@ def make_one(args: argparse.Namespace) -> None:
         check_prompt(prompt)
     over_time = prompts_over_time(args.prompt, args.prompt_frames, args.num_frames)
     seed = align(args.prompt[0], seed=args.seed and args.seed[0])["seed"][0]
-    output = Path(args.output or f"outputs/{default_name(args.prompt[0], args.num_frames == 1, after=f'-{seed}')}")
-    check_output(output, over_time["num_frames"])
-    check_writable(record_path(output))
-    if args.preview is not None:
-        check_preview(Path(args.preview), output)
+    begins_with = [path for path in (args.image, args.video) if path is not None]
+
+    def checked_output(num_frames: int | None, fps: float = 1) -> Path:
+        """Where the result goes; UserError if it, its record or the preview cannot be written."""
+        usual = f"outputs/{default_name(args.prompt[0], num_frames == 1, after=f'-{seed}')}"
+        output = Path(usual if args.output is None else args.output)
+        check_output(output, num_frames, fps, keep=begins_with)
+        check_writable(record_path(output))
+        if args.preview is not None:
+            check_preview(Path(args.preview), num_frames, fps, keep=[output, *begins_with])
+        return output
+
+    checked_output(over_time["num_frames"])
 
     from tqdm import tqdm
 
@@ -93,13 +100,11 @@ def make_one(args: argparse.Namespace) -> None:
     check_prompt_frames(args.prompt_frames, pipe.model.config.temporal_compression)
     request = Request(**{**given_options(args), **over_time, "seed": seed})
     settled = pipe.settle(request)
-    check_output(output, settled.clip.num_frames, settled.clip.fps)
-    if args.preview is not None and settled.clip.num_frames == 1:
-        raise UserError("--preview has no effect on a picture; leave it out")
+    output = checked_output(settled.clip.num_frames, settled.clip.fps)
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
     bar_of = {"total": settled.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
-    with out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
+    with ended_by_sigterm(), out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
@@ -113,7 +118,7 @@ def make_one(args: argparse.Namespace) -> None:
     generated, total = time.perf_counter(), seconds_since_start()
     circumstance = circumstances(args, pipe)
     write_json(
-        record_path(written),
+        record_path(output),
         {
             **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
             "image": args.image, "video": args.video,
@@ -131,15 +136,15 @@ def shipped_model() -> Path:
     return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL
 
 
-def check_preview(path: Path, output: Path) -> None:
+def check_preview(path: Path, num_frames: int | None, fps: float, keep: Sequence[str | Path]) -> None:
     from lumos.errors import UserError
     from lumos.video_io import check_output
 
     if path.suffix.lower() == ".png":
         raise UserError(f"--preview {path} cannot grow as pictures; name a .mp4, .gif or .webp file")
-    if path.absolute() == output.absolute():
-        raise UserError(f"--preview {path} is --output too; give the preview a name of its own")
-    check_output(path)
+    if num_frames == 1:
+        raise UserError("--preview has no effect on a picture; leave it out")
+    check_output(path, fps=fps, keep=keep)
 
 
 def previewed(parts: Iterable[np.ndarray], path: Path, fps: int) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumos.commands.generating import (
     circumstances,
+    ended_by_sigterm,
     given_options,
     hashed,
     load,
@@ -47,7 +48,7 @@ def make_list(args: argparse.Namespace) -> None:
         print(f"{where(args, line)}: {said}", file=sys.stderr)
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
-    with only_shard(out, shard):
+    with ended_by_sigterm(), only_shard(out, shard):
         made, failed = make_clips(args, pipe, model, clips, shard, out)
     made, failed = sum_over_processes(made, failed)
     if speaks:
@@ -55,7 +56,8 @@ def make_list(args: argparse.Namespace) -> None:
     if failed or problems:
         bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
         lacking = [f"{failed} clips could not be made"] if failed else []
-        raise RunError(f"{' and '.join(bad + lacking)}, as said above; the other clips are in {out}")
+        others = f"the other clips are in {out}" if failed < len(clips) else "there are no others"
+        raise RunError(f"{' and '.join(bad + lacking)}, as said above; {others}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -68,7 +70,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least 1")
-    if args.prompts and len(args.seed or ()) > 1:
+    if args.prompts is not None and len(args.seed or ()) > 1:
         raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
                         "row adds its number, or a seed in each row")  # fmt: skip
     if args.prompts is None and args.seed is None and (args.shard or int(os.environ.get("WORLD_SIZE", "1")) > 1):
@@ -83,7 +85,7 @@ def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int
     defaults = given_options(args)
     for name in ("num_videos_per_prompt", "prompt_frames"):
         defaults |= {name: value} if (value := getattr(args, name)) is not None else {}
-    if args.prompts:
+    if args.prompts is not None:
         return read_rows(args.prompts), defaults, whole_seed(SEED if args.seed is None else args.seed[0])
     for prompt in args.prompt:
         check_prompt(prompt)
@@ -92,7 +94,7 @@ def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int
 
 
 def where(args: argparse.Namespace, line: int) -> str:
-    return f"{args.prompts} line {line}" if args.prompts else "--prompt"
+    return f"{args.prompts} line {line}" if args.prompts is not None else "--prompt"
 
 
 def check_rows(
@@ -115,7 +117,7 @@ def check_rows(
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
             for clip in found:
-                check_file(out, clip)
+                check_file(out, clip, keep=begins_with.values())
                 name = clip.file.casefold()
                 above = {str(folder) for folder in PurePosixPath(name).parents}
                 if inside := above & lines.keys():
@@ -123,7 +125,7 @@ def check_rows(
                 if name in folders:
                     raise UserError(f"{clip.file} is the folder of another clip; give it another output")
                 if name in lines:
-                    by = f"line {lines[name]}" if args.prompts else f"another --seed {clip.seed}"
+                    by = f"line {lines[name]}" if args.prompts is not None else f"another --seed {clip.seed}"
                     raise UserError(f"{clip.file} is written by {by} too; give it another seed or output")
                 lines[name] = row.line
                 folders |= above

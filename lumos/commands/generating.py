@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -39,7 +41,7 @@ def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
     from lumos.placement import parse_max_memory
 
     transformers.utils.logging.disable_progress_bar()
-    model = str(args.model or shipped_model())
+    model = str(shipped_model() if args.model is None else args.model)
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
     with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):
@@ -64,6 +66,16 @@ def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, An
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
     }  # fmt: skip
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process as Ctrl-C does, with its own exit code: what is half written goes away."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def hashed(path: str | None) -> str | None:

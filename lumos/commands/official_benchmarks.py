@@ -75,7 +75,7 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
 
 
 def draw(args: argparse.Namespace, name: str) -> None:
-    from lumos.batch.results import Results, parse_shard, render
+    from lumos.batch.results import Results, only_shard, parse_shard, render
     from lumos.errors import UserError
     from lumos.evaluation.manifest import folder_sha256, keep_manifest
     from lumos.evaluation.prompt_lists import read_list
@@ -127,12 +127,6 @@ def draw(args: argparse.Namespace, name: str) -> None:
     for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
         print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
 
-    results = Results(out, benchmark.folder, shard)
-    results.check_case([sample.file for sample in samples])
-    for file, text in notes if shard[0] == 1 else []:
-        if not results.has(file):
-            results.put(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-
     def make(batch: list) -> list[np.ndarray]:
         pictures = [str(Path(args.images) / sample.image) for sample in batch] if benchmark.images else None
         captions, seeds = [s.caption for s in batch], [s.seed for s in batch]
@@ -142,9 +136,16 @@ def draw(args: argparse.Namespace, name: str) -> None:
         write_video(path, frames, clip.fps, metadata(args, model, sample.caption, sample.seed))
 
     mine = batches[shard[0] - 1 :: shard[1]]
-    with tqdm(total=len(mine), unit="batch", desc=f"shard {shard[0]}/{shard[1]}", file=sys.stderr, disable=shard[0] > 1) as bar:
-        made = render(results, mine, make, save, bar.update)
-    missing = results.tidy([*(sample.file for sample in samples), *(file for file, _ in notes)])
+    bar_of = {"total": len(mine), "unit": "batch", "desc": f"shard {shard[0]}/{shard[1]}", "disable": shard[0] > 1}
+    with only_shard(out, shard):
+        results = Results(out, benchmark.folder, shard)
+        results.check_case([sample.file for sample in samples])
+        for file, text in notes if shard[0] == 1 else []:
+            if not results.has(file):
+                results.put(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        with tqdm(file=sys.stderr, **bar_of) as bar:
+            made = render(results, mine, make, save, bar.update)
+        missing = results.tidy([*(sample.file for sample in samples), *(file for file, _ in notes)])
     summary = {
         "evaluate": name, "folder": str(results.folder), "shard": "{}/{}".format(*shard), "files": len(samples), "made": made,
         "missing": missing, "seconds": round(time.perf_counter() - started, 1),

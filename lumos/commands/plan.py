@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from lumos.commands.sampling import TRADES, add_device, add_trades
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{option} has no effect on the plan of {mode}; leave it out, or say which of both is meant")
     for name in ("gpu_memory", "peak_tflops"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
     report, text = generation(args) if args.generate else training(args)
     print(json.dumps(report) if args.json else text)
@@ -77,6 +78,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from lumos.commands.generate import shipped_model
     from lumos.configuration import LumosConfig
+    from lumos.conversion import read_config
     from lumos.errors import UserError
     from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
     from lumos.pipeline_inputs import check_effect, override
@@ -92,7 +94,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         name = args.model or shipped_model()
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
-        config, (settings, clip) = LumosConfig.from_pretrained(name), read_defaults(Path(name))
+        config, (settings, clip) = read_config(Path(name)), read_defaults(Path(name))
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
     names = ("num_inference_steps", "guidance_scale", *TRADES)
     settings = settings.changed(**{name: getattr(args, name) for name in names})

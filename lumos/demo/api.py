@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lumos import pipeline_call
 from lumos.batch.clips import record_path
@@ -66,7 +67,7 @@ def add_api(app: FastAPI, studio: Studio) -> None:
     async def unknown(rest: str) -> Response:
         raise HTTPException(404, "unknown; there are POST /api/generate, GET /api/status and GET /api/results/NAME")
 
-    for kind in (UserError, RunError, HTTPException):
+    for kind in (UserError, RunError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, lambda request, error: failure(error))
 
 
@@ -112,10 +113,13 @@ async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterato
             upload = form[name]
             if isinstance(upload, str):
                 raise UserError(f"{name} is text; send a file (curl -F {name}=@FILE)")
-            values[name] = store.new_upload(upload.filename or name)
-            folders.append(values[name].parent)
-            with values[name].open("wb") as file:
-                await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
+            try:
+                values[name] = store.new_upload(upload.filename or name)
+                folders.append(values[name].parent)
+                with values[name].open("wb") as file:
+                    await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
+            except OSError as error:
+                raise RunError(f"the server cannot keep the {name} ({error.strerror}); try again later") from error
         yield pipeline_call.Request(**values)
     finally:
         for folder in folders:

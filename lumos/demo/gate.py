@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,9 +22,20 @@ UPLOADS = re.compile(r"/gradio_api/upload/?|/api/generate")
 FORM_BYTES = 2**20  # of a body besides the file in it
 
 
+def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a page of another origin made a browser send it. Only https and this machine itself get Sec-Fetch-Site.
+
+    Behind a proxy that has a name of its own, the name that the browser knows is in X-Forwarded-Host, which no page can set.
+    """
+    if headers.get(b"sec-fetch-site") == b"cross-site":
+        return True
+    here = {headers.get(b"host"), headers.get(b"x-forwarded-host")}
+    return b"origin" in headers and headers[b"origin"].partition(b"://")[2] not in here
+
+
 class Gate:
-    """404 for other paths; 403 for what a page of another site makes a browser send; 413 for bodies over the limit, by their stated
-    length or once they exceed it on the way.
+    """404 for other paths; 403 for what a page of another origin makes a browser send; 413 for bodies over the limit, by their
+    stated length or once they exceed it on the way.
     """
 
     def __init__(self, app: ASGIApp, store: Store, limits: Limits):
@@ -35,7 +47,7 @@ class Gate:
             await self.app(scope, receive, send)
         elif scope["type"] != "http" or not OPEN.fullmatch(scope["path"]):
             await failure(HTTPException(404, "there is nothing here"))(scope, receive, send)
-        elif scope["method"] != "GET" and dict(scope["headers"]).get(b"sec-fetch-site") == b"cross-site":
+        elif scope["method"] != "GET" and is_foreign(dict(scope["headers"])):
             await failure(HTTPException(403, "a page of another site sent this; open the demo itself"))(scope, receive, send)
         elif UPLOADS.fullmatch(scope["path"]):
             await asyncio.to_thread(self.store.make_room)

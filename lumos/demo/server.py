@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Sequence
@@ -42,10 +43,22 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host} port {port} ({reason}); choose others with --host and --port") from error
     return listener
+
+
+class Server(uvicorn.Server):
+    """Who waits for a clip when it is told to stop hears of it, before open connections are waited for."""
+
+    def __init__(self, config: uvicorn.Config, studio: Studio):
+        super().__init__(config)
+        self.studio = studio
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self.studio.worker.close)
+        await super().shutdown(sockets)
 
 
 def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> None:
@@ -56,7 +69,7 @@ def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> N
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {studio.store.results}", flush=True)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config, studio).run(sockets=[listener])
     except KeyboardInterrupt:  # how uvicorn ends after Ctrl-C
         pass
     finally:

@@ -17,6 +17,7 @@ from lumos.demo.limits import Limits
 from lumos.demo.reading import read_upload
 from lumos.demo.store import Store
 from lumos.demo.worker import Job, Worker
+from lumos.errors import RunError
 from lumos.files import write_json
 from lumos.pipeline import LumosPipeline
 from lumos.pipeline_call import Request
@@ -93,11 +94,16 @@ class Studio:
         request, seed = job.request, settled.seeds[0]
         path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))
         about = self.metadata(request.prompt, seed)
-        write_video(path, np.stack(job.frames), job.fps, about)
         record = {
             **about, "file": path.name, "negative_prompt": request.negative_prompt,
             **{name: getattr(request, name) and Path(getattr(request, name)).name for name in ("image", "video")},
             "settings": settled.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
         }  # fmt: skip
-        write_json(record_path(path), record)
+        try:
+            write_video(path, np.stack(job.frames), job.fps, about)
+            write_json(record_path(path), record)
+        except RunError as error:  # it names the server's folder, which is not the visitor's business
+            path.unlink(missing_ok=True)
+            reason = getattr(error.__cause__, "strerror", None) or "writing failed"
+            raise RunError(f"the server cannot keep the clip ({reason}); try again later") from error
         return record

@@ -151,6 +151,8 @@ class ClipDefaults:
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} {value!r} is not allowed; give a whole number of at least 1")
+        if self.target_size is not None and (not is_whole(self.target_size) or self.target_size < 1):
+            raise UserError(f"target_size {self.target_size!r} is not allowed; give a whole number of at least 1, or null")
 
 
 def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:

@@ -210,7 +210,7 @@ def test_a_killed_batch_goes_on(generate, micro_folder, repo):
     generate(*args, "whole")
     assert clips_in("out") == clips_in("whole")
     assert len(clips_in("out")) == 60
-    assert not Path("out/unfinished").exists()
+    assert not Path("out/.unfinished").exists()
 
 
 def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo):
@@ -227,7 +227,7 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo):
     done = len(list(Path("out").glob("*.mp4.json")))
     assert f"error: interrupted; {done} of 60 clips are in out, and the same command goes on" in err
     assert "Traceback" not in err
-    assert not Path("out/unfinished").exists()
+    assert not Path("out/.unfinished").exists()
     assert generate(*args)[:2] == (0, f"out  {60 - done} made now  60 clips in all  60 rows")
 
 
@@ -261,7 +261,7 @@ def test_clips_for_which_memory_runs_out_are_told_and_the_others_made(generate, 
     assert "--batch-size 1 needs" in err[0]
     assert err[-1] == "error: 2 clips could not be made, as said above; the other clips are in out"
     assert list(clips_in("out")) == ["0003-z.mp4"]
-    assert not Path("out/unfinished").exists()
+    assert not Path("out/.unfinished").exists()
 
 
 def test_a_picture_that_goes_while_clips_are_made_costs_its_own_clip_only(generate, monkeypatch):
@@ -313,7 +313,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
         assert done.stderr.count("list.jsonl line 12: not valid JSON") == 1
         assert "parts  11 made now  11 clips in all  12 rows" in done.stdout
     assert clips_in("parts") == clips_in("whole")
-    assert not Path("parts/unfinished").exists()
+    assert not Path("parts/.unfinished").exists()
 
 
 def test_a_launcher_needs_clips_to_share_and_a_seed(generate, monkeypatch):
@@ -331,7 +331,7 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
         assert generate("--prompts", "list.jsonl", "--output-dir", "out", "--shard", "1/2")[0] == 0
     with pytest.raises(RunError), only_shard(Path("out"), (1, 1)), only_shard(Path("out"), (1, 1)):
         pass
-    assert not Path("out/unfinished").exists()
+    assert not Path("out/.unfinished").exists()
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
     [
         ({"prompt": "x", "output": "../a.mp4"}, "output '../a.mp4' is not allowed; name a file in the folder of results"),
         ({"prompt": "x", "output": "/tmp/a.mp4"}, "is not allowed"),
-        ({"prompt": "x", "output": "unfinished/a.mp4"}, "is not allowed"),
+        ({"prompt": "x", "output": ".unfinished/a.mp4"}, "is not allowed"),
         ({"prompt": "x", "output": "a.avi"}, "use one of .mp4"),
         ({"prompt": "x", "output": "a.png"}, "would be a folder of 5 pictures; name a .mp4"),
         ({"prompt": "x", "output": "a.gif", "fps": 60}, "(gif: 50)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import threading
 import time
 
@@ -181,6 +182,17 @@ def test_pages_of_other_sites_start_nothing(client, studio):
     assert client.get("/api/status", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link to it
 
 
+@pytest.mark.parametrize(("headers", "status"), [
+    ({"origin": "http://evil.example"}, 403),
+    ({"origin": "null"}, 403),
+    ({"origin": "http://testserver:3000", "sec-fetch-site": "same-site"}, 403),
+    ({"origin": "http://testserver"}, 200),
+    ({"origin": "https://lumos.example", "x-forwarded-host": "lumos.example"}, 200),  # a proxy with a name of its own
+])  # fmt: skip
+def test_pages_of_other_origins_start_nothing_where_browsers_send_no_more_than_that(client, headers, status):
+    assert client.post("/api/generate", data={"prompt": "x", "num_frames": "1"}, headers=headers).status_code == status
+
+
 def test_other_content_is_refused(client):
     answer = client.post("/api/generate", json={"prompt": "x"})
     assert (answer.status_code, "send a form" in answer.json()["error"]) == (400, True)
@@ -210,13 +222,25 @@ def test_a_full_queue_is_status_429_for_page_and_api_alike(client, studio):
     assert {job.state for job in jobs} == {"cancelled"}
 
 
-def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("what", ["clip", "record", "image"])
+def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatch, what):
+    """No folder of the server is told."""
+    replace = os.replace
 
-    monkeypatch.setattr("lumos.files.os.replace", full)
-    answer = client.post("/api/generate", data={"prompt": "x"})
-    assert (answer.status_code, "No space left" in answer.json()["error"]) == (500, True)
+    def full(source, target=""):
+        if what == "image" or str(target).endswith(".json") == (what == "record"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    if what == "image":
+        monkeypatch.setattr(studio.store, "new_upload", full)
+    else:
+        monkeypatch.setattr("lumos.files.os.replace", full)
+    files = {"image": ("a.png", b"no picture")} if what == "image" else None
+    answer = client.post("/api/generate", data={"prompt": "x"}, files=files)
+    kept = "image" if what == "image" else "clip"
+    message = f"the server cannot keep the {kept} (No space left on device); try again later"
+    assert (answer.status_code, answer.json()) == (500, {"error": message})
     assert list(studio.store.results.iterdir()) == []
 
 

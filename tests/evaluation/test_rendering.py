@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(whole, files_until_stop, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         render(Results(out, "videos"), batches, draw, stop)
     assert b"half" not in contents(out / "videos").values()
-    assert (out / "unfinished").exists()
+    assert (out / ".unfinished").exists()
     results = Results(out, "videos")
     assert render(results, batches, draw, save) == 12 - files_until_stop
     assert results.tidy([s.file for batch in batches for s in batch]) == 0
@@ -112,7 +112,7 @@ def test_a_batch_is_made_again_whole_so_that_what_lies_beside_a_file_never_chang
 
 def test_leftovers_of_another_split_are_removed_when_all_is_there(whole, tmp_path):
     batches, expected = whole
-    left = tmp_path / "out" / "unfinished" / "3-of-4"
+    left = tmp_path / "out" / ".unfinished" / "3-of-4"
     left.mkdir(parents=True)
     (left / "x.mp4").touch()
     results = Results(tmp_path / "out", "videos", (1, 1))

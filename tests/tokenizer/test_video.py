@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer.configuration import Sampling
 
@@ -323,6 +323,35 @@ def test_folders_without_a_tokenizer(tmp_path):
     write_archive(tmp_path / "encoder.jit", {"encoder.x": torch.ones(1)})
     with pytest.raises(FileNotFoundError, match=r"no video tokenizer in .* encoder.jit and decoder.jit"):
         VideoTokenizer.from_pretrained(tmp_path)
+
+
+class RunsCode(torch.nn.Module):
+    """Its archive has a method that torch.jit.load calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.zeros(3)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("code of the archive")
+        self.weight, self.training = state[0], state[1]
+
+    def forward(self, x):
+        return x
+
+
+def test_an_archive_that_would_run_code_is_refused_unread(tmp_path, capfd):
+    torch.jit.save(torch.jit.script(RunsCode()), str(tmp_path / "autoencoder.jit"))
+    torch.jit.load(str(tmp_path / "autoencoder.jit"))
+    assert "code of the archive" in capfd.readouterr().out
+    with pytest.raises(UserError, match="would run code of its own while it is read"):
+        VideoTokenizer.from_pretrained(tmp_path)
+    assert "code of the archive" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.jit"])
