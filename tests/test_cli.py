@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_pictures(generate, in_empty_folder):
     assert read_image("picture.png").shape == (16, 24, 3)
     assert generate("--prompt", "x", "--output", "frames.png")[0] == 0
     assert files(in_empty_folder / "frames") == [f"{i:05d}.png" for i in range(5)]
+    assert Path("frames.png.json").exists()
+
+
+def test_a_model_of_pictures_makes_pngs(micro_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(micro_folder, "pictures")
+    defaults = json.loads(Path("pictures/pipeline.json").read_text())
+    Path("pictures/pipeline.json").write_text(json.dumps({**defaults, "num_frames": 1}))
+    assert main(["generate", "--model", "pictures", "--prompt", "x", "--seed", "1"]) == 0
+    assert read_image("outputs/x-1.png").shape == (16, 24, 3)
 
 
 def test_image_and_video_inputs(generate):
@@ -123,6 +134,15 @@ def text_as_picture():
     return "--image", "notes.png"
 
 
+def picture_as_output():
+    Image.new("RGB", (24, 16)).save("photo.webp")
+    return "--image", "photo.webp", "--output", "photo.webp"
+
+
+def picture_as_preview():
+    return *picture_as_output()[:2], "--preview", "photo.webp"
+
+
 @pytest.mark.parametrize(
     ("make_args", "message"),
     [
@@ -148,7 +168,12 @@ def text_as_picture():
         (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "9", "8", "--num-frames", "5"), "17 frames, but num_frames"),
         (lambda: ("--prompt", "x", "--prompt", "y", "--prompt-frames", "8", "9"), "prompt_frames [8, 9] is not allowed"),
         (lambda: ("--preview", "p.png"), "name a .mp4, .gif or .webp file"),
-        (lambda: ("--preview", "result.mp4"), "is --output too"),
+        (lambda: ("--preview", "sub/../result.mp4"), "or another of its files"),
+        (lambda: ("--preview", "p.gif", "--fps", "60"), "(gif: 50)"),
+        (picture_as_preview, "photo.webp is what the clip begins with"),
+        (picture_as_output, "photo.webp is what the clip begins with"),
+        (lambda: ("--model", ""), "has no config.json"),
+        (lambda: ("--output", ""), "the suffix '' is unknown"),
         (lambda: ("--preview", "p.mp4", "--num-frames", "1", "--output", "a.png"), "no effect on a picture"),
         (lambda: ("--batch-size", "3"), "--batch-size has no effect on a single clip"),
         (lambda: ("--output-dir", "out"), "--output-dir has no effect on a single clip"),
@@ -351,7 +376,8 @@ def test_text_tokenizer_is_trained_from_a_file(capsys, in_empty_folder):
     assert main(["train-text-tokenizer", "--captions", "nowhere.txt", "--out", "t2"]) == 2
 
 
-def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder, number, code):
     process = subprocess.Popen(
         [sys.executable, str(repo / "generate.py"), "--model", str(micro_folder), "--prompt", "x", "--num-frames", "257",
          "--num-inference-steps", "1000", "--output", "out.mp4"],
@@ -362,9 +388,9 @@ def test_ctrl_c_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder
     deadline = time.monotonic() + 120
     while b"frame " not in seen and time.monotonic() < deadline and process.poll() is None:
         seen += process.stderr.read1(4096)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1, (seen + err).decode()[-500:]
-    assert b"error: interrupted" in err
+    assert process.returncode == code, (seen + err).decode()[-500:]
+    assert (b"error: interrupted" in err) == (number == signal.SIGINT)
     assert b"Traceback" not in err
     assert files(in_empty_folder) == []

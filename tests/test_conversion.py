@@ -178,3 +178,34 @@ def test_targets_out_of_range(model, config):
     ids = torch.tensor([[0, 600, 601, 602]])
     with pytest.raises(ValueError, match="allowed: visual codes 0 to 63"):
         model(ids, targets=torch.tensor([[-100, 64, -100, -100]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([1], "config.json is damaged"),
+        ({"hidden_size": "abc"}, "config.json is damaged"),
+        ({"num_hidden_layers": None}, "config.json is damaged"),
+        ({"rope_theta": "x"}, "config.json is damaged"),
+        ({"dtype": "frog"}, "config.json is damaged"),
+        ({"num_hidden_layers": 10**9}, "too few for the 1000000000 layers of its config.json"),
+    ],
+)
+def test_a_damaged_config_is_said(folder, change, message):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(change if isinstance(change, list) else {**config, **change}))
+    with pytest.raises(UserError, match=message):
+        LumosForVideoGeneration.from_pretrained(folder)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged .*; download or copy it again"):
+        LumosForVideoGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [5, "../model.safetensors", "/etc/passwd"])
+def test_an_index_names_files_of_its_folder(sharded, name):
+    file = sharded / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "k": name}}))
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        LumosForVideoGeneration.from_pretrained(sharded)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
@@ -118,7 +119,7 @@ def test_steps_are_reported(pipe):
         ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 is not allowed; give a whole number"),
         ({"top_k": "x"}, "top_k 'x' is not allowed"),
         ({"seed": True}, "seed True is not allowed"),
-        ({"prompt": []}, "prompt is a list of 0"),
+        ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": ["a", "b"], "image": [None, picture()]}, "image is given for some clips and None for others"),
         ({"prompt": ["a", "b"], "video": [film(30), film(6)], "num_frames": 17}, "set num_given_frames"),
         ({"num_frames": 4001, "fps": 60}, "this model was made for at most 8192"),
@@ -270,6 +271,31 @@ def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
     ready = pipe.prepare(Request("x", num_frames=49, history_frames=1))
     assert torch.equal(ready.conditional[0], prefix)
     assert not torch.equal(pipe.prepare(Request("x", num_frames=49)).conditional[0], prefix)
+
+
+def test_a_negative_prompt_counts_too(micro_folder):
+    pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
+    pipe.model.config.max_position_embeddings = 60
+    pipe.settle(Request("x", num_frames=5, negative_prompt="y"))
+    with pytest.raises(UserError, match="this model was made for at most 60"):
+        pipe.settle(Request("x", num_frames=5, negative_prompt="word " * 30))
+
+
+def test_transparency_and_rotation_of_a_picture_are_as_in_a_file(micro_folder, tmp_path):
+    pipe = LumosPipeline.from_pretrained(micro_folder)
+    clear = Image.new("RGBA", (24, 16), (0, 0, 0, 0))
+    turned = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8))
+    turned.getexif()[0x0112] = 6
+    for name, picture in (("clear.png", clear), ("turned.png", turned)):
+        picture.save(tmp_path / name, exif=picture.getexif())
+        given = [pipe.settle(Request("x", image=image)).given[0] for image in (picture, tmp_path / name)]
+        assert np.array_equal(*given)
+    assert (pipe.settle(Request("x", image=clear)).given[0] == 255).all()
+
+
+def test_a_later_prompt_needs_words(micro_folder):
+    with pytest.raises(UserError, match="the prompt is None"):
+        LumosPipeline.from_pretrained(micro_folder)("x", later_prompts=[(5, None)], num_frames=9)
 
 
 def test_prompts_over_time(pipe):

@@ -177,6 +177,23 @@ def test_failure_leaves_the_old_file_and_nothing_else(suffix: str, failure, tmp_
     assert path.read_bytes() == b"older result"
 
 
+def test_older_frames_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.png", smooth_clip(5), 8)
+    before = (tmp_path / "a" / "00000.png").read_bytes()
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == tmp_path / "a":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "a.png", 255 - smooth_clip(9), 8)
+    kept = next(path for path in (tmp_path / "a", tmp_path / ".old-a") if path.exists())
+    assert (len(list(kept.iterdir())), (kept / "00000.png").read_bytes()) == (5, before)
+
+
 def test_interrupt_in_the_middle_of_the_frames(tmp_path, monkeypatch, everything_in):
     original, calls = av.VideoFrame.from_ndarray, []
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lumos import LumosPipeline
+from lumos import LumosPipeline, pipeline_request
 from lumos.batch.clips import Recorded
 from lumos.batch.results import only_shard
 from lumos.cli import main
@@ -316,6 +316,47 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
     assert not Path("parts/.unfinished").exists()
 
 
+def test_what_others_have_in_the_folder_stays(generate):
+    """A user's own folder of whatever name, and the work of a process with another share."""
+    own, others = Path("out/unfinished/mine.txt"), Path("out/.unfinished/2-of-3/half.mp4")
+    for path in (own, others):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with only_shard(Path("out"), (2, 3)):
+        assert generate("--prompts", write_list({"prompt": "x"}), "--output-dir", "out")[0] == 0
+        assert own.exists()
+        assert others.exists()
+    assert generate("--prompts", "list.jsonl", "--output-dir", "out")[:2] == (0, "out  0 made now  1 clips in all  1 rows")
+    assert not Path("out/.unfinished").exists()
+
+
+def test_a_clip_that_was_cut_is_made_again(generate):
+    args = ("--prompts", write_list({"prompt": "x", "output": "x.mp4"}), "--output-dir", "out")
+    assert generate(*args)[0] == 0
+    whole = Path("out/x.mp4").read_bytes()
+    Path("out/x.mp4").write_bytes(whole[:99])
+    assert generate(*args)[1] == "out  1 made now  1 clips in all  1 rows"
+    assert Path("out/x.mp4").read_bytes() == whole
+
+
+def test_a_row_does_not_write_over_what_it_begins_with(generate):
+    write_video("source.mp4", np.zeros((9, 16, 24, 3), np.uint8), 8)
+    before = Path("source.mp4").read_bytes()
+    rows = write_list({"prompt": "x", "video": "source.mp4", "num_frames": 9, "output": "source.mp4"}, {"prompt": "y"})
+    code, _, err = generate("--prompts", rows, "--output-dir", ".")
+    assert code == 1
+    assert "source.mp4 is what the clip begins with" in err[0]
+    assert Path("source.mp4").read_bytes() == before
+
+
+def test_a_picture_is_read_once_for_all_its_clips(generate, monkeypatch):
+    Image.new("RGB", (24, 16)).save("a.png")
+    read, calls = pipeline_request.load_image, []
+    monkeypatch.setattr(pipeline_request, "load_image", lambda image: calls.append(image) or read(image))
+    assert generate("--prompt", "x", "--image", "a.png", "--num-videos-per-prompt", 8, "--seed", 1)[0] == 0
+    assert len(calls) == 1 + 2  # when the row is checked, and for each batch of four
+
+
 def test_a_launcher_needs_clips_to_share_and_a_seed(generate, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a launcher started 2 processes for one clip" in generate("--prompt", "x")[2][0]
@@ -327,7 +368,7 @@ def test_a_second_process_on_the_same_share_is_refused(generate):
     with only_shard(Path("out"), (1, 1)):
         code, _, err = generate("--prompts", write_list({"prompt": "x"}), "--output-dir", "out")
         assert code == 1
-        assert "another process that makes the same clips is writing into" in err[-1]
+        assert "another process with share 1 of 1 is writing into" in err[-1]
         assert generate("--prompts", "list.jsonl", "--output-dir", "out", "--shard", "1/2")[0] == 0
     with pytest.raises(RunError), only_shard(Path("out"), (1, 1)), only_shard(Path("out"), (1, 1)):
         pass

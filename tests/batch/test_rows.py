@@ -47,6 +47,8 @@ def test_a_cell_of_several_lines_counts_them(tmp_path):
     [
         ("a.jsonl", "{", "not valid JSON: .* at column 2"),
         ("a.jsonl", "[1]", "a JSON list; give an object"),
+        ("a.jsonl", "[" * 99_999, "JSON of an absurd size or depth"),
+        ("a.jsonl", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", "JSON of an absurd size or depth"),
         ("a.jsonl", '{"prompt": "x", "stepz": 3}', "'stepz' is unknown; allowed: prompt, "),
         ("a.jsonl", '{"prompt": 3}', "prompt 3 is not allowed; give text, or a list of texts"),
         ("a.jsonl", '{"prompt": []}', "prompt \\[\\] is not allowed"),
@@ -86,7 +88,7 @@ def test_lists_of_another_form(tmp_path, name, text, message):
 
 
 def test_lists_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the list of prompts .*nowhere\.txt: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the list of prompts .*nowhere\.txt \(No such file"):
         read_rows(tmp_path / "nowhere.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read the list of prompts"):
