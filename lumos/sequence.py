@@ -105,7 +105,7 @@ def prompt_text(config: LumosConfig, prompt: str, *, height: int, width: int, nu
 def number_token(value: int, what: str, config: LumosConfig) -> int:
     """Id of a number in the header or of a frame's size; UserError when there is no such token."""
     if not 0 <= value < config.number_token_count:
-        raise UserError(f"{what} {value} has no number token; allowed: 0 to {config.number_token_count - 1}")
+        raise UserError(f"{what} {value} has no number token; allowed: up to {config.number_token_count - 1}")
     return config.number_token_start + value
 
 
@@ -127,7 +127,7 @@ def build_prefix(text_ids: list[int] | None, *, fps: int, duration: int, config:
     text = [] if text_ids is None else [config.bos_token_id, *text_ids, config.sep_token_id]
     header = [
         config.video_start_token_id,
-        number_token(duration, "duration (s)", config),
+        number_token(duration, "the duration in seconds, num_frames / fps,", config),
         number_token(fps, "fps", config),
     ]
     return text + header

@@ -95,6 +95,8 @@ def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
         return None if path is None else str(path)
 
     for block in page.blocks.values():
+        if not hasattr(block, "async_move_resource_to_block_cache"):  # a name of gradio's own, on which this all depends
+            raise RunError(f"gradio {gr.__version__} takes files in a way that the demo cannot watch; install that of constraints.txt")
         block.async_move_resource_to_block_cache = same_path
 
 

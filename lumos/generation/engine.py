@@ -36,9 +36,10 @@ STATES_BYTES = 2**24  # of a layer's input in one forward, if that takes more th
 
 
 class Engine:
-    """The decoder with a cache: `prefill` once, then per frame any number of `denoise` and one `commit`.
+    """The decoder with a cache: `prefill`, then for each frame any number of `hidden` or `denoise`, and a `commit`.
 
-    The calls take ids, so a recorded run can be replayed through them.
+    A commit may be part of the next frame's first step. A text that changes on the way is a `prefill` with the frames so far. The
+    calls take ids, so a recorded run can be replayed through them.
     """
 
     def __init__(self, model: LumosForVideoGeneration):
@@ -231,37 +232,48 @@ def generate_frames(
             stored = kept if branches == 2 and frame == 0 else None
             engine.prefill(rows, capacity, stored, settings.history_frames, settings.history_thinning)
             finished = None
-        ids = blank.to(device).repeat(samples, 1)  # [S, n]
-        masked = offsets.repeat(samples, 1)  # [S, m], offsets of the codes still to decide; 0 where a sample has fewer
-        steps = settings.steps_of(frame)
-        uniform = draw_uniform(generators, steps, h * w).to(device)
-        for step, (before, after) in enumerate(pairwise([h * w, *unmasking_counts(h * w, steps)])):
-            active = branches if settings.guides(step, steps) else 1
-            if finished is not None and active < branches:
-                engine.commit(finished)
-                finished = None
-            hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
-            finished = None
-            if active == 2:
-                hidden = guide(hidden, settings.guidance_scale)
-            for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
-            codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
-            temperature = settings.temperature * (1 - (step + 1) / steps)
-            put(ids, masked, codes + config.visual_token_start)
-            if settings.confidence_threshold is None:
-                masked = masked.gather(1, least_confident(log_prob, for_confidence, temperature, after))
-            else:
-                threshold = settings.confidence_threshold
-                masked = unsure(masked, log_prob, for_confidence, temperature, before - after, threshold)
-            put(ids, masked, torch.full_like(masked, config.mask_token_id))
+        uniform = draw_uniform(generators, settings.steps_of(frame), h * w).to(device)
+        ids, masked = blank.to(device).repeat(samples, 1), offsets.repeat(samples, 1)
+        for step in decide_frame(engine, ids, masked, settings, uniform, branches, finished):
             on_step(frame, step, ids)
-            if masked.shape[1] == 0:
-                break
         finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
-        if frame + 1 <= max(rows_from):
+        if frame + 1 <= max(rows_from):  # another prompt will be put in front of it
             for made, row in zip(history, finished.cpu(), strict=True):
                 made.append(row)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
+
+
+def decide_frame(
+    engine: Engine, ids: Tensor, masked: Tensor, settings: GenerationSettings, uniform: Tensor, branches: int,
+    finished: Tensor | None,
+) -> Iterator[int]:  # fmt: skip
+    """Fill in a frame's span ids [S, n], in place, where `masked` [S, m] says that codes are open; yields the number of each step.
+
+    uniform: of `draw_uniform`. finished: ids [R, n] of the frame before, which is not in the cache yet. The first step takes it
+    along, unless that runs fewer branches than have to see it.
+    """
+    model, steps, total = engine.model, len(uniform), masked.shape[1]
+    for step, (before, after) in enumerate(pairwise([total, *unmasking_counts(total, steps)])):
+        active = branches if settings.guides(step, steps) else 1
+        if finished is not None and active < branches:
+            engine.commit(finished)
+            finished = None
+        hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
+        finished = None
+        if active == 2:
+            hidden = guide(hidden, settings.guidance_scale)
+        for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
+        codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
+        temperature = settings.temperature * (1 - (step + 1) / steps)
+        put(ids, masked, codes + model.config.visual_token_start)
+        if settings.confidence_threshold is None:
+            masked = masked.gather(1, least_confident(log_prob, for_confidence, temperature, after))
+        else:  # offset 0 fills up where a sample has fewer open codes than another
+            masked = unsure(masked, log_prob, for_confidence, temperature, before - after, settings.confidence_threshold)
+        put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
+        yield step
+        if masked.shape[1] == 0:
+            return
 
 
 def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
