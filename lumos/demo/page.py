@@ -96,7 +96,7 @@ def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
 
     for block in page.blocks.values():
         if not hasattr(block, "async_move_resource_to_block_cache"):  # a name of gradio's own, on which this all depends
-            raise RunError(f"gradio {gr.__version__} takes files in a way that the demo cannot watch; install that of constraints.txt")
+            raise RunError(f"gradio {gr.__version__} takes files as the demo cannot watch; install that of constraints.txt")
         block.async_move_resource_to_block_cache = same_path
 
 
