@@ -60,8 +60,12 @@ def match_layout(
     """Stored key -> the model's key for all that are its own, and the model's key -> shape; UserError where they do not match."""
     if config.num_hidden_layers > len(shapes):  # before a model of so many layers is made
         raise UserError(f"{path} has {len(shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.json")
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no model can be made from the config.json of {path} ({reason}); download or copy it again") from error
     renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
     found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
     check_layout(path, found, expected)
@@ -75,7 +79,9 @@ def read_config(folder: Path) -> LumosConfig:
         raise UserError(f"{folder} has no config.json; give the folder of a saved or released model")
     try:
         return LumosConfig.from_pretrained(folder)
-    except (OSError, TypeError, AttributeError) as error:
+    except ValueError:  # says which field
+        raise
+    except Exception as error:  # of whatever kind transformers makes of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is damaged ({reason}); download or copy it again") from error
 

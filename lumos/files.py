@@ -14,6 +14,8 @@ from typing import Any
 
 from lumos.errors import RunError, UserError
 
+NAME_LENGTH = 40  # of a file's name that its temporary one keeps
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -41,8 +43,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included."""
     path = Path(path)
     old = path.with_name(f".old-{path.name}")
-    for left_over in path.parent.glob(f".{glob.escape(path.name[:40])}.????????.part"):  # of killed processes
-        _remove(left_over)
+    if len(path.name) <= NAME_LENGTH:  # a longer one may be another's
+        for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):  # of killed processes
+            _remove(left_over)
     with replacing(path) as writing:
         writing.mkdir()
         yield writing
@@ -129,7 +132,7 @@ def _reason(error: Exception) -> str:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")
+    return path.with_name(f".{path.name[:NAME_LENGTH]}.{uuid.uuid4().hex[:8]}.part")
 
 
 def _remove(path: Path) -> None:

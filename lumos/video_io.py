@@ -50,11 +50,12 @@ def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1
     Call it before a long run.
     """
     path = Path(path)
-    for kept in map(Path, keep):
-        if path.resolve() == kept.resolve():
-            raise UserError(f"{path} is what the clip begins with, or another of its files; give each a name of its own")
     _check_fps(path, fps)
     folder = _frame_folder(path, _suffix(path), num_frames or 1)
+    for kept in map(Path, keep):
+        same = path.samefile(kept) if path.exists() and kept.exists() else path.resolve() == kept.resolve()
+        if same or (folder is not None and kept.resolve().is_relative_to(folder.resolve())):
+            raise UserError(f"{folder or path} is or holds what a clip begins with, or another of its files; choose another name")
     check_writable(path if folder is None else folder / "00000.png")
 
 

@@ -31,7 +31,8 @@ _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not E
 _PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
 # Playlists and others that would make FFmpeg open what they name are not among them, and neither is any protocol but files.
 _AV_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,ivf,ogg,flv,asf,mxf,dv",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,ogg,flv,"
+                        "asf,mxf,dv,nut,rm,mjpeg,yuv4mpegpipe,gif,apng",
     "protocol_whitelist": "file",
 }
 

@@ -139,6 +139,11 @@ def picture_as_output():
     return "--image", "photo.webp", "--output", "photo.webp"
 
 
+def a_frame_of_the_folder():
+    write_video("frames.png", np.zeros((5, 16, 24, 3), np.uint8), 8)
+    return "--image", "frames/00004.png", "--output", "frames.png"
+
+
 def picture_as_preview():
     return *picture_as_output()[:2], "--preview", "photo.webp"
 
@@ -170,8 +175,9 @@ def picture_as_preview():
         (lambda: ("--preview", "p.png"), "name a .mp4, .gif or .webp file"),
         (lambda: ("--preview", "sub/../result.mp4"), "or another of its files"),
         (lambda: ("--preview", "p.gif", "--fps", "60"), "(gif: 50)"),
-        (picture_as_preview, "photo.webp is what the clip begins with"),
-        (picture_as_output, "photo.webp is what the clip begins with"),
+        (picture_as_preview, "photo.webp is or holds what a clip begins with"),
+        (picture_as_output, "photo.webp is or holds what a clip begins with"),
+        (a_frame_of_the_folder, "frames is or holds what a clip begins with"),
         (lambda: ("--model", ""), "has no config.json"),
         (lambda: ("--output", ""), "the suffix '' is unknown"),
         (lambda: ("--preview", "p.mp4", "--num-frames", "1", "--output", "a.png"), "no effect on a picture"),

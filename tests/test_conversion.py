@@ -188,6 +188,7 @@ def test_targets_out_of_range(model, config):
         ({"num_hidden_layers": None}, "config.json is damaged"),
         ({"rope_theta": "x"}, "config.json is damaged"),
         ({"dtype": "frog"}, "config.json is damaged"),
+        ({"num_hidden_layers": 1.0}, "no model can be made from the config.json"),
         ({"num_hidden_layers": 10**9}, "too few for the 1000000000 layers of its config.json"),
     ],
 )

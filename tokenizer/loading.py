@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,12 +17,12 @@ from torch import Tensor
 from lumos.errors import RunError, UserError
 from lumos.files import replacing, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
+from tokenizer.torchscript import read_torchscript
 
 SUBFOLDER = "video_tokenizer"
 WEIGHTS = "model.safetensors"
 JIT_PAIR = ("encoder.jit", "decoder.jit")
 JIT_WHOLE = "autoencoder.jit"
-MAX_CODE_BYTES = 2**27  # of an archive besides its tensors
 
 _NOT_PARAMETERS = re.compile(r"(^|\.)(wavelets|_arange|patch_size_buffer)$|^(quantizer|inv_quant|loss)\.")
 """Constants that published files store beside the weights."""
@@ -96,31 +93,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            found = load_file(path) if path.suffix == ".safetensors" else _read_jit(path)
-        except (OSError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+            found = load_file(path) if path.suffix == ".safetensors" else read_torchscript(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
         tensors.update(found)
     return {key: tensor for key, tensor in tensors.items() if not _NOT_PARAMETERS.search(key)}
-
-
-def _check_jit(path: Path) -> None:
-    """UserError for an archive with methods that torch calls while it reads, or whose entries could be read in two ways."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        texts = [name for name in names if not re.search(r"/(data|constants|tensors)/\d+$", name)]
-        if len(set(names)) < len(names) or sum(archive.getinfo(name).file_size for name in texts) > MAX_CODE_BYTES:
-            raise UserError(f"{path} is no archive of weights as published; download it again")
-        if any(b"__setstate__" in archive.read(name) for name in texts):
-            raise UserError(f"{path} would run code of its own while it is read (__setstate__); take weights as safetensors")
-
-
-def _read_jit(path: Path) -> dict[str, Tensor]:
-    _check_jit(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        archive = torch.jit.load(str(path), map_location="cpu")
-    return {key: tensor.detach() for key, tensor in archive.state_dict().items()}
 
 
 def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:

@@ -132,15 +132,15 @@ def default_name(prompt: str, picture: bool, before: str = "", after: str = "") 
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
 
 
-def check_file(out: Path, clip: Clip, keep: Iterable[str | Path] = ()) -> None:
-    """UserError if the clip cannot be written where it is to go, or would take the place of what it begins with."""
+def check_file(out: Path, clip: Clip, keep: Sequence[str | Path] = ()) -> None:
+    """UserError if the clip cannot be written where it is to go, or would take the place of a file of `keep`."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
         raise UserError(f"output {clip.file!r} is not allowed; name a file in the folder of results, as cats/one.mp4")
     frames = clip.form.clip.num_frames
     if path.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"output {clip.file!r} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
-    check_output(out / clip.file, frames, clip.form.clip.fps, keep=list(keep))
+    check_output(out / clip.file, frames, clip.form.clip.fps, keep)
     check_writable(record_path(out / clip.file))
 
 
@@ -180,7 +180,7 @@ class Recorded(Results):
         path = self.folder / file
         try:
             record = json.loads(record_path(path).read_text(encoding="utf-8"))
-            whole = path.is_file() and path.stat().st_size == record["bytes"]
+            whole = path.is_file() and path.stat().st_size == record.get("bytes", path.stat().st_size)
             return whole and all(record[name] == value for name, value in self.clips[file].inputs.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False

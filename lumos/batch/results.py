@@ -83,8 +83,7 @@ class Results:
         self.folder, self.unfinished = out / name, out / UNFINISHED
         self.mine = work_folder(out, shard)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.mine.glob("[!.]*"):
-            left_over.unlink()
+        clear(self.mine)
 
     def has(self, file: str) -> bool:
         return (self.folder / file).is_file()
@@ -111,14 +110,23 @@ class Results:
 
     def tidy(self, files: Sequence[str]) -> int:
         """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""
-        shutil.rmtree(self.mine, ignore_errors=True)
+        clear(self.mine)
+        with suppress(OSError):  # whoever holds the lock in it removes it
+            self.mine.rmdir()
         missing = sum(not self.has(file) for file in files)
         for left_over in self.unfinished.glob("*-of-*") if not missing else ():
-            with suppress(RunError), only_writer(left_over, "process"):  # not where one is at work
+            with suppress(RunError, UserError), only_writer(left_over, "process"):  # not where one is at work, or may not
                 shutil.rmtree(left_over, ignore_errors=True)
         with suppress(OSError):
             self.unfinished.rmdir()
         return missing
+
+
+def clear(work: Path) -> None:
+    """Remove what is left in a share's folder, but not the lock of the process that is at work there."""
+    for left_over in work.glob("*"):
+        if left_over.name != ".lock":
+            left_over.unlink(missing_ok=True)
 
 
 def ignores_case(folder: Path) -> bool:

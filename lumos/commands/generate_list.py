@@ -107,6 +107,7 @@ def check_rows(
     hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
     clips, problems, notes, lines, folders = [], {}, [], {}, set()
+    keep = [path for key in ("image", "video") for path in (getattr(args, key), *(r.options.get(key) for r in rows)) if path]
     for row in rows:
         try:
             request = request_of(row, defaults, seed, pipe.model.config.temporal_compression)
@@ -117,7 +118,7 @@ def check_rows(
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
             for clip in found:
-                check_file(out, clip, keep=begins_with.values())
+                check_file(out, clip, keep)
                 name = clip.file.casefold()
                 above = {str(folder) for folder in PurePosixPath(name).parents}
                 if inside := above & lines.keys():

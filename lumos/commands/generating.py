@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -71,6 +72,9 @@ def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, An
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends the process as Ctrl-C does, with its own exit code: what is half written goes away."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lumos.commands.generating import hashed, load, metadata, model_sha256
+from lumos.commands.generating import ended_by_sigterm, hashed, load, metadata, model_sha256
 from lumos.commands.sampling import SAMPLING, add_device, add_parts, add_sampling
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
@@ -124,9 +124,6 @@ def draw(args: argparse.Namespace, name: str) -> None:
     paths = {key: getattr(args, key, None) for key in ("prompts", "captions", "images", "video_tokenizer", "text_tokenizer")}
     machine = {"device": pipe.model.device.type, "threads": torch.get_num_threads(), "versions": versions()}
     environment = {"model": model, **paths, **machine}
-    for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
-        print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
-
     def make(batch: list) -> list[np.ndarray]:
         pictures = [str(Path(args.images) / sample.image) for sample in batch] if benchmark.images else None
         captions, seeds = [s.caption for s in batch], [s.seed for s in batch]
@@ -137,7 +134,9 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     mine = batches[shard[0] - 1 :: shard[1]]
     bar_of = {"total": len(mine), "unit": "batch", "desc": f"shard {shard[0]}/{shard[1]}", "disable": shard[0] > 1}
-    with only_shard(out, shard):
+    with ended_by_sigterm(), only_shard(out, shard):
+        for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
+            print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
         results = Results(out, benchmark.folder, shard)
         results.check_case([sample.file for sample in samples])
         for file, text in notes if shard[0] == 1 else []:

@@ -27,8 +27,8 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
 
     Behind a proxy that has a name of its own, the name that the browser knows is in X-Forwarded-Host, which no page can set.
     """
-    if headers.get(b"sec-fetch-site") == b"cross-site":
-        return True
+    if (site := headers.get(b"sec-fetch-site")) in (b"cross-site", b"same-origin", b"none"):
+        return site == b"cross-site"
     here = {headers.get(b"host"), headers.get(b"x-forwarded-host")}
     return b"origin" in headers and headers[b"origin"].partition(b"://")[2] not in here
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ class Server(uvicorn.Server):
         self.studio = studio
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self.studio.worker.close)
+        self.studio.worker.close(wait=False)
         await super().shutdown(sockets)
 
 

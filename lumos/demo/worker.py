@@ -96,14 +96,15 @@ class Worker:
         with self._changed:
             return {"state": "working" if self._all() else "idle", "waiting": len(self._waiting)}
 
-    def close(self) -> None:
-        """Cancel everything and wait for the running job's end."""
+    def close(self, wait: bool = True) -> None:
+        """Cancel everything, take nothing more, and wait for the running job's end."""
         with self._changed:
             self._closed = True
             for job in self._all():
                 self.cancel(job)
             self._changed.notify_all()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _all(self) -> list[Job]:
         return [*([self._running] if self._running else []), *self._waiting]

@@ -20,6 +20,7 @@ from lumos.generation.sampling import filter_logits, guide, least_confident, sam
 from lumos.generation.settings import GenerationSettings
 from lumos.masking import history_mask, unmasking_counts
 from lumos.modeling import Head, LumosForVideoGeneration, Rotary
+from lumos.placement import is_spread
 from lumos.rope import frame_positions, position_ids
 from lumos.sequence import (
     FRAME_HEADER,
@@ -137,7 +138,8 @@ class Engine:
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
         row_bytes = ids.shape[1] * self.model.config.hidden_size * self.model.dtype.itemsize
-        ids, size, hidden = ids.to(self.model.device), max(1, STATES_BYTES // row_bytes), []
+        size = len(ids) if is_spread(self.model) else max(1, STATES_BYTES // row_bytes)  # layers that wait elsewhere come once
+        ids, hidden = ids.to(self.model.device), []
         for rows in (range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)):
             some = slice(rows.start, rows.stop)
             attend = self.cache.extend(n, rows, stay)

@@ -342,10 +342,10 @@ def test_a_clip_that_was_cut_is_made_again(generate):
 def test_a_row_does_not_write_over_what_it_begins_with(generate):
     write_video("source.mp4", np.zeros((9, 16, 24, 3), np.uint8), 8)
     before = Path("source.mp4").read_bytes()
-    rows = write_list({"prompt": "x", "video": "source.mp4", "num_frames": 9, "output": "source.mp4"}, {"prompt": "y"})
+    rows = write_list({"prompt": "y", "output": "source.mp4"}, {"prompt": "x", "video": "source.mp4", "num_frames": 9})
     code, _, err = generate("--prompts", rows, "--output-dir", ".")
     assert code == 1
-    assert "source.mp4 is what the clip begins with" in err[0]
+    assert "source.mp4 is or holds what a clip begins with" in err[0]
     assert Path("source.mp4").read_bytes() == before
 
 

@@ -187,6 +187,7 @@ def test_pages_of_other_sites_start_nothing(client, studio):
     ({"origin": "null"}, 403),
     ({"origin": "http://testserver:3000", "sec-fetch-site": "same-site"}, 403),
     ({"origin": "http://testserver"}, 200),
+    ({"origin": "https://lumos.example", "sec-fetch-site": "same-origin"}, 200),  # what no page can say that is not
     ({"origin": "https://lumos.example", "x-forwarded-host": "lumos.example"}, 200),  # a proxy with a name of its own
 ])  # fmt: skip
 def test_pages_of_other_origins_start_nothing_where_browsers_send_no_more_than_that(client, headers, status):

@@ -99,6 +99,16 @@ def test_rows_that_are_too_large_together_go_one_after_the_other(monkeypatch, ro
     assert max(shape[0] for shape in sizes if shape[1] == 2 * span) == rows
 
 
+def test_rows_of_a_decoder_whose_layers_wait_elsewhere_go_together(monkeypatch):
+    """Each forward fetches every layer again."""
+    rows, forward = [], MODEL.model.forward
+    monkeypatch.setattr("lumos.generation.engine.STATES_BYTES", 1)
+    monkeypatch.setattr("lumos.generation.engine.is_spread", lambda model: True)
+    monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: rows.append(len(ids)) or forward(ids, *a))
+    run([prefix([600])], [prefix(None)], seeds=[1])
+    assert rows == [1, 1] + [2] * 9
+
+
 def test_seeds_decide():
     args = ([prefix([600])], [prefix(None)])
     assert torch.equal(run(*args, seeds=[1]), run(*args, seeds=[1]))
