@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
         except OSError as error:
             raise RunError(f"another {what} is writing into {folder}; wait for it, stop it, or use another folder") from error
         yield
+
+
+def file_identity(path: str | Path) -> Hashable:
+    """What all names of one file have in common: its device and number there if it exists, else where it would be."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return Path(path).resolve()
+    return found.st_dev, found.st_ino
 
 
 def check_writable(path: str | Path) -> None:

@@ -104,7 +104,7 @@ def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: An
     if not count:
         raise UserError(f"{next(iter(lengths))} is an empty list; give at least one, or a single value without a list")
     for name, length in lengths.items():
-        if length != count or length == 0:
+        if length != count:
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     for text in lists["prompt"]:

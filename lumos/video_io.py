@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lumos.errors import RunError, UserError
-from lumos.files import check_writable, replacing, replacing_folder, write_json
+from lumos.files import check_writable, file_identity, replacing, replacing_folder, write_json
 from lumos.frames import as_uint8, contact_sheet, fit, from_uint8, to_uint8
 from lumos.video_reading import MAX_FRAMES, MAX_PIXELS, count_frames, read_image, read_video
 
@@ -44,19 +44,19 @@ __all__ = [
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
 
-def check_output(path: str | Path, num_frames: int | None = None, fps: float = 1, keep: Sequence[str | Path] = ()) -> None:
+def check_output(
+    path: str | Path, num_frames: int | None = None, fps: float = 1, keep: Container[Hashable] = ()
+) -> None:  # fmt: skip
     """UserError if :func:`write_video` could not write ``path``, or would write over a file of ``keep``; leaves nothing behind.
 
-    Call it before a long run.
+    ``keep`` holds what :func:`file_identity` gives. Call it before a long run.
     """
     path = Path(path)
     _check_fps(path, fps)
     folder = _frame_folder(path, _suffix(path), num_frames or 1)
-    for kept in map(Path, keep):
-        same = path.samefile(kept) if path.exists() and kept.exists() else path.resolve() == kept.resolve()
-        if same or (folder is not None and kept.resolve().is_relative_to(folder.resolve())):
-            raise UserError(f"{folder or path} is or holds what a clip begins with, or another of its files; choose another name")
     check_writable(path if folder is None else folder / "00000.png")
+    if any(file_identity(file) in keep for file in (path, *(folder.glob("*") if folder else ()))):
+        raise UserError(f"{folder or path} is or holds what a clip begins with, or another of its files; choose another name")
 
 
 def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:

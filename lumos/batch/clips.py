@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ def default_name(prompt: str, picture: bool, before: str = "", after: str = "") 
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
 
 
-def check_file(out: Path, clip: Clip, keep: Sequence[str | Path] = ()) -> None:
+def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
     """UserError if the clip cannot be written where it is to go, or would take the place of a file of `keep`."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
 def make_one(args: argparse.Namespace) -> None:
     from lumos.batch.clips import check_prompt_frames, default_name, prompts_over_time, record_path
-    from lumos.files import check_writable, write_json
+    from lumos.files import check_writable, file_identity, write_json
     from lumos.pipeline_inputs import align, check_prompt
     from lumos.video_io import check_output, write_frames
 
@@ -76,7 +76,7 @@ def make_one(args: argparse.Namespace) -> None:
         check_prompt(prompt)
     over_time = prompts_over_time(args.prompt, args.prompt_frames, args.num_frames)
     seed = align(args.prompt[0], seed=args.seed and args.seed[0])["seed"][0]
-    begins_with = [path for path in (args.image, args.video) if path is not None]
+    begins_with = {file_identity(path) for path in (args.image, args.video) if path is not None}
 
     def checked_output(num_frames: int | None, fps: float = 1) -> Path:
         """Where the result goes; UserError if it, its record or the preview cannot be written."""
@@ -85,7 +85,7 @@ def make_one(args: argparse.Namespace) -> None:
         check_output(output, num_frames, fps, keep=begins_with)
         check_writable(record_path(output))
         if args.preview is not None:
-            check_preview(Path(args.preview), num_frames, fps, keep=[output, *begins_with])
+            check_preview(Path(args.preview), num_frames, fps, keep={file_identity(output), *begins_with})
         return output
 
     checked_output(over_time["num_frames"])
@@ -136,7 +136,7 @@ def shipped_model() -> Path:
     return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL
 
 
-def check_preview(path: Path, num_frames: int | None, fps: float, keep: Sequence[str | Path]) -> None:
+def check_preview(path: Path, num_frames: int | None, fps: float, keep: Container[Hashable]) -> None:
     from lumos.errors import UserError
     from lumos.video_io import check_output
 

@@ -103,11 +103,13 @@ def check_rows(
     """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
     from lumos.batch.clips import check_file, clips_of, request_of
     from lumos.errors import RunError, UserError
+    from lumos.files import file_identity
 
     hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
     clips, problems, notes, lines, folders = [], {}, [], {}, set()
-    keep = [path for key in ("image", "video") for path in (getattr(args, key), *(r.options.get(key) for r in rows)) if path]
+    asked = [getattr(args, key) for key in ("image", "video")] + [r.options.get(key) for r in rows for key in ("image", "video")]
+    keep = {file_identity(path) for path in asked if path}
     for row in rows:
         try:
             request = request_of(row, defaults, seed, pipe.model.config.temporal_compression)

@@ -124,6 +124,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     paths = {key: getattr(args, key, None) for key in ("prompts", "captions", "images", "video_tokenizer", "text_tokenizer")}
     machine = {"device": pipe.model.device.type, "threads": torch.get_num_threads(), "versions": versions()}
     environment = {"model": model, **paths, **machine}
+
     def make(batch: list) -> list[np.ndarray]:
         pictures = [str(Path(args.images) / sample.image) for sample in batch] if benchmark.images else None
         captions, seeds = [s.caption for s in batch], [s.seed for s in batch]

@@ -33,7 +33,7 @@ from lumos.sequence import (
 )
 
 LOGITS_BYTES = 2**24  # of the piece of the logits that exists at a time; a GPU, which wants larger products, takes eight such
-STATES_BYTES = 2**24  # of a layer's input in one forward, if that takes more than one row: more make no product faster
+STATES_BYTES = 2**24  # of a layer's input in one forward, if that takes more than one row: more make no product of a CPU faster
 
 
 class Engine:
