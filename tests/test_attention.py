@@ -40,6 +40,20 @@ def qkv(batch, length, heads=4, kv_heads=2, dim=8, seed=0):
     return [torch.randn(batch, n, length, dim, generator=g, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
+def test_dense_in_bfloat16_on_a_cpu_equals_the_kernel():
+    """There it is written out, as that is faster than torch's kernel; both are as far from float32 as the format is."""
+    ids = make_batch([(5, 2, 3, 3, 0), (None, 1, 2, 4, 0)])
+    layouts = parse_layout(ids, CONFIG)
+    mask = dense_mask(layouts, ids.shape[1])[:, None]
+    exact = qkv(*ids.shape)
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    out = [dense_attention(*qkv, mask) for qkv in (exact, half)]
+    assert out[1].dtype == torch.bfloat16
+    grads = [torch.autograd.grad(o.sum() + (o * o).sum(), of) for o, of in zip(out, (exact, half), strict=True)]
+    for ours, oracle in zip((out[1], *grads[1]), (out[0], *grads[0]), strict=True):
+        torch.testing.assert_close(ours.float(), oracle, atol=0.06, rtol=0.03)
+
+
 @given(st.lists(rows, min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
 def test_segmented_equals_dense_forward_and_backward(samples):

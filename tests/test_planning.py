@@ -154,7 +154,7 @@ def test_flops_with_adapters_are_those_that_torch_counts():
 
 stages = st.builds(
     StageSettings, steps=st.integers(1, 30), image_share=st.floats(0, 1), batch_size=st.none() | st.integers(1, 3),
-    image_batch_size=st.none() | st.integers(1, 3),
+    image_batch_size=st.none() | st.integers(1, 3), first_frames=st.none() | st.just(5), short_share=st.floats(0, 1),
 )  # fmt: skip
 
 
@@ -164,6 +164,7 @@ def test_the_steps_of_each_shape_are_counted(stages: list[StageSettings], steps:
     curriculum = Curriculum(stages, 4)
     shapes = [replace(curriculum(step), stage=0, number=0) for step in range(steps)]
     assert curriculum.counts(steps) == {shape: shapes.count(shape) for shape in shapes}
+    assert set(shapes) <= curriculum.shapes
 
 
 # ---- settings
@@ -176,6 +177,13 @@ def test_a_step_by_tokens_has_as_many_clips_as_hold_them():
     assert (video["clips_of_a_process"], video["micro_batch"], video["micro_batches"]) == (3, 1, 3)
     with pytest.raises(UserError, match=r"tokens_per_batch 5000 is too few"):
         planned("training.batch_size=null", "training.tokens_per_batch=5000", "data.stages=[]")
+
+
+def test_short_steps_are_planned_as_such():
+    stage = "data.stages=[{{batch_size: 48, first_frames: 9, short_share: {}}}]"
+    whole, short = planned(stage.format(0.25)).report()["steps"]
+    assert [step["steps"] for step in (whole, short)] == [312_501, 104_166]
+    assert short["tokens"] < 0.5 * whole["tokens"]
 
 
 def test_what_a_process_sends():

@@ -47,6 +47,16 @@ class Clip:
     fps: int
     name: str
     codes: np.ndarray | None = None
+    num_frames: int | None = None  # what text and header tell, if that is not what is there
+
+
+def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
+    """The first frames of a clip, which still tells of the whole; one that is no longer stays as it is."""
+    codes = clip.codes
+    if codes is None:
+        return replace(clip, frames=clip.frames[:first_frames], num_frames=len(clip.frames))
+    latent = (first_frames - 1) // temporal_compression + 1
+    return replace(clip, codes=codes[:latent], num_frames=(len(codes) - 1) * temporal_compression + 1)
 
 
 class Source(Protocol):
@@ -115,7 +125,7 @@ class WorldSource:
 @dataclass(frozen=True)
 class StepShape:
     """What a step is made of, over all processes: `batch_size` clips of a `kind`, "image" or "video", or if that is None so many
-    that they have about `tokens` codes.
+    that they have about `tokens` codes. Of each clip, `first_frames` are used; None: all.
 
     `number` counts the earlier steps of the kind in the same `stage`: sources that pass over their clips go by it.
     """
@@ -125,48 +135,44 @@ class StepShape:
     stage: int = 0
     number: int = 0
     tokens: int | None = None
+    first_frames: int | None = None
 
 
 class Curriculum:
     """Stages in order -> the shape of each step.
 
-    `stages` hold steps, image_share, batch_size and image_batch_size; the last has no end. A stage without batch_size has
-    that of the run or, if it is None, `tokens_per_batch`.
+    `stages` hold the fields of StageSettings; the last has no end. A stage without batch_size has that of the run or, if it is
+    None, `tokens_per_batch`.
     """
 
     def __init__(self, stages: list, batch_size: int | None, tokens_per_batch: int | None = None):
-        self.tokens = tokens_per_batch
-        self.spans = []
+        def shape(kind: str, count: int | None, first_frames: int | None = None) -> StepShape:
+            return StepShape(kind, count, tokens=None if count else tokens_per_batch, first_frames=first_frames)
+
+        self.stages: list[Stage] = []
         start = 0
         for stage in stages:
             videos = stage.batch_size or batch_size
-            self.spans.append((start, stage.image_share, videos, stage.image_batch_size or videos))
+            short = shape("video", videos, stage.first_frames)
+            short_share = 0.0 if stage.first_frames is None else stage.short_share
+            image = shape("image", stage.image_batch_size or videos)
+            self.stages.append(Stage(start, stage.image_share, short_share, image, short, shape("video", videos)))
             start += stage.steps or 0
         if not stages:
-            self.spans.append((0, 0.0, batch_size, batch_size))
+            video = shape("video", batch_size)
+            self.stages.append(Stage(0, 0.0, 0.0, shape("image", batch_size), video, video))
 
     def __call__(self, step: int) -> StepShape:
-        stage, (start, share, videos, images) = next(s for s in reversed([*enumerate(self.spans)]) if s[1][0] <= step)
-        # Spread evenly: among the first n steps of the stage, floor(n * share) hold images. The small addition is for
-        # 0.3 * 10 = 2.99..
-        before, after = (int(n * share + 1e-9) for n in (step - start, step - start + 1))
-        if after > before:
-            return self._shape("image", images, stage, before)
-        return self._shape("video", videos, stage, step - start - before)
-
-    def _shape(self, kind: str, batch_size: int | None, stage: int = 0, number: int = 0) -> StepShape:
-        return StepShape(kind, batch_size, stage, number, None if batch_size else self.tokens)
+        number = max(i for i, stage in enumerate(self.stages) if stage.start <= step)
+        return replace(self.stages[number].shape_of(step), stage=number)
 
     def counts(self, steps: int) -> dict[StepShape, int]:
         """How many of the first so many steps have each shape, without stage and number."""
         counts: dict[StepShape, int] = {}
-        ends = [*(start for start, *_ in self.spans[1:]), steps]
-        for (start, share, videos, images), end in zip(self.spans, ends, strict=True):
-            count = max(0, min(end, steps) - start)
-            pictures = int(count * share + 1e-9)
-            for shape, n in ((self._shape("image", images), pictures), (self._shape("video", videos), count - pictures)):
-                if n:
-                    counts[shape] = counts.get(shape, 0) + n
+        ends = [*(stage.start for stage in self.stages[1:]), steps]
+        for stage, end in zip(self.stages, ends, strict=True):
+            for shape, n in stage.counts(max(0, min(end, steps) - stage.start)).items():
+                counts[shape] = counts.get(shape, 0) + n
         return counts
 
     @property
@@ -176,9 +182,46 @@ class Curriculum:
     @property
     def shapes(self) -> set[StepShape]:
         """The different shapes of all steps, without stage and number."""
-        kinds = {("video", videos) for _, share, videos, _ in self.spans if share < 1}
-        kinds |= {("image", images) for _, share, _, images in self.spans if share > 0}
-        return {self._shape(*kind) for kind in kinds}
+        return {shape for stage in self.stages for shape in stage.shapes}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps from `start` on, of which image_share hold pictures, and of the others short_share only the first frames of clips."""
+
+    start: int
+    image_share: float
+    short_share: float
+    image: StepShape
+    short: StepShape
+    whole: StepShape
+
+    def shape_of(self, step: int) -> StepShape:
+        """With its number, without its stage."""
+        n = step - self.start
+        images = part(n, self.image_share)
+        if part(n + 1, self.image_share) > images:
+            return replace(self.image, number=images)
+        videos = n - images
+        is_short = part(videos + 1, self.short_share) > part(videos, self.short_share)
+        return replace(self.short if is_short else self.whole, number=videos)
+
+    def counts(self, steps: int) -> dict[StepShape, int]:
+        """How many of its first so many steps have each shape."""
+        images = part(steps, self.image_share)
+        short = part(steps - images, self.short_share)
+        counts = ((self.image, images), (self.whole, steps - images - short), (self.short, short))
+        return {shape: n for shape, n in counts if n}
+
+    @property
+    def shapes(self) -> set[StepShape]:
+        videos = {self.short} if self.short_share == 1 else {self.short, self.whole} if self.short_share else {self.whole}
+        return (videos if self.image_share < 1 else set()) | ({self.image} if self.image_share else set())
+
+
+def part(n: int, share: float) -> int:
+    """How many of n steps are in a share that is spread evenly. The small addition is for 0.3 * 10 = 2.99.."""
+    return int(n * share + 1e-9)
 
 
 def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: int) -> None:

@@ -164,16 +164,17 @@ class TrainingPlan:
         }  # fmt: skip
         self.configured = Way(self._own_spread(), training.micro_batch_size)
 
-    def _layout(self, kind: str, size: tuple[int, int]) -> Layout:
+    def _layout(self, kind: str, size: tuple[int, int], num_frames: int | None = None) -> Layout:
         config = self.model.config
-        t = 1 if kind == "image" else num_latent_frames(self.settings.data.num_frames, config.temporal_compression)
+        frames = 1 if kind == "image" else num_frames or self.settings.data.num_frames
+        t = num_latent_frames(frames, config.temporal_compression)
         return sequence_layout(config, self.text_tokens, t, *size)
 
     def _work(self, shape: StepShape, steps: int) -> Work:
-        usual, longest = self._layout(shape.kind, self.usual), self._layout(shape.kind, self.largest)
+        usual, longest = (self._layout(shape.kind, size, shape.first_frames) for size in (self.usual, self.largest))
         clips = shape.batch_size
-        if clips is None:  # worlds draw whole clips only
-            clips = shape.tokens / code_count(usual)
+        if clips is None:  # counted in codes of whole clips; worlds draw whole clips only
+            clips = shape.tokens / code_count(self._layout(shape.kind, self.usual))
             clips = clips if self.settings.data.source == "shards" else int(clips)
         supervised = mean_mask_ratio(self.settings.masking, len(usual.frames)) * code_count(usual)
         return Work(shape.kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)

@@ -29,6 +29,7 @@ from lumos.data.loader import (
     Source,
     StepShape,
     WorldSource,
+    cut,
     sample_generator,
 )
 from lumos.data.shard_source import ShardSource
@@ -146,6 +147,8 @@ class ArdfTask:
     def draft(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Draft:
         """All of `batch` but the codes, which neither the layout nor the masks depend on."""
         config, clips = self.config, self.source.clips(step, shape, positions)
+        if shape.first_frames is not None:
+            clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
         rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
         ids, asked, ratios = zip(*rows, strict=True)
         pad_to = self.settings.data.pad_to
@@ -337,7 +340,10 @@ class ArdfTask:
         return self.video_tokenizer.encode(from_uint8(frames))
 
     def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [L] with code 0 where a code is seen, bool [L] where one is asked, mask ratios [t]) of a clip."""
+        """(ids [L] with code 0 where a code is seen, bool [L] where one is asked, mask ratios [t]) of a clip.
+
+        Of one that was cut, the row of the whole clip up to there.
+        """
         masking, config = self.settings.masking, self.config
         seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
         if clip.codes is None:
@@ -346,18 +352,20 @@ class ArdfTask:
             grid = (t, height // config.spatial_compression, width // config.spatial_compression)
         else:
             grid = clip.codes.shape
-        num_frames = (grid[0] - 1) * config.temporal_compression + 1
+        num_frames = clip.num_frames or (grid[0] - 1) * config.temporal_compression + 1
+        whole = (num_latent_frames(num_frames, config.temporal_compression), *grid[1:])
         drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
         text_ids = None
         if not (dropout and drop):
             size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
             text_ids = self.text_tokenizer.encode(prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size))
         duration, fps = clip_header(num_frames, clip.fps)
-        ids = build_sequence(text_ids, torch.zeros(grid, dtype=torch.int64), fps=fps, duration=duration, config=config)
+        ids = build_sequence(text_ids, torch.zeros(whole, dtype=torch.int64), fps=fps, duration=duration, config=config)
         masked = mask_sequence(
             ids, config, kind=masking.kind, min_ratio=masking.min_ratio, generator=sample_generator(seed, step, position, "mask")
         )
-        return masked.input_ids, masked.targets != IGNORED, torch.tensor(masked.ratios)
+        end = len(ids) if grid == whole else parse_layout(ids[None], config)[0].frames[grid[0] - 1].end
+        return masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: grid[0]])
 
 
 def ratio_bins(ratios: Tensor) -> Tensor:
@@ -399,6 +407,11 @@ def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
     """UserError for clips that the model's sequences cannot hold."""
     if (data.num_frames - 1) % config.temporal_compression:
         raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
+    for i, stage in enumerate(data.stages):
+        if stage.first_frames is not None and (stage.first_frames - 1) % config.temporal_compression:
+            raise UserError(
+                f"data.stages[{i}].first_frames is {stage.first_frames}; it must be 1 + a multiple of {config.temporal_compression}"
+            )
     for name in ("height", "width"):
         if data.source == "worlds" and getattr(data, name) % config.pixels_per_size_unit:
             raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")

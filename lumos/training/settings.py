@@ -70,6 +70,13 @@ class StageSettings:
         "pictures in an image step, over all processes; default: batch_size (published: 6 pictures for 1 clip)",
         low=1,
     )
+    first_frames: int | None = setting(
+        None,
+        "frames of its clips that a short video step trains on, 1 + a multiple of the temporal compression; text and header tell "
+        "of the whole clip. As no frame sees later ones, they are learned as in whole clips, in less time; null: no short steps",
+        low=1,
+    )
+    short_share: float = setting(1.0, "share of the video steps that are short ones, if first_frames is set", low=0, high=1)
 
 
 @dataclass
@@ -335,6 +342,17 @@ def _check(settings: TrainingSettings) -> None:
     for i, stage in enumerate(stages):
         if stage.image_batch_size is not None and stage.image_share == 0:
             raise UserError(f"data.stages[{i}].image_batch_size has no effect with image_share 0; set image_share too")
+        if stage.first_frames is None and stage.short_share != 1:
+            raise UserError(f"data.stages[{i}].short_share has no effect without first_frames; set it too, or leave both out")
+        if stage.first_frames is not None and (stage.image_share == 1 or stage.short_share == 0):
+            raise UserError(
+                f"data.stages[{i}].first_frames has no effect with image_share {stage.image_share} and short_share "
+                f"{stage.short_share}, which leave no short steps; leave it out"
+            )
+        if stage.first_frames is not None and stage.first_frames >= data.num_frames:
+            raise UserError(
+                f"data.stages[{i}].first_frames is {stage.first_frames}; give less than data.num_frames {data.num_frames}"
+            )
     if training.schedule == "constant" and training.min_lr not in (0, training.lr):
         raise UserError(f"training.min_lr {training.min_lr} has no effect with training.schedule=constant; leave it out")
     for i, stage in enumerate(stages[:-1]):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def test_curriculum_sizes_and_alternation():
     assert curriculum.kinds == ["image", "video"]
     assert Curriculum([], 3)(10**6) == StepShape("video", 3, stage=0, number=10**6)
     assert Curriculum([StageSettings(image_share=1.0)], 3).kinds == ["image"]
+
+
+def test_curriculum_spreads_short_steps_among_those_of_clips():
+    curriculum = Curriculum([StageSettings(image_share=0.5, first_frames=5, short_share=0.75)], 4)
+    shapes = [curriculum(step) for step in range(16)]
+    assert [(s.kind, s.first_frames) for s in shapes[::2]] == [("video", None), *[("video", 5)] * 3] * 2
+    assert {s.kind for s in shapes[1::2]} == {"image"}
+    assert [s.number for s in shapes] == [n for n in range(8) for _ in range(2)]
+    assert curriculum.shapes == {VIDEO, IMAGE, replace(VIDEO, first_frames=5)}
+    only = Curriculum([StageSettings(first_frames=5)], 4)
+    assert only.shapes == {only(0)} == {replace(VIDEO, first_frames=5)}
 
 
 def test_every_sample_of_a_run_has_its_own_number_and_randomness():
@@ -111,6 +123,28 @@ def test_rows_hold_the_clip_its_caption_and_masked_targets(micro_settings):
             assert torch.equal(targets[targets != IGNORED], codes[parsed.codes < 0])
 
 
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("with_codes", [False, True])
+def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypatch, kind: str, with_codes: bool):
+    """Same text, header, masks and codes, and so the same loss of each of its codes."""
+    task = ArdfTask(micro_settings(data={"num_frames": 13}, masking={"kind": kind}), CPU)
+    if with_codes:
+        codes = np.random.default_rng(0).integers(0, 1000, (3, 4, 4, 4)).astype(np.uint16)
+        clips = [Clip(None, "a red circle " * (i + 1), 8, str(i), made) for i, made in enumerate([*codes, codes[0, :1]])]
+        monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: [clips[i] for i in positions])
+    model = task.build_model().eval()
+    whole, short = (task.batch(3, replace(VIDEO, first_frames=n), range(4)) for n in (None, 5))
+    assert short.supervised < whole.supervised
+    assert short.flops < whole.flops
+    of_whole, of_short = (task.losses(model, batch.tensors | {"layouts": batch.layouts}) for batch in (whole, short))
+    torch.testing.assert_close(of_short[0], of_whole[0][of_whole[1]["frame"] < 2], atol=1e-5, rtol=1e-5)
+    for i, length in enumerate(short.lengths):
+        for name in ("input_ids", "targets"):
+            assert torch.equal(short.tensors[name][i, :length], whole.tensors[name][i, :length])
+        frames = whole.layouts[i].frames
+        assert length == (frames[1].end if len(frames) > 1 else whole.lengths[i])
+
+
 def test_validation_clips_are_never_training_clips(micro_settings):
     source = ArdfTask(micro_settings(data={"scenes": 3}), CPU).source
     seen = {source.clip(sample_index(step, position), 1).name for step in range(5) for position in range(5)}
@@ -134,6 +168,7 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
     ("sections", "words"),
     [
         ({"data": {"num_frames": 6}}, "data.num_frames is 6; it must be 1 \\+ a multiple of 4"),
+        ({"data": {"stages": [{"first_frames": 4}]}}, r"data.stages\[0\].first_frames is 4; it must be 1 \+ a multiple of 4"),
         ({"data": {"height": 36}}, "data.height is 36; it must be a multiple of 8"),
         ({"data": {"options": {"colours": 3}}}, "data.options.*share_digits"),
         ({"data": {"options": {"seed": 3}}}, "data.options may not hold seed; it is set by training.seed"),
