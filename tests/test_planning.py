@@ -183,6 +183,7 @@ def test_short_steps_are_planned_as_such():
     stage = "data.stages=[{{batch_size: 48, first_frames: 9, short_share: {}}}]"
     whole, short = planned(stage.format(0.25)).report()["steps"]
     assert [step["steps"] for step in (whole, short)] == [312_501, 104_166]
+    assert [step["kind"] for step in (whole, short)] == ["video", "video, first 9 frames"]
     assert short["tokens"] < 0.5 * whole["tokens"]
 
 

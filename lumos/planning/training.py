@@ -177,7 +177,8 @@ class TrainingPlan:
             clips = shape.tokens / code_count(self._layout(shape.kind, self.usual))
             clips = clips if self.settings.data.source == "shards" else int(clips)
         supervised = mean_mask_ratio(self.settings.masking, len(usual.frames)) * code_count(usual)
-        return Work(shape.kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
+        kind = shape.kind if shape.first_frames is None else f"{shape.kind}, first {shape.first_frames} frames"
+        return Work(kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
 
     def _own_spread(self) -> Spread:
         stage = self.settings.zero_stage_with(self.hardware.count)
