@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("averaged", "trained"), help="default: the averaged ones where the run has them")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the run's training.export_dtype; adapters: float32")
     add("--merge", action="store_true", help="of a run with LoRA, write the whole model instead of the adapter")
+    add("--mix", nargs=2, metavar=("MODEL", "SHARE"), help="mix in a share of another model's weights: what the run began with")
     add("--model", help="base model to merge into; default: the one that the adapter was trained on")
     add("--video-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
     add("--text-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.adapters import is_adapter
     from lumos.errors import UserError
     from lumos.files import check_writable
-    from lumos.training.export import Tokenizers, export_adapter, export_checkpoint, export_merged, find_checkpoint
+    from lumos.training.export import Mix, Tokenizers, export_adapter, export_checkpoint, export_merged, find_checkpoint
 
     out = Path(args.out)
     if out.exists():
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if (args.video_tokenizer is None) != (args.text_tokenizer is None):
         raise UserError("--video-tokenizer and --text-tokenizer go together; give both or none")
     tokenizers = Tokenizers(args.video_tokenizer, args.text_tokenizer) if args.video_tokenizer else None
+    if args.mix and (args.merge or is_adapter(args.source)):
+        raise UserError("--mix takes the run of a whole model; leave it out")
     if is_adapter(args.source):
         if args.weights:
             raise UserError("--weights has no effect on an adapter folder, which holds one kind; leave it out")
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.merge:
         made = export_merged(folder, state, args.model, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers)
     else:
-        made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers)
+        mix = Mix.read(*args.mix) if args.mix else None
+        made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers, mix=mix)
     what = "model" if args.merge or not state["task"]["lora"] else "adapter"
     print(f"{out}  {what} of step {made['steps']}, {'averaged' if made['averaged'] else 'trained'} weights, {made['dtype']}")

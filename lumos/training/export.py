@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lumos.adapters import Lora, fingerprints, read_record, write_adapter
 from lumos.configuration import LumosConfig
 from lumos.errors import UserError
+from lumos.evaluation.manifest import file_sha256
 from lumos.files import replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.modeling import LumosForVideoGeneration
@@ -34,6 +35,42 @@ class Tokenizers:
 
     video: str
     text: str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Another model with the same tokenizers, and its share, 0 < share < 1, in the weights of what is written.
+
+    Going on with a model on other data loses some of what it knew; a mean of the weights before and after keeps more of both
+    (arXiv 2109.01903).
+    """
+
+    folder: str
+    share: float
+
+    @classmethod
+    def read(cls, folder: str, share: str) -> Mix:
+        """UserError unless there is such a folder and the share is a number between 0 and 1."""
+        try:
+            mix = cls(folder, float(share))
+        except ValueError:
+            mix = cls(folder, 0.0)
+        if not 0 < mix.share < 1:
+            raise UserError(f"--mix {folder} {share} is not allowed; give a share between 0 and 1, such as 0.3")
+        if not Path(folder).is_dir():
+            raise UserError(f"--mix: there is no model folder {folder}")
+        return mix
+
+    def weights(self, config: LumosConfig) -> dict[str, Tensor]:
+        """In float32; UserError if they are not of that shape."""
+        with _no_progress_bar():
+            model = LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32)
+        with torch.device("meta"):
+            wanted = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
+        found = dict(model.named_parameters())
+        if {name: p.shape for name, p in found.items()} != wanted:
+            raise UserError(f"--mix {self.folder} is a model of another shape than the run's")
+        return {name: p.detach() for name, p in found.items()}
 
 
 def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -55,11 +92,12 @@ def export_checkpoint(
     averaged: bool | None = None,
     dtype: str | None = None,
     tokenizers: Tokenizers | None = None,
+    mix: Mix | None = None,
 ) -> dict[str, Any]:
     """Write `out`, whole or not at all, with the averaged weights (if there are any) or the trained ones.
 
-    A run with LoRA gives an adapter folder. `dtype` and `tokenizers` are by default those of the run. Returns what
-    training.json says. UserError if there are no averaged weights and for tokenizers that are not those of the run.
+    A run with LoRA gives an adapter folder, and takes no `mix`. `dtype` and `tokenizers` are by default those of the run. Returns
+    what training.json says. UserError if there are no averaged weights and for tokenizers that are not those of the run.
     """
     settings, facts = state["settings"], state["task"]
     averaged = state["averaged"] if averaged is None else averaged
@@ -69,6 +107,15 @@ def export_checkpoint(
     tokenizers = tokenizers or Tokenizers(**facts["tokenizers"])
     _check_tokenizers(folder, facts, tokenizers)
     made = {"steps": state["step"], "averaged": averaged, "dtype": dtype, "settings": settings, **versions()}
+    other = None
+    if mix is not None:
+        if facts["lora"]:
+            raise UserError(f"{folder} holds adapters, which --mix cannot mix with a model; leave it out")
+        own = Tokenizers(str(Path(mix.folder) / "video_tokenizer"), str(Path(mix.folder) / "text_tokenizer"))
+        _check_tokenizers(folder, facts, own, "--mix takes a model folder with the run's tokenizers in it")
+        other = mix.weights(LumosConfig(**facts["config"]))
+        files = sorted(Path(mix.folder).glob("*.safetensors"))
+        made["mix"] = {**vars(mix), "sha256": {file.name: file_sha256(file) for file in files}}
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
     with replacing_folder(out) as writing:
         if facts["lora"]:
@@ -78,7 +125,7 @@ def export_checkpoint(
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
             return made
-        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype])
+        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype], other, mix.share if mix else 0.0)
         VideoTokenizer.from_pretrained(tokenizers.video).to(DTYPES[dtype]).save_pretrained(writing / "video_tokenizer")
         TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(writing / "text_tokenizer")
         write_defaults(writing, GenerationSettings(**facts["generation"]), ClipDefaults(**facts["clip"], target_size=None))
@@ -123,10 +170,15 @@ def export_adapter(
     return base
 
 
-def _write_model(folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype) -> None:
+def _write_model(
+    folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype, other: dict[str, Tensor] | None,
+    share: float,
+) -> None:  # fmt: skip
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
-    weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape).to(dtype) for name, shape in shapes.items()}
+    weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+    if other is not None:
+        weights = {name: torch.lerp(tensor.float(), other[name], share) for name, tensor in weights.items()}
     with _no_progress_bar():
         model_with(weights, config, dtype).save_pretrained(folder)
 
@@ -140,8 +192,10 @@ def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dty
     return model
 
 
-def _check_tokenizers(folder: Path, facts: dict[str, Any], tokenizers: Tokenizers) -> None:
-    remedy = "name the run's with --video-tokenizer and --text-tokenizer"
+def _check_tokenizers(
+    folder: Path, facts: dict[str, Any], tokenizers: Tokenizers,
+    remedy: str = "name the run's with --video-tokenizer and --text-tokenizer",
+) -> None:  # fmt: skip
     try:
         found = fingerprints(tokenizers.video, tokenizers.text)
     except (ValueError, OSError) as error:

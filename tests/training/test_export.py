@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from ranks import Runs
 from safetensors.torch import load_file
 
-from lumos import LumosPipeline
+from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.cli import main
 from lumos.training.loop import train
 
@@ -61,6 +62,19 @@ def test_one_checkpoint_in_another_number_format(runs: Runs, tmp_path: Path, cap
     assert {t.dtype for t in load_file(tmp_path / "half" / "video_tokenizer" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_mix_is_between_the_two(runs: Runs, exported: Path, tmp_path: Path):
+    """Of the averaged weights of the run and a model folder, share by share, and said in training.json."""
+    other = exported / "zero0-trained"
+    assert main(["export", str(runs.whole("plain")), "--out", str(tmp_path / "mixed"), "--mix", str(other), "0.25"]) == 0
+    own, theirs, mixed = (load_file(f / "model.safetensors") for f in (exported / "plain-averaged", other, tmp_path / "mixed"))
+    for name, tensor in mixed.items():
+        torch.testing.assert_close(tensor, 0.75 * own[name] + 0.25 * theirs[name])
+    assert any(not torch.equal(tensor, own[name]) for name, tensor in mixed.items())
+    said = json.loads((tmp_path / "mixed" / "training.json").read_text())["mix"]
+    assert (said["folder"], said["share"]) == (str(other), 0.25)
+    assert said["sha256"] == {"model.safetensors": hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest()}
+
+
 def test_a_damaged_newest_checkpoint(runs: Runs, tmp_path: Path, capsys):
     shutil.copytree(runs.whole("zero3"), tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-00000005" / "rank-0001.safetensors").unlink()
@@ -77,11 +91,21 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path, capsys):
     text = tmp_path / "text" / "tokenizer.model"
     text.write_bytes(text.read_bytes() + b"\n")
     video = str(runs.whole("plain") / "export" / "video_tokenizer")
+    other = shutil.copytree(runs.whole("plain") / "export", tmp_path / "other")
+    config = LumosConfig.from_pretrained(other)
+    config.num_hidden_layers = 1
+    LumosForVideoGeneration(config).save_pretrained(other)
     for args, words in (
         ([run, "--out", str(tmp_path / "there")], "exists already; name another --out"),
         ([str(tmp_path), "--out", "x"], "is no run, checkpoint or adapter folder"),
         ([run, "--out", "x", "--merge"], "has no adapters to merge"),
         ([run, "--out", "x", "--model", "y"], "--model has an effect only with --merge"),
+        ([run, "--out", "x", "--mix", "y", "0.3"], "--mix: there is no model folder y"),
+        ([run, "--out", "x", "--mix", f"{run}/export", "1"], "--mix .* 1 is not allowed; give a share between 0 and 1"),
+        ([run, "--out", "x", "--mix", f"{run}/export", "half"], "--mix .* half is not allowed"),
+        ([run, "--out", "x", "--mix", str(tmp_path / "there"), "0.3"], "cannot be read.*--mix takes a model folder"),
+        ([run, "--out", "x", "--mix", str(other), "0.3"], "is a model of another shape"),
+        ([run, "--out", "x", "--merge", "--mix", "y", "0.3"], "--mix takes the run of a whole model"),
         ([run, "--out", "x", "--video-tokenizer", "y"], "give both or none"),
         ([run, "--out", "x", "--video-tokenizer", "y", "--text-tokenizer", str(text)], "cannot be read: .*--video-tokenizer"),
         ([run, "--out", "x", "--video-tokenizer", video, "--text-tokenizer", str(text)], "is another text tokenizer"),
