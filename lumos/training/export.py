@@ -61,16 +61,13 @@ class Mix:
             raise UserError(f"--mix: there is no model folder {folder}")
         return mix
 
-    def weights(self, config: LumosConfig) -> dict[str, Tensor]:
-        """In float32; UserError if they are not of that shape."""
+    def into(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean, in float32; UserError if the other model's weights are not of the same shapes."""
         with _no_progress_bar():
-            model = LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32)
-        with torch.device("meta"):
-            wanted = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
-        found = dict(model.named_parameters())
-        if {name: p.shape for name, p in found.items()} != wanted:
+            other = dict(LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32).named_parameters())
+        if {name: p.shape for name, p in other.items()} != {name: tensor.shape for name, tensor in weights.items()}:
             raise UserError(f"--mix {self.folder} is a model of another shape than the run's")
-        return {name: p.detach() for name, p in found.items()}
+        return {name: torch.lerp(tensor.float(), other[name].detach(), self.share) for name, tensor in weights.items()}
 
 
 def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -107,13 +104,11 @@ def export_checkpoint(
     tokenizers = tokenizers or Tokenizers(**facts["tokenizers"])
     _check_tokenizers(folder, facts, tokenizers)
     made = {"steps": state["step"], "averaged": averaged, "dtype": dtype, "settings": settings, **versions()}
-    other = None
     if mix is not None:
         if facts["lora"]:
             raise UserError(f"{folder} holds adapters, which --mix cannot mix with a model; leave it out")
         own = Tokenizers(str(Path(mix.folder) / "video_tokenizer"), str(Path(mix.folder) / "text_tokenizer"))
         _check_tokenizers(folder, facts, own, "--mix takes a model folder with the run's tokenizers in it")
-        other = mix.weights(LumosConfig(**facts["config"]))
         files = sorted(Path(mix.folder).glob("*.safetensors"))
         made["mix"] = {**vars(mix), "sha256": {file.name: file_sha256(file) for file in files}}
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
@@ -125,7 +120,7 @@ def export_checkpoint(
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
             return made
-        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype], other, mix.share if mix else 0.0)
+        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype], mix)
         VideoTokenizer.from_pretrained(tokenizers.video).to(DTYPES[dtype]).save_pretrained(writing / "video_tokenizer")
         TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(writing / "text_tokenizer")
         write_defaults(writing, GenerationSettings(**facts["generation"]), ClipDefaults(**facts["clip"], target_size=None))
@@ -171,14 +166,13 @@ def export_adapter(
 
 
 def _write_model(
-    folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype, other: dict[str, Tensor] | None,
-    share: float,
-) -> None:  # fmt: skip
+    folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype, mix: Mix | None
+) -> None:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
     weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-    if other is not None:
-        weights = {name: torch.lerp(tensor.float(), other[name], share) for name, tensor in weights.items()}
+    if mix is not None:
+        weights = mix.into(weights)
     with _no_progress_bar():
         model_with(weights, config, dtype).save_pretrained(folder)
 
