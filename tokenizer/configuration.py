@@ -51,6 +51,7 @@ class VideoTokenizerConfig:
     legacy_mode: bool = False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
     spatial_compression: int = 8  # pixels per code along height and width
     temporal_compression: int = 4  # frames per latent frame after the first
+    spatial_patch_size: int = 1  # 2: patches of 2 x 2 pixels come first, and all sizes are doubled but the codes' (not published)
     pointwise_ends: bool = False  # 1x1x1 convolutions next to the patches: half of the work of a narrow network (not published)
     quantizer: str = "FSQ"
     embedding_dim: int = 6  # quantized channels, one for each entry of levels
@@ -98,6 +99,7 @@ class VideoTokenizerConfig:
             "a whole number above 0, or null for all earlier frames",
         )
         _require(self.patch_size in (1, 2, 4, 8), "patch_size", self.patch_size, "1, 2, 4 or 8")
+        _require(self.spatial_patch_size in (1, 2), "spatial_patch_size", self.spatial_patch_size, "1 or 2")
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
         for field in ("legacy_mode", "pointwise_ends"):
@@ -113,21 +115,31 @@ class VideoTokenizerConfig:
         field = f"{kind}_compression"
         value = getattr(self, field)
         _require(_is_positive(value) and value & (value - 1) == 0, field, value, "a power of two")
-        _require(value >= self.patch_size, field, value, f"patch_size ({self.patch_size}) or more")
+        patch = self._patch(kind)
+        _require(value >= patch, field, value, f"the patches' side ({patch}) or more")
         for side, samplers in (("encoder", self.downsamplers()), ("decoder", self.upsamplers())):
-            reached = self.patch_size * 2 ** sum(getattr(sampler, kind) for sampler in samplers)
+            reached = patch * 2 ** sum(getattr(sampler, kind) for sampler in samplers)
             if reached != value:
                 raise UserError(
-                    f"{field} {value} is not possible: the {side} with {len(self.channels_mult)} levels and patch_size "
-                    f"{self.patch_size} reaches {reached}; change the number of channels_mult, patch_size or the compressions"
+                    f"{field} {value} is not possible: the {side} with {len(self.channels_mult)} levels and patches of {patch} "
+                    f"reaches {reached}; change the number of channels_mult, the patch sizes or the compressions"
                 )
 
-    def _num_halvings(self, compression: int) -> int:
-        return compression.bit_length() - self.patch_size.bit_length()
+    @property
+    def patch_channels(self) -> int:
+        """Channels that the patches make of one."""
+        return self.spatial_patch_size**2 * self.patch_size**3
+
+    def _patch(self, kind: str) -> int:
+        """Pixels, or frames, that the patches make one."""
+        return self.patch_size * (self.spatial_patch_size if kind == "spatial" else 1)
+
+    def _num_halvings(self, kind: str) -> int:
+        return getattr(self, f"{kind}_compression").bit_length() - self._patch(kind).bit_length()
 
     def downsamplers(self) -> list[Sampling]:
         """What the encoder's sampler after each level but the last does."""
-        spatial, temporal = self._num_halvings(self.spatial_compression), self._num_halvings(self.temporal_compression)
+        spatial, temporal = self._num_halvings("spatial"), self._num_halvings("temporal")
         return [Sampling(level < spatial, level < temporal) for level in range(len(self.channels_mult) - 1)]
 
     def upsamplers(self) -> list[Sampling]:
@@ -135,7 +147,7 @@ class VideoTokenizerConfig:
 
         In the published network the first sampler that runs doubles space only, unless legacy_mode is set.
         """
-        spatial, temporal = self._num_halvings(self.spatial_compression), self._num_halvings(self.temporal_compression)
+        spatial, temporal = self._num_halvings("spatial"), self._num_halvings("temporal")
         samplers = []
         for level in range(1, len(self.channels_mult)):
             order = len(self.channels_mult) - 1 - level
@@ -146,7 +158,7 @@ class VideoTokenizerConfig:
 
     def attention_levels(self) -> list[bool]:
         """Which levels have attention after their residual blocks."""
-        first = self.resolution // self.patch_size
+        first = self.resolution // self._patch("spatial")
         return [first // 2**level in self.attn_resolutions for level in range(len(self.channels_mult))]
 
     @classmethod
@@ -159,9 +171,12 @@ class VideoTokenizerConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json; no attention_window where there is none, so that the published form stays as it is."""
-        values = dataclasses.asdict(self).items()
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values if v is not None}
+        """Plain values for config.json, without what the published form lacks where it has no effect."""
+        values = dataclasses.asdict(self)
+        for name, without in (("attention_window", None), ("spatial_patch_size", 1)):
+            if values[name] == without:
+                del values[name]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _is_positive(value: object) -> bool:

@@ -34,6 +34,7 @@ from lumos.training.schedule import learning_rate
 from lumos.video_io import write_video
 from tokenizer.clips import Batch, TrainingClips, held_out_photographs, held_out_worlds
 from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.resizing import double
 from tokenizer.training_settings import TokenizerTrainingSettings, load_settings
 from tokenizer.video import VideoTokenizer
 
@@ -111,12 +112,17 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     model = VideoTokenizer(config)
     if settings.start_from is not None:
         try:
-            model = VideoTokenizer.from_pretrained(settings.start_from).requires_grad_(True)
+            model = VideoTokenizer.from_pretrained(settings.start_from)
         except (OSError, ValueError, RunError) as error:
             raise UserError(f"start_from {settings.start_from} cannot be read: {error}") from error
+        if config.spatial_patch_size == 2 and model.config.spatial_patch_size == 1:
+            model = double(model)
         if model.config != config:
             raise UserError(f"start_from {settings.start_from} has another config than model: {differing(model.config, config)}")
-    model = model.to(device).train()
+    model = model.to(device).train().requires_grad_(True)
+    if not settings.train_encoder:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
     torch.backends.cudnn.benchmark = True  # the shapes stay the same
     return _Run(settings, model, output, device).to_the_end()
 
@@ -185,7 +191,7 @@ class _Run:
     def __init__(self, settings: TokenizerTrainingSettings, model: VideoTokenizer, output: Path, device: torch.device) -> None:
         self.settings, self.model, self.output, self.device = settings, model, output, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = _Optimizer(self.parameters, settings)
         self.ema = Ema(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self.data = TrainingClips(
@@ -302,7 +308,7 @@ class _Run:
 
     def _save(self) -> None:
         """A checkpoint: weights, optimizer moments, averaged weights; sums of the log since its last line."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.parameters.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.named_parameters()}
         tensors |= self.optimizer.state()
         if self.ema:
             tensors |= {f"ema.{name}": average for name, average in self.ema.average.items()}
@@ -325,7 +331,7 @@ class _Run:
             )
         tensors = checkpoint.Stored(folder).own(0)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state(tensors)
         if self.ema:

@@ -33,7 +33,8 @@ class TokenizerTrainingSettings:
 
     output_dir: str = "runs/video-tokenizer"  # folder for everything the run writes
     model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
-    start_from: str | None = None  # tokenizer folder of the same config, whose weights to begin with; null: random ones
+    start_from: str | None = None  # tokenizer folder, of the same config or for half the size, to begin with; null: random weights
+    train_encoder: bool = True  # false: it stays as in start_from, so that decoders trained on its codes go on understanding them
     seed: int = 0
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, mps
     precision: str = "fp32"  # of the network's products in training: fp32 or bf16
@@ -108,6 +109,7 @@ class TokenizerTrainingSettings:
         self._check("width", self.width % stride == 0, f"a multiple of {stride}")
         for name in ("share_worlds", "share_textures"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self._check("train_encoder", self.train_encoder or self.start_from is not None, "true without start_from")
         self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")

@@ -30,7 +30,7 @@ from tokenizer.layers import (
     factorised_conv,
     point_conv,
 )
-from tokenizer.wavelet import patchify, unpatchify
+from tokenizer.wavelet import patchify, spatial_patchify, spatial_unpatchify, unpatchify
 
 PIECE = 8
 """Latent frames that encode and decode work on at a time: memory is that of so many, and smaller pieces would be slower."""
@@ -70,13 +70,13 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patches [B, p^3 C, T', H', W'] -> latent [B, z, t, h, w]."""
+    """Patches [B, P C, T', H', W'] -> latent [B, z, t, h, w]."""
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * mult for mult in (1, *config.channels_mult)]
         end_conv = point_conv if config.pointwise_ends else factorised_conv
-        self.conv_in = end_conv(config.in_channels * config.patch_size**3, config.channels)
+        self.conv_in = end_conv(config.in_channels * config.patch_channels, config.channels)
         self.down = nn.ModuleList()
         for index, (wanted_attention, sampler) in enumerate(
             zip(config.attention_levels(), [*config.downsamplers(), None], strict=True)
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, z, t, h, w] -> patches [B, p^3 C, T', H', W']. `up` is numbered like the encoder's levels and runs backwards."""
+    """Latent [B, z, t, h, w] -> patches [B, P C, T', H', W']. `up` is numbered like the encoder's levels and runs backwards."""
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
             self.up.append(level)
         self.norm_out = FrameNorm(widths[0])
         end_conv = point_conv if config.pointwise_ends else factorised_conv
-        self.conv_out = end_conv(widths[0], config.out_channels * config.patch_size**3)
+        self.conv_out = end_conv(widths[0], config.out_channels * config.patch_channels)
 
     def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
         h = self.mid(self.conv_in(z, past), past)
@@ -199,6 +199,7 @@ class VideoTokenizer(nn.Module):
         """
         self.check_size(video)
         self.check_num_frames(video.shape[2] + (1 if past else 0))
+        video = spatial_patchify(video, self.config.spatial_patch_size)
         patches = patchify(video, self.config.patch_size, self.config.patch_method, starts=not past)
         return self.quant_conv(self.encoder(patches, past))
 
@@ -214,7 +215,8 @@ class VideoTokenizer(nn.Module):
         """Code values [B, C, t, h, w] -> video [B, 3, T, H, W]; with a `past`, of the clip's next latent frames."""
         starts = not past
         patches = self.decoder(self.post_quant_conv(values), past)
-        return unpatchify(patches, self.config.patch_size, self.config.patch_method, starts=starts)
+        video = unpatchify(patches, self.config.patch_size, self.config.patch_method, starts=starts)
+        return spatial_unpatchify(video, self.config.spatial_patch_size)
 
     def check_size(self, video: Tensor) -> None:
         """ValueError unless the shape of the video, its number of frames aside, can be encoded."""

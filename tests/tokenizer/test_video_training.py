@@ -22,7 +22,8 @@ from lumos.video_io import write_video
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer import training as tokenizer_training
 from tokenizer.clips import TrainingClips, films, held_out_photographs, held_out_worlds, photographs, to_video
-from tokenizer.training import TokenizerTrainingSettings, _Optimizer, foreground_weight, load_settings, train
+from tokenizer.resizing import double, same_codes
+from tokenizer.training import TokenizerTrainingSettings, _Optimizer, foreground_weight, load_settings, train, validate
 
 MODEL = {
     "channels": 8,
@@ -412,6 +413,46 @@ def test_a_run_starts_from_another_one(tmp_path):
         train(small(tmp_path / "fourth", **other))
     with pytest.raises(UserError, match="start_from nowhere cannot be read"):
         train(small(tmp_path / "fifth", **{**again, "start_from": "nowhere"}))
+
+
+def test_a_run_for_twice_the_size_learns_what_is_sharp_and_keeps_the_codes(tmp_path, monkeypatch):
+    """It starts from a tokenizer of the size; a run stopped in between ends with the same weights."""
+    model = MODEL | {"pointwise_ends": True}
+    train(small(tmp_path / "first", steps=40, export_dtype="float32", model=model))
+    start = VideoTokenizer.from_pretrained(tmp_path / "first")
+    wide = {
+        "model": model | {"spatial_patch_size": 2, "spatial_compression": 16, "resolution": 2048},
+        "start_from": str(tmp_path / "first" / "video_tokenizer"),
+        "train_encoder": False,
+        "height": 32,
+        "width": 32,
+        "steps": 30,
+        "ema_decay": 0.5,
+        "export_dtype": "float32",
+    }
+    trained = train(small(tmp_path / "wide", **wide))
+    before = validate(double(start), held_out_worlds(2, 5, 32, 32), torch.empty(0, 3, 1, 32, 32))[0]
+    assert trained["psnr_worlds"] > before["psnr_worlds"] + 0.1
+    found = VideoTokenizer.from_pretrained(tmp_path / "wide")
+    assert same_codes(start, found)
+    assert found.decoder.conv_out.conv3d.weight.unflatten(0, (64, 4, 3))[:, 1:].abs().max() > 1e-3
+
+    one_step = tokenizer_training._Run._one_step
+
+    def stop_after_eleven(run, *args):
+        one_step(run, *args)
+        run.stop_requested = run.step == 11
+
+    monkeypatch.setattr(tokenizer_training._Run, "_one_step", stop_after_eleven)
+    assert train(small(tmp_path / "again", **wide)) == {"finished": False, "step": 11}
+    train(small(tmp_path / "again", **wide))
+    again = VideoTokenizer.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in found.state_dict().items())
+
+
+def test_an_encoder_stays_only_where_there_is_one(tmp_path):
+    with pytest.raises(UserError, match="train_encoder False is not possible: allowed is true without start_from"):
+        small(tmp_path, train_encoder=False)
 
 
 def test_half_precision_trains_on_a_cpu_and_leaves_whole_weights(tmp_path, monkeypatch):

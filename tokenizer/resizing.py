@@ -1,0 +1,94 @@
+"""A video tokenizer made to draw at twice or half the size, with the same codes.
+
+A picture of twice the size is the picture of its 2 x 2 means, and what the four pixels differ by (`wavelet.spatial_patchify`).
+So a tokenizer of twice the size holds one of the size: its first and last layer have three more channels beside each one. `double`
+adds them as zeros: the codes are those of the means, and what comes back is as sharp as before, to be trained on. `halve` takes
+them away, which leaves the means of what comes back exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lumos.errors import UserError
+from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.video import VideoTokenizer
+
+_BANDS = 4
+"""The means and the three differences of 2 x 2 pixels."""
+_ENDS = {
+    "encoder.conv_in.conv3d.weight": (1, "in_channels"),
+    "decoder.conv_out.conv3d.weight": (0, "out_channels"),
+    "decoder.conv_out.conv3d.bias": (0, "out_channels"),
+}
+"""The weights next to the patches: which of their axes has patches x colours, and the config's number of colours."""
+
+
+def double(model: VideoTokenizer) -> VideoTokenizer:
+    """A tokenizer for twice the height and width. UserError unless the model has pointwise ends and plain Haar patches."""
+    config = model.config
+    _check(config, spatial_patch_size=1)
+    doubled = dataclasses.replace(
+        config,
+        spatial_patch_size=2,
+        spatial_compression=2 * config.spatial_compression,
+        resolution=2 * config.resolution,
+    )
+    return _with_ends(model, doubled, _add_bands)
+
+
+def halve(model: VideoTokenizer) -> VideoTokenizer:
+    """The tokenizer for half the height and width inside one with spatial patches of 2. UserError for another one."""
+    config = model.config
+    _check(config, spatial_patch_size=2)
+    halved = dataclasses.replace(
+        config,
+        spatial_patch_size=1,
+        spatial_compression=config.spatial_compression // 2,
+        resolution=config.resolution // 2,
+    )
+    return _with_ends(model, halved, _means_only)
+
+
+def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
+    """True if both make the same codes of the same pictures, each in its size: their encoders are equal but for differences."""
+    a, b = (halve(model) if model.config.spatial_patch_size == 2 else model for model in (a, b))
+    weights = [model.state_dict() for model in (a, b)]
+    parts = [{name: w for name, w in state.items() if name.startswith(("encoder.", "quant_conv."))} for state in weights]
+    return (
+        a.config == b.config
+        and parts[0].keys() == parts[1].keys()
+        and all(torch.equal(weight.float(), parts[1][name].float()) for name, weight in parts[0].items())
+    )
+
+
+def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:
+    wanted = {"spatial_patch_size": spatial_patch_size, "pointwise_ends": True, "patch_method": "haar"}
+    for name, value in wanted.items():
+        if (found := getattr(config, name)) != value:
+            raise UserError(f"this video tokenizer cannot be made {'half' if spatial_patch_size == 2 else 'twice'} its size: its "
+                            f"{name} is {found!r}, where {value!r} is needed")  # fmt: skip
+
+
+def _with_ends(model: VideoTokenizer, config: VideoTokenizerConfig, change: Callable[[Tensor, int, int], Tensor]) -> VideoTokenizer:
+    tensors = dict(model.state_dict())
+    for name, (axis, colours) in _ENDS.items():
+        tensors[name] = change(tensors[name], axis, getattr(config, colours))
+    with torch.device("meta"):
+        resized = VideoTokenizer(config)
+    resized.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return resized.eval().requires_grad_(False)
+
+
+def _add_bands(weight: Tensor, axis: int, colours: int) -> Tensor:
+    means = weight.unflatten(axis, (-1, 1, colours))
+    shape = [size if i != axis + 1 else _BANDS - 1 for i, size in enumerate(means.shape)]
+    return torch.cat([means, means.new_zeros(shape)], dim=axis + 1).flatten(axis, axis + 2)
+
+
+def _means_only(weight: Tensor, axis: int, colours: int) -> Tensor:
+    return weight.unflatten(axis, (-1, _BANDS, colours)).select(axis + 1, 0).flatten(axis, axis + 1)
