@@ -22,6 +22,7 @@ VERBS = {
     "plan": "what a training run or a clip will need: steps, FLOPs, memory, time",
     "train": "train the decoder",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
+    "resize": "make a model draw the same codes at another size",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",

@@ -57,7 +57,8 @@ class LumosConfig(PreTrainedConfig):
 
     Sizes follow the Llama names. Ids default to the published vocabulary (65,536 text ids, then 64,000 video codes).
     `pixels_per_size_unit` is what one unit of a frame's two size tokens stands for; `prompt_template` may use
-    {width} {height} {num_frames} {fps} and must contain {prompt}.
+    {width} {height} {num_frames} {fps} and must contain {prompt}. `position_strides` are the distances of neighbouring codes along
+    time, rows and columns where they are not the tokenizer's compression: of a model that was given another size after training.
     Raises ValueError for sizes that cannot work (head dimension not a multiple of 32, ids outside the vocabulary).
     """
 
@@ -78,6 +79,7 @@ class LumosConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     position_scheme: str = "mm_rope"
+    position_strides: list[int] | None = None
     attention: str = "segmented"
     loss_chunk_size: int = 256
 
@@ -176,6 +178,9 @@ class LumosConfig(PreTrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        strides = self.position_strides
+        if strides is not None and (len(strides) != 3 or any(not isinstance(s, int) or s < 1 for s in strides)):
+            raise ValueError(f"position_strides {strides!r} is not allowed; give three whole numbers above 0 (time, rows, columns)")
         if self.visual_token_start + self.visual_token_count > self.vocab_size:
             raise ValueError(
                 f"visual tokens {self.visual_token_start}..{self.visual_token_start + self.visual_token_count - 1} "

@@ -52,9 +52,11 @@ def visual_inverse_frequencies(scheme: str, head_dim: int, theta: float) -> Tens
 
 def axis_strides(config: LumosConfig) -> tuple[int, int, int]:
     """Distance of neighbours along (t, h, w)."""
-    if config.position_scheme in ("mm_rope", "videorope"):
-        return config.temporal_compression, config.spatial_compression, config.spatial_compression
-    return 1, 1, 1
+    if config.position_scheme not in ("mm_rope", "videorope"):
+        return 1, 1, 1
+    if config.position_strides is not None:
+        return tuple(config.position_strides)
+    return config.temporal_compression, config.spatial_compression, config.spatial_compression
 
 
 def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run is made with: its device, versions, seconds since the process began, peak memory."""
+"""What a run is made with: its device, versions, seconds since the process began, peak memory; quiet libraries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 import transformers
+from transformers.utils import logging as transformers_logging
 
 from lumos.errors import UserError
 
@@ -85,3 +88,15 @@ def return_freed_memory(device: torch.device) -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, value) == 1 for parameter, value in MALLOPT.values())
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without the bars of transformers, where reading or writing a model is a part of something else."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

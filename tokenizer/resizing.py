@@ -55,15 +55,14 @@ def halve(model: VideoTokenizer) -> VideoTokenizer:
 
 
 def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
-    """True if both make the same codes of the same pictures, each in its size: their encoders are equal but for differences."""
-    a, b = (halve(model) if model.config.spatial_patch_size == 2 else model for model in (a, b))
-    weights = [model.state_dict() for model in (a, b)]
-    parts = [{name: w for name, w in state.items() if name.startswith(("encoder.", "quant_conv."))} for state in weights]
-    return (
-        a.config == b.config
-        and parts[0].keys() == parts[1].keys()
-        and all(torch.equal(weight.float(), parts[1][name].float()) for name, weight in parts[0].items())
-    )
+    """True if both make the same codes of the same pictures, each in its size: one's encoder is the other's, or that doubled."""
+    sizes = [model.config.spatial_patch_size for model in (a, b)]
+    a, b = (double(model) if size < max(sizes) else model for model, size in zip((a, b), sizes, strict=True))
+    parts = [
+        {name: weight.float() for name, weight in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for model in (a, b)
+    ]
+    return a.config == b.config and all(torch.equal(weight, parts[1][name]) for name, weight in parts[0].items())
 
 
 def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from lumos.adapters import Lora, fingerprints, read_record, write_adapter
 from lumos.configuration import LumosConfig
@@ -21,7 +18,7 @@ from lumos.files import replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline import LumosPipeline
-from lumos.runtime import versions
+from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
@@ -63,7 +60,7 @@ class Mix:
 
     def into(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean, in float32; UserError if the other model's weights are not of the same shapes."""
-        with _no_progress_bar():
+        with no_progress_bar():
             other = dict(LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32).named_parameters())
         if {name: p.shape for name, p in other.items()} != {name: tensor.shape for name, tensor in weights.items()}:
             raise UserError(f"--mix {self.folder} is a model of another shape than the run's")
@@ -154,7 +151,7 @@ def export_adapter(
     if base is None:
         raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
-    with _no_progress_bar(), replacing_folder(out) as writing:
+    with no_progress_bar(), replacing_folder(out) as writing:
         pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
         pipe.model.to(DTYPES[dtype])
         pipe.model.config.dtype = DTYPES[dtype]
@@ -173,7 +170,7 @@ def _write_model(
     weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
     if mix is not None:
         weights = mix.into(weights)
-    with _no_progress_bar():
+    with no_progress_bar():
         model_with(weights, config, dtype).save_pretrained(folder)
 
 
@@ -198,14 +195,3 @@ def _check_tokenizers(
         if found[kind] != fingerprint:
             other = f"{getattr(tokenizers, kind)} is another {kind} tokenizer"
             raise UserError(f"{other} than the one that {folder} was trained with; {remedy}")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -1,0 +1,27 @@
+"""`resize`: a model folder -> one that draws the same codes at another size."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="model folder")
+    add("--out", required=True, help="folder to write; it must not exist yet")
+    add("--video-tokenizer", help="folder of a tokenizer with the same codes, trained with start_from and train_encoder=false; "
+        "default: that of half the size, which is inside one with spatial_patch_size 2")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from lumos.errors import UserError
+    from lumos.files import check_writable
+    from lumos.resizing import resize
+
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} exists already; name another --out, or move it away")
+    check_writable(args.out)
+    clip = resize(args.model, args.out, args.video_tokenizer)
+    print(f"{args.out}  draws {clip.width} x {clip.height}")

@@ -1,0 +1,70 @@
+"""A model folder made to draw at another size with the same codes: its video tokenizer is exchanged, its decoder is told.
+
+The decoder's weights stay. It goes on reading the size tokens and the positions that it was trained with: one unit of size now
+stands for more pixels (or fewer), and neighbouring codes are as far apart as they were.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumos.configuration import LumosConfig
+from lumos.errors import UserError
+from lumos.files import replacing_folder, write_json
+from lumos.generation.settings import ClipDefaults
+from lumos.pipeline import LumosPipeline
+from lumos.rope import axis_strides
+from lumos.runtime import no_progress_bar, versions
+from tokenizer import VideoTokenizer
+from tokenizer.resizing import halve, same_codes
+
+
+def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | None = None) -> ClipDefaults:
+    """Write the model folder `out`, whole or not at all, in the number format of `folder`; returns the clip that it makes.
+
+    video_tokenizer: a folder with a tokenizer of another size and the same codes; None: the one of half the size that is inside
+    the model's. UserError for tokenizers with other codes, for models that read their size in words, and if there is no such half.
+    """
+    with no_progress_bar():
+        pipe = LumosPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
+    dtype = pipe.model.config.dtype = LumosConfig.from_pretrained(folder).dtype or torch.float32
+    before = pipe.video_tokenizer
+    after = halve(before) if video_tokenizer is None else VideoTokenizer.from_pretrained(video_tokenizer)
+    if video_tokenizer is not None and not same_codes(before, after):
+        raise UserError(f"the video tokenizer of {video_tokenizer} makes other codes than the one of {folder}, which the decoder "
+                        "was trained on; train it with start_from and train_encoder=false")  # fmt: skip
+    config = pipe.model.config
+    if any(f"{{{side}}}" in config.prompt_template for side in ("width", "height")):
+        raise UserError(f"the decoder of {folder} reads its size in words ({config.prompt_template!r}): it cannot be resized")
+    _tell(config, after.spatial_compression)
+    clip = scaled(pipe.clip, after.spatial_compression, before.spatial_compression)
+    resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(dtype), pipe.settings, clip)
+    with no_progress_bar(), replacing_folder(out) as writing:
+        resized.save_pretrained(writing)
+        write_json(writing / "training.json", _record(Path(folder), video_tokenizer))
+    return clip
+
+
+def _tell(config: LumosConfig, compression: int) -> None:
+    """Change the config to a spatial compression; positions and size tokens of the same codes stay."""
+    strides = list(axis_strides(config))
+    config.pixels_per_size_unit = config.pixels_per_size_unit * compression // config.spatial_compression
+    config.spatial_compression = compression
+    if config.position_scheme in ("mm_rope", "videorope"):
+        config.position_strides = None if strides == [config.temporal_compression, compression, compression] else strides
+
+
+def scaled(clip: ClipDefaults, after: int, before: int) -> ClipDefaults:
+    """The clip with all sides times after / before."""
+    sides = {name: getattr(clip, name) for name in ("height", "width", "target_size")}
+    return ClipDefaults(**{**vars(clip), **{name: side and side * after // before for name, side in sides.items()}})
+
+
+def _record(folder: Path, video_tokenizer: str | Path | None) -> dict[str, Any]:
+    file = folder / "training.json"
+    trained = json.loads(file.read_text()) if file.is_file() else {}
+    return {**trained, "resized": {"from": str(folder), "video_tokenizer": video_tokenizer and str(video_tokenizer), **versions()}}
