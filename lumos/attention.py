@@ -4,7 +4,8 @@ allowed(query, key) = key <= query, or both in the same frame's span (frame_star
 
 Three forms of the same rule. `segmented` is the default: a frame is one unmasked attention over everything up to its
 end, a stretch of text one causal attention, so no mask tensor exists and memory is linear in the length. `flex`
-compiles the rule into one kernel on CUDA. `dense` spells the rule out as [B, L, L] and is the oracle of the tests.
+compiles the rule into one kernel on CUDA. `dense` spells the rule out as [B, L, L]: the oracle of the tests,
+and the fastest where clips are short.
 Samples of a batch may differ in length and frames; nobody sees another sample's frames, nor padding.
 """
 
@@ -66,9 +67,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q [B, H, L, D], k, v [B, Hkv, L, D], mask bool [B, 1, L, L] -> [B, H, L, D]."""
     groups = q.shape[1] // k.shape[1]
     k, v = expand_heads(k, groups), expand_heads(v, groups)
-    if q.is_cpu and q.dtype == torch.bfloat16:  # torch's kernel is slower there, forward and backward
+    if q.is_cpu and q.dtype == torch.bfloat16:  # torch's kernel is slower there, with scores in float32
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-        return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(-1).to(v.dtype) @ v
+        return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
+SCALED_SCHEMES = ("mm_rope", "videorope")
+"""Those in which neighbouring codes are further apart than tokens of text."""
 ATTENTION_IMPLEMENTATIONS = ("segmented", "dense", "flex")
 PUBLISHED_TEMPLATE = (
     "Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at {fps} frames per "
@@ -179,8 +181,16 @@ class LumosConfig(PreTrainedConfig):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
         strides = self.position_strides
-        if strides is not None and (len(strides) != 3 or any(not isinstance(s, int) or s < 1 for s in strides)):
-            raise ValueError(f"position_strides {strides!r} is not allowed; give three whole numbers above 0 (time, rows, columns)")
+        if strides is not None:
+            whole = isinstance(strides, list | tuple) and all(
+                isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in strides
+            )
+            if not whole or len(strides) != 3:
+                raise ValueError(
+                    f"position_strides {strides!r} is not allowed; give three whole numbers above 0 (time, rows, columns)"
+                )
+            if self.position_scheme not in SCALED_SCHEMES:
+                raise ValueError(f"position_strides has no effect with position_scheme {self.position_scheme!r}; leave it out")
         if self.visual_token_start + self.visual_token_count > self.vocab_size:
             raise ValueError(
                 f"visual tokens {self.visual_token_start}..{self.visual_token_start + self.visual_token_count - 1} "

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lumos.configuration import LumosConfig
+from lumos.configuration import SCALED_SCHEMES, LumosConfig
 from lumos.errors import UserError
 from lumos.files import replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults
@@ -20,11 +20,12 @@ from lumos.pipeline import LumosPipeline
 from lumos.rope import axis_strides
 from lumos.runtime import no_progress_bar, versions
 from tokenizer import VideoTokenizer
+from tokenizer.loading import stored_dtype
 from tokenizer.resizing import halve, same_codes
 
 
 def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | None = None) -> ClipDefaults:
-    """Write the model folder `out`, whole or not at all, in the number format of `folder`; returns the clip that it makes.
+    """Write the model folder `out`, whole or not at all, in the number formats of what it is made of; returns the clip it makes.
 
     video_tokenizer: a folder with a tokenizer of another size and the same codes; None: the one of half the size that is inside
     the model's. UserError for tokenizers with other codes, for models that read their size in words, and if there is no such half.
@@ -32,8 +33,8 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     with no_progress_bar():
         pipe = LumosPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
     dtype = pipe.model.config.dtype = LumosConfig.from_pretrained(folder).dtype or torch.float32
-    before = pipe.video_tokenizer
-    after = halve(before) if video_tokenizer is None else VideoTokenizer.from_pretrained(video_tokenizer)
+    source, before = video_tokenizer or folder, pipe.video_tokenizer
+    after = halve(before) if video_tokenizer is None else VideoTokenizer.from_pretrained(source)
     if video_tokenizer is not None and not same_codes(before, after):
         raise UserError(f"the video tokenizer of {video_tokenizer} makes other codes than the one of {folder}, which the decoder "
                         "was trained on; train it with start_from and train_encoder=false")  # fmt: skip
@@ -42,7 +43,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
         raise UserError(f"the decoder of {folder} reads its size in words ({config.prompt_template!r}): it cannot be resized")
     _tell(config, after.spatial_compression)
     clip = scaled(pipe.clip, after.spatial_compression, before.spatial_compression)
-    resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(dtype), pipe.settings, clip)
+    resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
         write_json(writing / "training.json", _record(Path(folder), video_tokenizer))
@@ -54,7 +55,7 @@ def _tell(config: LumosConfig, compression: int) -> None:
     strides = list(axis_strides(config))
     config.pixels_per_size_unit = config.pixels_per_size_unit * compression // config.spatial_compression
     config.spatial_compression = compression
-    if config.position_scheme in ("mm_rope", "videorope"):
+    if config.position_scheme in SCALED_SCHEMES:
         config.position_strides = None if strides == [config.temporal_compression, compression, compression] else strides
 
 
@@ -66,5 +67,6 @@ def scaled(clip: ClipDefaults, after: int, before: int) -> ClipDefaults:
 
 def _record(folder: Path, video_tokenizer: str | Path | None) -> dict[str, Any]:
     file = folder / "training.json"
-    trained = json.loads(file.read_text()) if file.is_file() else {}
-    return {**trained, "resized": {"from": str(folder), "video_tokenizer": video_tokenizer and str(video_tokenizer), **versions()}}
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    step = {"from": str(folder), "video_tokenizer": video_tokenizer and str(video_tokenizer), **versions()}
+    return {**before, "resized": [*before.get("resized", []), step]}

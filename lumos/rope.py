@@ -6,8 +6,8 @@ position[axis(i)] * inv_freq(i). A scheme says which axis owns a frequency and h
 
 MM-RoPE (arXiv 2507.08801): every group of 16 frequencies is shared t:h:w = 4:6:6, interleaved, so each axis sees
 the whole frequency range, each with its own channel's frequency; content token (row r, column c) of latent frame k
-stands at P0 + (4 k, 8 r, 8 c): the strides are the tokenizer's compression, P0 the index of the first content token.
-Reference, section 3.
+stands at P0 + (4 k, 8 r, 8 c): the strides are the tokenizer's compression unless the config's `position_strides` say otherwise,
+P0 the index of the first content token. Reference, section 3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lumos.configuration import LumosConfig
+from lumos.configuration import SCALED_SCHEMES, LumosConfig
 from lumos.sequence import Frame, Layout, by_layout
 
 T_AXIS, H_AXIS, W_AXIS = 0, 1, 2
@@ -52,7 +52,7 @@ def visual_inverse_frequencies(scheme: str, head_dim: int, theta: float) -> Tens
 
 def axis_strides(config: LumosConfig) -> tuple[int, int, int]:
     """Distance of neighbours along (t, h, w)."""
-    if config.position_scheme not in ("mm_rope", "videorope"):
+    if config.position_scheme not in SCALED_SCHEMES:
         return 1, 1, 1
     if config.position_strides is not None:
         return tuple(config.position_strides)

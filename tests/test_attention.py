@@ -40,8 +40,8 @@ def qkv(batch, length, heads=4, kv_heads=2, dim=8, seed=0):
     return [torch.randn(batch, n, length, dim, generator=g, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
-def test_dense_in_bfloat16_on_a_cpu_equals_the_kernel():
-    """There it is written out, as that is faster than torch's kernel; both are as far from float32 as the format is."""
+def test_dense_in_bfloat16_on_a_cpu_is_as_exact_as_its_scores():
+    """There it is written out, as that is faster than torch's kernel, whose scores are not rounded to bfloat16."""
     ids = make_batch([(5, 2, 3, 3, 0), (None, 1, 2, 4, 0)])
     layouts = parse_layout(ids, CONFIG)
     mask = dense_mask(layouts, ids.shape[1])[:, None]

@@ -15,6 +15,7 @@ from lumos.cli import main
 from lumos.files import write_json
 from lumos.generation.settings import ClipDefaults
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
+from tokenizer.loading import stored_dtype
 from tokenizer.resizing import double
 
 PROMPT = "a red circle moves left on a gray background"
@@ -71,8 +72,12 @@ def test_a_model_is_resized_and_back(small, wide, tmp_path, capsys):
     halved = frames(tmp_path / "again")
     assert 0 < drawn.min() < drawn.max() < 1
     np.testing.assert_allclose(halved, means, atol=1.01 / 255)  # both are rounded to 8 bits
-    assert json.loads((tmp_path / "again" / "training.json").read_text())["resized"]["from"] == str(tmp_path / "large")
-    assert json.loads((tmp_path / "large" / "training.json").read_text())["steps"] == 7
+    said = json.loads((tmp_path / "again" / "training.json").read_text())
+    assert said["steps"] == 7
+    assert [(step["from"], step["video_tokenizer"]) for step in said["resized"]] == [
+        (str(small), str(wide)),
+        (str(tmp_path / "large"), None),
+    ]
 
 
 def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
@@ -96,7 +101,29 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     assert main(["resize", str(small), "--out", str(out)]) == 2
 
 
-@pytest.mark.parametrize("strides", [[4, 8], [4, 8, 0], [4, 8, 1.5]])
+def test_formats_stay(small, wide, tmp_path):
+    """The decoder keeps its own, the tokenizer its own."""
+    VideoTokenizer.from_pretrained(wide).bfloat16().save_pretrained(wide)
+    assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(tmp_path / "large")]) == 0
+    assert stored_dtype(tmp_path / "large") == torch.bfloat16
+    assert LumosConfig.from_pretrained(tmp_path / "large").dtype == torch.float16
+
+
+@pytest.mark.parametrize("strides", [[4, 8], [4, 8, 0], [4, 8, 1.5], [True, 8, 8], 8])
 def test_strides_are_three_whole_numbers(strides):
     with pytest.raises(ValueError, match="three whole numbers above 0"):
         micro_config(position_strides=strides)
+    with pytest.raises(ValueError, match="has no effect with position_scheme '1d'"):
+        micro_config(position_strides=[4, 8, 8], position_scheme="1d")
+
+
+def test_a_tokenizer_of_twice_the_size_is_measured_there(small, wide, tmp_path):
+    shapes = {}
+    for folder in (small, wide):
+        out = tmp_path / f"{folder.name}.json"
+        assert (
+            main(["evaluate", "tokenizer", "--tokenizer", str(folder), "--data", "worlds", "--count", "1", "--output", str(out)])
+            == 0
+        )
+        shapes[folder.name] = [json.loads(out.read_text())[side] for side in ("height", "width")]
+    assert shapes == {"small": [64, 64], "wide": [128, 128]}

@@ -98,8 +98,9 @@ class VideoTokenizerConfig:
             self.attention_window,
             "a whole number above 0, or null for all earlier frames",
         )
-        _require(self.patch_size in (1, 2, 4, 8), "patch_size", self.patch_size, "1, 2, 4 or 8")
-        _require(self.spatial_patch_size in (1, 2), "spatial_patch_size", self.spatial_patch_size, "1 or 2")
+        for field, sizes in (("patch_size", (1, 2, 4, 8)), ("spatial_patch_size", (1, 2))):
+            value = getattr(self, field)
+            _require(_is_positive(value) and value in sizes, field, value, f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}")
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
         for field in ("legacy_mode", "pointwise_ends"):

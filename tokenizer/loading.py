@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -102,6 +103,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
         tensors.update(found)
     return {key: tensor for key, tensor in tensors.items() if not _NOT_PARAMETERS.search(key)}
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The number format of the weights of a tokenizer folder, or of a model folder's tokenizer."""
+    return next(iter(read_tensors(find_tokenizer_folder(Path(folder))).values())).dtype
 
 
 def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:

@@ -20,6 +20,8 @@ from tokenizer.video import VideoTokenizer
 
 _BANDS = 4
 """The means and the three differences of 2 x 2 pixels."""
+_HALF_PRECISION = 2**-7
+"""Relative difference of a number and its bfloat16."""
 _ENDS = {
     "encoder.conv_in.conv3d.weight": (1, "in_channels"),
     "decoder.conv_out.conv3d.weight": (0, "out_channels"),
@@ -55,14 +57,19 @@ def halve(model: VideoTokenizer) -> VideoTokenizer:
 
 
 def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
-    """True if both make the same codes of the same pictures, each in its size: one's encoder is the other's, or that doubled."""
+    """True if both make the same codes of the same pictures, each in its size: one's encoder is the other's, or that doubled.
+
+    But for what the number formats differ in that they may have been stored in.
+    """
     sizes = [model.config.spatial_patch_size for model in (a, b)]
     a, b = (double(model) if size < max(sizes) else model for model, size in zip((a, b), sizes, strict=True))
     parts = [
         {name: weight.float() for name, weight in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
         for model in (a, b)
     ]
-    return a.config == b.config and all(torch.equal(weight, parts[1][name]) for name, weight in parts[0].items())
+    return a.config == b.config and all(
+        torch.allclose(weight, parts[1][name], rtol=_HALF_PRECISION, atol=1e-6) for name, weight in parts[0].items()
+    )
 
 
 def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:

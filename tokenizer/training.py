@@ -115,12 +115,20 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
             model = VideoTokenizer.from_pretrained(settings.start_from)
         except (OSError, ValueError, RunError) as error:
             raise UserError(f"start_from {settings.start_from} cannot be read: {error}") from error
-        if config.spatial_patch_size == 2 and model.config.spatial_patch_size == 1:
+        is_half = config.spatial_patch_size == 2 and model.config.spatial_patch_size == 1
+        if is_half:
             model = double(model)
         if model.config != config:
-            raise UserError(f"start_from {settings.start_from} has another config than model: {differing(model.config, config)}")
+            found = "is, at twice its size, of" if is_half else "has"
+            raise UserError(
+                f"start_from {settings.start_from} {found} another config than model: {differing(model.config, config)}"
+            )
     model = model.to(device).train().requires_grad_(True)
     if not settings.train_encoder:
+        if config.dropout:
+            raise UserError(
+                f"model.dropout {config.dropout} is not possible with train_encoder=false, which keeps the codes: set 0"
+            )
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
     torch.backends.cudnn.benchmark = True  # the shapes stay the same

@@ -145,9 +145,11 @@ class TokenizerTrainingSettings:
     def check_same_run(self, before: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError if a checkpoint with the settings `before` cannot be continued with these."""
         now = self.to_dict()
-        changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before.get(key)]
+        usual = {f.name: f.default for f in dataclasses.fields(self)}  # what a setting that is newer than the checkpoint was
+        before = {key: before.get(key, usual[key]) for key in now}
+        changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
         if changed:
-            listed = ", ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
+            listed = ", ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed)
             raise UserError(f"{folder} was made with other settings ({listed}): take those, or another output_dir")
 
 

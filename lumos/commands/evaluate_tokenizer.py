@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="worlds, sprites, photographs, films (kept from training), or folders and files of your own")  # fmt: skip
     add("--count", type=int, default=50, help="clips of each source, at most; default: %(default)s")
     add("--num-frames", type=int, help="of a clip, 1 + a multiple of the temporal compression; default: the shipped model's")
-    add("--height", type=int, help="pixels; default: the shipped model's")
+    add("--height", type=int, help="pixels; default: as many codes as the shipped model's clips have")
     add("--width", type=int)
     add("--seed", type=int, default=1_000_000, help="of the worlds, and of the choice among more files than --count")
     add("--batch-size", type=int, default=4)
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from lumos import LumosConfig
     from lumos.commands.generate import shipped_model
     from lumos.errors import UserError
     from lumos.evaluation import lpips
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.evaluation.sources import check_source, read_source
     from lumos.files import check_writable, write_json
     from lumos.generation.settings import read_defaults
+    from lumos.resizing import scaled
     from lumos.runtime import peak_memory_bytes, pick_device, versions
     from lumos.video_io import contact_sheet
     from tokenizer import VideoTokenizer
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
-    clip = read_defaults(shipped_model())[1]
+    usual = LumosConfig.from_pretrained(shipped_model()).spatial_compression
+    clip = scaled(read_defaults(shipped_model())[1], tokenizer.spatial_compression, usual)
     shape = {name: getattr(clip if getattr(args, name) is None else args, name) for name in ("num_frames", "height", "width")}
     tokenizer.check_num_frames(shape["num_frames"])
     tokenizer.check_size(torch.empty(1, 3, 0, shape["height"], shape["width"]))

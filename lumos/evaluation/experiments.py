@@ -50,7 +50,7 @@ class Experiment:
     prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: prompts are not judged")
     curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
     over: str = setting("step", "what curves run over: step, or flops, those of training up to there")
-    figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw")
+    figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw, means over kinds, or of one: all of two")
     axis: str = setting("", "what x is")
     seeds: list[int] = setting([0], "each variant runs once with each")
     variants: dict[str, Any] = setting({}, "name: {train: [...], prompts: [...], x: ...}")
@@ -170,7 +170,17 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
             for figure in sorted(figures)
         }
+        found["shares"] |= {name: _share_of(name, judged["shares"]) for name in experiment.figures if " of " in name}
     return found
+
+
+def _share_of(name: str, judged: dict[str, dict[str, float]]) -> float:
+    """The share that is named "figure of kind"."""
+    figure, _, kind = name.partition(" of ")
+    if figure not in judged.get(kind, {}):
+        there = ", ".join(f"{figure} of {kind}" for kind, shares in judged.items() for figure in shares)
+        raise UserError(f"figures: {name!r} was not judged; there are {there}")
+    return judged[kind][figure]
 
 
 def flops_until(step: int, lines: list[dict[str, Any]]) -> float:

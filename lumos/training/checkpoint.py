@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.errors import RunError, UserError
+from lumos.training.settings import StageSettings
+from lumos.training.yaml_settings import to_plain
 
 FORMAT = 2
 STATE = "state.json"
@@ -183,9 +185,7 @@ def read_state(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
     return state
 
 
-def latest(
-    root: Path, rank: int = 0, world: int = 1, any_of: Callable[[bool], bool] = bool
-) -> tuple[Path, dict[str, Any]] | None:
+def latest(root: Path, rank: int = 0, world: int = 1, any_of: Callable[[bool], bool] = bool) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state, None if there is none at all.
 
     A damaged one is passed over with a warning on stderr. RunError if all are damaged, because starting anew would
@@ -208,7 +208,9 @@ def latest(
 def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], max_steps: int) -> None:
     """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run."""
     remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
-    now, before = json.loads(json.dumps(identity)), state["identity"]
+    now, before = json.loads(json.dumps(identity)), dict(state["identity"])
+    if "data.stages" in before:  # a field that is newer than the checkpoint was as it usually is
+        before["data.stages"] = [to_plain(StageSettings()) | stage for stage in before["data.stages"]]
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) != before.get(name):
             raise UserError(f"{folder} is of another run: {name} was {before.get(name)}, now {now.get(name)}; {remedy}")

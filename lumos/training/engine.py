@@ -32,7 +32,7 @@ LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on CUDA; fp32 elsewhere, where bf16 is many times slower."""
+    """`auto`: bf16 on CUDA; fp32 elsewhere, where bf16 is many times slower on most CPUs."""
     return PRECISIONS[("bf16" if device.type == "cuda" else "fp32") if name == "auto" else name]
 
 

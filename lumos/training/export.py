@@ -23,6 +23,8 @@ from lumos.training import checkpoint
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
+_SAYS_NOTHING_OF_WEIGHTS = {"attention", "loss_chunk_size", "keys_to_ignore_at_inference"}
+"""Fields of LumosConfig that two models may have otherwise and still be mixed."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -58,12 +60,15 @@ class Mix:
             raise UserError(f"--mix: there is no model folder {folder}")
         return mix
 
-    def into(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean, in float32; UserError if the other model's weights are not of the same shapes."""
+    def into(self, weights: dict[str, Tensor], config: LumosConfig) -> dict[str, Tensor]:
+        """The mean, in float32; UserError if the other model is not of the same config."""
+        theirs = LumosConfig.from_pretrained(self.folder)
+        for name in sorted(set(LumosConfig.__annotations__) - _SAYS_NOTHING_OF_WEIGHTS):
+            found, wanted = getattr(theirs, name), getattr(config, name)
+            if found != wanted:
+                raise UserError(f"--mix {self.folder} is another model than the run's: its {name} is {found!r}, not {wanted!r}")
         with no_progress_bar():
             other = dict(LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32).named_parameters())
-        if {name: p.shape for name, p in other.items()} != {name: tensor.shape for name, tensor in weights.items()}:
-            raise UserError(f"--mix {self.folder} is a model of another shape than the run's")
         return {name: torch.lerp(tensor.float(), other[name].detach(), self.share) for name, tensor in weights.items()}
 
 
@@ -169,7 +174,7 @@ def _write_model(
         shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
     weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
     if mix is not None:
-        weights = mix.into(weights)
+        weights = mix.into(weights, config)
     with no_progress_bar():
         model_with(weights, config, dtype).save_pretrained(folder)
 

@@ -158,7 +158,8 @@ class OptimizationSettings:
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
     attention: str | None = setting(
         None,
-        "how the run attends: segmented (a GPU wants few and long segments), dense (short clips on a GPU), flex (CUDA only, "
+        "how the run attends: segmented (a GPU wants few and long segments), dense (short clips: memory "
+        "grows with the square of the length), flex (CUDA only, "
         "compiled for each length: set data.pad_to); null: as the model's config says",
         choices=(None, *ATTENTION_IMPLEMENTATIONS),
     )

@@ -93,6 +93,8 @@ def test_same_codes_sees_the_encoder_only():
     assert same_codes(small, big)
     assert same_codes(big, small)
     assert same_codes(big, big)
+    assert same_codes(small, double(trained_like()).half().float())
+    assert same_codes(small, double(trained_like()).bfloat16().float())
     for change in (big.encoder.conv_in.conv3d.bias[:1], big.encoder.conv_in.conv3d.weight[:, 3:6], big.quant_conv.conv3d.bias):
         before = change.clone()
         change.add_(0.01)
@@ -109,6 +111,7 @@ def test_what_cannot_be_resized_is_told(field, value):
         halve(model)
 
 
-def test_spatial_patches_are_one_or_two():
+@pytest.mark.parametrize("size", [4, 2.0, True])
+def test_spatial_patches_are_one_or_two(size):
     with pytest.raises(UserError, match="1 or 2"):
-        dataclasses.replace(CONFIG, spatial_patch_size=4)
+        dataclasses.replace(CONFIG, spatial_patch_size=size)

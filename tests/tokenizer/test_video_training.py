@@ -108,6 +108,15 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path):
         train(small(tmp_path, steps=2, lr=1e-3))
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_was_as_usual(tmp_path):
+    train(small(tmp_path, steps=2))
+    (folder,) = (tmp_path / "checkpoints").glob("step-*")
+    state = json.loads((folder / "state.json").read_text())
+    del state["settings"]["train_encoder"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert train(small(tmp_path, steps=2))["finished"]
+
+
 def test_a_run_with_another_number_of_processes_does_not_go_on(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
@@ -450,7 +459,11 @@ def test_a_run_for_twice_the_size_learns_what_is_sharp_and_keeps_the_codes(tmp_p
     assert all(torch.equal(weight, again[name]) for name, weight in found.state_dict().items())
 
 
-def test_an_encoder_stays_only_where_there_is_one(tmp_path):
+def test_an_encoder_stays_only_where_there_is_one_that_is_always_the_same(tmp_path):
+    train(small(tmp_path / "first", steps=2, model=MODEL | {"dropout": 0.1}))
+    start = {"start_from": str(tmp_path / "first" / "video_tokenizer"), "model": MODEL | {"dropout": 0.1}}
+    with pytest.raises(UserError, match=r"model.dropout 0.1 is not possible with train_encoder=false"):
+        train(small(tmp_path / "second", train_encoder=False, **start))
     with pytest.raises(UserError, match="train_encoder False is not possible: allowed is true without start_from"):
         small(tmp_path, train_encoder=False)
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
 from lumos.training import checkpoint
+from lumos.training.settings import StageSettings
+from lumos.training.yaml_settings import to_plain
 
 
 def write(root: Path, step: int, keep_last: int = 9, keep_every: int = 0) -> Path:
@@ -146,3 +148,16 @@ def test_random_state_comes_back():
     checkpoint.set_random_state(state)
     assert torch.equal(torch.rand(3), first)
     checkpoint.set_random_state({})
+
+
+def test_a_field_of_stages_that_is_newer_than_the_checkpoint_was_as_usual():
+    before = {"steps": None, "image_share": 0.5, "batch_size": None, "image_batch_size": None}
+    state = {"identity": {"data.stages": [before]}, "step": 1}
+
+    def check(**fields: object) -> None:
+        now = {"data.stages": [to_plain(StageSettings(image_share=0.5, **fields))]}
+        checkpoint.check_fits(Path("step-1"), state, identity=now, max_steps=2)
+
+    check()
+    with pytest.raises(UserError, match=r"is of another run: data.stages was .*'first_frames': None.*'first_frames': 5"):
+        check(first_frames=5)

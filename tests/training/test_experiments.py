@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lumos.cli import main
+from lumos.errors import UserError
 from lumos.evaluation import experiments
 from lumos.training.ardf import model_config
 from lumos.training.settings import load_settings
@@ -97,6 +98,16 @@ def test_curves_may_run_over_flops(trained: str, tmp_path: Path):
     assert run["curves"]["val_loss_video"][-1][0] == pytest.approx(spent)
     sparse = [{"step": 2, "flops": 10.0}, {"step": 3, "val_loss_video": 1.0}, {"step": 4, "flops": 20.0}]
     assert [experiments.flops_until(step, sparse) for step in (1, 2, 3, 4, 5)] == [10, 20, 40, 60, 80]
+
+
+def test_a_figure_may_be_of_one_kind(tmp_path: Path):
+    job = experiments.Job("a", 0, tmp_path, None, ("evaluate",))
+    judged = {"shares": {"one": {"all": 0.5}, "two": {"all": 0.25}}, "seconds": 1.0, "count": 4}
+    (tmp_path / "prompts.json").write_text(json.dumps(judged))
+    found = experiments.results_of(job, experiments.Experiment(figures=["all", "all of two"]))
+    assert found["shares"] == {"all": 0.375, "all of two": 0.25}
+    with pytest.raises(UserError, match="'all of three' was not judged; there are all of one, all of two"):
+        experiments.results_of(job, experiments.Experiment(figures=["all of three"]))
 
 
 def test_means_and_spread_over_seeds():

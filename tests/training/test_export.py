@@ -104,7 +104,7 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path, capsys):
         ([run, "--out", "x", "--mix", f"{run}/export", "1"], "--mix .* 1 is not allowed; give a share between 0 and 1"),
         ([run, "--out", "x", "--mix", f"{run}/export", "half"], "--mix .* half is not allowed"),
         ([run, "--out", "x", "--mix", str(tmp_path / "there"), "0.3"], "cannot be read.*--mix takes a model folder"),
-        ([run, "--out", "x", "--mix", str(other), "0.3"], "is a model of another shape"),
+        ([run, "--out", "x", "--mix", str(other), "0.3"], "is another model than the run's: its num_hidden_layers is 1, not 2"),
         ([run, "--out", "x", "--merge", "--mix", "y", "0.3"], "--mix takes the run of a whole model"),
         ([run, "--out", "x", "--video-tokenizer", "y"], "give both or none"),
         ([run, "--out", "x", "--video-tokenizer", "y", "--text-tokenizer", str(text)], "cannot be read: .*--video-tokenizer"),
