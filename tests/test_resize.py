@@ -98,7 +98,8 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     assert "reads its size in words" in error_of(small, "--video-tokenizer", wide)
     assert "there is no model folder" in error_of("nowhere")
     out.mkdir()
-    assert main(["resize", str(small), "--out", str(out)]) == 2
+    assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_formats_stay(small, wide, tmp_path):

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(settings.seed)
     config = VideoTokenizerConfig.from_dict(settings.model)
+    if config.dropout and not settings.train_encoder:
+        raise UserError(f"model.dropout {config.dropout} is not possible with train_encoder=false, which keeps the codes: set 0")
     model = VideoTokenizer(config)
     if settings.start_from is not None:
         try:
@@ -118,17 +121,15 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
         is_half = config.spatial_patch_size == 2 and model.config.spatial_patch_size == 1
         if is_half:
             model = double(model)
-        if model.config != config:
+        if replace(model.config, dropout=config.dropout) != config:
             found = "is, at twice its size, of" if is_half else "has"
             raise UserError(
                 f"start_from {settings.start_from} {found} another config than model: {differing(model.config, config)}"
             )
+        weights, model = model.state_dict(), VideoTokenizer(config)
+        model.load_state_dict(weights)
     model = model.to(device).train().requires_grad_(True)
     if not settings.train_encoder:
-        if config.dropout:
-            raise UserError(
-                f"model.dropout {config.dropout} is not possible with train_encoder=false, which keeps the codes: set 0"
-            )
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
     torch.backends.cudnn.benchmark = True  # the shapes stay the same

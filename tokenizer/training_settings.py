@@ -34,7 +34,7 @@ class TokenizerTrainingSettings:
     output_dir: str = "runs/video-tokenizer"  # folder for everything the run writes
     model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
     start_from: str | None = None  # tokenizer folder, of the same config or for half the size, to begin with; null: random weights
-    train_encoder: bool = True  # false: it stays as in start_from, so that decoders trained on its codes go on understanding them
+    train_encoder: bool = True  # false: it stays but for the rounding of export_dtype, so that its codes keep their meaning
     seed: int = 0
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, mps
     precision: str = "fp32"  # of the network's products in training: fp32 or bf16
@@ -145,7 +145,7 @@ class TokenizerTrainingSettings:
     def check_same_run(self, before: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError if a checkpoint with the settings `before` cannot be continued with these."""
         now = self.to_dict()
-        usual = {f.name: f.default for f in dataclasses.fields(self)}  # what a setting that is newer than the checkpoint was
+        usual = TokenizerTrainingSettings().to_dict()  # what a setting that is newer than the checkpoint was
         before = {key: before.get(key, usual[key]) for key in now}
         changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
         if changed:

@@ -26,7 +26,8 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
     variants = result["variants"]
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    shares = {"share of prompts": [name for name in shown if name != MOTION], "motion, over the truth's": {MOTION} & {*shown}}
+    motions = [name for name in shown if name.partition(" of ")[0] == MOTION]
+    shares = {"share of prompts": [name for name in shown if name not in motions], "motion, over the truth's": motions}
     shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if row["x"] is not None and "seconds" in row["runs"][0]]
     times = sorted((row["x"], statistics.mean(run["seconds"] / run["clips"] for run in row["runs"]), 0.0) for row in judged)

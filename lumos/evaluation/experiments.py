@@ -74,6 +74,11 @@ def load(path: str | Path) -> Experiment:
             raise UserError(f"variant {name!r} cannot name a folder; leave out / and a dot in front")
     if trains and experiment.model:
         raise UserError("model has no effect where variants are trained; leave it out")
+    options = {option for row in (experiment, *experiment.variants.values()) for option in row.prompts or ()}
+    for name in experiment.figures:
+        _, of, kind = name.partition(" of ")
+        if of and kind not in options:
+            raise UserError(f"figures: {name!r} is of a kind that is not asked for; name it after --kinds in prompts")
     if experiment.over not in OVER:
         raise UserError(f"over: {experiment.over!r} is not allowed; allowed: {', '.join(OVER)}")
     if experiment.curves and not trains:
@@ -170,17 +175,11 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
             for figure in sorted(figures)
         }
-        found["shares"] |= {name: _share_of(name, judged["shares"]) for name in experiment.figures if " of " in name}
+        for name in experiment.figures:
+            figure, _, kind = name.partition(" of ")
+            if figure in judged["shares"].get(kind, {}):
+                found["shares"][name] = judged["shares"][kind][figure]
     return found
-
-
-def _share_of(name: str, judged: dict[str, dict[str, float]]) -> float:
-    """The share that is named "figure of kind"."""
-    figure, _, kind = name.partition(" of ")
-    if figure not in judged.get(kind, {}):
-        there = ", ".join(f"{figure} of {kind}" for kind, shares in judged.items() for figure in shares)
-        raise UserError(f"figures: {name!r} was not judged; there are {there}")
-    return judged[kind][figure]
 
 
 def flops_until(step: int, lines: list[dict[str, Any]]) -> float:

@@ -390,6 +390,7 @@ def model_config(model: ModelSettings) -> LumosConfig:
         if not (Path(model.from_) / "config.json").is_file():
             raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
         config = _reject_unknown(LumosConfig.from_pretrained(model.from_, **model.overrides), model.overrides)
+        LumosConfig(**config.to_dict())  # overrides were not checked with the rest
         stored = LumosConfig.from_pretrained(model.from_)
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {error}") from error

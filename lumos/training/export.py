@@ -23,7 +23,10 @@ from lumos.training import checkpoint
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
-_SAYS_NOTHING_OF_WEIGHTS = {"attention", "loss_chunk_size", "keys_to_ignore_at_inference"}
+_SAYS_NOTHING_OF_WEIGHTS = {
+    "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
+    "initializer_range", "eos_token_id",
+}  # fmt: skip
 """Fields of LumosConfig that two models may have otherwise and still be mixed."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

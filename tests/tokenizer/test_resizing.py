@@ -95,6 +95,10 @@ def test_same_codes_sees_the_encoder_only():
     assert same_codes(big, big)
     assert same_codes(small, double(trained_like()).half().float())
     assert same_codes(small, double(trained_like()).bfloat16().float())
+    almost = trained_like()
+    for weight in almost.encoder.parameters():
+        weight.mul_(1.006)
+    assert not same_codes(small, almost)
     for change in (big.encoder.conv_in.conv3d.bias[:1], big.encoder.conv_in.conv3d.weight[:, 3:6], big.quant_conv.conv3d.bias):
         before = change.clone()
         change.add_(0.01)

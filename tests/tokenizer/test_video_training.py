@@ -112,7 +112,8 @@ def test_a_setting_that_is_newer_than_the_checkpoint_was_as_usual(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
     state = json.loads((folder / "state.json").read_text())
-    del state["settings"]["train_encoder"]
+    for newer in ("train_encoder", "films", "betas"):
+        del state["settings"][newer]
     (folder / "state.json").write_text(json.dumps(state))
     assert train(small(tmp_path, steps=2))["finished"]
 
@@ -464,6 +465,8 @@ def test_an_encoder_stays_only_where_there_is_one_that_is_always_the_same(tmp_pa
     start = {"start_from": str(tmp_path / "first" / "video_tokenizer"), "model": MODEL | {"dropout": 0.1}}
     with pytest.raises(UserError, match=r"model.dropout 0.1 is not possible with train_encoder=false"):
         train(small(tmp_path / "second", train_encoder=False, **start))
+    assert train(small(tmp_path / "second", train_encoder=False, **(start | {"model": MODEL})))["finished"]
+    assert same_codes(*(VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer") for name in ("first", "second")))
     with pytest.raises(UserError, match="train_encoder False is not possible: allowed is true without start_from"):
         small(tmp_path, train_encoder=False)
 
