@@ -146,7 +146,7 @@ def test_attention_between_residual_blocks_where_asked():
         ({"patch_size": 3}, "patch_size 3 is not possible"),
         ({"patch_method": "dct"}, "haar or rearrange"),
         ({"spatial_compression": 64}, "spatial_compression 64 is not possible: the encoder with 2 levels"),
-        ({"temporal_compression": 2}, "patch_size \\(4\\) or more"),
+        ({"temporal_compression": 2}, "the patches' side \\(4\\) or more"),
         ({"spatial_compression": 12}, "a power of two"),
         ({"quantizer": "VQ"}, "'FSQ'"),
         ({"num_groups": 8}, "num_groups 8 is not possible: allowed is 1"),
