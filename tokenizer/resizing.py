@@ -30,28 +30,14 @@ _ENDS = {
 
 def double(model: VideoTokenizer) -> VideoTokenizer:
     """A tokenizer for twice the height and width. UserError unless the model has pointwise ends and plain Haar patches."""
-    config = model.config
-    _check(config, spatial_patch_size=1)
-    doubled = dataclasses.replace(
-        config,
-        spatial_patch_size=2,
-        spatial_compression=2 * config.spatial_compression,
-        resolution=2 * config.resolution,
-    )
-    return _with_ends(model, doubled, _add_bands)
+    _check(model.config, spatial_patch_size=1)
+    return _resized(model, 2, _add_bands)
 
 
 def halve(model: VideoTokenizer) -> VideoTokenizer:
     """The tokenizer for half the height and width inside one with spatial patches of 2. UserError for another one."""
-    config = model.config
-    _check(config, spatial_patch_size=2)
-    halved = dataclasses.replace(
-        config,
-        spatial_patch_size=1,
-        spatial_compression=config.spatial_compression // 2,
-        resolution=config.resolution // 2,
-    )
-    return _with_ends(model, halved, _means_only)
+    _check(model.config, spatial_patch_size=2)
+    return _resized(model, 1, _means_only)
 
 
 def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
@@ -80,7 +66,15 @@ def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:
                             f"{name} is {found!r}, where {value!r} is needed")  # fmt: skip
 
 
-def _with_ends(model: VideoTokenizer, config: VideoTokenizerConfig, change: Callable[[Tensor, int, int], Tensor]) -> VideoTokenizer:
+def _resized(model: VideoTokenizer, patch_size: int, change: Callable[[Tensor, int, int], Tensor]) -> VideoTokenizer:
+    """With other spatial patches, sizes in proportion, and the weights next to the patches changed."""
+    before = model.config
+    config = dataclasses.replace(
+        before,
+        spatial_patch_size=patch_size,
+        spatial_compression=before.spatial_compression * patch_size // before.spatial_patch_size,
+        resolution=before.resolution * patch_size // before.spatial_patch_size,
+    )
     tensors = dict(model.state_dict())
     for name, (axis, colours) in _ENDS.items():
         tensors[name] = change(tensors[name], axis, getattr(config, colours))

@@ -115,20 +115,19 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     model = VideoTokenizer(config)
     if settings.start_from is not None:
         try:
-            model = VideoTokenizer.from_pretrained(settings.start_from)
+            start = VideoTokenizer.from_pretrained(settings.start_from)
         except (OSError, ValueError, RunError) as error:
             raise UserError(f"start_from {settings.start_from} cannot be read: {error}") from error
-        is_half = config.spatial_patch_size == 2 and model.config.spatial_patch_size == 1
+        is_half = config.spatial_patch_size == 2 and start.config.spatial_patch_size == 1
         if is_half:
-            model = double(model)
-        if replace(model.config, dropout=config.dropout) != config:
+            start = double(start)
+        if replace(start.config, dropout=config.dropout) != config:
             found = "is, at twice its size, of" if is_half else "has"
             raise UserError(
-                f"start_from {settings.start_from} {found} another config than model: {differing(model.config, config)}"
+                f"start_from {settings.start_from} {found} another config than model: {differing(start.config, config)}"
             )
-        weights, model = model.state_dict(), VideoTokenizer(config)
-        model.load_state_dict(weights)
-    model = model.to(device).train().requires_grad_(True)
+        model.load_state_dict(start.state_dict())
+    model = model.to(device).train()
     if not settings.train_encoder:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
