@@ -111,6 +111,13 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
 
 
+def check_new(out: str | Path) -> None:
+    """UserError if the folder ``--out`` exists, or could not be written later."""
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; name another --out, or move it away")
+    check_writable(out)
+
+
 def user_cache(name: str) -> Path:
     """The folder for copies of what can be fetched again: lumos/`name` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name

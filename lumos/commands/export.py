@@ -22,13 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from lumos.adapters import is_adapter
     from lumos.errors import UserError
-    from lumos.files import check_writable
+    from lumos.files import check_new
     from lumos.training.export import Mix, Tokenizers, export_adapter, export_checkpoint, export_merged, find_checkpoint
 
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists already; name another --out, or move it away")
-    check_writable(out)
+    check_new(out)
     if (args.video_tokenizer is None) != (args.text_tokenizer is None):
         raise UserError("--video-tokenizer and --text-tokenizer go together; give both or none")
     tokenizers = Tokenizers(args.video_tokenizer, args.text_tokenizer) if args.video_tokenizer else None

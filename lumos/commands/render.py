@@ -21,15 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
     from lumos.evaluation.prompts import prompt_set
-    from lumos.files import check_writable, replacing_folder
+    from lumos.files import check_new, replacing_folder
     from lumos.video_io import write_video
 
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} exists already; name another --out, or move it away")
+    check_new(out)
     if args.count < 1:
         raise UserError(f"--count {args.count} is not allowed; give at least 1")
-    check_writable(out)
     shape = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
     with replacing_folder(out) as folder:
         for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):

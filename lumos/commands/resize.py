@@ -14,14 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from lumos.errors import UserError
-    from lumos.files import check_writable
+    from lumos.files import check_new
     from lumos.resizing import resize
 
-    if Path(args.out).exists():
-        raise UserError(f"{args.out} exists already; name another --out, or move it away")
-    check_writable(args.out)
+    check_new(args.out)
     clip = resize(args.model, args.out, args.video_tokenizer)
     print(f"{args.out}  draws {clip.width} x {clip.height}")
