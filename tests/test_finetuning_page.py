@@ -60,7 +60,7 @@ def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch,
     assert {found["model"] for found in losses.values()} == {"checkpoints/lumos-tiny", "runs/finetune/export", "merged"}
     assert all(set(json.loads(Path(f"{name}-one.json").read_text())["shares"]) == {"one"} for name in ("whole", "lora"))
     clips = {name: read_video(f"{name}.mp4")[0] for name in ("whole", "lora")}
-    assert {clip.shape for clip in clips.values()} == {(17, 64, 64, 3)}
+    assert {clip.shape for clip in clips.values()} == {(17, 128, 128, 3)}
     assert not np.array_equal(clips["whole"], clips["lora"])
     before, whole, merged = (
         load_file(Path(folder) / "model.safetensors") for folder in ("checkpoints/lumos-tiny", "runs/finetune/export", "merged")

@@ -433,7 +433,7 @@ def test_the_peak_is_probed(capsys):
         ([*CLIP, "--model", "a"], "a is no model folder"),
         ([*CLIP, "--preset", "4b"], "unknown preset '4b'; known presets: tiny"),
         ([*CLIP, "--num-frames", "8"], "num_frames 8 is not allowed"),
-        ([*CLIP, "--height", "30"], "height 30 is not a multiple of 8"),
+        ([*CLIP, "--height", "30"], "height 30 is not a multiple of 16"),
         ([*CLIP, "--height", "0"], "height 0 is not allowed"),
         ([*CLIP, "--num-frames", "4001"], "this model was made for at most 8192"),
         ([*CLIP, "--text-tokens", "300"], "this model reads 256"),

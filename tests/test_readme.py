@@ -112,5 +112,5 @@ def test_the_python_example(repo, clone):
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LumosPipeline" in b)
     scope: dict = {}
     exec(block, scope)
-    assert scope["clip"].shape == (17, 64, 64, 3)
+    assert scope["clip"].shape == (17, 128, 128, 3)
     assert scope["clip"].dtype == np.float32

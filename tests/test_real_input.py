@@ -29,7 +29,7 @@ def psnr(a, b):
     return np.inf if error == 0 else 10 * np.log10(255**2 / error)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 128)])
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160)])
 def test_a_photograph_is_kept_as_the_first_frame(pipe, repo, height, width):
     Image.fromarray(data.astronaut()).save("photo.jpg")
     args = ["--image", "photo.jpg", "--prompt", "a red circle moves left", "--num-inference-steps", "2", "--output", "out.webp"]
@@ -48,7 +48,7 @@ def test_a_film_is_continued_from_its_last_frames(pipe, repo):
     model = str(repo / "checkpoints" / "lumos-tiny")
     assert main(["generate", "--model", model, *args, "--output", "out.webp"]) == 0
     clip, _ = read_video("out.webp")
-    assert clip.shape == (33, 64, 64, 3)
-    given, _ = read_video(path, fps=8, num_frames=17, from_end=True, size=(64, 64))
+    assert clip.shape == (33, 128, 128, 3)
+    given, _ = read_video(path, fps=8, num_frames=17, from_end=True, size=(128, 128))
     assert psnr(clip[:17], pipe.reconstruct(given)) > 40
     assert np.corrcoef(clip[:17].ravel(), given.ravel())[0, 1] > 0.7

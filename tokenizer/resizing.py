@@ -18,7 +18,7 @@ from lumos.errors import UserError
 from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.video import VideoTokenizer
 
-_BANDS = 4
+BANDS = 4
 """The means and the three differences of 2 x 2 pixels."""
 _ENDS = {
     "encoder.conv_in.conv3d.weight": (1, "in_channels"),
@@ -86,9 +86,9 @@ def _resized(model: VideoTokenizer, patch_size: int, change: Callable[[Tensor, i
 
 def _add_bands(weight: Tensor, axis: int, colours: int) -> Tensor:
     means = weight.unflatten(axis, (-1, 1, colours))
-    shape = [size if i != axis + 1 else _BANDS - 1 for i, size in enumerate(means.shape)]
+    shape = [size if i != axis + 1 else BANDS - 1 for i, size in enumerate(means.shape)]
     return torch.cat([means, means.new_zeros(shape)], dim=axis + 1).flatten(axis, axis + 2)
 
 
 def _means_only(weight: Tensor, axis: int, colours: int) -> Tensor:
-    return weight.unflatten(axis, (-1, _BANDS, colours)).select(axis + 1, 0).flatten(axis, axis + 1)
+    return weight.unflatten(axis, (-1, BANDS, colours)).select(axis + 1, 0).flatten(axis, axis + 1)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lumos.data.ahead import in_processes
 from lumos.errors import RunError, UserError
@@ -35,6 +36,7 @@ from lumos.training.schedule import learning_rate
 from lumos.video_io import write_video
 from tokenizer.clips import Batch, TrainingClips, held_out_photographs, held_out_worlds
 from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.fitting import DifferenceFit
 from tokenizer.resizing import double
 from tokenizer.training_settings import TokenizerTrainingSettings, load_settings
 from tokenizer.video import VideoTokenizer
@@ -218,8 +220,10 @@ class _Run:
         self._resume()
 
     def to_the_end(self) -> dict[str, Any]:
-        """All remaining steps, then the export."""
+        """The fit and all remaining steps, then the export."""
         settings = self.settings
+        if settings.fit_batches and self.step == 0:
+            self._fit()
         log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=self.rank == 0)
         previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         saved_at, started = time.monotonic(), time.monotonic() - self.seconds
@@ -245,6 +249,25 @@ class _Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             log.close()
+
+    def _fit(self) -> None:
+        """Begin with the differences of least squared error, over batches that the steps do not see."""
+        settings, fit = self.settings, DifferenceFit(self.model.eval())
+        begun = time.monotonic()
+        numbers = range(settings.steps, settings.steps + settings.fit_batches)
+        with closing(self._batches(numbers)) as batches:
+            for batch in tqdm(batches, total=len(numbers), desc="fit", unit="batch", disable=self.rank != 0):
+                for weight, (video, is_world) in zip((1.0, settings.picture_weight), batch.videos(self.device), strict=False):
+                    fit.add(video, weight / video[:, :1].numel() * foreground_weight(video, is_world, settings.foreground_weight))
+        if self.world > 1:
+            for sums in (fit.squares, fit.products):
+                dist.all_reduce(total := sums.to(self.device))
+                sums.copy_(total)
+        fit.solve()
+        self.model.train()
+        self.seconds = time.monotonic() - begun
+        if self.ema:
+            self.ema = Ema(self.parameters, settings.ema_decay)
 
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True

@@ -35,11 +35,12 @@ class TokenizerTrainingSettings:
     model: dict[str, Any] = field(default_factory=dict)  # fields of VideoTokenizerConfig
     start_from: str | None = None  # tokenizer folder, of the same config or for half the size, to begin with; null: random weights
     train_encoder: bool = True  # false: it stays but for the rounding of export_dtype, so that its codes keep their meaning
+    fit_batches: int = 0  # begin with what is sharp fitted to so many batches (tokenizer/fitting.py), where spatial_patch_size is 2
     seed: int = 0
     device: str = "auto"  # auto (CUDA if there is one), cpu, cuda, mps
     precision: str = "fp32"  # of the network's products in training: fp32 or bf16
     processes: int = 0  # processes that draw clips ahead of the step; 0: each step draws its own
-    steps: int = 3000  # optimizer steps
+    steps: int = 3000  # optimizer steps; 0: only the fit
     max_minutes: float | None = None  # end, with the lr schedule compressed to fit, after this time; null: after steps
     height: int = 64  # pixels
     width: int = 64
@@ -79,8 +80,8 @@ class TokenizerTrainingSettings:
         Worlds(**self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
         step, stride = config.temporal_compression, config.spatial_compression
+        self._check("steps", self.steps >= (0 if self.fit_batches else 1), "1 or more, or 0 with fit_batches")
         for name in (
-            "steps",
             "batch_size",
             "height",
             "width",
@@ -94,6 +95,7 @@ class TokenizerTrainingSettings:
             self._check(name, getattr(self, name) > 0, "a number above 0")
         for name in (
             "processes",
+            "fit_batches",
             "warmup_steps",
             "muon_lr",
             "pictures_per_batch",
@@ -110,10 +112,12 @@ class TokenizerTrainingSettings:
         for name in ("share_worlds", "share_textures"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         self._check("train_encoder", self.train_encoder or self.start_from is not None, "true without start_from")
+        is_wide = self.start_from is not None and config.spatial_patch_size == 2
+        self._check("fit_batches", is_wide or not self.fit_batches, "0 without start_from and model.spatial_patch_size=2")
         self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")
-        self._check("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps ({self.steps})")
+        self._check("warmup_steps", self.warmup_steps < self.steps or self.steps == 0, f"fewer than steps ({self.steps})")
         self._check("foreground_weight", self.foreground_weight >= 1, "1 or more")
         self._check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "null or a number above 0")
         for name in ("films", "share_textures", "recolour"):

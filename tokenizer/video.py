@@ -120,13 +120,17 @@ class Decoder(nn.Module):
         end_conv = point_conv if config.pointwise_ends else factorised_conv
         self.conv_out = end_conv(widths[0], config.out_channels * config.patch_channels)
 
-    def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
+    def features(self, z: Tensor, past: Past | None = None) -> Tensor:
+        """What the last layer is given: [B, C, T', H', W']."""
         h = self.mid(self.conv_in(z, past), past)
         for level in reversed(self.up):
             h = level(h, past)
             if hasattr(level, "upsample"):
                 h = level.upsample(h, past)
-        return self.conv_out(nn.functional.silu(self.norm_out(h)), past)
+        return nn.functional.silu(self.norm_out(h))
+
+    def forward(self, z: Tensor, past: Past | None = None) -> Tensor:
+        return self.conv_out(self.features(z, past), past)
 
 
 class VideoTokenizer(nn.Module):

@@ -134,16 +134,17 @@ def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: li
 def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, int], scale: float) -> np.ndarray:
     """Correlation, -1 to 1, of what a patch shows beside the ground with every picture, at its best place: [sprites]."""
     pictures = _pictures(sprites.folder(), scale)
-    side = pictures.shape[1]
-    span = side + 2 * REACH
-    left, top = (side - REACH + round((box[at] + box[at + 2] - side) / 2) for at in (0, 1))
+    side, step = pictures.shape[1], max(1, round(scale))
+    reach = REACH * step
+    span = side + 2 * reach
+    left, top = (side - reach + round((box[at] + box[at + 2] - side) / 2) for at in (0, 1))
     difference = np.pad(frame - ground[:, None], ((side, side), (side, side), (0, 0)))[top : top + span, left : left + span]
     ground = np.pad(ground, ((side, side), (0, 0)), "edge")[top : top + span]
     # p places down, q places across, n pictures, a rows, b columns, c channels. Beside the ground a picture is
     # colour - alpha ground: its products and squares are sums over the two parts, so nothing is drawn for each place.
     colour, alpha = pictures[..., :3], pictures[..., 3]
-    seen = sliding_window_view(difference, (side, side), axis=(0, 1)).transpose(0, 1, 3, 4, 2)  # [p, q, a, b, c]
-    under = sliding_window_view(ground, side, axis=0).transpose(0, 2, 1)  # [p, a, c]
+    seen = sliding_window_view(difference, (side, side), axis=(0, 1))[::step, ::step].transpose(0, 1, 3, 4, 2)  # [p, q, a, b, c]
+    under = sliding_window_view(ground, side, axis=0)[::step].transpose(0, 2, 1)  # [p, a, c]
     product = np.einsum("nabc,pqabc->npq", colour, seen, optimize=True)
     product -= np.einsum("nab,pqabc,pac->npq", alpha, seen, under, optimize=True)
     square = np.einsum("nabc,nabc->n", colour, colour)[:, None]

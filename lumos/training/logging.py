@@ -62,7 +62,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _forget_after(self.path, first_step)
-        self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1.0)
+        shown = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": max_steps == 0}
+        self.bar = tqdm(total=max_steps, initial=first_step, **shown)
 
     def write(self, **values: Any) -> None:
         """Append a line; numbers that JSON has no word for are written as null. Lines that are no event go to the writers too."""

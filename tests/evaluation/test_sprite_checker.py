@@ -35,7 +35,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6)])
+@pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6), (128, 1.6, 6)])
 def test_truth_is_recognised(sprite_pictures, side, blur, noise):
     worlds = Worlds(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
     total, right = Counter(), Counter()
@@ -201,6 +201,19 @@ def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(sprite_p
                 best = max(best, float((drawn * seen).sum() / np.linalg.norm(drawn) / np.linalg.norm(seen)))
         assert found[index] == pytest.approx(best, abs=1e-4)
     assert tuple(sprites.SPRITES)[found.argmax()] == "owl"
+
+
+def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size(sprite_pictures):
+    """By so much of the frame, not by so many pixels."""
+    for scale in (1, 2):
+        radius = SPRITE_RADIUS * scale
+        thing = Thing("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")
+        frame = render(Scene((thing,), "navy", "", 1, 8, 64 * scale, 64 * scale))[0].astype(np.float32)
+        ground = ground_colours("navy", 64 * scale).astype(np.float32)
+        middle = [round((at + offset) * scale) for at, offset in ((30, 2), (33, -2))]
+        box = (*(at - 10 * scale for at in middle), *(at + 10 * scale for at in middle))
+        found = _likeness(frame, ground, box, float(scale))
+        assert (tuple(sprites.SPRITES)[found.argmax()], found.max()) == ("owl", pytest.approx(1, abs=0.03))
 
 
 def test_a_sprite_beside_a_shape_is_refused(sprite_pictures):

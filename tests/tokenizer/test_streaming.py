@@ -234,7 +234,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (11, 48, 64, 3), dtype=np.uint8), 8)
     monkeypatch.chdir(tmp_path)
     exec(example, {})
-    assert capsys.readouterr().out.splitlines() == ["(64, 64, 3)"] * 9  # frames 10 and 11 fill no latent frame
+    assert capsys.readouterr().out.splitlines() == ["(128, 128, 3)"] * 9  # frames 10 and 11 fill no latent frame
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, True])

@@ -12,9 +12,10 @@ from lumos.frames import fit
 from lumos.video_reading import read_video
 from tokenizer import VideoTokenizer
 from tokenizer.clips import films, held_out_photographs, held_out_worlds, to_video
+from tokenizer.resizing import double, halve
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "lumos-tiny"
-SIZES = [(64, 64), (96, 128)]
+SIZES = [(128, 128), (96, 160)]
 PHOTOGRAPH_PSNR, FILM_PSNR, WORLDS_PSNR = 13.0, 16.5, 20.0  # dB
 LIKENESS = 0.7
 
@@ -55,10 +56,16 @@ def test_film(tokenizer, height, width):
 
 
 def test_worlds_with_things_never_seen_together(tokenizer):
-    values = psnr(tokenizer, held_out_worlds(12, 17, 64, 64))
+    values = psnr(tokenizer, held_out_worlds(12, 17, 128, 128))
     assert sum(values) / len(values) > WORLDS_PSNR
 
 
+def test_it_is_sharper_than_its_means(tokenizer):
+    video = held_out_worlds(12, 17, 128, 128)
+    enlarged = psnr(double(halve(tokenizer)), video)
+    assert sum(psnr(tokenizer, video)) / 12 > sum(enlarged) / 12 + 0.3
+
+
 def test_other_pictures_get_other_codes(tokenizer):
-    codes = tokenizer.encode(held_out_photographs(64, 64))
+    codes = tokenizer.encode(held_out_photographs(128, 128))
     assert (codes[0] != codes[1]).float().mean() > 0.5
