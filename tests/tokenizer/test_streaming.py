@@ -79,7 +79,8 @@ def cut(data, total: int, dim: int, whole: torch.Tensor) -> list[torch.Tensor]:
 @torch.inference_mode()
 def test_every_way_of_cutting_gives_the_whole_clip(models, name, window, data, latent):
     model = models[name, window]
-    video = clip(1 + model.temporal_compression * (latent - 1), seed=latent, batch=2)
+    side = 2 * model.spatial_compression
+    video = clip(1 + model.temporal_compression * (latent - 1), side, seed=latent, batch=2)
     whole = model.quantize(model.encode_latent(video))[1]
     encoder = StreamEncoder(model)
     streamed = torch.cat([encoder.push(chunk) for chunk in cut(data, video.shape[2], 2, video)], dim=1)
@@ -97,7 +98,7 @@ def test_every_way_of_cutting_gives_the_whole_clip(models, name, window, data, l
 @torch.inference_mode()
 def test_how_a_clip_is_cut_does_not_change_one_bit(models):
     model = models["shipped", None]
-    codes = model.encode(clip(33, 32))
+    codes = model.encode(clip(33, 4 * model.spatial_compression))
     decoder = StreamDecoder(model)
     one_by_one = torch.cat(list(model.decode_stream([codes])), dim=2)
     assert torch.equal(torch.cat([decoder.push(chunk) for chunk in codes.split(4, dim=1)], dim=2), one_by_one)
@@ -106,7 +107,7 @@ def test_how_a_clip_is_cut_does_not_change_one_bit(models):
 @torch.inference_mode()
 def test_iterators_give_each_latent_frame_as_soon_as_it_is_whole(models):
     model = models["shipped", None]
-    video = clip(13)
+    video = clip(13, 2 * model.spatial_compression)
     taken = 0
 
     def one_frame_at_a_time():
@@ -141,7 +142,7 @@ def cache_sizes(model: VideoTokenizer, latent: int) -> tuple[list[int], list[int
     """Bytes that an encoder and a decoder keep after each latent frame."""
     encoder, decoder, sizes = StreamEncoder(model), StreamDecoder(model), ([], [])
     step = model.temporal_compression
-    for chunk in clip(1 + step * (latent - 1)).split([1] + [step] * (latent - 1), dim=2):
+    for chunk in clip(1 + step * (latent - 1), 2 * model.spatial_compression).split([1] + [step] * (latent - 1), dim=2):
         decoder.push(encoder.push(chunk))
         sizes[0].append(encoder.cache_bytes)
         sizes[1].append(decoder.cache_bytes)
@@ -259,12 +260,12 @@ def test_what_cannot_be_streamed(models):
         list(model.encode_stream([clip(7)]))
     with pytest.raises(ValueError, match="num_frames must be 1"):
         list(model.encode_stream([]))
-    with pytest.raises(ValueError, match="multiples of 8"):
-        StreamEncoder(model).push(torch.zeros(1, 3, 1, 12, 16))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        StreamEncoder(model).push(torch.zeros(1, 3, 1, 24, 32))
     encoder = StreamEncoder(model)
-    encoder.push(clip(2))
-    with pytest.raises(ValueError, match=r"\(1, 16, 16\) and now are \(1, 24, 24\)"):
-        encoder.push(clip(1, 24))
+    encoder.push(clip(2, 32))
+    with pytest.raises(ValueError, match=r"\(1, 32, 32\) and now are \(1, 48, 48\)"):
+        encoder.push(clip(1, 48))
     decoder = StreamDecoder(model)
     decoder.push(torch.zeros(1, 1, 2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"same batch, height and width"):
