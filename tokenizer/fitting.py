@@ -35,7 +35,7 @@ class DifferenceFit:
         features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
         wanted = self._patches(video).unflatten(1, (-1, BANDS, video.shape[1]))[:, :, 1:].flatten(1, 3)
         over_patch = self._patches(weights)[:, :1]
-        x, y, weight = (part.movedim(1, -1).flatten(0, -2).double().cpu() for part in (features, wanted, over_patch))
+        x, y, weight = (part.movedim(1, -1).flatten(0, -2).cpu().double() for part in (features, wanted, over_patch))
         self.squares += (weight * x).T @ x
         self.products += (weight * x).T @ y
 
