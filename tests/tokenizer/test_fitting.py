@@ -105,7 +105,8 @@ def test_steps_after_a_fit_see_other_clips_and_go_on_after_a_stop(start, tmp_pat
     ("changes", "message"),
     [
         ({"start_from": None, "train_encoder": True}, "fit_batches 4 is not possible: allowed is 0 without start_from"),
-        ({"model": MODEL}, "allowed is 0 without start_from and model.spatial_patch_size=2"),
+        ({"model": MODEL}, "allowed is 0 without start_from, model.spatial_patch_size=2 and model.pointwise_ends=true"),
+        ({"model": WIDE | {"pointwise_ends": False}}, "allowed is 0 without start_from"),
         ({"fit_batches": -1}, "fit_batches -1 is not possible: allowed is 0 or more"),
         ({"fit_batches": 0}, "steps 0 is not possible: allowed is 1 or more, or 0 with fit_batches"),
     ],
