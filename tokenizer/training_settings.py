@@ -113,7 +113,8 @@ class TokenizerTrainingSettings:
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         self._check("train_encoder", self.train_encoder or self.start_from is not None, "true without start_from")
         is_wide = self.start_from is not None and config.spatial_patch_size == 2 and config.pointwise_ends
-        self._check("fit_batches", is_wide or not self.fit_batches, "0 without start_from, model.spatial_patch_size=2 and model.pointwise_ends=true")
+        needed = "start_from, model.spatial_patch_size=2 and model.pointwise_ends=true"
+        self._check("fit_batches", is_wide or not self.fit_batches, f"0 without {needed}")
         self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")
