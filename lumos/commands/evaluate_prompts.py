@@ -17,7 +17,7 @@ SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--kinds", nargs="+", default=["one"], help="one, two, digits, sprites, two_sprites, held_out, paraphrased")
+    add("--kinds", nargs="+", default=["one"], help="one, two, two_ways, digits, sprites, two_sprites, held_out, paraphrased")
     add("--count", type=int, default=50, help="prompts of each kind")
     add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
     add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")

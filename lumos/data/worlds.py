@@ -121,6 +121,7 @@ class Worlds:
     share_sprites: float = 0.35  # share of the scenes that show sprites, where other kinds are asked for too
     share_digits: float = 0.15  # share of the other scenes that show a digit, where shapes are asked for too
     share_two: float = 0.15  # share of two objects among the scenes of shapes and among those of sprites
+    share_two_ways: float = 0.0  # share of those with two objects in which both move, each its own way; 0: as it comes
     share_size: float = 0.75  # how often a caption names the size
     share_background: float = 0.75  # how often a caption names the background
     wording: str = "plain"  # how captions are worded, one of lumos.data.wording.WORDINGS
@@ -138,7 +139,7 @@ class Worlds:
         object.__setattr__(self, "kinds", kinds)
         if self.wording not in wording.WORDINGS:
             raise UserError(f"wording {self.wording!r} is unknown: take one of {', '.join(wording.WORDINGS)}")
-        for name in ("share_digits", "share_sprites", "share_two", "share_size", "share_background"):
+        for name in ("share_digits", "share_sprites", "share_two", "share_two_ways", "share_size", "share_background"):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
         for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):
@@ -210,11 +211,18 @@ class Worlds:
         return self.num_frames > 1 and is_held_out(sprite)
 
     def _sample_two(self, sample: Callable[[np.random.Generator, str], Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
-        """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together."""
+        """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together.
+
+        Few places are free for two things that cross each other's way, so that such scenes are rare where none are asked for.
+        """
+        two_ways = self.share_two_ways > 0 and self.num_frames > 1 and rng.random() < self.share_two_ways
         while True:
             first = sample(rng, self.split)
             second = sample(rng, "all" if self.split == "held_out" else self.split)
-            if first.sprite and rng.random() < 0.5:
+            if two_ways:
+                if first.motion == second.motion or not {first.motion, second.motion} <= DIRECTIONS.keys():
+                    continue
+            elif first.sprite and rng.random() < 0.5:
                 second = replace(second, motion=first.motion)
                 if self.split == "train" and self._holds_out(second):
                     continue

@@ -16,14 +16,15 @@ from lumos.evaluation.checker import check_clip, check_identity, identities
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"kinds": ("shapes",), "share_two": 0.0},
     "two": {"kinds": ("shapes",), "share_two": 1.0},
+    "two_ways": {"kinds": ("shapes",), "share_two": 1.0, "share_two_ways": 1.0},
     "digits": {"kinds": ("digits",)},
     "sprites": {"kinds": ("sprites",), "share_two": 0.0},
     "two_sprites": {"kinds": ("sprites",), "share_two": 1.0},
     "held_out": {"kinds": ("shapes",), "share_two": 0.0, "split": "held_out"},
     "paraphrased": {"kinds": ("shapes", "digits", "sprites"), "share_two": 0.0, "wording": "unseen"},
 }
-"""one: an object; two: two objects; digits; sprites; held_out: one object in a combination that training never shows;
-paraphrased: one thing of any kind, said in ways that training never hears."""
+"""one: an object; two: two objects; two_ways: two objects that move, each its own way; digits; sprites; two_sprites; held_out: one
+object in a combination that training never shows; paraphrased: one thing of any kind, said in ways that training never hears."""
 
 
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:

@@ -16,6 +16,7 @@ from lumos.data.worlds import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
+    GAP,
     MOTIONS,
     SHAPES,
     Scene,
@@ -210,8 +211,28 @@ def test_shares_are_kept():
     )
     bare = [sample_scene(0, i, kinds="shapes", share_two=0, share_size=0, share_background=0) for i in range(50)]
     assert all(len(s.things) == 1 and "background" not in s.caption and "large" not in s.caption for s in bare)
+    ways = [[t.motion for t in sample_scene(0, i, kinds="shapes", share_two=1, share_two_ways=0.6).things] for i in range(400)]
+    assert np.mean([a != b and {a, b} <= DIRECTIONS.keys() for a, b in ways]) == pytest.approx(0.6 + 0.4 * 0.19, abs=0.07)
     digit_share = np.mean([sample_scene(0, i).things[0].shape == "digit" for i in range(1000)])
     assert digit_share == pytest.approx(0.15, abs=0.04)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "sprites"])
+@pytest.mark.parametrize("split", ["train", "held_out", "all"])
+def test_two_ways_go_two_ways_and_keep_apart(kind, split):
+    worlds = Worlds(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
+    for scene in map(worlds.scene, range(60)):
+        a, b = scene.things
+        assert a.motion != b.motion
+        assert {a.motion, b.motion} <= DIRECTIONS.keys()
+        assert split != "train" or not (is_held_out(a) or is_held_out(b))
+        assert split != "held_out" or is_held_out(a) or is_held_out(b)
+        (ax, ay, ar), (bx, by, br) = a.path(17), b.path(17)
+        assert (np.maximum(np.abs(ax - bx), np.abs(ay - by)) >= ar + br + GAP).all()
+
+
+def test_a_picture_of_two_has_no_ways():
+    assert all(t.motion == "still" for t in Worlds(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1).scene(0).things)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +242,7 @@ def test_shares_are_kept():
         ({"kinds": ("shapes", "cats")}, "kinds.*shapes, digits"),
         ({"kinds": ()}, "kinds"),
         ({"share_two": 1.5}, "share_two 1.5"),
+        ({"share_two_ways": -0.1}, "share_two_ways -0.1"),
         ({"num_frames": 0}, "num_frames 0"),
         ({"height": 8}, "height 8.*16"),
         ({"seed": -1}, "seed -1"),

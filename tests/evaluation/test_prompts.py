@@ -51,7 +51,7 @@ def test_kinds_are_what_they_say():
     assert all(any(is_held_out(thing) for thing in scene.things) for scene in scenes)
     scenes = [sample_scene(1, i, **KINDS["one"]) for i in range(200)]
     assert not any(is_held_out(thing) for scene in scenes for thing in scene.things)
-    with pytest.raises(UserError, match="allowed: one, two, digits, sprites, two_sprites, held_out, paraphrased"):
+    with pytest.raises(UserError, match="allowed: one, two, two_ways, digits, sprites, two_sprites, held_out, paraphrased"):
         prompt_set("three", 1, seed=0)
 
 
