@@ -215,19 +215,20 @@ class _Run:
             held_out_worlds(settings.validation_clips, settings.num_frames, *sizes, **settings.worlds).to(device),
             held_out_photographs(*sizes).to(device),
         )
-        self.step, self.seconds, self.meter = 0, 0.0, Meter()
+        self.step, self.seconds, self.fit_seconds, self.meter = 0, 0.0, 0.0, Meter()
         self.stop_requested = False
-        self._resume()
+        self.resumed = self._resume()
 
     def to_the_end(self) -> dict[str, Any]:
         """The fit and all remaining steps, then the export."""
         settings = self.settings
-        if settings.fit_batches and self.step == 0:
-            self._fit()
         log = RunLog(self.output, first_step=self.step, max_steps=settings.steps, enabled=self.rank == 0)
         previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        saved_at, started = time.monotonic(), time.monotonic() - self.seconds
         try:
+            if settings.fit_batches and not self.resumed and not self._fit():
+                log.say("stopped in the fit, of which nothing is kept; the same command fits again")
+                return {"finished": False, "step": 0}
+            saved_at, started = time.monotonic(), time.monotonic() - self.seconds
             with closing(self._batches(range(self.step, settings.steps))) as batches:
                 while self.step < settings.steps and self._progress() < 1:
                     self._one_step(next(batches), log)
@@ -250,8 +251,8 @@ class _Run:
                 signal.signal(number, handler)
             log.close()
 
-    def _fit(self) -> None:
-        """Begin with the differences of least squared error, over batches that the steps do not see."""
+    def _fit(self) -> bool:
+        """Begin with the differences of least squared error, over batches that the steps do not see; False if told to stop."""
         settings, fit = self.settings, DifferenceFit(self.model.eval())
         begun = time.monotonic()
         numbers = range(settings.steps, settings.steps + settings.fit_batches)
@@ -259,15 +260,18 @@ class _Run:
             for batch in tqdm(batches, total=len(numbers), desc="fit", unit="batch", disable=self.rank != 0):
                 for weight, (video, is_world) in zip((1.0, settings.picture_weight), batch.videos(self.device), strict=False):
                     fit.add(video, weight / video[:, :1].numel() * foreground_weight(video, is_world, settings.foreground_weight))
+                if self.stop_requested:
+                    return False
         if self.world > 1:
             for sums in (fit.squares, fit.products):
                 dist.all_reduce(total := sums.to(self.device))
                 sums.copy_(total)
         fit.solve()
         self.model.train()
-        self.seconds = time.monotonic() - begun
+        self.fit_seconds = time.monotonic() - begun
         if self.ema:
             self.ema = Ema(self.parameters, settings.ema_decay)
+        return True
 
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True
@@ -346,13 +350,15 @@ class _Run:
         root = self.output / "checkpoints"
         folder = checkpoint.begin(root, self.step)
         written = checkpoint.save_tensors(folder, 0, tensors)
-        state = {"settings": self.settings.to_dict(), "world": self.world, "seconds": self.seconds, "meters": dict(self.meter.sums)}
+        state = {"settings": self.settings.to_dict(), "world": self.world, "meters": dict(self.meter.sums)}
+        state |= {"seconds": self.seconds, "fit_seconds": self.fit_seconds}
         checkpoint.finish(root, folder, self.step, state, [written], keep_last=2)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         found = checkpoint.latest(self.output / "checkpoints")
         if found is None:
-            return
+            return False
         folder, state = found
         self.settings.check_same_run(state["settings"], folder)
         if state["world"] != self.world:
@@ -368,6 +374,8 @@ class _Run:
         if self.ema:
             self.ema.average = {name: tensors[f"ema.{name}"].to(p.device) for name, p in self.parameters.items()}
         self.step, self.seconds, self.meter = state["step"], state["seconds"], Meter(state["meters"])
+        self.fit_seconds = state.get("fit_seconds", 0.0)
+        return True
 
     def _export(self, log: RunLog) -> dict[str, Any]:
         """Write the tokenizer folder and training.json; returns the metrics of the exported weights."""
@@ -382,7 +390,7 @@ class _Run:
         metrics |= {
             "finished": True,
             "step": self.step,
-            "minutes": round(self.seconds / 60, 1),
+            "minutes": round((self.seconds + self.fit_seconds) / 60, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "codes": self.model.num_codes,
         }

@@ -112,8 +112,9 @@ class TokenizerTrainingSettings:
         for name in ("share_worlds", "share_textures"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         self._check("train_encoder", self.train_encoder or self.start_from is not None, "true without start_from")
-        is_wide = self.start_from is not None and config.spatial_patch_size == 2 and config.pointwise_ends
-        needed = "start_from, model.spatial_patch_size=2 and model.pointwise_ends=true"
+        is_wide = config.spatial_patch_size == 2 and config.pointwise_ends and config.patch_method == "haar"
+        is_wide = is_wide and self.start_from is not None
+        needed = "start_from, model.spatial_patch_size=2, model.pointwise_ends=true and model.patch_method=haar"
         self._check("fit_batches", is_wide or not self.fit_batches, f"0 without {needed}")
         self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
@@ -121,6 +122,7 @@ class TokenizerTrainingSettings:
         self._check("warmup_steps", self.warmup_steps < self.steps or self.steps == 0, f"fewer than steps ({self.steps})")
         self._check("foreground_weight", self.foreground_weight >= 1, "1 or more")
         self._check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "null or a number above 0")
+        self._check("max_minutes", self.max_minutes is None or self.steps > 0, "null with steps 0")
         for name in ("films", "share_textures", "recolour"):
             if self.share_worlds == 1 and getattr(self, name):
                 warnings.warn(f"{name} has no effect with share_worlds=1")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+import signal
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from tokenizer.clips import TrainingClips
 from tokenizer.fitting import DifferenceFit
 from tokenizer.resizing import BANDS, double, halve, same_codes
 from tokenizer.training import TokenizerTrainingSettings, _Run, foreground_weight, train
-from tokenizer.wavelet import patchify, spatial_patchify
 
 MODEL = {
     "channels": 8,
@@ -37,12 +37,6 @@ def start() -> VideoTokenizer:
     return model
 
 
-def batch(number: int) -> tuple[Tensor, Tensor]:
-    """Clips and the weights of their pixels."""
-    video, is_world = TrainingClips(**CLIPS, film_sources=()).batch(number).videos("cpu")[0]
-    return video, foreground_weight(video, is_world, 5.0)
-
-
 def settings(output_dir, folder, **changes) -> TokenizerTrainingSettings:
     values = {"output_dir": str(output_dir), "model": WIDE, "start_from": str(folder), "train_encoder": False, "fit_batches": 4}
     return TokenizerTrainingSettings.from_dict(
@@ -50,26 +44,52 @@ def settings(output_dir, folder, **changes) -> TokenizerTrainingSettings:
     )
 
 
-def test_the_fit_is_that_of_numpy(start):
+def test_no_other_differences_have_less_error_in_what_is_shown(start):
+    """The weighted squared error of decoded pixels rises from the fit in whatever direction, for clips and pictures."""
     model = double(start)
     fit = DifferenceFit(model)
-    features, wanted, weights = [], [], []
-    model.decoder.conv_out.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    seen = []
     for number in range(3):
-        video, weight = batch(number)
-        fit.add(video, weight)
-        model.decode(model.encode(video))
-        wanted.append(patchify(spatial_patchify(video, 2), 4, "haar").unflatten(1, (64, BANDS, 3))[:, :, 1:].flatten(1, 3))
-        lead = weight[:, :, :1].expand(-1, -1, 3, -1, -1)  # the first frame stands for a whole patch
-        weights.append(torch.nn.functional.avg_pool3d(torch.cat([lead, weight], dim=2), (4, 8, 8)))
-    x, y, w = (torch.cat([part.movedim(1, -1).flatten(0, -2) for part in parts]).double() for parts in (features, wanted, weights))
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    expected, *_ = np.linalg.lstsq(np.asarray(w.sqrt() * x), np.asarray(w.sqrt() * y), rcond=None)
-
+        for video, is_world in TrainingClips(**CLIPS, film_sources=()).batch(number).videos("cpu"):
+            weights = foreground_weight(video, is_world, 5.0)
+            of_patch = torch.nn.functional.avg_pool3d(weights[:, :, 1:], (4, 8, 8)) if video.shape[2] > 1 else weights[:, :, :0]
+            of_first = torch.nn.functional.avg_pool3d(weights[:, :, :1], (1, 8, 8)).repeat_interleave(8, 3).repeat_interleave(8, 4)
+            spread = of_patch.repeat_interleave(4, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+            seen.append((video, torch.cat([of_first, spread.view(len(video), 1, -1, *video.shape[3:])], dim=2)))
+            fit.add(video, weights)
     fit.solve()
-    found = [p.unflatten(0, (64, BANDS, 3))[:, 1:].flatten(0, 2) for p in model.decoder.conv_out.conv3d.parameters()]
-    np.testing.assert_allclose(found[0].flatten(1).T, expected[:-1], atol=2e-4 * np.abs(expected).max())
-    np.testing.assert_allclose(found[1], expected[-1], atol=2e-4 * np.abs(expected).max())
+
+    def error() -> Tensor:
+        shown = (model.decode(model.encode(video)).double() for video, _ in seen)
+        return sum((weights * (mine - video).square()).sum() for mine, (video, weights) in zip(shown, seen, strict=True))
+
+    layer = model.decoder.conv_out.conv3d.requires_grad_(True)
+    gradients = torch.autograd.grad(error(), list(layer.parameters()))
+    least = float(error().detach())
+    for gradient in gradients:
+        bands = gradient.unflatten(0, (64, BANDS, 3))
+        assert bands[:, 1:].abs().max() < 1e-3 * bands[:, :1].abs().max()
+    torch.manual_seed(1)
+    for _ in range(3):
+        with torch.no_grad():
+            step = 1e-2 * torch.randn_like(layer.weight).unflatten(0, (64, BANDS, 3))
+            step[:, :1] = 0
+            layer.weight += step.flatten(0, 2)
+            assert float(error()) > least
+            layer.weight -= step.flatten(0, 2)
+
+
+def test_pictures_weigh_what_they_are_told(start):
+    found = []
+    for weight in (0.0, 1e-3, 1e3):
+        fit = DifferenceFit(model := double(start))
+        clips, pictures = TrainingClips(**CLIPS, film_sources=()).batch(0).videos("cpu")
+        for (video, is_world), share in ((clips, 1.0), (pictures, weight)):
+            fit.add(video, share * foreground_weight(video, is_world, 5.0))
+        fit.solve()
+        found.append(model.decoder.conv_out.conv3d.weight.clone())
+    change = [float((weight - found[0]).norm() / found[0].norm()) for weight in found[1:]]
+    assert change[0] < 0.1 < change[1]
 
 
 def test_a_fit_changes_the_differences_alone(start, tmp_path):
@@ -101,11 +121,40 @@ def test_steps_after_a_fit_see_other_clips_and_go_on_after_a_stop(start, tmp_pat
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
 
+def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch):
+    """max_minutes is that of the steps: a long fit before them takes nothing of their warm-up."""
+    start.save_pretrained(tmp_path / "start")
+    clock, add = [0.0], DifferenceFit.add
+    monkeypatch.setattr("tokenizer.training.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(DifferenceFit, "add", lambda *given: (clock.append(clock.pop() + 600.0), add(*given)))
+    done = train(settings(tmp_path / "wide", tmp_path / "start", steps=3, warmup_steps=1, max_minutes=5.0))
+    assert (done["finished"], done["step"], done["minutes"]) == (True, 3, 80.0)
+
+
+def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_again(start, tmp_path, monkeypatch):
+    start.save_pretrained(tmp_path / "start")
+    add = DifferenceFit.add
+
+    def stopped(*given):
+        signal.raise_signal(signal.SIGTERM)
+        add(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DifferenceFit, "add", stopped)
+        assert train(settings(tmp_path / "wide", tmp_path / "start")) == {"finished": False, "step": 0}
+    assert not (tmp_path / "wide" / "video_tokenizer").exists()
+    assert train(settings(tmp_path / "wide", tmp_path / "start"))["finished"]
+    monkeypatch.setattr(DifferenceFit, "add", None)
+    assert train(settings(tmp_path / "wide", tmp_path / "start"))["finished"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"start_from": None, "train_encoder": True}, "fit_batches 4 is not possible: allowed is 0 without start_from"),
-        ({"model": MODEL}, "allowed is 0 without start_from, model.spatial_patch_size=2 and model.pointwise_ends=true"),
+        ({"model": MODEL}, "allowed is 0 without start_from, model.spatial_patch_size=2, model.pointwise_ends=true and"),
+        ({"model": WIDE | {"patch_method": "rearrange"}}, "allowed is 0 without .*patch_method=haar"),
+        ({"max_minutes": 1.0}, "max_minutes 1.0 is not possible: allowed is null with steps 0"),
         ({"model": WIDE | {"pointwise_ends": False}}, "allowed is 0 without start_from"),
         ({"fit_batches": -1}, "fit_batches -1 is not possible: allowed is 0 or more"),
         ({"fit_batches": 0}, "steps 0 is not possible: allowed is 1 or more, or 0 with fit_batches"),

@@ -248,10 +248,10 @@ def test_worlds_and_whole_numbers_from_a_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["tiny", "tiny-gpu"])
-def test_the_shipped_configurations_are_valid(name: str):
+@pytest.mark.parametrize(("name", "side"), [("tiny", 64), ("tiny-gpu", 64), ("tiny-128", 128)])
+def test_the_shipped_configurations_are_valid(name: str, side: int):
     settings = load_settings(f"configs/tokenizer/{name}.yaml")
-    assert (settings.height, settings.width, settings.num_frames) == (64, 64, 17)
+    assert (settings.height, settings.width, settings.num_frames) == (side, side, 17)
 
 
 @pytest.mark.parametrize("weight", [13, 13.0])
