@@ -7,7 +7,7 @@ import json
 import sys
 import time
 
-from lumos.commands.generating import load
+from lumos.commands.generating import load, model_sha256
 from lumos.commands.sampling import SAMPLING, add_acceleration, add_device, add_sampling
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
@@ -17,7 +17,8 @@ SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--kinds", nargs="+", default=["one"], help="one, two, two_ways, digits, sprites, two_sprites, held_out, paraphrased")
+    add("--kinds", nargs="+", default=["one"], help="one, two, two_ways, digits, sprites, two_sprites, held_out, held_out_sprites, "
+        "paraphrased")  # fmt: skip
     add("--count", type=int, default=50, help="prompts of each kind")
     add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
     add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")
@@ -92,8 +93,8 @@ def run(args: argparse.Namespace) -> None:
         captions = [label.partition(" | ")[2] for label in labels]
         print(animated_sheet(clips_shown, captions, args.animation, form.fps))
     summary = {
-        "evaluate": "prompts", "model": model, "reference": args.reference, "count": args.count, "seed": args.seed,
-        "num_frames": form.num_frames, "image_to_video": args.image_to_video,
+        "evaluate": "prompts", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
+        "count": args.count, "seed": args.seed, **shape, "image_to_video": args.image_to_video,
         "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),

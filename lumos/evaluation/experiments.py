@@ -120,7 +120,8 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
                          f"training.seed={seed}", f"training.output_dir={folder / 'train'}")  # fmt: skip
             if experiment.prompts is not None:
                 model = [str(folder / "train" / "export")] if train else [experiment.model] if experiment.model else []
-                options = [f"--seed={1_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
+                # what defaults are chosen by must not be the prompts that their figures are of
+                options = [f"--seed={10_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
                 prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
                            *variant.prompts)  # fmt: skip
             found.append(Job(name, seed, folder, train, prompts))

@@ -21,10 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "sprites": {"kinds": ("sprites",), "share_two": 0.0},
     "two_sprites": {"kinds": ("sprites",), "share_two": 1.0},
     "held_out": {"kinds": ("shapes",), "share_two": 0.0, "split": "held_out"},
+    "held_out_sprites": {"kinds": ("sprites",), "share_two": 0.0, "split": "held_out"},
     "paraphrased": {"kinds": ("shapes", "digits", "sprites"), "share_two": 0.0, "wording": "unseen"},
 }
-"""one: an object; two: two objects; two_ways: two objects that move, each its own way; digits; sprites; two_sprites; held_out: one
-object in a combination that training never shows; paraphrased: one thing of any kind, said in ways that training never hears."""
+"""one: an object; two: two objects; two_ways: two objects that move, each its own way; digits; sprites; two_sprites; held_out,
+held_out_sprites: one object or sprite in a combination that training never shows; paraphrased: one thing of any kind, said in
+ways that training never hears. Scenes are new in all kinds; of one thing there are so few sentences that training has read most."""
 
 
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
