@@ -12,7 +12,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
@@ -54,21 +53,13 @@ class TextTokenizer:
         self.vocab_size: int = self._backend.vocab_size
         self.max_text_id: int = self._backend.max_text_id
 
-    def encode(self, text: str, cuts: Iterable[int] = ()) -> list[int]:
-        """Ids of ``text``: no start or end id is added, and none of them is a special or visual id.
-
-        No piece reaches across one of the ``cuts``, each the index of the character behind it, in rising order.
-        """
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``: no start or end id is added, and none of them is a special or visual id."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not valid Unicode at character {error.start}; type it again") from error
-        ends = [0, *cuts, len(text)]
-        return [i for start, end in pairwise(ends) for i in self._backend.encode(text[start:end])]
-
-    def can_cut(self) -> bool:
-        """False where a part that is encoded alone becomes another text, such as one with a space in front."""
-        return self.decode(self.encode("growing", cuts=[4])) == self.decode(self.encode("growing"))
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; special and visual ids stand for no text. ValueError for an id outside the vocabulary."""
@@ -186,11 +177,6 @@ def _captions(captions: Iterable[str] | str | Path) -> Iterator[str]:
             yield from (line.rstrip("\r\n") for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read captions from {captions} ({error}); give UTF-8 text, one a line") from error
-
-
-def places_in_words(text: str) -> list[int]:
-    """Where `encode` may be told to cut: before every character that neither is a space nor follows one."""
-    return [i for i in range(1, len(text)) if not (text[i - 1].isspace() or text[i].isspace())]
 
 
 class _SentencePiece:

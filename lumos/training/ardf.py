@@ -61,7 +61,7 @@ from lumos.training.export import Tokenizers, export_checkpoint, model_with
 from lumos.training.samples import Sampler
 from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings
 from lumos.training.yaml_settings import to_plain
-from tokenizer.text import TextTokenizer, places_in_words
+from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
@@ -91,11 +91,6 @@ class ArdfTask:
         self.video_tokenizer.to(device).eval().requires_grad_(False)
         self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
         check_text_tokenizer(self.config, self.text_tokenizer)
-        if settings.masking.subword_dropout and not self.text_tokenizer.can_cut():
-            raise UserError(
-                f"masking.subword_dropout is {settings.masking.subword_dropout}, but this text tokenizer puts a space before "
-                "all that it reads, so words cannot be cut; set it to 0"
-            )
         self._check_sizes(video)
         self._check_base_tokenizers()
         self.adapter: dict[str, Any] | None = None
@@ -363,13 +358,7 @@ class ArdfTask:
         text_ids = None
         if not (dropout and drop):
             size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
-            text = prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size)
-            cuts: list[int] = []
-            if dropout and masking.subword_dropout:
-                places = torch.tensor(places_in_words(text), dtype=torch.int64)
-                chance = torch.rand(len(places), generator=sample_generator(seed, step, position, "subwords"))
-                cuts = places[chance < masking.subword_dropout].tolist()
-            text_ids = self.text_tokenizer.encode(text, cuts)
+            text_ids = self.text_tokenizer.encode(prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size))
         duration, fps = clip_header(num_frames, clip.fps)
         ids = build_sequence(text_ids, torch.zeros(whole, dtype=torch.int64), fps=fps, duration=duration, config=config)
         masked = mask_sequence(

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.errors import RunError, UserError
-from lumos.training.settings import MaskingSettings, StageSettings
+from lumos.training.settings import StageSettings
 from lumos.training.yaml_settings import to_plain
 
 FORMAT = 2
@@ -209,11 +209,8 @@ def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any],
     """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run."""
     remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
     now, before = json.loads(json.dumps(identity)), dict(state["identity"])
-    # what is newer than the checkpoint was as it usually is
-    if "data.stages" in before:
+    if "data.stages" in before:  # a field that is newer than the checkpoint was as it usually is
         before["data.stages"] = [to_plain(StageSettings()) | stage for stage in before["data.stages"]]
-    if "masking.kind" in before:
-        before.setdefault("masking.subword_dropout", MaskingSettings().subword_dropout)
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) != before.get(name):
             raise UserError(f"{folder} is of another run: {name} was {before.get(name)}, now {now.get(name)}; {remedy}")

@@ -117,13 +117,6 @@ class MaskingSettings:
     kind: str = setting("tube", "mask pattern (published: tube)", choices=("tube", "random", "diffusion_forcing", "tube_decay"))
     min_ratio: float = setting(0.7, "lowest share of masked tokens in a clip (published 0.7)", low=0, high=1)
     text_dropout: float = setting(0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1)
-    subword_dropout: float = setting(
-        0.0,
-        "chance of each place between two letters of a caption that no piece of text may reach across it: words are then known by "
-        "their parts too, and words never read by parts that were (after BPE-dropout, arXiv 1910.13267)",
-        low=0,
-        high=1,
-    )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from lumos.errors import UserError
-from tokenizer.text import TextTokenizer, places_in_words
+from tokenizer.text import TextTokenizer
 
 SYMBOLS = ["<sep>", "<mask>", "<video>"]
 CAPTIONS = [
@@ -89,34 +89,6 @@ def test_any_text_comes_back_and_holds_no_special_id(text: str, trained: TextTok
     ids = published.encode(text)
     assert published.decode(ids) == text
     assert all(10 <= i <= published.max_text_id for i in ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data(), text=st.text(max_size=40) | st.lists(st.sampled_from([*TYPED_BY_USERS, " red circle", " "])).map("".join))
-def test_no_piece_reaches_across_a_cut(data, text: str, trained: TextTokenizer, published: TextTokenizer):
-    places = places_in_words(text)
-    cuts = sorted(data.draw(st.sets(st.sampled_from(places)))) if places else []
-    parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    for tokenizer in (trained, published):
-        assert tokenizer.can_cut()
-        ids = tokenizer.encode(text, cuts)
-        assert ids == [i for part in parts for i in tokenizer.encode(part)]
-        assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(text))
-        assert all(tokenizer.is_text(i) for i in ids)
-
-
-def test_places_in_words():
-    assert places_in_words("a red  12\n") == [3, 4, 8]
-    assert places_in_words("") == places_in_words(" ") == []
-
-
-def test_a_space_in_front_of_what_is_read_is_known():
-    words = {"[UNK]": 0, "▁gro": 1, "▁growing": 2, "▁wing": 3, "▁grow": 4, "▁ing": 5}
-    spaced = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = TextTokenizer(spaced.to_str().encode(), "huggingface")
-    assert tokenizer.decode(tokenizer.encode("growing")) == "growing"
-    assert not tokenizer.can_cut()
 
 
 def test_layout_of_a_trained_vocabulary(trained: TextTokenizer):

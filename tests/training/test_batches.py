@@ -16,7 +16,6 @@ from lumos.masking import MASK_KINDS, mask_sequence
 from lumos.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
 from lumos.training.ardf import ArdfTask
 from lumos.training.settings import StageSettings
-from tokenizer.text import TextTokenizer
 
 CPU = torch.device("cpu")
 VIDEO, IMAGE = StepShape("video", 4), StepShape("image", 4)
@@ -163,29 +162,6 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
     assert set(first.tolist()) == {start, task.config.bos_token_id}
     kept = task.batch(0, IMAGE, range(4), dropout=False).tensors["input_ids"]
     assert (kept[:, 0] == task.config.bos_token_id).all()
-
-
-def test_subword_dropout_cuts_words_and_says_the_same(micro_settings):
-    whole, cut = (ArdfTask(micro_settings(masking={"text_dropout": 0.0, "subword_dropout": p}), CPU) for p in (0.0, 0.2))
-    longer = 0
-    for step in range(4):
-        rows = [task.batch(step, VIDEO, range(4)) for task in (whole, cut)]
-        assert torch.equal(*(row.tensors["input_ids"] for row in (rows[1], cut.batch(step, VIDEO, range(4)))))
-        for i in range(4):
-            said = [parse_sequence(row.tensors["input_ids"][i, : row.lengths[i]], whole.config) for row in rows]
-            texts = [whole.text_tokenizer.decode(one.text_ids) for one in said]
-            assert texts[0] == texts[1]
-            assert torch.equal(said[0].codes, said[1].codes)  # the masks are drawn apart
-            longer += len(said[1].text_ids) > len(said[0].text_ids)
-    assert longer > 8
-    plain = [task.batch(0, VIDEO, range(4), dropout=False).tensors["input_ids"] for task in (whole, cut)]
-    assert torch.equal(*plain)
-
-
-def test_subword_dropout_needs_a_tokenizer_that_can_cut(micro_settings, monkeypatch):
-    monkeypatch.setattr(TextTokenizer, "can_cut", lambda self: False)
-    with pytest.raises(UserError, match=r"masking\.subword_dropout is 0\.1, but this text tokenizer"):
-        ArdfTask(micro_settings(masking={"subword_dropout": 0.1}), CPU)
 
 
 @pytest.mark.parametrize(

@@ -161,15 +161,3 @@ def test_a_field_of_stages_that_is_newer_than_the_checkpoint_was_as_usual():
     check()
     with pytest.raises(UserError, match=r"is of another run: data.stages was .*'first_frames': None.*'first_frames': 5"):
         check(first_frames=5)
-
-
-def test_subword_dropout_that_is_newer_than_the_checkpoint_was_none():
-    state = {"identity": {"masking.kind": "tube"}, "step": 1}
-
-    def check(rate: float) -> None:
-        now = {"masking.kind": "tube", "masking.subword_dropout": rate}
-        checkpoint.check_fits(Path("step-1"), state, identity=now, max_steps=2)
-
-    check(0.0)
-    with pytest.raises(UserError, match=r"masking.subword_dropout was 0.0, now 0.1"):
-        check(0.1)
