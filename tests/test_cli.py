@@ -20,6 +20,7 @@ from PIL import Image
 
 from lumos import LumosPipeline
 from lumos.cli import main, warnings_as_notes
+from lumos.evaluation.manifest import folder_sha256
 from lumos.video_io import read_image, read_video, write_video
 
 
@@ -263,6 +264,8 @@ def test_prompts_with_their_first_frame_and_longer(micro_folder, tmp_path, capsy
     assert main(["evaluate", "prompts", *options]) == 0
     written = json.loads(file.read_text())
     assert (written["num_frames"], written["image_to_video"]) == (9, True)
+    assert [written[side] for side in ("height", "width")] == [16, 24]
+    assert written["model_sha256"] == {"model": folder_sha256(micro_folder)}
     assert written["shares"]["one"]["first_frame"] == 1.0
     assert {"last_frame", "steady"} <= written["clips"]["one"][0].keys()
 

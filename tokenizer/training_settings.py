@@ -113,9 +113,8 @@ class TokenizerTrainingSettings:
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         self._check("train_encoder", self.train_encoder or self.start_from is not None, "true without start_from")
         is_wide = config.spatial_patch_size == 2 and config.pointwise_ends and config.patch_method == "haar"
-        is_wide = is_wide and self.start_from is not None
         needed = "start_from, model.spatial_patch_size=2, model.pointwise_ends=true and model.patch_method=haar"
-        self._check("fit_batches", is_wide or not self.fit_batches, f"0 without {needed}")
+        self._check("fit_batches", not self.fit_batches or (self.start_from is not None and is_wide), f"0 without {needed}")
         self._check("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS))
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 up to, not including, 1")
         self._check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")

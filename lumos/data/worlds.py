@@ -215,6 +215,7 @@ class Worlds:
 
         Few places are free for two things that cross each other's way, so that such scenes are rare where none are asked for.
         """
+        # 0 draws no number, so that the clips of a seed stay those from before there was this share
         two_ways = self.share_two_ways > 0 and self.num_frames > 1 and rng.random() < self.share_two_ways
         while True:
             first = sample(rng, self.split)

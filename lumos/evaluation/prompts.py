@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """one: an object; two: two objects; two_ways: two objects that move, each its own way; digits; sprites; two_sprites; held_out,
 held_out_sprites: one object or sprite in a combination that training never shows; paraphrased: one thing of any kind, said in
-ways that training never hears. Scenes are new in all kinds; of one thing there are so few sentences that training has read most."""
+ways that training never hears. Scenes are new in all kinds; of one thing there are so few sentences that training has read many."""
 
 
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
