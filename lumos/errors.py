@@ -1,10 +1,14 @@
-"""The two kinds of failure that the command line reports in one line instead of a traceback."""
+"""The kinds of failure that the command line reports in one line instead of a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
     """What was asked for cannot be done: says what was given, what is allowed, what to do. Exit code 2."""
+
+
+class NotFound(UserError, FileNotFoundError):
+    """A file or folder that was named is not there, or holds nothing of what is asked of it."""
 
 
 class RunError(RuntimeError):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lumos.configuration import LumosConfig
 from lumos.conversion import INDEX, WEIGHTS, match_layout, read_config, read_shapes, weight_files
-from lumos.errors import RunError, UserError
+from lumos.errors import NotFound, RunError, UserError
 from lumos.files import check_writable, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.modeling import LumosForVideoGeneration
@@ -217,7 +217,7 @@ def find_video_tokenizer(cosmos: Path) -> Path:
     for folder in (cosmos, *sorted(p for p in cosmos.iterdir() if p.is_dir())):
         try:
             found.append(loading.find_tokenizer_folder(folder))
-        except FileNotFoundError:
+        except NotFound:
             continue
     found = list(dict.fromkeys(found))
     named = [folder for folder in found if "DV4x8x8" in folder.name]

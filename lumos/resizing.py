@@ -34,10 +34,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
         pipe = LumosPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
     dtype = pipe.model.config.dtype = LumosConfig.from_pretrained(folder).dtype or torch.float32
     source, before = video_tokenizer or folder, pipe.video_tokenizer
-    try:
-        after = halve(before) if video_tokenizer is None else VideoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise UserError(f"the video tokenizer of {source} cannot be read: {error}") from error
+    after = halve(before) if video_tokenizer is None else VideoTokenizer.from_pretrained(source)
     if video_tokenizer is not None and not same_codes(before, after):
         raise UserError(f"the video tokenizer of {video_tokenizer} makes other codes than the one of {folder}, which the decoder "
                         "was trained on; train it with start_from and train_encoder=false")  # fmt: skip

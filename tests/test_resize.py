@@ -97,7 +97,7 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     write_json(small / "config.json", config | {"prompt_template": "{width}: {prompt}"})
     assert "reads its size in words" in error_of(small, "--video-tokenizer", wide)
     assert "there is no model folder" in error_of("nowhere")
-    assert "the video tokenizer of nowhere cannot be read" in error_of(small, "--video-tokenizer", "nowhere")
+    assert "no folder nowhere: give a video tokenizer folder" in error_of(small, "--video-tokenizer", "nowhere")
     out.mkdir()
     assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err

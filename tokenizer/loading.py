@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lumos.errors import RunError, UserError
+from lumos.errors import NotFound, RunError, UserError
 from lumos.files import replacing, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
 from tokenizer.torchscript import read_torchscript
@@ -38,8 +38,8 @@ def find_tokenizer_folder(folder: Path) -> Path:
         if candidate.is_dir() and _weight_files(candidate):
             return candidate
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/")
-    raise FileNotFoundError(
+        raise NotFound(f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/")
+    raise NotFound(
         f"no video tokenizer in {folder}: it needs config.json with {WEIGHTS}, or {' and '.join(JIT_PAIR)}, or {JIT_WHOLE}, "
         f"there or in its subfolder {SUBFOLDER}"
     )

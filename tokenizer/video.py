@@ -268,7 +268,7 @@ class VideoTokenizer(nn.Module):
         """Load a tokenizer folder: config.json + model.safetensors, or the published encoder.jit + decoder.jit / autoencoder.jit.
 
         `folder` may also be a model folder that holds the tokenizer in `video_tokenizer/`. dtype None means float32.
-        Raises FileNotFoundError, ValueError (configuration, missing or unexpected keys) or lumos.errors.RunError (damaged file).
+        Raises lumos.errors.NotFound, UserError (configuration, missing or unexpected keys) or RunError (damaged file).
         """
         folder = loading.find_tokenizer_folder(Path(folder))
         config = loading.read_config(folder)

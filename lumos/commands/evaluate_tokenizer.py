@@ -62,10 +62,7 @@ def run(args: argparse.Namespace) -> None:
         if path:
             check_writable(path)
     folder, device = args.tokenizer or shipped_model(), pick_device(args.device)
-    try:
-        tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
     usual = LumosConfig.from_pretrained(shipped_model()).spatial_compression
     clip = scaled(read_defaults(shipped_model())[1], tokenizer.spatial_compression, usual)
     shape = {name: getattr(clip if getattr(args, name) is None else args, name) for name in ("num_frames", "height", "width")}

@@ -24,8 +24,8 @@ UNSEEN_VERBS = ("heads", "wanders")
 _PLAIN = {"still": ("stays still",), "grows": ("grows",), "shrinks": ("shrinks",)}
 _VARIED = {
     "still": ("stays still", "does not move", "stands still"),
-    "grows": ("grows", "gets bigger", "becomes larger"),
-    "shrinks": ("shrinks", "gets smaller", "becomes smaller"),
+    "grows": ("grows", "gets bigger", "becomes larger", "keeps growing", "is getting bigger"),
+    "shrinks": ("shrinks", "gets smaller", "becomes smaller", "keeps shrinking", "is getting smaller"),
 }
 _UNSEEN = {"still": ("is not moving",), "grows": ("is growing", "becomes bigger"), "shrinks": ("is shrinking",)}
 _GROUNDS = {

@@ -61,10 +61,12 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
                 return
-            yield {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
+            # with every update again, for a busy browser shows only the last of those that arrive together
+            working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
+            yield working
             try:
                 async for update in shown_progress(studio, job):
-                    yield {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
+                    yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
             finally:
                 studio.worker.cancel(job)  # for a visitor who has gone
             ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}

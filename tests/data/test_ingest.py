@@ -231,6 +231,12 @@ def test_too_many_failures_end_with_exit_code_1_and_keep_the_rest(clips, tokeniz
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_items"] == 0
 
 
+def test_a_tokenizer_that_is_not_there_is_a_usage_error(clips, tmp_path, capsys):
+    assert main(["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "nowhere"), *FLAGS]) == 2
+    assert f"no folder {tmp_path / 'nowhere'}: give a video tokenizer folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_settings_or_tokenizer_are_refused(ingested, clips, tokenizer, tmp_path):
     with pytest.raises(UserError, match="made with fps 12, not 8"):
         ingest([clips], ingested, tokenizer, ClipSettings(fps=8, size="16x24", num_frames=5))

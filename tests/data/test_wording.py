@@ -18,8 +18,8 @@ GROUNDS = (*BACKGROUNDS, *GRADIENTS)
 MOTION_WORDS = {
     **{way: rf"{way}(?:wards)?" for way in DIRECTIONS},
     "still": r"(?:stays?|stands?) still|(?:does|do|is|are) not (?:move|moving)",
-    "grows": r"grows|is growing|gets bigger|becomes (?:larger|bigger)",
-    "shrinks": r"shrinks|is shrinking|(?:gets|becomes) smaller",
+    "grows": r"grows|(?:is|keeps) growing|(?:gets|is getting) bigger|becomes (?:larger|bigger)",
+    "shrinks": r"shrinks|(?:is|keeps) shrinking|(?:gets|becomes|is getting) smaller",
 }
 _NOUN = rf"the digit \d|an? (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join((*SHAPES, *SPRITES))})\b"
 
