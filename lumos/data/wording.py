@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 WORDINGS = ("plain", "varied", "unseen")
 VERBS = ("moves", "slides", "goes")
-VARIED_VERBS = (*VERBS, "travels", "drifts", "glides")
+VARIED_VERBS = (*VERBS, "travels", "drifts", "glides", "floats", "flies", "rolls", "creeps", "shifts", "walks")
+VARIED_GERUNDS = ("drifting", "gliding", "floating", "flying", "rolling", "creeping", "walking")
 UNSEEN_VERBS = ("heads", "wanders")
 _PLAIN = {"still": ("stays still",), "grows": ("grows",), "shrinks": ("shrinks",)}
 _VARIED = {
@@ -43,8 +44,11 @@ _PICTURE_OPENINGS = {
     "varied": ("{}", "{}", "{}", "a picture of {}", "here is {}"),
     "unseen": ("an image of {}", "this is {}"),
 }
-BASE_FORMS = {"moves": "move", "slides": "slide", "goes": "go", "travels": "travel", "drifts": "drift", "glides": "glide",
-               "heads": "head", "wanders": "wander", "stays": "stay", "does": "do", "stands": "stand", "is": "are"}  # fmt: skip
+BASE_FORMS = {
+    "moves": "move", "slides": "slide", "goes": "go", "travels": "travel", "drifts": "drift", "glides": "glide", "floats": "float",
+    "flies": "fly", "rolls": "roll", "creeps": "creep", "shifts": "shift", "walks": "walk", "heads": "head", "wanders": "wander",
+    "stays": "stay", "does": "do", "stands": "stand", "is": "are",
+}  # fmt: skip
 
 
 def caption(
@@ -90,6 +94,7 @@ def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:
             (
                 f"{_pick(rng, VARIED_VERBS)} {motion}",
                 f"is moving {motion}",
+                f"is {_pick(rng, VARIED_GERUNDS)} {motion}",
                 f"{_pick(rng, VARIED_VERBS)} to the {motion}" if sideways else f"{_pick(rng, VARIED_VERBS)} {motion}wards",
             ),
         )
@@ -110,5 +115,3 @@ def _plural(motion: str) -> str:
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
-
-

@@ -61,7 +61,7 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
                 return
-            # with every update again, for a busy browser shows only the last of those that arrive together
+            # in every update, for a busy browser may show only the last of several
             working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
             yield working
             try:
