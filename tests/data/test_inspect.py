@@ -56,7 +56,7 @@ def test_without_tokenizer_or_place_only_the_sheet_is_missing(ingested, tmp_path
     assert json.loads(shown.out.splitlines()[-1])["clips"] == 7
     assert shown.err.startswith("no sheet: ")
     assert "gone" in shown.err
-    assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png")]) == 1
+    assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png")]) == 2
     (out / "sheet.png").mkdir()  # a place that cannot be written to
     assert main(["inspect", str(out)]) == 0
     assert "no sheet: " in capsys.readouterr().err
