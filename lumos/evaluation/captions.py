@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 
 from lumos.data.sprites import SPRITES
-from lumos.data.wording import BASE_FORMS as _BASE
-from lumos.data.wording import VERBS, noun
+from lumos.data.wording import VERBS, base_form, noun
 from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, GROWTH, SHAPES, SIZES, Scene
 from lumos.errors import UserError
 
-BASE_FORMS = tuple(_BASE[verb] for verb in VERBS)
+BASE_FORMS = tuple(map(base_form, VERBS))
 _OBJECT = re.compile(
     rf"(?:(?:an?|one|the)\s+)?"
     rf"(?:(?P<sprite>{'|'.join(SPRITES)})|digit\s+(?P<digit>\d)|(?:(?P<size>{'|'.join(SIZES)})\s+)?(?:(?P<colour>{'|'.join(COLOURS)})\s+)?"
