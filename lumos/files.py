@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,19 @@ def check_writable(path: str | Path) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
+
+
+def check_outputs(pictures: Iterable[str | None] = (), others: Iterable[str | None] = ()) -> None:
+    """UserError unless every file that is named can be written later, no two are one, and the pictures are called .png."""
+    pictures, others = ([path for path in paths if path is not None] for paths in (pictures, others))
+    for path in pictures:
+        if Path(path).suffix.lower() != ".png":
+            raise UserError(f"{path} would be written as a PNG; name a .png file")
+    seen: dict[Hashable, str] = {}
+    for path in (*pictures, *others):
+        check_writable(path)
+        if (first := seen.setdefault(file_identity(path), path)) is not path:
+            raise UserError(f"{first} and {path} are one file; name two")
 
 
 def check_new(out: str | Path) -> None:

@@ -118,7 +118,7 @@ def contact_sheet(
     cell: int = 96,
     across: int = 1,
 ) -> Path:
-    """Draw clips uint8 [T, H, W, 3] into one PNG: a label above ``columns`` evenly spaced frames of each clip.
+    """Draw clips uint8 [T, H, W, 3] into one PNG: a label of up to two lines above ``columns`` evenly spaced frames of each clip.
 
     ``cell`` is the width of a frame in pixels; ``across`` clips stand side by side before the next row begins.
     """
@@ -129,15 +129,19 @@ def contact_sheet(
     if min(columns, cell, across) < 1:
         raise UserError(f"columns {columns}, cell {cell} and across {across} must all be at least 1")
     font = ImageFont.load_default(13)
-    gap, text_height = 4, 20
+    gap, line = 4, 16
     tallest = max(round(cell * clip.shape[1] / clip.shape[2]) for clip in clips)
-    strip_width, strip_height = columns * (cell + gap) + 2 * gap, text_height + tallest + 2 * gap
+    strip_width = columns * (cell + gap) + 2 * gap
+    texts = [_lines(label, font, strip_width - 2 * gap, 2) for label in labels]
+    text_height = line * max(map(len, texts)) + gap
+    strip_height = text_height + tallest + 2 * gap
     rows = math.ceil(len(clips) / across)
     sheet = Image.new("RGB", (min(across, len(clips)) * strip_width, rows * strip_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for n, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+    for n, (clip, text_lines) in enumerate(zip(clips, texts, strict=True)):
         left, top = (n % across) * strip_width + gap, (n // across) * strip_height
-        draw.text((left, top + 2), _shortened(label, font, strip_width - 2 * gap), fill="black", font=font)
+        for row, text in enumerate(text_lines):
+            draw.text((left, top + 2 + row * line), text, fill="black", font=font)
         for column, t in enumerate(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)):
             picture = Image.fromarray(clip[t]).resize((cell, round(cell * clip.shape[1] / clip.shape[2])))
             sheet.paste(picture, (left + column * (cell + gap), top + text_height))
@@ -156,23 +160,24 @@ def animated_sheet(
     across: int = 4,
     hold: float = 0.8,
 ) -> Path:
-    """Play clips uint8 [T, H, W, 3] side by side in one looping .webp or .gif, each over its label on up to three lines.
+    """Play clips uint8 [T, H, W, 3] side by side in one looping .webp or .gif, each over its label on up to five lines.
 
     ``cell`` is the width of a clip in pixels. A shorter clip waits on its last frame; all do for ``hold`` seconds at the end.
     """
+    check_animated(path)
     if not clips or len(clips) != len(labels):
         raise UserError(f"an animated sheet needs as many labels as clips, at least one; given {len(clips)}, {len(labels)}")
-    if Path(path).suffix.lower() not in (".webp", ".gif"):
-        raise UserError(f"{path} cannot be animated; name a .webp or .gif file")
-    font, gap, line, lines = ImageFont.load_default(11), 6, 13, 3
+    font, gap, line = ImageFont.load_default(11), 6, 13
+    texts = [_lines(label, font, cell, 5) for label in labels]
+    lines = max(map(len, texts))
     tallest = max(round(cell * clip.shape[1] / clip.shape[2]) for clip in clips)
     wide, high = cell + gap, tallest + lines * line + gap
     rows = math.ceil(len(clips) / across)
     page = Image.new("RGB", (min(across, len(clips)) * wide + gap, rows * high + gap), "white")
     draw = ImageDraw.Draw(page)
     places = [(gap + (n % across) * wide, gap + (n // across) * high) for n in range(len(clips))]
-    for (left, top), label in zip(places, labels, strict=True):
-        for n, text in enumerate(_lines(label, font, cell, lines)):
+    for (left, top), text_lines in zip(places, texts, strict=True):
+        for n, text in enumerate(text_lines):
             draw.text((left, top + tallest + n * line), text, fill="black", font=font)
     pages = []
     for t in range(max(map(len, clips))):
@@ -186,6 +191,12 @@ def animated_sheet(
         options = {"quality": 80, "method": 6} if Path(path).suffix.lower() == ".webp" else {}
         pages[0].save(temporary, Path(path).suffix[1:], save_all=True, append_images=pages[1:], duration=waits, loop=0, **options)
     return Path(path)
+
+
+def check_animated(path: str | Path) -> None:
+    """UserError unless `animated_sheet` can write it."""
+    if Path(path).suffix.lower() not in (".webp", ".gif"):
+        raise UserError(f"{path} cannot be animated; name a .webp or .gif file")
 
 
 def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:

@@ -6,7 +6,6 @@ stands for more pixels (or fewer), and neighbouring codes are as far apart as th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from lumos.configuration import SCALED_SCHEMES, LumosConfig
 from lumos.errors import UserError
+from lumos.evaluation.prompt_lists import parse_json, read_text
 from lumos.files import replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults
 from lumos.pipeline import LumosPipeline
@@ -30,6 +30,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     video_tokenizer: a folder with a tokenizer of another size and the same codes; None: the one of half the size that is inside
     the model's. UserError for tokenizers with other codes, for models that read their size in words, and if there is no such half.
     """
+    record = _record(Path(folder), video_tokenizer)
     with no_progress_bar():
         pipe = LumosPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
     dtype = pipe.model.config.dtype = LumosConfig.from_pretrained(folder).dtype or torch.float32
@@ -46,7 +47,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
-        write_json(writing / "training.json", _record(Path(folder), video_tokenizer))
+        write_json(writing / "training.json", record)
     return clip
 
 
@@ -67,6 +68,8 @@ def scaled(clip: ClipDefaults, after: int, before: int) -> ClipDefaults:
 
 def _record(folder: Path, video_tokenizer: str | Path | None) -> dict[str, Any]:
     file = folder / "training.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = parse_json(read_text(file, "a record of training"), str(file)) if file.is_file() else {}
+    if not isinstance(before, dict) or not isinstance(before.get("resized", []), list):
+        raise UserError(f"{file} must hold a JSON object, with a list if it has 'resized'; mend it or take it away")
     step = {"from": str(folder), "video_tokenizer": video_tokenizer and str(video_tokenizer), **versions()}
     return {**before, "resized": [*before.get("resized", []), step]}

@@ -258,6 +258,32 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--kinds", "one", "three"], "prompt kind 'three' is unknown"),
+        (["--kinds", "one", "one"], "kind 'one' is named twice"),
+        (["--kinds", "two_ways", "--num-frames", "1"], "'two_ways' is told by its motions"),
+        (["--kinds", "one", "sprites"], "the picture of the sprite"),
+        (["--seed", "-1"], "--seed -1 is not allowed"),
+        (["--temperature", "-1"], "temperature -1"),
+        (["--animation", "a.mp4"], "a.mp4 cannot be animated"),
+        (["--sheet", "a.jpg"], "a.jpg would be written as a PNG"),
+        (["--sheet", "a.png", "--output", "./a.png"], "a.png and ./a.png are one file"),
+        (["--sheet-clips", "3"], "--sheet-clips has no effect without --sheet or --animation"),
+        (["--reference", "truth", "--batch-size", "3"], "--batch-size has no effect with --reference truth"),
+    ],
+)
+def test_what_prompts_cannot_be_is_said_before_anything_is_drawn(
+    micro_folder, no_sprite_pictures, in_empty_folder, capsys, wrong, message
+):
+    assert main(["evaluate", "prompts", "--model", str(micro_folder), "--count", "1000000", *wrong]) == 2
+    said = capsys.readouterr()
+    assert message in said.err.splitlines()[-1]
+    assert not said.out
+    assert not list(Path().iterdir())
+
+
 def test_prompts_with_their_first_frame_and_longer(micro_folder, tmp_path, capsys):
     file = tmp_path / "r.json"
     options = ["--model", str(micro_folder), "--count", "2", "--num-frames", "9", "--image-to-video", "--output", str(file)]

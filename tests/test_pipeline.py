@@ -204,6 +204,10 @@ def test_pipeline_json_is_checked(pipe, tmp_path):
     (tmp_path / "pipeline.json").write_text("{")
     with pytest.raises(UserError, match="no JSON object"):
         LumosPipeline.from_pretrained(tmp_path, device="cpu")
+    for other in ("[]", '""', "null", "3"):
+        (tmp_path / "pipeline.json").write_text(other)
+        with pytest.raises(UserError, match="must hold a JSON object of settings"):
+            LumosPipeline.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(UserError, match="device 'gpu9' is unknown"):
         LumosPipeline.from_pretrained(tmp_path, device="gpu9")
 

@@ -96,6 +96,9 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     config = json.loads((small / "config.json").read_text())
     write_json(small / "config.json", config | {"prompt_template": "{width}: {prompt}"})
     assert "reads its size in words" in error_of(small, "--video-tokenizer", wide)
+    for broken in ("[]", "{", '{"resized": {}}'):
+        (small / "training.json").write_text(broken)
+        assert f"{small / 'training.json'}" in error_of(small, "--video-tokenizer", wide)
     assert "there is no model folder" in error_of("nowhere")
     assert "no folder nowhere: give a video tokenizer folder" in error_of(small, "--video-tokenizer", "nowhere")
     out.mkdir()

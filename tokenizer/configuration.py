@@ -63,7 +63,9 @@ class VideoTokenizerConfig:
 
     def __post_init__(self) -> None:
         for field in ("channels_mult", "attn_resolutions", "levels"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            value = getattr(self, field)
+            _require(isinstance(value, (list, tuple)), field, value, "a list")
+            object.__setattr__(self, field, tuple(value))
         for field in (
             "in_channels",
             "out_channels",

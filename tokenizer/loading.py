@@ -78,7 +78,7 @@ def read_config(folder: Path) -> VideoTokenizerConfig:
     if path.is_file():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RunError(f"cannot read {path}: {error}") from error
         if not isinstance(values, dict):
             raise UserError(f"{path} must hold a JSON object with the settings of a video tokenizer")

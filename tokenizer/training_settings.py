@@ -72,12 +72,14 @@ class TokenizerTrainingSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        self._check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 up to, not including, 1")
         if isinstance(self.films, str):
             object.__setattr__(self, "films", [self.films])
         check_processes(self.processes)
         is_dict = isinstance(self.worlds, dict)
         self._check("worlds", is_dict and self.worlds.keys() <= {*_WORLD_OPTIONS}, f"the keys {', '.join(_WORLD_OPTIONS)}")
         Worlds(**self.worlds)
+        self._check("model", isinstance(self.model, dict), "fields of a video tokenizer's config.json")
         config = VideoTokenizerConfig.from_dict(self.model)
         step, stride = config.temporal_compression, config.spatial_compression
         self._check("steps", self.steps >= (0 if self.fit_batches else 1), "1 or more, or 0 with fit_batches")
@@ -92,7 +94,7 @@ class TokenizerTrainingSettings:
         ):
             self._check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
-            self._check(name, getattr(self, name) > 0, "a number above 0")
+            self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
         for name in (
             "processes",
             "fit_batches",
@@ -193,14 +195,20 @@ def _parse(text: str, origin: str) -> Any:
 
 def _as_type(key: str, annotation: str, value: Any) -> Any:
     """The value as the annotated type. YAML reads 1e-3 as text, so text that is a number serves as one."""
-    wanted = {"int": int, "float": float, "str": str, "bool": bool}.get(annotation.removesuffix(" | None"), object)
+    if annotation.startswith("dict"):
+        return value  # each such setting says itself which keys it takes
+    wanted = {"int": int, "float": float, "str": str, "bool": bool}.get(annotation.removesuffix(" | None"))
+    if annotation == "tuple[float, float]" and isinstance(value, (list, tuple)) and len(value) == 2:
+        return tuple(_as_type(key, "float", number) for number in value)
+    if annotation == "list[str]" and isinstance(value, (str, list)):
+        return [_as_type(key, "str", text) for text in ([value] if isinstance(value, str) else value)]
     if value is None and annotation.endswith("None"):
         return None
     try:
         if wanted is float and not isinstance(value, bool):
             return float(value)
         if (wanted is int and isinstance(value, int) and not isinstance(value, bool)) or (
-            wanted is not int and isinstance(value, wanted)
+            wanted not in (int, None) and isinstance(value, wanted)
         ):
             return value
     except (TypeError, ValueError):

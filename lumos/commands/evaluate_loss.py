@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("count", "bins", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
+    if args.bins > 100:
+        raise UserError(f"--bins {args.bins} is not allowed; give at most 100, whose names have two digits")
     chosen = {name: value for name, value in (("kinds", args.kinds), ("split", args.split)) if value}
     if args.data and chosen:
         raise UserError(f"--{' and --'.join(chosen)} have no effect with --data, whose clips are what they are; leave them out")

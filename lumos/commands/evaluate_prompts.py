@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
     add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")
     add("--image-to-video", action="store_true", help="give each clip its first frame, as the small worlds draw it")
-    add("--batch-size", type=int, default=10)
+    add("--batch-size", type=int, help="clips at a time; default: 10")
     add_sampling(parser)
     add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
     add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
     add("--animation", help=".webp or .gif that plays the same clips side by side over their prompts")
-    add("--sheet-clips", type=int, default=12, help="clips of each kind on the sheet and in the animation")
+    add("--sheet-clips", type=int, help="clips of each kind on the sheet and in the animation; default: 12")
     add("--output", help="JSON file for settings, shares and the verdict of every clip")
     add_device(parser)
     add_acceleration(parser)
@@ -38,26 +38,29 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos.errors import UserError
-    from lumos.evaluation.prompts import generate_in_batches, is_kept, moved, prompt_set, score, shares
-    from lumos.files import check_writable, write_json
-    from lumos.frames import animated_sheet, contact_sheet
+    from lumos.evaluation.prompts import check_kinds, generate_in_batches, is_kept, moved, prompt_set, score, shares
+    from lumos.files import check_outputs, write_json
+    from lumos.frames import animated_sheet, check_animated, contact_sheet
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
-    for name in ("count", "batch_size", "sheet_clips"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
+    for name, least in (("count", 1), ("batch_size", 1), ("sheet_clips", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least {least}")
     options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    if options and args.reference:
-        raise UserError(f"{', '.join(options)} have no effect with --reference {args.reference}; leave them out")
-    if args.image_to_video and args.reference:
-        raise UserError(f"--image-to-video has no effect with --reference {args.reference}; leave it out")
+    given = [f"--{name.replace('_', '-')}" for name in (*options, "image_to_video", "batch_size") if getattr(args, name)]
+    if args.reference and given:
+        raise UserError(f"{given[0]} has no effect with --reference {args.reference}; leave it out")
+    if args.sheet_clips is not None and not args.sheet and not args.animation:
+        raise UserError("--sheet-clips has no effect without --sheet or --animation; name one, or leave it out")
     if args.mask_given_frames and not args.image_to_video:
         raise UserError("--mask-given-frames has no effect without --image-to-video; add it, or leave it out")
-    for path in (args.sheet, args.animation, args.output):
-        if path:
-            check_writable(path)
+    check_outputs([args.sheet], [args.animation, args.output])
+    if args.animation:
+        check_animated(args.animation)
+    check_kinds(args.kinds, args.num_frames)
     pipe, model = load(args)
+    override(pipe.settings, **options)
     form = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(form.num_frames, pipe.model.config.temporal_compression)
     shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
@@ -75,23 +78,18 @@ def run(args: argparse.Namespace) -> None:
             clips = [pipe.reconstruct(clip) for clip in truth]
         else:
             pictures = [frames[0] for frames in truth] if args.image_to_video else None
-            clips = generate_in_batches(make, args.seed, args.batch_size, prompts, pictures)
+            clips = generate_in_batches(make, args.seed, args.batch_size or 10, prompts, pictures)
         _, verdicts = score(clips, wanted)
         if args.image_to_video:
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
                 verdict["first_frame"] = is_kept(made[0], pipe.reconstruct(drawn[:1])[0])
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
-        for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips]:
+        for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips or 12]:
             wrong = [name for name, right in verdict.items() if not right and name not in SUMS]
             clips_shown.append(clip)
             labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
         print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
-    if args.sheet:
-        print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
-    if args.animation:
-        captions = [label.partition(" | ")[2] for label in labels]
-        print(animated_sheet(clips_shown, captions, args.animation, form.fps))
     summary = {
         "evaluate": "prompts", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
         "count": args.count, "seed": args.seed, **shape, "image_to_video": args.image_to_video,
@@ -101,4 +99,9 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, {**summary, "clips": {kind: result["clips"] for kind, result in results.items()}})
+    if args.sheet:
+        print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
+    if args.animation:
+        captions = [label.partition(" | ")[2] for label in labels]
+        print(animated_sheet(clips_shown, captions, args.animation, form.fps))
     print(json.dumps(summary))

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
-    from lumos.files import check_writable, write_json
+    from lumos.files import check_outputs, write_json
     from lumos.generation.settings import read_defaults
     from lumos.resizing import scaled
     from lumos.runtime import peak_memory_bytes, pick_device, versions
@@ -50,17 +50,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--sheet-clips has no effect without --sheet; name the PNG, or leave it out")
     sheet_clips = 6 if args.sheet_clips is None else args.sheet_clips
     for name, value, least in (
-        ("count", args.count, 1), ("batch-size", args.batch_size, 1), ("sheet-clips", sheet_clips, 1), ("seed", args.seed, 0)
+        ("count", args.count, 1), ("batch-size", args.batch_size, 1), ("sheet-clips", sheet_clips, 1), ("seed", args.seed, 0),
+        ("height", args.height, 1), ("width", args.width, 1),
     ):  # fmt: skip
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"--{name} {value} is not allowed; give at least {least}")
     for source in args.data:
         check_source(source)
     if len(set(args.data)) < len(args.data):
         raise UserError(f"--data {' '.join(args.data)} names a source twice; name it once")
-    for path in (args.sheet, args.output):
-        if path:
-            check_writable(path)
+    check_outputs([args.sheet], [args.output])
     folder, device = args.tokenizer or shipped_model(), pick_device(args.device)
     tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
     usual = LumosConfig.from_pretrained(shipped_model()).spatial_compression

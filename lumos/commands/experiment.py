@@ -35,7 +35,11 @@ def run(args: argparse.Namespace) -> None:
             for command in job.missing():
                 print(shlex.join(["python", "-m", "lumos", *command]))
         return
-    check_writable(out.with_suffix(".json"))
+    places = [experiments.named(out, suffix) for suffix in (".json", ".png")]
+    for place in places:
+        check_writable(place)
+    for job in jobs:
+        list(job.missing())  # a folder of another command is found before the first run
     with tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar:
         experiments.run(jobs, args.parallel, bar.update)
     result = experiments.gather(experiment, jobs)
@@ -43,4 +47,4 @@ def run(args: argparse.Namespace) -> None:
     for variant, row in result["variants"].items():
         figures = (f"{name} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for name, (mean, spread) in row["summary"].items())
         print(f"{variant:24}{'  '.join(figures)}")
-    print(f"{out.with_suffix('.json')}  {out.with_suffix('.png')}")
+    print(*places, sep="  ")

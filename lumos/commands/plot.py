@@ -42,7 +42,11 @@ def read_curves(name: str) -> Curves:
         raise UserError(f"there is no log {path}; give the folder of a run, such as runs/tiny")
     curves: Curves = {}
     for line in read_lines(path):
+        if not isinstance(line, dict) or ("event" not in line and type(line.get("step")) is not int):
+            raise UserError(f"{path} is no log of a run: {str(line)[:60]} has no step")
         for field, value in line.items() if "event" not in line else ():
+            if not all(isinstance(v, int | float | None) for v in (value if isinstance(value, list) else [value])):
+                raise UserError(f"{path}: {field} of step {line['step']} is no number: {str(value)[:60]}")
             if field not in ("step", "time") and value is not None:
                 curves.setdefault(field, []).append((line["step"], value))
     if not curves:

@@ -16,11 +16,11 @@ MOTION = "moved"  # no share: may be above 1
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
 
-def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
+def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: bool = True) -> None:
     """`result` is what `experiments.gather` gives. UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError as error:
         raise UserError(f"experiment needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     variants = result["variants"]
@@ -29,7 +29,7 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
     motions = [name for name in shown if name.partition(" of ")[0] == MOTION]
     shares = {"share of prompts": [name for name in shown if name not in motions], "motion, over the truth's": motions}
     shares = {title: names for title, names in shares.items() if names}
-    judged = [row for row in variants.values() if row["x"] is not None and "seconds" in row["runs"][0]]
+    judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
     times = sorted((row["x"], statistics.mean(run["seconds"] / run["clips"] for run in row["runs"]), 0.0) for row in judged)
     panels = len(fields) + len(shares) + bool(times)
     figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
@@ -43,6 +43,8 @@ def draw(result: dict[str, Any], figures: list[str], path: Path) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         elif result["over"] == "flops":
             axes.set(xscale="log", yscale="log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         _finish(axes, field + (", last value" if per_place else ""), "latent frame" if per_place else result["over"])
     for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
         _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])

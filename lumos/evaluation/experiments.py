@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import RunError, UserError
-from lumos.files import write_json
+from lumos.evaluation.prompts import KINDS
+from lumos.files import write_bytes, write_json
 from lumos.runtime import versions
 from lumos.training.logging import read_lines
 from lumos.training.yaml_settings import build, read_yaml, setting
 
 OVER = ("step", "flops")
 FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
+MORE_FIGURES = ("background", "colour_and_motion", "count", "first_frame", "size", "sprite")
+OWN_OPTIONS = ("--seed", "--output")
+"""Of `evaluate prompts`: what an experiment gives each run."""
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Experiment:
     over: str = setting("step", "what curves run over: step, or flops, those of training up to there")
     figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw, means over kinds, or of one: all of two")
     axis: str = setting("", "what x is")
+    seconds: bool = setting(True, "draw the seconds a clip takes, where variants stand on an axis")
     seeds: list[int] = setting([0], "each variant runs once with each")
     variants: dict[str, Any] = setting({}, "name: {train: [...], prompts: [...], x: ...}")
 
@@ -70,14 +76,25 @@ def load(path: str | Path) -> Experiment:
             raise UserError(f"variants.{name}.train has no effect without train.config; leave it out")
         if variant.prompts and not judges:
             raise UserError(f"variants.{name}.prompts has no effect without prompts; leave it out")
-        if "/" in name or name.startswith("."):
-            raise UserError(f"variant {name!r} cannot name a folder; leave out / and a dot in front")
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"variant {name!r} cannot name a folder; give it a name without / and a dot in front")
     if trains and experiment.model:
         raise UserError("model has no effect where variants are trained; leave it out")
-    options = {option for row in (experiment, *experiment.variants.values()) for option in row.prompts or ()}
+    if experiment.train.overrides and not trains:
+        raise UserError("train.overrides has no effect without train.config; leave it out")
+    if not experiment.seeds or min(experiment.seeds) < 0 or len(set(experiment.seeds)) < len(experiment.seeds):
+        raise UserError(f"seeds {experiment.seeds} are not allowed; give at least one, each once, none below 0")
+    told = [option for row in (experiment, *experiment.variants.values()) for option in row.prompts or ()]
+    options = [part for option in told for part in option.split("=")]
+    if own := [option for option in OWN_OPTIONS if option in options]:
+        raise UserError(f"prompts: {own[0]} is what each run of the experiment has of its own; leave it out")
+    if trains and "--model" in options:
+        raise UserError("prompts: --model has no effect where variants are trained; leave it out")
     for name in experiment.figures:
-        _, of, kind = name.partition(" of ")
-        if of and kind not in options:
+        figure, of, kind = name.partition(" of ")
+        if figure not in (*FIGURES, *MORE_FIGURES):
+            raise UserError(f"figures: {name!r} is unknown; allowed: {', '.join((*FIGURES, *MORE_FIGURES))}, also 'all of two'")
+        if of and (kind not in KINDS or kind not in options):
             raise UserError(f"figures: {name!r} is of a kind that is not asked for; name it after --kinds in prompts")
     if experiment.over not in OVER:
         raise UserError(f"over: {experiment.over!r} is not allowed; allowed: {', '.join(OVER)}")
@@ -101,11 +118,22 @@ class Job:
         return self.folder / "train" / "log.jsonl"
 
     def missing(self) -> Iterator[tuple[str, ...]]:
-        """Commands that are not done yet, in order."""
-        if self.train and not (self.folder / "train" / "export" / "config.json").is_file():
-            yield self.train
-        if self.prompts and not (self.folder / "prompts.json").is_file():
-            yield self.prompts
+        """Commands that are not done yet, in order. UserError where another command has begun or done its part."""
+        for command, made in ((self.train, self.folder / "train" / "export" / "config.json"),
+                              (self.prompts, self.folder / "prompts.json")):  # fmt: skip
+            if not command:
+                continue
+            told = self.told(command)
+            before = told.read_text() if told.is_file() else None
+            if before != shlex.join(command) and (before is not None or made.is_file()):
+                how = f"the command in {told}" if before else "an unknown command"
+                raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it or name other --runs")
+            if not made.is_file():
+                yield command
+
+    def told(self, command: tuple[str, ...]) -> Path:
+        """Where a command that makes a part of the folder is kept, so that its result is never taken for another's."""
+        return self.folder / f"{command[0]}.command"
 
 
 def jobs(experiment: Experiment, root: Path) -> list[Job]:
@@ -135,6 +163,7 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for command in job.missing():
+            write_bytes(job.told(command), shlex.join(command).encode())
             with open(job.folder / f"{command[0]}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(
@@ -227,5 +256,10 @@ def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
     """`out`.json and `out`.png."""
     from lumos.evaluation.experiment_plots import draw
 
-    write_json(out.with_suffix(".json"), result)
-    draw(result, experiment.figures, out.with_suffix(".png"))
+    write_json(named(out, ".json"), result)
+    draw(result, experiment.figures, named(out, ".png"), seconds=experiment.seconds)
+
+
+def named(out: Path, suffix: str) -> Path:
+    """The file beside others of that name, which may hold dots."""
+    return out.with_name(out.name + suffix)

@@ -7,7 +7,6 @@ here because the package lpips needs torchvision for one small network and downl
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +103,9 @@ class Lpips:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"cannot read the weights {path} ({str(error).splitlines()[0]}); copy the file again") from error
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file anything, and PyTorch's advice would be to unpickle it
+        raise RunError(f"cannot read {path} as tensors ({type(error).__name__}); copy the file again") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise RunError(f"{path} holds no tensors by name; copy the file again")
+    return found

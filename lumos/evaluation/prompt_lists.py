@@ -120,8 +120,9 @@ def read_vbench_i2v(text: str, samples: int | None) -> list[Entry]:
 
 def read_geneval(text: str, samples: int | None) -> list[Entry]:
     """evaluation_metadata.jsonl: a line {"tag", "prompt", ...} each; line n goes to <n>/samples/, itself beside them."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows = check_rows([parse_json(line, f"line {n + 1}") for n, line in enumerate(lines)], {"tag": str, "prompt": str})
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = check_rows([parse_json(line, f"line {number}") for number, line in numbered], {"tag": str, "prompt": str})
+    lines = [line for _, line in numbered]
     entries = []
     for number, (line, row) in enumerate(zip(lines, rows, strict=True)):
         files = tuple(f"{number:05d}/samples/{i:04d}.png" for i in range(samples or PICTURE_SAMPLES))

@@ -29,6 +29,20 @@ held_out_sprites: one object or sprite in a combination that training never show
 ways that training never hears. Scenes are new in all kinds; of one thing there are so few sentences that training has read many."""
 
 
+PICTURES_OF = {"two_ways": "two", "held_out_sprites": "sprites"}
+"""Kinds that differ from others by their motions, which a picture has not."""
+
+
+def check_kinds(kinds: Sequence[str], num_frames: int | None = None) -> None:
+    """UserError for kinds that are unknown, named twice, without their pictures, or no kind of their own in one frame."""
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise UserError(f"kind {kind!r} is named twice; name it once")
+        prompt_set(kind, 1, 0, num_frames=17)
+        if num_frames == 1 and kind in PICTURES_OF:
+            raise UserError(f"{kind!r} is told by its motions, which one frame has not; ask for {PICTURES_OF[kind]!r}")
+
+
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
     """(prompt, rendered truth, attributes that the prompt names) of scenes.
 
@@ -67,7 +81,10 @@ def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
 
 
 def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
-    """Change from frame to frame, mean over pixels and clips, over that of the rendered truth: 1 is as much motion as asked for."""
+    """Change from frame to frame, mean over pixels and clips, over that of the rendered truth.
+
+    A tokenizer flickers, so that clips with as much motion as was asked for have what `--reference reconstruction` gives, not 1.
+    """
     ours, theirs = (
         np.mean([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean() for clip in of]) if len(of[0]) > 1 else 0.0
         for of in (clips, truth)

@@ -119,8 +119,8 @@ def summarize(benchmark: str, paths: Sequence[str | Path]) -> dict[str, Any]:
         return vbench_totals(benchmark, read_scores(paths))
     rows: list[Any] = []
     for path in paths:
-        lines = [line for line in read_text(path, "results of GenEval").split("\n") if line.strip()]
-        found = [parse_json(line, f"{path}, line {number + 1},") for number, line in enumerate(lines)]
+        lines = enumerate(read_text(path, "results of GenEval").split("\n"), 1)
+        found = [parse_json(line, f"{path}, line {number},") for number, line in lines if line.strip()]
         rows += check_rows(found, {"tag": str, "prompt": str, "correct": bool}, str(path))
     if not rows:
         raise UserError(f"{', '.join(map(str, paths))} hold no results")

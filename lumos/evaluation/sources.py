@@ -43,10 +43,12 @@ def read_source(
         return [worlds[index][0] for index in range(count)], []
     files = _files(source)
     if len(files) > count:
-        files = [files[i] for i in sorted(np.random.default_rng(seed).permutation(len(files))[:count])]
+        files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
     clips, left_out = [], []
     for index, file in enumerate(files):
-        wanted = (count - len(clips)) // (len(files) - index)  # what is left, shared among the files that are left
+        if len(clips) == count:
+            break
+        wanted = max(1, (count - len(clips)) // (len(files) - index))  # what is left, shared among the files that are left
         try:
             clips += _read(file, wanted, num_frames, height, width)
         except UserError as error:

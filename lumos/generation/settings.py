@@ -161,9 +161,11 @@ def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
     if not file.is_file():
         return GenerationSettings(), ClipDefaults()
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
         parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no JSON object of settings ({error})") from error
     if stored:
         raise UserError(f"{file} has unknown settings: {', '.join(sorted(stored))}")

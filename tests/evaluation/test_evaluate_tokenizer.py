@@ -147,6 +147,11 @@ def test_more_files_than_wanted_are_drawn_by_the_seed(tmp_path):
     assert len(draws[0]) == 3
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
+    for index in range(7):
+        (tmp_path / f"{index}.png").write_bytes(b"damaged")
+    for seed in range(3):
+        clips, left_out = read_source(str(tmp_path), count=1, seed=seed, **SHAPE)
+        assert len(clips) == 1, left_out
 
 
 def test_sources_that_are_not_there(own):
@@ -197,6 +202,9 @@ def test_the_command(micro_folder, own, tmp_path, capsys):
         (["--sheet-clips", "2"], "no effect without --sheet"),
         (["--num-frames", "6"], "num_frames must be 1 + 4 * k, got 6; use 5 or 9"),
         (["--height", "20"], "multiples of 8"),
+        (["--height", "-64"], "--height -64 is not allowed; give at least 1"),
+        (["--sheet", "s.gif"], "s.gif would be written as a PNG"),
+        (["--sheet", "s.png", "--output", "s.png"], "s.png and s.png are one file"),
         (["--height", "8"], "8 x 24 pixels cannot be measured; SSIM needs 11 x 11"),
         (["--lpips", "nowhere"], "LPIPS needs frames of at least 31 x 31 pixels, got 16 x 24"),
         (["--lpips", "nowhere", "--height", "32", "--width", "32"], "nowhere has no alexnet"),

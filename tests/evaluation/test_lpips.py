@@ -46,9 +46,15 @@ def test_weights_that_are_not_there_or_not_right(weights, tmp_path, monkeypatch)
     assert f"there is no {BACKBONE} in {tmp_path}" in find_weights(None)
     with pytest.raises(UserError, match=f"has no {BACKBONE} and no {HEADS}"):
         find_weights(tmp_path)
-    (tmp_path / BACKBONE).write_bytes(b"not weights")
-    with pytest.raises(RunError, match="cannot read the weights"):
-        Lpips(tmp_path / BACKBONE, weights / HEADS, torch.device("cpu"))
+    for damaged in (b"not weights", b"", b"<html>"):
+        (tmp_path / BACKBONE).write_bytes(damaged)
+        with pytest.raises(RunError, match="as tensors") as raised:
+            Lpips(tmp_path / BACKBONE, weights / HEADS, torch.device("cpu"))
+        assert "weights_only" not in str(raised.value)
+    for other in ([1], None, torch.ones(3), {"features.0.weight": 1}):
+        torch.save(other, tmp_path / BACKBONE)
+        with pytest.raises(RunError, match="holds no tensors by name"):
+            Lpips(tmp_path / BACKBONE, weights / HEADS, torch.device("cpu"))
     with pytest.raises(RunError, match="are these the files of AlexNet"):
         Lpips(weights / HEADS, weights / BACKBONE, torch.device("cpu"))
     torch.save({f"lin{i}.model.1.weight": torch.rand(1, 64, 1, 1) for i in range(5)}, tmp_path / HEADS)

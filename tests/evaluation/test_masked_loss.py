@@ -197,6 +197,7 @@ def test_the_clips_are_those_that_training_keeps_for_validation(shards, pipe):
     [
         (["--count", "0"], "--count 0 is not allowed"),
         (["--bins", "0"], "--bins 0 is not allowed"),
+        (["--bins", "101"], "--bins 101 is not allowed"),
         (["--num-frames", "6"], "num_frames 6 is not allowed"),
         (["--data", "x", "--split", "all"], "--split have no effect with --data"),
         (["--data", "x", "--split", "all", "--kinds", "digits"], "--kinds and --split have no effect"),

@@ -103,6 +103,7 @@ def test_captions_that_do_not_fit(name, text, message, tmp_path):
         ("vbench", "{", "not valid JSON"),
         ("vbench-i2v", VBENCH, "entry 0 of the prompt list has no image_name"),
         ("geneval", '{"tag": "x", "prompt": "y"}\n{', "line 2 is not valid JSON"),
+        ("geneval", '\n\n{"tag": "x", "prompt": "y"}\n{', "line 4 is not valid JSON"),
         ("geneval", '["x"]', "entry 0 of the prompt list has no tag"),
         ("vbench", [{"prompt_en": "a cat/dog", "dimension": []}], "'a cat/dog' holds '/'; shorten it"),
         ("vbench", [{"prompt_en": "a" * 252, "dimension": []}], "would be a name of 258 bytes, 255 are possible"),

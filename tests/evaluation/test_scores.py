@@ -192,6 +192,7 @@ def test_unreadable_results(name, text, message, tmp_path):
         ('{"tag": "colors", "prompt": "x"}', "entry 0 of .* has no correct"),
         ('{"tag": "colors", "prompt": "x", "correct": 1}', "has no correct"),
         ("oops", "line 1, is not valid JSON"),
+        ("\n\n{", "line 3, is not valid JSON"),
         ("", "hold no results"),
     ],
 )

