@@ -120,8 +120,10 @@ def check_outputs(pictures: Iterable[str | None] = (), others: Iterable[str | No
     seen: dict[Hashable, str] = {}
     for path in (*pictures, *others):
         check_writable(path)
-        if (first := seen.setdefault(file_identity(path), path)) is not path:
-            raise UserError(f"{first} and {path} are one file; name two")
+        identity = file_identity(path)
+        if identity in seen:
+            raise UserError(f"{seen[identity]} and {path} are one file; name two")
+        seen[identity] = path
 
 
 def check_new(out: str | Path) -> None:

@@ -140,8 +140,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for n, (clip, text_lines) in enumerate(zip(clips, texts, strict=True)):
         left, top = (n % across) * strip_width + gap, (n // across) * strip_height
-        for row, text in enumerate(text_lines):
-            draw.text((left, top + 2 + row * line), text, fill="black", font=font)
+        for row, text in enumerate(reversed(text_lines), 1):  # the last line close above the frames
+            draw.text((left, top + text_height - 2 - row * line), text, fill="black", font=font)
         for column, t in enumerate(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)):
             picture = Image.fromarray(clip[t]).resize((cell, round(cell * clip.shape[1] / clip.shape[2])))
             sheet.paste(picture, (left + column * (cell + gap), top + text_height))

@@ -99,6 +99,7 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     for broken in ("[]", "{", '{"resized": {}}'):
         (small / "training.json").write_text(broken)
         assert f"{small / 'training.json'}" in error_of(small, "--video-tokenizer", wide)
+    (small / "training.json").unlink()
     assert "there is no model folder" in error_of("nowhere")
     assert "no folder nowhere: give a video tokenizer folder" in error_of(small, "--video-tokenizer", "nowhere")
     out.mkdir()
