@@ -268,9 +268,10 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
         (["--seed", "-1"], "--seed -1 is not allowed"),
         (["--temperature", "-1"], "temperature -1"),
         (["--animation", "a.mp4"], "a.mp4 cannot be animated"),
-        (["--sheet", "a.jpg"], "a.jpg would be written as a PNG"),
+        (["--sheet", "a.jpg"], "a.jpg must end in .png"),
         (["--sheet", "a.png", "--output", "./a.png"], "a.png and ./a.png are one file"),
         (["--sheet-clips", "3"], "--sheet-clips has no effect without --sheet or --animation"),
+        (["--reference", "truth", "--temperature", "0"], "--temperature has no effect with --reference truth"),
         (["--reference", "truth", "--batch-size", "3"], "--batch-size has no effect with --reference truth"),
     ],
 )

@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least {least}")
     options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    given = [f"--{name.replace('_', '-')}" for name in (*options, "image_to_video", "batch_size") if getattr(args, name)]
+    given = [*options, *(name for name in ("image_to_video", "batch_size") if getattr(args, name))]
     if args.reference and given:
-        raise UserError(f"{given[0]} has no effect with --reference {args.reference}; leave it out")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags} has no effect with --reference {args.reference}; leave it out")
     if args.sheet_clips is not None and not args.sheet and not args.animation:
         raise UserError("--sheet-clips has no effect without --sheet or --animation; name one, or leave it out")
     if args.mask_given_frames and not args.image_to_video:
