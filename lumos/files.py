@@ -111,13 +111,13 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
 
 
-def check_outputs(pictures: Iterable[str | None] = (), others: Iterable[str | None] = ()) -> None:
+def check_outputs(pictures: Iterable[str | Path | None] = (), others: Iterable[str | Path | None] = ()) -> None:
     """UserError unless every file that is named can be written later, no two are one, and the pictures are called .png."""
     pictures, others = ([path for path in paths if path is not None] for paths in (pictures, others))
     for path in pictures:
         if Path(path).suffix.lower() != ".png":
-            raise UserError(f"{path} would be written as a PNG; name a .png file")
-    seen: dict[Hashable, str] = {}
+            raise UserError(f"{path} must end in .png")
+    seen: dict[Hashable, str | Path] = {}
     for path in (*pictures, *others):
         check_writable(path)
         identity = file_identity(path)
@@ -136,6 +136,22 @@ def check_new(out: str | Path) -> None:
 def user_cache(name: str) -> Path:
     """The folder for copies of what can be fetched again: lumos/`name` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
+
+
+def parse_json(text: str, where: str) -> Any:
+    """UserError, which begins with `where`, if the text is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """UserError if the file cannot be read as UTF-8; `what` says what it should be."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as {what}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:

@@ -13,8 +13,7 @@ import torch
 
 from lumos.configuration import SCALED_SCHEMES, LumosConfig
 from lumos.errors import UserError
-from lumos.evaluation.prompt_lists import parse_json, read_text
-from lumos.files import replacing_folder, write_json
+from lumos.files import parse_json, read_text, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults
 from lumos.pipeline import LumosPipeline
 from lumos.rope import axis_strides

@@ -197,11 +197,12 @@ def _as_type(key: str, annotation: str, value: Any) -> Any:
     """The value as the annotated type. YAML reads 1e-3 as text, so text that is a number serves as one."""
     if annotation.startswith("dict"):
         return value  # each such setting says itself which keys it takes
-    wanted = {"int": int, "float": float, "str": str, "bool": bool}.get(annotation.removesuffix(" | None"))
+    types = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": str}  # one text serves as a list of it
+    wanted = types.get(annotation.removesuffix(" | None"))
     if annotation == "tuple[float, float]" and isinstance(value, (list, tuple)) and len(value) == 2:
         return tuple(_as_type(key, "float", number) for number in value)
-    if annotation == "list[str]" and isinstance(value, (str, list)):
-        return [_as_type(key, "str", text) for text in ([value] if isinstance(value, str) else value)]
+    if annotation == "list[str]" and isinstance(value, list):
+        return [_as_type(key, "str", text) for text in value]
     if value is None and annotation.endswith("None"):
         return None
     try:

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.errors import UserError
     from lumos.evaluation import experiments
-    from lumos.files import check_writable
+    from lumos.files import check_outputs
 
     if args.parallel < 1:
         raise UserError(f"--parallel {args.parallel} is not allowed; give at least 1")
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> None:
                 print(shlex.join(["python", "-m", "lumos", *command]))
         return
     places = [experiments.named(out, suffix) for suffix in (".json", ".png")]
-    for place in places:
-        check_writable(place)
+    check_outputs(others=places)
     for job in jobs:
         list(job.missing())  # a folder of another command is found before the first run
     with tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar:

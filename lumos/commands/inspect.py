@@ -79,7 +79,7 @@ def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | No
     """Where the sheet goes, or None and why there is none (None: it is not wanted). UserError for a place where it cannot go."""
     from lumos.data.shards import SHEET
     from lumos.errors import UserError
-    from lumos.files import check_writable
+    from lumos.files import check_outputs, check_writable
 
     if args.no_sheet:
         given = {"--sheet": args.sheet, "--sheet-clips": args.sheet_clips, "--tokenizer": args.tokenizer}
@@ -87,9 +87,7 @@ def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | No
             raise UserError(f"{', '.join(without)} has no effect with --no-sheet; leave one of them out")
         return None, None
     if args.sheet is not None:
-        if Path(args.sheet).suffix.lower() != ".png":
-            raise UserError(f"--sheet {args.sheet} must end in .png")
-        check_writable(args.sheet)
+        check_outputs([args.sheet])
         return Path(args.sheet), None
     if not isinstance(folder, Path):
         return None, f"{folder} is not on this machine; name a file with --sheet"

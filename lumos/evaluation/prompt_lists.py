@@ -6,7 +6,6 @@ github.com/djghosh13/geneval (README.md, evaluation/evaluate_images.py).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError
+from lumos.files import parse_json, read_text
 
 VIDEO_SAMPLES = 5
 FLICKER_SAMPLES = 25
@@ -163,17 +163,3 @@ def check_rows(rows: Any, needed: dict[str, type], what: str = "the prompt list"
             if not isinstance(value, kind) or (kind is str and not value.strip()):
                 raise UserError(f"entry {number} of {what} has no {name}; it must be {form}")
     return rows
-
-
-def parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-
-
-def read_text(path: str | Path, what: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as {what}: {getattr(error, 'strerror', None) or error}") from error

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError
-from lumos.evaluation.prompt_lists import check_rows, parse_json, read_text
+from lumos.evaluation.prompt_lists import check_rows
+from lumos.files import parse_json, read_text
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_the_command(micro_folder, own, tmp_path, capsys):
         (["--num-frames", "6"], "num_frames must be 1 + 4 * k, got 6; use 5 or 9"),
         (["--height", "20"], "multiples of 8"),
         (["--height", "-64"], "--height -64 is not allowed; give at least 1"),
-        (["--sheet", "s.gif"], "s.gif would be written as a PNG"),
+        (["--sheet", "s.gif"], "s.gif must end in .png"),
         (["--sheet", "s.png", "--output", "s.png"], "s.png and s.png are one file"),
         (["--height", "8"], "8 x 24 pixels cannot be measured; SSIM needs 11 x 11"),
         (["--lpips", "nowhere"], "LPIPS needs frames of at least 31 x 31 pixels, got 16 x 24"),

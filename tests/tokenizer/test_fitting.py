@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+import small_training
 import torch
 from torch import Tensor
 
@@ -15,16 +16,7 @@ from tokenizer.fitting import DifferenceFit
 from tokenizer.resizing import BANDS, double, halve, same_codes
 from tokenizer.training import TokenizerTrainingSettings, _Run, foreground_weight, train
 
-MODEL = {
-    "channels": 8,
-    "channels_mult": [1, 2],
-    "num_res_blocks": 1,
-    "levels": [5, 5, 4],
-    "embedding_dim": 3,
-    "z_channels": 8,
-    "attn_resolutions": [],
-    "pointwise_ends": True,
-}
+MODEL = small_training.MODEL | {"pointwise_ends": True}
 WIDE = MODEL | {"spatial_patch_size": 2, "spatial_compression": 16, "resolution": 2048}
 CLIPS = {"height": 32, "width": 32, "num_frames": 5, "batch_size": 3, "pictures_per_batch": 2, "share_worlds": 1.0, "seed": 4}
 
