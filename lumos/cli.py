@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumos.errors import RunError, UserError, is_out_of_memory
+from lumos.errors import RunError, UserError, is_out_of_memory, printable, shown
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     verb = argv[0]
     if verb not in VERBS:
-        print(f"error: unknown verb {verb!r}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: unknown verb {shown(verb)}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
@@ -73,7 +73,7 @@ def warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(here):
-            print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+            print(f"note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
         else:
             usual(message, category, filename, *where)
 
@@ -93,6 +93,6 @@ class Parser(argparse.ArgumentParser):
 
 def fail(error: object, code: int) -> int:
     """Print an error as one line; returns the exit code."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     print(f"error: {text}", file=sys.stderr)
     return code

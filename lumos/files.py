@@ -6,15 +6,23 @@ import glob
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import RunError, UserError
+import yaml
+
+from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
 
 NAME_LENGTH = 40  # of a file's name that its temporary one keeps
+MAX_DOCUMENT_BYTES = 2**28  # of a JSON or text file that is read whole
+MAX_DOCUMENT_DEPTH = 64
+MAX_DOCUMENT_ENTRIES = 10_000_000
+MAX_YAML_LENGTH = 2**20
+MAX_YAML_ALIASES = 1000
 
 
 @contextmanager
@@ -138,20 +146,104 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
+def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """A regular file's bytes, at most `limit`; `what` says what it should be.
+
+    NotFound if there is none; UserError if it is a folder, a pipe or a device, too large, or unreadable. A pipe is never
+    waited for.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"cannot read {path} as {what}: it is not a regular file")
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot read {path} as {what}: there is no such file") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {path} as {what}: {_reason(error)}") from error
+    if len(data) > limit:
+        raise UserError(f"cannot read {path} as {what}: it has more than the {limit:,} bytes that are allowed")
+    return data
+
+
+def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> str:
+    """As `read_bytes`, decoded as UTF-8; UserError if it is not."""
+    try:
+        return read_bytes(path, what, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} as {what}: {error}") from error
+
+
+def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:
+    """The value of a JSON file; errors as in `read_bytes` and `parse_json`."""
+    return parse_json(read_text(path, what, limit), str(path))
+
+
 def parse_json(text: str, where: str) -> Any:
-    """UserError, which begins with `where`, if the text is no JSON."""
+    """The value of a JSON text. UserError, which begins with `where`, if it is no JSON or nested over MAX_DOCUMENT_DEPTH."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where} is not valid JSON: {why}") from error
+    if text.count("[") + text.count("{") > MAX_DOCUMENT_DEPTH:
+        _check_nesting(value, where, "JSON")
+    return value
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """UserError if the file cannot be read as UTF-8; `what` says what it should be."""
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. UserError, which begins with `where`, if it is no YAML, too long or nested too deeply.
+
+    Aliases count each time they are used, so that a few lines cannot stand for a billion entries.
+    """
+    if len(text) > MAX_YAML_LENGTH:
+        raise UserError(f"{where} is not valid YAML: it has more than the {MAX_YAML_LENGTH:,} characters that are allowed")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as {what}: {getattr(error, 'strerror', None) or error}") from error
+        value = yaml.load(text, Loader=_BoundedLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: dates and numbers that are none
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{where} is not valid YAML: {why[:SHOWN_LENGTH]}") from error
+    _check_nesting(value, where, "YAML")
+    return value
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """yaml.SafeLoader that refuses texts in which aliases multiply while they are read."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_YAML_ALIASES:
+            raise yaml.YAMLError(f"it uses more than {MAX_YAML_ALIASES:,} aliases")
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)  # copies what `<<` names
+        if len(node.value) > MAX_YAML_LENGTH // 100:
+            raise yaml.YAMLError("it merges mappings into one that is too large")
+
+
+def _check_nesting(value: Any, where: str, language: str) -> None:
+    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over MAX_DOCUMENT_ENTRIES entries in all."""
+    level, entries = [value], 0
+    for _ in range(MAX_DOCUMENT_DEPTH + 2):
+        below = []
+        for container in level:
+            if isinstance(container, (dict, list)):
+                entries += len(container)
+                if entries > MAX_DOCUMENT_ENTRIES:
+                    raise UserError(
+                        f"{where} is not valid {language} here: it stands for more than {MAX_DOCUMENT_ENTRIES:,} entries"
+                    )
+                below += container.values() if isinstance(container, dict) else container
+        if not below:
+            return
+        level = below
+    raise UserError(f"{where} is not valid {language} here: it is nested more than {MAX_DOCUMENT_DEPTH} levels deep")
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
