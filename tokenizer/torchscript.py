@@ -19,10 +19,10 @@ from torch import Tensor
 from lumos.errors import RunError, UserError, shown
 from tokenizer.pickled import Record, Refused, StorageReference, TensorReference, read_pickled
 
-# The published network has 322 tensors, 100 kB of structure and as much of directory. Memory beside the tensors stays under
-# a few hundred times these limits.
+# The published network has 322 tensors, about 100 kB of structure and as much of directory. What is read takes up to about
+# a hundred times the memory of either.
 MAX_DIRECTORY_BYTES = 2**20
-MAX_STRUCTURE_BYTES = 2**21
+MAX_STRUCTURE_BYTES = 2**20
 MAX_DEPTH = 64  # of modules in modules
 MAX_NAMES = 2**16  # of modules and tensors, each counted as often as it is reached
 MAX_KEY_LENGTH = 500

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from archives import entries_of, packed, read_by_pickle, same_tensors, traced_bytes
+from archives import entries_of, module, packed, read_by_pickle, same_tensors, structure, tensor, text, traced_bytes, with_structure
 
 from lumos.errors import RunError, UserError
 from tokenizer.torchscript import read_torchscript
@@ -30,6 +30,22 @@ HOSTILE = (
     b"b",
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 255, 2**16, 2**31 - 1, 2**32 - 1, 10**12, 2**62, -1, -(2**63))
+
+
+LARGE = 2**20 - 100
+HEAVY = {
+    "dicts": b"}" * LARGE,
+    "lists in lists": b"]" * (LARGE // 2) + b"a" * (LARGE // 2 - 1),
+    "tuples in tuples": b")" + b"\x85" * LARGE,
+    "many tuples": b"N\x85" * (LARGE // 2),
+    "marks": b"(" * LARGE,
+    "stored values": b"]" + b"".join(b"r" + i.to_bytes(4, "little") for i in range(LARGE // 5)),
+    "objects in objects": b"c__torch__\nA\nq\0" + b")\x81}X\1\0\0\0ah\0" * (LARGE // 11),
+    "a dict of numbers": b"}(" + b"".join(b"J" + i.to_bytes(4, "little") + b"N" for i in range(LARGE // 6)) + b"u",
+    "long names": module(b"".join(text(f"{i:0480}") + tensor() for i in range(1400))),
+    "deep objects": (b"c__torch__\nA\n)\x81}" + text("a")) * (LARGE // 24) + module(b"") + b"sb" * (LARGE // 24),
+}
+"""Structures near the largest that are allowed, which take as much memory as can be."""
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -142,6 +158,13 @@ def fuzz(count: int, folder: Path, seed: int = 0, spare: int | None = None) -> C
         import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    for name, opcodes in HEAVY.items() if spare is not None else ():
+        path.write_bytes(with_structure(structure(opcodes)))
+        try:
+            number = len(read_torchscript(path))
+        except UserError:
+            number = 0
+        assert number == (1400 if name == "long names" else 0), name
     outcomes: Counter[str] = Counter()
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
