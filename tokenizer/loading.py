@@ -1,15 +1,13 @@
 """Video tokenizer folders: find, read, check and write them.
 
-Nothing here is unpickled by Python. TorchScript archives, the published form, are read for their tensors only, after a look at
-their source (`tokenizer.torchscript`).
+Nothing here is unpickled by Python or run by torch. TorchScript archives, the published form, are read for their tensors only
+(`tokenizer.torchscript`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,7 +96,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in _weight_files(folder):
         try:
             found = load_file(path) if path.suffix == ".safetensors" else read_torchscript(path)
-        except (OSError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
+        except RunError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
         tensors.update(found)

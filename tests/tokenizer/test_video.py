@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
-from typing import Final
 
 import pytest
 import torch
@@ -14,10 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer.configuration import Sampling
-from tokenizer.torchscript import read_torchscript, runs_when_read
 
 TINY = {"channels": 4, "channels_mult": [1, 2], "num_res_blocks": 1, "levels": [5, 4], "embedding_dim": 2, "z_channels": 4}
 
@@ -326,76 +323,6 @@ def test_folders_without_a_tokenizer(tmp_path):
     write_archive(tmp_path / "encoder.jit", {"encoder.x": torch.ones(1)})
     with pytest.raises(FileNotFoundError, match=r"no video tokenizer in .* encoder.jit and decoder.jit"):
         VideoTokenizer.from_pretrained(tmp_path)
-
-
-class RunsCode(torch.nn.Module):
-    """Its archive has a method that torch.jit.load calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.zeros(3)
-
-    @torch.jit.export
-    def __getstate__(self):
-        return (self.weight, self.training)
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[torch.Tensor, bool]):
-        print("code of the archive")
-        self.weight, self.training = state[0], state[1]
-
-    def forward(self, x):
-        return x
-
-
-class Scripted(torch.nn.Module):
-    """Branches, loops, submodules and constants as a network has them."""
-
-    SIZES: Final[list[int]] = [1, 2]
-
-    def __init__(self):
-        super().__init__()
-        self.layers, self.scale = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]), 0.5
-
-    def forward(self, x: torch.Tensor, times: int = 2, size: int | None = None) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x) if x.sum() > 0 else x * self.scale
-        return x * times
-
-
-def test_an_archive_that_would_run_code_is_refused_unread(tmp_path, capfd):
-    torch.jit.save(torch.jit.script(RunsCode()), str(tmp_path / "autoencoder.jit"))
-    torch.jit.load(str(tmp_path / "autoencoder.jit"))
-    assert "code of the archive" in capfd.readouterr().out
-    with pytest.raises(UserError, match="would run code of its own while it is read"):
-        VideoTokenizer.from_pretrained(tmp_path)
-    assert "code of the archive" not in capfd.readouterr().out
-
-
-def test_what_an_archive_may_hold(tmp_path):
-    path = tmp_path / "a.jit"
-    torch.jit.save(torch.jit.script(Scripted()), str(path))
-    assert read_torchscript(path).keys() == Scripted().state_dict().keys()
-    padded = tmp_path / "b.jit"
-    padded.write_bytes(b"x" * 99 + path.read_bytes())
-    with zipfile.ZipFile(tmp_path / "old.jit", "w") as archive:
-        archive.writestr("a/model.json", "{}")
-    for other in (padded, tmp_path / "old.jit"):
-        with pytest.raises(UserError, match="is no archive of weights as published"):
-            read_torchscript(other)
-
-
-@pytest.mark.parametrize(("source", "what"), [
-    ('def f(x: Tensor, y: Tensor=torch.from_file("a", True, 9)) -> Tensor:\n  return x', "a default of f"),
-    ("class A(Module):\n  x : Final[int] = ops.aten.f(1)", "a field of A"),
-    ("class A(NamedTuple):\n  x : int = g()", "a field of A"),
-    ("class A(Module):\n  def __setstate__(self, s):\n    pass", "__setstate__"),
-    ("class A(Module", "source that cannot be checked"),
-    ('class A(Module):\n  __parameters__ = ["w", ]\n  __annotations__["0"] = __torch__.B\n  w : Tensor\n  n : Final[int] = -1\n'
-     "  def f(self: __torch__.A, x: Optional[Tensor]=None) -> List[int]:\n    return annotate(List[int], [])", None),
-])  # fmt: skip
-def test_what_runs_when_source_is_read(source, what):
-    assert runs_when_read(source.encode()) == what
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "autoencoder.jit"])
