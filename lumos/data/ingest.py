@@ -27,7 +27,6 @@ from lumos.runtime import versions
 from tokenizer import VideoTokenizer
 
 ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "ray": RayEngine}
-REPORT = "report.json"
 RATE_FROM = 50
 """Items before which the failure rate does not stop a run: one bad file of the first two says nothing."""
 
@@ -104,7 +103,7 @@ def ingest(
             "engine": engine,
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip
-        write_json(out / REPORT, report)
+        write_json(out / shards.REPORT, report)
     if not state.done and not state.skipped:
         raise UserError(f"there is nothing to ingest in {', '.join(map(str, sources))}: no media file and no row")
     if problem:
