@@ -104,10 +104,10 @@ def ingest(
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip
         write_json(out / shards.REPORT, report)
-    if not state.done and not state.skipped:
-        raise UserError(f"there is nothing to ingest in {', '.join(map(str, sources))}: no media file and no row")
     if problem:
         raise RunError(problem)
+    if not state.done and not state.skipped:
+        raise UserError(f"there is nothing to ingest in {', '.join(map(str, sources))}: no media file and no row")
     return report
 
 

@@ -108,8 +108,8 @@ def check_count(folder: Path | Remote, clips: int) -> None:
         raise RunError(f"{path} is damaged (it has no count of clips); run the same ingest again, which writes it anew")
     if clips < counted:
         raise RunError(
-            f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, which "
-            f"fills the gap, or delete {REPORT} if you took some shards away"
+            f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, "
+            f"which fills the gap, or delete {REPORT} if you took some shards away"
         )
 
 
