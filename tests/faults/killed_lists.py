@@ -18,7 +18,7 @@ import torch
 
 from lumos.cli import main
 
-POINTS = 8
+POINTS = 6
 
 
 def run(folder: Path, model: str, out: Path) -> int:

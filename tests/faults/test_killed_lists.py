@@ -29,7 +29,7 @@ def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path):
     command = [sys.executable, str(HERE / "killed_lists.py"), str(tmp_path), str(micro_folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
-    assert done.stdout.count(KILLED) >= 8, done.stdout
+    assert done.stdout.count(KILLED) >= 6, done.stdout
     whole = clips(tmp_path / "whole")
     assert len(whole) == 5
     left = [clips(out) for out in tmp_path.glob("*.killed")]
