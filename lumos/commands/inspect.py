@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet-clips {sheet_clips} and --captions {args.captions} must be at least 1 and 0")
     sheet, why_none = _where(args, folder)
     total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
+    shards.check_count(folder, total)
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
     counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)

@@ -23,10 +23,10 @@ import numpy as np
 
 from lumos.data.storage import Remote
 from lumos.errors import RunError, UserError
-from lumos.files import replacing
+from lumos.files import parse_json, replacing
 
 FORMAT = 2
-DESCRIPTION = "dataset.json"
+DESCRIPTION, REPORT = "dataset.json", "report.json"
 SHEET = "sheet.png"
 """What `inspect` draws beside the shards; no data."""
 FACTS = "lumos.facts"
@@ -96,6 +96,23 @@ def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
+def check_count(folder: Path | Remote, clips: int) -> None:
+    """RunError if a folder's shards hold fewer clips than its last ingest counted; a folder without a report has no count."""
+    path = folder / REPORT
+    try:
+        report = parse_json(path.read_bytes().decode("utf-8", "replace"), str(path))
+    except FileNotFoundError:
+        return
+    counted = report.get("clips") if isinstance(report, dict) else None
+    if not isinstance(counted, int):
+        raise RunError(f"{path} is damaged (it has no count of clips); run the same ingest again, which writes it anew")
+    if clips < counted:
+        raise RunError(
+            f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, "
+            f"which fills the gap, or delete {REPORT} if you took some shards away"
+        )
+
+
 def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
     """The first free name, without the `reserved` ones."""
     taken = {path.name for path in shard_paths(folder)} | set(reserved)
@@ -150,6 +167,8 @@ def read_facts(path: Path | Remote) -> ShardFacts:
         digest = fields.pop("digest")
         columns = {name: np.array(values, dtype=np.int64) for name, values in fields.items()}
         rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        if short := [name for name, values in columns.items() if len(values) != sum(rows)]:
+            raise ValueError(f"its footer tells {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)}")
         return ShardFacts(digest=digest, rows=rows, **columns)
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
