@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumos.errors import RunError, UserError, is_out_of_memory, printable, shown
+from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
@@ -88,7 +89,9 @@ class Parser(argparse.ArgumentParser):
     """A wrong option is one line, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
+        values = r"'[^']*'|(?<=unrecognized arguments: ).*|\S+"  # what argparse says of what was given
+        message = re.sub(values, lambda value: cut(value[0]), " ".join(message.split()))
+        self.exit(2, f"error: {printable(message)}; `{self.prog} --help` lists the options\n")
 
 
 def fail(error: object, code: int) -> int:

@@ -146,16 +146,17 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
-def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> bytes:
     """A regular file's bytes, at most `limit`; `what` says what it should be.
 
     NotFound if there is none; UserError if it is a folder, a pipe or a device, too large, or unreadable. A pipe is never
-    waited for.
+    waited for, unless `pipes` says that it may be one: where the user names it, as in `<(command)`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        wait = 0 if pipes else getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, os.O_RDONLY | wait | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if not (stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or (pipes and stat.S_ISFIFO(mode))):
                 raise UserError(f"cannot read {path} as {what}: it is not a regular file")
             data = file.read(limit + 1)
     except FileNotFoundError as error:
@@ -169,10 +170,10 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> 
     return data
 
 
-def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> str:
+def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
     """As `read_bytes`, decoded as UTF-8; UserError if it is not."""
     try:
-        return read_bytes(path, what, limit).decode("utf-8")
+        return read_bytes(path, what, limit, pipes=pipes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path} as {what}: {error}") from error
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from lumos.commands.sampling import PLACES, add_loading
 from lumos.errors import UserError
+from lumos.files import read_text
 
+MAX_EXAMPLES_BYTES = 2**20
 EXAMPLES = (
     "a large red circle moves left on a gray background",
     "a small blue square moves up",
@@ -67,7 +69,5 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 
 def read_examples(path: Path) -> list[str]:
     """The prompts of a text file, without empty lines."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the examples {path} ({error}); give a text file with one prompt a line") from error
+    text = read_text(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -148,7 +148,7 @@ def make_clips(
 
     from lumos.batch.clips import Recorded, batches_of, make_codes
     from lumos.batch.results import render
-    from lumos.errors import OutOfMemory, RunError, UserError
+    from lumos.errors import NotFinite, OutOfMemory, RunError, UserError
     from lumos.video_io import write_frames
 
     def describe(clip: Clip) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def make_clips(
                 try:
                     with out_of_memory_as(planned(pipe, form.clip, form.sampling, batch[0].prompt, len(batch))):
                         made += render(results, [batch], make, save)
-                except (OutOfMemory, UserError) as error:
-                    if isinstance(error, UserError) and len(batch) > 1:  # a picture that has gone since: of which clip is not said
+                except (OutOfMemory, NotFinite, UserError) as error:
+                    if not isinstance(error, OutOfMemory) and len(batch) > 1:  # a picture has gone since, or a prompt leads to NaN
                         batches[:0] = [[clip] for clip in batch]
                         continue
                     failed += len(batch)
