@@ -44,6 +44,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def drawable(text: str) -> str:
+    """As `printable`, for matplotlib, to which a dollar sign begins a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def cut(text: str, length: int = SHOWN_LENGTH) -> str:
     """The text, or its first characters and " ..." where it is longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 4]} ..."

@@ -207,16 +207,25 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: dates and numbers that are none
         why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {why[:SHOWN_LENGTH]}") from error
-    _check_nesting(value, where, "YAML")
+    _check_nesting(value, where, "YAML", MAX_YAML_LENGTH)  # without aliases no text of that length has so many
     return value
 
 
 class _BoundedLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses texts in which aliases multiply while they are read."""
 
-    aliases = 0
+    aliases, depth = 0, 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DOCUMENT_DEPTH + 2:
+            raise RecursionError
+        try:
+            return self._compose(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _compose(self, parent: Any, index: Any) -> Any:
         self.aliases += self.check_event(yaml.AliasEvent)
         if self.aliases > MAX_YAML_ALIASES:
             raise yaml.YAMLError(f"it uses more than {MAX_YAML_ALIASES:,} aliases")
@@ -228,18 +237,16 @@ class _BoundedLoader(yaml.SafeLoader):
             raise yaml.YAMLError("it merges mappings into one that is too large")
 
 
-def _check_nesting(value: Any, where: str, language: str) -> None:
-    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over MAX_DOCUMENT_ENTRIES entries in all."""
+def _check_nesting(value: Any, where: str, language: str, limit: int = MAX_DOCUMENT_ENTRIES) -> None:
+    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over `limit` entries in all."""
     level, entries = [value], 0
     for _ in range(MAX_DOCUMENT_DEPTH + 2):
         below = []
         for container in level:
             if isinstance(container, (dict, list)):
                 entries += len(container)
-                if entries > MAX_DOCUMENT_ENTRIES:
-                    raise UserError(
-                        f"{where} is not valid {language} here: it stands for more than {MAX_DOCUMENT_ENTRIES:,} entries"
-                    )
+                if entries > limit:
+                    raise UserError(f"{where} is not valid {language} here: it stands for more than {limit:,} entries")
                 below += container.values() if isinstance(container, dict) else container
         if not below:
             return
@@ -257,7 +264,9 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def write_json(path: str | Path, data: Any) -> Path:
     """Write ``data`` as indented JSON, whole or not at all; what JSON does not know (a path) becomes text."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
-    return write_bytes(path, (text + "\n").encode("utf-8", "replace"))
+    if not text.replace("\n", "").isprintable():  # what would steer a terminal that shows the file
+        text = "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return write_bytes(path, (text + "\n").encode("utf-8"))
 
 
 def _make_parents(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lumos.errors import NotFinite, UserError
+from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
 
 
@@ -201,7 +201,7 @@ def check_animated(path: str | Path) -> None:
 
 def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
     """At most so many lines of whole words; the last is shortened if need be."""
-    words, lines = label.split(), []
+    words, lines = printable(" ".join(label.split())).split(), []
     while words and len(lines) < most - 1:
         count = 1
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:

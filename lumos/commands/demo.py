@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -39,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"demo needs gradio ({error}); install it with pip install 'lumos-video[demo]'") from error
+    if importlib.util.find_spec("gradio") is None:  # its import takes seconds
+        raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
+    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
 
     from lumos.commands.generating import circumstances, load, metadata
     from lumos.demo.limits import Limits
@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
     from lumos.files import only_writer
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
-    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
     with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
         pipe, model = load(args)
         named = without_folders(args)

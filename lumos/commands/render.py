@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lumos.commands.counts import MAX_CLIPS, MAX_SEED, check_counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -19,18 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.errors import UserError
+    from lumos.errors import printable
     from lumos.evaluation.prompts import prompt_set
     from lumos.files import check_new, replacing_folder
     from lumos.video_io import write_video
 
     out = Path(args.out)
     check_new(out)
-    if args.count < 1:
-        raise UserError(f"--count {args.count} is not allowed; give at least 1")
+    check_counts(args, count=(1, MAX_CLIPS), seed=(0, MAX_SEED))
     shape = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
     with replacing_folder(out) as folder:
         for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
             write_video(folder / f"{number:05d}.mp4", frames, args.fps)
             (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
-    print(f"{out}  {args.count} clips")
+    print(printable(f"{out}  {args.count} clips"))

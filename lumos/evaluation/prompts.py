@@ -12,6 +12,7 @@ from lumos.data.worlds import Worlds, render
 from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities
+from lumos.runtime import check_memory
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"kinds": ("shapes",), "share_two": 0.0},
@@ -51,6 +52,8 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
     if kind not in KINDS:
         raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
     worlds = Worlds(seed=seed, **shape, **KINDS[kind])
+    pixels = worlds.num_frames * worlds.height * worlds.width
+    check_memory(3 * count * pixels, f"{count:,} clips of {worlds.num_frames} frames of {worlds.width}x{worlds.height} pixels")
     scenes = [worlds.scene(index) for index in range(count)]
     return [(scene.caption, render(scene), named_attributes(scene)) for scene in scenes]
 

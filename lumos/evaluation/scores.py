@@ -185,7 +185,7 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = []
     for name, row in {**summary.get("dimensions", {}), **summary.get("tasks", {})}.items():
         extra = f"normalized {percent(row['normalized'])}" if "normalized" in row else f"{row['correct']} of {row['images']}"
-        lines.append(f"{name:24}{percent(row['score'])}  {extra}")
+        lines.append(f"{as_text(name):24}{percent(row['score'])}  {extra}")
     for name in ("quality", "semantic", "i2v", "total"):
         if name in summary:
             lines.append(f"{name:24}{percent(summary[name])}")
