@@ -129,6 +129,10 @@ class VideoTokenizerConfig:
         fixed = {"num_groups": 1, "quantizer": "FSQ", "encoder": "FACTORIZED", "decoder": "FACTORIZED", "name": "DV"}
         for field, only in fixed.items():
             _require(getattr(self, field) == only, field, getattr(self, field), repr(only))
+        for field in ("spatial_compression", "temporal_compression"):
+            value = getattr(self, field)
+            is_power = _is_positive(value) and value <= MAX_COMPRESSION and value & (value - 1) == 0
+            _require(is_power, field, value, f"a power of two, at most {MAX_COMPRESSION:,}")
         self._check_compression("spatial")
         self._check_compression("temporal")
 
@@ -136,8 +140,6 @@ class VideoTokenizerConfig:
         """The samplers between the levels must multiply up to the compression, in the encoder and in the decoder."""
         field = f"{kind}_compression"
         value = getattr(self, field)
-        is_power = _is_positive(value) and value <= MAX_COMPRESSION and value & (value - 1) == 0
-        _require(is_power, field, value, f"a power of two, at most {MAX_COMPRESSION:,}")
         patch = self._patch(kind)
         _require(value >= patch, field, value, f"the patches' side ({patch}) or more")
         for side, samplers in (("encoder", self.downsamplers()), ("decoder", self.upsamplers())):

@@ -330,7 +330,7 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError(f"logging.to names one place twice: {', '.join(settings.logging.to)}")
     training, data, stages = settings.training, settings.data, settings.data.stages
     if (data.source == "shards") != (data.path is not None):
-        raise UserError(f"data.source is {data.source} and data.path is {data.path}; shards need a path, worlds have none")
+        raise UserError(f"data.source is {data.source} and data.path is {as_text(data.path)}; shards need a path, worlds have none")
     usual = DataSettings()
     for name in OF_WORLDS if data.source == "shards" else OF_SHARDS:
         if getattr(data, name) != getattr(usual, name):
@@ -338,7 +338,7 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(f"data.{name} has no effect with data.source={data.source}{why}; leave it out")
     for name in ("cache_dir", "cache_gb"):
         if getattr(data, name) != getattr(usual, name) and not is_url(data.path):
-            raise UserError(f"data.{name} has no effect with the local data.path {data.path}; leave it out")
+            raise UserError(f"data.{name} has no effect with the local data.path {as_text(data.path)}; leave it out")
     if (data.min_frames or 0) > data.num_frames:
         raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
     if (training.batch_size is None) == (training.tokens_per_batch is None):
@@ -391,9 +391,9 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
     if training.decay_steps is not None and training.schedule != "wsd":
         raise UserError(f"training.decay_steps only has an effect with training.schedule=wsd, not {training.schedule}")
-    if settings.deepspeed.config is not None and not Path(settings.deepspeed.config).is_file():
+    if settings.deepspeed.config is not None and not os.path.isfile(settings.deepspeed.config):  # False for a name that is too long
         raise UserError(
-            f"deepspeed.config: there is no file {settings.deepspeed.config}; the shipped ones are in configs/deepspeed/"
+            f"deepspeed.config: there is no file {as_text(settings.deepspeed.config)}; the shipped ones are in configs/deepspeed/"
         )
 
 

@@ -21,6 +21,8 @@ from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 
 MAX_WHOLE = 2**63 - 1
 """The largest whole number of a setting without a bound of its own: a seed."""
+MAX_TEXT = 10_000
+"""The most characters of a text: a path, or a prompt."""
 MAX_DEPTH = 16
 """The most parts of the name of an override."""
 MAX_ENTRIES = 10_000
@@ -136,6 +138,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
+    if kind is str and isinstance(value, str) and len(value) > MAX_TEXT:
+        raise UserError(f"{path} has {len(value):,} characters; allowed: at most {MAX_TEXT:,}")
     if kind in (int, bool, str) and type(value) is kind:
         return value
     wanted = f"a list of {len(args)} values" if origin is tuple else WORDS[origin or kind]

@@ -388,7 +388,7 @@ ROWS = [
     (
         "fetch-sprites --package nowhere.tgz",
         2,
-        "--package nowhere.tgz is no file; leave it out to have npm fetch emoji-datasource-google{inputs}16.0.0",
+        "--package nowhere.tgz is no file; leave it out",
     ),
     (
         "fetch-sprites --package {inputs}/sound.mp4",
