@@ -9,7 +9,6 @@ peft is the extra [lora]; nothing else needs it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -18,17 +17,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lumos.data.shards import tokenizer_facts
-from lumos.errors import UserError
-from lumos.files import write_json
+from lumos.errors import UserError, as_text, reason_of, shown
+from lumos.files import read_json, write_json
+from lumos.generation.settings import is_whole
 from tokenizer.text import find_tokenizer_file
 from tokenizer.video import VideoTokenizer
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lumos_adapter.json"
+MAX_RECORD_BYTES = 2**26
+MAX_RANK = 2**16
 SAMPLE = 8
 """Values of each base tensor that an adapter remembers."""
 
@@ -96,10 +97,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         warnings.warn(f"{folder} has no {RECORD}: whether it was made for this base model and these tokenizers is not known")
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return {"base": record["base"], "tokenizers": record["tokenizers"], **record}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); copy the adapter again") from error
+        record = read_json(file, "the record of an adapter", MAX_RECORD_BYTES)
+        base, tokenizers = record["base"], record["tokenizers"]
+        if not isinstance(base["sample"], dict) or not isinstance(base["folder"], str | None):
+            raise TypeError("base.sample must be an object, base.folder a text")
+        if not tokenizers.keys() <= {"video", "text"}:
+            raise KeyError(f"tokenizers {shown([*tokenizers])}")
+        for values in base["sample"].values():
+            if len(values) > SAMPLE or not all(isinstance(value, int | float) for value in values):
+                raise TypeError(f"base.sample holds {shown(values, 60)}")
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({reason_of(error)}); copy the adapter again") from error
 
 
 def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, str]) -> nn.Module:
@@ -117,26 +126,34 @@ def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, st
         for kind, fingerprint in record["tokenizers"].items():
             if tokenizers[kind] != fingerprint:
                 raise UserError(f"{folder} was trained with another {kind} tokenizer than the one that is used now; give that one")
+    if not isinstance(stored := read_json(folder / CONFIG, "an adapter's config", MAX_RECORD_BYTES), dict):
+        raise UserError(f"{folder / CONFIG} holds {shown(stored, 60)}; an adapter's config is a JSON object")
+    if stored.get("peft_type") != "LORA":
+        raise UserError(f"{folder} holds an adapter of type {as_text(stored.get('peft_type'))}; allowed: LORA")
+    if not is_whole(rank := stored.get("r")) or not 1 <= rank <= MAX_RANK:
+        raise UserError(f"{folder / CONFIG} has the rank r {shown(rank)}; allowed: 1 to {MAX_RANK:,}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())}); copy the adapter again") from error
-    if config.peft_type != "LORA":
-        raise UserError(f"{folder} holds an adapter of type {config.peft_type.value}; allowed: LORA")
+    except Exception as error:  # of whatever kind peft makes of a field
+        raise UserError(f"{folder} cannot be read ({reason_of(error)}); copy the adapter again") from error
+    smallest = min((sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+    if rank * smallest > sum(tensor.numel() for tensor in weights.values()):  # before so much is made
+        raise UserError(f"{folder} has fewer weights than an adapter of rank {rank}, which its {CONFIG} says; copy it again")
     config.base_model_name_or_path = None  # peft would warn if the base model's folder was moved
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for an attribute by its old name
             wrapped = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"{folder} does not fit this model: {' '.join(str(error).split())}") from error
+    except Exception as error:  # as above: its fields are first used here
+        raise UserError(f"{folder} does not fit this model: {reason_of(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{folder} is for another model: {name} has shape {found.get(name)}, this model needs {expected.get(name)}"
+                f"{folder} is for another model: {as_text(name, 80)} has shape {found.get(name)}, this model needs "
+                f"{expected.get(name)}"
             )
     peft.set_peft_model_state_dict(wrapped, weights)
     return wrapped.merge_and_unload()
@@ -149,7 +166,8 @@ def _check_base(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
         # As far apart as bfloat16 rounds: the same weights in another number format are the same model.
         if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
             raise UserError(
-                f"{folder} was trained on another base model, {base['folder']} ({name} differs); give that one with --model"
+                f"{folder} was trained on another base model, {as_text(base['folder'])} ({as_text(name, 80)} differs); "
+                "give that one with --model"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumos.errors import RunError, UserError, is_out_of_memory, printable, shown
+from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
@@ -73,7 +74,7 @@ def warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(here):
-            print(f"note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+            print(f"note: {one_line(str(message))}", file=sys.stderr)
         else:
             usual(message, category, filename, *where)
 
@@ -88,11 +89,16 @@ class Parser(argparse.ArgumentParser):
     """A wrong option is one line, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `{self.prog} --help` lists the options\n")
+        self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
 
 
 def fail(error: object, code: int) -> int:
     """Print an error as one line; returns the exit code."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
     return code
+
+
+def one_line(text: str) -> str:
+    """A message as one printable line; of the values in it, which other libraries print whole, only the beginnings."""
+    values = r"'[^']*'|(?<=unrecognized arguments: ).*|\S+"
+    return printable(re.sub(values, lambda value: cut(value[0]), " ".join(text.split())))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import string
 import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+
+from lumos.errors import UserError, shown
+from lumos.files import read_json
 
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
 SCALED_SCHEMES = ("mm_rope", "videorope")
@@ -18,29 +23,34 @@ PUBLISHED_TEMPLATE = (
     "second, according to the following prompt:\n {prompt}"
 )
 
-_SHARED_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "model_parallel_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "visual_token_count",
-)
-_POSITIVE = (
-    *_SHARED_SIZES,
-    "loss_chunk_size",
-    "number_token_count",
-    "temporal_compression",
-    "spatial_compression",
-    "pixels_per_size_unit",
-    "max_prompt_tokens",
-)
-_CHAMELEON_FIELDS = (*_SHARED_SIZES, "initializer_range", "visual_token_start", "architectures", "dtype", "torch_dtype")
+MAX_PARAMETERS = 10**13
+MAX_CONFIG_BYTES = 2**20
+MAX_TEMPLATE_LENGTH = 10_000
+_SHARED_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2048,
+    "num_attention_heads": 2048,
+    "num_key_value_heads": 2048,
+    "model_parallel_size": 2048,
+    "max_position_embeddings": 2**26,
+    "visual_token_count": 2**24,
+}
+_SIZES = {
+    **_SHARED_SIZES,
+    "loss_chunk_size": 2**24,
+    "number_token_count": 2**20,
+    "temporal_compression": 1024,
+    "spatial_compression": 1024,
+    "pixels_per_size_unit": 2**16,
+    "max_prompt_tokens": 2**20,
+}
+"""Whole numbers from 1 to this: far beyond any model that was made, and small enough that arithmetic on them costs nothing."""
+_NUMBERS = {"rms_norm_eps": 1.0, "rope_theta": 1e15, "initializer_range": 100.0}
+"""Numbers above 0, at most this."""
+_CHAMELEON_FIELDS = (*_SHARED_SIZES, *_NUMBERS, "visual_token_start", "architectures", "dtype", "torch_dtype")
+_SPECIAL = ("bos", "sep", "newline", "mask", "frame_start", "frame_end", "video_start", "video_end")
 _CHAMELEON_FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -61,7 +71,8 @@ class LumosConfig(PreTrainedConfig):
     `pixels_per_size_unit` is what one unit of a frame's two size tokens stands for; `prompt_template` may use
     {width} {height} {num_frames} {fps} and must contain {prompt}. `position_strides` are the distances of neighbouring codes along
     time, rows and columns where they are not the tokenizer's compression: of a model that was given another size after training.
-    Raises ValueError for sizes that cannot work (head dimension not a multiple of 32, ids outside the vocabulary).
+    Raises ValueError for values of a wrong type, and for sizes that cannot work (head dimension not a multiple of 32, ids outside
+    the vocabulary, more than MAX_PARAMETERS weights).
     """
 
     model_type = "lumos"
@@ -107,11 +118,14 @@ class LumosConfig(PreTrainedConfig):
     prompt_template: str = PUBLISHED_TEMPLATE
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if len(kwargs) > 1000 or not _is_whole(kwargs.get("num_labels", 0), 0, 1000):  # for which transformers makes names
+            raise ValueError("more than 1,000 unknown fields, or num_labels over 1,000: that is no config of this model")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         for key in kwargs:
             if close := difflib.get_close_matches(key, [f.name for f in fields(self)], n=1, cutoff=0.9):
-                raise ValueError(f"unknown config field {key!r}; did you mean {close[0]!r}?")
+                raise ValueError(f"unknown config field {shown(key)}; did you mean {shown(close[0])}?")
+        self._check_types()  # transformers computes with some of them
         super().__post_init__(**kwargs)
         self._check()
 
@@ -123,11 +137,17 @@ class LumosConfig(PreTrainedConfig):
     def preset(cls, name: str, **overrides: Any) -> LumosConfig:
         """Named sizes: tiny (the shipped model), 0.5b, 1b, 3b (reference, section 1.3)."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {shown(name)}; known presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        file = place / "config.json" if place.is_dir() else place
+        if file.exists():  # else it may be a name on the hub
+            found = read_json(file, "a model's config", MAX_CONFIG_BYTES)
+            if not isinstance(found, dict):
+                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object of its sizes")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "chameleon":
             config_dict = from_chameleon(config_dict)
@@ -136,8 +156,14 @@ class LumosConfig(PreTrainedConfig):
     @property
     def special_token_ids(self) -> dict[str, int]:
         """Name -> id of every token that steers a sequence; none of them may ever come out of a text."""
-        names = "bos sep newline mask frame_start frame_end video_start video_end".split()  # noqa: SIM905
-        return {name: getattr(self, f"{name}_token_id") for name in names}
+        return {name: getattr(self, f"{name}_token_id") for name in _SPECIAL}
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the decoder and its head."""
+        c, head_norms = self.hidden_size, 4 * self.model_parallel_size * self.head_dim
+        matrices = 2 * c * c + 2 * c * self.num_key_value_heads * self.head_dim + 3 * c * self.intermediate_size
+        return self.num_hidden_layers * (matrices + 2 * c + head_norms) + 2 * self.vocab_size * c + c
 
     def is_reserved(self, token: int) -> bool:
         """True for specials, numbers and visual codes: ids that are not text."""
@@ -157,10 +183,24 @@ class LumosConfig(PreTrainedConfig):
         if inside := [name for name, value in ids.items() if value in numbers]:
             raise ValueError(f"special tokens {', '.join(inside)} lie among the number tokens {numbers.start}..{numbers.stop - 1}")
 
+    def _check_types(self) -> None:
+        ids = ("visual_token_start", "number_token_start", *(f"{name}_token_id" for name in _SPECIAL))
+        whole = {**{name: (1, most) for name, most in _SIZES.items()}, **dict.fromkeys(ids, (-(2**31), 2**31))}
+        for name, (least, most) in whole.items():
+            if not _is_whole(value := getattr(self, name), least, most):
+                raise ValueError(f"{name} {shown(value)} is not allowed; give a whole number from {least:,} to {most:,}")
+        for name, most in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ValueError(f"{name} {shown(value)} is not allowed; give a number above 0, at most {most:g}")
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not _is_whole(value, 0, self.vocab_size - 1):
+                raise ValueError(f"{name} {shown(value)} is not allowed; give null, or an id below vocab_size {self.vocab_size}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings {shown(self.tie_word_embeddings)} is not allowed; give false")
+
     def _check(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
@@ -179,18 +219,15 @@ class LumosConfig(PreTrainedConfig):
             ("attention", self.attention, ATTENTION_IMPLEMENTATIONS),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+                raise ValueError(f"{name} {shown(value)} is unknown; allowed: {', '.join(allowed)}")
         strides = self.position_strides
         if strides is not None:
-            whole = isinstance(strides, list | tuple) and all(
-                isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in strides
-            )
-            if not whole or len(strides) != 3:
+            if not isinstance(strides, list | tuple) or len(strides) != 3 or not all(_is_whole(s, 1, 2**16) for s in strides):
                 raise ValueError(
-                    f"position_strides {strides!r} is not allowed; give three whole numbers above 0 (time, rows, columns)"
+                    f"position_strides {shown(strides)} is not allowed; give three whole numbers above 0 (time, rows, columns)"
                 )
             if self.position_scheme not in SCALED_SCHEMES:
-                raise ValueError(f"position_strides has no effect with position_scheme {self.position_scheme!r}; leave it out")
+                raise ValueError(f"position_strides has no effect with position_scheme {shown(self.position_scheme)}; leave it out")
         if self.visual_token_start + self.visual_token_count > self.vocab_size:
             raise ValueError(
                 f"visual tokens {self.visual_token_start}..{self.visual_token_start + self.visual_token_count - 1} "
@@ -202,17 +239,30 @@ class LumosConfig(PreTrainedConfig):
                 f"pixels_per_size_unit {self.pixels_per_size_unit} is not a multiple of spatial_compression "
                 f"{self.spatial_compression}"
             )
-        try:
-            self.prompt_template.format(prompt="", width=0, height=0, num_frames=0, fps=0)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"prompt_template {self.prompt_template!r} is not usable ({error}); it may hold {{prompt}} {{width}} {{height}} "
-                "{num_frames} {fps}"
-            ) from error
-        if "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template {self.prompt_template!r} has no {{prompt}} in it")
+        self._check_template()
+        if self.num_parameters > MAX_PARAMETERS:
+            raise ValueError(f"a model of these sizes has {self.num_parameters:,} weights; allowed: at most {MAX_PARAMETERS:,}")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; the head of this model is untied")
+
+
+    def _check_template(self) -> None:
+        template, names = self.prompt_template, ("prompt", "width", "height", "num_frames", "fps")
+        try:
+            if not isinstance(template, str) or len(template) > MAX_TEMPLATE_LENGTH:
+                raise ValueError(f"it is no text of at most {MAX_TEMPLATE_LENGTH:,} characters")
+            holes = [hole for _, *hole in string.Formatter().parse(template) if hole[0] is not None]
+            if wrong := [name for name, spec, how in holes if name not in names or spec or how]:
+                raise ValueError(f"it asks for {shown(wrong[0])}, or for a form of it")  # a width of 10**9 would fill memory
+        except ValueError as error:
+            allowed = " ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"prompt_template {shown(template)} is not usable ({error}); it may hold {allowed}") from error
+        if ["prompt", "", None] not in holes:
+            raise ValueError(f"prompt_template {shown(template)} has no {{prompt}} in it")
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +274,13 @@ def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
     """
     for key, value in _CHAMELEON_FIXED.items():
         if published.get(key, value) != value:
-            raise ValueError(f"config.json has {key} = {published[key]!r}; a Lumos-1 checkpoint has {value!r}")
+            raise ValueError(f"config.json has {key} = {shown(published[key])}; a Lumos-1 checkpoint has {shown(value)}")
     config = {key: published[key] for key in _CHAMELEON_FIELDS if key in published}
     rope = published.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json has rope_parameters = {shown(rope)}; it must be an object")
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json has rope_parameters = {rope!r}; a Lumos-1 checkpoint has no RoPE scaling")
+        raise ValueError(f"config.json has rope_parameters = {shown(rope)}; a Lumos-1 checkpoint has no RoPE scaling")
     config.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     if "rope_theta" not in published and "rope_theta" not in rope:
         warnings.warn("config.json states no rope_theta; the published class default 10,000 is used")

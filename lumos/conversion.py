@@ -7,9 +7,9 @@ have the same key names; wrapper prefixes of FSDP and activation checkpointing a
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lumos.configuration import LumosConfig
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, as_text, reason_of, shown
+from lumos.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
@@ -64,8 +65,9 @@ def match_layout(
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no model can be made from the config.json of {path} ({reason}); download or copy it again") from error
+        raise UserError(
+            f"no model can be made from the config.json of {path} ({reason_of(error)}); download or copy it again"
+        ) from error
     renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
     found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
     check_layout(path, found, expected)
@@ -79,11 +81,10 @@ def read_config(folder: Path) -> LumosConfig:
         raise UserError(f"{folder} has no config.json; give the folder of a saved or released model")
     try:
         return LumosConfig.from_pretrained(folder)
-    except ValueError:  # says which field
-        raise
     except Exception as error:  # of whatever kind transformers makes of it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is damaged ({reason}); download or copy it again") from error
+        if isinstance(error, ValueError) and not isinstance(error, UserError):  # says which field
+            raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{file} is damaged ({reason_of(error)}); download or copy it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -91,16 +92,15 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index, "an index of weights")["weight_map"].values()))
             if outside := [name for name in names if Path(name).name != name]:
-                raise ValueError(f"{outside[0]!r} is no file beside it")
+                raise ValueError(f"{shown(outside[0])} is no file beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged ({error}); download or copy it again") from error
+            raise UserError(f"{index} is damaged ({reason_of(error)}); download or copy it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
-                f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {', '.join(missing)}; "
-                "download or copy them again"
+                f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {some(missing)}; download or copy them again"
             )
         return [folder / name for name in names]
     if (folder / WEIGHTS).is_file():
@@ -116,7 +116,9 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="pt") as opened:
                 shapes.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or no safetensors file ({error}); download or copy it again") from error
+            raise UserError(
+                f"{file} is damaged or no safetensors file ({reason_of(error)}); download or copy it again"
+            ) from error
     return shapes
 
 
@@ -142,15 +144,17 @@ def clean_shape(key: str, shape: tuple[int, ...], expected: dict[str, tuple[int,
     return shape
 
 
-def check_layout(path: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    def some(keys: set[str]) -> str:
-        keys = sorted(keys)
-        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+def some(keys: Collection[str]) -> str:
+    """The first names, as a message lists them."""
+    first = ", ".join(as_text(key, 80) for key in sorted(keys)[:3])
+    return first + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
+
+def check_layout(path: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
     if missing := expected.keys() - found.keys():
         raise UserError(f"{path} lacks the tensors {some(missing)}; its config.json describes another model")
     if extra := found.keys() - expected.keys():
         raise UserError(f"{path} has tensors that this model does not know: {some(extra)}")
     for key in expected:
         if found[key] != expected[key]:
-            raise UserError(f"{path}: {key} has shape {list(found[key])}, config.json asks for {list(expected[key])}")
+            raise UserError(f"{path}: {key} has shape {shown([*found[key]])}, config.json asks for {list(expected[key])}")

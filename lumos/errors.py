@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 SHOWN_LENGTH = 200
@@ -25,6 +26,14 @@ class OutOfMemory(RunError):
     """Memory ran out; says what would need less."""
 
 
+class NotFinite(RunError):
+    """Numbers that a model computes are NaN or infinite; `clips` are those of the batch that are hit, counted from 0."""
+
+    def __init__(self, message: str, clips: Sequence[int] = ()):
+        super().__init__(message)
+        self.clips = tuple(clips)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is Python's, or torch's on the CPU or on a GPU, way of saying that memory ran out."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
@@ -33,6 +42,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 def printable(text: str) -> str:
     """The text with control characters, direction marks and undecodable bytes escaped, so that it can be shown on a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def drawable(text: str) -> str:
+    """As `printable`, for matplotlib, to which a dollar sign begins a formula."""
+    return printable(text).replace("$", r"\$")
+
+
+def cut(text: str, length: int = SHOWN_LENGTH) -> str:
+    """The text, or its first characters and " ..." where it is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length - 4]} ..."
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error of another library says, in at most SHOWN_LENGTH printable characters; else its kind."""
+    said = str(error).strip().splitlines()
+    return cut(printable(said[0])) if said else type(error).__name__
+
+
+def as_text(value: Any, length: int = SHOWN_LENGTH) -> str:
+    """As `shown`, but a text stands without quotes: for the names of keys, and for what a message sets apart otherwise."""
+    return cut(printable(value), length) if isinstance(value, str) else shown(value, length)
 
 
 def shown(value: Any, length: int = SHOWN_LENGTH) -> str:
@@ -48,4 +78,4 @@ def shown(value: Any, length: int = SHOWN_LENGTH) -> str:
         text = printable(short.repr(value))
     except Exception:  # a number of too many digits, or a broken __repr__
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= length else f"{text[: length - 4]} ..."
+    return cut(text, length)

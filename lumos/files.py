@@ -146,16 +146,17 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
-def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> bytes:
     """A regular file's bytes, at most `limit`; `what` says what it should be.
 
     NotFound if there is none; UserError if it is a folder, a pipe or a device, too large, or unreadable. A pipe is never
-    waited for.
+    waited for, unless `pipes` says that it may be one: where the user names it, as in `<(command)`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        wait = 0 if pipes else getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, os.O_RDONLY | wait | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if not (stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or (pipes and stat.S_ISFIFO(mode))):
                 raise UserError(f"cannot read {path} as {what}: it is not a regular file")
             data = file.read(limit + 1)
     except FileNotFoundError as error:
@@ -169,10 +170,10 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> 
     return data
 
 
-def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> str:
+def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
     """As `read_bytes`, decoded as UTF-8; UserError if it is not."""
     try:
-        return read_bytes(path, what, limit).decode("utf-8")
+        return read_bytes(path, what, limit, pipes=pipes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path} as {what}: {error}") from error
 
@@ -206,16 +207,25 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: dates and numbers that are none
         why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {why[:SHOWN_LENGTH]}") from error
-    _check_nesting(value, where, "YAML")
+    _check_nesting(value, where, "YAML", MAX_YAML_LENGTH)  # without aliases no text of that length has so many
     return value
 
 
 class _BoundedLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses texts in which aliases multiply while they are read."""
 
-    aliases = 0
+    aliases, depth = 0, 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DOCUMENT_DEPTH + 2:
+            raise RecursionError
+        try:
+            return self._compose(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _compose(self, parent: Any, index: Any) -> Any:
         self.aliases += self.check_event(yaml.AliasEvent)
         if self.aliases > MAX_YAML_ALIASES:
             raise yaml.YAMLError(f"it uses more than {MAX_YAML_ALIASES:,} aliases")
@@ -227,18 +237,16 @@ class _BoundedLoader(yaml.SafeLoader):
             raise yaml.YAMLError("it merges mappings into one that is too large")
 
 
-def _check_nesting(value: Any, where: str, language: str) -> None:
-    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over MAX_DOCUMENT_ENTRIES entries in all."""
+def _check_nesting(value: Any, where: str, language: str, limit: int = MAX_DOCUMENT_ENTRIES) -> None:
+    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over `limit` entries in all."""
     level, entries = [value], 0
     for _ in range(MAX_DOCUMENT_DEPTH + 2):
         below = []
         for container in level:
             if isinstance(container, (dict, list)):
                 entries += len(container)
-                if entries > MAX_DOCUMENT_ENTRIES:
-                    raise UserError(
-                        f"{where} is not valid {language} here: it stands for more than {MAX_DOCUMENT_ENTRIES:,} entries"
-                    )
+                if entries > limit:
+                    raise UserError(f"{where} is not valid {language} here: it stands for more than {limit:,} entries")
                 below += container.values() if isinstance(container, dict) else container
         if not below:
             return
@@ -256,7 +264,9 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def write_json(path: str | Path, data: Any) -> Path:
     """Write ``data`` as indented JSON, whole or not at all; what JSON does not know (a path) becomes text."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
-    return write_bytes(path, (text + "\n").encode("utf-8", "replace"))
+    if not text.replace("\n", "").isprintable():  # what would steer a terminal that shows the file
+        text = "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return write_bytes(path, (text + "\n").encode("utf-8"))
 
 
 def _make_parents(path: Path) -> None:

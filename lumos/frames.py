@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lumos.errors import RunError, UserError
+from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
 
 
@@ -41,9 +41,9 @@ def _fit_one(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
-    """Frames uint8 [(B,) T, H, W, 3] of a video [(B,) 3, T, H, W] in [-1, 1]; RunError if it is not finite."""
+    """Frames uint8 [(B,) T, H, W, 3] of a video [(B,) 3, T, H, W] in [-1, 1]; NotFinite if a value is not finite."""
     if not torch.isfinite(video).all():
-        raise RunError("the video holds values that are not finite; use dtype float32, or check the weights")
+        raise NotFinite("the video holds values that are not finite; use dtype float32, or check the weights")
     levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return levels.movedim(-4, -1).contiguous().cpu().numpy()
 
@@ -201,7 +201,7 @@ def check_animated(path: str | Path) -> None:
 
 def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
     """At most so many lines of whole words; the last is shortened if need be."""
-    words, lines = label.split(), []
+    words, lines = printable(" ".join(label.split())).split(), []
     while words and len(lines) < most - 1:
         count = 1
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lumos.configuration import LumosConfig
+from lumos.errors import shown
 from lumos.sequence import code_mask, parse_layout
 
 MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
@@ -56,7 +57,7 @@ def training_mask(
     fixed_ratio takes the place of what would be drawn.
     """
     if kind not in MASK_KINDS:
-        raise ValueError(f"unknown mask kind {kind!r}; allowed: {', '.join(MASK_KINDS)}")
+        raise ValueError(f"unknown mask kind {shown(kind)}; allowed: {', '.join(MASK_KINDS)}")
 
     def draw_ratio() -> float:
         return mask_ratio(float(torch.rand((), generator=generator)), min_ratio) if fixed_ratio is None else fixed_ratio

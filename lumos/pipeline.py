@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumos.adapters import fingerprints, merge_adapter
 from lumos.conversion import check_written
-from lumos.errors import RunError, UserError
+from lumos.errors import NotFinite, RunError, UserError
 from lumos.frames import as_uint8, from_uint8, to_uint8
 from lumos.generation.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.generation.cache import KeptPrefix
@@ -330,7 +330,12 @@ class LumosPipeline:
         """uint8 [T, H, W, 3] -> codes [t, h, w] on the CPU."""
         video = from_uint8(frames)[None]
         parameter = next(self.video_tokenizer.parameters())
-        return self.video_tokenizer.encode(video.to(parameter.device, parameter.dtype))[0].cpu()
+        codes = self.video_tokenizer.encode(video.to(parameter.device, parameter.dtype))[0].cpu()
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.video_tokenizer.num_codes:  # what NaN becomes
+            raise NotFinite(
+                "the video tokenizer's numbers are not finite where it reads frames; check its weights, or take dtype float32"
+            )
+        return codes
 
     def _decode(self, codes: Tensor) -> np.ndarray:
         """codes [t, h, w] -> uint8 [T, H, W, 3]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from lumos.configuration import LumosConfig
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.frames import as_uint8, is_pictures
 from lumos.generation.engine import code_offsets
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
@@ -126,7 +126,7 @@ class Interrupted(Exception):
 
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
-        raise UserError(f"output_type {output_type!r} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
+        raise UserError(f"output_type {shown(output_type)} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
 
 
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
@@ -146,7 +146,8 @@ def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
 def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:
     """`num_videos_per_prompt`: every entry of a list `count` times in a row; a single prompt alone becomes such a list."""
     if not is_whole(count) or not 1 <= count <= MAX_VIDEOS_PER_PROMPT:
-        raise UserError(f"num_videos_per_prompt {count!r} is not allowed; give a whole number from 1 to {MAX_VIDEOS_PER_PROMPT}")
+        allowed = f"a whole number from 1 to {MAX_VIDEOS_PER_PROMPT}"
+        raise UserError(f"num_videos_per_prompt {shown(count)} is not allowed; give {allowed}")
     values = [prompt, *others]
     if count > 1 and not any(isinstance(value, list | tuple) for value in values):
         values[0] = [prompt]
@@ -157,7 +158,7 @@ def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: in
     """A seed for each clip, drawn from its generator, or from the one generator in turn: each call moves them on."""
     generators = list(generator) if isinstance(generator, list | tuple) else [generator] * count
     if wrong := [g for g in generators if not isinstance(g, torch.Generator)]:
-        raise UserError(f"generator is {wrong[0]!r}; give a torch.Generator or a list of them")
+        raise UserError(f"generator is {shown(wrong[0])}; give a torch.Generator or a list of them")
     if len(generators) != count:
         raise UserError(f"generator is a list of {len(generators)}, but there are {count} clips to make")
     return [int(torch.randint(2**31, (1,), generator=g, device=g.device)) for g in generators]
@@ -180,9 +181,9 @@ def step_callback(
     UserError for what is no function, names that are not offered, and codes of another shape or out of range.
     """
     if not callable(callback):
-        raise UserError(f"callback_on_step_end is {callback!r}; give a function of (pipe, step, codes still masked, tensors)")
+        raise UserError(f"callback_on_step_end is {shown(callback)}; give a function of (pipe, step, codes still masked, tensors)")
     if isinstance(names, str):
-        raise UserError(f"callback_on_step_end_tensor_inputs is the text {names!r}; give a list of names, as [{names!r}]")
+        raise UserError(f"callback_on_step_end_tensor_inputs is the text {shown(names)}; give a list of names, as [{shown(names)}]")
     if unknown := [name for name in names if name not in TENSOR_INPUTS]:
         raise UserError(f"callback_on_step_end_tensor_inputs {unknown} are not offered; allowed: {', '.join(TENSOR_INPUTS)}")
     offsets = code_offsets(Frame(0, *grid))
@@ -195,7 +196,7 @@ def step_callback(
         still_masked = int((codes < 0).sum(dim=(1, 2)).max())
         result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names})
         if result is not None and not isinstance(result, Mapping):
-            raise UserError(f"the callback gave {result!r}; give nothing, or a dict as {{'codes': ...}}")
+            raise UserError(f"the callback gave {shown(result)}; give nothing, or a dict as {{'codes': ...}}")
         if result and "codes" in result:
             changed = check_codes(result["codes"], codes, config).to(ids.device)
             ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lumos.configuration import LumosConfig
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.frames import as_uint8
 from lumos.generation.engine import cache_tokens
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
@@ -53,15 +53,15 @@ def check_text_tokenizer(config: LumosConfig, tokenizer: TextTokenizer) -> None:
 
 def check_prompt(prompt: Any) -> str:
     if not isinstance(prompt, str):
-        raise UserError(f"the prompt is {prompt!r}; give a string")
+        raise UserError(f"the prompt is {shown(prompt)}; give a string")
     if not prompt.strip():
-        raise UserError(f"the prompt is empty ({prompt!r}); say in words what the clip shows")
+        raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
     return prompt
 
 
 def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> None:
     if not is_whole(num_frames):
-        raise UserError(f"{name} {num_frames!r} is not allowed; give a whole number, 1 + a multiple of {stride}")
+        raise UserError(f"{name} {shown(num_frames)} is not allowed; give a whole number, 1 + a multiple of {stride}")
     if num_frames < 1 or (num_frames - 1) % stride:
         below = max(1, 1 + (num_frames - 1) // stride * stride)
         raise UserError(
@@ -125,7 +125,7 @@ def whole_seed(seed: Any) -> int:
     except TypeError:
         value = -1
     if isinstance(seed, bool) or not 0 <= value <= MAX_SEED:
-        raise UserError(f"seed {seed!r} is not allowed; give a whole number from 0 to {MAX_SEED}")
+        raise UserError(f"seed {shown(seed)} is not allowed; give a whole number from 0 to {MAX_SEED}")
     return value
 
 

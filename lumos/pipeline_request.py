@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumos.configuration import LumosConfig
 from lumos.data.buckets import bucket_for
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_whole
 from lumos.pipeline_call import Request, repeat_each, seeds_from
 from lumos.pipeline_inputs import (
@@ -173,11 +173,11 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
     """`later_prompts` as (start, prompt or list of prompts) in order; UserError where a start cannot be one."""
     form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):
-        raise UserError(f"later_prompts is {later!r}; {form}")
+        raise UserError(f"later_prompts is {shown(later)}; {form}")
     before = given  # the first frame that the prompt before makes
     for pair in later or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
-            raise UserError(f"later_prompts holds {pair!r}; {form}")
+            raise UserError(f"later_prompts holds {shown(pair)}; {form}")
         check_num_frames(pair[0], stride, "the first frame of a later prompt")
         if not before < pair[0] < clip.num_frames:
             raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 FOR_WEIGHTS = 0.8  # share of the free memory that weights may take by default; cache, states and video tokenizer need the rest
@@ -32,7 +32,7 @@ def loading_arguments(
             raise UserError("max_memory has no effect without device_map; give device_map='auto' (--device-map auto) too")
         return {}
     if device_map != "auto":
-        raise UserError(f"device_map {device_map!r} is not allowed; give 'auto', or leave it out")
+        raise UserError(f"device_map {shown(device_map)} is not allowed; give 'auto', or leave it out")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device_map works with CUDA and the CPU, not with {device.type}; leave it out")
     here = (device.index or 0) if device.type == "cuda" else "cpu"
@@ -49,7 +49,7 @@ def size_in_bytes(size: int | str) -> int:
     """6GiB, 500 MB, 1000 -> bytes; UserError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if found is None or found[2] not in UNITS:
-        raise UserError(f"{size!r} is no size of memory; give 6GiB or 500MB for example")
+        raise UserError(f"{shown(size)} is no size of memory; give 6GiB or 500MB for example")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lumos.configuration import LumosConfig
 from lumos.conversion import INDEX, WEIGHTS, check_written, match_layout, read_config, read_shapes, weight_files
-from lumos.errors import NotFound, RunError, UserError
+from lumos.errors import NotFound, RunError, UserError, shown
 from lumos.files import check_writable, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
 from lumos.modeling import LumosForVideoGeneration
@@ -101,7 +101,7 @@ def convert(
     check_writable(out)
     kind = defaults or FOLDERS.get(lumos.resolve().name, "video-384p")
     if kind not in DEFAULTS:
-        raise UserError(f"defaults {kind!r} are unknown; allowed: {', '.join(DEFAULTS)}")
+        raise UserError(f"defaults {shown(kind)} are unknown; allowed: {', '.join(DEFAULTS)}")
     config = read_config(lumos)
     parts = decoder_parts(lumos, config, dtype)
     text_file = find_text_tokenizer(lumos, cosmos, text_tokenizer)

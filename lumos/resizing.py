@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lumos.configuration import SCALED_SCHEMES, LumosConfig
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.files import parse_json, read_text, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults
 from lumos.pipeline import LumosPipeline
@@ -40,7 +40,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
                         "was trained on; train it with start_from and train_encoder=false")  # fmt: skip
     config = pipe.model.config
     if any(f"{{{side}}}" in config.prompt_template for side in ("width", "height")):
-        raise UserError(f"the decoder of {folder} reads its size in words ({config.prompt_template!r}): it cannot be resized")
+        raise UserError(f"the decoder of {folder} reads its size in words ({shown(config.prompt_template)}): it cannot be resized")
     _tell(config, after.spatial_compression)
     clip = scaled(pipe.clip, after.spatial_compression, before.spatial_compression)
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lumos.configuration import SCALED_SCHEMES, LumosConfig
+from lumos.errors import shown
 from lumos.sequence import Frame, Layout, by_layout
 
 T_AXIS, H_AXIS, W_AXIS = 0, 1, 2
@@ -34,7 +35,7 @@ def frequency_axes(scheme: str, num_frequencies: int) -> Tensor:
         return torch.tensor([H_AXIS, W_AXIS] * ((num_frequencies - n_t) // 2) + [T_AXIS] * n_t)
     if scheme == "1d":
         return torch.zeros(num_frequencies, dtype=torch.int64)
-    raise ValueError(f"unknown position scheme {scheme!r}")
+    raise ValueError(f"unknown position scheme {shown(scheme)}")
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:

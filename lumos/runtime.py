@@ -77,6 +77,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def check_memory(needed: int, what: str) -> None:
+    """UserError if `what` alone needs more bytes than this machine has memory and swap, in use or not."""
+    has = psutil.virtual_memory().total + psutil.swap_memory().total
+    if needed > has:
+        raise UserError(
+            f"{what} needs {needed / 2**30:,.0f} GiB of memory at least, this machine has {has / 2**30:,.0f}; ask for less"
+        )
+
+
 def return_freed_memory(device: torch.device) -> bool:
     """Make freed tensors of 4 MiB and more on the CPU go back to the system at once; False where nothing was set.
 

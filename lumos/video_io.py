@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 from lumos.files import check_writable, file_identity, replacing, replacing_folder, write_json
 from lumos.frames import as_uint8, contact_sheet, fit, from_uint8, to_uint8
 from lumos.video_reading import MAX_FRAMES, MAX_PIXELS, count_frames, read_image, read_video
@@ -128,7 +128,7 @@ def _check_fps(path: Path, fps: float) -> None:
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(f"cannot write {path}: the suffix {suffix!r} is unknown; use one of {', '.join(SUFFIXES)}")
+        raise UserError(f"cannot write {path}: the suffix {shown(suffix)} is unknown; use one of {', '.join(SUFFIXES)}")
     return suffix
 
 

@@ -184,12 +184,16 @@ def test_targets_out_of_range(model, config):
     ("change", "message"),
     [
         ([1], "config.json is damaged"),
-        ({"hidden_size": "abc"}, "config.json is damaged"),
-        ({"num_hidden_layers": None}, "config.json is damaged"),
-        ({"rope_theta": "x"}, "config.json is damaged"),
+        ({"hidden_size": "abc"}, "config.json: hidden_size 'abc' is not allowed; give a whole number from 1 to 131,072"),
+        ({"hidden_size": 10**9}, "config.json: hidden_size 1000000000 is not allowed"),
+        ({"num_hidden_layers": None}, "config.json: num_hidden_layers None is not allowed"),
+        ({"num_hidden_layers": 1.0}, "config.json: num_hidden_layers 1.0 is not allowed"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers 1000000000 is not allowed"),
+        ({"num_hidden_layers": 2000}, "too few for the 2000 layers of its config.json"),
+        ({"rope_theta": "x"}, "config.json: rope_theta 'x' is not allowed"),
         ({"dtype": "frog"}, "config.json is damaged"),
-        ({"num_hidden_layers": 1.0}, "no model can be made from the config.json"),
-        ({"num_hidden_layers": 10**9}, "too few for the 1000000000 layers of its config.json"),
+        ({"num_labels": 10**9}, "config.json: more than 1,000 unknown fields, or num_labels over 1,000"),
+        ({"prompt_template": "{prompt:>1000000000}"}, r"config.json: prompt_template '{prompt:>1000000000}' is not usable"),
     ],
 )
 def test_a_damaged_config_is_said(folder, change, message):

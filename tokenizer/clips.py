@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumos.data.worlds import Worlds
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.frames import fit, from_uint8
 from lumos.video_reading import read_image, read_video
 from tokenizer.textures import recoloured, texture
@@ -67,7 +67,7 @@ def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError(f"film {source!r} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
+            raise UserError(f"film {shown(source)} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
     return [path for path in found if path.name.startswith(HELD_OUT_FILM) == held_out]
 
 

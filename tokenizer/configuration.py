@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lumos.errors import UserError
+from lumos.errors import UserError, as_text, shown
 from tokenizer.wavelet import PATCH_METHODS
 
 BOOKKEEPING_KEYS = frozenset(
@@ -22,6 +23,24 @@ BOOKKEEPING_KEYS = frozenset(
     )
 )
 """Keys of published config files that say nothing about the network."""
+
+
+MAX_ENTRIES = 16
+"""Of channels_mult, attn_resolutions and levels."""
+MAX_CHANNELS = 2**16
+MAX_CODES = 2**24
+MAX_WINDOW = 2**20
+MAX_COMPRESSION = 1024
+_SIZES = {
+    "in_channels": 1024,
+    "out_channels": 1024,
+    "channels": 2**14,
+    "num_res_blocks": 64,
+    "resolution": 2**20,
+    "z_channels": 2**14,
+    "z_factor": 64,
+}
+"""Whole numbers from 1 to this, far beyond any tokenizer that was made."""
 
 
 class Sampling(NamedTuple):
@@ -64,29 +83,28 @@ class VideoTokenizerConfig:
     def __post_init__(self) -> None:
         for field in ("channels_mult", "attn_resolutions", "levels"):
             value = getattr(self, field)
-            _require(isinstance(value, (list, tuple)), field, value, "a list")
+            _require(
+                isinstance(value, (list, tuple)) and len(value) <= MAX_ENTRIES and all(map(_is_positive, value)),
+                field,
+                value,
+                f"a list of at most {MAX_ENTRIES} whole numbers above 0",
+            )
             object.__setattr__(self, field, tuple(value))
-        for field in (
-            "in_channels",
-            "out_channels",
-            "channels",
-            "num_res_blocks",
-            "resolution",
-            "z_channels",
-            "z_factor",
-        ):
-            _require(_is_positive(getattr(self, field)), field, getattr(self, field), "a whole number above 0")
+        for field, most in _SIZES.items():
+            value = getattr(self, field)
+            _require(_is_positive(value) and value <= most, field, value, f"a whole number from 1 to {most:,}")
+        widest = max(self.channels_mult, default=0) * self.channels
         _require(
-            len(self.channels_mult) > 0 and all(map(_is_positive, self.channels_mult)),
+            0 < widest <= MAX_CHANNELS,
             "channels_mult",
             self.channels_mult,
-            "a list of whole numbers above 0, one a level",
+            f"a list of whole numbers above 0, one a level, that times channels {self.channels} are at most {MAX_CHANNELS:,}",
         )
         _require(
-            all(isinstance(level, int) and level >= 2 for level in self.levels) and len(self.levels) > 0,
+            all(level >= 2 for level in self.levels) and 1 < math.prod(self.levels) <= MAX_CODES,
             "levels",
             self.levels,
-            "a list of whole numbers of 2 or more",
+            f"a list of whole numbers of 2 or more, whose product, the number of codes, is at most {MAX_CODES:,}",
         )
         _require(
             self.embedding_dim == len(self.levels),
@@ -95,21 +113,26 @@ class VideoTokenizerConfig:
             f"{len(self.levels)}, the length of levels",
         )
         _require(
-            self.attention_window is None or _is_positive(self.attention_window),
+            self.attention_window is None or (_is_positive(self.attention_window) and self.attention_window <= MAX_WINDOW),
             "attention_window",
             self.attention_window,
-            "a whole number above 0, or null for all earlier frames",
+            f"a whole number from 1 to {MAX_WINDOW:,}, or null for all earlier frames",
         )
         for field, sizes in (("patch_size", (1, 2, 4, 8)), ("spatial_patch_size", (1, 2))):
             value = getattr(self, field)
             _require(_is_positive(value) and value in sizes, field, value, f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}")
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
+        is_number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        _require(is_number and 0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
         for field in ("legacy_mode", "pointwise_ends"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
         fixed = {"num_groups": 1, "quantizer": "FSQ", "encoder": "FACTORIZED", "decoder": "FACTORIZED", "name": "DV"}
         for field, only in fixed.items():
             _require(getattr(self, field) == only, field, getattr(self, field), repr(only))
+        for field in ("spatial_compression", "temporal_compression"):
+            value = getattr(self, field)
+            is_power = _is_positive(value) and value <= MAX_COMPRESSION and value & (value - 1) == 0
+            _require(is_power, field, value, f"a power of two, at most {MAX_COMPRESSION:,}")
         self._check_compression("spatial")
         self._check_compression("temporal")
 
@@ -117,7 +140,6 @@ class VideoTokenizerConfig:
         """The samplers between the levels must multiply up to the compression, in the encoder and in the decoder."""
         field = f"{kind}_compression"
         value = getattr(self, field)
-        _require(_is_positive(value) and value & (value - 1) == 0, field, value, "a power of two")
         patch = self._patch(kind)
         _require(value >= patch, field, value, f"the patches' side ({patch}) or more")
         for side, samplers in (("encoder", self.downsamplers()), ("decoder", self.upsamplers())):
@@ -168,9 +190,11 @@ class VideoTokenizerConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> VideoTokenizerConfig:
         """Build from the contents of a config.json. An unknown key raises a ValueError that lists the known ones."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known - BOOKKEEPING_KEYS)
+        unknown = [as_text(key, 60) for key in values if key not in known | BOOKKEEPING_KEYS]
         if unknown:
-            raise UserError(f"unknown video tokenizer setting {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            listed = ", ".join(sorted(unknown)[:3])
+            raise UserError(f"unknown video tokenizer setting {listed}{more}: known are {', '.join(sorted(known))}")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,4 +212,4 @@ def _is_positive(value: object) -> bool:
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
     if not condition:
-        raise UserError(f"{field} {value!r} is not possible: allowed is {allowed}")
+        raise UserError(f"{field} {shown(value)} is not possible: allowed is {allowed}")

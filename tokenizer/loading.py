@@ -6,7 +6,6 @@ Nothing here is unpickled by Python or run by torch. TorchScript archives, the p
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lumos.errors import NotFound, RunError, UserError
-from lumos.files import replacing, write_json
+from lumos.errors import NotFound, RunError, UserError, as_text, reason_of, shown
+from lumos.files import read_json, replacing, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
 from tokenizer.torchscript import read_torchscript
 
 SUBFOLDER = "video_tokenizer"
 WEIGHTS = "model.safetensors"
+MAX_CONFIG_BYTES = 2**20
 JIT_PAIR = ("encoder.jit", "decoder.jit")
 JIT_WHOLE = "autoencoder.jit"
 
@@ -60,9 +60,10 @@ def _weight_files(folder: Path) -> list[Path]:
 def _is_other_model(folder: Path) -> bool:
     """True for the folder of a Hugging Face model, a decoder for instance: its config.json names a model type."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        config = read_json(folder / "config.json", "a config", MAX_CONFIG_BYTES)
+    except UserError:
         return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def read_config(folder: Path) -> VideoTokenizerConfig:
@@ -75,11 +76,11 @@ def read_config(folder: Path) -> VideoTokenizerConfig:
     values: dict[str, object] = {}
     if path.is_file():
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RunError(f"cannot read {path}: {error}") from error
+            values = read_json(path, "a video tokenizer's config", MAX_CONFIG_BYTES)
+        except UserError as error:
+            raise RunError(f"{error}; copy it again") from error
         if not isinstance(values, dict):
-            raise UserError(f"{path} must hold a JSON object with the settings of a video tokenizer")
+            raise UserError(f"{path} holds {shown(values, 60)}; it must hold a JSON object with the settings of a video tokenizer")
     if set(values) <= BOOKKEEPING_KEYS:
         named = re.search(r"DV(\d+)x(\d+)x\2(?!\d)", str(folder.resolve()))
         if named:
@@ -99,8 +100,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         except RunError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
+            raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason_of(error)}") from error
         tensors.update(found)
     return {key: tensor for key, tensor in tensors.items() if not _NOT_PARAMETERS.search(key)}
 
@@ -117,7 +117,7 @@ def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fo
     if not (missing or unexpected or wrong):
         return
     parts = [
-        f"{len(keys)} {kind} (first: {keys[0]})"
+        f"{len(keys)} {kind} (first: {as_text(keys[0], 80)})"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if keys
     ]

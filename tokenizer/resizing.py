@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.video import VideoTokenizer
 
@@ -63,7 +63,7 @@ def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:
     for name, value in wanted.items():
         if (found := getattr(config, name)) != value:
             raise UserError(f"this video tokenizer cannot be made {'half' if spatial_patch_size == 2 else 'twice'} its size: its "
-                            f"{name} is {found!r}, where {value!r} is needed")  # fmt: skip
+                            f"{name} is {shown(found)}, where {shown(value)} is needed")  # fmt: skip
 
 
 def _resized(model: VideoTokenizer, patch_size: int, change: Callable[[Tensor, int, int], Tensor]) -> VideoTokenizer:

@@ -17,11 +17,14 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from lumos.errors import UserError
-from lumos.files import write_bytes
+from lumos.errors import UserError, as_text, reason_of, shown
+from lumos.files import parse_json, read_bytes, read_text, write_bytes
 
 FILE_NAMES = ("text_tokenizer.json", "tokenizer.json", "text_tokenizer.model", "tokenizer.model")
 SUBFOLDER = "text_tokenizer"
+MAX_VOCABULARY = 2**24
+MAX_TEXT_LENGTH = 2**20
+MAX_CAPTIONS_BYTES = 2**30
 
 # Entries of the published vocabulary that are no text, whether or not the file flags them as special.
 _NOT_TEXT = re.compile(r"<reserved\d+>|<racm3:break>|<eoss>|</?s>|<pad>|<unk>|(VIDVID|IMGIMG)[A-J]+Z")
@@ -37,7 +40,7 @@ class TextTokenizer:
 
     def __init__(self, data: bytes, kind: str, *, limit: int | None = None, source: str = "the tokenizer file"):
         if kind not in ("sentencepiece", "huggingface"):
-            raise UserError(f"tokenizer kind {kind!r} is unknown; use 'sentencepiece' or 'huggingface'")
+            raise UserError(f"tokenizer kind {shown(kind)} is unknown; use 'sentencepiece' or 'huggingface'")
         self.kind = kind
         self._data = data
         backend = _SentencePiece if kind == "sentencepiece" else _HuggingFace
@@ -46,15 +49,16 @@ class TextTokenizer:
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{source} is damaged or no {kind} tokenizer ({reason}); copy it again from where it came from"
+                f"{source} is damaged or no {kind} tokenizer ({reason_of(error)}); copy it again from where it came from"
             ) from error
         self.vocab_size: int = self._backend.vocab_size
         self.max_text_id: int = self._backend.max_text_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``: no start or end id is added, and none of them is a special or visual id."""
+        if len(text) > MAX_TEXT_LENGTH:
+            raise UserError(f"the text has {len(text):,} characters; allowed: at most {MAX_TEXT_LENGTH:,}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -87,10 +91,7 @@ class TextTokenizer:
         """Read a ``.model`` or ``.json`` file, or the folder (or its subfolder ``text_tokenizer``) that holds one."""
         file = find_tokenizer_file(Path(path))
         kind = "sentencepiece" if file.suffix == ".model" else "huggingface"
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}; check its permissions") from error
+        data = read_bytes(file, "a text tokenizer")
         return cls(data, kind, limit=limit, source=str(file))
 
     @classmethod
@@ -112,10 +113,12 @@ class TextTokenizer:
         """
         symbols = list(reserved_symbols)
         if len(set(symbols)) != len(symbols) or any(s in ("", "<s>", "<unk>") for s in symbols):
-            raise UserError(f"reserved symbols must be different, not empty, not '<s>' or '<unk>'; given: {symbols}")
+            raise UserError(f"reserved symbols must be different, not empty, not '<s>' or '<unk>'; given: {shown(symbols)}")
         if model_type not in ("bpe", "unigram"):
-            raise UserError(f"model_type {model_type!r} is unknown; use 'bpe' or 'unigram'")
+            raise UserError(f"model_type {shown(model_type)} is unknown; use 'bpe' or 'unigram'")
         smallest = len(symbols) + 259
+        if vocab_size > MAX_VOCABULARY:
+            raise UserError(f"vocab_size {shown(vocab_size)} is too large; give at most {MAX_VOCABULARY:,}")
         if vocab_size < smallest:
             raise UserError(
                 f"vocab_size {vocab_size} is too small: specials and bytes alone take {smallest - 1}; "
@@ -172,11 +175,8 @@ def _captions(captions: Iterable[str] | str | Path) -> Iterator[str]:
     if not isinstance(captions, str | Path):
         yield from (text for text in captions if text.strip())
         return
-    try:
-        with open(captions, encoding="utf-8") as file:
-            yield from (line.rstrip("\r\n") for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read captions from {captions} ({error}); give UTF-8 text, one a line") from error
+    lines = read_text(captions, "captions, one a line", MAX_CAPTIONS_BYTES, pipes=True).split("\n")
+    yield from (line.rstrip("\r") for line in lines if line.strip())
 
 
 class _SentencePiece:
@@ -207,13 +207,15 @@ class _SentencePiece:
 
 class _HuggingFace:
     def __init__(self, data: bytes, limit: int | None):
-        tree = json.loads(data)
+        tree = parse_json(data.decode("utf-8"), "the file")
         model = tree["model"]
         vocab = model["vocab"]
         if not isinstance(vocab, dict):
-            raise UserError(f"a {model.get('type')} tokenizer is not supported; use BPE, WordPiece or WordLevel")
+            raise UserError(f"a {as_text(model.get('type'))} tokenizer is not supported; use BPE, WordPiece or WordLevel")
         added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
         self.ids: dict[str, int] = vocab | added
+        if wrong := [i for i in self.ids.values() if type(i) is not int or not 0 <= i < MAX_VOCABULARY]:
+            raise ValueError(f"the id {shown(wrong[0])} is no whole number from 0 to {MAX_VOCABULARY - 1:,}")
         self.vocab_size = max(self.ids.values()) + 1
         unknown = model.get("unk_token")  # stays: it is what the model says for text that it has no piece for
         hidden = {
@@ -229,7 +231,7 @@ class _HuggingFace:
         self.text_ids = frozenset(model["vocab"].values())
         self.max_text_id = max(self.text_ids)
         if limit is not None and self.max_text_id >= limit:
-            raise UserError(f"its {unknown!r} has an id from {limit} on, where visual codes are; use another tokenizer")
+            raise UserError(f"its {shown(unknown)} has an id from {limit} on, where visual codes are; use another tokenizer")
         if "merges" in model:
             model["merges"] = [pair for pair in map(_pair, model["merges"]) if _usable(pair, hidden | {unknown})]
         # A stored truncation would cut prompts in silence, a post-processor would add start ids.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lumos.data.ahead import in_processes
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 from lumos.files import write_json
 from lumos.frames import to_uint8
-from lumos.runtime import pick_device
+from lumos.runtime import check_memory, pick_device
 from lumos.training import checkpoint
 from lumos.training.ema import Ema
 from lumos.training.logging import Meter, RunLog
@@ -114,6 +114,7 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     config = VideoTokenizerConfig.from_dict(settings.model)
     if config.dropout and not settings.train_encoder:
         raise UserError(f"model.dropout {config.dropout} is not possible with train_encoder=false, which keeps the codes: set 0")
+    check_memory_of(settings, config)
     model = VideoTokenizer(config)
     if settings.start_from is not None:
         try:
@@ -137,10 +138,19 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
     return _Run(settings, model, output, device).to_the_end()
 
 
+def check_memory_of(settings: TokenizerTrainingSettings, config: VideoTokenizerConfig) -> None:
+    """UserError for a network, or batches of it, that this machine obviously cannot hold, before any is made."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in VideoTokenizer(config).parameters())
+    check_memory(4 * weights, f"a video tokenizer of {weights:,} weights in float32")
+    frames = max(settings.batch_size * settings.num_frames + settings.pictures_per_batch, settings.validation_clips)
+    check_memory(3 * frames * settings.height * settings.width, "a batch of so many clips of this size")
+
+
 def differing(found: VideoTokenizerConfig, wanted: VideoTokenizerConfig) -> str:
     """The fields in which two configs differ, as text."""
     pairs = {name: (value, getattr(wanted, name)) for name, value in vars(found).items()}
-    return ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b)
+    return ", ".join(f"{name} {shown(a, 60)} there, {shown(b, 60)} here" for name, (a, b) in pairs.items() if a != b)
 
 
 class _Optimizer:

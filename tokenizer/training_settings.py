@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lumos.data.ahead import check_processes
 from lumos.data.worlds import Worlds
-from lumos.errors import UserError
+from lumos.errors import UserError, as_text, shown
+from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 from tokenizer.configuration import VideoTokenizerConfig
 
 EXPORT_DTYPES = ("float16", "bfloat16", "float32")
@@ -23,6 +22,18 @@ _MAY_CHANGE = frozenset(
     ("output_dir", "device", "processes", "max_minutes", "checkpoint_minutes", "log_every", "validate_every", "export_dtype")
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
+MAX_FILMS = 10_000
+_MOST = {
+    "processes": 256,
+    "seed": 2**63 - 1,
+    "fit_batches": 10**6,
+    "height": 2**14,
+    "width": 2**14,
+    "num_frames": 2**14,
+    **dict.fromkeys(("steps", "warmup_steps", "validate_every", "log_every"), 10**9),
+    **dict.fromkeys(("batch_size", "pictures_per_batch", "validation_clips"), 2**17),
+    **dict.fromkeys(("muon_lr", "weight_decay", "l1_weight", "mse_weight", "foreground_weight", "picture_weight"), 1e9),
+}
 _WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two")
 """Fields of Worlds that decide what is drawn and are not set here; the others word captions, which a tokenizer never reads."""
 
@@ -71,13 +82,16 @@ class TokenizerTrainingSettings:
     export_dtype: str = "float16"  # of the exported weights
 
     def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            self._check(name, getattr(self, name) <= most, f"at most {most:,}")
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 up to, not including, 1")
         if isinstance(self.films, str):
             object.__setattr__(self, "films", [self.films])
+        self._check("films", len(self.films) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
         check_processes(self.processes)
         is_dict = isinstance(self.worlds, dict)
-        self._check("worlds", is_dict and self.worlds.keys() <= {*_WORLD_OPTIONS}, f"the keys {', '.join(_WORLD_OPTIONS)}")
+        self._check("worlds", is_dict and set(self.worlds) <= {*_WORLD_OPTIONS}, f"the keys {', '.join(_WORLD_OPTIONS)}")
         Worlds(**self.worlds)
         self._check("model", isinstance(self.model, dict), "fields of a video tokenizer's config.json")
         config = VideoTokenizerConfig.from_dict(self.model)
@@ -131,7 +145,7 @@ class TokenizerTrainingSettings:
 
     def _check(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
-            raise UserError(f"{name} {getattr(self, name)!r} is not possible: allowed is {allowed}")
+            raise UserError(f"{name} {shown(getattr(self, name))} is not possible: allowed is {allowed}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenizerTrainingSettings:
@@ -140,9 +154,9 @@ class TokenizerTrainingSettings:
         plain = {}
         for key, value in values.items():
             if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
+                near = difflib.get_close_matches(as_text(key), fields, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise UserError(f"unknown setting {key}.{hint} Known are {', '.join(fields)}")
+                raise UserError(f"unknown setting {as_text(key)}.{hint} Known are {', '.join(fields)}")
             plain[key] = _as_type(key, str(fields[key].type), value)
         return cls(**plain)
 
@@ -157,7 +171,7 @@ class TokenizerTrainingSettings:
         before = {key: before.get(key, usual[key]) for key in now}
         changed = [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
         if changed:
-            listed = ", ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed)
+            listed = ", ".join(f"{key} was {shown(before[key])}, now {shown(now[key])}" for key in changed)
             raise UserError(f"{folder} was made with other settings ({listed}): take those, or another output_dir")
 
 
@@ -166,31 +180,24 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TokenizerT
 
     Raises ValueError for a missing or malformed file, an unknown key or a value that is not allowed.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).exists():
         raise UserError(f"there is no config file {path}; the shipped ones are in configs/tokenizer/")
-    values = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
+    values = parse_yaml(read_text(path, "a config in YAML", 4 * MAX_YAML_LENGTH), str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold settings as `key: value` lines")
     for override in overrides:
         key, equals, text = override.partition("=")
         *sections, last = key.strip().removeprefix("--").split(".")
-        if not equals or not last:
-            raise UserError(f"{override!r} is not of the form key=value, for example steps=200")
+        if not equals or not last or len(sections) > 1:
+            raise UserError(f"{shown(override)} is not of the form key=value, for example steps=200")
         section = values
         for name in sections:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"{override!r}: {name} is a single value, it has no setting {last}")
-        section[last] = _parse(text, override)
+                raise UserError(f"{shown(override)}: {as_text(name)} is a single value, it has no setting {as_text(last)}")
+        section[last] = parse_yaml(text, f"the value in {shown(override)}")
     return TokenizerTrainingSettings.from_dict(values)
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _as_type(key: str, annotation: str, value: Any) -> Any:
@@ -212,6 +219,6 @@ def _as_type(key: str, annotation: str, value: Any) -> Any:
             wanted not in (int, None) and isinstance(value, wanted)
         ):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f"{key} {value!r} is not possible: it must be of type {annotation}")
+    raise UserError(f"{key} {shown(value)} is not possible: it must be of type {annotation}")

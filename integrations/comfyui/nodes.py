@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumos import LumosPipeline
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.pipeline_call import Request
 from lumos.pipeline_inputs import MAX_SEED
 
@@ -58,7 +58,7 @@ class LumosLoader:
     def load(self, model: str, dtype: str) -> tuple[LumosPipeline]:
         folders = model_folders()
         if model not in folders:
-            raise UserError(f"there is no model {model!r} in models/{KIND}; found: {', '.join(folders) or 'none'}")
+            raise UserError(f"there is no model {shown(model)} in models/{KIND}; found: {', '.join(folders) or 'none'}")
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         return (LumosPipeline.from_pretrained(folders[model], dtype=wanted, device=comfy.model_management.get_torch_device()),)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lumos.batch.results import UNFINISHED, Results
 from lumos.batch.rows import Row
-from lumos.errors import UserError
-from lumos.files import check_writable, write_json
+from lumos.errors import UserError, shown
+from lumos.files import check_writable, read_json, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings
 from lumos.pipeline_call import Request
 from lumos.video_io import check_output
@@ -62,9 +62,10 @@ def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_
         counts = "none" if frames is None else len(frames)
         raise UserError(f"{len(prompts)} prompts are given and {counts} of their prompt_frames; give the frames of each prompt")
     if min(frames) < 1:
-        raise UserError(f"prompt_frames {list(frames)} is not allowed; each prompt needs at least one frame")
+        raise UserError(f"prompt_frames {shown(list(frames))} is not allowed; each prompt needs at least one frame")
     if num_frames not in (None, sum(frames)):
-        raise UserError(f"prompt_frames {list(frames)} are {sum(frames)} frames, but num_frames is {num_frames}; leave one out")
+        total = f"prompt_frames {shown(list(frames))} are {sum(frames)} frames"
+        raise UserError(f"{total}, but num_frames is {num_frames}; leave one out")
     starts = [sum(frames[:n]) for n in range(1, len(frames))]
     return {"prompt": prompts[0], "later_prompts": list(zip(starts, prompts[1:], strict=True)), "num_frames": sum(frames)}
 
@@ -136,10 +137,10 @@ def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
     """UserError if the clip cannot be written where it is to go, or would take the place of a file of `keep`."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
-        raise UserError(f"output {clip.file!r} is not allowed; name a file in the folder of results, as cats/one.mp4")
+        raise UserError(f"output {shown(clip.file)} is not allowed; name a file in the folder of results, as cats/one.mp4")
     frames = clip.form.clip.num_frames
     if path.suffix.lower() == ".png" and frames > 1:
-        raise UserError(f"output {clip.file!r} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
+        raise UserError(f"output {shown(clip.file)} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
     check_output(out / clip.file, frames, clip.form.clip.fps, keep)
     check_writable(record_path(out / clip.file))
 
@@ -179,10 +180,10 @@ class Recorded(Results):
     def has(self, file: str) -> bool:
         path = self.folder / file
         try:
-            record = json.loads(record_path(path).read_text(encoding="utf-8"))
+            record = read_json(record_path(path), "a clip's record")
             whole = path.is_file() and path.stat().st_size == record.get("bytes", path.stat().st_size)
             return whole and all(record[name] == value for name, value in self.clips[file].inputs.items())
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def stale(self, files: Iterable[str]) -> list[str]:

@@ -69,7 +69,7 @@ def parse_shard(text: str | None) -> tuple[int, int]:
         raise UserError(f"shard {text} is given, but a launcher started {world} processes that share the work; leave it out")
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"shard {text!r} is not allowed; give which part of how many, 1/4 to 4/4 for example")
+        raise UserError(f"shard {shown(text)} is not allowed; give which part of how many, 1/4 to 4/4 for example")
     return int(number), int(count)
 
 
@@ -106,7 +106,9 @@ class Results:
         twins = [(first, file) for file in files if (first := seen.setdefault(file.casefold(), file)) != file]
         if twins and ignores_case(self.folder.parent):
             first, second = twins[0]
-            raise UserError(f"{self.folder} is where {first!r} and {second!r} are one file; choose a place that tells them apart")
+            raise UserError(
+                f"{self.folder} is where {shown(first)} and {shown(second)} are one file; choose a place that tells them apart"
+            )
 
     def tidy(self, files: Sequence[str]) -> int:
         """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""

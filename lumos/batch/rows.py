@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
+from lumos.files import parse_json, read_text
 from lumos.generation.settings import is_number, is_whole
+
+MAX_LIST_BYTES = 2**28
+MAX_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,11 @@ def read_rows(path: str | Path) -> list[Row]:
     readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} is no list of prompts; give a file that ends in {', '.join(readers)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot read the list of prompts {path} ({reason}); give a text file in UTF-8") from error
+    text = read_text(path, "a list of prompts", MAX_LIST_BYTES, pipes=True).removeprefix("\ufeff")
     rows = []
     for line, read in readers[path.suffix.lower()](text, path):
+        if len(rows) == MAX_ROWS:
+            raise UserError(f"{path} has more than {MAX_ROWS:,} rows; make several lists of it")
         try:
             rows.append(Row(line, len(rows), checked(read(), path.parent)))
         except UserError as error:
@@ -114,12 +115,7 @@ def read_objects(text: str, path: Path) -> Reader:
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
-        raise UserError("JSON of an absurd size or depth; give an object, as {\"prompt\": \"a red circle\"}") from error
+    row = parse_json(line, "the row")
     if not isinstance(row, dict):
         raise UserError(f"a JSON {type(row).__name__}; give an object, as {{\"prompt\": \"a red circle\"}}")
     return {name: value for name, value in row.items() if value is not None}
@@ -130,7 +126,7 @@ def read_table(text: str, path: Path) -> Reader:
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in OPTIONS or names.count(name) > 1]:
-            raise UserError(f"{path}: the column {wrong[0]!r} is unknown or there twice; allowed: {', '.join(OPTIONS)}")
+            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or there twice; allowed: {', '.join(OPTIONS)}")
         for cells in table:
             if any(cell.strip() for cell in cells):
                 yield table.line_num, lambda cells=cells: parse_cells(names, cells)
@@ -145,16 +141,16 @@ def parse_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
     for name, cell in zip(names, map(str.strip, cells), strict=True):
         try:
             row |= {name: OPTIONS[name].parse(cell)} if cell else {}
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{name} {cell!r} is not allowed; give {OPTIONS[name].name}") from error
+        except (ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"{name} {shown(cell)} is not allowed; give {OPTIONS[name].name}") from error
     return row
 
 
 def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The row with the paths of what it begins with; UserError for an unknown name and for a value of another kind."""
     if unknown := [name for name in row if name not in OPTIONS]:
-        raise UserError(f"{unknown[0]!r} is unknown; allowed: {', '.join(OPTIONS)}")
+        raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(OPTIONS)}")
     for name, value in row.items():
         if not OPTIONS[name].holds(value):
-            raise UserError(f"{name} {value!r} is not allowed; give {OPTIONS[name].name}")
+            raise UserError(f"{name} {shown(value)} is not allowed; give {OPTIONS[name].name}")
     return {name: str(folder / value) if name in ("image", "video") else value for name, value in row.items()}

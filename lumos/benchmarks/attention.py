@@ -19,6 +19,7 @@ from lumos.attention import allowed_pairs, attention_for
 from lumos.benchmarks.apart import run_apart
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
+from lumos.runtime import check_memory
 from lumos.sequence import FRAME_HEADER, Frame, Layout
 
 FORMS = ("segmented", "dense")
@@ -61,6 +62,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
             )
     if args.heads < 1 or args.head_dim < 1:
         raise UserError(f"--heads {args.heads} --head-dim {args.head_dim} is not allowed; give at least 1")
+    check_memory(
+        3 * 4 * max(args.lengths) * args.heads * args.head_dim, f"--heads {args.heads} --head-dim {args.head_dim} of that length"
+    )
     return Settings(tuple(args.lengths), args.frame_tokens, args.heads, args.head_dim, args.forward_only)
 
 

@@ -75,7 +75,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if not (model / "config.json").is_file():
         raise UserError(f"there is no model in {model} (no config.json); name its folder with --model")
     if not args.prompt.strip():
-        raise UserError(f"the prompt is empty ({args.prompt!r}); say in words what the clip shows")
+        raise UserError("the prompt is empty; say in words what the clip shows")
     trades = {name: getattr(args, name) for name in TRADES if getattr(args, name) is not None}
     for shape in args.shapes:
         usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)

@@ -23,6 +23,7 @@ from lumos.benchmarks.apart import run_apart
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.loss import chunked_cross_entropy
+from lumos.runtime import check_memory
 
 FORMS = ("chunked", "visual", "full")
 WARM_UP = {"positions": 8, "hidden_size": 16, "vocab_size": 64, "visual_codes": 32}
@@ -56,6 +57,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"--positions {min(args.positions)} is not allowed; give at least 1")
     if args.visual_codes > args.vocab_size:
         raise UserError(f"--visual-codes {args.visual_codes} do not fit into --vocab-size {args.vocab_size}")
+    rows = args.vocab_size + max(args.positions)
+    check_memory(4 * rows * args.hidden_size, f"a head of {args.vocab_size:,} rows and {args.hidden_size:,} channels")
     return Settings(tuple(args.positions), args.hidden_size, args.vocab_size, args.visual_codes, args.chunk_size)
 
 

@@ -66,6 +66,9 @@ class Settings:
     mask_ratio: float
 
 
+MAX_TOKENS = 2**24
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokens", type=int, default=8192, help="tokens of the sequence; default: %(default)s")
@@ -81,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_from(args: argparse.Namespace) -> Settings:
     if min(args.channels, args.layers) < 1 or args.channels % HEAD_DIM:
         raise UserError(f"--channels {args.channels} --layers {args.layers} is not allowed; give a multiple of {HEAD_DIM}, and 1")
+    if not 1 <= args.tokens <= MAX_TOKENS:
+        raise UserError(f"--tokens {shown(args.tokens)} is not allowed; give 1 to {MAX_TOKENS:,}")
     if not 0 < args.mask_ratio <= 1:
         raise UserError(f"--mask-ratio {args.mask_ratio} is not allowed; give more than 0, at most 1")
     settings = Settings(

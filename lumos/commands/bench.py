@@ -8,6 +8,7 @@ import json
 import sys
 
 from lumos.benchmarks import TARGETS
+from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.files import check_writable, write_json
     from lumos.runtime import pick_device
 
-    for name in ("threads", "repetitions"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is not allowed; give at least 1")
+    check_counts(args, threads=(1, MAX_THREADS), repetitions=(1, MAX_CLIPS))
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device {device} cannot be measured here; give cpu{' or cuda' if torch.cuda.is_available() else ''}")

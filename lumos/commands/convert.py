@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from lumos.errors import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -23,4 +25,5 @@ def run(args: argparse.Namespace) -> None:
 
     made = convert(args.lumos, args.cosmos, args.out, text_tokenizer=args.text_tokenizer, defaults=args.defaults,
                    dtype=args.dtype and getattr(torch, args.dtype))  # fmt: skip
-    print(f"{args.out}  {made['parameters'] / 1e6:,.1f} M parameters, {made['dtype']}, defaults {made['defaults']}")
+    parameters = f"{made['parameters'] / 1e6:,.1f} M parameters"
+    print(printable(f"{args.out}  {parameters}, {made['dtype']}, defaults {made['defaults']}"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 from lumos.commands.sampling import PLACES, add_loading
 from lumos.errors import UserError
+from lumos.files import read_text
 
+MAX_EXAMPLES_BYTES = 2**20
 EXAMPLES = (
     "a large red circle moves left on a gray background",
     "a small blue square moves up",
@@ -37,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"demo needs gradio ({error}); install it with pip install 'lumos-video[demo]'") from error
+    if importlib.util.find_spec("gradio") is None:  # its import takes seconds
+        raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
+    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
 
     from lumos.commands.generating import circumstances, load, metadata
     from lumos.demo.limits import Limits
@@ -49,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
     from lumos.files import only_writer
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
-    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
     with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
         pipe, model = load(args)
         named = without_folders(args)
@@ -67,7 +68,5 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 
 def read_examples(path: Path) -> list[str]:
     """The prompts of a text file, without empty lines."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the examples {path} ({error}); give a text file with one prompt a line") from error
+    text = read_text(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
+    return [line.strip() for line in text.splitlines() if line.strip()]

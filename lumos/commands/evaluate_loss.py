@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.generating import load
 from lumos.commands.sampling import add_device
 
@@ -42,11 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
-    for name in ("count", "bins", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
-    if args.bins > 100:
-        raise UserError(f"--bins {args.bins} is not allowed; give at most 100, whose names have two digits")
+    check_counts(args, count=(1, MAX_CLIPS), bins=(1, 100), batch_size=(1, MAX_BATCH), seed=(0, MAX_SEED))
     chosen = {name: value for name, value in (("kinds", args.kinds), ("split", args.split)) if value}
     if args.data and chosen:
         raise UserError(f"--{' and --'.join(chosen)} have no effect with --data, whose clips are what they are; leave them out")

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 
+from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.generating import load, model_sha256
 from lumos.commands.sampling import SAMPLING, add_acceleration, add_device, add_sampling
 
@@ -44,9 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.pipeline_inputs import check_num_frames, override
     from lumos.runtime import versions
 
-    for name, least in (("count", 1), ("batch_size", 1), ("sheet_clips", 1), ("seed", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least {least}")
+    check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
     options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     given = [*options, *(name for name in ("image_to_video", "batch_size") if getattr(args, name))]
     if args.reference and given:

@@ -7,6 +7,8 @@ import json
 import sys
 import time
 
+from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -34,13 +36,13 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos import LumosConfig
     from lumos.commands.generate import shipped_model
-    from lumos.errors import UserError
+    from lumos.errors import UserError, printable
     from lumos.evaluation import lpips
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
     from lumos.files import check_outputs, write_json
-    from lumos.generation.settings import read_defaults
+    from lumos.generation.settings import MAX_FRAMES, MAX_SIDE, read_defaults
     from lumos.resizing import scaled
     from lumos.runtime import peak_memory_bytes, pick_device, versions
     from lumos.video_io import contact_sheet
@@ -49,12 +51,10 @@ def run(args: argparse.Namespace) -> None:
     if args.sheet_clips is not None and not args.sheet:
         raise UserError("--sheet-clips has no effect without --sheet; name the PNG, or leave it out")
     sheet_clips = 6 if args.sheet_clips is None else args.sheet_clips
-    for name, value, least in (
-        ("count", args.count, 1), ("batch-size", args.batch_size, 1), ("sheet-clips", sheet_clips, 1), ("seed", args.seed, 0),
-        ("height", args.height, 1), ("width", args.width, 1),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} is not allowed; give at least {least}")
+    check_counts(
+        args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED), height=(1, MAX_SIDE),
+        width=(1, MAX_SIDE), num_frames=(1, MAX_FRAMES),
+    )  # fmt: skip
     for source in args.data:
         check_source(source)
     if len(set(args.data)) < len(args.data):
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
     for source in args.data:
         data[source], left_out = read_source(source, count=args.count, seed=args.seed, **shape)
         for why in left_out:
-            print(f"left out of {source}: {why}", file=sys.stderr)
+            print(printable(f"left out of {source}: {why}"), file=sys.stderr)
     if not_measured:
-        print(f"LPIPS not measured: {not_measured}")
+        print(printable(f"LPIPS not measured: {not_measured}"))
     rows, quality, shown, labels = {}, {}, [], []
     counts = np.zeros(tokenizer.num_codes, dtype=np.int64)
     started = time.perf_counter()
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
                 shown.append(np.concatenate([original, result], axis=1))
                 labels.append(f"{source}: {dB:.1f} dB")
     for source, row in rows.items():
-        print(f"{source:12}  {line(row)}")
+        print(f"{printable(source):12}  {line(row)}")
     union = code_figures(counts)
     if len(rows) > 1:
         print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of them all, perplexity {union['code_perplexity']}")

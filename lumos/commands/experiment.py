@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from lumos.commands.counts import MAX_THREADS, check_counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -20,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.errors import UserError
+    from lumos.errors import printable
     from lumos.evaluation import experiments
     from lumos.files import check_outputs
 
-    if args.parallel < 1:
-        raise UserError(f"--parallel {args.parallel} is not allowed; give at least 1")
+    check_counts(args, parallel=(1, MAX_THREADS))
     experiment = experiments.load(args.config)
     name = Path(args.config).stem
     out = Path(args.out or Path("docs") / "findings" / name)
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         for job in jobs:
             for command in job.missing():
-                print(shlex.join(["python", "-m", "lumos", *command]))
+                print(printable(shlex.join(["python", "-m", "lumos", *command])))
         return
     places = [experiments.named(out, suffix) for suffix in (".json", ".png")]
     check_outputs(others=places)
@@ -45,5 +46,5 @@ def run(args: argparse.Namespace) -> None:
     experiments.write(experiment, result, out)
     for variant, row in result["variants"].items():
         figures = (f"{name} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for name, (mean, spread) in row["summary"].items())
-        print(f"{variant:24}{'  '.join(figures)}")
-    print(*places, sep="  ")
+        print(f"{printable(variant):24}{'  '.join(figures)}")
+    print(printable("  ".join(map(str, places))))

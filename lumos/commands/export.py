@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lumos.errors import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         if args.weights:
             raise UserError("--weights has no effect on an adapter folder, which holds one kind; leave it out")
         base = export_adapter(args.source, args.model, out, dtype=args.dtype or "float32", tokenizers=tokenizers)
-        print(f"{out}  {args.source} merged into {base}")
+        print(printable(f"{out}  {args.source} merged into {base}"))
         return
     folder, state = find_checkpoint(args.source)
     if not args.merge:
@@ -51,4 +53,5 @@ def run(args: argparse.Namespace) -> None:
         mix = Mix.read(*args.mix) if args.mix else None
         made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers, mix=mix)
     what = "model" if args.merge or not state["task"]["lora"] else "adapter"
-    print(f"{out}  {what} of step {made['steps']}, {'averaged' if made['averaged'] else 'trained'} weights, {made['dtype']}")
+    weights = "averaged" if made["averaged"] else "trained"
+    print(printable(f"{out}  {what} of step {made['steps']}, {weights} weights, {made['dtype']}"))

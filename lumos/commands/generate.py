@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lumos.commands.generating import circumstances, ended_by_sigterm, given_options, load, metadata, out_of_memory_as, planned
 from lumos.commands.sampling import add_loading, add_sampling
+from lumos.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +128,7 @@ def make_one(args: argparse.Namespace) -> None:
                         "total": round(total, 2)},
         },
     )  # fmt: skip
-    print(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB")
+    print(printable(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB"))
 
 
 def shipped_model() -> Path:

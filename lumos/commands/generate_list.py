@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.generating import (
     circumstances,
     ended_by_sigterm,
@@ -34,7 +35,7 @@ BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
 
 def make_list(args: argparse.Namespace) -> None:
     from lumos.batch.results import only_shard, parse_shard, sum_over_processes
-    from lumos.errors import RunError, UserError
+    from lumos.errors import RunError, UserError, printable
 
     check_arguments(args)
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
@@ -45,14 +46,14 @@ def make_list(args: argparse.Namespace) -> None:
         raise UserError(next(iter(problems.values())))
     speaks = shard[0] == 1 or args.shard is not None  # of a launcher's processes, which share a terminal, the first
     for line, said in [*problems.items(), *notes] if speaks else ():
-        print(f"{where(args, line)}: {said}", file=sys.stderr)
+        print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
         made, failed = make_clips(args, pipe, model, clips, shard, out)
     made, failed = sum_over_processes(made, failed)
     if speaks:
-        print(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows")
+        print(printable(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows"))
     if failed or problems:
         bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
         lacking = [f"{failed} clips could not be made"] if failed else []
@@ -62,14 +63,12 @@ def make_list(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
+    from lumos.pipeline_call import MAX_VIDEOS_PER_PROMPT
 
     for name, instead in (("output", "--output-dir names the folder for several"), ("preview", "it shows a single clip")):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} has no effect on several clips: {instead}; leave it out")
-    for name in ("batch_size", "num_videos_per_prompt"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give at least 1")
+    check_counts(args, batch_size=(1, MAX_BATCH), num_videos_per_prompt=(1, MAX_VIDEOS_PER_PROMPT), seed=(0, MAX_SEED))
     if args.prompts is not None and len(args.seed or ()) > 1:
         raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
                         "row adds its number, or a seed in each row")  # fmt: skip
@@ -137,6 +136,8 @@ def check_rows(
         except (ValueError, RunError, OSError) as error:
             problems[row.line] = " ".join(str(error).split())
             continue
+        if len(clips) + len(found) > MAX_CLIPS:
+            raise UserError(f"the list asks for more than {MAX_CLIPS:,} clips; make several lists of it")
         clips += found
         notes += [(row.line, f"note: {warning.message}") for warning in said]
     return clips, problems, notes
@@ -153,7 +154,7 @@ def make_clips(
 
     from lumos.batch.clips import Recorded, batches_of, make_codes
     from lumos.batch.results import check_made, render
-    from lumos.errors import OutOfMemory, RunError, UserError
+    from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
     from lumos.video_io import write_frames
 
     def describe(clip: Clip) -> dict[str, Any]:
@@ -177,7 +178,8 @@ def make_clips(
     mine = [clip.file for batch in batches for clip in batch]
     results = Recorded(out, shard, clips, describe)
     if stale := results.stale(mine):
-        print(f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again", file=sys.stderr)
+        said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again"
+        print(printable(said), file=sys.stderr)
     with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
         try:
@@ -187,13 +189,13 @@ def make_clips(
                 try:
                     with out_of_memory_as(planned(pipe, form.clip, form.sampling, batch[0].prompt, len(batch))):
                         made += render(results, [batch], make, save)
-                except (OutOfMemory, UserError) as error:
-                    if isinstance(error, UserError) and len(batch) > 1:  # a picture that has gone since: of which clip is not said
+                except (OutOfMemory, NotFinite, UserError) as error:
+                    if not isinstance(error, OutOfMemory) and len(batch) > 1:  # a picture has gone since, or a prompt leads to NaN
                         batches[:0] = [[clip] for clip in batch]
                         continue
                     failed |= {clip.file for clip in batch if not results.has(clip.file)}
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
-                    bar.write(f"{lines}: {error}", file=sys.stderr)
+                    bar.write(printable(f"{lines}: {' '.join(str(error).split())}"), file=sys.stderr)
                 bar.update(len(batch))
         except KeyboardInterrupt:
             done = sum(results.has(clip.file) for clip in clips)

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lumos.commands.counts import MAX_CLIPS, check_counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -25,14 +27,13 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.data import shards
     from lumos.data.storage import location
-    from lumos.errors import RunError, UserError
+    from lumos.errors import RunError, UserError, printable
     from lumos.evaluation.quality import code_use
 
     folder = location(args.shards)
     description = shards.read_description(folder)
     sheet_clips = 12 if args.sheet_clips is None else args.sheet_clips
-    if min(sheet_clips, args.captions + 1) < 1:
-        raise UserError(f"--sheet-clips {sheet_clips} and --captions {args.captions} must be at least 1 and 0")
+    check_counts(args, sheet_clips=(1, MAX_CLIPS), captions=(0, MAX_CLIPS))
     sheet, why_none = _where(args, folder)
     total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
     shards.check_count(folder, total)
@@ -60,19 +61,20 @@ def run(args: argparse.Namespace) -> None:
         "tokenizer": description["tokenizer"], "settings": description["settings"],
     }  # fmt: skip
     for name, value in summary.items():
-        print(f"{name:18}{', '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+        told = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(printable(f"{name:18}{told}"))
     for row in shown[: args.captions]:
-        print(f"  {row['id']}: {row['caption']}")
+        print(printable(f"  {row['id']}: {row['caption']}"))
     if sheet:
         try:
             _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, sheet)
-            print(f"sheet: {sheet}")
+            print(printable(f"sheet: {sheet}"))
         except (UserError, RunError, OSError) as error:
             if args.sheet or args.tokenizer:
                 raise
             why_none = f"{error}; give --tokenizer"  # nobody asked for it: the shards may have come without their tokenizer
     if why_none:
-        print(f"no sheet: {why_none}", file=sys.stderr)
+        print(printable(f"no sheet: {' '.join(why_none.split())}"), file=sys.stderr)
     print(json.dumps(summary))
 
 

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lumos.commands.counts import MAX_BATCH, MAX_SEED, check_counts
 from lumos.commands.generating import ended_by_sigterm, hashed, load, metadata, model_sha256
 from lumos.commands.sampling import SAMPLING, add_device, add_parts, add_sampling
+from lumos.errors import printable
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
 SHAPE = ("num_frames", "height", "width", "fps")
 SEED, BATCH_SIZE = 0, 5
+MAX_SAMPLES = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -76,7 +79,6 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
 
 def draw(args: argparse.Namespace, name: str) -> None:
     from lumos.batch.results import Results, check_made, only_shard, parse_shard, render
-    from lumos.errors import UserError
     from lumos.evaluation.manifest import folder_sha256, keep_manifest
     from lumos.evaluation.prompt_lists import read_list
     from lumos.evaluation.rendering import batches_of
@@ -85,8 +87,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     shard = parse_shard(args.shard)
     seed = SEED if args.seed is None else args.seed
     batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size} is not allowed; give at least 1")
+    check_counts(args, samples=(1, MAX_SAMPLES), seed=(0, MAX_SEED), batch_size=(1, MAX_BATCH))
     entries = read_list(benchmark, args.prompts, samples=args.samples, captions=args.captions, caption_key=args.caption_key)
     batches = batches_of(entries, seed, batch_size)
     samples = [sample for batch in batches for sample in batch]
@@ -137,7 +138,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     bar_of = {"total": len(mine), "unit": "batch", "desc": f"shard {shard[0]}/{shard[1]}", "disable": shard[0] > 1}
     with ended_by_sigterm(), only_shard(out, shard):
         for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
-            print(f"note: the files already in {out} were made otherwise: {change}", file=sys.stderr)
+            print(printable(f"note: the files already in {out} were made otherwise: {change}"), file=sys.stderr)
         results = Results(out, benchmark.folder, shard)
         results.check_case([sample.file for sample in samples])
         for file, text in notes if shard[0] == 1 else []:

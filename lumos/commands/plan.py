@@ -7,9 +7,12 @@ import json
 import math
 from typing import Any
 
+from lumos.commands.counts import check_counts
 from lumos.commands.sampling import TRADES, add_device, add_trades
+from lumos.errors import printable
 
 UTILISATION = 0.4
+MAX_GPUS = 10**6
 OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
 OF_CLIPS = (
     "model", "preset", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", *TRADES, "device", "dtype",
@@ -44,8 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation {args.utilisation} is not allowed; give more than 0, at most 1")
-    if args.text_tokens is not None and args.text_tokens < 0:
-        raise UserError(f"--text-tokens {args.text_tokens} is not allowed; give at least 0")
+    check_counts(args, text_tokens=(0, 2**20), gpus=(1, MAX_GPUS))
     mode, other = ("--generate", OF_TRAINING) if args.generate else ("a training", OF_CLIPS)
     if given := [name for name in other if getattr(args, name) not in (None, [])]:
         option = args.overrides[0] if given[0] == "overrides" else f"--{given[0].replace('_', '-')}"
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
     report, text = generation(args) if args.generate else training(args)
-    print(json.dumps(report) if args.json else text)
+    print(json.dumps(report) if args.json else "\n".join(map(printable, text.split("\n"))))
 
 
 def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -120,8 +122,6 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
     from lumos.training.engine import pick_precision
     from lumos.training.peak import peak_flops
 
-    if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus} is not allowed; give at least 1")
     peak = args.peak_tflops or settings.logging.peak_tflops
     if settings.training.device == "cpu":
         if args.gpu:

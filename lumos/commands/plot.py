@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from lumos.errors import as_text, drawable, printable, shown
+
 SUFFIXES = (".png", ".svg", ".pdf")
 Curves = dict[str, list[tuple[int, float | list[float | None]]]]  # field: [(step, value)]
 
@@ -27,9 +29,9 @@ def run(args: argparse.Namespace) -> None:
     runs = {name: read_curves(name) for name in args.runs}
     known = list(dict.fromkeys(panel_of(field) for curves in runs.values() for field in curves))
     if unknown := [field for field in args.fields or () if field not in known]:
-        raise UserError(f"--fields: no log has {unknown[0]}; there are {', '.join(known)}")
+        raise UserError(f"--fields: no log has {as_text(unknown[0])}; there are {as_text(', '.join(known), 1000)}")
     draw(runs, args.fields or known, args.out)
-    print(args.out)
+    print(printable(args.out))
 
 
 def read_curves(name: str) -> Curves:
@@ -43,10 +45,10 @@ def read_curves(name: str) -> Curves:
     curves: Curves = {}
     for line in read_lines(path):
         if not isinstance(line, dict) or ("event" not in line and type(line.get("step")) is not int):
-            raise UserError(f"{path} is no log of a run: {str(line)[:60]} has no step")
+            raise UserError(f"{path} is no log of a run: {shown(line, 60)} has no step")
         for field, value in line.items() if "event" not in line else ():
             if not all(isinstance(v, int | float | None) for v in (value if isinstance(value, list) else [value])):
-                raise UserError(f"{path}: {field} of step {line['step']} is no number: {str(value)[:60]}")
+                raise UserError(f"{path}: {as_text(field)} of step {shown(line['step'])} is no number: {shown(value, 60)}")
             if field not in ("step", "time") and value is not None:
                 curves.setdefault(field, []).append((line["step"], value))
     if not curves:
@@ -69,7 +71,7 @@ def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, st
             for nth, k in enumerate(used):
                 points = [(step, values[k]) for step, values in rows if values[k] is not None]
                 label = f"{name} {field}" + (f" {k}" if len(rows[0][1]) > 1 else "")
-                yield number, label, style, 1 - 0.8 * nth / len(used), points
+                yield number, drawable(label), style, 1 - 0.8 * nth / len(used), points
 
 
 def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
@@ -89,7 +91,7 @@ def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
         for number, label, style, opacity, points in lines_of(runs, panel):
             mark = "." if len(points) == 1 else ""
             axes.plot(*zip(*points, strict=True), style + mark, color=f"C{number}", alpha=opacity, lw=1, label=label)
-        axes.set_title(panel, fontsize=10)
+        axes.set_title(drawable(panel), fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=5, framealpha=0.5)

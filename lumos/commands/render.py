@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lumos.commands.counts import MAX_CLIPS, MAX_SEED, check_counts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -19,15 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.errors import RunError, UserError
+    from lumos.errors import RunError, printable
     from lumos.evaluation.prompts import prompt_set
     from lumos.files import check_new, replacing_folder
     from lumos.video_io import write_video
 
     out = Path(args.out)
     check_new(out)
-    if args.count < 1:
-        raise UserError(f"--count {args.count} is not allowed; give at least 1")
+    check_counts(args, count=(1, MAX_CLIPS), seed=(0, MAX_SEED))
     shape = {name: getattr(args, name) for name in ("num_frames", "height", "width", "fps")}
     with replacing_folder(out) as folder:
         for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
         for kind in ("mp4", "txt"):
             if (written := len(list(folder.glob(f"*.{kind}")))) != args.count:
                 raise RunError(f"{args.count} clips were to be written, but {written} {kind} files are there; run it again")
-    print(f"{out}  {args.count} clips")
+    print(printable(f"{out}  {args.count} clips"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from lumos.errors import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -19,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
 
     check_new(args.out)
     clip = resize(args.model, args.out, args.video_tokenizer)
-    print(f"{args.out}  draws {clip.width} x {clip.height}")
+    print(printable(f"{args.out}  draws {clip.width} x {clip.height}"))

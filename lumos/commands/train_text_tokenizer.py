@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from lumos.errors import UserError
+from lumos.commands.counts import MAX_SEED, check_counts
+from lumos.errors import UserError, printable
+
+MAX_CAPTIONS = 10_000_000
+MAX_RESERVED = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from lumos.data import worlds
     from tokenizer import TextTokenizer
+    from tokenizer.text import MAX_VOCABULARY
 
     if args.captions and (args.worlds is not None or args.seed is not None):
         raise UserError("--worlds and --seed have no effect with --captions; leave them out")
-    for name, least in (("worlds", 1), ("seed", 0), ("reserved", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} is not allowed; give at least {least}")
+    check_counts(args, worlds=(1, MAX_CAPTIONS), seed=(0, MAX_SEED), reserved=(0, MAX_RESERVED), vocab_size=(1, MAX_VOCABULARY))
     captions = args.captions or worlds.captions(args.seed or 0, args.worlds or 20_000, kinds=worlds.KINDS, wording="varied")
     symbols = [f"<reserved{i:03d}>" for i in range(1, args.reserved + 1)]
     text_tokenizer = TextTokenizer.train(captions, args.vocab_size, reserved_symbols=symbols)
     file = text_tokenizer.save_pretrained(args.out)
-    print(f"{file}  {text_tokenizer.vocab_size} ids")
+    print(printable(f"{file}  {text_tokenizer.vocab_size} ids"))

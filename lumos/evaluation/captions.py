@@ -7,7 +7,7 @@ import re
 from lumos.data.sprites import SPRITES
 from lumos.data.wording import VERBS, base_form, noun
 from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, GROWTH, SHAPES, SIZES, Scene
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 
 BASE_FORMS = tuple(map(base_form, VERBS))
 _OBJECT = re.compile(
@@ -33,7 +33,7 @@ def parse_caption(text: str) -> dict:
         match = _OBJECT.fullmatch(part)
         if match is None:
             raise UserError(
-                f"caption {text!r} cannot be checked: write it like 'a small red circle moves left on a black "
+                f"caption {shown(text)} cannot be checked: write it like 'a small red circle moves left on a black "
                 "background', 'a red plus grows and a white square stays still', 'the digit 7 moves up' or 'an owl and a "
                 "car move right on a sky background'"
             )

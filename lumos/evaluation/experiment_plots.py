@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError
+from lumos.errors import UserError, drawable
 from lumos.files import replacing
 
 MOTION = "moved"  # no share: may be above 1
@@ -81,23 +81,23 @@ def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, a
         else:  # beside each other
             x, mean, spread = zip(*points, strict=True)
             places = [place + 0.8 * ((k + 0.5) / len(shown) - 0.5) for place in x]
-            axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=name)
+            axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=drawable(name))
     if not numeric:
-        axes.set_xticks(range(len(variants)), list(variants), rotation=20, ha="right", fontsize=8)
+        axes.set_xticks(range(len(variants)), [drawable(name) for name in variants], rotation=20, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
     _finish(axes, title, axis)
 
 
 def _band(axes: Any, points: Points, colour: str, label: str, style: str = "-") -> None:
     x, mean, spread = zip(*points, strict=True)
-    axes.plot(x, mean, style, color=colour, lw=1.3, ms=4, label=label)
+    axes.plot(x, mean, style, color=colour, lw=1.3, ms=4, label=drawable(label))
     if any(spread):
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def _finish(axes: Any, title: str, x: str) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x, fontsize=9)
+    axes.set_title(drawable(title), fontsize=10)
+    axes.set_xlabel(drawable(x), fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -8,7 +8,6 @@ an experiment that was stopped goes on, and one whose YAML grew runs only what i
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import statistics
@@ -20,14 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.evaluation.prompts import KINDS
-from lumos.files import write_bytes, write_json
+from lumos.files import read_json, read_text, write_bytes, write_json
+from lumos.generation.settings import is_number
 from lumos.runtime import versions
 from lumos.training.logging import read_lines
 from lumos.training.yaml_settings import build, read_yaml, setting
 
 OVER = ("step", "flops")
+LAST_BYTES = 10_000  # of a log, in which a run's last line is looked for
+LONGEST_NAME = 200
 FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
 MORE_FIGURES = ("background", "colour_and_motion", "count", "first_frame", "size", "sprite")
 OWN_OPTIONS = ("--seed", "--output")
@@ -67,23 +69,26 @@ def load(path: str | Path) -> Experiment:
     experiment = build(Experiment, read_yaml(path, []))
     if not experiment.variants:
         raise UserError(f"{path} has no variants; name at least one")
-    experiment.variants = {str(name): build(Variant, raw, f"variants.{name}") for name, raw in experiment.variants.items()}
+    experiment.variants = {str(name): build(Variant, raw, f"variants.{as_text(name)}") for name, raw in experiment.variants.items()}
     trains, judges = experiment.train.config is not None, experiment.prompts is not None
     if not trains and not judges:
         raise UserError(f"{path} neither trains (train.config) nor judges (prompts); set one of them")
     for name, variant in experiment.variants.items():
         if variant.train and not trains:
-            raise UserError(f"variants.{name}.train has no effect without train.config; leave it out")
+            raise UserError(f"variants.{as_text(name)}.train has no effect without train.config; leave it out")
         if variant.prompts and not judges:
-            raise UserError(f"variants.{name}.prompts has no effect without prompts; leave it out")
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"variant {name!r} cannot name a folder; give it a name without / and a dot in front")
+            raise UserError(f"variants.{as_text(name)}.prompts has no effect without prompts; leave it out")
+        if not name or "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"variant {shown(name)} cannot name a folder; give it a name without / and a dot in front, of at most "
+                f"{LONGEST_NAME} bytes"
+            )
     if trains and experiment.model:
         raise UserError("model has no effect where variants are trained; leave it out")
     if experiment.train.overrides and not trains:
         raise UserError("train.overrides has no effect without train.config; leave it out")
     if not experiment.seeds or min(experiment.seeds) < 0 or len(set(experiment.seeds)) < len(experiment.seeds):
-        raise UserError(f"seeds {experiment.seeds} are not allowed; give at least one, each once, none below 0")
+        raise UserError(f"seeds {shown(experiment.seeds)} are not allowed; give at least one, each once, none below 0")
     told = [option for row in (experiment, *experiment.variants.values()) for option in row.prompts or ()]
     options = [part for option in told for part in option.split("=")]
     if own := [option for option in OWN_OPTIONS if option in options]:
@@ -93,11 +98,12 @@ def load(path: str | Path) -> Experiment:
     for name in experiment.figures:
         figure, of, kind = name.partition(" of ")
         if figure not in (*FIGURES, *MORE_FIGURES):
-            raise UserError(f"figures: {name!r} is unknown; allowed: {', '.join((*FIGURES, *MORE_FIGURES))}, also 'all of two'")
+            allowed = ", ".join((*FIGURES, *MORE_FIGURES))
+            raise UserError(f"figures: {shown(name)} is unknown; allowed: {allowed}, also 'all of two'")
         if of and (kind not in KINDS or kind not in options):
-            raise UserError(f"figures: {name!r} is of a kind that is not asked for; name it after --kinds in prompts")
+            raise UserError(f"figures: {shown(name)} is of a kind that is not asked for; name it after --kinds in prompts")
     if experiment.over not in OVER:
-        raise UserError(f"over: {experiment.over!r} is not allowed; allowed: {', '.join(OVER)}")
+        raise UserError(f"over: {shown(experiment.over)} is not allowed; allowed: {', '.join(OVER)}")
     if experiment.curves and not trains:
         raise UserError("curves has no effect where nothing is trained; leave it out")
     return experiment
@@ -124,7 +130,7 @@ class Job:
             if not command:
                 continue
             told = self.told(command)
-            before = told.read_text() if told.is_file() else None
+            before = read_text(told, "the command of a run") if told.is_file() else None
             if before != shlex.join(command) and (before is not None or made.is_file()):
                 how = f"the command in {told}" if before else "an unknown command"
                 raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it or name other --runs")
@@ -170,7 +176,9 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
                     [sys.executable, "-m", "lumos", *command], stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
                 )
             if ended.returncode:
-                last = (job.folder / f"{command[0]}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                with open(log.name, "rb") as written:
+                    written.seek(max(0, os.path.getsize(log.name) - LAST_BYTES))
+                    last = written.read().decode("utf-8", "replace").strip().splitlines()[-1:]
                 return f"{' '.join(command)} ended with {ended.returncode}: {' '.join(last)[-300:]} (see {log.name})"
         on_done()
         return None
@@ -198,7 +206,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
             for field in experiment.curves
         }
     if job.prompts:
-        judged = json.loads((job.folder / "prompts.json").read_text())
+        judged = read_judged(job.folder / "prompts.json")
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
@@ -210,6 +218,18 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
             if figure in judged["shares"].get(kind, {}):
                 found["shares"][name] = judged["shares"][kind][figure]
     return found
+
+
+def read_judged(file: Path) -> dict[str, Any]:
+    """What `evaluate prompts --output` wrote; RunError if it is damaged."""
+    try:
+        judged = read_json(file, "what `evaluate prompts` wrote")
+        numbers = [judged["seconds"], judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
+        if not judged["shares"] or not all(map(is_number, numbers)):
+            raise TypeError("shares, seconds and count must be numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is damaged ({reason_of(error)}); delete it, and the same command makes it again") from error
+    return judged
 
 
 def flops_until(step: int, lines: list[dict[str, Any]]) -> float:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import RunError, UserError
-from lumos.files import write_json
+from lumos.errors import RunError, UserError, as_text, reason_of
+from lumos.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 HASHED = (".json", ".safetensors", ".model", ".jit")
@@ -31,10 +31,12 @@ def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment:
     if not path.exists():
         raise UserError(f"{results} holds files, but no {path} says what made them; choose another folder")
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path, "a manifest")
         before, around = dict(old["inputs"]), dict(old["environment"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); choose another folder, or delete this one and begin again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged ({reason_of(error)}); choose another folder, or delete this one and begin again"
+        ) from error
     if changed := differences(before, inputs):
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise UserError(f"{out} was begun with other inputs: {'; '.join(changed[:SHOWN])}{more}; choose another folder")
@@ -47,9 +49,9 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{path}{key}.")
+            found += differences(old, new, f"{path}{as_text(key)}.")
         elif old != new:
-            found.append(f"{path}{key} was {old}, now {new}")
+            found.append(f"{path}{as_text(key)} was {as_text(old)}, now {as_text(new)}")
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.files import parse_json, read_text
 
 VIDEO_SAMPLES = 5
@@ -78,8 +78,8 @@ def read_list(
     once: dict[str, Entry] = {}
     for entry, caption in zip(entries, told, strict=True):
         if not isinstance(caption, str) or not caption.strip():
-            where = f"in {captions}" if captions is not None else f"under {caption_key!r} in {path}"
-            raise UserError(f"there is no caption for the prompt {entry.prompt!r} {where}; give one for each")
+            where = f"in {captions}" if captions is not None else f"under {shown(caption_key)} in {path}"
+            raise UserError(f"there is no caption for the prompt {shown(entry.prompt)} {where}; give one for each")
         once.setdefault(entry.files[0], replace(entry, caption=caption))
     return list(once.values())
 
@@ -144,9 +144,9 @@ def clips(row: dict[str, Any], samples: int) -> Entry:
     bad = [character for character in NOT_IN_NAMES if character in prompt]
     length = len(f"{prompt}-{samples - 1}.mp4".encode())
     if bad or length > LONGEST_NAME:
-        why = f"holds {bad[0]!r}" if bad else f"would be a name of {length} bytes, {LONGEST_NAME} are possible"
+        why = f"holds {shown(bad[0])}" if bad else f"would be a name of {length} bytes, {LONGEST_NAME} are possible"
         raise UserError(
-            f"VBench looks for clips in files named after the prompt, but {prompt[:60]!r} {why}; shorten it in the list, and "
+            f"VBench looks for clips in files named after the prompt, but {shown(prompt[:60])} {why}; shorten it in the list, and "
             "give the model the long one with --captions"
         )
     return Entry(prompt, tuple(f"{prompt}-{i}.mp4" for i in range(samples)), row, prompt, row.get("image_name"))

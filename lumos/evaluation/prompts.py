@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from lumos.data.worlds import Worlds, render
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities
+from lumos.runtime import check_memory
 
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"kinds": ("shapes",), "share_two": 0.0},
@@ -37,10 +38,10 @@ def check_kinds(kinds: Sequence[str], num_frames: int | None = None) -> None:
     """UserError for kinds that are unknown, named twice, without their pictures, or no kind of their own in one frame."""
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise UserError(f"kind {kind!r} is named twice; name it once")
+            raise UserError(f"kind {shown(kind)} is named twice; name it once")
         prompt_set(kind, 1, 0, num_frames=17)
         if num_frames == 1 and kind in PICTURES_OF:
-            raise UserError(f"{kind!r} is told by its motions, which one frame has not; ask for {PICTURES_OF[kind]!r}")
+            raise UserError(f"{shown(kind)} is told by its motions, which one frame has not; ask for {shown(PICTURES_OF[kind])}")
 
 
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
@@ -49,8 +50,10 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
     `seed` must differ from that of training, whose scenes are of another stream.
     """
     if kind not in KINDS:
-        raise UserError(f"prompt kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
+        raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
     worlds = Worlds(seed=seed, **shape, **KINDS[kind])
+    pixels = worlds.num_frames * worlds.height * worlds.width
+    check_memory(3 * count * pixels, f"{count:,} clips of {worlds.num_frames} frames of {worlds.width}x{worlds.height} pixels")
     scenes = [worlds.scene(index) for index in range(count)]
     return [(scene.caption, render(scene), named_attributes(scene)) for scene in scenes]
 

@@ -7,15 +7,16 @@ github.com/djghosh13/geneval, evaluation/summary_scores.py. VBench counts a miss
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError
+from lumos.errors import UserError, as_text, reason_of, shown
 from lumos.evaluation.prompt_lists import check_rows
-from lumos.files import parse_json, read_text
+from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,21 @@ def vbench_totals(benchmark: str, scores: Mapping[str, float]) -> dict[str, Any]
     known = [name for _, dimensions in parts.values() for name in dimensions]
     for name, score in scores.items():
         if name not in known and name not in UNCOUNTED[benchmark]:
-            raise UserError(f"{name} is no dimension of {benchmark}; those are {', '.join(known)}")
+            raise UserError(f"{as_text(name)} is no dimension of {benchmark}; those are {', '.join(known)}")
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise UserError(f"{name} has the score {score!r}; the official files hold scores from 0 to 1")
-    shown: dict[str, dict[str, float]] = {}
+            raise UserError(f"{name} has the score {shown(score)}; the official files hold scores from 0 to 1")
+    read: dict[str, dict[str, float]] = {}
     totals: dict[str, float | None] = {}
     for part, (_, dimensions) in parts.items():
         for name, d in dimensions.items():
             if name in scores:
-                shown[name] = {"score": scores[name], "normalized": (scores[name] - d.low) / (d.high - d.low)}
+                read[name] = {"score": scores[name], "normalized": (scores[name] - d.low) / (d.high - d.low)}
         whole = all(name in scores for name in dimensions)
-        totals[part] = mean((shown[name]["normalized"], d.weight) for name, d in dimensions.items()) if whole else None
+        totals[part] = mean((read[name]["normalized"], d.weight) for name, d in dimensions.items()) if whole else None
     whole = None not in totals.values()
     total = mean((totals[part], weight) for part, (weight, _) in parts.items()) if whole else None
     missing = [name for name in known if name not in scores]
-    return {"dimensions": shown, **totals, "total": total, "missing": missing}
+    return {"dimensions": read, **totals, "total": total, "missing": missing}
 
 
 def geneval_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -139,10 +140,10 @@ def read_scores(paths: Sequence[str | Path]) -> dict[str, float]:
         data = parse_json(text, name)
         for dimension, value in data.items() if isinstance(data, dict) else ():
             if not isinstance(value, list) or not value:
-                raise UserError(f"{name} is no result of VBench: {dimension} is {str(value)[:40]}, not [score, details]")
+                raise UserError(f"{name} is no result of VBench: {as_text(dimension)} is {shown(value, 60)}, not [score, details]")
             if dimension in scores and scores[dimension] != value[0]:
-                first = f"{scores[dimension]} in {origin[dimension]}"
-                raise UserError(f"{dimension} is {first}, but {value[0]} in {name}; leave one out")
+                first = f"{shown(scores[dimension], 60)} in {origin[dimension]}"
+                raise UserError(f"{as_text(dimension)} is {first}, but {shown(value[0], 60)} in {name}; leave one out")
             scores[dimension], origin[dimension] = value[0], name
     if not scores:
         raise UserError(f"{', '.join(map(str, paths))} hold no results of VBench, which end in _eval_results.json")
@@ -161,11 +162,22 @@ def result_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
                 with zipfile.ZipFile(path) as archive:
                     for name in sorted(archive.namelist()):
                         if name.endswith(".json") and not Path(name).name.startswith(".") and not name.startswith("__"):
-                            yield f"{path}/{name}", archive.read(name).decode()
-            except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read {path} as a zip of results: {error}") from error
+                            yield f"{path}/{as_text(name)}", read_entry(archive, name)
+            except (OSError, ValueError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"cannot read {path} as a zip of results: {reason_of(error)}") from error
         else:
             yield str(path), read_text(path, "results of VBench")
+
+
+def read_entry(archive: zipfile.ZipFile, name: str) -> str:
+    """The text of a zip's entry; UserError if it unpacks to more than a document may have."""
+    with archive.open(name) as entry:
+        data = entry.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{archive.filename}/{as_text(name)} has more than the {MAX_DOCUMENT_BYTES:,} bytes that are allowed")
+    return data.decode("utf-8")
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -173,7 +185,7 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = []
     for name, row in {**summary.get("dimensions", {}), **summary.get("tasks", {})}.items():
         extra = f"normalized {percent(row['normalized'])}" if "normalized" in row else f"{row['correct']} of {row['images']}"
-        lines.append(f"{name:24}{percent(row['score'])}  {extra}")
+        lines.append(f"{as_text(name):24}{percent(row['score'])}  {extra}")
     for name in ("quality", "semantic", "i2v", "total"):
         if name in summary:
             lines.append(f"{name:24}{percent(summary[name])}")

@@ -11,7 +11,7 @@ import numpy as np
 from lumos.data.encode import clip_starts
 from lumos.data.manifest import CLIPS, PICTURES
 from lumos.data.worlds import Worlds
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.frames import fit
 from lumos.video_reading import read_image, read_video
 from tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
@@ -27,7 +27,7 @@ KNOWN = (*WORLDS, "photographs", "films")
 def check_source(source: str) -> None:
     """UserError unless the source is a known one, or a file or folder that is there."""
     if source not in KNOWN and not Path(source).exists():
-        raise UserError(f"there is no data {source!r}; allowed: {', '.join(KNOWN)}, a folder, or a video or picture file")
+        raise UserError(f"there is no data {shown(source)}; allowed: {', '.join(KNOWN)}, a folder, or a video or picture file")
 
 
 def read_source(

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lumos.errors import NotFinite
 from lumos.generation.cache import Cache, KeptPrefix
 from lumos.generation.sampling import filter_logits, guide, least_confident, sample_codes, unsure
 from lumos.generation.settings import GenerationSettings
@@ -252,9 +253,10 @@ def decide_frame(
     """Fill in a frame's span ids [S, n], in place, where `masked` [S, m] says that codes are open; yields the number of each step.
 
     uniform: of `draw_uniform`. finished: ids [R, n] of the frame before, which is not in the cache yet. The first step takes it
-    along, unless that runs fewer branches than have to see it.
+    along, unless that runs fewer branches than have to see it. NotFinite if a clip's logits are NaN or infinite.
     """
     model, steps, total = engine.model, len(uniform), masked.shape[1]
+    broken = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for step, (before, after) in enumerate(pairwise([total, *unmasking_counts(total, steps)])):
         active = branches if settings.guides(step, steps) else 1
         if finished is not None and active < branches:
@@ -266,6 +268,7 @@ def decide_frame(
             hidden = guide(hidden, settings.guidance_scale)
         for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
         codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
+        broken |= log_prob.isnan().any(dim=1)
         temperature = settings.temperature * (1 - (step + 1) / steps)
         put(ids, masked, codes + model.config.visual_token_start)
         if settings.confidence_threshold is None:
@@ -273,9 +276,21 @@ def decide_frame(
         else:  # offset 0 fills up where a sample has fewer open codes than another
             masked = unsure(masked, log_prob, for_confidence, temperature, before - after, settings.confidence_threshold)
         put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
+        if broken.is_cpu or masked.shape[1] == 0:  # a GPU is waited for once a frame
+            check_finite(broken)
         yield step
         if masked.shape[1] == 0:
             return
+
+
+def check_finite(broken: Tensor) -> None:
+    """NotFinite if any clip is broken: bool [S]."""
+    if broken.any():
+        raise NotFinite(
+            "the model's numbers are not finite (NaN or infinity) where codes are drawn; check the weights and the adapter, or, "
+            "with dtype float16, whose largest number is 65504, take bfloat16 or float32",
+            broken.nonzero().flatten().tolist(),
+        )
 
 
 def put(ids: Tensor, at: Tensor, values: Tensor) -> None:

@@ -35,6 +35,7 @@ def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     logits fp32 [..., K], uniform [...] in [0, 1) -> codes [...], their log-probabilities [...]. The sum runs over blocks of
     codes first and then inside the block where the number falls, so that no running sum over all K codes is written.
+    Where logits are NaN or +inf, the log-probability is NaN, and the code is any.
     """
     blocks = block_count(logits.shape[-1])
     weights = (logits - logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (blocks, -1))
@@ -50,9 +51,13 @@ def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First index [..., 1] where a running sum [..., n] reaches the threshold [..., 1]; never one that adds nothing."""
+    """First index [..., 1] where a running sum [..., n] reaches the threshold [..., 1]; never one that adds nothing.
+
+    The last index where the sum is NaN.
+    """
     tiny = torch.finfo(cumulative.dtype).tiny
-    return torch.searchsorted(cumulative, threshold.clamp(min=tiny).minimum(cumulative[..., -1:]))
+    found = torch.searchsorted(cumulative, threshold.clamp(min=tiny).minimum(cumulative[..., -1:]))
+    return found.clamp_(max=cumulative.shape[-1] - 1)
 
 
 def block_count(codes: int) -> int:

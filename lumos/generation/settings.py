@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError
-from lumos.files import write_json
+from lumos.errors import UserError, shown
+from lumos.files import read_json, write_json
 
 DEFAULTS_FILE = "pipeline.json"
+_OPTIONAL = ("top_k", "top_p", "confidence_threshold", "later_steps", "history_frames")
+MAX_DEFAULTS_BYTES = 2**20
+MAX_TOP_K = 2**24
+MAX_FRAMES = 1_000_000
+MAX_SIDE = 2**14
+CLIP_LIMITS = {"num_frames": MAX_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "fps": 1000, "target_size": MAX_SIDE}
+"""The most that a clip may be asked for, whatever the model; what a model can make is its config's matter."""
 
 
 def is_whole(value: object) -> bool:
@@ -60,24 +66,26 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise UserError(f"{name} {getattr(self, name)!r} is not allowed; give {allowed}")
+                raise UserError(f"{name} {shown(getattr(self, name))} is not allowed; give {allowed}")
 
         for name in ("num_inference_steps", "top_k", "later_steps", "history_frames"):
             value = getattr(self, name)
-            check(value is None or is_whole(value), name, "a whole number")
+            check(is_whole(value) or (value is None and name in _OPTIONAL), name, "a whole number")
         for name in ("guidance_scale", "temperature", "top_p", "history_mask_ratio", "confidence_threshold"):
             value = getattr(self, name)
-            check(value is None or is_number(value), name, "a number")
+            check(is_number(value) or (value is None and name in _OPTIONAL), name, "a number")
         check(1 <= self.num_inference_steps <= 1000, "num_inference_steps", "1 to 1000")
         check(1 <= self.guidance_scale <= 100, "guidance_scale", "1 (no guidance) to 100")
         check(0 <= self.temperature <= 100, "temperature", "0 to 100")
-        check(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
+        check(self.top_k is None or 1 <= self.top_k <= MAX_TOP_K, "top_k", f"1 to {MAX_TOP_K:,}")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
         check(0 <= self.history_mask_ratio < 1, "history_mask_ratio", "0 (history seen whole) to below 1")
         threshold = self.confidence_threshold
         check(threshold is None or 0 < threshold <= 1, "confidence_threshold", "more than 0, at most 1")
         check(self.later_steps is None or 1 <= self.later_steps <= 1000, "later_steps", "1 to 1000")
-        check(self.history_frames is None or self.history_frames >= 1, "history_frames", "at least 1")
+        frames = self.history_frames
+        check(frames is None or 1 <= frames <= MAX_FRAMES, "history_frames", f"at least 1, at most {MAX_FRAMES:,}")
+        check(isinstance(self.mask_given_frames, bool), "mask_given_frames", "true or false")
         check(isinstance(self.history_thinning, bool), "history_thinning", "true or false")
         interval = self.guidance_interval
         pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
@@ -147,12 +155,13 @@ class ClipDefaults:
     target_size: int | None = 528
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width", "fps"):
+        for name, most in CLIP_LIMITS.items():
             value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise UserError(f"{name} {value!r} is not allowed; give a whole number of at least 1")
-        if self.target_size is not None and (not is_whole(self.target_size) or self.target_size < 1):
-            raise UserError(f"target_size {self.target_size!r} is not allowed; give a whole number of at least 1, or null")
+            if not (value is None and name == "target_size") and not (is_whole(value) and 1 <= value <= most):
+                or_null = ", or null" if name == "target_size" else ""
+                raise UserError(
+                    f"{name} {shown(value)} is not allowed; give a whole number of at least 1, at most {most:,}{or_null}"
+                )
 
 
 def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
@@ -160,16 +169,16 @@ def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return GenerationSettings(), ClipDefaults()
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
-        parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no JSON object of settings ({error})") from error
+    stored = read_json(file, "a model's defaults", MAX_DEFAULTS_BYTES)
+    if not isinstance(stored, dict):
+        raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
+    parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
     if stored:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(stored))}")
-    return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
+        raise UserError(f"{file} has unknown settings: {shown(sorted(stored))}")
+    try:
+        return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:

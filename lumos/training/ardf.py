@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lumos.adapters import Lora, add_adapters, sample, text_fingerprint
 from lumos.configuration import LumosConfig
+from lumos.conversion import read_config
 from lumos.data.loader import (
     IGNORED,
     VALIDATION_SEED,
@@ -35,7 +36,7 @@ from lumos.data.loader import (
 from lumos.data.shard_source import ShardSource
 from lumos.data.shards import tokenizer_facts
 from lumos.data.storage import LocalCopies, is_url
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.files import user_cache
 from lumos.flops import adapter_weights, training_flops
 from lumos.frames import from_uint8
@@ -45,6 +46,7 @@ from lumos.masking import mask_sequence
 from lumos.modeling import LumosForVideoGeneration
 from lumos.pipeline import LumosPipeline
 from lumos.pipeline_inputs import check_text_tokenizer, prompt_ids
+from lumos.runtime import check_memory
 from lumos.sequence import (
     Frame,
     build_sequence,
@@ -59,7 +61,7 @@ from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
 from lumos.training.export import Tokenizers, export_checkpoint, model_with
 from lumos.training.samples import Sampler
-from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings
+from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings, world_size
 from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
@@ -71,6 +73,8 @@ SHAPE = (
 )  # fmt: skip
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 RATIO_BINS = 10
+ID_TENSORS = 4
+"""Tensors of int64 that a batch has for each of its tokens at least: ids, codes, targets, places."""
 
 
 class ArdfTask:
@@ -100,6 +104,7 @@ class ArdfTask:
         }
         self.source = self._source()
         self._check_length()
+        self._check_memory()
         pictures_only = Curriculum(settings.data.stages, settings.training.batch_size).kinds == ["image"]
         shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
         self.sample_shape = ClipDefaults(**shape, target_size=None)
@@ -313,6 +318,25 @@ class ArdfTask:
                 f"{config.max_position_embeddings}; take smaller or shorter clips, or raise model.overrides.max_position_embeddings"
             )
 
+    def _check_memory(self) -> None:
+        """UserError for batches and models that this machine obviously cannot hold, before any is made."""
+        training, shape, config = self.settings.training, self.source.usual_shape, self.config
+        drawn = 3 * shape["height"] * shape["width"] if self.settings.data.source == "worlds" else 0  # bytes of a frame
+        codes = shape["height"] * shape["width"] // config.spatial_compression**2
+        latents = num_latent_frames(shape["num_frames"], config.temporal_compression)
+        clip, picture = (
+            frames * drawn + ID_TENSORS * 8 * max(t * codes, self.settings.data.pad_to)
+            for frames, t in ((shape["num_frames"], latents), (1, 1))
+        )
+        stages = self.settings.data.stages
+        clips = max([training.batch_size or 0, *(stage.batch_size or 0 for stage in stages)])
+        pictures = max([stage.image_batch_size or 0 for stage in stages], default=0)
+        largest = max(clips * clip, pictures * picture, ID_TENSORS * 8 * (training.tokens_per_batch or 0))
+        check_memory(largest // world_size(), "a process's share of the clips of a step")
+        lora = self.settings.lora
+        weights = config.num_parameters + (adapter_weights(config, lora.rank, lora.targets) if lora.rank else 0)
+        check_memory(4 * weights, f"a model of {weights:,} weights in float32")
+
     def _source(self) -> Source:
         data, training = self.settings.data, self.settings.training
         if data.source == "worlds":
@@ -383,17 +407,20 @@ def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
 
 def model_config(model: ModelSettings) -> LumosConfig:
     """The config of the model that the settings name. UserError if they cannot work, or if folder and preset differ in shape."""
+    _reject_unknown(model.overrides)
     try:
-        preset = model.preset and _reject_unknown(LumosConfig.preset(model.preset, **model.overrides), model.overrides)
+        preset = model.preset and LumosConfig.preset(model.preset, **model.overrides)
         if model.from_ is None:
             return preset
         if not (Path(model.from_) / "config.json").is_file():
             raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
-        config = _reject_unknown(LumosConfig.from_pretrained(model.from_, **model.overrides), model.overrides)
+        stored = read_config(Path(model.from_))
+        config = LumosConfig.from_pretrained(model.from_, **model.overrides)
         LumosConfig(**config.to_dict())  # overrides were not checked with the rest
-        stored = LumosConfig.from_pretrained(model.from_)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"model: {error}") from error
+    except Exception as error:  # of whatever kind transformers makes of a value that it reads
+        raise UserError(f"model.overrides: {shown(model.overrides)} cannot be used ({reason_of(error)})") from error
     for name in SHAPE if preset else ():
         found, wanted = getattr(stored, name), getattr(preset, name)
         if found != wanted:
@@ -418,10 +445,9 @@ def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
             raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
 
 
-def _reject_unknown(config: LumosConfig, overrides: dict[str, Any]) -> LumosConfig:
+def _reject_unknown(overrides: dict[str, Any]) -> None:
     """Transformers configs keep any keyword; an option that nothing reads must not pass silently."""
     known = set(LumosConfig().to_dict())
     for key in overrides:
         if key not in known:
-            raise UserError(f"model.overrides.{key} is unknown; allowed: {', '.join(sorted(known))}")
-    return config
+            raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known))}")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lumos.adapters import Lora, fingerprints, read_record, write_adapter
 from lumos.configuration import LumosConfig
-from lumos.conversion import check_written
-from lumos.errors import UserError
+from lumos.conversion import check_written, read_config
+from lumos.errors import UserError, shown
 from lumos.evaluation.manifest import file_sha256
 from lumos.files import replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
@@ -66,11 +66,13 @@ class Mix:
 
     def into(self, weights: dict[str, Tensor], config: LumosConfig) -> dict[str, Tensor]:
         """The mean, in float32; UserError if the other model is not of the same config."""
-        theirs = LumosConfig.from_pretrained(self.folder)
+        theirs = read_config(Path(self.folder))
         for name in sorted(set(LumosConfig.__annotations__) - _SAYS_NOTHING_OF_WEIGHTS):
             found, wanted = getattr(theirs, name), getattr(config, name)
             if found != wanted:
-                raise UserError(f"--mix {self.folder} is another model than the run's: its {name} is {found!r}, not {wanted!r}")
+                raise UserError(
+                    f"--mix {self.folder} is another model than the run's: its {name} is {shown(found)}, not {shown(wanted)}"
+                )
         with no_progress_bar():
             other = dict(LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32).named_parameters())
         return {name: torch.lerp(tensor.float(), other[name].detach(), self.share) for name, tensor in weights.items()}

@@ -75,8 +75,9 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         return_freed_memory(device)
     with lost_process_reported():
         start_processes(settings, device)
+        task = ArdfTask(settings, device)
         with only_writer(settings.output_dir, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
-            return run_task(settings, ArdfTask(settings, device), device)
+            return run_task(settings, task, device)
 
 
 def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lumos.errors import shown
+
 
 def learning_rate(
     step: int,
@@ -33,7 +35,7 @@ def learning_rate(
     elif schedule == "wsd":
         start = max(warmup_steps, max_steps - (decay_steps or max(1, max_steps // 5)))
     else:
-        raise ValueError(f"schedule is {schedule!r}; allowed: constant, cosine, wsd")
+        raise ValueError(f"schedule is {shown(schedule)}; allowed: constant, cosine, wsd")
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, max_steps - start)))
     fall = (1 - math.cos(math.pi * progress)) / 2 if schedule == "cosine" else progress
     return lr + (min_lr - lr) * fall

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -18,11 +17,20 @@ from typing import Any
 from lumos.configuration import ATTENTION_IMPLEMENTATIONS
 from lumos.data.ahead import check_processes
 from lumos.data.storage import is_url
-from lumos.errors import UserError
+from lumos.errors import UserError, as_text, shown
+from lumos.files import MAX_YAML_LENGTH, read_json
 from lumos.generation.settings import GenerationSettings
 from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_STEPS = 10**9
+MAX_CLIPS = 2**17
+"""The most clips of an optimizer step, whose batches are laid out on the host, and of a validation set."""
+MAX_TOKENS = 2**31
+MAX_SIDE = 2**14
+MAX_FRAMES = 2**14
+MAX_PROCESSES = 256
+"""Of one machine."""
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
 DEFAULT_STAGE = 2  # of runs with several processes that name none; of Muon, which needs whole matrices, 0
@@ -45,7 +53,8 @@ class ModelSettings:
 @dataclass
 class LoraSettings:
     rank: int | None = setting(
-        None, "rank of low-rank adapters (arXiv 2106.09685), which are then all that is trained; null: the whole model is", low=1
+        None, "rank of low-rank adapters (arXiv 2106.09685), which are then all that is trained; null: the whole model is",
+        low=1, high=2**16,
     )
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank", low=0)
     dropout: float = setting(0.0, "dropout on what goes into the adapters", low=0, high=1)
@@ -60,21 +69,25 @@ class TokenizerSettings:
 
 @dataclass
 class StageSettings:
-    steps: int | None = setting(None, "optimizer steps of this stage; null in the last stage: up to training.max_steps", low=1)
+    steps: int | None = setting(
+        None, "optimizer steps of this stage; null in the last stage: up to training.max_steps", low=1, high=MAX_STEPS,
+    )
     image_share: float = setting(
         0.0, "share of the steps whose batch holds pictures (one-frame clips); published: 1, then 0.5", low=0, high=1
     )
-    batch_size: int | None = setting(None, "clips in a video step, over all processes; default: as the run has it", low=1)
+    batch_size: int | None = setting(
+        None, "clips in a video step, over all processes; default: as the run has it", low=1, high=MAX_CLIPS,
+    )
     image_batch_size: int | None = setting(
         None,
         "pictures in an image step, over all processes; default: batch_size (published: 6 pictures for 1 clip)",
-        low=1,
+        low=1, high=MAX_CLIPS,
     )
     first_frames: int | None = setting(
         None,
         "frames of its clips that a short video step trains on, 1 + a multiple of the temporal compression; text and header tell "
         "of the whole clip. As no frame sees later ones, they are learned as in whole clips, in less time; null: no short steps",
-        low=1,
+        low=1, high=MAX_FRAMES,
     )
     short_share: float = setting(1.0, "share of the video steps that are short ones, if first_frames is set", low=0, high=1)
 
@@ -83,33 +96,39 @@ class StageSettings:
 class DataSettings:
     source: str = setting("worlds", "where clips come from: the small worlds, or what ingest wrote", choices=("worlds", "shards"))
     path: str | None = setting(None, "folder of the shards, or its URL (s3://, gs://, hf://, https://, any that fsspec knows)")
-    shuffle_shards: int = setting(16, "shards whose clips are shuffled together; so many are in use at a time", low=1)
+    shuffle_shards: int = setting(16, "shards whose clips are shuffled together; so many are in use at a time", low=1, high=10_000)
     cache_dir: str | None = setting(None, "folder for copies of remote shards; default: ~/.cache/lumos/shards")
-    cache_gb: float = setting(20.0, "size to which the copies of remote shards may grow, in GB", low=0)
+    cache_gb: float = setting(20.0, "size to which the copies of remote shards may grow, in GB", low=0, high=1e9)
     size: str | None = setting(
         None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` counts with it"
     )
     options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
-    num_frames: int = setting(17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1)
-    min_frames: int | None = setting(
-        None, "frames of the shortest clip of shards to use, each as it is; null: num_frames, shorter ones are left out", low=2
+    num_frames: int = setting(
+        17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )
-    height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1)
-    width: int = setting(64, "frame width of worlds in pixels", low=1)
-    fps: int = setting(8, "frames per second of worlds", low=1)
-    scenes: int | None = setting(None, "use only this many different worlds, over and over; null: endless", low=1)
+    min_frames: int | None = setting(
+        None, "frames of the shortest clip of shards to use, each as it is; null: num_frames, shorter ones are left out",
+        low=2, high=MAX_FRAMES,
+    )
+    height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1, high=MAX_SIDE)
+    width: int = setting(64, "frame width of worlds in pixels", low=1, high=MAX_SIDE)
+    fps: int = setting(8, "frames per second of worlds", low=1, high=1000)
+    scenes: int | None = setting(None, "use only this many different worlds, over and over; null: endless", low=1, high=2**31)
     stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
-    workers: int = setting(1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0)
-    prefetch: int = setting(2, "batches to keep ready; only with workers", low=1)
+    workers: int = setting(
+        1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0, high=MAX_PROCESSES,
+    )
+    prefetch: int = setting(2, "batches to keep ready; only with workers", low=1, high=1000)
     processes: int = setting(
         0,
         "processes that draw or read clips ahead, for devices that outrun threads; one thread then encodes; 0: none",
-        low=0,
+        low=0, high=MAX_PROCESSES,
     )
     pad_to: int = setting(
-        1, "rows are padded to a multiple of so many tokens: fewer different lengths, for attention or code that is compiled", low=1
+        1, "rows are padded to a multiple of so many tokens: fewer different lengths, for attention or code that is compiled",
+        low=1, high=2**20,
     )
-    validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1)
+    validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1, high=MAX_CLIPS)
 
 
 @dataclass
@@ -121,16 +140,16 @@ class MaskingSettings:
 
 @dataclass
 class OptimizationSettings:
-    max_steps: int = setting(1000, "optimizer steps of the whole run", low=1)
+    max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
     batch_size: int | None = setting(
-        16, "clips in an optimizer step, over all processes and micro-batches; null: by tokens_per_batch", low=1
+        16, "clips in an optimizer step, over all processes and micro-batches; null: by tokens_per_batch", low=1, high=MAX_CLIPS
     )
     tokens_per_batch: int | None = setting(
         None,
         "codes in an optimizer step, on average and within a clip, text not counted; instead of batch_size, which must be null",
-        low=1,
+        low=1, high=MAX_TOKENS,
     )
-    micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1)
+    micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1, high=MAX_CLIPS)
     optimizer: str = setting(
         "adamw",
         "adamw (published), or muon for the layers' matrices and AdamW for the rest: with ZeRO 0 or without",
@@ -138,9 +157,11 @@ class OptimizationSettings:
     )
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
-    warmup_steps: int = setting(100, "steps of linear warm-up", low=0)
+    warmup_steps: int = setting(100, "steps of linear warm-up", low=0, high=MAX_STEPS)
     schedule: str = setting("cosine", "shape after the warm-up (published: constant)", choices=("constant", "cosine", "wsd"))
-    decay_steps: int | None = setting(None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1)
+    decay_steps: int | None = setting(
+        None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1, high=MAX_STEPS,
+    )
     weight_decay: float = setting(0.1, "decoupled weight decay of AdamW (published 0.1)", low=0)
     decay_parameters: str = setting("matrices", "which parameters decay (published: all)", choices=("matrices", "all"))
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95)", low=0, high=1)
@@ -166,22 +187,25 @@ class OptimizationSettings:
     compile: bool = setting(False, "torch.compile for norms and MLPs; the first steps wait for the compiler")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
     skip_not_finite: int = setting(
-        0, "updates of the run that may be left out because loss or gradient is not finite; one more stops it", low=0
+        0, "updates of the run that may be left out because loss or gradient is not finite; one more stops it",
+        low=0, high=MAX_STEPS,
     )
     output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name>")
-    log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1)
-    eval_every: int = setting(0, "steps between validation losses; 0: never", low=0)
-    save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0)
+    log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1, high=MAX_STEPS)
+    eval_every: int = setting(0, "steps between validation losses; 0: never", low=0, high=MAX_STEPS)
+    save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0, high=MAX_STEPS)
     save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: not by time", low=0)
-    keep_last: int = setting(2, "newest complete checkpoints to keep (published 20)", low=1)
-    keep_every: int = setting(0, "keep those of every so many steps as well, a multiple of save_every_steps; 0: none", low=0)
+    keep_last: int = setting(2, "newest complete checkpoints to keep (published 20)", low=1, high=MAX_STEPS)
+    keep_every: int = setting(
+        0, "keep those of every so many steps as well, a multiple of save_every_steps; 0: none", low=0, high=MAX_STEPS,
+    )
     export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
     export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "float16", "bfloat16"))
 
 
 @dataclass
 class SampleSettings:
-    every: int = setting(0, "steps between sample clips, rendered with the weights of that step; 0: never", low=0)
+    every: int = setting(0, "steps between sample clips, rendered with the weights of that step; 0: never", low=0, high=MAX_STEPS)
     prompts: list[str] = setting([], "what the samples show, a clip each")
     seed: int = setting(0, "seed of the first sample; the next ones count on from it", low=0)
     options: dict[str, Any] = setting({}, "how samples are drawn where it is not as in the section generation")
@@ -199,6 +223,7 @@ class LoggingSettings:
         "what one device can do at most, TFLOP/s, as the measure of mfu; null: of the data sheet for known GPUs in bf16, "
         "else measured at the start by a matrix product",
         low=1e-6,
+        high=1e9,
     )
 
 
@@ -211,19 +236,20 @@ class DeepSpeedSettings:
         high=3,
     )
     config: str | None = setting(None, "JSON file of further DeepSpeed options (offload, buckets, ...)")
-    timeout_minutes: float = setting(30.0, "how long processes wait for one that died or hangs before they end with an error")
+    timeout_minutes: float = setting(
+        30.0, "how long processes wait for one that died or hangs before they end with an error", high=1e6
+    )
 
     def file_options(self) -> dict[str, Any]:
         """What the JSON file holds; UserError if it cannot be used."""
         if self.config is None:
             return {}
-        try:
-            options = json.loads(Path(self.config).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"deepspeed.config {self.config} is not valid JSON: {error}") from error
+        options = read_json(self.config, "options of DeepSpeed (deepspeed.config)", MAX_YAML_LENGTH)
         zero = options.get("zero_optimization", {}) if isinstance(options, dict) else None
         if not isinstance(zero, dict):
             raise UserError(f"deepspeed.config {self.config} must hold keys with values, and so must its zero_optimization")
+        if type(stage := zero.get("stage", DEFAULT_STAGE)) is not int or not 0 <= stage <= 3:
+            raise UserError(f"deepspeed.config {self.config} has the stage {shown(stage)}; allowed: 0, 1, 2, 3")
         return options
 
 
@@ -292,19 +318,19 @@ def _check(settings: TrainingSettings) -> None:
             GenerationSettings(**options)
         except TypeError as error:
             known = GenerationSettings.__dataclass_fields__
-            wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
+            wrong = next((f"unknown key {as_text(key)}" for key in options if key not in known), str(error))
             raise UserError(f"{name}: {wrong}; allowed: {', '.join(known)}") from error
     if samples.every and not samples.prompts:
         raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
     if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:
-        raise UserError(f"samples.prompts holds the empty prompt {empty[0]!r}; say in words what the clip shows")
+        raise UserError(f"samples.prompts holds the empty prompt {shown(empty[0])}; say in words what the clip shows")
     if samples.prompts and not samples.every:
         warnings.warn("samples.prompts has no effect with samples.every=0")
     if len(set(settings.logging.to)) < len(settings.logging.to):
         raise UserError(f"logging.to names one place twice: {', '.join(settings.logging.to)}")
     training, data, stages = settings.training, settings.data, settings.data.stages
     if (data.source == "shards") != (data.path is not None):
-        raise UserError(f"data.source is {data.source} and data.path is {data.path}; shards need a path, worlds have none")
+        raise UserError(f"data.source is {data.source} and data.path is {as_text(data.path)}; shards need a path, worlds have none")
     usual = DataSettings()
     for name in OF_WORLDS if data.source == "shards" else OF_SHARDS:
         if getattr(data, name) != getattr(usual, name):
@@ -312,7 +338,7 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(f"data.{name} has no effect with data.source={data.source}{why}; leave it out")
     for name in ("cache_dir", "cache_gb"):
         if getattr(data, name) != getattr(usual, name) and not is_url(data.path):
-            raise UserError(f"data.{name} has no effect with the local data.path {data.path}; leave it out")
+            raise UserError(f"data.{name} has no effect with the local data.path {as_text(data.path)}; leave it out")
     if (data.min_frames or 0) > data.num_frames:
         raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
     if (training.batch_size is None) == (training.tokens_per_batch is None):
@@ -365,9 +391,9 @@ def _check(settings: TrainingSettings) -> None:
         raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
     if training.decay_steps is not None and training.schedule != "wsd":
         raise UserError(f"training.decay_steps only has an effect with training.schedule=wsd, not {training.schedule}")
-    if settings.deepspeed.config is not None and not Path(settings.deepspeed.config).is_file():
+    if settings.deepspeed.config is not None and not os.path.isfile(settings.deepspeed.config):  # False for a name that is too long
         raise UserError(
-            f"deepspeed.config: there is no file {settings.deepspeed.config}; the shipped ones are in configs/deepspeed/"
+            f"deepspeed.config: there is no file {as_text(settings.deepspeed.config)}; the shipped ones are in configs/deepspeed/"
         )
 
 
@@ -381,6 +407,6 @@ def _check_lora(settings: TrainingSettings) -> None:
     if settings.model.from_ is None:
         raise UserError("lora.rank needs model.from: adapters change a trained model, not random weights")
     if unknown := [name for name in lora.targets if name not in LORA_TARGETS]:
-        raise UserError(f"lora.targets has {unknown[0]!r}; allowed: {', '.join(LORA_TARGETS)}")
+        raise UserError(f"lora.targets has {shown(unknown[0])}; allowed: {', '.join(LORA_TARGETS)}")
     if not lora.targets or lora.dropout >= 1:
         raise UserError("lora.targets must not be empty, and lora.dropout must be below 1")

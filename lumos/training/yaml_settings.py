@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -16,10 +16,17 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lumos.errors import UserError, as_text, shown
+from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 
-from lumos.errors import UserError
-
+MAX_WHOLE = 2**63 - 1
+"""The largest whole number of a setting without a bound of its own: a seed."""
+MAX_TEXT = 10_000
+"""The most characters of a text: a path, or a prompt."""
+MAX_DEPTH = 16
+"""The most parts of the name of an override."""
+MAX_ENTRIES = 10_000
+"""The most entries of a list or a section."""
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -31,7 +38,10 @@ WORDS = {
 
 
 def setting(default: Any, meaning: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None):
-    """A dataclass field with its one-line meaning and the allowed values; `low` and `high` are inclusive."""
+    """A dataclass field with its one-line meaning and the allowed values; `low` and `high` are inclusive.
+
+    A field that says how much of something there is (steps, clips, pixels, processes) needs a `high`.
+    """
     metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
     if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
         factory = default if isinstance(default, type) else lambda: type(default)(default)
@@ -41,13 +51,10 @@ def setting(default: Any, meaning: str, *, choices: tuple | None = None, low: fl
 
 def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     """The nested dict in a YAML file, after overrides. UserError for a missing or malformed file or override."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).exists():
         raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = parse_yaml(read_text(path, "a config in YAML", 4 * MAX_YAML_LENGTH), str(path))
+    raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as model, data, training, not a {type(raw).__name__}")
     for override in overrides:
@@ -70,19 +77,16 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().lstrip("-").split(".")
-    if not equals or not all(parts):
-        raise UserError(f"{override!r} is not of the form section.key=value, for example training.max_steps=200")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value in {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise UserError(f"{shown(override)} is not of the form section.key=value, for example training.max_steps=200")
+    value = parse_yaml(text, f"the value in {shown(override)}")
     node = raw
     for depth, part in enumerate(parts[:-1]):
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"{override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+            raise UserError(f"{shown(override)}: {shown('.'.join(parts[: depth + 1]))} is a value, not a section")
     node[parts[-1]] = value
 
 
@@ -91,11 +95,11 @@ def build(cls: type, raw: Any, path: str = "") -> Any:
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise UserError(f"{path or 'the config'} must be a section with keys, not {raw!r}")
+        raise UserError(f"{path or 'the config'} must be a section with keys, not {shown(raw)}")
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = difflib.get_close_matches(as_text(key), fields, n=1)
             hint = f", did you mean {near[0]}?" if near else ";"
             raise UserError(f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}")
     hints = typing.get_type_hints(cls)
@@ -122,6 +126,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(kind, value, path)
     if origin is list and isinstance(value, (list, tuple)):
+        if len(value) > MAX_ENTRIES:
+            raise UserError(f"{path} has {len(value):,} entries; allowed: at most {MAX_ENTRIES:,}")
         return [_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
         return tuple(_convert(a, item, f"{path}[{i}]") for i, (a, item) in enumerate(zip(args, value, strict=True)))
@@ -130,12 +136,14 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
+    if kind is str and isinstance(value, str) and len(value) > MAX_TEXT:
+        raise UserError(f"{path} has {len(value):,} characters; allowed: at most {MAX_TEXT:,}")
     if kind in (int, bool, str) and type(value) is kind:
         return value
     wanted = f"a list of {len(args)} values" if origin is tuple else WORDS[origin or kind]
-    raise UserError(f"{path} must be {wanted}, not {value!r}")
+    raise UserError(f"{path} must be {wanted}, not {shown(value)}")
 
 
 def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> None:
@@ -143,14 +151,15 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
             allowed = ", ".join("null" if choice is None else str(choice) for choice in choices)
-            raise UserError(f"{path} is {item!r}; allowed: {allowed}")
-    for number in value if isinstance(value, tuple) else (value,):
-        if not isinstance(number, (int, float)):
+            raise UserError(f"{path} is {shown(item)}; allowed: {allowed}")
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
-        if not math.isfinite(number) or (low is not None and not number >= low) or (high is not None and not number <= high):
+        most = high if high is not None else MAX_WHOLE if isinstance(number, int) else sys.float_info.max
+        if not (-most if low is None else low) <= number <= most:
             least = "a finite number" if low is None else f"a finite number of {low} or more"
-            limits = f"between {low} and {high}" if high is not None else least
-            raise UserError(f"{path} is {number}; it must be {limits}")
+            limits = f"between {low} and {high}" if high is not None else f"{least}, at most {most:.3g}"
+            raise UserError(f"{path} is {shown(number)}; it must be {limits}")
 
 
 def to_plain(value: Any) -> Any:
@@ -172,9 +181,9 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
         if isinstance(old, dict) and isinstance(new, dict):
             lines += differences(old, new, _join(path, key))
         elif old != new:
-            lines.append(f"{_join(path, key)} was {old}, now {new}")
+            lines.append(f"{_join(path, key)} was {as_text(old)}, now {as_text(new)}")
     return lines
 
 
 def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{as_text(key)}" if path else as_text(key)

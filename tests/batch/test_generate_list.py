@@ -77,7 +77,7 @@ def test_fifty_prompts_of_which_three_are_bad(generate):
     assert out == "out  47 made now  47 clips in all  50 rows"
     assert err[:-1] == [
         "list.jsonl line 7: num_frames 6 is not allowed; it must be 1 + a multiple of 4, for example 5 or 9",
-        "list.jsonl line 21: not valid JSON: Expecting ',' delimiter at column 15",
+        "list.jsonl line 21: the row is not valid JSON: Expecting ',' delimiter: line 1 column 15",
         next(line for line in err if "line 50" in line),
     ]
     assert "nowhere.png" in err[2]
@@ -324,7 +324,8 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
     if launcher == "by hand":
         done = [generate(*args, "parts", "--shard", f"{part}/3") for part in (3, 1, 2)]
         assert [code for code, _, _ in done] == [1, 1, 1]
-        assert all(err[0].startswith("list.jsonl line 12: not valid JSON") for _, _, err in done)  # each has its own terminal
+        # each has its own terminal
+        assert all(err[0].startswith("list.jsonl line 12: the row is not valid JSON") for _, _, err in done)
         assert sum(int(re.search(r"(\d+) made now", out)[1]) for _, out, _ in done) == 11
     else:
         if launcher == "deepspeed":
@@ -336,7 +337,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
         started += [str(repo / "generate.py"), *rest]
         done = subprocess.run(started, capture_output=True, text=True, env=environment(repo) | {"DS_ACCELERATOR": "cpu"})
         assert done.returncode == 1
-        assert done.stderr.count("list.jsonl line 12: not valid JSON") == 1
+        assert done.stderr.count("list.jsonl line 12: the row is not valid JSON") == 1
         assert "parts  11 made now  11 clips in all  12 rows" in done.stdout
     assert clips_in("parts") == clips_in("whole")
     assert not Path("parts/.unfinished").exists()
@@ -447,7 +448,7 @@ def test_a_bad_row_is_told_before_any_work(generate, monkeypatch, row, message):
         (["--prompts", "list.txt", "--num-videos-per-prompt", "0"], "--num-videos-per-prompt 0 is not allowed"),
         (["--prompts", "list.txt", "--shard", "3/2"], "shard '3/2' is not allowed"),
         (["--prompts", "list.txt", "--prompt", "x"], "not allowed with argument"),
-        (["--prompts", "nowhere.txt"], "cannot read the list of prompts nowhere.txt"),
+        (["--prompts", "nowhere.txt"], "cannot read nowhere.txt as a list of prompts"),
         (["--prompt", "x", "--seed", "1", "-2"], "seed -2 is not allowed"),
         (["--prompt", "x", "--seed", "1", "2", "--num-frames", "6"], "num_frames 6 is not allowed"),
         (["--prompt", "x", "--seed", "1", "2", "--num-videos-per-prompt", "3"], "seed is a list of 2, but there are 3 clips"),

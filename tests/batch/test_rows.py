@@ -45,10 +45,10 @@ def test_a_cell_of_several_lines_counts_them(tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "problem"),
     [
-        ("a.jsonl", "{", "not valid JSON: .* at column 2"),
+        ("a.jsonl", "{", "the row is not valid JSON: .* column 2"),
         ("a.jsonl", "[1]", "a JSON list; give an object"),
-        ("a.jsonl", "[" * 99_999, "JSON of an absurd size or depth"),
-        ("a.jsonl", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", "JSON of an absurd size or depth"),
+        ("a.jsonl", "[" * 99_999, "the row is not valid JSON: it is nested too deeply"),
+        ("a.jsonl", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", "the row is not valid JSON: Exceeds the limit"),
         ("a.jsonl", '{"prompt": "x", "stepz": 3}', "'stepz' is unknown; allowed: prompt, "),
         ("a.jsonl", '{"prompt": 3}', "prompt 3 is not allowed; give text, or a list of texts"),
         ("a.jsonl", '{"prompt": []}', "prompt \\[\\] is not allowed"),
@@ -88,10 +88,10 @@ def test_lists_of_another_form(tmp_path, name, text, message):
 
 
 def test_lists_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the list of prompts .*nowhere\.txt \(No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.txt as a list of prompts: there is no such file"):
         read_rows(tmp_path / "nowhere.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot read the list of prompts"):
+    with pytest.raises(UserError, match=r"cannot read .* as a list of prompts"):
         read_rows(tmp_path / "b.txt")
 
 

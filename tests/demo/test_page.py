@@ -99,7 +99,7 @@ def test_a_seed_is_a_number(gradio):
         (["--port", "99999999"], "cannot listen on 127.0.0.1 port 99999999"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["--queue-length", "0"], "--queue-length 0 is not allowed"),
-        (["--examples", "nowhere.txt"], "cannot read the examples nowhere.txt"),
+        (["--examples", "nowhere.txt"], "cannot read nowhere.txt as examples, one prompt a line"),
         (["--port", "0", "--model", "nowhere"], "there is no model folder nowhere"),
     ],
 )
