@@ -239,15 +239,15 @@ class _BoundedLoader(yaml.SafeLoader):
 
 def _check_nesting(value: Any, where: str, language: str, limit: int = MAX_DOCUMENT_ENTRIES) -> None:
     """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over `limit` entries in all."""
-    level, entries = [value], 0
-    for _ in range(MAX_DOCUMENT_DEPTH + 2):
+    level, entries = [value] if isinstance(value, dict | list) else [], 0
+    for _ in range(MAX_DOCUMENT_DEPTH):
         below = []
         for container in level:
-            if isinstance(container, (dict, list)):
-                entries += len(container)
-                if entries > limit:
-                    raise UserError(f"{where} is not valid {language} here: it stands for more than {limit:,} entries")
-                below += container.values() if isinstance(container, dict) else container
+            entries += len(container)
+            if entries > limit:
+                raise UserError(f"{where} is not valid {language} here: it stands for more than {limit:,} entries")
+            inside = container.values() if isinstance(container, dict) else container
+            below += [value for value in inside if isinstance(value, dict | list)]
         if not below:
             return
         level = below
