@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import json
 import os
-import shutil
 import stat
-import uuid
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lumos.durable import make_folder, put_back, put_file, put_folder, remove, sweep, temporary_name
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
+from lumos.locks import LOCK, Busy, Lock
 
-NAME_LENGTH = 40  # of a file's name that its temporary one keeps
 MAX_DOCUMENT_BYTES = 2**28  # of a JSON or text file that is read whole
 MAX_DOCUMENT_DEPTH = 64
 MAX_DOCUMENT_ENTRIES = 10_000_000
@@ -29,63 +28,63 @@ MAX_YAML_ALIASES = 1000
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends without an error.
 
-    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was. Missing
-    parent folders are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was; what a killed
+    process left, the next call for the same path removes. A power cut leaves the older or the new file. Missing parent folders
+    are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    """
+    with _replacing(Path(path), put_file) as temporary:
+        yield temporary
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included.
+
+    At every moment one of the two is there. (Where a system cannot exchange folders, a kill leaves the older one aside, and the
+    next call puts it back first.)
     """
     path = Path(path)
+    with _replacing(path, put_folder) as writing:
+        put_back(path)
+        writing.mkdir()
+        yield writing
+
+
+@contextmanager
+def _replacing(path: Path, put: Callable[[Path, Path], None]) -> Iterator[Path]:
     _make_parents(path)
-    temporary = _beside(path)
+    sweep(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {_reason(error)}; check free space and permissions, or choose another place"
         ) from error
     finally:
-        _remove(temporary)
-
-
-@contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included."""
-    path = Path(path)
-    old = path.with_name(f".old-{path.name}")
-    if len(path.name) <= NAME_LENGTH:  # a longer one may be another's
-        for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):  # of killed processes
-            _remove(left_over)
-    with replacing(path) as writing:
-        writing.mkdir()
-        yield writing
-        _remove(old)
-        if path.exists():
-            os.replace(path, old)
-    _remove(old)
+        remove(temporary)
 
 
 @contextmanager
 def only_writer(folder: str | Path, what: str) -> Iterator[None]:
     """Keep a second `what` out of the folder, which is made if need be; the lock goes with the process, however that ends.
 
-    RunError if another one is there, UserError if the folder cannot be written to. On Windows nothing is locked.
+    RunError if another one is there, UserError if the folder cannot be written to.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        make_folder(folder)
+        lock = Lock(folder)
+    except Busy as busy:
+        raise RunError(f"another {what} is writing into {folder}{busy}; wait for it, stop it, or use another folder") from busy
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
-    with lock:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another {what} is writing into {folder}; wait for it, stop it, or use another folder") from error
+        why = f"{LOCK} in it is a link" if error.errno == errno.ELOOP else _reason(error)
+        raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def file_identity(path: str | Path) -> Hashable:
@@ -108,11 +107,11 @@ def check_writable(path: str | Path) -> None:
             folder = folder.parent
         with suppress(FileNotFoundError):  # the probe's name is shorter: this one sees a name that is too long
             (folder / path.name).lstat()
-        probe = _beside(folder / path.name)
+        probe = temporary_name(folder / path.name)
         try:
             probe.touch(exist_ok=False)
         finally:
-            _remove(probe)
+            remove(probe)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -261,25 +260,10 @@ def write_json(path: str | Path, data: Any) -> Path:
 
 def _make_parents(path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot create the folder {path.parent}: {_reason(error)}; choose another place") from error
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:NAME_LENGTH]}.{uuid.uuid4().hex[:8]}.part")
-
-
-def _remove(path: Path) -> None:
-    """Remove what is there, if anything; never hides the error that led here."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        pass
