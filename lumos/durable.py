@@ -28,6 +28,8 @@ ABANDONED_AFTER = 86400.0
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """Errors with which a file system says that it cannot do something, and not that something is broken."""
 NOT_FOR_FOLDERS = {*UNSUPPORTED, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+UNFINISHED = ".unfinished"
+"""A folder whose content is moved elsewhere file by file, each when it is finished."""
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
 
 
@@ -57,7 +59,13 @@ def settle(path: Path) -> None:
 
 
 def put_file(source: Path, target: Path) -> None:
-    """Give a finished file or a new folder the name `target`, which may be that of an older file, so that it lasts."""
+    """Give a finished file or a new folder the name `target`, which may be that of an older file, so that it lasts.
+
+    Within what is temporary itself, nothing needs to last.
+    """
+    if is_temporary(target):
+        os.replace(source, target)
+        return
     settle(source)
     os.replace(source, target)
     sync_folder(target.parent)
@@ -122,6 +130,11 @@ def remove(path: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """A new name beside `path` for what will take its place. The name tells which process writes it."""
     return path.with_name(f".{_short(path.name)}.{owner()}-{uuid.uuid4().hex[:4]}.part")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path is, or is within, what this library writes under a name that is not the last one."""
+    return any(part == UNFINISHED or re.fullmatch(r"\..*\.part", part) for part in path.parts)
 
 
 def sweep(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,10 +14,22 @@ from typing import Any
 
 import yaml
 
-from lumos.durable import make_folder, put_back, put_file, put_folder, remove, sweep, temporary_name
+from lumos.durable import (
+    is_temporary,
+    make_folder,
+    put_back,
+    put_file,
+    put_folder,
+    remove,
+    settle,
+    sweep,
+    sync_folder,
+    temporary_name,
+)
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
 from lumos.locks import LOCK, Busy, Lock
 
+CONFIG = "config.json"
 MAX_DOCUMENT_BYTES = 2**28  # of a JSON or text file that is read whole
 MAX_DOCUMENT_DEPTH = 64
 MAX_DOCUMENT_ENTRIES = 10_000_000
@@ -48,6 +61,61 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         put_back(path)
         writing.mkdir()
         yield writing
+
+
+@contextmanager
+def updating_folder(path: str | Path, of_this: Callable[[str], bool]) -> Iterator[Path]:
+    """As `replacing_folder`, but entries of an older folder for whose name `of_this` is false stay (a README, a .git).
+
+    A folder that cannot be renamed (a mount point, the current folder, one in a read-only folder) is updated in place. Its
+    config.json is then the first to go and the last to come, so that a kill may leave a folder without it, but no mixture.
+    """
+    path = Path(path)
+    if is_temporary(path):  # what is written into it takes its place as a whole
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    if path.is_dir() and not _can_be_renamed(path):
+        with _replacing(path / "model", lambda source, _: _update(source, path, of_this)) as writing:
+            writing.mkdir()
+            yield writing
+        return
+    with replacing_folder(path) as writing:
+        yield writing
+        for entry in path.iterdir() if path.is_dir() else ():
+            if not of_this(entry.name) and not os.path.lexists(writing / entry.name):
+                _copy(entry, writing / entry.name)
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    return os.access(folder.parent, os.W_OK | os.X_OK) and not folder.is_mount() and not folder.samefile(Path.cwd())
+
+
+def _update(source: Path, folder: Path, of_this: Callable[[str], bool]) -> None:
+    settle(source)
+    (folder / CONFIG).unlink(missing_ok=True)
+    sync_folder(folder)
+    for old in folder.iterdir():
+        if of_this(old.name) and not os.path.lexists(source / old.name):
+            remove(old)
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == CONFIG):
+        (put_folder if entry.is_dir() else put_file)(entry, folder / entry.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second name for a file where there can be one, else a copy; of a folder all that is in it."""
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
+    else:
+        _copy_file(source, target)
+
+
+def _copy_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lumos import durable, locks
+from lumos import durable, files, locks
 from lumos.errors import RunError, UserError
-from lumos.files import only_writer, replacing, replacing_folder, write_bytes, write_json
+from lumos.files import only_writer, replacing, replacing_folder, updating_folder, write_bytes, write_json
 
 
 def in_a_child(work) -> int:
@@ -288,3 +288,68 @@ def test_a_lock_whose_file_was_removed_does_not_count(tmp_path):
         with only_writer(tmp_path, "run"):
             assert locked(tmp_path)
         assert not locked(tmp_path)
+
+
+# -- folders of models -------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, text: str) -> None:
+    with updating_folder(folder, lambda name: name in ("config.json", "weights", "more", "below")) as writing:
+        for name in ("config.json", "weights", *(("more",) if text == "old" else ())):
+            (writing / name).write_text(text)
+        (writing / "below").mkdir()
+        (writing / "below" / "config.json").write_text(text)
+
+
+def model_in(folder: Path) -> set[str]:
+    """The texts of its files; none if the folder says that it holds no model."""
+    if not (folder / "config.json").exists():
+        return set()
+    ours = [folder / "below" / "config.json", *(folder / name for name in ("config.json", "weights", "more"))]
+    return {path.read_text() for path in ours if path.exists()}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_killed_save_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, in_place: bool):
+    if in_place:
+        monkeypatch.setattr(files, "_can_be_renamed", lambda folder: False)
+    folder = tmp_path / "model"
+    found = set()
+    for call in range(1, 200):
+        save_model(folder, "old")
+        (folder / "README.md").write_text("mine")
+        (folder / "notes").mkdir(exist_ok=True)
+        (folder / "notes" / "a").write_text("mine")
+
+        def killed(call=call):
+            kill_at_call(call)
+            save_model(folder, "new")
+            os._exit(0)
+
+        code = in_a_child(killed)
+        model = tuple(model_in(folder))
+        found.add(model)
+        assert (folder / "README.md").read_text() == (folder / "notes" / "a").read_text() == "mine"
+        if code == 0:
+            break
+    assert found == {("old",), ("new",), *([()] if in_place else [])}
+    save_model(folder, "newest")
+    assert names(folder) == ["README.md", "below", "config.json", "notes", "weights"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_model_is_saved_through_a_link_and_into_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to("disk")
+    save_model(tmp_path / "model", "old")
+    assert (tmp_path / "model").is_symlink()
+    monkeypatch.chdir(tmp_path / "disk")
+    save_model(Path("."), "new")
+    assert model_in(Path(".")) == model_in(tmp_path / "model") == {"new"}
+    assert names(Path(".")) == ["below", "config.json", "weights"]
+
+
+def test_saved_weights_are_readable_as_the_umask_says(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~os.umask(os.umask(0o022))}

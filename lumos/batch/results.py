@@ -15,12 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from lumos.durable import make_folder, put_file, remove
+from lumos.durable import UNFINISHED, make_folder, put_file, remove
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 from lumos.locks import LOCK, OWNER
-
-UNFINISHED = ".unfinished"
 
 
 @contextmanager
