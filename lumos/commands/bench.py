@@ -11,7 +11,9 @@ from lumos.benchmarks import TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)} or all")
+    targets = parser.add_subparsers(
+        dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)}, all of these, or faults"
+    )
     for name, text in {**TARGETS, "all": "all of them"}.items():
         sub = targets.add_parser(name, description=text, help=text)
         add = sub.add_argument
@@ -22,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--output", help="also write the result to this JSON file")
         for target in TARGETS if name == "all" else (name,):
             benchmark(target).add_arguments(sub)
+    kills = "trainings, ingests and lists of clips killed at random, against uninterrupted ones"
+    benchmark("faults").add_arguments(targets.add_parser("faults", description=kills, help=kills))
 
 
 def benchmark(target: str):
@@ -29,6 +33,9 @@ def benchmark(target: str):
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.target == "faults":  # nothing is computed in this process, as it forks others
+        benchmark("faults").run(args)
+        return
     import torch
 
     from lumos.errors import UserError
