@@ -46,7 +46,7 @@ class Disk:
         """Each renamed file, and all in a renamed folder, is synchronized before; the folder that holds the name after."""
         assert self.renames
         for position, source, target, inside in self.renames:
-            if target.name.startswith("."):  # an older folder that is moved aside
+            if durable.is_temporary(target) or target.name.startswith(".old-"):  # not yet, or no longer, of any use
                 continue
             before = {path for kind, path in self.calls[:position] if kind == "sync"}
             assert inside <= before, (source, inside - before)

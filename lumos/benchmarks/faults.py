@@ -191,7 +191,7 @@ def kill_at_file_call(number: int) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """`make(folder, out)` does or continues a run; `compare(out, whole)` names the losses that differ and the items that are lost."""
+    """`make(folder, out)` does or continues a run; `compare(out, whole)` names losses that differ and items that are lost."""
 
     make: Callable[[Path, Path], int | None]
     compare: Callable[[Path, Path], tuple[list[str], list[str]]]
