@@ -41,6 +41,8 @@ FORMAT = 3
 """Checkpoints of format 2 have no checksum of their state; they are still read."""
 STATE, CHECKSUM = "state.json", "checksum"
 WRITING, REMOVING = ".writing-", ".removing-"
+LEFT_OVER = (f"{WRITING}*", f"{REMOVING}*", ".old-step-*")
+"""Patterns of what a kill leaves in a save."""
 RUN_FIELDS: dict[str, type] = {
     "settings": dict, "identity": dict, "task": dict, "engine": str, "world": int, "updates": int, "skipped": int,
     "averaged": bool, "meter": dict,
@@ -73,7 +75,7 @@ def writing_folder(root: Path, step: int) -> Path:
 def begin(root: Path, step: int) -> Path:
     """Make that folder, empty, and remove what killed runs left behind, file or folder. Call on one process only."""
     make_folder(root)
-    for left_over in (*root.glob(f"{WRITING}*"), *root.glob(f"{REMOVING}*")):
+    for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
         remove(left_over)
     folder = writing_folder(root, step)
     folder.mkdir()
@@ -166,7 +168,10 @@ def finish(
     for old in older[: max(0, len(older) + 1 - keep_last)]:
         if not keep_every or step_of(old) % keep_every:
             gone = root / f"{REMOVING}{old.name}"  # else a kill would leave half of it under its name
-            os.replace(old, gone)
+            try:
+                os.replace(old, gone)
+            except OSError as error:  # the new one is there all the same
+                print(f"warning: cannot remove {old}: {error.strerror}", file=sys.stderr, flush=True)
             remove(gone)
     return target
 
@@ -223,7 +228,7 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
             raise RunError(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
     named = _step_in(folder.name)
     if state["step"] < 0 or named not in (None, state["step"]):
-        raise RunError(f"checkpoint {folder} is of step {state['step']}, as {STATE} says, and not of that of its name")
+        raise RunError(f"checkpoint {folder} is of step {shown(state['step'])}, as {STATE} says, and not of that of its name")
     world = state.get("world", 1)
     if state["format"] == 2 and "identity" not in state and "meters" in state:
         world = 1  # of a tokenizer's training, whose first process alone wrote
