@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import json
 import os
 import shutil
 import stat
-import uuid
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lumos.durable import (
+    is_temporary,
+    make_folder,
+    put_back,
+    put_file,
+    put_folder,
+    remove,
+    settle,
+    sweep,
+    sync_folder,
+    temporary_name,
+)
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
+from lumos.locks import LOCK, Busy, Lock
 
-NAME_LENGTH = 40  # of a file's name that its temporary one keeps
+CONFIG = "config.json"
 MAX_DOCUMENT_BYTES = 2**28  # of a JSON or text file that is read whole
 MAX_DOCUMENT_DEPTH = 64
 MAX_DOCUMENT_ENTRIES = 10_000_000
@@ -29,63 +41,118 @@ MAX_YAML_ALIASES = 1000
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends without an error.
 
-    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was. Missing
-    parent folders are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was; what a killed
+    process left, the next call for the same path removes. A power cut leaves the older or the new file. Missing parent folders
+    are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    """
+    with _replacing(Path(path), put_file) as temporary:
+        yield temporary
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included.
+
+    At every moment one of the two is there. (Where a system cannot exchange folders, a kill leaves the older one aside, and the
+    next call puts it back first.)
     """
     path = Path(path)
+    with _replacing(path, put_folder) as writing:
+        put_back(path)
+        writing.mkdir()
+        yield writing
+
+
+@contextmanager
+def updating_folder(path: str | Path, of_this: Callable[[str], bool]) -> Iterator[Path]:
+    """As `replacing_folder`, but entries of an older folder for whose name `of_this` is false stay (a README, a .git).
+
+    A folder that cannot be renamed (a mount point, the current folder, one in a read-only folder) is updated in place. Its
+    config.json is then the first to go and the last to come, so that a kill may leave a folder without it, but no mixture.
+    """
+    path = Path(path)
+    if is_temporary(path):  # what is written into it takes its place as a whole
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    if path.is_dir() and not _can_be_renamed(path):
+        with _replacing(path / "model", lambda source, _: _update(source, path, of_this)) as writing:
+            writing.mkdir()
+            yield writing
+        return
+    with replacing_folder(path) as writing:
+        yield writing
+        for entry in path.iterdir() if path.is_dir() else ():
+            if not of_this(entry.name) and not os.path.lexists(writing / entry.name):
+                _copy(entry, writing / entry.name)
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    return os.access(folder.parent, os.W_OK | os.X_OK) and not folder.is_mount() and not folder.samefile(Path.cwd())
+
+
+def _update(source: Path, folder: Path, of_this: Callable[[str], bool]) -> None:
+    settle(source)
+    (folder / CONFIG).unlink(missing_ok=True)
+    sync_folder(folder)
+    for old in folder.iterdir():
+        if of_this(old.name) and not os.path.lexists(source / old.name):
+            remove(old)
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == CONFIG):
+        (put_folder if entry.is_dir() else put_file)(entry, folder / entry.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second name for a file where there can be one, else a copy; of a folder all that is in it."""
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
+    else:
+        _copy_file(source, target)
+
+
+def _copy_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+@contextmanager
+def _replacing(path: Path, put: Callable[[Path, Path], None]) -> Iterator[Path]:
     _make_parents(path)
-    temporary = _beside(path)
+    sweep(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {_reason(error)}; check free space and permissions, or choose another place"
         ) from error
     finally:
-        _remove(temporary)
-
-
-@contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included."""
-    path = Path(path)
-    old = path.with_name(f".old-{path.name}")
-    if len(path.name) <= NAME_LENGTH:  # a longer one may be another's
-        for left_over in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):  # of killed processes
-            _remove(left_over)
-    with replacing(path) as writing:
-        writing.mkdir()
-        yield writing
-        _remove(old)
-        if path.exists():
-            os.replace(path, old)
-    _remove(old)
+        remove(temporary)
 
 
 @contextmanager
 def only_writer(folder: str | Path, what: str) -> Iterator[None]:
     """Keep a second `what` out of the folder, which is made if need be; the lock goes with the process, however that ends.
 
-    RunError if another one is there, UserError if the folder cannot be written to. On Windows nothing is locked.
+    RunError if another one is there, UserError if the folder cannot be written to.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        make_folder(folder)
+        lock = Lock(folder)
+    except Busy as busy:
+        raise RunError(f"another {what} is writing into {folder}{busy}; wait for it, stop it, or use another folder") from busy
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
-    with lock:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another {what} is writing into {folder}; wait for it, stop it, or use another folder") from error
+        why = f"{LOCK} in it is a link" if error.errno == errno.ELOOP else _reason(error)
+        raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def file_identity(path: str | Path) -> Hashable:
@@ -108,11 +175,11 @@ def check_writable(path: str | Path) -> None:
             folder = folder.parent
         with suppress(FileNotFoundError):  # the probe's name is shorter: this one sees a name that is too long
             (folder / path.name).lstat()
-        probe = _beside(folder / path.name)
+        probe = temporary_name(folder / path.name)
         try:
             probe.touch(exist_ok=False)
         finally:
-            _remove(probe)
+            remove(probe)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -271,25 +338,10 @@ def write_json(path: str | Path, data: Any) -> Path:
 
 def _make_parents(path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot create the folder {path.parent}: {_reason(error)}; choose another place") from error
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:NAME_LENGTH]}.{uuid.uuid4().hex[:8]}.part")
-
-
-def _remove(path: Path) -> None:
-    """Remove what is there, if anything; never hides the error that led here."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        pass

@@ -13,6 +13,7 @@ Shapes: B batch, L sequence, H heads, D head channels, C hidden channels, V voca
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from transformers.utils import ModelOutput
 from lumos.attention import Attend, attention_for, attention_kept
 from lumos.configuration import LumosConfig
 from lumos.conversion import prepare_checkpoint
+from lumos.files import updating_folder
 from lumos.flops import layer_flops_per_token
 from lumos.loss import chunked_cross_entropy
 from lumos.placement import working_device
@@ -33,6 +35,7 @@ from lumos.rope import apply_rotary, position_ids, rotary_tables
 from lumos.sequence import Layout, content_mask, frame_indices, parse_layout
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D]
+MODEL_FILES = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?"  # names of what `save_pretrained` writes
 MLP_TOKENS = 1024  # an MLP takes so many tokens at a time, with gradients a quarter of them if that is more
 
 
@@ -252,6 +255,14 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         """As in transformers, after a check of the folder: ValueError or FileNotFoundError names what is missing."""
         name, kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
         return super().from_pretrained(name, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """As in transformers. A kill leaves the older or the new model, and other files of the folder stay."""
+        if kwargs.get("push_to_hub") or not is_main_process:
+            super().save_pretrained(save_directory, is_main_process, **kwargs)
+            return
+        with updating_folder(save_directory, re.compile(MODEL_FILES).fullmatch) as writing:
+            super().save_pretrained(writing, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

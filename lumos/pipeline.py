@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import Tensor
 from lumos.adapters import fingerprints, merge_adapter
 from lumos.conversion import check_written
 from lumos.errors import NotFinite, RunError, UserError
+from lumos.files import updating_folder
 from lumos.frames import as_uint8, from_uint8, to_uint8
 from lumos.generation.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.generation.cache import KeptPrefix
 from lumos.generation.engine import generate_frames
-from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults, write_defaults
-from lumos.modeling import LumosForVideoGeneration
+from lumos.generation.settings import DEFAULTS_FILE, ClipDefaults, GenerationSettings, read_defaults, write_defaults
+from lumos.modeling import MODEL_FILES, LumosForVideoGeneration
 from lumos.pipeline_call import (
     Interrupted,
     LumosPipelineOutput,
@@ -109,17 +111,20 @@ class LumosPipeline:
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder that `from_pretrained` reads whole; RunError if a tensor is not in it in the end."""
+        """Write one folder that `from_pretrained` reads whole; RunError if a tensor is not in it in the end.
+
+        A kill leaves the older folder or the new one; other files of the folder stay.
+        """
         if is_spread(self.model):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
-        folder = Path(folder)
-        self.model.save_pretrained(folder)
-        check_written(folder, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})
-        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
-        write_defaults(folder, self.settings, self.clip)
+        with updating_folder(folder, re.compile(f"{MODEL_FILES}|{DEFAULTS_FILE}|(text|video)_tokenizer").fullmatch) as writing:
+            self.model.save_pretrained(writing)
+            check_written(writing, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})
+            self.text_tokenizer.save_pretrained(writing / "text_tokenizer")
+            self.video_tokenizer.save_pretrained(writing / "video_tokenizer")
+            write_defaults(writing, self.settings, self.clip)
 
     @property
     def device(self) -> torch.device:

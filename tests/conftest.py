@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disk import Disk
 from hypothesis import settings
 from micro import micro_config
 from PIL import Image
@@ -106,3 +107,8 @@ def config() -> LumosConfig:
 def model(config) -> LumosForVideoGeneration:
     torch.manual_seed(0)
     return LumosForVideoGeneration(config).eval()
+
+
+@pytest.fixture
+def disk(monkeypatch) -> Disk:
+    return Disk(monkeypatch)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lumos import files
+from lumos import durable, files
 from lumos.errors import RunError, UserError
 from lumos.video_io import (
     check_output,
@@ -177,21 +177,23 @@ def test_failure_leaves_the_old_file_and_nothing_else(suffix: str, failure, tmp_
     assert path.read_bytes() == b"older result"
 
 
-def test_older_frames_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_older_frames_stay_until_the_new_ones_are_there(tmp_path, monkeypatch, everything_in, exchanges: bool):
     write_video(tmp_path / "a.png", smooth_clip(5), 8)
     before = (tmp_path / "a" / "00000.png").read_bytes()
     replace = os.replace
 
-    def killed(source, target):
-        if Path(target) == tmp_path / "a":
+    def interrupted(source, target):
+        if exchanges or (Path(target) == tmp_path / "a" and "part" in source.name):
             raise KeyboardInterrupt
-        replace(source, target)
+        return replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", killed)
+    monkeypatch.setattr(durable, "_exchange", interrupted if exchanges else lambda *_: False)
+    monkeypatch.setattr(durable.os, "replace", replace if exchanges else interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.png", 255 - smooth_clip(9), 8)
-    kept = next(path for path in (tmp_path / "a", tmp_path / ".old-a") if path.exists())
-    assert (len(list(kept.iterdir())), (kept / "00000.png").read_bytes()) == (5, before)
+    assert everything_in() == ["a", *(f"a/0000{n}.png" for n in range(5))]
+    assert (tmp_path / "a" / "00000.png").read_bytes() == before
 
 
 def test_interrupt_in_the_middle_of_the_frames(tmp_path, monkeypatch, everything_in):

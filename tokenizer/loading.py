@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lumos.errors import NotFound, RunError, UserError, as_text, reason_of, shown
-from lumos.files import read_json, replacing, write_json
+from lumos.files import read_json, updating_folder, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
 from tokenizer.torchscript import read_torchscript
 
@@ -127,8 +127,8 @@ def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fo
 
 
 def write_folder(folder: Path, config: VideoTokenizerConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, each to a temporary name first."""
+    """Write config.json and model.safetensors, both or none; other files of the folder stay."""
     weights = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-    write_json(folder / "config.json", config.to_dict())
+    with updating_folder(folder, {WEIGHTS, "config.json"}.__contains__) as writing:
+        save_file(weights, writing / WEIGHTS, metadata={"format": "pt"})
+        write_json(writing / "config.json", config.to_dict())

@@ -248,13 +248,13 @@ class _Run:
                     if self.stop_requested or time.monotonic() - saved_at > 60 * settings.checkpoint_minutes:
                         saved_at = time.monotonic()
                         if self.rank == 0:
-                            self._save()
+                            self._save(log)
                     if self.stop_requested:
                         log.say(f"stopped at step {self.step}; the same command goes on from there")
                         return {"finished": False, "step": self.step}
             if self.rank != 0:
                 return {"finished": True, "step": self.step}
-            self._save()
+            self._save(log)
             return self._export(log)
         finally:
             for number, handler in previous.items():
@@ -351,7 +351,7 @@ class _Run:
         log.say(f"step {self.step}: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
         return metrics
 
-    def _save(self) -> None:
+    def _save(self, log: RunLog) -> None:
         """A checkpoint: weights, optimizer moments, averaged weights; sums of the log since its last line."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.named_parameters()}
         tensors |= self.optimizer.state()
@@ -360,20 +360,22 @@ class _Run:
         root = self.output / "checkpoints"
         folder = checkpoint.begin(root, self.step)
         written = checkpoint.save_tensors(folder, 0, tensors)
-        state = {"settings": self.settings.to_dict(), "world": self.world, "meters": dict(self.meter.sums)}
+        log.sync()
+        state = {"settings": self.settings.to_dict(), "processes": self.world, "meters": dict(self.meter.sums)}
         state |= {"seconds": self.seconds, "fit_seconds": self.fit_seconds}
         checkpoint.finish(root, folder, self.step, state, [written], keep_last=2)
 
     def _resume(self) -> bool:
         """Whether there was a checkpoint to go on from."""
-        found = checkpoint.latest(self.output / "checkpoints")
+        fields = {"settings": dict, "meters": dict, "seconds": float}
+        found = checkpoint.latest(self.output / "checkpoints", fields=fields)
         if found is None:
             return False
         folder, state = found
         self.settings.check_same_run(state["settings"], folder)
-        if state["world"] != self.world:
+        if (processes := state.get("processes", state.get("world"))) != self.world:
             raise UserError(
-                f"{folder} was made with {state['world']} processes, this run has {self.world}: start as many, "
+                f"{folder} was made with {processes} processes, this run has {self.world}: start as many, "
                 "or take another output_dir"
             )
         tensors = checkpoint.Stored(folder).own(0)

@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+from lumos.durable import UNFINISHED, make_folder, put_file, remove
 from lumos.errors import RunError, UserError, shown
 from lumos.files import only_writer
-
-UNFINISHED = ".unfinished"
+from lumos.locks import LOCK, OWNER
 
 
 @contextmanager
@@ -82,7 +82,7 @@ class Results:
     def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
         self.folder, self.unfinished = out / name, out / UNFINISHED
         self.mine = work_folder(out, shard)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         clear(self.mine)
 
     def has(self, file: str) -> bool:
@@ -94,9 +94,9 @@ class Results:
         temporary = self.mine / f"{uuid.uuid4().hex}{target.suffix}"
         try:
             for folder in (self.mine, target.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             write(temporary)
-            os.replace(temporary, target)
+            put_file(temporary, target)
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror or error}; check free space and permissions") from error
 
@@ -138,8 +138,8 @@ def check_made(results: Results, files: Iterable[str], failed: Container[str] = 
 def clear(work: Path) -> None:
     """Remove what is left in a share's folder, but not the lock of the process that is at work there."""
     for left_over in work.glob("*"):
-        if left_over.name != ".lock":
-            left_over.unlink(missing_ok=True)
+        if left_over.name not in (LOCK, OWNER):
+            remove(left_over)
 
 
 def ignores_case(folder: Path) -> bool:

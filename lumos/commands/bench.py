@@ -12,7 +12,9 @@ from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)} or all")
+    targets = parser.add_subparsers(
+        dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)}, all of these, or faults"
+    )
     for name, text in {**TARGETS, "all": "all of them"}.items():
         sub = targets.add_parser(name, description=text, help=text)
         add = sub.add_argument
@@ -23,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--output", help="also write the result to this JSON file")
         for target in TARGETS if name == "all" else (name,):
             benchmark(target).add_arguments(sub)
+    kills = "trainings, ingests and lists of clips killed at random, against uninterrupted ones"
+    benchmark("faults").add_arguments(targets.add_parser("faults", description=kills, help=kills))
 
 
 def benchmark(target: str):
@@ -30,6 +34,9 @@ def benchmark(target: str):
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.target == "faults":  # nothing is computed in this process, as it forks others
+        benchmark("faults").run(args)
+        return
     import torch
 
     from lumos.errors import UserError

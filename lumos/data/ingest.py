@@ -21,6 +21,7 @@ from lumos.data.manifest import items
 from lumos.data.ray_engine import RayEngine
 from lumos.data.state import JOURNAL, State
 from lumos.data.tally import Tally, missing_in_folder
+from lumos.durable import sweep_folder
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer, write_json
 from lumos.runtime import versions
@@ -72,6 +73,7 @@ def ingest(
     settings.check(model)
     spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers, item_timeout)
     with only_writer(out, "ingest"):
+        sweep_folder(out)
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
         if state.marks:

@@ -20,6 +20,7 @@ from lumos.data import shards
 from lumos.data.encode import Skip
 from lumos.data.manifest import Item
 from lumos.data.marks import CHANGED, OTHER, compare, mark
+from lumos.durable import sync_file, sync_folder
 from lumos.errors import UserError
 
 JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
@@ -119,6 +120,7 @@ class State:
             else:
                 count = len(self.gaps[name]["items"])
                 self.warnings.append(f"{name} is missing, and so are its {count} items in what was given: give their source again")
+        self._sync_journals()
 
     def _write_new(self) -> None:
         path = shards.next_shard(self.out, reserved=self.gaps)
@@ -142,9 +144,17 @@ class State:
         entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.marks}
         if entry != written:
             _append(self.out / CONTENTS, entry)
+        self._sync_journals()
         shards.write_shard(path, rows)
         self.clips += len(rows)
         return entry["digest"]
+
+    def _sync_journals(self) -> None:
+        """A shard must not outlast a power cut that its lines in the journals do not."""
+        for journal in (self.out / CONTENTS, self.out / JOURNAL):
+            if journal.exists():
+                sync_file(journal)
+        sync_folder(self.out)
 
     def reasons(self) -> dict[str, int]:
         return dict(Counter(entry["reason"] for entry in self.skipped.values()).most_common())

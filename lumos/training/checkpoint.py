@@ -2,26 +2,27 @@
 
     <output_dir>/checkpoints/step-00000200/
         rank-0000.safetensors    what one process keeps: its runs of each weight, its share of the optimizer, random state
-        state.json               step, settings, meters, and size and CRC-32 of every other file: written last
+        state.json               step, settings, meters, size and CRC-32 of every other file, and its own CRC-32: written last
 
 A tensor is stored under "kind/name/start": values start, start + 1, ... of the parameter `name` in its flat order. Kinds are
 weight, exp_avg, exp_avg_sq (AdamW) and average (EMA), all fp32. Whichever engine and however many processes wrote them,
 `Stored` gives any run of any parameter. DeepSpeed's own way to this, ds_to_universal, unpickles, needs DeepSpeed to read,
 and knows no averages, no stage 0 and no plain PyTorch.
 
-A folder is written under a hidden name and renamed when it is whole, so a kill at any moment leaves the older ones
-untouched.
+A folder is written under a hidden name and renamed when it is whole and on the disk, so a kill or a power cut at any moment
+leaves the older ones untouched. A checkpoint in which anything does not fit (a checksum, the step that its name says, the list
+of its files) is damaged; the next older one is taken.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumos.errors import RunError, UserError
+from lumos.durable import make_folder, put_folder, remove, settle
+from lumos.errors import RunError, UserError, shown
+from lumos.files import read_json
 from lumos.training.settings import StageSettings
 from lumos.training.yaml_settings import to_plain
 
-FORMAT = 2
-STATE = "state.json"
+FORMAT = 3
+"""Checkpoints of format 2 have no checksum of their state; they are still read."""
+STATE, CHECKSUM = "state.json", "checksum"
+WRITING, REMOVING = ".writing-", ".removing-"
+LEFT_OVER = (f"{WRITING}*", f"{REMOVING}*", ".old-step-*")
+"""Patterns of what a kill leaves in a save."""
+RUN_FIELDS: dict[str, type] = {
+    "settings": dict, "identity": dict, "task": dict, "engine": str, "world": int, "updates": int, "skipped": int,
+    "averaged": bool, "meter": dict,
+}  # fmt: skip
+"""What the state of a training run of the decoder holds."""
 WEIGHT, AVERAGE = "weight", "average"
 
 
@@ -45,22 +57,26 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Renamed, so once complete, checkpoints; oldest first."""
-    return sorted(p for p in root.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
+    return sorted((p for p in root.glob("step-*") if p.is_dir() and _step_in(p.name) is not None), key=step_of)
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def _step_in(name: str) -> int | None:
+    return int(name.removeprefix("step-")) if re.fullmatch(r"step-[0-9]{1,18}", name) else None
+
+
 def writing_folder(root: Path, step: int) -> Path:
-    return root / f".writing-{step:08d}"
+    return root / f"{WRITING}{step:08d}"
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make that folder, empty, and remove what killed runs left behind. Call on one process only."""
-    root.mkdir(parents=True, exist_ok=True)
-    for left_over in root.glob(".writing-*"):
-        shutil.rmtree(left_over)
+    """Make that folder, empty, and remove what killed runs left behind, file or folder. Call on one process only."""
+    make_folder(root)
+    for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
+        remove(left_over)
     folder = writing_folder(root, step)
     folder.mkdir()
     return folder
@@ -74,7 +90,7 @@ def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[i
         whole[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     path = tensor_file(folder, rank)
     save_file(whole, path)
-    _sync(path)
+    settle(path)
     return path.stat().st_size, crc32(path)
 
 
@@ -144,71 +160,129 @@ def finish(
     *,
     keep_last: int,
     keep_every: int = 0,
+    fields: Mapping[str, type] | None = None,
 ) -> Path:
     """Write state.json, make the folder visible, remove the older ones. Call when every process has written.
 
     `written` is what `save_tensors` returned in each process. The newest `keep_last` stay, and those of steps that are
-    multiples of `keep_every`. Checkpoints of later steps, which a resume has passed over, become damaged-step-....
+    multiples of `keep_every`. Damaged checkpoints of later steps, which a resume has passed over, become damaged-step-....
     """
     files = {tensor_file(folder, rank).name: facts for rank, facts in enumerate(written)}
-    path = folder / STATE
-    path.write_text(json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1), encoding="utf-8")
-    _sync(path)
+    state = json.loads(json.dumps({"format": FORMAT, "step": step, **state, "files": files}))
+    (folder / STATE).write_text(json.dumps({**state, CHECKSUM: _checksum(state)}, indent=1), encoding="utf-8")
     target = checkpoint_folder(root, step)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(folder, target)
-    for newer in list_checkpoints(root):  # the run fell back past them, as they are damaged
-        if step_of(newer) > step:
-            aside = root / f"damaged-{newer.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(newer, aside)
-    _sync(root)
-    for old in list_checkpoints(root)[:-keep_last]:
+    put_folder(folder, target)
+    older = []
+    for other in list_checkpoints(root):
+        if step_of(other) < step:
+            older.append(other)
+        elif step_of(other) > step and _is_damaged(other, fields):  # the run fell back past it
+            put_folder(other, root / f"damaged-{other.name}")
+    for old in older[: max(0, len(older) + 1 - keep_last)]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            gone = root / f"{REMOVING}{old.name}"  # else a kill would leave half of it under its name
+            try:
+                os.replace(old, gone)
+            except OSError as error:  # the new one is there all the same
+                print(f"warning: cannot remove {old}: {error.strerror}", file=sys.stderr, flush=True)
+            remove(gone)
     return target
+
+
+def _is_damaged(folder: Path, fields: Mapping[str, type] | None) -> bool:
+    try:
+        read_state(folder, fields=fields)
+    except RunError:
+        return True
+    return False
 
 
 def give_up(root: Path, step: int) -> None:
     """Remove what a save that failed has written, so that a full disk is not left fuller."""
-    shutil.rmtree(writing_folder(root, step), ignore_errors=True)
+    remove(writing_folder(root, step))
 
 
-def read_state(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all there and undamaged; RunError says which one is not.
+def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """state.json of a checkpoint in which everything fits; RunError says what does not.
 
-    With several processes each reads only its share of the files through.
+    `fields` are the names and types of what the caller needs of it. With several processes each reads only its share of the
+    files through.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        version, files = state["format"], state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
-    if version != FORMAT:
-        raise RunError(f"checkpoint {folder} has format {version}; this version reads {FORMAT}")
+        state = read_json(folder / STATE, "the state of a checkpoint")
+    except UserError as error:
+        raise RunError(f"checkpoint {folder}: {error}") from error
+    files = _check_state(folder, state, fields or {})
     for name, (size, checksum) in list(files.items())[rank::world]:
         path = folder / name
-        if not path.is_file():
-            raise RunError(f"checkpoint {folder}: {name} is missing")
-        if path.stat().st_size != size:
-            raise RunError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes instead of {size}")
-        if crc32(path) != checksum:
-            raise RunError(f"checkpoint {folder}: {name} is damaged (its checksum differs)")
+        try:
+            if not path.is_file():
+                raise RunError(f"checkpoint {folder}: {name} is missing")
+            if path.stat().st_size != size:
+                raise RunError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes instead of {size}")
+            if crc32(path) != checksum:
+                raise RunError(f"checkpoint {folder}: {name} is damaged (its checksum differs)")
+        except OSError as error:
+            raise RunError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
     return state
 
 
-def latest(root: Path, rank: int = 0, world: int = 1, any_of: Callable[[bool], bool] = bool) -> tuple[Path, dict[str, Any]] | None:
+def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[str, tuple[int, int]]:
+    """The list of files; RunError unless the state fits its checksum, its folder, its files and `fields`."""
+    if not isinstance(state, dict):
+        raise RunError(f"checkpoint {folder}: {STATE} cannot be read (it holds {shown(state)} in place of fields)")
+    if state.get("format") not in (2, FORMAT):
+        raise RunError(f"checkpoint {folder} has format {shown(state.get('format'))}; this version reads 2 and {FORMAT}")
+    told = state.pop(CHECKSUM, None)
+    if told != (_checksum(state) if state["format"] == FORMAT else None):
+        raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
+    for name, kind in {"step": int, "files": dict, **fields}.items():
+        if type(state.get(name)) is not kind:
+            raise RunError(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
+    named = _step_in(folder.name)
+    if state["step"] < 0 or named not in (None, state["step"]):
+        raise RunError(f"checkpoint {folder} is of step {shown(state['step'])}, as {STATE} says, and not of that of its name")
+    world = state.get("world", 1)
+    if state["format"] == 2 and "identity" not in state and "meters" in state:
+        world = 1  # of a tokenizer's training, whose first process alone wrote
+    files, wanted = state["files"], [tensor_file(folder, rank).name for rank in range(_counted(world))]
+    if not wanted or sorted(files) != wanted:
+        raise RunError(f"checkpoint {folder}: {STATE} lists {shown(sorted(files))}, not the files of {shown(world)} processes")
+    for name, facts in files.items():
+        if not (isinstance(facts, list) and [type(fact) for fact in facts] == [int, int]):
+            raise RunError(f"checkpoint {folder}: {STATE} has {shown(facts)} in place of size and checksum of {name}")
+    if others := sorted({path.name for path in folder.glob("rank-*.safetensors")} - files.keys()):
+        raise RunError(f"checkpoint {folder}: {shown(others[0])} is not in the list of {STATE}")
+    return files
+
+
+def _counted(world: Any) -> int:
+    return world if type(world) is int and 0 < world <= 10**6 else 0
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    """CRC-32 of a state as it is read back, whatever the order and spacing of its fields."""
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def latest(
+    root: Path,
+    rank: int = 0,
+    world: int = 1,
+    any_of: Callable[[bool], bool] = bool,
+    fields: Mapping[str, type] | None = None,
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state, None if there is none at all.
 
-    A damaged one is passed over with a warning on stderr. RunError if all are damaged, because starting anew would
-    hide the loss. `any_of` tells whether something is true in any of the processes, which all come to the same answer.
+    `fields` are as in `read_state`. A damaged one is passed over with a warning on stderr. RunError if all are damaged, because
+    starting anew would hide the loss. `any_of` tells whether something is true in any of the processes, which all come to the
+    same answer.
     """
     folders = list_checkpoints(root)
     for folder in reversed(folders):
         state = None
         try:
-            state = read_state(folder, rank, world)
+            state = read_state(folder, rank, world, fields)
         except RunError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
         if not any_of(state is None):
@@ -252,18 +326,3 @@ def crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it before anything is renamed; a folder's names too, where the system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if path.is_file():
-            raise
-    finally:
-        os.close(descriptor)

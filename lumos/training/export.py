@@ -82,9 +82,9 @@ def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """A checkpoint folder, or a run's folder, whose newest undamaged checkpoint is taken -> (checkpoint folder, its state)."""
     source = Path(source)
     if (source / checkpoint.STATE).is_file():
-        return source, checkpoint.read_state(source)
+        return source, checkpoint.read_state(source, fields=checkpoint.RUN_FIELDS)
     for root in (source / "checkpoints", source):
-        if (found := checkpoint.latest(root)) is not None:
+        if (found := checkpoint.latest(root, fields=checkpoint.RUN_FIELDS)) is not None:
             return found
     raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
 

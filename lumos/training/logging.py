@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.durable import make_folder, sync_file, sync_folder
 from lumos.files import write_bytes
 from lumos.training.writers import Writer
 
@@ -59,7 +60,7 @@ class RunLog:
         self.bar = None
         if not enabled:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if self.path.exists():
             _forget_after(self.path, first_step)
         shown = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": max_steps == 0}
@@ -75,6 +76,15 @@ class RunLog:
         if "event" not in values:
             for writer in self.writers:
                 writer.scalars(values["step"], dict(scalars(values)))
+
+    def sync(self) -> None:
+        """Have the disk hold what was written so far. A checkpoint whose log is lost would have steps without lines."""
+        if self.enabled:
+            if self.path.exists():
+                sync_file(self.path)
+                sync_folder(self.path.parent)
+            for writer in self.writers:
+                writer.sync()
 
     def clip(self, step: int, name: str, path: Path, frames: Any, fps: float) -> None:
         """Show a clip uint8 [T, H, W, 3], which is in the file `path`, to the writers; one frame is a picture."""
@@ -109,12 +119,15 @@ def scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log file; a last line that a kill cut off is passed over."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    """The objects of a log file. Other lines are passed over: a kill, a power cut or a full disk may leave part of one."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def _finite(value: Any) -> Any:
@@ -126,6 +139,10 @@ def _finite(value: Any) -> Any:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Remove lines of steps past `step`, which a resumed run does again, and a last line that a kill cut off."""
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line.get("step", 0) <= step]
+    """Remove lines of steps past `step`, which a resumed run does again, and what is no line."""
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if not _is_past(line.get("step"), step)]
     write_bytes(path, "".join(kept).encode())
+
+
+def _is_past(found: Any, step: int) -> bool:
+    return isinstance(found, int | float) and not found <= step

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lumos.data.ahead import in_processes, prefetched
 from lumos.data.loader import Batch, Curriculum, Draft, Source, StepShape, check_shares, sample_generator
+from lumos.durable import put_back, sweep_folder
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, only_writer
 from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
@@ -76,8 +77,18 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     with lost_process_reported():
         start_processes(settings, device)
         task = ArdfTask(settings, device)
-        with only_writer(settings.output_dir, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        with _own(settings.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
             return run_task(settings, task, device)
+
+
+@contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder, and remove what killed ones left half written."""
+    with only_writer(folder, "training"):
+        for place in (folder, folder / "samples"):
+            sweep_folder(place)
+        put_back(folder / "export")
+        yield
 
 
 def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:
@@ -306,13 +317,14 @@ class Run:
             "meter": self.meter.sums,
             **versions(),
         }
-        kept = {"keep_last": training.keep_last, "keep_every": training.keep_every}
+        kept = {"keep_last": training.keep_last, "keep_every": training.keep_every, "fields": checkpoint.RUN_FIELDS}
         written = torch.zeros(engine.world, 2, dtype=torch.float64)  # size and checksum of each process's file
 
         def write() -> None:
             written[engine.rank] = torch.tensor(checkpoint.save_tensors(folder, engine.rank, tensors), dtype=torch.float64)
 
         def finish() -> None:
+            self.log.sync()
             checkpoint.finish(root, folder, self.step, state, [tuple(map(int, file)) for file in files.tolist()], **kept)
 
         try:
@@ -361,7 +373,7 @@ class Run:
     def _resume(self) -> int:
         """Load the newest good checkpoint of the output folder; returns the number of steps done."""
         engine = self.engine
-        found = checkpoint.latest(self.checkpoints, engine.rank, engine.world, engine.any_of)
+        found = checkpoint.latest(self.checkpoints, engine.rank, engine.world, engine.any_of, checkpoint.RUN_FIELDS)
         step = found[1]["step"] if found else 0
         if float(engine.all_sum(torch.tensor([step], dtype=torch.float64))) != step * engine.world:
             raise RunError(f"processes see different checkpoints in {self.checkpoints}; it must be a folder that all of them share")

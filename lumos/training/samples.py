@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from lumos.errors import RunError, UserError
-from lumos.files import replacing, write_json
+from lumos.files import replacing_folder, write_json
 from lumos.frames import contact_sheet
 from lumos.runtime import versions
 from lumos.training.logging import RunLog
@@ -115,8 +114,7 @@ def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callabl
 
 def write(folder: Path, samples: list[Sample], fps: float, record: dict[str, Any]) -> None:
     """All files of one step, in place of an older folder."""
-    with replacing(folder) as writing:
-        writing.mkdir()
+    with replacing_folder(folder) as writing:
         clips = []
         for number, sample in enumerate(samples):
             clip = {"file": sample.file(number), "prompt": sample.prompt, "seed": sample.seed, "seconds": sample.seconds}
@@ -125,7 +123,6 @@ def write(folder: Path, samples: list[Sample], fps: float, record: dict[str, Any
         if samples:
             contact_sheet([sample.frames for sample in samples], [sample.prompt for sample in samples], writing / "sheet.png")
         write_json(writing / "samples.json", {**record, "clips": clips})
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lumos.durable import make_folder, sync_file, sync_folder
 from lumos.errors import UserError
 from lumos.files import write_bytes
 from lumos.video_io import write_video
@@ -28,6 +29,9 @@ class Writer(Protocol):
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 
     def clip(self, step: int, name: str, path: Path, frames: np.ndarray, fps: float) -> None: ...
+
+    def sync(self) -> None:
+        """Have the disk hold what was told so far, where it is kept on this machine."""
 
     def close(self) -> None: ...
 
@@ -59,7 +63,8 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        make_folder(folder)
+        self.writer, self.folder = SummaryWriter(str(folder), purge_step=first_step + 1), folder
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -75,6 +80,12 @@ class TensorBoard:
         image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=data)
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
         self.writer.flush()
+
+    def sync(self) -> None:
+        self.writer.flush()
+        for file in self.folder.glob("events.*"):
+            sync_file(file)
+        sync_folder(self.folder)
 
     def close(self) -> None:
         self.writer.close()
@@ -106,6 +117,9 @@ class Tracker:
     def clip(self, step: int, name: str, path: Path, frames: np.ndarray, fps: float) -> None:
         shown = self.module.Image(str(path)) if path.suffix == ".png" else self.module.Video(str(path), format=path.suffix[1:])
         self.module.log({name: shown}, step=step)
+
+    def sync(self) -> None:
+        """Their own files are theirs to keep."""
 
     def close(self) -> None:
         self.module.finish()

@@ -77,21 +77,27 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path):
         train(small(tmp_path, steps=2, lr=1e-3))
 
 
+def rewrite_state(folder, change) -> None:
+    """As an earlier version wrote the state, without a checksum, after `change(state)`."""
+    file = folder / "state.json"
+    state = json.loads(file.read_text())
+    state |= {"format": 2, "world": state.pop("processes")}
+    del state["checksum"]
+    change(state)
+    file.write_text(json.dumps(state))
+
+
 def test_a_setting_that_is_newer_than_the_checkpoint_was_as_usual(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
-    state = json.loads((folder / "state.json").read_text())
-    for newer in ("train_encoder", "films", "betas"):
-        del state["settings"][newer]
-    (folder / "state.json").write_text(json.dumps(state))
+    rewrite_state(folder, lambda state: [state["settings"].pop(newer) for newer in ("train_encoder", "films", "betas")])
     assert train(small(tmp_path, steps=2))["finished"]
 
 
 def test_a_run_with_another_number_of_processes_does_not_go_on(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"world": 2}))
+    rewrite_state(folder, lambda state: state.update(world=2))
     with pytest.raises(UserError, match=r"made with 2 processes, this run has 1: start as many, or take another output_dir"):
         train(small(tmp_path, steps=2))
 

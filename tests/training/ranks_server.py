@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from lumos.benchmarks.faults import kill_at_file_call  # noqa: F401
 from lumos.cli import main
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask

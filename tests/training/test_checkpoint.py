@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -46,6 +49,126 @@ def empty_the_state(folder: Path) -> None:
     (folder / checkpoint.STATE).write_text("[]")
 
 
+def read(folder: Path) -> dict:
+    return json.loads((folder / checkpoint.STATE).read_text())
+
+
+def rewrite(folder: Path, sealed: bool = True, **changes: object) -> None:
+    """Change the state; `sealed`: as a version would have written it that believed in it."""
+    state = {**read(folder), **changes}
+    if sealed and state["format"] == checkpoint.FORMAT:
+        state.pop(checkpoint.CHECKSUM)
+        state[checkpoint.CHECKSUM] = checkpoint._checksum(state)
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+
+
+def make_old(folder: Path) -> None:
+    """As earlier versions wrote it."""
+    state = {**read(folder), "format": 2}
+    del state[checkpoint.CHECKSUM]
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+
+
+def change_the_note(folder: Path) -> None:
+    rewrite(folder, sealed=False, note="y")
+
+
+def drop_the_checksum(folder: Path) -> None:
+    state = read(folder)
+    del state[checkpoint.CHECKSUM]
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+
+
+def add_a_file(folder: Path) -> None:
+    shutil.copy(checkpoint.tensor_file(folder, 0), checkpoint.tensor_file(folder, 1))
+
+
+def make_a_pipe(folder: Path) -> None:
+    (folder / checkpoint.STATE).unlink()
+    os.mkfifo(folder / checkpoint.STATE)
+
+
+MISFITS = [
+    {"step": 7}, {"step": True}, {"step": "2"}, {"step": -2}, {"step": None}, {"step": 2.0}, {"files": {}}, {"files": []},
+    {"files": None}, {"world": 2}, {"world": 0}, {"world": "1"}, {"world": 10**9}, {"files": {"rank-0000.safetensors": [1]}},
+    {"files": {"rank-0000.safetensors": 7}}, {"files": {"../step-00000001/rank-0000.safetensors": [1, 2]}}, {"format": 4},
+    {"format": None}, {"format": [3]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("misfit", MISFITS, ids=str)
+def test_a_state_that_does_not_fit_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str], misfit: dict, old: bool):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    if old:
+        make_old(folder)
+    rewrite(folder, **misfit)
+    assert checkpoint.latest(tmp_path)[0].name == "step-00000001"
+    assert "warning: checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path):
+    folder = write(tmp_path, 2)
+    make_old(folder)
+    assert checkpoint.latest(tmp_path)[1]["note"] == "x"
+    rewrite(folder, world=3, meters={}, settings={})  # of a tokenizer's training, whose first process alone wrote
+    assert checkpoint.latest(tmp_path)[1]["world"] == 3
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path):
+    write(tmp_path, 2)
+    write(tmp_path, 4).rename(tmp_path / "step-00000009")
+    assert checkpoint.latest(tmp_path)[1]["step"] == 2
+
+
+def test_a_state_without_what_a_run_needs_is_damaged(tmp_path: Path):
+    write(tmp_path, 2)
+    with pytest.raises(RunError, match="no checkpoint"):
+        checkpoint.latest(tmp_path, fields=checkpoint.RUN_FIELDS)
+    assert checkpoint.latest(tmp_path, fields={"note": str})[1]["step"] == 2
+
+
+def test_good_checkpoints_of_later_steps_are_never_renamed(tmp_path: Path):
+    """They could not be read for a moment when the run began."""
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    truncate(checkpoint.checkpoint_folder(tmp_path, 20))
+    for step in (11, 12, 13):
+        write(tmp_path, step, keep_last=2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [12, 13, 30]
+    assert [path.name for path in tmp_path.glob("damaged-*")] == ["damaged-step-00000020"]
+
+
+def test_files_and_links_in_the_way_do_not_stop_saving(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    root = tmp_path / "checkpoints"
+    write(root, 1).rename(tmp_path / "moved")
+    (root / "step-00000001").symlink_to(tmp_path / "moved")
+    (root / ".writing-notes").write_text("a file")
+    (root / ".writing-link").symlink_to(tmp_path / "elsewhere")
+    (root / ".writing-00000002").write_text("a file")
+    (root / "step-00000002").write_text("a file")
+    (root / "step-\u00b2").mkdir()
+    (root / "step-00000003").mkdir()
+    (root / "damaged-step-00000003").write_text("a file")
+    write(root, 2, keep_last=1)
+    assert sorted(path.name for path in root.iterdir()) == ["damaged-step-00000003", "step-00000002", "step-\u00b2"]
+    assert (tmp_path / "elsewhere" / "kept").exists()
+    assert (tmp_path / "moved" / checkpoint.STATE).exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_visible(tmp_path: Path, disk):
+    for step in (2, 2, 3):
+        write(tmp_path / "checkpoints", step)
+    disk.check_renames()
+
+
+def test_a_checkpoint_is_readable_as_the_umask_says(tmp_path: Path):
+    assert {path.stat().st_mode & 0o777 for path in write(tmp_path, 2).iterdir()} == {0o666 & ~os.umask(os.umask(0o022))}
+
+
 def test_round_trip(tmp_path: Path):
     folder = write(tmp_path, 3)
     found, state = checkpoint.latest(tmp_path)
@@ -86,7 +209,10 @@ def test_those_of_every_so_many_steps_stay_as_well(tmp_path: Path):
     assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 12, 14]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove_a_file, spoil_the_state, empty_the_state])
+@pytest.mark.parametrize("damage", [
+    truncate, flip_a_bit, remove_a_file, spoil_the_state, empty_the_state, change_the_note, drop_the_checksum, add_a_file,
+    make_a_pipe,
+])  # fmt: skip
 def test_a_damaged_one_falls_back_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage):
     write(tmp_path, 1)
     damage(write(tmp_path, 2))

@@ -27,7 +27,7 @@ from lumos.runtime import versions
 from lumos.sequence import Frame, Layout, frame_indices, parse_layout
 from lumos.training import loop
 from lumos.training.ardf import RATIO_BINS, ArdfTask, ratio_bins
-from lumos.training.logging import Meter, scalars
+from lumos.training.logging import Meter, RunLog, read_lines, scalars
 from lumos.training.loop import Run, train
 from lumos.training.peak import known_gpu, peak_flops
 from lumos.training.sums import LossSums
@@ -282,3 +282,16 @@ def test_the_terminal_shows_step_loss_and_rate(micro_settings, tmp_path, capsys)
 def test_names_for_dashboards():
     line = {"step": 4, "time": 1.0, "loss": 2.0, "val_loss_video": 3.0, "frame_loss_video": [None, 5.0], "mfu": None}
     assert dict(scalars(line)) == {"train/loss": 2.0, "val/loss_video": 3.0, "train/frame_loss_video/1": 5.0}
+
+
+def test_lines_that_cannot_be_read_do_not_stop_a_resume(tmp_path):
+    """As a power cut, a full disk or an editor leaves them."""
+    file = tmp_path / "log.jsonl"
+    good = [{"event": "start", "step": 0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"note": 1}, {"step": "x"}]
+    bad = [b"\xff\xfe\x00", b"\x00" * 4096, b"5", b"[1]", b"null", b'"text"', b"", b"[" * 10_000, b'{"step": 1', b"9" * 5000]
+    bad.append(b'{"a": "\xe9"}')
+    lines = [json.dumps(line).encode() for line in good]
+    file.write_bytes(b"\n".join([*lines, *bad, b'{"step": 3, "loss": 1.0}', b'{"step": NaN}', b'{"step": 2, "lo']))
+    assert list(read_lines(file))[: len(good)] == good
+    RunLog(tmp_path, first_step=2, max_steps=0, enabled=True).write(step=3, loss=0.5)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [*good, {"step": 3, "loss": 0.5}]

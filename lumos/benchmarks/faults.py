@@ -1,0 +1,312 @@
+"""`bench faults`: trainings, ingests and lists of clips that are killed and started again, against uninterrupted ones.
+
+Everything is made in a temporary folder: tokenizers of random weights, a decoder of two layers, eight clips. A run is a forked
+process, which costs no import. It is killed at a random moment or at a random call that changes files, started again, killed
+again, and at last left alone. Then nothing may differ from a run that was left alone from the beginning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import RunError, UserError
+
+DECODER = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128,
+    "vocab_size": 2024, "visual_token_count": 1000,
+}  # fmt: skip
+SIDE, FRAMES, CLIPS = 32, 5, 8
+MOST_KILLS = 6
+"""Of one run before it is left alone."""
+MOST_CALLS = 150
+SECONDS = 600.0
+"""In which a run that is left alone must end."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--minutes", type=float, default=10.0, help="how long; what was begun is finished; default: %(default)g")
+    add("--kills", type=int, help="end after so many kills; default: when the time is over")
+    add("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="what is killed, in turn; default: all")
+    add("--seed", type=int, default=0, help="of the random moments; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one JSON line; RunError if anything was lost, differs or failed."""
+    if not 0 < args.minutes < float("inf"):
+        raise UserError(f"--minutes {args.minutes} is not allowed; give a number above 0")
+    if args.kills is not None and args.kills < 1:
+        raise UserError(f"--kills {args.kills} is not allowed; give at least 1")
+    if not hasattr(os, "fork"):
+        raise UserError("bench faults needs a system that can fork processes")
+    import_all()
+    with tempfile.TemporaryDirectory(prefix="lumos-faults-") as folder:
+        result = measure(Path(folder), args.minutes * 60, args.kills, args.kinds, random.Random(args.seed))
+    print(json.dumps({"bench": "faults", "seed": args.seed, **result}), flush=True)
+    if faults := [name for name in ("differing_losses", "lost_items", "failed_runs") if result[name]]:
+        raise RunError(f"kills did harm: {', '.join(f'{name} {result[name]}' for name in faults)}")
+
+
+def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str], draw: random.Random) -> dict[str, Any]:
+    """Kill runs of these kinds in turn, until the time is over (but at least once) or there were so many kills."""
+    started = time.monotonic()
+    finish(lambda: make_material(folder), folder / "material")
+    whole: dict[str, tuple[Path, float]] = {}
+    for kind in dict.fromkeys(("training", *kinds)):  # the model of the lists is what the training exports
+        begun = time.monotonic()
+        finish(lambda kind=kind: KINDS[kind].make(folder, folder / kind), folder / kind)
+        whole[kind] = folder / kind, time.monotonic() - begun
+        say(f"{kind} without kills: {whole[kind][1]:.1f} s")
+    kills: Counter[str] = Counter()
+    differing, lost, failed, number = 0, 0, 0, 0
+    while not kills or (time.monotonic() - started < seconds and (most is None or kills.total() < most)):
+        kind = kinds[number % len(kinds)]
+        out, number = folder / f"{kind}-{number}", number + 1
+        intact, duration = whole[kind]
+        for _ in range(draw.randint(1, MOST_KILLS)):
+            at_call = draw.randint(1, MOST_CALLS) if draw.random() < 0.5 else None
+            code = forked(lambda out=out, kind=kind: KINDS[kind].make(folder, out), out, draw.uniform(0, duration), at_call)
+            kills[kind] += code == -signal.SIGKILL
+            if code not in (0, -signal.SIGKILL):
+                failed += 1
+                say(f"{kind} ended with {code}: {told(out)}")
+            if code == 0 or (most is not None and kills.total() >= most):
+                break
+        try:
+            finish(lambda out=out, kind=kind: KINDS[kind].make(folder, out), out)
+        except RunError as error:
+            failed += 1
+            say(str(error))
+        differ, missing = KINDS[kind].compare(out, intact)
+        differing, lost = differing + len(differ), lost + len(missing)
+        say(f"{kind} {number}: {kills.total()} kills so far; differing losses {differ or 'none'}; lost items {missing or 'none'}")
+    return {
+        "kills": kills.total(), "differing_losses": differing, "lost_items": lost, "failed_runs": failed, "runs": number,
+        "kills_of_each": dict(kills), "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def import_all() -> None:
+    """What the forked processes need, imported once. Nothing is computed here: threads do not survive a fork."""
+    import lumos.commands.generate_list
+    import lumos.data.digits
+    import lumos.data.ingest
+    import lumos.data.shards
+    import lumos.training.loop
+    import lumos.training.samples
+
+    lumos.data.shards.parquet()
+
+
+def forked(work: Callable[[], object], out: Path, seconds: float, at_call: int | None = None) -> int:
+    """How a process ended that does `work` and is killed after so many seconds, or at such a call that changes files."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            become_a_run(out)
+            if at_call is not None:
+                kill_at_file_call(at_call)
+            code = int(work() or 0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + (SECONDS if at_call is not None else seconds)
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def become_a_run(out: Path) -> None:
+    import torch
+
+    null = os.open(os.devnull, os.O_RDWR)
+    messages = os.open(messages_of(out), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for number, descriptor in ((0, null), (1, messages), (2, messages)):
+        os.dup2(descriptor, number)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+
+
+def finish(work: Callable[[], object], out: Path) -> None:
+    """`work` in a process that is left alone; RunError if it fails."""
+    if (code := forked(work, out, SECONDS)) != 0:
+        raise RunError(f"a run that was left alone ended with {code}: {told(out)}")
+
+
+def messages_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.messages")
+
+
+def told(out: Path) -> str:
+    return " | ".join(messages_of(out).read_text(errors="replace").splitlines()[-5:])[-600:]
+
+
+def kill_at_file_call(number: int) -> None:
+    """Let this process be killed before its so-many-th call that changes or stores files."""
+    from lumos import durable
+
+    calls = 0
+    names = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir", "link")
+    for module, name in (*((os, name) for name in names), (durable, "_exchange")):
+        function = getattr(module, name)
+
+        def counted(*args: Any, function: Callable = function, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        setattr(module, name, counted)
+
+
+# -- what is killed ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`make(folder, out)` does or continues a run; `compare(out, whole)` names losses that differ and items that are lost."""
+
+    make: Callable[[Path, Path], int | None]
+    compare: Callable[[Path, Path], tuple[list[str], list[str]]]
+
+
+def make_material(folder: Path) -> None:
+    """Tokenizers, clips with captions and a list of prompts."""
+    import numpy as np
+    import torch
+
+    from lumos.data.worlds import captions
+    from lumos.video_io import write_video
+    from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
+
+    torch.manual_seed(0)
+    VideoTokenizer(VideoTokenizerConfig(
+        channels=8, channels_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4, embedding_dim=4,
+        levels=(8, 5, 5, 5),
+    )).save_pretrained(folder / "video_tokenizer")  # fmt: skip
+    symbols = [f"<special{i}>" for i in range(1, 255)]
+    TextTokenizer.train(captions(0, 200), 900, reserved_symbols=symbols).save_pretrained(folder / "text_tokenizer")
+    for n in range(CLIPS):
+        picture = np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        write_video(folder / "clips" / f"{n}.mp4", np.stack([np.roll(picture, t, axis=1) for t in range(FRAMES)]), 8)
+        (folder / "clips" / f"{n}.txt").write_text(f"a pattern of number {n} that moves")
+    (folder / "prompts.txt").write_text("".join(f"a red circle moves, number {n}\n" for n in range(CLIPS)))
+
+
+def training_settings(folder: Path, out: Path, **training: Any) -> Any:
+    """Of a run of a second, with checkpoints after steps 2, 4 and 6."""
+    from lumos.training.settings import build_settings
+
+    return build_settings({
+        "model": {"preset": "tiny", "overrides": DECODER},
+        "tokenizer": {"video": str(folder / "video_tokenizer"), "text": str(folder / "text_tokenizer")},
+        "data": {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "workers": 0, "processes": 1, "validation_clips": 2,
+                 "options": {"kinds": ["shapes"]}},
+        "training": {
+            "max_steps": 6, "batch_size": 2, "warmup_steps": 1, "lr": 3e-3, "log_every": 1, "save_every_minutes": 0,
+            "save_every_steps": 2, "ema_decay": 0.9, "eval_every": 3, "device": "cpu", "output_dir": str(out), **training,
+        },
+        "logging": {"peak_tflops": 0.1},
+    })  # fmt: skip
+
+
+def train(folder: Path, out: Path) -> None:
+    from lumos.training.loop import train
+
+    train(training_settings(folder, out))
+
+
+def compare_training(out: Path, whole: Path) -> tuple[list[str], list[str]]:
+    found, wanted = (_log_of(place) for place in (out, whole))
+    differ = [f"{key} of step {step}" for (step, key), value in wanted.items() if found.get((step, key), value) != value]
+    lost = [f"{key} of step {step}" for step, key in wanted if (step, key) not in found]
+    weights = [place / "export" / "model.safetensors" for place in (out, whole)]
+    if not weights[0].is_file() or weights[0].read_bytes() != weights[1].read_bytes():
+        lost.append("export")
+    return differ, lost + _left_over(out)
+
+
+def _log_of(out: Path) -> dict[tuple[int, str], list[Any]]:
+    """All values of losses and norms, a list with several where steps are there more than once."""
+    from lumos.training.logging import read_lines
+
+    values: dict[tuple[int, str], list[Any]] = {}
+    for line in read_lines(out / "log.jsonl") if (out / "log.jsonl").is_file() else ():
+        for key, value in line.items():
+            if "event" not in line and (key == "grad_norm" or "loss" in key):
+                values.setdefault((line["step"], key), []).append(value)
+    return values
+
+
+def ingest_clips(folder: Path, out: Path) -> None:
+    from lumos.data.encode import ClipSettings
+    from lumos.data.ingest import ingest
+
+    settings = ClipSettings(fps=8, size=f"{SIDE}x{SIDE}", num_frames=FRAMES)
+    ingest([folder / "clips"], out, folder / "video_tokenizer", settings, shard_clips=3, workers=2)
+
+
+def compare_ingest(out: Path, whole: Path) -> tuple[list[str], list[str]]:
+    return [], _different_files(out, whole, (".parquet", ".jsonl")) + _left_over(out)
+
+
+def make_list(folder: Path, out: Path) -> int:
+    from lumos.cli import main
+
+    return main([
+        "generate", "--model", str(folder / "training" / "export"), "--prompts", str(folder / "prompts.txt"), "--batch-size", "2",
+        "--num-inference-steps", "2", "--output-dir", str(out), "--device", "cpu",
+    ])  # fmt: skip
+
+
+def compare_list(out: Path, whole: Path) -> tuple[list[str], list[str]]:
+    records = [f"{clip.name}.json" for clip in whole.glob("*.mp4") if not (out / f"{clip.name}.json").is_file()]
+    return [], _different_files(out, whole, (".mp4",)) + records + [path.name for path in out.glob(".unfinished")]
+
+
+def _different_files(out: Path, whole: Path, suffixes: tuple[str, ...]) -> list[str]:
+    def files(place: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in place.glob("*") if path.suffix in suffixes}
+
+    found, wanted = files(out), files(whole)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def _left_over(out: Path) -> list[str]:
+    """What is half written, anywhere in a folder."""
+    hidden = (".*.part", ".writing-*", ".removing-*", ".old-*")
+    return sorted(path.relative_to(out).as_posix() for pattern in hidden for path in out.rglob(pattern))
+
+
+KINDS = {
+    "training": Kind(train, compare_training),
+    "ingest": Kind(ingest_clips, compare_ingest),
+    "list": Kind(make_list, compare_list),
+}

@@ -1,0 +1,87 @@
+"""Trainings, lists of clips and saves that are killed at random moments and at chosen file calls lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+
+from lumos import LumosPipeline
+from lumos.benchmarks import faults
+from lumos.cli import main
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_no_loss_and_lose_nothing(repo):
+    """Half of them at random moments, half at random file calls; trainings draw their clips in a process of its own."""
+    command = [sys.executable, "-m", "lumos", "bench", "faults", "--kills", "30", "--minutes", "60", "--kinds"]
+    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "training", "training", "list"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["kills"], result["differing_losses"], result["lost_items"], result["failed_runs"]) == (30, 0, 0, 0)
+    assert set(result["kills_of_each"]) == {"training", "list"}
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_at_file_calls(two_processes: Ranks, material: Path, tmp_path: Path):
+    """With DeepSpeed, and with processes that draw the clips: in a save of each process, and as the first one puts it in place."""
+    whole = faults.training_settings(material, tmp_path / "whole")
+    two_processes.finish(whole, "zero2")
+    settings = faults.training_settings(material, tmp_path / "killed")
+    for victim, call in ((1, 1), (0, 10), (0, 14), (1, 2)):
+        ended = two_processes.train(settings, "zero2", 2, {victim: [["kill_at_file_call", call]]})
+        assert ended[victim].code == -9, ended[victim].err
+        assert ended[1 - victim].code == 1, ended[1 - victim].err
+    two_processes.finish(settings, "zero2")
+    assert faults.compare_training(settings.output_dir, whole.output_dir) == ([], [])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_killed_save_of_a_pipeline_leaves_the_old_or_the_new_one(micro_folder: Path, tmp_path: Path):
+    pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
+    folder = tmp_path / "model"
+    pipe.save_pretrained(folder)
+    old = content(folder)
+    with torch.no_grad():
+        pipe.model.lm_head.weight.add_(1)
+    pipe.save_pretrained(tmp_path / "new")
+    new, found = content(tmp_path / "new"), []
+    assert old.keys() == new.keys()
+    for call in range(1, 200):
+        code = faults.forked(lambda: pipe.save_pretrained(folder), tmp_path / "child", faults.SECONDS, call)
+        found.append(content(folder))
+        assert found[-1] in (old, new), call
+        if code == 0:
+            break
+        assert code == -9, faults.told(tmp_path / "child")
+    assert len(found) > 10
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "new", "child.messages"}
+
+
+def test_bench_faults_reports_what_differs(material: Path, tmp_path: Path, capsys):
+    """The comparison sees a lost line, a changed loss, an absent export and a file that is half written."""
+    for name in ("whole", "out"):
+        (tmp_path / name / "export").mkdir(parents=True)
+        (tmp_path / name / "export" / "model.safetensors").write_text("weights")
+        lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "grad_norm": 1.0}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert faults.compare_training(tmp_path / "out", tmp_path / "whole") == ([], [])
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 2, "loss": 1.25}\n')
+    (tmp_path / "out" / "export" / "model.safetensors").unlink()
+    (tmp_path / "out" / ".log.jsonl.1.part").touch()
+    differ, lost = faults.compare_training(tmp_path / "out", tmp_path / "whole")
+    assert (differ, lost) == (["loss of step 2"], ["loss of step 1", "grad_norm of step 2", "export", ".log.jsonl.1.part"])
+    for option in (["--minutes", "0"], ["--minutes", "nan"], ["--kills", "0"], ["--kinds", "naps"]):
+        assert main(["bench", "faults", *option]) == 2
+        assert "error:" in capsys.readouterr().err
