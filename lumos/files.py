@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -146,6 +147,15 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, opened to read its bytes. OSError or ValueError for all else; a pipe is never waited for."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
 def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     """A regular file's bytes, at most `limit`; `what` says what it should be.
 
@@ -153,16 +163,11 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> 
     waited for.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"cannot read {path} as {what}: it is not a regular file")
+        with open_regular(path) as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise NotFound(f"cannot read {path} as {what}: there is no such file") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot read {path} as {what}: {_reason(error)}") from error
     if len(data) > limit:
         raise UserError(f"cannot read {path} as {what}: it has more than the {limit:,} bytes that are allowed")

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
+LABEL_LENGTH = 300
+"""Characters of a clip's name and caption that the sheet may show."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", help="folder that `ingest` wrote, or its URL")
@@ -25,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
     from lumos.data import shards
     from lumos.data.storage import location
-    from lumos.errors import RunError, UserError
+    from lumos.errors import RunError, UserError, printable
     from lumos.evaluation.quality import code_use
 
     folder = location(args.shards)
@@ -59,19 +63,20 @@ def run(args: argparse.Namespace) -> None:
         "tokenizer": description["tokenizer"], "settings": description["settings"],
     }  # fmt: skip
     for name, value in summary.items():
-        print(f"{name:18}{', '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:18}{printable(str(text))}")
     for row in shown[: args.captions]:
-        print(f"  {row['id']}: {row['caption']}")
+        print(f"  {printable(row['id'])}: {printable(row['caption'])}")
     if sheet:
         try:
             _draw(shown, args.tokenizer or description["tokenizer"].get("folder"), description, sheet)
-            print(f"sheet: {sheet}")
+            print(f"sheet: {printable(str(sheet))}")
         except (UserError, RunError, OSError) as error:
             if args.sheet or args.tokenizer:
                 raise
             why_none = f"{error}; give --tokenizer"  # nobody asked for it: the shards may have come without their tokenizer
     if why_none:
-        print(f"no sheet: {why_none}", file=sys.stderr)
+        print(f"no sheet: {printable(why_none)}", file=sys.stderr)
     print(json.dumps(summary))
 
 
@@ -102,6 +107,7 @@ def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any
     import torch
 
     from lumos.data.shards import check_tokenizer
+    from lumos.errors import printable
     from lumos.frames import contact_sheet, to_uint8
     from tokenizer import VideoTokenizer
 
@@ -109,4 +115,5 @@ def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any
     check_tokenizer(description, model, "--tokenizer")
     with torch.no_grad():
         clips = [to_uint8(model.decode(torch.from_numpy(row["codes"].astype("int64"))[None])[0]) for row in rows]
-    contact_sheet(clips, [f"{row['id']}: {row['caption']}" for row in rows], sheet)
+    labels = [printable(f"{row['id']}: {row['caption']}"[:LABEL_LENGTH]) for row in rows]
+    contact_sheet(clips, labels, sheet)
