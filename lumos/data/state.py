@@ -182,8 +182,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _entry(line: bytes, where: str) -> dict[str, Any]:
     """A line of either journal; RunError for one that ingest would not write."""
     try:
-        entry = parse_json(line.decode("utf-8"), where)
-    except ValueError as error:
+        entry = parse_json(line.decode("utf-8", "replace"), where)
+    except UserError as error:
         raise RunError(f"{error}; delete that line, or use another --out") from error
     shard = isinstance(entry, dict) and "shard" in entry
     fields = {"shard": str, "digest": str, "items": dict} if shard else {"id": str, "reason": str, "detail": str}
