@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lumos.configuration import LumosConfig
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
@@ -118,6 +118,18 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or no safetensors file ({error}); download or copy it again") from error
     return shapes
+
+
+def check_written(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """RunError unless the weight files that were just written into the folder hold exactly these tensors, by their headers."""
+    expected, found, count = {clean_key(name): shape for name, shape in expected.items()}, {}, 0
+    for file in weight_files(folder):
+        of_file = read_shapes([file])
+        found, count = found | {clean_key(name): shape for name, shape in of_file.items()}, count + len(of_file)
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if found.get(name) != expected.get(name)]
+    if wrong or count != len(found):
+        first = f", {wrong[0]} differs" if wrong else ""
+        raise RunError(f"{folder} should hold {len(expected)} tensors and holds {count}{first}; check the disk and write it again")
 
 
 def clean_key(key: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lumos.adapters import fingerprints, merge_adapter
+from lumos.conversion import check_written
 from lumos.errors import RunError, UserError
 from lumos.frames import as_uint8, from_uint8, to_uint8
 from lumos.generation.acceleration import compile_parts, has_int8_weights, use_int8_weights
@@ -108,13 +109,14 @@ class LumosPipeline:
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder that `from_pretrained` reads whole."""
+        """Write one folder that `from_pretrained` reads whole; RunError if a tensor is not in it in the end."""
         if is_spread(self.model):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
         folder = Path(folder)
         self.model.save_pretrained(folder)
+        check_written(folder, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         self.video_tokenizer.save_pretrained(folder / "video_tokenizer")
         write_defaults(folder, self.settings, self.clip)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.configuration import LumosConfig
-from lumos.conversion import INDEX, WEIGHTS, match_layout, read_config, read_shapes, weight_files
+from lumos.conversion import INDEX, WEIGHTS, check_written, match_layout, read_config, read_shapes, weight_files
 from lumos.errors import NotFound, RunError, UserError
 from lumos.files import check_writable, replacing_folder, write_json
 from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
@@ -172,6 +172,7 @@ def write_shards(folder: Path, parts: list[Part], limit: int) -> None:
     if len(groups) > 1:
         weight_map = {part.name: name for name, group in zip(names, groups, strict=True) for part in group}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(p.nbytes for p in parts)}, "weight_map": weight_map})
+    check_written(folder, {part.name: part.shape for part in parts})
 
 
 def read_parts(group: list[Part]) -> dict[str, Tensor]:

@@ -31,3 +31,11 @@ def test_what_cannot_be_drawn(tmp_path: Path, capsys, option: str, value: str, e
     assert main(["render", "--out", str(tmp_path / "clips"), option, value]) == 2
     assert error in capsys.readouterr().err
     assert not (tmp_path / "clips").exists()
+
+
+def test_fewer_scenes_than_were_asked_for_are_an_error(tmp_path: Path, monkeypatch, capsys):
+    whole = prompt_set
+    monkeypatch.setattr("lumos.evaluation.prompts.prompt_set", lambda kind, count, *a, **k: whole(kind, count - 1, *a, **k))
+    assert main(["render", "--out", str(tmp_path / "clips"), "--count", "3", "--num-frames", "1"]) == 1
+    assert "3 clips were to be written, but 2 mp4 files are there" in capsys.readouterr().err
+    assert not (tmp_path / "clips").exists()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 from lumos.files import only_writer
 
 UNFINISHED = ".unfinished"
@@ -120,6 +120,17 @@ class Results:
         with suppress(OSError):
             self.unfinished.rmdir()
         return missing
+
+
+def check_made(results: Results, files: Iterable[str], failed: Container[str] = ()) -> None:
+    """RunError unless each of the files is there, or is one of those that are known to have `failed`. Call it when all are made."""
+    asked = list(files)
+    lost = [file for file in asked if file not in failed and not results.has(file)]
+    if lost:
+        raise RunError(
+            f"{len(lost)} of {len(asked)} files that were to be made are not in {results.folder}, {shown(lost[0])} first; run the "
+            "same command again: it makes what is missing"
+        )
 
 
 def clear(work: Path) -> None:

@@ -119,6 +119,8 @@ def check_rows(
             begins_with = {key: path for key in ("image", "video") if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
+            if not found:
+                raise UserError("the row asks for no clip")
             for clip in found:
                 check_file(out, clip, keep)
                 name = clip.file.casefold()
@@ -143,11 +145,14 @@ def check_rows(
 def make_clips(
     args: argparse.Namespace, pipe: LumosPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
 ) -> tuple[int, int]:
-    """(clips made, clips that could not be) of this process's share of what is not there yet."""
+    """(clips made, clips that could not be) of this process's share of what is not there yet.
+
+    RunError unless in the end each clip of the share is there or was said to have failed.
+    """
     from tqdm import tqdm
 
     from lumos.batch.clips import Recorded, batches_of, make_codes
-    from lumos.batch.results import render
+    from lumos.batch.results import check_made, render
     from lumos.errors import OutOfMemory, RunError, UserError
     from lumos.video_io import write_frames
 
@@ -167,12 +172,13 @@ def make_clips(
     def save(path: Path, clip: Clip, codes: Tensor) -> None:
         write_frames(path, pipe.decode(codes), clip.form.clip.fps, metadata(args, model, clip.prompt, clip.seed))
 
-    started, made, failed = time.perf_counter(), 0, 0
+    started, made, failed = time.perf_counter(), 0, set()
     batches = batches_of(clips, args.batch_size or BATCH_SIZE)[shard[0] - 1 :: shard[1]]
+    mine = [clip.file for batch in batches for clip in batch]
     results = Recorded(out, shard, clips, describe)
-    if stale := results.stale(clip.file for batch in batches for clip in batch):
+    if stale := results.stale(mine):
         print(f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again", file=sys.stderr)
-    with tqdm(total=sum(map(len, batches)), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
+    with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
         try:
             while batches:
@@ -185,7 +191,7 @@ def make_clips(
                     if isinstance(error, UserError) and len(batch) > 1:  # a picture that has gone since: of which clip is not said
                         batches[:0] = [[clip] for clip in batch]
                         continue
-                    failed += len(batch)
+                    failed |= {clip.file for clip in batch if not results.has(clip.file)}
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
                     bar.write(f"{lines}: {error}", file=sys.stderr)
                 bar.update(len(batch))
@@ -194,4 +200,5 @@ def make_clips(
             raise RunError(f"interrupted; {done} of {len(clips)} clips are in {out}, and the same command goes on") from None
         finally:
             results.tidy([clip.file for clip in clips])
-    return made, failed
+    check_made(results, mine if shard[1] > 1 else [clip.file for clip in clips], failed)
+    return made, len(failed)

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-
 LABEL_LENGTH = 300
 """Characters of a clip's name and caption that the sheet may show."""
 
@@ -39,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--sheet-clips {sheet_clips} and --captions {args.captions} must be at least 1 and 0")
     sheet, why_none = _where(args, folder)
     total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
+    shards.check_count(folder, total)
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
     counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)

@@ -75,7 +75,7 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
 
 
 def draw(args: argparse.Namespace, name: str) -> None:
-    from lumos.batch.results import Results, only_shard, parse_shard, render
+    from lumos.batch.results import Results, check_made, only_shard, parse_shard, render
     from lumos.errors import UserError
     from lumos.evaluation.manifest import folder_sha256, keep_manifest
     from lumos.evaluation.prompt_lists import read_list
@@ -145,6 +145,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
                 results.put(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
         with tqdm(file=sys.stderr, **bar_of) as bar:
             made = render(results, mine, make, save, bar.update)
+        check_made(results, [*(s.file for batch in mine for s in batch), *(file for file, _ in notes if shard[0] == 1)])
         missing = results.tidy([*(sample.file for sample in samples), *(file for file, _ in notes)])
     summary = {
         "evaluate": name, "folder": str(results.folder), "shard": "{}/{}".format(*shard), "files": len(samples), "made": made,

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.errors import UserError
+    from lumos.errors import RunError, UserError
     from lumos.evaluation.prompts import prompt_set
     from lumos.files import check_new, replacing_folder
     from lumos.video_io import write_video
@@ -33,4 +33,7 @@ def run(args: argparse.Namespace) -> None:
         for number, (caption, frames, _) in enumerate(prompt_set(args.kind, args.count, args.seed, **shape)):
             write_video(folder / f"{number:05d}.mp4", frames, args.fps)
             (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
+        for kind in ("mp4", "txt"):
+            if (written := len(list(folder.glob(f"*.{kind}")))) != args.count:
+                raise RunError(f"{args.count} clips were to be written, but {written} {kind} files are there; run it again")
     print(f"{out}  {args.count} clips")

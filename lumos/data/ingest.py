@@ -21,13 +21,13 @@ from lumos.data.item import as_text
 from lumos.data.manifest import items
 from lumos.data.ray_engine import RayEngine
 from lumos.data.state import JOURNAL, State
+from lumos.data.tally import Tally, missing_in_folder
 from lumos.errors import RunError, UserError, printable
 from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
 
 ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "ray": RayEngine}
-REPORT = "report.json"
 RATE_FROM = 50
 """Items before which the failure rate does not stop a run: one bad file of the first two says nothing."""
 
@@ -55,7 +55,7 @@ def ingest(
     `item_timeout` seconds (None: half an hour), is skipped. `warn` is told what the user should know of changed items and
     shards. UserError for settings that cannot work or differ from those of the folder, and for other items under the names
     of some that are in it. RunError when more than `max_failure_rate` of all items so far gave no clip, for a damaged shard,
-    and when another ingest writes into the folder.
+    when another ingest writes into the folder, and unless every item of the sources is in a shard or was skipped.
     """
     out, settings, started = Path(out), settings or ClipSettings(), time.perf_counter()
     for name, value, least in (("workers", workers, 0), ("shard_clips", shard_clips, 1)):
@@ -78,9 +78,10 @@ def ingest(
         if state.marks:
             state.check(items(sources, captions))
         earlier = len(state.done) + len(state.skipped)
-        whole = True
-        with closing(spread.results(item for item in todo if not state.knows(item))) as results:
+        whole, tally = True, Tally(todo, state.knows)
+        with closing(spread.results(tally.todo())) as results:
             for item, result in results:
+                tally.back(item)
                 if isinstance(result, Skip):
                     state.skip(item, result)
                 else:
@@ -89,23 +90,25 @@ def ingest(
                 if len(state.done) + len(state.skipped) >= RATE_FROM and state.failure(max_failure_rate):
                     whole = False
                     break
-        state.finish(whole)
+        lost = tally.lost() if whole else None
+        state.finish(whole and not lost)
+        lost = lost or missing_in_folder(state)
         for warning in state.warnings:
             warn(printable(warning))
-        problem = state.failure(max_failure_rate)
+        problem = lost or state.failure(max_failure_rate)
         report = {
-            **state.counts(), "new_items": len(state.done) + len(state.skipped) - earlier, "stopped": problem,
-            "warnings": state.warnings,
+            **state.counts(), "new_items": len(state.done) + len(state.skipped) - earlier, "seen_items": tally.seen,
+            "stopped": problem, "warnings": state.warnings,
             "skipped": [{"id": id_, **why} for id_, why in list(state.skipped.items())[:1000]], "all_skipped": JOURNAL,
             "settings": asdict(settings), "sources": [as_text(str(source)) for source in sources], "workers": workers,
             "engine": engine,
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip
-        write_json(out / REPORT, report)
-    if not state.done and not state.skipped:
-        raise UserError(f"there is nothing to ingest in {', '.join(map(str, sources))}: no media file and no row")
+        write_json(out / shards.REPORT, report)
     if problem:
         raise RunError(problem)
+    if not state.done and not state.skipped:
+        raise UserError(f"there is nothing to ingest in {', '.join(map(str, sources))}: no media file and no row")
     return report
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from lumos.data.encode import Encoder, Result, Skip, Work
 from lumos.data.engines import ITEM_TIMEOUT
 from lumos.data.item import Item
 from lumos.data.workers import Make, Pool
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 
 DEVICES = (None, "auto", "cpu", "cuda")
 ITEMS_A_WORKER = 1000
@@ -58,11 +59,14 @@ class RayEngine:
         try:
             while some := list(islice(todo, ITEMS_A_WORKER * self.workers)):
                 with closing(self._map(ray, some)) as results:
-                    for item in some:
-                        result = next(results, None)
-                        if result is None:  # next() without a default would end this generator with an error that says nothing
-                            raise RunError(f"Ray gave no result for {item.id}; run the same command again, it goes on")
+                    for number, item in enumerate(some):
+                        found, result = next(results, (None, None))
+                        if found != number:
+                            what = "no result" if found is None else f"the result of {shown(some[found].id)}"
+                            raise RunError(f"Ray gave {what} for {shown(item.id)}; run the same command again, it goes on")
                         yield item, result
+                    if next(results, None) is not None:
+                        raise RunError(f"Ray gave more than {len(some)} results for as many items; run the same command again")
         except ray.exceptions.RayError as error:
             near = f"near {item.id}" if item else "at the start"
             raise RunError(f"a Ray worker failed {near}: {_cause(error)}; run the same command again, it goes on") from error
@@ -70,9 +74,10 @@ class RayEngine:
             if own:
                 ray.shutdown()
 
-    def _map(self, ray: ModuleType, some: list[Item]) -> Iterator[Result]:
+    def _map(self, ray: ModuleType, some: list[Item]) -> Iterator[tuple[int, Result]]:
+        """Each item's number in `some`, which is in their order, and its result."""
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        rows = [{"item": json.dumps(asdict(item))} for item in some]
+        rows = [{"number": number, "item": json.dumps(asdict(item))} for number, item in enumerate(some)]
         data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ITEMS_IN_BLOCK))
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
@@ -86,7 +91,7 @@ class RayEngine:
             max_task_retries=ATTEMPTS,
         )
         for row in data.iter_rows():
-            yield from_text(row["result"])
+            yield int(row["number"]), from_text(row["result"])
 
     def _gpus(self, ray: ModuleType) -> int:
         available = ray.cluster_resources().get("GPU", 0)
@@ -100,11 +105,11 @@ class _Actor:
         os.chdir(folder)  # what relative paths are from
         self.pool = Pool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
 
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         fields = json.loads(row["item"])
         fields["problem"] = fields["problem"] and tuple(fields["problem"])
         [(_, result)] = self.pool.results(iter([Item(**fields)]))
-        return {"result": to_text(result)}
+        return {"number": row["number"], "result": to_text(result)}
 
 
 def to_text(result: Result) -> str:

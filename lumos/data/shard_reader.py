@@ -23,7 +23,11 @@ class ShardReader:
     """
 
     def __init__(
-        self, paths: list[Path] | list[Remote], digests: list[str], copies: LocalCopies | None, made_by: dict[str, Any] | None = None
+        self,
+        paths: list[Path] | list[Remote],
+        digests: list[str],
+        copies: LocalCopies | None,
+        made_by: dict[str, Any],
     ):
         self.paths, self.digests, self.copies, self.made_by = paths, digests, copies, made_by
         self.groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()

@@ -127,7 +127,10 @@ class ShardSource:
 
 
 class ShardIndex:
-    """Where each clip is and how large, for all shards of a folder: a few numbers a clip, read from the shards' footers."""
+    """Where each clip is and how large, for all shards of a folder: a few numbers a clip, read from the shards' footers.
+
+    RunError if there are fewer clips than the folder's last ingest counted.
+    """
 
     def __init__(self, folder: Path | Remote):
         self.paths = shards.shard_paths(folder)
@@ -144,6 +147,7 @@ class ShardIndex:
             np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in found)])
             for name in ("num_frames", "height", "width", "item")
         )
+        shards.check_count(folder, len(self.places))
         names = [[path.name, digest] for path, digest in zip(self.paths, self.digests, strict=True)]
         total = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         self.content = f"{len(names)} shards with {len(self.places)} clips (digest {total})"

@@ -27,7 +27,7 @@ from lumos.errors import RunError, UserError, shown
 from lumos.files import parse_json, replacing
 
 FORMAT = 2
-DESCRIPTION = "dataset.json"
+DESCRIPTION, REPORT = "dataset.json", "report.json"
 SHEET = "sheet.png"
 """What `inspect` draws beside the shards; no data."""
 FACTS = "lumos.facts"
@@ -110,6 +110,23 @@ def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
+def check_count(folder: Path | Remote, clips: int) -> None:
+    """RunError if a folder's shards hold fewer clips than its last ingest counted; a folder without a report has no count."""
+    path = folder / REPORT
+    try:
+        report = parse_json(path.read_bytes().decode("utf-8", "replace"), str(path))
+    except FileNotFoundError:
+        return
+    counted = report.get("clips") if isinstance(report, dict) else None
+    if not isinstance(counted, int):
+        raise RunError(f"{path} is damaged (it has no count of clips); run the same ingest again, which writes it anew")
+    if clips < counted:
+        raise RunError(
+            f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, "
+            f"which fills the gap, or delete {REPORT} if you took some shards away"
+        )
+
+
 def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
     """The first free name, without the `reserved` ones."""
     taken = {path.name for path in shard_paths(folder)} | set(reserved)
@@ -142,7 +159,7 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _facts_checksum(facts: dict[str, Any]) -> str:
-    return _digest(json.dumps(facts, sort_keys=True).encode())
+    return _digest(json.dumps(facts).encode())
 
 
 def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
@@ -187,8 +204,8 @@ def read_facts(path: Path | Remote) -> ShardFacts:
         if version > 1 and fields.pop("checksum") != _facts_checksum(fields):
             raise ValueError(f"the checksum of {FACTS} is wrong")
         columns = {name: np.array(fields[name], dtype=np.int64) for name in ("num_frames", "height", "width", "item")}
-        if any(column.shape != (sum(rows),) for column in columns.values()):
-            raise ValueError(f"{FACTS} does not have as many clips as the shard")
+        if short := [name for name, values in columns.items() if values.shape != (sum(rows),)]:
+            raise ValueError(f"its footer tells {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)}")
         if any((columns[name] < 1).any() for name in ("num_frames", "height", "width")):
             raise ValueError(f"{FACTS} has frames, a height or a width below 1")
         return ShardFacts(digest=str(fields["digest"]), rows=rows, **columns)

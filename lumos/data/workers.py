@@ -82,13 +82,13 @@ class Pool:
         while True:
             while task := self._next(todo):
                 self._give(task)
+            if not self.begun:  # and nothing could be begun: `todo` is at its end
+                return
             while self.begun and self.begun[0].result is not None:
                 task = self.begun.popleft()
                 yield task.item, task.result
             if any(worker.task for worker in self.pool):
                 self._receive()
-            elif not self.begun:
-                return
 
     def _next(self, todo: Iterator[Item]) -> _Task | None:
         """What can be begun now, if anything."""

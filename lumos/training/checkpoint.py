@@ -100,16 +100,29 @@ class Stored:
         """Of the parameters that have tensors of this kind."""
         return [name for found, name in self.parts if found == kind]
 
+    def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """All parameters of a kind, by name; RunError unless the checkpoint holds these, whole, and no other value of the kind."""
+        sizes = {name: max(begin + length for begin, length, _ in self.parts[kind, name]) for name in self.names(kind)}
+        for name in sorted(sizes.keys() ^ shapes.keys()):
+            found = "it has" if name in sizes else "it lacks"
+            raise RunError(f"checkpoint {self.folder} has {len(sizes)} tensors of {kind}, the model {len(shapes)}: {found} {name}")
+        for name, shape in shapes.items():
+            if sizes[name] > shape.numel():
+                raise RunError(f"checkpoint {self.folder} has {sizes[name]} values of {kind} {name}, the model {shape.numel()}")
+        return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """Values start .. start + count - 1 of a parameter, [count]; RunError if not all of them are there."""
-        values, found = torch.empty(count), 0
-        for begin, length, stored in self.parts.get((kind, name), ()):
+        """Values start .. start + count - 1 of a parameter, [count]; RunError unless each of them is there once."""
+        values, end = torch.empty(count), start  # all before `end` is read
+        for begin, length, stored in sorted(self.parts.get((kind, name), ()), key=lambda part: part[0]):
             low, high = max(start, begin), min(start + count, begin + length)
-            if low < high:
+            if low == end < high:
                 values[low - start : high - start] = stored[low - begin : high - begin]
-                found += high - low
-        if found != count:
-            raise RunError(f"checkpoint {self.folder}: {found} of the {count} values of {kind} {name} are there")
+                end = high
+            elif low < high:
+                raise RunError(f"checkpoint {self.folder}: value {min(low, end)} of {kind} {name} is missing, or there twice")
+        if end != start + count:
+            raise RunError(f"checkpoint {self.folder}: {end - start} of the {count} values of {kind} {name} are there")
         return values
 
     def own(self, rank: int) -> dict[str, Tensor]:

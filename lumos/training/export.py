@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumos.adapters import Lora, fingerprints, read_record, write_adapter
 from lumos.configuration import LumosConfig
+from lumos.conversion import check_written
 from lumos.errors import UserError
 from lumos.evaluation.manifest import file_sha256
 from lumos.files import replacing_folder, write_json
@@ -120,8 +121,7 @@ def export_checkpoint(
     with replacing_folder(out) as writing:
         if facts["lora"]:
             shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
-            read = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-            weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in read.items()}
+            weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in stored.read_whole(kind, shapes).items()}
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
             return made
@@ -175,11 +175,12 @@ def _write_model(
 ) -> None:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
-    weights = {name: stored.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+    weights = stored.read_whole(kind, shapes)
     if mix is not None:
         weights = mix.into(weights, config)
     with no_progress_bar():
         model_with(weights, config, dtype).save_pretrained(folder)
+    check_written(folder, {name: tuple(shape) for name, shape in shapes.items()})
 
 
 def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:

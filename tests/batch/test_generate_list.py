@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from lumos import LumosPipeline, pipeline_request
+from lumos.batch import clips, results
 from lumos.batch.clips import Recorded
 from lumos.batch.results import only_shard
 from lumos.cli import main
@@ -262,6 +263,31 @@ def test_clips_for_which_memory_runs_out_are_told_and_the_others_made(generate, 
     assert err[-1] == "error: 2 clips could not be made, as said above; the other clips are in out"
     assert list(clips_in("out")) == ["0003-z.mp4"]
     assert not Path("out/.unfinished").exists()
+
+
+@pytest.mark.parametrize("lost", ["a batch that is not made", "a row without a clip", "a batch that is not planned"])
+def test_clips_that_get_lost_are_an_error(generate, monkeypatch, lost):
+    if lost == "a batch that is not made":
+        make = results.render
+        first = lambda results, batches, *a: 2 if batches[0][0].line == 1 else make(results, batches, *a)  # noqa: E731
+        monkeypatch.setattr("lumos.batch.results.render", first)
+    elif lost == "a row without a clip":
+        clips_of = clips.clips_of
+        monkeypatch.setattr("lumos.batch.clips.clips_of", lambda row, *a, **k: [] if row.line == 1 else clips_of(row, *a, **k))
+    else:
+        batches_of = clips.batches_of
+        monkeypatch.setattr("lumos.batch.clips.batches_of", lambda *a: batches_of(*a)[1:])
+    rows = [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"}]
+    code, _, err = generate("--prompts", write_list(*rows), "--output-dir", "out", "--batch-size", 1)
+    assert code == 1
+    if lost == "a row without a clip":
+        assert err == [
+            "list.jsonl line 1: the row asks for no clip",
+            "error: 1 of 3 rows are bad, as said above; the other clips are in out",
+        ]
+    else:
+        assert err[-1].startswith("error: 1 of 3 files that were to be made are not in out, '0001-x.mp4' first; run the same")
+    assert list(clips_in("out")) == ["0002-y.mp4", "0003-z.mp4"]
 
 
 def test_a_picture_that_goes_while_clips_are_made_costs_its_own_clip_only(generate, monkeypatch):

@@ -20,7 +20,8 @@ from lumos.data.marks import CHANGED, SAME, compare, mark
 from lumos.data.state import State
 from lumos.errors import RunError, UserError
 
-ODD_TEXT = st.text(st.sampled_from("a\\xu()@-.0123 4d8fceagirow/\0\n\x1b\udc80\udcff\ud800\u202eé\U0001f600\x85\u2028"), max_size=24)
+ODD_TEXT = st.text(st.sampled_from("a\\xu()@-.0123 4d8fceagirow/\0\n\x1b\udc80\udcff\ud800\u202eé\U0001f600\x85\u2028"),
+    max_size=24)
 
 
 @given(ODD_TEXT, ODD_TEXT)
@@ -61,7 +62,8 @@ ROWS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | OD
 def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):
     """And a name for each odd one, the same in a second run; fingerprints can be taken of all."""
     folder = tmp_path_factory.mktemp("m")
-    odd = data.draw(st.lists(st.dictionaries(st.sampled_from(["path", "caption", "start", "end", "text"]), ROWS) | ROWS, max_size=6))
+    odd = data.draw(st.lists(st.dictionaries(st.sampled_from(["path", "caption", "start", "end", "text"]), ROWS) | ROWS,
+        max_size=6))
     raw = data.draw(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=4))
     good = [{"path": f"good{n}.png", "caption": f"caption {n}"} for n in range(3)]
     lines = [json.dumps(row).encode() for row in [*odd, *good]] + raw
@@ -79,7 +81,8 @@ def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):
 @settings(max_examples=80)
 def test_good_rows_of_csv_follow_a_quote_that_is_never_closed(tmp_path_factory, odd):
     folder = tmp_path_factory.mktemp("m")
-    text = "path,caption\n" + "\n".join(odd).replace('"', "") + '\nx.png,"open' + "".join(f'\ng{n}.png,"a, b"' for n in range(3)) + "\n"
+    text = "path,caption\n" + "\n".join(odd).replace('"',
+        "") + '\nx.png,"open' + "".join(f'\ng{n}.png,"a, b"' for n in range(3)) + "\n"
     (folder / "m.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     found = list(items([folder / "m.csv"]))
     assert [(item.id, item.caption, item.problem) for item in found[-3:]] == [(f"m.csv/g{n}.png", "a, b", None) for n in range(3)]
@@ -123,7 +126,8 @@ def test_a_caption_has_a_length_limit(tmp_path):
 def test_sources_that_are_pipes_or_loops_are_refused(tmp_path):
     os.mkfifo(tmp_path / "m.csv")
     (tmp_path / "loop").symlink_to("loop")
-    for name, words in (("m.csv", "is a named pipe; only regular files"), ("loop", "there is no source"), ("x" * 300, "File name too long")):
+    for name, words in (("m.csv", "is a named pipe; only regular files"), ("loop", "there is no source"), ("x" * 300,
+        "File name too long")):
         with pytest.raises(UserError, match=words):
             items([tmp_path / name])
     with pytest.raises(UserError, match="--captions"):
@@ -133,15 +137,19 @@ def test_sources_that_are_pipes_or_loops_are_refused(tmp_path):
 def test_which_errors_are_an_item_s_and_which_are_bugs():
     wrapped = UserError("cannot read")
     wrapped.__cause__ = MemoryError()
-    for error, reason in ((wrapped, "out of memory"), (OSError(errno.ENOMEM, "no memory"), "out of memory"), (OverflowError(), "unreadable"),
-                          (RuntimeError("CUDA out of memory"), "out of memory"), (UserError("out of memory.mp4 is bad"), "unreadable"),
-                          (RecursionError(), "unreadable"), (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "unreadable")):  # fmt: skip
+    for error, reason in ((wrapped, "out of memory"), (OSError(errno.ENOMEM, "no memory"), "out of memory"), (OverflowError(),
+        "unreadable"),
+                          (RuntimeError("CUDA out of memory"), "out of memory"), (UserError("out of memory.mp4 is bad"),
+                          "unreadable"),
+                          (RecursionError(), "unreadable"), (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"),
+                          "unreadable")):  # fmt: skip
         assert problem_of(error)[0] == reason
     assert problem_of(RuntimeError("a bug")) is None
     assert problem_of(TypeError("a bug")) is None
 
 
-@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b"{}", b'{"id": 3, "reason": "x", "detail": "x"}', b"\xff", b'{"shard": "../x.parquet", '
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b"{}", b'{"id": 3, "reason": "x", "detail": "x"}', b"\xff",
+    b'{"shard": "../x.parquet", '
                                   b'"digest": "x", "items": {}}'])  # fmt: skip
 @pytest.mark.parametrize("name", ["skipped.jsonl", "shards.jsonl"])
 def test_a_damaged_journal_is_one_line(tmp_path, name, line):

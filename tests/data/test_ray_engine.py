@@ -100,15 +100,23 @@ def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, t
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_results_than_items_are_an_error_that_says_so(clips, tokenizer, monkeypatch):
-    """`next` in a generator would say "generator raised StopIteration"."""
+@pytest.mark.parametrize(
+    ("numbers", "given", "words"),
+    [
+        (range(10), 10, r"Ray gave no result for 'clips/picture\.png'"),
+        ([0, 2, 1], 1, r"Ray gave the result of 'clips/2\.mp4' for 'clips/1\.mp4'"),
+        ([0, 0], 1, r"Ray gave the result of 'clips/0\.mp4' for 'clips/1\.mp4'"),
+        ([*range(11), 10], 11, "Ray gave more than 11 results"),
+    ],
+)
+def test_results_of_other_items_are_an_error(clips, tokenizer, monkeypatch, numbers, given, words):
     ray = types.SimpleNamespace(is_initialized=lambda: True, exceptions=types.SimpleNamespace(RayError=KeyError))
     monkeypatch.setattr("lumos.data.ray_engine._ray", lambda: ray)
     engine = RayEngine(Work(str(tokenizer), SETTINGS, "cpu"), 1, None)
-    monkeypatch.setattr(engine, "_map", lambda ray, some: (Skip("too short", "") for _ in some[1:]))
+    monkeypatch.setattr(engine, "_map", lambda ray, some: ((number, Skip("too short", "")) for number in numbers))
     found = engine.results(items([clips]))
-    assert len([next(found) for _ in range(10)]) == 10
-    with pytest.raises(RunError, match=r"Ray gave no result for clips/picture\.png"):
+    assert len([next(found) for _ in range(given)]) == given
+    with pytest.raises(RunError, match=words):
         next(found)
 
 

@@ -8,17 +8,21 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from ingest_helpers import FLAGS, SETTINGS, Fragile, Unstartable
+from ingest_helpers import FLAGS, SETTINGS, Fragile, Late, Unstartable
 
 pytest.importorskip("pyarrow")
 
 from lumos.cli import main
 from lumos.data import shards
 from lumos.data.ingest import ingest
+from lumos.data.manifest import Item
+from lumos.data.workers import AHEAD, Pool
 from lumos.errors import RunError
 
 
@@ -80,6 +84,17 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
     assert len(children) == 3
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_items_slower_than_all_begun_after_them_end_nothing(tmp_path, workers):
+    total = 2 * AHEAD * workers + 3
+    slow, begun = (0, total // 2, total - 1), AHEAD * workers if workers > 1 else 1
+    pool = Pool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
+    with closing(pool):
+        for _ in range(2):  # a pool is used again, as on Ray
+            done = [item.id for item, _ in pool.results(Item(str(number), "") for number in range(total))]
+            assert done == [str(number) for number in range(total)]
 
 
 @pytest.mark.parametrize(

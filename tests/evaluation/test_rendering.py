@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumos.batch import results as results_module
-from lumos.batch.results import Results, parse_shard, render
+from lumos.batch.results import Results, check_made, parse_shard, render
 from lumos.errors import RunError, UserError
 from lumos.evaluation.manifest import differences, file_sha256, folder_sha256, keep_manifest
 from lumos.evaluation.prompt_lists import Entry
@@ -206,3 +206,13 @@ def test_hashes(tmp_path):
     assert folder_sha256(tmp_path / "copy") != first
     only = [folder / "config.json"]
     assert folder_sha256(folder, only) == folder_sha256(folder, only * 2) != folder_sha256(folder)
+
+
+def test_files_that_are_not_there_in_the_end_are_an_error(tmp_path):
+    results = Results(tmp_path, "videos")
+    for file in ("a.mp4", "b.mp4"):
+        results.put(file, lambda path: path.write_bytes(b"x"))
+    check_made(results, ["a.mp4", "b.mp4"])
+    check_made(results, ["a.mp4", "c.mp4"], {"c.mp4"})
+    with pytest.raises(RunError, match=r"2 of 3 files that were to be made are not in .*videos, 'c\.mp4' first"):
+        check_made(results, ["a.mp4", "c.mp4", "d.mp4"])

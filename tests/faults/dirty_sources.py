@@ -64,7 +64,8 @@ def folder(made: Sources) -> None:
     root = made.source("dirty")
     root.mkdir()
 
-    def add(name: str | bytes, verdict: str, data: bytes | None = None, caption: bytes | None = b"a caption", id_: str = "") -> Path:
+    def add(name: str | bytes, verdict: str, data: bytes | None = None, caption: bytes | None = b"a caption",
+        id_: str = "") -> Path:
         file = root / os.fsdecode(name)
         if data is not None:
             file.write_bytes(data)
@@ -77,7 +78,8 @@ def folder(made: Sources) -> None:
         add(f"good{n}.png", TAKEN, made.png)
     for n in range(4):
         add(f"good{n}.mp4", TAKEN, made.mp4, caption=None)
-    names = ["caf\u00e9.png", "cafe\u0301.png", "line\nbreak.png", "bell\x07\x1b[31m.png", "left\u202e.png", "back\\slash.png", " .png",
+    names = ["caf\u00e9.png", "cafe\u0301.png", "line\nbreak.png", "bell\x07\x1b[31m.png", "left\u202e.png", "back\\slash.png",
+        " .png",
              "'\"`$(x).png", "\U0001f600.png", "n" * 251 + ".png", "%s{0}.png", "-rf.png", "a..png", "row 1.png", "x (again 1).png",
              "out of memory.png", "null.png", "CON.png", "a@0.5-1.0.png", "\ufeff.png"]  # fmt: skip
     for name in names:
@@ -88,7 +90,8 @@ def folder(made: Sources) -> None:
         add(name, TAKEN, made.png, id_=id_)
 
     captions = {
-        "latin1": (b"caf\xe9", "bad caption"), "utf16": ("a cat".encode("utf-16"), "bad caption"), "surrogate": (b"\xed\xa0\x80", "bad caption"),
+        "latin1": (b"caf\xe9", "bad caption"), "utf16": ("a cat".encode("utf-16"), "bad caption"), "surrogate": (b"\xed\xa0\x80",
+            "bad caption"),
         "empty": (b"", "no caption"), "blank": (b" \n\t ", "no caption"), "only-bom": (b"\xef\xbb\xbf", "no caption"),
         "bom": (b"\xef\xbb\xbfa cat", TAKEN), "nul": (b"a\0cat", TAKEN), "escape": (b"\x1b[2Ja cat", TAKEN),
         "longest": (LONGEST.encode() + b"\n\n", TAKEN), "long": (LONGEST.encode() + b"ab", "long caption"),
@@ -107,7 +110,8 @@ def folder(made: Sources) -> None:
     for name, data in (("empty", b""), ("text", b"no picture"), ("half", made.png[: len(made.png) // 2]), ("mp4", made.mp4),
                        ("svg", b"<svg/>"), ("zeros", bytes(1000)), ("playlist", b"#EXTM3U\n/etc/passwd\n")):  # fmt: skip
         add(f"media-{name}.png", "unreadable", data)
-    for name, data in (("half", made.mp4[: len(made.mp4) // 2]), ("empty", b""), ("zeros", bytes(5000)), ("text", b"ffconcat version 1.0")):
+    for name, data in (("half", made.mp4[: len(made.mp4) // 2]), ("empty", b""), ("zeros", bytes(5000)), ("text",
+        b"ffconcat version 1.0")):
         add(f"media-{name}.mp4", "unreadable", data)
     bomb = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
@@ -166,11 +170,13 @@ def csv_table(made: Sources) -> None:
     add(b"pool/../pool/13.png,up", "pool/../pool/13.png", TAKEN)
     add(b"x" * 300 + b".png,long", "x" * 300 + ".png", "unreadable")
     add(b"x/" * 2500 + b"y.png,longer", None, "bad row")
-    times = {b"0.25,0.75": ("@0.25-0.75", TAKEN), b",nan": ("", TAKEN), b"1e308,": ("@1e+308-", "too short"), b"0.9,": ("@0.9-", "too short"),
+    times = {b"0.25,0.75": ("@0.25-0.75", TAKEN), b",nan": ("", TAKEN), b"1e308,": ("@1e+308-", "too short"), b"0.9,": ("@0.9-",
+        "too short"),
              b"0,1e308": ("@0.0-1e+308", TAKEN)}  # fmt: skip
     for cells, (part, verdict) in times.items():
         add(b"pool/v.mp4,times," + cells, f"pool/v.mp4{part}", verdict)
-    for cells in (b"-1,", b"nan,", b"1e999,", b"inf,", b"x,", b"2,1", b"1,1", b"0,inf", b"0,-1", b"9" * 400 + b",", b"0x10,", b"1 2,"):
+    for cells in (b"-1,", b"nan,", b"1e999,", b"inf,", b"x,", b"2,1", b"1,1", b"0,inf", b"0,-1", b"9" * 400 + b",", b"0x10,",
+        b"1 2,"):
         add(b"pool/v.mp4,bad times," + cells, None, "bad row")
     add(b"pool/v.mp4@0.25-0.75,a name like times", r"pool/v.mp4\x400.25-0.75", "missing file")
     add(b'pool/14.png,"with ""quotes"" and, a comma"', "pool/14.png", TAKEN)
@@ -208,7 +214,8 @@ def jsonl_table(made: Sources) -> None:
     for line in (b'{"path": ', b"[1]", b"3", b"null", b'"text"', b"{}", b"\xff\xfe{\x00", b"{'path': 'pool/1.png'}", b"[" * 100_000,
                  b'{"a":' * 100_000, nested % (b"[" * 100_000 + b"]" * 100_000), nested % (b"[" * 100 + b"]" * 100),
                  b'{"path": "pool/1.png", "start": %s}' % (b"9" * 5000), b'{"path": 7, "caption": "x"}', b"\0",
-                 b'{"path": ["pool/1.png"], "caption": "x"}', b'{"path": {"x": 1}, "caption": "x"}', b'{"path": " ", "caption": "x"}',
+                 b'{"path": ["pool/1.png"], "caption": "x"}', b'{"path": {"x": 1}, "caption": "x"}',
+                 b'{"path": " ", "caption": "x"}',
                  b'{"path": "pool/1.png", "caption": "' + b"x" * (1 << 24) + b'"}'):  # fmt: skip
         add(line, None, "bad row")
     for value in (b"NaN", b"Infinity", b"1e999", b"-0.5", b"true", b"[]", b"{}", b'"soon"', b"1" + b"0" * 400, b"false"):
@@ -257,7 +264,8 @@ def parquet_tables(made: Sources) -> None:
     data = bytearray(grouped.read_bytes())
     data[start : start + 8] = b"\xff" * 8
     grouped.write_bytes(data)
-    for id_, verdict in (("pool/0.png", TAKEN), ("pool/1.png", TAKEN), ("row 3", "bad row"), ("pool/4.png", TAKEN), ("pool/5.png", TAKEN)):
+    for id_, verdict in (("pool/0.png", TAKEN), ("pool/1.png", TAKEN), ("row 3", "bad row"), ("pool/4.png", TAKEN),
+        ("pool/5.png", TAKEN)):
         made.expect(f"group.parquet/{id_}", verdict)
     for name, content in (("half.parquet", data[: len(data) // 2]), ("text.parquet", b"path,caption\n"), ("empty.parquet", b"")):
         made.source(name).write_bytes(content)
@@ -276,7 +284,8 @@ def tars(made: Sources) -> None:
             add(f"good/{n}.png")
             add(f"good/{n}.txt", b"a caption")
             made.expect(f"odd.tar/good/{n}.png", TAKEN)
-        odd = {"../up": "../up", "/abs": "/abs", "y" * 4000: "y" * 4000, b"\xff": r"\udcff", r"\udcff": r"\\udcff", "bell\x07": "bell\x07",
+        odd = {"../up": "../up", "/abs": "/abs", "y" * 4000: "y" * 4000, b"\xff": r"\udcff", r"\udcff": r"\\udcff",
+            "bell\x07": "bell\x07",
                "line\nbreak": "line\nbreak", "row 1": "row 1", "a//b/./c": "a//b/./c"}  # fmt: skip
         for name, id_ in odd.items():
             add((name if isinstance(name, bytes) else name.encode()) + b".png")
@@ -284,7 +293,8 @@ def tars(made: Sources) -> None:
             made.expect(f"odd.tar/{id_}.png", TAKEN)
         add("good/0.png")
         made.expect("odd.tar/good/0.png (again 1)", "duplicate")
-        for name, kind in (("symlink", tarfile.SYMTYPE), ("link", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE), ("device", tarfile.CHRTYPE),
+        for name, kind in (("symlink", tarfile.SYMTYPE), ("link", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE), ("device",
+            tarfile.CHRTYPE),
                            ("block", tarfile.BLKTYPE)):  # fmt: skip
             add(f"{name}.png", kind=kind, link="good/0.png")
             add(f"{name}.txt", b"x")
@@ -293,7 +303,8 @@ def tars(made: Sources) -> None:
         add("", kind=tarfile.REGTYPE)
         add(".", kind=tarfile.REGTYPE)
         sidecars = {
-            "latin1.txt": (b"caf\xe9", "bad caption"), "empty.txt": (b"", "no caption"), "long.txt": (LONGEST.encode() + b"ab", "long caption"),
+            "latin1.txt": (b"caf\xe9", "bad caption"), "empty.txt": (b"", "no caption"), "long.txt": (LONGEST.encode() + b"ab",
+                "long caption"),
             "json.json": (b"{", "bad caption"), "list.json": (b"[1]", "bad caption"), "deep.json": (b"[" * 100_000, "bad caption"),
             "half.json": (b'{"caption": "\\ud800"}', "bad caption"), "other.json": (b'{"title": "x"}', "no caption"),
             "text.json": (b'{"text": "x"}', TAKEN), "mark.txt": (b"\xef\xbb\xbfx", TAKEN),
@@ -319,7 +330,8 @@ def tars(made: Sources) -> None:
     header = bytearray(whole[:512])
     header[124:136] = (-1024 & (1 << 96) - 1).to_bytes(12, "big")  # a size below 0, for which tarfile reads on without end
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
-    for name, data in (("negative.tar", header + bytes(10240)), ("none.tar", b"no tar" * 200), ("empty.tar", b""), ("gzip.tar", b"\x1f\x8b" * 99)):
+    for name, data in (("negative.tar", header + bytes(10240)), ("none.tar", b"no tar" * 200), ("empty.tar", b""), ("gzip.tar",
+        b"\x1f\x8b" * 99)):
         made.source(name).write_bytes(data)
         made.expect(name, "broken tar")
     made.source("zeros.tar").write_bytes(bytes(10240))  # a tar of nothing

@@ -126,6 +126,34 @@ def test_any_run_of_values_comes_back_whoever_wrote_it(count: int, data: st.Data
             stored.read("exp_avg", "a.b", 0, 1)
 
 
+@pytest.mark.parametrize("parts", [[(0, 5), (0, 5)], [(0, 6), (5, 10)], [(0, 10), (0, 10)], [(5, 10)], [(0, 5), (6, 10)]])
+def test_values_that_are_missing_or_there_twice_are_an_error(tmp_path: Path, parts: list[tuple[int, int]]):
+    """Also where as many are there twice as are missing."""
+    for rank, (low, high) in enumerate(parts):
+        checkpoint.save_tensors(tmp_path, rank, {checkpoint.key("weight", "a", low): torch.arange(float(low), high)})
+    with pytest.raises(RunError, match="of weight a"):
+        checkpoint.Stored(tmp_path).read("weight", "a", 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"a": [6]}, "has 2 tensors of weight, the model 1: it has b"),
+        ({"a": [6], "b": [2], "c": [1]}, "has 2 tensors of weight, the model 3: it lacks c"),
+        ({"a": [6], "b": [1]}, "has 2 values of weight b, the model 1"),
+        ({"a": [6], "b": [3]}, "2 of the 3 values of weight b are there"),
+    ],
+)
+def test_all_of_a_checkpoint_is_read_or_it_is_an_error(tmp_path: Path, shapes: dict[str, list[int]], words: str):
+    tensors = {"a": torch.arange(6.0), "b": torch.arange(2.0)}
+    checkpoint.save_tensors(tmp_path, 0, {checkpoint.key("weight", name, 0): values for name, values in tensors.items()})
+    stored = checkpoint.Stored(tmp_path)
+    whole = stored.read_whole("weight", {"a": torch.Size([2, 3]), "b": torch.Size([2])})
+    assert torch.equal(whole["a"], tensors["a"].view(2, 3))
+    with pytest.raises(RunError, match=words):
+        stored.read_whole("weight", {name: torch.Size(shape) for name, shape in shapes.items()})
+
+
 def test_processes_come_to_one_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Each of two reads its share of the files through; what one finds damaged, both pass over."""
     write(tmp_path, 1)

@@ -1,0 +1,94 @@
+"""Ingests with several processes that are killed and resumed; writes a folder for each, which the tests compare.
+
+usage: killed_ingests.py calls|times|slow source folder tokenizer
+
+calls: 2 workers, killed before file calls of each kind; times: 2 workers, killed at random times; slow: 1 to 4 workers, some of
+whose items are slower than all others.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import kills
+import torch
+
+from lumos.data import engines, shards
+from lumos.data.encode import ClipSettings, Encoder
+from lumos.data.ingest import ingest
+
+SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
+SLOW, POINTS = 0.25, 6
+
+
+class SlowEncoder(Encoder):
+    """Takes longer for items of which the caption says so than for all others that may be begun meanwhile."""
+
+    def __call__(self, item):
+        if item.caption == "slow":
+            time.sleep(SLOW)
+        return super().__call__(item)
+
+
+def run(source: str, tokenizer: str, out: Path, workers: int, last: int | None = None) -> None:
+    """An ingest; it is killed when so many items are done."""
+
+    def on_item(done: int, skipped: int) -> None:
+        if done + skipped == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=workers, on_item=on_item)
+
+
+def kept(out: Path, name: str) -> None:
+    """A copy of what a kill has left."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(out, out.with_name(f"{out.name}.{name}"))
+
+
+def calls(source: str, folder: Path, tokenizer: str) -> None:
+    assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
+    found = kills.file_calls(partial(run, source, tokenizer, folder / "counted", 2), folder / "counted")
+    for number in kills.spread(kills.first_of_each(found), POINTS):
+        out = folder / f"call-{number}"
+        do = partial(run, source, tokenizer, out, 2)
+        print(f"{found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
+        kept(out, "killed")
+        assert kills.forked(do) == 0
+
+
+def times(source: str, folder: Path, tokenizer: str) -> None:
+    started, draw = time.monotonic(), random.Random(0)
+    assert kills.forked(partial(run, source, tokenizer, folder / "whole", 2)) == 0
+    whole = time.monotonic() - started
+    for number in range(2):
+        out = folder / f"time-{number}"
+        do = partial(run, source, tokenizer, out, 2)
+        print(f"ended with {kills.forked(do, seconds=draw.uniform(0.3, 0.9) * whole)}", flush=True)
+        kept(out, "killed")
+        assert kills.forked(do) == 0
+
+
+def slow(source: str, folder: Path, tokenizer: str) -> None:
+    assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
+    engines.Encoder = SlowEncoder
+    for workers in range(1, 5):
+        out = folder / f"workers-{workers}"
+        last = 5 * workers + 2  # after the first slow item
+        print(f"ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
+        assert kills.forked(partial(run, source, tokenizer, out, workers)) == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shards.parquet()
+    kills.share_forkserver("lumos.data.workers")
+    what, source, folder, tokenizer = sys.argv[1:]
+    {"calls": calls, "times": times, "slow": slow}[what](source, Path(folder), tokenizer)

@@ -1,0 +1,89 @@
+"""Kills of an ingest with several processes lose nothing and double nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("pyarrow")
+
+from lumos.data import shards
+from lumos.video_io import write_video
+
+HERE = Path(__file__).parent
+KILLED = f"ended with {-signal.SIGKILL}"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and kills by signal")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Forty pictures and two clips, of which the first, one in the middle and the last are slow; one picture has no caption."""
+    folder, random = tmp_path_factory.mktemp("source") / "set", np.random.default_rng(0)
+    folder.mkdir()
+    for n in range(42):
+        if n in (9, 30):
+            write_video(folder / f"{n:02d}.mp4", random.integers(0, 255, (12, 16, 24, 3), dtype=np.uint8), 12)
+        else:
+            Image.fromarray(random.integers(0, 255, (16, 24, 3), dtype=np.uint8)).save(folder / f"{n:02d}.png")
+        if n != 33:
+            (folder / f"{n:02d}.txt").write_text("slow" if n in (0, 20, 41) else f"caption {n}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(source, tmp_path_factory) -> Path:
+    """Twelve of the items: three whole shards and a part of one, and the item without a caption."""
+    folder = tmp_path_factory.mktemp("small") / "set"
+    folder.mkdir()
+    for n in (0, 1, 2, 3, 4, 5, 6, 9, 32, 33, 34, 35):
+        for file in source.glob(f"{n:02d}.*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def drive(what: str, source: Path, folder: Path, micro_folder: Path) -> str:
+    tokenizer = str(micro_folder / "video_tokenizer")
+    command = [sys.executable, str(HERE / "killed_ingests.py"), what, str(source), str(folder), tokenizer]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".parquet", ".jsonl")}
+
+
+def check(folder: Path, kind: str, least: int) -> None:
+    """What a kill leaves is a beginning of the whole, and what is resumed is the whole."""
+    whole = [row["id"] for row in shards.read_shards(folder / "whole")]
+    for left in folder.glob(f"{kind}-*.killed*"):
+        ids = [row["id"] for row in shards.read_shards(left)]
+        assert ids == whole[: len(ids)], left
+    resumed = [out for out in folder.glob(f"{kind}-*") if out.is_dir() and ".killed" not in out.name]
+    assert len(resumed) >= least
+    for out in resumed:
+        assert content(out) == content(folder / "whole"), out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "kind", "least"), [("calls", "call", 6), ("times", "time", 2)])
+def test_a_killed_ingest_of_two_workers_is_resumed(small, micro_folder, tmp_path, what, kind, least):
+    out = drive(what, small, tmp_path, micro_folder)
+    assert out.count(KILLED) >= (least if what == "calls" else 1), out  # a time may come too late
+    check(tmp_path, kind, least)
+
+
+@pytest.mark.slow
+def test_slow_items_are_waited_for_also_after_a_kill(source, micro_folder, tmp_path):
+    out = drive("slow", source, tmp_path, micro_folder)
+    assert out.count(KILLED) == 4, out
+    assert len(list(shards.read_shards(tmp_path / "whole"))) == 41
+    check(tmp_path, "workers", 4)

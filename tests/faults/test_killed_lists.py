@@ -1,0 +1,44 @@
+"""Kills of a list of clips: when it is resumed, every clip is there, and equal to the one of a list that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KILLED = f"ended with {-signal.SIGKILL}"
+
+
+def clips(out: Path) -> dict[str, bytes]:
+    """Bytes of the clips by their names; records tell of times, so that they differ from run to run."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.suffix in (".mp4", ".webp")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and kills by signal")
+def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment.pop("WORLD_SIZE", None)
+    command = [sys.executable, str(HERE / "killed_lists.py"), str(tmp_path), str(micro_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    assert done.stdout.count(KILLED) >= 8, done.stdout
+    whole = clips(tmp_path / "whole")
+    assert len(whole) == 5
+    left = [clips(out) for out in tmp_path.glob("*.killed")]
+    assert len({len(found) for found in left}) > 1
+    for found in left:  # a clip that is there under its name is whole
+        assert all(whole[name] == data for name, data in found.items() if not name.startswith(".unfinished"))
+    for out in [*tmp_path.glob("call-*"), *tmp_path.glob("time-*")]:
+        if not out.name.endswith(".killed"):
+            assert clips(out) == whole, out
+            assert not (out / ".unfinished").exists(), out
+            for name in whole:
+                assert json.loads((out / f"{name}.json").read_text())["bytes"] == len(whole[name])
