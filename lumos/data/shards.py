@@ -228,8 +228,9 @@ def read_ids(path: Path) -> list[str]:
     """The item of each clip of a shard; RunError as in :func:`open_shard`."""
     import pyarrow as pa
 
+    opened = open_shard(path)
     try:
-        ids = open_shard(path).read(columns=["id"]).column("id").to_pylist()
+        ids = opened.read(columns=["id"]).column("id").to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
     if None in ids:
