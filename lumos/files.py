@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -213,6 +213,17 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
+def open_regular(path: str | Path, *, pipes: bool = False) -> BinaryIO:
+    """A regular file, opened to read its bytes. OSError or ValueError for all else; a pipe is never waited for, unless `pipes`."""
+    wait = 0 if pipes else getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, os.O_RDONLY | wait | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
 def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> bytes:
     """A regular file's bytes, at most `limit`; `what` says what it should be.
 
@@ -220,17 +231,11 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, 
     waited for, unless `pipes` says that it may be one: where the user names it, as in `<(command)`.
     """
     try:
-        wait = 0 if pipes else getattr(os, "O_NONBLOCK", 0)
-        descriptor = os.open(path, os.O_RDONLY | wait | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            if not (stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or (pipes and stat.S_ISFIFO(mode))):
-                raise UserError(f"cannot read {path} as {what}: it is not a regular file")
+        with open_regular(path, pipes=pipes) as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise NotFound(f"cannot read {path} as {what}: there is no such file") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot read {path} as {what}: {_reason(error)}") from error
     if len(data) > limit:
         raise UserError(f"cannot read {path} as {what}: it has more than the {limit:,} bytes that are allowed")

@@ -11,6 +11,9 @@ from typing import Any
 
 from lumos.commands.counts import MAX_CLIPS, check_counts
 
+LABEL_LENGTH = 300
+"""Characters of a clip's name and caption that the sheet may show."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -105,6 +108,7 @@ def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any
     import torch
 
     from lumos.data.shards import check_tokenizer
+    from lumos.errors import printable
     from lumos.frames import contact_sheet, to_uint8
     from tokenizer import VideoTokenizer
 
@@ -112,4 +116,5 @@ def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any
     check_tokenizer(description, model, "--tokenizer")
     with torch.no_grad():
         clips = [to_uint8(model.decode(torch.from_numpy(row["codes"].astype("int64"))[None])[0]) for row in rows]
-    contact_sheet(clips, [f"{row['id']}: {row['caption']}" for row in rows], sheet)
+    labels = [printable(f"{row['id']}: {row['caption']}"[:LABEL_LENGTH]) for row in rows]
+    contact_sheet(clips, labels, sheet)

@@ -13,15 +13,15 @@ import torch
 
 from lumos.data import shards
 from lumos.data.buckets import bucket_for
-from lumos.data.manifest import Item, as_file
-from lumos.errors import UserError, is_out_of_memory
+from lumos.data.item import TOO_SHORT, Item, as_text, problem_of, problem_of_file
+from lumos.data.manifest import as_file
+from lumos.errors import UserError
 from lumos.frames import fit, from_uint8
 from lumos.runtime import pick_device
 from lumos.video_reading import count_frames, read_image, read_video
 from tokenizer import VideoTokenizer
 
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # reference, section 8.2
-MISSING, UNREADABLE, TOO_SHORT, OUT_OF_MEMORY = "missing file", "unreadable", "too short", "out of memory"
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,24 @@ class Encoder:
 
 @torch.no_grad()
 def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -> Result:
-    """Decode, fit to the bucket and encode one item: what every engine maps over the items."""
+    """Decode, fit to the bucket and encode one item: what every engine maps over the items.
+
+    Whatever odd data does to a reader is a skip; an error that no data explains is a bug, and raised.
+    """
     try:
-        if item.problem:
-            raise Skip(*item.problem)
-        if not Path(item.path).is_file():
-            raise Skip(MISSING, f"there is no file {item.path}")
+        if problem := item.problem or problem_of_file(item.path):
+            return Skip(*problem)
         with as_file(item) as file:
             clips = _clips(item, file, settings, tokenizer.temporal_compression)
             # One at a time: all clips of a long video at once would take as much memory as the video.
             return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
     except Skip as skip:
         return skip
-    except (UserError, OSError) as error:
-        return Skip(UNREADABLE, str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        problem = problem_of(error)
+        if problem is None:
             raise
-        return Skip(OUT_OF_MEMORY, (str(error).splitlines() or ["out of memory"])[0])
+        return Skip(*problem)
 
 
 def _row(
@@ -128,12 +128,12 @@ def _row(
     video = from_uint8(frames[None]).to(next(tokenizer.parameters()))  # [1, 3, T, H, W]
     codes = tokenizer.encode(video)[0].cpu().numpy().astype(np.uint16)  # [t, h, w]
     count, height, width = frames.shape[:3]
-    return {
+    row = {
         "id": item.id, "clip": number, "codes": codes, "num_frames": count, "height": height, "width": width,
         "fps": settings.fps if count > 1 else 1, "caption": item.caption,
-        "source": f"{item.path}/{item.member}" if item.member else item.path, "start": start,
-        "checksum": shards.checksum(codes, item.caption),
+        "source": as_text(f"{item.path}/{item.member}" if item.member else item.path), "start": start,
     }  # fmt: skip
+    return row | {"checksum": shards.checksum(row)}
 
 
 def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -148,15 +148,15 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
     available = total - item.start * settings.fps
     if item.end is not None:
         available = min(available, (item.end - item.start) * settings.fps)
-    available = int(available + 1e-3)
+    available = int(max(available, 0) + 1e-3)
     count = settings.num_frames
     if available < count:
-        count = (available - 1) // step * step + 1
+        count = (available - 1) // step * step + 1  # below 1 for none
         least = settings.min_frames or settings.num_frames
         if count < max(least, 1):
             read_video(file, max_seconds=60, size=settings.target(1, 1))  # a file that was cut off says so here
             name = item.member or item.path
-            raise Skip(TOO_SHORT, f"{name}: {max(available, 0)} frames at {settings.fps} fps, {least} are needed")
+            raise Skip(TOO_SHORT, f"{name}: {available} frames at {settings.fps} fps, {least} are needed")
     size = settings.target(*read_video(file, num_frames=1)[0].shape[1:3])
     for first in clip_starts(available, count, settings.clips_per_video):
         start = item.start + first / settings.fps

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from lumos.data.encode import Encoder, Result, Work
-from lumos.data.manifest import Item
+from lumos.data.item import Item
 from lumos.data.workers import Pool
 from lumos.errors import UserError
 from lumos.runtime import pick_device

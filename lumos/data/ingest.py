@@ -17,12 +17,13 @@ from typing import Any
 from lumos.data import shards
 from lumos.data.encode import ClipSettings, Skip, Work
 from lumos.data.engines import Engine, LocalEngine
+from lumos.data.item import as_text
 from lumos.data.manifest import items
 from lumos.data.ray_engine import RayEngine
 from lumos.data.state import JOURNAL, State
 from lumos.data.tally import Tally, missing_in_folder
 from lumos.durable import sweep_folder
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, printable
 from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
@@ -95,13 +96,13 @@ def ingest(
         state.finish(whole and not lost)
         lost = lost or missing_in_folder(state)
         for warning in state.warnings:
-            warn(warning)
+            warn(printable(warning))
         problem = lost or state.failure(max_failure_rate)
         report = {
             **state.counts(), "new_items": len(state.done) + len(state.skipped) - earlier, "seen_items": tally.seen,
             "stopped": problem, "warnings": state.warnings,
             "skipped": [{"id": id_, **why} for id_, why in list(state.skipped.items())[:1000]], "all_skipped": JOURNAL,
-            "settings": asdict(settings), "sources": [str(source) for source in sources], "workers": workers,
+            "settings": asdict(settings), "sources": [as_text(str(source)) for source in sources], "workers": workers,
             "engine": engine,
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip

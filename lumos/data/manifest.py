@@ -7,54 +7,42 @@ is written on it; the stream never stops for one.
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
 import math
-import sys
-import tarfile
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lumos.data.shards import DESCRIPTION, SHEET, parquet
-from lumos.errors import RunError, UserError
+from lumos.data.item import (
+    BAD_CAPTION,
+    BAD_ROW,
+    BROKEN_TABLE,
+    DUPLICATE,
+    LONG_CAPTION,
+    MEDIA,
+    UNREADABLE,
+    Item,
+    as_text,
+    problem_of,
+    problem_of_caption,
+    problem_of_file,
+    row_name,
+)
+from lumos.data.shards import DESCRIPTION, SHEET
+from lumos.data.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, Row, first, rows
+from lumos.data.tars import tar_items
+from lumos.errors import RunError, UserError, shown
+from lumos.files import open_regular
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-CLIPS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif", ".apng")
-MEDIA = PICTURES + CLIPS
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
-CAPTION_KEYS = ("caption", "text", "prompt")
-
-BAD_ROW, DUPLICATE, NO_CAPTION = "bad row", "duplicate", "no caption"
-BROKEN_TAR, NO_END = "broken tar", "tar without an end"
-
-
-@dataclass(frozen=True)
-class Item:
-    """A clip or picture to ingest: `path` is a file, or a tar of which bytes offset .. offset + size are the file `member`.
-
-    `start`, `end` are seconds (end None: to the end). `problem` is (reason, detail) if it cannot be used.
-    """
-
-    id: str
-    path: str
-    caption: str = ""
-    start: float = 0.0
-    end: float | None = None
-    member: str | None = None
-    offset: int = 0
-    size: int = 0
-    problem: tuple[str, str] | None = None
-
-    @property
-    def is_picture(self) -> bool:
-        """By its name; an animated webp or png is found out when it is read."""
-        return PurePosixPath(self.member or self.path).suffix.lower() in PICTURES
+MAX_PATH_LENGTH = 4096
+"""Characters of a path in a table; no system opens a longer one."""
+OF_CAPTIONS = "--captions"
+"""Stands where items have their source's name, for rows of the captions table; no table can be called so."""
 
 
 def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> Iterator[Item]:
@@ -64,178 +52,174 @@ def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> 
     UserError at once for a source that is missing or of an unknown kind, and for two of the same name.
     """
     paths = [Path(source) for source in sources]
-    names = Counter(path.resolve().name for path in paths)
     if not paths:
         raise UserError("no source given; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
     for path in paths:
-        if not path.exists():
-            raise UserError(f"there is no source {path}; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
-        if not path.is_dir() and path.suffix.lower() not in (*TABLES, *MEDIA, ".tar"):
-            raise UserError(f"{path} is no known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
-        if names[path.resolve().name] > 1:
-            raise UserError(f"two sources are named {path.resolve().name}, which names their clips; rename one of them")
-    return _checked(paths, _read_captions(Path(captions)) if captions else {})
+        _check_source(path)
+    names = Counter(path.resolve().name for path in paths)
+    for name, count in names.items():
+        if count > 1:
+            raise UserError(f"two sources are named {name}, which names their clips; rename one of them")
+    table = Path(captions) if captions else None
+    if table and (table.suffix.lower() not in TABLES or problem_of_file(table)):
+        raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
+    return _checked(paths, table)
 
 
-def _checked(paths: list[Path], captions: dict[str, str]) -> Iterator[Item]:
-    seen: Counter[int] = Counter()
+def _check_source(path: Path) -> None:
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read the source {path}: {error.strerror}") from error
+    if not found:
+        raise UserError(f"there is no source {path}; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
+    if path.is_dir():
+        return
+    if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar"):
+        raise UserError(f"{path} is no known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
+    if problem := problem_of_file(path):
+        raise UserError(f"cannot read the source: {problem[1]}")
+
+
+def _checked(paths: list[Path], table: Path | None) -> Iterator[Item]:
+    captions: dict[str, str] = {}
+    seen: Counter[bytes] = Counter()
+    for item in _all_items(paths, table, captions):
+        item = _with_caption(item, captions)
+        key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # shorter than the text, and no two share it
+        seen[key] += 1
+        if seen[key] > 1:
+            item = replace(item, id=f"{item.id} (again {seen[key] - 1})", problem=(DUPLICATE, f"{item.id} came before"))
+        yield item
+
+
+def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) -> Iterator[Item]:
+    """Fills `captions` from its table before any other item."""
+    if table is not None:
+        yield from _read_captions(table, captions)
     for path in paths:
-        for item in _items_of(path):
-            name = PurePosixPath(item.id.partition("/")[2] or item.id)
-            given = next((captions[k] for k in (str(name), name.name, name.stem) if k in captions), item.caption)
-            item = replace(item, caption=" ".join(given.split()))
-            if not item.caption and item.problem is None:
-                item = replace(item, problem=(NO_CAPTION, "no caption in the source, beside the file or in --captions"))
-            key = hash(item.id)  # 8 bytes an item instead of the text; of one process only
-            seen[key] += 1
-            if seen[key] > 1:
-                item = replace(item, id=f"{item.id} (again {seen[key] - 1})", problem=(DUPLICATE, f"{item.id} came before"))
-            yield item
+        yield from _items_of(path)
+
+
+def _with_caption(item: Item, captions: dict[str, str]) -> Item:
+    """The item with its caption in one line, or with what is wrong with it."""
+    name = PurePosixPath(item.id.partition("/")[2] or item.id)
+    given = next((captions[key] for key in (str(name), name.name, name.stem) if key in captions), None)
+    caption = " ".join((item.caption if given is None else given).split())
+    problem = item.problem
+    if given is not None and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
+        problem = None
+    return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
 
 
 def _items_of(path: Path) -> Iterator[Item]:
-    name, suffix = path.resolve().name, path.suffix.lower()
+    name, suffix = as_text(path.resolve().name), path.suffix.lower()
     if path.is_dir():
-        for file in sorted((f for f in path.rglob("*") if f.suffix.lower() in MEDIA), key=lambda f: f.relative_to(path).parts):
-            drawn = file.name == SHEET and (file.parent / DESCRIPTION).exists()  # of shards that lie in the source
-            if not file.name.startswith(".") and file.is_file() and not drawn:
-                yield Item(f"{name}/{file.relative_to(path).as_posix()}", str(file), _text_beside(file))
+        yield from _folder_items(path, name)
     elif suffix == ".tar":
-        yield from _tar_items(path, name)
+        yield from tar_items(path, name)
     elif suffix in TABLES:
-        for number, row in _rows(path):
-            yield _row_item(path, name, number, row)
+        try:
+            for number, row in rows(path):
+                id_ = f"{name}/row {number}"
+                yield _guarded(id_, str(path), lambda id_=id_, row=row: _row_item(path, name, id_, row))
+        except RunError as error:
+            yield Item(name, str(path), problem=(BROKEN_TABLE, str(error)))
     else:
-        yield Item(name, str(path), _text_beside(path))
+        yield _guarded(name, str(path), lambda: _file_item(name, path))
 
 
-def _text_beside(file: Path) -> str:
+def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
+    """What `make` gives, or an item that says why odd data made it fail."""
+    try:
+        return make()
+    except Exception as error:
+        problem = problem_of(error)
+        if problem is None:
+            raise
+        return Item(id_, path, problem=problem)
+
+
+def _folder_items(root: Path, name: str) -> Iterator[Item]:
+    """The media files below a folder, the entries of each folder sorted by name; links to folders are not followed.
+
+    A loop over a stack: a tree of folders may be deeper than Python's own stack.
+    """
+    todo = [("", True)]  # (path below the root, whether it is a folder), the next one last
+    while todo:
+        below, is_folder = todo.pop()
+        path, id_ = root / below, as_text(f"{name}/{below}" if below else name)
+        if is_folder:
+            try:
+                with os.scandir(path) as entries:
+                    inside = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+            except OSError as error:
+                yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
+                continue
+            todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
+            continue
+        drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # of shards that lie in the source
+        if path.suffix.lower() in MEDIA and not path.name.startswith(".") and not drawn:
+            yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
+
+
+def _file_item(id_: str, file: Path) -> Item:
+    if problem := problem_of_file(file):
+        return Item(id_, str(file), problem=problem)
     text = file.with_suffix(".txt")
-    return text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
+    try:
+        with open_regular(text) as opened:
+            data = opened.read(MAX_ROW_LENGTH + 1)
+    except FileNotFoundError:
+        return Item(id_, str(file))
+    except (OSError, ValueError) as error:
+        return Item(id_, str(file), problem=(BAD_CAPTION, f"cannot read {text}: {getattr(error, 'strerror', None) or error}"))
+    if len(data) > MAX_ROW_LENGTH:
+        return Item(id_, str(file), problem=(LONG_CAPTION, f"{text} has more than {MAX_ROW_LENGTH:,} bytes"))
+    return Item(id_, str(file), data.decode("utf-8-sig", "surrogateescape"))
 
 
-def _row_item(manifest: Path, name: str, number: int, row: dict[str, Any] | str) -> Item:
+def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
     if isinstance(row, str):
-        return Item(f"{name}/row {number}", str(manifest), problem=(BAD_ROW, row))
-    written, caption = _first(row, PATH_KEYS), _first(row, CAPTION_KEYS)
+        return Item(id_, str(manifest), problem=(BAD_ROW, row))
+    written, caption = first(row, PATH_KEYS), first(row, CAPTION_KEYS)
     if not written:
-        return Item(f"{name}/row {number}", str(manifest), problem=(BAD_ROW, f"no path; columns for it: {', '.join(PATH_KEYS)}"))
+        return Item(id_, str(manifest), problem=(BAD_ROW, f"no path; columns for it: {', '.join(PATH_KEYS)}"))
+    if len(written) > MAX_PATH_LENGTH:
+        why = f"its path has {len(written):,} characters; at most {MAX_PATH_LENGTH:,} are allowed"
+        return Item(id_, str(manifest), problem=(BAD_ROW, why))
     path = str(manifest.parent / written)
     try:
-        start, end = float(row.get("start") or 0), float(row["end"]) if row.get("end") not in (None, "") else None
+        start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
         if end is not None and math.isnan(end):  # how tables say that there is none
             end = None
         if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
             raise ValueError("start must be at least 0 and below end")
-    except (TypeError, ValueError) as error:
-        why = f"start {row.get('start')}, end {row.get('end')}: {error}"
-        return Item(f"{name}/row {number}", path, caption, problem=(BAD_ROW, why))
+    except (TypeError, ValueError, OverflowError) as error:
+        why = f"start {shown(row.get('start'))}, end {shown(row.get('end'))}: {error}"
+        return Item(id_, path, caption, problem=(BAD_ROW, why))
     part = "" if start == 0 and end is None else f"@{start!r}-{'' if end is None else repr(end)}"
-    return Item(f"{name}/{PurePosixPath(written.replace(chr(92), '/'))}{part}", path, caption, start, end)
+    return Item(f"{name}/{row_name(Path(written).as_posix())}{part}", path, caption, start, end)
 
 
-def _first(row: dict[str, Any], keys: Iterable[str]) -> str:
-    value = next((row[key] for key in keys if row.get(key) not in (None, "")), "")
-    return value.strip() if isinstance(value, str) else ""
+def _seconds(value: Any) -> float | None:
+    """A time of a row; None for a cell without one."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool):
+        raise TypeError("a time is a number of seconds")
+    return float(value)
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(row number from 1, columns or what is wrong with the row). RunError for a table that cannot be read at all."""
-    suffix = table.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            number = 0
-            for batch in parquet().ParquetFile(table).iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield (number := number + 1), row
-            return
-        with table.open(encoding="utf-8-sig", errors="replace", newline="" if suffix in (".csv", ".tsv") else None) as lines:
-            if suffix in (".csv", ".tsv"):
-                csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-                yield from enumerate(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","), 1)
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _json_row(line)
-    except (OSError, csv.Error, ValueError) as error:
-        raise RunError(f"cannot read {table}: {error}; check that it is a whole {suffix[1:]} file") from error
-
-
-def _json_row(line: str) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"not JSON: {error}"
-    return row if isinstance(row, dict) else "not a JSON object"
-
-
-def _read_captions(table: Path) -> dict[str, str]:
-    if not table.is_file() or table.suffix.lower() not in TABLES:
-        raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
-    captions = {}
-    for number, row in _rows(table):
-        if isinstance(row, str) or not _first(row, PATH_KEYS):
-            raise UserError(f"{table}, row {number}: {row if isinstance(row, str) else 'no path'}; each row needs path and caption")
-        captions[PurePosixPath(_first(row, PATH_KEYS)).as_posix()] = _first(row, CAPTION_KEYS)
-    return captions
-
-
-def _tar_items(tar: Path, name: str) -> Iterator[Item]:
-    """Members that share what stands before the first dot of their name are one sample: media, .txt and .json.
-
-    Of a tar that is cut off come the samples whose members are all whole, and an item that says what is wrong.
-    """
-    groups: dict[str, list[tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            problem = _read_members(archive, tar.stat().st_size, groups)
-            for members in groups.values():
-                caption = _tar_caption(archive, members)
-                for member in members:
-                    if PurePosixPath(member.name).suffix.lower() in MEDIA:
-                        place = {"member": member.name, "offset": member.offset_data, "size": member.size}
-                        yield Item(f"{name}/{member.name}", str(tar), caption, **place)
-    except (OSError, tarfile.TarError) as error:
-        problem = BROKEN_TAR, f"{error}; it must be a whole, uncompressed tar"
-    if problem:
-        yield Item(name, str(tar), problem=(problem[0], f"{tar}: {problem[1]}"))
-
-
-def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[tarfile.TarInfo]]) -> tuple[str, str] | None:
-    """Sort the files of a tar of `size` bytes into `groups` by sample; returns what is wrong with it.
-
-    tarfile takes a tar that stops after any member, or goes on with something that is no header, for a whole one.
-    """
-    try:
-        for member in archive:
-            if not member.isfile():
-                continue
-            inner = PurePosixPath(member.name)
-            sample = str(inner.with_name(inner.name.split(".", 1)[0] or inner.name))
-            if member.offset_data + member.size > size:
-                groups.pop(sample, None)
-                return BROKEN_TAR, f"it is cut off in {member.name}; the samples before are used"
-            groups.setdefault(sample, []).append(member)
-        archive.fileobj.seek(archive.offset)
-        header = archive.fileobj.read(tarfile.BLOCKSIZE)
-    except (OSError, tarfile.TarError) as error:
-        return BROKEN_TAR, f"{error} after {sum(map(len, groups.values()))} files; the samples before are used"
-    if not header:
-        return NO_END, "it ends without the blocks that end a tar, so files may be missing; what is there is used"
-    if header.strip(b"\0"):
-        return BROKEN_TAR, f"no tar header at byte {archive.offset}; the samples before are used"
-    return None
-
-
-def _tar_caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str:
-    for member in members:
-        kind = PurePosixPath(member.name).suffix.lower()
-        if kind in (".txt", ".json"):
-            text = archive.extractfile(member).read().decode("utf-8", "replace")
-            row = _json_row(text) if kind == ".json" else {"caption": text}
-            if isinstance(row, dict) and _first(row, CAPTION_KEYS):
-                return _first(row, CAPTION_KEYS)
-    return ""
+def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
+    """Fills `captions` (name to caption) from a table; yields an item for each row that makes no sense."""
+    for number, row in rows(table):
+        path = "" if isinstance(row, str) else first(row, PATH_KEYS)
+        if not path:
+            why = row if isinstance(row, str) else f"no path; columns for it: {', '.join(PATH_KEYS)}"
+            yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, why))
+        else:
+            captions[as_text(PurePosixPath(path).as_posix())] = first(row, CAPTION_KEYS)
 
 
 @contextmanager
@@ -246,7 +230,7 @@ def as_file(item: Item) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lumos-") as folder:
         file = Path(folder) / f"member{PurePosixPath(item.member).suffix.lower()}"
-        with open(item.path, "rb") as tar, file.open("wb") as out:
+        with open_regular(item.path) as tar, file.open("wb") as out:
             tar.seek(item.offset)
             _copy(tar, out, item.size)
         yield file

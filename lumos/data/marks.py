@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 
-from lumos.data.manifest import BAD_ROW, Item
+from lumos.data.item import BAD_ROW, Item
+from lumos.files import open_regular
 
 SAMPLE_BYTES = 1 << 16
 SAME, CHANGED, OTHER = "same", "changed", "other"
@@ -14,7 +15,7 @@ SAME, CHANGED, OTHER = "same", "changed", "other"
 def mark(item: Item) -> str:
     """Digest of its place, size, time of the last change, digest of its first and last bytes, digest of its caption."""
     size, changed = _size_and_time(item)
-    return f"{_digest(_place(item))} {size} {changed} {_sample(item, size)} {_digest(item.caption.encode())}"
+    return f"{_digest(_place(item))} {size} {changed} {_sample(item, size)} {_digest(_bytes(item.caption))}"
 
 
 def compare(item: Item, old: str) -> str:
@@ -22,17 +23,25 @@ def compare(item: Item, old: str) -> str:
 
     A copy of the same file in another place is the same.
     """
-    place, size, changed, sample, caption = old.split(" ")
+    parts = str(old).split(" ")
+    if len(parts) != 5:
+        return CHANGED
+    place, size, changed, sample, caption = parts
     here = place == _digest(_place(item))
     size_now, changed_now = _size_and_time(item)
     same_file = size == size_now and ((here and changed == changed_now) or sample == _sample(item, size_now))
     if not same_file:
         return CHANGED if here else OTHER
-    return SAME if caption == _digest(item.caption.encode()) else CHANGED
+    return SAME if caption == _digest(_bytes(item.caption)) else CHANGED
 
 
 def _place(item: Item) -> bytes:
-    return os.fsencode(os.path.abspath(item.path))
+    return _bytes(os.path.abspath(item.path))
+
+
+def _bytes(text: str) -> bytes:
+    """Of any text, lone surrogates too: a mark is taken of items that are skipped for them."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _size_and_time(item: Item) -> tuple[str, str]:
@@ -50,12 +59,12 @@ def _sample(item: Item, size: str) -> str:
     if size == "-":
         return "-"
     try:
-        with open(item.path, "rb") as file:
+        with open_regular(item.path) as file:
             file.seek(item.offset)
             data = file.read(min(SAMPLE_BYTES, int(size)))
             file.seek(item.offset + max(int(size) - SAMPLE_BYTES, 0))
             return _digest(data + file.read(min(SAMPLE_BYTES, int(size))))
-    except OSError:
+    except (OSError, ValueError, OverflowError):  # no regular file, or an offset that no file has
         return "-"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from lumos.data.encode import Encoder, Result, Skip, Work
 from lumos.data.engines import ITEM_TIMEOUT
-from lumos.data.manifest import Item
+from lumos.data.item import Item
 from lumos.data.workers import Make, Pool
 from lumos.errors import RunError, UserError, shown
 

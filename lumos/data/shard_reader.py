@@ -17,10 +17,19 @@ DOWNLOADS_AT_ONCE = 4
 
 
 class ShardReader:
-    """Of the shards at `paths`, whose content has these `digests`; remote ones are read from their `copies`."""
+    """Of the shards at `paths`, whose content has these `digests`; remote ones are read from their `copies`.
 
-    def __init__(self, paths: list[Path] | list[Remote], digests: list[str], copies: LocalCopies | None):
-        self.paths, self.digests, self.copies = paths, digests, copies
+    `made_by` is what `shards.tokenizer_facts` says of the tokenizer that made them.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path] | list[Remote],
+        digests: list[str],
+        copies: LocalCopies | None,
+        made_by: dict[str, Any],
+    ):
+        self.paths, self.digests, self.copies, self.made_by = paths, digests, copies, made_by
         self.groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
         self.lock = threading.Lock()  # batches are made by threads
         self.asked: dict[str, set[int]] = {}
@@ -49,9 +58,9 @@ class ShardReader:
     def _read_group(self, shard: int, group: int) -> list[dict[str, Any]]:
         path = self.paths[shard]
         if self.copies is None:
-            return shards.read_group(path, group)
+            return shards.read_group(path, group, made_by=self.made_by)
         with self.copies.open(path, *self._copy(shard)) as file:
-            return shards.read_group(path, group, shards.open_shard(path, file))
+            return shards.read_group(path, group, shards.open_shard(path, file), self.made_by)
 
     def _fetch(self, shard: int) -> None:
         with self.downloads, suppress(RunError, UserError, OSError):  # raised when the shard is read

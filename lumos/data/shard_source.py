@@ -76,7 +76,7 @@ class ShardSource:
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         if copies:
             self._check_room(tokenizer, shuffle_shards, copies.limit)
-        self.reader = ShardReader(self.index.paths, self.index.digests, copies)
+        self.reader = ShardReader(self.index.paths, self.index.digests, copies, description["tokenizer"])
 
     def clips_in(self, shape: StepShape) -> int:
         return len(self.pools[shape.kind].order.clips(shape))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lumos.data.storage import Remote
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 from lumos.files import parse_json, replacing
 
 FORMAT = 2
@@ -31,6 +32,9 @@ SHEET = "sheet.png"
 """What `inspect` draws beside the shards; no data."""
 FACTS = "lumos.facts"
 """The footer's key of what :class:`ShardFacts` holds, as JSON."""
+VERSION_KEY, VERSION = "lumos.version", 2
+"""The footer's key of the version of a shard, and the one that is written. In version 1, which has no such key, a checksum
+covers codes and caption; in version 2 all columns, and FACTS have a checksum of their own."""
 FOOTER_BYTES = 1 << 18
 """Read from the end of a remote shard at once; a thousand clips have a footer of about 160 kB."""
 ROWS_IN_GROUP = 16
@@ -68,11 +72,21 @@ def schema() -> Any:
     return pa.schema(fields)
 
 
-def checksum(codes: np.ndarray, caption: str) -> str:
-    """Of codes [t, h, w], their shape and the caption."""
-    codes = np.ascontiguousarray(codes, dtype="<u2")
-    head = json.dumps([*codes.shape, caption]).encode()
-    return hashlib.blake2b(head + codes.tobytes(), digest_size=16).hexdigest()
+def checksum(row: dict[str, Any]) -> str:
+    """Of all columns of a row with codes [t, h, w]."""
+    names = ("id", "clip", "num_frames", "height", "width", "fps", "caption", "source")
+    head = json.dumps([*(row[name] for name in names), float(row["start"]), *row["codes"].shape])
+    return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
+
+
+def content_checksum(row: dict[str, Any]) -> str:
+    """Of codes [t, h, w], their shape and the caption of a row: what training sees of a clip."""
+    head = json.dumps([*row["codes"].shape, row["caption"]])
+    return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -120,13 +134,12 @@ def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
 
 
 def content_digest(rows: list[dict[str, Any]]) -> str:
-    """What a shard of these rows is in sum; :class:`ShardFacts` has it."""
-    content = json.dumps([[row["id"], row["clip"], row["checksum"]] for row in rows])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    """What a shard of these rows is in sum; :class:`ShardFacts` has it. The same in all versions, so that runs can be resumed."""
+    return _digest(json.dumps([[row["id"], row["clip"], content_checksum(row)] for row in rows]).encode())
 
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows (codes as arrays [t, h, w]) as one shard, whole or not at all."""
+    """Write rows (codes as arrays [t, h, w], with their `checksum`) as one shard, whole or not at all."""
     import pyarrow as pa
 
     plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
@@ -135,13 +148,18 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
         **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
         "item": [item_number(row["id"]) for row in rows],
     }
+    metadata = {FACTS: json.dumps(facts | {"checksum": _facts_checksum(facts)}), VERSION_KEY: str(VERSION)}
     options = {"compression": "zstd", "use_dictionary": False}  # codes hardly repeat; split bytes are 2 a code instead of 2.8
     with replacing(path) as temporary:
         table = pa.Table.from_pylist(plain, schema=schema())
         split = {"codes.list.element": "BYTE_STREAM_SPLIT"}
         with parquet().ParquetWriter(temporary, table.schema, column_encoding=split, **options) as writer:
             writer.write_table(table, row_group_size=ROWS_IN_GROUP)
-            writer.add_key_value_metadata({FACTS: json.dumps(facts)})
+            writer.add_key_value_metadata(metadata)
+
+
+def _facts_checksum(facts: dict[str, Any]) -> str:
+    return _digest(json.dumps(facts).encode())
 
 
 def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
@@ -151,29 +169,48 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
     try:
         source = file or (pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
         opened = parquet().ParquetFile(source)
-    except (OSError, ValueError) as error:
+        columns = opened.schema_arrow
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    missing = [name for name in schema().names if name not in opened.schema_arrow.names]
-    if missing:
-        raise damaged(path, f"it has no column {missing[0]}")
+    for field in schema():
+        if field.name not in columns.names or columns.field(field.name).type != field.type:
+            raise damaged(path, f"it has no column {field.name} of {field.type}")
+    _version(path, opened.metadata.metadata)
     return opened
 
 
+def _version(path: Path | Remote, metadata: dict[bytes, bytes] | None) -> int:
+    """Of a shard with this metadata; UserError for one that a later version of this program wrote."""
+    given = (metadata or {}).get(VERSION_KEY.encode(), b"1")
+    if given not in (b"1", b"2"):
+        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a later one")
+    return int(given)
+
+
 def read_facts(path: Path | Remote) -> ShardFacts:
-    """From the shard's footer alone; RunError if it is cut off or has none."""
+    """From the shard's footer alone; RunError if it is cut off, has none, or says what cannot be."""
+    import pyarrow as pa
+
     try:
         metadata = parquet().read_metadata(_footer(path) if isinstance(path, Remote) else path)
-        fields = json.loads(metadata.metadata[FACTS.encode()])
-        digest = fields.pop("digest")
-        columns = {name: np.array(values, dtype=np.int64) for name, values in fields.items()}
         rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        if short := [name for name, values in columns.items() if len(values) != sum(rows)]:
-            raise ValueError(f"its footer tells {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)}")
-        return ShardFacts(digest=digest, rows=rows, **columns)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    except (KeyError, TypeError) as error:
-        raise RunError(f"the shard {path} was written by another program (no {FACTS} in its footer); ingest again") from error
+    version = _version(path, metadata.metadata)
+    if FACTS.encode() not in (metadata.metadata or {}):
+        raise RunError(f"the shard {path} was written by another program (no {FACTS} in its footer); ingest again")
+    try:
+        fields = json.loads(metadata.metadata[FACTS.encode()])
+        if version > 1 and fields.pop("checksum") != _facts_checksum(fields):
+            raise ValueError(f"the checksum of {FACTS} is wrong")
+        columns = {name: np.array(fields[name], dtype=np.int64) for name in ("num_frames", "height", "width", "item")}
+        if short := [name for name, values in columns.items() if values.shape != (sum(rows),)]:
+            raise ValueError(f"its footer tells {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)}")
+        if any((columns[name] < 1).any() for name in ("num_frames", "height", "width")):
+            raise ValueError(f"{FACTS} has frames, a height or a width below 1")
+        return ShardFacts(digest=str(fields["digest"]), rows=rows, **columns)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error) from error
 
 
 def _footer(path: Remote) -> Any:
@@ -187,43 +224,79 @@ def _footer(path: Remote) -> Any:
     return pa.BufferReader(end)
 
 
-def read_columns(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
-    """Columns of a shard; RunError as in :func:`open_shard`."""
+def read_ids(path: Path) -> list[str]:
+    """The item of each clip of a shard; RunError as in :func:`open_shard`."""
+    import pyarrow as pa
+
+    opened = open_shard(path)
     try:
-        table = open_shard(path).read(columns=columns)
-        return {name: table.column(name).to_numpy() for name in columns}
-    except (OSError, ValueError) as error:
+        ids = opened.read(columns=["id"]).column("id").to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
+    if None in ids:
+        raise damaged(path, "a clip has no id")
+    return ids
 
 
-def read_group(path: Path | Remote, group: int, opened: Any = None) -> list[dict[str, Any]]:
-    """The clips of a row group with codes as uint16 [t, h, w], each checked against its checksum; RunError if one differs.
+def read_group(
+    path: Path | Remote, group: int, opened: Any = None, made_by: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The clips of a row group with codes as uint16 [t, h, w]; RunError for one with a wrong checksum or impossible values.
 
-    `opened` is what :func:`open_shard` gave for the path, if it is at hand.
+    `opened` is what :func:`open_shard` gave for the path, if it is at hand. `made_by` is what :func:`tokenizer_facts` says of
+    the tokenizer; with it sizes must fit the grid exactly.
     """
+    import pyarrow as pa
+
+    opened = opened or open_shard(path)
+    check = checksum if _version(path, opened.metadata.metadata) > 1 else content_checksum
     try:
-        table = (opened or open_shard(path)).read_row_group(group)
-    except (OSError, ValueError) as error:
+        table = opened.read_row_group(group)
+        codes = table.column("codes").combine_chunks()
+        offsets, values = codes.offsets.to_numpy(), codes.values.to_numpy()
+        rows = table.drop(["codes"]).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    codes = table.column("codes").combine_chunks()
-    offsets, values = codes.offsets.to_numpy(), codes.values.to_numpy()
-    rows = table.drop(["codes"]).to_pylist()
     for i, row in enumerate(rows):
-        flat = values[offsets[i] : offsets[i + 1]]
-        if flat.size != np.prod(row["grid"]):
-            raise damaged(path, f"{row['id']} has {flat.size} codes for the grid {row['grid']}")
-        row["codes"] = flat.reshape(row["grid"])
-        if checksum(row["codes"], row["caption"]) != row["checksum"]:
+        row["codes"] = values[offsets[i] : offsets[i + 1]]
+        if problem := _impossible(row, made_by):
+            raise damaged(path, f"{shown(row['id'])} has {problem}")
+        row["codes"] = row["codes"].reshape(row["grid"])
+        if check(row) != row["checksum"]:
             raise damaged(path, f"the checksum of {row['id']} is wrong")
     return rows
 
 
+def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | None:
+    """What no clip has, if a row with flat codes [t * h * w] has it."""
+    for name, value in row.items():
+        if value is None or (isinstance(value, list) and None in value):
+            return f"no {name}"
+    codes, grid = row["codes"], row["grid"]
+    if len(grid) != 3 or min(grid) < 1 or len(codes) != math.prod(grid):
+        return f"{len(codes)} codes for the grid {grid}"
+    for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("fps", 1), ("clip", 0), ("start", 0)):
+        if not least <= row[name] < math.inf:
+            return f"the {name} {row[name]}"
+    frames, height, width = row["num_frames"], row["height"], row["width"]
+    if made_by:
+        time, space = made_by["temporal_compression"], made_by["spatial_compression"]
+        if codes.max() >= made_by["num_codes"]:
+            return f"the code {codes.max()}, where the tokenizer has {made_by['num_codes']}"
+    else:  # of the sizes themselves
+        time, space = max(frames - 1, 1) // max(grid[0] - 1, 1), max(height // grid[1], 1)
+    if [(grid[0] - 1) * time + 1, grid[1] * space, grid[2] * space] != [frames, height, width]:
+        return f"{frames} frames of {width}x{height} pixels, which do not fit the grid {grid}"
+    return None
+
+
 def read_shards(folder: Path | Remote) -> Iterator[dict[str, Any]]:
     """All clips of a folder, in order."""
-    for path in shard_paths(folder):
+    made_by = read_description(folder)["tokenizer"] if (paths := shard_paths(folder)) else None
+    for path in paths:
         opened = open_shard(path)
         for group in range(opened.num_row_groups):
-            yield from read_group(path, group, opened)
+            yield from read_group(path, group, opened, made_by)
 
 
 def damaged(path: Path | Remote, why: object) -> RunError:
@@ -244,12 +317,18 @@ def read_description(folder: Path | Remote) -> dict[str, Any]:
             f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`"
         ) from error
     try:
-        description = json.loads(text)
-        description["tokenizer"]["fingerprint"], description["settings"]["fps"]
-    except (ValueError, KeyError, TypeError) as error:
+        description = parse_json(text.decode("utf-8"), str(path))
+        facts, format_ = description["tokenizer"], description.get("format")
+        facts["fingerprint"], description["settings"]["fps"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
-    if description.get("format") != FORMAT:
-        raise UserError(f"{path} has format {description.get('format')}, this version reads {FORMAT}; ingest again")
+    if format_ != FORMAT:
+        raise UserError(f"{path} has format {shown(format_)}, this version reads {FORMAT}; ingest again")
+    for name in ("num_codes", "spatial_compression", "temporal_compression"):
+        if not isinstance(value := facts.get(name), int) or value < 1:
+            raise RunError(
+                f"{path} is damaged ({name} {shown(value)}); copy it again from a backup, or ingest into a new folder"
+            )
     return description
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from typing import Any
 
 from lumos.data import shards
 from lumos.data.encode import Skip
-from lumos.data.manifest import Item
+from lumos.data.item import Item
 from lumos.data.marks import CHANGED, OTHER, compare, mark
 from lumos.durable import sync_file, sync_folder
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError, printable
+from lumos.files import parse_json
 
 JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
+DETAIL_LENGTH = 1000
+"""Characters of what the journal says of a skipped item; a message may name a path of 4096 twice."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ class State:
         self.done: set[str] = set()
         self.clips = 0
         for path in shards.shard_paths(out):
-            ids = shards.read_columns(path, ["id"])["id"]
+            ids = shards.read_ids(path)
             self.done.update(ids)
             self.clips += len(ids)
         self.marks: dict[str, str] = {}
@@ -94,8 +98,9 @@ class State:
         return item.id in self.done or item.id in self.skipped
 
     def skip(self, item: Item, why: Skip) -> None:
-        self.skipped[item.id] = {"reason": why.reason, "detail": why.detail}
-        _append(self.out / JOURNAL, {"id": item.id, "reason": why.reason, "detail": why.detail, "mark": mark(item)})
+        entry = {"reason": why.reason, "detail": printable(why.detail[:DETAIL_LENGTH])}
+        self.skipped[item.id] = entry
+        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": mark(item)})
 
     def add(self, item: Item, rows: list[dict[str, Any]]) -> None:
         """Take an item's clips; a shard that is full with them is written."""
@@ -181,7 +186,21 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return [_entry(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    """A line of either journal; RunError for one that ingest would not write."""
+    try:
+        entry = parse_json(line.decode("utf-8", "replace"), where)
+    except UserError as error:
+        raise RunError(f"{error}; delete that line, or use another --out") from error
+    shard = isinstance(entry, dict) and "shard" in entry
+    fields = {"shard": str, "digest": str, "items": dict} if shard else {"id": str, "reason": str, "detail": str}
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+    if not whole or (shard and not re.fullmatch(r"shard-[0-9]{6,}\.parquet", entry["shard"])):
+        raise RunError(f"{where} is no line that ingest writes; delete it, or use another --out")
+    return entry
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from lumos.data.manifest import Item
+from lumos.data.item import Item
 from lumos.data.state import JOURNAL, State
 from lumos.errors import RunError, shown
 

@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from lumos.data.encode import Result, Skip
-from lumos.data.manifest import Item
+from lumos.data.item import OUT_OF_MEMORY, Item
+from lumos.data.worker_memory import limit_memory
 from lumos.errors import RunError
 
 DIED, TIMEOUT = "worker died", "timeout"
@@ -159,8 +160,10 @@ def _serve(connection: Connection, make: Make, threads: int, folder: str) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
     torch.set_num_threads(threads)
     tempfile.tempdir = folder
+    memory = None
     try:
         do, answer = make(), None
+        memory = limit_memory()
     except Exception as error:
         do, answer = None, error
     while True:
@@ -173,6 +176,9 @@ def _serve(connection: Connection, make: Make, threads: int, folder: str) -> Non
             answer = do(item)
         except Exception as error:
             answer = error
+        if memory and isinstance(answer, Skip) and answer.reason == OUT_OF_MEMORY:
+            limit = f"an item may take {memory / 2**30:.0f} GiB in a worker; --workers 0 has no such limit"
+            answer = Skip(OUT_OF_MEMORY, f"{answer.detail}; {limit}")
 
 
 def _end_with_parent() -> None:

@@ -59,7 +59,7 @@ def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: Vide
     t = num_latent_frames(num_frames, tokenizer.temporal_compression)
     for row in index.first_by_hash(usable, count):
         shard, group, place = index.place_of(int(row))
-        found = shards.read_group(index.paths[shard], group)[place]
+        found = shards.read_group(index.paths[shard], group, made_by=description["tokenizer"])[place]
         yield torch.from_numpy(found["codes"][:t].astype(np.int64)), found["caption"], found["fps"]
 
 

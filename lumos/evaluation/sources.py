@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lumos.data.encode import clip_starts
-from lumos.data.manifest import CLIPS, PICTURES
+from lumos.data.item import CLIPS, PICTURES
 from lumos.data.worlds import Worlds
 from lumos.errors import UserError, shown
 from lumos.frames import fit

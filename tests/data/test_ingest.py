@@ -24,7 +24,8 @@ from lumos.cli import main
 from lumos.data import shards
 from lumos.data.encode import ClipSettings, _clips, clip_starts, ingest_item
 from lumos.data.ingest import ingest
-from lumos.data.manifest import Item, items
+from lumos.data.item import Item
+from lumos.data.manifest import items
 from lumos.data.shard_source import ShardIndex
 from lumos.errors import RunError, UserError
 from lumos.frames import from_uint8

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ingest_helpers import FLAGS, SETTINGS, Fragile, Late, Unstartable
+from ingest_helpers import FLAGS, SETTINGS, Fragile, Greedy, Late, Unstartable
 
 pytest.importorskip("pyarrow")
 
@@ -54,6 +54,18 @@ def test_items_that_kill_or_hang_are_skipped(source, tokenizer, tmp_path, monkey
     capsys.readouterr()
     assert main([*command, *options, "0.2"]) == 1  # typed again it does not meet them again
     assert "2 of 6 items gave no clip (worker died 1, timeout 1)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is of Linux")
+def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path, monkeypatch):
+    for n, caption in enumerate(["good", "greedy", "good"]):
+        (source / f"{n}.txt").write_text(caption)
+    for n in (3, 4, 5):
+        (source / f"{n}.mp4").unlink()
+    monkeypatch.setattr("lumos.data.engines.Encoder", Greedy)
+    report = ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1, max_failure_rate=0.5)
+    assert (report["encoded"], report["reasons"]) == (2, {"out of memory": 1})
+    assert "GiB in a worker; --workers 0 has no such limit" in report["skipped"][0]["detail"]
 
 
 def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def write_folder(folder: Path, tokenizer: str, grids: list[tuple[int, int, int]]
         row = {"id": f"c/{n}", "clip": 0, "codes": codes, "num_frames": t * 4 - 3, "height": h * 8, "width": w * 8}
         caption = "a red circle moves left on a gray background" if n % 2 else "a small blue square grows"
         rest = {"fps": 12 if t > 1 else 1, "caption": caption, "source": f"{n}.mp4", "start": 0.0}
-        rows.append(row | rest | {"checksum": shards.checksum(codes, caption)})
+        rows.append(row | rest | {"checksum": shards.checksum(row | rest)})
     folder.mkdir()
     for start in range(0, len(rows), 5):
         shards.write_shard(shards.next_shard(folder), rows[start : start + 5])

@@ -120,7 +120,7 @@ def write_shards(folder: Path, tokenizer: str, size: str) -> str:
         codes = random.integers(0, 1000, (t, 4, 4)).astype(np.uint16)
         row = {"id": f"c/{n}", "clip": 0, "codes": codes, "num_frames": 4 * t - 3, "height": 32, "width": 32, "source": "x"}
         said = {"fps": 12 if t > 1 else 1, "caption": "a red circle", "start": 0.0}
-        rows.append(row | said | {"checksum": shards.checksum(codes, said["caption"])})
+        rows.append(row | said | {"checksum": shards.checksum(row | said)})
     folder.mkdir()
     shards.write_shard(shards.next_shard(folder), rows)
     facts = shards.tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))

@@ -159,7 +159,7 @@ def test_what_a_run_knows_of_its_shards(shard_settings, folder, tmp_path, change
         shards.write_shard(shards.next_shard(path), rows)
     elif change == "other codes":
         rows[0]["codes"] = rows[0]["codes"] ^ 1
-        rows[0]["checksum"] = shards.checksum(rows[0]["codes"], rows[0]["caption"])
+        rows[0]["checksum"] = shards.checksum(rows[0])
         shards.write_shard(last, rows)
     elif change == "other order":
         shards.write_shard(last, rows[::-1])

@@ -1,0 +1,120 @@
+"""One clip or picture to ingest: its name, where it lies, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from lumos.errors import is_out_of_memory
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CLIPS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif", ".apng")
+MEDIA = PICTURES + CLIPS
+
+BAD_ROW, DUPLICATE = "bad row", "duplicate"
+NO_CAPTION, BAD_CAPTION, LONG_CAPTION = "no caption", "bad caption", "long caption"
+BROKEN_TAR, NO_END, BROKEN_TABLE = "broken tar", "tar without an end", "broken table"
+MISSING, NOT_A_FILE, UNREADABLE, TOO_SHORT = "missing file", "not a file", "unreadable", "too short"
+OUT_OF_MEMORY = "out of memory"
+
+MAX_CAPTION_LENGTH = 10_000
+"""Characters of a caption; the longest that people or models write for a clip have about a tenth of it."""
+
+_ODD = r"[\ud800-\udfff]"
+_ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)\Z)"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip or picture to ingest: `path` is a file, or a tar of which bytes offset .. offset + size are the file `member`.
+
+    `start`, `end` are seconds (end None: to the end). `problem` is (reason, detail) if it cannot be used.
+    """
+
+    id: str
+    path: str
+    caption: str = ""
+    start: float = 0.0
+    end: float | None = None
+    member: str | None = None
+    offset: int = 0
+    size: int = 0
+    problem: tuple[str, str] | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """By its name; an animated webp or png is found out when it is read."""
+        return PurePosixPath(self.member or self.path).suffix.lower() in PICTURES
+
+
+def as_text(name: str) -> str:
+    r"""The name as UTF-8 text, a different one for each name: what is no text, such as a byte that is not UTF-8, is escaped.
+
+    A lone surrogate, which is how Python holds an undecodable byte, becomes ``\udcff``. A name that holds such an escape
+    literally gets its backslashes doubled. All other names stay as they are.
+    """
+    return _escaped(name, _ODD)
+
+
+def row_name(path: str) -> str:
+    """As `as_text`, for a path from a table: what looks like an ending that ingest gives to ids is escaped too."""
+    return _escaped(path, _ODD_IN_ROW)
+
+
+def _escaped(name: str, odd: str) -> str:
+    def escape(found: re.Match[str]) -> str:
+        code = ord(found[2])
+        return found[1] * 2 + (f"\\u{code:04x}" if code > 255 else f"\\x{code:02x}")
+
+    literal = r"\\+(?=x[0-9a-f]{2}|ud[89a-f][0-9a-f]{2})"
+    return re.sub(rf"(?<!\\)(?:(\\*)({odd})|{literal})", lambda found: escape(found) if found[2] else found[0] * 2, name)
+
+
+def problem_of(error: BaseException) -> tuple[str, str] | None:
+    """(reason, detail) if odd data makes a reader raise such an error; None if it is a bug or no fault of an item."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if _took_too_much(cause):
+            return OUT_OF_MEMORY, (str(cause).splitlines() or ["out of memory"])[0]
+        cause = cause.__cause__
+    if isinstance(error, (OSError, ValueError, OverflowError, RecursionError)):
+        return UNREADABLE, str(error) or type(error).__name__
+    return None
+
+
+def _took_too_much(error: BaseException) -> bool:
+    """Whether memory ran out; by the words only of errors that name no file, which may be called anything."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
+
+
+def problem_of_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """(reason, detail) unless there is a regular file; a pipe or device is named, never opened."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING, f"there is no file {path}"
+    except OSError as error:
+        return UNREADABLE, f"cannot read {path}: {error.strerror}"
+    except ValueError as error:  # a zero byte, or half of a character
+        return MISSING, f"there can be no file of this name: {error}"
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return NOT_A_FILE, f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}; only regular files are read"
+
+
+def problem_of_caption(caption: str) -> tuple[str, str] | None:
+    """(reason, detail) unless it is text of a length that is allowed."""
+    if not caption:
+        return NO_CAPTION, "no caption in the source, beside the file or in --captions"
+    if re.search(_ODD, caption):
+        return BAD_CAPTION, "the caption is not UTF-8 text; save it as UTF-8"
+    if len(caption) > MAX_CAPTION_LENGTH:
+        return LONG_CAPTION, f"the caption has {len(caption):,} characters; at most {MAX_CAPTION_LENGTH:,} are allowed"
+    return None

@@ -1,0 +1,175 @@
+"""Odd items: names become ids that no two share, readers stop at what is odd, and the good ones are all there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("pyarrow")
+
+from lumos.data.encode import Skip, ingest_item
+from lumos.data.item import MAX_CAPTION_LENGTH, Item, as_text, problem_of, row_name
+from lumos.data.manifest import items
+from lumos.data.marks import CHANGED, SAME, compare, mark
+from lumos.data.state import State
+from lumos.errors import RunError, UserError
+
+ODD_TEXT = st.text(st.sampled_from("a\\xu()@-.0123 4d8fceagirow/\0\n\x1b\udc80\udcff\ud800\u202eé\U0001f600\x85\u2028"),
+    max_size=24)
+
+
+@given(ODD_TEXT, ODD_TEXT)
+@settings(max_examples=200)
+def test_no_two_names_share_an_id(one, other):
+    for escape in (as_text, row_name):
+        escape(one).encode("utf-8")
+        assert (escape(one) == escape(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("name", "id_"),
+    [("\udcff", r"\udcff"), (r"\udcff", r"\\udcff"), ("\\\udcff", r"\\\udcff"), (r"\\udcff", r"\\\\udcff"), (r"a\b", r"a\b")],
+)
+def test_what_an_id_writes_for_a_name(name, id_):
+    assert as_text(name) == row_name(name) == id_
+
+
+ENDINGS = ["row 5", "a@0.0-1.0", "a@1.0-", "a (again 1)"]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_no_path_of_a_row_looks_like_an_ending_of_ids(name):
+    assert row_name(name) != name == as_text(name)
+    assert row_name(f"{name}.png") == f"{name}.png"
+
+
+def test_a_long_run_of_backslashes_takes_no_long():
+    as_text("\\" * 500_000)
+
+
+ROWS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | ODD_TEXT, lambda inner: st.lists(inner, max_size=2)
+                    | st.dictionaries(ODD_TEXT, inner, max_size=2), max_leaves=4)  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):
+    """And a name for each odd one, the same in a second run; fingerprints can be taken of all."""
+    folder = tmp_path_factory.mktemp("m")
+    odd = data.draw(st.lists(st.dictionaries(st.sampled_from(["path", "caption", "start", "end", "text"]), ROWS) | ROWS,
+        max_size=6))
+    raw = data.draw(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=4))
+    good = [{"path": f"good{n}.png", "caption": f"caption {n}"} for n in range(3)]
+    lines = [json.dumps(row).encode() for row in [*odd, *good]] + raw
+    (folder / "m.jsonl").write_bytes(b"\n".join(data.draw(st.permutations(lines))))
+    found = list(items([folder / "m.jsonl"]))
+    assert sorted(item.caption for item in found if item.id.startswith("m.jsonl/good")) == ["caption 0", "caption 1", "caption 2"]
+    assert len({item.id for item in found}) == len(found)
+    assert [item.id for item in items([folder / "m.jsonl"])] == [item.id for item in found]
+    for item in found:
+        assert compare(item, mark(item)) == SAME
+        assert isinstance(ingest_item(item, None, None), Skip)  # no file is there
+
+
+@given(st.lists(st.text(st.sampled_from('a,"\n\r\0é\udcff; '), max_size=12), max_size=8))
+@settings(max_examples=80)
+def test_good_rows_of_csv_follow_a_quote_that_is_never_closed(tmp_path_factory, odd):
+    folder = tmp_path_factory.mktemp("m")
+    text = "path,caption\n" + "\n".join(odd).replace('"',
+        "") + '\nx.png,"open' + "".join(f'\ng{n}.png,"a, b"' for n in range(3)) + "\n"
+    (folder / "m.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    found = list(items([folder / "m.csv"]))
+    assert [(item.id, item.caption, item.problem) for item in found[-3:]] == [(f"m.csv/g{n}.png", "a, b", None) for n in range(3)]
+
+
+def test_captions_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    """Whoever runs this may read all files, so the system's answer is invented."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b").mkdir()
+    opened, listed = os.open, os.scandir
+
+    def refuse(usual, name):
+        def call(path, *rest, **options):
+            if str(path).endswith(name):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return usual(path, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refuse(opened, "a.txt"))
+    monkeypatch.setattr(os, "scandir", refuse(listed, "b"))
+    found = {item.id.partition("/")[2]: item.problem for item in items([tmp_path])}
+    assert found["a.png"] == ("bad caption", f"cannot read {tmp_path / 'a.txt'}: Permission denied")
+    assert found["b"] == ("unreadable", f"cannot list the folder {tmp_path / 'b'}: Permission denied")
+    (tmp_path / "captions.csv").write_text("path,caption\na.png,given\n,lost\n")
+    given = list(items([tmp_path], tmp_path / "captions.csv"))
+    assert [(item.id, item.problem and item.problem[0]) for item in given[:1]] == [("--captions/row 2", "bad row")]
+    assert next(item for item in given if item.id.endswith("a.png")).problem is None
+
+
+def test_a_caption_has_a_length_limit(tmp_path):
+    for name, length in (("most", MAX_CAPTION_LENGTH), ("more", MAX_CAPTION_LENGTH + 1)):
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+        (tmp_path / f"{name}.txt").write_text("é" * length)
+    more, most = items([tmp_path])
+    assert most.problem is None
+    assert more.problem == ("long caption", "the caption has 10,001 characters; at most 10,000 are allowed")
+
+
+def test_sources_that_are_pipes_or_loops_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "m.csv")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, words in (("m.csv", "is a named pipe; only regular files"), ("loop", "there is no source"), ("x" * 300,
+        "File name too long")):
+        with pytest.raises(UserError, match=words):
+            items([tmp_path / name])
+    with pytest.raises(UserError, match="--captions"):
+        items([tmp_path], tmp_path / "m.csv")
+
+
+def test_which_errors_are_an_item_s_and_which_are_bugs():
+    wrapped = UserError("cannot read")
+    wrapped.__cause__ = MemoryError()
+    for error, reason in ((wrapped, "out of memory"), (OSError(errno.ENOMEM, "no memory"), "out of memory"), (OverflowError(),
+        "unreadable"),
+                          (RuntimeError("CUDA out of memory"), "out of memory"), (UserError("out of memory.mp4 is bad"),
+                          "unreadable"),
+                          (RecursionError(), "unreadable"), (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"),
+                          "unreadable")):  # fmt: skip
+        assert problem_of(error)[0] == reason
+    assert problem_of(RuntimeError("a bug")) is None
+    assert problem_of(TypeError("a bug")) is None
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b"{}", b'{"id": 3, "reason": "x", "detail": "x"}', b"\xff",
+    b'{"shard": "../x.parquet", '
+                                  b'"digest": "x", "items": {}}'])  # fmt: skip
+@pytest.mark.parametrize("name", ["skipped.jsonl", "shards.jsonl"])
+def test_a_damaged_journal_is_one_line(tmp_path, name, line):
+    (tmp_path / name).write_bytes(line + b"\n")
+    with pytest.raises(RunError, match=rf"{name}, line 1 .*use another --out"):
+        State(tmp_path, shard_clips=1, retry_skipped=False)
+
+
+def test_journals_are_plain_text_whatever_an_item_says(tmp_path):
+    state = State(tmp_path, shard_clips=1, retry_skipped=False)
+    item = Item(as_text("m/\udcff\n.png"), "/nowhere/\ud800\udcff\0.png", "half \ud83d")
+    state.skip(item, Skip("unreadable", "\ud800\x1b[31m\n" + "x" * 5000))
+    text = (tmp_path / "skipped.jsonl").read_bytes().decode("ascii")
+    entry = json.loads(text)
+    assert json.dumps(entry, ensure_ascii=False).encode("utf-8")
+    assert entry["detail"].startswith(r"\ud800\x1b[31m\n")
+    assert len(entry["detail"]) < 1100
+    again = State(tmp_path, shard_clips=1, retry_skipped=False)
+    assert again.knows(item)
+    again.check([item])
+    assert again.warnings == []
+    assert compare(item, "no mark at all") == CHANGED
+    assert Path(tmp_path / "skipped.jsonl").stat().st_size == len(text)

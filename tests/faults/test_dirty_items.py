@@ -1,0 +1,66 @@
+"""Three hundred dirty items: each is taken or skipped for the reason in the table, by any number of workers, in every run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pyarrow")
+
+from dirty_sources import TAKEN, Sources, build, remove_deep
+
+from lumos.data import shards
+from lumos.data.encode import ClipSettings
+from lumos.data.ingest import ingest
+
+SETTINGS = ClipSettings(fps=12, size="8x8", num_frames=5)
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory) -> Sources:
+    root = tmp_path_factory.mktemp("sources")
+    yield build(root)
+    remove_deep(root)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than free cores only wait for each other with clips this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(micro_folder) -> Path:
+    return micro_folder / "video_tokenizer"
+
+
+def found(out: Path) -> dict[str, str]:
+    """What an ingest made of each item, by its files."""
+    journal = [json.loads(line) for line in (out / "skipped.jsonl").read_text("ascii").splitlines()]
+    taken = [row["id"] for row in shards.read_shards(out)]
+    verdicts = {entry["id"]: entry["reason"] for entry in journal} | dict.fromkeys(taken, TAKEN)
+    assert len(verdicts) == len(journal) + len(taken)  # no item twice
+    assert all(entry["detail"].isprintable() and entry["detail"] for entry in journal)
+    return verdicts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_of_300_dirty_items_has_its_verdict(dirty, tokenizer, tmp_path, workers):
+    assert len(dirty.verdicts) == 300
+    said = []
+    for run in range(2):
+        report = ingest(dirty.sources, tmp_path, tokenizer, SETTINGS, workers=workers, max_failure_rate=1, warn=said.append)
+        assert report["new_items"] == (0 if run else 300)
+        assert found(tmp_path) == dirty.verdicts
+        text = (tmp_path / "report.json").read_bytes().decode("utf-8")
+        assert {entry["id"]: entry["reason"] for entry in json.loads(text)["skipped"]} == {
+            id_: verdict for id_, verdict in dirty.verdicts.items() if verdict != TAKEN
+        }
+    assert said == []  # a second run sees nothing that changed
