@@ -22,6 +22,17 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+STARTS_PROCESSES = {"ranks", "measured", "everything"}
+"""Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden values: tests/golden, or another of the same form named by LUMOS_GOLDEN."""

@@ -45,6 +45,7 @@ def test_the_first_two_commands_are_the_promised_ones(readme):
     assert readme[2:4] == ['pip install -c constraints.txt -e ".[test]"', "pytest -n 2 --dist loadfile"]
 
 
+@pytest.mark.slow
 def test_the_first_command_as_it_stands(readme, clone):
     done = subprocess.run([sys.executable, *shlex.split(readme[1])[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,7 @@ def test_the_first_command_as_it_stands(readme, clone):
     assert re.fullmatch(r"\d+  [\d.]+ s  peak memory \d+ MB", rest)
 
 
+@pytest.mark.slow
 def test_every_generate_command(readme, clone):
     lines = [c for c in readme if c.startswith("python generate.py")]
     assert len(lines) >= 5
@@ -61,6 +63,7 @@ def test_every_generate_command(readme, clone):
         assert main(["generate", *shlex.split(line)[2:], "--num-inference-steps", "2"]) == 0, line
 
 
+@pytest.mark.slow
 def test_the_train_command(readme, clone):
     (line,) = [c for c in readme if c.startswith("python train.py")]
     shutil.copytree(clone / "configs", clone / "copy")
@@ -76,6 +79,7 @@ def test_the_deepspeed_command_is_the_one_that_the_training_tests_run(readme):
     assert "deepspeed --num_gpus 2 train.py --config configs/training/tiny.yaml" in readme
 
 
+@pytest.mark.slow
 def test_the_tokenizer_commands(readme, clone):
     (text,) = [c for c in readme if "train-text-tokenizer" in c]
     (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
@@ -87,6 +91,7 @@ def test_the_tokenizer_commands(readme, clone):
     assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_measuring_commands(readme, clone, capsys):
     (line,) = [c for c in readme if "evaluate prompts" in c]
     args = shlex.split(line)[3:]
