@@ -142,7 +142,8 @@ def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
     assert experiments.load(path).figures == ["all of two"]
 
 
-def test_curves_may_run_over_flops(in_this_process, trained: str, tmp_path: Path):
+@pytest.mark.slow
+def test_curves_may_run_over_flops(trained: str, tmp_path: Path):
     raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None, "over": "flops"}
     assert main(["experiment", write(Path(trained), **raw), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]) == 0
     run = json.loads((tmp_path / "x.json").read_text())["variants"]["slow"]["runs"][0]
