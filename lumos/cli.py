@@ -28,7 +28,6 @@ VERBS = {
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
     "plot": "draw the curves of runs from their logs",
-    "fetch-sprites": "fetch the emoji pictures that move in the small worlds",
     "evaluate": "measure a model or a tokenizer",
     "experiment": "compare settings: train and judge variants, draw the result",
     "bench": "measure speed and memory on this machine",

@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from disk import Disk
 from hypothesis import settings
 from micro import micro_config
-from PIL import Image
 
 from lumos import LumosConfig, LumosForVideoGeneration
-from lumos.data.sprites import SIDE, SPRITES
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("LUMOS_SPRITES", None)  # the pictures are those of the repository
 ROOT = Path(__file__).parents[1]
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers that each take every core run many times slower than with a share of their own.
@@ -24,6 +21,17 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(share)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+STARTS_PROCESSES = {"ranks", "measured", "everything"}
+"""Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -37,38 +45,9 @@ def repo() -> Path:
     return ROOT
 
 
-def invented_picture(seed: int) -> Image.Image:
-    """A blob of many colours with an outline of its own, to stand for a sprite."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
-    lobes, turn = rng.integers(2, 7), rng.uniform(0, 2 * np.pi)
-    outline = 0.75 + 0.25 * np.cos(lobes * np.arctan2(y, x) + turn)
-    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    picture.putalpha(Image.fromarray((255 * np.clip(SIDE / 2 * (outline - np.hypot(x, y)), 0, 1)).astype(np.uint8)))
-    return picture
-
-
-@pytest.fixture(scope="session")
-def sprite_folder(repo, tmp_path_factory) -> Path:
-    """A picture for every sprite: the real ones of tests/sprites, invented ones for the others."""
-    folder = tmp_path_factory.mktemp("sprites")
-    for index, name in enumerate(SPRITES):
-        invented_picture(index).save(folder / f"{name}.png")
-    for path in (repo / "tests" / "sprites").glob("*.png"):
-        shutil.copy(path, folder)
-    return folder
-
-
-@pytest.fixture
-def sprite_pictures(sprite_folder, monkeypatch) -> Path:
-    """The sprites have pictures, in this folder."""
-    monkeypatch.setenv("LUMOS_SPRITES", str(sprite_folder))
-    return sprite_folder
-
-
 @pytest.fixture
 def no_sprite_pictures(tmp_path, monkeypatch) -> None:
-    """The sprites have no pictures, whatever the machine holds."""
+    """LUMOS_SPRITES names a folder without pictures."""
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path / "no-sprites"))
 
 

@@ -412,6 +412,7 @@ def test_text_tokenizer_is_trained_from_a_file(capsys, in_empty_folder):
     assert main(["train-text-tokenizer", "--captions", "nowhere.txt", "--out", "t2"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_a_signal_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder, number, code):
     process = subprocess.Popen(

@@ -38,6 +38,7 @@ def test_the_figures_are_of_the_model_that_is_shipped(repo: Path):
     assert now.startswith(digest), "another model is shipped: run the page's commands again and put their shares into its table"
 
 
+@pytest.mark.slow
 def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch, capsys):
     pytest.importorskip("pyarrow")
     pytest.importorskip("skimage")

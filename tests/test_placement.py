@@ -123,6 +123,7 @@ print(peak_memory_bytes(torch.device("cpu")) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is set back by /proc")
 def test_loading_shards_takes_little_more_than_the_weights(micro_folder, repo, tmp_path):
     """Released files of bf16, every page of them read, in a process of its own."""

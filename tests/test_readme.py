@@ -7,14 +7,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lumos.cli import main
-from lumos.data.sprites import SPRITES
 from lumos.video_io import write_video
 
 
@@ -47,6 +45,7 @@ def test_the_first_two_commands_are_the_promised_ones(readme):
     assert readme[2:4] == ['pip install -c constraints.txt -e ".[test]"', "pytest -n 2 --dist loadfile"]
 
 
+@pytest.mark.slow
 def test_the_first_command_as_it_stands(readme, clone):
     done = subprocess.run([sys.executable, *shlex.split(readme[1])[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -56,6 +55,7 @@ def test_the_first_command_as_it_stands(readme, clone):
     assert re.fullmatch(r"\d+  [\d.]+ s  peak memory \d+ MB", rest)
 
 
+@pytest.mark.slow
 def test_every_generate_command(readme, clone):
     lines = [c for c in readme if c.startswith("python generate.py")]
     assert len(lines) >= 5
@@ -63,6 +63,7 @@ def test_every_generate_command(readme, clone):
         assert main(["generate", *shlex.split(line)[2:], "--num-inference-steps", "2"]) == 0, line
 
 
+@pytest.mark.slow
 def test_the_train_command(readme, clone):
     (line,) = [c for c in readme if c.startswith("python train.py")]
     shutil.copytree(clone / "configs", clone / "copy")
@@ -78,23 +79,19 @@ def test_the_deepspeed_command_is_the_one_that_the_training_tests_run(readme):
     assert "deepspeed --num_gpus 2 train.py --config configs/training/tiny.yaml" in readme
 
 
-def test_the_tokenizer_commands(readme, clone, sprite_folder, monkeypatch):
+@pytest.mark.slow
+def test_the_tokenizer_commands(readme, clone):
     (text,) = [c for c in readme if "train-text-tokenizer" in c]
     (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
     assert main([*shlex.split(text)[3:], "--vocab-size", "560"]) == 0
     assert (clone / "text_tokenizer" / "tokenizer.model").is_file()
-    (fetch,) = [c for c in readme if "fetch-sprites" in c]
-    monkeypatch.setenv("LUMOS_SPRITES", str(clone / "sprites"))
-    with tarfile.open("emoji.tgz", "w:gz") as package:
-        for name, code in SPRITES.items():
-            package.add(sprite_folder / f"{name}.png", f"package/img/google/64/{code}.png")
-    assert main([*shlex.split(fetch)[3:], "--package", "emoji.tgz"]) == 0
     (video,) = [c for c in readme if "train-tokenizer" in c]
     small = ["films=[]", "share_worlds=1", "steps=1", "warmup_steps=0", "batch_size=1", "pictures_per_batch=1"]
     assert main([*shlex.split(video)[3:], *small, "validation_clips=1", f"output_dir={clone / 'tokenizer-run'}"]) == 0
     assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_measuring_commands(readme, clone, capsys):
     (line,) = [c for c in readme if "evaluate prompts" in c]
     args = shlex.split(line)[3:]

@@ -61,7 +61,7 @@ def read_source(
 def _files(source: str) -> Sequence[Path]:
     path = Path(source)
     if source == "photographs":
-        found, need = photographs(held_out=True), "those of scikit-image and scikit-learn: pip install scikit-image"
+        found, need = photographs(held_out=True), "those of scikit-image and scikit-learn: pip install scikit-image scikit-learn"
     elif source == "films":
         found, need = films([PACKAGE_FILMS], held_out=True), f"those of {PACKAGE_FILMS}"
     elif path.is_dir():

@@ -126,7 +126,7 @@ def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: li
     few = np.unique(np.linspace(0, len(track) - 1, VIEWS).round().astype(int))
     likeness = np.mean([_likeness(video[frames[i]], ground, track[i].box, scale) for i in few], axis=0)
     best = int(likeness.argmax())
-    name = tuple(sprites.SPRITES)[best] if likeness[best] >= MIN_LIKENESS else "unclear"
+    name = sprites.SPRITES[best] if likeness[best] >= MIN_LIKENESS else "unclear"
     motion = motion_word((x1 - x0, y1 - y0), max(r1, 0.0) / max(r0, 1e-6), len(video), scale)
     return SeenSprite(name, motion, float(likeness[best]), (x1 - x0, y1 - y0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_worlds_without_sprites_are_as_they_were():
     assert grounds == {*BACKGROUNDS, *GRADIENTS}
 
 
-def test_a_clip_depends_on_seed_and_index_only(sprite_pictures):
+def test_a_clip_depends_on_seed_and_index_only():
     options = {"kinds": ALL_KINDS, "share_sprites": 0.7, "share_two": 0.5}
     later = [Worlds(9, **options)[index] for index in (7, 3, 5)]
     worlds = Worlds(9, **options)
@@ -144,7 +145,7 @@ def test_grounds_are_exact(name, height):
 
 @pytest.mark.parametrize("side", [16, 48, 64, 128, 512])
 @pytest.mark.parametrize("name", ["owl", "star", "banana"])
-def test_a_sprite_keeps_its_mass_and_its_mean_place(sprite_pictures, name, side):
+def test_a_sprite_keeps_its_mass_and_its_mean_place(name, side):
     x, y = 0.45 * side, 0.52 * side + 0.3
     picture, cell = sprites.load(name), 2 * SPRITE_RADIUS / 64 * side / 64
     drawn = one(name, x, y, side=side)[0].astype(float) - BACKGROUNDS["black"]  # [H, W, 3]
@@ -157,7 +158,7 @@ def test_a_sprite_keeps_its_mass_and_its_mean_place(sprite_pictures, name, side)
 
 
 @pytest.mark.parametrize("motion", DIRECTIONS)
-def test_a_sprite_moves_by_parts_of_a_pixel(sprite_pictures, motion):
+def test_a_sprite_moves_by_parts_of_a_pixel(motion):
     x, y = {"left": (49.2, 30.0), "right": (15.1, 30.7), "up": (30.3, 48.8), "down": (30.0, 14.9)}[motion]
     drawn = one("fish", x, y, motion=motion, speed=1.37, num_frames=17).astype(float) - BACKGROUNDS["black"]
     mass = drawn.sum((1, 2, 3))
@@ -180,7 +181,7 @@ def test_what_is_opaque_hides_the_ground(tmp_path, monkeypatch, side):
 
 
 @pytest.mark.parametrize("radius", [3.0, 12.0, 45.5])
-def test_pixels_are_those_of_a_finely_sampled_filter(sprite_pictures, radius):
+def test_pixels_are_those_of_a_finely_sampled_filter(radius):
     """The slow statement: a pixel is the mean of the picture under a triangle of two pixels, taken at many places."""
     picture, box = sprites.load("rocket"), int(2 * radius) + 4
     dx, dy = (np.arange(box) + 0.5 - box / 2 + off for off in (0.27, -0.4))
@@ -195,7 +196,7 @@ def test_pixels_are_those_of_a_finely_sampled_filter(sprite_pictures, radius):
     np.testing.assert_allclose(drawn, wanted, atol=0.001)
 
 
-def test_a_picture_fills_the_square_premultiplied(sprite_pictures):
+def test_a_picture_fills_the_square_premultiplied():
     for name in ("owl", "rocket", "whale"):
         picture = sprites.load(name)
         assert (picture.shape, picture.dtype, picture.flags.writeable) == ((64, 64, 4), np.float32, False)
@@ -207,7 +208,7 @@ def test_a_picture_fills_the_square_premultiplied(sprite_pictures):
         assert columns[0] + columns[-1] == pytest.approx(63, abs=2)
 
 
-def test_all_pictures_differ(sprite_pictures):
+def test_all_pictures_differ():
     pictures = np.stack([sprites.load(name).ravel() for name in sprites.SPRITES])
     pictures = pictures / np.linalg.norm(pictures, axis=1, keepdims=True)
     assert (pictures @ pictures.T - np.eye(64)).max() < 0.97
@@ -216,20 +217,29 @@ def test_all_pictures_differ(sprite_pictures):
 def test_only_drawing_needs_the_pictures(no_sprite_pictures):
     scene = sample_scene(0, 0, kinds="sprites")
     assert scene.things[0].sprite in scene.caption
-    with pytest.raises(UserError, match=r"picture of the sprite .* is missing: .*no-sprites.*python -m lumos fetch-sprites"):
+    with pytest.raises(UserError, match=r"picture of the sprite .* is missing: .*no-sprites.*LUMOS_SPRITES names this folder"):
         render(scene)
 
 
-def test_pictures_are_read_from_the_folder_of_the_moment(sprite_pictures, tmp_path, monkeypatch):
+def test_pictures_are_read_from_the_folder_of_the_moment(tmp_path, monkeypatch):
     before = sprites.load("owl")
     Image.new("RGBA", (64, 64), "red").save(tmp_path / "owl.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
     assert not np.array_equal(sprites.load("owl"), before)
     monkeypatch.delenv("LUMOS_SPRITES")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert sprites.folder() == tmp_path / "cache" / "lumos" / "sprites"
-    with pytest.raises(UserError, match="is missing"):
+    assert np.array_equal(sprites.load("owl"), before)
+
+
+def test_pictures_that_lumos_lost_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sprites, "PICTURES", tmp_path)
+    with pytest.raises(UserError, match=r"owl\.png\. This picture comes with Lumos: install Lumos again, or leave sprites out"):
         sprites.load("owl")
+
+
+def test_sprites_are_the_pixels_that_runs_were_made_with():
+    """Another picture, or another resampling of it, changes every loss."""
+    pixels = np.stack([sprites.load(name) for name in sprites.SPRITES])
+    assert sha256(pixels.tobytes()).hexdigest() == "d0219d69a55a144b2d64d6060e6d52fd45f8a855b2bcd984b3165d8ae0e45846"
 
 
 def empty_picture(path):
@@ -241,9 +251,9 @@ def cut_off_picture(path):
 
 
 @pytest.mark.parametrize("damage", [empty_picture, cut_off_picture, Path.mkdir, lambda path: path.write_text("none")])
-def test_a_damaged_picture_is_named(repo, tmp_path, monkeypatch, damage):
-    (tmp_path / "rocket.png").write_bytes((repo / "tests" / "sprites" / "rocket.png").read_bytes())
+def test_a_damaged_picture_is_named(tmp_path, monkeypatch, damage):
+    (tmp_path / "rocket.png").write_bytes((sprites.PICTURES / "rocket.png").read_bytes())
     damage(tmp_path / "owl.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
-    with pytest.raises(UserError, match=r"owl\.png cannot be read: .*fetch it again with `python -m lumos fetch-sprites`"):
+    with pytest.raises(UserError, match=r"owl\.png cannot be read: .*LUMOS_SPRITES names this folder"):
         sprites.load("owl")

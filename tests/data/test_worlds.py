@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
@@ -253,16 +253,31 @@ def test_impossible_options_are_refused(options, message):
         Worlds(**options)
 
 
-def test_missing_scikit_learn_is_explained(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_sklearn(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
+@pytest.fixture
+def fresh_digits():
+    """The digits are read anew in this test, and again after it."""
     digits.load.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(UserError, match="pip install scikit-learn"):
+    yield
+    digits.load.cache_clear()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", "cut off", "without labels"])
+def test_damaged_digits_are_told(fresh_digits, tmp_path, monkeypatch, content):
+    file = tmp_path / "digits.npz"
+    if content == "cut off":
+        file.write_bytes(digits.PICTURES.read_bytes()[:20_000])
+    elif content == "without labels":
+        np.savez(file, images=np.zeros((2, 8, 8), np.uint8))
+    elif content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(digits, "PICTURES", file)
+    with pytest.raises(UserError, match=r"digits\.npz cannot be read: .*install Lumos again"):
         sample_scene(0, 0, kinds=("digits",))
     sample_scene(0, 0, kinds=("shapes",))
+
+
+def test_digits_are_the_pixels_that_runs_were_made_with():
+    images, labels = digits.load()
+    assert (images.dtype, labels.dtype) == (np.float32, np.int64)
+    assert sha256(images.tobytes()).hexdigest() == "9f578524b6cec1fc800cc52dfc87ebe56264983d490aa72a4bd928ba2570ec77"
+    assert sha256(labels.tobytes()).hexdigest() == "a3c91c262eddcf7ba8f0e37507c30284493c9b20412ffe4af30d536401f7ba21"

@@ -48,7 +48,7 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):
     assert Path("loss.json").is_file()
 
 
-def test_the_prompts_of_the_small_worlds(commands, clone, sprite_pictures, capsys):
+def test_the_prompts_of_the_small_worlds(commands, clone, capsys):
     model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
     assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0
     assert Path("sheet.png").is_file()

@@ -90,6 +90,7 @@ def test_shards_by_hand_make_the_files_of_one_run(evaluate):
     assert evaluate("vbench", *rest, "--out", "whole")[1]["made"] == 0
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_work(evaluate, micro_folder, repo):
     rest = ["--prompts", "list.json", "--samples", "2", "--batch-size", "2"]
     evaluate("vbench", *rest, "--out", "whole")
@@ -103,6 +104,7 @@ def test_torchrun_shares_the_work(evaluate, micro_folder, repo):
     assert contents("parts") == contents("whole")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(evaluate, micro_folder, repo):
     rest = ["--prompts", "list.json", "--samples", "30", "--batch-size", "3"]
     command = [sys.executable, "-m", "lumos", "evaluate", "vbench", "--model", str(micro_folder), *rest, "--out", "out"]

@@ -9,7 +9,7 @@ from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind, sprite_pictures):
+def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
     _, truth, wanted = zip(*prompt_set(kind, 8, seed=77), strict=True)
     shares, verdicts = score(truth, wanted)
     assert (shares["all"], shares["last_frame"], shares["steady"]) == (1.0, 1.0, 1.0)
@@ -19,7 +19,7 @@ def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind, sprite_pict
 
 
 @pytest.mark.parametrize("kind", ["one", "digits", "sprites"])
-def test_what_turns_into_something_else_is_seen(kind, sprite_pictures):
+def test_what_turns_into_something_else_is_seen(kind):
     """The second half of each clip is of another clip that shows another thing."""
     _, truth, wanted = zip(*prompt_set(kind, 12, seed=78), strict=True)
     named = [tuple(ask["things"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]

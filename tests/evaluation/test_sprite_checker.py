@@ -36,7 +36,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 
 
 @pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6), (128, 1.6, 6)])
-def test_truth_is_recognised(sprite_pictures, side, blur, noise):
+def test_truth_is_recognised(side, blur, noise):
     worlds = Worlds(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
     total, right = Counter(), Counter()
     for index in range(100):
@@ -49,13 +49,13 @@ def test_truth_is_recognised(sprite_pictures, side, blur, noise):
 
 
 @pytest.mark.parametrize("size", [{"num_frames": 1}, {"num_frames": 33}, {"height": 48, "width": 64}])
-def test_truth_is_recognised_at_other_sizes(sprite_pictures, size):
+def test_truth_is_recognised_at_other_sizes(size):
     worlds = Worlds(12, split="all", kinds="sprites", share_two=0.3, **size)
     assert all(check_clip(damaged(render(worlds.scene(i)), 0.5, 4, i), worlds.scene(i))["all"] for i in range(15))
 
 
 @pytest.mark.parametrize("background", [*BACKGROUNDS, *GRADIENTS])
-def test_real_pictures_are_recognised_on_every_ground(repo, sprite_pictures, background):
+def test_real_pictures_are_recognised_on_every_ground(repo, background):
     for path in (repo / "tests" / "sprites").glob("*.png"):
         video = damaged(clip((path.stem, "still", 30.4, 33.7, 0), background=background, num_frames=1), 0.8, 6, 0)
         assert check_clip(video, f"a {path.stem} on a {background} background")["all"], path.stem
@@ -78,12 +78,12 @@ def test_real_pictures_are_recognised_on_every_ground(repo, sprite_pictures, bac
         ("a car goes down on a sunset background", {"sprite", "motion", "background"}),
     ],
 )
-def test_each_attribute_can_be_wrong(sprite_pictures, caption, wrong):
+def test_each_attribute_can_be_wrong(caption, wrong):
     result = check_clip(clip(OWL_LEFT), caption)
     assert {key for key, value in result.items() if not value} == (wrong | {"all"} if wrong else set())
 
 
-def test_every_pair_of_pictures_is_told_apart(sprite_pictures):
+def test_every_pair_of_pictures_is_told_apart():
     for name in sprites.SPRITES:
         (seen,) = inspect_sprites(damaged(clip((name, "still", 31.7, 30.2, 0), num_frames=1), 0.8, 6, 1))[1]
         assert seen.sprite == name
@@ -91,7 +91,7 @@ def test_every_pair_of_pictures_is_told_apart(sprite_pictures):
 
 
 @pytest.mark.parametrize("motion", ["left", "right", "up", "down", "still"])
-def test_every_motion_is_measured_in_pixels(sprite_pictures, motion):
+def test_every_motion_is_measured_in_pixels(motion):
     right, down = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}[motion]
     speed = 1.3 if motion != "still" else 0
     (seen,) = inspect_sprites(clip(("fish", motion, 32 - 10 * right, 32 - 10 * down, speed)))[1]
@@ -99,7 +99,7 @@ def test_every_motion_is_measured_in_pixels(sprite_pictures, motion):
     assert seen.way == pytest.approx((16 * 1.3 * right, 16 * 1.3 * down), abs=0.3)
 
 
-def test_two_sprites_are_told_apart(sprite_pictures):
+def test_two_sprites_are_told_apart():
     video = clip(OWL_LEFT, CAR_STILL)
     assert check_clip(video, "an owl moves left and a car stays still")["all"]
     assert check_clip(video, "a car stays still and an owl moves left")["all"]
@@ -110,14 +110,14 @@ def test_two_sprites_are_told_apart(sprite_pictures):
     assert not check_clip(video, "an owl moves left and a star stays still")["sprite"]
 
 
-def test_sprites_that_meet_in_time_keep_their_tracks(sprite_pictures):
+def test_sprites_that_meet_in_time_keep_their_tracks():
     """They pass each other's column at a distance of two pixels."""
     video = clip(("owl", "right", 15, 17, 1.9), ("car", "left", 49, 45, 1.9))
     assert check_clip(video, "an owl moves right and a car moves left")["all"]
     assert not check_clip(video, "an owl moves left and a car moves right")["all"]
 
 
-def test_twins_are_counted(sprite_pictures):
+def test_twins_are_counted():
     twins = clip(OWL_LEFT, ("owl", "left", 48, 47, 1.5))
     assert inspect_sprites(twins)[2] == 2
     assert not check_clip(twins, "an owl moves left")["all"]
@@ -167,13 +167,13 @@ def sprite_of_other_size() -> np.ndarray:
         (lambda: clip(OWL_LEFT, CAR_STILL, ("star", "still", 12, 30, 0, 6.0)), {"count"}),
     ],
 )
-def test_what_was_not_asked_for_is_wrong(sprite_pictures, video, wrong):
+def test_what_was_not_asked_for_is_wrong(video, wrong):
     result = check_clip(video(), "an owl moves left")
     assert not result["all"]
     assert wrong <= {key for key, value in result.items() if not value}
 
 
-def test_the_other_worlds_are_not_sprites_nor_sprites_shapes(sprite_pictures):
+def test_the_other_worlds_are_not_sprites_nor_sprites_shapes():
     shapes = [Worlds(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
     assert not any(check_clip(render(scene), "an owl")["sprite"] for scene in shapes)
     shown = [Worlds(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
@@ -181,7 +181,7 @@ def test_the_other_worlds_are_not_sprites_nor_sprites_shapes(sprite_pictures):
 
 
 @pytest.mark.parametrize("background", ["navy", "meadow"])
-def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(sprite_pictures, background):
+def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(background):
     """The slow statement: draw every picture on the ground at every place, and compare what differs from the ground."""
     frame = damaged(clip(OWL_LEFT, background=background, num_frames=1), 0.5, 4, 0)[0]
     ground = ground_colours(background, 64).astype(np.float32)
@@ -200,10 +200,10 @@ def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(sprite_p
                 seen = frame[y : y + side, x : x + side] - under
                 best = max(best, float((drawn * seen).sum() / np.linalg.norm(drawn) / np.linalg.norm(seen)))
         assert found[index] == pytest.approx(best, abs=1e-4)
-    assert tuple(sprites.SPRITES)[found.argmax()] == "owl"
+    assert sprites.SPRITES[found.argmax()] == "owl"
 
 
-def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size(sprite_pictures):
+def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size():
     """By so much of the frame, not by so many pixels."""
     for scale in (1, 2):
         radius = SPRITE_RADIUS * scale
@@ -213,25 +213,25 @@ def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size(sprite_pictures)
         middle = [round((at + offset) * scale) for at, offset in ((30, 2), (33, -2))]
         box = (*(at - 10 * scale for at in middle), *(at + 10 * scale for at in middle))
         found = _likeness(frame, ground, box, float(scale))
-        assert (tuple(sprites.SPRITES)[found.argmax()], found.max()) == ("owl", pytest.approx(1, abs=0.03))
+        assert (sprites.SPRITES[found.argmax()], found.max()) == ("owl", pytest.approx(1, abs=0.03))
 
 
-def test_a_sprite_beside_a_shape_is_refused(sprite_pictures):
+def test_a_sprite_beside_a_shape_is_refused():
     with pytest.raises(UserError, match="a sprite beside a shape or digit cannot be checked"):
         check_clip(clip(OWL_LEFT), "an owl moves left and a red circle moves left")
 
 
 @pytest.mark.parametrize("video", [np.zeros((64, 64, 3), np.uint8), np.zeros((1, 8, 8, 3)), np.zeros((0, 8, 8, 3), np.uint8)])
-def test_other_arrays_are_refused(sprite_pictures, video):
+def test_other_arrays_are_refused(video):
     with pytest.raises(UserError, match="uint8"):
         check_clip(video, "an owl")
 
 
-def test_missing_pictures_are_explained(sprite_pictures, tmp_path, monkeypatch):
+def test_missing_pictures_are_explained(tmp_path, monkeypatch):
     video = clip(OWL_LEFT)
     assert check_clip(video, "an owl")["all"]
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
-    with pytest.raises(UserError, match=r"is missing: .*python -m lumos fetch-sprites"):
+    with pytest.raises(UserError, match=r"is missing: .*unset it to use the pictures that come with Lumos"):
         check_clip(video, "an owl")
 
 
@@ -241,5 +241,5 @@ def test_missing_pictures_are_one_line_at_the_command_line(no_sprite_pictures, m
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert code == 2
     assert len(errors) == 1
-    assert "python -m lumos fetch-sprites" in errors[0]
+    assert "LUMOS_SPRITES names this folder: unset it" in errors[0]
     assert not (tmp_path / "x.json").exists()

@@ -218,6 +218,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 def test_a_thousand_frames_need_no_more_memory_than_forty():
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(FOLDERS["shipped"])], cwd=ROOT, capture_output=True, text=True, check=True

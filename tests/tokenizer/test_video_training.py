@@ -223,7 +223,7 @@ def test_worlds_and_real_material_are_mixed_as_told():
     assert min(moves) > 0
 
 
-def test_sprites_are_trained_on_where_asked(sprite_pictures):
+def test_sprites_are_trained_on_where_asked():
     options = {"kinds": ["sprites"], "share_two": 1.0}
     batch = clips_of(share_worlds=1.0, world_options=options).batch(2)
     worlds = Worlds(seed=0, num_frames=5, height=16, width=24, **options)
@@ -233,7 +233,7 @@ def test_sprites_are_trained_on_where_asked(sprite_pictures):
     assert torch.equal(held_out[1], to_video([replace(worlds, seed=10_007, split="held_out")[1][0]])[0])
 
 
-def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(sprite_pictures, tmp_path):
+def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(tmp_path):
     changes = {"worlds": {"kinds": ["sprites"]}, "steps": 2}
     assert train(small(tmp_path, **changes))["finished"]
     record = json.loads((tmp_path / "video_tokenizer" / "training.json").read_text())
@@ -244,7 +244,7 @@ def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(sprite_pictures, t
 
 
 def test_missing_pictures_end_the_run_before_it_begins(no_sprite_pictures, tmp_path):
-    with pytest.raises(UserError, match="python -m lumos fetch-sprites"):
+    with pytest.raises(UserError, match="LUMOS_SPRITES names this folder: unset it"):
         train(small(tmp_path / "run", worlds={"kinds": ["sprites"]}))
     assert not (tmp_path / "run").exists()
 

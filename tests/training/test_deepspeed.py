@@ -138,6 +138,7 @@ def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
             assert re.search(words, process.error), process.err
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_the_documented_commands_in_their_order(micro_settings, tmp_path: Path, monkeypatch):
     """`train.py --config ...`, then `deepspeed --num_gpus 2 train.py --config ...`, which goes on from there, without GPUs.

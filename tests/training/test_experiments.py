@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -34,6 +38,20 @@ def trained(micro_settings, tmp_path: Path) -> str:
     )  # fmt: skip
 
 
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """Jobs run here, one after another: an interpreter for each would take most of their time."""
+
+    def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "lumos"]
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            return subprocess.CompletedProcess(command, main(command[3:]))
+
+    monkeypatch.setattr(experiments, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+@pytest.mark.slow
 def test_variants_are_trained_judged_and_drawn_once(trained: str, tmp_path: Path, capsys):
     places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out" / "rates")]
     assert main(["experiment", *places, "--list"]) == 0
@@ -55,7 +73,7 @@ def test_variants_are_trained_judged_and_drawn_once(trained: str, tmp_path: Path
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(trained: str, tmp_path: Path, capsys):
+def test_a_run_that_fails_is_named_and_the_others_are_kept(in_this_process, trained: str, tmp_path: Path, capsys):
     raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None}
     raw["variants"]["slow"]["train"] = ["training.lr=-1"]
     path = write(Path(trained), **raw)
@@ -100,7 +118,7 @@ def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys
     assert message in capsys.readouterr().err
 
 
-def test_results_of_other_settings_are_not_taken_for_these(trained: str, tmp_path: Path, capsys):
+def test_results_of_other_settings_are_not_taken_for_these(in_this_process, trained: str, tmp_path: Path, capsys):
     places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.v2")]
     assert main(["experiment", *places]) == 0
     assert sorted(path.name for path in tmp_path.glob("found*")) == ["found.v2.json", "found.v2.png"]
@@ -124,6 +142,7 @@ def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
     assert experiments.load(path).figures == ["all of two"]
 
 
+@pytest.mark.slow
 def test_curves_may_run_over_flops(trained: str, tmp_path: Path):
     raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None, "over": "flops"}
     assert main(["experiment", write(Path(trained), **raw), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]) == 0

@@ -243,6 +243,7 @@ def test_a_text_tokenizer_that_uses_the_models_own_ids(micro_settings, tmp_path:
         ArdfTask(micro_settings(tokenizer={"text": str(tmp_path)}), CPU)
 
 
+@pytest.mark.slow
 def test_without_peft(adapter: Path, base: Path, tmp_path: Path):
     """Everything else works; adapters name the extra."""
     code = (

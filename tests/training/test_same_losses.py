@@ -131,6 +131,7 @@ def test_without_a_compiler(micro_settings, monkeypatch):
         train(micro_settings(training={"compile": True}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 def test_code_that_a_compiler_made(micro_settings, tmp_path: Path):
     losses = {}

@@ -168,7 +168,7 @@ def test_a_lost_launcher_stops_the_run_as_a_signal_does(micro_settings, monkeypa
 
 
 def test_sprites_without_pictures_are_told_at_the_start(micro_settings, no_sprite_pictures, tmp_path: Path):
-    with pytest.raises(UserError, match=r"fetch-sprites.*data.options.kinds=\[shapes,digits\]"):
+    with pytest.raises(UserError, match=r"LUMOS_SPRITES.*data.options.kinds=\[shapes,digits\]"):
         ArdfTask(micro_settings(data={"options": {"kinds": ["sprites"]}}), CPU)
 
 
