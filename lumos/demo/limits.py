@@ -13,6 +13,8 @@ from lumos.generation.settings import ClipDefaults, GenerationSettings, is_numbe
 from lumos.pipeline_call import Request
 from lumos.pipeline_inputs import check_prompt
 
+FORM_BYTES = 2**20  # of a request's body besides the file in it
+
 
 class TooLarge(UserError):
     """An upload beyond its bound."""
@@ -40,8 +42,8 @@ class Limits:
     max_reading_seconds: float = bound(20, "most seconds that reading an upload may take")
     max_reading_mb: int = bound(2048, "most megabytes of memory that reading an upload may take")
     queue_length: int = bound(8, "most requests that wait; one more is refused")
-    keep_uploads_mb: float = bound(1000, "most megabytes of uploads that stay on the disk; the oldest give way")
-    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way")
+    keep_uploads_mb: float = bound(1000, "most megabytes of uploads, those on their way included; old ones give way")
+    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way, once it was delivered")
 
     def __post_init__(self) -> None:
         for entry in fields(self):

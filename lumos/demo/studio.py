@@ -103,4 +103,5 @@ class Studio:
             path.unlink(missing_ok=True)
             reason = getattr(error.__cause__, "strerror", None) or "writing failed"
             raise RunError(f"the server cannot keep the clip ({reason}); try again later") from error
+        self.store.stay(path.name)
         return record
