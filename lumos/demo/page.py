@@ -43,6 +43,7 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
                     if examples:
                         gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
+                    given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind each time
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
                         asked = {"prompt": prompt, "given": given, **sampling_controls(studio)}
             with gr.Column(scale=6, min_width=300, elem_id="right"):
