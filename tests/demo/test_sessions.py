@@ -13,8 +13,7 @@ from lumos.demo.store import Store
 from lumos.errors import UserError
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra [demo]")
-from lumos.demo import sessions as module
-from lumos.demo.sessions import Sessions
+module = pytest.importorskip("lumos.demo.sessions")
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def sessions(tmp_path):
     worker = SimpleNamespace(cancelled=[])
     worker.cancel_of = worker.cancelled.append
     page = SimpleNamespace(fns=fns, _queue=queue, state_holder=states)
-    return Sessions(None, page, SimpleNamespace(store=Store(tmp_path, Limits()), worker=worker))
+    return module.Sessions(None, page, SimpleNamespace(store=Store(tmp_path, Limits()), worker=worker))
 
 
 GOOD = {"fn_index": 3, "session_hash": "abc", "data": ["a circle", 5, None, None]}
