@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.video_reading import count_frames, read_image, read_video
 
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -48,12 +48,32 @@ def read_upload(
     check_stop is called while the file is read and may raise. UserError, which names the file without its folder, for what
     cannot be read within what is allowed.
     """
+    receiver, sender = multiprocessing.get_context(START).Pipe(duplex=False)
+    with receiver, sender:
+        try:
+            process = start_reader(sender, path, allowed, clip)
+        except (OSError, EOFError):  # the process that readers are forked from has died: the next one is forked from a new one
+            try:
+                process = start_reader(sender, path, allowed, clip)
+            except (OSError, EOFError) as error:
+                raise RunError(f"the server cannot read {path.name} now; try again later") from error
+        sender.close()
+        return _answer(process, receiver, path, check_stop, allowed)
+
+
+def start_reader(
+    sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None
+) -> multiprocessing.process.BaseProcess:
     prepare_reading()
-    context = multiprocessing.get_context(START)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_read, args=(sender, path, allowed, clip), daemon=True)
+    process = multiprocessing.get_context(START).Process(target=_read, args=(sender, path, allowed, clip), daemon=True)
     process.start()
-    sender.close()
+    return process
+
+
+def _answer(
+    process: multiprocessing.process.BaseProcess, receiver: Connection, path: Path, check_stop: Callable[[], None], allowed: Allowed
+) -> np.ndarray:
+    """What the reader sends; it is gone afterwards, whatever happens."""
     deadline = time.monotonic() + allowed.seconds
     try:
         while not receiver.poll(0.05):
@@ -66,7 +86,6 @@ def read_upload(
     finally:
         process.kill()
         process.join()
-        receiver.close()
     if isinstance(answer, str):
         raise UserError(answer)
     return answer

@@ -13,7 +13,7 @@ from PIL import Image
 from lumos.demo import reading
 from lumos.demo.reading import Allowed, read_upload
 from lumos.demo.worker import Cancelled
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.video_io import read_video, write_video
 
 CLIP = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
@@ -105,3 +105,19 @@ def test_reading_ends_at_its_memory(tmp_path, name):
         read_upload(path, never, Allowed(60, memory_mb=32), clip)
     assert str(tmp_path) not in str(told.value)
     assert read_upload(path, never, Allowed(60), clip).shape[-1] == 3
+
+
+def test_readers_start_again_where_their_parent_has_died(tmp_path, monkeypatch):
+    Image.fromarray(CLIP[0]).save(tmp_path / "a.png")
+    start, failures = reading.start_reader, [EOFError("unexpected EOF")]
+
+    def failing(*args):
+        if failures:
+            raise failures.pop()
+        return start(*args)
+
+    monkeypatch.setattr(reading, "start_reader", failing)
+    assert np.array_equal(read_upload(tmp_path / "a.png", never, PATIENT), CLIP[0])
+    failures += [EOFError(), BrokenPipeError()]
+    with pytest.raises(RunError, match=r"^the server cannot read a\.png now; try again later$"):
+        read_upload(tmp_path / "a.png", never, PATIENT)
