@@ -2,7 +2,8 @@
 
 Reading trusts time stamps, not frame counts: a 30 fps or variable-rate clip read at 12 fps is a true 12 fps clip. It
 is bounded (pixels, frames, bytes), honours rotation and EXIF orientation, lays transparency on white, and turns any
-damaged file into one line.
+damaged file into one line. The bounds hold for what arrives as well as for what a header states: every frame is checked,
+and FFmpeg refuses a frame over the limit before it allocates memory for it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ from typing import Any
 import av
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lumos.errors import UserError
 from lumos.frames import fit, picture_rgb
 
-MAX_PIXELS = 40_000_000  # one picture or one frame of a clip
+MAX_PIXELS = 40_000_000
+"""Pixels of one picture, or of one frame of a clip: an 8K frame has 33 million. The demo allows fewer."""
 MAX_FRAMES = 2_000
 MAX_CLIP_BYTES = 2 << 30
+MAX_ANIMATION_PIXELS = 20_000_000_000
+"""Pixels of all frames of an animated picture, whose frames may take a few bytes each: 10 000 frames of 1920 x 1080."""
+_PADDING = 2**21  # pixels by which a coded frame may exceed the shown one: both sides are padded to whole blocks
 _PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: it would start Ghostscript
 _PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 # Playlists and others that would make FFmpeg open what they name are not among them, and neither is any protocol but files.
 _AV_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,ogg,flv,"
@@ -40,7 +47,7 @@ _AV_OPTIONS = {
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
     with _reading(path, "picture", max_pixels), Image.open(path, formats=_PICTURE_FORMATS) as image:
-        _check_pixels(path, image.width, image.height, max_pixels)
+        _check_picture(path, image, max_pixels)
         return picture_rgb(ImageOps.exif_transpose(image))
 
 
@@ -55,6 +62,7 @@ def read_video(
     size: tuple[int, int] | None = None,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
+    threads: int = 0,
 ) -> tuple[np.ndarray, float]:
     """A clip as (uint8 [T, H, W, 3], fps).
 
@@ -62,11 +70,12 @@ def read_video(
     average rate. ``num_frames``: exactly so many (UserError if the clip is shorter), reading stops there; with
     ``from_end`` they are the last ones, ending on the clip's last frame. Without ``num_frames`` the clip is read to its
     end, or for ``max_seconds``. ``size`` (height, width): each frame is fitted as it is read. UserError for a missing
-    or damaged file, and for more than ``max_frames`` frames or 2 GiB of them.
+    or damaged file, for more than ``max_frames`` frames or 2 GiB of them, and for a frame of more than ``max_pixels``.
+    ``threads``: how many the decoder starts, which bounds the frames that it holds; 0 is as many as there are cores.
     """
     _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
     with _reading(path, _kind(path), max_pixels):
-        clip = _open_clip(path, max_pixels)
+        clip = _open_clip(path, max_pixels, threads)
         if from_end:
             start = _start_of_last(path, clip.times(), num_frames, fps)
         stop = math.inf if max_seconds is None else start + max_seconds
@@ -80,10 +89,10 @@ def read_video(
     return np.stack(frames), float(rate)
 
 
-def count_frames(path: str | Path, fps: float) -> int:
+def count_frames(path: str | Path, fps: float, *, max_pixels: int = MAX_PIXELS) -> int:
     """How many frames :func:`read_video` can give at ``fps`` with ``from_end``; reads the time stamps only."""
-    with _reading(path, _kind(path), MAX_PIXELS):
-        return math.floor(max(_open_clip(path, MAX_PIXELS).times(), default=-1.0) * fps + 1e-3) + 1
+    with _reading(path, _kind(path), max_pixels):
+        return math.floor(max(_open_clip(path, max_pixels).times(), default=-1.0) * fps + 1e-3) + 1
 
 
 @dataclass(frozen=True)
@@ -156,8 +165,8 @@ class _AvClip:
     rounded to milliseconds, and a frame stamped 0.067 is the one to show at 2/30 s.
     """
 
-    def __init__(self, path: Path, max_pixels: int):
-        self.path = path
+    def __init__(self, path: Path, max_pixels: int, threads: int):
+        self.path, self.max_pixels, self.threads = path, max_pixels, threads
         with self._open() as (_, stream):
             _check_pixels(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -169,12 +178,15 @@ class _AvClip:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
+        # These options reach the decoders that FFmpeg runs to find out what a stream holds; the one that decodes here has its own.
+        limit = {"max_pixels": str(self.max_pixels + _PADDING)}
         # An absolute path, so that FFmpeg cannot take the name for one of its protocols.
-        with av.open(str(self.path.resolve()), metadata_errors="replace", options=_AV_OPTIONS) as container:
+        with av.open(str(self.path.resolve()), metadata_errors="replace", options=_AV_OPTIONS | limit) as container:
             if not container.streams.video:
                 raise UserError(f"{self.path} holds no video; give a file with a video stream")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.codec_context.options = limit
+            stream.thread_type, stream.codec_context.thread_count = "AUTO", self.threads
             yield container, stream
 
     def times(self) -> list[float]:
@@ -198,7 +210,7 @@ class _AvClip:
             if seek is not None:
                 container.seek(int((seek + self.origin) / self.tick), stream=stream)
             held, held_begin = None, 0.0
-            for frame in container.decode(stream):
+            for frame in self._decoded(container, stream):
                 if frame.time is None:
                     begin = 0.0 if held is None else held_begin + 1 / self.fps
                 else:
@@ -212,6 +224,18 @@ class _AvClip:
             if self.length is not None and end < 0.9 * self.length - 0.1:
                 raise UserError(f"{self.path} is cut off: {end:.1f} s of {self.length:.1f} s are there; copy it again")
             yield _Shown(held_begin, end, partial(_frame_rgb, held))
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+        """Every frame, none of more than ``max_pixels``."""
+        try:
+            for frame in container.decode(stream):
+                _check_pixels(self.path, frame.width, frame.height, self.max_pixels)
+                yield frame
+        except av.error.ArgumentError as error:  # what a decoder answers to a size that it is not to decode
+            raise UserError(
+                f"cannot read the video {self.path}: it holds a frame of more than {self.max_pixels / 1e6:g} megapixels, which is "
+                "the limit, or is damaged; make it smaller or convert it to mp4 (H.264)"
+            ) from error
 
 
 class _PillowClip:
@@ -227,17 +251,24 @@ class _PillowClip:
 
     def frames(self, start: float) -> Iterator[_Shown]:
         with Image.open(self.path, formats=_PICTURE_FORMATS) as image:
-            _check_pixels(self.path, image.width, image.height, self.max_pixels)
-            begin = 0
+            begin = pixels = 0
             for frame in ImageSequence.Iterator(image):
+                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows where a frame does not fit
+                pixels += frame.width * frame.height
+                if pixels > MAX_ANIMATION_PIXELS:
+                    raise UserError(
+                        f"{self.path} has over {MAX_ANIMATION_PIXELS / 1e6:g} megapixels in all its frames; convert it to mp4"
+                    )
                 frame.load()  # WebP knows the duration of a frame only once it is decoded
                 end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; browsers show "0" as 100 too
                 yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(picture_rgb, frame))
                 begin = end
 
 
-def _open_clip(path: str | Path, max_pixels: int) -> _AvClip | _PillowClip:
-    return (_PillowClip if Path(path).suffix.lower() in _PILLOW_CLIPS else _AvClip)(Path(path), max_pixels)
+def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> _AvClip | _PillowClip:
+    if Path(path).suffix.lower() in _PILLOW_CLIPS:
+        return _PillowClip(Path(path), max_pixels)
+    return _AvClip(Path(path), max_pixels, threads)
 
 
 def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
@@ -270,6 +301,8 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
             f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; the limit is "
             f"{max_pixels / 1e6:g} megapixels: make it smaller"
         ) from error
+    except MemoryError as error:
+        raise UserError(f"reading the {what} {path} takes more memory than there is; make it smaller or shorter") from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         better = "PNG or JPEG" if what == "picture" else "mp4 (H.264)"
@@ -279,10 +312,18 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
         ) from error
 
 
-def _check_pixels(path: str | Path, width: int, height: int, max_pixels: int) -> None:
+def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> None:
+    """UserError if the picture, or a tile of a TIFF, which may be larger than the picture, has over ``max_pixels``."""
+    _check_pixels(path, image.width, image.height, max_pixels)
+    if isinstance(image, TiffImageFile):
+        width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        _check_pixels(path, width, length, max_pixels, "tiles of ")
+
+
+def _check_pixels(path: str | Path, width: int, height: int, max_pixels: int, of: str = "") -> None:
     if width * height > max_pixels:
         raise UserError(
-            f"{path} has {width}x{height} pixels ({width * height / 1e6:.1f} megapixels); the limit is "
+            f"{path} has {of}{width}x{height} pixels ({width * height / 1e6:.1f} megapixels); the limit is "
             f"{max_pixels / 1e6:g} megapixels: make it smaller"
         )
 

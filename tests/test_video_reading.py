@@ -10,7 +10,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
+from hostile_media import growing_gif, lying_avi, tiled_tiff, wide_webp
 from PIL import Image
 
 from lumos import video_reading
@@ -311,3 +313,55 @@ def test_a_list_of_files_is_not_followed(tmp_path, name):
     for read in (read_video, lambda p: count_frames(p, 8)):
         with pytest.raises(UserError, match="cannot read the video"):
             read(path)
+
+
+# -- limits hold for what arrives --------------------------------------------------------------------------------------
+
+
+def address_space() -> int:
+    return psutil.Process().memory_info().vms
+
+
+@pytest.mark.parametrize("at", [0, 8])
+def test_a_frame_larger_than_stated_is_not_decoded(at: int, tmp_path):
+    path = lying_avi(tmp_path / "small.avi", 8000, 6000, at)
+    before = address_space()
+    with pytest.raises(UserError, match=r"small\.avi: it holds a frame of more than 40 megapixels"):
+        read_video(path, size=(16, 24))
+    assert address_space() - before < 2**27  # the frame would take more than 60 MB, and its colours 144
+
+
+def test_every_frame_is_checked_exactly(tmp_path):
+    path = lying_avi(tmp_path / "small.avi", 200, 100, 4)
+    with pytest.raises(UserError, match=r"200x100 pixels .* the limit is 0\.019999 megapixels"):
+        read_video(path, size=(16, 24), max_pixels=19_999)
+    assert read_video(path, size=(16, 24), max_pixels=20_000)[0].shape == (9, 16, 24, 3)
+
+
+@pytest.mark.parametrize(("make", "read", "name"), [
+    (growing_gif, read_video, "a.gif"), (wide_webp, read_image, "a.webp"), (wide_webp, read_video, "a.webp"),
+    (tiled_tiff, read_image, "a.tif"), (tiled_tiff, read_video, "a.gif"),
+])  # fmt: skip
+def test_pictures_are_checked_for_what_they_hold(make, read, name, tmp_path):
+    with pytest.raises(UserError, match=r"7000x7000 pixels \(49\.0 megapixels\); the limit is 40 megapixels"):
+        read(make(tmp_path / name, 7000))
+
+
+def test_animated_frames_are_bounded_together(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (32, 32), (n, 0, 0)) for n in range(20)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    monkeypatch.setattr(video_reading, "MAX_ANIMATION_PIXELS", 20 * 32 * 32)
+    assert count_frames(tmp_path / "a.gif", 10) == 20
+    monkeypatch.setattr(video_reading, "MAX_ANIMATION_PIXELS", 20 * 32 * 32 - 1)
+    for read in (read_video, lambda path: count_frames(path, 10)):
+        with pytest.raises(UserError, match="megapixels in all its frames"):
+            read(tmp_path / "a.gif")
+
+
+def test_no_memory_is_one_line(thirty: Path, monkeypatch):
+    def none_left(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(video_reading, "_frame_rgb", none_left)
+    with pytest.raises(UserError, match="takes more memory than there is"):
+        read_video(thirty)

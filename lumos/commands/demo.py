@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="model folder; default: the shipped one")
     add_loading(parser)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in. Default: this machine only")
+    add("--allowed-host", action="append", default=[], metavar="NAME",
+        help="another name that visitors call this server by, as that of a proxy; may be given several times. Known without it: "
+             "localhost, --host, and the address that a request comes to")  # fmt: skip
     add("--port", type=int, default=7860)
     add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads, the only one that is served from")
     add("--examples", type=Path, help="text file, one prompt a line; default: some for the shipped model, none for others")
@@ -45,19 +48,21 @@ def run(args: argparse.Namespace) -> None:
     examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
 
     from lumos.commands.generating import circumstances, load, metadata
+    from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
     from lumos.demo.studio import Studio
     from lumos.files import only_writer
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
+    hosts = Hosts(args.allowed_host, args.host)
     with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
         pipe, model = load(args)
         named = without_folders(args)
         studio = Studio(
             pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
         )
-        serve(studio, examples, listener)
+        serve(studio, examples, listener, hosts)
 
 
 def without_folders(args: argparse.Namespace) -> argparse.Namespace:

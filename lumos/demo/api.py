@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from lumos import pipeline_call
 from lumos.batch.clips import record_path
@@ -21,7 +22,7 @@ from lumos.demo.limits import Busy, TooLarge
 from lumos.demo.store import Store
 from lumos.demo.studio import Studio
 from lumos.demo.worker import Job
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 
 FIELDS: dict[str, Callable[[str], Any]] = {
     "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "num_inference_steps": int,
@@ -50,7 +51,7 @@ def add_api(app: FastAPI, studio: Studio) -> None:
             raise Busy("the request was cancelled")
         name = job.record["file"]
         headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{record_path(Path(name))}"}
-        return FileResponse(studio.store.results / name, headers=headers, filename=name)
+        return Delivery(studio.store, studio.store.results / name, headers=headers, filename=name)
 
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
@@ -60,8 +61,24 @@ def add_api(app: FastAPI, studio: Studio) -> None:
     async def result(name: str) -> Response:
         path = studio.store.find(name)
         if path is None:
-            raise HTTPException(404, f"there is no result {name!r}; old ones give way to new ones")
-        return FileResponse(path)
+            raise no_result(name)
+        return Delivery(studio.store, path)
+
+    @app.post("/gradio_api/upload")
+    async def upload(request: Request) -> Response:
+        """As gradio's own, which would answer with the path; each file has a folder of its own."""
+        if request.headers.get("content-type", "").partition(";")[0] != "multipart/form-data":
+            raise UserError("the request is no upload; send a multipart form with a file")
+        async with request.form(max_files=1, max_fields=1) as form:
+            file = form.get("files")
+            if not isinstance(file, UploadFile):
+                raise UserError("there is no file in the request; send one as 'files'")
+            path = await stored(file, "file", studio.store)
+        return JSONResponse([studio.store.keep(path)])
+
+    @app.get("/gradio_api/upload_progress")
+    async def upload_progress() -> Response:
+        return Response(status_code=204)  # the page then shows none
 
     @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"])
     async def unknown(rest: str) -> Response:
@@ -69,6 +86,23 @@ def add_api(app: FastAPI, studio: Studio) -> None:
 
     for kind in (UserError, RunError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, lambda request, error: failure(error))
+
+
+class Delivery(FileResponse):
+    """A result on its way to the one who asked for it; it is not removed meanwhile, nor while its record may be asked for."""
+
+    def __init__(self, store: Store, path: Path, **options: Any):
+        super().__init__(path, **options)
+        self.store, self.name = store, path.name.removesuffix(".json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.store.delivering(self.name):
+            there = Path(self.path).is_file()  # it may have given way to a new one in this moment
+            await (super().__call__(scope, receive, send) if there else failure(no_result(self.name))(scope, receive, send))
+
+
+def no_result(name: str) -> HTTPException:
+    return HTTPException(404, f"there is no result {shown(name)}; old ones give way to new ones")
 
 
 def failure(error: Exception) -> JSONResponse:
@@ -113,17 +147,29 @@ async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterato
             upload = form[name]
             if isinstance(upload, str):
                 raise UserError(f"{name} is text; send a file (curl -F {name}=@FILE)")
-            try:
-                values[name] = store.new_upload(upload.filename or name)
-                folders.append(values[name].parent)
-                with values[name].open("wb") as file:
-                    await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
-            except OSError as error:
-                raise RunError(f"the server cannot keep the {name} ({error.strerror}); try again later") from error
+            values[name] = await stored(upload, name, store)
+            folders.append(values[name].parent)
+            await upload.close()  # from here on the one copy on the disk is that of the store
         yield pipeline_call.Request(**values)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+async def stored(upload: UploadFile, what: str, store: Store) -> Path:
+    """The file as an upload of the store; RunError, without a path, if the disk does not take it."""
+    path = None
+    try:
+        path = store.new_upload(upload.filename or what)
+        with path.open("wb") as file:
+            await asyncio.to_thread(shutil.copyfileobj, upload.file, file)
+    except BaseException as error:
+        if path is not None:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise RunError(f"the server cannot keep the {what} ({error.strerror}); try again later") from error
+    return path
 
 
 def field_value(name: str, value: str | UploadFile) -> Any:

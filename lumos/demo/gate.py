@@ -1,4 +1,4 @@
-"""What stands before the site: only known paths get in, other sites' pages do not, bodies are bounded, and uploads find room."""
+"""What stands before the site: known names and paths get in, other sites' pages do not, bodies are bounded and find room."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import asyncio
 import re
 from collections.abc import Mapping
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.demo.api import failure
-from lumos.demo.limits import Limits, TooLarge
-from lumos.demo.store import Store
+from lumos.demo.hosts import Hosts
+from lumos.demo.limits import FORM_BYTES, Busy, Limits, TooLarge
+from lumos.demo.store import Reservation, Store
 
 OPEN = re.compile(
     r"/(api/.*|assets/.*|static/.*|svelte/.*|config|theme\.css|favicon\.ico|manifest\.json)?"
-    r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/.*|startup-events|cancel|reset)/?"
+    r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/[^/]*|startup-events|cancel|reset)/?"
 )
 """What page and API use. gradio has more, and among it a way to fetch files by their path: not here."""
 UPLOADS = re.compile(r"/gradio_api/upload/?|/api/generate")
-FORM_BYTES = 2**20  # of a body besides the file in it
+RESERVED_AT_ONCE = 2**20  # of a body that does not state its length
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",  # for browsers that do not know the line above
+}
 
 
 def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
@@ -34,54 +41,78 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
 
 
 class Gate:
-    """404 for other paths; 403 for what a page of another origin makes a browser send; 413 for bodies over the limit, by their
-    stated length or once they exceed it on the way.
+    """400 for names that are not this server's; 404 for other paths; 403 for what a page of another origin makes a browser send;
+    413 for bodies over the limit and 429 for those that find no room, by their stated length or once they exceed it on the way.
     """
 
-    def __init__(self, app: ASGIApp, store: Store, limits: Limits):
-        self.app, self.store, self.limits = app, store, limits
+    def __init__(self, app: ASGIApp, store: Store, limits: Limits, hosts: Hosts | None = None):
+        self.app, self.store, self.limits, self.hosts = app, store, limits, hosts or Hosts()
         self.message = f"the request is too large; at most {limits.max_upload_mb:g} MB are allowed: make it smaller"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] != "http" or not OPEN.fullmatch(scope["path"]):
-            await failure(HTTPException(404, "there is nothing here"))(scope, receive, send)
-        elif scope["method"] != "GET" and is_foreign(dict(scope["headers"])):
-            await failure(HTTPException(403, "a page of another site sent this; open the demo itself"))(scope, receive, send)
-        elif UPLOADS.fullmatch(scope["path"]):
-            await asyncio.to_thread(self.store.make_room)
-            await self._bounded(scope, receive, send, self.limits.upload_bytes + FORM_BYTES)
-        else:
-            await self._bounded(scope, receive, send, FORM_BYTES)
-
-    async def _bounded(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        refusal = failure(TooLarge(self.message))
-        stated = dict(scope["headers"]).get(b"content-length", b"")
-        if stated.isdigit() and int(stated) > limit:
-            await refusal(scope, receive, send)
             return
-        received, refused, started = 0, False, False
+        if scope["type"] != "http":  # nothing here speaks WebSocket
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SAFE_HEADERS)
+            await send(message)
+
+        if (refusal := self._refusal(scope)) is not None:
+            await failure(refusal)(scope, receive, guarded)
+        elif UPLOADS.fullmatch(scope["path"]):
+            with self.store.reservation() as reservation:
+                await self._bounded(scope, receive, guarded, self.limits.upload_bytes + FORM_BYTES, reservation)
+        else:
+            await self._bounded(scope, receive, guarded, FORM_BYTES)
+
+    def _refusal(self, scope: Scope) -> HTTPException | None:
+        if not self.hosts.takes(scope):
+            return HTTPException(400, "this server is not known by the name in the Host header; --allowed-host adds names")
+        if not OPEN.fullmatch(scope["path"]):
+            return HTTPException(404, "there is nothing here")
+        if scope["method"] != "GET" and is_foreign(dict(scope["headers"])):
+            return HTTPException(403, "a page of another site sent this; open the demo itself")
+        return None
+
+    async def _bounded(
+        self, scope: Scope, receive: Receive, send: Send, limit: int, reservation: Reservation | None = None
+    ) -> None:
+        received, refusal, started = 0, None, False
+
+        async def hold(size: int) -> None:
+            if size > limit:
+                raise TooLarge(self.message)
+            if reservation is not None and size > reservation.size:
+                await asyncio.to_thread(reservation.grow, size)
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, refusal
             message = await receive()
             received += len(message.get("body", b""))
-            if received > limit:
-                raise TooLarge(self.message)
+            try:
+                if received > limit or (reservation is not None and received > reservation.size):
+                    await hold(received if received > limit else min(received + RESERVED_AT_ONCE, limit))
+            except (TooLarge, Busy) as error:
+                refusal = error
+                raise
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal refused, started
-            if received <= limit or started:
+            nonlocal started
+            if refusal is None or started:  # else it is what the app made of the refusal
                 started = True
                 await send(message)
-            elif not refused:  # whatever the app made of it
-                refused = True
-                await refusal(scope, receive, send)
 
+        stated = dict(scope["headers"]).get(b"content-length", b"")
         try:
+            await hold(int(stated) if stated.isdigit() and len(stated) < 20 else 0)
             await self.app(scope, counted, answer)
-        except TooLarge:
-            if not (started or refused):
-                await refusal(scope, receive, send)
+        except (TooLarge, Busy) as error:
+            refusal = error
+        if refusal is not None and not started:
+            await failure(refusal)(scope, receive, send)

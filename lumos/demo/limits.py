@@ -7,10 +7,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lumos.demo.reading import Allowed
 from lumos.errors import RunError, UserError
 from lumos.generation.settings import ClipDefaults, GenerationSettings, is_number
 from lumos.pipeline_call import Request
 from lumos.pipeline_inputs import check_prompt
+
+FORM_BYTES = 2**20  # of a request's body besides the file in it
 
 
 class TooLarge(UserError):
@@ -35,10 +38,12 @@ class Limits:
     max_steps: int = bound(100, "most decoding steps of each latent frame")
     max_upload_mb: float = bound(20, "most megabytes of an uploaded file")
     max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
+    max_upload_megapixels: float = bound(25, "most megapixels of an uploaded picture, and of a frame of an uploaded clip")
     max_reading_seconds: float = bound(20, "most seconds that reading an upload may take")
+    max_reading_mb: int = bound(2048, "most megabytes of memory that reading an upload may take")
     queue_length: int = bound(8, "most requests that wait; one more is refused")
-    keep_uploads_mb: float = bound(1000, "most megabytes of uploads that stay on the disk; the oldest give way")
-    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way")
+    keep_uploads_mb: float = bound(1000, "most megabytes of uploads, those on their way included; old ones give way")
+    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way, once it was delivered")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -62,6 +67,12 @@ class Limits:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {getattr(limits, name)} is less than the model's own {own}; give at least that")
         return limits
+
+    @property
+    def of_reading(self) -> Allowed:
+        return Allowed(
+            self.max_reading_seconds, int(self.max_upload_megapixels * 1e6), self.max_reading_mb, self.max_upload_seconds
+        )
 
     @property
     def upload_bytes(self) -> int:

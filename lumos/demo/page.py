@@ -21,7 +21,6 @@ from lumos.pipeline_call import Request
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CHOICES = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "history_mask_ratio")
 SHOWN_RESULTS = 24  # of a session
-FILES_STAY_SECONDS = 6 * 3600  # uploads of the page
 CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
 HELLO = "Say what the clip shows, then press Generate."
@@ -30,7 +29,7 @@ HELLO = "Say what the clip shows, then press Generate."
 def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
     """The page of a studio; `examples` are prompts."""
     longest = studio.limits.max_prompt_length
-    with gr.Blocks(title="Lumos", analytics_enabled=False, delete_cache=(3600, FILES_STAY_SECONDS)) as page:
+    with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
         gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
         results = gr.State([])
         with gr.Row():
@@ -44,6 +43,7 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
                     if examples:
                         gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
+                    given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind each time
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
                         asked = {"prompt": prompt, "given": given, **sampling_controls(studio)}
             with gr.Column(scale=6, min_width=300, elem_id="right"):
@@ -61,12 +61,14 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
                 return
+            given_file = Path(values[given]) if values[given] else None
             # in every update, for a busy browser may show only the last of several
             working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
-            yield working
             try:
-                async for update in shown_progress(studio, job):
-                    yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
+                with studio.store.needing(given_file):
+                    yield working
+                    async for update in shown_progress(studio, job):
+                        yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
             finally:
                 studio.worker.cancel(job)  # for a visitor who has gone
             ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}
@@ -83,7 +85,6 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             show_progress="hidden", concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         cancel.click(give_up, None, None, queue=False, api_visibility="private")
-        page.unload(give_up)
     allow_uploads_only(page, studio.store)
     return page
 
@@ -93,7 +94,7 @@ def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
 
     async def same_path(path: str | Path | None) -> str | None:
         if path is not None and not store.holds_upload(path):
-            raise gr.Error(NO_UPLOAD)
+            raise gr.Error(NO_UPLOAD, print_exception=False)
         return None if path is None else str(path)
 
     for block in page.blocks.values():

@@ -1,19 +1,23 @@
-"""Uploads are decoded in a process of their own: one that takes too long, or breaks, ends without the server."""
+"""Uploads are decoded in a process of their own: one that takes too long or too much memory, or breaks, ends without the server."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+from PIL import Image
 
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.video_reading import count_frames, read_image, read_video
 
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -26,51 +30,103 @@ def prepare_reading() -> None:
         forkserver.ensure_running()
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What decoding one upload may take: seconds, pixels of a picture or a frame, MiB of memory, and how long a clip may last."""
+
+    seconds: float = 20
+    pixels: int = 25_000_000
+    memory_mb: int = 2048
+    clip_seconds: float = 60
+
+
 def read_upload(
-    path: Path, seconds: float, check_stop: Callable[[], None], clip: tuple[int, int, int, int] | None = None, longest: float = 0
+    path: Path, check_stop: Callable[[], None], allowed: Allowed, clip: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
     """A picture as uint8 [H, W, 3]; with `clip` (fps, frames at most, height, width) a clip's last frames [T, H, W, 3].
 
-    seconds: how long reading may take; check_stop is called meanwhile and may raise; longest: seconds that a clip may last.
-    UserError, which names the file without its folder, for what cannot be read.
+    check_stop is called while the file is read and may raise. UserError, which names the file without its folder, for what
+    cannot be read within what is allowed.
     """
+    receiver, sender = multiprocessing.get_context(START).Pipe(duplex=False)
+    with receiver, sender:
+        try:
+            process = start_reader(sender, path, allowed, clip)
+        except (OSError, EOFError):  # the process that readers are forked from has died: the next one is forked from a new one
+            try:
+                process = start_reader(sender, path, allowed, clip)
+            except (OSError, EOFError) as error:
+                raise RunError(f"the server cannot read {path.name} now; try again later") from error
+        sender.close()
+        return _answer(process, receiver, path, check_stop, allowed)
+
+
+def start_reader(
+    sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None
+) -> multiprocessing.process.BaseProcess:
     prepare_reading()
-    context = multiprocessing.get_context(START)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_read, args=(sender, path, clip, longest), daemon=True)
+    process = multiprocessing.get_context(START).Process(target=_read, args=(sender, path, allowed, clip), daemon=True)
     process.start()
-    sender.close()
-    deadline = time.monotonic() + seconds
+    return process
+
+
+def _answer(
+    process: multiprocessing.process.BaseProcess, receiver: Connection, path: Path, check_stop: Callable[[], None], allowed: Allowed
+) -> np.ndarray:
+    """What the reader sends; it is gone afterwards, whatever happens."""
+    deadline = time.monotonic() + allowed.seconds
     try:
         while not receiver.poll(0.05):
             check_stop()
             if time.monotonic() > deadline:
-                raise UserError(f"reading {path.name} took longer than {seconds:g} s; give a shorter or smaller file")
+                raise UserError(f"reading {path.name} took longer than {allowed.seconds:g} s; give a shorter or smaller file")
         answer = receiver.recv()
     except EOFError:
         raise UserError(f"reading {path.name} broke off; it may be damaged: convert it to PNG or mp4 (H.264)") from None
     finally:
         process.kill()
         process.join()
-        receiver.close()
     if isinstance(answer, str):
         raise UserError(answer)
     return answer
 
 
-def _read(sender: Connection, path: Path, clip: tuple[int, int, int, int] | None, longest: float) -> None:
+def _read(sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None) -> None:
     """Sends the frames, or what is wrong as a string."""
     os.chdir(path.parent)  # messages then say the name that the visitor knows
+    limit_memory(allowed.memory_mb * 2**20)
+    Image.MAX_IMAGE_PIXELS = allowed.pixels // 2  # Pillow refuses twice as many, before it allocates memory for them
     answer: Any
     try:
-        answer = read_image(path.name) if clip is None else _last_frames(path.name, *clip, longest)
+        if clip is None:
+            answer = read_image(path.name, max_pixels=allowed.pixels)
+        else:
+            answer = _last_frames(path.name, allowed, *clip)
+        sender.send(answer)
     except UserError as error:
-        answer = str(error)
-    sender.send(answer)
+        sender.send(str(error))
+    except MemoryError:
+        sender.send(f"reading {path.name} takes more memory than is allowed; make it smaller or shorter")
 
 
-def _last_frames(name: str, fps: int, most: int, height: int, width: int, longest: float) -> np.ndarray:
-    there = count_frames(name, fps)
-    if there / fps > longest + 1 / fps:
-        raise UserError(f"{name} lasts {there / fps:.1f} s; at most {longest:g} s are allowed: cut it")
-    return read_video(name, fps=fps, num_frames=max(1, min(there, most)), from_end=True, size=(height, width))[0]
+def limit_memory(more: int) -> None:
+    """Let this process take so many bytes more than it has now, where the platform can limit its address space."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = psutil.Process().memory_info().vms + more
+    if hard == resource.RLIM_INFINITY or most < hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS knows the limit but does not take it
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _last_frames(name: str, allowed: Allowed, fps: int, most: int, height: int, width: int) -> np.ndarray:
+    there = count_frames(name, fps, max_pixels=allowed.pixels)
+    if there / fps > allowed.clip_seconds + 1 / fps:
+        raise UserError(f"{name} lasts {there / fps:.1f} s; at most {allowed.clip_seconds:g} s are allowed: cut it")
+    return read_video(
+        name, fps=fps, num_frames=max(1, min(there, most)), from_end=True, size=(height, width), max_pixels=allowed.pixels,
+        threads=2,  # each holds frames, and has a stack and a heap of its own that count against the memory
+    )[0]  # fmt: skip

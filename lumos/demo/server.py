@@ -12,27 +12,31 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from lumos.demo.api import add_api
+from lumos.demo.connections import MOST, Connection
 from lumos.demo.gate import Gate
+from lumos.demo.hosts import Hosts
 from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
+from lumos.demo.sessions import Sessions
 from lumos.demo.studio import Studio
 from lumos.errors import UserError
 
 CLOSING_SECONDS = 3  # that open connections get
 
 
-def build_app(studio: Studio, examples: Sequence[str]) -> ASGIApp:
+def build_app(studio: Studio, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
     """The whole site. gradio keeps its uploads in the studio's folder; what it would serve besides the page is not let out."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.store.uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_api(app, studio)
+    page = build_page(studio, examples)
     fonts = ["system-ui", "sans-serif"]
     gr.mount_gradio_app(
-        app, build_page(studio, examples), path="/", theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        app, page, path="/", theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css_paths=[CSS], max_file_size=studio.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
         show_error=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip
-    return Gate(app, studio.store, studio.limits)
+    return Gate(Sessions(app, page, studio), studio.store, studio.limits, hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -60,10 +64,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> None:
-    """Serve until Ctrl-C; what is running then is cancelled."""
+def serve(studio: Studio, examples: Sequence[str], listener: socket.socket, hosts: Hosts) -> None:
+    """Serve until Ctrl-C; what is running then is cancelled, and uploads are removed."""
     prepare_reading()
-    config = uvicorn.Config(build_app(studio, examples), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+    config = uvicorn.Config(
+        build_app(studio, examples, hosts), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
+        http=Connection, ws="none", limit_concurrency=MOST,
+    )  # fmt: skip
     listener.listen()  # whoever is told the address can connect from now on
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {studio.store.results}", flush=True)
@@ -73,3 +80,4 @@ def serve(studio: Studio, examples: Sequence[str], listener: socket.socket) -> N
         pass
     finally:
         studio.worker.close()
+        studio.store.clear()

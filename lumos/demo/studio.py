@@ -78,15 +78,12 @@ class Studio:
 
     def _read_uploads(self, job: Job) -> Request:
         """The request with its files read; a clip's rest is cut to what the pipeline may use of it."""
-        request, limits, own = job.request, self.limits, self.pipe.clip
+        request, allowed, own = job.request, self.limits.of_reading, self.pipe.clip
         if request.image is not None:
-            return replace(request, image=read_upload(Path(request.image), limits.max_reading_seconds, job.check_stop))
+            return replace(request, image=read_upload(Path(request.image), job.check_stop, allowed))
         if request.video is not None:
             shape = own.fps, request.num_frames or own.num_frames, request.height or own.height, request.width or own.width
-            video = read_upload(
-                Path(request.video), limits.max_reading_seconds, job.check_stop, shape, limits.max_upload_seconds
-            )
-            return replace(request, video=video)
+            return replace(request, video=read_upload(Path(request.video), job.check_stop, allowed, shape))
         return request
 
     def _write(self, job: Job, settled: Settled, seconds: float) -> dict[str, Any]:
@@ -106,4 +103,5 @@ class Studio:
             path.unlink(missing_ok=True)
             reason = getattr(error.__cause__, "strerror", None) or "writing failed"
             raise RunError(f"the server cannot keep the clip ({reason}); try again later") from error
+        self.store.stay(path.name)
         return record

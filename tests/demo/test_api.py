@@ -275,7 +275,8 @@ def test_hanging_up_ends_the_work(site, studio):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"content-type", b"application/x-www-form-urlencoded"), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", b"application/x-www-form-urlencoded"), (b"content-length", b"%d" % len(body)),
+               (b"host", b"localhost")]  # fmt: skip
     scope = {"type": "http", "method": "POST", "path": "/api/generate", "raw_path": b"/api/generate", "query_string": b"",
              "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}  # fmt: skip
     asyncio.run(asyncio.wait_for(site(scope, receive, send), 60))

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from lumos.demo.limits import Limits
-from lumos.demo.store import Store
+from lumos.demo.limits import Busy, Limits
+from lumos.demo.store import FRESH_SECONDS, UNDELIVERED_SECONDS, UNUSED_SECONDS, Store
 
 
 @pytest.fixture
@@ -88,10 +88,87 @@ def test_only_uploads_are_uploads(store, tmp_path):
         assert not store.holds_upload(other)
 
 
-def test_old_uploads_give_way(store):
-    for age in range(4):
-        path = store.new_upload(f"{age}.bin")
-        path.write_bytes(bytes(2**20))
-        os.utime(path, (1e9 - age, 1e9 - age))
-    store.make_room()
-    assert sorted(path.name for path in store.uploads.rglob("*.bin")) == ["0.bin", "1.bin"]  # and 1 MB is free
+MB = 2**20
+
+
+def upload(store: Store, size: int = MB):
+    path = store.new_upload("a.png")
+    path.write_bytes(bytes(size))
+    return path, store.keep(path)
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Let seconds pass."""
+    clock = [1e6]
+    monkeypatch.setattr("lumos.demo.store.time.monotonic", lambda: clock[0])
+    return lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+
+
+def test_old_uploads_give_way_to_new_ones(store, later):
+    names = []
+    for _ in range(4):  # 3 MB and the rest of a form find room
+        names.append(upload(store)[1])
+        later(FRESH_SECONDS)
+    with store.reservation() as room:
+        room.grow(MB)
+    assert [store.upload(name) is not None for name in names] == [False, True, True, True]
+    later(UNUSED_SECONDS)
+    with store.reservation() as room:
+        room.grow(1)
+    assert [store.upload(name) for name in names] == [None] * 4
+    assert list(store.uploads.iterdir()) == []
+
+
+def test_uploads_that_are_needed_or_fresh_stay(store, later):
+    needed, called = upload(store)
+    with store.needing(needed):
+        later(UNUSED_SECONDS + 1)
+        fresh = [upload(store)[0] for _ in range(3)]
+        with store.reservation() as room, pytest.raises(Busy, match="no room for more uploads now"):
+            room.grow(1)
+        assert needed.exists()
+        assert all(path.exists() for path in fresh)
+        store.leave(needed)
+        assert needed.exists()
+    assert not needed.exists()
+    assert store.upload(called) is None
+
+
+def test_bytes_on_their_way_count_before_they_arrive(store):
+    with store.reservation() as one:
+        one.grow(3 * MB)
+        with store.reservation() as two:
+            two.grow(MB)
+            with pytest.raises(Busy):
+                two.grow(MB + 1)
+            assert two.size == MB
+    with store.reservation() as three:
+        three.grow(4 * MB)
+
+
+def test_a_result_stays_until_it_was_delivered(store, later):
+    names = [put(store, f"clip-{n}.mp4", age=10 - n) for n in range(2)]
+    store.stay(names[0])
+    put(store, "clip-2.mp4", age=1)
+    assert [store.find(name) is not None for name in names] == [True, False]
+    later(UNDELIVERED_SECONDS)
+    with store.delivering(names[0]):
+        put(store, "clip-3.mp4", age=0)
+        assert store.find(names[0])
+    put(store, "clip-4.mp4", age=0)
+    assert store.find(names[0]) is None
+
+
+def test_uploads_of_an_earlier_server_are_removed(store, tmp_path):
+    path, called = upload(store)
+    assert store.upload(called) == path
+    again = Store(tmp_path / "root", Limits())
+    assert not path.exists()
+    assert again.upload(called) is None
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../results/x", "", ".", "upload-0/a.png", "a\x00b"])
+def test_other_names_are_no_uploads(store, name):
+    upload(store)
+    assert store.upload(name) is None

@@ -1,0 +1,61 @@
+"""Connections that do not wait for ever: for a request that does not arrive, or for an answer that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+REQUEST_SECONDS = 20  # that a request gets, and one more for each RATE bytes of it that have arrived
+RATE = 16 * 1024
+ANSWER_SECONDS = 60  # without a byte taken by the client, while there is more to send
+MOST = 500  # connections at once; more get status 503
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1, which by itself times out between two requests only."""
+
+    look_seconds = 1.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.paused_at: float | None = None
+        self._begin()
+        self._look()
+
+    def _begin(self) -> None:
+        self.begun, self.arrived = self.loop.time(), 0
+
+    def data_received(self, data: bytes) -> None:
+        self.arrived += len(data)
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        self._begin()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self.paused_at = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.paused_at = None
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.looking.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """Once a second: hang up if the client is late."""
+        now = self.loop.time()
+        waits_for_client = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.flow.read_paused
+        if not waits_for_client:
+            self._begin()
+        late = now > self.begun + REQUEST_SECONDS + self.arrived / RATE
+        stuck = self.paused_at is not None and now > self.paused_at + ANSWER_SECONDS
+        self.looking: Any = self.loop.call_later(self.look_seconds, self._look)
+        if late or stuck:
+            self.transport.abort()
