@@ -35,8 +35,9 @@ def test_one_of_two_processes_killed_at_file_calls(two_processes: Ranks, materia
     whole = faults.training_settings(material, tmp_path / "whole")
     two_processes.finish(whole, "zero2")
     settings = faults.training_settings(material, tmp_path / "killed")
-    for victim, call in ((1, 1), (0, 10), (0, 14), (1, 2)):
-        ended = two_processes.train(settings, "zero2", 2, {victim: [["kill_at_file_call", call]]})
+    for victim, step, call in ((1, 2, 1), (0, 2, 3), (0, 2, 8), (1, 4, 1)):
+        faults_of = {victim: [["kill_at_file_call_after_step", step, call]]}
+        ended = two_processes.train(settings, "zero2", 2, faults_of, seconds=300)
         assert ended[victim].code == -9, ended[victim].err
         assert ended[1 - victim].code == 1, ended[1 - victim].err
     two_processes.finish(settings, "zero2")

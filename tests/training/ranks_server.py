@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lumos.benchmarks.faults import kill_at_file_call  # noqa: F401
+from lumos.benchmarks.faults import kill_at_file_call
 from lumos.cli import main
 from lumos.training import checkpoint
 from lumos.training.ardf import ArdfTask
@@ -49,6 +49,18 @@ def kill_soon_after_step(step: int, seconds: float) -> None:
             threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
     Run._report = killed
+
+
+def kill_at_file_call_after_step(step: int, number: int) -> None:
+    """Before the process makes its so-many-th call, from then on, that changes or stores files."""
+    report = Run._report
+
+    def armed(run: Run) -> None:
+        report(run)
+        if run.step == step:
+            kill_at_file_call(number)
+
+    Run._report = armed
 
 
 def signal_after_step(step: int) -> None:
