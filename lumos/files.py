@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -350,3 +351,21 @@ def _make_parents(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+HASHED = (".json", ".safetensors", ".model", ".jit")
+"""What models and tokenizers are read from; a README or a picture beside them is no part of them."""
+
+
+def file_sha256(path: Path) -> str:
+    """As sha256sum prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
+    """SHA-256 of the lines `<path in the folder> <its SHA-256>`, sorted; default: the files that models are read from."""
+    if files is None:
+        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
+    lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -55,7 +55,8 @@ def no_sprite_pictures(tmp_path, monkeypatch) -> None:
 def micro_folder(tmp_path_factory) -> Path:
     """A whole model folder of random weights: 64 codes, 8 x 8 pixels a code, clips of 5 frames of 16 x 24 pixels."""
     from lumos import LumosPipeline
-    from lumos.generation.settings import ClipDefaults, GenerationSettings
+    from lumos.models.lumos1.settings import GenerationSettings
+    from lumos.pipeline.defaults import ClipDefaults
     from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 
     torch.manual_seed(0)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from lumos import LumosConfig, LumosForVideoGeneration
-from lumos.adapters import Lora, add_adapters
 from lumos.benchmarks.measure import lowered_peak
+from lumos.lora import Lora, add_adapters
+from lumos.models.lumos1.sequence import build_sequence, code_mask, num_latent_frames, parse_layout
 from lumos.runtime import peak_memory_bytes
-from lumos.sequence import build_sequence, code_mask, num_latent_frames, parse_layout
+from lumos.settings import to_plain
 from lumos.training.ema import Ema
-from lumos.training.engine import make_engine
+from lumos.training.launch import make_engine
 from lumos.training.settings import DataSettings, build_settings
-from lumos.training.yaml_settings import to_plain
 
 CPU = torch.device("cpu")
 TEXT_TOKENS = 16

@@ -20,8 +20,8 @@ from PIL import Image
 
 from lumos import LumosPipeline
 from lumos.cli import main, warnings_as_notes
-from lumos.evaluation.manifest import folder_sha256
-from lumos.video_io import read_image, read_video, write_video
+from lumos.files import folder_sha256
+from lumos.video.io import read_image, read_video, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ def test_out_of_memory_is_one_line_with_settings_that_need_less(generate, monkey
     def full(*_):
         raise error
 
-    monkeypatch.setattr("lumos.pipeline.generate_frames", lambda *a, **k: full())
+    monkeypatch.setattr("lumos.models.lumos1.pipeline.generate_frames", lambda *a, **k: full())
     code, _, err = generate("--prompt", "x", "--num-frames", 33, "--output", "x.mp4")
     assert (code, len(err)) == (1, 1)
     assert f"out of memory ({str(error) or 'MemoryError'}); weights" in err[0]
@@ -315,7 +315,7 @@ def test_out_of_memory_while_loading_is_one_line(generate, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("lumos.pipeline.LumosForVideoGeneration.from_pretrained", full)
+    monkeypatch.setattr("lumos.models.lumos1.pipeline.LumosForVideoGeneration.from_pretrained", full)
     code, _, err = generate("--prompt", "x", "--output", "x.mp4")
     assert (code, len(err)) == (1, 1)
     assert "--device-map auto leaves layers in host memory" in err[0]
@@ -398,7 +398,7 @@ def test_evaluate_offers_every_measurement(repo, capsys):
 
 
 def test_unknown_config_keys(repo, capsys):
-    assert main(["train", "--config", str(repo / "configs/training/tiny.yaml"), "training.max_stepz=3"]) == 2
+    assert main(["train", "--config", str(repo / "configs/lumos1/tiny.yaml"), "training.max_stepz=3"]) == 2
     assert "max_stepz" in capsys.readouterr().err
     assert main(["train-tokenizer", "--config", str(repo / "configs/tokenizer/tiny.yaml"), "stepz=3"]) == 2
     assert "stepz" in capsys.readouterr().err

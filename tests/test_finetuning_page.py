@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lumos.cli import main
-from lumos.video_io import read_video
+from lumos.video.io import read_video
 
 FEWER = {
     "train": ["training.max_steps=2", "training.batch_size=2", "data.stages=[{image_share: 0.5, image_batch_size: 2}]"],

@@ -9,8 +9,8 @@ import shlex
 
 import pytest
 
-from lumos.benchmarks import generate as bench
 from lumos.cli import main
+from lumos.models.lumos1.benchmarks import generate as bench
 
 
 @pytest.fixture

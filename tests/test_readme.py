@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lumos.cli import main
-from lumos.video_io import write_video
+from lumos.video.io import write_video
 
 
 def commands(repo):
@@ -76,7 +76,7 @@ def test_the_train_command(readme, clone):
 
 def test_the_deepspeed_command_is_the_one_that_the_training_tests_run(readme):
     """tests/training/test_deepspeed.py types it with a config of its own."""
-    assert "deepspeed --num_gpus 2 train.py --config configs/training/tiny.yaml" in readme
+    assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in readme
 
 
 @pytest.mark.slow

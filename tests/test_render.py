@@ -9,7 +9,7 @@ import pytest
 
 from lumos.cli import main
 from lumos.evaluation.prompts import prompt_set
-from lumos.video_io import read_video
+from lumos.video.io import read_video
 
 
 def test_clips_come_with_their_captions(tmp_path: Path, capsys):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lumos import LumosPipeline
 from lumos.errors import UserError, shown
-from lumos.pipeline_call import Request
-from lumos.pipeline_inputs import MAX_SEED
+from lumos.pipeline.inputs import MAX_SEED
+from lumos.pipeline.request import Request
 
 KIND = "lumos"
 PREVIEW_PIXELS = 512

@@ -108,13 +108,13 @@ def say(text: str) -> None:
 def import_all() -> None:
     """What the forked processes need, imported once. Nothing is computed here: threads do not survive a fork."""
     import lumos.commands.generate_list
-    import lumos.data.digits
-    import lumos.data.ingest
-    import lumos.data.shards
+    import lumos.data.ingest.ingest
+    import lumos.data.shards.format
+    import lumos.data.synthetic.digits
     import lumos.training.loop
     import lumos.training.samples
 
-    lumos.data.shards.parquet()
+    lumos.data.shards.format.parquet()
 
 
 def forked(work: Callable[[], object], out: Path, seconds: float, at_call: int | None = None) -> int:
@@ -202,8 +202,8 @@ def make_material(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from lumos.data.worlds import captions
-    from lumos.video_io import write_video
+    from lumos.data.synthetic.render import captions
+    from lumos.video.io import write_video
     from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 
     torch.manual_seed(0)
@@ -266,8 +266,8 @@ def _log_of(out: Path) -> dict[tuple[int, str], list[Any]]:
 
 
 def ingest_clips(folder: Path, out: Path) -> None:
-    from lumos.data.encode import ClipSettings
-    from lumos.data.ingest import ingest
+    from lumos.data.ingest.encode import ClipSettings
+    from lumos.data.ingest.ingest import ingest
 
     settings = ClipSettings(fps=8, size=f"{SIDE}x{SIDE}", num_frames=FRAMES)
     ingest([folder / "clips"], out, folder / "video_tokenizer", settings, shard_clips=3, workers=2)

@@ -2,7 +2,7 @@
 
 Time     Forms are run in turn (a, b, a, b, ...), so that a disturbance of the machine hits all; the median counts,
          the fastest for a whole training step, which is long and meets more disturbance than a few runs level out.
-Memory   Each figure comes from a fresh process (`lumos.benchmarks.apart`), so that nothing freed earlier is used again.
+Memory   Each figure comes from a fresh process (`lumos.benchmarks.isolated`), so that nothing freed earlier is used again.
          There the code runs once on a tiny input (libraries and thread pools are loaded), the real inputs are made, the
          high-water mark is set back, and the step runs once: the figure is the mark after the step minus the mark before.
          CPU: the mark is VmHWM, the resident set's peak, set back through /proc/self/clear_refs; ru_maxrss will not do on
@@ -31,7 +31,6 @@ from lumos.runtime import peak_memory_bytes
 
 MB = 2**20
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 Step = Callable[[], tuple[Tensor, ...]]
 
 
@@ -76,20 +75,6 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def matrix_peak_gflops(
-    device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None, products: int = 1
-) -> float:
-    """GFLOP/s of the best of several products, at least `products`, of two square matrices: what this machine can do at all."""
-    n = size or MATRIX_SIZE[torch.device(device).type]
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.rand(n, n, generator=generator).to(device, dtype) for _ in range(2))
-    best, done, until = float("inf"), 0, time.perf_counter() + seconds
-    a @ b
-    while time.perf_counter() < until or done < products:
-        best, done = min(best, timed(lambda: a @ b, device)[0]), done + 1
-    return 2 * n**3 / best / 1e9
 
 
 def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:

@@ -68,7 +68,8 @@ def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
     import torch
     from tqdm import tqdm
 
-    from lumos.benchmarks.measure import Bench, hardware, matrix_peak_gflops, render_table, rounded
+    from lumos.benchmarks.measure import Bench, hardware, render_table, rounded
+    from lumos.device_peak import matrix_peak_gflops
     from lumos.runtime import versions
 
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")

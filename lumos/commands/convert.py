@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from lumos.released import convert
+    from lumos.models.lumos1.released import convert
 
     made = convert(args.lumos, args.cosmos, args.out, text_tokenizer=args.text_tokenizer, defaults=args.defaults,
                    dtype=args.dtype and getattr(torch, args.dtype))  # fmt: skip

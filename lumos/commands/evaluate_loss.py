@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.generating import load
-from lumos.commands.sampling import add_device
+from lumos.commands.loading import load
+from lumos.commands.options import add_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lumos.data.worlds import KINDS, SPLITS
-    from lumos.masking import MASK_KINDS
+    from lumos.data.synthetic.scene import KINDS, SPLITS
+    from lumos.models.lumos1.masking import MASK_KINDS
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
@@ -35,12 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.data.worlds import Worlds
+    from lumos.data.synthetic.render import Worlds
     from lumos.errors import UserError
-    from lumos.evaluation.manifest import folder_sha256
-    from lumos.evaluation.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
-    from lumos.files import check_writable, write_json
-    from lumos.pipeline_inputs import check_num_frames, override
+    from lumos.files import check_writable, folder_sha256, write_json
+    from lumos.models.lumos1.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
+    from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
 
     check_counts(args, count=(1, MAX_CLIPS), bins=(1, 100), batch_size=(1, MAX_BATCH), seed=(0, MAX_SEED))

@@ -8,8 +8,8 @@ import sys
 import time
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.generating import load, model_sha256
-from lumos.commands.sampling import SAMPLING, add_acceleration, add_device, add_sampling
+from lumos.commands.loading import load, model_sha256
+from lumos.commands.options import SAMPLING, add_acceleration, add_device, add_sampling
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from others or say them again."""
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
-    from lumos.frames import animated_sheet, check_animated, contact_sheet
-    from lumos.pipeline_inputs import check_num_frames, override
+    from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
+    from lumos.video.frames import animated_sheet, check_animated, contact_sheet
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
     options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}

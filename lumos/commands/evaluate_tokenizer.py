@@ -35,17 +35,17 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos import LumosConfig
-    from lumos.commands.generate import shipped_model
+    from lumos.commands.loading import shipped_model
     from lumos.errors import UserError, printable
     from lumos.evaluation import lpips
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
     from lumos.files import check_outputs, write_json
-    from lumos.generation.settings import MAX_FRAMES, MAX_SIDE, read_defaults
-    from lumos.resizing import scaled
+    from lumos.models.lumos1.resizing import scaled
+    from lumos.models.lumos1.settings import MAX_FRAMES, MAX_SIDE, read_defaults
     from lumos.runtime import peak_memory_bytes, pick_device, versions
-    from lumos.video_io import contact_sheet
+    from lumos.video.io import contact_sheet
     from tokenizer import VideoTokenizer
 
     if args.sheet_clips is not None and not args.sheet:

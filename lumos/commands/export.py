@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.adapters import is_adapter
     from lumos.errors import UserError
     from lumos.files import check_new
+    from lumos.lora import is_adapter
     from lumos.training.export import Mix, Tokenizers, export_adapter, export_checkpoint, export_merged, find_checkpoint
 
     out = Path(args.out)

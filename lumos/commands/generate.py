@@ -10,14 +10,22 @@ from collections.abc import Container, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lumos.commands.generating import circumstances, ended_by_sigterm, given_options, load, metadata, out_of_memory_as, planned
-from lumos.commands.sampling import add_loading, add_sampling
+from lumos.commands.loading import (
+    SHIPPED_MODEL,
+    circumstances,
+    ended_by_sigterm,
+    given_options,
+    load,
+    metadata,
+    out_of_memory_as,
+    planned,
+)
+from lumos.commands.options import add_loading, add_sampling
 from lumos.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
-SHIPPED_MODEL = "checkpoints/lumos-tiny"
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 OF_LISTS = ("output_dir", "batch_size", "shard")
 
@@ -68,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_one(args: argparse.Namespace) -> None:
-    from lumos.batch.clips import check_prompt_frames, default_name, prompts_over_time, record_path
     from lumos.files import check_writable, file_identity, write_json
-    from lumos.pipeline_inputs import align, check_prompt
-    from lumos.video_io import check_output, write_frames
+    from lumos.pipeline.inputs import align, check_prompt
+    from lumos.prompt_lists.clips import check_prompt_frames, default_name, prompts_over_time, record_path
+    from lumos.video.io import check_output, write_frames
 
     for prompt in args.prompt:
         check_prompt(prompt)
@@ -93,7 +101,7 @@ def make_one(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from lumos.pipeline_call import Request
+    from lumos.pipeline.request import Request
     from lumos.runtime import seconds_since_start
 
     pipe, model = load(args)
@@ -131,15 +139,9 @@ def make_one(args: argparse.Namespace) -> None:
     print(printable(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB"))
 
 
-def shipped_model() -> Path:
-    """The model in the repository, from its root or from anywhere when installed in place."""
-    here = Path(SHIPPED_MODEL)
-    return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL
-
-
 def check_preview(path: Path, num_frames: int | None, fps: float, keep: Container[Hashable]) -> None:
     from lumos.errors import UserError
-    from lumos.video_io import check_output
+    from lumos.video.io import check_output
 
     if path.suffix.lower() == ".png":
         raise UserError(f"--preview {path} cannot grow as pictures; name a .mp4, .gif or .webp file")
@@ -152,7 +154,7 @@ def previewed(parts: Iterable[np.ndarray], path: Path, fps: int) -> Iterator[np.
     """The same frames, while a file of all that came so far is put in the place of the one before; whole at any time."""
     import numpy as np
 
-    from lumos.video_io import write_video
+    from lumos.video.io import write_video
 
     seen = []
     for part in parts:

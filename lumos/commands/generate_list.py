@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.generating import (
+from lumos.commands.loading import (
     circumstances,
     ended_by_sigterm,
     given_options,
@@ -26,16 +26,16 @@ from lumos.commands.generating import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lumos.batch.clips import Clip
-    from lumos.batch.rows import Row
-    from lumos.pipeline import LumosPipeline
+    from lumos.models.lumos1.pipeline import LumosPipeline
+    from lumos.prompt_lists.clips import Clip
+    from lumos.prompt_lists.rows import Row
 
 BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
 
 
 def make_list(args: argparse.Namespace) -> None:
-    from lumos.batch.results import only_shard, parse_shard, sum_over_processes
     from lumos.errors import RunError, UserError, printable
+    from lumos.prompt_lists.results import only_shard, parse_shard, sum_over_processes
 
     check_arguments(args)
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
@@ -63,7 +63,7 @@ def make_list(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
-    from lumos.pipeline_call import MAX_VIDEOS_PER_PROMPT
+    from lumos.pipeline.request import MAX_VIDEOS_PER_PROMPT
 
     for name, instead in (("output", "--output-dir names the folder for several"), ("preview", "it shows a single clip")):
         if getattr(args, name) is not None:
@@ -78,8 +78,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
     """(rows, options for those that do not say otherwise, the seed from which rows count theirs)."""
-    from lumos.batch.rows import Row, read_rows
-    from lumos.pipeline_inputs import check_prompt, whole_seed
+    from lumos.pipeline.inputs import check_prompt, whole_seed
+    from lumos.prompt_lists.rows import Row, read_rows
 
     defaults = given_options(args)
     for name in ("num_videos_per_prompt", "prompt_frames"):
@@ -100,9 +100,9 @@ def check_rows(
     args: argparse.Namespace, pipe: LumosPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
 ) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
     """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
-    from lumos.batch.clips import check_file, clips_of, request_of
     from lumos.errors import RunError, UserError
     from lumos.files import file_identity
+    from lumos.prompt_lists.clips import check_file, clips_of, request_of
 
     hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
@@ -152,10 +152,10 @@ def make_clips(
     """
     from tqdm import tqdm
 
-    from lumos.batch.clips import Recorded, batches_of, make_codes
-    from lumos.batch.results import check_made, render
     from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
-    from lumos.video_io import write_frames
+    from lumos.prompt_lists.clips import Recorded, batches_of, make_codes
+    from lumos.prompt_lists.results import check_made, render
+    from lumos.video.io import write_frames
 
     def describe(clip: Clip) -> dict[str, Any]:
         about = metadata(args, model, clip.prompt, clip.seed)

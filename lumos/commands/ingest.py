@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.data.encode import ClipSettings
-    from lumos.data.ingest import ingest
+    from lumos.data.ingest.encode import ClipSettings
+    from lumos.data.ingest.ingest import ingest
 
     names = ("fps", "size", "num_frames", "min_frames", "clips_per_video")
     settings = ClipSettings(**{name: getattr(args, name) for name in names})

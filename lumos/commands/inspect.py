@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from lumos.data import shards
-    from lumos.data.storage import location
+    from lumos.data.shards import format as shards
+    from lumos.data.shards.remote import location
     from lumos.errors import RunError, UserError, printable
     from lumos.evaluation.quality import code_use
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | None]:
     """Where the sheet goes, or None and why there is none (None: it is not wanted). UserError for a place where it cannot go."""
-    from lumos.data.shards import SHEET
+    from lumos.data.shards.format import SHEET
     from lumos.errors import UserError
     from lumos.files import check_outputs, check_writable
 
@@ -107,9 +107,9 @@ def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | No
 def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any], sheet: Path) -> None:
     import torch
 
-    from lumos.data.shards import check_tokenizer
+    from lumos.data.shards.format import check_tokenizer
     from lumos.errors import printable
-    from lumos.frames import contact_sheet, to_uint8
+    from lumos.video.frames import contact_sheet, to_uint8
     from tokenizer import VideoTokenizer
 
     model = VideoTokenizer.from_pretrained(tokenizer)

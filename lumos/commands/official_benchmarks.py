@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lumos.commands.counts import MAX_BATCH, MAX_SEED, check_counts
-from lumos.commands.generating import ended_by_sigterm, hashed, load, metadata, model_sha256
-from lumos.commands.sampling import SAMPLING, add_device, add_parts, add_sampling
+from lumos.commands.loading import ended_by_sigterm, hashed, load, metadata, model_sha256
+from lumos.commands.options import SAMPLING, add_device, add_parts, add_sampling
 from lumos.errors import printable
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
@@ -78,10 +78,11 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
 
 
 def draw(args: argparse.Namespace, name: str) -> None:
-    from lumos.batch.results import Results, check_made, only_shard, parse_shard, render
-    from lumos.evaluation.manifest import folder_sha256, keep_manifest
+    from lumos.evaluation.manifest import keep_manifest
     from lumos.evaluation.prompt_lists import read_list
     from lumos.evaluation.rendering import batches_of
+    from lumos.files import folder_sha256
+    from lumos.prompt_lists.results import Results, check_made, only_shard, parse_shard, render
 
     benchmark, out, started = BENCHMARKS[name], Path(args.out), time.perf_counter()
     shard = parse_shard(args.shard)
@@ -98,10 +99,10 @@ def draw(args: argparse.Namespace, name: str) -> None:
     import torch
     from tqdm import tqdm
 
-    from lumos.pipeline_inputs import check_num_frames, override
+    from lumos.models.lumos1.sequence import size_units
+    from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
-    from lumos.sequence import size_units
-    from lumos.video_io import write_video
+    from lumos.video.io import write_video
 
     pipe, model = load(args)
     options = {key: getattr(args, key, None) for key in (*SAMPLING, *SHAPE)}

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from lumos.commands.counts import check_counts
-from lumos.commands.sampling import TRADES, add_device, add_trades
+from lumos.commands.options import TRADES, add_device, add_trades
 from lumos.errors import printable
 
 UTILISATION = 0.4
@@ -21,7 +21,7 @@ OF_CLIPS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", help="YAML file of the training, for example configs/training/3b-stage2.yaml")
+    add("--config", help="YAML file of the training, for example configs/lumos1/3b-stage2.yaml")
     add("overrides", nargs="*", metavar="section.key=value", help="as train.py takes them, for example training.batch_size=96")
     add("--gpus", type=int, help="how many GPUs, or processes with training.device=cpu")
     add("--gpu", help="which GPU; default: h100")
@@ -66,7 +66,7 @@ def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.training.settings import load_settings
 
     if args.config is None or args.gpus is None:
-        raise UserError("give --config and --gpus, for example --config configs/training/3b-stage2.yaml --gpus 48")
+        raise UserError("give --config and --gpus, for example --config configs/lumos1/3b-stage2.yaml --gpus 48")
     settings = load_settings(args.config, args.overrides)
     plan = TrainingPlan(settings, hardware(args, settings), utilisation=args.utilisation, text_tokens=args.text_tokens)
     report = plan.report()
@@ -78,15 +78,17 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     import torch
 
-    from lumos.commands.generate import shipped_model
-    from lumos.configuration import LumosConfig
-    from lumos.conversion import read_config
+    from lumos.commands.loading import shipped_model
+    from lumos.device_peak import peak_flops
     from lumos.errors import UserError
-    from lumos.generation.settings import ClipDefaults, GenerationSettings, read_defaults
-    from lumos.pipeline_inputs import check_effect, override
-    from lumos.planning.generation import ClipPlan
+    from lumos.models.lumos1.clip_plan import ClipPlan
+    from lumos.models.lumos1.configuration import LumosConfig
+    from lumos.models.lumos1.conversion import read_config
+    from lumos.models.lumos1.request import check_effect
+    from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+    from lumos.pipeline.defaults import ClipDefaults
+    from lumos.pipeline.inputs import override
     from lumos.runtime import pick_device
-    from lumos.training.peak import peak_flops
 
     if args.model and args.preset:
         raise UserError(f"--model {args.model} and --preset {args.preset} are both given; give one of them")
@@ -117,10 +119,10 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
     import psutil
     import torch
 
+    from lumos.device_peak import peak_flops
     from lumos.errors import UserError
     from lumos.planning.gpus import GIB, GPUS, Hardware
     from lumos.training.engine import pick_precision
-    from lumos.training.peak import peak_flops
 
     peak = args.peak_tflops or settings.logging.peak_tflops
     if settings.training.device == "cpu":
@@ -147,7 +149,7 @@ def render(report: dict[str, Any]) -> str:
     """The plan of a training as a page of text."""
     from lumos.benchmarks.measure import render_table
     from lumos.planning.gpus import GIB
-    from lumos.planning.memory import PARTS
+    from lumos.planning.sharding import PARTS
 
     machine, total = report["hardware"], report["total"]
     trained = "" if report["trained"] == report["parameters"] else f", of which {report['trained']:,} are trained"

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.errors import RunError, printable
     from lumos.evaluation.prompts import prompt_set
     from lumos.files import check_new, replacing_folder
-    from lumos.video_io import write_video
+    from lumos.video.io import write_video
 
     out = Path(args.out)
     check_new(out)

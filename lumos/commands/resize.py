@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.files import check_new
-    from lumos.resizing import resize
+    from lumos.models.lumos1.resizing import resize
 
     check_new(args.out)
     clip = resize(args.model, args.out, args.video_tokenizer)

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file, for example configs/training/tiny.yaml")
+    parser.add_argument("--config", required=True, help="YAML file, for example configs/lumos1/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=200")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.data import worlds
+    from lumos.data.synthetic import render as worlds
     from tokenizer import TextTokenizer
     from tokenizer.text import MAX_VOCABULARY
 

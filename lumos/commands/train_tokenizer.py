@@ -11,6 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tokenizer.training import load_settings, train
+    from lumos.training.tokenizer.loop import load_settings, train
 
     train(load_settings(args.config, args.overrides))

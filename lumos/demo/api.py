@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from lumos import pipeline_call
-from lumos.batch.clips import record_path
 from lumos.demo.limits import Busy, TooLarge
+from lumos.demo.service import Studio
 from lumos.demo.store import Store
-from lumos.demo.studio import Studio
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError, shown
+from lumos.pipeline.request import Request as ClipRequest
+from lumos.prompt_lists.clips import record_path
 
 FIELDS: dict[str, Callable[[str], Any]] = {
     "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "num_inference_steps": int,
@@ -136,7 +136,7 @@ async def read_form(request: Request) -> dict[str, str | UploadFile]:
 
 
 @contextlib.asynccontextmanager
-async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterator[pipeline_call.Request]:
+async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterator[ClipRequest]:
     """What a form asks for; the file that came with it is there inside of the block."""
     values: dict[str, Any] = {name: field_value(name, value) for name, value in form.items() if name in FIELDS}
     if "prompt" not in values:
@@ -150,7 +150,7 @@ async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterato
             values[name] = await stored(upload, name, store)
             folders.append(values[name].parent)
             await upload.close()  # from here on the one copy on the disk is that of the store
-        yield pipeline_call.Request(**values)
+        yield ClipRequest(**values)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

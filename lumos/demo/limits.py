@@ -9,9 +9,10 @@ from typing import Any
 
 from lumos.demo.reading import Allowed
 from lumos.errors import RunError, UserError
-from lumos.generation.settings import ClipDefaults, GenerationSettings, is_number
-from lumos.pipeline_call import Request
-from lumos.pipeline_inputs import check_prompt
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults, is_number
+from lumos.pipeline.inputs import check_prompt
+from lumos.pipeline.request import Request
 
 FORM_BYTES = 2**20  # of a request's body besides the file in it
 

@@ -12,11 +12,11 @@ from gradio.components import Component
 
 from lumos.demo import views
 from lumos.demo.api import field_value, watch
+from lumos.demo.service import Studio
 from lumos.demo.store import Store
-from lumos.demo.studio import Studio
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError
-from lumos.pipeline_call import Request
+from lumos.pipeline.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CHOICES = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "history_mask_ratio")

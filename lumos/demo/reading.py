@@ -18,7 +18,7 @@ import psutil
 from PIL import Image
 
 from lumos.errors import RunError, UserError
-from lumos.video_reading import count_frames, read_image, read_video
+from lumos.video.reading import count_frames, read_image, read_video
 
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 

@@ -13,12 +13,12 @@ from starlette.types import ASGIApp
 
 from lumos.demo.api import add_api
 from lumos.demo.connections import MOST, Connection
-from lumos.demo.gate import Gate
 from lumos.demo.hosts import Hosts
+from lumos.demo.middleware import Gate
 from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
+from lumos.demo.service import Studio
 from lumos.demo.sessions import Sessions
-from lumos.demo.studio import Studio
 from lumos.errors import UserError
 
 CLOSING_SECONDS = 3  # that open connections get

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.demo.api import failure
 from lumos.demo.limits import Busy
-from lumos.demo.studio import Studio
+from lumos.demo.service import Studio
 from lumos.errors import UserError, shown
 from lumos.files import parse_json
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumos.batch.clips import record_path
 from lumos.demo.limits import FORM_BYTES, Busy, Limits
+from lumos.prompt_lists.clips import record_path
 
 RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")
 FRESH_SECONDS = 120  # that an upload of the page stays in any case: its visitor is about to press Generate

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lumos.batch.clips import record_path
+from lumos.prompt_lists.clips import record_path
 
 PREVIEW_FRAMES = 32  # the last ones of a long clip: what a preview costs does not grow with it
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps", "history_mask_ratio")

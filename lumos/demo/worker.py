@@ -14,7 +14,7 @@ import numpy as np
 
 from lumos.demo.limits import Busy
 from lumos.errors import RunError, UserError, is_out_of_memory
-from lumos.pipeline_call import Request
+from lumos.pipeline.request import Request
 
 ENDED = ("done", "failed", "cancelled")
 

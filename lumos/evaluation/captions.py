@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from lumos.data.sprites import SPRITES
-from lumos.data.wording import VERBS, base_form, noun
-from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, GROWTH, SHAPES, SIZES, Scene
+from lumos.data.synthetic.captions import VERBS, base_form, noun
+from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, GROWTH, SHAPES, SIZES, Scene
+from lumos.data.synthetic.sprites import SPRITES
 from lumos.errors import UserError, shown
 
 BASE_FORMS = tuple(map(base_form, VERBS))
@@ -24,7 +24,7 @@ _GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join((*BACKGROUNDS, *GRADIE
 def parse_caption(text: str) -> dict:
     """Attributes named by a caption: {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}], "background"}.
 
-    The inverse of the captions of `lumos.data.worlds`; what the caption leaves out is missing in the result.
+    The inverse of the captions of `lumos.data.synthetic.render`; what the caption leaves out is missing in the result.
     """
     plain = " ".join(text.lower().replace("grey", "gray").split())
     rest, ground = _GROUND.match(plain).groups()

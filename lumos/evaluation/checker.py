@@ -1,4 +1,4 @@
-"""Does a clip show what was asked for? Judged from its pixels alone, for clips of the world in `lumos.data.worlds`.
+"""Does a clip show what was asked for? Judged from its pixels alone, for clips of the world in `lumos.data.synthetic.render`.
 
 The checker knows the words and colours of that world, not how it draws: background, objects, colour, shape, size and
 motion are measured, so the same code judges rendered, reconstructed and generated clips. It tells objects apart by
@@ -17,16 +17,9 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-from lumos.data import digits
-from lumos.data.worlds import (
-    BACKGROUNDS,
-    BASE_SIDE,
-    COLOURS,
-    DIGIT_PIXEL,
-    SHAPES,
-    SIZES,
-    Scene,
-)
+from lumos.data.synthetic import digits
+from lumos.data.synthetic.render import DIGIT_PIXEL
+from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, COLOURS, SHAPES, SIZES, Scene
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
 from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word

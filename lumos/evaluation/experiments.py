@@ -22,10 +22,10 @@ from typing import Any
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.evaluation.prompts import KINDS
 from lumos.files import read_json, read_text, write_bytes, write_json
-from lumos.generation.settings import is_number
+from lumos.pipeline.defaults import is_number
 from lumos.runtime import versions
+from lumos.settings import build, read_yaml, setting
 from lumos.training.logging import read_lines
-from lumos.training.yaml_settings import build, read_yaml, setting
 
 OVER = ("step", "flops")
 LAST_BYTES = 10_000  # of a log, in which a run's last line is looked for

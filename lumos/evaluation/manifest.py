@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from lumos.errors import RunError, UserError, as_text, reason_of
 from lumos.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-HASHED = (".json", ".safetensors", ".model", ".jit")
-"""What models and tokenizers are read from; a README or a picture beside them is no part of them."""
 SHOWN = 4
 
 
@@ -55,15 +52,3 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
     return found
 
 
-def file_sha256(path: Path) -> str:
-    """As sha256sum prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
-    """SHA-256 of the lines `<path in the folder> <its SHA-256>`, sorted; default: the files that models are read from."""
-    if files is None:
-        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
-    lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

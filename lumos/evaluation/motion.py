@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lumos.data.worlds import DIRECTIONS, GROWTH, SPEED
+from lumos.data.synthetic.render import SPEED
+from lumos.data.synthetic.scene import DIRECTIONS, GROWTH
 from lumos.errors import UserError
 
 MAX_BACKGROUND_DISTANCE = 50.0

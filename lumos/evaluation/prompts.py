@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.worlds import Worlds, render
+from lumos.data.synthetic.render import Worlds, render
 from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumos.evaluation.lpips import Lpips
 from lumos.evaluation.quality import code_use, psnr, ssim
-from lumos.frames import from_uint8, to_uint8
+from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import VideoTokenizer
 
 MAX_PSNR = 100.0

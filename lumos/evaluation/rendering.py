@@ -1,4 +1,4 @@
-"""What to draw of a prompt list, with which seeds, batch by batch; `lumos.batch.results` makes the files."""
+"""What to draw of a prompt list, with which seeds, batch by batch; `lumos.prompt_lists.results` makes the files."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.encode import clip_starts
-from lumos.data.item import CLIPS, PICTURES
-from lumos.data.worlds import Worlds
+from lumos.data.ingest.encode import clip_starts
+from lumos.data.ingest.item import CLIPS, PICTURES
+from lumos.data.synthetic.render import Worlds
 from lumos.errors import UserError, shown
-from lumos.frames import fit
-from lumos.video_reading import read_image, read_video
-from tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
+from lumos.training.tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
+from lumos.video.frames import fit
+from lumos.video.reading import read_image, read_video
 
 WORLDS: dict[str, dict[str, Any]] = {
     "worlds": {"kinds": ("shapes", "digits"), "split": "held_out"},

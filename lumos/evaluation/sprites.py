@@ -15,8 +15,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
-from lumos.data import sprites
-from lumos.data.worlds import BACKGROUNDS, BASE_SIDE, GRADIENTS, SPRITE_RADIUS, ground_colours, sprite_pixels
+from lumos.data.synthetic import sprites
+from lumos.data.synthetic.render import SPRITE_RADIUS, ground_colours, sprite_pixels
+from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, GRADIENTS
 from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 
 # Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.

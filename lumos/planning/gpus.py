@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lumos.training.peak import GPU_TFLOPS
+from lumos.device_peak import GPU_TFLOPS
 
 GIB = 2**30
 RESERVED = 2 * GIB

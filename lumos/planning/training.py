@@ -12,20 +12,28 @@ from typing import Any
 
 import torch
 
-from lumos.configuration import LumosConfig
-from lumos.data import shards
 from lumos.data.buckets import bucket_for, bucket_sizes
-from lumos.data.encode import TARGET_SIZES, ClipSettings
-from lumos.data.loader import Curriculum, StepShape, check_shares
+from lumos.data.curriculum import Curriculum, StepShape, check_shares
+from lumos.data.ingest.encode import TARGET_SIZES, ClipSettings
+from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
-from lumos.flops import layer_flops_per_token, training_flops
+from lumos.models.lumos1.cost import (
+    Trainee,
+    code_count,
+    host_bytes,
+    mean_mask_ratio,
+    memory_moments,
+    planned_config,
+    sequence_layout,
+)
+from lumos.models.lumos1.flops import layer_flops_per_token, training_flops
+from lumos.models.lumos1.sequence import Layout, num_latent_frames
+from lumos.models.lumos1.training import check_clip_shape
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.memory import PARTS, Spread, Trainee, code_count, host_bytes, memory_moments, sequence_layout
-from lumos.sequence import Layout, num_latent_frames
-from lumos.training.ardf import check_clip_shape, model_config
+from lumos.planning.sharding import PARTS, Spread
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.engine import pick_precision
-from lumos.training.settings import DataSettings, MaskingSettings, TrainingSettings
+from lumos.training.settings import DataSettings, TrainingSettings
 
 SHIPPED = {
     f"configs/deepspeed/zero{name}.json": spread
@@ -83,21 +91,6 @@ class Need:
     @property
     def peak(self) -> int:
         return max(self.step, self.start)
-
-
-def mean_mask_ratio(masking: MaskingSettings, t: int) -> float:
-    """Mean of max(min_ratio, cos(pi u / 2)) over u in [0, 1): 0.80 for 0.7. Tube decay goes on to 1 at the last frame."""
-    turn = math.acos(masking.min_ratio) * 2 / math.pi
-    mean = 2 / math.pi * math.sin(math.pi / 2 * turn) + (1 - turn) * masking.min_ratio
-    return (mean + 1) / 2 if masking.kind == "tube_decay" and t > 1 else mean
-
-
-def planned_config(settings: TrainingSettings) -> tuple[LumosConfig, str | None]:
-    """The model's config, and what was assumed of it: a folder in model.from that is not there yet has the preset's shape."""
-    model = settings.model
-    if model.from_ is None or model.preset is None or (Path(model.from_) / "config.json").is_file():
-        return model_config(model), None
-    return model_config(replace(model, from_=None)), f"{model.from_}, which is not there yet, has the shape of {model.preset}"
 
 
 def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[int, int], str | None]:

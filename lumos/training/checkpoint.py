@@ -34,8 +34,8 @@ from torch import Tensor
 from lumos.durable import make_folder, put_folder, remove, settle
 from lumos.errors import RunError, UserError, shown
 from lumos.files import read_json
+from lumos.settings import to_plain
 from lumos.training.settings import StageSettings
-from lumos.training.yaml_settings import to_plain
 
 FORMAT = 3
 """Checkpoints of format 2 have no checksum of their state; they are still read."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterator
@@ -55,17 +54,6 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings, device: torch.d
     groups = parameter_groups(model, training.weight_decay, training.decay_parameters, matrices)
     optimizer = Muon if matrices else torch.optim.AdamW
     return optimizer(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
-
-
-def start_processes(settings: TrainingSettings, device: torch.device) -> None:
-    """Connect the processes of a DeepSpeed run; nothing to do for plain PyTorch."""
-    if device.type == "cpu":
-        # Other libraries import DeepSpeed too, which without this warns that it found no accelerator.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if settings.zero_stage is not None:
-        from lumos.training.deepspeed_engine import connect
-
-        connect(device, settings.deepspeed.timeout_minutes)
 
 
 @contextlib.contextmanager
@@ -207,16 +195,6 @@ class Engine:
         for name, value in values.items():
             slot = slots[name]
             value.copy_(stored.read(kind, name, slot.start, slot.count))
-
-
-def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:
-    """The engine that the settings and the launcher ask for."""
-    stage = settings.zero_stage
-    if stage is None:
-        return PlainEngine(model, settings, device)
-    from lumos.training.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(model, settings, device, stage)
 
 
 class PlainEngine(Engine):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumos.adapters import Lora, fingerprints, read_record, write_adapter
-from lumos.configuration import LumosConfig
-from lumos.conversion import check_written, read_config
 from lumos.errors import UserError, shown
-from lumos.evaluation.manifest import file_sha256
-from lumos.files import replacing_folder, write_json
-from lumos.generation.settings import ClipDefaults, GenerationSettings, write_defaults
-from lumos.modeling import LumosForVideoGeneration
-from lumos.pipeline import LumosPipeline
+from lumos.files import file_sha256, replacing_folder, write_json
+from lumos.lora import Lora, fingerprints, read_record, write_adapter
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.conversion import check_written, read_config
+from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.pipeline import LumosPipeline
+from lumos.models.lumos1.settings import GenerationSettings, write_defaults
+from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
 from tokenizer.text import TextTokenizer

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lumos.durable import make_folder, sync_file, sync_folder
 from lumos.files import write_bytes
-from lumos.training.writers import Writer
+from lumos.training.trackers import Writer
 
 
 class Meter:

@@ -14,26 +14,30 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lumos.data.ahead import in_processes, prefetched
-from lumos.data.loader import Batch, Curriculum, Draft, Source, StepShape, check_shares, sample_generator
+from lumos.data.curriculum import Curriculum, StepShape, check_shares
+from lumos.data.prefetch import in_processes, prefetched
+from lumos.data.seeding import sample_generator
+from lumos.data.source import Source
+from lumos.device_peak import peak_flops
 from lumos.durable import put_back, sweep_folder
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, only_writer
+from lumos.models.lumos1.training import ArdfTask, Draft
 from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
+from lumos.settings import differences
 from lumos.training import checkpoint
-from lumos.training.ardf import ArdfTask
 from lumos.training.ema import Ema
-from lumos.training.engine import lost_process_reported, make_engine, pick_precision, start_processes
-from lumos.training.interrupt import Interrupt
+from lumos.training.engine import lost_process_reported, pick_precision
+from lumos.training.launch import make_engine, start_processes
 from lumos.training.logging import Meter, RunLog
-from lumos.training.peak import peak_flops
+from lumos.training.loss_sums import LossSums, of_all_processes
 from lumos.training.samples import Sampler, render
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
-from lumos.training.sums import LossSums, of_all_processes
+from lumos.training.signals import Interrupt
+from lumos.training.task import Batch
+from lumos.training.trackers import check_installed, open_writers
 from lumos.training.validation import Validation
-from lumos.training.writers import check_installed, open_writers
-from lumos.training.yaml_settings import differences
 
 
 class Task(Protocol):

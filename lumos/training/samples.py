@@ -24,11 +24,11 @@ import torch
 
 from lumos.errors import RunError, UserError
 from lumos.files import replacing_folder, write_json
-from lumos.frames import contact_sheet
 from lumos.runtime import versions
 from lumos.training.logging import RunLog
 from lumos.training.settings import SampleSettings
-from lumos.video_io import write_video
+from lumos.video.frames import contact_sheet
+from lumos.video.io import write_video
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumos.configuration import ATTENTION_IMPLEMENTATIONS
-from lumos.data.ahead import check_processes
-from lumos.data.storage import is_url
+from lumos.data.prefetch import check_processes
+from lumos.data.shards.remote import is_url
 from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, read_json
-from lumos.generation.settings import GenerationSettings
-from lumos.training.yaml_settings import build, read_yaml, setting, to_plain
+from lumos.models.lumos1.configuration import ATTENTION_IMPLEMENTATIONS
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.settings import build, read_yaml, setting, to_plain
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_STEPS = 10**9
@@ -102,7 +102,7 @@ class DataSettings:
     size: str | None = setting(
         None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` counts with it"
     )
-    options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.worlds.sample_scene")
+    options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.synthetic.render.sample_scene")
     num_frames: int = setting(
         17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lumos.data.loader import VALIDATION_STEP, Batch, StepShape
+from lumos.data.curriculum import StepShape
+from lumos.data.seeding import VALIDATION_STEP
 from lumos.training.engine import Engine
 from lumos.training.logging import Meter
+from lumos.training.loss_sums import LossSums
 from lumos.training.settings import TrainingSettings
-from lumos.training.sums import LossSums
+from lumos.training.task import Batch
 
 if TYPE_CHECKING:
     from lumos.training.loop import Task

@@ -8,7 +8,7 @@ import pytest
 from ingest_helpers import SETTINGS, moving
 from PIL import Image
 
-from lumos.video_io import write_video
+from lumos.video.io import write_video
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def tokenizer(micro_folder) -> Path:
 def ingested(clips, tokenizer, tmp_path_factory) -> Path:
     """What one run from end to end writes, three clips a shard."""
     out = tmp_path_factory.mktemp("out") / "shards"
-    from lumos.data.ingest import ingest
+    from lumos.data.ingest.ingest import ingest
 
     ingest([clips], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
     return out

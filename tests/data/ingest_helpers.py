@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from lumos.data.encode import ClipSettings, Encoder
+from lumos.data.ingest.encode import ClipSettings, Encoder
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 FLAGS = ["--fps", "12", "--size", "16x24", "--frames", "5"]
@@ -68,7 +68,7 @@ class Greedy(Encoder):
         if item.caption != "greedy":
             return super().__call__(item)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
-        with patch("lumos.data.encode.count_frames", lambda *file: mmap.mmap(-1, 1 << 46, flags=flags)):
+        with patch("lumos.data.ingest.encode.count_frames", lambda *file: mmap.mmap(-1, 1 << 46, flags=flags)):
             return super().__call__(item)
 
 

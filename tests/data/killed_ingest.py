@@ -15,9 +15,9 @@ import signal
 import sys
 from pathlib import Path
 
-from lumos.data import shards
-from lumos.data.encode import ClipSettings
-from lumos.data.ingest import ingest
+from lumos.data.ingest.encode import ClipSettings
+from lumos.data.ingest.ingest import ingest
+from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 NAMES = ("ingest", "shards", "encode", "engines", "state", "manifest")

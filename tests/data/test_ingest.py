@@ -21,15 +21,15 @@ from ingest_helpers import FLAGS, SETTINGS, content, moving
 pytest.importorskip("pyarrow")
 
 from lumos.cli import main
-from lumos.data import shards
-from lumos.data.encode import ClipSettings, _clips, clip_starts, ingest_item
-from lumos.data.ingest import ingest
-from lumos.data.item import Item
-from lumos.data.manifest import items
-from lumos.data.shard_source import ShardIndex
+from lumos.data.ingest.encode import ClipSettings, _clips, clip_starts, ingest_item
+from lumos.data.ingest.ingest import ingest
+from lumos.data.ingest.item import Item
+from lumos.data.ingest.manifest import items
+from lumos.data.shards import format as shards
+from lumos.data.shards.source import ShardIndex
 from lumos.errors import RunError, UserError
-from lumos.frames import from_uint8
-from lumos.video_io import read_image, read_video, write_video
+from lumos.video.frames import from_uint8
+from lumos.video.io import read_image, read_video, write_video
 from tokenizer import VideoTokenizer
 
 
@@ -78,7 +78,7 @@ def test_clips_of_a_video_are_read_and_encoded_one_at_a_time(tmp_path, tokenizer
 
     alive = []
     monkeypatch.setattr(model, "encode", one)
-    monkeypatch.setattr("lumos.data.encode.read_video", read)
+    monkeypatch.setattr("lumos.data.ingest.encode.read_video", read)
     settings = ClipSettings(fps=12, size="16x24", num_frames=5, clips_per_video=12)
     rows = ingest_item(Item("a", str(tmp_path / "a.mp4")), settings, model)
     assert [row["clip"] for row in rows] == list(range(12))
@@ -160,7 +160,7 @@ def test_a_second_run_does_nothing_and_new_clips_are_added(ingested, clips, toke
 def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, tokenizer, tmp_path):
     out = tmp_path / "shards"
     script = (
-        "import os, signal, sys; from lumos.data.encode import ClipSettings; from lumos.data.ingest import ingest\n"
+        "import os, signal, sys; from lumos.data.ingest.encode import ClipSettings; from lumos.data.ingest.ingest import ingest\n"
         "def on_item(done, skipped):\n"
         "    if done + skipped == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
         "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"

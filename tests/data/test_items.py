@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pyarrow")
 
-from lumos.data.encode import Skip, ingest_item
-from lumos.data.item import MAX_CAPTION_LENGTH, Item, as_text, problem_of, row_name
-from lumos.data.manifest import items
-from lumos.data.marks import CHANGED, SAME, compare, mark
-from lumos.data.state import State
+from lumos.data.ingest.encode import Skip, ingest_item
+from lumos.data.ingest.fingerprint import CHANGED, SAME, compare, mark
+from lumos.data.ingest.item import MAX_CAPTION_LENGTH, Item, as_text, problem_of, row_name
+from lumos.data.ingest.manifest import items
+from lumos.data.ingest.state import State
 from lumos.errors import RunError, UserError
 
 ODD_TEXT = st.text(st.sampled_from("a\\xu()@-.0123 4d8fceagirow/\0\n\x1b\udc80\udcff\ud800\u202eé\U0001f600\x85\u2028"),

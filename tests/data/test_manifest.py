@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumos.data.manifest import as_file, items
+from lumos.data.ingest.manifest import as_file, items
 from lumos.errors import UserError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lumos.data.loader import StepShape
-from lumos.data.order import Order
+from lumos.data.curriculum import StepShape
+from lumos.data.shards.order import Order
 
 data = st.tuples(
     st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=40),  # shard, codes of each clip

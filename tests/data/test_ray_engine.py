@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from ingest_helpers import FLAGS, SETTINGS, Fragile, content
 
 from lumos.cli import main
-from lumos.data import shards
-from lumos.data.encode import Skip, Work
-from lumos.data.ingest import ingest
-from lumos.data.manifest import items
-from lumos.data.ray_engine import RayEngine, from_text, to_text
+from lumos.data.ingest.encode import Skip, Work
+from lumos.data.ingest.ingest import ingest
+from lumos.data.ingest.manifest import items
+from lumos.data.ingest.ray_executor import RayEngine, from_text, to_text
+from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def cluster():
 
 def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, clips, tokenizer, tmp_path, monkeypatch):
     script = (
-        "import os, signal, sys; from lumos.data.encode import ClipSettings; from lumos.data.ingest import ingest\n"
+        "import os, signal, sys; from lumos.data.ingest.encode import ClipSettings; from lumos.data.ingest.ingest import ingest\n"
         "def on_item(done, skipped):\n"
         "    if done + skipped == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
         "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"
@@ -76,7 +76,7 @@ def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, t
     for n, caption in enumerate(("good", "kill", f"once {tmp_path / 'flag'}", "hang", "good")):
         shutil.copy(clips / "0.mp4", source / f"{n}.mp4")
         (source / f"{n}.txt").write_text(caption)
-    monkeypatch.setattr("lumos.data.ray_engine.Encoder", Fragile)
+    monkeypatch.setattr("lumos.data.ingest.ray_executor.Encoder", Fragile)
     command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine", "ray"]
     assert main([*command, "--item-timeout", "3", "--max-failure-rate", "0.5"]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -111,7 +111,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, t
 )
 def test_results_of_other_items_are_an_error(clips, tokenizer, monkeypatch, numbers, given, words):
     ray = types.SimpleNamespace(is_initialized=lambda: True, exceptions=types.SimpleNamespace(RayError=KeyError))
-    monkeypatch.setattr("lumos.data.ray_engine._ray", lambda: ray)
+    monkeypatch.setattr("lumos.data.ingest.ray_executor._ray", lambda: ray)
     engine = RayEngine(Work(str(tokenizer), SETTINGS, "cpu"), 1, None)
     monkeypatch.setattr(engine, "_map", lambda ray, some: ((number, Skip("too short", "")) for number in numbers))
     found = engine.results(items([clips]))

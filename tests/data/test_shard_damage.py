@@ -12,7 +12,7 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumos.data import shards
+from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
 
 MADE_BY = {"num_codes": 64, "spatial_compression": 8, "temporal_compression": 4}

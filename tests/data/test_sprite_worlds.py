@@ -12,24 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lumos.data import sprites
-from lumos.data.worlds import (
-    BACKGROUNDS,
-    DIRECTIONS,
+from lumos.data.synthetic import sprites
+from lumos.data.synthetic.render import (
     GAP,
-    GRADIENTS,
-    HELD_OUT_SPRITES,
     MARGIN,
     SPEED,
     SPRITE_MOTIONS,
     SPRITE_RADIUS,
-    Scene,
-    Thing,
     Worlds,
     render,
     sample_scene,
     sprite_pixels,
 )
+from lumos.data.synthetic.scene import BACKGROUNDS, DIRECTIONS, GRADIENTS, HELD_OUT_SPRITES, Scene, Thing
 from lumos.errors import UserError
 
 ALL_KINDS = ("shapes", "digits", "sprites")

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from lumos.data import storage
-from lumos.data.storage import LocalCopies, Remote, location
+from lumos.data.shards import remote as storage
+from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.errors import RunError, UserError
 
 

@@ -13,14 +13,14 @@ from ingest_helpers import FLAGS, SETTINGS
 pytest.importorskip("pyarrow")
 
 from lumos.cli import main
-from lumos.data import shards
-from lumos.data.encode import Skip
-from lumos.data.engines import LocalEngine
-from lumos.data.ingest import ingest
-from lumos.data.manifest import Item
-from lumos.data.shard_source import ShardIndex
-from lumos.data.state import State
-from lumos.data.tally import Tally
+from lumos.data.ingest.encode import Skip
+from lumos.data.ingest.executors import LocalEngine
+from lumos.data.ingest.ingest import ingest
+from lumos.data.ingest.manifest import Item
+from lumos.data.ingest.state import State
+from lumos.data.ingest.tally import Tally
+from lumos.data.shards import format as shards
+from lumos.data.shards.source import ShardIndex
 from lumos.errors import RunError
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_in_the_folder_s_files_is_an_error(clips, tokenizer, tmp_pat
 
 
 def test_an_item_of_no_clip_that_was_not_skipped_is_an_error(clips, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("lumos.data.engines.Encoder", lambda work: lambda item: [])
+    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", lambda work: lambda item: [])
     with pytest.raises(RunError, match="should hold 11 items and hold 0"):
         ingest([clips], tmp_path / "out", tokenizer, SETTINGS)
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data.sprites import SPRITES
-from lumos.data.wording import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
-from lumos.data.worlds import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene, Worlds
+from lumos.data.synthetic.captions import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
+from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene
+from lumos.data.synthetic.sprites import SPRITES
 from lumos.evaluation.captions import named_attributes, parse_caption
 
 GROUNDS = (*BACKGROUNDS, *GRADIENTS)

@@ -11,22 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data import digits
-from lumos.data.worlds import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    GAP,
-    MOTIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    Worlds,
-    captions,
-    is_held_out,
-    render,
-    sample_scene,
-)
+from lumos.data.synthetic import digits
+from lumos.data.synthetic.render import GAP, Worlds, captions, render, sample_scene
+from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, Thing, is_held_out
 from lumos.errors import UserError
 
 INDEX = st.integers(0, 10**9)

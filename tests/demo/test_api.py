@@ -15,10 +15,10 @@ from PIL import Image
 
 from lumos import LumosPipeline
 from lumos.demo.limits import Limits
-from lumos.demo.studio import Studio
+from lumos.demo.service import Studio
 from lumos.demo.worker import Job
-from lumos.pipeline_call import Request
-from lumos.video_io import read_image, read_video, write_video
+from lumos.pipeline.request import Request
+from lumos.video.io import read_image, read_video, write_video
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [demo]")
 testclient = pytest.importorskip("fastapi.testclient")
@@ -42,7 +42,7 @@ def studio(pipe, tmp_path):
 @pytest.fixture
 def site(studio):
     from lumos.demo.api import add_api
-    from lumos.demo.gate import Gate
+    from lumos.demo.middleware import Gate
 
     app = fastapi.FastAPI()
     add_api(app, studio)

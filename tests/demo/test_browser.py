@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumos.video_io import read_video
+from lumos.video.io import read_video
 
 pytest.importorskip("gradio", reason="the page needs the extra [demo]")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

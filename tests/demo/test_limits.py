@@ -9,8 +9,9 @@ import pytest
 from lumos.cli import main
 from lumos.demo.limits import Limits, TooLarge
 from lumos.errors import UserError
-from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.pipeline_call import Request
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.request import Request
 
 OWN = ClipDefaults(5, 16, 24, 8, None), GenerationSettings(num_inference_steps=12)
 LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(*OWN)

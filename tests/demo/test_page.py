@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from lumos.cli import main
 from lumos.demo import views
 from lumos.errors import UserError
-from lumos.pipeline_call import Request
+from lumos.pipeline.request import Request
 
 RECORD = {
     "prompt": '<img src=x onerror="alert(1)">', "seed": 3, "file": "x-3-0123456789ab.mp4", "negative_prompt": "a <b>dog</b>",

@@ -14,7 +14,7 @@ from lumos.demo import reading
 from lumos.demo.reading import Allowed, read_upload
 from lumos.demo.worker import Cancelled
 from lumos.errors import RunError, UserError
-from lumos.video_io import read_video, write_video
+from lumos.video.io import read_video, write_video
 
 CLIP = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
 PATIENT = Allowed(seconds=60)

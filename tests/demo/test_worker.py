@@ -10,7 +10,7 @@ import pytest
 from lumos.demo.limits import Busy
 from lumos.demo.worker import Job, Worker
 from lumos.errors import RunError, UserError
-from lumos.pipeline_call import Request
+from lumos.pipeline.request import Request
 
 
 class Bench:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from lumos.data.worlds import Scene, Thing, Worlds, render, sample_scene
+from lumos.data.synthetic.render import Worlds, render, sample_scene
+from lumos.data.synthetic.scene import Scene, Thing
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
 from lumos.evaluation.checker import check_clip, inspect_clip

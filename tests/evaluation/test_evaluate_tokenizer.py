@@ -13,16 +13,16 @@ from PIL import Image
 from torch import nn
 
 from lumos.cli import main
-from lumos.data import sprites
-from lumos.data.worlds import Worlds
+from lumos.data.synthetic import sprites
+from lumos.data.synthetic.render import Worlds
 from lumos.errors import UserError
 from lumos.evaluation.quality import psnr, ssim
 from lumos.evaluation.reconstruction import MAX_PSNR, reconstruct
 from lumos.evaluation.sources import check_source, read_source
-from lumos.frames import from_uint8, to_uint8
-from lumos.video_io import write_video
+from lumos.training.tokenizer.clips import held_out_photographs
+from lumos.video.frames import from_uint8, to_uint8
+from lumos.video.io import write_video
 from tokenizer import VideoTokenizer
-from tokenizer.clips import held_out_photographs
 
 SHAPE = {"num_frames": 5, "height": 16, "width": 24}
 FLAGS = ["--num-frames", "5", "--height", "16", "--width", "24"]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lumos.cli import main
-from lumos.video_io import read_image, read_video
+from lumos.video.io import read_image, read_video
 
 PROMPTS = [
     {"prompt_en": "a red circle moves left", "dimension": ["color"]},

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lumos.data.worlds import is_held_out, sample_scene
+from lumos.data.synthetic.render import sample_scene
+from lumos.data.synthetic.scene import is_held_out
 from lumos.errors import UserError
 from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved, prompt_set, score
 

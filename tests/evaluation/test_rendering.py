@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumos.batch import results as results_module
-from lumos.batch.results import Results, check_made, parse_shard, render
 from lumos.errors import RunError, UserError
-from lumos.evaluation.manifest import differences, file_sha256, folder_sha256, keep_manifest
+from lumos.evaluation.manifest import differences, keep_manifest
 from lumos.evaluation.prompt_lists import Entry
 from lumos.evaluation.rendering import batches_of, seed_of
+from lumos.files import file_sha256, folder_sha256
+from lumos.prompt_lists import results as results_module
+from lumos.prompt_lists.results import Results, check_made, parse_shard, render
 
 
 def some_entries(counts, images=False):

@@ -9,8 +9,9 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from lumos.cli import main
-from lumos.data import sprites
-from lumos.data.worlds import BACKGROUNDS, GRADIENTS, SPRITE_RADIUS, Scene, Thing, Worlds, ground_colours, render, sprite_pixels
+from lumos.data.synthetic import sprites
+from lumos.data.synthetic.render import SPRITE_RADIUS, Worlds, ground_colours, render, sprite_pixels
+from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, Thing
 from lumos.errors import UserError
 from lumos.evaluation.checker import check_clip
 from lumos.evaluation.sprites import REACH, _likeness, inspect_sprites

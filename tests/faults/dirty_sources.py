@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lumos.video_io import write_video
+from lumos.video.io import write_video
 
 TAKEN = "taken"
 DEEP = 1200

@@ -20,9 +20,10 @@ from pathlib import Path
 import kills
 import torch
 
-from lumos.data import engines, shards
-from lumos.data.encode import ClipSettings, Encoder
-from lumos.data.ingest import ingest
+from lumos.data.ingest import executors as engines
+from lumos.data.ingest.encode import ClipSettings, Encoder
+from lumos.data.ingest.ingest import ingest
+from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 SLOW, POINTS = 0.25, 6
@@ -89,6 +90,6 @@ def slow(source: str, folder: Path, tokenizer: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shards.parquet()
-    kills.share_forkserver("lumos.data.workers")
+    kills.share_forkserver("lumos.data.ingest.workers")
     what, source, folder, tokenizer = sys.argv[1:]
     {"calls": calls, "times": times, "slow": slow}[what](source, Path(folder), tokenizer)

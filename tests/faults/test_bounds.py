@@ -10,12 +10,14 @@ import pytest
 
 from lumos import LumosConfig
 from lumos.errors import SHOWN_LENGTH, UserError
-from lumos.generation.settings import ClipDefaults, GenerationSettings
-from lumos.planning.memory import meta_model, parameter_count
+from lumos.models.lumos1.cost import meta_model
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.planning.sharding import parameter_count
 from lumos.runtime import check_memory
 from lumos.training.settings import TrainingSettings, build_settings, load_settings
+from lumos.training.tokenizer.settings import TokenizerTrainingSettings
 from tokenizer import VideoTokenizerConfig
-from tokenizer.training_settings import TokenizerTrainingSettings
 
 HUGE = (10**9, 10**30, 10**400, 10**5000)
 ODD = (
@@ -122,7 +124,7 @@ def test_weights_are_counted_by_arithmetic(preset: str):
 def test_large_published_sizes_and_beyond_are_allowed():
     config = LumosConfig(hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=126, num_attention_heads=128)
     assert 3e11 < config.num_parameters < 5e11
-    load_settings("configs/training/3b-stage2.yaml", ["training.batch_size=4096", "training.max_steps=100000000"])
+    load_settings("configs/lumos1/3b-stage2.yaml", ["training.batch_size=4096", "training.max_steps=100000000"])
 
 
 def test_what_memory_cannot_hold_is_refused():

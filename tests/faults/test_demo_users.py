@@ -20,7 +20,7 @@ import pytest
 from hostile_media import lying_avi
 from PIL import Image
 
-from lumos.video_io import read_video
+from lumos.video.io import read_video
 
 pytest.importorskip("gradio", reason="the page needs the extra [demo]")
 httpx = pytest.importorskip("httpx", reason="gradio brings it")

@@ -12,9 +12,9 @@ pytest.importorskip("pyarrow")
 
 from dirty_sources import TAKEN, Sources, build, remove_deep
 
-from lumos.data import shards
-from lumos.data.encode import ClipSettings
-from lumos.data.ingest import ingest
+from lumos.data.ingest.encode import ClipSettings
+from lumos.data.ingest.ingest import ingest
+from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="8x8", num_frames=5)
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from lumos.data import shards
-from lumos.video_io import write_video
+from lumos.data.shards import format as shards
+from lumos.video.io import write_video
 
 HERE = Path(__file__).parent
 KILLED = f"ended with {-signal.SIGKILL}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.errors import NotFinite
-from lumos.generation.sampling import filter_logits, sample_codes
+from lumos.models.lumos1.sampling import filter_logits, sample_codes
 
 PLACES = ("lm_head.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
 OPTIONS = ({}, {"top_k": 3}, {"top_p": 0.5}, {"confidence_threshold": 0.5}, {"guidance_scale": 1.0}, {"history_frames": 1})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lumos.batch.results import Results
 from lumos.benchmarks import faults
-from lumos.data.encode import ClipSettings
-from lumos.data.ingest import ingest
+from lumos.data.ingest.encode import ClipSettings
+from lumos.data.ingest.ingest import ingest
+from lumos.prompt_lists.results import Results
 from lumos.training.loop import train
 
 

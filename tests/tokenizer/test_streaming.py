@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data.shards import tokenizer_facts
-from lumos.training.ardf import video_tokenizer_sha256
-from lumos.video_io import write_video
+from lumos.models.lumos1.training import video_tokenizer_sha256
+from lumos.video.io import write_video
 from tokenizer import StreamDecoder, StreamEncoder, VideoTokenizer, VideoTokenizerConfig
+from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.layers import TemporalAttention
 from tokenizer.video import PIECE
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumos.frames import fit
-from lumos.video_reading import read_video
+from lumos.training.tokenizer.clips import films, held_out_photographs, held_out_worlds, to_video
+from lumos.video.frames import fit
+from lumos.video.reading import read_video
 from tokenizer import VideoTokenizer
-from tokenizer.clips import films, held_out_photographs, held_out_worlds, to_video
 from tokenizer.resizing import double, halve
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "lumos-tiny"

@@ -23,8 +23,8 @@ import torch
 
 from lumos.benchmarks.faults import kill_at_file_call
 from lumos.cli import main
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training import checkpoint
-from lumos.training.ardf import ArdfTask
 from lumos.training.loop import Run
 
 
@@ -254,10 +254,10 @@ def import_all() -> None:
     import peft  # noqa: F401
 
     import lumos.commands.train
-    import lumos.data.digits
+    import lumos.data.synthetic.digits
     import lumos.training.deepspeed_engine
 
-    lumos.data.digits.load()
+    lumos.data.synthetic.digits.load()
     assert deepspeed.ops.__compatible_ops__
 
 

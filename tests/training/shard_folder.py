@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lumos.data import shards
+from lumos.data.shards import format as shards
 from lumos.files import write_json
 from tokenizer.video import VideoTokenizer
 

@@ -14,11 +14,11 @@ from ranks import Ranks, Runs
 from run_log import assert_same_run, read_log
 from safetensors.torch import load_file
 
-from lumos.data import ahead
-from lumos.data.ahead import in_processes
+from lumos.data import prefetch as ahead
+from lumos.data.prefetch import in_processes
 from lumos.errors import RunError, UserError
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training import checkpoint
-from lumos.training.ardf import ArdfTask
 from lumos.training.loop import Run, train
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")

@@ -9,13 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.data.ahead import prefetched
-from lumos.data.loader import IGNORED, VALIDATION_STEP, Clip, Curriculum, StepShape, sample_generator, sample_index
+from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.prefetch import prefetched
+from lumos.data.seeding import VALIDATION_STEP, sample_generator, sample_index
+from lumos.data.source import Clip
 from lumos.errors import RunError, UserError
-from lumos.masking import MASK_KINDS, mask_sequence
-from lumos.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1.masking import MASK_KINDS, mask_sequence
+from lumos.models.lumos1.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.settings import StageSettings
+from lumos.training.task import IGNORED
 
 CPU = torch.device("cpu")
 VIDEO, IMAGE = StepShape("video", 4), StepShape("image", 4)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.errors import RunError, UserError
+from lumos.settings import to_plain
 from lumos.training import checkpoint
 from lumos.training.settings import StageSettings
-from lumos.training.yaml_settings import to_plain
 
 
 def write(root: Path, step: int, keep_last: int = 9, keep_every: int = 0) -> Path:

@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from lumos import LumosPipeline
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
-from lumos.planning.memory import Spread, Trainee, fixed_bytes, meta_model, parameter_count
-from lumos.training.ardf import model_config
+from lumos.models.lumos1.cost import Trainee, fixed_bytes, meta_model
+from lumos.models.lumos1.training import model_config
+from lumos.planning.sharding import Spread, parameter_count
 from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import BUCKET, deepspeed_options
 from lumos.training.loop import train
 from lumos.training.settings import TrainingSettings, load_settings
-from lumos.video_io import contact_sheet, read_image
+from lumos.video.io import contact_sheet, read_image
 
 ROOT = Path(__file__).parents[2]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -15,9 +15,9 @@ import yaml
 
 from lumos.cli import main
 from lumos.evaluation import experiments
-from lumos.training.ardf import model_config
+from lumos.models.lumos1.training import model_config
 from lumos.training.settings import load_settings
-from lumos.video_io import read_image
+from lumos.video.io import read_image
 
 pytest.importorskip("matplotlib")
 

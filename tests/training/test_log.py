@@ -17,20 +17,22 @@ from run_log import flat, read_log
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumos.attention import allowed_pairs, attention_for
-from lumos.configuration import LumosConfig
-from lumos.data.loader import IGNORED, VALIDATION_STEP, StepShape, sample_generator
-from lumos.flops import training_flops
-from lumos.masking import mask_ratio
-from lumos.modeling import LumosForVideoGeneration
+from lumos.data.curriculum import StepShape
+from lumos.data.seeding import VALIDATION_STEP, sample_generator
+from lumos.device_peak import known_gpu, peak_flops
+from lumos.models.lumos1.attention import allowed_pairs, attention_for
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.flops import training_flops
+from lumos.models.lumos1.masking import mask_ratio
+from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.sequence import Frame, Layout, frame_indices, parse_layout
+from lumos.models.lumos1.training import RATIO_BINS, ArdfTask, ratio_bins
 from lumos.runtime import versions
-from lumos.sequence import Frame, Layout, frame_indices, parse_layout
 from lumos.training import loop
-from lumos.training.ardf import RATIO_BINS, ArdfTask, ratio_bins
 from lumos.training.logging import Meter, RunLog, read_lines, scalars
 from lumos.training.loop import Run, train
-from lumos.training.peak import known_gpu, peak_flops
-from lumos.training.sums import LossSums
+from lumos.training.loss_sums import LossSums
+from lumos.training.task import IGNORED
 
 CPU = torch.device("cpu")
 JOINT = {"stages": [{"image_share": 0.5, "image_batch_size": 6}]}

@@ -17,15 +17,15 @@ from run_log import read_log
 from safetensors.torch import load_file, save_file
 
 from lumos import LumosForVideoGeneration, LumosPipeline
-from lumos.adapters import fingerprints, merge_adapter
 from lumos.cli import main
-from lumos.data.loader import StepShape
-from lumos.data.worlds import captions
+from lumos.data.curriculum import StepShape
+from lumos.data.synthetic.render import captions
 from lumos.errors import UserError
-from lumos.training.ardf import ArdfTask
+from lumos.lora import fingerprints, merge_adapter
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
 from lumos.training.settings import TrainingSettings
-from lumos.video_io import contact_sheet, read_image
+from lumos.video.io import contact_sheet, read_image
 from tokenizer import TextTokenizer
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ pytest.importorskip("pyarrow")
 from run_log import read_log
 
 from lumos import LumosForVideoGeneration
-from lumos.data import shards
 from lumos.data.buckets import bucket_sizes
-from lumos.data.encode import TARGET_SIZES
-from lumos.data.loader import Curriculum
+from lumos.data.curriculum import Curriculum
+from lumos.data.ingest.encode import TARGET_SIZES
+from lumos.data.shards import format as shards
 from lumos.errors import UserError
 from lumos.files import write_json
-from lumos.sequence import num_latent_frames
+from lumos.models.lumos1.sequence import num_latent_frames
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.loop import train
 from lumos.training.settings import load_settings
@@ -90,7 +90,7 @@ def test_each_recipe_goes_on_from_the_one_before(size: str):
 def test_every_recipe_says_how_it_is_started():
     for name in (f"{size}-{stage}" for size in SIZES for stage in STAGES):
         text = (ROOT / "configs" / "training" / f"{name}.yaml").read_text()
-        assert f"deepspeed --hostfile configs/deepspeed/hostfile train.py --config configs/training/{name}.yaml\n" in text
+        assert f"deepspeed --hostfile configs/deepspeed/hostfile train.py --config configs/lumos1/{name}.yaml\n" in text
     page = (ROOT / "docs" / "training.md").read_text()
     named = set(re.findall(r"deepspeed --hostfile \S+ train\.py --config (\S+)", page))
     assert len(named) == 3

@@ -16,11 +16,12 @@ from shard_folder import write_folder
 pytest.importorskip("pyarrow")
 
 from lumos.cli import main
-from lumos.data import shards, storage
-from lumos.data.loader import StepShape
-from lumos.data.storage import Remote
+from lumos.data.curriculum import StepShape
+from lumos.data.shards import format as shards
+from lumos.data.shards import remote as storage
+from lumos.data.shards.remote import Remote
 from lumos.errors import RunError, UserError
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
 
 CPU = torch.device("cpu")

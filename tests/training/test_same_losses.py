@@ -12,11 +12,11 @@ from run_log import read_log
 from safetensors.torch import load_file
 
 from lumos import LumosPipeline
-from lumos.data.loader import StepShape
+from lumos.data.curriculum import StepShape
 from lumos.errors import UserError
-from lumos.generation.acceleration import compile_parts
-from lumos.training import ardf
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1 import training as ardf
+from lumos.models.lumos1.acceleration import compile_parts
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
 
 CPU = torch.device("cpu")

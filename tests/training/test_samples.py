@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from lumos import LumosPipeline
 from lumos.errors import UserError
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training import samples
-from lumos.training.ardf import ArdfTask
 from lumos.training.logging import RunLog
 from lumos.training.loop import train
 from lumos.training.samples import Sampler, render
 from lumos.training.settings import SampleSettings
-from lumos.video_io import read_video
+from lumos.video.io import read_video
 
 PROMPTS = ["a red circle moves left", "a blue square"]
 SAMPLES = {"every": 3, "prompts": PROMPTS, "seed": 5, "options": {"num_inference_steps": 2, "guidance_scale": 3.0}}

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumos.errors import UserError
+from lumos.settings import describe
 from lumos.training.settings import TrainingSettings, build_settings, load_settings
-from lumos.training.yaml_settings import describe
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "training").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "lumos1").glob("*.yaml"))
 SMALL = {"model": {"preset": "tiny"}}
 
 

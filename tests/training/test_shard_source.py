@@ -11,13 +11,14 @@ from shard_folder import write_folder
 
 pytest.importorskip("pyarrow")
 
-from lumos.data import shards
-from lumos.data.loader import IGNORED, Curriculum, StepShape
+from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
-from lumos.sequence import parse_sequence
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1.sequence import parse_sequence
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
 from lumos.training.settings import StageSettings
+from lumos.training.task import IGNORED
 from tokenizer.video import VideoTokenizer
 
 CPU = torch.device("cpu")

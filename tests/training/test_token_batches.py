@@ -12,11 +12,12 @@ from shard_folder import write_folder
 
 pytest.importorskip("pyarrow")
 
-from lumos.data.loader import IGNORED, Curriculum, StepShape, check_shares
+from lumos.data.curriculum import Curriculum, StepShape, check_shares
 from lumos.errors import UserError
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
 from lumos.training.settings import StageSettings, build_settings, load_settings
+from lumos.training.task import IGNORED
 
 CPU = torch.device("cpu")
 LENGTHS = [(4, 4, 4)] * 6 + [(3, 4, 6)] * 5 + [(2, 6, 4)] * 7 + [(1, 4, 4)] * 5 + [(1, 6, 4)] * 3

@@ -14,15 +14,16 @@ from run_log import read_log
 from safetensors.torch import load_file, save_file
 
 from lumos import LumosForVideoGeneration
-from lumos.data.worlds import captions
+from lumos.data.synthetic.render import captions
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
-from lumos.training import checkpoint, interrupt, loop
-from lumos.training.ardf import ArdfTask
+from lumos.models.lumos1.training import ArdfTask
+from lumos.settings import to_plain
+from lumos.training import checkpoint, loop
+from lumos.training import signals as interrupt
 from lumos.training.ema import Ema
 from lumos.training.engine import parameter_groups, pick_precision
 from lumos.training.loop import Run, train
-from lumos.training.yaml_settings import to_plain
 from tokenizer.text import TextTokenizer
 
 CPU = torch.device("cpu")

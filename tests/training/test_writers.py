@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lumos.cli import main
 from lumos.errors import UserError
 from lumos.training.loop import Run, train
-from lumos.training.writers import check_installed
+from lumos.training.trackers import check_installed
 
 SAMPLES = {"every": 3, "prompts": ["a red circle"], "options": {"num_inference_steps": 1}}
 TAG = "samples/00-a-red-circle"

@@ -1,0 +1,62 @@
+"""Run one function of a benchmark in a process of its own, so that its memory can be measured alone.
+
+`run_apart` is the parent's side; `python -m lumos.benchmarks.isolated` the child's: it reads the call from stdin as JSON and
+writes the result as the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import RunError, UserError
+
+
+def run_apart(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
+    """lumos.benchmarks.<module>.<function>(**arguments) in a fresh process; arguments and result are plain JSON values.
+
+    UserError and RunError pass through; RunError, too, when the process dies (`what` names the measurement).
+    """
+    call = json.dumps({"module": module, "function": function, "arguments": arguments, "threads": threads})
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "lumos.benchmarks.isolated"],
+        input=call, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+    if done.returncode == 2:
+        raise UserError(reason)
+    if done.returncode == -signal.SIGKILL:
+        reason = "it was killed, most likely because memory ran out; make it smaller or free memory"
+    raise RunError(f"measuring {what} failed: {reason}")
+
+
+def main() -> int:
+    import torch
+
+    from lumos.cli import fail
+
+    call = json.load(sys.stdin)
+    torch.set_num_threads(call["threads"])
+    module = importlib.import_module(f"lumos.benchmarks.{call['module']}")
+    try:
+        result = getattr(module, call["function"])(**call["arguments"])
+    except ValueError as error:
+        return fail(error, 2)
+    except (RunError, OSError, MemoryError) as error:
+        return fail(error, 1)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Videos and pictures with captions in, shards of codes out."""

@@ -1,0 +1,242 @@
+"""What to ingest: folders, manifests, webdataset tars and single files as one stream of items in a fixed order.
+
+An item's `id` does not depend on where its source lies or what stands before it, so that a second run over the same
+(or a longer) source knows which items it has done. What is wrong with an item (no caption, a row that makes no sense)
+is written on it; the stream never stops for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lumos.data.ingest.item import (
+    BAD_CAPTION,
+    BAD_ROW,
+    BROKEN_TABLE,
+    DUPLICATE,
+    LONG_CAPTION,
+    MEDIA,
+    UNREADABLE,
+    Item,
+    as_text,
+    problem_of,
+    problem_of_caption,
+    problem_of_file,
+    row_name,
+)
+from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, Row, first, rows
+from lumos.data.ingest.tars import tar_items
+from lumos.data.shards.format import DESCRIPTION, SHEET
+from lumos.errors import RunError, UserError, shown
+from lumos.files import open_regular
+
+MAX_PATH_LENGTH = 4096
+"""Characters of a path in a table; no system opens a longer one."""
+OF_CAPTIONS = "--captions"
+"""Stands where items have their source's name, for rows of the captions table; no table can be called so."""
+
+
+def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> Iterator[Item]:
+    """The items of all sources, in order; `captions` is a table of path and caption that goes before captions found beside
+    the files.
+
+    UserError at once for a source that is missing or of an unknown kind, and for two of the same name.
+    """
+    paths = [Path(source) for source in sources]
+    if not paths:
+        raise UserError("no source given; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
+    for path in paths:
+        _check_source(path)
+    names = Counter(path.resolve().name for path in paths)
+    for name, count in names.items():
+        if count > 1:
+            raise UserError(f"two sources are named {name}, which names their clips; rename one of them")
+    table = Path(captions) if captions else None
+    if table and (table.suffix.lower() not in TABLES or problem_of_file(table)):
+        raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
+    return _checked(paths, table)
+
+
+def _check_source(path: Path) -> None:
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read the source {path}: {error.strerror}") from error
+    if not found:
+        raise UserError(f"there is no source {path}; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
+    if path.is_dir():
+        return
+    if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar"):
+        raise UserError(f"{path} is no known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
+    if problem := problem_of_file(path):
+        raise UserError(f"cannot read the source: {problem[1]}")
+
+
+def _checked(paths: list[Path], table: Path | None) -> Iterator[Item]:
+    captions: dict[str, str] = {}
+    seen: Counter[bytes] = Counter()
+    for item in _all_items(paths, table, captions):
+        item = _with_caption(item, captions)
+        key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # shorter than the text, and no two share it
+        seen[key] += 1
+        if seen[key] > 1:
+            item = replace(item, id=f"{item.id} (again {seen[key] - 1})", problem=(DUPLICATE, f"{item.id} came before"))
+        yield item
+
+
+def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) -> Iterator[Item]:
+    """Fills `captions` from its table before any other item."""
+    if table is not None:
+        yield from _read_captions(table, captions)
+    for path in paths:
+        yield from _items_of(path)
+
+
+def _with_caption(item: Item, captions: dict[str, str]) -> Item:
+    """The item with its caption in one line, or with what is wrong with it."""
+    name = PurePosixPath(item.id.partition("/")[2] or item.id)
+    given = next((captions[key] for key in (str(name), name.name, name.stem) if key in captions), None)
+    caption = " ".join((item.caption if given is None else given).split())
+    problem = item.problem
+    if given is not None and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
+        problem = None
+    return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
+
+
+def _items_of(path: Path) -> Iterator[Item]:
+    name, suffix = as_text(path.resolve().name), path.suffix.lower()
+    if path.is_dir():
+        yield from _folder_items(path, name)
+    elif suffix == ".tar":
+        yield from tar_items(path, name)
+    elif suffix in TABLES:
+        try:
+            for number, row in rows(path):
+                id_ = f"{name}/row {number}"
+                yield _guarded(id_, str(path), lambda id_=id_, row=row: _row_item(path, name, id_, row))
+        except RunError as error:
+            yield Item(name, str(path), problem=(BROKEN_TABLE, str(error)))
+    else:
+        yield _guarded(name, str(path), lambda: _file_item(name, path))
+
+
+def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
+    """What `make` gives, or an item that says why odd data made it fail."""
+    try:
+        return make()
+    except Exception as error:
+        problem = problem_of(error)
+        if problem is None:
+            raise
+        return Item(id_, path, problem=problem)
+
+
+def _folder_items(root: Path, name: str) -> Iterator[Item]:
+    """The media files below a folder, the entries of each folder sorted by name; links to folders are not followed.
+
+    A loop over a stack: a tree of folders may be deeper than Python's own stack.
+    """
+    todo = [("", True)]  # (path below the root, whether it is a folder), the next one last
+    while todo:
+        below, is_folder = todo.pop()
+        path, id_ = root / below, as_text(f"{name}/{below}" if below else name)
+        if is_folder:
+            try:
+                with os.scandir(path) as entries:
+                    inside = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+            except OSError as error:
+                yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
+                continue
+            todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
+            continue
+        drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # of shards that lie in the source
+        if path.suffix.lower() in MEDIA and not path.name.startswith(".") and not drawn:
+            yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
+
+
+def _file_item(id_: str, file: Path) -> Item:
+    if problem := problem_of_file(file):
+        return Item(id_, str(file), problem=problem)
+    text = file.with_suffix(".txt")
+    try:
+        with open_regular(text) as opened:
+            data = opened.read(MAX_ROW_LENGTH + 1)
+    except FileNotFoundError:
+        return Item(id_, str(file))
+    except (OSError, ValueError) as error:
+        return Item(id_, str(file), problem=(BAD_CAPTION, f"cannot read {text}: {getattr(error, 'strerror', None) or error}"))
+    if len(data) > MAX_ROW_LENGTH:
+        return Item(id_, str(file), problem=(LONG_CAPTION, f"{text} has more than {MAX_ROW_LENGTH:,} bytes"))
+    return Item(id_, str(file), data.decode("utf-8-sig", "surrogateescape"))
+
+
+def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
+    if isinstance(row, str):
+        return Item(id_, str(manifest), problem=(BAD_ROW, row))
+    written, caption = first(row, PATH_KEYS), first(row, CAPTION_KEYS)
+    if not written:
+        return Item(id_, str(manifest), problem=(BAD_ROW, f"no path; columns for it: {', '.join(PATH_KEYS)}"))
+    if len(written) > MAX_PATH_LENGTH:
+        why = f"its path has {len(written):,} characters; at most {MAX_PATH_LENGTH:,} are allowed"
+        return Item(id_, str(manifest), problem=(BAD_ROW, why))
+    path = str(manifest.parent / written)
+    try:
+        start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
+        if end is not None and math.isnan(end):  # how tables say that there is none
+            end = None
+        if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
+            raise ValueError("start must be at least 0 and below end")
+    except (TypeError, ValueError, OverflowError) as error:
+        why = f"start {shown(row.get('start'))}, end {shown(row.get('end'))}: {error}"
+        return Item(id_, path, caption, problem=(BAD_ROW, why))
+    part = "" if start == 0 and end is None else f"@{start!r}-{'' if end is None else repr(end)}"
+    return Item(f"{name}/{row_name(Path(written).as_posix())}{part}", path, caption, start, end)
+
+
+def _seconds(value: Any) -> float | None:
+    """A time of a row; None for a cell without one."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool):
+        raise TypeError("a time is a number of seconds")
+    return float(value)
+
+
+def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
+    """Fills `captions` (name to caption) from a table; yields an item for each row that makes no sense."""
+    for number, row in rows(table):
+        path = "" if isinstance(row, str) else first(row, PATH_KEYS)
+        if not path:
+            why = row if isinstance(row, str) else f"no path; columns for it: {', '.join(PATH_KEYS)}"
+            yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, why))
+        else:
+            captions[as_text(PurePosixPath(path).as_posix())] = first(row, CAPTION_KEYS)
+
+
+@contextmanager
+def as_file(item: Item) -> Iterator[Path]:
+    """The item's media as a file; a member of a tar is copied out for the time of the block."""
+    if item.member is None:
+        yield Path(item.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="lumos-") as folder:
+        file = Path(folder) / f"member{PurePosixPath(item.member).suffix.lower()}"
+        with open_regular(item.path) as tar, file.open("wb") as out:
+            tar.seek(item.offset)
+            _copy(tar, out, item.size)
+        yield file
+
+
+def _copy(source: Any, target: Any, size: int) -> None:
+    while size > 0 and (block := source.read(min(size, 1 << 24))):
+        target.write(block)
+        size -= len(block)

@@ -1,0 +1,153 @@
+"""Ingest on a Ray cluster: items into Ray Data, tokenizer actors map over them, their results back in order.
+
+Each actor does its items in a process of its own, as on one machine: an item that crashes or hangs there costs itself alone.
+Only small things travel: an item's path and caption one way, its codes the other. The process that was started writes all
+shards, so that what holds for one machine (no sample twice, none lost, the stop at too many failures) holds here. Sources
+and tokenizer must be readable on every node under the same path.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lumos.data.ingest.encode import Encoder, Result, Skip, Work
+from lumos.data.ingest.executors import ITEM_TIMEOUT
+from lumos.data.ingest.item import Item
+from lumos.data.ingest.workers import Make, Pool
+from lumos.errors import RunError, UserError, shown
+
+DEVICES = (None, "auto", "cpu", "cuda")
+ITEMS_A_WORKER = 1000
+"""Items for each worker in one Ray data set; a data set starts its actors anew, which takes seconds."""
+ITEMS_IN_BLOCK = 4
+ATTEMPTS = 3
+"""An item whose actor dies (a lost node) is tried again so often; Ray's default is without end."""
+
+
+class RayEngine:
+    """Up to `workers` actors of one CPU each, and one GPU each where the cluster has GPUs or `device` asks for them."""
+
+    def __init__(self, work: Work, workers: int, item_timeout: float | None):
+        _ray()
+        if not workers:
+            raise UserError("0 workers is not for --engine ray; give at least 1")
+        if work.device not in DEVICES:
+            raise UserError(f"device '{work.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
+        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
+
+    def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
+        ray = _ray()
+        own = not ray.is_initialized()
+        if own:
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            except OSError as error:
+                raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
+        item = None
+        try:
+            while some := list(islice(todo, ITEMS_A_WORKER * self.workers)):
+                with closing(self._map(ray, some)) as results:
+                    for number, item in enumerate(some):
+                        found, result = next(results, (None, None))
+                        if found != number:
+                            what = "no result" if found is None else f"the result of {shown(some[found].id)}"
+                            raise RunError(f"Ray gave {what} for {shown(item.id)}; run the same command again, it goes on")
+                        yield item, result
+                    if next(results, None) is not None:
+                        raise RunError(f"Ray gave more than {len(some)} results for as many items; run the same command again")
+        except ray.exceptions.RayError as error:
+            near = f"near {item.id}" if item else "at the start"
+            raise RunError(f"a Ray worker failed {near}: {_cause(error)}; run the same command again, it goes on") from error
+        finally:
+            if own:
+                ray.shutdown()
+
+    def _map(self, ray: ModuleType, some: list[Item]) -> Iterator[tuple[int, Result]]:
+        """Each item's number in `some`, which is in their order, and its result."""
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        rows = [{"number": number, "item": json.dumps(asdict(item))} for number, item in enumerate(some)]
+        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ITEMS_IN_BLOCK))
+        data.context.execution_options.preserve_order = True
+        data.context.enable_progress_bars = False
+        data = data.map(
+            _Actor,
+            fn_constructor_args=(partial(Encoder, self.work), self.item_timeout, os.getcwd()),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
+            num_cpus=1,
+            num_gpus=self._gpus(ray),
+            max_restarts=ATTEMPTS,
+            max_task_retries=ATTEMPTS,
+        )
+        for row in data.iter_rows():
+            yield int(row["number"]), from_text(row["result"])
+
+    def _gpus(self, ray: ModuleType) -> int:
+        available = ray.cluster_resources().get("GPU", 0)
+        if self.work.device == "cuda" and not available:
+            raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
+        return int(self.work.device != "cpu" and available > 0)
+
+
+class _Actor:
+    def __init__(self, make: Make, seconds: float, folder: str):
+        os.chdir(folder)  # what relative paths are from
+        self.pool = Pool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        fields = json.loads(row["item"])
+        fields["problem"] = fields["problem"] and tuple(fields["problem"])
+        [(_, result)] = self.pool.results(iter([Item(**fields)]))
+        return {"number": row["number"], "result": to_text(result)}
+
+
+def to_text(result: Result) -> str:
+    """A result as JSON: plain text crosses every version of Ray, Arrow and Python, pickled objects do not."""
+    if isinstance(result, Skip):
+        return json.dumps({"skip": [result.reason, result.detail]})
+    rows = []
+    for row in result:
+        codes = row["codes"]
+        packed = base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii")
+        rows.append({**row, "codes": packed, "grid": codes.shape})
+    return json.dumps({"rows": rows})
+
+
+def from_text(text: str) -> Result:
+    """The inverse of `to_text`."""
+    fields = json.loads(text)
+    if "skip" in fields:
+        return Skip(*fields["skip"])
+    for row in fields["rows"]:
+        codes = np.frombuffer(base64.b64decode(row["codes"]), "<u2").astype(np.uint16)
+        row["codes"] = codes.reshape(row.pop("grid"))
+    return fields["rows"]
+
+
+def _ray() -> ModuleType:
+    """ray with ray.data and ray.exceptions, or UserError if it is not installed."""
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise UserError(f"--engine ray needs Ray ({error}); pip install 'lumos-video[ray]', or use --engine local") from error
+    return ray
+
+
+def _cause(error: BaseException) -> str:
+    """The end of what Ray says, which may be a page, in one line."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(cause).__name__

@@ -1,0 +1,208 @@
+"""How far an ingest is: which items its shards hold, which were skipped, and what each shard is made of.
+
+An item is done if it is in a shard that is there or in the journal of skipped items. Before a shard is written, a line of
+`shards.jsonl` says which items it will hold and the digest of their clips. A shard of these lines that is not in the folder
+(it was deleted, or its ingest was killed) is a gap: its items go into a shard of the same name in the same order, so that
+the folder has the content again that training runs remember.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lumos.data.ingest.encode import Skip
+from lumos.data.ingest.fingerprint import CHANGED, OTHER, compare, mark
+from lumos.data.ingest.item import Item
+from lumos.data.shards import format as shards
+from lumos.durable import sync_file, sync_folder
+from lumos.errors import RunError, UserError, printable
+from lumos.files import parse_json
+
+JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
+DETAIL_LENGTH = 1000
+"""Characters of what the journal says of a skipped item; a message may name a path of 4096 twice."""
+
+
+@dataclass
+class _Made:
+    """A shard in the making: the clips of each item, and the items' marks."""
+
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def clips(self) -> int:
+        return sum(map(len, self.rows.values()))
+
+
+class State:
+    """What an output folder holds: derived from its files, and kept up to date while writing."""
+
+    def __init__(self, out: Path, *, shard_clips: int, retry_skipped: bool):
+        self.out, self.shard_clips = out, shard_clips
+        self.done: set[str] = set()
+        self.clips = 0
+        for path in shards.shard_paths(out):
+            ids = shards.read_ids(path)
+            self.done.update(ids)
+            self.clips += len(ids)
+        self.marks: dict[str, str] = {}
+        self.gaps: dict[str, dict[str, Any]] = {}
+        for name, entry in {entry["shard"]: entry for entry in _read_lines(out / CONTENTS)}.items():
+            self.marks |= {id_: value for id_, value in entry["items"].items() if id_ in self.done}
+            if not (out / name).exists() and self.done.isdisjoint(entry["items"]):
+                self.gaps[name] = entry
+        self.gap_of = {id_: name for name, entry in self.gaps.items() for id_ in entry["items"]}
+        self.filling = {name: _Made() for name in self.gaps}
+        self.new = _Made()
+        self.warnings: list[str] = []
+        self.skipped: dict[str, dict[str, str]] = {}
+        if retry_skipped:
+            (out / JOURNAL).unlink(missing_ok=True)
+        for entry in _read_lines(out / JOURNAL):
+            if entry["id"] not in self.done:
+                self.skipped[entry["id"]] = {"reason": entry["reason"], "detail": entry["detail"]}
+                if "mark" in entry:
+                    self.marks[entry["id"]] = entry["mark"]
+
+    def check(self, todo: Iterable[Item]) -> None:
+        """Warn of items that are not done again although they changed; UserError for another source with the same names."""
+        done, skipped = [], []
+        for item in todo:
+            difference = compare(item, self.marks[item.id]) if item.id in self.marks else None
+            if difference == OTHER and item.id in self.done:
+                raise UserError(
+                    f"{item.path} would have the name {item.id}, which another file in {self.out} has, from a source of the "
+                    "same name in another place; rename the folder or file that is the source, or use another --out"
+                )
+            if difference in (OTHER, CHANGED):
+                (done if item.id in self.done else skipped).append(item.id)
+        if done:
+            self.warnings.append(
+                f"{len(done)} items changed (file or caption) since they were ingested, such as {done[0]}; they are not done "
+                "again: use a new --out for that"
+            )
+        if skipped:
+            self.warnings.append(
+                f"{len(skipped)} items that were skipped changed since, such as {skipped[0]}; --retry-skipped tries them again"
+            )
+
+    def knows(self, item: Item) -> bool:
+        return item.id in self.done or item.id in self.skipped
+
+    def skip(self, item: Item, why: Skip) -> None:
+        entry = {"reason": why.reason, "detail": printable(why.detail[:DETAIL_LENGTH])}
+        self.skipped[item.id] = entry
+        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": mark(item)})
+
+    def add(self, item: Item, rows: list[dict[str, Any]]) -> None:
+        """Take an item's clips; a shard that is full with them is written."""
+        self.done.add(item.id)
+        gap = self.gap_of.get(item.id)
+        made = self.filling[gap] if gap else self.new
+        made.rows[item.id], made.marks[item.id] = rows, mark(item)
+        if gap and len(made.rows) == len(self.gaps[gap]["items"]):
+            self._fill(gap)
+        elif not gap and made.clips >= self.shard_clips:
+            self._write_new()
+
+    def finish(self, whole: bool) -> None:
+        """Write what is left. After the `whole` of the sources, also gaps of which items are missing, with a warning."""
+        if self.new.rows:
+            self._write_new()
+        for name, made in list(self.filling.items()):
+            if not whole:
+                self.done -= set(made.rows)
+            elif made.rows:
+                self._fill(name)
+            else:
+                count = len(self.gaps[name]["items"])
+                self.warnings.append(f"{name} is missing, and so are its {count} items in what was given: give their source again")
+        self._sync_journals()
+
+    def _write_new(self) -> None:
+        path = shards.next_shard(self.out, reserved=self.gaps)
+        self._write(path, self.new)
+        self.new = _Made()
+
+    def _fill(self, name: str) -> None:
+        """Make a shard again, its items in their old order."""
+        old, made = self.gaps.pop(name), self.filling.pop(name)
+        ids = [id_ for id_ in old["items"] if id_ in made.rows]
+        made = _Made({id_: made.rows[id_] for id_ in ids}, {id_: made.marks[id_] for id_ in ids})
+        digest = self._write(self.out / name, made, written=old)
+        if digest != old["digest"]:
+            lost = len(old["items"]) - len(ids)
+            why = f"{lost} of its {len(old['items'])} items gave no clip" if lost else "a file, a caption or the device changed"
+            self.warnings.append(f"{name} is not what it was ({why}): a training run on these shards cannot be resumed")
+
+    def _write(self, path: Path, made: _Made, written: dict[str, Any] | None = None) -> str:
+        """Returns the digest. The line comes first: if a kill comes between, the shard is a gap that is filled with the same."""
+        rows = [row for of_item in made.rows.values() for row in of_item]
+        entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.marks}
+        if entry != written:
+            _append(self.out / CONTENTS, entry)
+        self._sync_journals()
+        shards.write_shard(path, rows)
+        self.clips += len(rows)
+        return entry["digest"]
+
+    def _sync_journals(self) -> None:
+        """A shard must not outlast a power cut that its lines in the journals do not."""
+        for journal in (self.out / CONTENTS, self.out / JOURNAL):
+            if journal.exists():
+                sync_file(journal)
+        sync_folder(self.out)
+
+    def reasons(self) -> dict[str, int]:
+        return dict(Counter(entry["reason"] for entry in self.skipped.values()).most_common())
+
+    def counts(self) -> dict[str, Any]:
+        return {"items": len(self.done) + len(self.skipped), "encoded": len(self.done), "clips": self.clips,
+                "skipped_items": len(self.skipped), "reasons": self.reasons()}  # fmt: skip
+
+    def failure(self, max_rate: float) -> str | None:
+        total = len(self.done) + len(self.skipped)
+        if len(self.skipped) <= max_rate * total:
+            return None
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons().items())
+        return (
+            f"{len(self.skipped)} of {total} items gave no clip ({reasons}), more than --max-failure-rate {max_rate:g}; they are "
+            f"listed in {self.out / JOURNAL}; mend them and use --retry-skipped, or raise the rate"
+        )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a journal; a line that a kill cut off is cut away."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return [_entry(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    """A line of either journal; RunError for one that ingest would not write."""
+    try:
+        entry = parse_json(line.decode("utf-8", "replace"), where)
+    except UserError as error:
+        raise RunError(f"{error}; delete that line, or use another --out") from error
+    shard = isinstance(entry, dict) and "shard" in entry
+    fields = {"shard": str, "digest": str, "items": dict} if shard else {"id": str, "reason": str, "detail": str}
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+    if not whole or (shard and not re.fullmatch(r"shard-[0-9]{6,}\.parquet", entry["shard"])):
+        raise RunError(f"{where} is no line that ingest writes; delete it, or use another --out")
+    return entry
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

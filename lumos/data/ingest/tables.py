@@ -1,0 +1,143 @@
+"""Rows of tables (csv, tsv, jsonl, parquet) that others wrote: a row that makes no sense costs itself alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from lumos.data.shards.format import parquet
+from lumos.errors import RunError, UserError
+from lumos.files import open_regular, parse_json
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
+CAPTION_KEYS = ("caption", "text", "prompt")
+COLUMNS = (*PATH_KEYS, *CAPTION_KEYS, "start", "end")
+MAX_ROW_LENGTH = 1 << 24
+"""Characters of a row of text."""
+MAX_ROW_LINES = 200
+"""Lines of a row of csv: where a quote is not closed, so many are read before the row is given up and the next line tried."""
+
+Row = dict[str, Any] | str
+"""The columns of a row, or what is wrong with it."""
+
+
+def rows(table: Path) -> Iterator[tuple[int, Row]]:
+    """(row number from 1, row) for each row; of parquet only the COLUMNS are read.
+
+    Undecodable bytes come as lone surrogates. RunError where the table cannot be read any further.
+    """
+    suffix = table.suffix.lower()
+    try:
+        with open_regular(table) as file:
+            if suffix == ".parquet":
+                yield from _parquet_rows(file)
+                return
+            newline = "" if suffix in (".csv", ".tsv") else None
+            lines = _lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline))
+            if newline == "":
+                yield from enumerate(_csv_rows(lines, "\t" if suffix == ".tsv" else ","), 1)
+            else:
+                yield from ((number, json_row(line)) for number, line in enumerate(lines, 1) if line.strip())
+    except UserError:  # pyarrow is not installed
+        raise
+    except Exception as error:  # whatever a reader raises for a damaged file
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"cannot read {table}: {why}; check that it is a whole {suffix[1:]} file") from error
+
+
+def first(row: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """The value of the first of the keys that has one, without spaces around it; "" if there is none or it is no text."""
+    value = next((row[key] for key in keys if row.get(key) not in (None, "")), "")
+    return value.strip() if isinstance(value, str) else ""
+
+
+def json_row(line: str) -> Row:
+    """The columns of a JSON object, or what is wrong with the text."""
+    if len(line) > MAX_ROW_LENGTH:
+        return f"it has more than {MAX_ROW_LENGTH:,} characters"
+    try:
+        row = parse_json(line, "it")
+    except UserError as error:
+        return str(error)
+    return row if isinstance(row, dict) else "it is not a JSON object"
+
+
+def _lines(text: TextIO) -> Iterator[str]:
+    """The lines of a text; of one that is too long, a beginning that is too long."""
+    while line := text.readline(MAX_ROW_LENGTH + 1):
+        yield line
+        while len(line) > MAX_ROW_LENGTH and not line.endswith(("\n", "\r")):
+            line = text.readline(MAX_ROW_LENGTH + 1)
+
+
+def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
+    """The rows under the names of the first one.
+
+    A quote that is not closed would make one row of all that follow. Such a row is given up, and read on at its second line.
+    """
+    csv.field_size_limit(MAX_ROW_LENGTH)
+    again: deque[str] = deque()
+    record: list[str] = []
+    ended = False
+
+    def feed() -> Iterator[str]:
+        nonlocal ended
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            record.append(line)
+            if len(line) > MAX_ROW_LENGTH or len(record) > MAX_ROW_LINES or sum(map(len, record)) > MAX_ROW_LENGTH:
+                raise csv.Error("it is too long, or a quote in it is not closed")
+            yield line
+        ended = True
+
+    names, reader = None, csv.reader(feed(), delimiter=delimiter, strict=True)
+    while True:
+        record.clear()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            cells = None
+            if len(record) == 1 and not ended and len(record[0]) <= MAX_ROW_LENGTH:
+                cells = next(csv.reader(record, delimiter=delimiter), None)  # text after a closing quote, in a row of one line
+            if names is None and cells is None:
+                raise
+            again.extendleft(reversed(record[1:]))
+            ended, reader = False, csv.reader(feed(), delimiter=delimiter, strict=True)
+            if cells is None:
+                yield f"it is no row of comma-separated values: {error}"
+                continue
+        if cells is None:
+            return
+        if names is None:
+            names = cells or None
+        elif cells:
+            yield dict(zip(names, cells, strict=False))
+
+
+def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
+    table = parquet().ParquetFile(file)
+    wanted = [name for name in COLUMNS if name in table.schema_arrow.names]
+    number = 1
+    for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        done = 0
+        try:
+            for batch in table.iter_batches(1024, row_groups=[group], columns=wanted):
+                for index in range(batch.num_rows):
+                    yield number + done, _parquet_row(batch, index)
+                    done += 1
+        except Exception as error:  # whatever pyarrow raises for damaged pages
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            yield number + done, f"rows {number + done} to {number + count - 1} cannot be read: {why}"
+        number += count
+
+
+def _parquet_row(batch: Any, index: int) -> Row:
+    try:
+        return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except Exception as error:  # text that is not UTF-8, times that Python does not know
+        return f"it cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"

@@ -1,0 +1,105 @@
+"""Samples of a webdataset tar: what is whole of it, and what is wrong with the rest."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from lumos.data.ingest.item import BAD_CAPTION, BROKEN_TAR, LONG_CAPTION, MEDIA, NO_END, NOT_A_FILE, Item, as_text
+from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, first, json_row
+from lumos.files import open_regular
+
+
+def tar_items(tar: Path, name: str) -> Iterator[Item]:
+    """Members that share what stands before the first dot of their name are one sample: media, .txt and .json.
+
+    Of a tar that is cut off come the samples whose members are all whole, and an item that says what is wrong. Members stay
+    where they are: nothing is written under their names, no link is followed.
+    """
+    groups: dict[str, list[tarfile.TarInfo]] = {}
+    try:
+        with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            problem = _read_members(archive, tar.stat().st_size, groups)
+            for members in groups.values():
+                yield from _sample_items(tar, name, archive, members)
+    except Exception as error:  # whatever tarfile raises for a foreign file
+        problem = BROKEN_TAR, f"{_line(error)}; it must be a whole, uncompressed tar"
+    if problem:
+        yield Item(name, str(tar), problem=(problem[0], f"{tar}: {problem[1]}"))
+
+
+def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[tarfile.TarInfo]]) -> tuple[str, str] | None:
+    """Sort the members of a tar of `size` bytes into `groups` by sample; returns what is wrong with it.
+
+    tarfile takes a tar that stops after any member, or goes on with something that is no header, for a whole one, and reads
+    one whose members have negative sizes without end.
+    """
+    end = 0
+    try:
+        for member in archive:
+            if archive.offset <= end or member.size < 0:
+                return BROKEN_TAR, f"{member.name} has a size that cannot be; the samples before are used"
+            end = archive.offset
+            folder, slash, file = member.name.rpartition("/")
+            sample = f"{folder}{slash}{file.split('.', 1)[0] or file}"
+            if member.isfile() and member.offset_data + (0 if member.issparse() else member.size) > size:
+                groups.pop(sample, None)
+                return BROKEN_TAR, f"it is cut off in {member.name}; the samples before are used"
+            if not member.isdir():
+                groups.setdefault(sample, []).append(member)
+        archive.fileobj.seek(archive.offset)
+        header = archive.fileobj.read(tarfile.BLOCKSIZE)
+    except Exception as error:  # whatever tarfile raises for a header that makes no sense
+        return BROKEN_TAR, f"{_line(error)} after {sum(map(len, groups.values()))} files; the samples before are used"
+    if not header:
+        return NO_END, "it ends without the blocks that end a tar, so files may be missing; what is there is used"
+    if header.strip(b"\0"):
+        return BROKEN_TAR, f"no tar header at byte {archive.offset}; the samples before are used"
+    return None
+
+
+def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Iterator[Item]:
+    media = [member for member in members if _suffix(member) in MEDIA]
+    caption, problem = _caption(archive, members) if media else ("", None)
+    for member in media:
+        id_, place = as_text(f"{name}/{member.name}"), {"member": member.name, "offset": member.offset_data, "size": member.size}
+        if not member.isfile() or member.issparse():
+            kind = "a sparse file" if member.isfile() else "a link" if member.issym() or member.islnk() else "a device or pipe"
+            yield Item(id_, str(tar), problem=(NOT_A_FILE, f"{member.name} is {kind} in the tar; only plain files are read"))
+        else:
+            yield Item(id_, str(tar), caption, problem=problem, **place)
+
+
+def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[str, tuple[str, str] | None]:
+    """The first caption that can be read from the members, or why there is none."""
+    problem = None
+    for member in members:
+        kind = _suffix(member)
+        if kind not in (".txt", ".json"):
+            continue
+        if not member.isfile():
+            problem = BAD_CAPTION, f"{member.name} is no file in the tar"
+            continue
+        if member.size > MAX_ROW_LENGTH:
+            problem = LONG_CAPTION, f"{member.name} has {member.size:,} bytes; at most {MAX_ROW_LENGTH:,} are read"
+            continue
+        try:
+            text = archive.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
+        except Exception as error:  # whatever tarfile raises for a member that makes no sense
+            problem = BAD_CAPTION, f"cannot read {member.name}: {_line(error)}"
+            continue
+        row = json_row(text) if kind == ".json" else {"caption": text}
+        if isinstance(row, str):
+            problem = BAD_CAPTION, f"{member.name}: {row}"
+        elif first(row, CAPTION_KEYS):
+            return first(row, CAPTION_KEYS), None
+    return "", problem
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return PurePosixPath(member.name).suffix.lower()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Shards: Parquet files of encoded clips, on this machine or in object storage."""

@@ -1,0 +1,1 @@
+"""Synthetic scenes: clips with known truth, drawn from a seed."""

@@ -1,0 +1,138 @@
+"""Captions of the small worlds: one plain way of saying what a scene shows, and others.
+
+    plain     a small red circle moves left on a black background
+    varied    on a black background, a small red circle is moving to the left
+    unseen    a small red circle heads left against a black background       (ways that `varied` never takes)
+
+Every way names the same attributes, so a model that was trained on `varied` can be asked with `unseen`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lumos.data.synthetic.scene import Thing
+
+WORDINGS = ("plain", "varied", "unseen")
+VERBS = ("moves", "slides", "goes")
+VARIED_VERBS = (
+    "advances", "ambles", "bounces", "climbs", "coasts", "crawls", "creeps", "cruises", "dances", "darts", "dashes", "drifts",
+    "drives", "flies", "floats", "flows", "glides", "hurries", "inches", "jumps", "leaps", "marches", "paces", "passes",
+    "proceeds", "pushes", "races", "rides", "roams", "rolls", "rushes", "sails", "saunters", "scoots", "scurries", "shifts",
+    "shoots", "soars", "speeds", "steers", "strays", "streams", "strolls", "sweeps", "swings", "travels", "tumbles", "veers",
+    "walks", "zooms",
+)  # fmt: skip
+"""So many that a model learns to tell a direction from the word for it, whatever the verb."""
+SHARE_VERBS = 0.4
+"""Of VERBS among the verbs of `varied`; the rest are VARIED_VERBS."""
+UNSEEN_VERBS = ("heads", "wanders")
+_PLAIN = {"still": ("stays still",), "grows": ("grows",), "shrinks": ("shrinks",)}
+_VARIED = {
+    "still": ("stays still", "does not move", "stands still", "remains still", "stays in place", "holds still", "rests",
+              "is still"),
+    "grows": ("grows", "gets bigger", "becomes larger", "keeps growing", "is getting bigger", "gets larger", "expands", "swells",
+              "is expanding", "is swelling", "is becoming larger"),
+    "shrinks": ("shrinks", "gets smaller", "becomes smaller", "keeps shrinking", "is getting smaller", "contracts", "diminishes",
+                "is contracting", "is diminishing", "is becoming smaller"),
+}  # fmt: skip
+_UNSEEN = {"still": ("is not moving",), "grows": ("is growing", "becomes bigger"), "shrinks": ("is shrinking",)}
+_GROUNDS = {
+    "plain": ("{0} on a {1} background",),
+    "varied": ("{0} on a {1} background", "{0} over a {1} background", "on a {1} background, {0}", "{0} in front of {1}"),
+    "unseen": ("{0} against a {1} background", "over a {1} background, {0}"),
+}
+_OPENINGS = {
+    "plain": ("{}",),
+    "varied": ("{}", "{}", "{}", "a video in which {}", "here {}"),
+    "unseen": ("{}", "a clip in which {}"),
+}
+_PICTURE_OPENINGS = {
+    "plain": ("{}",),
+    "varied": ("{}", "{}", "{}", "a picture of {}", "here is {}"),
+    "unseen": ("an image of {}", "this is {}"),
+}
+
+
+def caption(
+    things: Sequence[Thing], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
+    share_background: float,
+) -> str:  # fmt: skip
+    """Say what a scene shows. Size and background are named in shares of the captions; a picture has no motion."""
+    named = rng.random() < share_background
+    named_sizes = rng.random(len(things)) < share_size
+    if len(things) == 2 and things[0].shape == "sprite" and things[0].motion == things[1].motion:
+        both = " and ".join(noun(thing, named_size=False) for thing in things)
+        said = f"{both} {_plural(_motion(things[0].motion, rng, wording))}" if moving else both
+    else:
+        said = " and ".join(
+            noun(thing, named_size) + (f" {_motion(thing.motion, rng, wording)}" if moving else "")
+            for thing, named_size in zip(things, named_sizes, strict=True)
+        )
+    if named:
+        said = _pick(rng, _GROUNDS[wording]).format(said, background)
+    opening = _pick(rng, (_OPENINGS if moving else _PICTURE_OPENINGS)[wording])
+    return said if said.startswith(("on ", "over ")) else opening.format(said)
+
+
+def noun(thing: Thing, named_size: bool) -> str:
+    """An object with its article: "a small red circle", "an owl", "the digit 7"."""
+    if thing.shape == "digit":
+        return f"the digit {thing.digit}"
+    if thing.shape == "sprite":
+        return f"{'an' if thing.sprite[0] in 'aeiou' else 'a'} {thing.sprite}"
+    return f"a {thing.size + ' ' if named_size and thing.size else ''}{thing.colour} {thing.shape}"
+
+
+def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:
+    standing = {"plain": _PLAIN, "varied": _VARIED, "unseen": _UNSEEN}[wording]
+    if motion in standing:
+        return _pick(rng, standing[motion])
+    if wording == "plain":
+        return f"{_pick(rng, VERBS)} {motion}"
+    sideways = motion in ("left", "right")
+    if wording == "varied":
+        verb = _pick(rng, VERBS if rng.random() < SHARE_VERBS else VARIED_VERBS)
+        return _pick(
+            rng,
+            (
+                f"{verb} {motion}",
+                f"is moving {motion}",
+                f"is {gerund(_pick(rng, VARIED_VERBS))} {motion}",
+                f"{verb} to the {motion}" if sideways else f"{verb} {motion}wards",
+            ),
+        )
+    return _pick(
+        rng,
+        (
+            f"{_pick(rng, UNSEEN_VERBS)} {motion}",
+            f"is sliding {motion}" if sideways else f"is going {motion}",
+            f"is moving to the {motion}" if sideways else f"is moving {motion}wards",
+        ),
+    )
+
+
+def base_form(verb: str) -> str:
+    """Of a verb of these captions: "flies" is "fly", "marches" is "march", "is" is "are"."""
+    if verb == "is":
+        return "are"
+    if verb.endswith("ies"):
+        return verb.removesuffix("ies") + "y"
+    return verb[: -2 if verb.endswith(("ches", "shes", "sses", "oes")) else -1]
+
+
+def gerund(verb: str) -> str:
+    """Of one of VARIED_VERBS, none of which doubles its last letter: "glides" is "gliding"."""
+    return base_form(verb).removesuffix("e") + "ing"
+
+
+def _plural(motion: str) -> str:
+    verb, space, rest = motion.partition(" ")
+    return f"{base_form(verb)}{space}{rest}"
+
+
+def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[int(rng.integers(len(choices)))]

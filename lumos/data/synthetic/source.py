@@ -1,0 +1,65 @@
+"""Synthetic scenes as a source of training clips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lumos.data.curriculum import StepShape
+from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
+from lumos.data.source import Clip
+from lumos.data.synthetic import sprites
+from lumos.data.synthetic.render import Worlds
+from lumos.errors import UserError
+
+SET_ELSEWHERE = {
+    "seed": "training.seed",
+    "height": "data.height",
+    "width": "data.width",
+    "num_frames": "data.num_frames",
+    "fps": "data.fps",
+    "split": "training itself, which always draws train",
+}
+"""Options of the worlds that data.options may not hold, and where they are set."""
+
+
+class WorldSource:
+    """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own.
+
+    `most_codes` says how many codes the tokenizer makes of a picture and of a clip.
+    """
+
+    def __init__(
+        self, *, height: int, width: int, num_frames: int, fps: int, scenes: int | None, seed: int, options: dict,
+        most_codes: dict[str, int],
+    ):  # fmt: skip
+        for key in options:
+            if key in SET_ELSEWHERE:
+                raise UserError(f"data.options may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
+        try:
+            self.videos = Worlds(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
+        except TypeError as error:
+            known = [key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE]
+            wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
+            raise UserError(f"data.options: {wrong}; allowed: {', '.join(known)}") from error
+        if "sprites" in self.videos.kinds:
+            sprites.load(next(iter(sprites.SPRITES)))  # without the pictures nothing starts
+        self.scenes = scenes
+        self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+        self.most_codes, self.identity = most_codes, {}
+
+    def clips_in(self, shape: StepShape) -> int:
+        return shape.tokens // self.most_codes[shape.kind] if shape.batch_size is None else shape.batch_size
+
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+        num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
+        return [self.clip(sample_index(step, position), num_frames) for position in positions]
+
+    def clip(self, index: int, num_frames: int) -> Clip:
+        """Clip `index` of an endless numbering."""
+        worlds = replace(self.videos, num_frames=num_frames)
+        if index >= sample_index(VALIDATION_STEP, 0):
+            worlds = replace(worlds, seed=VALIDATION_SEED)
+        elif self.scenes:
+            index %= self.scenes
+        frames, caption = worlds[index]
+        return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")

@@ -1,0 +1,75 @@
+"""How fast a device could be at most, so that a run can say what share of it it uses."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+
+from lumos.benchmarks.measure import timed
+
+GPU_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200 NVL": 835.0,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "MI300X": 1307.4,
+}
+"""Dense bf16 matrix products with fp32 sums, TFLOP/s by the makers' data sheets, by a word of the device's name."""
+PROBE = {"seconds": 0.2, "products": 50}
+CPU_PROBE_SIZE = 256  # a third of a millisecond: among fifty some are not disturbed, however busy the machine is
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, stated: float | None) -> tuple[float, str]:
+    """FLOP/s of one device's best matrix products, and how that is known: "stated", "data sheet of ..." or "measured".
+
+    stated: TFLOP/s of the setting, which goes before all. The table holds for bf16; any other device or dtype is measured
+    by the best of the products of two square matrices in a moment, without a touch on the random states. Part of a GPU
+    (MIG) is measured, too.
+    """
+    if stated is not None:
+        return stated * 1e12, "stated"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if dtype == torch.bfloat16 and (known := known_gpu(name)):
+        return GPU_TFLOPS[known] * 1e12, f"data sheet of {known}"
+    size = CPU_PROBE_SIZE if device.type == "cpu" else None
+    return matrix_peak_gflops(str(device), dtype, size=size, **PROBE) * 1e9, "measured"
+
+
+def known_gpu(name: str) -> str | None:
+    """The entry of the table that a device's name means."""
+    if "MIG" in name.split():
+        return None
+    return next((entry for entry in GPU_TFLOPS if re.search(rf"\b{entry}\b", name)), None)
+
+
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
+
+
+def matrix_peak_gflops(
+    device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None, products: int = 1
+) -> float:
+    """GFLOP/s of the best of several products, at least `products`, of two square matrices: what this machine can do at all."""
+    n = size or MATRIX_SIZE[torch.device(device).type]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    best, done, until = float("inf"), 0, time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < until or done < products:
+        best, done = min(best, timed(lambda: a @ b, device)[0]), done + 1
+    return 2 * n**3 / best / 1e9

@@ -1,0 +1,177 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: put into a model to train them, stored as a peft folder, merged again.
+
+    <folder>/adapter_config.json, adapter_model.safetensors    what any program with peft reads
+    <folder>/lumos_adapter.json                                the base model, the tokenizers and how it was trained
+
+peft is the extra [lora]; nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lumos.errors import UserError, as_text, reason_of, shown
+from lumos.files import read_json, write_json
+from lumos.pipeline.defaults import is_whole
+from tokenizer.fingerprint import tokenizer_facts
+from tokenizer.text import find_tokenizer_file
+from tokenizer.video import VideoTokenizer
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lumos_adapter.json"
+MAX_RECORD_BYTES = 2**26
+MAX_RANK = 2**16
+SAMPLE = 8
+"""Values of each base tensor that an adapter remembers."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, alpha (the product is scaled by alpha / rank), dropout on the input, names of the projections."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+
+def import_peft() -> ModuleType:
+    """UserError, with the extra's name, if it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which warns that it found no accelerator
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"LoRA adapters need peft, which is not installed ({error}); pip install 'lumos-video[lora]'") from error
+    return peft
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def add_adapters(model: nn.Module, lora: Lora) -> None:
+    """Put untrained adapters, which change nothing yet, into the model, and leave only them to be trained."""
+    peft = import_peft()
+    peft.inject_adapter_in_model(_peft_config(lora), model)
+
+
+def sample(model: nn.Module) -> dict[str, list[float]]:
+    """The first values of each tensor: what tells a base model from another one of the same shape, in whatever number format."""
+    return {name: p.detach().flatten()[:SAMPLE].float().cpu().tolist() for name, p in model.named_parameters()}
+
+
+def fingerprints(video_tokenizer: str | Path, text_tokenizer: str | Path) -> dict[str, str]:
+    """Of the two tokenizers in these places; a copy in float16 is the same tokenizer."""
+    video = tokenizer_facts(VideoTokenizer.from_pretrained(video_tokenizer))["fingerprint"]
+    return {"video": video, "text": text_fingerprint(text_tokenizer)}
+
+
+def text_fingerprint(text_tokenizer: str | Path) -> str:
+    return hashlib.sha256(find_tokenizer_file(Path(text_tokenizer)).read_bytes()).hexdigest()
+
+
+def write_adapter(folder: Path, weights: dict[str, Tensor], lora: Lora, base: str, record: dict[str, Any]) -> None:
+    """Write an adapter folder. `weights` are named as in a model with `add_adapters`; `record` holds "base" and "tokenizers"."""
+    config = _peft_config(lora)
+    config.inference_mode, config.base_model_name_or_path = True, base
+    config.save_pretrained(str(folder))
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous() for name, tensor in weights.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / RECORD, record)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """lumos_adapter.json; None, with a warning, for an adapter that other programs made."""
+    file = folder / RECORD
+    if not file.is_file():
+        warnings.warn(f"{folder} has no {RECORD}: whether it was made for this base model and these tokenizers is not known")
+        return None
+    try:
+        record = read_json(file, "the record of an adapter", MAX_RECORD_BYTES)
+        base, tokenizers = record["base"], record["tokenizers"]
+        if not isinstance(base["sample"], dict) or not isinstance(base["folder"], str | None):
+            raise TypeError("base.sample must be an object, base.folder a text")
+        if not tokenizers.keys() <= {"video", "text"}:
+            raise KeyError(f"tokenizers {shown([*tokenizers])}")
+        for values in base["sample"].values():
+            if len(values) > SAMPLE or not all(isinstance(value, int | float) for value in values):
+                raise TypeError(f"base.sample holds {shown(values, 60)}")
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({reason_of(error)}); copy the adapter again") from error
+
+
+def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, str]) -> nn.Module:
+    """The model with an adapter folder merged into its weights: no slower than without, and saved like any model.
+
+    `tokenizers` are the `fingerprints` of those that it is used with. UserError for a folder that is no LoRA adapter or is
+    damaged, and for an adapter of another base model or of other tokenizers.
+    """
+    peft, folder = import_peft(), Path(folder)
+    if not is_adapter(folder):
+        raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}; give what a run with lora.rank exported")
+    record = read_record(folder)
+    if record is not None:
+        _check_base(model, folder, record["base"])
+        for kind, fingerprint in record["tokenizers"].items():
+            if tokenizers[kind] != fingerprint:
+                raise UserError(f"{folder} was trained with another {kind} tokenizer than the one that is used now; give that one")
+    if not isinstance(stored := read_json(folder / CONFIG, "an adapter's config", MAX_RECORD_BYTES), dict):
+        raise UserError(f"{folder / CONFIG} holds {shown(stored, 60)}; an adapter's config is a JSON object")
+    if stored.get("peft_type") != "LORA":
+        raise UserError(f"{folder} holds an adapter of type {as_text(stored.get('peft_type'))}; allowed: LORA")
+    if not is_whole(rank := stored.get("r")) or not 1 <= rank <= MAX_RANK:
+        raise UserError(f"{folder / CONFIG} has the rank r {shown(rank)}; allowed: 1 to {MAX_RANK:,}")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:  # of whatever kind peft makes of a field
+        raise UserError(f"{folder} cannot be read ({reason_of(error)}); copy the adapter again") from error
+    smallest = min((sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+    if rank * smallest > sum(tensor.numel() for tensor in weights.values()):  # before so much is made
+        raise UserError(f"{folder} has fewer weights than an adapter of rank {rank}, which its {CONFIG} says; copy it again")
+    config.base_model_name_or_path = None  # peft would warn if the base model's folder was moved
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for an attribute by its old name
+            wrapped = peft.get_peft_model(model, config)
+    except Exception as error:  # as above: its fields are first used here
+        raise UserError(f"{folder} does not fit this model: {reason_of(error)}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{folder} is for another model: {as_text(name, 80)} has shape {found.get(name)}, this model needs "
+                f"{expected.get(name)}"
+            )
+    peft.set_peft_model_state_dict(wrapped, weights)
+    return wrapped.merge_and_unload()
+
+
+def _check_base(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
+    ours, theirs = sample(model), base["sample"]
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = (torch.tensor(values.get(name, ())) for values in (ours, theirs))
+        # As far apart as bfloat16 rounds: the same weights in another number format are the same model.
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
+            raise UserError(
+                f"{folder} was trained on another base model, {as_text(base['folder'])} ({as_text(name, 80)} differs); "
+                "give that one with --model"
+            )
+
+
+def _peft_config(lora: Lora) -> Any:
+    return import_peft().LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+    )

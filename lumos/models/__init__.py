@@ -1,0 +1,1 @@
+"""The generators of the house, a package each; `lumos.registry` lists them."""

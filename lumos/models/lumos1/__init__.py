@@ -1,0 +1,1 @@
+"""Lumos-1: autoregressive generation of discrete video codes."""

@@ -1,0 +1,1 @@
+"""Speed and memory of the parts of Lumos-1."""

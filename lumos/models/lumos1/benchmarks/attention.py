@@ -1,0 +1,169 @@
+"""Segmented against dense frame-causal attention: one layer's attention on random q, k, v.
+
+Forward is without gradients; training is forward and backward to q, k and v. Both forms come from `attention_for`, as in
+the decoder. The dense form's mask is built once a forward pass of the whole decoder, so its time is reported apart; its
+memory is part of the dense figure, because it exists for this form only. A sequence is leading text (what whole frames
+leave over) and then frames, which fill it to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
+from lumos.errors import UserError
+from lumos.models.lumos1.attention import allowed_pairs, attention_for
+from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout
+from lumos.runtime import check_memory
+
+FORMS = ("segmented", "dense")
+DENSE_BYTES_PER_PAIR = 8  # measured on CPU: 7 at the peak for each of L * L pairs, the mask and its fp32 form inside torch
+WARM_UP = {"length": 80, "frame_tokens": 32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """lengths, frame_tokens: tokens (1,828: one latent frame at 448 x 256). forward_only: leave training out."""
+
+    lengths: tuple[int, ...]
+    frame_tokens: int
+    heads: int
+    head_dim: int
+    forward_only: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="sequence lengths in tokens; default: %(default)s")
+    add("--frame-tokens", type=int, default=1828, help="tokens of a latent frame; default: %(default)s (448 x 256)")
+    add("--heads", type=int, default=2, help="attention heads; default: %(default)s")
+    add("--head-dim", type=int, default=64, help="channels of a head; default: %(default)s")
+    add("--forward-only", action="store_true", help="attention: leave out forward + backward")
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    smallest = FRAME_HEADER + 3
+    if args.frame_tokens < smallest:
+        raise UserError(f"--frame-tokens {args.frame_tokens} is not allowed; a frame has at least {smallest} tokens")
+    for length in args.lengths:
+        if length < args.frame_tokens:
+            raise UserError(f"--lengths {length} holds no frame of {args.frame_tokens} tokens; give a smaller --frame-tokens")
+        needed, free = DENSE_BYTES_PER_PAIR * length**2, psutil.virtual_memory().available
+        if needed > free:  # the mask is made in host memory, wherever it is used
+            raise UserError(
+                f"dense attention over {length} tokens needs about {needed / 2**30:.0f} GB and {free / 2**30:.0f} GB are free; "
+                "give smaller --lengths"
+            )
+    if args.heads < 1 or args.head_dim < 1:
+        raise UserError(f"--heads {args.heads} --head-dim {args.head_dim} is not allowed; give at least 1")
+    check_memory(
+        3 * 4 * max(args.lengths) * args.heads * args.head_dim, f"--heads {args.heads} --head-dim {args.head_dim} of that length"
+    )
+    return Settings(tuple(args.lengths), args.frame_tokens, args.heads, args.head_dim, args.forward_only)
+
+
+def steps(settings: Settings, bench: Bench) -> int:
+    modes, forms = len(modes_of(settings)), len(FORMS)
+    return len(settings.lengths) * (modes * forms * (1 + bench.repetitions) + bench.repetitions)
+
+
+def modes_of(settings: Settings) -> tuple[str, ...]:
+    return ("forward",) if settings.forward_only else ("forward", "training")
+
+
+def layout_of(length: int, frame_tokens: int) -> Layout:
+    """Leading text, then as many frames of `frame_tokens` tokens as fit; they end with the sequence."""
+    text = length % frame_tokens
+    cols = frame_tokens - FRAME_HEADER - 2
+    return Layout(length, tuple(Frame(start, 1, cols) for start in range(text, length, frame_tokens)))
+
+
+def prepare(
+    form: str, mode: str, length: int, frame_tokens: int, heads: int, head_dim: int, device: str, dtype: str, rebuild: bool = True
+) -> Step:
+    """Make the inputs; the step returns out [1, H, L, D], in training also the gradients of q, k, v.
+
+    rebuild: the step also makes what the form needs beside q, k, v (the dense mask), else it is made here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, heads, length, head_dim)
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(4))
+    layout = layout_of(length, frame_tokens)
+
+    def attention():
+        return attention_for(form, [layout], length, torch.device(device))
+
+    ready = None if rebuild else attention()
+
+    @torch.no_grad()
+    def forward() -> tuple:
+        return ((ready or attention())(0, q, k, v),)
+
+    def training() -> tuple:
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = (ready or attention())(0, *inputs)
+        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+
+    return forward if mode == "forward" else training
+
+
+def extra_memory(**arguments: Any) -> int:
+    """Bytes on top of q, k, v, the output's gradient and the libraries; runs in a process of its own."""
+    return extra_peak_bytes(prepare, arguments, WARM_UP)
+
+
+def run(settings: Settings, bench: Bench) -> Report:
+    measured, ratios = [], []
+    table = [["tokens", "mode", "segmented s", "dense s", "time x", "segmented MB", "dense MB", "memory x", "peak share"]]
+    for length in settings.lengths:
+        layout = layout_of(length, settings.frame_tokens)
+        pairs = allowed_pairs(layout)
+        row: dict[str, Any] = {
+            "length": length, "frames": len(layout.frames), "text_tokens": layout.frames[0].start,
+            "allowed_pairs_share": rounded(pairs / length**2),
+        }  # fmt: skip
+        of: dict[str, Any] = {"length": length}
+        for mode in modes_of(settings):
+            arguments = {
+                "mode": mode, "length": length, "frame_tokens": settings.frame_tokens, "heads": settings.heads,
+                "head_dim": settings.head_dim, **bench.place,
+            }  # fmt: skip
+            what = f"attention {mode} at {length} tokens"
+            memory = {}
+            for form in FORMS:
+                call = {"form": form, **arguments}
+                memory[form] = run_apart("attention", "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+                bench.step()
+            forms = {form: prepare(form, rebuild=False, **arguments) for form in FORMS}
+            if mode == "forward":
+                forms["mask"] = lambda layout=layout, length=length: build_mask(layout, length, bench.device)
+            seconds, difference = interleaved(forms, bench, what)
+            if mode == "forward":
+                row["dense_mask_seconds"] = rounded(seconds["mask"])
+            # 2 products forward; backward needs 4 and computes the scores again
+            flops = 2 * pairs * settings.heads * settings.head_dim * (2 if mode == "forward" else 7)
+            share = flops / seconds["segmented"] / 1e9 / bench.peak_gflops[bench.dtype]
+            row[mode] = {
+                **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": rounded(memory[form] / MB)} for form in FORMS},
+                "max_difference": rounded(difference), "segmented_share_of_peak": rounded(share),
+            }  # fmt: skip
+            times, bytes_ = (ratio(of_form["dense"], of_form["segmented"]) for of_form in (seconds, memory))
+            of[mode] = {"dense_over_segmented_time": times, "dense_over_segmented_memory": bytes_}
+            table.append([
+                f"{length:,}", mode, shown(seconds["segmented"]), shown(seconds["dense"]), shown(times),
+                shown(memory["segmented"] / MB), shown(memory["dense"] / MB), shown(bytes_), f"{share:.0%}",
+            ])  # fmt: skip
+        measured.append(row)
+        ratios.append(of)
+    return Report(asdict(settings), measured, ratios, [table])
+
+
+def build_mask(layout: Layout, length: int, device: str) -> tuple:
+    attention_for("dense", [layout], length, torch.device(device))
+    return ()

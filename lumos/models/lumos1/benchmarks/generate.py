@@ -1,0 +1,264 @@
+"""A whole model from start to clip, and decoders of several shapes against a plain twin and against what the arithmetic allows.
+
+The clip   A model at its own default settings: how long it takes to be ready, how long for a clip, how much memory at most. All
+           in one fresh process that does nothing else; the peak is the whole process's (on CUDA: all that torch allocated).
+Shapes     Only the decoder, from prefix ids to codes: seconds of the engine and of `twin`, in turn; the time that the FLOPs
+           take at the speed of this machine's own matrix products (`bound`); memory beyond the weights, at one step a frame, for
+           the first step of a frame needs the most; where the time goes, by a profile. Before anything is timed, the engine
+           is fed what the twin makes of at most two frames of two steps, and all visual logits must agree.
+Options    Settings that trade, and other ways to run (`--later-steps`, `--options-dtype`, `--int8`, ...), make a third form, timed
+           beside these two; its bound is that of its own arithmetic. `--precisions` says how far the logits of the weights in
+           bfloat16 or int8 are from the twin's, for the same ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, timed
+from lumos.commands.loading import shipped_model
+from lumos.commands.options import ACCELERATION, TRADES, add_acceleration, add_trades
+from lumos.errors import RunError, UserError
+from lumos.models.lumos1.acceleration import compile_parts, use_int8_weights
+from lumos.models.lumos1.benchmarks.decoding import SHAPES, SHIPPED, Case, generate, generate_plainly, logits_difference, make_case
+from lumos.models.lumos1.benchmarks.roofline import product_gflops, products, profiled
+from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.runtime import peak_memory_bytes
+
+LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that are called the same
+FORMS = {"lumos": generate, "twin": generate_plainly}
+OPTIONS = "lumos_with_options"
+PRECISIONS = ("bfloat16", "float16", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model. memory: forms whose
+    memory is measured."""
+
+    model: str
+    prompt: str
+    shapes: tuple[str, ...]
+    options: dict[str, Any]
+    precisions: tuple[str, ...]
+    memory: tuple[str, ...] = tuple(FORMS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="model folder; default: the shipped model")
+    add("--prompt", default="a large red circle moves left on a gray background", help="default: %(default)s")
+    add("--shapes", nargs="+", choices=(SHIPPED, *SHAPES), default=[SHIPPED], metavar="SHAPE",
+        help=f"decoders to compare with a plain twin: {SHIPPED} (the model), or with random weights {', '.join(SHAPES)}; "
+             "0.5b and mid take minutes; default: shipped")  # fmt: skip
+    add_trades(parser)
+    add_acceleration(parser)
+    add("--options-dtype", choices=("bfloat16", "float16"), help="weights of the form with options")
+    add("--precisions", nargs="+", choices=PRECISIONS, default=[], metavar="PRECISION",
+        help=f"also measure what the logits differ by in {' or '.join(PRECISIONS)}")  # fmt: skip
+    add("--memory", nargs="*", choices=tuple(FORMS), default=list(FORMS), metavar="FORM",
+        help="whose memory to measure, for which each makes a clip more, of one step a frame; default: lumos twin")  # fmt: skip
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    model = Path(args.model) if args.model else shipped_model()
+    if not (model / "config.json").is_file():
+        raise UserError(f"there is no model in {model} (no config.json); name its folder with --model")
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty; say in words what the clip shows")
+    trades = {name: getattr(args, name) for name in TRADES if getattr(args, name) is not None}
+    for shape in args.shapes:
+        usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
+        GenerationSettings(num_inference_steps=usual.num_inference_steps, **trades)
+    options = trades | {name: True for name in ACCELERATION if getattr(args, name)}
+    if args.options_dtype:
+        options["dtype"] = args.options_dtype
+    shapes, precisions, memory = (tuple(dict.fromkeys(names)) for names in (args.shapes, args.precisions, args.memory))
+    return Settings(str(model), args.prompt, shapes, options, precisions, memory)
+
+
+def steps(settings: Settings, bench: Bench) -> int:
+    forms = len(FORMS) + bool(settings.options)
+    return 1 + len(settings.shapes) * (len(settings.memory) + 1 + forms * bench.repetitions + 1 + len(settings.precisions))
+
+
+def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> dict[str, Any]:
+    """Load and generate; figures in seconds and bytes. Runs in a process of its own."""
+    import transformers
+
+    from lumos.models.lumos1.pipeline import LumosPipeline
+    from lumos.runtime import seconds_since_start
+
+    transformers.utils.logging.disable_progress_bar()
+    started = seconds_since_start()
+    begin = time.perf_counter()
+    pipe = LumosPipeline.from_pretrained(model, dtype=getattr(torch, dtype), device=device)
+    loaded = time.perf_counter() - begin
+    seconds = []
+    for seed in range(clips):
+        spent, result = timed(lambda seed=seed: pipe(prompt, seed=seed), device)
+        seconds.append(spent)
+    return {
+        "start": started, "load": loaded, "clips": seconds, "peak": peak_memory_bytes(torch.device(device)),
+        "frames": len(result.frames[0]), "settings": result.settings,
+    }  # fmt: skip
+
+
+def prepare(form: str, shape: str, folder: str, prompt: str, device: str, dtype: str) -> Step:
+    """Make the decoder; the step makes one clip with one step a frame."""
+    case = make_case(shape, folder, prompt, device, dtype).cut(steps=1)
+    return lambda: FORMS[form](case) or ()
+
+
+def extra_memory(**arguments: Any) -> int:
+    """Bytes on top of weights and libraries, the cache included; runs in a process of its own."""
+    return extra_peak_bytes(prepare, arguments, {"shape": "small"})
+
+
+def check_logits(case: Case, shape: str, dtype: str) -> float:
+    """The largest difference of engine and twin; RunError if it is too large to call them equal."""
+    found = logits_difference(case.cut(frames=2, steps=2))
+    allowed = LOGITS_TOLERANCE if dtype == "float32" else found.scale * TOLERANCE[getattr(torch, dtype)]
+    if not found.largest <= allowed:
+        difference = f"differ by {found.largest:.2g}; {allowed:.2g} is allowed"
+        raise RunError(f"generation, shape {shape}: logits of engine and twin {difference}")
+    return found.largest
+
+
+def precision_difference(case: Case, precision: str) -> dict[str, float]:
+    """How far the logits of a copy of the model in another precision are from the twin's."""
+    model = copy.deepcopy(case.model)
+    if precision == "int8":
+        use_int8_weights(model)
+    else:
+        model.to(getattr(torch, precision))
+    return {name: rounded(value) for name, value in asdict(logits_difference(case.cut(frames=2, steps=2), model)).items()}
+
+
+def with_options(case: Case, options: dict[str, Any]) -> Case:
+    """The case with settings that trade, and with a copy of its model where it shall run another way."""
+    trades, model = {name: value for name, value in options.items() if name in TRADES}, case.model
+    if len(trades) < len(options):
+        model = copy.deepcopy(model)
+    if options.get("dtype"):
+        model.to(getattr(torch, options["dtype"]))
+    if options.get("int8"):
+        use_int8_weights(model)
+    if options.get("compile"):
+        compile_parts(model)
+    return replace(case, model=model, settings=replace(case.settings, **trades))
+
+
+def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
+    """What must be done for a case, how long that takes at the speed of the products alone, and our time against it.
+
+    With a confidence threshold no number of steps is known before, and so no bound.
+    """
+    figures = {**vars(case.settings), "cache_mb": rounded(case.cache_bytes / MB)}
+    if case.settings.confidence_threshold is not None:
+        return {**figures, "gflops_that_must_be_done": None, "products": None, "bound_seconds": None, "share_of_bound": None}
+    parts = {p: product_gflops(p, bench.device, case.model.dtype) for p in products(case)}
+    bound = sum(p.flops / gflops / 1e9 for p, gflops in parts.items())
+    return {
+        **figures, "gflops_that_must_be_done": rounded(sum(p.flops for p in parts) / 1e9),
+        "products": {p.part: {"gflops": rounded(p.flops / 1e9), "peak_gflops": rounded(gflops)} for p, gflops in parts.items()},
+        "bound_seconds": rounded(bound), "share_of_bound": rounded(bound / seconds),
+    }  # fmt: skip
+
+
+def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
+    """(figures, ratios, rows of the table) of one shape."""
+    arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
+    megabytes = dict.fromkeys(FORMS)  # None: not measured
+    for form in settings.memory:
+        call = {"form": form, **arguments}
+        extra = run_apart("generate", "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        megabytes[form] = rounded(extra / MB)
+        bench.step()
+    case = make_case(**arguments)
+    difference = check_logits(case, shape, bench.dtype)
+    bench.step()
+    forms = {name: lambda form=form: form(case) or () for name, form in FORMS.items()}
+    if settings.options:
+        changed = with_options(case, settings.options)
+        forms[OPTIONS] = lambda: generate(changed) or ()
+        if settings.options.get("compile"):
+            generate(changed)  # the compiler's work is not the clip's
+    seconds, _ = interleaved(forms, bench, f"generation, shape {shape}")
+    shares = profiled(lambda: generate(case.cut(frames=2, steps=4)), bench.device)
+    bench.step()
+    precisions = {}
+    for precision in settings.precisions:
+        precisions[precision] = precision_difference(case, precision)
+        bench.step()
+    config, figures = case.model.config, form_figures(case, seconds["lumos"], bench)
+    row = {
+        "shape": shape, "parameters": sum(p.numel() for p in case.model.parameters()), "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size, "visual_codes": config.visual_token_count, "tokens_a_frame": case.span,
+        "latent_frames": case.frames, "logits_max_difference": rounded(difference),
+        **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": megabytes[form]} for form in FORMS},
+        **figures, "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
+        "precision_differences": precisions,
+    }  # fmt: skip
+    of = {
+        "shape": shape, "twin_over_lumos_time": ratio(seconds["twin"], seconds["lumos"]),
+        "twin_over_lumos_memory": None if None in megabytes.values() else ratio(megabytes["twin"], megabytes["lumos"]),
+    }  # fmt: skip
+    costliest = [name for name in shares if name not in ("products", "attention")]
+    costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
+    table = [[
+        shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
+        f"{difference:.1g}", shown(figures["cache_mb"]), *map(shown, megabytes.values()),
+        ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
+    ]]  # fmt: skip
+    if settings.options:
+        spent, figures = seconds[OPTIONS], form_figures(changed, seconds[OPTIONS], bench)
+        row[OPTIONS] = {"seconds": rounded(spent), **settings.options, **figures}
+        of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
+        table.append([
+            f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
+            shown(figures["cache_mb"]), "-", shown(megabytes["twin"]), "",
+        ])  # fmt: skip
+    return row, of, table
+
+
+def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
+    share = figures["share_of_bound"]
+    percent = "-" if share is None else f"{share:.0%}"
+    return [shown(figures["gflops_that_must_be_done"]), shown(figures["bound_seconds"]), shown(seconds), percent]
+
+
+def run(settings: Settings, bench: Bench) -> Report:
+    call = {"model": settings.model, "prompt": settings.prompt, "clips": bench.repetitions, **bench.place}
+    made = run_apart("generate", "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
+    bench.step()
+    clip = statistics.median(made["clips"])
+    video = made["frames"] / made["settings"]["fps"]
+    measured = {
+        "start_seconds": rounded(made["start"]), "load_seconds": rounded(made["load"]),
+        "first_clip_seconds": rounded(made["clips"][0]), "clip_seconds": rounded(clip),
+        "all_clip_seconds": [rounded(s) for s in made["clips"]], "frames": made["frames"],
+        "peak_memory_mb": rounded(made["peak"] / MB),
+    }  # fmt: skip
+    clips = [
+        ["start s", "load s", "first clip s", "clip s", "frames", "peak MB"],
+        [shown(made["start"]), shown(made["load"]), shown(made["clips"][0]), shown(clip), str(made["frames"]),
+         shown(made["peak"] / MB)],
+    ]  # fmt: skip
+    rows, ratios, shapes = zip(*(run_shape(shape, settings, bench) for shape in settings.shapes), strict=True)
+    headers = ["shape", "GFLOP", "bound s", "Lumos s", "of bound", "twin s", "time x", "logits differ", "cache MB",
+               "extra MB", "twin MB", "overhead"]  # fmt: skip
+    return Report(
+        {**asdict(settings), "generation": made["settings"]}, {**measured, "shapes": rows},
+        {"clip_seconds_per_second_of_video": ratio(clip, video), "shapes": ratios}, [clips, [headers, *chain(*shapes)]],
+    )  # fmt: skip

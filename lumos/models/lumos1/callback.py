@@ -1,0 +1,79 @@
+"""`callback_on_step_end` of a call, as in the pipelines of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lumos.errors import UserError, shown
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.engine import code_offsets
+from lumos.models.lumos1.sequence import Frame
+
+if TYPE_CHECKING:
+    from lumos.models.lumos1.pipeline import LumosPipeline
+
+TENSOR_INPUTS = ("codes", "history")
+
+StepCallback = Callable[["LumosPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class Interrupted(Exception):
+    """A callback has set `pipe._interrupt`."""
+
+
+def step_callback(
+    pipe: LumosPipeline,
+    callback: StepCallback,
+    names: Sequence[str],
+    *,
+    grid: tuple[int, int],
+    steps_before: Callable[[int], int],
+    history: Callable[[], Tensor],
+    config: LumosConfig,
+) -> Callable[[int, int, Tensor], None]:
+    """`callback_on_step_end` as a function of (frame, step, ids [B, n] of the frame's span), which it may change in place.
+
+    grid: rows and columns of codes. steps_before(frame): steps of all the latent frames before it. history(): their codes
+    [B, t, h, w].
+    UserError for what is no function, names that are not offered, and codes of another shape or out of range.
+    """
+    if not callable(callback):
+        raise UserError(f"callback_on_step_end is {shown(callback)}; give a function of (pipe, step, codes still masked, tensors)")
+    if isinstance(names, str):
+        raise UserError(f"callback_on_step_end_tensor_inputs is the text {shown(names)}; give a list of names, as [{shown(names)}]")
+    if unknown := [name for name in names if name not in TENSOR_INPUTS]:
+        raise UserError(f"callback_on_step_end_tensor_inputs {unknown} are not offered; allowed: {', '.join(TENSOR_INPUTS)}")
+    offsets = code_offsets(Frame(0, *grid))
+
+    def hook(frame: int, step: int, ids: Tensor) -> None:
+        at = offsets.to(ids.device)
+        tokens = ids[:, at]
+        codes = (tokens - config.visual_token_start).masked_fill(tokens == config.mask_token_id, -1).view(-1, *grid)
+        offered = {"codes": lambda: codes.clone(), "history": history}
+        still_masked = int((codes < 0).sum(dim=(1, 2)).max())
+        result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names})
+        if result is not None and not isinstance(result, Mapping):
+            raise UserError(f"the callback gave {shown(result)}; give nothing, or a dict as {{'codes': ...}}")
+        if result and "codes" in result:
+            changed = check_codes(result["codes"], codes, config).to(ids.device)
+            ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)
+
+    return hook
+
+
+def check_codes(changed: Any, codes: Tensor, config: LumosConfig) -> Tensor:
+    """What a callback gives back in place of `codes`: other values, but -1 (still masked) at the same places."""
+    if not isinstance(changed, Tensor) or changed.shape != codes.shape or changed.is_floating_point():
+        given = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+        raise UserError(f"the callback gave codes {given}; give whole numbers {list(codes.shape)}")
+    changed = changed.to(codes)
+    if not torch.equal(changed < 0, codes < 0) or changed.min() < -1 or changed.max() >= config.visual_token_count:
+        raise UserError(
+            f"the callback gave codes that cannot be taken: 0 to {config.visual_token_count - 1} where a code is decided, "
+            "-1 where it is still masked"
+        )
+    return changed

@@ -1,0 +1,131 @@
+"""A clip before a model is loaded for it: tokens, FLOPs, bytes. Only the config is read."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lumos.errors import UserError
+from lumos.models.lumos1.benchmarks.decoding import Case
+from lumos.models.lumos1.benchmarks.roofline import products
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.cost import meta_model
+from lumos.models.lumos1.request import check_length
+from lumos.models.lumos1.sequence import num_latent_frames, size_units
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.inputs import check_num_frames
+from lumos.planning.sharding import parameter_count
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """One clip from a prompt of `text_tokens`, as `generate_frames` makes it; the video tokenizer's part is not in it.
+
+    UserError or ValueError for what the pipeline would refuse.
+    """
+
+    config: LumosConfig
+    clip: ClipDefaults
+    settings: GenerationSettings
+    text_tokens: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_num_frames(self.clip.num_frames, self.config.temporal_compression)
+        if self.text_tokens > self.config.max_prompt_tokens:
+            raise UserError(f"a prompt of {self.text_tokens} tokens is too long; this model reads {self.config.max_prompt_tokens}")
+        case = self.case
+        check_length(max(case.prefix_lengths), case.span, case.frames, self.settings, self.config)
+
+    @property
+    def case(self) -> Case:
+        """The clip as the bench describes it, without weights and ids."""
+        rows, cols = (
+            size_units(pixels, name, self.config) * self.config.pixels_per_size_unit // self.config.spatial_compression
+            for name, pixels in (("height", self.clip.height), ("width", self.clip.width))
+        )
+        header = 3  # video_start, duration, fps
+        conditional, unconditional = (torch.empty(n, device="meta") for n in (self.text_tokens + 2 + header, header))
+        return Case(
+            meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.guidance_scale != 1 else None,
+            (rows, cols), num_latent_frames(self.clip.num_frames, self.config.temporal_compression), self.settings,
+        )  # fmt: skip
+
+    def report(self, peak: float, utilisation: float) -> dict[str, Any]:
+        """All of it as plain JSON values. peak: FLOP/s of the device, of which the share `utilisation` is reached."""
+        case, flops = self.case, {"layers": 0, "attention": 0, "head": 0}
+        parameters = parameter_count(case.model)
+        for product in products(case):
+            part = product.part.split()[0]
+            flops[part if part in flops else "layers"] += product.flops
+        total = sum(flops.values())
+        return {
+            "parameters": parameters, "clip": vars(self.clip), "latent_frames": case.frames,
+            "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": case.tokens,
+            "steps": self.settings.steps_before(case.frames),
+            "flops": {**flops, "total": total},
+            "bytes": {"weights": parameters * self.dtype.itemsize, "cache": case.cache_bytes},
+            "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
+        }  # fmt: skip
+
+
+def lighter(plan: ClipPlan, clips: int = 1) -> list[tuple[str, int]]:
+    """(options, bytes of weights and cache) of plans that each change one thing so that `clips` clips at a time need less.
+
+    Each brings the cache to half or less, or the dtype to two bytes; what cannot is left out.
+    """
+    weights = parameter_count(plan.case.model)
+
+    def needed(other: ClipPlan) -> int:
+        return weights * other.dtype.itemsize + clips * other.case.cache_bytes
+
+    def largest(options: str, plans: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, int]]:
+        for values, changed in plans:
+            with suppress(ValueError):
+                other = replace(plan, **changed)
+                if 2 * other.case.cache_bytes <= plan.case.cache_bytes:
+                    yield options.format(*values.split()), needed(other)
+                    return
+
+    clip, settings, stride, unit = plan.clip, plan.settings, plan.config.temporal_compression, plan.config.pixels_per_size_unit
+    found = []
+    if clips > 1:
+        found.append((f"--batch-size {clips // 2}", weights * plan.dtype.itemsize + clips // 2 * plan.case.cache_bytes))
+    if plan.dtype.itemsize > 2:
+        found.append(("--dtype bfloat16", needed(replace(plan, dtype=torch.bfloat16))))
+    with warnings.catch_warnings(action="ignore"):
+        found += largest("--history-frames {}", (
+            (f"{n}", {"settings": replace(settings, history_frames=n)})
+            for n in range((settings.history_frames or plan.case.frames) - 1, 0, -1)
+        ))  # fmt: skip
+        found += largest("--num-frames {}", (
+            (f"{n}", {"clip": replace(clip, num_frames=n)}) for n in range(clip.num_frames - stride, 0, -stride)
+        ))  # fmt: skip
+        found += largest("--height {} --width {}", (
+            (f"{height} {width}", {"clip": replace(clip, height=height, width=width)})
+            for height in range(clip.height - unit, 0, -unit)
+            for width in (round(clip.width * height / clip.height / unit) * unit,)
+            if width
+        ))  # fmt: skip
+    return found
+
+
+def out_of_memory_advice(plan: ClipPlan, clips: int = 1) -> str:
+    """What a clip for which memory ran out needs, and what would need less."""
+    weights, cache = parameter_count(plan.case.model) * plan.dtype.itemsize, clips * plan.case.cache_bytes
+    less = "; ".join(f"{options} needs {in_units(size)}" for options, size in lighter(plan, clips))
+    return (
+        f"weights {in_units(weights)} and cache {in_units(cache)} were to be kept, besides the states of one step: {less}; "
+        "`python -m lumos plan --generate` counts other settings"
+    )
+
+
+def in_units(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"

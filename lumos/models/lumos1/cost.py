@@ -1,0 +1,252 @@
+"""The memory of a training step, by arithmetic alone.
+
+Nothing is allocated: the model is built on the meta device, sequences are layouts without ids. All memory is in bytes for
+one process (one GPU).
+
+Memory is looked at in four moments of a step; the worst of them is the plan's answer, so its parts add up to its total:
+
+    start     every process holds the whole model in float32 before DeepSpeed takes its share
+    loss      all layers have kept what their backward pass needs, and the head makes its gradient
+    backward  the last layer's backward pass, the widest place
+    update    all activations are gone, all gradients are there
+
+tests/planning/test_planning.py holds this against the measured memory of real steps on a CPU, and
+tests/training/test_deepspeed.py what two processes hold between steps in ZeRO 1 to 3. What DeepSpeed takes
+beyond that, such as buckets on a GPU, follows from its code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.flops import adapter_weights
+from lumos.models.lumos1.modeling import LumosForVideoGeneration, mlp_piece
+from lumos.models.lumos1.sequence import Frame, Layout
+from lumos.models.lumos1.training import model_config
+from lumos.planning.sharding import PARTS, Spread, parameter_count
+from lumos.training.settings import LoraSettings, MaskingSettings, TrainingSettings
+
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained. `parameters` counts those of adapters, too, which with `lora` are all that is trained."""
+
+    config: LumosConfig
+    parameters: int
+    lora: LoraSettings | None = None
+
+    @classmethod
+    def of(cls, config: LumosConfig, lora: LoraSettings | None = None) -> Trainee:
+        adapters = adapter_weights(config, lora.rank, lora.targets) if lora else 0
+        return cls(config, parameter_count(meta_model(config)) + adapters, lora)
+
+    @property
+    def trained(self) -> int:
+        return adapter_weights(self.config, self.lora.rank, self.lora.targets) if self.lora else self.parameters
+
+    @property
+    def matrices(self) -> int:
+        """Trained weights of the layers' matrices, which Muon updates."""
+        return self.trained if self.lora else self.config.num_hidden_layers * sum(_shapes(self.config).values())
+
+    @property
+    def stacked(self) -> int:
+        """The most of them that have one shape: Muon handles these together."""
+        return self.trained if self.lora else self.config.num_hidden_layers * max(_shapes(self.config).values())
+
+
+def _shapes(config: LumosConfig) -> Counter[tuple[int, int]]:
+    """(rows, columns) -> weights of that shape in a layer."""
+    c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    matrices = [(c, c), (c, c), (kv, c), (kv, c), (f, c), (f, c), (c, f)]
+    counts: Counter[tuple[int, int]] = Counter()
+    for rows, columns in matrices:
+        counts[rows, columns] += rows * columns
+    return counts
+
+
+def meta_model(config: LumosConfig) -> LumosForVideoGeneration:
+    """The model without weights, for its sizes."""
+    with torch.device("meta"):
+        return LumosForVideoGeneration(config)
+
+
+def sequence_layout(config: LumosConfig, text_tokens: int, t: int, height: int, width: int) -> Layout:
+    """The layout of `t` latent frames of height x width pixels behind a prompt of `text_tokens`."""
+    rows, cols = height // config.spatial_compression, width // config.spatial_compression
+    frames, at = [], text_tokens + 5  # bos, sep, video_start, duration, fps
+    for _ in range(t):
+        frames.append(Frame(at, rows, cols))
+        at = frames[-1].end
+    return Layout(at + 2, tuple(frames))  # video_end, sep
+
+
+def code_count(layout: Layout) -> int:
+    return sum(frame.rows * frame.cols for frame in layout.frames)
+
+
+def norm_bytes(config: LumosConfig, spread: Spread, is_frozen: bool = False) -> int:
+    """What one RMSNorm keeps for its backward pass, of one token.
+
+    Its input; the CPU, without a fused kernel, keeps that in float32, and divided by its rms for the gradient of the weight.
+    """
+    if spread.on_gpu:
+        return config.hidden_size * spread.residual
+    return config.hidden_size * 4 * (1 if is_frozen else 2)
+
+
+def layer_bytes(config: LumosConfig, spread: Spread) -> int:
+    """What one layer keeps for its backward pass, of one token; lumos/models/lumos1/modeling.py from top to bottom."""
+    c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    s = spread.product
+    norms = 2 * norm_bytes(config, spread)
+    normed = 2 * c * s  # input of q, k, v and that of gate, up
+    raw = (c + kv) * (4 if spread.autocast and spread.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
+    attention = (c + 2 * kv) * s  # rotated q and k, and v
+    attention += 2 * c * s  # what it gives, by segment and joined for o_proj
+    statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
+    gated = 3 * f * s  # gate, up, and down_proj's input
+    return norms + normed + raw + attention + statistics + gated
+
+
+def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> int:
+    """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
+    s = spread.product
+    more = 2 * (norm_bytes(config, spread, is_frozen=True) - norm_bytes(config, spread))
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
+        adapted = sum(name in lora.targets for name in names)
+        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
+        more += (kept - 1) * width * s
+        more += adapted * lora.rank * s
+        if lora.dropout:
+            more += adapted * width * (1 if spread.on_gpu else 4 if spread.autocast else s)  # masks: bytes, or factors
+    return more
+
+
+def kept_bytes(config: LumosConfig, spread: Spread) -> int:
+    """The same under activation checkpointing: a layer's input and what attention gave."""
+    return config.hidden_size * (spread.residual + spread.product) + 4 * config.num_attention_heads
+
+
+def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
+    """Moment -> part -> bytes on the device of one process, for micro-batches of `rows` sequences."""
+    config, lora, parameters = model.config, model.lora, model.parameters
+    width, embedding = config.hidden_size, config.vocab_size * config.hidden_size
+    tokens, asked = rows * layout.length, rows * code_count(layout)
+    compute, residual = spread.product, spread.residual
+    stored = compute if spread.stage else 4  # bytes of a weight
+
+    fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, spread)
+    all_gradients, fixed["gradients"] = fixed["gradients"], 0
+    # ZeRO-3 always holds its share's; ZeRO-1 with bf16 weights always all.
+    always = spread.stage == 3 or (spread.stage == 1 and spread.half)
+    earlier = all_gradients if spread.accumulates or always else 0
+    # The head's gradient is made first and the embedding's last, whole in every stage.
+    largest = 0 if lora else stored * embedding
+    after = all_gradients + (largest if spread.accumulates or spread.stage else 0)
+
+    per_layer, layers = tokens * layer_bytes(config, spread), config.num_hidden_layers
+    if lora:
+        per_layer += tokens * adapter_bytes(config, spread, lora)
+    kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
+    kept += tokens * 2 * config.head_dim * stored  # rotary tables
+    last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
+    # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
+    keeps_product = lora is None or "down_proj" in lora.targets
+    piece = min(tokens, mlp_piece(tokens, with_gradients=True))
+    widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
+    widest += per_layer - tokens * kept_bytes(config, spread) if spread.checkpointing else 0
+
+    chunk = min(config.loss_chunk_size, asked)
+    casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
+    logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
+    logits += asked * width * 2 * compute + tokens * width * compute  # selected states, their gradient, all states
+    if spread.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
+        logits += config.visual_token_count * width * (4 + 2)
+    if spread.autocast:  # the rows cast
+        logits += config.visual_token_count * width * 2
+
+    # Muon's updates, copies of them and of their products, bf16 on a GPU; their gradients go.
+    working = model.stacked * (12 if spread.on_gpu else 20) if spread.muon else 0
+
+    def at(**parts: int) -> dict[str, int]:
+        return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
+
+    return {
+        "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * parameters},
+        "loss": at(gradients=earlier + largest, activations=kept + last_norm, logits=logits),
+        "backward": at(gradients=earlier + largest, activations=kept + widest),
+        "update": at(gradients=after, optimizer=working, activations=tokens * width * residual),
+    }
+
+
+def host_bytes(model: Trainee, spread: Spread) -> int:
+    """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
+    share = math.ceil(model.trained / spread.world)
+    optimizer = (20 if spread.averaged else 16) * share if spread.offload_optimizer else 0
+    weights = spread.product * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
+    return optimizer + weights
+
+
+def fixed_bytes(model: Trainee, spread: Spread) -> dict[str, int]:
+    """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
+    config, lora, parameters, trained = model.config, model.lora, model.parameters, model.trained
+    embedding = config.vocab_size * config.hidden_size
+    share, stage = math.ceil(trained / spread.world), spread.stage or 0
+    if stage == 0:
+        # Autocast keeps bf16 copies of the matrices: for a step, those of frozen ones only as long as activations.
+        cast = parameters - embedding
+        if lora and spread.checkpointing:
+            cast = (parameters - 2 * embedding) // config.num_hidden_layers
+        weights = 4 * parameters + (2 * cast if spread.autocast else 0)
+        averaged = 4 * trained if spread.averaged else 0
+        moments = 8 * trained - (4 * model.matrices if spread.muon else 0)
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
+    compute = spread.product
+    own = math.ceil(parameters / spread.world) if stage == 3 else parameters
+    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
+    # however small the model is, which on a CPU costs nothing where it is not written to.
+    bucket = spread.bucket if spread.on_gpu else min(spread.bucket, trained)
+    buffers = 4 * max(0 if lora else embedding, bucket) + 2 * 4 * bucket
+    if stage == 1 and spread.half:
+        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
+    elif stage == 1:
+        gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
+    elif stage == 2:
+        gradients = compute * share + 4 * share
+    else:
+        gradients = 4 * share + 4 * share
+        buffers += compute * min(parameters, spread.live)  # gathered weights
+    on_device = not spread.offload_optimizer
+    return {
+        "weights": 0 if spread.offload_weights else compute * own,
+        "gradients": gradients if on_device or stage == 1 else compute * share,
+        "optimizer": on_device * (16 if spread.averaged else 12) * share,  # float32 weights, two moments, averages
+        "buffers": buffers,
+    }
+
+
+def mean_mask_ratio(masking: MaskingSettings, t: int) -> float:
+    """Mean of max(min_ratio, cos(pi u / 2)) over u in [0, 1): 0.80 for 0.7. Tube decay goes on to 1 at the last frame."""
+    turn = math.acos(masking.min_ratio) * 2 / math.pi
+    mean = 2 / math.pi * math.sin(math.pi / 2 * turn) + (1 - turn) * masking.min_ratio
+    return (mean + 1) / 2 if masking.kind == "tube_decay" and t > 1 else mean
+
+
+def planned_config(settings: TrainingSettings) -> tuple[LumosConfig, str | None]:
+    """The model's config, and what was assumed of it: a folder in model.from that is not there yet has the preset's shape."""
+    model = settings.model
+    if model.from_ is None or model.preset is None or (Path(model.from_) / "config.json").is_file():
+        return model_config(model), None
+    return model_config(replace(model, from_=None)), f"{model.from_}, which is not there yet, has the shape of {model.preset}"

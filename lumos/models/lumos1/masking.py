@@ -1,0 +1,130 @@
+"""What is hidden from the decoder: training masks (AR-DF), mask-ratio schedules, and the history mask of generation.
+
+A training mask is a bool [t, n]: t latent frames of n content tokens (codes and newlines), True where the mask token is
+put. AR-DF repeats one spatial pattern through time (a temporal tube), so that no frame can be copied from its neighbour.
+Reference, sections 5.1 and 6.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumos.errors import shown
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.sequence import code_mask, parse_layout
+
+MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
+MIN_RATIO = 0.7
+
+
+@dataclass(frozen=True)
+class MaskedSequence:
+    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where supervised, else -100; `ratios` of the t frames."""
+
+    input_ids: Tensor
+    targets: Tensor
+    ratios: tuple[float, ...]
+
+
+def mask_ratio(t: float, min_ratio: float = MIN_RATIO) -> float:
+    """max(min_ratio, cos(pi t / 2)) for t in [0, 1)."""
+    return max(min_ratio, math.cos(math.pi * t / 2))
+
+
+def mask_count(n: int, ratio: float) -> int:
+    """How many of n content tokens a ratio hides: at least one."""
+    return max(1, round(n * ratio))
+
+
+def pattern(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """bool [n] with exactly `count` True, uniformly drawn."""
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.randperm(n, generator=generator)[:count]] = True
+    return mask
+
+
+def training_mask(
+    kind: str, t: int, n: int, *, min_ratio: float, fixed_ratio: float | None = None, generator: torch.Generator
+) -> tuple[Tensor, tuple[float, ...]]:
+    """(bool [t, n], the ratio meant for each frame). Counts are exact: what is hidden is the ratio rounded to tokens.
+
+    tube: one pattern for all frames. random: one ratio, positions drawn over the whole clip. diffusion_forcing: a fresh
+    ratio and pattern for each frame. tube_decay: nested patterns whose count grows linearly to all of the last frame.
+    fixed_ratio takes the place of what would be drawn.
+    """
+    if kind not in MASK_KINDS:
+        raise ValueError(f"unknown mask kind {shown(kind)}; allowed: {', '.join(MASK_KINDS)}")
+
+    def draw_ratio() -> float:
+        return mask_ratio(float(torch.rand((), generator=generator)), min_ratio) if fixed_ratio is None else fixed_ratio
+
+    if kind == "diffusion_forcing":
+        ratios = tuple(draw_ratio() for _ in range(t))
+        return torch.stack([pattern(n, mask_count(n, r), generator) for r in ratios]), ratios
+    ratio = draw_ratio()
+    if kind == "random":
+        return pattern(t * n, mask_count(t * n, ratio), generator).view(t, n), (ratio,) * t
+    if kind == "tube":
+        return pattern(n, mask_count(n, ratio), generator).expand(t, n), (ratio,) * t
+    rank = torch.randperm(n, generator=generator)
+    first = mask_count(n, ratio)
+    counts = torch.linspace(first, n, t).round() if t > 1 else torch.tensor([float(first)])
+    return rank[None] < counts[:, None], (ratio, *(counts[1:] / n).tolist())
+
+
+def mask_sequence(
+    input_ids: Tensor,
+    config: LumosConfig,
+    *,
+    kind: str = "tube",
+    min_ratio: float = MIN_RATIO,
+    fixed_ratio: float | None = None,
+    generator: torch.Generator,
+) -> MaskedSequence:
+    """ids [L] of one clip -> what the decoder sees and must say. Newlines are masked with the tube, never supervised."""
+    (layout,) = parse_layout(input_ids[None], config)
+    if not layout.frames:
+        raise ValueError("the sequence has no frames to mask")
+    t, n = len(layout.frames), layout.frames[0].content_length
+    mask, ratios = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
+    hidden = torch.zeros(len(input_ids), dtype=torch.bool)
+    for frame, row in zip(layout.frames, mask, strict=True):
+        hidden[frame.content_start : frame.end - 1] = row
+    is_code = code_mask([layout], len(input_ids))[0]
+    return MaskedSequence(
+        input_ids=input_ids.masked_fill(hidden, config.mask_token_id),
+        targets=torch.where(hidden & is_code, input_ids - config.visual_token_start, -100),
+        ratios=ratios,
+    )
+
+
+def history_mask(n: int, ratio: float) -> Tensor:
+    """bool [n]: the periodic pattern that hides `ratio` of a frame's content from the frames after it.
+
+    round(j n / count) for j < count: 0.7 of 4080 hides 2856, among them all 48 newlines. Ratio 0 hides nothing.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"history_mask_ratio {ratio} is outside 0 <= ratio < 1")
+    mask = torch.zeros(n, dtype=torch.bool)
+    if ratio > 0:
+        count = mask_count(n, ratio)
+        mask[[round(j * n / count) for j in range(count)]] = True
+    return mask
+
+
+def unmasking_counts(n: int, steps: int) -> list[int]:
+    """Codes still masked after each of `steps` steps of a frame of n codes; the last is 0.
+
+    max(1, min(unknown - 1, floor(n cos(pi/2 (k + 1) / steps)))): MaskGIT's cosine schedule (reference, section 6.1).
+    """
+    if steps < 1:
+        raise ValueError(f"num_inference_steps {steps} is less than 1")
+    counts, unknown = [], n
+    for k in range(steps - 1):
+        unknown = max(1, min(unknown - 1, math.floor(n * math.cos(math.pi / 2 * (k + 1) / steps))))
+        counts.append(unknown)
+    return [*counts, 0]

@@ -1,0 +1,288 @@
+"""The grammar of a sequence: how text, header and frames become one row of ids, and back.
+
+    [bos] prompt text [sep]
+    [video_start] [number: duration in s] [number: fps]
+    per latent frame: [frame_start] [number: H / unit] [number: W / unit]  h rows of (w codes, [newline])  [frame_end]
+    [video_end] [sep]
+
+Without a prompt (unconditional branch, text dropout) a sequence begins at video_start. Source: reference, section 2.
+Everything the decoder needs to know of a sequence (positions, frame spans) is read off the ids by `parse_layout`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lumos.errors import UserError
+from lumos.models.lumos1.configuration import LumosConfig
+
+FRAME_HEADER = 3  # frame_start and the two size tokens
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One latent frame's place in a sequence: span [start, end) with its specials, `rows` x `cols` codes inside."""
+
+    start: int
+    rows: int
+    cols: int
+
+    @property
+    def content_length(self) -> int:
+        """Codes and newlines, without the four specials around them."""
+        return self.rows * (self.cols + 1)
+
+    @property
+    def content_start(self) -> int:
+        return self.start + FRAME_HEADER
+
+    @property
+    def end(self) -> int:
+        return self.content_start + self.content_length + 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one row of ids consists of: its length without padding, and its frames in order."""
+
+    length: int
+    frames: tuple[Frame, ...]
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, bool], ...]:
+        """(start, end, bidirectional) in order; together they cover [0, length)."""
+        segments, at = [], 0
+        for frame in self.frames:
+            if frame.start > at:
+                segments.append((at, frame.start, False))
+            segments.append((frame.start, frame.end, True))
+            at = frame.end
+        if self.length > at:
+            segments.append((at, self.length, False))
+        return tuple(segments)
+
+    @property
+    def origin(self) -> int | None:
+        """P0: index of the first content token of the first frame."""
+        return self.frames[0].content_start if self.frames else None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A sequence taken apart. `codes` [t, h, w] holds -1 where the sequence has the mask token."""
+
+    text_ids: list[int] | None
+    duration: int
+    fps: int
+    codes: Tensor
+
+
+def num_latent_frames(num_frames: int, temporal_compression: int = 4) -> int:
+    """RGB frames -> latent frames: 1 -> 1, 17 -> 5, 24 or 25 -> 7 (reference, section 6.1)."""
+    return math.ceil((num_frames - 1) / temporal_compression) + 1
+
+
+def clip_header(num_frames: int, fps: int) -> tuple[int, int]:
+    """(duration in s, fps) that the header states; a picture is (1, 1) (reference, sections 5.4 and 9)."""
+    return (1, 1) if num_frames == 1 else (max(1, round(num_frames / fps)), fps)
+
+
+def prompt_text(config: LumosConfig, prompt: str, *, height: int, width: int, num_frames: int, fps: int) -> str:
+    """The text that the decoder reads for a prompt; the size is written width x height (reference, section 2.2).
+
+    The published prompts count fps * duration frames, one less than the tokenizer gives back: 24 for 25.
+    """
+    stated = num_frames - 1 if num_frames > 1 else 1
+    return config.prompt_template.format(prompt=prompt, height=height, width=width, num_frames=stated, fps=fps)
+
+
+def number_token(value: int, what: str, config: LumosConfig) -> int:
+    """Id of a number in the header or of a frame's size; UserError when there is no such token."""
+    if not 0 <= value < config.number_token_count:
+        raise UserError(f"{what} {value} has no number token; allowed: up to {config.number_token_count - 1}")
+    return config.number_token_start + value
+
+
+def size_units(pixels: int, what: str, config: LumosConfig) -> int:
+    """Pixels of a side -> what a frame's header states; UserError for a size that it cannot state."""
+    unit, most = config.pixels_per_size_unit, config.number_token_count - 1
+    if pixels <= 0 or pixels % unit:
+        down = max(unit, pixels // unit * unit)
+        raise UserError(f"{what} {pixels} is not a multiple of {unit}; the nearest sizes are {down} and {down + unit}")
+    if pixels // unit > most:
+        raise UserError(f"{what} {pixels} is too large for this model's number tokens; allowed: {unit} to {most * unit}")
+    return pixels // unit
+
+
+def build_prefix(text_ids: list[int] | None, *, fps: int, duration: int, config: LumosConfig) -> list[int]:
+    """Ids up to and with the video header: what stands before the first frame."""
+    if reserved := [i for i in text_ids or () if config.is_reserved(i)]:
+        raise ValueError(f"text ids hold {reserved[0]}, a special, number or visual id of this model: the wrong text tokenizer?")
+    text = [] if text_ids is None else [config.bos_token_id, *text_ids, config.sep_token_id]
+    header = [
+        config.video_start_token_id,
+        number_token(duration, "the duration in seconds, num_frames / fps,", config),
+        number_token(fps, "fps", config),
+    ]
+    return text + header
+
+
+def build_frames(codes: Tensor, config: LumosConfig) -> Tensor:
+    """codes [t, h, w] (a code of -1 is written as the mask token) -> ids [t, 4 + h * (w + 1)]."""
+    t, h, w = codes.shape
+    if codes.numel() and not -1 <= int(codes.min()) <= int(codes.max()) < config.visual_token_count:
+        raise ValueError(
+            f"codes from {int(codes.min())} to {int(codes.max())}; allowed: 0 to {config.visual_token_count - 1}"
+        )
+    stride = config.spatial_compression
+    size = [
+        number_token(size_units(h * stride, "height", config), "height in size units", config),
+        number_token(size_units(w * stride, "width", config), "width in size units", config),
+    ]
+    ids = torch.where(codes < 0, config.mask_token_id, codes + config.visual_token_start)
+    content = torch.cat([ids, ids.new_full((t, h, 1), config.newline_token_id)], dim=2).flatten(1)
+    head = ids.new_tensor([config.frame_start_token_id, *size]).expand(t, -1)
+    return torch.cat([head, content, ids.new_full((t, 1), config.frame_end_token_id)], dim=1)
+
+
+def build_sequence(
+    text_ids: list[int] | None, codes: Tensor, *, fps: int, duration: int, config: LumosConfig
+) -> Tensor:
+    """text ids (None: no text part at all) and codes [t, h, w] -> ids [L], the whole published layout."""
+    prefix = build_prefix(text_ids, fps=fps, duration=duration, config=config)
+    tail = [config.video_end_token_id, config.sep_token_id]
+    frames = build_frames(codes, config).flatten()
+    return torch.cat([frames.new_tensor(prefix), frames, frames.new_tensor(tail)])
+
+
+def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
+    """ids [L] -> its parts; the inverse of `build_sequence`. ValueError where the row is not of that grammar."""
+    row = ids.tolist()
+    (layout,) = parse_layout(ids[None], config)
+    if config.video_start_token_id not in row[:-2]:
+        raise ValueError("the sequence has no video_start token with a header behind it")
+    at = row.index(config.video_start_token_id)
+    if at > 0 and (row[0] != config.bos_token_id or row[at - 1] != config.sep_token_id):
+        raise ValueError("the text before video_start does not begin with bos and end with sep")
+    sizes = {(f.rows, f.cols) for f in layout.frames}
+    if len(sizes) > 1:
+        raise ValueError(f"frames of different sizes in one sequence: {sorted(sizes)}")
+    rows, cols = sizes.pop() if sizes else (0, 0)
+    codes = torch.stack(
+        [ids[f.content_start : f.end - 1].view(rows, cols + 1)[:, :cols] for f in layout.frames]
+    ) if layout.frames else ids.new_zeros(0, 0, 0)
+    codes = torch.where(codes == config.mask_token_id, -1, codes - config.visual_token_start)
+    parsed = Parsed(
+        text_ids=row[1 : at - 1] if at > 0 else None,
+        duration=row[at + 1] - config.number_token_start,
+        fps=row[at + 2] - config.number_token_start,
+        codes=codes,
+    )
+    if not layout.frames:
+        raise ValueError("the sequence has no frames")
+    again = build_sequence(parsed.text_ids, codes, fps=parsed.fps, duration=parsed.duration, config=config)
+    length = min(len(ids), len(again))
+    differs = (ids[:length] != again[:length]) & (ids[:length] != config.mask_token_id)
+    if len(ids) != len(again) or differs.any():
+        where = int(differs.nonzero()[0]) if differs.any() else length
+        raise ValueError(f"the sequence leaves the grammar at token {where}")
+    return parsed
+
+
+def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[Layout]:
+    """ids [B, L], right-padded with pad -> one Layout a row; equal ones are one object.
+
+    Frames are looked for from the first video_start on. ValueError where a frame is cut off or malformed.
+    """
+    known: dict[Layout, Layout] = {}
+    found = (_row_layout(row, b, config) for b, row in enumerate(input_ids.cpu().numpy()))
+    return [known.setdefault(layout, layout) for layout in found]
+
+
+def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
+    used = (row != config.pad_token_id).nonzero()[0]
+    length = int(used[-1]) + 1 if len(used) else 0
+    starts = (row[:length] == config.video_start_token_id).nonzero()[0]
+    frames: list[Frame] = []
+    if len(starts):
+        marks = (row[:length] == config.frame_start_token_id).nonzero()[0]
+        at = int(starts[0])
+        for mark in marks.tolist():
+            if mark < at:
+                continue
+            frame = read_frame(row[:length], mark, config, f"frame {len(frames)} of sample {sample}")
+            frames.append(frame)
+            at = frame.end
+    return Layout(length, tuple(frames))
+
+
+def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Frame:
+    """The frame that begins at `start` of a row of ids; ValueError where it is cut off or malformed."""
+    length = len(row)
+    if start + FRAME_HEADER > length:
+        raise ValueError(f"{what} is cut off: the sequence ends at {length}; frames must be whole")
+    scale = config.pixels_per_size_unit // config.spatial_compression
+    rows, cols = ((int(row[start + i]) - config.number_token_start) * scale for i in (1, 2))
+    if rows <= 0 or cols <= 0:
+        raise ValueError(f"{what} has no valid size tokens after its start at {start}")
+    frame = Frame(start, rows, cols)
+    if frame.end > length:
+        raise ValueError(f"{what} is cut off: it needs {frame.end} tokens and the sequence ends at {length}")
+    if row[frame.end - 1] != config.frame_end_token_id:
+        raise ValueError(f"{what} ({rows} x {cols}) is not closed by frame_end at {frame.end - 1}")
+    return frame
+
+
+def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Tensor:
+    """Rows of different lengths -> [B, L], right-padded with `value`; L is the longest, rounded up to a multiple."""
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+    return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+
+
+def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:
+    """`make` of each row's layout, [B, ...]; done once for rows that share one, as `parse_layout` lets equal rows do."""
+    distinct = {id(layout): layout for layout in layouts}
+    number = {key: i for i, key in enumerate(distinct)}
+    return torch.stack([make(layout) for layout in distinct.values()])[[number[id(layout)] for layout in layouts]]
+
+
+def content_mask(layouts: list[Layout], length: int) -> Tensor:
+    """bool [B, L]: codes and newlines of frames."""
+
+    def row(layout: Layout) -> Tensor:
+        mask = torch.zeros(length, dtype=torch.bool)
+        for frame in layout.frames:
+            mask[frame.content_start : frame.end - 1] = True
+        return mask
+
+    return by_layout(layouts, row)
+
+
+def code_mask(layouts: list[Layout], length: int) -> Tensor:
+    """bool [B, L]: codes of frames, without newlines."""
+
+    def row(layout: Layout) -> Tensor:
+        mask = torch.zeros(length, dtype=torch.bool)
+        for frame in layout.frames:
+            mask[frame.content_start : frame.end - 1].view(frame.rows, frame.cols + 1)[:, :-1] = True
+        return mask
+
+    return by_layout(layouts, row)
+
+
+def frame_indices(layouts: list[Layout], length: int) -> Tensor:
+    """int64 [B, L]: number of the latent frame whose span holds a token, -1 outside."""
+
+    def row(layout: Layout) -> Tensor:
+        index = torch.full((length,), -1)
+        for k, frame in enumerate(layout.frames):
+            index[frame.start : frame.end] = k
+        return index
+
+    return by_layout(layouts, row)

@@ -1,0 +1,460 @@
+"""What the training loop trains: the decoder on masked codes (AR-DF, reference section 5).
+
+This is the only part of `training/` that knows the model. The loop asks a task for what its `Task` lists.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
+from lumos.data.shards.remote import LocalCopies, is_url
+from lumos.data.shards.source import ShardSource
+from lumos.data.source import Clip, Source, cut
+from lumos.data.synthetic.source import WorldSource
+from lumos.errors import RunError, UserError, as_text, reason_of, shown
+from lumos.files import user_cache
+from lumos.lora import Lora, add_adapters, sample, text_fingerprint
+from lumos.models.lumos1.acceleration import compile_parts
+from lumos.models.lumos1.configuration import LumosConfig
+from lumos.models.lumos1.conversion import read_config
+from lumos.models.lumos1.flops import adapter_weights, training_flops
+from lumos.models.lumos1.masking import mask_sequence
+from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.pipeline import LumosPipeline
+from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
+from lumos.models.lumos1.sequence import (
+    Frame,
+    build_sequence,
+    clip_header,
+    code_mask,
+    num_latent_frames,
+    pad_sequences,
+    parse_layout,
+    prompt_text,
+)
+from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.runtime import check_memory
+from lumos.settings import to_plain
+from lumos.training import checkpoint
+from lumos.training.engine import pick_precision
+from lumos.training.export import Tokenizers, export_checkpoint, model_with
+from lumos.training.samples import Sampler
+from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings, world_size
+from lumos.training.task import IGNORED, Batch
+from lumos.video.frames import from_uint8
+from tokenizer.fingerprint import tokenizer_facts
+from tokenizer.text import TextTokenizer
+from tokenizer.video import VideoTokenizer
+
+DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
+SHAPE = (
+    "vocab_size", "visual_token_start", "visual_token_count", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
+RATIO_BINS = 10
+ID_TENSORS = 4
+"""Tensors of int64 that a batch has for each of its tokens at least: ids, codes, targets, places."""
+
+
+class ArdfTask:
+    """Masked-code training of `LumosForVideoGeneration`. `device` is where clips are encoded."""
+
+    def __init__(self, settings: TrainingSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.config = model_config(settings.model)
+        self._check_attention()
+        self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
+        video, text = self.places.video, self.places.text
+        self.video_tokenizer = VideoTokenizer.from_pretrained(video)
+        self.fingerprints = {"video": tokenizer_facts(self.video_tokenizer)["fingerprint"], "text": text_fingerprint(text)}
+        self.identities = {
+            "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
+            "tokenizer.text (sha256)": self.fingerprints["text"],
+        }
+        self.video_tokenizer.to(device).eval().requires_grad_(False)
+        self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
+        check_text_tokenizer(self.config, self.text_tokenizer)
+        self._check_sizes(video)
+        self._check_base_tokenizers()
+        self.adapter: dict[str, Any] | None = None
+        self.groups = {
+            "frame": num_latent_frames(settings.data.num_frames, self.config.temporal_compression),
+            "mask_ratio": RATIO_BINS,
+        }
+        self.source = self._source()
+        self._check_length()
+        self._check_memory()
+        pictures_only = Curriculum(settings.data.stages, settings.training.batch_size).kinds == ["image"]
+        shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
+        self.sample_shape = ClipDefaults(**shape, target_size=None)
+        for prompt in settings.samples.prompts:
+            prompt_ids(prompt, self.sample_shape, self.config, self.text_tokenizer)
+
+    @property
+    def attention(self) -> str:
+        """How the run attends; the exported model keeps what its config says."""
+        return self.settings.training.attention or self.config.attention
+
+    def build_model(self) -> nn.Module:
+        """The model on the CPU in float32, from a folder or from random weights drawn with training.seed.
+
+        With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
+        """
+        folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
+        config = copy.deepcopy(self.config)
+        config.attention = self.attention
+        if folder is not None:
+            try:
+                model = LumosForVideoGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+            except UserError as error:
+                if not overrides:
+                    raise
+                raise UserError(f"model.overrides {overrides} do not fit the weights of model.from: {error}") from error
+        torch.manual_seed(self.settings.training.seed)
+        if folder is None:
+            model = LumosForVideoGeneration(config)
+        if lora.rank is not None:
+            base = {"folder": folder, "sample": sample(model)}
+            add_adapters(model, Lora(**to_plain(lora)))
+            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+            self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
+        if self.settings.training.activation_checkpointing:
+            model.model.gradient_checkpointing = True
+        if self.settings.training.compile:
+            compile_parts(model.to(self.device))
+        return model.train()
+
+    def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
+        """Take the clips at `positions` of a step from the source, lay them out, mask them, and encode them if need be."""
+        return self.encoded(self.draft(step, shape, positions, dropout=dropout))
+
+    def draft(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Draft:
+        """All of `batch` but the codes, which neither the layout nor the masks depend on."""
+        config, clips = self.config, self.source.clips(step, shape, positions)
+        if shape.first_frames is not None:
+            clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
+        rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
+        ids, asked, ratios = zip(*rows, strict=True)
+        pad_to = self.settings.data.pad_to
+        input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
+        layouts = parse_layout(input_ids, config)
+        supervised = [int(row.sum()) for row in asked]
+        lora = self.settings.lora
+        adapters = adapter_weights(config, lora.rank, lora.targets) if lora.rank else None
+        batch = Batch(
+            step, shape.kind, {"mask_ratios": pad_sequences(list(ratios), 0)}, [clip.name for clip in clips],
+            lengths=[len(row) for row in ids],
+            flops=sum(training_flops(config, *row, adapters) for row in zip(layouts, supervised, strict=True)),
+            supervised=sum(supervised), layouts=layouts, pad_to=pad_to,
+        )  # fmt: skip
+        if clips[0].codes is None:
+            made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+        else:
+            made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
+            if int(made.max()) >= config.visual_token_count:
+                name = next(clip.name for clip in clips if clip.codes.max() >= config.visual_token_count)
+                raise RunError(
+                    f"{name} has the code {int(made.max())}; allowed: 0 to {config.visual_token_count - 1}; ingest it again with "
+                    "this tokenizer"
+                )
+        codes_at = code_mask(layouts, input_ids.shape[1])
+        return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
+
+    def encoded(self, draft: Draft) -> Batch:
+        """The batch of a draft, on the device where clips are encoded."""
+        clips, ids, codes_at, asked = (x.to(self.device, non_blocking=True) for x in vars(draft).values() if isinstance(x, Tensor))
+        codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
+        code = torch.zeros_like(ids).masked_scatter(codes_at, codes.flatten())
+        tensors = {
+            "input_ids": torch.where(codes_at & (ids != self.config.mask_token_id), ids + code, ids),
+            "targets": torch.where(asked, code, IGNORED),
+            "mask_ratios": draft.batch.tensors["mask_ratios"].to(self.device),
+        }
+        return replace(draft.batch, tensors=tensors)
+
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each supervised position [N] with gradient, and where each is [N].
+
+        frame: its latent frame, unless the clips have but one. mask_ratio: the tenth that its frame's ratio is in.
+        """
+        out = model(input_ids=micro["input_ids"], targets=micro["targets"], layouts=micro.get("layouts"))
+        ratios = micro["mask_ratios"]
+        places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
+        return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
+
+    def facts(self) -> dict[str, Any]:
+        """What `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
+        return {
+            "config": self._config(),
+            "tokenizers": vars(self.places),
+            "fingerprints": self.fingerprints,
+            "generation": vars(self._generation()),
+            "clip": self.source.usual_shape,
+            "lora": self.adapter,
+        }
+
+    def export(self, folder: Path, target: Path) -> None:
+        """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens or, with lora.rank, an adapter folder."""
+        export_checkpoint(folder, checkpoint.read_state(folder), target)
+
+    def sampler(self, weights: dict[str, Tensor]) -> Sampler:
+        """Draws clips of the usual shape with these trained weights, pictures if the run has only those."""
+        dtype = pick_precision(self.settings.training.precision, self.device)
+        if self.adapter is None:
+            model = model_with(weights, self.config, dtype)
+        else:
+            model = LumosForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
+            add_adapters(model, Lora(**self.adapter["settings"]))
+            model.load_state_dict(weights, strict=False)
+        settings = self._generation().changed(**self.settings.samples.options)
+        pipe = LumosPipeline(model.to(self.device), self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
+        return Sampler(
+            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
+            self.sample_shape.fps,
+            {**vars(settings), **vars(self.sample_shape)},
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit: the model's config and all that decides what it is trained on."""
+        data, training = self.settings.data, self.settings.training
+        adapter = {}
+        if self.adapter is not None:
+            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
+            adapter = {"model.from (sha256 of a sample)": weights}
+        return (
+            self._config()
+            | self.identities
+            | {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
+            | adapter
+            | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
+            | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
+            | self.source.identity
+        )
+
+    def _generation(self) -> GenerationSettings:
+        folder = self.settings.model.from_
+        usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
+        return usual.changed(**self.settings.generation)
+
+    def _config(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
+
+    def _tokenizer_folder(self, kind: str) -> str:
+        given = getattr(self.settings.tokenizer, kind)
+        own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
+        folder = given or own
+        if folder is None:
+            raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
+        if not Path(folder).exists():
+            raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
+        return folder
+
+    def _check_attention(self) -> None:
+        """UserError if the run could not attend as it is told."""
+        if self.attention == "flex" and self.device.type != "cuda":
+            raise UserError(f"attention flex trains on CUDA only, not on {self.device.type}; set training.attention=segmented")
+
+    def _check_base_tokenizers(self) -> None:
+        """The weights of model.from mean nothing with other tokenizers than its own, where it has them."""
+        base = self.settings.model.from_
+        own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
+        for kind, folder in own.items():
+            if folder.is_dir() and getattr(self.settings.tokenizer, kind) is not None:
+                video = kind == "video"
+                made = tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"] if video else text_fingerprint(folder)
+                if made != self.fingerprints[kind]:
+                    raise UserError(
+                        f"tokenizer.{kind} {getattr(self.places, kind)} is another tokenizer than {folder}, with which the weights "
+                        f"of model.from were trained; leave tokenizer.{kind} out"
+                    )
+
+    def _check_sizes(self, video: str) -> None:
+        config = self.config
+        if self.video_tokenizer.num_codes != config.visual_token_count:
+            raise UserError(
+                f"tokenizer.video {video} has {self.video_tokenizer.num_codes} codes, but the model has visual_token_count "
+                f"{config.visual_token_count}; set model.overrides.visual_token_count or take another tokenizer"
+            )
+        for name in ("temporal_compression", "spatial_compression"):
+            of_tokenizer, of_model = getattr(self.video_tokenizer, name), getattr(config, name)
+            if of_tokenizer != of_model:
+                raise UserError(
+                    f"tokenizer.video {video} has {name} {of_tokenizer}, the model {of_model}; set model.overrides.{name}"
+                )
+        check_clip_shape(config, self.settings.data)
+
+    def _check_length(self) -> None:
+        """UserError if the model could train on the usual clip but, by its own limit, not generate it."""
+        shape, config = self.source.usual_shape, self.config
+        grid = (shape[side] // config.spatial_compression for side in ("height", "width"))
+        tokens = num_latent_frames(shape["num_frames"], config.temporal_compression) * Frame(0, *grid).end
+        if tokens > config.max_position_embeddings:
+            size = f"{shape['num_frames']} frames of {shape['width']}x{shape['height']} pixels"
+            raise UserError(
+                f"clips of {size} need {tokens} tokens beside their text, but the model has max_position_embeddings "
+                f"{config.max_position_embeddings}; take smaller or shorter clips, or raise model.overrides.max_position_embeddings"
+            )
+
+    def _check_memory(self) -> None:
+        """UserError for batches and models that this machine obviously cannot hold, before any is made."""
+        training, shape, config = self.settings.training, self.source.usual_shape, self.config
+        drawn = 3 * shape["height"] * shape["width"] if self.settings.data.source == "worlds" else 0  # bytes of a frame
+        codes = shape["height"] * shape["width"] // config.spatial_compression**2
+        latents = num_latent_frames(shape["num_frames"], config.temporal_compression)
+        clip, picture = (
+            frames * drawn + ID_TENSORS * 8 * max(t * codes, self.settings.data.pad_to)
+            for frames, t in ((shape["num_frames"], latents), (1, 1))
+        )
+        stages = self.settings.data.stages
+        clips = max([training.batch_size or 0, *(stage.batch_size or 0 for stage in stages)])
+        pictures = max([stage.image_batch_size or 0 for stage in stages], default=0)
+        largest = max(clips * clip, pictures * picture, ID_TENSORS * 8 * (training.tokens_per_batch or 0))
+        check_memory(largest // world_size(), "a process's share of the clips of a step")
+        lora = self.settings.lora
+        weights = config.num_parameters + (adapter_weights(config, lora.rank, lora.targets) if lora.rank else 0)
+        check_memory(4 * weights, f"a model of {weights:,} weights in float32")
+
+    def _source(self) -> Source:
+        data, training = self.settings.data, self.settings.training
+        if data.source == "worlds":
+            shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
+            picture = data.height * data.width // self.config.spatial_compression**2
+            codes = {"image": picture, "video": picture * num_latent_frames(data.num_frames, self.config.temporal_compression)}
+            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
+        return ShardSource(
+            data.path,
+            self.video_tokenizer,
+            kinds=Curriculum(data.stages, training.batch_size).kinds,
+            num_frames=data.num_frames,
+            min_frames=data.min_frames,
+            size_unit=self.config.pixels_per_size_unit,
+            size=data.size,
+            seed=training.seed,
+            held_out=data.validation_clips if training.eval_every else 0,
+            shuffle_shards=data.shuffle_shards,
+            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
+        )
+
+    @torch.no_grad()
+    def _encode(self, frames: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> codes [B, t, h, w]."""
+        return self.video_tokenizer.encode(from_uint8(frames))
+
+    def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [L] with code 0 where a code is seen, bool [L] where one is asked, mask ratios [t]) of a clip.
+
+        Of one that was cut, the row of the whole clip up to there.
+        """
+        masking, config = self.settings.masking, self.config
+        seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
+        if clip.codes is None:
+            frames, height, width = clip.frames.shape[:3]
+            t = num_latent_frames(frames, config.temporal_compression)
+            grid = (t, height // config.spatial_compression, width // config.spatial_compression)
+        else:
+            grid = clip.codes.shape
+        num_frames = clip.num_frames or (grid[0] - 1) * config.temporal_compression + 1
+        whole = (num_latent_frames(num_frames, config.temporal_compression), *grid[1:])
+        drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
+        text_ids = None
+        if not (dropout and drop):
+            size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
+            text_ids = self.text_tokenizer.encode(prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size))
+        duration, fps = clip_header(num_frames, clip.fps)
+        ids = build_sequence(text_ids, torch.zeros(whole, dtype=torch.int64), fps=fps, duration=duration, config=config)
+        masked = mask_sequence(
+            ids, config, kind=masking.kind, min_ratio=masking.min_ratio, generator=sample_generator(seed, step, position, "mask")
+        )
+        end = len(ids) if grid == whole else parse_layout(ids[None], config)[0].frames[grid[0] - 1].end
+        return masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: grid[0]])
+
+
+def ratio_bins(ratios: Tensor) -> Tensor:
+    """Ratios in [0, 1] -> 0 to 9, the tenth that each is in; a ratio on an edge belongs to the tenth above, and 1 to the last."""
+    return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # a float32 0.7 is a little less than 0.7
+
+
+def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
+    """Of its config and float32 weights, whichever files they came from."""
+    digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_config(model: ModelSettings) -> LumosConfig:
+    """The config of the model that the settings name. UserError if they cannot work, or if folder and preset differ in shape."""
+    _reject_unknown(model.overrides)
+    try:
+        preset = model.preset and LumosConfig.preset(model.preset, **model.overrides)
+        if model.from_ is None:
+            return preset
+        if not (Path(model.from_) / "config.json").is_file():
+            raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
+        stored = read_config(Path(model.from_))
+        config = LumosConfig.from_pretrained(model.from_, **model.overrides)
+        LumosConfig(**config.to_dict())  # overrides were not checked with the rest
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    except Exception as error:  # of whatever kind transformers makes of a value that it reads
+        raise UserError(f"model.overrides: {shown(model.overrides)} cannot be used ({reason_of(error)})") from error
+    for name in SHAPE if preset else ():
+        found, wanted = getattr(stored, name), getattr(preset, name)
+        if found != wanted:
+            raise UserError(
+                f"model.from: {model.from_} has {name} {found}, but model.preset {model.preset} has {wanted}; name a folder of "
+                "that shape, or leave model.preset out (model.preset=null)"
+            )
+    return config
+
+
+def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
+    """UserError for clips that the model's sequences cannot hold."""
+    if (data.num_frames - 1) % config.temporal_compression:
+        raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
+    for i, stage in enumerate(data.stages):
+        if stage.first_frames is not None and (stage.first_frames - 1) % config.temporal_compression:
+            raise UserError(
+                f"data.stages[{i}].first_frames is {stage.first_frames}; it must be 1 + a multiple of {config.temporal_compression}"
+            )
+    for name in ("height", "width"):
+        if data.source == "worlds" and getattr(data, name) % config.pixels_per_size_unit:
+            raise UserError(f"data.{name} is {getattr(data, name)}; it must be a multiple of {config.pixels_per_size_unit}")
+
+
+def _reject_unknown(overrides: dict[str, Any]) -> None:
+    """Transformers configs keep any keyword; an option that nothing reads must not pass silently."""
+    known = set(LumosConfig().to_dict())
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A Batch whose clips are not encoded yet: all that can be done in any process, without a model.
+
+    `ids` [B, L] has code 0 wherever a code is to be seen, `codes_at` bool [B, L] says where codes belong, `asked` which of them
+    are supervised; `clips` are uint8 [B, T, H, W, 3], or codes already, int64 of all rows in a row.
+    """
+
+    clips: Tensor
+    ids: Tensor
+    codes_at: Tensor
+    asked: Tensor
+    batch: Batch  # its tensors still lack input_ids and targets

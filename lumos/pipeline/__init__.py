@@ -1,0 +1,1 @@
+"""From a request to frames: what the pipelines of all generators share."""

@@ -1,0 +1,116 @@
+"""What a call is given, checked: prompts, seeds, lengths, pictures and clips, and parts that belong together."""
+
+from __future__ import annotations
+
+import operator
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lumos.errors import UserError, shown
+from lumos.pipeline.defaults import ClipDefaults, is_whole
+from lumos.video.frames import as_uint8
+from lumos.video.io import count_frames, fit, read_image, read_video
+
+MAX_SEED = 2**63 - 1
+
+
+def check_prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise UserError(f"the prompt is {shown(prompt)}; give a string")
+    if not prompt.strip():
+        raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
+    return prompt
+
+
+def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> None:
+    if not is_whole(num_frames):
+        raise UserError(f"{name} {shown(num_frames)} is not allowed; give a whole number, 1 + a multiple of {stride}")
+    if num_frames < 1 or (num_frames - 1) % stride:
+        below = max(1, 1 + (num_frames - 1) // stride * stride)
+        raise UserError(
+            f"{name} {num_frames} is not allowed; it must be 1 + a multiple of {stride}, for example "
+            f"{below} or {below + stride}"
+        )
+
+
+def override(defaults: Any, **given: Any) -> Any:
+    """A copy of a settings dataclass with what is not None replaced."""
+    values = {f.name: getattr(defaults, f.name) for f in fields(defaults)}
+    return type(defaults)(**{**values, **{k: v for k, v in given.items() if v is not None}})
+
+
+def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, seed: Any = None) -> dict[str, list]:
+    """Single values and lists -> lists of one length, by name."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "seed": seed}
+    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
+    count = max(lengths.values(), default=1)
+    if not count:
+        raise UserError(f"{next(iter(lengths))} is an empty list; give at least one, or a single value without a list")
+    for name, length in lengths.items():
+        if length != count:
+            raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
+    lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
+    for text in lists["prompt"]:
+        check_prompt(text)
+    for name in ("negative_prompt", "image", "video"):
+        if len({value is None for value in lists[name]}) > 1:
+            raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
+    if "seed" not in lengths:
+        first = random.randrange(2**31) if seed is None else whole_seed(seed)
+        lists["seed"] = [first + i for i in range(count)]
+    lists["seed"] = [whole_seed(s) for s in lists["seed"]]
+    return lists
+
+
+def whole_seed(seed: Any) -> int:
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if isinstance(seed, bool) or not 0 <= value <= MAX_SEED:
+        raise UserError(f"seed {shown(seed)} is not allowed; give a whole number from 0 to {MAX_SEED}")
+    return value
+
+
+def without_effect(where: str, **options: Any) -> None:
+    """Say which of these were given although they change nothing."""
+    if given := [f"{name}={value}" for name, value in options.items() if value is not None]:
+        warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
+
+
+def load_image(image: Any) -> np.ndarray:
+    """A path, a PIL picture, an array or a tensor -> uint8 [H, W, 3]."""
+    return read_image(image) if isinstance(image, str | Path) else as_uint8(image, "image", ndim=3, also="a path, ")
+
+
+def path_or_frames(video: Any) -> str | Path | np.ndarray:
+    """A path as it is, or frames as uint8 [T, H, W, 3]."""
+    return video if isinstance(video, str | Path) else as_uint8(video, "video", also="a path, ")
+
+
+def clip_length(video: str | Path | np.ndarray, fps: int) -> int:
+    """Frames that a clip has at this rate."""
+    return len(video) if isinstance(video, np.ndarray) else count_frames(video, fps)
+
+
+def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -> np.ndarray:
+    """The last `count` frames of a path's clip at clip.fps, or of frames uint8 [T, H, W, 3], fitted to the clip's size."""
+    size = (clip.height, clip.width)
+    if not isinstance(video, np.ndarray):
+        return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
+    if len(video) < count:
+        raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
+    return fit(video[-count:], *size)
+
+
+def each_once(made_of: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """made_of(item) of each, computed once, and kept once, for those that are the same path or object."""
+    keys = [str(item) if isinstance(item, str | Path) else id(item) for item in items]
+    made = {key: made_of(item) for key, item in dict(zip(keys, items, strict=True)).items()}
+    return [made[key] for key in keys]

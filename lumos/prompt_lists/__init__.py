@@ -1,0 +1,1 @@
+"""Lists of clips: read, shared by processes, resumed after a stop."""

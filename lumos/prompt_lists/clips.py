@@ -1,0 +1,200 @@
+"""From rows to clips: what each is made of, where it goes, which may share a batch, and whether it is there already."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lumos.errors import UserError, shown
+from lumos.files import check_writable, read_json, write_json
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.request import Request
+from lumos.prompt_lists.results import UNFINISHED, Results
+from lumos.prompt_lists.rows import Row
+from lumos.video.io import check_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lumos.models.lumos1.pipeline import LumosPipeline, OnStep
+    from lumos.models.lumos1.request import Settled
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the clips of one batch have in common."""
+
+    sampling: GenerationSettings
+    clip: ClipDefaults
+    num_given_frames: int
+    starts: tuple[int, ...]  # frames where later prompts begin
+    names: tuple[str, ...]  # what they are given of negative_prompt, image, video
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of a call."""
+        shape = {name: getattr(self.clip, name) for name in ("num_frames", "height", "width", "fps")}
+        return {**vars(self.sampling), **shape, "num_given_frames": self.num_given_frames if "video" in self.names else None}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to make; `inputs` decide what it shows."""
+
+    file: str
+    line: int
+    form: Form
+    prompt: str
+    later: tuple[str, ...]  # prompts, one for each of form.starts
+    given: dict[str, str]  # of form.names
+    seed: int
+    inputs: dict[str, Any]
+
+
+def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_frames: int | None) -> dict[str, Any]:
+    """One prompt, or several with the frames that each is shown for, as `prompt`, `later_prompts` and `num_frames` of a call."""
+    if frames is None and len(prompts) == 1:
+        return {"prompt": prompts[0], "num_frames": num_frames}
+    if frames is None or len(frames) != len(prompts):
+        counts = "none" if frames is None else len(frames)
+        raise UserError(f"{len(prompts)} prompts are given and {counts} of their prompt_frames; give the frames of each prompt")
+    if min(frames) < 1:
+        raise UserError(f"prompt_frames {shown(list(frames))} is not allowed; each prompt needs at least one frame")
+    if num_frames not in (None, sum(frames)):
+        total = f"prompt_frames {shown(list(frames))} are {sum(frames)} frames"
+        raise UserError(f"{total}, but num_frames is {num_frames}; leave one out")
+    starts = [sum(frames[:n]) for n in range(1, len(frames))]
+    return {"prompt": prompts[0], "later_prompts": list(zip(starts, prompts[1:], strict=True)), "num_frames": sum(frames)}
+
+
+def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
+    """UserError where a prompt would end within a latent frame of so many frames."""
+    if frames and ((frames[0] - 1) % stride or any(count % stride for count in frames[1:])):
+        raise UserError(
+            f"prompt_frames {list(frames)} is not allowed; give 1 + a multiple of {stride} for the first prompt and multiples of "
+            f"{stride} for later ones"
+        )
+
+
+def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
+    """A row as a request; `defaults` are options of the command line. seed: of a row that names none, from the list's own seed on;
+    stride: the model's temporal compression.
+
+    UserError for a row that could not be read or has no prompt.
+    """
+    if row.problem:
+        raise UserError(row.problem)
+    own = {name: value for name, value in row.options.items() if name != "output"}
+    options = {**defaults, **own}
+    if "image" in own or "video" in own:  # one of them takes the place of either
+        options |= {name: own.get(name) for name in ("image", "video")}
+    if "num_frames" in own and "prompt_frames" not in own:
+        options.pop("prompt_frames", None)
+    prompts = options.pop("prompt", None)
+    if not prompts:
+        raise UserError("the row has no prompt")
+    frames, num_frames = options.pop("prompt_frames", None), options.pop("num_frames", None)
+    over_time = prompts_over_time([prompts] if isinstance(prompts, str) else prompts, frames, num_frames)
+    check_prompt_frames(frames, stride)
+    options.setdefault("seed", seed + row.number)
+    repeats = options.get("num_videos_per_prompt") or 1
+    if isinstance(options["seed"], list) and repeats == 1:
+        options["num_videos_per_prompt"] = len(options["seed"])
+    return Request(**options, **over_time)
+
+
+def clips_of(row: Row, request: Request, settled: Settled, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
+    """The clips of a row. inputs: what else decides them; numbered: the row's number names them, not their seeds."""
+    given = {key: value for key in ("negative_prompt", "image", "video") if (value := getattr(request, key)) is not None}
+    later = tuple(text for _, text in request.later_prompts or ())
+    starts = tuple(start for start, _ in request.later_prompts or ())
+    form = Form(settled.sampling, settled.clip, settled.num_given_frames, starts, tuple(given))
+    clips = []
+    for seed in settled.seeds:
+        after = "" if numbered and len(settled.seeds) == 1 else f"-{seed}"
+        file = default_name(request.prompt, form.clip.num_frames == 1, f"{row.number + 1:04d}-" if numbered else "", after)
+        if "output" in row.options:
+            path = PurePosixPath(row.options["output"])
+            file = str(path.parent / f"{path.stem}{after}{path.suffix}")
+        decides = {
+            "prompt": request.prompt, "later_prompts": request.later_prompts, "negative_prompt": request.negative_prompt,
+            "seed": seed, "settings": settled.settings, **inputs,
+        }  # fmt: skip
+        clips.append(Clip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
+    return clips
+
+
+def default_name(prompt: str, picture: bool, before: str = "", after: str = "") -> str:
+    """A file name that begins with words of the prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "clip"
+    return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
+
+
+def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
+    """UserError if the clip cannot be written where it is to go, or would take the place of a file of `keep`."""
+    path = PurePosixPath(clip.file)
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
+        raise UserError(f"output {shown(clip.file)} is not allowed; name a file in the folder of results, as cats/one.mp4")
+    frames = clip.form.clip.num_frames
+    if path.suffix.lower() == ".png" and frames > 1:
+        raise UserError(f"output {shown(clip.file)} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
+    check_output(out / clip.file, frames, clip.form.clip.fps, keep)
+    check_writable(record_path(out / clip.file))
+
+
+def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
+    """Clips of one form together, in order, at most `size` at a time."""
+    groups: dict[Form, list[Clip]] = {}
+    for clip in clips:
+        groups.setdefault(clip.form, []).append(clip)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+def make_codes(pipe: LumosPipeline, clips: Sequence[Clip], on_step: OnStep) -> list[Tensor]:
+    """Codes [t, h, w] of each clip of a batch."""
+    form = clips[0].form
+    later = [(start, [clip.later[n] for clip in clips]) for n, start in enumerate(form.starts)]
+    given = {name: [clip.given[name] for clip in clips] for name in form.names}
+    return list(pipe(
+        [clip.prompt for clip in clips], seed=[clip.seed for clip in clips], later_prompts=later or None, output_type="latent",
+        on_step=on_step, **given, **form.options(),
+    ).codes)  # fmt: skip
+
+
+def record_path(result: Path) -> Path:
+    """Where the settings of a result lie: out.mp4 -> out.mp4.json."""
+    return result.with_name(f"{result.name}.json")
+
+
+class Recorded(Results):
+    """Clips in a folder, each with a record beside it. A clip is there if its record says that it was made of the same inputs, and
+    it has as many bytes as then."""
+
+    def __init__(self, out: Path, shard: tuple[int, int], clips: Sequence[Clip], describe: Callable[[Clip], dict[str, Any]]):
+        super().__init__(out, "", shard)
+        self.clips, self.describe = {clip.file: clip for clip in clips}, describe
+
+    def has(self, file: str) -> bool:
+        path = self.folder / file
+        try:
+            record = read_json(record_path(path), "a clip's record")
+            whole = path.is_file() and path.stat().st_size == record.get("bytes", path.stat().st_size)
+            return whole and all(record[name] == value for name, value in self.clips[file].inputs.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def stale(self, files: Iterable[str]) -> list[str]:
+        """Those that are there, made of something else."""
+        return [file for file in files if (self.folder / file).is_file() and not self.has(file)]
+
+    def put(self, file: str, write: Callable[[Path], object]) -> None:
+        """As of any file, and its record, which is the last to come and the first to go."""
+        record = record_path(self.folder / file)
+        record.unlink(missing_ok=True)
+        super().put(file, write)
+        told = {**self.describe(self.clips[file]), "bytes": (self.folder / file).stat().st_size}
+        super().put(record.relative_to(self.folder).as_posix(), lambda path: write_json(path, told))

@@ -1,0 +1,32 @@
+"""Start the processes of a run and make the engine of each."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from lumos.training.engine import Engine, PlainEngine
+from lumos.training.settings import TrainingSettings
+
+
+def start_processes(settings: TrainingSettings, device: torch.device) -> None:
+    """Connect the processes of a DeepSpeed run; nothing to do for plain PyTorch."""
+    if device.type == "cpu":
+        # Other libraries import DeepSpeed too, which without this warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if settings.zero_stage is not None:
+        from lumos.training.deepspeed_engine import connect
+
+        connect(device, settings.deepspeed.timeout_minutes)
+
+
+def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:
+    """The engine that the settings and the launcher ask for."""
+    stage = settings.zero_stage
+    if stage is None:
+        return PlainEngine(model, settings, device)
+    from lumos.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, settings, device, stage)

