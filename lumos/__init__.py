@@ -1,28 +1,31 @@
-"""Lumos: autoregressive video generation with a language model."""
+"""Lumos: video from words and pictures.
+
+The names below are imported when they are first used, so that `import lumos` loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
-from transformers import AutoConfig, AutoModel
+from lumos.version import __version__
 
-from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.modeling import LumosForVideoGeneration
-
-if TYPE_CHECKING:
-    from lumos.models.lumos1.pipeline import LumosPipeline
-
-__version__ = "0.1.0"
-__all__ = ["LumosConfig", "LumosForVideoGeneration", "LumosPipeline"]
-
-AutoConfig.register("lumos", LumosConfig)
-AutoModel.register(LumosConfig, LumosForVideoGeneration)
+_MODULES = {
+    "LumosConfig": "lumos.models.lumos1.configuration",
+    "LumosForVideoGeneration": "lumos.models.lumos1.modeling",
+    "LumosPipeline": "lumos.models.lumos1.pipeline",
+    "VideoPipeline": "lumos.pipeline.base",
+}
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """The pipeline is imported on first use: it needs `tokenizer`, which itself uses `lumos.errors` and `lumos.files`."""
-    if name == "LumosPipeline":
-        from lumos.models.lumos1.pipeline import LumosPipeline
+    """Import the module that defines a public name, and keep the name here."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lumos' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
-        return LumosPipeline
-    raise AttributeError(f"module 'lumos' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -33,10 +34,23 @@ VERBS = {
     "bench": "measure speed and memory on this machine",
 }
 
+CLOSED_PIPE = 141
+"""Exit code when nobody reads the output any more: that of a program that SIGPIPE ends."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = run_verb(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `lumos --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    return code
+
+
+def run_verb(argv: list[str]) -> int:
+    """Run the verb `argv[0]` with its options; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {name:22}{text}" for name, text in VERBS.items())
         print(f"usage: python -m lumos VERB [options]\n\n{verbs}\n\n`python -m lumos VERB --help` lists a verb's options")
@@ -51,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_arguments(parser)
         with warnings_as_notes():
             command.run(parser.parse_args(argv[1:]))
+    except BrokenPipeError:
+        raise
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     except (UserError, ValueError) as error:

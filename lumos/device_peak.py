@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-
-from lumos.benchmarks.measure import timed
 
 GPU_TFLOPS = {
     "GB200": 2500.0,
@@ -73,3 +73,19 @@ def matrix_peak_gflops(
     while time.perf_counter() < until or done < products:
         best, done = min(best, timed(lambda: a @ b, device)[0]), done + 1
     return 2 * n**3 / best / 1e9
+
+
+def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of one call, the device's work included, and its result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = step()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lumos.errors import UserError, as_text, reason_of, shown
 from lumos.files import read_json, write_json
-from lumos.pipeline.defaults import is_whole
+from lumos.settings import is_whole
 from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.text import find_tokenizer_file
 from tokenizer.video import VideoTokenizer

@@ -17,16 +17,15 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lumos.errors import UserError
+from lumos.version import __version__
 
 MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)}  # malloc.h: parameter, value in bytes
 
 
 def versions() -> dict[str, str]:
     """Versions that decide a result."""
-    import lumos
-
     return {
-        "lumos": lumos.__version__,
+        "lumos": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -37,12 +37,38 @@ WORDS = {
 }
 
 
-def setting(default: Any, meaning: str, *, choices: tuple | None = None, low: float | None = None, high: float | None = None):
-    """A dataclass field with its one-line meaning and the allowed values; `low` and `high` are inclusive.
+def is_whole(value: object) -> bool:
+    """Whether the value is an int; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
-    A field that says how much of something there is (steps, clips, pixels, processes) needs a `high`.
+
+def is_number(value: object) -> bool:
+    """Whether the value is an int or a float; True and False are not."""
+    return is_whole(value) or isinstance(value, float)
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    allowed: str | None = None,
+    **more: Any,
+) -> Any:
+    """A dataclass field with its one-line meaning and its allowed values.
+
+    `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `allowed` says the range in words where the
+    bounds alone would not. A field that says how much of something there is (steps, clips, pixels, processes) needs a `high`.
+    `more` is kept as it is: `lumos.pipeline.options` reads unit, step, pictures, given and trade.
     """
-    metadata = {"meaning": meaning, "choices": choices, "low": low, "high": high}
+    metadata = {
+        "meaning": meaning, "choices": choices, "low": low, "high": high, "above": above, "below": below, "allowed": allowed,
+        **more,
+    }  # fmt: skip
     if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
         factory = default if isinstance(default, type) else lambda: type(default)(default)
         return field(default_factory=factory, metadata=metadata)
@@ -148,6 +174,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> None:
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
+    above, below = metadata["above"], metadata["below"]
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
             allowed = ", ".join("null" if choice is None else str(choice) for choice in choices)
@@ -156,9 +183,10 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
         most = high if high is not None else MAX_WHOLE if isinstance(number, int) else sys.float_info.max
-        if not (-most if low is None else low) <= number <= most:
+        is_low = number < (-most if low is None else low) or (above is not None and number <= above)
+        if is_low or not number <= most or (below is not None and number >= below):
             least = "a finite number" if low is None else f"a finite number of {low} or more"
-            limits = f"between {low} and {high}" if high is not None else f"{least}, at most {most:.3g}"
+            limits = metadata["allowed"] or (f"between {low} and {high}" if high is not None else f"{least}, at most {most:.3g}")
             raise UserError(f"{path} is {shown(number)}; it must be {limits}")
 
 

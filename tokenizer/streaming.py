@@ -11,21 +11,41 @@ Latent frames are computed one at a time, so the result does not depend on how t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.layers import Past
 
-if TYPE_CHECKING:
-    from tokenizer.video import VideoTokenizer
+
+class Streamable(Protocol):
+    """What a stream needs of a `VideoTokenizer`; see there for each."""
+
+    config: VideoTokenizerConfig
+    spatial_compression: int
+    temporal_compression: int
+
+    def check_size(self, video: Tensor) -> None: ...
+
+    def check_num_frames(self, num_frames: int) -> None: ...
+
+    def check_codes(self, codes: Tensor) -> None: ...
+
+    def encode_latent(self, video: Tensor, past: Past | None = None) -> Tensor: ...
+
+    def decode_latent(self, values: Tensor, past: Past | None = None) -> Tensor: ...
+
+    def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def values(self, codes: Tensor) -> Tensor: ...
 
 
 class _Stream:
     """What a stream keeps between two chunks, and the shape that all its chunks have."""
 
-    def __init__(self, tokenizer: VideoTokenizer) -> None:
+    def __init__(self, tokenizer: Streamable) -> None:
         self.tokenizer = tokenizer
         self.past: Past = {}
         self.shape: tuple[int, ...] | None = None
@@ -46,7 +66,7 @@ class _Stream:
 class StreamEncoder(_Stream):
     """Codes of a clip whose frames come bit by bit."""
 
-    def __init__(self, tokenizer: VideoTokenizer) -> None:
+    def __init__(self, tokenizer: Streamable) -> None:
         super().__init__(tokenizer)
         self.waiting: Tensor | None = None  # frames that do not fill a latent frame yet
         self.num_frames = 0
@@ -99,7 +119,7 @@ class StreamDecoder(_Stream):
         return torch.cat(frames, dim=2)
 
 
-def encode(tokenizer: VideoTokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+def encode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """`VideoTokenizer.encode_stream`."""
     stream = StreamEncoder(tokenizer)
     for chunk in chunks:
@@ -110,7 +130,7 @@ def encode(tokenizer: VideoTokenizer, chunks: Iterable[Tensor]) -> Iterator[Tens
     stream.finish()
 
 
-def decode(tokenizer: VideoTokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+def decode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """`VideoTokenizer.decode_stream`."""
     stream = StreamDecoder(tokenizer)
     for chunk in chunks:

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lumos import LumosPipeline
+from lumos import VideoPipeline
 from lumos.errors import UserError, shown
 from lumos.pipeline.inputs import MAX_SEED
+from lumos.pipeline.options import WHOLE, Option, all_options
 from lumos.pipeline.request import Request
 
 KIND = "lumos"
@@ -55,12 +56,12 @@ class LumosLoader:
             }
         }
 
-    def load(self, model: str, dtype: str) -> tuple[LumosPipeline]:
+    def load(self, model: str, dtype: str) -> tuple[VideoPipeline]:
         folders = model_folders()
         if model not in folders:
             raise UserError(f"there is no model {shown(model)} in models/{KIND}; found: {', '.join(folders) or 'none'}")
         wanted = None if dtype == "auto" else getattr(torch, dtype)
-        return (LumosPipeline.from_pretrained(folders[model], dtype=wanted, device=comfy.model_management.get_torch_device()),)
+        return (VideoPipeline.from_pretrained(folders[model], dtype=wanted, device=comfy.model_management.get_torch_device()),)
 
 
 class LumosTextToVideo:
@@ -73,13 +74,11 @@ class LumosTextToVideo:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        def real(tooltip: str, unset: float, maximum: float, step: float) -> tuple:
-            return ("FLOAT", {"default": unset, "min": unset, "max": maximum, "step": step,
-                              "tooltip": f"{tooltip}; {unset:.0f}: the model's own"})  # fmt: skip
-
         def whole(tooltip: str, step: int = 1, maximum: int = 8192) -> tuple:
             return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's own"})
 
+        sampling = {name: sampling_input(option) for name, option in all_options().items() if option.step is not None}
+        common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}
         return {
             "required": {
                 "model": ("LUMOS_MODEL",),
@@ -90,17 +89,13 @@ class LumosTextToVideo:
                 "height": whole("pixels", 16),
                 "num_frames": whole("1 + a multiple of 4, given frames included"),
                 "fps": whole("frames per second", maximum=120),
-                "num_inference_steps": whole("steps of each latent frame", maximum=1000),
-                "guidance_scale": real("from 1 (no guidance)", 0.0, 100.0, 0.1),
+                **common,
                 "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             },
-            "optional": {
-                "temperature": real("noise on the confidence", -1.0, 100.0, 0.05),
-                "history_mask_ratio": real("share of each finished frame hidden from later ones", -1.0, 0.99, 0.05),
-            },
+            "optional": sampling,
         }
 
-    def generate(self, model: LumosPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
+    def generate(self, model: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
         return make_clip(model, prompt, **asked(**options))
 
 
@@ -110,29 +105,40 @@ class LumosImageToVideo(LumosTextToVideo):
         "images": ("IMAGE", {"tooltip": "one picture: the first frame; several: a clip, whose last frames the result begins with"})
     }
 
-    def generate(self, model: LumosPipeline, images: Tensor, prompt: str, **options: Any) -> tuple[Tensor, float]:
+    def generate(self, model: VideoPipeline, images: Tensor, prompt: str, **options: Any) -> tuple[Tensor, float]:
         given = images[..., :3].clamp(0, 1).cpu().numpy()
         begin = {"image": given[0]} if len(given) == 1 else {"video": given}
         return make_clip(model, prompt, **begin, **asked(**options))
 
 
-def asked(
-    *, negative_prompt: str, seed: int, temperature: float = -1.0, history_mask_ratio: float = -1.0, **shape: float
-) -> dict[str, Any]:  # fmt: skip
-    """A node's inputs as the pipeline's arguments: what is left at 0 or -1 becomes None."""
-    return {
-        "negative_prompt": negative_prompt, "seed": seed,
-        "temperature": None if temperature < 0 else temperature,
-        "history_mask_ratio": None if history_mask_ratio < 0 else history_mask_ratio,
-        **{name: value or None for name, value in shape.items()},
-    }  # fmt: skip
+def unset(option: Option) -> int:
+    """The value of an input that stands for the model's own: one that the option itself does not allow."""
+    return 0 if option.slider[0] > 0 else -1
 
 
-def make_clip(pipe: LumosPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
+def sampling_input(option: Option) -> tuple:
+    """The input of a sampling option."""
+    value, number = unset(option), int if option.kind == WHOLE else float
+    return ("INT" if number is int else "FLOAT", {
+        "default": number(value), "min": number(value), "max": number(option.most), "step": option.step,
+        "tooltip": f"{option.meaning}; {value}: the model's own",
+    })  # fmt: skip
+
+
+def asked(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
+    """A node's inputs as the pipeline's arguments: an input that was left as it is becomes None."""
+    options = all_options()
+    left = {name: unset(options[name]) if name in options else 0 for name in values}
+    given = {name: None if value == left[name] else value for name, value in values.items()}
+    return {"negative_prompt": negative_prompt, "seed": seed, **given}
+
+
+def make_clip(pipe: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
     """The clip as IMAGE [T, H, W, 3] and its rate; the interface sees each step, and each latent frame's last picture."""
-    ready = pipe.prepare(Request(prompt, **options))
-    steps_before, frames = ready.sampling.steps_before, []
-    total = steps_before(ready.new_frames)
+    encoded = pipe.encode(pipe.resolve(Request.of(prompt, **options)))
+    resolved, frames = encoded.resolved, []
+    steps_before = resolved.sampling.steps_before
+    total = steps_before(resolved.new_frames)
     bar = comfy.utils.ProgressBar(total)
 
     def on_step(frame: int, new_frames: int, step: int, steps: int) -> None:
@@ -140,11 +146,11 @@ def make_clip(pipe: LumosPipeline, prompt: str, **options: Any) -> tuple[Tensor,
         if step + 1 < steps:  # after its last step a frame can be seen
             bar.update_absolute(steps_before(frame) + step + 1, total)
 
-    for (part,) in pipe.stream_prepared(ready, on_step):
+    for (part,) in pipe.stream_encoded(encoded, on_step):
         frames.append(part)
-        if made := len(frames) - bool(ready.given):
+        if made := len(frames) - bool(encoded.given):
             bar.update_absolute(steps_before(made), total, ("JPEG", Image.fromarray(part[-1]), PREVIEW_PIXELS))
-    return torch.from_numpy(np.concatenate(frames)).float() / 255, float(ready.clip.fps)
+    return torch.from_numpy(np.concatenate(frames)).float() / 255, float(resolved.clip.fps)
 
 
 NODE_CLASS_MAPPINGS = {

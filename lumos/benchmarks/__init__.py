@@ -1,14 +1,18 @@
-"""What `python -m lumos bench` can measure: each module here is one target.
+"""What `python -m lumos bench` measures: the benchmarks of all generators, which the registry names.
 
-A target has `add_arguments(parser)`, `settings_from(args)` (a frozen dataclass; UserError for what cannot be measured),
+A benchmark's module has `settings_from(args)` (a frozen dataclass; UserError for what cannot be measured),
 `steps(settings, bench)` (how often `bench.step` is called, for the progress bar) and `run(settings, bench) -> Report`.
 """
 
 from __future__ import annotations
 
-TARGETS = {
-    "attention": "segmented against dense frame-causal attention, time and extra memory",
-    "loss": "chunked visual loss against full logits, time and extra memory of forward and backward",
-    "train": "a training step against the published way and transformers' Llama, tokens per second and memory",
-    "generate": "a model from start to clip; its decoder against a plain twin and the machine's bound",
-}
+from lumos import registry
+
+
+def targets() -> dict[str, registry.Benchmark]:
+    """The benchmarks by name; of names that two generators have, the later generator's gets its own name before it."""
+    found: dict[str, registry.Benchmark] = {}
+    for generator in registry.generators().values():
+        for name, benchmark in generator.benchmarks.items():
+            found[f"{generator.name}-{name}" if name in found else name] = benchmark
+    return found

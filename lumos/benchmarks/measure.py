@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lumos.device_peak import synchronize, timed
 from lumos.errors import RunError
 from lumos.runtime import peak_memory_bytes
 
@@ -75,22 +75,6 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds of one call, the device's work included, and its result."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = step()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
 
 
 def interleaved(

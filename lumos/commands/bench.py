@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 
-from lumos.benchmarks import TARGETS
+from lumos import registry
+from lumos.benchmarks import targets
+from lumos.commands import bench_faults
 from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    targets = parser.add_subparsers(
-        dest="target", metavar="TARGET", required=True, help=f"{', '.join(TARGETS)}, all of these, or faults"
-    )
-    for name, text in {**TARGETS, "all": "all of them"}.items():
-        sub = targets.add_parser(name, description=text, help=text)
+    known = targets()
+    told = f"{', '.join(known)}, all of these, or faults"
+    names = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=told)
+    for name, text in {**{name: benchmark.summary for name, benchmark in known.items()}, "all": "all of them"}.items():
+        sub = names.add_parser(name, description=text, help=text)
         add = sub.add_argument
         add("--threads", type=int, help="CPU threads; default: torch's own choice")
         add("--repetitions", type=int, default=3, help="timed runs (the median counts) or clips; default: %(default)s")
         add("--device", help="cpu or cuda; default: cuda if there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
         add("--output", help="also write the result to this JSON file")
-        for target in TARGETS if name == "all" else (name,):
-            benchmark(target).add_arguments(sub)
+        for target in known if name == "all" else (name,):
+            registry.load(known[target].arguments)(sub)
     kills = "trainings, ingests and lists of clips killed at random, against uninterrupted ones"
-    benchmark("faults").add_arguments(targets.add_parser("faults", description=kills, help=kills))
-
-
-def benchmark(target: str):
-    return importlib.import_module(f"lumos.benchmarks.{target}")
+    bench_faults.add_arguments(names.add_parser("faults", description=kills, help=kills))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.target == "faults":  # nothing is computed in this process, as it forks others
-        benchmark("faults").run(args)
+        bench_faults.run(args)
         return
     import torch
 
@@ -50,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output)
     # every target's settings are checked before the first one starts
-    chosen = {name: benchmark(name).settings_from(args) for name in (TARGETS if args.target == "all" else (args.target,))}
+    known = targets()
+    names = known if args.target == "all" else (args.target,)
+    chosen = {name: registry.load(known[name].module).settings_from(args) for name in names}
 
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
@@ -83,12 +82,12 @@ def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
         "measured": {"matrix_product_gflops": {name: rounded(value) for name, value in peaks.items()}}, "ratios": {},
     }  # fmt: skip
     for name, settings in chosen.items():
-        module = benchmark(name)
+        module = registry.load(targets()[name].module)
         with tqdm(desc=name, file=sys.stderr, disable=None, leave=False) as bar:
             bench = Bench(**common, peak_gflops=peaks, step=bar.update)
             bar.reset(module.steps(settings, bench))
             report = module.run(settings, bench)
-        print(f"\n{name}: {TARGETS[name]}")
+        print(f"\n{name}: {targets()[name].summary}")
         print("\n\n".join(render_table(table) for table in report.tables), flush=True)
         result["settings"][name], result["measured"][name] = report.settings, report.measured
         result["ratios"][name] = report.ratios

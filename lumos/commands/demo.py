@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
-    from lumos.demo.service import Studio
+    from lumos.demo.service import Service
     from lumos.files import only_writer
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
         pipe, model = load(args)
         named = without_folders(args)
-        studio = Studio(
+        service = Service(
             pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
         )
-        serve(studio, examples, listener, hosts)
+        serve(service, examples, listener, hosts)
 
 
 def without_folders(args: argparse.Namespace) -> argparse.Namespace:

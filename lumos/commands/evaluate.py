@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+from typing import Any
 
 from lumos import commands
 
@@ -22,13 +23,24 @@ def measurements() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     found = measurements()
-    what = parser.add_subparsers(dest="what", metavar="|".join(found), required=True)
+    what = parser.add_subparsers(dest="what", metavar="|".join(found), required=True, parser_class=lazy(type(parser)))
     for name, path in found.items():
         module = importlib.import_module(path)
         text = module.__doc__.splitlines()[0].partition(": ")[2].replace("%", "%%")
         sub = what.add_parser(name, description=text, help=text)
-        module.add_arguments(sub)
+        sub.fill = module.add_arguments
         sub.set_defaults(measure=module.run)
+
+
+def lazy(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
+    """A parser that adds its arguments, by its `fill`, when it parses: some need imports that the others need not wait for."""
+
+    class LazyParser(kind):
+        def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+            self.fill(self)
+            return super().parse_known_args(*args, **options)
+
+    return LazyParser
 
 
 def run(args: argparse.Namespace) -> None:

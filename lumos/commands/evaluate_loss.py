@@ -15,7 +15,7 @@ from lumos.commands.options import add_device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from lumos.data.synthetic.scene import KINDS, SPLITS
-    from lumos.models.lumos1.masking import MASK_KINDS
+    from lumos.models.lumos1.settings import MASK_KINDS
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")

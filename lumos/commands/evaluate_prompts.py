@@ -9,7 +9,7 @@ import time
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import load, model_sha256
-from lumos.commands.options import SAMPLING, add_acceleration, add_device, add_sampling
+from lumos.commands.options import add_acceleration, add_device, add_sampling, given_sampling
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from others or say them again."""
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.video.frames import animated_sheet, check_animated, contact_sheet
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
-    options = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    options = given_sampling(args)
     given = [*options, *(name for name in ("image_to_video", "batch_size") if getattr(args, name))]
     if args.reference and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)

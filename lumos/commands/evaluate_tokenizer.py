@@ -34,16 +34,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from lumos import LumosConfig
-    from lumos.commands.loading import shipped_model
+    from lumos import registry
     from lumos.errors import UserError, printable
     from lumos.evaluation import lpips
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
     from lumos.files import check_outputs, write_json
-    from lumos.models.lumos1.resizing import scaled
-    from lumos.models.lumos1.settings import MAX_FRAMES, MAX_SIDE, read_defaults
+    from lumos.pipeline.defaults import MAX_FRAMES, MAX_SIDE, shipped_model
     from lumos.runtime import peak_memory_bytes, pick_device, versions
     from lumos.video.io import contact_sheet
     from tokenizer import VideoTokenizer
@@ -62,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     check_outputs([args.sheet], [args.output])
     folder, device = args.tokenizer or shipped_model(), pick_device(args.device)
     tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
-    usual = LumosConfig.from_pretrained(shipped_model()).spatial_compression
-    clip = scaled(read_defaults(shipped_model())[1], tokenizer.spatial_compression, usual)
+    config, _, clip = registry.generator_of(shipped_model()).load("cost", "clip").model_of(shipped_model(), None)
+    clip = clip.scaled(tokenizer.spatial_compression, config.spatial_compression)
     shape = {name: getattr(clip if getattr(args, name) is None else args, name) for name in ("num_frames", "height", "width")}
     tokenizer.check_num_frames(shape["num_frames"])
     tokenizer.check_size(torch.empty(1, 3, 0, shape["height"], shape["width"]))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumos.commands.loading import (
-    SHIPPED_MODEL,
     circumstances,
     ended_by_sigterm,
     given_options,
@@ -22,6 +21,7 @@ from lumos.commands.loading import (
 )
 from lumos.commands.options import add_loading, add_sampling
 from lumos.errors import printable
+from lumos.pipeline.defaults import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,24 +106,24 @@ def make_one(args: argparse.Namespace) -> None:
 
     pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
-    check_prompt_frames(args.prompt_frames, pipe.model.config.temporal_compression)
-    request = Request(**{**given_options(args), **over_time, "seed": seed})
-    settled = pipe.settle(request)
-    output = checked_output(settled.clip.num_frames, settled.clip.fps)
+    check_prompt_frames(args.prompt_frames, pipe.temporal_compression)
+    request = Request.of(**{**given_options(args), **over_time, "seed": seed})
+    resolved = pipe.resolve(request)
+    output = checked_output(resolved.clip.num_frames, resolved.clip.fps)
     about = metadata(args, model, args.prompt[0], seed)
-    advice = planned(pipe, settled.clip, settled.sampling, args.prompt[0])
-    bar_of = {"total": settled.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
+    advice = planned(pipe, resolved.clip, resolved.sampling, args.prompt[0])
+    bar_of = {"total": resolved.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
     with ended_by_sigterm(), out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 
-        ready = pipe.encode_given(settled)
-        parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_prepared(ready, on_step))
+        encoded = pipe.encode(resolved)
+        parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_encoded(encoded, on_step))
         if args.preview is not None:
-            parts = previewed(parts, Path(args.preview), ready.clip.fps)
-        written = write_frames(output, parts, ready.clip.fps, about)
+            parts = previewed(parts, Path(args.preview), resolved.clip.fps)
+        written = write_frames(output, parts, resolved.clip.fps, about)
     generated, total = time.perf_counter(), seconds_since_start()
     circumstance = circumstances(args, pipe)
     write_json(
@@ -131,7 +131,7 @@ def make_one(args: argparse.Namespace) -> None:
         {
             **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
             "image": args.image, "video": args.video,
-            "settings": settled.settings, **circumstance,
+            "settings": resolved.settings, **circumstance,
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
         },

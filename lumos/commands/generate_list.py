@@ -26,7 +26,7 @@ from lumos.commands.loading import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lumos.models.lumos1.pipeline import LumosPipeline
+    from lumos.pipeline.base import VideoPipeline
     from lumos.prompt_lists.clips import Clip
     from lumos.prompt_lists.rows import Row
 
@@ -97,7 +97,7 @@ def where(args: argparse.Namespace, line: int) -> str:
 
 
 def check_rows(
-    args: argparse.Namespace, pipe: LumosPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
 ) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
     """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
     from lumos.errors import RunError, UserError
@@ -114,10 +114,10 @@ def check_rows(
             request = request_of(row, defaults, seed, pipe.model.config.temporal_compression)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                settled = pipe.settle(request)
+                resolved = pipe.resolve(request)
             begins_with = {key: path for key in ("image", "video") if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
-            found = clips_of(row, request, settled, inputs, numbered=args.prompts is not None)
+            found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
             if not found:
                 raise UserError("the row asks for no clip")
             for clip in found:
@@ -144,7 +144,7 @@ def check_rows(
 
 
 def make_clips(
-    args: argparse.Namespace, pipe: LumosPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
 ) -> tuple[int, int]:
     """(clips made, clips that could not be) of this process's share of what is not there yet.
 
@@ -153,7 +153,7 @@ def make_clips(
     from tqdm import tqdm
 
     from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
-    from lumos.prompt_lists.clips import Recorded, batches_of, make_codes
+    from lumos.prompt_lists.clips import Recorded, batches_of, make_latents
     from lumos.prompt_lists.results import check_made, render
     from lumos.video.io import write_frames
 
@@ -164,7 +164,7 @@ def make_clips(
         return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
 
     def make(batch: list[Clip]) -> list[Tensor]:
-        return make_codes(pipe, batch, on_step)
+        return make_latents(pipe, batch, on_step)
 
     def on_step(frame: int, frames: int, step: int, steps: int) -> None:
         bar.set_postfix_str(f"frame {frame + 1}/{frames}", refresh=False)

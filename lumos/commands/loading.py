@@ -12,33 +12,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.options import LOADING, PLACES, SAMPLING
+from lumos.commands.options import LOADING, PLACES, given_sampling
 from lumos.errors import OutOfMemory, RunError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from lumos.models.lumos1.pipeline import LumosPipeline
-    from lumos.models.lumos1.settings import GenerationSettings
+    from lumos.pipeline.base import VideoPipeline
     from lumos.pipeline.defaults import ClipDefaults
+    from lumos.pipeline.options import SamplingOptions
 
-OF_A_CLIP = (
-    "negative_prompt", "image", "video", "last_image", "num_given_frames", "num_frames", "height", "width", "fps", *SAMPLING,
-)
-"""Options that are arguments of the pipeline's call."""
 LOADING_NEEDS_LESS = "--dtype bfloat16 and --int8 need less, and --device-map auto leaves layers in host memory or in their files"
 HALF_NEEDS_LESS = "--dtype bfloat16 needs less"
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of a clip that are given, by the names of the call."""
-    return {name: value for name in OF_A_CLIP if (value := getattr(args, name)) is not None}
+    """The options of a clip that were given, by their names in a pipeline's call."""
+    from lumos.pipeline.request import ARGUMENTS
+
+    own = {name: value for name in ARGUMENTS if name != "seed" and (value := getattr(args, name, None)) is not None}
+    return own | given_sampling(args)
 
 
-def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
+def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
     """The pipeline that the verb's options name, as many of them as it has, and its folder."""
     import torch
     import transformers
 
-    from lumos.models.lumos1.pipeline import LumosPipeline
+    from lumos.pipeline.base import VideoPipeline
+    from lumos.pipeline.defaults import shipped_model
     from lumos.pipeline.placement import parse_max_memory
 
     transformers.utils.logging.disable_progress_bar()
@@ -46,17 +46,17 @@ def load(args: argparse.Namespace) -> tuple[LumosPipeline, str]:
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
     with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):
-        return LumosPipeline.from_pretrained(model, dtype=dtype, max_memory=limits, **options), model
+        return VideoPipeline.from_pretrained(model, dtype=dtype, max_memory=limits, **options), model
 
 
 def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> dict[str, Any]:
     """What is written into a clip's file."""
-    from lumos import __version__
+    from lumos.version import __version__
 
     return {"prompt": prompt, "seed": seed, "model": model, "lora": getattr(args, "lora", None), "lumos": __version__}
 
 
-def circumstances(args: argparse.Namespace, pipe: LumosPipeline) -> dict[str, Any]:
+def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:
     """What a record tells of where and how a clip was made."""
     from lumos.runtime import peak_memory_bytes, versions
 
@@ -111,23 +111,14 @@ def out_of_memory_as(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def planned(
-    pipe: LumosPipeline, clip: ClipDefaults, sampling: GenerationSettings, prompt: str, clips: int = 1
+    pipe: VideoPipeline, clip: ClipDefaults, sampling: SamplingOptions, prompt: str, clips: int = 1
 ) -> Callable[[], str]:
     """The advice of the planning code for so many clips at a time, when it is asked for."""
 
     def advice() -> str:
-        from lumos.models.lumos1.clip_plan import ClipPlan, out_of_memory_advice
+        from lumos import registry
 
-        text_tokens = len(pipe.text_ids(prompt, clip))
-        return out_of_memory_advice(ClipPlan(pipe.model.config, clip, sampling, text_tokens, pipe.model.dtype), clips)
+        cost = registry.generator(pipe.generator).load("cost", "clip")
+        return cost.out_of_memory_advice(pipe.model.config, clip, sampling, pipe.prompt_tokens(prompt, clip), pipe.dtype, clips)
 
     return advice
-
-
-SHIPPED_MODEL = "checkpoints/lumos-tiny"
-
-
-def shipped_model() -> Path:
-    """The model in the repository, from its root or from anywhere when installed in place."""
-    here = Path(SHIPPED_MODEL)
-    return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL

@@ -11,7 +11,7 @@ from typing import Any
 
 from lumos.commands.counts import MAX_BATCH, MAX_SEED, check_counts
 from lumos.commands.loading import ended_by_sigterm, hashed, load, metadata, model_sha256
-from lumos.commands.options import SAMPLING, add_device, add_parts, add_sampling
+from lumos.commands.options import add_device, add_parts, add_sampling, given_sampling
 from lumos.errors import printable
 from lumos.evaluation.prompt_lists import BENCHMARKS
 
@@ -99,22 +99,22 @@ def draw(args: argparse.Namespace, name: str) -> None:
     import torch
     from tqdm import tqdm
 
-    from lumos.models.lumos1.sequence import size_units
     from lumos.pipeline.inputs import check_num_frames, override
+    from lumos.pipeline.request import check_side
     from lumos.runtime import versions
     from lumos.video.io import write_video
 
     pipe, model = load(args)
-    options = {key: getattr(args, key, None) for key in (*SAMPLING, *SHAPE)}
+    options = given_sampling(args) | {key: getattr(args, key, None) for key in SHAPE}
     if benchmark.pictures:
         options["num_frames"] = 1
     clip = override(pipe.clip, **{**{key: options[key] for key in SHAPE}, **({"fps": 1} if benchmark.pictures else {})})
-    settings = {**vars(pipe.settings.changed(**{key: options[key] for key in SAMPLING})), **vars(clip)}
-    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
+    settings = {**vars(pipe.settings.changed(**given_sampling(args))), **vars(clip)}
+    check_num_frames(clip.num_frames, pipe.temporal_compression)
     for side in ("height", "width"):
-        size_units(getattr(clip, side), side, pipe.model.config)
+        check_side(getattr(clip, side), side, pipe.size_unit, pipe.largest_side)
     for caption in dict.fromkeys(sample.caption for sample in samples):
-        pipe.text_ids(caption, clip)
+        pipe.prompt_tokens(caption, clip)
 
     inputs = {
         "benchmark": name, "model_sha256": model_sha256(model, args), "prompts_sha256": hashed(args.prompts),

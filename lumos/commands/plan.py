@@ -8,15 +8,14 @@ import math
 from typing import Any
 
 from lumos.commands.counts import check_counts
-from lumos.commands.options import TRADES, add_device, add_trades
+from lumos.commands.options import add_device, given_sampling
 from lumos.errors import printable
+from lumos.pipeline.options import add_flags, all_options
 
 UTILISATION = 0.4
 MAX_GPUS = 10**6
 OF_TRAINING = ("config", "overrides", "gpus", "gpu", "gpu_memory")
-OF_CLIPS = (
-    "model", "preset", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", *TRADES, "device", "dtype",
-)  # fmt: skip
+OF_CLIPS = ("model", "preset", "height", "width", "num_frames", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels; default, as for all that follow: the model's own")
     add("--width", type=int, help="pixels")
     add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
-    add("--num-inference-steps", type=int, help="parallel decoding steps of each latent frame")
-    add("--guidance-scale", type=float, help="1 = no guidance")
-    add_trades(parser)
+    add_flags(parser, costly_options())
     add_device(parser)
     add("--json", action="store_true", help="print one JSON line in place of tables")
+
+
+def costly_options() -> dict[str, Any]:
+    """The sampling options that decide what a clip costs: steps, guidance, and those that trade quality for time or memory."""
+    return {name: option for name, option in all_options().items()
+            if option.is_trade or name in ("num_inference_steps", "guidance_scale")}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation {args.utilisation} is not allowed; give more than 0, at most 1")
     check_counts(args, text_tokens=(0, 2**20), gpus=(1, MAX_GPUS))
-    mode, other = ("--generate", OF_TRAINING) if args.generate else ("a training", OF_CLIPS)
+    mode, other = ("--generate", OF_TRAINING) if args.generate else ("a training", (*OF_CLIPS, *costly_options()))
     if given := [name for name in other if getattr(args, name) not in (None, [])]:
         option = args.overrides[0] if given[0] == "overrides" else f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} has no effect on the plan of {mode}; leave it out, or say which of both is meant")
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from lumos import registry
     from lumos.errors import UserError
     from lumos.planning.training import TrainingPlan
     from lumos.training.settings import load_settings
@@ -68,7 +72,8 @@ def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.config is None or args.gpus is None:
         raise UserError("give --config and --gpus, for example --config configs/lumos1/3b-stage2.yaml --gpus 48")
     settings = load_settings(args.config, args.overrides)
-    plan = TrainingPlan(settings, hardware(args, settings), utilisation=args.utilisation, text_tokens=args.text_tokens)
+    cost = registry.generator(settings.generator).load("cost", "training").training_cost
+    plan = TrainingPlan(settings, cost, hardware(args, settings), utilisation=args.utilisation, text_tokens=args.text_tokens)
     report = plan.report()
     return report, render(report)
 
@@ -78,36 +83,28 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     import torch
 
-    from lumos.commands.loading import shipped_model
+    from lumos import registry
     from lumos.device_peak import peak_flops
     from lumos.errors import UserError
-    from lumos.models.lumos1.clip_plan import ClipPlan
-    from lumos.models.lumos1.configuration import LumosConfig
-    from lumos.models.lumos1.conversion import read_config
-    from lumos.models.lumos1.request import check_effect
-    from lumos.models.lumos1.settings import GenerationSettings, read_defaults
-    from lumos.pipeline.defaults import ClipDefaults
+    from lumos.pipeline.defaults import shipped_model
     from lumos.pipeline.inputs import override
     from lumos.runtime import pick_device
 
     if args.model and args.preset:
         raise UserError(f"--model {args.model} and --preset {args.preset} are both given; give one of them")
-    if args.preset:
-        name, config, settings, clip = args.preset, LumosConfig.preset(args.preset), GenerationSettings(), ClipDefaults()
-    else:
-        name = args.model or shipped_model()
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
-        config, (settings, clip) = read_config(Path(name)), read_defaults(Path(name))
+    name = args.preset or args.model or shipped_model()
+    if not args.preset and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
+    generator = registry.generator_with_preset(args.preset) if args.preset else registry.generator_of(name)
+    cost = generator.load("cost", "clip")
+    config, settings, clip = cost.model_of(None if args.preset else name, args.preset)
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
-    names = ("num_inference_steps", "guidance_scale", *TRADES)
-    settings = settings.changed(**{name: getattr(args, name) for name in names})
+    settings = settings.changed(**given_sampling(args))
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
-    plan = ClipPlan(config, clip, settings, text_tokens, dtype)
-    latents = plan.case.frames
-    check_effect(latents, latents, args, settings)
+    plan = cost.clip_cost(config, clip, settings, text_tokens, dtype)
+    plan.warn_of_effects(given_sampling(args))
     peak, known = peak_flops(device, dtype, args.peak_tflops)
     report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
     report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}

@@ -17,52 +17,53 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from lumos.demo.limits import Busy, TooLarge
-from lumos.demo.service import Studio
+from lumos.demo.service import Service
 from lumos.demo.store import Store
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError, shown
+from lumos.pipeline.options import WHOLE, SamplingOptions
 from lumos.pipeline.request import Request as ClipRequest
 from lumos.prompt_lists.clips import record_path
 
 FIELDS: dict[str, Callable[[str], Any]] = {
-    "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "num_inference_steps": int,
-    "guidance_scale": float, "history_mask_ratio": float, "seed": int,
+    "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "seed": int,
 }  # fmt: skip
+"""Fields of a form beside files and sampling options, and how their text is read."""
 FILES = ("image", "video")
 POLL_SECONDS = 0.1
 
 
-def add_api(app: FastAPI, studio: Studio) -> None:
+def add_api(app: FastAPI, service: Service) -> None:
     """Put the routes under /api on an app."""
 
     @app.post("/api/generate")
     async def generate(request: Request) -> Response:
-        async with asked(await read_form(request), studio.store) as wanted:
-            job = studio.submit(Job(wanted))
+        async with asked(await read_form(request, service.pipe.sampling), service.store, service.pipe.sampling) as wanted:
+            job = service.submit(Job(wanted))
             try:
                 async for _ in watch(job):
                     if await request.is_disconnected():
                         break
             finally:
-                studio.worker.cancel(job)
+                service.worker.cancel(job)
         if job.error is not None:
             raise job.error
         if job.record is None:
             raise Busy("the request was cancelled")
         name = job.record["file"]
         headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{record_path(Path(name))}"}
-        return Delivery(studio.store, studio.store.results / name, headers=headers, filename=name)
+        return Delivery(service.store, service.store.results / name, headers=headers, filename=name)
 
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
-        return {**studio.worker.status(), "defaults": studio.defaults, "limits": vars(studio.limits)}
+        return {**service.worker.status(), "defaults": service.defaults, "limits": vars(service.limits)}
 
     @app.get("/api/results/{name}")
     async def result(name: str) -> Response:
-        path = studio.store.find(name)
+        path = service.store.find(name)
         if path is None:
             raise no_result(name)
-        return Delivery(studio.store, path)
+        return Delivery(service.store, path)
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
@@ -73,8 +74,8 @@ def add_api(app: FastAPI, studio: Studio) -> None:
             file = form.get("files")
             if not isinstance(file, UploadFile):
                 raise UserError("there is no file in the request; send one as 'files'")
-            path = await stored(file, "file", studio.store)
-        return JSONResponse([studio.store.keep(path)])
+            path = await stored(file, "file", service.store)
+        return JSONResponse([service.store.keep(path)])
 
     @app.get("/gradio_api/upload_progress")
     async def upload_progress() -> Response:
@@ -121,24 +122,29 @@ async def watch(job: Job) -> AsyncIterator[None]:
     yield
 
 
-async def read_form(request: Request) -> dict[str, str | UploadFile]:
-    """The fields of a form, each at most once."""
+async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[str, str | UploadFile]:
+    """The fields of a form, each at most once. sampling: the generator's options, each of which is a field too."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise UserError(f"the request's content type is {kind!r}; send a form (curl -F prompt=...)")
-    form = await request.form(max_files=1, max_fields=len(FIELDS) + 1)
+    known = (*FIELDS, *sampling.declared(), *FILES)
+    form = await request.form(max_files=1, max_fields=len(known))
     given = form.multi_items()
-    if unknown := [name for name, _ in given if name not in (*FIELDS, *FILES)]:
-        raise UserError(f"unknown field {unknown[0]!r}; known are {', '.join((*FIELDS, *FILES))}")
+    if unknown := [name for name, _ in given if name not in known]:
+        raise UserError(f"unknown field {shown(unknown[0])}; known are {', '.join(known)}")
     if len(dict(given)) < len(given):
         raise UserError("a field is given twice; give each once")
     return dict(given)
 
 
 @contextlib.asynccontextmanager
-async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterator[ClipRequest]:
+async def asked(
+    form: dict[str, str | UploadFile], store: Store, sampling: type[SamplingOptions]
+) -> AsyncIterator[ClipRequest]:
     """What a form asks for; the file that came with it is there inside of the block."""
-    values: dict[str, Any] = {name: field_value(name, value) for name, value in form.items() if name in FIELDS}
+    values: dict[str, Any] = {
+        name: field_value(name, value, sampling) for name, value in form.items() if name not in FILES
+    }
     if "prompt" not in values:
         raise UserError("prompt is missing; say in words what the clip shows")
     folders: list[Path] = []
@@ -150,7 +156,7 @@ async def asked(form: dict[str, str | UploadFile], store: Store) -> AsyncIterato
             values[name] = await stored(upload, name, store)
             folders.append(values[name].parent)
             await upload.close()  # from here on the one copy on the disk is that of the store
-        yield ClipRequest(**values)
+        yield ClipRequest.of(**values)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -172,11 +178,12 @@ async def stored(upload: UploadFile, what: str, store: Store) -> Path:
     return path
 
 
-def field_value(name: str, value: str | UploadFile) -> Any:
+def field_value(name: str, value: str | UploadFile, sampling: type[SamplingOptions]) -> Any:
+    """The value that the text of a field says; UserError if it says none."""
     if not isinstance(value, str):
         raise UserError(f"{name} is a file; send it as text")
+    option = sampling.declared().get(name)
     try:
-        return FIELDS[name](value)
+        return option.parse(value) if option else FIELDS[name](value)
     except ValueError:
-        number = "a whole number" if FIELDS[name] is int else "a number"
-        raise UserError(f"{name} {value[:40]!r} is not allowed; give {number}") from None
+        raise UserError(f"{name} {value[:40]!r} is not allowed; give {option.kind if option else WHOLE}") from None

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lumos.demo.reading import Allowed
 from lumos.errors import RunError, UserError
-from lumos.models.lumos1.settings import GenerationSettings
-from lumos.pipeline.defaults import ClipDefaults, is_number
-from lumos.pipeline.inputs import check_prompt
-from lumos.pipeline.request import Request
+from lumos.settings import is_number
+
+if TYPE_CHECKING:
+    from lumos.demo.reading import Allowed
+    from lumos.pipeline.defaults import ClipDefaults
+    from lumos.pipeline.options import SamplingOptions
+    from lumos.pipeline.request import Request
 
 FORM_BYTES = 2**20  # of a request's body besides the file in it
 
@@ -59,7 +61,7 @@ class Limits:
                 "raise it, or lower the other"
             )
 
-    def of_model(self, clip: ClipDefaults, sampling: GenerationSettings) -> Limits:
+    def of_model(self, clip: ClipDefaults, sampling: SamplingOptions) -> Limits:
         """With what is None settled by the model's own shape; UserError for bounds that the model's own defaults exceed."""
         side = max(clip.height, clip.width)
         limits = replace(self, max_frames=self.max_frames or 2 * clip.num_frames - 1, max_side=self.max_side or side)
@@ -71,6 +73,8 @@ class Limits:
 
     @property
     def of_reading(self) -> Allowed:
+        from lumos.demo.reading import Allowed
+
         return Allowed(
             self.max_reading_seconds, int(self.max_upload_megapixels * 1e6), self.max_reading_mb, self.max_upload_seconds
         )
@@ -81,6 +85,8 @@ class Limits:
 
     def check(self, request: Request) -> None:
         """UserError for what is out of bounds."""
+        from lumos.pipeline.inputs import check_prompt
+
         check_prompt(request.prompt)
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(request, name) or "")
@@ -90,9 +96,9 @@ class Limits:
             ("num_frames", self.max_frames),
             ("height", self.max_side),
             ("width", self.max_side),
-            ("num_inference_steps", self.max_steps),
+            *((name, self.max_steps) for name in request.options if name.endswith("steps")),
         ):
-            value = getattr(request, name)
+            value = request.options.get(name, getattr(request, name, None))
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"{name} {value} is not allowed here; give 1 to {most}")
         for upload in (request.image, request.video):

@@ -40,7 +40,7 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
     return b"origin" in headers and headers[b"origin"].partition(b"://")[2] not in here
 
 
-class Gate:
+class Middleware:
     """400 for names that are not this server's; 404 for other paths; 403 for what a page of another origin makes a browser send;
     413 for bodies over the limit and 429 for those that find no room, by their stated length or once they exceed it on the way.
     """

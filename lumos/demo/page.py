@@ -12,23 +12,25 @@ from gradio.components import Component
 
 from lumos.demo import views
 from lumos.demo.api import field_value, watch
-from lumos.demo.service import Studio
+from lumos.demo.limits import Limits
+from lumos.demo.service import Service
 from lumos.demo.store import Store
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError
+from lumos.pipeline.options import Option, SamplingOptions
 from lumos.pipeline.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-CHOICES = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "history_mask_ratio")
+SHAPE = ("width", "height", "num_frames")
 SHOWN_RESULTS = 24  # of a session
 CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
 HELLO = "Say what the clip shows, then press Generate."
 
 
-def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
-    """The page of a studio; `examples` are prompts."""
-    longest = studio.limits.max_prompt_length
+def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
+    """The page of a service; `examples` are prompts."""
+    longest = service.limits.max_prompt_length
     with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
         gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
         results = gr.State([])
@@ -45,7 +47,7 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
                     given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind each time
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
-                        asked = {"prompt": prompt, "given": given, **sampling_controls(studio)}
+                        asked = {"prompt": prompt, "given": given, **sampling_controls(service)}
             with gr.Column(scale=6, min_width=300, elem_id="right"):
                 stage = gr.HTML(views.stage_text(HELLO), elem_id="stage")
                 line = gr.HTML(views.status(""), elem_id="line")
@@ -53,11 +55,11 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
 
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
             try:
-                request = request_of({name: values[part] for name, part in asked.items()}, studio.defaults)
+                request = request_of({name: values[part] for name, part in asked.items()}, service.defaults, service.pipe.sampling)
                 job = Job(request, owner=session.session_hash)
-                if values[given] and not studio.store.holds_upload(values[given]):
+                if values[given] and not service.store.holds_upload(values[given]):
                     raise UserError(NO_UPLOAD)
-                studio.submit(job)
+                service.submit(job)
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
                 return
@@ -65,12 +67,12 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             # in every update, for a busy browser may show only the last of several
             working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
             try:
-                with studio.store.needing(given_file):
+                with service.store.needing(given_file):
                     yield working
-                    async for update in shown_progress(studio, job):
+                    async for update in shown_progress(service, job):
                         yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
             finally:
-                studio.worker.cancel(job)  # for a visitor who has gone
+                service.worker.cancel(job)  # for a visitor who has gone
             ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}
             if job.record is not None:
                 shown = [*values[results], job.record][-SHOWN_RESULTS:]
@@ -78,14 +80,14 @@ def build_page(studio: Studio, examples: Sequence[str]) -> gr.Blocks:
             yield ended
 
         def give_up(session: gr.Request) -> None:
-            studio.worker.cancel_of(session.session_hash)
+            service.worker.cancel_of(session.session_hash)
 
         gr.on(
             [start.click, prompt.submit], generate, {results, *asked.values()}, [stage, line, gallery, results, start, cancel],
             show_progress="hidden", concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         cancel.click(give_up, None, None, queue=False, api_visibility="private")
-    allow_uploads_only(page, studio.store)
+    allow_uploads_only(page, service.store)
     return page
 
 
@@ -103,47 +105,50 @@ def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
         block.async_move_resource_to_block_cache = same_path
 
 
-def sampling_controls(studio: Studio) -> dict[str, Component]:
+def sampling_controls(service: Service) -> dict[str, Component]:
     """What is folded away at first, by the names of the pipeline's call."""
-    limits, own, sampling, config = studio.limits, studio.pipe.clip, studio.pipe.settings, studio.pipe.model.config
-    unit, stride = config.pixels_per_size_unit, config.temporal_compression
+    limits, own, pipe = service.limits, service.pipe.clip, service.pipe
     negative = gr.Textbox("", label="Negative prompt", max_length=limits.max_prompt_length)
     with gr.Row():
-        width = gr.Slider(unit, limits.max_side, own.width, step=unit, label="Width", min_width=140)
-        height = gr.Slider(unit, limits.max_side, own.height, step=unit, label="Height", min_width=140)
+        width = gr.Slider(pipe.size_unit, limits.max_side, own.width, step=pipe.size_unit, label="Width", min_width=140)
+        height = gr.Slider(pipe.size_unit, limits.max_side, own.height, step=pipe.size_unit, label="Height", min_width=140)
     label = f"Frames, {own.fps} a second, given ones included; 1 is a picture"
+    frames = gr.Slider(1, limits.max_frames, own.num_frames, step=pipe.temporal_compression, label=label, elem_id="frames")
+    sliders = {option.name: sampling_slider(option, getattr(pipe.settings, option.name), limits)
+               for option in pipe.sampling.declared().values() if option.slider is not None}  # fmt: skip
     return {
-        "negative_prompt": negative, "width": width, "height": height,
-        "num_frames": gr.Slider(1, limits.max_frames, own.num_frames, step=stride, label=label, elem_id="frames"),
-        "num_inference_steps": gr.Slider(
-            1, limits.max_steps, sampling.num_inference_steps, step=1, label="Steps of each latent frame", elem_id="steps"
-        ),
-        "guidance_scale": gr.Slider(
-            1, max(20, sampling.guidance_scale), sampling.guidance_scale, step=0.1, label="Guidance; 1 is none"
-        ),
-        "history_mask_ratio": gr.Slider(
-            0, 0.95, sampling.history_mask_ratio, step=0.05, label="History mask: share of past frames that is hidden"
-        ),
+        "negative_prompt": negative, "width": width, "height": height, "num_frames": frames, **sliders,
         "seed": gr.Textbox("", label="Seed; empty: drawn", max_length=20, elem_id="seed"),  # gradio makes 0 of an empty Number
     }  # fmt: skip
 
 
-def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
-    """The request that the page's controls ask for; one that stands where it stood at first is no choice. UserError for a seed."""
-    chosen = {name: answers[name] for name in CHOICES if answers[name] != defaults[name]}
+def sampling_slider(option: Option, own: float, limits: Limits) -> gr.Slider:
+    """The slider of a sampling option, which stands at the model's own value at first."""
+    low, high, step = option.slider
+    high = limits.max_steps if option.name == "num_inference_steps" else max(high, own)
+    return gr.Slider(low, high, own, step=step, label=option.label, elem_id=option.name)
+
+
+def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], sampling: type[SamplingOptions]) -> Request:
+    """The request that the page's controls ask for. A control that stands where it stood at first is no choice.
+
+    UserError for a seed that is no number.
+    """
+    names = [name for name in (*SHAPE, *sampling.declared()) if name in answers]
+    chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}
     if given := answers["given"]:
         chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
     if seed := answers["seed"].strip():
-        chosen["seed"] = field_value("seed", seed)
-    return Request(answers["prompt"], answers["negative_prompt"], **chosen)
+        chosen["seed"] = field_value("seed", seed, sampling)
+    return Request.of(answers["prompt"], negative_prompt=answers["negative_prompt"], **chosen)
 
 
-async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, str]]:
+async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, str]]:
     """What changes on the page while a job is on its way: `stage`, `line`."""
     frames, said = 0, ""
     async for _ in watch(job):
         update = {}
-        text = progress_line(studio, job)
+        text = progress_line(service, job)
         if text != said:
             said = update["line"] = text
         if job.state == "working" and len(job.frames) > frames:
@@ -153,9 +158,9 @@ async def shown_progress(studio: Studio, job: Job) -> AsyncIterator[dict[str, st
             yield update
 
 
-def progress_line(studio: Studio, job: Job) -> str:
+def progress_line(service: Service, job: Job) -> str:
     if job.state == "waiting":
-        return views.status(f"Waiting, {studio.worker.ahead(job)} before you")
+        return views.status(f"Waiting, {service.worker.ahead(job)} before you")
     return views.status(f"{len(job.frames)} frames, {job.progress:.0%}", job.progress)
 
 

@@ -14,29 +14,29 @@ from starlette.types import ASGIApp
 from lumos.demo.api import add_api
 from lumos.demo.connections import MOST, Connection
 from lumos.demo.hosts import Hosts
-from lumos.demo.middleware import Gate
+from lumos.demo.middleware import Middleware
 from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
-from lumos.demo.service import Studio
+from lumos.demo.service import Service
 from lumos.demo.sessions import Sessions
 from lumos.errors import UserError
 
 CLOSING_SECONDS = 3  # that open connections get
 
 
-def build_app(studio: Studio, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
-    """The whole site. gradio keeps its uploads in the studio's folder; what it would serve besides the page is not let out."""
-    os.environ["GRADIO_TEMP_DIR"] = str(studio.store.uploads)
+def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
+    """The whole site. gradio keeps its uploads in the service's folder; what it would serve besides the page is not let out."""
+    os.environ["GRADIO_TEMP_DIR"] = str(service.store.uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    add_api(app, studio)
-    page = build_page(studio, examples)
+    add_api(app, service)
+    page = build_page(service, examples)
     fonts = ["system-ui", "sans-serif"]
     gr.mount_gradio_app(
         app, page, path="/", theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
-        css_paths=[CSS], max_file_size=studio.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
+        css_paths=[CSS], max_file_size=service.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
         show_error=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip
-    return Gate(Sessions(app, page, studio), studio.store, studio.limits, hosts)
+    return Middleware(Sessions(app, page, service), service.store, service.limits, hosts)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,29 +55,29 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Who waits for a clip when it is told to stop hears of it, before open connections are waited for."""
 
-    def __init__(self, config: uvicorn.Config, studio: Studio):
+    def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
-        self.studio = studio
+        self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.studio.worker.close(wait=False)
+        self.service.worker.close(wait=False)
         await super().shutdown(sockets)
 
 
-def serve(studio: Studio, examples: Sequence[str], listener: socket.socket, hosts: Hosts) -> None:
+def serve(service: Service, examples: Sequence[str], listener: socket.socket, hosts: Hosts) -> None:
     """Serve until Ctrl-C; what is running then is cancelled, and uploads are removed."""
     prepare_reading()
     config = uvicorn.Config(
-        build_app(studio, examples, hosts), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
+        build_app(service, examples, hosts), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
         http=Connection, ws="none", limit_concurrency=MOST,
     )  # fmt: skip
     listener.listen()  # whoever is told the address can connect from now on
     host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {studio.store.results}", flush=True)
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {service.store.results}", flush=True)
     try:
-        Server(config, studio).run(sockets=[listener])
+        Server(config, service).run(sockets=[listener])
     except KeyboardInterrupt:  # how uvicorn ends after Ctrl-C
         pass
     finally:
-        studio.worker.close()
-        studio.store.clear()
+        service.worker.close()
+        service.store.clear()

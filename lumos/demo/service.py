@@ -18,19 +18,18 @@ from lumos.demo.store import Store
 from lumos.demo.worker import Job, Worker
 from lumos.errors import RunError
 from lumos.files import write_json
-from lumos.models.lumos1.pipeline import LumosPipeline
-from lumos.models.lumos1.request import Settled
-from lumos.pipeline.request import Request
+from lumos.pipeline.base import VideoPipeline
+from lumos.pipeline.request import Request, Resolved
 from lumos.prompt_lists.clips import default_name, record_path
 from lumos.video.io import write_video
 
 
-class Studio:
+class Service:
     """What page and API share. metadata(prompt, seed) goes into a result's file, circumstances() into the record beside it."""
 
     def __init__(
         self,
-        pipe: LumosPipeline,
+        pipe: VideoPipeline,
         root: Path,
         limits: Limits,
         metadata: Callable[[str, int], dict[str, Any]],
@@ -39,7 +38,7 @@ class Studio:
         self.pipe, self.metadata, self.circumstances = pipe, metadata, circumstances
         self.limits = limits.of_model(pipe.clip, pipe.settings)
         self.store = Store(root, self.limits)
-        self.settling = threading.Lock()
+        self.resolving = threading.Lock()
         self.worker = Worker(self.make, self.limits.queue_length)
 
     @property
@@ -50,31 +49,31 @@ class Studio:
     def submit(self, job: Job) -> Job:
         """Check all of a job's request but what its upload holds, and queue it; UserError or Busy."""
         self.limits.check(job.request)
-        self._settle(replace(job.request, image=None, video=None))
+        self._resolve(replace(job.request, image=None, video=None))
         return self.worker.submit(job)
 
     def make(self, job: Job) -> None:
         """Make and write the clip of a job; its frames appear in it on the way."""
         began = time.perf_counter()
         request = self._read_uploads(job)
-        settled, job.notes = self._settle(request)
-        job.fps = settled.clip.fps
+        resolved, job.notes = self._resolve(request)
+        job.fps = resolved.clip.fps
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             job.progress = (frame + (step + 1) / steps) / frames
             job.check_stop()
 
-        for (frames,) in self.pipe.stream_prepared(self.pipe.encode_given(settled), on_step):
+        for (frames,) in self.pipe.stream_encoded(self.pipe.encode(resolved), on_step):
             job.frames.extend(frames)
             job.check_stop()
-        job.record = self._write(job, settled, time.perf_counter() - began)
+        job.record = self._write(job, resolved, time.perf_counter() - began)
 
-    def _settle(self, request: Request) -> tuple[Settled, list[str]]:
-        """A request settled, and what was noted. One at a time: where warnings go is a matter of the whole process."""
-        with self.settling, warnings.catch_warnings(record=True) as caught:
+    def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
+        """A request resolved, and what was noted. One at a time: where warnings go is a matter of the whole process."""
+        with self.resolving, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            settled = self.pipe.settle(request)
-        return settled, [str(warning.message) for warning in caught if warning.category is UserWarning]
+            resolved = self.pipe.resolve(request)
+        return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:
         """The request with its files read; a clip's rest is cut to what the pipeline may use of it."""
@@ -86,15 +85,15 @@ class Studio:
             return replace(request, video=read_upload(Path(request.video), job.check_stop, allowed, shape))
         return request
 
-    def _write(self, job: Job, settled: Settled, seconds: float) -> dict[str, Any]:
+    def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
         """Write the result with its record beside it, as `generate` does; returns the record."""
-        request, seed = job.request, settled.seeds[0]
+        request, seed = job.request, resolved.seeds[0]
         path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))
         about = self.metadata(request.prompt, seed)
         record = {
             **about, "file": path.name, "negative_prompt": request.negative_prompt,
             **{name: getattr(request, name) and Path(getattr(request, name)).name for name in ("image", "video")},
-            "settings": settled.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
+            "settings": resolved.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
         }  # fmt: skip
         try:
             write_video(path, np.stack(job.frames), job.fps, about)

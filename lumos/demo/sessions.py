@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.demo.api import failure
 from lumos.demo.limits import Busy
-from lumos.demo.service import Studio
+from lumos.demo.service import Service
 from lumos.errors import UserError, shown
 from lumos.files import parse_json
 
@@ -30,8 +30,8 @@ MOST = 500  # sessions at once; gradio holds about 110 kB for each
 class Sessions:
     """An app around the page. A session begins with its first message or connection, and ends with its last connection."""
 
-    def __init__(self, app: ASGIApp, page: gr.Blocks, studio: Studio):
-        self.app, self.page, self.studio = app, page, studio
+    def __init__(self, app: ASGIApp, page: gr.Blocks, service: Service):
+        self.app, self.page, self.service = app, page, service
         self.pages: Counter[str] = Counter()  # open pages, by their heartbeat
         self.streams: set[str] = set()  # sessions that listen to what becomes of their messages
         self.ends: dict[str, asyncio.TimerHandle] = {}
@@ -99,11 +99,11 @@ class Sessions:
         if isinstance(block, gr.State):  # gradio keeps it here
             return None
         if isinstance(value, dict) and isinstance(value.get("path"), str):
-            path = self.studio.store.upload(value["path"]) if isinstance(block, gr.File) else None
+            path = self.service.store.upload(value["path"]) if isinstance(block, gr.File) else None
             if path is not None:
                 self.uploads.setdefault(session, set()).add(path)
             # a name that says nothing, for what is not there: the page tells
-            return {"path": str(path or self.studio.store.uploads / "none"), "meta": {"_type": "gradio.FileData"}}
+            return {"path": str(path or self.service.store.uploads / "none"), "meta": {"_type": "gradio.FileData"}}
         if isinstance(block, gr.File) and value is None:
             return None
         try:
@@ -162,7 +162,7 @@ class Sessions:
             self.pages[session] -= 1
             self.pages += Counter()  # without zeros
             if not self.pages[session]:
-                self.studio.worker.cancel_of(session)
+                self.service.worker.cancel_of(session)
                 self._touch(session, 0)
 
     def _stay(self, session: str) -> None:
@@ -188,11 +188,11 @@ class Sessions:
 
     async def _forget(self, session: str) -> None:
         """Cancel the session's work and free what it holds here and in gradio."""
-        self.studio.worker.cancel_of(session)
+        self.service.worker.cancel_of(session)
         queue, states = self.page._queue, self.page.state_holder
         await queue.clean_events(session_hash=session)
         messages, events = queue.pending_messages_per_session, queue.pending_event_ids_session
         for held in (messages, events, states.session_data, states.time_last_used):
             held.pop(session, None)
         for path in self.uploads.pop(session, ()):
-            await asyncio.to_thread(self.studio.store.leave, path)
+            await asyncio.to_thread(self.service.store.leave, path)

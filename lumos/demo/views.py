@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
 
 PREVIEW_FRAMES = 32  # the last ones of a long clip: what a preview costs does not grow with it
-OF_A_CLIP = ("num_frames", "num_given_frames", "fps", "history_mask_ratio")
+OF_A_CLIP = ("num_frames", "num_given_frames", "fps")
 HIDDEN = ("target_size", "height", "width")
 
 
@@ -73,6 +74,7 @@ def shown_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
     """What decided the result, without what is off."""
     settings = record["settings"]
     given = [(name, record[name]) for name in ("negative_prompt", "image", "video") if record[name]]
-    left_out = HIDDEN if settings["num_frames"] > 1 else (*HIDDEN, *OF_A_CLIP)
+    of_clips = [name for name, option in all_options().items() if not option.for_pictures]
+    left_out = HIDDEN if settings["num_frames"] > 1 else (*HIDDEN, *OF_A_CLIP, *of_clips)
     rest = [(key, value) for key, value in settings.items() if key not in left_out and value not in (None, False, 0, (0.0, 1.0))]
     return [*given, ("size", f"{settings['width']} x {settings['height']}"), *rest, ("seconds", record["seconds"])]

@@ -4,7 +4,7 @@ A run is a command line in a process of its own, so what an experiment does can 
 an experiment that was stopped goes on, and one whose YAML grew runs only what is new.
 """
 
-# ruff: noqa: RUF009 - `setting` is dataclasses.field with a meaning
+
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from typing import Any
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.evaluation.prompts import KINDS
 from lumos.files import read_json, read_text, write_bytes, write_json
-from lumos.pipeline.defaults import is_number
 from lumos.runtime import versions
-from lumos.settings import build, read_yaml, setting
+from lumos.settings import build, is_number, read_yaml, setting
 from lumos.training.logging import read_lines
 
 OVER = ("step", "flops")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lumos.errors import UserError, shown
-from lumos.models.lumos1.settings import CLIP_LIMITS
+from lumos.settings import is_whole
 
 DEFAULTS_FILE = "pipeline.json"
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return is_whole(value) or isinstance(value, float)
+SHIPPED_MODEL = "checkpoints/lumos-tiny"
+MAX_FRAMES = 1_000_000
+MAX_SIDE = 2**14
+CLIP_LIMITS = {"num_frames": MAX_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "fps": 1000, "target_size": MAX_SIDE}
+"""The most that a clip may be asked for, whatever the model; what a model can make is its config's matter."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +39,14 @@ class ClipDefaults:
                 raise UserError(
                     f"{name} {shown(value)} is not allowed; give a whole number of at least 1, at most {most:,}{or_null}"
                 )
+
+    def scaled(self, after: int, before: int) -> ClipDefaults:
+        """The clip with all sides times after / before."""
+        sides = {name: getattr(self, name) for name in ("height", "width", "target_size")}
+        return replace(self, **{name: side and side * after // before for name, side in sides.items()})
+
+
+def shipped_model() -> Path:
+    """The model in the repository, from its root or from anywhere when installed in place."""
+    here = Path(SHIPPED_MODEL)
+    return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from lumos.data.buckets import bucket_for
 from lumos.errors import UserError, shown
-from lumos.pipeline.defaults import ClipDefaults, is_whole
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.settings import is_whole
 from lumos.video.frames import as_uint8
-from lumos.video.io import count_frames, fit, read_image, read_video
+from lumos.video.io import MAX_FRAMES, count_frames, fit, read_image, read_video
 
 MAX_SEED = 2**63 - 1
 
@@ -45,9 +47,14 @@ def override(defaults: Any, **given: Any) -> Any:
     return type(defaults)(**{**values, **{k: v for k, v in given.items() if v is not None}})
 
 
-def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, seed: Any = None) -> dict[str, list]:
+def align(
+    prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, last_image: Any = None, seed: Any = None
+) -> dict[str, list]:
     """Single values and lists -> lists of one length, by name."""
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "seed": seed}
+    given = {
+        "prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "last_image": last_image,
+        "seed": seed,
+    }  # fmt: skip
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
     count = max(lengths.values(), default=1)
     if not count:
@@ -58,7 +65,7 @@ def align(prompt: Any, negative_prompt: Any = None, image: Any = None, video: An
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     for text in lists["prompt"]:
         check_prompt(text)
-    for name in ("negative_prompt", "image", "video"):
+    for name in ("negative_prompt", "image", "video", "last_image"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
     if "seed" not in lengths:
@@ -114,3 +121,25 @@ def each_once(made_of: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     keys = [str(item) if isinstance(item, str | Path) else id(item) for item in items]
     made = {key: made_of(item) for key, item in dict(zip(keys, items, strict=True)).items()}
     return [made[key] for key in keys]
+
+
+def fit_to_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, size_unit: int) -> ClipDefaults:
+    """The clip in the size, of its area's buckets, that the pictures ask for."""
+    sizes = {bucket_for(*p.shape[:2], clip.target_size, size_unit) for p in pictures}
+    if len(sizes) > 1:
+        raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
+    ((height, width),) = sizes
+    return override(clip, height=height, width=width)
+
+
+def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
+    """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
+    videos = each_once(path_or_frames, videos)
+    if count is None:
+        wanted = 1 + min(clip.num_frames // 2, MAX_FRAMES - 1) // stride * stride
+        counts = {1 + (min(wanted, n) - 1) // stride * stride for n in each_once(lambda v: clip_length(v, clip.fps), videos)}
+        if len(counts) > 1:
+            raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
+        (count,) = counts
+    check_num_frames(count, stride, "num_given_frames")
+    return each_once(lambda v: load_video(v, clip, count), videos)

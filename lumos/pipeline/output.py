@@ -17,20 +17,25 @@ OUTPUT_TYPES = ("np", "pil", "pt", "uint8", "latent")
 
 
 @dataclass
-class LumosPipelineOutput(ModelOutput):
-    """What a call gives; also by index and as a tuple, like every output of diffusers.
+class VideoPipelineOutput(ModelOutput):
+    """What a call returns; also by index and as a tuple, like every output of diffusers.
 
     frames    in the asked output_type: np float32 [B, T, H, W, 3] in [0, 1]; pt the same as a tensor [B, T, 3, H, W]; pil a list
-              of pictures for each clip; uint8 a list of arrays [T, H, W, 3]; latent the codes
-    codes     int64 [B, t, h, w]
+              of pictures for each clip; uint8 a list of arrays [T, H, W, 3]; latent the latents
+    latents   what the network made: codes int64 [B, t, h, w] of Lumos-1
     seeds     the seed of each clip
-    settings  everything that was settled
+    settings  all settings of the clips
     """
 
     frames: Any = None
-    codes: Tensor | None = None
+    latents: Tensor | None = None
     seeds: list[int] | None = None
     settings: dict[str, Any] | None = None
+
+    @property
+    def codes(self) -> Tensor | None:
+        """The latents under the name that they have for a generator of discrete codes."""
+        return self.latents
 
 
 def check_output_type(output_type: str) -> None:
@@ -39,7 +44,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
-    """Clips uint8 [T, H, W, 3] of one size -> np, pil, pt or uint8 frames (see LumosPipelineOutput).
+    """Clips uint8 [T, H, W, 3] of one size -> np, pil, pt or uint8 frames (see VideoPipelineOutput).
 
     The floats are value / 255 in float32, so that diffusers' export_to_video, which writes (frame * 255).astype(uint8), gives
     the clip back exactly.

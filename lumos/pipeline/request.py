@@ -1,57 +1,67 @@
-"""A request settled: every value known and checked, nothing encoded yet, so that many can be checked before any work."""
+"""What a call asks for, and the request resolved: every value known and checked, nothing encoded yet.
+
+Resolving needs no network, so that a list of many requests can be checked before any work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from lumos.errors import UserError, shown
-from lumos.pipeline.defaults import is_whole
-from lumos.video.frames import as_uint8, is_pictures
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.inputs import (
+    align,
+    check_num_frames,
+    check_prompt,
+    each_once,
+    fit_to_pictures,
+    load_image,
+    load_videos,
+    override,
+    without_effect,
+)
+from lumos.pipeline.options import SamplingOptions, check_names
+from lumos.settings import is_whole
+from lumos.video.frames import as_uint8, fit, is_pictures
 
 MAX_VIDEOS_PER_PROMPT = 10_000  # each is checked before the first is made
 
-
 @dataclass(frozen=True)
 class Request:
-    """What a clip is asked for with; each field as the argument of `LumosPipeline.__call__` of that name.
+    """The arguments of a call that say what is made; see `lumos.pipeline.base.VideoPipeline.__call__` for each.
 
-    A negative_prompt without words is none, in a list too. A list of PIL pictures as video is one clip. Numbers may be numpy's.
+    `options` holds the sampling options that were given, by name. A negative_prompt without words counts as none, in a list
+    too. A list of PIL pictures as video is one clip. Numbers may be numpy's.
     """
 
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] | None = None
     image: Any = None
     video: Any = None
+    last_image: Any = None
     num_given_frames: int | None = None
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
     fps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    history_mask_ratio: float | None = None
-    mask_given_frames: bool | None = None
-    guidance_interval: tuple[float, float] | None = None
-    confidence_threshold: float | None = None
-    later_steps: int | None = None
-    history_frames: int | None = None
-    history_thinning: bool | None = None
     num_videos_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     later_prompts: Sequence[tuple[int, str | Sequence[str]]] | None = None
-    last_image: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         changed = {name: value.item() for name, value in vars(self).items() if isinstance(value, np.generic)}
+        changed["options"] = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in self.options.items()
+            if value is not None
+        }
         if isinstance(self.negative_prompt, list | tuple):
             changed["negative_prompt"] = [none_if_blank(text) for text in self.negative_prompt]
         else:
@@ -60,6 +70,148 @@ class Request:
             changed["video"] = as_uint8(self.video, "video")
         for name, value in changed.items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, prompt: str | Sequence[str], **arguments: Any) -> Request:
+        """A request from arguments by name; those that are no fields of a request are taken as sampling options."""
+        own = {name: arguments.pop(name) for name in ARGUMENTS if name in arguments}
+        return cls(prompt, **own, options=arguments)
+
+
+ARGUMENTS = tuple(entry.name for entry in fields(Request) if entry.name not in ("prompt", "options"))
+"""Arguments of a call, beside the prompt and the sampling options, that say what is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A request that can be made: B clips of one shape, with what every generator needs of it.
+
+    sampling          the sampling options, the model's own where the request says nothing
+    clip              the shape of the clips
+    prompts           a prompt for each clip; negative_prompts: one for each, or None for clips without one
+    later             (first frame, a prompt for each clip) of the prompts that follow
+    given             for each clip {frame number: picture uint8 [H, W, 3]}, the frames that are given
+    seeds             a seed for each clip
+    new_frames        latent frames to make; 1 where a generator makes the whole clip at once
+    """
+
+    sampling: SamplingOptions
+    clip: ClipDefaults
+    prompts: list[str]
+    negative_prompts: list[str | None]
+    later: list[tuple[int, list[str]]]
+    given: list[dict[int, np.ndarray]]
+    seeds: list[int]
+    new_frames: int = 1
+
+    @property
+    def num_given_frames(self) -> int:
+        return len(self.given[0])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the clips, as a record beside a result holds them."""
+        return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
+
+    def settings_of(self, num_frames: int) -> dict[str, Any]:
+        """The settings of clips that ended after so many frames."""
+        return self.settings | {"num_frames": num_frames}
+
+
+def resolve(
+    request: Request,
+    settings: SamplingOptions,
+    defaults: ClipDefaults,
+    *,
+    generator: str,
+    size_unit: int,
+    largest_side: int,
+    temporal_compression: int,
+) -> Resolved:
+    """Fill in what the request leaves open, check it, and read the pictures and clips that it begins with.
+
+    settings, defaults: the model's own. generator: its kind, for messages. size_unit: height and width are multiples of it, up to
+    largest_side. temporal_compression: num_frames is 1 + a multiple of it. UserError for what cannot be made.
+    """
+    # 1. sampling options
+    if request.generator is not None and request.seed is not None:
+        raise UserError("both seed and generator are given; give one of them")
+    check_names(request.options, type(settings), generator)
+    sampling = settings.changed(**request.options)
+
+    # 2. one entry for each clip
+    repeats = request.num_videos_per_prompt
+    lists = align(
+        *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video, request.last_image),
+        request.seed,
+    )
+    count = len(lists["prompt"])
+    if request.generator is not None:
+        lists["seed"] = seeds_from(request.generator, count)
+    prompts, negatives, images, videos, last_images, seeds = lists.values()
+
+    # 3. the shape of the clips
+    clip = override(defaults, **{entry.name: getattr(request, entry.name, None) for entry in fields(ClipDefaults)})
+    check_num_frames(clip.num_frames, temporal_compression)
+    if clip.num_frames == 1:
+        without_effect("a picture (num_frames 1)", fps=request.fps, **options_of_clips(request, sampling))
+        clip = override(clip, fps=1)
+    if images[0] is not None and videos[0] is not None:
+        raise UserError("both image and video are given; give the picture or the clip that the result begins with")
+    if videos[0] is None:
+        without_effect("a clip without video", num_given_frames=request.num_given_frames)
+    if all(values[0] is None for values in (images, videos, last_images)):
+        without_effect("a clip without image or video", **options_of_given_frames(request, sampling))
+
+    # 4. given frames, by their numbers
+    pictures = each_once(load_image, images) if images[0] is not None else None
+    if pictures and clip.target_size and request.height is None and request.width is None:
+        clip = fit_to_pictures(pictures, clip, size_unit)
+    for name in ("height", "width"):
+        check_side(getattr(clip, name), name, size_unit, largest_side)
+    given: list[dict[int, np.ndarray]] = [{} for _ in range(count)]
+    if pictures:
+        begins = each_once(lambda picture: fit(picture[None], clip.height, clip.width), pictures)
+    elif videos[0] is not None:
+        begins = load_videos(videos, clip, request.num_given_frames, temporal_compression)
+    else:
+        begins = [[] for _ in range(count)]
+    if len(begins[0]) >= clip.num_frames:
+        raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {len(begins[0])} given frames")
+    for frames, pictures_of_clip in zip(given, begins, strict=True):
+        frames.update(enumerate(pictures_of_clip))
+    if last_images[0] is not None:
+        ends = each_once(lambda image: fit(load_image(image)[None], clip.height, clip.width)[0], last_images)
+        for frames, picture in zip(given, ends, strict=True):
+            frames[clip.num_frames - 1] = picture
+
+    # 5. prompts over time
+    starts = check_later(request.later_prompts, len(begins[0]), clip, temporal_compression)
+    later = [(start, for_each(text, start, repeats, count)) for start, text in starts]
+    return Resolved(
+        sampling=sampling, clip=clip, prompts=prompts, negative_prompts=negatives, later=later, given=given, seeds=seeds
+    )
+
+
+def check_side(pixels: int, name: str, unit: int, largest: int) -> None:
+    """UserError for a height or width that is no multiple of the model's size unit, or larger than the model can state."""
+    if pixels <= 0 or pixels % unit:
+        down = max(unit, pixels // unit * unit)
+        raise UserError(f"{name} {pixels} is not a multiple of {unit}; the nearest sizes are {down} and {down + unit}")
+    if pixels > largest:
+        raise UserError(f"{name} {pixels} is too large for this model; allowed: {unit} to {largest}")
+
+
+def options_of_clips(request: Request, sampling: SamplingOptions) -> dict[str, Any]:
+    """The sampling options of a request that have no effect on a single picture."""
+    return {name: request.options[name] for name, option in sampling.declared().items()
+            if name in request.options and not option.for_pictures and not option.is_trade}  # fmt: skip
+
+
+def options_of_given_frames(request: Request, sampling: SamplingOptions) -> dict[str, Any]:
+    """The sampling options of a request that only have an effect on given frames."""
+    return {name: request.options[name] or None for name, option in sampling.declared().items()
+            if name in request.options and option.for_given_frames}  # fmt: skip
 
 
 def none_if_blank(text: Any) -> Any:
@@ -85,3 +237,30 @@ def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: in
     if len(generators) != count:
         raise UserError(f"generator is a list of {len(generators)}, but there are {count} clips to make")
     return [int(torch.randint(2**31, (1,), generator=g, device=g.device)) for g in generators]
+
+
+def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
+    """`later_prompts` as (start, prompt or list of prompts) in order; UserError where a start cannot be one."""
+    form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
+    if later is not None and not isinstance(later, list | tuple):
+        raise UserError(f"later_prompts is {shown(later)}; {form}")
+    before = given  # the first frame that the prompt before makes
+    for pair in later or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
+            raise UserError(f"later_prompts holds {shown(pair)}; {form}")
+        check_num_frames(pair[0], stride, "the first frame of a later prompt")
+        if not before < pair[0] < clip.num_frames:
+            raise UserError(
+                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, where the prompt before it begins to "
+                f"make frames, and less than num_frames {clip.num_frames}"
+            )
+        before = pair[0]
+    return [(start, text) for start, text in later or ()]
+
+
+def for_each(text: Any, start: int, repeats: int, count: int) -> list[Any]:
+    """A later prompt, one for all or a list with one for each prompt, for each of `count` clips."""
+    texts = [t for t in text for _ in range(repeats)] if isinstance(text, list | tuple) else [text] * count
+    if len(texts) != count:
+        raise UserError(f"the later prompt at frame {start} is a list of {len(text)}, but there are {count // repeats} prompts")
+    return [check_prompt(t) for t in texts]

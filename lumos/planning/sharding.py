@@ -10,8 +10,8 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How a run is spread. `stage` None: plain PyTorch on one device, else DeepSpeed's ZeRO stage over `world` processes.
+class Sharding:
+    """How a run is sharding. `stage` None: plain PyTorch on one device, else DeepSpeed's ZeRO stage over `world` processes.
 
     `bucket`, `live`: elements that DeepSpeed reduces at once, and that ZeRO-3 holds gathered. `half`: bf16. `on_gpu`: CUDA's
     fused kernels. `averaged`: with EMA. `accumulates`: a step has several micro-batches. `muon`: in place of AdamW, with whole

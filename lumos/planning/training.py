@@ -6,6 +6,7 @@ All follows from the settings; weights, tokenizers and shards need not be there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,50 +18,44 @@ from lumos.data.curriculum import Curriculum, StepShape, check_shares
 from lumos.data.ingest.encode import TARGET_SIZES, ClipSettings
 from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
-from lumos.models.lumos1.cost import (
-    Trainee,
-    code_count,
-    host_bytes,
-    mean_mask_ratio,
-    memory_moments,
-    planned_config,
-    sequence_layout,
-)
-from lumos.models.lumos1.flops import layer_flops_per_token, training_flops
-from lumos.models.lumos1.sequence import Layout, num_latent_frames
-from lumos.models.lumos1.training import check_clip_shape
+from lumos.planning.cost import TrainingCost
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.sharding import PARTS, Spread
+from lumos.planning.memory import host_bytes, sent_bytes
+from lumos.planning.sharding import PARTS, Sharding
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.engine import pick_precision
 from lumos.training.settings import DataSettings, TrainingSettings
 
 SHIPPED = {
-    f"configs/deepspeed/zero{name}.json": spread
-    for name, spread in (
-        ("0", Spread(0)), ("1", Spread(1)), ("2", Spread(2)), ("3", Spread(3)),
-        ("2-offload", Spread(2, offload_optimizer=True)), ("3-offload", Spread(3, offload_optimizer=True, offload_weights=True)),
+    f"configs/deepspeed/zero{name}.json": sharding
+    for name, sharding in (
+        ("0", Sharding(0)), ("1", Sharding(1)), ("2", Sharding(2)), ("3", Sharding(3)),
+        ("2-offload", Sharding(2, offload_optimizer=True)),
+        ("3-offload", Sharding(3, offload_optimizer=True, offload_weights=True)),
     )
 }  # fmt: skip
-"""What the shipped DeepSpeed files say."""
+"""The shipped DeepSpeed files, and how each divides a run."""
 TEXT_TOKENS = {"worlds": 16, "shards": 160}
-"""Of a prompt, unless told: a caption of the small worlds; the published template around one of some eighty words."""
+"""Tokens of a prompt by default: a caption of synthetic scenes; the published template around some eighty words."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """The steps of one shape: `steps` of them, each of `clips` sequences over all processes, on average.
+class StepGroup:
+    """The training steps of one shape.
 
-    `share` is what the fullest process has of them. `layout` is the usual sequence, of which `supervised` codes are asked on
-    average, `longest` that of the size with the most tokens.
+    kind        "image" or "video", and how many frames of it
+    steps       how many there are
+    clips       sequences of a step over all processes, on average; share: those of the process that has most
+    sequence    the sequence of a usual clip, with `supervised` losses on average
+    longest     the sequence of the size with the most tokens
     """
 
     kind: str
     steps: int
     clips: float
     share: int
-    layout: Layout
-    longest: Layout
+    sequence: Any
+    longest: Any
     supervised: float
 
     def rows(self, micro_batch_size: int | None) -> int:
@@ -69,16 +64,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to run the same steps. `file`: the shipped DeepSpeed file that stands for `spread`; None: as the settings have it."""
+class Strategy:
+    """One way to run the steps. file: the shipped DeepSpeed file that stands for `sharding`; None: what the settings say."""
 
-    spread: Spread
+    sharding: Sharding
     micro_batch_size: int | None
     file: str | None = None
 
 
 @dataclass(frozen=True)
-class Need:
+class Estimate:
     """Bytes on a GPU: each part at its largest, all together at the worst moment of a `step`, and at the `start` of the run.
 
     Parts are not at their largest all at once, so they add up to more than a step.
@@ -115,68 +110,57 @@ def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[in
     return usual, longest, f"clips have {usual[0]}x{usual[1]} pixels, for memory the most of {size}, {longest[0]}x{longest[1]}"
 
 
-def sent_bytes(model: Trainee, spread: Spread, micro_batches: int) -> float:
-    """What a process sends in a step (ZeRO, arXiv 1910.02054, section 7): gradients in float32, weights as they are stored."""
-    if spread.stage is None:
-        return 0.0
-    gradients, weight = 4 * model.trained, 2 if spread.half else 4
-    if spread.stage == 0:
-        volume = 2 * gradients
-    elif spread.stage < 3:
-        volume = gradients * (micro_batches if spread.stage == 2 else 1) + weight * model.trained
-    else:
-        volume = micro_batches * (gradients + 2 * weight * model.parameters)
-    return volume * (spread.world - 1) / spread.world
-
-
 class TrainingPlan:
     """`settings` on `hardware`; UserError where the trainer would not start. `utilisation`: the share of the peak in use (MFU)."""
 
-    def __init__(self, settings: TrainingSettings, hardware: Hardware, *, utilisation: float, text_tokens: int | None = None):
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        training_cost: Callable[[TrainingSettings, int], TrainingCost],
+        hardware: Hardware,
+        *,
+        utilisation: float,
+        text_tokens: int | None = None,
+    ):
         training, data = settings.training, settings.data
         self.settings, self.hardware, self.utilisation = settings, hardware, utilisation
-        config, about_model = planned_config(settings)
-        check_clip_shape(config, data)
-        self.model = Trainee.of(config, settings.lora if settings.lora.rank else None)
-        self.usual, self.largest, about_size = clip_sizes(data, config.pixels_per_size_unit)
         self.text_tokens = TEXT_TOKENS[data.source] if text_tokens is None else text_tokens
+        self.cost: TrainingCost = training_cost(settings, self.text_tokens)
+        self.usual, self.largest, about_size = clip_sizes(data, self.cost.size_unit)
         shorter = f"all clips have {data.num_frames} frames, none only data.min_frames" if data.min_frames else None
         text = f"a prompt has {self.text_tokens} tokens (--text-tokens)" if text_tokens is None else None
         muon = "Muon's own products cost nothing" if training.optimizer == "muon" else None
-        self.assumed = [said for said in (about_model, about_size, shorter, text, muon) if said]
+        self.assumed = [said for said in (*self.cost.assumed, about_size, shorter, text, muon) if said]
 
         curriculum = Curriculum(data.stages, training.batch_size, training.tokens_per_batch)
-        most_codes = {kind: code_count(self._layout(kind, self.largest)) for kind in curriculum.kinds}
+        most_codes = {kind: self.cost.codes(self._sequence(kind, self.largest)) for kind in curriculum.kinds}
         check_shares(curriculum, most_codes, hardware.count)
-        self.works = [self._work(shape, steps) for shape, steps in curriculum.counts(training.max_steps).items()]
+        self.groups = [self._group(shape, steps) for shape, steps in curriculum.counts(training.max_steps).items()]
         device = torch.device("cuda" if training.device == "auto" else training.device)
         half = pick_precision(training.precision, device) == torch.bfloat16
         self.common = {
             "world": hardware.count, "half": half, "on_gpu": device.type != "cpu", "averaged": training.ema_decay > 0,
             "muon": training.optimizer == "muon", "checkpointing": training.activation_checkpointing,
         }  # fmt: skip
-        self.configured = Way(self._own_spread(), training.micro_batch_size)
+        self.configured = Strategy(self._own_spread(), training.micro_batch_size)
 
-    def _layout(self, kind: str, size: tuple[int, int], num_frames: int | None = None) -> Layout:
-        config = self.model.config
-        frames = 1 if kind == "image" else num_frames or self.settings.data.num_frames
-        t = num_latent_frames(frames, config.temporal_compression)
-        return sequence_layout(config, self.text_tokens, t, *size)
+    def _sequence(self, kind: str, size: tuple[int, int], num_frames: int | None = None) -> Any:
+        return self.cost.sequence(1 if kind == "image" else num_frames or self.settings.data.num_frames, *size)
 
-    def _work(self, shape: StepShape, steps: int) -> Work:
-        usual, longest = (self._layout(shape.kind, size, shape.first_frames) for size in (self.usual, self.largest))
+    def _group(self, shape: StepShape, steps: int) -> StepGroup:
+        usual, longest = (self._sequence(shape.kind, size, shape.first_frames) for size in (self.usual, self.largest))
         clips = shape.batch_size
         if clips is None:  # counted in codes of whole clips; worlds draw whole clips only
-            clips = shape.tokens / code_count(self._layout(shape.kind, self.usual))
+            clips = shape.tokens / self.cost.codes(self._sequence(shape.kind, self.usual))
             clips = clips if self.settings.data.source == "shards" else int(clips)
-        supervised = mean_mask_ratio(self.settings.masking, len(usual.frames)) * code_count(usual)
+        supervised = self.cost.supervised(usual)
         kind = shape.kind if shape.first_frames is None else f"{shape.kind}, first {shape.first_frames} frames"
-        return Work(kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
+        return StepGroup(kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
 
-    def _own_spread(self) -> Spread:
+    def _own_spread(self) -> Sharding:
         stage = self.settings.zero_stage_with(self.hardware.count)
         if stage is None:
-            return Spread(None, **self.common)
+            return Sharding(None, **self.common)
         precision = torch.bfloat16 if self.common["half"] else torch.float32
         zero = deepspeed_options(self.settings, stage, precision)["zero_optimization"]
         offloads = {
@@ -184,80 +168,86 @@ class TrainingPlan:
             for field, key in (("offload_optimizer", "offload_optimizer"), ("offload_weights", "offload_param"))
         }
         sizes = {"bucket": int(zero.get("reduce_bucket_size", 5e8)), "live": int(zero.get("stage3_max_live_parameters", 1e9))}
-        return Spread(zero["stage"], **self.common, **offloads, **sizes)
+        return Sharding(zero["stage"], **self.common, **offloads, **sizes)
 
-    def ways(self) -> list[Way]:
-        """What a table compares: the shipped DeepSpeed files, in their place what the settings say, and one process alone.
+    def strategies(self) -> list[Strategy]:
+        """The strategies that a table compares: the shipped DeepSpeed files, what the settings say, and one process alone.
 
-        Muon leaves out those that divide matrices.
+        With Muon, strategies that divide matrices are left out.
         """
-        own, micro = self.configured.spread, self.settings.training.micro_batch_size
-        ways = [Way(replace(spread, **self.common), micro, file) for file, spread in SHIPPED.items()]
-        ways = [way for way in ways if not (own.muon and way.spread.stage)]
+        own, micro = self.configured.sharding, self.settings.training.micro_batch_size
+        strategies = [Strategy(replace(sharding, **self.common), micro, file) for file, sharding in SHIPPED.items()]
+        strategies = [strategy for strategy in strategies if not (own.muon and strategy.sharding.stage)]
         if self.hardware.count == 1:
-            ways.insert(0, Way(Spread(None, **self.common), micro))
-        same = [i for i, way in enumerate(ways) if way.spread.name == own.name]
+            strategies.insert(0, Strategy(Sharding(None, **self.common), micro))
+        same = [i for i, strategy in enumerate(strategies) if strategy.sharding.name == own.name]
         if same:
-            ways[same[0]] = self.configured
+            strategies[same[0]] = self.configured
         else:
-            ways.append(self.configured)
-        return ways
+            strategies.append(self.configured)
+        return strategies
 
-    def needed(self, way: Way) -> Need:
-        """Of the worst step."""
-        worst = Need({}, 0, 0)
-        for work in self.works:
-            rows = work.rows(way.micro_batch_size)
-            moments = memory_moments(self.model, replace(way.spread, accumulates=rows < work.share), rows, work.longest)
+    def estimate(self, strategy: Strategy) -> Estimate:
+        """The memory that the step with the largest need takes."""
+        worst = Estimate({}, 0, 0)
+        for group in self.groups:
+            rows = group.rows(strategy.micro_batch_size)
+            moments = self.cost.memory_moments(replace(strategy.sharding, accumulates=rows < group.share), rows, group.longest)
             start = sum(moments.pop("start").values())
             parts = {part: max(moment[part] for moment in moments.values()) for part in PARTS}
-            need = Need(parts, max(sum(moment.values()) for moment in moments.values()), start)
-            worst = max(worst, need, key=lambda found: found.step)
+            estimate = Estimate(parts, max(sum(moment.values()) for moment in moments.values()), start)
+            worst = max(worst, estimate, key=lambda found: found.step)
         return worst
 
-    def free(self, way: Way) -> int:
+    def free(self, strategy: Strategy) -> int:
         """Bytes of a GPU that are left; below 0 it does not fit."""
-        return self.hardware.memory - RESERVED - self.needed(way).peak
+        return self.hardware.memory - RESERVED - self.estimate(strategy).peak
 
-    def cheapest(self) -> Way | None:
-        """The first way that fits, in this order: nothing offloaded, micro-batches as they are set before smaller ones, nothing
-        computed twice, weights not divided, as stages 0 to 2 send less than 3; of equals that of the settings."""
+    def cheapest(self) -> Strategy | None:
+        """The first strategy that fits, or None if none does.
+
+        The order prefers nothing offloaded, then the micro-batches of the settings over smaller ones, then no recomputation, then
+        stages 0 to 2, which send less than stage 3; among equals the strategy of the settings.
+        """
         set_size = self.settings.training.micro_batch_size
         sizes = [set_size]
-        rows = max(work.rows(set_size) for work in self.works)
+        rows = max(group.rows(set_size) for group in self.groups)
         while rows > 1:
             rows //= 2
             sizes.append(rows)
-        ways = sorted(self.ways(), key=lambda way: (way.spread.stage == 3, way is not self.configured, way.spread.stage == 0))
+        order = {strategy: (strategy.sharding.stage == 3, strategy is not self.configured, strategy.sharding.stage == 0)
+                 for strategy in self.strategies()}  # fmt: skip
+        strategies = sorted(order, key=order.__getitem__)
         for offloaded in range(3):
             for size in sizes:
                 for checkpointing in (False, True):
-                    for way in ways:
-                        chosen = replace(way, spread=replace(way.spread, checkpointing=checkpointing), micro_batch_size=size)
-                        if len(way.spread.offloaded) == offloaded and self.free(chosen) >= 0:
+                    for strategy in strategies:
+                        sharding = replace(strategy.sharding, checkpointing=checkpointing)
+                        chosen = replace(strategy, sharding=sharding, micro_batch_size=size)
+                        if len(strategy.sharding.offloaded) == offloaded and self.free(chosen) >= 0:
                             return chosen
         return None
 
-    def changes(self, way: Way) -> list[str]:
-        """Overrides that make these settings run that way."""
+    def changes(self, strategy: Strategy) -> list[str]:
+        """Overrides that make these settings run that strategy."""
         settings, changes = self.settings, []
-        if way.file:
-            changes.append(f"deepspeed.config={way.file}")
-        elif way.spread.stage is None and settings.deepspeed.config is not None:
+        if strategy.file:
+            changes.append(f"deepspeed.config={strategy.file}")
+        elif strategy.sharding.stage is None and settings.deepspeed.config is not None:
             changes.append("deepspeed.config=null")
         if changes and settings.deepspeed.zero_stage is not None:
             changes.append("deepspeed.zero_stage=null")
-        if way.spread.checkpointing != settings.training.activation_checkpointing:
-            changes.append(f"training.activation_checkpointing={str(way.spread.checkpointing).lower()}")
-        if way.micro_batch_size != settings.training.micro_batch_size:
-            changes.append(f"training.micro_batch_size={way.micro_batch_size}")
+        if strategy.sharding.checkpointing != settings.training.activation_checkpointing:
+            changes.append(f"training.activation_checkpointing={str(strategy.sharding.checkpointing).lower()}")
+        if strategy.micro_batch_size != settings.training.micro_batch_size:
+            changes.append(f"training.micro_batch_size={strategy.micro_batch_size}")
         return changes
 
     def advice(self) -> str:
         """What to set, in a sentence."""
         free, best = self.free(self.configured), self.cheapest()
         if best is None and free < 0:
-            least = min(self.needed(replace(way, micro_batch_size=1)).peak for way in self.ways()) + RESERVED
+            least = min(self.estimate(replace(strategy, micro_batch_size=1)).peak for strategy in self.strategies()) + RESERVED
             return (
                 f"Nothing fits, as at least {least / GIB:.1f} GiB are needed: take more or larger GPUs, shorter or smaller clips, "
                 "or a smaller model."
@@ -272,34 +262,35 @@ class TrainingPlan:
         """All of it as plain JSON values; bytes, FLOPs, seconds."""
         hardware, micro = self.hardware, self.settings.training.micro_batch_size
         speed = hardware.count * hardware.peak * self.utilisation
-        kinds = [self._kind(work, micro, speed) for work in self.works]
+        kinds = [self._kind(group, micro, speed) for group in self.groups]
         total = {key: sum(kind["steps"] * kind[key] for kind in kinds) for key in ("tokens", "flops", "seconds")}
-        ways = []
-        for way in self.ways():
-            need = self.needed(way)
-            ways.append(
+        strategies = []
+        for strategy in self.strategies():
+            found = self.estimate(strategy)
+            strategies.append(
                 {
-                    "name": way.spread.name, "file": way.file, "configured": way is self.configured, "parts": need.parts,
-                    "step": need.step, "start": need.start, "host": host_bytes(self.model, way.spread), "fits": self.free(way) >= 0,
+                    "name": strategy.sharding.name, "file": strategy.file, "configured": strategy is self.configured,
+                    "parts": found.parts, "step": found.step, "start": found.start,
+                    "host": host_bytes(self.cost, strategy.sharding), "fits": self.free(strategy) >= 0,
                 }
             )  # fmt: skip
         return {
-            "name": self.settings.name, "parameters": self.model.parameters, "trained": self.model.trained,
+            "name": self.settings.name, "parameters": self.cost.parameters, "trained": self.cost.trained,
             "hardware": vars(hardware), "reserved": RESERVED, "utilisation": self.utilisation, "steps": kinds,
             "total": {"steps": sum(kind["steps"] for kind in kinds), **total, "days": total["seconds"] / 86400},
-            "memory": ways, "advice": self.advice(), "assumed": self.assumed,
+            "memory": strategies, "advice": self.advice(), "assumed": self.assumed,
         }  # fmt: skip
 
-    def _kind(self, work: Work, micro: int | None, speed: float) -> dict[str, Any]:
-        adapters = self.model.trained if self.model.lora else None
-        config, rows = self.model.config, work.rows(micro)
-        micro_batches = math.ceil(work.share / rows)
-        flops = work.clips * training_flops(config, work.layout, work.supervised, adapters)
-        again = work.clips * work.layout.length * layer_flops_per_token(config, 0)  # kernels of attention are not repeated
+    def _kind(self, group: StepGroup, micro: int | None, speed: float) -> dict[str, Any]:
+        rows = group.rows(micro)
+        micro_batches = math.ceil(group.share / rows)
+        flops = group.clips * self.cost.training_flops(group.sequence, group.supervised)
+        again = group.clips * self.cost.recomputed_flops(group.sequence)
+        tokens = self.cost.tokens(group.sequence)
         return {
-            "kind": work.kind, "steps": work.steps, "clips": work.clips, "clips_of_a_process": work.share, "micro_batch": rows,
-            "micro_batches": micro_batches, "tokens_of_a_clip": work.layout.length,
-            "tokens": work.clips * work.layout.length, "flops": flops,
-            "flops_computed_again": again if self.configured.spread.checkpointing else 0.0, "seconds": flops / speed,
-            "sent": sent_bytes(self.model, self.configured.spread, micro_batches),
+            "kind": group.kind, "steps": group.steps, "clips": group.clips, "clips_of_a_process": group.share, "micro_batch": rows,
+            "micro_batches": micro_batches, "tokens_of_a_clip": tokens,
+            "tokens": group.clips * tokens, "flops": flops,
+            "flops_computed_again": again if self.configured.sharding.checkpointing else 0.0, "seconds": flops / speed,
+            "sent": sent_bytes(self.cost, self.configured.sharding, micro_batches),
         }  # fmt: skip

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lumos.errors import UserError, shown
 from lumos.files import check_writable, read_json, write_json
-from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.pipeline.request import Request
+from lumos.pipeline.options import SamplingOptions
+from lumos.pipeline.request import Request, Resolved
 from lumos.prompt_lists.results import UNFINISHED, Results
 from lumos.prompt_lists.rows import Row
 from lumos.video.io import check_output
@@ -21,15 +21,14 @@ from lumos.video.io import check_output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lumos.models.lumos1.pipeline import LumosPipeline, OnStep
-    from lumos.models.lumos1.request import Settled
+    from lumos.pipeline.base import OnStep, VideoPipeline
 
 
 @dataclass(frozen=True)
 class Form:
     """What the clips of one batch have in common."""
 
-    sampling: GenerationSettings
+    sampling: SamplingOptions
     clip: ClipDefaults
     num_given_frames: int
     starts: tuple[int, ...]  # frames where later prompts begin
@@ -104,25 +103,26 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) ->
     repeats = options.get("num_videos_per_prompt") or 1
     if isinstance(options["seed"], list) and repeats == 1:
         options["num_videos_per_prompt"] = len(options["seed"])
-    return Request(**options, **over_time)
+    return Request.of(**options, **over_time)
 
 
-def clips_of(row: Row, request: Request, settled: Settled, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
+def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
     """The clips of a row. inputs: what else decides them; numbered: the row's number names them, not their seeds."""
-    given = {key: value for key in ("negative_prompt", "image", "video") if (value := getattr(request, key)) is not None}
+    names = ("negative_prompt", "image", "video", "last_image")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
     later = tuple(text for _, text in request.later_prompts or ())
     starts = tuple(start for start, _ in request.later_prompts or ())
-    form = Form(settled.sampling, settled.clip, settled.num_given_frames, starts, tuple(given))
+    form = Form(resolved.sampling, resolved.clip, resolved.num_given_frames, starts, tuple(given))
     clips = []
-    for seed in settled.seeds:
-        after = "" if numbered and len(settled.seeds) == 1 else f"-{seed}"
+    for seed in resolved.seeds:
+        after = "" if numbered and len(resolved.seeds) == 1 else f"-{seed}"
         file = default_name(request.prompt, form.clip.num_frames == 1, f"{row.number + 1:04d}-" if numbered else "", after)
         if "output" in row.options:
             path = PurePosixPath(row.options["output"])
             file = str(path.parent / f"{path.stem}{after}{path.suffix}")
         decides = {
             "prompt": request.prompt, "later_prompts": request.later_prompts, "negative_prompt": request.negative_prompt,
-            "seed": seed, "settings": settled.settings, **inputs,
+            "seed": seed, "settings": resolved.settings, **inputs,
         }  # fmt: skip
         clips.append(Clip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
     return clips
@@ -154,15 +154,15 @@ def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-def make_codes(pipe: LumosPipeline, clips: Sequence[Clip], on_step: OnStep) -> list[Tensor]:
-    """Codes [t, h, w] of each clip of a batch."""
+def make_latents(pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep) -> list[Tensor]:
+    """Latents [t, ...] of each clip of a batch."""
     form = clips[0].form
     later = [(start, [clip.later[n] for clip in clips]) for n, start in enumerate(form.starts)]
     given = {name: [clip.given[name] for clip in clips] for name in form.names}
     return list(pipe(
         [clip.prompt for clip in clips], seed=[clip.seed for clip in clips], later_prompts=later or None, output_type="latent",
         on_step=on_step, **given, **form.options(),
-    ).codes)  # fmt: skip
+    ).latents)  # fmt: skip
 
 
 def record_path(result: Path) -> Path:

@@ -14,7 +14,8 @@ from typing import Any
 
 from lumos.errors import UserError, shown
 from lumos.files import parse_json, read_text
-from lumos.pipeline.defaults import is_number, is_whole
+from lumos.pipeline.options import all_options
+from lumos.settings import is_whole
 
 MAX_LIST_BYTES = 2**28
 MAX_ROWS = 1_000_000
@@ -38,10 +39,6 @@ def is_list_of(kind: Callable[[object], bool], value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(kind, value))
 
 
-def parse_flag(cell: str) -> bool:
-    return {"true": True, "false": False}[cell.lower()]
-
-
 def whole_numbers(cell: str) -> int | list[int]:
     numbers = [int(part) for part in cell.split()]
     return numbers[0] if len(numbers) == 1 else numbers
@@ -51,19 +48,20 @@ TEXT = Kind("text", is_text, str)
 PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
 WHOLE = Kind("a whole number", is_whole, int)
 WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), whole_numbers)
-NUMBER = Kind("a number", is_number, float)
-FLAG = Kind("true or false", lambda value: isinstance(value, bool), parse_flag)
-INTERVAL = Kind("two numbers", lambda v: isinstance(v, list) and len(v) == 2, lambda cell: [float(part) for part in cell.split()])
 COUNTS = Kind("a list of whole numbers", lambda v: is_list_of(is_whole, v), lambda cell: [int(part) for part in cell.split()])
 
-OPTIONS = {
-    "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "output": TEXT,
-    "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE, "num_inference_steps": WHOLE,
-    "guidance_scale": NUMBER, "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "history_mask_ratio": NUMBER,
-    "mask_given_frames": FLAG, "guidance_interval": INTERVAL, "confidence_threshold": NUMBER, "later_steps": WHOLE,
-    "history_frames": WHOLE, "history_thinning": FLAG, "num_videos_per_prompt": WHOLE, "seed": WHOLES,
+ARGUMENTS = {
+    "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "last_image": TEXT,
+    "output": TEXT, "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE,
+    "num_videos_per_prompt": WHOLE, "seed": WHOLES,
 }  # fmt: skip
-"""What a row may say, by the names of the command line."""
+"""What a row may say beside sampling options."""
+PATHS = ("image", "video", "last_image")
+
+
+def columns() -> dict[str, Kind]:
+    """What a row may say, by the names of the command line: arguments, and the sampling options of all generators."""
+    return ARGUMENTS | {name: Kind(option.kind, option.holds, option.parse) for name, option in all_options().items()}
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,11 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def read_table(text: str, path: Path) -> Reader:
-    table = csv.reader(io.StringIO(text, newline=""), strict=True)
+    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in next(table, [])]
-        if wrong := [name for name in names if name not in OPTIONS or names.count(name) > 1]:
-            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or there twice; allowed: {', '.join(OPTIONS)}")
+        if wrong := [name for name in names if name not in known or names.count(name) > 1]:
+            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or there twice; allowed: {', '.join(known)}")
         for cells in table:
             if any(cell.strip() for cell in cells):
                 yield table.line_num, lambda cells=cells: parse_cells(names, cells)
@@ -137,20 +135,21 @@ def read_table(text: str, path: Path) -> Reader:
 def parse_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(names):
         raise UserError(f"{len(cells)} cells under {len(names)} columns")
-    row = {}
+    known, row = columns(), {}
     for name, cell in zip(names, map(str.strip, cells), strict=True):
         try:
-            row |= {name: OPTIONS[name].parse(cell)} if cell else {}
-        except (ValueError, KeyError, OverflowError) as error:
-            raise UserError(f"{name} {shown(cell)} is not allowed; give {OPTIONS[name].name}") from error
+            row |= {name: known[name].parse(cell)} if cell else {}
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{name} {shown(cell)} is not allowed; give {known[name].name}") from error
     return row
 
 
 def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The row with the paths of what it begins with; UserError for an unknown name and for a value of another kind."""
-    if unknown := [name for name in row if name not in OPTIONS]:
-        raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(OPTIONS)}")
+    known = columns()
+    if unknown := [name for name in row if name not in known]:
+        raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(known)}")
     for name, value in row.items():
-        if not OPTIONS[name].holds(value):
-            raise UserError(f"{name} {shown(value)} is not allowed; give {OPTIONS[name].name}")
-    return {name: str(folder / value) if name in ("image", "video") else value for name, value in row.items()}
+        if not known[name].holds(value):
+            raise UserError(f"{name} {shown(value)} is not allowed; give {known[name].name}")
+    return {name: str(folder / value) if name in PATHS else value for name, value in row.items()}

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lumos.errors import UserError, shown
+from lumos import registry
+from lumos.errors import UserError
 from lumos.files import file_sha256, replacing_folder, write_json
 from lumos.lora import Lora, fingerprints, read_record, write_adapter
-from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.conversion import check_written, read_config
-from lumos.models.lumos1.modeling import LumosForVideoGeneration
-from lumos.models.lumos1.pipeline import LumosPipeline
-from lumos.models.lumos1.settings import GenerationSettings, write_defaults
-from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.base import VideoPipeline
 from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
-from tokenizer.text import TextTokenizer
-from tokenizer.video import VideoTokenizer
 
-_SAYS_NOTHING_OF_WEIGHTS = {
-    "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
-    "initializer_range", "eos_token_id",
-}  # fmt: skip
-"""Fields of LumosConfig that two models may have otherwise and still be mixed."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,18 +54,9 @@ class Mix:
             raise UserError(f"--mix: there is no model folder {folder}")
         return mix
 
-    def into(self, weights: dict[str, Tensor], config: LumosConfig) -> dict[str, Tensor]:
-        """The mean, in float32; UserError if the other model is not of the same config."""
-        theirs = read_config(Path(self.folder))
-        for name in sorted(set(LumosConfig.__annotations__) - _SAYS_NOTHING_OF_WEIGHTS):
-            found, wanted = getattr(theirs, name), getattr(config, name)
-            if found != wanted:
-                raise UserError(
-                    f"--mix {self.folder} is another model than the run's: its {name} is {shown(found)}, not {shown(wanted)}"
-                )
-        with no_progress_bar():
-            other = dict(LumosForVideoGeneration.from_pretrained(self.folder, dtype=torch.float32).named_parameters())
-        return {name: torch.lerp(tensor.float(), other[name].detach(), self.share) for name, tensor in weights.items()}
+    def into(self, weights: dict[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weighted mean of both, in float32."""
+        return {name: torch.lerp(tensor.float(), theirs[name].detach(), self.share) for name, tensor in weights.items()}
 
 
 def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -120,6 +101,7 @@ def export_checkpoint(
         files = sorted(Path(mix.folder).glob("*.safetensors"))
         made["mix"] = {**vars(mix), "sha256": {file.name: file_sha256(file) for file in files}}
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
+    task = task_class(settings)
     with replacing_folder(out) as writing:
         if facts["lora"]:
             shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
@@ -127,12 +109,36 @@ def export_checkpoint(
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
             return made
-        _write_model(writing, stored, kind, LumosConfig(**facts["config"]), DTYPES[dtype], mix)
-        VideoTokenizer.from_pretrained(tokenizers.video).to(DTYPES[dtype]).save_pretrained(writing / "video_tokenizer")
-        TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(writing / "text_tokenizer")
-        write_defaults(writing, GenerationSettings(**facts["generation"]), ClipDefaults(**facts["clip"], target_size=None))
+        shapes = task.parameter_shapes(facts)
+        weights = stored.read_whole(kind, shapes)
+        if mix is not None:
+            weights = mix.into(weights, task.weights_to_mix(mix.folder, facts))
+        task.write_folder(writing, weights, facts, tokenizers, DTYPES[dtype])
         write_json(writing / "training.json", made)
     return made
+
+
+def task_class(settings: Mapping[str, Any]) -> type[TrainableGenerator]:
+    """The task of the generator that the settings of a run name; runs of earlier versions name none."""
+    return registry.generator(settings.get("generator")).load("task")
+
+
+class TrainableGenerator(Protocol):
+    """What an export needs of a generator's task class. `metadata`: what the task's `export_metadata` returned."""
+
+    @staticmethod
+    def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """Shapes of the network's parameters, by name."""
+
+    @staticmethod
+    def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Float32 parameters of another model folder; UserError unless it is of the same shape and reads the same sequences."""
+
+    @staticmethod
+    def write_folder(
+        folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
+    ) -> None:
+        """Write a model folder that the generator's pipeline reads whole."""
 
 
 def export_merged(
@@ -162,7 +168,7 @@ def export_adapter(
         raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
     with no_progress_bar(), replacing_folder(out) as writing:
-        pipe = LumosPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
+        pipe = VideoPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
         pipe.model.to(DTYPES[dtype])
         pipe.model.config.dtype = DTYPES[dtype]
         pipe.video_tokenizer.to(DTYPES[dtype])
@@ -170,28 +176,6 @@ def export_adapter(
         facts = made or {"adapter": str(adapter), "dtype": dtype, **versions()}
         write_json(writing / "training.json", {"base": str(base), **facts})
     return base
-
-
-def _write_model(
-    folder: Path, stored: checkpoint.Stored, kind: str, config: LumosConfig, dtype: torch.dtype, mix: Mix | None
-) -> None:
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
-    weights = stored.read_whole(kind, shapes)
-    if mix is not None:
-        weights = mix.into(weights, config)
-    with no_progress_bar():
-        model_with(weights, config, dtype).save_pretrained(folder)
-    check_written(folder, {name: tuple(shape) for name, shape in shapes.items()})
-
-
-def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:
-    """The model of these whole weights, by name, in a number format."""
-    with torch.device("meta"):
-        model = LumosForVideoGeneration(config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    model.config.dtype = dtype
-    return model
 
 
 def _check_tokenizers(

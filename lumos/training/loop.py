@@ -8,61 +8,35 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from lumos.data.curriculum import Curriculum, StepShape, check_shares
+from lumos.data.curriculum import Curriculum, check_shares
 from lumos.data.prefetch import in_processes, prefetched
 from lumos.data.seeding import sample_generator
-from lumos.data.source import Source
 from lumos.device_peak import peak_flops
 from lumos.durable import put_back, sweep_folder
 from lumos.errors import RunError, UserError
 from lumos.files import check_writable, only_writer
-from lumos.models.lumos1.training import ArdfTask, Draft
 from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
 from lumos.settings import differences
 from lumos.training import checkpoint
 from lumos.training.ema import Ema
 from lumos.training.engine import lost_process_reported, pick_precision
+from lumos.training.export import task_class
 from lumos.training.launch import make_engine, start_processes
 from lumos.training.logging import Meter, RunLog
 from lumos.training.loss_sums import LossSums, of_all_processes
-from lumos.training.samples import Sampler, render
+from lumos.training.samples import render
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
 from lumos.training.signals import Interrupt
-from lumos.training.task import Batch
+from lumos.training.task import Batch, TrainingTask
 from lumos.training.trackers import check_installed, open_writers
 from lumos.training.validation import Validation
-
-
-class Task(Protocol):
-    """What is trained. `groups` {name: places} say by what its losses are sorted in the log."""
-
-    groups: dict[str, int]
-    source: Source
-
-    def build_model(self) -> nn.Module: ...
-
-    def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch: ...
-
-    def draft(self, step: int, shape: StepShape, positions: range) -> Draft: ...
-
-    def encoded(self, draft: Draft) -> Batch: ...
-
-    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-    def identity(self) -> dict[str, Any]: ...
-
-    def facts(self) -> dict[str, Any]: ...
-
-    def export(self, checkpoint: Path, target: Path) -> None: ...
-
-    def sampler(self, weights: dict[str, Tensor]) -> Sampler: ...
 
 
 def train(settings: TrainingSettings) -> dict[str, Any]:
@@ -80,7 +54,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         return_freed_memory(device)
     with lost_process_reported():
         start_processes(settings, device)
-        task = ArdfTask(settings, device)
+        task = task_class(settings.to_dict())(settings, device)
         with _own(settings.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
             return run_task(settings, task, device)
 
@@ -95,7 +69,7 @@ def _own(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> dict[str, Any]:
+def run_task(settings: TrainingSettings, task: TrainingTask, device: torch.device) -> dict[str, Any]:
     """`train` for any task."""
     run = Run(settings, task, device)
     try:
@@ -107,7 +81,7 @@ def run_task(settings: TrainingSettings, task: Task, device: torch.device) -> di
 class Run:
     """One process's part of a training run. `step` counts the optimizer steps done."""
 
-    def __init__(self, settings: TrainingSettings, task: Task, device: torch.device):
+    def __init__(self, settings: TrainingSettings, task: TrainingTask, device: torch.device):
         training = settings.training
         self.settings, self.task = settings, task
         self.curriculum = Curriculum(settings.data.stages, training.batch_size, training.tokens_per_batch)
@@ -185,14 +159,14 @@ class Run:
         data = self.settings.data
         depth = max(data.prefetch, data.workers)
         if not data.processes:
-            yield from prefetched(lambda step: self.task.encoded(self._draft(step)), steps, workers=data.workers, depth=depth)
+            yield from prefetched(lambda step: self.task.encode(self._prepare(step)), steps, workers=data.workers, depth=depth)
             return
-        with closing(in_processes(self._draft, steps, processes=data.processes)) as drafts:
-            yield from prefetched(lambda _: self.task.encoded(next(drafts)), steps, workers=data.workers, depth=depth)
+        with closing(in_processes(self._prepare, steps, processes=data.processes)) as drafts:
+            yield from prefetched(lambda _: self.task.encode(next(drafts)), steps, workers=data.workers, depth=depth)
 
-    def _draft(self, step: int) -> Draft:
+    def _prepare(self, step: int) -> Any:
         shape = self.curriculum(step)
-        return self.task.draft(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
+        return self.task.prepare(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
 
     def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
         """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
@@ -200,7 +174,7 @@ class Run:
         count, tokens, flops, stops, dues = engine.all_sum(
             torch.tensor([batch.supervised, batch.tokens, batch.flops, stop, due and engine.rank == 0], dtype=torch.float64)
         ).tolist()
-        sums = LossSums(self.task.groups)
+        sums = LossSums(self.task.loss_groups)
         share = math.ceil(self.task.source.clips_in(self.curriculum(batch.step)) / engine.world)
         micro_batches = batch.micro_batches(self.settings.training.micro_batch_size, share)
         for i, micro in enumerate(micro_batches):
@@ -284,7 +258,7 @@ class Run:
         def draw() -> None:
             render(
                 self.settings.samples,
-                lambda: self.task.sampler(weights),
+                lambda: self.task.preview(weights),
                 self.settings.output_dir / "samples" / f"step-{self.step:08d}",
                 step=self.step,
                 log=self.log,
@@ -311,8 +285,8 @@ class Run:
         tensors = engine.state() | checkpoint.random_state() | averages
         state = {
             "settings": self.settings.to_dict(),
-            "identity": self.task.identity(),
-            "task": self.task.facts(),
+            "identity": self.task.resume_fingerprint(),
+            "task": self.task.export_metadata(),
             "engine": engine.kind,
             "world": engine.world,
             "updates": engine.updates,
@@ -386,7 +360,7 @@ class Run:
         if found is None:
             return 0
         folder, state = found
-        checkpoint.check_fits(folder, state, identity=self.task.identity(), max_steps=self.settings.training.max_steps)
+        checkpoint.check_fits(folder, state, identity=self.task.resume_fingerprint(), max_steps=self.settings.training.max_steps)
         self.changed = differences(state["settings"], self.settings.to_dict())
         written, now = (f"{kind}, {world} process{'es' * (world > 1)}" for kind, world in
                         ((state["engine"], state["world"]), (engine.kind, engine.world)))  # fmt: skip

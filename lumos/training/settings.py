@@ -4,7 +4,7 @@
 `yaml_settings` lists them.
 """
 
-# ruff: noqa: RUF009 - `setting` is dataclasses.field with a meaning
+
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from lumos import registry
 from lumos.data.prefetch import check_processes
 from lumos.data.shards.remote import is_url
 from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, read_json
-from lumos.models.lumos1.configuration import ATTENTION_IMPLEMENTATIONS
-from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.options import SamplingOptions
 from lumos.settings import build, read_yaml, setting, to_plain
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
 """The most clips of an optimizer step, whose batches are laid out on the host, and of a validation set."""
@@ -58,7 +57,7 @@ class LoraSettings:
     )
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank", low=0)
     dropout: float = setting(0.0, "dropout on what goes into the adapters", low=0, high=1)
-    targets: list[str] = setting(list(LORA_TARGETS), "projections of every layer that get adapters")
+    targets: list[str] = setting([], "linear layers of every block that get adapters")
 
 
 @dataclass
@@ -132,13 +131,6 @@ class DataSettings:
 
 
 @dataclass
-class MaskingSettings:
-    kind: str = setting("tube", "mask pattern (published: tube)", choices=("tube", "random", "diffusion_forcing", "tube_decay"))
-    min_ratio: float = setting(0.7, "lowest share of masked tokens in a clip (published 0.7)", low=0, high=1)
-    text_dropout: float = setting(0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1)
-
-
-@dataclass
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
     batch_size: int | None = setting(
@@ -177,13 +169,7 @@ class OptimizationSettings:
         choices=("auto", "fp32", "bf16"),
     )
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    attention: str | None = setting(
-        None,
-        "how the run attends: segmented (a GPU wants few and long segments), dense (short clips: memory "
-        "grows with the square of the length), flex (CUDA only, "
-        "compiled for each length: set data.pad_to); null: as the model's config says",
-        choices=(None, *ATTENTION_IMPLEMENTATIONS),
-    )
+    attention: str | None = setting(None, "attention implementation of the run; null: as the model's config says")
     compile: bool = setting(False, "torch.compile for norms and MLPs; the first steps wait for the compiler")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
     skip_not_finite: int = setting(
@@ -255,19 +241,26 @@ class DeepSpeedSettings:
 
 @dataclass
 class TrainingSettings:
-    """All settings of a run. `name` is the config file's stem, and names the default output folder."""
+    """All settings of a run. `name` is the config file's stem, and names the default output folder.
+
+    The settings class of a generator inherits from this one: it adds sections, replaces a section by one with more keys, and
+    adds to `check`.
+    """
+
+    sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
+    """The generator's sampling options, which the sections generation and samples.options hold."""
 
     name: str = setting("train", "name of the run")
+    generator: str = setting("lumos1", "kind of model that is trained, see `lumos.registry`")
     model: ModelSettings = setting(ModelSettings, "what is trained")
     lora: LoraSettings = setting(LoraSettings, "fine-tuning by low-rank adapters")
     tokenizer: TokenizerSettings = setting(TokenizerSettings, "the two tokenizers, which are not trained here")
     data: DataSettings = setting(DataSettings, "what it is trained on")
-    masking: MaskingSettings = setting(MaskingSettings, "which tokens it must fill in")
     training: OptimizationSettings = setting(OptimizationSettings, "how it is trained")
     deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "how it is spread over processes")
     logging: LoggingSettings = setting(LoggingSettings, "where it can be watched")
     samples: SampleSettings = setting(SampleSettings, "which clips it draws on the way")
-    generation: dict[str, Any] = setting({}, "how the exported model samples by default: fields of GenerationSettings")
+    generation: dict[str, Any] = setting({}, "how the exported model samples by default: its sampling options")
 
     @property
     def zero_stage(self) -> int | None:
@@ -293,6 +286,11 @@ class TrainingSettings:
         """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""
         return to_plain(self)
 
+    def check(self) -> None:
+        """UserError for fields that contradict each other."""
+        for check in CHECKS:
+            check(self)
+
 
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainingSettings:
     """Read a YAML file and apply overrides such as `training.max_steps=200`, in order.
@@ -305,33 +303,40 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Train
 
 
 def build_settings(raw: dict[str, Any]) -> TrainingSettings:
-    """Settings from nested dicts; UserError as in `load_settings`, also for fields that contradict each other."""
-    settings = build(TrainingSettings, raw)
-    _check(settings)
+    """Settings of the generator that `raw` names, from nested dicts; UserError as in `load_settings`."""
+    settings = build(registry.generator(raw.get("generator")).load("settings"), raw)
+    settings.check()
     return settings
 
 
-def _check(settings: TrainingSettings) -> None:
+def check_sampling(settings: TrainingSettings) -> None:
     samples = settings.samples
     for name, options in (("generation", settings.generation), ("samples.options", settings.generation | samples.options)):
-        try:
-            GenerationSettings(**options)
-        except TypeError as error:
-            known = GenerationSettings.__dataclass_fields__
-            wrong = next((f"unknown key {as_text(key)}" for key in options if key not in known), str(error))
-            raise UserError(f"{name}: {wrong}; allowed: {', '.join(known)}") from error
+        if unknown := [key for key in options if key not in settings.sampling.declared()]:
+            raise UserError(f"{name}: unknown key {as_text(unknown[0])}; allowed: {', '.join(settings.sampling.declared())}")
+        settings.sampling(**options)
     if samples.every and not samples.prompts:
         raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
     if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:
         raise UserError(f"samples.prompts holds the empty prompt {shown(empty[0])}; say in words what the clip shows")
     if samples.prompts and not samples.every:
         warnings.warn("samples.prompts has no effect with samples.every=0")
+    if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:
+        raise UserError(
+            f"samples.max_seconds is {samples.max_seconds}, but processes wait for each other only "
+            f"{settings.deepspeed.timeout_minutes} minutes; lower it, or raise deepspeed.timeout_minutes"
+        )
+
+
+def check_logging(settings: TrainingSettings) -> None:
     if len(set(settings.logging.to)) < len(settings.logging.to):
         raise UserError(f"logging.to names one place twice: {', '.join(settings.logging.to)}")
-    training, data, stages = settings.training, settings.data, settings.data.stages
+
+
+def check_data(settings: TrainingSettings) -> None:
+    data, usual = settings.data, DataSettings()
     if (data.source == "shards") != (data.path is not None):
         raise UserError(f"data.source is {data.source} and data.path is {as_text(data.path)}; shards need a path, worlds have none")
-    usual = DataSettings()
     for name in OF_WORLDS if data.source == "shards" else OF_SHARDS:
         if getattr(data, name) != getattr(usual, name):
             why = ", which was ingested as it is" if data.source == "shards" else ""
@@ -341,31 +346,13 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(f"data.{name} has no effect with the local data.path {as_text(data.path)}; leave it out")
     if (data.min_frames or 0) > data.num_frames:
         raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
-    if (training.batch_size is None) == (training.tokens_per_batch is None):
-        raise UserError(
-            f"training.batch_size is {training.batch_size} and training.tokens_per_batch {training.tokens_per_batch}; "
-            "one of them must be null, the other a number"
-        )
-    if training.tokens_per_batch is not None and stages and all(stage.batch_size for stage in stages):
-        raise UserError("training.tokens_per_batch has no effect, as every stage has its batch_size; set one of them")
-    if settings.model.preset is None and settings.model.from_ is None:
-        raise UserError("set model.preset (random weights) or model.from (a model folder)")
-    _check_lora(settings)
     check_processes(data.processes)
     if data.processes and data.workers > 1:
         raise UserError(f"data.workers is {data.workers}, but with data.processes one thread encodes what they draw; leave it out")
-    if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
-        raise UserError(
-            f"training.keep_every is {training.keep_every}; it must be a multiple of training.save_every_steps, which is "
-            f"{training.save_every_steps}"
-        )
-    if settings.deepspeed.timeout_minutes <= 0:
-        raise UserError(f"deepspeed.timeout_minutes is {settings.deepspeed.timeout_minutes}; it must be above 0")
-    if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:
-        raise UserError(
-            f"samples.max_seconds is {samples.max_seconds}, but processes wait for each other only "
-            f"{settings.deepspeed.timeout_minutes} minutes; lower it, or raise deepspeed.timeout_minutes"
-        )
+
+
+def check_stages(settings: TrainingSettings) -> None:
+    data, stages = settings.data, settings.data.stages
     for i, stage in enumerate(stages):
         if stage.image_batch_size is not None and stage.image_share == 0:
             raise UserError(f"data.stages[{i}].image_batch_size has no effect with image_share 0; set image_share too")
@@ -380,25 +367,48 @@ def _check(settings: TrainingSettings) -> None:
             raise UserError(
                 f"data.stages[{i}].first_frames is {stage.first_frames}; give less than data.num_frames {data.num_frames}"
             )
-    if training.schedule == "constant" and training.min_lr not in (0, training.lr):
-        raise UserError(f"training.min_lr {training.min_lr} has no effect with training.schedule=constant; leave it out")
     for i, stage in enumerate(stages[:-1]):
         if stage.steps is None:
             raise UserError(f"data.stages[{i}].steps is missing; only the last stage may leave it out")
+
+
+def check_optimization(settings: TrainingSettings) -> None:
+    training, stages = settings.training, settings.data.stages
+    if (training.batch_size is None) == (training.tokens_per_batch is None):
+        raise UserError(
+            f"training.batch_size is {training.batch_size} and training.tokens_per_batch {training.tokens_per_batch}; "
+            "one of them must be null, the other a number"
+        )
+    if training.tokens_per_batch is not None and stages and all(stage.batch_size for stage in stages):
+        raise UserError("training.tokens_per_batch has no effect, as every stage has its batch_size; set one of them")
+    if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
+        raise UserError(
+            f"training.keep_every is {training.keep_every}; it must be a multiple of training.save_every_steps, which is "
+            f"{training.save_every_steps}"
+        )
+    if training.schedule == "constant" and training.min_lr not in (0, training.lr):
+        raise UserError(f"training.min_lr {training.min_lr} has no effect with training.schedule=constant; leave it out")
     if training.min_lr > training.lr:
         raise UserError(f"training.min_lr is {training.min_lr}, above training.lr {training.lr}; it must be at most lr")
     if training.ema_decay >= 1:
         raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
     if training.decay_steps is not None and training.schedule != "wsd":
         raise UserError(f"training.decay_steps only has an effect with training.schedule=wsd, not {training.schedule}")
-    if settings.deepspeed.config is not None and not os.path.isfile(settings.deepspeed.config):  # False for a name that is too long
+
+
+def check_deepspeed(settings: TrainingSettings) -> None:
+    if settings.deepspeed.timeout_minutes <= 0:
+        raise UserError(f"deepspeed.timeout_minutes is {settings.deepspeed.timeout_minutes}; it must be above 0")
+    if settings.deepspeed.config is not None and not os.path.isfile(settings.deepspeed.config):
         raise UserError(
             f"deepspeed.config: there is no file {as_text(settings.deepspeed.config)}; the shipped ones are in configs/deepspeed/"
         )
 
 
-def _check_lora(settings: TrainingSettings) -> None:
-    lora, usual = settings.lora, LoraSettings()
+def check_model(settings: TrainingSettings) -> None:
+    if settings.model.preset is None and settings.model.from_ is None:
+        raise UserError("set model.preset (random weights) or model.from (a model folder)")
+    lora, usual = settings.lora, type(settings.lora)()
     if lora.rank is None:
         for name in ("alpha", "dropout", "targets"):
             if getattr(lora, name) != getattr(usual, name):
@@ -406,7 +416,10 @@ def _check_lora(settings: TrainingSettings) -> None:
         return
     if settings.model.from_ is None:
         raise UserError("lora.rank needs model.from: adapters change a trained model, not random weights")
-    if unknown := [name for name in lora.targets if name not in LORA_TARGETS]:
-        raise UserError(f"lora.targets has {shown(unknown[0])}; allowed: {', '.join(LORA_TARGETS)}")
+    if unknown := [name for name in lora.targets if name not in usual.targets]:
+        raise UserError(f"lora.targets has {shown(unknown[0])}; allowed: {', '.join(usual.targets)}")
     if not lora.targets or lora.dropout >= 1:
         raise UserError("lora.targets must not be empty, and lora.dropout must be below 1")
+
+
+CHECKS = (check_sampling, check_logging, check_data, check_stages, check_optimization, check_deepspeed, check_model)

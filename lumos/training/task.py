@@ -1,25 +1,44 @@
-"""What the training loop asks of a task, and the batches that a task gives."""
+"""What the training loop asks of a task, and the batches that a task makes.
+
+The loop (`lumos.training.loop`) knows no model: it asks a `TrainingTask` for a network, for batches and for losses. A new kind of
+training is a new task; the loop is never subclassed.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, full_like, nn
 
+from lumos.data.curriculum import StepShape
 from lumos.data.seeding import POSITIONS_PER_STEP
-from lumos.models.lumos1.sequence import Layout
+from lumos.data.source import Source
+from lumos.training.samples import Sampler
 
 IGNORED = -100
+"""Target of a position that has no loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of a step. Every tensor is [B, ...], right-padded to the longest of `lengths`; `targets` [B, L] is IGNORED
-    where nothing is asked, which is not so in `supervised` places. `flops` of its forward and backward. `layouts` [B] is what the
-    model would read off the ids."""
+    """One process's part of a training step: B clips.
+
+    step, kind    the step's number, and "image" or "video"
+    tensors       by name, each [B, ...]
+    names         of the clips, which find them again
+    lengths       tokens of each clip
+    flops         of forward and backward of the whole batch
+    supervised    number of losses
+    rows          by name, a list of B objects that the network takes beside the tensors
+    padded        tensors [B, L, ...] that are right-padded to the longest of `lengths`; None: all
+    idle          by name, the value of a tensor that leaves no loss: of a micro-batch that only keeps processes in step
+    pad_to        padded rows are a multiple of this length
+    """
 
     step: int
     kind: str
@@ -28,29 +47,99 @@ class Batch:
     lengths: list[int]
     flops: float
     supervised: int
-    layouts: list[Layout]
-    pad_to: int = 1  # the rows' length is a multiple of it
+    rows: dict[str, list] = field(default_factory=dict)
+    padded: tuple[str, ...] | None = None
+    idle: Mapping[str, float] = field(default_factory=lambda: {"targets": IGNORED})
+    pad_to: int = 1
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """Tokens of all clips, without padding."""
         return sum(self.lengths)
 
-    def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Any]]:
-        """Parts of up to `size` clips, each as long as its longest.
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The batch as one micro-batch."""
+        return self.tensors | self.rows
 
-        Their number is that of a process with `share` clips, because ZeRO needs it to be equal on all: a process with a clip
-        less may have to add one that asks for nothing.
+    def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Any]]:
+        """Parts of up to `size` clips, each as long as its longest clip.
+
+        The number of parts is that of a process with `share` clips, because ZeRO needs it to be equal in all processes: a
+        process with a clip less may have to add a part without losses.
         """
         count = len(self.names)
         size = min(size or POSITIONS_PER_STEP, max(share or 0, count))
         parts = [self._part(i, min(i + size, count)) for i in range(0, count, size)]
         for _ in range(len(parts), math.ceil((share or count) / size)):
-            idle = self._part(count - 1, count)  # the shortest
-            parts.append(idle | {"targets": torch.full_like(idle["targets"], IGNORED)})
+            last = self._part(count - 1, count)  # the shortest
+            parts.append(last | {name: full_like(last[name], value) for name, value in self.idle.items()})
         return parts
 
     def _part(self, start: int, stop: int) -> dict[str, Any]:
         longest = math.ceil(max(self.lengths[start:stop]) / self.pad_to) * self.pad_to
-        parts = {name: tensor[start:stop, :longest] for name, tensor in self.tensors.items()}
-        return parts | {"layouts": self.layouts[start:stop]}
+        padded = self.tensors if self.padded is None else self.padded
+        parts = {
+            name: tensor[start:stop, :longest] if name in padded else tensor[start:stop] for name, tensor in self.tensors.items()
+        }
+        return parts | {name: values[start:stop] for name, values in self.rows.items()}
+
+
+class TrainingTask(ABC):
+    """What is trained, on what, with which losses.
+
+    loss_groups   {name: places}: by what the losses are sorted in the log, such as latent frames
+    source        where the clips come from
+    causal        whether a latent frame of the network sees no later one
+    """
+
+    loss_groups: dict[str, int]
+    source: Source
+    causal: ClassVar[bool] = False
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The network in float32, in training mode, the same for a seed in all processes."""
+
+    @abstractmethod
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Any:
+        """The clips at `positions` of a step, without what needs a network: picklable, on the CPU, made in any process."""
+
+    @abstractmethod
+    def encode(self, prepared: Any) -> Batch:
+        """The batch of what `prepare` returned, on the device of the training."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [N] of a micro-batch with gradient, and {group of `loss_groups`: the place of each loss, [N]}."""
+
+    @abstractmethod
+    def resume_fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed: all that decides the losses."""
+
+    @abstractmethod
+    def export_metadata(self) -> dict[str, Any]:
+        """What `export` needs beside the weights, as JSON. Called after `build_model`."""
+
+    @abstractmethod
+    def export(self, folder: Path, target: Path) -> None:
+        """Write the checkpoint in `folder` as a folder that users load."""
+
+    def preview(self, weights: dict[str, Tensor]) -> Sampler | None:
+        """Draws sample clips with these whole weights; None: the task draws none."""
+        return None
+
+    def build_auxiliary(self) -> nn.Module | None:
+        """A second network, with an optimizer of its own, that is trained beside the model; None: there is none.
+
+        The loop steps it after the model, and saves and resumes it, under ZeRO 0 to 2 too.
+        """
+        return None
+
+    def auxiliary_losses(self, model: nn.Module, auxiliary: nn.Module, micro: dict[str, Any]) -> Tensor:
+        """Losses [N] of the auxiliary network, with gradient for it alone. The losses of the model see it as it was before."""
+        raise TypeError(f"{type(self).__name__} has an auxiliary network, but no losses for it")
+
+    def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
+        """`prepare` and `encode` in one."""
+        return self.encode(self.prepare(step, shape, positions, dropout=dropout))

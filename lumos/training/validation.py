@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,13 @@ from lumos.training.engine import Engine
 from lumos.training.logging import Meter
 from lumos.training.loss_sums import LossSums
 from lumos.training.settings import TrainingSettings
-from lumos.training.task import Batch
-
-if TYPE_CHECKING:
-    from lumos.training.loop import Task
+from lumos.training.task import Batch, TrainingTask
 
 
 class Validation:
     """The fixed set, `data.validation_clips` clips of each kind; made when it is first asked for, then kept."""
 
-    def __init__(self, task: Task, kinds: list[str], settings: TrainingSettings):
+    def __init__(self, task: TrainingTask, kinds: list[str], settings: TrainingSettings):
         self.task, self.kinds = task, kinds
         self.clips = settings.data.validation_clips
         self.size = min(settings.training.micro_batch_size or 16, self.clips)
@@ -43,9 +40,9 @@ class Validation:
         for kind in self.kinds:
             if kind not in self.batches:
                 self.batches[kind] = self._share(kind, engine.rank, engine.world)
-            sums = LossSums(self.task.groups)
+            sums = LossSums(self.task.loss_groups)
             for batch, counts in self.batches[kind]:
-                found = losses(batch.tensors | {"layouts": batch.layouts})
+                found = losses(batch.whole)
                 if counts:
                     sums.add(*found)
             meter.add_parts(sums.over_processes(engine).parts(kind))

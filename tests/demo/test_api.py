@@ -15,7 +15,7 @@ from PIL import Image
 
 from lumos import LumosPipeline
 from lumos.demo.limits import Limits
-from lumos.demo.service import Studio
+from lumos.demo.service import Service
 from lumos.demo.worker import Job
 from lumos.pipeline.request import Request
 from lumos.video.io import read_image, read_video, write_video
@@ -32,21 +32,21 @@ def pipe(micro_folder):
 
 
 @pytest.fixture
-def studio(pipe, tmp_path):
+def service(pipe, tmp_path):
     limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, max_upload_seconds=3, queue_length=1)
-    studio = Studio(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
-    yield studio
-    studio.worker.close()
+    service = Service(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
+    yield service
+    service.worker.close()
 
 
 @pytest.fixture
-def site(studio):
+def site(service):
     from lumos.demo.api import add_api
-    from lumos.demo.middleware import Gate
+    from lumos.demo.middleware import Middleware
 
     app = fastapi.FastAPI()
-    add_api(app, studio)
-    return Gate(app, studio.store, studio.limits)
+    add_api(app, service)
+    return Middleware(app, service.store, service.limits)
 
 
 @pytest.fixture
@@ -60,11 +60,11 @@ def png(picture: np.ndarray = PICTURE) -> bytes:
     return file.getvalue()
 
 
-def uploads(studio) -> list:
-    return [path for path in studio.store.uploads.rglob("*") if path.is_file()]
+def uploads(service) -> list:
+    return [path for path in service.store.uploads.rglob("*") if path.is_file()]
 
 
-def test_a_call_ends_in_an_mp4_whose_record_makes_it_again(client, studio, pipe, tmp_path):
+def test_a_call_ends_in_an_mp4_whose_record_makes_it_again(client, service, pipe, tmp_path):
     answer = client.post("/api/generate", data={"prompt": "a red circle", "seed": "3", "num_frames": "9"})
     assert (answer.status_code, answer.headers["content-type"], answer.headers["x-lumos-seed"]) == (200, "video/mp4", "3")
     (tmp_path / "clip.mp4").write_bytes(answer.content)
@@ -76,7 +76,7 @@ def test_a_call_ends_in_an_mp4_whose_record_makes_it_again(client, studio, pipe,
     assert (record["prompt"], record["seed"], record["model"]) == ("a red circle", 3, "micro")
     assert (record["settings"]["num_frames"], record["settings"]["num_inference_steps"]) == (9, 2)
     assert client.get(f"/api/results/{record['file']}").content == answer.content
-    assert json.loads((studio.store.results / f"{record['file']}.json").read_text()) == record
+    assert json.loads((service.store.results / f"{record['file']}.json").read_text()) == record
     assert client.get("/api/status").json()["state"] == "idle"
 
 
@@ -90,7 +90,7 @@ def test_a_picture_and_what_it_cannot_use(client, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_uploads_begin_the_clip_and_are_gone_afterwards(client, studio, tmp_path, kind):
+def test_uploads_begin_the_clip_and_are_gone_afterwards(client, service, tmp_path, kind):
     if kind == "image":
         file = ("my photo.png", png())
     else:
@@ -100,7 +100,7 @@ def test_uploads_begin_the_clip_and_are_gone_afterwards(client, studio, tmp_path
     record = client.get(f"/api/{answer.headers['x-lumos-record']}").json()
     assert record["settings"]["num_given_frames"] == {"image": 1, "video": 5}[kind]
     assert record[kind] == {"image": "my_photo.png", "video": "clip.mp4"}[kind]
-    assert uploads(studio) == []
+    assert uploads(service) == []
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_uploads_begin_the_clip_and_are_gone_afterwards(client, studio, tmp_path
         ({"prompt": "x", "image": "/etc/passwd"}, "image is text; send a file"),
     ],
 )
-def test_a_mistake_is_json_with_status_400(client, studio, data, message):
+def test_a_mistake_is_json_with_status_400(client, service, data, message):
     answer = client.post("/api/generate", data=data or {"seed": "1"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]
-    assert list(studio.store.results.iterdir()) == []
+    assert list(service.store.results.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_a_mistake_is_json_with_status_400(client, studio, data, message):
         ("huge.png", bytes(3 * 2**20), 413, "the request is too large; at most 1 MB are allowed"),
     ],
 )
-def test_bad_uploads(client, studio, name, content, status, message):
+def test_bad_uploads(client, service, name, content, status, message):
     answer = client.post("/api/generate", data={"prompt": "x"}, files={"image": (name, content)})
     assert answer.status_code == status
     assert message in answer.json()["error"]
-    assert str(studio.store.uploads) not in answer.text
-    assert uploads(studio) == []
+    assert str(service.store.uploads) not in answer.text
+    assert uploads(service) == []
 
 
 def test_a_long_clip_and_both_kinds_at_once(client, tmp_path):
@@ -172,12 +172,12 @@ def test_other_bodies_are_small(client):
     assert answer.status_code == 413
 
 
-def test_pages_of_other_sites_start_nothing(client, studio):
+def test_pages_of_other_sites_start_nothing(client, service):
     """A browser says where a request comes from, and would send a form from anywhere to an address of its own machine."""
     ask = lambda site: client.post("/api/generate", data={"prompt": "x"}, headers={"sec-fetch-site": site})  # noqa: E731
     answer = ask("cross-site")
     assert (answer.status_code, "another site" in answer.json()["error"]) == (403, True)
-    assert list(studio.store.results.iterdir()) == []
+    assert list(service.store.results.iterdir()) == []
     assert ask("same-origin").status_code == 200
     assert client.get("/api/status", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link to it
 
@@ -210,21 +210,21 @@ def test_nothing_else_is_there(client, path):
     assert "error" in answer.json()
 
 
-LONG = Request("x", num_frames=257, num_inference_steps=1000)
+LONG = Request.of("x", num_frames=257, num_inference_steps=1000)
 
 
-def test_a_full_queue_is_status_429_for_page_and_api_alike(client, studio):
-    jobs = [studio.submit(Job(LONG)) for _ in range(2)]
+def test_a_full_queue_is_status_429_for_page_and_api_alike(client, service):
+    jobs = [service.submit(Job(LONG)) for _ in range(2)]
     answer = client.post("/api/generate", data={"prompt": "x"})
     assert (answer.status_code, "try again later" in answer.json()["error"]) == (429, True)
     status = client.get("/api/status").json()
     assert (status["state"], status["limits"]["queue_length"], status["defaults"]["num_frames"]) == ("working", 1, 5)
-    studio.worker.close()
+    service.worker.close()
     assert {job.state for job in jobs} == {"cancelled"}
 
 
 @pytest.mark.parametrize("what", ["clip", "record", "image"])
-def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatch, what):
+def test_a_full_disk_is_status_500_and_leaves_nothing(client, service, monkeypatch, what):
     """No folder of the server is told."""
     replace = os.replace
 
@@ -234,7 +234,7 @@ def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatc
         replace(source, target)
 
     if what == "image":
-        monkeypatch.setattr(studio.store, "new_upload", full)
+        monkeypatch.setattr(service.store, "new_upload", full)
     else:
         monkeypatch.setattr("lumos.files.os.replace", full)
     files = {"image": ("a.png", b"no picture")} if what == "image" else None
@@ -242,28 +242,28 @@ def test_a_full_disk_is_status_500_and_leaves_nothing(client, studio, monkeypatc
     kept = "image" if what == "image" else "clip"
     message = f"the server cannot keep the {kept} (No space left on device); try again later"
     assert (answer.status_code, answer.json()) == (500, {"error": message})
-    assert list(studio.store.results.iterdir()) == []
+    assert list(service.store.results.iterdir()) == []
 
 
 @pytest.mark.parametrize("data", [
     {"guidance_scale": "0"}, {"history_mask_ratio": "1"}, {"seed": "-1"}, {"num_frames": "6"}, {"width": "20"},
     {"guidance_scale": "1", "negative_prompt": "y"},
 ])  # fmt: skip
-def test_a_mistake_is_told_before_it_waits(client, studio, data):
+def test_a_mistake_is_told_before_it_waits(client, service, data):
     """All but what an upload holds: also where nobody may wait any more."""
     for _ in range(2):
-        studio.submit(Job(LONG))
+        service.submit(Job(LONG))
     assert client.post("/api/generate", data={"prompt": "x"}).status_code == 429
     answer = client.post("/api/generate", data={"prompt": "x", **data})
     assert answer.status_code == 400, answer.text
 
 
-def test_hanging_up_ends_the_work(site, studio):
+def test_hanging_up_ends_the_work(site, service):
     """The request as a server hands it on: its body, then, once the work has begun, the news that the client has gone."""
     body = b"prompt=x&num_frames=257&num_inference_steps=1000"
     begun, sent, messages = threading.Event(), [], [{"type": "http.request", "body": body}]
-    make = studio.worker._make
-    studio.worker._make = lambda job: (begun.set(), make(job))
+    make = service.worker._make
+    service.worker._make = lambda job: (begun.set(), make(job))
 
     async def receive():
         if messages:
@@ -282,7 +282,7 @@ def test_hanging_up_ends_the_work(site, studio):
     asyncio.run(asyncio.wait_for(site(scope, receive, send), 60))
     assert begun.is_set()
     deadline = time.monotonic() + 60
-    while studio.worker.status()["state"] != "idle":
+    while service.worker.status()["state"] != "idle":
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert list(studio.store.results.iterdir()) == []
+    assert list(service.store.results.iterdir()) == []

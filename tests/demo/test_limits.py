@@ -15,7 +15,7 @@ from lumos.pipeline.request import Request
 
 OWN = ClipDefaults(5, 16, 24, 8, None), GenerationSettings(num_inference_steps=12)
 LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(*OWN)
-FITS = Request("x" * 20, "y" * 20, num_frames=9, height=24, width=24, num_inference_steps=30)
+FITS = Request.of("x" * 20, negative_prompt="y" * 20, num_frames=9, height=24, width=24, num_inference_steps=30)
 
 
 def test_the_model_settles_what_is_left_open():
@@ -33,7 +33,7 @@ def test_a_bound_below_what_the_model_makes_by_itself_is_an_error(name, own):
 
 def test_what_is_just_within_bounds_is_taken():
     LIMITS.check(FITS)
-    LIMITS.check(Request("x"))
+    LIMITS.check(Request.of("x"))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_what_is_out_of_bounds_is_refused(change, message):
 def test_a_large_file_is_refused(name, tmp_path):
     (tmp_path / "small.png").write_bytes(bytes(1000))
     (tmp_path / "large.png").write_bytes(bytes(2000))
-    LIMITS.check(Request("x", **{name: tmp_path / "small.png"}))
+    LIMITS.check(Request.of("x", **{name: tmp_path / "small.png"}))
     with pytest.raises(TooLarge, match=r"large\.png has 0\.00191 MB; at most 0\.001 MB are allowed"):
-        LIMITS.check(Request("x", **{name: tmp_path / "large.png"}))
+        LIMITS.check(Request.of("x", **{name: tmp_path / "large.png"}))
 
 
 def test_every_bound_is_a_flag_with_its_default(capsys):

@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from lumos.cli import main
 from lumos.demo import views
 from lumos.errors import UserError
+from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.request import Request
 
 RECORD = {
@@ -72,25 +73,25 @@ UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "
 @pytest.mark.parametrize(
     ("answers", "request_"),
     [
-        ({}, Request("x")),
-        ({"seed": "3", "negative_prompt": "y"}, Request("x", "y", seed=3)),
-        ({"num_frames": 9, "guidance_scale": 1}, Request("x", num_frames=9, guidance_scale=1)),
-        ({"given": "/u/a.PNG"}, Request("x", image="/u/a.PNG")),
-        ({"given": "/u/a.gif"}, Request("x", video="/u/a.gif")),
-        ({"given": "/u/a.mov", "width": 32}, Request("x", video="/u/a.mov", width=32)),
+        ({}, Request.of("x")),
+        ({"seed": "3", "negative_prompt": "y"}, Request.of("x", negative_prompt="y", seed=3)),
+        ({"num_frames": 9, "guidance_scale": 1}, Request.of("x", num_frames=9, guidance_scale=1)),
+        ({"given": "/u/a.PNG"}, Request.of("x", image="/u/a.PNG")),
+        ({"given": "/u/a.gif"}, Request.of("x", video="/u/a.gif")),
+        ({"given": "/u/a.mov", "width": 32}, Request.of("x", video="/u/a.mov", width=32)),
     ],
 )
 def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
     from lumos.demo.page import request_of
 
-    assert request_of({**UNTOUCHED, **answers}, DEFAULTS) == request_
+    assert request_of({**UNTOUCHED, **answers}, DEFAULTS, GenerationSettings) == request_
 
 
 def test_a_seed_is_a_number(gradio):
     from lumos.demo.page import request_of
 
     with pytest.raises(UserError, match="seed 'three' is not allowed; give a whole number"):
-        request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS)
+        request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS, GenerationSettings)
 
 
 @pytest.mark.parametrize(

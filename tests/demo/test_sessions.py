@@ -72,7 +72,7 @@ def test_what_is_no_message_is_refused(sessions, body):
 
 
 def test_an_upload_has_a_name_outside_and_a_path_inside(sessions):
-    store = sessions.studio.store
+    store = sessions.service.store
     path = store.new_upload("a.png")
     path.write_bytes(b"x")
     name = store.keep(path)
@@ -84,10 +84,10 @@ def test_an_upload_has_a_name_outside_and_a_path_inside(sessions):
 
 def test_a_session_that_has_gone_holds_nothing(sessions, monkeypatch):
     monkeypatch.setattr(module, "ALONE_SECONDS", 0)
-    path = sessions.studio.store.new_upload("a.png")
+    path = sessions.service.store.new_upload("a.png")
     path.write_bytes(b"x")
     page = sessions.page
-    check(sessions, data=["x", 5, {"path": sessions.studio.store.keep(path)}, None])
+    check(sessions, data=["x", 5, {"path": sessions.service.store.keep(path)}, None])
     held = [page._queue.pending_messages_per_session, page._queue.pending_event_ids_session, page.state_holder.session_data,
             page.state_holder.time_last_used]  # fmt: skip
     for each in held:
@@ -106,7 +106,7 @@ def test_a_session_that_has_gone_holds_nothing(sessions, monkeypatch):
     asyncio.run(asyncio.wait_for(scenario(), 60))
     assert held == [{}, {}, {}, {}]
     assert (sessions.ends, sessions.uploads) == ({}, {})
-    assert "abc" in sessions.studio.worker.cancelled
+    assert "abc" in sessions.service.worker.cancelled
 
 
 def test_there_is_an_end_to_sessions(sessions, monkeypatch):

@@ -33,7 +33,7 @@ class Bench:
         self.ended.append(job.request.prompt)
 
     def submit(self, prompt: str, **options) -> Job:
-        return self.worker.submit(Job(Request(prompt), **options))
+        return self.worker.submit(Job(Request.of(prompt), **options))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import typing
 from itertools import product
 
 import pytest
+from lumos.models.lumos1.cost import meta_model
 
 from lumos import LumosConfig
 from lumos.errors import SHOWN_LENGTH, UserError
-from lumos.models.lumos1.cost import meta_model
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.sharding import parameter_count

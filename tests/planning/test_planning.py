@@ -27,18 +27,19 @@ from lumos.errors import UserError
 from lumos.lora import Lora, add_adapters
 from lumos.models.lumos1.attention import attention_for
 from lumos.models.lumos1.cache import Cache
-from lumos.models.lumos1.clip_plan import ClipPlan, lighter, out_of_memory_advice
-from lumos.models.lumos1.cost import mean_mask_ratio, meta_model
+from lumos.models.lumos1.clip_cost import LumosClipCost, lighter, out_of_memory_advice
 from lumos.models.lumos1.engine import generate_frames
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.sequence import Frame, Layout, build_prefix
 from lumos.models.lumos1.settings import GenerationSettings
+from lumos.models.lumos1.training_cost import mean_mask_ratio, meta_model, training_cost
+from lumos.models.lumos1.training_settings import LORA_TARGETS, MaskingSettings
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.sharding import parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan
 from lumos.training.deepspeed_engine import deepspeed_options
-from lumos.training.settings import LORA_TARGETS, MaskingSettings, StageSettings, build_settings, load_settings
+from lumos.training.settings import StageSettings, build_settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 H100 = Hardware("h100", 48, 80 * GIB, 1e15)
@@ -52,7 +53,7 @@ def _from_the_root(monkeypatch):
 
 def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H100, text_tokens: int = 160) -> TrainingPlan:
     settings = load_settings(f"configs/lumos1/{recipe}.yaml", list(overrides))
-    return TrainingPlan(settings, hardware, utilisation=0.4, text_tokens=text_tokens)
+    return TrainingPlan(settings, training_cost, hardware, utilisation=0.4, text_tokens=text_tokens)
 
 
 # ---- memory against real steps
@@ -75,8 +76,8 @@ def measured() -> dict[str, int]:
 def test_memory_is_that_of_a_real_step_within_15_percent(name: str, measured: dict[str, int]):
     raw, largest = CASES[name]
     cpu = Hardware("CPU process", 1, 8 * GIB, 1e11)
-    plan = TrainingPlan(build_settings(raw), cpu, utilisation=0.5, text_tokens=TEXT_TOKENS)
-    need = plan.needed(plan.configured)
+    plan = TrainingPlan(build_settings(raw), training_cost, cpu, utilisation=0.5, text_tokens=TEXT_TOKENS)
+    need = plan.estimate(plan.configured)
     assert max(need.parts, key=need.parts.get) == largest
     assert measured[name] > 64 * 2**20, "too small for a resident set to tell"
     assert need.step == pytest.approx(measured[name], rel=0.15)
@@ -200,7 +201,7 @@ def test_what_a_process_sends():
 
 def test_what_settings_change_in_memory():
     plain, kept, small, full = (
-        plan.needed(plan.configured)
+        plan.estimate(plan.configured)
         for plan in (
             planned(), planned("training.activation_checkpointing=false"), planned("training.micro_batch_size=3"),
             planned("training.precision=fp32"),
@@ -213,19 +214,19 @@ def test_what_settings_change_in_memory():
 
 
 def test_shipped_deepspeed_files_are_what_the_plan_takes_them_for():
-    for file, spread in SHIPPED.items():
+    for file, sharding in SHIPPED.items():
         settings = load_settings("configs/lumos1/3b-stage2.yaml", [f"deepspeed.config={file}"])
         zero = deepspeed_options(settings, 2, torch.bfloat16)["zero_optimization"]
-        plan = TrainingPlan(settings, H100, utilisation=0.4)
-        own = plan.configured.spread
-        assert replace(own, **{field: getattr(spread, field) for field in plan.common}) == replace(
-            spread, bucket=own.bucket, live=own.live
+        plan = TrainingPlan(settings, training_cost, H100, utilisation=0.4)
+        own = plan.configured.sharding
+        assert replace(own, **{field: getattr(sharding, field) for field in plan.common}) == replace(
+            sharding, bucket=own.bucket, live=own.live
         )
         assert own.bucket == zero.get("reduce_bucket_size", 5e8)
-        if spread.stage:
-            assert own.bucket == spread.bucket
-        if spread.stage == 3:
-            assert own.live == spread.live
+        if sharding.stage:
+            assert own.bucket == sharding.bucket
+        if sharding.stage == 3:
+            assert own.live == sharding.live
 
 
 @pytest.mark.parametrize("memory", [12, 16, 20, 24, 40, 80])
@@ -236,7 +237,7 @@ def test_the_advice_taken_is_a_run_that_fits_and_needs_no_other(recipe: str, mem
     best = plan.cheapest()
     if best is None:
         assert "Nothing fits" in plan.advice()
-        assert all(plan.free(replace(way, micro_batch_size=1)) < 0 for way in plan.ways())
+        assert all(plan.free(replace(way, micro_batch_size=1)) < 0 for way in plan.strategies())
         return
     changes = plan.changes(best)
     assert all(change in plan.advice() for change in changes)
@@ -343,7 +344,7 @@ def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance
     """The plan leaves out what a prefix needs beside its keys and values: attention to itself, and the rest of the last layer."""
     settings = GenerationSettings(num_inference_steps=3, guidance_scale=guidance, **options)
     clip = ClipDefaults(num_frames=4 * frames - 3, height=16, width=24, fps=8, target_size=None)
-    plan = ClipPlan(config, clip, settings, 7, torch.float32)
+    plan = LumosClipCost(config, clip, settings, 7, torch.float32)
     prefixes = [torch.tensor(build_prefix(text, fps=8, duration=1, config=config)) for text in (list(range(300, 307)), None)]
     lengths = plan.case.prefix_lengths
     assert lengths == [len(prefix) for prefix in prefixes][: len(lengths)]
@@ -361,7 +362,7 @@ def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance
 def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
     clip = ClipDefaults(num_frames=9, height=16, width=24, fps=8, target_size=None)
     for guidance, rows in ((1.0, 1), (3.0, 2)):
-        report = ClipPlan(config, clip, GenerationSettings(guidance_scale=guidance), 7, torch.bfloat16).report(1e12, 0.5)
+        report = LumosClipCost(config, clip, GenerationSettings(guidance_scale=guidance), 7, torch.bfloat16).report(1e12, 0.5)
         cache = Cache(model.bfloat16(), rows, report["tokens"])
         assert report["bytes"]["cache"] == cache.keys.nbytes + cache.values.nbytes
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
@@ -369,7 +370,7 @@ def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
 
 def test_what_is_lighter_needs_at_most_half_the_cache_and_is_the_largest_that_does(config):
     clip = ClipDefaults(num_frames=33, height=64, width=96, fps=8, target_size=None)
-    plan = ClipPlan(config, clip, GenerationSettings(), 7, torch.float32)
+    plan = LumosClipCost(config, clip, GenerationSettings(), 7, torch.float32)
     weights, cache = parameter_count(plan.case.model) * 4, plan.case.cache_bytes
     found = dict(lighter(plan, clips=4))
     assert found["--batch-size 2"] == weights + 2 * cache
@@ -378,14 +379,14 @@ def test_what_is_lighter_needs_at_most_half_the_cache_and_is_the_largest_that_do
     assert found["--history-frames 2"] == found["--num-frames 13"]
     assert found["--height 40 --width 64"] <= weights + 2 * cache
     assert len(found) == 5
-    advice = out_of_memory_advice(plan, 4)
+    advice = out_of_memory_advice(config, clip, GenerationSettings(), 7, torch.float32, 4)
     assert "--num-frames 13 needs" in advice
     assert advice.endswith("`python -m lumos plan --generate` counts other settings")
 
 
 def test_what_is_lighter_than_a_picture_in_half_precision_is_a_smaller_one(config):
     clip = ClipDefaults(num_frames=1, height=64, width=64, fps=1, target_size=None)
-    (options,) = dict(lighter(ClipPlan(config, clip, GenerationSettings(), 7, torch.bfloat16)))
+    (options,) = dict(lighter(LumosClipCost(config, clip, GenerationSettings(), 7, torch.bfloat16)))
     assert options == "--height 32 --width 32"  # 40 x 40 leave 46 of 88 tokens, with the text
 
 

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from lumos.errors import UserError
-from lumos.pipeline.request import Request
+from lumos.pipeline.options import all_options
+from lumos.pipeline.request import ARGUMENTS, Request
 from lumos.prompt_lists.clips import default_name, prompts_over_time, request_of
-from lumos.prompt_lists.rows import OPTIONS, Row, read_rows
+from lumos.prompt_lists.rows import Row, columns, read_rows
 
 
 def rows_of(tmp_path, name, text):
@@ -96,9 +97,9 @@ def test_lists_that_cannot_be_read(tmp_path):
 
 
 def test_every_option_of_a_row_is_one_of_a_request():
-    assert OPTIONS.keys() - {"output", "prompt_frames"} <= {*Request.__dataclass_fields__}
-    left_out = {*Request.__dataclass_fields__} - OPTIONS.keys()
-    assert left_out == {"generator", "later_prompts", "last_image"}
+    known = {"prompt", *ARGUMENTS, *all_options()}
+    assert columns().keys() - {"output", "prompt_frames"} <= known
+    assert known - columns().keys() == {"generator", "later_prompts"}
 
 
 def test_a_row_says_more_than_the_command_line():
@@ -107,7 +108,7 @@ def test_a_row_says_more_than_the_command_line():
     assert request_of(row, defaults, 100, 4) == Request(
         "x", video="b.mp4", num_frames=17, guidance_scale=2.0, num_videos_per_prompt=2, seed=105
     )
-    assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0, 4) == Request("x", num_videos_per_prompt=2, seed=[4, 9])
+    assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0, 4) == Request.of("x", num_videos_per_prompt=2, seed=[4, 9])
     assert request_of(Row(1, 0, {"prompt": "x", "seed": 7}), defaults, 0, 4).image == "a.png"
     with pytest.raises(UserError, match="the row has no prompt"):
         request_of(Row(1, 0, {"seed": 1}), {}, 0, 4)
@@ -157,4 +158,4 @@ def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
     assert [request_of(row, {}, 0, 4).num_frames for row in rows] == [None, 33, 33]
     trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning"}
     paragraph = text[text.index("A row may say") : text.index("Every row is checked")]
-    assert {name for name in OPTIONS if f"`{name}`" in paragraph} == OPTIONS.keys() - trades
+    assert {name for name in columns() if f"`{name}`" in paragraph} == columns().keys() - trades

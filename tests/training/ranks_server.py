@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from lumos.benchmarks.faults import kill_at_file_call
 from lumos.cli import main
+from lumos.commands.bench_faults import kill_at_file_call
 from lumos.models.lumos1.training import ArdfTask
 from lumos.training import checkpoint
 from lumos.training.loop import Run

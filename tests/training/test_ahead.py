@@ -118,14 +118,14 @@ def test_losses_are_bitwise_those_of_threads_also_resumed(micro_settings, tmp_pa
 
 
 def test_a_clip_that_cannot_be_drawn_is_the_same_error(micro_settings, monkeypatch):
-    draft = ArdfTask.draft
+    draft = ArdfTask.prepare
 
     def broken(self: ArdfTask, step: int, *args, **options):
         if step == 1:
             raise UserError("the clip is broken; leave it out")
         return draft(self, step, *args, **options)
 
-    monkeypatch.setattr(ArdfTask, "draft", broken)
+    monkeypatch.setattr(ArdfTask, "prepare", broken)
     with pytest.raises(UserError) as error:
         train(micro_settings(data={"processes": 1, "workers": 1}))
     assert str(error.value) == "the clip is broken; leave it out"

@@ -14,8 +14,9 @@ from lumos.data.prefetch import prefetched
 from lumos.data.seeding import VALIDATION_STEP, sample_generator, sample_index
 from lumos.data.source import Clip
 from lumos.errors import RunError, UserError
-from lumos.models.lumos1.masking import MASK_KINDS, mask_sequence
+from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
+from lumos.models.lumos1.settings import MASK_KINDS
 from lumos.models.lumos1.training import ArdfTask
 from lumos.training.settings import StageSettings
 from lumos.training.task import IGNORED
@@ -139,12 +140,12 @@ def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypa
     whole, short = (task.batch(3, replace(VIDEO, first_frames=n), range(4)) for n in (None, 5))
     assert short.supervised < whole.supervised
     assert short.flops < whole.flops
-    of_whole, of_short = (task.losses(model, batch.tensors | {"layouts": batch.layouts}) for batch in (whole, short))
+    of_whole, of_short = (task.losses(model, batch.whole) for batch in (whole, short))
     torch.testing.assert_close(of_short[0], of_whole[0][of_whole[1]["frame"] < 2], atol=1e-5, rtol=1e-5)
     for i, length in enumerate(short.lengths):
         for name in ("input_ids", "targets"):
             assert torch.equal(short.tensors[name][i, :length], whole.tensors[name][i, :length])
-        frames = whole.layouts[i].frames
+        frames = whole.rows["layouts"][i].frames
         assert length == (frames[1].end if len(frames) > 1 else whole.lengths[i])
 
 
@@ -197,7 +198,7 @@ def test_codes_that_the_model_does_not_have(micro_settings, monkeypatch):
     clips = [Clip(None, "x", 8, name, codes + number) for name, number in (("good", 999), ("bad", 1000))]
     monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: clips)
     with pytest.raises(RunError, match="bad has the code 1000; allowed: 0 to 999; ingest it again"):
-        task.draft(0, VIDEO, range(2))
+        task.prepare(0, VIDEO, range(2))
     clips[1] = clips[0]
     assert task.batch(0, VIDEO, range(2)).supervised > 0
 
@@ -229,5 +230,5 @@ def test_a_draft_that_gets_its_codes_later_is_the_sequence_masked_with_them(micr
         assert (batch.tensors["targets"][i, n:] == IGNORED).all()
         assert batch.tensors["mask_ratios"][i, : grids[i][0]].tolist() == pytest.approx(masked.ratios)
     assert batch.supervised == int((batch.tensors["targets"] != IGNORED).sum())
-    assert batch.layouts == parse_layout(batch.tensors["input_ids"], config)
-    assert batch.layouts[0] is not batch.layouts[1]
+    assert batch.rows["layouts"] == parse_layout(batch.tensors["input_ids"], config)
+    assert batch.rows["layouts"][0] is not batch.rows["layouts"][1]

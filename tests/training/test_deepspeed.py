@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from lumos import LumosPipeline
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
-from lumos.models.lumos1.cost import Trainee, fixed_bytes, meta_model
 from lumos.models.lumos1.training import model_config
-from lumos.planning.sharding import Spread, parameter_count
+from lumos.models.lumos1.training_cost import LumosTrainingCost, meta_model
+from lumos.planning.memory import fixed_bytes
+from lumos.planning.sharding import Sharding, parameter_count
 from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import BUCKET, deepspeed_options
 from lumos.training.loop import train
@@ -81,7 +82,7 @@ def test_recomputed_layers_in_two_processes(runs: Runs, ranks: Ranks):
 def planned_between_steps(settings: TrainingSettings, stage: int) -> int:
     """What `plan` says that one of two processes holds of weights, optimizer state and averages, and of gradients if it does."""
     config = model_config(settings.model)
-    parts = fixed_bytes(Trainee.of(config), Spread(stage, world=2, half=True, on_gpu=False, averaged=True))
+    parts = fixed_bytes(LumosTrainingCost.of(config), Sharding(stage, world=2, half=True, on_gpu=False, averaged=True))
     held = parts["weights"] + parts["optimizer"]
     if stage == 0:
         return held - 2 * (parameter_count(meta_model(config)) - config.vocab_size * config.hidden_size)  # copies of a step

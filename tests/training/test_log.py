@@ -161,7 +161,7 @@ def test_seconds_are_of_steps_and_waiting_not_of_validation_and_saving(micro_set
         monkeypatch.setattr(cls, name, slow)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
-    for name, seconds in (("_draft", 5), ("_train_step", 2), ("validate", 100), ("save", 1000)):
+    for name, seconds in (("_prepare", 5), ("_train_step", 2), ("validate", 100), ("save", 1000)):
         lasting(Run, name, seconds)
     train(micro_settings(training={"log_every": 2, "eval_every": 1, "save_every_steps": 1}, logging={"peak_tflops": 3e-6}))
     assert set(read_log(tmp_path / "run", "data_wait").values()) == {5.0}
@@ -180,7 +180,7 @@ def test_the_longest_wait_and_the_largest_memory_of_all_processes_count(micro_se
     run = Run(settings, ArdfTask(settings, CPU), CPU)
     original = run.engine.all_sum
     run.engine.world = 2
-    monkeypatch.setattr(run, "_draft", lambda step: run.task.draft(step, run.curriculum(step), range(4)))
+    monkeypatch.setattr(run, "_prepare", lambda step: run.task.prepare(step, run.curriculum(step), range(4)))
     other = torch.tensor([[0.0, 1e6], [0.0, 2.0**50]], dtype=torch.float64)
     run.engine.all_sum = lambda values: original(values + other if values.shape == other.shape else values)
     monkeypatch.setattr(run, "validate", dict)

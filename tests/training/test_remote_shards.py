@@ -58,7 +58,7 @@ def test_the_same_clips_as_from_the_folder_itself(remote_settings, shard_setting
     remote = ArdfTask(remote_settings(url), CPU)
     local = ArdfTask(shard_settings(data={"shuffle_shards": 2}), CPU)
     assert [clips(remote, number) for number in (0, 7, 2)] == [clips(local, number) for number in (0, 7, 2)]
-    assert remote.identity() == local.identity()
+    assert remote.resume_fingerprint() == local.resume_fingerprint()
     assert list((tmp_path / "cache").glob("*.parquet"))
 
 
@@ -151,7 +151,7 @@ def test_inspect_reads_urls(bucket, folder, capsys):
 def test_what_a_run_knows_of_its_shards(shard_settings, folder, tmp_path, change: str):
     path = tmp_path / "shards"
     shutil.copytree(folder, path)
-    before = ArdfTask(shard_settings(path), CPU).identity()
+    before = ArdfTask(shard_settings(path), CPU).resume_fingerprint()
     last = shards.shard_paths(path)[-1]
     rows = shards.read_group(last, 0)
     if change == "fewer":
@@ -166,7 +166,7 @@ def test_what_a_run_knows_of_its_shards(shard_settings, folder, tmp_path, change
         shards.write_shard(last, rows[::-1])
     else:
         path = path.rename(tmp_path / "moved")
-    after = ArdfTask(shard_settings(path), CPU).identity()
+    after = ArdfTask(shard_settings(path), CPU).resume_fingerprint()
     assert [key for key in before if before[key] != after[key]] == [CONTENT] * (change != "another place")
 
 

@@ -65,7 +65,7 @@ def test_rows_are_padded_to_the_multiple_and_hold_the_same(micro_settings):
     plain, padded = (ArdfTask(micro_settings(data={"pad_to": pad_to}), CPU).batch(0, shape, range(4)) for pad_to in (1, 32))
     for micro in (padded.tensors, *padded.micro_batches(3)):
         assert micro["input_ids"].shape[1] % 32 == micro["targets"].shape[1] % 32 == 0
-    assert (padded.lengths, padded.layouts, padded.flops) == (plain.lengths, plain.layouts, plain.flops)
+    assert (padded.lengths, padded.rows, padded.flops) == (plain.lengths, plain.rows, plain.flops)
     length = plain.tensors["input_ids"].shape[1]
     for name, nothing in (("input_ids", 0), ("targets", -100)):
         assert torch.equal(padded.tensors[name][:, :length], plain.tensors[name])

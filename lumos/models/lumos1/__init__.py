@@ -1,1 +1,31 @@
-"""Lumos-1: autoregressive generation of discrete video codes."""
+"""Lumos-1: autoregressive generation of discrete video codes by a Llama-like decoder."""
+
+from __future__ import annotations
+
+from lumos.registry import Benchmark, Generator
+
+_HERE = "lumos.models.lumos1"
+
+GENERATOR = Generator(
+    name="lumos1",
+    summary="autoregressive over discrete video codes: a Llama-like decoder, frame by frame",
+    model_types=("lumos", "chameleon"),
+    config=f"{_HERE}.configuration:LumosConfig",
+    model=f"{_HERE}.modeling:LumosForVideoGeneration",
+    pipeline=f"{_HERE}.pipeline:LumosPipeline",
+    task=f"{_HERE}.training:ArdfTask",
+    settings=f"{_HERE}.training_settings:LumosTrainingSettings",
+    sampling=f"{_HERE}.settings:GenerationSettings",
+    cost={"training": f"{_HERE}.training_cost", "clip": f"{_HERE}.clip_cost"},
+    benchmarks={
+        name: Benchmark(summary, f"{_HERE}.benchmarks.{name}", f"{_HERE}.benchmarks.arguments:{name}")
+        for name, summary in (
+            ("attention", "segmented against dense frame-causal attention, time and extra memory"),
+            ("loss", "chunked visual loss against full logits, time and extra memory of forward and backward"),
+            ("train", "a training step against the published way and transformers' Llama, tokens per second and memory"),
+            ("generate", "a model from start to clip; its decoder against a plain baseline and the machine's bound"),
+        )
+    },
+    evaluations={"loss": f"{_HERE}.masked_loss"},
+    verbs={"convert": f"{_HERE}.released:convert", "resize": f"{_HERE}.resizing:resize"},
+)

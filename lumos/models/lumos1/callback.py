@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +12,14 @@ from lumos.errors import UserError, shown
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.engine import code_offsets
 from lumos.models.lumos1.sequence import Frame
-
-if TYPE_CHECKING:
-    from lumos.models.lumos1.pipeline import LumosPipeline
+from lumos.pipeline.base import StepCallback, VideoPipeline
 
 TENSOR_INPUTS = ("codes", "history")
 
-StepCallback = Callable[["LumosPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-class Interrupted(Exception):
-    """A callback has set `pipe._interrupt`."""
 
 
 def step_callback(
-    pipe: LumosPipeline,
+    pipe: VideoPipeline,
     callback: StepCallback,
     names: Sequence[str],
     *,

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from lumos.errors import UserError, shown
 from lumos.files import read_json
@@ -132,6 +132,11 @@ class LumosConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """The names that `preset` knows."""
+        return tuple(PRESETS)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LumosConfig:
@@ -324,3 +329,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1b": {},
     "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8},
 }
+
+AutoConfig.register(LumosConfig.model_type, LumosConfig)

@@ -24,6 +24,7 @@ from lumos.models.lumos1.loss import chunks
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.pipeline import LumosPipeline
+from lumos.models.lumos1.request import prompt_ids
 from lumos.models.lumos1.sequence import build_sequence, clip_header, frame_indices, num_latent_frames, pad_sequences
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.training.task import IGNORED
@@ -75,7 +76,8 @@ def sequence_of(pipe: LumosPipeline, codes: Tensor, caption: str, fps: int) -> T
         fps=fps,
     )
     duration, fps = clip_header(shape.num_frames, fps)
-    return build_sequence(pipe.text_ids(caption, shape), codes, fps=fps, duration=duration, config=config)
+    ids = prompt_ids(caption, shape, pipe.model.config, pipe.text_tokenizer)
+    return build_sequence(ids, codes, fps=fps, duration=duration, config=config)
 
 
 def ratio_bins(count: int) -> dict[str, tuple[float, float] | None]:

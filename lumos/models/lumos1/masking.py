@@ -16,8 +16,8 @@ from torch import Tensor
 from lumos.errors import shown
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.sequence import code_mask, parse_layout
+from lumos.models.lumos1.settings import MASK_KINDS
 
-MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
 MIN_RATIO = 0.7
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, noop_context_fn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lumos.files import updating_folder
@@ -327,3 +327,6 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         """Bytes of keys and values that one token leaves in the cache."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
+
+
+AutoModel.register(LumosConfig, LumosForVideoGeneration)

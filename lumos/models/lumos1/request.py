@@ -1,38 +1,26 @@
-"""A request for Lumos-1: every value resolved and checked, nothing encoded yet."""
+"""A request for Lumos-1: resolved into the ids that the decoder reads, and encoded with the codes of given frames."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lumos.data.buckets import bucket_for
-from lumos.errors import UserError, shown
+from lumos.errors import UserError
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.history_thinning import thins
-from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames, prompt_text, size_units
+from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames, prompt_text
 from lumos.models.lumos1.settings import GenerationSettings
-from lumos.pipeline.defaults import ClipDefaults, is_whole
-from lumos.pipeline.inputs import (
-    align,
-    check_num_frames,
-    check_prompt,
-    clip_length,
-    each_once,
-    load_image,
-    load_video,
-    override,
-    path_or_frames,
-    without_effect,
-)
-from lumos.pipeline.request import Request, repeat_each, seeds_from
-from lumos.video.io import MAX_FRAMES, fit
+from lumos.pipeline.base import Encoded
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.inputs import check_prompt, override, without_effect
+from lumos.pipeline.request import Request, Resolved
+from lumos.pipeline.request import resolve as resolve_request
 from tokenizer import TextTokenizer, VideoTokenizer
 
 
@@ -83,94 +71,60 @@ def check_length(text: int, span: int, frames: int, settings: GenerationSettings
         )
 
 
-def check_effect(latents: int, new_frames: int, asked: Any, settings: GenerationSettings) -> None:
-    """Warnings for what was asked for although a clip of so many latent frames, `new_frames` of them made, is the same without.
+def check_effect(latents: int, new_frames: int, given: Mapping[str, Any], settings: GenerationSettings) -> None:
+    """Warn of options without effect on a clip of so many latent frames, `new_frames` of them made.
 
-    asked: has what was given, or None, by the names of GenerationSettings; settings: what came of it.
+    given: the sampling options that were given, by name; settings: all of them.
     """
+    asked = {name: given.get(name) or None for name in ("later_steps", "history_frames", "history_thinning")}
     clip, history = f"a clip of {latents} latent frames", settings.history_frames
     if new_frames == 1:
-        without_effect("a single new latent frame", later_steps=asked.later_steps)
+        without_effect("a single new latent frame", later_steps=asked["later_steps"])
     if history is None:
         return
     if latents <= 2 + history:
-        without_effect(clip, history_frames=asked.history_frames, history_thinning=asked.history_thinning or None)
+        without_effect(clip, history_frames=asked["history_frames"], history_thinning=asked["history_thinning"])
     elif not thins(latents, history):
-        without_effect(f"{clip} with history_frames {history}", history_thinning=asked.history_thinning or None)
+        without_effect(f"{clip} with history_frames {history}", history_thinning=asked["history_thinning"])
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A request that can be made: B clips of one shape."""
-
-    sampling: GenerationSettings
-    clip: ClipDefaults
-    grid: tuple[int, int]  # rows and columns of codes
-    conditional: list[Tensor]  # ids before the frames
-    unconditional: list[Tensor] | None  # None: guidance is off
-    later: dict[int, list[Tensor]]  # number of a new latent frame, from 0 -> ids before the frames from that one on
-    given: list[np.ndarray]  # frames uint8 [T, H, W, 3] that each clip begins with, or empty
-    new_frames: int  # latent frames to make
-    seeds: list[int]
-
-    @property
-    def num_given_frames(self) -> int:
-        return len(self.given[0]) if self.given else 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All settings of the clips."""
-        return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
+def largest_side(config: LumosConfig) -> int:
+    """The most pixels of a side that a frame's header can state."""
+    return (config.number_token_count - 1) * config.pixels_per_size_unit
 
 
-def settle(
+@dataclass(frozen=True, kw_only=True)
+class LumosResolved(Resolved):
+    """A request that Lumos-1 can make.
+
+    grid             rows and columns of codes in a latent frame
+    conditional      for each clip the ids before its frames; unconditional: those without the prompt, None if guidance is off
+    later_prefixes   number of a new latent frame, from 0 -> ids before the frames from that one on
+    """
+
+    grid: tuple[int, int]
+    conditional: list[Tensor]
+    unconditional: list[Tensor] | None
+    later_prefixes: dict[int, list[Tensor]]
+
+
+def resolve(
     request: Request, config: LumosConfig, tokenizer: TextTokenizer, settings: GenerationSettings, defaults: ClipDefaults
-) -> Settled:
-    """Fill in what the request leaves open, check it, and read what it begins with. UserError for what cannot be made."""
-    if request.generator is not None and request.seed is not None:
-        raise UserError("both seed and generator are given; give one of them")
+) -> LumosResolved:
+    """Resolve a request for this model. UserError for what cannot be made."""
+    # 1. what every generator needs
     if request.last_image is not None:
         raise UserError(
             "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
             "last one or one in between; give the first frame as image, or the first frames as video"
         )
-    sampling = settings.changed(**{f.name: getattr(request, f.name) for f in fields(GenerationSettings)})
-    repeats = request.num_videos_per_prompt
-    lists = align(
-        *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video), request.seed
-    )
-    count = len(lists["prompt"])
-    if request.generator is not None:
-        lists["seed"] = seeds_from(request.generator, count)
-    prompts, negatives, images, videos, seeds = lists.values()
-    clip = override(defaults, **{f.name: getattr(request, f.name, None) for f in fields(ClipDefaults)})
-    check_num_frames(clip.num_frames, config.temporal_compression)
-    if clip.num_frames == 1:
-        without_effect("a picture (num_frames 1)", fps=request.fps, history_mask_ratio=request.history_mask_ratio)
-        clip = override(clip, fps=1)
-    if images[0] is not None and videos[0] is not None:
-        raise UserError("both image and video are given; give the picture or the clip that the result begins with")
-    if videos[0] is None:
-        without_effect("a clip without video", num_given_frames=request.num_given_frames)
-        if images[0] is None:
-            without_effect("a clip without image or video", mask_given_frames=request.mask_given_frames or None)
-
-    # 1. what is given
-    pictures = each_once(load_image, images) if images[0] is not None else None
-    if pictures and clip.target_size and request.height is None and request.width is None:
-        clip = of_pictures(pictures, clip, config)
-    rows, cols = (
-        size_units(pixels, name, config) * config.pixels_per_size_unit // config.spatial_compression
-        for name, pixels in (("height", clip.height), ("width", clip.width))
-    )
-    if pictures:
-        given = each_once(lambda p: fit(p[None], clip.height, clip.width), pictures)
-    elif videos[0] is not None:
-        given = load_videos(videos, clip, request.num_given_frames, config.temporal_compression)
-    else:
-        given = []
-    if given and len(given[0]) >= clip.num_frames:
-        raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {len(given[0])} given frames")
+    stride = config.temporal_compression
+    common = resolve_request(
+        request, settings, defaults, generator="lumos1", size_unit=config.pixels_per_size_unit, largest_side=largest_side(config),
+        temporal_compression=stride,
+    )  # fmt: skip
+    sampling, clip = common.sampling, common.clip
+    grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
 
     # 2. what both branches read before the frames
     told = clip if sampling.history_frames is None else override(clip, num_frames=min(clip.num_frames, defaults.num_frames))
@@ -178,45 +132,23 @@ def settle(
     def read(texts: Sequence[str | None]) -> list[Tensor]:
         return [prefix_ids(text, told, config, tokenizer) for text in texts]
 
-    conditional, unconditional = read(prompts), None
+    conditional, unconditional = read(common.prompts), None
     if sampling.guidance_scale != 1:
-        unconditional = read(negatives)
-    elif negatives[0] is not None:
+        unconditional = read(common.negative_prompts)
+    elif common.negative_prompts[0] is not None:
         raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
 
-    # 3. frames
-    given_latents = num_latent_frames(len(given[0]), config.temporal_compression) if given else 0
-    latents = num_latent_frames(clip.num_frames, config.temporal_compression)
-    new_frames = latents - given_latents
-    check_effect(latents, new_frames, request, sampling)
-    later = {}
-    for start, text in check_later(request.later_prompts, len(given[0]) if given else 0, clip, config.temporal_compression):
-        later[num_latent_frames(start, config.temporal_compression) - given_latents] = read(for_each(text, start, repeats, count))
+    # 3. latent frames
+    given_latents = num_latent_frames(common.num_given_frames, stride) if common.num_given_frames else 0
+    latents = num_latent_frames(clip.num_frames, stride)
+    check_effect(latents, latents - given_latents, request.options, sampling)
+    later = {num_latent_frames(start, stride) - given_latents: read(prompts) for start, prompts in common.later}
     longest = max(len(ids) for prefixes in (conditional, unconditional or (), *later.values()) for ids in prefixes)
-    check_length(longest, Frame(0, rows, cols).end, latents, sampling, config)
-    return Settled(sampling, clip, (rows, cols), conditional, unconditional, later, given, new_frames, seeds)
-
-
-def of_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, config: LumosConfig) -> ClipDefaults:
-    """The clip in the size, of its area's buckets, that the pictures ask for."""
-    sizes = {bucket_for(*p.shape[:2], clip.target_size, config.pixels_per_size_unit) for p in pictures}
-    if len(sizes) > 1:
-        raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
-    ((height, width),) = sizes
-    return override(clip, height=height, width=width)
-
-
-def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
-    """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
-    videos = each_once(path_or_frames, videos)
-    if count is None:
-        wanted = 1 + min(clip.num_frames // 2, MAX_FRAMES - 1) // stride * stride
-        counts = {1 + (min(wanted, n) - 1) // stride * stride for n in each_once(lambda v: clip_length(v, clip.fps), videos)}
-        if len(counts) > 1:
-            raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
-        (count,) = counts
-    check_num_frames(count, stride, "num_given_frames")
-    return each_once(lambda v: load_video(v, clip, count), videos)
+    check_length(longest, Frame(0, *grid).end, latents, sampling, config)
+    return LumosResolved(
+        **vars(common) | {"new_frames": latents - given_latents}, grid=grid, conditional=conditional,
+        unconditional=unconditional, later_prefixes=later,
+    )  # fmt: skip
 
 
 def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> Tensor:
@@ -226,52 +158,11 @@ def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, toke
     return torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
 
 
-def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
-    """`later_prompts` as (start, prompt or list of prompts) in order; UserError where a start cannot be one."""
-    form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
-    if later is not None and not isinstance(later, list | tuple):
-        raise UserError(f"later_prompts is {shown(later)}; {form}")
-    before = given  # the first frame that the prompt before makes
-    for pair in later or ():
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
-            raise UserError(f"later_prompts holds {shown(pair)}; {form}")
-        check_num_frames(pair[0], stride, "the first frame of a later prompt")
-        if not before < pair[0] < clip.num_frames:
-            raise UserError(
-                f"a later prompt cannot begin at frame {pair[0]}; give more than {before}, where the prompt before it begins to "
-                f"make frames, and less than num_frames {clip.num_frames}"
-            )
-        before = pair[0]
-    return [(start, text) for start, text in later or ()]
+@dataclass(frozen=True, kw_only=True)
+class LumosEncoded(Encoded):
+    """A resolved request as the decoder takes it: prefixes as in `LumosResolved`, with the codes of given frames behind each."""
 
-
-def for_each(text: Any, start: int, repeats: int, count: int) -> list[Any]:
-    """A later prompt, one for all or a list with one for each prompt, for each of `count` clips."""
-    texts = [t for t in text for _ in range(repeats)] if isinstance(text, list | tuple) else [text] * count
-    if len(texts) != count:
-        raise UserError(f"the later prompt at frame {start} is a list of {len(text)}, but there are {count // repeats} prompts")
-    return [check_prompt(t) for t in texts]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that can be made, as the decoder takes it: B clips of one shape."""
-
-    sampling: GenerationSettings
-    clip: ClipDefaults
-    grid: tuple[int, int]  # rows and columns of codes
-    conditional: list[Tensor]  # ids before the first new frame
-    unconditional: list[Tensor] | None  # None: guidance is off
-    later: dict[int, list[Tensor]]  # number of a new latent frame, from 0 -> ids as `conditional` from that one on
-    given: list[Tensor]  # codes [t, h, w] that each clip begins with, or empty
-    num_given_frames: int
-    new_frames: int  # latent frames to make
-    seeds: list[int]
-
-    def generators(self) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
-
-    def settled(self, latent_frames: int, temporal_compression: int) -> dict[str, Any]:
-        """Everything that was settled, of a clip of so many latent frames."""
-        made = 1 + (latent_frames - 1) * temporal_compression
-        return {**vars(self.sampling), **vars(self.clip), "num_frames": made, "num_given_frames": self.num_given_frames}
+    resolved: LumosResolved
+    conditional: list[Tensor]
+    unconditional: list[Tensor] | None
+    later: dict[int, list[Tensor]]

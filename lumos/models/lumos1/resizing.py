@@ -42,7 +42,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     if any(f"{{{side}}}" in config.prompt_template for side in ("width", "height")):
         raise UserError(f"the decoder of {folder} reads its size in words ({shown(config.prompt_template)}): it cannot be resized")
     _tell(config, after.spatial_compression)
-    clip = scaled(pipe.clip, after.spatial_compression, before.spatial_compression)
+    clip = pipe.clip.scaled(after.spatial_compression, before.spatial_compression)
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
@@ -57,12 +57,6 @@ def _tell(config: LumosConfig, compression: int) -> None:
     config.spatial_compression = compression
     if config.position_scheme in SCALED_SCHEMES:
         config.position_strides = None if strides == [config.temporal_compression, compression, compression] else strides
-
-
-def scaled(clip: ClipDefaults, after: int, before: int) -> ClipDefaults:
-    """The clip with all sides times after / before."""
-    sides = {name: getattr(clip, name) for name in ("height", "width", "target_size")}
-    return ClipDefaults(**{**vars(clip), **{name: side and side * after // before for name, side in sides.items()}})
 
 
 def _record(folder: Path, video_tokenizer: str | Path | None) -> dict[str, Any]:

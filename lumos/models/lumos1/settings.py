@@ -8,84 +8,61 @@ from typing import Any
 
 from lumos.errors import UserError, shown
 from lumos.files import read_json, write_json
-from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, is_number, is_whole
+from lumos.pipeline.defaults import DEFAULTS_FILE, MAX_FRAMES, ClipDefaults
+from lumos.pipeline.options import SamplingOptions
+from lumos.settings import setting
 
-_OPTIONAL = ("top_k", "top_p", "confidence_threshold", "later_steps", "history_frames")
 MAX_DEFAULTS_BYTES = 2**20
 MAX_TOP_K = 2**24
-MAX_FRAMES = 1_000_000
-MAX_SIDE = 2**14
-CLIP_LIMITS = {"num_frames": MAX_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "fps": 1000, "target_size": MAX_SIDE}
-"""The most that a clip may be asked for, whatever the model; what a model can make is its config's matter."""
+MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
+"""Patterns of masked codes in training."""
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """Sampling settings; the defaults are the published ones, a model folder's pipeline.json may bring its own.
+class GenerationSettings(SamplingOptions):
+    """Sampling options of Lumos-1; the defaults are the published ones, and a model folder's pipeline.json may bring others."""
 
-    num_inference_steps   parallel decoding steps of each latent frame
-    guidance_scale        classifier-free guidance: uncond + scale * (cond - uncond); 1 runs one branch only
-    temperature           T0 of the Gumbel noise on the confidence, annealed as T0 * (1 - step / steps) within each frame
-    top_k, top_p          sample among the k likeliest codes, or the likeliest with total probability p; off by default
-    history_mask_ratio    share of a finished frame's content hidden from later frames, 0 <= ratio < 1
-    mask_given_frames     hide that share of given frames too; by default they are seen whole
+    num_inference_steps: int = setting(
+        50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, label="Steps of each latent frame"
+    )
+    guidance_scale: float = setting(
+        15.0, "classifier-free guidance: uncond + scale * (cond - uncond); 1 is none and runs one branch only",
+        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
+    )  # fmt: skip
+    temperature: float = setting(
+        1.0, "scale of the Gumbel noise on the confidence, annealed to 0 within each frame", low=0, high=100, step=0.05,
+        slider_high=5, label="Temperature: noise on the confidence",
+    )
+    top_k: int | None = setting(
+        None, "sample among so many of the likeliest codes", low=1, high=MAX_TOP_K, allowed=f"1 to {MAX_TOP_K:,}"
+    )
+    top_p: float | None = setting(None, "sample among the likeliest codes of this total probability", above=0, high=1)
+    history_mask_ratio: float = setting(
+        0.7, "share of each finished frame that is hidden from later frames", low=0, below=1, step=0.05, pictures=False,
+        allowed="0 (history seen whole) to below 1", label="History mask: share of past frames that is hidden",
+    )  # fmt: skip
+    mask_given_frames: bool = setting(False, "hide that share of given frames too; by default they are seen whole", given=True)
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), "guidance only at steps k of n with START <= k / n < STOP; 0 0.5 is the first half (arXiv 2404.07724)",
+        low=0, high=1, allowed="two numbers, 0 <= start < stop <= 1", trade=True,
+    )  # fmt: skip
+    confidence_threshold: float | None = setting(
+        None, "a step also decides every code that is at least so probable; a frame ends when all are decided (arXiv 2505.22618)",
+        above=0, high=1, trade=True,
+    )  # fmt: skip
+    later_steps: int | None = setting(
+        None, "num_inference_steps of each latent frame after the first", low=1, high=1000, pictures=False, trade=True
+    )
+    history_frames: int | None = setting(
+        None, "a frame sees the first latent frame and so many right before it; memory stays bounded",
+        low=1, high=MAX_FRAMES, allowed=f"at least 1, at most {MAX_FRAMES:,}", pictures=False, trade=True,
+    )  # fmt: skip
+    history_thinning: bool = setting(
+        False, "of those, all but the newest are older frames, the farther apart the older they are, over the whole clip",
+        pictures=False, trade=True,
+    )  # fmt: skip
 
-    The others save time or memory and change what is made; off by default:
-    guidance_interval     (start, stop): guidance only at steps k of n with start <= k / n < stop, k from 0 (arXiv 2404.07724);
-                          the other steps run one branch
-    confidence_threshold  a step decides as many codes as the schedule says, the most confident first, and every other code whose
-                          probability, guided and filtered, is at least this; a frame ends when all are decided (arXiv 2505.22618)
-    later_steps           num_inference_steps of every latent frame after the first that is made
-    history_frames        a frame sees the text, the clip's first latent frame, and so many latent frames right before it, each at
-                          the positions that it always had; the cache stays that small
-    history_thinning      those many latent frames are the one right before it and older ones, the farther apart the older they are,
-                          over the whole clip
-    """
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 15.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    history_mask_ratio: float = 0.7
-    mask_given_frames: bool = False
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    confidence_threshold: float | None = None
-    later_steps: int | None = None
-    history_frames: int | None = None
-    history_thinning: bool = False
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise UserError(f"{name} {shown(getattr(self, name))} is not allowed; give {allowed}")
-
-        for name in ("num_inference_steps", "top_k", "later_steps", "history_frames"):
-            value = getattr(self, name)
-            check(is_whole(value) or (value is None and name in _OPTIONAL), name, "a whole number")
-        for name in ("guidance_scale", "temperature", "top_p", "history_mask_ratio", "confidence_threshold"):
-            value = getattr(self, name)
-            check(is_number(value) or (value is None and name in _OPTIONAL), name, "a number")
-        check(1 <= self.num_inference_steps <= 1000, "num_inference_steps", "1 to 1000")
-        check(1 <= self.guidance_scale <= 100, "guidance_scale", "1 (no guidance) to 100")
-        check(0 <= self.temperature <= 100, "temperature", "0 to 100")
-        check(self.top_k is None or 1 <= self.top_k <= MAX_TOP_K, "top_k", f"1 to {MAX_TOP_K:,}")
-        check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
-        check(0 <= self.history_mask_ratio < 1, "history_mask_ratio", "0 (history seen whole) to below 1")
-        threshold = self.confidence_threshold
-        check(threshold is None or 0 < threshold <= 1, "confidence_threshold", "more than 0, at most 1")
-        check(self.later_steps is None or 1 <= self.later_steps <= 1000, "later_steps", "1 to 1000")
-        frames = self.history_frames
-        check(frames is None or 1 <= frames <= MAX_FRAMES, "history_frames", f"at least 1, at most {MAX_FRAMES:,}")
-        check(isinstance(self.mask_given_frames, bool), "mask_given_frames", "true or false")
-        check(isinstance(self.history_thinning, bool), "history_thinning", "true or false")
-        interval = self.guidance_interval
-        pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
-        check(pair and 0 <= interval[0] < interval[1] <= 1, "guidance_interval", "two numbers, 0 <= start < stop <= 1")
-        object.__setattr__(self, "guidance_interval", tuple(map(float, interval)))  # JSON and YAML give lists
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
+    def check_combinations(self) -> None:
         for steps in {self.steps_of(0), self.steps_of(1)}:
             if not any(self.guides(step, steps) for step in range(steps)):
                 raise UserError(
@@ -120,10 +97,6 @@ class GenerationSettings:
     def steps_of(self, frame: int) -> int:
         """Steps of the frame-th latent frame that is made, from 0; with a threshold it may end earlier."""
         return self.num_inference_steps if frame == 0 or self.later_steps is None else self.later_steps
-
-    def steps_before(self, frame: int) -> int:
-        """Steps of all the frames before it."""
-        return sum(map(self.steps_of, range(frame)))
 
     def guides(self, step: int, steps: int) -> bool:
         """Whether this of a frame's steps uses both branches."""

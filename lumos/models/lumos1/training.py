@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
-from lumos.data.shards.remote import LocalCopies, is_url
-from lumos.data.shards.source import ShardSource
-from lumos.data.source import Clip, Source, cut
-from lumos.data.synthetic.source import WorldSource
+from lumos.data.source import Clip, cut
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
-from lumos.files import user_cache
-from lumos.lora import Lora, add_adapters, sample, text_fingerprint
+from lumos.lora import Lora, add_adapters, sample
 from lumos.models.lumos1.acceleration import compile_parts
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.conversion import read_config
+from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
@@ -43,65 +40,63 @@ from lumos.models.lumos1.sequence import (
     parse_layout,
     prompt_text,
 )
-from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.models.lumos1.settings import GenerationSettings, read_defaults, write_defaults
+from lumos.models.lumos1.training_settings import LumosTrainingSettings
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.runtime import check_memory
+from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
 from lumos.training import checkpoint
 from lumos.training.engine import pick_precision
-from lumos.training.export import Tokenizers, export_checkpoint, model_with
+from lumos.training.export import Tokenizers, export_checkpoint
 from lumos.training.samples import Sampler
-from lumos.training.settings import DataSettings, ModelSettings, TrainingSettings, world_size
+from lumos.training.settings import DataSettings, ModelSettings, world_size
 from lumos.training.task import IGNORED, Batch
+from lumos.training.video_task import VideoTask
 from lumos.video.frames import from_uint8
-from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
-DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
 SHAPE = (
     "vocab_size", "visual_token_start", "visual_token_count", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
-TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 RATIO_BINS = 10
 ID_TENSORS = 4
 """Tensors of int64 that a batch has for each of its tokens at least: ids, codes, targets, places."""
+NOT_OF_WEIGHTS = {
+    "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
+    "initializer_range", "eos_token_id",
+}  # fmt: skip
+"""Fields of LumosConfig that two models may have otherwise and still be mixed."""
 
 
-class ArdfTask:
-    """Masked-code training of `LumosForVideoGeneration`. `device` is where clips are encoded."""
+class ArdfTask(VideoTask):
+    """Masked-code training of `LumosForVideoGeneration` (AR-DF). `device` is where clips are encoded."""
 
-    def __init__(self, settings: TrainingSettings, device: torch.device):
-        self.settings, self.device = settings, device
+    causal = True
+
+    def __init__(self, settings: LumosTrainingSettings, device: torch.device):
         self.config = model_config(settings.model)
-        self._check_attention()
-        self.places = Tokenizers(self._tokenizer_folder("video"), self._tokenizer_folder("text"))
-        video, text = self.places.video, self.places.text
-        self.video_tokenizer = VideoTokenizer.from_pretrained(video)
-        self.fingerprints = {"video": tokenizer_facts(self.video_tokenizer)["fingerprint"], "text": text_fingerprint(text)}
-        self.identities = {
-            "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
-            "tokenizer.text (sha256)": self.fingerprints["text"],
-        }
-        self.video_tokenizer.to(device).eval().requires_grad_(False)
-        self.text_tokenizer = TextTokenizer.from_pretrained(text, limit=self.config.visual_token_start)
+        if (settings.training.attention or self.config.attention) == "flex" and device.type != "cuda":
+            raise UserError(f"attention flex trains on CUDA only, not on {device.type}; set training.attention=segmented")
+        super().__init__(settings, device)
+        self.text_tokenizer = TextTokenizer.from_pretrained(self.places.text, limit=self.config.visual_token_start)
         check_text_tokenizer(self.config, self.text_tokenizer)
-        self._check_sizes(video)
-        self._check_base_tokenizers()
+        self._check_sizes(self.places.video)
         self.adapter: dict[str, Any] | None = None
-        self.groups = {
+        self.loss_groups = {
             "frame": num_latent_frames(settings.data.num_frames, self.config.temporal_compression),
             "mask_ratio": RATIO_BINS,
         }
-        self.source = self._source()
+        self.source = self.make_source()
         self._check_length()
         self._check_memory()
-        pictures_only = Curriculum(settings.data.stages, settings.training.batch_size).kinds == ["image"]
-        shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
-        self.sample_shape = ClipDefaults(**shape, target_size=None)
         for prompt in settings.samples.prompts:
             prompt_ids(prompt, self.sample_shape, self.config, self.text_tokenizer)
+
+    @property
+    def size_unit(self) -> int:
+        return self.config.pixels_per_size_unit
 
     @property
     def attention(self) -> str:
@@ -137,12 +132,8 @@ class ArdfTask:
             compile_parts(model.to(self.device))
         return model.train()
 
-    def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
-        """Take the clips at `positions` of a step from the source, lay them out, mask them, and encode them if need be."""
-        return self.encoded(self.draft(step, shape, positions, dropout=dropout))
-
-    def draft(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Draft:
-        """All of `batch` but the codes, which neither the layout nor the masks depend on."""
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
+        """Take the clips at `positions` of a step from the source, lay them out and mask them; codes are still missing."""
         config, clips = self.config, self.source.clips(step, shape, positions)
         if shape.first_frames is not None:
             clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
@@ -158,7 +149,7 @@ class ArdfTask:
             step, shape.kind, {"mask_ratios": pad_sequences(list(ratios), 0)}, [clip.name for clip in clips],
             lengths=[len(row) for row in ids],
             flops=sum(training_flops(config, *row, adapters) for row in zip(layouts, supervised, strict=True)),
-            supervised=sum(supervised), layouts=layouts, pad_to=pad_to,
+            supervised=sum(supervised), rows={"layouts": layouts}, pad_to=pad_to,
         )  # fmt: skip
         if clips[0].codes is None:
             made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
@@ -171,9 +162,9 @@ class ArdfTask:
                     "this tokenizer"
                 )
         codes_at = code_mask(layouts, input_ids.shape[1])
-        return Draft(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
+        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
 
-    def encoded(self, draft: Draft) -> Batch:
+    def encode(self, draft: UnencodedBatch) -> Batch:
         """The batch of a draft, on the device where clips are encoded."""
         clips, ids, codes_at, asked = (x.to(self.device, non_blocking=True) for x in vars(draft).values() if isinstance(x, Tensor))
         codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
@@ -195,7 +186,7 @@ class ArdfTask:
         places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
         return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
-    def facts(self) -> dict[str, Any]:
+    def export_metadata(self) -> dict[str, Any]:
         """What `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
         return {
             "config": self._config(),
@@ -210,7 +201,7 @@ class ArdfTask:
         """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens or, with lora.rank, an adapter folder."""
         export_checkpoint(folder, checkpoint.read_state(folder), target)
 
-    def sampler(self, weights: dict[str, Tensor]) -> Sampler:
+    def preview(self, weights: dict[str, Tensor]) -> Sampler:
         """Draws clips of the usual shape with these trained weights, pictures if the run has only those."""
         dtype = pick_precision(self.settings.training.precision, self.device)
         if self.adapter is None:
@@ -227,23 +218,47 @@ class ArdfTask:
             {**vars(settings), **vars(self.sample_shape)},
         )
 
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit: the model's config and all that decides what it is trained on."""
-        data, training = self.settings.data, self.settings.training
+    def resume_fingerprint(self) -> dict[str, Any]:
         adapter = {}
         if self.adapter is not None:
             weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
             adapter = {"model.from (sha256 of a sample)": weights}
+        settings = self.settings
         return (
             self._config()
-            | self.identities
-            | {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
+            | {f"lora.{key}": value for key, value in to_plain(settings.lora).items()}
             | adapter
-            | {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
-            | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
-            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
-            | self.source.identity
+            | {f"masking.{key}": value for key, value in to_plain(settings.masking).items()}
+            | self.data_fingerprint()
         )
+
+    @staticmethod
+    def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            model = LumosForVideoGeneration(LumosConfig(**metadata["config"]))
+        return {name: p.shape for name, p in model.named_parameters()}
+
+    @staticmethod
+    def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        theirs, config = read_config(Path(folder)), LumosConfig(**metadata["config"])
+        for name in sorted(set(LumosConfig.__annotations__) - NOT_OF_WEIGHTS):
+            found, wanted = getattr(theirs, name), getattr(config, name)
+            if found != wanted:
+                said = f"its {name} is {shown(found)}, not {shown(wanted)}"
+                raise UserError(f"--mix {folder} is another model than the run's: {said}")
+        with no_progress_bar():
+            return dict(LumosForVideoGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
+    @staticmethod
+    def write_folder(
+        folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
+    ) -> None:
+        with no_progress_bar():
+            model_with(weights, LumosConfig(**metadata["config"]), dtype).save_pretrained(folder)
+        check_written(folder, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        VideoTokenizer.from_pretrained(tokenizers.video).to(dtype).save_pretrained(folder / "video_tokenizer")
+        TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(folder / "text_tokenizer")
+        write_defaults(folder, GenerationSettings(**metadata["generation"]), ClipDefaults(**metadata["clip"], target_size=None))
 
     def _generation(self) -> GenerationSettings:
         folder = self.settings.model.from_
@@ -253,35 +268,6 @@ class ArdfTask:
     def _config(self) -> dict[str, Any]:
         config = self.config.to_dict()
         return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
-
-    def _tokenizer_folder(self, kind: str) -> str:
-        given = getattr(self.settings.tokenizer, kind)
-        own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
-        folder = given or own
-        if folder is None:
-            raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
-        if not Path(folder).exists():
-            raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
-        return folder
-
-    def _check_attention(self) -> None:
-        """UserError if the run could not attend as it is told."""
-        if self.attention == "flex" and self.device.type != "cuda":
-            raise UserError(f"attention flex trains on CUDA only, not on {self.device.type}; set training.attention=segmented")
-
-    def _check_base_tokenizers(self) -> None:
-        """The weights of model.from mean nothing with other tokenizers than its own, where it has them."""
-        base = self.settings.model.from_
-        own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
-        for kind, folder in own.items():
-            if folder.is_dir() and getattr(self.settings.tokenizer, kind) is not None:
-                video = kind == "video"
-                made = tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"] if video else text_fingerprint(folder)
-                if made != self.fingerprints[kind]:
-                    raise UserError(
-                        f"tokenizer.{kind} {getattr(self.places, kind)} is another tokenizer than {folder}, with which the weights "
-                        f"of model.from were trained; leave tokenizer.{kind} out"
-                    )
 
     def _check_sizes(self, video: str) -> None:
         config = self.config
@@ -329,27 +315,6 @@ class ArdfTask:
         weights = config.num_parameters + (adapter_weights(config, lora.rank, lora.targets) if lora.rank else 0)
         check_memory(4 * weights, f"a model of {weights:,} weights in float32")
 
-    def _source(self) -> Source:
-        data, training = self.settings.data, self.settings.training
-        if data.source == "worlds":
-            shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
-            picture = data.height * data.width // self.config.spatial_compression**2
-            codes = {"image": picture, "video": picture * num_latent_frames(data.num_frames, self.config.temporal_compression)}
-            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
-        return ShardSource(
-            data.path,
-            self.video_tokenizer,
-            kinds=Curriculum(data.stages, training.batch_size).kinds,
-            num_frames=data.num_frames,
-            min_frames=data.min_frames,
-            size_unit=self.config.pixels_per_size_unit,
-            size=data.size,
-            seed=training.seed,
-            held_out=data.validation_clips if training.eval_every else 0,
-            shuffle_shards=data.shuffle_shards,
-            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
-        )
-
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3] -> codes [B, t, h, w]."""
@@ -387,14 +352,6 @@ class ArdfTask:
 def ratio_bins(ratios: Tensor) -> Tensor:
     """Ratios in [0, 1] -> 0 to 9, the tenth that each is in; a ratio on an edge belongs to the tenth above, and 1 to the last."""
     return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # a float32 0.7 is a little less than 0.7
-
-
-def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
-    """Of its config and float32 weights, whichever files they came from."""
-    digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_config(model: ModelSettings) -> LumosConfig:
@@ -446,7 +403,7 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Draft:
+class UnencodedBatch:
     """A Batch whose clips are not encoded yet: all that can be done in any process, without a model.
 
     `ids` [B, L] has code 0 wherever a code is to be seen, `codes_at` bool [B, L] says where codes belong, `asked` which of them
@@ -458,3 +415,12 @@ class Draft:
     codes_at: Tensor
     asked: Tensor
     batch: Batch  # its tensors still lack input_ids and targets
+
+
+def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:
+    """The model of these whole weights, by name, in a number format."""
+    with torch.device("meta"):
+        model = LumosForVideoGeneration(config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    model.config.dtype = dtype
+    return model

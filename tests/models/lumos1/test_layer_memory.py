@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lumos import LumosConfig, LumosForVideoGeneration
 from lumos.lora import Lora, add_adapters
-from lumos.models.lumos1.cost import adapter_bytes, layer_bytes
-from lumos.planning.sharding import Spread
+from lumos.models.lumos1.training_cost import adapter_bytes, layer_bytes
+from lumos.planning.sharding import Sharding
 from lumos.settings import to_plain
 from lumos.training.settings import build_settings
 
@@ -69,8 +69,8 @@ def test_what_a_layer_keeps_is_what_torch_keeps(name: str):
     ids, targets = batch(model.config, settings.data, rows=2, t=2)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         kept = kept_by_layer(model.train(), 1, lambda: model(input_ids=ids, targets=targets).position_loss)
-    spread = Spread(stage=None if dtype == torch.float32 else 1, half=half or dtype == torch.bfloat16, on_gpu=False)
-    planned = layer_bytes(model.config, spread)
+    sharding = Sharding(stage=None if dtype == torch.float32 else 1, half=half or dtype == torch.bfloat16, on_gpu=False)
+    planned = layer_bytes(model.config, sharding)
     if settings.lora.rank:
-        planned += adapter_bytes(model.config, spread, settings.lora)
+        planned += adapter_bytes(model.config, sharding, settings.lora)
     assert kept / ids.numel() == pytest.approx(planned, rel=0.01)

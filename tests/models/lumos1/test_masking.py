@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro import micro_config
 
-from lumos.models.lumos1.masking import MASK_KINDS, history_mask, mask_ratio, mask_sequence, training_mask, unmasking_counts
+from lumos.models.lumos1.masking import history_mask, mask_ratio, mask_sequence, training_mask, unmasking_counts
 from lumos.models.lumos1.sequence import build_sequence, code_mask, parse_layout
+from lumos.models.lumos1.settings import MASK_KINDS
 
 CONFIG = micro_config()
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(0, 10_000))

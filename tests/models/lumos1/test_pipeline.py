@@ -272,17 +272,17 @@ def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
         pipe("x", num_frames=1, later_steps=1, seed=0)
     prefix = prefix_ids("x", pipe.clip, pipe.model.config, pipe.text_tokenizer)
     pipe.model.config.max_position_embeddings = 8192
-    ready = pipe.prepare(Request("x", num_frames=49, history_frames=1))
+    ready = pipe.encode(pipe.resolve(Request.of("x", num_frames=49, history_frames=1)))
     assert torch.equal(ready.conditional[0], prefix)
-    assert not torch.equal(pipe.prepare(Request("x", num_frames=49)).conditional[0], prefix)
+    assert not torch.equal(pipe.encode(pipe.resolve(Request.of("x", num_frames=49))).conditional[0], prefix)
 
 
 def test_a_negative_prompt_counts_too(micro_folder):
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     pipe.model.config.max_position_embeddings = 60
-    pipe.settle(Request("x", num_frames=5, negative_prompt="y"))
+    pipe.resolve(Request.of("x", num_frames=5, negative_prompt="y"))
     with pytest.raises(UserError, match="this model was made for at most 60"):
-        pipe.settle(Request("x", num_frames=5, negative_prompt="word " * 30))
+        pipe.resolve(Request.of("x", num_frames=5, negative_prompt="word " * 30))
 
 
 def test_transparency_and_rotation_of_a_picture_are_as_in_a_file(micro_folder, tmp_path):
@@ -292,9 +292,9 @@ def test_transparency_and_rotation_of_a_picture_are_as_in_a_file(micro_folder, t
     turned.getexif()[0x0112] = 6
     for name, picture in (("clear.png", clear), ("turned.png", turned)):
         picture.save(tmp_path / name, exif=picture.getexif())
-        given = [pipe.settle(Request("x", image=image)).given[0] for image in (picture, tmp_path / name)]
+        given = [pipe.resolve(Request.of("x", image=image)).given[0][0] for image in (picture, tmp_path / name)]
         assert np.array_equal(*given)
-    assert (pipe.settle(Request("x", image=clear)).given[0] == 255).all()
+    assert (pipe.resolve(Request.of("x", image=clear)).given[0][0] == 255).all()
 
 
 def test_a_later_prompt_needs_words(micro_folder):

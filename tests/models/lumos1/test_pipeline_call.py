@@ -76,7 +76,7 @@ def test_shapes_and_ranges_of_the_output_types(pipe, clip):
     assert isinstance(call("uint8"), list)
     latent = pipe("x", seed=1, output_type="latent")
     assert torch.equal(latent.frames, latent.codes)
-    assert np.array_equal(pipe._decode(latent.frames[0]), clip)
+    assert np.array_equal(pipe.decode_clip(latent.frames[0]), clip)
 
 
 def test_latent_output_decodes_nothing(pipe, monkeypatch):

@@ -38,15 +38,6 @@ class Settings:
     forward_only: bool
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="sequence lengths in tokens; default: %(default)s")
-    add("--frame-tokens", type=int, default=1828, help="tokens of a latent frame; default: %(default)s (448 x 256)")
-    add("--heads", type=int, default=2, help="attention heads; default: %(default)s")
-    add("--head-dim", type=int, default=64, help="channels of a head; default: %(default)s")
-    add("--forward-only", action="store_true", help="attention: leave out forward + backward")
-
-
 def settings_from(args: argparse.Namespace) -> Settings:
     smallest = FRAME_HEADER + 3
     if args.frame_tokens < smallest:

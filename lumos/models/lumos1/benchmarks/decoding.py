@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lumos.commands.options import TRADES
+from lumos.models.lumos1.benchmarks.arguments import SHIPPED
 from lumos.models.lumos1.benchmarks.baseline import Watch, plain_frames
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets, generate_frames
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.request import prompt_ids
 from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames
 from lumos.models.lumos1.settings import GenerationSettings
 
@@ -42,7 +43,6 @@ SHAPES = {
     "mid": Shape("0.5b", MID, WIDE, frames=7, steps=4),
     "small": Shape("tiny", SMALL, (4, 6), frames=3, steps=3),
 }
-SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ def folder_case(folder: str, prompt: str, device: str, dtype: str) -> Case:
     duration, fps = clip_header(clip.num_frames, clip.fps)
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
     frames = num_latent_frames(clip.num_frames, config.temporal_compression)
-    plain = {name: getattr(GenerationSettings, name) for name in ("top_k", "top_p", *TRADES)}  # the twin has none of these
-    settings = replace(settings, **plain)
-    return Case(pipe.model, *prefixes(pipe.text_ids(prompt, clip), fps, duration, config), grid, frames, settings)
+    # The baseline knows neither filters nor options that trade.
+    options = GenerationSettings.declared().items()
+    plain = {name: option.default for name, option in options if option.is_trade or name in ("top_k", "top_p")}
+    settings, text = replace(settings, **plain), prompt_ids(prompt, clip, config, pipe.text_tokenizer)
+    return Case(pipe.model, *prefixes(text, fps, duration, config), grid, frames, settings)
 
 
 def prefixes(text: Sequence[int], fps: int, duration: int, config: LumosConfig) -> tuple[Tensor, Tensor]:

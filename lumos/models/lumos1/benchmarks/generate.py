@@ -25,20 +25,22 @@ from typing import Any
 import torch
 
 from lumos.benchmarks.isolated import run_apart
-from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, timed
-from lumos.commands.loading import shipped_model
-from lumos.commands.options import ACCELERATION, TRADES, add_acceleration, add_trades
+from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
+from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.acceleration import compile_parts, use_int8_weights
-from lumos.models.lumos1.benchmarks.decoding import SHAPES, SHIPPED, Case, generate, generate_plainly, logits_difference, make_case
+from lumos.models.lumos1.benchmarks.arguments import FORMS, SHIPPED
+from lumos.models.lumos1.benchmarks.decoding import SHAPES, Case, generate, generate_plainly, logits_difference, make_case
 from lumos.models.lumos1.benchmarks.roofline import product_gflops, products, profiled
 from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.pipeline.defaults import shipped_model
+from lumos.pipeline.options import ACCELERATION, given_options
 from lumos.runtime import peak_memory_bytes
 
 LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that are called the same
-FORMS = {"lumos": generate, "twin": generate_plainly}
+MAKERS = dict(zip(FORMS, (generate, generate_plainly), strict=True))
 OPTIONS = "lumos_with_options"
-PRECISIONS = ("bfloat16", "float16", "int8")
+TRADES = tuple(name for name, option in GenerationSettings.declared().items() if option.is_trade)
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,7 @@ class Settings:
     shapes: tuple[str, ...]
     options: dict[str, Any]
     precisions: tuple[str, ...]
-    memory: tuple[str, ...] = tuple(FORMS)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", help="model folder; default: the shipped model")
-    add("--prompt", default="a large red circle moves left on a gray background", help="default: %(default)s")
-    add("--shapes", nargs="+", choices=(SHIPPED, *SHAPES), default=[SHIPPED], metavar="SHAPE",
-        help=f"decoders to compare with a plain twin: {SHIPPED} (the model), or with random weights {', '.join(SHAPES)}; "
-             "0.5b and mid take minutes; default: shipped")  # fmt: skip
-    add_trades(parser)
-    add_acceleration(parser)
-    add("--options-dtype", choices=("bfloat16", "float16"), help="weights of the form with options")
-    add("--precisions", nargs="+", choices=PRECISIONS, default=[], metavar="PRECISION",
-        help=f"also measure what the logits differ by in {' or '.join(PRECISIONS)}")  # fmt: skip
-    add("--memory", nargs="*", choices=tuple(FORMS), default=list(FORMS), metavar="FORM",
-        help="whose memory to measure, for which each makes a clip more, of one step a frame; default: lumos twin")  # fmt: skip
+    memory: tuple[str, ...] = FORMS
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -76,7 +62,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"there is no model in {model} (no config.json); name its folder with --model")
     if not args.prompt.strip():
         raise UserError("the prompt is empty; say in words what the clip shows")
-    trades = {name: getattr(args, name) for name in TRADES if getattr(args, name) is not None}
+    trades = given_options(args, TRADES)
     for shape in args.shapes:
         usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
         GenerationSettings(num_inference_steps=usual.num_inference_steps, **trades)
@@ -117,7 +103,7 @@ def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> 
 def prepare(form: str, shape: str, folder: str, prompt: str, device: str, dtype: str) -> Step:
     """Make the decoder; the step makes one clip with one step a frame."""
     case = make_case(shape, folder, prompt, device, dtype).cut(steps=1)
-    return lambda: FORMS[form](case) or ()
+    return lambda: MAKERS[form](case) or ()
 
 
 def extra_memory(**arguments: Any) -> int:
@@ -188,7 +174,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     case = make_case(**arguments)
     difference = check_logits(case, shape, bench.dtype)
     bench.step()
-    forms = {name: lambda form=form: form(case) or () for name, form in FORMS.items()}
+    forms = {name: lambda form=form: form(case) or () for name, form in MAKERS.items()}
     if settings.options:
         changed = with_options(case, settings.options)
         forms[OPTIONS] = lambda: generate(changed) or ()

@@ -40,15 +40,6 @@ class Settings:
     chunk_size: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--positions", type=int, nargs="+", default=[2048, 4096], help="supervised positions; default: %(default)s")
-    add("--hidden-size", type=int, default=1024, help="channels of the hidden states; default: %(default)s")
-    add("--vocab-size", type=int, default=129_536, help="rows of the head; default: %(default)s")
-    add("--visual-codes", type=int, default=64_000, help="rows that are visual codes; default: %(default)s")
-    add("--chunk-size", type=int, default=256, help="positions of a chunk; default: %(default)s")
-
-
 def settings_from(args: argparse.Namespace) -> Settings:
     for name in ("hidden_size", "vocab_size", "visual_codes", "chunk_size"):
         if getattr(args, name) < 1:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lumos.benchmarks.measure import timed
+from lumos.device_peak import timed
 from lumos.models.lumos1.benchmarks.decoding import Case
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.masking import unmasking_counts

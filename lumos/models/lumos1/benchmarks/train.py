@@ -36,12 +36,12 @@ from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, 
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask, expand_heads
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.cost import meta_model, sequence_layout
 from lumos.models.lumos1.flops import layer_flops_per_token, training_flops
 from lumos.models.lumos1.masking import mask_count, pattern
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sequence import build_sequence, code_mask, content_mask, parse_layout
+from lumos.models.lumos1.training_cost import meta_model, sequence_layout
 from lumos.planning.sharding import parameter_count
 from lumos.runtime import pick_device, return_freed_memory
 
@@ -68,18 +68,6 @@ class Settings:
 
 
 MAX_TOKENS = 2**24
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--tokens", type=int, default=8192, help="tokens of the sequence; default: %(default)s")
-    add("--frame-height", type=int, default=256, help="frame height in pixels; default: %(default)s")
-    add("--frame-width", type=int, default=448, help="frame width in pixels; default: %(default)s")
-    add("--channels", type=int, default=512, help="hidden size, a multiple of 64; default: %(default)s")
-    add("--layers", type=int, default=8, help="layers; default: %(default)s")
-    add("--text-ids", type=int, default=65_536, help="rows of the vocabulary before the codes; default: %(default)s")
-    add("--codes", type=int, default=64_000, help="visual codes; default: %(default)s")
-    add("--mask-ratio", type=float, default=0.8, help="share of the frames that is masked; default: %(default)s")
 
 
 def settings_from(args: argparse.Namespace) -> Settings:

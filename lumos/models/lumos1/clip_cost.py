@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +16,19 @@ from lumos.errors import UserError
 from lumos.models.lumos1.benchmarks.decoding import Case
 from lumos.models.lumos1.benchmarks.roofline import products
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.cost import meta_model
-from lumos.models.lumos1.request import check_length
-from lumos.models.lumos1.sequence import num_latent_frames, size_units
-from lumos.models.lumos1.settings import GenerationSettings
+from lumos.models.lumos1.conversion import read_config
+from lumos.models.lumos1.request import check_effect, check_length, largest_side
+from lumos.models.lumos1.sequence import num_latent_frames
+from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.models.lumos1.training_cost import meta_model
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import check_num_frames
+from lumos.pipeline.request import check_side
 from lumos.planning.sharding import parameter_count
 
 
 @dataclass(frozen=True)
-class ClipPlan:
+class LumosClipCost:
     """One clip from a prompt of `text_tokens`, as `generate_frames` makes it; the video tokenizer's part is not in it.
 
     UserError or ValueError for what the pipeline would refuse.
@@ -47,16 +50,19 @@ class ClipPlan:
     @property
     def case(self) -> Case:
         """The clip as the bench describes it, without weights and ids."""
-        rows, cols = (
-            size_units(pixels, name, self.config) * self.config.pixels_per_size_unit // self.config.spatial_compression
-            for name, pixels in (("height", self.clip.height), ("width", self.clip.width))
-        )
+        for name in ("height", "width"):
+            check_side(getattr(self.clip, name), name, self.config.pixels_per_size_unit, largest_side(self.config))
+        rows, cols = (side // self.config.spatial_compression for side in (self.clip.height, self.clip.width))
         header = 3  # video_start, duration, fps
         conditional, unconditional = (torch.empty(n, device="meta") for n in (self.text_tokens + 2 + header, header))
         return Case(
             meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.guidance_scale != 1 else None,
             (rows, cols), num_latent_frames(self.clip.num_frames, self.config.temporal_compression), self.settings,
         )  # fmt: skip
+
+    def warn_of_effects(self, given: Mapping[str, Any]) -> None:
+        """Warn of sampling options that were given, but have no effect on this clip."""
+        check_effect(self.case.frames, self.case.frames, given, self.settings)
 
     def report(self, peak: float, utilisation: float) -> dict[str, Any]:
         """All of it as plain JSON values. peak: FLOP/s of the device, of which the share `utilisation` is reached."""
@@ -76,14 +82,14 @@ class ClipPlan:
         }  # fmt: skip
 
 
-def lighter(plan: ClipPlan, clips: int = 1) -> list[tuple[str, int]]:
+def lighter(plan: LumosClipCost, clips: int = 1) -> list[tuple[str, int]]:
     """(options, bytes of weights and cache) of plans that each change one thing so that `clips` clips at a time need less.
 
     Each brings the cache to half or less, or the dtype to two bytes; what cannot is left out.
     """
     weights = parameter_count(plan.case.model)
 
-    def needed(other: ClipPlan) -> int:
+    def needed(other: LumosClipCost) -> int:
         return weights * other.dtype.itemsize + clips * other.case.cache_bytes
 
     def largest(options: str, plans: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, int]]:
@@ -117,8 +123,25 @@ def lighter(plan: ClipPlan, clips: int = 1) -> list[tuple[str, int]]:
     return found
 
 
-def out_of_memory_advice(plan: ClipPlan, clips: int = 1) -> str:
-    """What a clip for which memory ran out needs, and what would need less."""
+def clip_cost(
+    config: LumosConfig, clip: ClipDefaults, sampling: GenerationSettings, text_tokens: int, dtype: torch.dtype
+) -> LumosClipCost:
+    """The cost of one clip; UserError for what the pipeline would refuse."""
+    return LumosClipCost(config, clip, sampling, text_tokens, dtype)
+
+
+def model_of(folder: str | Path | None, preset: str | None) -> tuple[LumosConfig, GenerationSettings, ClipDefaults]:
+    """Config and defaults of a model folder, of which only config.json and pipeline.json are read, or of a preset."""
+    if preset is not None:
+        return LumosConfig.preset(preset), GenerationSettings(), ClipDefaults()
+    return read_config(Path(folder)), *read_defaults(Path(folder))
+
+
+def out_of_memory_advice(
+    config: LumosConfig, clip: ClipDefaults, sampling: GenerationSettings, text_tokens: int, dtype: torch.dtype, clips: int = 1
+) -> str:
+    """A sentence on what a clip needs for which memory ran out, and on what would need less."""
+    plan = LumosClipCost(config, clip, sampling, text_tokens, dtype)
     weights, cache = parameter_count(plan.case.model) * plan.dtype.itemsize, clips * plan.case.cache_bytes
     less = "; ".join(f"{options} needs {in_units(size)}" for options, size in lighter(plan, clips))
     return (

@@ -19,49 +19,92 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.flops import adapter_weights
+from lumos.models.lumos1.flops import adapter_weights, layer_flops_per_token, training_flops
 from lumos.models.lumos1.modeling import LumosForVideoGeneration, mlp_piece
-from lumos.models.lumos1.sequence import Frame, Layout
-from lumos.models.lumos1.training import model_config
-from lumos.planning.sharding import PARTS, Spread, parameter_count
-from lumos.training.settings import LoraSettings, MaskingSettings, TrainingSettings
-
-AT_ONCE = 500_000_000
-"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
+from lumos.models.lumos1.sequence import Frame, Layout, num_latent_frames
+from lumos.models.lumos1.training import check_clip_shape, model_config
+from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
+from lumos.planning.memory import fixed_bytes
+from lumos.planning.sharding import PARTS, Sharding, parameter_count
+from lumos.training.settings import LoraSettings
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """What is trained. `parameters` counts those of adapters, too, which with `lora` are all that is trained."""
+class LumosTrainingCost:
+    """The cost of training a decoder; see `lumos.planning.cost.TrainingCost` for what its members mean.
+
+    With `lora` only adapters are trained; `parameters` counts theirs too.
+    """
 
     config: LumosConfig
     parameters: int
     lora: LoraSettings | None = None
+    masking: MaskingSettings = field(default_factory=MaskingSettings)
+    text_tokens: int = 0
+    assumed: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: LumosConfig, lora: LoraSettings | None = None) -> Trainee:
+    def of(cls, config: LumosConfig, lora: LoraSettings | None = None, **more: Any) -> LumosTrainingCost:
         adapters = adapter_weights(config, lora.rank, lora.targets) if lora else 0
-        return cls(config, parameter_count(meta_model(config)) + adapters, lora)
+        return cls(config, parameter_count(meta_model(config)) + adapters, lora, **more)
 
     @property
     def trained(self) -> int:
         return adapter_weights(self.config, self.lora.rank, self.lora.targets) if self.lora else self.parameters
 
     @property
+    def is_tuned(self) -> bool:
+        return self.lora is not None
+
+    @property
     def matrices(self) -> int:
-        """Trained weights of the layers' matrices, which Muon updates."""
         return self.trained if self.lora else self.config.num_hidden_layers * sum(_shapes(self.config).values())
 
     @property
     def stacked(self) -> int:
-        """The most of them that have one shape: Muon handles these together."""
         return self.trained if self.lora else self.config.num_hidden_layers * max(_shapes(self.config).values())
+
+    @property
+    def largest_parameter(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+    def cast_parameters(self, checkpointing: bool) -> int:
+        if self.lora and checkpointing:
+            return (self.parameters - 2 * self.largest_parameter) // self.config.num_hidden_layers
+        return self.parameters - self.largest_parameter
+
+    @property
+    def size_unit(self) -> int:
+        return self.config.pixels_per_size_unit
+
+    def sequence(self, num_frames: int, height: int, width: int) -> Layout:
+        t = num_latent_frames(num_frames, self.config.temporal_compression)
+        return sequence_layout(self.config, self.text_tokens, t, height, width)
+
+    def tokens(self, sequence: Layout) -> int:
+        return sequence.length
+
+    def codes(self, sequence: Layout) -> int:
+        return code_count(sequence)
+
+    def supervised(self, sequence: Layout) -> float:
+        return mean_mask_ratio(self.masking, len(sequence.frames)) * code_count(sequence)
+
+    def training_flops(self, sequence: Layout, supervised: float) -> float:
+        return training_flops(self.config, sequence, supervised, self.trained if self.lora else None)
+
+    def recomputed_flops(self, sequence: Layout) -> float:
+        return sequence.length * layer_flops_per_token(self.config, 0)  # kernels of attention are not repeated
+
+    def memory_moments(self, sharding: Sharding, rows: int, sequence: Layout) -> dict[str, dict[str, int]]:
+        return memory_moments(self, sharding, rows, sequence)
 
 
 def _shapes(config: LumosConfig) -> Counter[tuple[int, int]]:
@@ -94,24 +137,24 @@ def code_count(layout: Layout) -> int:
     return sum(frame.rows * frame.cols for frame in layout.frames)
 
 
-def norm_bytes(config: LumosConfig, spread: Spread, is_frozen: bool = False) -> int:
+def norm_bytes(config: LumosConfig, sharding: Sharding, is_frozen: bool = False) -> int:
     """What one RMSNorm keeps for its backward pass, of one token.
 
     Its input; the CPU, without a fused kernel, keeps that in float32, and divided by its rms for the gradient of the weight.
     """
-    if spread.on_gpu:
-        return config.hidden_size * spread.residual
+    if sharding.on_gpu:
+        return config.hidden_size * sharding.residual
     return config.hidden_size * 4 * (1 if is_frozen else 2)
 
 
-def layer_bytes(config: LumosConfig, spread: Spread) -> int:
+def layer_bytes(config: LumosConfig, sharding: Sharding) -> int:
     """What one layer keeps for its backward pass, of one token; lumos/models/lumos1/modeling.py from top to bottom."""
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    s = spread.product
-    norms = 2 * norm_bytes(config, spread)
+    s = sharding.product
+    norms = 2 * norm_bytes(config, sharding)
     normed = 2 * c * s  # input of q, k, v and that of gate, up
-    raw = (c + kv) * (4 if spread.autocast and spread.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
+    raw = (c + kv) * (4 if sharding.autocast and sharding.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
     attention = (c + 2 * kv) * s  # rotated q and k, and v
     attention += 2 * c * s  # what it gives, by segment and joined for o_proj
     statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
@@ -119,66 +162,66 @@ def layer_bytes(config: LumosConfig, spread: Spread) -> int:
     return norms + normed + raw + attention + statistics + gated
 
 
-def adapter_bytes(config: LumosConfig, spread: Spread, lora: LoraSettings) -> int:
+def adapter_bytes(config: LumosConfig, sharding: Sharding, lora: LoraSettings) -> int:
     """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
-    s = spread.product
-    more = 2 * (norm_bytes(config, spread, is_frozen=True) - norm_bytes(config, spread))
+    s = sharding.product
+    more = 2 * (norm_bytes(config, sharding, is_frozen=True) - norm_bytes(config, sharding))
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
-        kept = adapted if spread.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
+        kept = adapted if sharding.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
         more += (kept - 1) * width * s
         more += adapted * lora.rank * s
         if lora.dropout:
-            more += adapted * width * (1 if spread.on_gpu else 4 if spread.autocast else s)  # masks: bytes, or factors
+            more += adapted * width * (1 if sharding.on_gpu else 4 if sharding.autocast else s)  # masks: bytes, or factors
     return more
 
 
-def kept_bytes(config: LumosConfig, spread: Spread) -> int:
+def kept_bytes(config: LumosConfig, sharding: Sharding) -> int:
     """The same under activation checkpointing: a layer's input and what attention gave."""
-    return config.hidden_size * (spread.residual + spread.product) + 4 * config.num_attention_heads
+    return config.hidden_size * (sharding.residual + sharding.product) + 4 * config.num_attention_heads
 
 
-def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
+def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
     """Moment -> part -> bytes on the device of one process, for micro-batches of `rows` sequences."""
     config, lora, parameters = model.config, model.lora, model.parameters
-    width, embedding = config.hidden_size, config.vocab_size * config.hidden_size
+    width, embedding = config.hidden_size, model.largest_parameter
     tokens, asked = rows * layout.length, rows * code_count(layout)
-    compute, residual = spread.product, spread.residual
-    stored = compute if spread.stage else 4  # bytes of a weight
+    compute, residual = sharding.product, sharding.residual
+    stored = compute if sharding.stage else 4  # bytes of a weight
 
-    fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, spread)
+    fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, sharding)
     all_gradients, fixed["gradients"] = fixed["gradients"], 0
     # ZeRO-3 always holds its share's; ZeRO-1 with bf16 weights always all.
-    always = spread.stage == 3 or (spread.stage == 1 and spread.half)
-    earlier = all_gradients if spread.accumulates or always else 0
+    always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
+    earlier = all_gradients if sharding.accumulates or always else 0
     # The head's gradient is made first and the embedding's last, whole in every stage.
     largest = 0 if lora else stored * embedding
-    after = all_gradients + (largest if spread.accumulates or spread.stage else 0)
+    after = all_gradients + (largest if sharding.accumulates or sharding.stage else 0)
 
-    per_layer, layers = tokens * layer_bytes(config, spread), config.num_hidden_layers
+    per_layer, layers = tokens * layer_bytes(config, sharding), config.num_hidden_layers
     if lora:
-        per_layer += tokens * adapter_bytes(config, spread, lora)
-    kept = layers * (tokens * kept_bytes(config, spread) if spread.checkpointing else per_layer)
+        per_layer += tokens * adapter_bytes(config, sharding, lora)
+    kept = layers * (tokens * kept_bytes(config, sharding) if sharding.checkpointing else per_layer)
     kept += tokens * 2 * config.head_dim * stored  # rotary tables
-    last_norm = tokens * norm_bytes(config, spread, is_frozen=lora is not None)
+    last_norm = tokens * norm_bytes(config, sharding, is_frozen=lora is not None)
     # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
     keeps_product = lora is None or "down_proj" in lora.targets
     piece = min(tokens, mlp_piece(tokens, with_gradients=True))
     widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
-    widest += per_layer - tokens * kept_bytes(config, spread) if spread.checkpointing else 0
+    widest += per_layer - tokens * kept_bytes(config, sharding) if sharding.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
-    casts = (6 if asked == chunk else 10) if spread.half else 0  # to float32 and back; a second chunk meets those of the first
+    casts = (6 if asked == chunk else 10) if sharding.half else 0  # to float32 and back; a second chunk meets those of the first
     logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
     logits += asked * width * 2 * compute + tokens * width * compute  # selected states, their gradient, all states
-    if spread.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
+    if sharding.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
         logits += config.visual_token_count * width * (4 + 2)
-    if spread.autocast:  # the rows cast
+    if sharding.autocast:  # the rows cast
         logits += config.visual_token_count * width * 2
 
     # Muon's updates, copies of them and of their products, bf16 on a GPU; their gradients go.
-    working = model.stacked * (12 if spread.on_gpu else 20) if spread.muon else 0
+    working = model.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
 
     def at(**parts: int) -> dict[str, int]:
         return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
@@ -191,52 +234,6 @@ def memory_moments(model: Trainee, spread: Spread, rows: int, layout: Layout) ->
     }
 
 
-def host_bytes(model: Trainee, spread: Spread) -> int:
-    """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
-    share = math.ceil(model.trained / spread.world)
-    optimizer = (20 if spread.averaged else 16) * share if spread.offload_optimizer else 0
-    weights = spread.product * math.ceil(model.parameters / spread.world) if spread.offload_weights else 0
-    return optimizer + weights
-
-
-def fixed_bytes(model: Trainee, spread: Spread) -> dict[str, int]:
-    """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
-    config, lora, parameters, trained = model.config, model.lora, model.parameters, model.trained
-    embedding = config.vocab_size * config.hidden_size
-    share, stage = math.ceil(trained / spread.world), spread.stage or 0
-    if stage == 0:
-        # Autocast keeps bf16 copies of the matrices: for a step, those of frozen ones only as long as activations.
-        cast = parameters - embedding
-        if lora and spread.checkpointing:
-            cast = (parameters - 2 * embedding) // config.num_hidden_layers
-        weights = 4 * parameters + (2 * cast if spread.autocast else 0)
-        averaged = 4 * trained if spread.averaged else 0
-        moments = 8 * trained - (4 * model.matrices if spread.muon else 0)
-        return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
-    compute = spread.product
-    own = math.ceil(parameters / spread.world) if stage == 3 else parameters
-    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
-    # however small the model is, which on a CPU costs nothing where it is not written to.
-    bucket = spread.bucket if spread.on_gpu else min(spread.bucket, trained)
-    buffers = 4 * max(0 if lora else embedding, bucket) + 2 * 4 * bucket
-    if stage == 1 and spread.half:
-        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
-    elif stage == 1:
-        gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
-    elif stage == 2:
-        gradients = compute * share + 4 * share
-    else:
-        gradients = 4 * share + 4 * share
-        buffers += compute * min(parameters, spread.live)  # gathered weights
-    on_device = not spread.offload_optimizer
-    return {
-        "weights": 0 if spread.offload_weights else compute * own,
-        "gradients": gradients if on_device or stage == 1 else compute * share,
-        "optimizer": on_device * (16 if spread.averaged else 12) * share,  # float32 weights, two moments, averages
-        "buffers": buffers,
-    }
-
-
 def mean_mask_ratio(masking: MaskingSettings, t: int) -> float:
     """Mean of max(min_ratio, cos(pi u / 2)) over u in [0, 1): 0.80 for 0.7. Tube decay goes on to 1 at the last frame."""
     turn = math.acos(masking.min_ratio) * 2 / math.pi
@@ -244,9 +241,19 @@ def mean_mask_ratio(masking: MaskingSettings, t: int) -> float:
     return (mean + 1) / 2 if masking.kind == "tube_decay" and t > 1 else mean
 
 
-def planned_config(settings: TrainingSettings) -> tuple[LumosConfig, str | None]:
+def planned_config(settings: LumosTrainingSettings) -> tuple[LumosConfig, str | None]:
     """The model's config, and what was assumed of it: a folder in model.from that is not there yet has the preset's shape."""
     model = settings.model
     if model.from_ is None or model.preset is None or (Path(model.from_) / "config.json").is_file():
         return model_config(model), None
     return model_config(replace(model, from_=None)), f"{model.from_}, which is not there yet, has the shape of {model.preset}"
+
+
+def training_cost(settings: LumosTrainingSettings, text_tokens: int) -> LumosTrainingCost:
+    """The cost of the training that these settings describe. UserError for settings that cannot work."""
+    config, about_model = planned_config(settings)
+    check_clip_shape(config, settings.data)
+    return LumosTrainingCost.of(
+        config, settings.lora if settings.lora.rank else None, masking=settings.masking, text_tokens=text_tokens,
+        assumed=(about_model,) if about_model else (),
+    )  # fmt: skip

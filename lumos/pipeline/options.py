@@ -1,0 +1,252 @@
+"""Sampling options: declared once by each generator, as fields of a dataclass; every other table of them is derived here.
+
+A generator declares a frozen dataclass that inherits from `SamplingOptions`. Each field is a `lumos.settings.setting`:
+
+    num_inference_steps: int = setting(50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1)
+
+The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata says:
+
+    meaning              what the option does, in one line: the help of its flag
+    low, high            inclusive bounds; above, below: exclusive ones; allowed: the range in words
+    step                 the option has a slider in the page and an input in ComfyUI, which move in such steps
+    slider_high          the largest value of the slider, where that is below `high`
+    label                the name of its control, where the option's name and meaning would be too long
+    pictures             False: no effect on a single picture
+    given                True: an effect only on clips that begin with given frames
+    trade                True: saves time or memory and changes what is made
+
+Command line flags, columns of lists, fields of the HTTP API, controls of the page, inputs of the ComfyUI nodes and the options of
+`plan` follow from `options_of`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Self
+
+from lumos import registry
+from lumos.errors import UserError, shown
+from lumos.settings import is_number, is_whole, setting
+
+WHOLE, NUMBER, FLAG, INTERVAL = "a whole number", "a number", "true or false", "two numbers"
+ACCELERATION = ("int8", "compile")
+"""Arguments of a pipeline's from_pretrained that make a network smaller or faster."""
+_KINDS = {int: WHOLE, float: NUMBER, bool: FLAG}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A sampling option as its declaration describes it. `kind` is WHOLE, NUMBER, FLAG or INTERVAL."""
+
+    name: str
+    kind: str
+    is_optional: bool  # None is allowed: the option is off
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def meaning(self) -> str:
+        return self.metadata["meaning"]
+
+    @property
+    def label(self) -> str:
+        """The name of the option's control in a page."""
+        return self.metadata.get("label") or f"{self.name.replace('_', ' ').capitalize()}: {self.meaning}"
+
+    @property
+    def step(self) -> float | None:
+        return self.metadata.get("step")
+
+    @property
+    def for_pictures(self) -> bool:
+        return self.metadata.get("pictures", True)
+
+    @property
+    def for_given_frames(self) -> bool:
+        return self.metadata.get("given", False)
+
+    @property
+    def is_trade(self) -> bool:
+        return self.metadata.get("trade", False)
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def slider(self) -> tuple[float, float, float] | None:
+        """(lowest, highest, step) of a slider; None: the option has none."""
+        if self.step is None:
+            return None
+        low, above = self.metadata["low"], self.metadata["above"]
+        return above + self.step if low is None else low, self.metadata.get("slider_high") or self.most, self.step
+
+    @property
+    def most(self) -> float:
+        """The largest value of an option with a step."""
+        high, below = self.metadata["high"], self.metadata["below"]
+        return below - self.step if high is None else high
+
+    @property
+    def allowed(self) -> str:
+        """The allowed range in words."""
+        if self.metadata["allowed"]:
+            return self.metadata["allowed"]
+        low, high, above, below = (self.metadata[name] for name in ("low", "high", "above", "below"))
+        if low is None and above is None:
+            return self.kind
+        if low is not None:
+            end = f" to {high}" if high is not None else f" to below {below}" if below is not None else ""
+            return f"{low}{end}" if end else f"at least {low}"
+        end = f", at most {high}" if high is not None else f", less than {below}" if below is not None else ""
+        return f"more than {above}{end}"
+
+    def check(self, value: Any) -> Any:
+        """The value as it is kept (a pair as a tuple of floats); UserError for another type and for a value out of range."""
+        if value is None and self.is_optional:
+            return None
+        if self.kind == INTERVAL:
+            pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+            if not (pair and all(map(self._in_range, value)) and value[0] < value[1]):
+                raise self._refused(value, self.allowed)
+            return tuple(map(float, value))
+        holds = {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool)}[self.kind]
+        if not holds(value):
+            raise self._refused(value, self.kind)
+        if self.kind != FLAG and not self._in_range(value):
+            raise self._refused(value, self.allowed)
+        return value
+
+    def parse(self, text: str) -> Any:
+        """The value that a cell of a table or a field of a form says; ValueError if it says none."""
+        text = text.strip()
+        if self.kind == FLAG:
+            if text.lower() not in ("true", "false"):
+                raise ValueError(text)
+            return text.lower() == "true"
+        if self.kind == INTERVAL:
+            return [float(part) for part in text.split()]
+        return int(text) if self.kind == WHOLE else float(text)
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is of the option's type, whatever its range."""
+        if self.kind == INTERVAL:
+            return isinstance(value, list | tuple) and len(value) == 2
+        return {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool)}[self.kind](value)
+
+    def _in_range(self, value: float) -> bool:
+        low, high, above, below = (self.metadata[name] for name in ("low", "high", "above", "below"))
+        return math.isfinite(value) and (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+
+    def _refused(self, value: Any, allowed: str) -> UserError:
+        return UserError(f"{self.name} {shown(value)} is not allowed; give {allowed}")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Base of a generator's sampling options. A wrong type or a value out of range is a UserError."""
+
+    num_inference_steps: int = setting(50, "steps of the sampler", low=1, high=1000, step=1)
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)).values():
+            object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
+        self.check_combinations()
+
+    @classmethod
+    def declared(cls) -> dict[str, Option]:
+        """The options by name, in the order of their declaration."""
+        return options_of(cls)
+
+    def check_combinations(self) -> None:
+        """UserError for values that are allowed alone, but not together. A generator overrides this."""
+
+    def steps_of(self, frame: int) -> int:
+        """Steps of the frame-th latent frame that is made, from 0, at most."""
+        return self.num_inference_steps
+
+    def steps_before(self, frame: int) -> int:
+        """Steps of all the latent frames before it."""
+        return sum(map(self.steps_of, range(frame)))
+
+    def changed(self, **given: Any) -> Self:
+        """A copy with what is not None replaced."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def all_options() -> dict[str, Option]:
+    """The options of all generators, by name: what flags and columns of lists offer before a model is loaded."""
+    return options_of(*(generator.load("sampling") for generator in registry.generators().values()))
+
+
+@cache
+def options_of(*classes: type[SamplingOptions]) -> dict[str, Option]:
+    """The options that these classes declare, by name, in order; of options with one name the first declaration counts."""
+    found: dict[str, Option] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            kind, is_optional = _kind_of(hints[field.name], field.name)
+            found.setdefault(field.name, Option(field.name, kind, is_optional, field.default, field.metadata))
+    return found
+
+
+def _kind_of(hint: Any, name: str) -> tuple[str, bool]:
+    """(kind, whether None is allowed) of a type annotation."""
+    arguments = typing.get_args(hint)
+    is_optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in arguments
+    if is_optional:
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint) == (float, float):
+        return INTERVAL, is_optional
+    if hint not in _KINDS:
+        raise TypeError(f"the sampling option {name} is a {hint}; allowed: int, float, bool, tuple[float, float], or these | None")
+    return _KINDS[hint], is_optional
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, options: Mapping[str, Option], *, pictures: bool = False, given: bool = True
+) -> None:
+    """Add a flag for each option, with None as its default.
+
+    pictures: leave out options without effect on a single picture. given: also those for clips that begin with given frames.
+    """
+    for option in options.values():
+        if (pictures and not option.for_pictures) or (option.for_given_frames and not given):
+            continue
+        if option.kind == FLAG:
+            parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.meaning)
+        elif option.kind == INTERVAL:
+            parser.add_argument(option.flag, type=float, nargs=2, metavar=("START", "STOP"), help=option.meaning)
+        else:
+            parser.add_argument(option.flag, type=int if option.kind == WHOLE else float, help=option.meaning)
+
+
+def given_options(values: Any, names: Collection[str]) -> dict[str, Any]:
+    """The attributes of an argparse namespace that have one of these names and are not None."""
+    return {name: value for name in names if (value := getattr(values, name, None)) is not None}
+
+
+def check_names(given: Collection[str], cls: type[SamplingOptions], generator: str) -> None:
+    """UserError for options that this generator does not have."""
+    known = options_of(cls)
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{unknown[0]} is no sampling option of {generator}; allowed: {', '.join(known)}")
+
+
+def add_acceleration(parser: argparse.ArgumentParser) -> None:
+    """A flag for each way to make a network smaller or faster."""
+    add = parser.add_argument
+    add("--int8", action="store_true", help="the decoder's linear layers with int8 weights: a quarter of the memory (extra [int8])")
+    add("--compile", action="store_true", help="torch.compile for norms and MLPs; the first clip waits for the compiler")

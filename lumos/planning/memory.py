@@ -1,0 +1,68 @@
+"""Memory and traffic of a training that do not depend on its batches, by arithmetic; in bytes of one process."""
+
+from __future__ import annotations
+
+import math
+
+from lumos.planning.cost import TrainingCost
+from lumos.planning.sharding import Sharding
+
+AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
+
+
+def host_bytes(cost: TrainingCost, sharding: Sharding) -> int:
+    """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
+    share = math.ceil(cost.trained / sharding.world)
+    optimizer = (20 if sharding.averaged else 16) * share if sharding.offload_optimizer else 0
+    weights = sharding.product * math.ceil(cost.parameters / sharding.world) if sharding.offload_weights else 0
+    return optimizer + weights
+
+
+def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
+    """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
+    parameters, trained = cost.parameters, cost.trained
+    share, stage = math.ceil(trained / sharding.world), sharding.stage or 0
+    if stage == 0:
+        # Autocast keeps bf16 copies of the matrices: for a step, those of frozen ones only as long as activations.
+        cast = cost.cast_parameters(sharding.checkpointing)
+        weights = 4 * parameters + (2 * cast if sharding.autocast else 0)
+        averaged = 4 * trained if sharding.averaged else 0
+        moments = 8 * trained - (4 * cost.matrices if sharding.muon else 0)
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
+    compute = sharding.product
+    own = math.ceil(parameters / sharding.world) if stage == 3 else parameters
+    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
+    # however small the model is, which on a CPU costs nothing where it is not written to.
+    bucket = sharding.bucket if sharding.on_gpu else min(sharding.bucket, trained)
+    buffers = 4 * max(0 if cost.is_tuned else cost.largest_parameter, bucket) + 2 * 4 * bucket
+    if stage == 1 and sharding.half:
+        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
+    elif stage == 1:
+        gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
+    elif stage == 2:
+        gradients = compute * share + 4 * share
+    else:
+        gradients = 4 * share + 4 * share
+        buffers += compute * min(parameters, sharding.live)  # gathered weights
+    on_device = not sharding.offload_optimizer
+    return {
+        "weights": 0 if sharding.offload_weights else compute * own,
+        "gradients": gradients if on_device or stage == 1 else compute * share,
+        "optimizer": on_device * (16 if sharding.averaged else 12) * share,  # float32 weights, two moments, averages
+        "buffers": buffers,
+    }
+
+
+def sent_bytes(cost: TrainingCost, sharding: Sharding, micro_batches: int) -> float:
+    """What a process sends in a step (ZeRO, arXiv 1910.02054, section 7): gradients in float32, weights as they are stored."""
+    if sharding.stage is None:
+        return 0.0
+    gradients, weight = 4 * cost.trained, 2 if sharding.half else 4
+    if sharding.stage == 0:
+        volume = 2 * gradients
+    elif sharding.stage < 3:
+        volume = gradients * (micro_batches if sharding.stage == 2 else 1) + weight * cost.trained
+    else:
+        volume = micro_batches * (gradients + 2 * weight * cost.parameters)
+    return volume * (sharding.world - 1) / sharding.world

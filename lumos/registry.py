@@ -1,0 +1,120 @@
+"""Which generators exist, and where their parts are.
+
+A generator is a package that defines `GENERATOR`. A new one adds its folder and one line to `PACKAGES`. Listing generators
+imports none of their parts: a part is imported when `Generator.load` is called for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumos.errors import NotFound, UserError, shown
+from lumos.files import read_json
+
+PACKAGES = ["lumos.models.lumos1"]
+"""Packages of the generators; the first one is the default."""
+
+
+class Benchmark(NamedTuple):
+    """A target of `python -m lumos bench`.
+
+    summary     what it measures, in a line
+    module      has `settings_from(args)`, `steps(settings, bench)` and `run(settings, bench)`, see `lumos.benchmarks`
+    arguments   "module:function" that adds its flags; it imports no torch
+    """
+
+    summary: str
+    module: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A kind of model that makes video, and where its parts are: each a "module:Name" string.
+
+    name         what configs and commands call it
+    summary      what it is, in a line
+    model_types  values of `model_type` in config.json that belong to it
+    config       class of the model's configuration, with `preset(name)` and `from_pretrained(folder)`
+    model        class of the network (`from_pretrained`, `save_pretrained`)
+    pipeline     a `lumos.pipeline.base.VideoPipeline`
+    task         a `lumos.training.task.TrainingTask`
+    settings     dataclass of the settings of its training, a `lumos.training.settings.TrainingSettings`
+    sampling     dataclass of its sampling options, a `lumos.pipeline.options.SamplingOptions`
+    cost         modules that count parameters, FLOPs and bytes: "training" and "clip", see `lumos.planning.cost`
+    benchmarks   targets of `python -m lumos bench`, by name
+    evaluations  commands of `python -m lumos evaluate` that only this generator has, by name
+    verbs        functions of verbs that only some generators have, by the verb's name
+    """
+
+    name: str
+    summary: str
+    model_types: tuple[str, ...]
+    config: str
+    model: str
+    pipeline: str
+    task: str
+    settings: str
+    sampling: str
+    cost: dict[str, str]
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    evaluations: dict[str, str] = field(default_factory=dict)
+    verbs: dict[str, str] = field(default_factory=dict)
+
+    def load(self, part: str, name: str | None = None) -> Any:
+        """Import a part: `load("pipeline")`, or `load("cost", "clip")` for an entry of a dict."""
+        return load(getattr(self, part) if name is None else getattr(self, part)[name])
+
+
+def load(place: str) -> Any:
+    """What "module:Name" names, or a whole module."""
+    module, _, attribute = place.partition(":")
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def generators() -> dict[str, Generator]:
+    """All generators by name, the default one first."""
+    found = [import_module(package).GENERATOR for package in PACKAGES]
+    return {generator.name: generator for generator in found}
+
+
+def generator(name: str | None = None) -> Generator:
+    """The generator of this name; None: the default one. UserError for an unknown name."""
+    known = generators()
+    if name is None:
+        return next(iter(known.values()))
+    if name not in known:
+        raise UserError(f"generator {shown(name)} is unknown; allowed: {', '.join(known)}")
+    return known[name]
+
+
+def generator_with_preset(preset: str) -> Generator:
+    """The generator that has a model shape of this name; UserError if none has."""
+    names: dict[str, Generator] = {}
+    for candidate in generators().values():
+        names |= {name: candidate for name in candidate.load("config").presets() if name not in names}
+    if preset not in names:
+        raise UserError(f"preset {shown(preset)} is unknown; allowed: {', '.join(names)}")
+    return names[preset]
+
+
+def generator_of(folder: str | Path) -> Generator:
+    """The generator that a model folder belongs to, by `model_type` in its config.json.
+
+    NotFound if there is no such folder or file, UserError for a model type that no generator has.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise NotFound(f"there is no model folder {folder}; give the folder of a saved or released model")
+    config = read_json(path, "the config of a model")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    known = generators().values()
+    for candidate in known:
+        if model_type in candidate.model_types:
+            return candidate
+    types = ", ".join(f"{model_type} ({entry.name})" for entry in known for model_type in entry.model_types)
+    raise UserError(f"{path} has model_type {shown(model_type)}, which no generator here has; known: {types}")

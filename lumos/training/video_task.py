@@ -1,0 +1,130 @@
+"""What the tasks of all generators share: tokenizers, clips to train on, and what a resumed run must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumos.data.curriculum import Curriculum
+from lumos.data.shards.remote import LocalCopies, is_url
+from lumos.data.shards.source import ShardSource
+from lumos.data.source import Source
+from lumos.data.synthetic.source import WorldSource
+from lumos.errors import UserError
+from lumos.files import user_cache
+from lumos.lora import text_fingerprint
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.settings import to_plain
+from lumos.training.export import Tokenizers
+from lumos.training.settings import TrainingSettings
+from lumos.training.task import TrainingTask
+from tokenizer.fingerprint import tokenizer_facts
+from tokenizer.video import VideoTokenizer
+
+DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
+TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
+
+
+class VideoTask(TrainingTask):
+    """A task that trains a generator on clips, which a video tokenizer encodes. `device` is where clips are encoded.
+
+    A generator's task gives the facts of its model below, and the losses.
+    """
+
+    def __init__(self, settings: TrainingSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.places = Tokenizers(self.tokenizer_folder("video"), self.tokenizer_folder("text"))
+        video, text = self.places.video, self.places.text
+        self.video_tokenizer = VideoTokenizer.from_pretrained(video)
+        self.fingerprints = {"video": tokenizer_facts(self.video_tokenizer)["fingerprint"], "text": text_fingerprint(text)}
+        self.identities = {
+            "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
+            "tokenizer.text (sha256)": self.fingerprints["text"],
+        }
+        self.video_tokenizer.to(device).eval().requires_grad_(False)
+        self.check_tokenizers_of_base()
+
+    @property
+    @abstractmethod
+    def size_unit(self) -> int:
+        """Height and width of clips are multiples of so many pixels."""
+
+    @property
+    def sample_shape(self) -> ClipDefaults:
+        """The shape of sample clips: that of most clips, or pictures if the run has only those."""
+        data = self.settings.data
+        pictures_only = Curriculum(data.stages, self.settings.training.batch_size).kinds == ["image"]
+        shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
+        return ClipDefaults(**shape, target_size=None)
+
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What of data, tokenizers and optimization must be equal for a checkpoint to be resumed."""
+        data, training = self.settings.data, self.settings.training
+        return (
+            self.identities
+            | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
+            | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
+            | self.source.identity
+        )
+
+    def tokenizer_folder(self, kind: str) -> str:
+        """The folder of the video or text tokenizer that the settings name; UserError if there is none."""
+        given = getattr(self.settings.tokenizer, kind)
+        own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
+        folder = given or own
+        if folder is None:
+            raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
+        if not Path(folder).exists():
+            raise UserError(f"tokenizer.{kind}: there is no {folder}; train one with `python -m lumos {TRAIN_VERBS[kind]}`")
+        return folder
+
+    def check_tokenizers_of_base(self) -> None:
+        """UserError for other tokenizers than those of model.from, with which its weights mean nothing."""
+        base = self.settings.model.from_
+        own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
+        for kind, folder in own.items():
+            if folder.is_dir() and getattr(self.settings.tokenizer, kind) is not None:
+                video = kind == "video"
+                made = tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"] if video else text_fingerprint(folder)
+                if made != self.fingerprints[kind]:
+                    raise UserError(
+                        f"tokenizer.{kind} {getattr(self.places, kind)} is another tokenizer than {folder}, with which the weights "
+                        f"of model.from were trained; leave tokenizer.{kind} out"
+                    )
+
+    def make_source(self) -> Source:
+        """The clips that the settings name."""
+        data, training = self.settings.data, self.settings.training
+        if data.source == "worlds":
+            shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
+            tokenizer = self.video_tokenizer
+            picture = data.height * data.width // tokenizer.spatial_compression**2
+            latent_frames = 1 + (data.num_frames - 1) // tokenizer.temporal_compression
+            codes = {"image": picture, "video": picture * latent_frames}
+            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
+        return ShardSource(
+            data.path,
+            self.video_tokenizer,
+            kinds=Curriculum(data.stages, training.batch_size).kinds,
+            num_frames=data.num_frames,
+            min_frames=data.min_frames,
+            size_unit=self.size_unit,
+            size=data.size,
+            seed=training.seed,
+            held_out=data.validation_clips if training.eval_every else 0,
+            shuffle_shards=data.shuffle_shards,
+            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
+        )
+
+
+def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
+    """Of its config and float32 weights, whichever files they came from."""
+    digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

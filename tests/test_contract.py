@@ -1,0 +1,242 @@
+"""Every registered generator keeps the contract of the house; a toy flow-matching generator shows that a second kind does."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_generator
+import yaml
+from toy_generator import ToyConfig, ToyModel, ToyPipeline
+
+from lumos import VideoPipeline, registry
+from lumos.cli import main
+from lumos.errors import UserError
+from lumos.pipeline.options import all_options
+from lumos.pipeline.request import Request
+from lumos.settings import setting
+from lumos.training.loop import train
+from lumos.training.settings import build_settings
+from lumos.video.io import read_video
+from tokenizer import TextTokenizer, VideoTokenizer
+
+MODELS = {
+    "lumos1": {"model": {"preset": "tiny", "overrides": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96,
+        "vocab_size": 1024 + 64, "visual_token_count": 64,
+    }}},
+    "toy": {"model": {"preset": "toy-tiny"}, "width": 6},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def two_generators(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "PACKAGES", [*registry.PACKAGES, "toy_generator"])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(micro_folder, tmp_path_factory) -> Path:
+    """A model folder of the toy with the tokenizers of the micro model."""
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    torch.manual_seed(0)
+    video = VideoTokenizer.from_pretrained(micro_folder)
+    ToyPipeline(
+        ToyModel(ToyConfig(video.config.embedding_dim)), TextTokenizer.from_pretrained(micro_folder), video,
+        clip=toy_generator.ClipDefaults(5, 16, 24, 8, None),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(params=list(MODELS))
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(name, micro_folder, toy_folder) -> Path:
+    return {"lumos1": micro_folder, "toy": toy_folder}[name]
+
+
+@pytest.fixture
+def settings_of(name, micro_folder):
+    """Settings of a run of two steps."""
+
+    def make(out: Path, **training):
+        return build_settings({
+            "generator": name, **MODELS[name],
+            "tokenizer": {kind: str(micro_folder / f"{kind}_tokenizer") for kind in ("video", "text")},
+            "data": {"num_frames": 5, "height": 16, "width": 24, "workers": 0, "validation_clips": 2},
+            "training": {"max_steps": 2, "batch_size": 2, "warmup_steps": 1, "lr": 1e-3, "log_every": 1, "eval_every": 2,
+                         "save_every_steps": 1, "device": "cpu", "output_dir": str(out), **training},
+            "logging": {"peak_tflops": 0.1},
+        })  # fmt: skip
+
+    return make
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line and "event" not in line]
+
+
+def test_registry_names_parts_that_exist(name):
+    generator = registry.generator(name)
+    for part in ("config", "model", "pipeline", "task", "settings", "sampling"):
+        assert inspect.isclass(generator.load(part)), part
+    for part in ("cost", "benchmarks", "evaluations", "verbs"):
+        for place in getattr(generator, part).values():
+            registry.load(place if isinstance(place, str) else place.arguments)
+    assert generator.load("pipeline").generator == name
+
+
+def test_unknown_generators_and_model_types_list_the_known(tmp_path):
+    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, toy"):
+        registry.generator("x")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"model_type 'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), toy \(toy\)"):
+        registry.generator_of(tmp_path)
+
+
+def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path):
+    whole = train(settings_of(tmp_path / "whole"))
+    train(settings_of(tmp_path / "parts", max_steps=1, schedule="constant"))
+    assert whole["steps"] == 2
+    stopped = settings_of(tmp_path / "again", max_steps=2)
+    train(stopped)
+    for later in (tmp_path / "again" / "checkpoints").glob("step-00000002"):
+        later.rename(tmp_path / "gone")
+    train(stopped)
+    assert losses(tmp_path / "again")[-1] == losses(tmp_path / "whole")[-1]
+
+
+def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
+    export = Path(train(settings_of(tmp_path / "run"))["export"])
+    program = (
+        "import sys, hashlib; sys.path.insert(0, sys.argv[2])\n"
+        "from lumos import VideoPipeline, registry\n"
+        "registry.PACKAGES.append('toy_generator')\n"
+        "clip = VideoPipeline.from_pretrained(sys.argv[1], device='cpu')('a red circle', seed=3, num_inference_steps=1)\n"
+        "print(hashlib.sha256(clip.frames.tobytes()).hexdigest(), clip.frames.shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, export, Path(__file__).parent], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = VideoPipeline.from_pretrained(export, device="cpu")("a red circle", seed=3, num_inference_steps=1)
+    assert done.stdout.split()[0] == hashlib.sha256(again.frames.tobytes()).hexdigest()
+    assert again.frames.shape == (1, 5, 16, 24, 3)
+
+
+def test_a_saved_pipeline_makes_the_same_clip(folder, tmp_path):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    pipe.save_pretrained(tmp_path / "copy")
+    copy = VideoPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    assert np.array_equal(pipe("x", seed=1).frames, copy("x", seed=1).frames)
+
+
+def test_a_clip_does_not_depend_on_its_batch(folder):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    alone, both = pipe("b", seed=5).frames[0], pipe(["a", "b"], seed=[4, 5]).frames[1]
+    assert np.allclose(alone, both, atol=1 / 255)
+
+
+def test_a_stream_has_the_frames_of_a_call(folder):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    streamed = np.concatenate([part for (part,) in pipe.stream("a red circle", seed=2)])
+    assert np.array_equal(streamed, pipe("a red circle", seed=2, output_type="uint8").frames[0])
+
+
+def test_generate_and_lists_write_clips(folder, tmp_path):
+    assert main(["generate", "--model", str(folder), "--prompt", "a red circle", "--seed", "1", "--output", "a.webp"]) == 0
+    assert json.loads(Path("a.webp.json").read_text())["settings"]["num_frames"] == 5
+    Path("list.txt").write_text("a red circle\na blue square\n")
+    assert main(["generate", "--model", str(folder), "--prompts", "list.txt", "--output-dir", "clips"]) == 0
+    assert len(list(Path("clips").glob("*.mp4"))) == 2
+    assert read_video(next(iter(sorted(Path("clips").glob("*.mp4")))))[0].shape == (5, 16, 24, 3)
+
+
+def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, capsys):
+    sections = {"generator": name, **MODELS[name], "tokenizer": {kind: str(micro_folder) for kind in ("video", "text")}}
+    Path("run.yaml").write_text(yaml.safe_dump(sections))
+    assert main(["plan", "--config", "run.yaml", "--gpus", "2", "--gpu", "a100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] > 0
+    assert main(["plan", "--generate", "--model", str(folder), "--peak-tflops", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["flops"]["total"] > 0
+
+
+def test_bench_offers_the_benchmarks_of_all_generators(capsys):
+    assert main(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(target in said for generator in registry.generators().values() for target in generator.benchmarks)
+    assert main(["bench", "toy", "--clips", "3", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["toy"] == {"clips": 3}
+
+
+def test_a_prefix_only_generator_refuses_a_last_image(micro_folder, toy_folder):
+    picture = np.zeros((16, 24, 3), np.uint8)
+    with pytest.raises(UserError, match="last_image cannot be kept"):
+        VideoPipeline.from_pretrained(micro_folder, device="cpu").resolve(Request.of("x", last_image=picture))
+    resolved = VideoPipeline.from_pretrained(toy_folder, device="cpu").resolve(Request.of("x", image=picture, last_image=picture))
+    assert list(resolved.given[0]) == [0, 4]
+
+
+def test_options_of_another_generator_are_refused(micro_folder, capsys):
+    assert main(["generate", "--model", str(micro_folder), "--prompt", "x", "--noise-scale", "2"]) == 2
+    assert "noise_scale is no sampling option of lumos1; allowed: num_inference_steps" in capsys.readouterr().err
+
+
+# ---- a new option is found in every table that is derived
+
+@pytest.fixture
+def swirl(monkeypatch):
+    """The toy with an option that it did not have: an option is one field."""
+
+    @dataclass(frozen=True)
+    class MoreOptions(toy_generator.ToyOptions):
+        swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1)
+
+    monkeypatch.setattr(toy_generator, "ToyOptions", MoreOptions)
+    monkeypatch.setattr(ToyPipeline, "sampling", MoreOptions)
+    monkeypatch.setattr(toy_generator.ToySettings, "sampling", MoreOptions)
+    ToyPipeline.__init_subclass__()
+    return MoreOptions
+
+
+def test_a_new_option_is_in_flags_lists_and_calls(swirl, toy_folder, capsys):
+    from lumos.commands.options import add_sampling
+    from lumos.prompt_lists.rows import columns
+
+    parser = argparse.ArgumentParser()
+    add_sampling(parser)
+    assert parser.parse_args(["--swirl", "1.5"]).swirl == 1.5
+    assert columns()["swirl"].parse("0.7") == 0.7
+    assert "swirl" in inspect.signature(VideoPipeline.from_pretrained(toy_folder, device="cpu").__call__).parameters
+    assert main(["generate", "--model", str(toy_folder), "--prompt", "x", "--swirl", "1.5", "--output", "s.webp"]) == 0
+    assert json.loads(Path("s.webp.json").read_text())["settings"]["swirl"] == 1.5
+    capsys.readouterr()
+    assert main(["generate", "--model", str(toy_folder), "--prompt", "x", "--swirl", "3", "--output", "s.webp"]) == 2
+    assert "swirl 3.0 is not allowed; give 0 to 2" in capsys.readouterr().err
+
+
+def test_a_new_option_is_in_settings_of_a_training(swirl):
+    raw = {"generator": "toy", "model": {"preset": "toy-tiny"}, "generation": {"swirl": 1.0}}
+    assert build_settings(raw).generation == {"swirl": 1.0}
+    with pytest.raises(UserError, match=r"swirl 9\.0 is not allowed"):
+        build_settings({**raw, "generation": {"swirl": 9.0}})
+
+
+def test_one_declaration_feeds_all_options(swirl):
+    options = all_options()
+    assert options["swirl"].slider == (0, 2, 0.1)
+    assert {"history_mask_ratio", "noise_scale", "swirl"} <= options.keys()
+    assert replace(swirl(), swirl=0.1).changed(swirl=None).swirl == 0.1

@@ -1,0 +1,52 @@
+"""The rule of the house: imports go one way, and no module knows a generator that it need not know."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import grimp
+import pytest
+
+
+@pytest.fixture(scope="module")
+def graph(repo) -> grimp.ImportGraph:
+    """All imports of the product code, type-only ones included."""
+    return grimp.build_graph("lumos", "tokenizer", cache_dir=None)
+
+
+def test_import_contracts_of_pyproject_hold(repo):
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=repo, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_module_is_in_an_import_cycle(graph):
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # CycleError names the cycle
+
+
+def test_shared_rooms_import_no_generator(graph):
+    shared = [m for m in graph.modules if not m.startswith(("lumos.models", "lumos.commands"))]
+    found = {(m, i) for m in shared for i in graph.find_modules_directly_imported_by(m) if i.startswith("lumos.models")}
+    assert found == set()
+
+
+def test_tokenizer_imports_errors_and_files_only(graph):
+    own = [m for m in graph.modules if m.split(".")[0] == "tokenizer"]
+    found = {i for m in own for i in graph.find_modules_directly_imported_by(m) if i.startswith("lumos")}
+    assert found == {"lumos.errors", "lumos.files"}
+
+
+def test_nothing_imports_the_commands(graph):
+    others = [m for m in graph.modules if not m.startswith("lumos.commands")]
+    assert {m for m in others for i in graph.find_modules_directly_imported_by(m) if i.startswith("lumos.commands")} == set()
+
+
+def test_importing_the_package_loads_no_torch(repo):
+    names = "import sys, lumos; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", names], cwd=repo, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
