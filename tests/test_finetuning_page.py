@@ -1,4 +1,4 @@
-"""The commands of docs/finetuning.md, in their order, with few clips and steps."""
+"""The commands of docs/finetune.md, in their order, with few clips and steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEWER = {
 
 def page(repo: Path) -> list[list[str]]:
     """Every command as words after `python -m lumos`."""
-    text = (repo / "docs" / "finetuning.md").read_text()
+    text = (repo / "docs" / "finetune.md").read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     commands = [shlex.split(line.split("  #")[0]) for line in lines]
     named = [["train" if c[1] == "train.py" else "generate", *c[2:]] if c[1].endswith(".py") else c[3:] for c in commands]
@@ -33,7 +33,7 @@ def page(repo: Path) -> list[list[str]]:
 
 
 def test_the_figures_are_of_the_model_that_is_shipped(repo: Path):
-    (digest,) = re.findall(r"SHA-256 `(\w{12})\.\.\.`", (repo / "docs" / "finetuning.md").read_text())
+    (digest,) = re.findall(r"SHA-256 `(\w{12})\.\.\.`", (repo / "docs" / "finetune.md").read_text())
     now = hashlib.sha256((repo / "checkpoints" / "lumos-tiny" / "model.safetensors").read_bytes()).hexdigest()
     assert now.startswith(digest), "another model is shipped: run the page's commands again and put their shares into its table"
 
@@ -45,7 +45,7 @@ def test_the_page_from_clips_to_a_model(repo: Path, tmp_path: Path, monkeypatch,
     for name in ("checkpoints", "configs"):
         (tmp_path / name).symlink_to(repo / name)
     monkeypatch.chdir(tmp_path)
-    (script,) = re.findall(r"```python\n(.*?)```", (repo / "docs" / "finetuning.md").read_text(), re.DOTALL)
+    (script,) = re.findall(r"```python\n(.*?)```", (repo / "docs" / "finetune.md").read_text(), re.DOTALL)
     exec(script, {})
     rows = Path("rabbit.jsonl").read_text().splitlines()
     assert len(rows) == 20

@@ -1,41 +1,58 @@
-"""docs/generation.md: its commands, as written there but with the micro model, and its table of what fits where."""
+"""docs/generate/: the commands, as written there but with the micro model, and the table of what fits where."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import shlex
 
+import numpy as np
 import pytest
+import torch
+from pages import blocks, verbs
+from PIL import Image
 
 from lumos.cli import main
 from lumos.models.lumos1.benchmarks import generate as bench
+from lumos.video.io import write_video
+
+PAGES = [f"docs/generate/{name}.md" for name in ("index", "speed", "benchmarks", "long-clips", "lists", "memory")]
 
 
 @pytest.fixture
-def text(repo):
-    return (repo / "docs" / "generation.md").read_text()
-
-
-@pytest.fixture
-def commands(text):
+def commands():
     """What stands behind `python generate.py` and `python -m lumos`, by the verb."""
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    parts = [shlex.split(line, comments=True) for line in lines]
-    return [["generate", *part[2:]] if part[1] == "generate.py" else part[3:] for part in parts if part[0] == "python"]
+    return [command for page in PAGES for command in verbs(page)]
 
 
 def test_every_generate_command(commands, micro_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "released").symlink_to(micro_folder)
     (tmp_path / "prompts.txt").write_text("a red circle moves left\na small blue square moves up\n")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save("photo.png")
+    write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8), 8)
     asked = [command for command in commands if command[0] == "generate"]
-    assert len(asked) >= 7
+    assert len(asked) >= 13
     for command in asked:
         command = [part for part in command if part != "0=6GiB"]  # of a GPU, which need not be here
         model = [] if "--model" in command else ["--model", str(micro_folder)]
         assert main([*command, *model, "--num-inference-steps", "2", "--device", "cpu"]) == 0, command
+
+
+def test_the_python_examples(repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    call, parts = blocks("docs/generate/index.md", "python")
+    scope: dict = {}
+    exec(call, scope)
+    assert scope["clip"].shape == (17, 128, 128, 3)
+    assert scope["clip"].dtype == np.float32
+    (later,) = blocks("docs/generate/long-clips.md", "python")
+    compile(later, "long-clips", "exec")
+    video, ids = torch.zeros(1, 3, 5, 32, 32), torch.tensor([[0, 20, 21, 1]])
+    scope = {"folder": "checkpoints/lumos-tiny", "video": video, "input_ids": ids}
+    exec(parts, scope)
+    assert scope["codes"].shape == (1, 2, 2, 2)
+    assert scope["logits"].shape[:2] == (1, 4)
 
 
 def test_every_bench_command_is_understood(commands, micro_folder):
@@ -47,7 +64,8 @@ def test_every_bench_command_is_understood(commands, micro_folder):
         assert bench.settings_from(parser.parse_args([*command[2:], "--model", str(micro_folder)])).shapes
 
 
-def test_the_table_of_what_fits_is_what_plan_says(text, capsys):
+def test_the_table_of_what_fits_is_what_plan_says(repo, capsys):
+    text = (repo / "docs" / "generate" / "memory.md").read_text()
     rows = re.findall(r"^\| (\S+) \| (\d+) x (\d+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
     assert len(rows) == 6
     for preset, width, height, weights, cache in rows:

@@ -1,30 +1,19 @@
-"""The README's commands, as written there, with few steps where they are long."""
+"""The README: its commands, as written there, with few steps where they are long; its length; its table of sizes."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from pages import blocks, command_lines, verbs
 from PIL import Image
 
 from lumos.cli import main
-from lumos.video.io import write_video
-
-
-def commands(repo):
-    text = (repo / "README.md").read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    return [part.strip() for line in lines for part in line.split(" #")[0].split("&&") if part.strip()]
-
-
-@pytest.fixture
-def readme(repo):
-    return commands(repo)
 
 
 @pytest.fixture
@@ -34,20 +23,35 @@ def clone(repo, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(repo / name)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save("photo.png")
-    (tmp_path / "prompts.txt").write_text("a red circle moves left\na small blue square moves up\n")
-    write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8), 8)
     return tmp_path
 
 
-def test_the_first_two_commands_are_the_promised_ones(readme):
-    assert readme[0] == "pip install -c constraints.txt -e ."
-    assert readme[1] == 'python generate.py --prompt "a large red circle moves left on a gray background"'
-    assert readme[2:4] == ['pip install -c constraints.txt -e ".[test]"', "pytest -n 2 --dist loadfile"]
+def test_the_first_two_commands_are_the_promised_ones(repo):
+    first, second = blocks("README.md", "bash")[0].splitlines()
+    example = 'python generate.py --prompt "a large red circle moves left on a gray background"'
+    assert first == f"pip install -c constraints.txt -e . && {example}"
+    assert second == 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile'
+    assert blocks("docs/install.md", "bash")[0].splitlines() == [first, second]
+
+
+def test_the_readme_is_under_700_words(repo):
+    text = re.sub(r"```.*?```", "", (repo / "README.md").read_text(), flags=re.DOTALL)
+    assert len(" ".join(line for line in text.splitlines() if not line.startswith("|")).split()) < 700
+
+
+def test_a_moving_picture_comes_before_the_commands(repo):
+    head = (repo / "README.md").read_text().split("```")[0]
+    (path,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", head)
+    with Image.open(repo / path) as picture:
+        assert picture.n_frames > 1
+        assert picture.height < 400
+    assert head.count("\n") < 12
 
 
 @pytest.mark.slow
-def test_the_first_command_as_it_stands(readme, clone):
-    done = subprocess.run([sys.executable, *shlex.split(readme[1])[1:]], capture_output=True, text=True)
+def test_the_first_command_as_it_stands(clone):
+    command = command_lines("README.md")[1]
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, rest = done.stdout.splitlines()[-1].split("  seed ")
     assert (clone / path).is_file()
@@ -55,59 +59,43 @@ def test_the_first_command_as_it_stands(readme, clone):
     assert re.fullmatch(r"\d+  [\d.]+ s  peak memory \d+ MB", rest)
 
 
-@pytest.mark.slow
-def test_every_generate_command(readme, clone):
-    lines = [c for c in readme if c.startswith("python generate.py")]
-    assert len(lines) >= 5
-    for line in lines:
-        assert main(["generate", *shlex.split(line)[2:], "--num-inference-steps", "2"]) == 0, line
+def test_the_examples_of_the_command_line(clone):
+    _, *examples = verbs("README.md")
+    assert [command[0] for command in examples] == ["generate", "generate"]
+    for command in examples:
+        assert main([*command, "--num-inference-steps", "2"]) == 0, command
+        assert (clone / "out.mp4").is_file()
+        (clone / "out.mp4").unlink()
 
 
-@pytest.mark.slow
-def test_the_train_command(readme, clone):
-    (line,) = [c for c in readme if c.startswith("python train.py")]
-    shutil.copytree(clone / "configs", clone / "copy")
-    small = ["training.max_steps=2", "data.stages=[]", "training.batch_size=2", "data.validation_clips=2"]
-    assert main(["train", *shlex.split(line)[2:], *small, f"training.output_dir={clone / 'run'}"]) == 0
-    assert (clone / "run" / "export" / "model.safetensors").is_file()
-    assert main(["generate", "--model", str(clone / "run" / "export"), "--prompt", "x", "--num-frames", "5", "--height", "64",
-                 "--width", "64", "--fps", "8", "--num-inference-steps", "1", "--output", "x.gif"]) == 0  # fmt: skip
-
-
-def test_the_deepspeed_command_is_the_one_that_the_training_tests_run(readme):
-    """tests/training/test_deepspeed.py types it with a config of its own."""
-    assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in readme
-
-
-@pytest.mark.slow
-def test_the_tokenizer_commands(readme, clone):
-    (text,) = [c for c in readme if "train-text-tokenizer" in c]
-    (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
-    assert main([*shlex.split(text)[3:], "--vocab-size", "560"]) == 0
-    assert (clone / "text_tokenizer" / "tokenizer.model").is_file()
-    (video,) = [c for c in readme if "train-tokenizer" in c]
-    small = ["films=[]", "share_worlds=1", "steps=1", "warmup_steps=0", "batch_size=1", "pictures_per_batch=1"]
-    assert main([*shlex.split(video)[3:], *small, "validation_clips=1", f"output_dir={clone / 'tokenizer-run'}"]) == 0
-    assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_the_measuring_commands(readme, clone, capsys):
-    (line,) = [c for c in readme if "evaluate prompts" in c]
-    args = shlex.split(line)[3:]
-    assert main([*args, "--count", "1", "--num-inference-steps", "1"]) == 0
-    assert (clone / "sheet.png").is_file()
-    assert '"shares"' in capsys.readouterr().out.splitlines()[-1]
-    (line,) = [c for c in readme if "evaluate tokenizer" in c]
-    assert main([*shlex.split(line)[3:], "--count", "3"]) == 0
-    assert (clone / "tokenizer.png").is_file()
-    assert '"union"' in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_the_python_example(repo, clone):
-    text = (repo / "README.md").read_text()
-    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LumosPipeline" in b)
+def test_the_python_example(clone):
+    (block,) = blocks("README.md", "python")
     scope: dict = {}
     exec(block, scope)
     assert scope["clip"].shape == (17, 128, 128, 3)
     assert scope["clip"].dtype == np.float32
+
+
+def test_the_table_of_sizes_is_what_plan_says(repo, capsys):
+    rows = [row.split(" | ") for row in re.findall(r"^\| (.* \| .*) \|$", (repo / "README.md").read_text(), re.MULTILINE)]
+    sizes = {row[0]: row[1:] for row in rows if row[0] in ("0.5b", "1b", "3b")}
+    assert len(sizes) == 3
+
+    def plan(*options: str) -> dict:
+        assert main(["plan", *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    fits = (repo / "docs" / "generate" / "memory.md").read_text()
+    for name, (parameters, clip, memory, gpu, seconds, days) in sizes.items():
+        assert clip == "25 frames of 448 x 256"
+        shape = ["--num-frames", "25", "--height", "256", "--width", "448", "--dtype", "bfloat16", "--device", "cpu"]
+        of_clip = plan("--generate", "--preset", name, *shape, "--peak-tflops", "989.4")
+        count = of_clip["parameters"]
+        assert parameters == (f"{count / 1e6:.0f} M" if count < 1e9 else f"{count / 1e9:.2f} B")
+        assert memory == " + ".join(f"{of_clip['bytes'][part] / 2**30:.2f}" for part in ("weights", "cache"))
+        row = f"| {name} | 448 x 256 | {memory.replace(' + ', ' | ')} | {re.sub(r'[][]|[(].*[)]', '', gpu)} |"
+        assert row in fits
+        assert float(seconds) == float(f"{of_clip['seconds']:.2g}")
+        stages = [plan("--config", str(repo / f"configs/lumos1/{name}-{stage}.yaml"), "--gpus", "48") for stage in
+                  ("stage1", "stage2", "384p")]  # fmt: skip
+        assert days == " + ".join(f"{stage['total']['days']:.2g}" for stage in stages)

@@ -13,7 +13,7 @@ from lumos.commands.counts import MAX_THREADS, check_counts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="YAML", help="for example configs/experiments/positions.yaml")
-    add("--out", help="the two files to write, without suffix; default: docs/findings/<name of the YAML>")
+    add("--out", help="the two files to write, without suffix; default: docs/results/<name of the YAML>")
     add("--runs", help="folder of the runs; default: runs/experiments/<name of the YAML>")
     add("--parallel", type=int, default=1, help="runs at a time, which share the cores; default: %(default)s")
     add("--list", action="store_true", help="print the commands that are not done yet, and do nothing")
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args, parallel=(1, MAX_THREADS))
     experiment = experiments.load(args.config)
     name = Path(args.config).stem
-    out = Path(args.out or Path("docs") / "findings" / name)
+    out = Path(args.out or Path("docs") / "results" / name)
     jobs = experiments.jobs(experiment, Path(args.runs or Path("runs") / "experiments" / name))
     if args.list:
         for job in jobs:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="what the clip shows; given several times, one after the other")
-    asked.add_argument("--prompts", metavar="LIST", help="a clip for each row of a .txt, .jsonl or .csv file: docs/generation.md")
+    asked.add_argument("--prompts", metavar="LIST", help="a clip for each row of a .txt, .jsonl or .csv file, see docs/generate")
     add("--prompt-frames", type=int, nargs="+", metavar="N", help="frames that each --prompt is shown for; together --num-frames")
     add("--negative-prompt", help="what guidance leads away from; default: no text at all")
     add("--image", help="picture that the clip begins with")

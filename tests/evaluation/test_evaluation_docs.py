@@ -1,13 +1,13 @@
-"""The commands of docs/evaluation.md, as written there, with few steps and samples where they draw."""
+"""The commands of docs/evaluate/, as written there, with few steps and samples where they draw."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 
 import pytest
+from pages import command_lines
 
 from lumos.cli import main
 from lumos.evaluation.scores import PARTS
@@ -24,8 +24,7 @@ def clone(repo, tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(repo):
-    blocks = re.findall(r"```bash\n(.*?)```", (repo / "docs" / "evaluation.md").read_text(), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for page in ("index", "benchmarks") for line in command_lines(f"docs/evaluate/{page}.md")]
 
 
 def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):

@@ -315,7 +315,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys):
 
 
 def test_the_page_shows_what_the_command_prints(capsys):
-    page = (ROOT / "docs" / "training.md").read_text()
+    page = "".join((ROOT / "docs" / "train" / name).read_text() for name in ("planning.md", "recipes.md"))
     assert main(COMMAND) == 0
     assert capsys.readouterr().out in page
     for size in ("0.5b", "1b", "3b"):

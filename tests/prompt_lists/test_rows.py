@@ -152,10 +152,10 @@ def test_names_are_made_of_words():
 
 
 def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
-    text = (repo / "docs" / "generation.md").read_text()
+    text = (repo / "docs" / "generate" / "lists.md").read_text()
     rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
     assert len(rows) == 3
     assert [request_of(row, {}, 0, 4).num_frames for row in rows] == [None, 33, 33]
     trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning"}
-    paragraph = text[text.index("A row may say") : text.index("Every row is checked")]
+    paragraph = text[text.index("A row may contain") : text.index("Paths of pictures")]
     assert {name for name in columns() if f"`{name}`" in paragraph} == columns().keys() - trades

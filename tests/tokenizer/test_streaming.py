@@ -230,7 +230,7 @@ def test_a_thousand_frames_need_no_more_memory_than_forty():
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tokenizer.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tokenizer/streaming.md").read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "import av" in block)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (11, 48, 64, 3), dtype=np.uint8), 8)

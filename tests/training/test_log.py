@@ -268,7 +268,7 @@ def test_every_field_is_documented(micro_settings, tmp_path, repo):
     train(micro_settings(data=JOINT, training=options, samples=samples))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line.get("event") for line in lines] == ["start", None, None, None, "samples", "end"]
-    text = (repo / "docs" / "training.md").read_text()
+    text = (repo / "docs" / "train" / "logging.md").read_text()
     for field in {field for line in lines for field in line} - versions().keys():
         name = re.sub("_(image|video)$", "_<kind>", field.removeprefix("val_").removesuffix("_ema"))
         assert f"`{name}`" in text, field

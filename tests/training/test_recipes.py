@@ -1,4 +1,4 @@
-"""The published recipes against the figures of docs/reference.md, section 9, and what they do when they are shrunk."""
+"""The published recipes against the figures of docs/reference, section 9, and what they do when they are shrunk."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_every_recipe_says_how_it_is_started():
     for name in (f"{size}-{stage}" for size in SIZES for stage in STAGES):
         text = (ROOT / "configs" / "training" / f"{name}.yaml").read_text()
         assert f"deepspeed --hostfile configs/deepspeed/hostfile train.py --config configs/lumos1/{name}.yaml\n" in text
-    page = (ROOT / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "train" / "recipes.md").read_text()
     named = set(re.findall(r"deepspeed --hostfile \S+ train\.py --config (\S+)", page))
     assert len(named) == 3
     assert all((ROOT / path).is_file() for path in named)

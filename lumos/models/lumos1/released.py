@@ -5,7 +5,7 @@
     <cosmos>/Cosmos-Tokenizer-DV4x8x8/encoder.jit, decoder.jit       the video tokenizer
 
 Everything is checked before anything is written. The decoder is copied shard by shard: no more than one shard of the result
-is in memory (docs/reference.md, sections 1.4 and 10).
+is in memory (docs/reference, sections 1.4 and 10).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ PUBLISHED_IDS = {
     "<s>": 0, "<eoss>": 8196, "<racm3:break>": 8197, "<reserved08706>": 8710, "<reserved08799>": 8803,
     "<reserved08999>": 9003, "<reserved09000>": 9004, "<reserved09001>": 9005,
 }  # fmt: skip
-"""What tells the text tokenizer of the release from any other one (docs/reference.md, section 2.1)."""
+"""What tells the text tokenizer of the release from any other one (docs/reference, section 2.1)."""
 
 DEFAULTS = {
     "image-256p": (GenerationSettings(guidance_scale=16.0), ClipDefaults(num_frames=1, height=256, width=448, target_size=352)),
     "video-256p": (GenerationSettings(), ClipDefaults(height=256, width=448, target_size=352)),
     "video-384p": (GenerationSettings(), ClipDefaults()),
 }
-"""What the published scripts ask each kind of checkpoint for (docs/reference.md, section 6.6)."""
+"""What the published scripts ask each kind of checkpoint for (docs/reference, section 6.6)."""
 
 FOLDERS = {
     "stage-1-image": "image-256p",

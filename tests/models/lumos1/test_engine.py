@@ -307,5 +307,5 @@ def test_no_step_waits_for_the_device():
 
     make()
     make(guidance_interval=(0.0, 0.5), later_steps=2, history_frames=1, top_k=20)
-    with pytest.raises(AssertionError, match="reads values"):  # as docs/generation.md says of this option
+    with pytest.raises(AssertionError, match="reads values"):  # as docs/generate/speed.md says of this option
         make(confidence_threshold=0.5)

@@ -77,7 +77,7 @@ def test_ages_grow_about_geometrically_over_the_whole_clip(history):
 def test_what_the_docs_say(repo):
     *_, kept = histories(4, 41)
     assert [40 - number for number in reversed(kept)] == [1, 3, 7, 12]
-    text = " ".join((repo / "docs" / "generation.md").read_text().split())
+    text = " ".join((repo / "docs" / "generate" / "long-clips.md").read_text().split())
     assert "--num-frames 161 --history-frames 4" in text
     assert "number 40 from 0, sees those 1, 3, 7 and 12 before it" in text
 

@@ -1,0 +1,32 @@
+"""What stands in the README and the pages of docs/: commands and code blocks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a language; `page` is a path in the repository."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def command_lines(page: str) -> list[str]:
+    """Every command of the bash blocks, without its comment; `a && b` is two commands, a trailing backslash joins lines."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    parts = [part.strip() for line in text.splitlines() for part in line.split(" #")[0].split("&&")]
+    return [part for part in parts if part and not part.startswith("#")]
+
+
+def verbs(page: str) -> list[list[str]]:
+    """The words of each `python generate.py`, `python train.py` and `python -m lumos` command, from the verb on."""
+    found = []
+    for words in map(shlex.split, command_lines(page)):
+        if words[:3] == ["python", "-m", "lumos"]:
+            found.append(words[3:])
+        elif words[0] == "python" and words[1] in ("generate.py", "train.py"):
+            found.append([words[1].removesuffix(".py"), *words[2:]])
+    return found

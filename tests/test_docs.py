@@ -1,0 +1,144 @@
+"""The pages of docs/: length, links and results of all, and the commands of those pages that have no test of their own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from pages import ROOT, command_lines, verbs
+
+from lumos.cli import main
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+CARD = "checkpoints/lumos-tiny/README.md"
+OUTSIDE = [ROOT / path for path in ("README.md", CARD, "integrations/comfyui/README.md", "tests/golden/README.md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def links(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return [target for target in LINK.findall(text) if not re.match(r"https?://", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and MkDocs give to plain headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_page_is_under_900_words(page: Path):
+    assert len(page.read_text().split()) < 900
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=name)
+def test_every_link_leads_somewhere(page: Path):
+    for link in links(page):
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.is_file(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+def test_every_result_is_shown_on_a_page():
+    shown = {(page.parent / link.partition("#")[0]).resolve() for page in [*PAGES, *OUTSIDE] for link in links(page)}
+    assert set((ROOT / "docs" / "results").iterdir()) - shown == set()
+
+
+def test_the_site_has_every_page_in_its_menu():
+    menu = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES} | {"model-card.md", "comfyui.md"}
+
+
+def test_every_section_that_code_cites_is_in_the_reference():
+    code = [path for room in ("lumos", "tokenizer") for path in (ROOT / room).rglob("*.py")]
+    cited = {number for path in code for sections in re.findall(r"[Rr]eference,? sections? ([\d., and]+)", path.read_text())
+             for number in re.findall(r"\d+(?:\.\d+)?", sections)}  # fmt: skip
+    assert len(cited) >= 10
+    headings = {number for page in (ROOT / "docs" / "reference").glob("*.md")
+                for number in re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", page.read_text(), re.MULTILINE)}  # fmt: skip
+    chapters = headings | {number.split(".")[0] for number in headings}
+    assert cited - chapters == set()
+    index = (ROOT / "docs" / "reference" / "index.md").read_text()
+    listed = set(re.findall(r"^\| (\d+)", index, re.MULTILINE))
+    assert {number.split(".")[0] for number in headings} <= listed
+
+
+@pytest.mark.parametrize("page", [page for page in [*PAGES, *OUTSIDE] if "reference" not in page.parts], ids=name)
+def test_every_path_of_the_repository_exists(page: Path):
+    """The pages of the reference name paths of the published release."""
+    for path in re.findall(r"`((?:lumos|tokenizer|configs|tests|docs|checkpoints|integrations)/[\w./-]+)`", page.read_text()):
+        assert "..." in path or (ROOT / path).exists(), path
+
+
+# ---- commands
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A working folder that looks like the repository's root."""
+    for part in ("checkpoints", "configs"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_first_training_command(clone, sprite_pictures):
+    shutil.copytree(ROOT / "configs", clone / "copy")
+    command = verbs("docs/train/index.md")[0]
+    assert command == ["train", "--config", "configs/lumos1/tiny.yaml"]
+    small = ["training.max_steps=2", "data.stages=[]", "training.batch_size=2", "data.validation_clips=2", "samples.every=0"]
+    assert main([*command, *small, f"training.output_dir={clone / 'run'}"]) == 0
+    assert (clone / "run" / "export" / "model.safetensors").is_file()
+    assert main(["generate", "--model", str(clone / "run" / "export"), "--prompt", "x", "--num-frames", "5", "--height", "64",
+                 "--width", "64", "--fps", "8", "--num-inference-steps", "1", "--output", "x.gif"]) == 0  # fmt: skip
+
+
+def test_the_deepspeed_command_is_the_one_that_the_training_tests_run():
+    """tests/training/test_deepspeed.py types it with a config of its own."""
+    assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in command_lines("docs/train/index.md")
+
+
+def test_the_tokenizer_commands(clone, sprite_pictures):
+    text, video = verbs("docs/tokenizer/training.md")
+    (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
+    assert main([*text, "--vocab-size", "560"]) == 0
+    assert (clone / "text_tokenizer" / "tokenizer.model").is_file()
+    small = ["films=[]", "share_worlds=1", "steps=1", "warmup_steps=0", "batch_size=1", "pictures_per_batch=1"]
+    assert main([*video, *small, "validation_clips=1", f"output_dir={clone / 'tokenizer-run'}"]) == 0
+    assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
+
+
+def test_the_tokenizer_is_measured(clone, capsys):
+    command = next(command for command in verbs("docs/tokenizer/index.md") if "worlds" in command)
+    assert main([*command, "--count", "3"]) == 0
+    assert (clone / "sheet.png").is_file()
+    assert '"union"' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_recipe_of_the_model_card_is_complete(clone):
+    """Every command reads a config that is there, and folders that a command before it has written."""
+    outputs = {"tiny-gpu": "runs/tiny-gpu/export", "tiny-longer": "runs/tiny-longer/export"}
+    tokenizers = {"tiny-gpu": "runs/tokenizer-tiny", "tiny-128": "runs/tokenizer-128"}
+    written: set[str] = set()
+    commands = verbs(CARD)
+    assert len(commands) == 8
+    for verb, *words in commands:
+        config = Path(words[words.index("--config") + 1]) if "--config" in words else None
+        assert config is None or config.is_file()
+        made = {word.split("=")[1] for word in words if word.startswith("output_dir=")}
+        if "--out" in words:
+            made.add(words[words.index("--out") + 1])
+        elif config and not made:
+            made.add((outputs if verb == "train" else tokenizers)[config.stem])
+        read = {word.split("=")[-1] for word in words if re.search(r"(^|=)(runs/|small$|text_tokenizer$)", word)} - made
+        for folder in read:
+            assert any(f"{folder}/".startswith(f"{known}/") or known.startswith(f"{folder}/") for known in written), folder
+        written |= made
