@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     pipe, model = load(args)
     clip = override(pipe.clip, num_frames=args.num_frames)
-    check_num_frames(clip.num_frames, pipe.model.config.temporal_compression)
+    check_num_frames(clip.num_frames, pipe.temporal_compression)
     if args.data:
         data = {"shards": args.data}
         codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)

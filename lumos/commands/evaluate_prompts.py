@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     pipe, model = load(args)
     override(pipe.settings, **options)
     form = override(pipe.clip, num_frames=args.num_frames)
-    check_num_frames(form.num_frames, pipe.model.config.temporal_compression)
+    check_num_frames(form.num_frames, pipe.temporal_compression)
     shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
 
     def make(prompts: list[str], seeds: list[int], pictures: list | None) -> list:

@@ -111,7 +111,7 @@ def check_rows(
     keep = {file_identity(path) for path in asked if path}
     for row in rows:
         try:
-            request = request_of(row, defaults, seed, pipe.model.config.temporal_compression)
+            request = request_of(row, defaults, seed, pipe.temporal_compression)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 resolved = pipe.resolve(request)
