@@ -304,7 +304,7 @@ class ToyClipCost:
     def report(self, peak, utilisation):
         steps, flops = self.settings.num_inference_steps, 1e6
         return {"parameters": 1, "clip": vars(self.clip), "latent_frames": 1, "codes_of_a_frame": 1, "rows": 2, "tokens": 1,
-                "steps": steps, "flops": {"layers": flops, "attention": 0.0, "head": 0.0, "total": flops},
+                "steps": steps, "may_end_early": False, "flops": {"layers": flops, "attention": 0.0, "head": 0.0, "total": flops},
                 "bytes": {"weights": 4}, "peak": peak, "utilisation": utilisation, "seconds": flops / peak}  # fmt: skip
 
 

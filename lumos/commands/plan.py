@@ -189,14 +189,14 @@ def render(report: dict[str, Any]) -> str:
 def render_clip(report: dict[str, Any]) -> str:
     """The plan of a clip as a page of text."""
     clip, flops, sizes, settings = (report[name] for name in ("clip", "flops", "bytes", "settings"))
-    parts = ", ".join(f"{name} {flops[name] / flops['total']:.1%}" for name in ("layers", "attention", "head"))
+    parts = ", ".join(f"{name} {flops[name] / flops['total']:.1%}" for name in flops if name != "total")
     held = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
     return "\n".join((
         f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']} on {report['device']}",
         f"clip     {clip['num_frames']} frames of {clip['width']}x{clip['height']} pixels: {report['latent_frames']} latent frames "
         f"of {report['codes_of_a_frame']:,} codes, a prompt of {report['text_tokens']} tokens",
         f"tokens   {report['tokens']:,} in a row; {report['rows']} row{'s' * (report['rows'] > 1)} at guidance "
-        f"{settings['guidance_scale']:g}; {'at most ' * (settings['confidence_threshold'] is not None)}{report['steps']:,} steps",
+        f"{settings['guidance_scale']:g}; {'at most ' * report['may_end_early']}{report['steps']:,} steps",
         f"FLOPs    {flops['total']:.3g}: {parts}",
         f"memory   MiB: {held}",
         f"time     {duration(report['seconds'])} at {report['utilisation']:.0%} (--utilisation) of "

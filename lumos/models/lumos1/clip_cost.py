@@ -76,6 +76,7 @@ class LumosClipCost:
             "parameters": parameters, "clip": vars(self.clip), "latent_frames": case.frames,
             "codes_of_a_frame": math.prod(case.grid), "rows": len(case.prefix_lengths), "tokens": case.tokens,
             "steps": self.settings.steps_before(case.frames),
+            "may_end_early": self.settings.confidence_threshold is not None,
             "flops": {**flops, "total": total},
             "bytes": {"weights": parameters * self.dtype.itemsize, "cache": case.cache_bytes},
             "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
