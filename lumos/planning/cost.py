@@ -68,4 +68,7 @@ class ClipCost(Protocol):
         """Warn of sampling options that were given, but have no effect on this clip."""
 
     def report(self, peak: float, utilisation: float) -> dict[str, Any]:
-        """FLOPs by part, bytes and seconds as JSON values, and `may_end_early` if the steps are an upper bound. peak: FLOP/s of the device, of which the share `utilisation` is reached."""
+        """FLOPs by part, bytes and seconds as JSON values.
+
+        peak: FLOP/s of the device, of which the share `utilisation` is reached. `may_end_early` says that steps are an upper bound.
+        """
