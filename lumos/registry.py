@@ -98,7 +98,7 @@ def generator_with_preset(preset: str) -> Generator:
     for candidate in generators().values():
         names |= {name: candidate for name in candidate.load("config").presets() if name not in names}
     if preset not in names:
-        raise UserError(f"preset {shown(preset)} is unknown; allowed: {', '.join(names)}")
+        raise UserError(f"unknown preset {shown(preset)}; known presets: {', '.join(names)}")
     return names[preset]
 
 
@@ -110,6 +110,8 @@ def generator_of(folder: str | Path) -> Generator:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise NotFound(f"there is no model folder {folder}; give the folder of a saved or released model")
+    if not path.exists():
+        raise NotFound(f"{folder} is no model folder: it has no config.json; give the folder of a saved or released model")
     config = read_json(path, "the config of a model")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     known = generators().values()

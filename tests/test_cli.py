@@ -336,13 +336,18 @@ def test_prompts_over_time(generate):
 
 def test_a_preview_grows_and_is_whole_at_any_time(generate, monkeypatch):
     seen = []
-    put = LumosPipeline._push
+    decoder = LumosPipeline.decoder
 
-    def watched(self, *args):
-        seen.append(len(read_video("p.mp4")[0]) if Path("p.mp4").exists() else 0)
-        return put(self, *args)
+    def watched(self):
+        push = decoder(self)
 
-    monkeypatch.setattr(LumosPipeline, "_push", watched)
+        def pushed(codes):
+            seen.append(len(read_video("p.mp4")[0]) if Path("p.mp4").exists() else 0)
+            return push(codes)
+
+        return pushed
+
+    monkeypatch.setattr(LumosPipeline, "decoder", watched)
     assert generate("--prompt", "x", "--num-frames", 13, "--preview", "p.mp4", "--output", "a.mp4", "--seed", 1)[0] == 0
     assert seen == [0, 1, 5, 9]
     assert np.array_equal(read_video("p.mp4")[0], read_video("a.mp4")[0])
@@ -354,15 +359,20 @@ def test_ten_times_the_training_length_is_written_as_it_is_made(micro_folder, ge
     pipe.model.config.max_position_embeddings = 200
     pipe.save_pretrained(tmp_path / "short")
     made, alive = [], []
-    push = LumosPipeline._push
+    decoder = LumosPipeline.decoder
 
-    def watched(self, *args):
-        frames = push(self, *args)
-        made.append(weakref.ref(frames))
-        alive.append(sum(reference() is not None for reference in made))
-        return frames
+    def watched(self):
+        push = decoder(self)
 
-    monkeypatch.setattr(LumosPipeline, "_push", watched)
+        def pushed(codes):
+            frames = push(codes)
+            made.append(weakref.ref(frames))
+            alive.append(sum(reference() is not None for reference in made))
+            return frames
+
+        return pushed
+
+    monkeypatch.setattr(LumosPipeline, "decoder", watched)
     options = ["--num-frames", 197, "--num-inference-steps", 1, "--output", "long.mp4"]
     code, _, err = generate("--prompt", "x", *options, model=tmp_path / "short")
     assert code == 2

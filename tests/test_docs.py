@@ -90,7 +90,7 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_first_training_command(clone, sprite_pictures):
+def test_the_first_training_command(clone):
     shutil.copytree(ROOT / "configs", clone / "copy")
     command = verbs("docs/train/index.md")[0]
     assert command == ["train", "--config", "configs/lumos1/tiny.yaml"]
@@ -106,7 +106,7 @@ def test_the_deepspeed_command_is_the_one_that_the_training_tests_run():
     assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in command_lines("docs/train/index.md")
 
 
-def test_the_tokenizer_commands(clone, sprite_pictures):
+def test_the_tokenizer_commands(clone):
     text, video = verbs("docs/tokenizer/training.md")
     (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
     assert main([*text, "--vocab-size", "560"]) == 0

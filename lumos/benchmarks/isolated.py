@@ -19,7 +19,7 @@ from lumos.errors import RunError, UserError
 
 
 def run_apart(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
-    """lumos.benchmarks.<module>.<function>(**arguments) in a fresh process; arguments and result are plain JSON values.
+    """<module>.<function>(**arguments) in a fresh process; arguments and result are plain JSON values.
 
     UserError and RunError pass through; RunError, too, when the process dies (`what` names the measurement).
     """
@@ -47,7 +47,7 @@ def main() -> int:
 
     call = json.load(sys.stdin)
     torch.set_num_threads(call["threads"])
-    module = importlib.import_module(f"lumos.benchmarks.{call['module']}")
+    module = importlib.import_module(call["module"])
     try:
         result = getattr(module, call["function"])(**call["arguments"])
     except ValueError as error:

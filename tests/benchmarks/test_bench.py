@@ -207,7 +207,7 @@ def test_layout_and_pairs_are_the_rule(length, frame_tokens):
         (["generate", "--model", "no-such-folder"], "no model in no-such-folder"),
         (["generate", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["generate", "--shapes", "small", "--guidance-interval", "0.4", "0.6"], "holds none of 3 steps"),
-        (["train", "--codes", "3000000000"], "smaller --tokens, --layers or --codes"),
+        (["train", "--codes", "16000000"], "smaller --tokens, --layers or --codes"),
         (["train", "--tokens", "50"], "holds no frame"),
         (["train", "--text-ids", "2000"], "--text-ids 2000 --codes 64000 --channels 512: sep token has id 8710"),
         (["train", "--channels", "100"], "multiple of 64"),

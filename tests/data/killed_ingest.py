@@ -20,8 +20,8 @@ from lumos.data.ingest.ingest import ingest
 from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
-NAMES = ("ingest", "shards", "encode", "engines", "state", "manifest")
-FILES = (*(f"data/{name}.py" for name in NAMES), "lumos/files.py")
+NAMES = ("ingest/ingest", "shards/format", "ingest/encode", "ingest/executors", "ingest/state", "ingest/manifest")
+FILES = (*(f"data/{name}.py" for name in NAMES), "lumos/files.py", "lumos/durable.py")
 WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip", "_write", "_append")
 LINES = {"everywhere": 1800, "writing": 120}
 """Of these files, or of these functions of theirs, in a whole ingest, or a little less."""

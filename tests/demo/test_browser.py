@@ -109,7 +109,7 @@ def ask(page, prompt: str, **numbers: int) -> None:
 
 
 def test_a_prompt_becomes_a_playing_video(page, server):
-    ask(page, "a red circle ${6*7} <b>bold</b>", frames=9, steps=3, seed=5)
+    ask(page, "a red circle ${6*7} <b>bold</b>", frames=9, num_inference_steps=3, seed=5)
     page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('#stage video'))")
     first = page.evaluate("document.querySelector('#stage video').currentTime")
     page.wait_for_function(f"document.querySelector('#stage video').currentTime != {first}")
@@ -132,7 +132,7 @@ def test_a_prompt_becomes_a_playing_video(page, server):
 
 
 def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
-    ask(page, "a red circle", frames=257, steps=400)
+    ask(page, "a red circle", frames=257, num_inference_steps=400)
     page.wait_for_selector("#stage img.preview")
     assert server.status()["state"] == "working"
     page.wait_for_function("document.querySelector('#line progress').value > 0")
@@ -152,7 +152,7 @@ def test_a_visitor_who_goes_ends_the_work(browser, server):
     page.set_default_timeout(LIMIT * 1000)
     page.goto(server.url)
     page.wait_for_selector("#generate")
-    ask(page, "a red circle", frames=257, steps=1000)
+    ask(page, "a red circle", frames=257, num_inference_steps=1000)
     server.wait_for("working")
     page.close()
     server.wait_for("idle")

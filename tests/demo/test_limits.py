@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
@@ -15,7 +15,9 @@ from lumos.pipeline.request import Request
 
 OWN = ClipDefaults(5, 16, 24, 8, None), GenerationSettings(num_inference_steps=12)
 LIMITS = Limits(max_prompt_length=20, max_steps=30, max_upload_mb=0.001).of_model(*OWN)
-FITS = Request.of("x" * 20, negative_prompt="y" * 20, num_frames=9, height=24, width=24, num_inference_steps=30)
+FITS = {
+    "prompt": "x" * 20, "negative_prompt": "y" * 20, "num_frames": 9, "height": 24, "width": 24, "num_inference_steps": 30,
+}  # fmt: skip
 
 
 def test_the_model_settles_what_is_left_open():
@@ -32,7 +34,7 @@ def test_a_bound_below_what_the_model_makes_by_itself_is_an_error(name, own):
 
 
 def test_what_is_just_within_bounds_is_taken():
-    LIMITS.check(FITS)
+    LIMITS.check(Request.of(**FITS))
     LIMITS.check(Request.of("x"))
 
 
@@ -46,12 +48,13 @@ def test_what_is_just_within_bounds_is_taken():
         ({"num_frames": 0}, "give 1 to 9"),
         ({"height": 32}, "height 32 is not allowed here; give 1 to 24"),
         ({"width": 32}, "width 32 is not allowed here"),
+        ({"later_steps": 31}, "later_steps 31 is not allowed here"),
         ({"num_inference_steps": 31}, "num_inference_steps 31 is not allowed here; give 1 to 30"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(change, message):
     with pytest.raises(UserError, match=message):
-        LIMITS.check(replace(FITS, **change))
+        LIMITS.check(Request.of(**{**FITS, **change}))
 
 
 @pytest.mark.parametrize("name", ["image", "video"])

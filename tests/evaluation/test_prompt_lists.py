@@ -140,5 +140,5 @@ def test_the_included_lists_are_of_the_official_form(name, repo):
 def test_a_missing_list_is_one_line(tmp_path, capsys):
     assert main(["evaluate", "vbench", "--prompts", str(tmp_path / "no.json"), "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
-    assert "no.json as the prompts of VBench, its VBench_full_info.json: No such file" in err
+    assert "no.json as the prompts of VBench, its VBench_full_info.json: there is no such file" in err
     assert not (tmp_path / "out").exists()

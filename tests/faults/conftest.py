@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lumos.benchmarks import faults
+from lumos.commands import bench_faults as faults
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from ranks import Ranks

@@ -13,8 +13,8 @@ import torch
 from ranks import Ranks
 
 from lumos import LumosPipeline
-from lumos.benchmarks import faults
 from lumos.cli import main
+from lumos.commands import bench_faults as faults
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lumos.benchmarks import faults
+from lumos.commands import bench_faults as faults
 from lumos.data.ingest.encode import ClipSettings
 from lumos.data.ingest.ingest import ingest
 from lumos.prompt_lists.results import Results

@@ -105,7 +105,7 @@ def test_every_option_of_a_row_is_one_of_a_request():
 def test_a_row_says_more_than_the_command_line():
     defaults = {"guidance_scale": 2.0, "image": "a.png", "num_frames": 9, "num_videos_per_prompt": 2}
     row = Row(3, 5, {"prompt": "x", "video": "b.mp4", "num_frames": 17})
-    assert request_of(row, defaults, 100, 4) == Request(
+    assert request_of(row, defaults, 100, 4) == Request.of(
         "x", video="b.mp4", num_frames=17, guidance_scale=2.0, num_videos_per_prompt=2, seed=105
     )
     assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0, 4) == Request.of("x", num_videos_per_prompt=2, seed=[4, 9])

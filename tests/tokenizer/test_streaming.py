@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumos.models.lumos1.training import video_tokenizer_sha256
+from lumos.training.video_task import video_tokenizer_sha256
 from lumos.video.io import write_video
 from tokenizer import StreamDecoder, StreamEncoder, VideoTokenizer, VideoTokenizerConfig
 from tokenizer.fingerprint import tokenizer_facts

@@ -14,12 +14,13 @@ from run_log import read_log
 from safetensors.torch import load_file, save_file
 
 from lumos import LumosForVideoGeneration
+from lumos.data.curriculum import StepShape
 from lumos.data.synthetic.render import captions
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 from lumos.models.lumos1.training import ArdfTask
 from lumos.settings import to_plain
-from lumos.training import checkpoint, loop
+from lumos.training import checkpoint
 from lumos.training import signals as interrupt
 from lumos.training.ema import Ema
 from lumos.training.engine import parameter_groups, pick_precision
@@ -113,7 +114,7 @@ def test_the_mean_is_over_positions_not_over_micro_batches(micro_settings):
     """Samples have different numbers of supervised positions, so a mean of means would be another number."""
     settings = micro_settings(training={"max_steps": 1, "micro_batch_size": 1})
     task = ArdfTask(settings, CPU)
-    batch = task.batch(0, loop.StepShape("video", 4), range(4))
+    batch = task.batch(0, StepShape("video", 4), range(4))
     model = task.build_model()
     with torch.no_grad():
         losses = [task.losses(model, micro)[0] for micro in batch.micro_batches(1)]

@@ -276,7 +276,7 @@ def decide_frame(
         else:  # offset 0 fills up where a sample has fewer open codes than another
             masked = unsure(masked, log_prob, for_confidence, temperature, before - after, settings.confidence_threshold)
         put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
-        if broken.is_cpu or masked.shape[1] == 0:  # a GPU is waited for once a frame
+        if masked.shape[1] == 0:  # read once a frame, as a device is waited for then
             check_finite(broken)
         yield step
         if masked.shape[1] == 0:

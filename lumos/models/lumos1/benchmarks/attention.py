@@ -129,7 +129,7 @@ def run(settings: Settings, bench: Bench) -> Report:
             memory = {}
             for form in FORMS:
                 call = {"form": form, **arguments}
-                memory[form] = run_apart("attention", "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+                memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
                 bench.step()
             forms = {form: prepare(form, rebuild=False, **arguments) for form in FORMS}
             if mode == "forward":

@@ -168,7 +168,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     megabytes = dict.fromkeys(FORMS)  # None: not measured
     for form in settings.memory:
         call = {"form": form, **arguments}
-        extra = run_apart("generate", "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        extra = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
         megabytes[form] = rounded(extra / MB)
         bench.step()
     case = make_case(**arguments)
@@ -226,7 +226,7 @@ def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
 
 def run(settings: Settings, bench: Bench) -> Report:
     call = {"model": settings.model, "prompt": settings.prompt, "clips": bench.repetitions, **bench.place}
-    made = run_apart("generate", "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
+    made = run_apart(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
     bench.step()
     clip = statistics.median(made["clips"])
     video = made["frames"] / made["settings"]["fps"]

@@ -97,7 +97,7 @@ def run(settings: Settings, bench: Bench) -> Report:
         memory = {}
         for form in FORMS:
             call = {"form": form, **arguments}
-            memory[form] = run_apart("loss", "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+            memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
             bench.step()
         seconds, difference = interleaved({form: prepare(form, **arguments) for form in FORMS}, bench, what)
         itemsize = getattr(torch, bench.dtype).itemsize

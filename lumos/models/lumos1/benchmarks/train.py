@@ -232,7 +232,7 @@ def run(settings: Settings, bench: Bench) -> Report:
     memory = {}
     for form in FORMS:
         what = f"a training step of {form} at {settings.tokens} tokens"
-        memory[form] = run_apart("train", "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
+        memory[form] = run_apart(__name__, "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
         bench.step()
     seconds, difference, supervised = timed_forms(config, settings, bench)
 
