@@ -112,9 +112,9 @@ class Stored:
                     values = file.get_slice(label)
                     self.parts[kind, name].append((int(start), values.get_shape()[0], values))
 
-    def names(self, kind: str) -> list[str]:
-        """Of the parameters that have tensors of this kind."""
-        return [name for found, name in self.parts if found == kind]
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a parameter has tensors of this kind."""
+        return (kind, name) in self.parts
 
     def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
         """All parameters of a kind, by name; RunError unless the checkpoint holds these, whole, and no other value of the kind."""
@@ -205,6 +205,8 @@ def give_up(root: Path, step: int) -> None:
 def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
     """state.json of a checkpoint in which everything fits; RunError says what does not.
 
+    UserError for a checkpoint of an earlier version that cannot be resumed.
+
     `fields` are the names and types of what the caller needs of it. With several processes each reads only its share of the
     files through.
     """
@@ -236,6 +238,11 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
     told = state.pop(CHECKSUM, None)
     if told != (_checksum(state) if state["format"] == FORMAT else None):
         raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
+    if fields and "identity" not in state and "meters" in state:
+        raise UserError(
+            f"{folder} was written by an earlier version, whose training of a video tokenizer this version cannot resume; name "
+            f"another output_dir, or move {folder.parent} away to start over"
+        )
     for name, kind in {"step": int, "files": dict, **fields}.items():
         if type(state.get(name)) is not kind:
             raise RunError(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
@@ -243,8 +250,6 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
     if state["step"] < 0 or named not in (None, state["step"]):
         raise RunError(f"checkpoint {folder} is of step {shown(state['step'])}, as {STATE} says, and not of that of its name")
     world = state.get("world", 1)
-    if state["format"] == 2 and "identity" not in state and "meters" in state:
-        world = 1  # of a tokenizer's training, whose first process alone wrote
     files, wanted = state["files"], [tensor_file(folder, rank).name for rank in range(_counted(world))]
     if not wanted or sorted(files) != wanted:
         raise RunError(f"checkpoint {folder}: {STATE} lists {shown(sorted(files))}, not the files of {shown(world)} processes")
@@ -292,17 +297,28 @@ def latest(
     return None
 
 
-def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], max_steps: int) -> None:
-    """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run."""
-    remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
-    now, before = json.loads(json.dumps(identity)), dict(state["identity"])
+def check_fits(
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    identity: dict[str, Any],
+    max_steps: int,
+    defaults: dict[str, Any] | None = None,
+    key: Callable[[str], str] = str,
+) -> None:
+    """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run.
+
+    `defaults`: what entries of `identity` that are newer than a checkpoint were for it. `key`: what the user calls a setting.
+    """
+    remedy = f"name another {key('training.output_dir')}, or move {folder.parent} away to start over"
+    now, before = (json.loads(json.dumps(found)) for found in (identity, {**(defaults or {}), **state["identity"]}))
     if "data.stages" in before:  # a field that is newer than the checkpoint was as it usually is
         before["data.stages"] = [to_plain(StageSettings()) | stage for stage in before["data.stages"]]
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) != before.get(name):
             raise UserError(f"{folder} is of another run: {name} was {before.get(name)}, now {now.get(name)}; {remedy}")
     if state["step"] > max_steps:
-        raise UserError(f"{folder} is past training.max_steps {max_steps}; raise it, or {remedy}")
+        raise UserError(f"{folder} is past {key('training.max_steps')} {max_steps}; raise it, or {remedy}")
 
 
 def random_state() -> dict[str, Tensor]:

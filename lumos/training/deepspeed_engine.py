@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.errors import UserError
-from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, whole_slots
+from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, set_learning_rate, whole_slots
 from lumos.training.settings import TrainingSettings
 
 OWN_KEYS = {
@@ -117,7 +118,14 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
 class DeepSpeedEngine(Engine):
     """This process's part of a DeepSpeed run. In bf16, from stage 1 on, weights are bf16 with fp32 masters in the optimizer."""
 
-    def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device, stage: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingSettings,
+        device: torch.device,
+        stage: int,
+        matrices: Mapping[str, float] | None = None,
+    ):
         import deepspeed
 
         self.device, self.clip = device, settings.training.clip_grad
@@ -128,7 +136,7 @@ class DeepSpeedEngine(Engine):
         self.stores = self.stage > 0 or self.rank == 0
         self.kind = f"DeepSpeed ZeRO {self.stage}"
         model = model.to(device)
-        self.adam = make_optimizer(model, settings, device)
+        self.adam = make_optimizer(model, settings, device, matrices)
         file = settings.deepspeed.config
         try:
             self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
@@ -154,8 +162,7 @@ class DeepSpeedEngine(Engine):
         self.model.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         if self.stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
             if math.isfinite(norm):

@@ -61,13 +61,19 @@ class Mix:
 
 def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """A checkpoint folder, or a run's folder, whose newest undamaged checkpoint is taken -> (checkpoint folder, its state)."""
-    source = Path(source)
+    source, found = Path(source), None
     if (source / checkpoint.STATE).is_file():
-        return source, checkpoint.read_state(source, fields=checkpoint.RUN_FIELDS)
+        found = source, checkpoint.read_state(source, fields=checkpoint.RUN_FIELDS)
     for root in (source / "checkpoints", source):
-        if (found := checkpoint.latest(root, fields=checkpoint.RUN_FIELDS)) is not None:
-            return found
-    raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
+        found = found or checkpoint.latest(root, fields=checkpoint.RUN_FIELDS)
+    if found is None:
+        raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
+    if "training" not in found[1]["settings"]:
+        raise UserError(
+            f"{found[0]} is of a training of the video tokenizer, which writes its folder video_tokenizer itself, at the end; "
+            "start the same `train-tokenizer` command again to let it finish"
+        )
+    return found
 
 
 def export_checkpoint(

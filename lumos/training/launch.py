@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -22,11 +23,13 @@ def start_processes(settings: TrainingSettings, device: torch.device) -> None:
         connect(device, settings.deepspeed.timeout_minutes)
 
 
-def make_engine(model: nn.Module, settings: TrainingSettings, device: torch.device) -> Engine:
-    """The engine that the settings and the launcher ask for."""
+def make_engine(
+    model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
+) -> Engine:
+    """The engine that the settings and the launcher ask for. `matrices`: as in `make_optimizer`."""
     stage = settings.zero_stage
     if stage is None:
-        return PlainEngine(model, settings, device)
+        return PlainEngine(model, settings, device, matrices)
     from lumos.training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, settings, device, stage)
+    return DeepSpeedEngine(model, settings, device, stage, matrices)

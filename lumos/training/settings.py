@@ -133,6 +133,9 @@ class DataSettings:
 @dataclass
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
+    max_minutes: float | None = setting(
+        None, "end after so many minutes of steps, with the schedule of lr compressed to fit; null: after max_steps", above=0
+    )
     batch_size: int | None = setting(
         16, "clips in an optimizer step, over all processes and micro-batches; null: by tokens_per_batch", low=1, high=MAX_CLIPS
     )
@@ -285,6 +288,10 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""
         return to_plain(self)
+
+    def key(self, name: str) -> str:
+        """What the user's file calls the setting `section.key`: the same, unless a file is laid out in another way."""
+        return name
 
     def check(self) -> None:
         """UserError for fields that contradict each other."""

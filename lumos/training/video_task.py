@@ -36,6 +36,8 @@ class VideoTask(TrainingTask):
     A generator's task gives the facts of its model below, and the losses.
     """
 
+    source: Source
+
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.places = Tokenizers(self.tokenizer_folder("video"), self.tokenizer_folder("text"))
