@@ -136,7 +136,7 @@ class Job:
             before = read_text(told, "the command of a run") if told.is_file() else None
             if before != shlex.join(command) and (before is not None or made.is_file()):
                 how = f"the command in {told}" if before else "an unknown command"
-                raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it or name other --runs")
+                raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it, or name another folder with --runs")
             if not made.is_file():
                 yield command
 

@@ -254,7 +254,7 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
     given: the number of given frames. UserError for a malformed entry, and for a first frame that is not 1 + a multiple of
     `stride`, not in increasing order, or not in the clip.
     """
-    form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
+    form = "give (first frame, prompt) pairs, for example [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):
         raise UserError(f"later_prompts is {shown(later)}; {form}")
     before = given  # the frame at which the previous prompt begins to make frames
