@@ -96,7 +96,7 @@ class LumosTextToVideo:
         }
 
     def generate(self, model: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
-        return make_clip(model, prompt, **asked(**options))
+        return make_clip(model, prompt, **pipeline_arguments(**options))
 
 
 class LumosImageToVideo(LumosTextToVideo):
@@ -108,7 +108,7 @@ class LumosImageToVideo(LumosTextToVideo):
     def generate(self, model: VideoPipeline, images: Tensor, prompt: str, **options: Any) -> tuple[Tensor, float]:
         given = images[..., :3].clamp(0, 1).cpu().numpy()
         begin = {"image": given[0]} if len(given) == 1 else {"video": given}
-        return make_clip(model, prompt, **begin, **asked(**options))
+        return make_clip(model, prompt, **begin, **pipeline_arguments(**options))
 
 
 def unset(option: Option) -> int:
@@ -125,7 +125,7 @@ def sampling_input(option: Option) -> tuple:
     })  # fmt: skip
 
 
-def asked(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
+def pipeline_arguments(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
     """Return the inputs of a node as arguments of the pipeline. An input with its unset value becomes None."""
     options = all_options()
     left = {name: unset(options[name]) if name in options else 0 for name in values}

@@ -41,7 +41,8 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate")
     async def generate(request: Request) -> Response:
-        async with asked(await read_form(request, service.pipe.sampling), service.store, service.pipe.sampling) as wanted:
+        form = await read_form(request, service.pipe.sampling)
+        async with request_from_form(form, service.store, service.pipe.sampling) as wanted:
             job = service.submit(Job(wanted))
             try:
                 async for _ in watch(job):
@@ -149,7 +150,7 @@ async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[s
 
 
 @contextlib.asynccontextmanager
-async def asked(
+async def request_from_form(
     form: dict[str, str | UploadFile], store: Store, sampling: type[SamplingOptions]
 ) -> AsyncIterator[ClipRequest]:
     """Yield the request that a form describes. Its uploaded file exists until the end of the `with` block."""

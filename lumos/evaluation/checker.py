@@ -83,7 +83,7 @@ def inspect_clip(video: np.ndarray) -> Observation:
     things, count = [], 0
     labels = _label_by_colour(difference, ground, scale)
     for colour in np.unique(labels[labels >= 0]):
-        own, fragments = _without_dirt(labels == colour)
+        own, fragments = _without_small_patches(labels == colour)
         near = ndimage.binary_dilation(own, np.ones((1, 3, 3))) & ((labels < 0) | own)
         thing = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
         things.append(thing)
@@ -188,7 +188,7 @@ def _label_by_colour(difference: np.ndarray, ground: np.ndarray, scale: float) -
     return labels
 
 
-def _without_dirt(mask: np.ndarray) -> tuple[np.ndarray, int]:
+def _without_small_patches(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the mask without small patches, and the median number of large patches per frame.
 
     A patch is small below a tenth of the largest patch of its frame, and large above a quarter.

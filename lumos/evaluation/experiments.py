@@ -132,15 +132,18 @@ class Job:
                               (self.prompts, self.folder / "prompts.json")):  # fmt: skip
             if not command:
                 continue
-            told = self.told(command)
-            before = read_text(told, "the command of a run") if told.is_file() else None
+            written = self.command_file(command)
+            before = read_text(written, "the command of a run") if written.is_file() else None
             if before != shlex.join(command) and (before is not None or made.is_file()):
-                how = f"the command in {told}" if before else "an unknown command"
-                raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it, or name another folder with --runs")
+                how = f"the command in {written}" if before else "an unknown command"
+                raise UserError(
+                    f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it, or name another folder "
+                    "with --runs"
+                )
             if not made.is_file():
                 yield command
 
-    def told(self, command: tuple[str, ...]) -> Path:
+    def command_file(self, command: tuple[str, ...]) -> Path:
         """Return the file that holds the text of a command, by which a result of another command is recognized."""
         return self.folder / f"{command[0]}.command"
 
@@ -176,7 +179,7 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for command in job.missing():
-            write_bytes(job.told(command), shlex.join(command).encode())
+            write_bytes(job.command_file(command), shlex.join(command).encode())
             with open(job.folder / f"{command[0]}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(

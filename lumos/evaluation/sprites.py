@@ -123,11 +123,11 @@ def _tracks(frames: list[list[_Patch]]) -> list[list[_Patch]]:
     """
     ordered = [frames[0]]
     for patches in frames[1:]:
-        ordered.append(min(map(list, permutations(patches)), key=partial(_way, ordered[-1])))
+        ordered.append(min(map(list, permutations(patches)), key=partial(_total_distance, ordered[-1])))
     return [list(track) for track in zip(*ordered, strict=True)]
 
 
-def _way(before: list[_Patch], after: list[_Patch]) -> float:
+def _total_distance(before: list[_Patch], after: list[_Patch]) -> float:
     return sum(np.hypot(a.x - b.x, a.y - b.y) for a, b in zip(before, after, strict=True))
 
 
