@@ -1,8 +1,9 @@
 """Three ComfyUI nodes: one loads a model, one makes a video from text, one makes a video from an image or a clip.
 
-ComfyUI's IMAGE is a float tensor [B, H, W, C] in [0, 1]; in a clip, B is the number of frames. The frames of a latent frame
-are decoded as soon as it is done, and the last of them is shown as a preview. An input that is left at 0, or at -1 if 0 is an
-allowed value, takes the default of the model.
+ComfyUI's IMAGE is a float tensor [B, H, W, C] in [0, 1]; in a clip, B is the number of frames. The
+frames of a latent frame are decoded as soon as it is done, and the last of them is shown as a
+preview. An input that is left at 0, or at -1 if 0 is an allowed value, takes the default of the
+model.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ class LumosImageToVideo(LumosTextToVideo):
 
 
 def unset(option: Option) -> int:
-    """Return the value of an input that stands for the model's default. The option itself does not allow this value."""
+    """Return the value of an input that stands for the model's default.
+
+    The option itself does not allow this value.
+    """
     return 0 if option.slider[0] > 0 else -1
 
 
@@ -126,7 +130,10 @@ def sampling_input(option: Option) -> tuple:
 
 
 def pipeline_arguments(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
-    """Return the inputs of a node as arguments of the pipeline. An input with its unset value becomes None."""
+    """Return the inputs of a node as arguments of the pipeline.
+
+    An input with its unset value becomes None.
+    """
     options = all_options()
     left = {name: unset(options[name]) if name in options else 0 for name in values}
     given = {name: None if value == left[name] else value for name, value in values.items()}

@@ -73,7 +73,8 @@ def add_api(app: FastAPI, service: Service) -> None:
     async def upload(request: Request) -> Response:
         """Store one file in a folder of its own and return its name.
 
-        This route replaces gradio's own, which would answer with the path of the file on the server.
+        This route replaces gradio's own, which would answer with the path of the file on the
+        server.
         """
         if request.headers.get("content-type", "").partition(";")[0] != "multipart/form-data":
             raise UserError("the request is no upload; send a multipart form with a file")
@@ -133,8 +134,8 @@ async def watch(job: Job) -> AsyncIterator[None]:
 async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[str, str | UploadFile]:
     """Return the fields of a form by name.
 
-    sampling: the sampling options of the generator, each of which is a field too. UserError if the request is
-    not a form, and for a field that is unknown or given twice.
+    sampling: the sampling options of the generator, each of which is a field too. UserError if the
+    request is not a form, and for a field that is unknown or given twice.
     """
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -153,7 +154,10 @@ async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[s
 async def request_from_form(
     form: dict[str, str | UploadFile], store: Store, sampling: type[SamplingOptions]
 ) -> AsyncIterator[ClipRequest]:
-    """Yield the request that a form describes. Its uploaded file exists until the end of the `with` block."""
+    """Yield the request that a form describes.
+
+    Its uploaded file exists until the end of the `with` block.
+    """
     values: dict[str, Any] = {
         name: field_value(name, value, sampling) for name, value in form.items() if name not in FILES
     }
@@ -177,7 +181,8 @@ async def request_from_form(
 async def stored(upload: UploadFile, what: str, store: Store) -> Path:
     """Write an uploaded file into the store and return its path.
 
-    RunError if the file cannot be written. The message does not name the path, which is private to the server.
+    RunError if the file cannot be written. The message does not name the path, which is private to
+    the server.
     """
     path = None
     try:

@@ -16,13 +16,14 @@ HOST = re.compile(r"(?:\[(?P<literal>[0-9a-f:.]+)\]|(?P<name>[a-z0-9_-]+(?:\.[a-
 class Hosts:
     """The names that a Host header may hold.
 
-    Allowed are the names and addresses of the loopback interface, the address that the request came to, and the
-    names that the user allows.
+    Allowed are the names and addresses of the loopback interface, the address that the request came
+    to, and the names that the user allows.
 
-    Another site can let its own domain name resolve to the address of this machine (DNS rebinding). To the browser, a
-    page of that site then has the same origin as the demo. The Host header still holds the name of the other site,
-    which is not allowed here. starlette's TrustedHostMiddleware does not suffice: it looks only at the first of several
-    Host headers, and it does not know the address that a request came to.
+    Another site can let its own domain name resolve to the address of this machine (DNS rebinding).
+    To the browser, a page of that site then has the same origin as the demo. The Host header still
+    holds the name of the other site, which is not allowed here. starlette's TrustedHostMiddleware
+    does not suffice: it looks only at the first of several Host headers, and it does not know the
+    address that a request came to.
     """
 
     def __init__(self, allowed: Iterable[str] = (), listening: str = "localhost"):

@@ -36,7 +36,10 @@ def bound(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the page and of the API. A limit that is None is set from the model by `of_model`."""
+    """The limits of the page and of the API.
+
+    A limit that is None is set from the model by `of_model`.
+    """
 
     max_prompt_length: int = bound(500, "most characters of a prompt, and of a negative prompt")
     max_frames: int | None = bound(None, "most frames of a clip, given frames included; default: 2 n - 1 for the model's default n")

@@ -1,7 +1,7 @@
 """The middleware in front of the page and the API.
 
-It checks the Host header, the path and the origin of each request, limits the size of its body and reserves room for
-uploads.
+It checks the Host header, the path and the origin of each request, limits the size of its body and
+reserves room for uploads.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SAFE_HEADERS = {
 def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
     """Return whether a browser sent the request on behalf of a page of another origin.
 
-    Browsers send Sec-Fetch-Site only over https and to this machine itself, so the Origin header is compared otherwise.
-    Behind a proxy with a name of its own, the name that the browser knows is in X-Forwarded-Host. No page can set that
-    header.
+    Browsers send Sec-Fetch-Site only over https and to this machine itself, so the Origin header is
+    compared otherwise. Behind a proxy with a name of its own, the name that the browser knows is in
+    X-Forwarded-Host. No page can set that header.
     """
     if (site := headers.get(b"sec-fetch-site")) in (b"cross-site", b"same-origin", b"none"):
         return site == b"cross-site"
@@ -49,9 +49,10 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
 class Middleware:
     """An ASGI app that passes allowed requests on to another app, and refuses the others.
 
-    The status of a refusal is 400 for a Host header that is not allowed, 404 for an unknown path, 403 for a request on
-    behalf of a page of another origin, 413 for a body over the limit, and 429 for an upload for which there is no room.
-    The size of a body is checked twice: by its stated length before it is read, and by its true length while it arrives.
+    The status of a refusal is 400 for a Host header that is not allowed, 404 for an unknown path,
+    403 for a request on behalf of a page of another origin, 413 for a body over the limit, and 429
+    for an upload for which there is no room. The size of a body is checked twice: by its stated
+    length before it is read, and by its true length while it arrives.
     """
 
     def __init__(self, app: ASGIApp, store: Store, limits: Limits, hosts: Hosts | None = None):

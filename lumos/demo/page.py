@@ -94,8 +94,8 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
 def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
     """Let the components of a page read only files that visitors have uploaded.
 
-    gradio, mounted in another app, would otherwise read any file of this machine, and fetch any address, that a request
-    names.
+    gradio, mounted in another app, would otherwise read any file of this machine, and fetch any
+    address, that a request names.
     """
 
     async def same_path(path: str | Path | None) -> str | None:
@@ -139,7 +139,8 @@ def sampling_slider(option: Option, own: float, limits: Limits) -> gr.Slider:
 def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], sampling: type[SamplingOptions]) -> Request:
     """Return the request that the values of the controls describe.
 
-    A value that equals the model's default is left out of the request. UserError for a seed that is not a number.
+    A value that equals the model's default is left out of the request. UserError for a seed that is
+    not a number.
     """
     names = [name for name in (*SHAPE, *sampling.declared()) if name in answers]
     chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}

@@ -1,6 +1,7 @@
 """Decoding of uploads in a separate process.
 
-An upload that takes too much time or memory, or that crashes the decoder, then ends that process and not the server.
+An upload that takes too much time or memory, or that crashes the decoder, then ends that process
+and not the server.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def read_upload(
 ) -> np.ndarray:
     """Return a picture as uint8 [H, W, 3], or the last frames of a clip as uint8 [T, H, W, 3].
 
-    clip: None for a picture; for a clip (frames per second, most frames, height, width). check_stop is called while the
-    file is read, and may raise. UserError if the file cannot be read within the limits (the message names the file without
-    its folder), RunError if no reader can be started.
+    clip: None for a picture; for a clip (frames per second, most frames, height, width). check_stop
+    is called while the file is read, and may raise. UserError if the file cannot be read within the
+    limits (the message names the file without its folder), RunError if no reader can be started.
     """
     receiver, sender = multiprocessing.get_context(START).Pipe(duplex=False)
     with receiver, sender:
@@ -86,7 +87,10 @@ def start_reader(
 def _answer(
     process: multiprocessing.process.BaseProcess, receiver: Connection, path: Path, check_stop: Callable[[], None], allowed: Allowed
 ) -> np.ndarray:
-    """Return the frames that the reader sends. The reader is killed before this function returns or raises."""
+    """Return the frames that the reader sends.
+
+    The reader is killed before this function returns or raises.
+    """
     deadline = time.monotonic() + allowed.seconds
     try:
         while not receiver.poll(0.05):

@@ -27,7 +27,8 @@ CLOSING_SECONDS = 3  # time for open connections to finish when the server stops
 def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
     """Return the ASGI app of the whole site.
 
-    gradio keeps its uploads in the folder of the service. Only the routes of gradio that the page needs are reachable.
+    gradio keeps its uploads in the folder of the service. Only the routes of gradio that the page
+    needs are reachable.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(service.store.uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -45,8 +46,8 @@ def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIAp
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to the address; port 0 takes any free port.
 
-    The socket is bound before the model is loaded, so that an address in use is reported at once. UserError if the address
-    cannot be bound.
+    The socket is bound before the model is loaded, so that an address in use is reported at once.
+    UserError if the address cannot be bound.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -62,7 +63,8 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """A uvicorn server that cancels all clips when it is told to stop.
 
-    The clients that wait for those clips then get their answers before uvicorn waits for open connections to finish.
+    The clients that wait for those clips then get their answers before uvicorn waits for open
+    connections to finish.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service):

@@ -27,8 +27,8 @@ from lumos.video.io import write_video
 class Service:
     """The pipeline, limits, store and worker that the page and the API share.
 
-    metadata(prompt, seed) returns what is written into the file of a result. circumstances() returns what is added to the
-    record, the JSON file beside the result.
+    metadata(prompt, seed) returns what is written into the file of a result. circumstances()
+    returns what is added to the record, the JSON file beside the result.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Service:
     def submit(self, job: Job) -> Job:
         """Check the request of a job and put the job into the queue.
 
-        The content of an upload is checked later, in `make`. UserError if the request is not allowed, Busy if the queue does not
-        take the job.
+        The content of an upload is checked later, in `make`. UserError if the request is not
+        allowed, Busy if the queue does not take the job.
         """
         self.limits.check(job.request)
         self._resolve(replace(job.request, image=None, video=None))

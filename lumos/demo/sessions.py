@@ -79,8 +79,8 @@ class Sessions:
     def checked(self, body: bytes, queued: bool) -> dict[str, Any]:
         """Return a message of the page, checked, with paths of uploads in place of their names.
 
-        queued: whether the message came to the queue's route. Only the known keys are kept. UserError for a message that
-        this page cannot send.
+        queued: whether the message came to the queue's route. Only the known keys are kept.
+        UserError for a message that this page cannot send.
         """
         try:
             message = parse_json(body.decode(), "the message")
@@ -126,8 +126,8 @@ class Sessions:
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the event stream of a session, which reports the progress of its messages.
 
-        gradio leaves a task behind when such a request is cancelled in the middle of an event. So the disconnection of the
-        client is passed on between two events.
+        gradio leaves a task behind when such a request is cancelled in the middle of an event. So
+        the disconnection of the client is passed on between two events.
         """
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
         waiting = self.page._queue.pending_messages_per_session

@@ -35,9 +35,9 @@ class Upload:
 class Store:
     """The folders `results/`, which the server serves file by file, and `visitors-uploads/`.
 
-    The store removes only files of its own: files in `results/` whose names have its form, and everything in
-    `visitors-uploads/`, which is emptied at the start. The bytes that a request in flight has announced or sent count
-    against the limit of uploads before they are written.
+    The store removes only files of its own: files in `results/` whose names have its form, and
+    everything in `visitors-uploads/`, which is emptied at the start. The bytes that a request in
+    flight has announced or sent count against the limit of uploads before they are written.
     """
 
     def __init__(self, root: Path, limits: Limits):

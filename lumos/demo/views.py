@@ -41,7 +41,10 @@ def stage_result(record: dict[str, Any]) -> str:
 
 
 def player(name: str, how: str) -> str:
-    """Return a result as a video or picture element. Its address is relative, so that it works behind a proxy."""
+    """Return a result as a video or picture element.
+
+    Its address is relative, so that it works behind a proxy.
+    """
     if name.endswith(".png"):
         return f'<img class="result" alt="the picture" src="api/results/{name}">'
     return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'

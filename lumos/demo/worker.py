@@ -27,8 +27,8 @@ class Cancelled(Exception):
 class Job:
     """A request and its progress.
 
-    `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the worker writes the fields and
-    other threads read them.
+    `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the
+    worker writes the fields and other threads read them.
     """
 
     request: Request
@@ -55,7 +55,8 @@ class Job:
 class Worker:
     """A thread that runs `make(job)` for one job after the other.
 
-    `make` must raise Cancelled soon after `job.stop` is set. queue_length: the most jobs that may wait.
+    `make` must raise Cancelled soon after `job.stop` is set. queue_length: the most jobs that may
+    wait.
     """
 
     def __init__(self, make: Callable[[Job], None], queue_length: int):
@@ -70,7 +71,8 @@ class Worker:
     def submit(self, job: Job) -> Job:
         """Put a job into the queue and return it.
 
-        Busy if the queue is full, if the owner has another job that has not ended, or if the worker is closed.
+        Busy if the queue is full, if the owner has another job that has not ended, or if the worker
+        is closed.
         """
         with self._changed:
             if self._closed:
@@ -84,7 +86,10 @@ class Worker:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job: a waiting job at once, a running job after its current step. A job that has ended stays as it is."""
+        """Cancel a job: a waiting job at once, a running job after its current step.
+
+        A job that has ended stays as it is.
+        """
         with self._changed:
             job.stop.set()
             if job in self._waiting:
@@ -132,7 +137,10 @@ class Worker:
                 self._running, job.state = None, state
 
     def _outcome(self, job: Job) -> str:
-        """Run a job and return its last state. An error is stored in `job.error`, so that the worker goes on."""
+        """Run a job and return its last state.
+
+        An error is stored in `job.error`, so that the worker goes on.
+        """
         try:
             self._make(job)
             return "done"

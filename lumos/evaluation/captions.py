@@ -1,6 +1,7 @@
 """Attributes that the captions of synthetic scenes name, in the form in which a clip is checked for them.
 
-A synthetic scene is one of `lumos.data.synthetic.render`: one or two moving objects on a plain background.
+A synthetic scene is one of `lumos.data.synthetic.render`: one or two objects that
+stay, move, grow or shrink on a background.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ _GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join((*BACKGROUNDS, *GRADIE
 def parse_caption(text: str) -> dict:
     """Return the attributes that a caption names.
 
-    The result is {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}], "background"}, with an entry in
-    "things" for each object. An attribute that the caption does not name is missing. UserError if the text does not have the
-    form of the captions of `lumos.data.synthetic.captions`.
+    The result is {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}],
+    "background"}, with an entry in "things" for each object. An attribute that the caption does not
+    name is missing. UserError if the text does not have the form of the captions of
+    `lumos.data.synthetic.captions`.
     """
     plain = " ".join(text.lower().replace("grey", "gray").split())
     rest, ground = _GROUND.match(plain).groups()
@@ -69,8 +71,8 @@ def scene_attributes(scene: Scene) -> dict:
 def named_attributes(scene: Scene) -> dict:
     """Return the attributes of a scene that its caption names, in the form of `parse_caption`.
 
-    Unlike `parse_caption`, this function also works for paraphrased captions. Colours of digits are never named; sizes and the
-    background are left out if the caption does not hold their words.
+    Unlike `parse_caption`, this function also works for paraphrased captions. Colours of digits are
+    never named; sizes and the background are left out if the caption does not hold their words.
     """
     wanted = scene_attributes(scene)
     for thing, ask in zip(scene.things, wanted["things"], strict=True):

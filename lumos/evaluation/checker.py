@@ -1,9 +1,10 @@
 """A checker that decides from the pixels of a clip whether it shows the synthetic scene that a caption describes.
 
-Synthetic scenes are those of `lumos.data.synthetic.render`. The checker knows their words and colours, but not how they are
-drawn: it measures background, objects, colour, shape, size and motion. So the same code judges rendered, reconstructed and
-generated clips. Objects are told apart by their colour. Two objects of one colour are measured as one object of unclear
-shape, and counted as two.
+Synthetic scenes are those of `lumos.data.synthetic.render`. The checker knows their words and
+colours, but not how they are drawn: it measures background, objects, colour, shape, size and
+motion. So the same code judges rendered, reconstructed and generated clips. Objects are told apart
+by their colour. Two objects of one colour are measured as one object of unclear shape, and counted
+as two.
 
     check_clip(video, "a red circle moves left")   -> {"count": True, "colour": True, "shape": False, ..., "all": False}
 """
@@ -30,11 +31,17 @@ from lumos.evaluation.sprites import SeenSprite, inspect_sprites
 # Colour distances are Euclidean in RGB, 0 to 255.
 # "Ground" is the colour of the background as measured in the clip.
 MIN_CONTRAST = 45.0
-"""The least colour distance of an object's pixel from the ground. The most similar object and background have distance 110."""
+"""The least colour distance of an object's pixel from the ground.
+
+The most similar object and background have distance 110.
+"""
 MAX_COLOUR_DISTANCE = 70.0
 """The most colour distance of an object's pixel from the line between the ground and the colour."""
 MIN_SHARE = 0.55
-"""The least share of a colour in the mixture of a pixel that counts as evidence of it. Thin strokes never have the full colour."""
+"""The least share of a colour in the mixture of a pixel that counts as evidence of it.
+
+Thin strokes never have the full colour.
+"""
 MIN_AREA = 15.0
 """The least area of an object, as the median over the frames. A smaller patch is noise."""
 MIN_AREA_IN_FRAME = 4.0
@@ -52,7 +59,10 @@ AREA_OF_UNIT = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "plus": 20 / 9}
 
 @dataclass(frozen=True)
 class Seen:
-    """The measurements of one object; lengths are in pixels. A value is "unclear" if no word of the captions fits."""
+    """The measurements of one object; lengths are in pixels.
+
+    A value is "unclear" if no word of the captions fits.
+    """
 
     colour: str
     shape: str  # one of SHAPES, "digit" or "unclear"
@@ -75,7 +85,10 @@ class Observation:
 
 
 def inspect_clip(video: np.ndarray) -> Observation:
-    """Measure the background and the objects of a clip, uint8 [T, H, W, 3]. UserError for another shape or type."""
+    """Measure the background and the objects of a clip, uint8 [T, H, W, 3].
+
+    UserError for another shape or type.
+    """
     video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
@@ -94,9 +107,10 @@ def inspect_clip(video: np.ndarray) -> Observation:
 def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]:
     """Compare a clip, uint8 [T, H, W, 3], with a caption, with attributes from `parse_caption`, or with all attributes of a scene.
 
-    Return {attribute: whether it is right}. The keys are count, colour, shape (for a digit: which digit), sprite, size, motion,
-    background, and all. Only attributes that are named are checked: a caption without a size gives no "size". With two objects
-    an attribute is right if it is right for both. UserError if the caption cannot be parsed.
+    Return {attribute: whether it is right}. The keys are count, colour, shape (for a digit: which
+    digit), sprite, size, motion, background, and all. Only attributes that are named are checked: a
+    caption without a size gives no "size". With two objects an attribute is right if it is right
+    for both. UserError if the caption cannot be parsed.
     """
     if isinstance(wanted, Scene):
         wanted = scene_attributes(wanted)
@@ -168,9 +182,10 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tu
 def _label_by_colour(difference: np.ndarray, ground: np.ndarray, scale: float) -> np.ndarray:
     """Return the index of the colour that each pixel belongs to, -1 for the background, int [T, H, W].
 
-    difference: the pixels minus the ground. The pixels of a soft edge are mixtures of the ground and a colour. So a pixel
-    belongs to the colour whose line from the ground passes nearest to it. Only colours with enough pixels of their own take part,
-    because a mixture of the ground and one colour may lie near the line of another.
+    difference: the pixels minus the ground. The pixels of a soft edge are mixtures of the ground
+    and a colour. So a pixel belongs to the colour whose line from the ground passes nearest to it.
+    Only colours with enough pixels of their own take part, because a mixture of the ground and one
+    colour may lie near the line of another.
     """
     labels = np.full(difference.shape[:3], -1)
     mask = np.linalg.norm(difference, axis=-1) > MIN_CONTRAST
@@ -207,8 +222,8 @@ def _without_small_patches(mask: np.ndarray) -> tuple[np.ndarray, int]:
 def _coverage(difference: np.ndarray, own: np.ndarray, near: np.ndarray) -> np.ndarray:
     """Return the share of each pixel that an object covers, 0 to 1, [T, H, W].
 
-    The shares are relative to the object's own colour, which is measured from its strongest pixels. own: the mask of the object;
-    near: the same mask with its soft edge.
+    The shares are relative to the object's own colour, which is measured from its strongest pixels.
+    own: the mask of the object; near: the same mask with its soft edge.
     """
     pixels = difference[own]
     strength = np.linalg.norm(pixels, axis=-1)

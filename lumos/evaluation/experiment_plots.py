@@ -1,7 +1,8 @@
 """The plots of an experiment, in one picture.
 
-There is a panel for each curve, one for all shares of `evaluate prompts`, one for the amount of motion and one for the time. Lines
-are means over seeds. Bands and error bars show one standard deviation.
+There is a panel for each curve, one for all shares of `evaluate prompts`, one for the amount of
+motion and one for the time. Lines are means over seeds. Bands and error bars show one standard
+deviation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: bool = True) -> None:
     """Write the picture of an experiment as PNG. UserError if matplotlib is not installed.
 
-    result: the return value of `experiments.gather`. figures: names of the shares to draw. seconds: whether to draw the time panel.
+    result: the return value of `experiments.gather`. figures: names of the shares to draw. seconds:
+    whether to draw the time panel.
     """
     try:
         from matplotlib.figure import Figure
@@ -64,8 +66,8 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
 def curve(runs: list[dict[str, Any]], field: str) -> Points:
     """Return the points of a field of the log over training steps or FLOPs.
 
-    The values of some fields are lists, for example with one value per latent frame. For such a field, return the last list over
-    the positions in it.
+    The values of some fields are lists, for example with one value per latent frame. For such a
+    field, return the last list over the positions in it.
     """
     values: dict[float, list[float]] = {}
     for run in runs:

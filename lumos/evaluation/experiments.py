@@ -1,8 +1,9 @@
 """Experiments, which compare variants of settings.
 
-Each variant is trained, evaluated with `evaluate prompts`, or both, once with each seed. The results are one JSON file and one
-picture. A run is one variant with one seed. Its commands run in processes of their own, so a user can also type them. Runs that are
-done are not repeated: an experiment that was stopped goes on, and an experiment with new variants runs only those.
+Each variant is trained, evaluated with `evaluate prompts`, or both, once with each seed. The
+results are one JSON file and one picture. A run is one variant with one seed. Its commands run in
+processes of their own, so a user can also type them. Runs that are done are not repeated: an
+experiment that was stopped goes on, and an experiment with new variants runs only those.
 """
 
 
@@ -126,7 +127,8 @@ class Job:
     def missing(self) -> Iterator[tuple[str, ...]]:
         """Yield the commands that are not done yet, in order.
 
-        UserError if the folder holds the result of another command, or if another command was begun in it.
+        UserError if the folder holds the result of another command, or if another command was begun
+        in it.
         """
         for command, made in ((self.train, self.folder / "train" / "export" / "config.json"),
                               (self.prompts, self.folder / "prompts.json")):  # fmt: skip
@@ -202,8 +204,9 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
 def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
     """Return the results of a job that is done.
 
-    The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after `evaluate prompts`, kinds: {prompt
-    kind: {figure: share}}, shares: {figure: mean over the kinds}, seconds and clips. UserError for a curve that is not in the log.
+    The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
+    `evaluate prompts`, kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the
+    kinds}, seconds and clips. UserError for a curve that is not in the log.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -298,5 +301,8 @@ def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
 
 
 def named(out: Path, suffix: str) -> Path:
-    """Return the path with a suffix added. Dots in its name are kept, unlike with `Path.with_suffix`."""
+    """Return the path with a suffix added.
+
+    Dots in its name are kept, unlike with `Path.with_suffix`.
+    """
     return out.with_name(out.name + suffix)

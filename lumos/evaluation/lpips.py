@@ -1,7 +1,8 @@
 """LPIPS, the learned perceptual distance of two pictures (Zhang et al. 2018, arXiv 1801.03924), with AlexNet, version 0.1.
 
-The weights are two files of other projects, which this module reads but never downloads. The package lpips is not used, because
-it needs torchvision for one small network, and because it downloads missing weights.
+The weights are two files of other projects, which this module reads but never downloads. The
+package lpips is not used, because it needs torchvision for one small network, and because it
+downloads missing weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ BACKBONE = "alexnet-owt-7be5be79.pth"
 HEADS = "alex.pth"
 """The file with the weights of AlexNet's channels, from the package lpips (lpips/weights/v0.1)."""
 MIN_SIDE = 31
-"""The least height and width in pixels. The last features of AlexNet are empty for smaller frames."""
+"""The least height and width in pixels.
+
+The last features of AlexNet are empty for smaller frames.
+"""
 _STRIDE_AND_PADDING = {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}
 """(stride, padding) of AlexNet's convolutions, by their index in `features`.
 
@@ -34,7 +38,8 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 def load(folder: str | Path | None, height: int, width: int, device: torch.device) -> Lpips | str:
     """Return the distance for frames of height x width pixels, or a text that says why it cannot be measured.
 
-    folder: the folder of the weights, see `find_weights`. UserError, instead of the text, if a folder is given.
+    folder: the folder of the weights, see `find_weights`. UserError, instead of the text, if a
+    folder is given.
     """
     if min(height, width) < MIN_SIDE:
         why = f"LPIPS needs frames of at least {MIN_SIDE} x {MIN_SIDE} pixels, got {height} x {width}"
@@ -48,8 +53,8 @@ def load(folder: str | Path | None, height: int, width: int, device: torch.devic
 def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
     """Return the paths of BACKBONE and HEADS, or a text that says which file is missing.
 
-    The files are searched for in `folder`, or without a folder where torchvision and the package lpips keep them. UserError,
-    instead of the text, if a folder is given.
+    The files are searched for in `folder`, or without a folder where torchvision and the package
+    lpips keep them. UserError, instead of the text, if a folder is given.
     """
     if folder is not None:
         paths = Path(folder) / BACKBONE, Path(folder) / HEADS
@@ -68,7 +73,10 @@ def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
 
 
 class Lpips:
-    """The mean LPIPS distance of two clips, as a callable. RunError if the weights cannot be read or belong to another network."""
+    """The mean LPIPS distance of two clips, as a callable.
+
+    RunError if the weights cannot be read or belong to another network.
+    """
 
     def __init__(self, backbone: Path, heads: Path, device: torch.device) -> None:
         features, linear = _read(backbone), _read(heads)
@@ -86,7 +94,10 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Return the mean distance of the frames of two clips, uint8 [T, H, W, 3]. The distance of equal frames is 0."""
+        """Return the mean distance of the frames of two clips, uint8 [T, H, W, 3].
+
+        The distance of equal frames is 0.
+        """
         total = 0.0
         for first, second in zip(a, b, strict=True):
             for x, y, head in zip(self._features(first), self._features(second), self.heads, strict=True):

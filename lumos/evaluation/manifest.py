@@ -19,9 +19,10 @@ SHOWN = 4  # differences that a message names at most
 def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment: dict[str, Any]) -> list[str]:
     """Write `out/manifest.json`, or compare with it if there are results, and return the differences of the environment.
 
-    inputs: values that decide the results, with hashes of files; UserError if they differ from those in the manifest. environment:
-    versions, device and paths; the caller reports their differences. UserError if `results` holds files and there is no manifest,
-    RunError if the manifest is damaged.
+    inputs: values that decide the results, with hashes of files; UserError if they differ from
+    those in the manifest. environment: versions, device and paths; the caller reports their
+    differences. UserError if `results` holds files and there is no manifest, RunError if the
+    manifest is damaged.
     """
     path = out / MANIFEST
     begun = results.exists() and any(results.iterdir())  # checked first, because a parallel process may write the manifest
@@ -45,7 +46,10 @@ def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """Return "key was old, now new" for each value that differs. The keys of nested objects are joined by dots."""
+    """Return "key was old, now new" for each value that differs.
+
+    The keys of nested objects are joined by dots.
+    """
     found = []
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)

@@ -25,7 +25,8 @@ def as_clip(video: np.ndarray) -> np.ndarray:
 def line_ends(frames: np.ndarray, values: np.ndarray, num_frames: int) -> tuple[float, float]:
     """Fit a straight line to the values by least squares, and return its values at the first and last frame of the clip.
 
-    frames: the numbers of the frames in which the values were measured; num_frames: the number of frames of the clip.
+    frames: the numbers of the frames in which the values were measured; num_frames: the number of
+    frames of the clip.
     """
     if len(frames) == 1:
         return float(values[0]), float(values[0])
@@ -36,8 +37,9 @@ def line_ends(frames: np.ndarray, values: np.ndarray, num_frames: int) -> tuple[
 def motion_word(way: tuple[float, float], growth: float, num_frames: int, scale: float) -> str:
     """Return the word for a motion, one of MOTIONS or "unclear".
 
-    way: displacement (x, y) in pixels from the first to the last frame. growth: the last size divided by the first. scale: the
-    shorter side of the frame divided by 64. The limits lie halfway between no change and the least change of a synthetic scene.
+    way: displacement (x, y) in pixels from the first to the last frame. growth: the last size
+    divided by the first. scale: the shorter side of the frame divided by 64. The limits lie halfway
+    between no change and the least change of a synthetic scene.
     """
     dx, dy = way
     long, short = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))

@@ -1,6 +1,7 @@
 """The official prompt lists of VBench, VBench-I2V and GenEval, and the file names that each benchmark requires.
 
 A sample is one of the clips or pictures that a benchmark wants for a prompt.
+
 Sources: github.com/Vchitect/VBench (prompts/README.md, vbench/__init__.py, vbench2_beta_i2v/README.md) and
 github.com/djghosh13/geneval (README.md, evaluation/evaluate_images.py).
 """
@@ -18,7 +19,10 @@ from lumos.files import parse_json, read_text
 
 VIDEO_SAMPLES = 5
 FLICKER_SAMPLES = 25
-"""Clips of a prompt for temporal_flickering. VBench drops the clips with motion and scores five of the others."""
+"""Clips of a prompt for temporal_flickering.
+
+VBench drops the clips with motion and scores five of the others.
+"""
 PICTURE_SAMPLES = 4
 LONGEST_NAME = 255
 """The most bytes of a file name on common file systems."""
@@ -27,7 +31,10 @@ NOT_IN_NAMES = "/\0" + ('<>:"\\|?*' if os.name == "nt" else "")
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt of a list with the files of its samples. Paths are relative to the folder of results."""
+    """One prompt of a list with the files of its samples.
+
+    Paths are relative to the folder of results.
+    """
 
     prompt: str
     files: tuple[str, ...]  # a path for each sample, in order
@@ -59,9 +66,10 @@ def read_list(
 ) -> list[Entry]:
     """Return the entries of a list, each prompt once.
 
-    samples: the number of samples of every prompt; None: as many as the benchmark wants. captions: a file with other texts for
-    the model, see `read_captions`. caption_key: a field of the list that holds other texts for the model. UserError for a file
-    of another form, for a prompt without a caption, and for a prompt that cannot be used as a file name.
+    samples: the number of samples of every prompt; None: as many as the benchmark wants. captions:
+    a file with other texts for the model, see `read_captions`. caption_key: a field of the list
+    that holds other texts for the model. UserError for a file of another form, for a prompt without
+    a caption, and for a prompt that cannot be used as a file name.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples {samples} is not allowed; give at least 1")
@@ -88,8 +96,9 @@ def read_list(
 def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
     """Return the caption of each entry, or None for an entry without one.
 
-    The file is a .json object {prompt: caption}, in which a prompt may end in .mp4, or a text with a line for each entry of
-    the list, in the same order, like VBench's all_dimension_longer.txt. UserError for another form or number of lines.
+    The file is a .json object {prompt: caption}, in which a prompt may end in .mp4, or a text with
+    a line for each entry of the list, in the same order, like VBench's all_dimension_longer.txt.
+    UserError for another form or number of lines.
     """
     text = read_text(path, "captions")
     if Path(path).suffix == ".json":
@@ -106,8 +115,8 @@ def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
 def read_vbench(text: str, samples: int | None) -> list[Entry]:
     """Return the entries of VBench_full_info.json, a list of {"prompt_en", "dimension": [...]}.
 
-    Clip i of a prompt is the file <prompt>-<i>.mp4. All entries of a prompt share its clips, so a prompt gets FLICKER_SAMPLES
-    clips if any of its entries has the dimension temporal_flickering.
+    Clip i of a prompt is the file <prompt>-<i>.mp4. All entries of a prompt share its clips, so a
+    prompt gets FLICKER_SAMPLES clips if any of its entries has the dimension temporal_flickering.
     """
     rows = check_rows(parse_json(text, "the prompt list"), {"prompt_en": str, "dimension": list})
     flicker = {row["prompt_en"] for row in rows if "temporal_flickering" in row["dimension"]}
@@ -126,7 +135,8 @@ def read_vbench_i2v(text: str, samples: int | None) -> list[Entry]:
 def read_geneval(text: str, samples: int | None) -> list[Entry]:
     """Return the entries of evaluation_metadata.jsonl, a line {"tag", "prompt", ...} for each prompt.
 
-    The samples of line n are written into <n>/samples/, and the line itself into <n>/metadata.jsonl.
+    The samples of line n are written into <n>/samples/, and the line itself into
+    <n>/metadata.jsonl.
     """
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = check_rows([parse_json(line, f"line {number}") for number, line in numbered], {"tag": str, "prompt": str})
@@ -149,7 +159,8 @@ BENCHMARKS = {
 def clips(row: dict[str, Any], samples: int) -> Entry:
     """Return the entry of a row of VBench's list.
 
-    VBench finds a clip by the prompt in its file name. UserError for a prompt that cannot be used as a file name.
+    VBench finds a clip by the prompt in its file name. UserError for a prompt that cannot be used
+    as a file name.
     """
     prompt = row["prompt_en"]
     bad = [character for character in NOT_IN_NAMES if character in prompt]

@@ -1,6 +1,7 @@
 """Measurement of how well a model follows prompts about synthetic scenes.
 
-The prompts are captions of scenes that training does not show. `lumos.evaluation.checker` judges the clips by their pixels.
+The prompts are captions of scenes that training does not show. `lumos.evaluation.checker` judges
+the clips by their pixels.
 """
 
 from __future__ import annotations
@@ -40,19 +41,23 @@ held_out          one object in a combination of attributes that training never 
 held_out_sprites  one sprite in a combination of attributes that training never shows
 paraphrased       one object, digit or sprite, with a caption in words that training never shows
 
-The scenes of all kinds are new to the model. Their captions may not be: there are so few different captions of one object that
-training shows many of them.
+The scenes of all kinds are new to the model. Their captions may not be: there are so few different
+captions of one object that training shows many of them.
 """
 
 
 PICTURES_OF = {"two_ways": "two", "held_out_sprites": "sprites"}
-"""Kinds that differ from another kind only by their motions, with that other kind. A picture has no motion."""
+"""Kinds that differ from another kind only by their motions, with that other kind.
+
+A picture has no motion.
+"""
 
 
 def check_kinds(kinds: Sequence[str], num_frames: int | None = None) -> None:
     """Raise UserError for a kind that is unknown or named twice, and for a kind that is not possible with this number of frames.
 
-    A kind in PICTURES_OF is not possible with one frame. UserError also if the pictures of a kind's sprites are missing.
+    A kind in PICTURES_OF is not possible with one frame. UserError also if the pictures of a kind's
+    sprites are missing.
     """
     for kind in kinds:
         if kinds.count(kind) > 1:
@@ -65,8 +70,9 @@ def check_kinds(kinds: Sequence[str], num_frames: int | None = None) -> None:
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
     """Return (prompt, rendered clip uint8 [T, H, W, 3], attributes that the prompt names) of `count` scenes.
 
-    seed: must differ from the seed of training, so that the scenes are new. shape: num_frames, height and width of the clips.
-    UserError for an unknown kind, and if the clips do not fit into memory.
+    seed: must differ from the seed of training, so that the scenes are new. shape: num_frames,
+    height and width of the clips. UserError for an unknown kind, and if the clips do not fit into
+    memory.
     """
     if kind not in KINDS:
         raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
@@ -80,8 +86,9 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
 def score(clips: Sequence[np.ndarray], wanted: Sequence[dict]) -> tuple[dict[str, float], list[dict[str, bool]]]:
     """Check clips, and return (share of right clips for each attribute, verdict on each clip).
 
-    clips: uint8 [T, H, W, 3] each; wanted: for each clip the attributes that its prompt names. The share of an attribute counts
-    only clips whose prompt names it. A verdict holds the keys of `check_clip` and
+    clips: uint8 [T, H, W, 3] each; wanted: for each clip the attributes that its prompt names. The
+    share of an attribute counts only clips whose prompt names it. A verdict holds the keys of
+    `check_clip` and
 
     colour_and_motion  both are right
     last_frame         the colours and shapes, digits or sprites of all objects are right in the last frame
@@ -109,8 +116,9 @@ def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
 def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
     """Return the amount of motion in clips, divided by the amount of motion in the rendered clips `truth`.
 
-    The amount of motion is the absolute change from frame to frame, averaged over pixels and clips. Decoded clips flicker, so the
-    right amount of motion does not give 1, but the value of `--reference reconstruction`.
+    The amount of motion is the absolute change from frame to frame, averaged over pixels and clips.
+    Decoded clips flicker, so the right amount of motion does not give 1, but the value of
+    `--reference reconstruction`.
     """
     ours, theirs = (
         np.mean([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean() for clip in of]) if len(of[0]) > 1 else 0.0
@@ -136,7 +144,8 @@ def generate_in_batches(
 ) -> list[np.ndarray]:
     """Return the clips of all prompts, made by `make(prompts, seeds, pictures or None)` batch by batch.
 
-    Prompt i has the seed `seed` + i, whatever the batch size. pictures: for each prompt the picture that its clip begins with.
+    Prompt i has the seed `seed` + i, whatever the batch size. pictures: for each prompt the picture
+    that its clip begins with.
     """
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):

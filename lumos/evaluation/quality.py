@@ -26,10 +26,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Return the structural similarity of two clips, uint8 [T, H, W, 3] (Wang et al. 2004), averaged over frames and channels.
 
-    The weights are Gaussian with sigma 1.5 in a window of 11 x 11 pixels; K1 is 0.01, K2 is 0.03; the covariance is that of a
-    population; only windows that lie in the frame count. The value is that of scikit-image's `structural_similarity(
-    gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1)`. ValueError for frames that
-    are smaller than the window.
+    The weights are Gaussian with sigma 1.5 in a window of 11 x 11 pixels; K1 is 0.01, K2 is 0.03;
+    the covariance is that of a population; only windows that lie in the frame count. The value is
+    that of scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=255, channel_axis=-1)`. ValueError for frames that are
+    smaller than the window.
     """
     if min(a.shape[1:3]) < SSIM_SIDE:
         raise ValueError(f"SSIM needs frames of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {a.shape[1]} x {a.shape[2]}")

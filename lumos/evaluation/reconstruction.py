@@ -18,7 +18,10 @@ from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import VideoTokenizer
 
 MAX_PSNR = 100.0
-"""The PSNR in dB of a clip that is reconstructed without error. Its true PSNR is infinite, which has no mean."""
+"""The PSNR in dB of a clip that is reconstructed without error.
+
+Its true PSNR is infinite, which has no mean.
+"""
 
 
 @dataclass
@@ -41,9 +44,10 @@ def reconstruct(
 ) -> Reconstruction:
     """Encode and decode clips, uint8 [T, H, W, 3], in batches of equal lengths, and compare the results with the clips.
 
-    PSNR, SSIM and LPIPS are means over clips. The PSNR of a clip is that of all its values; its SSIM and LPIPS are means over its
-    frames. Bits per pixel assume that every code has the same number of bits. One batch runs before the speed is measured.
-    lpips: None leaves LPIPS out. on_clips: called after each batch with its number of clips.
+    PSNR, SSIM and LPIPS are means over clips. The PSNR of a clip is that of all its values; its
+    SSIM and LPIPS are means over its frames. Bits per pixel assume that every code has the same
+    number of bits. One batch runs before the speed is measured. lpips: None leaves LPIPS out.
+    on_clips: called after each batch with its number of clips.
     """
     parameter = next(tokenizer.parameters())
     device, batches = parameter.device, list(_batches(clips, batch_size))

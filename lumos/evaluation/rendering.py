@@ -1,4 +1,7 @@
-"""The samples of a benchmark's prompt list, with their seeds, in batches. `lumos.prompt_lists.results` makes their files."""
+"""The samples of a benchmark's prompt list, with their seeds, in batches.
+
+`lumos.prompt_lists.results` makes their files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from lumos.evaluation.prompt_lists import Entry
 class Sample:
     """One clip or picture to make.
 
-    Its seed depends only on the seed of the whole list and on its file name, so the same file in another list has the same seed.
+    Its seed depends only on the seed of the whole list and on its file name, so the same file in
+    another list has the same seed.
     """
 
     file: str
@@ -25,7 +29,8 @@ class Sample:
 def batches_of(entries: Sequence[Entry], seed: int, size: int) -> list[list[Sample]]:
     """Return all samples in order, in batches of at most `size`.
 
-    Samples of different entries never share a batch if entries have pictures, because the pictures may differ in size.
+    Samples of different entries never share a batch if entries have pictures, because the pictures
+    may differ in size.
     """
     groups = [[Sample(file, e.caption, e.image, seed_of(seed, file)) for file in e.files] for e in entries]
     if not any(entry.image for entry in entries):

@@ -1,7 +1,8 @@
 """The total scores of VBench, VBench-I2V and GenEval, computed from the files that the official evaluations write.
 
-Constants and formulas: github.com/Vchitect/VBench, scripts/constant.py, cal_final_score.py and cal_i2v_final_score.py;
-github.com/djghosh13/geneval, evaluation/summary_scores.py. VBench counts a missing dimension as 0; here the total is None then.
+Constants and formulas: github.com/Vchitect/VBench, scripts/constant.py, cal_final_score.py and
+cal_i2v_final_score.py; github.com/djghosh13/geneval, evaluation/summary_scores.py. VBench counts a
+missing dimension as 0; here the total is None then.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position"
 def vbench_totals(benchmark: str, scores: Mapping[str, float]) -> dict[str, Any]:
     """Return {dimensions: {name: {score, normalized}}, quality, semantic or i2v, total, missing}.
 
-    Scores are from 0 to 1. A part with a missing dimension is None, and then the total is None too. UserError for an unknown
-    dimension, and for a score that is not a number from 0 to 1.
+    Scores are from 0 to 1. A part with a missing dimension is None, and then the total is None too.
+    UserError for an unknown dimension, and for a score that is not a number from 0 to 1.
     """
     parts = PARTS[benchmark]
     known = [name for _, dimensions in parts.values() for name in dimensions]
@@ -91,9 +92,9 @@ def vbench_totals(benchmark: str, scores: Mapping[str, float]) -> dict[str, Any]
 def geneval_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return {tasks: {tag: {score, correct, images}}, images, prompts, prompts_ever_right, total, missing}.
 
-    rows: the lines of results.jsonl. The score of a task is its share of right pictures. total: the mean of the scores of the
-    tasks, which count equally; None if one of the six tasks is missing. prompts_ever_right: the share of prompts with at least
-    one right picture.
+    rows: the lines of results.jsonl. The score of a task is its share of right pictures. total: the
+    mean of the scores of the tasks, which count equally; None if one of the six tasks is missing.
+    prompts_ever_right: the share of prompts with at least one right picture.
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     by_prompt: dict[str, list[bool]] = defaultdict(list)
@@ -121,8 +122,8 @@ def mean(weighted: Iterable[tuple[float, float]]) -> float:
 def summarize(benchmark: str, paths: Sequence[str | Path]) -> dict[str, Any]:
     """Return the totals of official result files.
 
-    paths: for VBench result files, or folders or zips of them; for GenEval its results.jsonl. UserError for files without
-    results or of another form.
+    paths: for VBench result files, or folders or zips of them; for GenEval its results.jsonl.
+    UserError for files without results or of another form.
     """
     if benchmark != "geneval":
         return vbench_totals(benchmark, read_scores(paths))
@@ -139,7 +140,8 @@ def summarize(benchmark: str, paths: Sequence[str | Path]) -> dict[str, Any]:
 def read_scores(paths: Sequence[str | Path]) -> dict[str, float]:
     """Return {dimension: score} from VBench's `*_eval_results.json`, each an object {dimension: [score, details...]}.
 
-    Files that hold a JSON list (`*_full_info.json`) are skipped, as VBench does. UserError if two files disagree.
+    Files that hold a JSON list (`*_full_info.json`) are skipped, as VBench does. UserError if two
+    files disagree.
     """
     scores: dict[str, float] = {}
     origin: dict[str, str] = {}

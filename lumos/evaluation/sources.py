@@ -39,8 +39,9 @@ def read_source(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Return (up to `count` clips uint8 [T, H, W, 3], messages that say why files were left out).
 
-    T is num_frames, or 1 for a picture. Frames are scaled to cover height x width and cropped to the centre. A film keeps its
-    frame rate, and only its first 30 s are used. UserError if there is no clip at all.
+    T is num_frames, or 1 for a picture. Frames are scaled to cover height x width and cropped to
+    the centre. A film keeps its frame rate, and only its first 30 s are used. UserError if there is
+    no clip at all.
     """
     if source in WORLDS:
         worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])

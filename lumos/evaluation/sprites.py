@@ -1,8 +1,9 @@
 """A checker that decides from the pixels of a clip which sprites it shows and how they move.
 
-Sprites are the small pictures of `lumos.data.synthetic.sprites`. A patch of pixels that differ from the ground, the colour of the
-background as measured in the clip, is an object. It gets the name of the sprite whose picture is most similar, if that is drawn on
-the same ground at the best of a few positions.
+Sprites are the small pictures of `lumos.data.synthetic.sprites`. A patch of pixels that differ from
+the ground, the colour of the background as measured in the clip, is an object. It gets the name of
+the sprite whose picture is most similar, if that is drawn on the same ground at the best of a few
+positions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ VIEWS = 6
 
 @dataclass(frozen=True)
 class SeenSprite:
-    """The measurements of one sprite. A value is "unclear" if no picture or no word of the captions fits."""
+    """The measurements of one sprite.
+
+    A value is "unclear" if no picture or no word of the captions fits.
+    """
 
     sprite: str
     motion: str
@@ -60,7 +64,8 @@ class _Patch:
 def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
     """Return (background, sprites, number of sprites) of a clip, uint8 [T, H, W, 3].
 
-    The list of sprites is empty if there are none, more than three, or if their number changes too often.
+    The list of sprites is empty if there are none, more than three, or if their number changes too
+    often.
     """
     video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
@@ -90,7 +95,10 @@ def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _patches(frame: np.ndarray, ground: np.ndarray, scale: float) -> list[_Patch]:
-    """Return the sprites of a frame. Connected pieces are joined if they fit into the box of one sprite."""
+    """Return the sprites of a frame.
+
+    Connected pieces are joined if they fit into the box of one sprite.
+    """
     mask = np.linalg.norm(frame - ground[:, None], axis=-1) > MIN_CONTRAST
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     pieces = []
@@ -119,7 +127,8 @@ def _patches(frame: np.ndarray, ground: np.ndarray, scale: float) -> list[_Patch
 def _tracks(frames: list[list[_Patch]]) -> list[list[_Patch]]:
     """Return the patches of each object over all frames.
 
-    The patches of a frame are assigned to the objects so that the sum of their distances to the previous frame is least.
+    The patches of a frame are assigned to the objects so that the sum of their distances to the
+    previous frame is least.
     """
     ordered = [frames[0]]
     for patches in frames[1:]:
@@ -176,8 +185,8 @@ def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, i
 def _pictures(folder: Path, scale: float) -> np.ndarray:
     """Return the pictures of all sprites at their usual size, float32 [sprites, side, side, 4].
 
-    Colours are 0 to 255 and premultiplied by alpha, which is 0 to 1. `folder`, the source of the pictures, is only part of the
-    key of the cache.
+    Colours are 0 to 255 and premultiplied by alpha, which is 0 to 1. `folder`, the source of the
+    pictures, is only part of the key of the cache.
     """
     radius = np.float32(SPRITE_RADIUS * scale)
     side = int(np.ceil(2 * radius)) + 2

@@ -1,15 +1,16 @@
 """`VideoPipeline`, the base class of the pipelines of all generators.
 
-A pipeline makes clips from prompts, pictures and other clips. A call goes through four steps, and a caller can also do
-each step alone:
+A pipeline makes clips from prompts, pictures and other clips. A call goes through four steps, and a
+caller can also do each step alone:
 
     request = Request.of("a red circle", num_frames=17)     the arguments of the call
     resolved = pipe.resolve(request)                        all values filled in and checked, nothing encoded yet
     encoded = pipe.encode(resolved)                         prompts and given frames encoded for the network
     for frames in pipe.stream_encoded(encoded): ...         latents, decoded to pixels as they are made
 
-Given frames are those of a picture or clip that the caller passes in and that the new clip contains. A latent frame is
-one step of the video tokenizer's time axis: the first holds one frame, each later one `temporal_compression` frames.
+Given frames are those of a picture or clip that the caller passes in and that the new clip
+contains. A latent frame is one step of the video tokenizer's time axis: the first holds one frame,
+each later one `temporal_compression` frames.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ The latent frame and the step are counted from 0. Given latent frames are not co
 StepCallback = Callable[["VideoPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 """`callback_on_step_end` of a call: (pipe, step, open positions, tensors) -> replacements for tensors by name, or None."""
 AfterStep = Callable[[int, int, Tensor], None]
-"""Called inside of `VideoPipeline.latents` with (latent frame, step, state). It may change `state` in place."""
+"""Called inside of `VideoPipeline.latents` with (latent frame, step, state).
+
+It may change `state` in place.
+"""
 
 
 class Interrupted(Exception):
@@ -56,7 +60,8 @@ class Interrupted(Exception):
 class Encoded:
     """A resolved request, encoded for the network.
 
-    given: for each clip the latents [t, ...] of its given frames; empty if no clip has given frames.
+    given: for each clip the latents [t, ...] of its given frames; empty if no clip has given
+    frames.
     """
 
     resolved: Resolved
@@ -184,14 +189,17 @@ class VideoPipeline(ABC):
 
     @property
     def interrupt(self) -> bool:
-        """True after a callback has set `pipe._interrupt`. The call then ends with the latent frames that are done."""
+        """True after a callback has set `pipe._interrupt`.
+
+        The call then ends with the latent frames that are done.
+        """
         return self._interrupt
 
     def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the network and the video tokenizer in place, and return the pipeline.
 
-        Examples: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`. UserError for a network that was loaded
-        with a device_map and lies on several devices.
+        Examples: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`. UserError for a
+        network that was loaded with a device_map and lies on several devices.
         """
         for value in args:
             if isinstance(value, torch.dtype):
@@ -218,38 +226,43 @@ class VideoPipeline(ABC):
     ) -> VideoPipelineOutput | tuple:
         """Make num_videos_per_prompt clips for each prompt. The arguments and the output follow the pipelines of diffusers.
 
-        prompt, negative_prompt, image, video, last_image and seed are single values or lists of equal length. An argument that
-        is None takes the default of the model.
+        prompt, negative_prompt, image, video, last_image and seed are single values or lists of
+        equal length. An argument that is None takes the default of the model.
 
         Args:
             prompt: what the clip shows.
             negative_prompt: what the clip must not show.
-            image: a path or picture, which becomes the first frame. Pictures and frames have any form that
-                `lumos.video.frames.as_uint8` takes.
-            video: a path or the frames of a clip. The new clip begins with its last num_given_frames frames. A list of PIL
-                pictures is one clip.
-            last_image: a path or picture, which becomes the last frame, for generators that support it.
-            num_given_frames: 1 + a multiple of the temporal compression; default: as many as the video has, at most half of
-                num_frames.
+            image: a path or picture, which becomes the first frame. Pictures and frames have any
+                form that `lumos.video.frames.as_uint8` takes.
+            video: a path or the frames of a clip. The new clip begins with its last
+                num_given_frames frames. A list of PIL pictures is one clip.
+            last_image: a path or picture, which becomes the last frame, for generators that support
+                it.
+            num_given_frames: 1 + a multiple of the temporal compression; default: as many as the
+                video has, at most half of num_frames.
             num_frames: frames of the clip, given frames included; 1 makes a picture.
-            seed: an int gives the clips the seeds seed, seed + 1, ...; a list has a seed for each clip; None draws a seed.
-            generator: a torch.Generator, or a list with one for each clip, from which the seed of each clip is drawn.
-            later_prompts: pairs such as (17, "it jumps"): the prompt counts from frame 17 on. Frames are counted from 0, given
-                frames included, and the first frame of a prompt is 1 + a multiple of the temporal compression. The earlier
-                frames remain as history under the new prompt, at the same distances in time. A list in place of the
-                text has one text for each entry of `prompt`.
+            seed: an int gives the clips the seeds seed, seed + 1, ...; a list has a seed for each
+                clip; None draws a seed.
+            generator: a torch.Generator, or a list with one for each clip, from which the seed of
+                each clip is drawn.
+            later_prompts: pairs such as (17, "it jumps"): the prompt counts from frame 17 on.
+                Frames are counted from 0, given frames included, and the first frame of a prompt is
+                1 + a multiple of the temporal compression. The earlier frames remain as history
+                under the new prompt, at the same distances in time. A list in place of the text has
+                one text for each entry of `prompt`.
             output_type: np, pil, pt, uint8 or latent, see VideoPipelineOutput.
             return_dict: False returns the tuple (frames,).
-            callback_on_step_end: a function (pipe, step, open positions, tensors), called after every step. `step` counts over
-                all latent frames up to pipe.num_timesteps. The function may return a dict that replaces tensors. It may set
-                pipe._interrupt, which ends the clip with the latent frames that are done.
+            callback_on_step_end: a function (pipe, step, open positions, tensors), called after
+                every step. `step` counts over all latent frames up to pipe.num_timesteps. The
+                function may return a dict that replaces tensors. It may set pipe._interrupt, which
+                ends the clip with the latent frames that are done.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
-            on_step: a function (frame, frames, step, steps), called after every step. `steps` is the most steps that this
-                latent frame can have.
+            on_step: a function (frame, frames, step, steps), called after every step. `steps` is
+                the most steps that this latent frame can have.
             arguments: the other arguments above, and the sampling options of the generator.
 
-        Raises UserError for clips that cannot be made, before any work, and RunError if a callback interrupts the call before
-        its first latent frame is done.
+        Raises UserError for clips that cannot be made, before any work, and RunError if a callback
+        interrupts the call before its first latent frame is done.
         """
         # 1. Everything is checked before any work is done.
         check_output_type(output_type)
@@ -300,9 +313,10 @@ class VideoPipeline(ABC):
     ) -> Iterator[list[np.ndarray]]:
         """Make clips and yield, as soon as a latent frame is done, its frames of each clip: a list of uint8 [n, H, W, 3].
 
-        n is 1 for the first latent frame of a clip and the temporal compression for the others. Given frames are yielded first,
-        all at once. Joined, the parts are the frames that a call with the same arguments returns. Closing the iterator
-        ends the work. A UserError is raised by this call itself, not by the first `next`.
+        n is 1 for the first latent frame of a clip and the temporal compression for the others.
+        Given frames are yielded first, all at once. Joined, the parts are the frames that a call
+        with the same arguments returns. Closing the iterator ends the work. A UserError is raised
+        by this call itself, not by the first `next`.
         """
         try:
             request = self.request(prompt, arguments)

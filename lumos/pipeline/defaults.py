@@ -51,8 +51,8 @@ class ClipDefaults:
 def shipped_model() -> Path:
     """Return the path of the model in the repository.
 
-    The path is relative if the working directory is the root of the repository, else absolute, which works for an installation
-    in place (`pip install -e`).
+    The path is relative if the working directory is the root of the repository, else absolute,
+    which works for an installation in place (`pip install -e`).
     """
     here = Path(SHIPPED_MODEL)
     return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL

@@ -52,7 +52,8 @@ def align(
 ) -> dict[str, list]:
     """Return all arguments as lists of one length, by name, with a seed for each clip.
 
-    A single value is repeated. UserError for lists of different lengths, and for an argument that is None for some clips only.
+    A single value is repeated. UserError for lists of different lengths, and for an argument that
+    is None for some clips only.
     """
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "last_image": last_image,
@@ -112,7 +113,8 @@ def clip_length(video: str | Path | np.ndarray, fps: int) -> int:
 def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -> np.ndarray:
     """Return the last `count` frames of a video, fitted to the size of `clip`, uint8 [count, H, W, 3].
 
-    video: a path, which is read at clip.fps frames per second, or frames uint8 [T, H, W, 3]. UserError if there are too few frames.
+    video: a path, which is read at clip.fps frames per second, or frames uint8 [T, H, W, 3].
+    UserError if there are too few frames.
     """
     size = (clip.height, clip.width)
     if not isinstance(video, np.ndarray):
@@ -123,7 +125,10 @@ def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -
 
 
 def each_once(made_of: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return made_of(item) for each item. Items that are the same path or object share one result, computed once."""
+    """Return made_of(item) for each item.
+
+    Items that are the same path or object share one result, computed once.
+    """
     keys = [str(item) if isinstance(item, str | Path) else id(item) for item in items]
     made = {key: made_of(item) for key, item in dict(zip(keys, items, strict=True)).items()}
     return [made[key] for key in keys]
@@ -144,8 +149,8 @@ def fit_to_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, size_uni
 def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
     """Return the given frames of each clip, uint8 [count, H, W, 3], from the ends of the videos.
 
-    count: 1 + a multiple of `stride`; None: as many frames as the videos have, at most half of the clip. UserError if count is
-    None and the videos have different numbers of frames to give.
+    count: 1 + a multiple of `stride`; None: as many frames as the videos have, at most half of the
+    clip. UserError if count is None and the videos have different numbers of frames to give.
     """
     videos = each_once(path_or_frames, videos)
     if count is None:

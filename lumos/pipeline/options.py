@@ -1,10 +1,12 @@
 """Sampling options: each generator declares its own once, and everything else about them is derived here.
 
-A generator declares a frozen dataclass that inherits from `SamplingOptions`. Each field is a `lumos.settings.setting`:
+A generator declares a frozen dataclass that inherits from `SamplingOptions`. Each field is a
+`lumos.settings.setting`:
 
     num_inference_steps: int = setting(50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1)
 
-The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata are:
+The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata
+are:
 
     meaning              what the option does, in one line: the help of its flag
     low, high            inclusive bounds
@@ -17,8 +19,8 @@ The type is int, float, bool or tuple[float, float], or one of these with `| Non
     given                True: the option has an effect only on clips that begin with given frames
     trade                True: the option saves time or memory and changes the result
 
-`options_of` is the source of the command line flags, the columns of prompt lists, the fields of the HTTP API, the controls of the
-page, the inputs of the ComfyUI nodes and the options of `plan`.
+`options_of` is the source of the command line flags, the columns of prompt lists, the fields of the
+HTTP API, the controls of the page, the inputs of the ComfyUI nodes and the options of `plan`.
 """
 
 from __future__ import annotations
@@ -157,7 +159,10 @@ class Option:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The base class of the sampling options of a generator. UserError for a wrong type and for a value out of range."""
+    """The base class of the sampling options of a generator.
+
+    UserError for a wrong type and for a value out of range.
+    """
 
     num_inference_steps: int = setting(50, "steps of the sampler", low=1, high=1000, step=1)
 
@@ -172,7 +177,10 @@ class SamplingOptions:
         return options_of(cls)
 
     def check_combinations(self) -> None:
-        """Raise UserError for values that are allowed alone but not together. A generator may override this method."""
+        """Raise UserError for values that are allowed alone but not together.
+
+        A generator may override this method.
+        """
 
     def steps_of(self, frame: int) -> int:
         """Return the most steps of a new latent frame; `frame` is its number among the new ones, from 0."""
@@ -194,7 +202,10 @@ def all_options() -> dict[str, Option]:
 
 @cache
 def options_of(*classes: type[SamplingOptions]) -> dict[str, Option]:
-    """Return the options that these classes declare, by name, in order. The first declaration of a name counts."""
+    """Return the options that these classes declare, by name, in order.
+
+    The first declaration of a name counts.
+    """
     found: dict[str, Option] = {}
     for cls in classes:
         hints = typing.get_type_hints(cls)
@@ -222,8 +233,8 @@ def add_flags(
 ) -> None:
     """Add a flag for each option, with None as its default.
 
-    pictures: leave out the options that have no effect on a single picture. given: include the options that have an effect only on
-    clips that begin with given frames.
+    pictures: leave out the options that have no effect on a single picture. given: include the
+    options that have an effect only on clips that begin with given frames.
     """
     for option in options.values():
         if (pictures and not option.for_pictures) or (option.for_given_frames and not given):

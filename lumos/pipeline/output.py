@@ -50,8 +50,8 @@ def check_output_type(output_type: str) -> None:
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
     """Convert clips uint8 [T, H, W, 3] of one size to np, pil, pt or uint8 frames (see VideoPipelineOutput).
 
-    Floats are value / 255 in float32. diffusers' export_to_video writes (frame * 255).astype(uint8), which then restores the
-    clip exactly.
+    Floats are value / 255 in float32. So diffusers' export_to_video, which writes
+    (frame * 255).astype(uint8), restores the clip exactly.
     """
     if output_type == "uint8":
         return clips

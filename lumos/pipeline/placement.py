@@ -1,8 +1,9 @@
 """Placement of models that are larger than the memory of their device.
 
-Layers that do not fit stay in host memory, or in their files on the disk, and are loaded when they run. The work is done by
-transformers' `device_map="auto"` and accelerate. At most one GPU is used, because the cache of keys and values lies on one
-device. Several GPUs are used by making several clips at once.
+Layers that do not fit stay in host memory, or in their files on the disk, and are loaded when they
+run. The work is done by transformers' `device_map="auto"` and accelerate. At most one GPU is used,
+because the cache of keys and values lies on one device. Several GPUs are used by making several
+clips at once.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def loading_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of transformers' `from_pretrained` for this placement; an empty dict without a device_map.
 
-    max_memory: the most memory for weights, in bytes or as text, for example "6GiB". The key is the number of the GPU, or "cpu"
-    for host memory. Default: FOR_WEIGHTS of the free memory. UserError for a device_map other than "auto", for a device that
-    is not used, and for a malformed size.
+    max_memory: the most memory for weights, in bytes or as text, for example "6GiB". The key is the
+    number of the GPU, or "cpu" for host memory. Default: FOR_WEIGHTS of the free memory. UserError
+    for a device_map other than "auto", for a device that is not used, and for a malformed size.
     """
     if device_map is None:
         if max_memory:

@@ -1,7 +1,7 @@
 """Requests, which hold the arguments of a call, and resolved requests.
 
-A resolved request has all values filled in and checked, and nothing is encoded yet. No network runs to resolve a request, so
-a long list of requests can be checked before any work.
+A resolved request has all values filled in and checked, and nothing is encoded yet. No network runs
+to resolve a request, so a long list of requests can be checked before any work.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ MAX_VIDEOS_PER_PROMPT = 10_000  # limits memory: all clips are resolved before t
 class Request:
     """The arguments of a call that decide its result, described in `lumos.pipeline.base.VideoPipeline.__call__`.
 
-    `options` holds by name the sampling options that are not None. A blank negative_prompt becomes None, also in a list. A list of
-    PIL pictures as video is one clip. numpy scalars become Python numbers.
+    `options` holds by name the sampling options that are not None. A blank negative_prompt becomes
+    None, also in a list. A list of PIL pictures as video is one clip. numpy scalars become Python
+    numbers.
     """
 
     prompt: str | Sequence[str]
@@ -74,7 +75,10 @@ class Request:
 
     @classmethod
     def of(cls, prompt: str | Sequence[str], **arguments: Any) -> Request:
-        """Return a request from arguments by name. Arguments that are not fields of a request become sampling options."""
+        """Return a request from arguments by name.
+
+        Arguments that are not fields of a request become sampling options.
+        """
         own = {name: arguments.pop(name) for name in ARGUMENTS if name in arguments}
         return cls(prompt, **own, options=arguments)
 
@@ -132,9 +136,10 @@ def resolve(
 ) -> Resolved:
     """Fill in and check the values of a request, and read its pictures and clips.
 
-    settings, defaults: the model's sampling options and shape of a clip. generator: the name of the generator, for messages.
-    size_unit: height and width are multiples of this number of pixels, up to largest_side. temporal_compression: num_frames is 1 +
-    a multiple of this number. UserError if the clips cannot be made.
+    settings, defaults: the model's sampling options and shape of a clip. generator: the name of the
+    generator, for messages. size_unit: height and width are multiples of this number of pixels, up
+    to largest_side. temporal_compression: num_frames is 1 + a multiple of this number. UserError if
+    the clips cannot be made.
     """
     # 1. sampling options
     if request.generator is not None and request.seed is not None:
@@ -251,8 +256,8 @@ def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: in
 def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
     """Return `later_prompts` as a list of (first frame, prompt or list of prompts), checked.
 
-    given: the number of given frames. UserError for a malformed entry, and for a first frame that is not 1 + a multiple of
-    `stride`, not in increasing order, or not in the clip.
+    given: the number of given frames. UserError for a malformed entry, and for a first frame that
+    is not 1 + a multiple of `stride`, not in increasing order, or not in the clip.
     """
     form = "give (first frame, prompt) pairs, for example [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):

@@ -60,8 +60,8 @@ class Clip:
 def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_frames: int | None) -> dict[str, Any]:
     """Return the arguments `prompt`, `later_prompts` and `num_frames` of a call for one or more prompts.
 
-    frames: how many frames each prompt holds for; None for a single prompt that holds for the whole clip. UserError if the
-    number of prompts, `frames` and `num_frames` do not agree.
+    frames: how many frames each prompt holds for; None for a single prompt that holds for the whole
+    clip. UserError if the number of prompts, `frames` and `num_frames` do not agree.
     """
     if frames is None and len(prompts) == 1:
         return {"prompt": prompts[0], "num_frames": num_frames}
@@ -89,8 +89,9 @@ def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
 def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
     """Return the request of a row.
 
-    defaults: options of the command line, which hold where the row has no value. seed: a row without a seed gets this seed plus
-    its number. stride: the temporal compression of the model. UserError for a row that could not be read or that has no prompt.
+    defaults: options of the command line, which hold where the row has no value. seed: a row
+    without a seed gets this seed plus its number. stride: the temporal compression of the model.
+    UserError for a row that could not be read or that has no prompt.
     """
     if row.problem:
         raise UserError(row.problem)
@@ -116,8 +117,8 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) ->
 def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
     """Return the clips of a row.
 
-    inputs: further values that decide what a clip shows, for example the model. numbered: name the files after the number of the
-    row, and add the seed only if the row makes several clips.
+    inputs: further values that decide what a clip shows, for example the model. numbered: name the
+    files after the number of the row, and add the seed only if the row makes several clips.
     """
     names = ("negative_prompt", "image", "video", "last_image")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
@@ -186,8 +187,8 @@ def record_path(result: Path) -> Path:
 class Recorded(Results):
     """The clips in a folder, each with a record beside it.
 
-    A clip counts as made if its record holds the same inputs and the file has the number of bytes in the record. describe(clip)
-    returns the content of a record.
+    A clip counts as made if its record holds the same inputs and the file has the number of bytes
+    in the record. describe(clip) returns the content of a record.
     """
 
     def __init__(self, out: Path, shard: tuple[int, int], clips: Sequence[Clip], describe: Callable[[Clip], dict[str, Any]]):
@@ -210,8 +211,8 @@ class Recorded(Results):
     def put(self, file: str, write: Callable[[Path], object]) -> None:
         """Write a file and its record.
 
-        The old record is removed before the file changes and the new record is written last, so that a stop in between never
-        leaves a record beside a file that it does not describe.
+        The old record is removed before the file changes and the new record is written last, so
+        that a stop in between never leaves a record beside a file that it does not describe.
         """
         record = record_path(self.folder / file)
         record.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Files that are made batch by batch, by several processes, and resumed after a stop. This module knows no generator.
 
-The whole list is cut into batches first, and a process makes whole batches. So no file depends on the number of processes or on
-where an earlier run stopped. A share is the part of the batches that one process makes; it is written as 2/4, the second of four.
+The whole list is cut into batches first, and a process makes whole batches. So no file depends on
+the number of processes or on where an earlier run stopped. A share is the part of the batches that
+one process makes; it is written as 2/4, the second of four.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def work_folder(out: Path, shard: tuple[int, int]) -> Path:
 def sum_over_processes(*values: int) -> tuple[int, ...]:
     """Return the sums of the values over all processes of a launcher such as torchrun.
 
-    Every process waits here for the others. If one ends with an error, the launcher stops the others.
+    Every process waits here for the others. If one ends with an error, the launcher stops the
+    others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return values
@@ -66,8 +68,8 @@ class HasFile(Protocol):
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Return (number of the share from 1, number of shares) of a text such as "2/4".
 
-    text: None takes the rank and the number of processes from torchrun's environment, or (1, 1) without torchrun. UserError for a
-    malformed text, and for a text under torchrun.
+    text: None takes the rank and the number of processes from torchrun's environment, or (1, 1)
+    without torchrun. UserError for a malformed text, and for a text under torchrun.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if text is None:
@@ -83,8 +85,9 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 class Results:
     """The files in the folder `out/name`.
 
-    Each file is written in another folder below `out` and moved when it is complete. An incomplete file must not lie in
-    `out/name`, because the official evaluations take every file there for a result.
+    Each file is written in another folder below `out` and moved when it is complete. An incomplete
+    file must not lie in `out/name`, because the official evaluations take every file there for a
+    result.
     """
 
     def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
@@ -128,7 +131,8 @@ class Results:
     def tidy(self, files: Sequence[str]) -> int:
         """Remove incomplete files and return how many of `files` are missing.
 
-        The incomplete files of other processes, which may have been killed, are removed only if no file is missing.
+        The incomplete files of other processes, which may have been killed, are removed only if no
+        file is missing.
         """
         clear(self.mine)
         with suppress(OSError):  # the folder is not empty while a lock is in it, and the lock's holder removes it then
@@ -144,7 +148,10 @@ class Results:
 
 
 def check_made(results: Results, files: Iterable[str], failed: Container[str] = ()) -> None:
-    """Raise RunError if one of the files does not exist and is not in `failed`. To be called after all files are made."""
+    """Raise RunError if one of the files does not exist and is not in `failed`.
+
+    To be called after all files are made.
+    """
     asked = list(files)
     lost = [file for file in asked if file not in failed and not results.has(file)]
     if lost:
@@ -179,9 +186,9 @@ def render(
 ) -> int:
     """Make the missing files of the batches and return how many files were written.
 
-    make(batch) returns one clip for each entry of the batch, and save(path, entry, clip) writes it. If a file of a batch is
-    missing, the whole batch is made again, so that the clip does not depend on where a run stopped. Only missing files are
-    written. on_batch() is called after each batch.
+    make(batch) returns one clip for each entry of the batch, and save(path, entry, clip) writes it.
+    If a file of a batch is missing, the whole batch is made again, so that the clip does not depend
+    on where a run stopped. Only missing files are written. on_batch() is called after each batch.
     """
     written = 0
     for batch in batches:

@@ -1,6 +1,7 @@
 """Reading of prompt lists: one prompt per line (.txt), one JSON object per line (.jsonl), or a table with column names (.csv).
 
-A row that cannot be read becomes a `Row` with an error message, so that the other rows can still be made.
+A row that cannot be read becomes a `Row` with an error message, so that the other rows can still be
+made.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Row:
 def read_rows(path: str | Path) -> list[Row]:
     """Return the rows of a list. Paths of pictures and clips in a row are relative to the folder of the list.
 
-    UserError for a file that cannot be read, for a file of another form, and for a file without rows.
+    UserError for a file that cannot be read, for a file of another form, and for a file without
+    rows.
     """
     path = Path(path)
     readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
