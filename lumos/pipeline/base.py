@@ -241,6 +241,9 @@ class VideoPipeline(ABC):
             num_given_frames: 1 + a multiple of the temporal compression; default: as many as the
                 video has, at most half of num_frames.
             num_frames: frames of the clip, given frames included; 1 makes a picture.
+            height, width: pixels, multiples of `size_unit`.
+            fps: frames per second.
+            num_videos_per_prompt: clips for each prompt.
             seed: an int gives the clips the seeds seed, seed + 1, ...; a list has a seed for each
                 clip; None draws a seed.
             generator: a torch.Generator, or a list with one for each clip, from which the seed of
