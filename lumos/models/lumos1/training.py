@@ -148,11 +148,11 @@ class ArdfTask(VideoTask):
         if shape.first_frames is not None:
             clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
         rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
-        ids, asked, ratios = zip(*rows, strict=True)
+        ids, supervised_at, ratios = zip(*rows, strict=True)
         pad_to = self.settings.data.pad_to
         input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
         layouts = parse_layout(input_ids, config)
-        supervised = [int(row.sum()) for row in asked]
+        supervised = [int(row.sum()) for row in supervised_at]
         lora = self.settings.lora
         adapters = adapter_weights(config, lora.rank, lora.targets) if lora.rank else None
         batch = Batch(
@@ -172,19 +172,20 @@ class ArdfTask(VideoTask):
                     "this tokenizer"
                 )
         codes_at = code_mask(layouts, input_ids.shape[1])
-        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
+        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(supervised_at), False, pad_to), batch)
 
-    def encode(self, draft: UnencodedBatch) -> Batch:
+    def encode(self, prepared: UnencodedBatch) -> Batch:
         """Return the batch with its codes, on the device where clips are encoded."""
-        clips, ids, codes_at, asked = (x.to(self.device, non_blocking=True) for x in vars(draft).values() if isinstance(x, Tensor))
+        inputs = (x for x in vars(prepared).values() if isinstance(x, Tensor))
+        clips, ids, codes_at, supervised_at = (x.to(self.device, non_blocking=True) for x in inputs)
         codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
         code = torch.zeros_like(ids).masked_scatter(codes_at, codes.flatten())
         tensors = {
             "input_ids": torch.where(codes_at & (ids != self.config.mask_token_id), ids + code, ids),
-            "targets": torch.where(asked, code, IGNORED),
-            "mask_ratios": draft.batch.tensors["mask_ratios"].to(self.device),
+            "targets": torch.where(supervised_at, code, IGNORED),
+            "mask_ratios": prepared.batch.tensors["mask_ratios"].to(self.device),
         }
-        return replace(draft.batch, tensors=tensors)
+        return replace(prepared.batch, tensors=tensors)
 
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the losses [N] of the supervised positions, with gradient, and their places [N] by group.
@@ -433,18 +434,18 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
 class UnencodedBatch:
     """A batch whose clips are not encoded yet. Any process can make it without the tokenizer.
 
-    clips       uint8 frames [B, T, H, W, 3]; or int64 codes of all clips in one dimension, from a
-                source that holds codes
-    ids         [B, L]; a visible code has the place holder code 0
-    codes_at    bool [B, L], True where the sequence holds a code, visible or masked
-    asked       bool [B, L], True at the masked codes, which have a loss
-    batch       the batch, whose tensors still lack input_ids and targets
+    clips            uint8 frames [B, T, H, W, 3]; or int64 codes of all clips in one dimension, if
+                     the source holds codes
+    ids              [B, L]; each visible code has the placeholder code 0
+    codes_at         bool [B, L], True where the sequence holds a code, visible or masked
+    supervised_at    bool [B, L], True at the masked codes, which have a loss
+    batch            the batch, whose tensors still lack input_ids and targets
     """
 
     clips: Tensor
     ids: Tensor
     codes_at: Tensor
-    asked: Tensor
+    supervised_at: Tensor
     batch: Batch
 
 
