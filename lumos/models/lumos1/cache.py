@@ -125,7 +125,7 @@ class Cache:
         return self.frames.index(leaving(self.frames[1:], self.frames[-1] + 1)) if self.thinning else 1
 
 
-class KeptPrefix:
+class PrefixCache:
     """Keys and values of one prefix, saved for later calls with the same ids and the same weights.
 
     Most calls share the unconditional prefix, so it need not be computed again. A change of the weights

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lumos.errors import NotFinite
-from lumos.models.lumos1.cache import Cache, KeptPrefix
+from lumos.models.lumos1.cache import Cache, PrefixCache
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.modeling import Head, LumosForVideoGeneration, Rotary
 from lumos.models.lumos1.rope import frame_positions, position_ids
@@ -65,7 +65,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(
-        self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None, history: int | None = None,
+        self, prefixes: Sequence[Tensor], capacity: int, prefix_cache: PrefixCache | None = None, history: int | None = None,
         thinning: bool = False,
     ) -> None:  # fmt: skip
         """Allocate the cache and fill it with the prefix of each row.
@@ -76,7 +76,7 @@ class Engine:
             prefixes: ids [L_r] of each row, ending before a frame. All rows must have the same number of
                 given frames, the frames that the clip continues.
             capacity: the most tokens that a row of the cache will hold.
-            kept: the prefix cache; the last row is loaded from it if possible, else saved in it.
+            prefix_cache: the prefix cache; the last row is loaded from it if possible, else saved in it.
             history, thinning: history_frames and history_thinning of GenerationSettings. If `history` is
                 set, given frames after the first are committed one by one, so that evictions happen as
                 they do in generation.
@@ -92,7 +92,7 @@ class Engine:
         if history is not None and self.frames_done > 1:
             spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
             begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]
-            self.prefill(begin, capacity, kept, history, thinning)
+            self.prefill(begin, capacity, prefix_cache, history, thinning)
             for frame in list(zip(*spans, strict=True))[1:]:
                 self.commit(torch.stack(frame))
             return
@@ -107,7 +107,7 @@ class Engine:
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prefix in enumerate(prefixes):
             rows_of.setdefault(tuple(prefix.tolist()), []).append(row)
-        stored = kept.load(self.model, prefixes[-1]) if kept else None
+        stored = prefix_cache.load(self.model, prefixes[-1]) if prefix_cache else None
         if stored is not None:
             for row in rows_of.pop(tuple(prefixes[-1].tolist())):
                 self.cache.write(row, *stored)
@@ -121,8 +121,8 @@ class Engine:
         for first, *others in rows_of.values():
             for row in others:
                 self.cache.write(row, *self.cache.read(first))
-        if kept and stored is None:
-            kept.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
+        if prefix_cache and stored is None:
+            prefix_cache.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
 
     @torch.inference_mode()
     def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None) -> Tensor:
@@ -234,7 +234,7 @@ def generate_frames(
     settings: GenerationSettings,
     generators: Sequence[torch.Generator],
     on_step: Callable[[int, int, Tensor], None] = lambda frame, step, ids: None,
-    kept: KeptPrefix | None = None,
+    prefix_cache: PrefixCache | None = None,
     later: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Sample latent frames after the prefixes; yields the codes int64 [S, h, w] of each frame when it is finished.
@@ -249,7 +249,7 @@ def generate_frames(
         generators: one CPU generator per sample, so that a clip does not depend on its batch.
         on_step: called after each step with (frame, step, ids [S, n] of the frame's span). It may change
             the ids in place where codes are decided.
-        kept: the prefix cache, which saves the last unconditional prefix for the next call.
+        prefix_cache: the prefix cache, which saves the last unconditional prefix for the next call.
         later: {new frame: prefixes} for prompts that change within the clip. From that frame on, the
             conditional branch has the new prefix. The frames made so far are processed again after it,
             so that they have the positions of a clip that began with this prefix.
@@ -276,8 +276,8 @@ def generate_frames(
     for frame in range(new_frames):
         if frame in rows_from:
             rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
-            stored = kept if branches == 2 and frame == 0 else None
-            engine.prefill(rows, capacity, stored, settings.history_frames, settings.history_thinning)
+            shared = prefix_cache if branches == 2 and frame == 0 else None
+            engine.prefill(rows, capacity, shared, settings.history_frames, settings.history_thinning)
             finished = None
         uniform = draw_uniform(generators, settings.steps_of(frame), h * w).to(device)
         ids, masked = blank.to(device).repeat(samples, 1), offsets.repeat(samples, 1)

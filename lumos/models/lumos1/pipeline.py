@@ -18,7 +18,7 @@ from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
 from lumos.models.lumos1.acceleration import compile_parts, has_int8_weights, use_int8_weights
-from lumos.models.lumos1.cache import KeptPrefix
+from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
 from lumos.models.lumos1.engine import generate_frames
@@ -64,7 +64,7 @@ class LumosPipeline(VideoPipeline):
         check_agreement(model.config, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
-        self._kept = KeptPrefix()
+        self._prefix_cache = PrefixCache()
 
     @classmethod
     def from_pretrained(
@@ -181,7 +181,8 @@ class LumosPipeline(VideoPipeline):
         resolved = encoded.resolved
         for codes in generate_frames(
             self.model, encoded.conditional, encoded.unconditional, grid=resolved.grid, new_frames=resolved.new_frames,
-            settings=resolved.sampling, generators=encoded.generators(), on_step=after_step, kept=self._kept, later=encoded.later,
+            settings=resolved.sampling, generators=encoded.generators(), on_step=after_step,
+            prefix_cache=self._prefix_cache, later=encoded.later,
         ):  # fmt: skip
             yield codes.cpu()[:, None]
 
