@@ -145,7 +145,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
-def attention_kept() -> tuple:
+def save_attention_outputs() -> tuple:
     """Return the contexts with which `torch.utils.checkpoint` saves the outputs of attention and recomputes the rest.
 
     The output of attention has the size of a layer's input, but its cost grows with the square of the

@@ -27,7 +27,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lumos.files import updating_folder
-from lumos.models.lumos1.attention import Attend, attention_for, attention_kept
+from lumos.models.lumos1.attention import Attend, attention_for, save_attention_outputs
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
@@ -265,10 +265,10 @@ class LumosModel(LumosPreTrainedModel):
                 layer computes queries for these tokens only. Gradient checkpointing ignores it.
         """
         x = self.embed_tokens(input_ids)
-        kept = attention_kept if self.config.attention == "segmented" else noop_context_fn
+        contexts = save_attention_outputs if self.config.attention == "segmented" else noop_context_fn
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=kept)
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=contexts)
             else:
                 x = layer(x, rotary, attend, at if layer is self.layers[-1] else None)
         return self.norm(x)

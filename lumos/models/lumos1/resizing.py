@@ -50,7 +50,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     config = pipe.model.config
     if any(f"{{{side}}}" in config.prompt_template for side in ("width", "height")):
         raise UserError(f"the decoder of {folder} reads its size in words ({shown(config.prompt_template)}): it cannot be resized")
-    _tell(config, after.spatial_compression)
+    _set_compression(config, after.spatial_compression)
     clip = pipe.clip.scaled(after.spatial_compression, before.spatial_compression)
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
     with no_progress_bar(), replacing_folder(out) as writing:
@@ -59,7 +59,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     return clip
 
 
-def _tell(config: LumosConfig, compression: int) -> None:
+def _set_compression(config: LumosConfig, compression: int) -> None:
     """Set the spatial compression of a config, in place, so that the same codes keep their positions and size tokens."""
     strides = list(axis_strides(config))
     config.pixels_per_size_unit = config.pixels_per_size_unit * compression // config.spatial_compression

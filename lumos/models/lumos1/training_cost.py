@@ -187,7 +187,7 @@ def adapter_bytes(config: LumosConfig, sharding: Sharding, lora: LoraSettings) -
     return more
 
 
-def kept_bytes(config: LumosConfig, sharding: Sharding) -> int:
+def checkpointed_bytes(config: LumosConfig, sharding: Sharding) -> int:
     """Return the bytes that one layer saves with activation checkpointing, per token: its input and the attention output."""
     return config.hidden_size * (sharding.residual + sharding.product) + 4 * config.num_attention_heads
 
@@ -216,7 +216,7 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
     per_layer, layers = tokens * layer_bytes(config, sharding), config.num_hidden_layers
     if lora:
         per_layer += tokens * adapter_bytes(config, sharding, lora)
-    kept = layers * (tokens * kept_bytes(config, sharding) if sharding.checkpointing else per_layer)
+    kept = layers * (tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else per_layer)
     kept += tokens * 2 * config.head_dim * stored  # rotary tables
     last_norm = tokens * norm_bytes(config, sharding, is_frozen=lora is not None)
     # In the backward pass of a layer the widest tensors are the gradients of gate, of up and of their product.
@@ -225,7 +225,7 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
     keeps_product = lora is None or "down_proj" in lora.targets
     piece = min(tokens, mlp_piece(tokens, with_gradients=True))
     widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
-    widest += per_layer - tokens * kept_bytes(config, sharding) if sharding.checkpointing else 0
+    widest += per_layer - tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
     # Casts to float32 and back. With several chunks, those of one chunk still exist when the next begins.
