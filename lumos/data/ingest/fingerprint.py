@@ -12,7 +12,7 @@ SAMPLE_BYTES = 1 << 16
 SAME, CHANGED, OTHER = "same", "changed", "other"
 
 
-def mark(item: Item) -> str:
+def fingerprint(item: Item) -> str:
     """Digest of its place, size, time of the last change, digest of its first and last bytes, digest of its caption."""
     size, changed = _size_and_time(item)
     return f"{_digest(_place(item))} {size} {changed} {_sample(item, size)} {_digest(_bytes(item.caption))}"

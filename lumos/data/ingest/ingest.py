@@ -77,7 +77,7 @@ def ingest(
         sweep_folder(out)
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
-        if state.marks:
+        if state.fingerprints:
             state.check(items(sources, captions))
         earlier = len(state.done) + len(state.skipped)
         whole, tally = True, Tally(todo, state.knows)

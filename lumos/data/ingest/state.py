@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.data.ingest.encode import Skip
-from lumos.data.ingest.fingerprint import CHANGED, OTHER, compare, mark
+from lumos.data.ingest.fingerprint import CHANGED, OTHER, compare, fingerprint
 from lumos.data.ingest.item import Item
 from lumos.data.shards import format as shards
 from lumos.durable import sync_file, sync_folder
@@ -32,10 +32,10 @@ DETAIL_LENGTH = 1000
 
 @dataclass
 class _Made:
-    """A shard in the making: the clips of each item, and the items' marks."""
+    """A shard in the making: the clips of each item, and the items' fingerprints."""
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    marks: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def clips(self) -> int:
@@ -53,10 +53,10 @@ class State:
             ids = shards.read_ids(path)
             self.done.update(ids)
             self.clips += len(ids)
-        self.marks: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
         self.gaps: dict[str, dict[str, Any]] = {}
         for name, entry in {entry["shard"]: entry for entry in _read_lines(out / CONTENTS)}.items():
-            self.marks |= {id_: value for id_, value in entry["items"].items() if id_ in self.done}
+            self.fingerprints |= {id_: value for id_, value in entry["items"].items() if id_ in self.done}
             if not (out / name).exists() and self.done.isdisjoint(entry["items"]):
                 self.gaps[name] = entry
         self.gap_of = {id_: name for name, entry in self.gaps.items() for id_ in entry["items"]}
@@ -70,13 +70,13 @@ class State:
             if entry["id"] not in self.done:
                 self.skipped[entry["id"]] = {"reason": entry["reason"], "detail": entry["detail"]}
                 if "mark" in entry:
-                    self.marks[entry["id"]] = entry["mark"]
+                    self.fingerprints[entry["id"]] = entry["mark"]
 
     def check(self, todo: Iterable[Item]) -> None:
         """Warn of items that are not done again although they changed; UserError for another source with the same names."""
         done, skipped = [], []
         for item in todo:
-            difference = compare(item, self.marks[item.id]) if item.id in self.marks else None
+            difference = compare(item, self.fingerprints[item.id]) if item.id in self.fingerprints else None
             if difference == OTHER and item.id in self.done:
                 raise UserError(
                     f"{item.path} would have the name {item.id}, which another file in {self.out} has, from a source of the "
@@ -100,14 +100,14 @@ class State:
     def skip(self, item: Item, why: Skip) -> None:
         entry = {"reason": why.reason, "detail": printable(why.detail[:DETAIL_LENGTH])}
         self.skipped[item.id] = entry
-        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": mark(item)})
+        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": fingerprint(item)})
 
     def add(self, item: Item, rows: list[dict[str, Any]]) -> None:
         """Take an item's clips; a shard that is full with them is written."""
         self.done.add(item.id)
         gap = self.gap_of.get(item.id)
         made = self.filling[gap] if gap else self.new
-        made.rows[item.id], made.marks[item.id] = rows, mark(item)
+        made.rows[item.id], made.fingerprints[item.id] = rows, fingerprint(item)
         if gap and len(made.rows) == len(self.gaps[gap]["items"]):
             self._fill(gap)
         elif not gap and made.clips >= self.shard_clips:
@@ -136,7 +136,7 @@ class State:
         """Make a shard again, its items in their old order."""
         old, made = self.gaps.pop(name), self.filling.pop(name)
         ids = [id_ for id_ in old["items"] if id_ in made.rows]
-        made = _Made({id_: made.rows[id_] for id_ in ids}, {id_: made.marks[id_] for id_ in ids})
+        made = _Made({id_: made.rows[id_] for id_ in ids}, {id_: made.fingerprints[id_] for id_ in ids})
         digest = self._write(self.out / name, made, written=old)
         if digest != old["digest"]:
             lost = len(old["items"]) - len(ids)
@@ -146,7 +146,7 @@ class State:
     def _write(self, path: Path, made: _Made, written: dict[str, Any] | None = None) -> str:
         """Returns the digest. The line comes first: if a kill comes between, the shard is a gap that is filled with the same."""
         rows = [row for of_item in made.rows.values() for row in of_item]
-        entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.marks}
+        entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.fingerprints}
         if entry != written:
             _append(self.out / CONTENTS, entry)
         self._sync_journals()
