@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from lumos.cli import main
 from lumos.data.synthetic import sprites
 from lumos.data.synthetic.render import SPRITE_RADIUS, Worlds, ground_colours, render, sprite_pixels
-from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, Thing
+from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.checker import check_clip
 from lumos.evaluation.sprites import REACH, _likeness, inspect_sprites
@@ -22,7 +22,8 @@ def clip(*things: tuple, background: str = "sky", num_frames: int = 17) -> np.nd
     drawn = []
     for name, motion, x, y, speed, *radius in things:
         start = radius[0] if radius else SPRITE_RADIUS
-        drawn.append(Thing("sprite", "", "", motion, start, start * (1.6 if motion == "grows" else 1), x, y, speed, sprite=name))
+        end = start * (1.6 if motion == "grows" else 1)
+        drawn.append(SceneObject("sprite", "", "", motion, start, end, x, y, speed, sprite=name))
     return render(Scene(tuple(drawn), background, "", num_frames, 8, 64, 64))
 
 
@@ -208,7 +209,7 @@ def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size():
     """By so much of the frame, not by so many pixels."""
     for scale in (1, 2):
         radius = SPRITE_RADIUS * scale
-        thing = Thing("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")
+        thing = SceneObject("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")
         frame = render(Scene((thing,), "navy", "", 1, 8, 64 * scale, 64 * scale))[0].astype(np.float32)
         ground = ground_colours("navy", 64 * scale).astype(np.float32)
         middle = [round((at + offset) * scale) for at, offset in ((30, 2), (33, -2))]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lumos.data.synthetic.scene import Thing
+    from lumos.data.synthetic.scene import SceneObject
 
 WORDINGS = ("plain", "varied", "unseen")
 VERBS = ("moves", "slides", "goes")
@@ -58,19 +58,19 @@ _PICTURE_OPENINGS = {
 
 
 def caption(
-    things: Sequence[Thing], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
+    objects: Sequence[SceneObject], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
     share_background: float,
 ) -> str:  # fmt: skip
     """Say what a scene shows. Size and background are named in shares of the captions; a picture has no motion."""
     named = rng.random() < share_background
-    named_sizes = rng.random(len(things)) < share_size
-    if len(things) == 2 and things[0].shape == "sprite" and things[0].motion == things[1].motion:
-        both = " and ".join(noun(thing, named_size=False) for thing in things)
-        said = f"{both} {_plural(_motion(things[0].motion, rng, wording))}" if moving else both
+    named_sizes = rng.random(len(objects)) < share_size
+    if len(objects) == 2 and objects[0].shape == "sprite" and objects[0].motion == objects[1].motion:
+        both = " and ".join(noun(obj, named_size=False) for obj in objects)
+        said = f"{both} {_plural(_motion(objects[0].motion, rng, wording))}" if moving else both
     else:
         said = " and ".join(
-            noun(thing, named_size) + (f" {_motion(thing.motion, rng, wording)}" if moving else "")
-            for thing, named_size in zip(things, named_sizes, strict=True)
+            noun(obj, named_size) + (f" {_motion(obj.motion, rng, wording)}" if moving else "")
+            for obj, named_size in zip(objects, named_sizes, strict=True)
         )
     if named:
         said = _pick(rng, _GROUNDS[wording]).format(said, background)
@@ -78,13 +78,13 @@ def caption(
     return said if said.startswith(("on ", "over ")) else opening.format(said)
 
 
-def noun(thing: Thing, named_size: bool) -> str:
+def noun(obj: SceneObject, named_size: bool) -> str:
     """An object with its article: "a small red circle", "an owl", "the digit 7"."""
-    if thing.shape == "digit":
-        return f"the digit {thing.digit}"
-    if thing.shape == "sprite":
-        return f"{'an' if thing.sprite[0] in 'aeiou' else 'a'} {thing.sprite}"
-    return f"a {thing.size + ' ' if named_size and thing.size else ''}{thing.colour} {thing.shape}"
+    if obj.shape == "digit":
+        return f"the digit {obj.digit}"
+    if obj.shape == "sprite":
+        return f"{'an' if obj.sprite[0] in 'aeiou' else 'a'} {obj.sprite}"
+    return f"a {obj.size + ' ' if named_size and obj.size else ''}{obj.colour} {obj.shape}"
 
 
 def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:

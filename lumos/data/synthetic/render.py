@@ -34,7 +34,7 @@ from lumos.data.synthetic.scene import (
     SPLITS,
     SPRITE_MOTIONS,
     Scene,
-    Thing,
+    SceneObject,
     is_held_out,
 )
 from lumos.errors import UserError
@@ -98,17 +98,17 @@ class Worlds:
         rng = np.random.default_rng([self.seed, index])
         kind = self._kind(rng)
         if kind == "digits":
-            things = (self._place(self._sample_digit(rng), rng),)
+            objects = (self._place(self._sample_digit(rng), rng),)
         else:
             sample = self._sample_sprite if kind == "sprites" else self._sample_shape
             two = rng.random() < self.share_two
-            things = self._sample_two(sample, rng) if two else (self._place(sample(rng, self.split), rng),)
+            objects = self._sample_two(sample, rng) if two else (self._place(sample(rng, self.split), rng),)
         background = _pick(rng, (*BACKGROUNDS, *GRADIENTS) if kind == "sprites" else tuple(BACKGROUNDS))
         caption = wording.caption(
-            things, background, rng, wording=self.wording, moving=self.num_frames > 1,
+            objects, background, rng, wording=self.wording, moving=self.num_frames > 1,
             share_size=self.share_size, share_background=self.share_background,
         )  # fmt: skip
-        return Scene(things, background, caption, self.num_frames, self.fps, self.height, self.width)
+        return Scene(objects, background, caption, self.num_frames, self.fps, self.height, self.width)
 
     def _kind(self, rng: np.random.Generator) -> str:
         """Sprites and digits by their shares of what there is, shapes else."""
@@ -124,41 +124,43 @@ class Worlds:
         scene = self.scene(index)
         return render(scene), scene.caption
 
-    def _sample_shape(self, rng: np.random.Generator, split: str) -> Thing:
+    def _sample_shape(self, rng: np.random.Generator, split: str) -> SceneObject:
         motions = MOTIONS if self.num_frames > 1 else ("still",)
         size = _pick(rng, tuple(SIZES))
         if split == "held_out":
             # The growing square has one motion where the others have seven, and a picture cannot show it at all.
             choices = (("magenta", "triangle", ""), ("yellow", "plus", ""), ("blue", "square", "grows"))
             colour, shape, motion = _pick(rng, choices if self.num_frames > 1 else choices[:2])
-            return Thing(shape, colour, size, motion or _pick(rng, motions))
+            return SceneObject(shape, colour, size, motion or _pick(rng, motions))
         while True:
-            thing = Thing(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), size, _pick(rng, motions))
-            if split == "all" or not is_held_out(thing):
-                return thing
+            obj = SceneObject(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), size, _pick(rng, motions))
+            if split == "all" or not is_held_out(obj):
+                return obj
 
-    def _sample_digit(self, rng: np.random.Generator) -> Thing:
+    def _sample_digit(self, rng: np.random.Generator) -> SceneObject:
         image = int(rng.integers(*digits.image_range(self.split)))
         motion = _pick(rng, DIGIT_MOTIONS if self.num_frames > 1 else ("still",))
-        return Thing("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
+        return SceneObject("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
 
-    def _sample_sprite(self, rng: np.random.Generator, split: str) -> Thing:
+    def _sample_sprite(self, rng: np.random.Generator, split: str) -> SceneObject:
         motions = SPRITE_MOTIONS if self.num_frames > 1 else ("still",)
         if split == "held_out" and self.num_frames > 1:
             name, motion = _pick(rng, HELD_OUT_SPRITES)
-            return Thing("sprite", "", "", motion, sprite=name)
+            return SceneObject("sprite", "", "", motion, sprite=name)
         while True:
-            thing = Thing("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
-            if split != "train" or not self._holds_out(thing):
-                return thing
+            obj = SceneObject("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
+            if split != "train" or not self._holds_out(obj):
+                return obj
 
-    def _holds_out(self, sprite: Thing) -> bool:
+    def _holds_out(self, sprite: SceneObject) -> bool:
         return self.num_frames > 1 and is_held_out(sprite)
 
-    def _sample_two(self, sample: Callable[[np.random.Generator, str], Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
+    def _sample_two(
+        self, sample: Callable[[np.random.Generator, str], SceneObject], rng: np.random.Generator
+    ) -> tuple[SceneObject, SceneObject]:
         """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together.
 
-        Few places are free for two things that cross each other's way, so that such scenes are rare where none are asked for.
+        Few places are free for two objects that cross each other's way, so that such scenes are rare where none are asked for.
         """
         # 0 draws no number, so that the clips of a seed stay those from before there was this share
         two_ways = self.share_two_ways > 0 and self.num_frames > 1 and rng.random() < self.share_two_ways
@@ -177,20 +179,20 @@ class Worlds:
             if rng.random() < 0.5:
                 first, second = second, first
             for _ in range(24):
-                things = self._place(first, rng), self._place(second, rng)
-                if _apart(*things, self.num_frames, GAP * self._scale):
-                    return things
+                objects = self._place(first, rng), self._place(second, rng)
+                if _apart(*objects, self.num_frames, GAP * self._scale):
+                    return objects
 
     @property
     def _scale(self) -> float:
         return min(self.height, self.width) / BASE_SIDE
 
-    def _place(self, thing: Thing, rng: np.random.Generator) -> Thing:
+    def _place(self, obj: SceneObject, rng: np.random.Generator) -> SceneObject:
         """Choose start and speed so that the whole way lies in the canvas."""
-        radius = self._scale * ({"digit": DIGIT_RADIUS, "sprite": SPRITE_RADIUS}.get(thing.shape) or SIZES[thing.size])
-        radius_end = radius * GROWTH.get(thing.motion, 1.0)
+        radius = self._scale * ({"digit": DIGIT_RADIUS, "sprite": SPRITE_RADIUS}.get(obj.shape) or SIZES[obj.size])
+        radius_end = radius * GROWTH.get(obj.motion, 1.0)
         border = max(radius, radius_end) + MARGIN * max(self._scale, 1.0)
-        dx, dy = DIRECTIONS.get(thing.motion, (0, 0))
+        dx, dy = DIRECTIONS.get(obj.motion, (0, 0))
         steps = max(self.num_frames - 1, 1)
         room = (self.width if dx else self.height) - 2 * border
         fastest = min(SPEED[1] * self._scale, room / steps)
@@ -201,7 +203,7 @@ class Worlds:
             return float(rng.uniform(border + max(-way, 0.0), max(side - border - max(way, 0.0), border)))
 
         x0, y0 = start(self.width, dx), start(self.height, dy)
-        return replace(thing, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
+        return replace(obj, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
 
 
 def sample_scene(seed: int, index: int, **options) -> Scene:
@@ -219,8 +221,8 @@ def render(scene: Scene) -> np.ndarray:
     """Draw a scene: uint8 [T, H, W, 3]. Edges are smooth over one pixel, positions are not rounded to pixels."""
     video = np.empty((scene.num_frames, scene.height, scene.width, 3), np.uint8)
     video[:] = np.rint(ground_colours(scene.background, scene.height))[:, None]
-    for thing in scene.things:
-        _draw(video, thing)
+    for obj in scene.objects:
+        _draw(video, obj)
     return video
 
 
@@ -231,9 +233,9 @@ def ground_colours(background: str, height: int) -> np.ndarray:
     return (1 - share) * np.array(top) + share * np.array(bottom)
 
 
-def _draw(video: np.ndarray, thing: Thing) -> None:
+def _draw(video: np.ndarray, obj: SceneObject) -> None:
     num_frames, height, width, _ = video.shape
-    x, y, radius = thing.path(num_frames)
+    x, y, radius = obj.path(num_frames)
     # The same box size in every frame, so that all frames are computed as one array [T, box, box].
     box = int(np.ceil(2 * radius.max())) + 2
     box_y, box_x = min(box, height), min(box, width)
@@ -243,15 +245,15 @@ def _draw(video: np.ndarray, thing: Thing) -> None:
     dx = (left[:, None] + np.arange(box_x) + 0.5 - x[:, None]).astype(np.float32)
     dy = (top[:, None] + np.arange(box_y) + 0.5 - y[:, None]).astype(np.float32)
     r = radius[:, None].astype(np.float32)
-    if thing.shape == "sprite":
-        picture = sprite_pixels(sprites.load(thing.sprite), dx, dy, r)
+    if obj.shape == "sprite":
+        picture = sprite_pixels(sprites.load(obj.sprite), dx, dy, r)
         ink, coverage = 255 * picture[..., :3], picture[..., 3]
-    elif thing.shape == "digit":
-        coverage = _digit_coverage(digits.load()[0][thing.digit_image], dx, dy, r)
+    elif obj.shape == "digit":
+        coverage = _digit_coverage(digits.load()[0][obj.digit_image], dx, dy, r)
     else:
-        coverage = _shape_coverage(thing.shape, dx, dy, r)
-    if thing.colour:
-        ink = coverage[..., None] * np.array(COLOURS[thing.colour], np.float32)
+        coverage = _shape_coverage(obj.shape, dx, dy, r)
+    if obj.colour:
+        ink = coverage[..., None] * np.array(COLOURS[obj.colour], np.float32)
     for frame, alpha in enumerate(coverage[..., None]):
         place = video[frame, top[frame] : top[frame] + box_y, left[frame] : left[frame] + box_x]
         place[:] = np.rint(place + (ink[frame] - alpha * place))
@@ -302,7 +304,7 @@ def _triangle_integral(end: np.ndarray) -> np.ndarray:
     return 0.5 + end - end * np.abs(end) / 2
 
 
-def _apart(a: Thing, b: Thing, num_frames: int, gap: float) -> bool:
+def _apart(a: SceneObject, b: SceneObject, num_frames: int, gap: float) -> bool:
     (ax, ay, ar), (bx, by, br) = a.path(num_frames), b.path(num_frames)
     return bool((np.maximum(np.abs(ax - bx), np.abs(ay - by)) >= ar + br + gap).all())
 

@@ -48,7 +48,7 @@ HELD_OUT_SPRITES = (("rocket", "down"), ("owl", "up"), ("apple", "left"), ("car"
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object. Lengths in pixels of the canvas it is drawn on."""
 
     shape: str  # one of SHAPES, or "digit", or "sprite"
@@ -76,7 +76,7 @@ class Thing:
 class Scene:
     """All that is to know about one clip."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
     caption: str
     num_frames: int
@@ -85,10 +85,10 @@ class Scene:
     width: int
 
 
-def is_held_out(thing: Thing) -> bool:
+def is_held_out(obj: SceneObject) -> bool:
     """Combinations kept out of training to test composition: magenta triangles, yellow pluses, growing blue squares, and
     for a few sprites one of their motions."""
-    if thing.shape == "sprite":
-        return (thing.sprite, thing.motion) in HELD_OUT_SPRITES
-    kind = (thing.colour, thing.shape)
-    return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, thing.motion) == ("blue", "square", "grows")
+    if obj.shape == "sprite":
+        return (obj.sprite, obj.motion) in HELD_OUT_SPRITES
+    kind = (obj.colour, obj.shape)
+    return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, obj.motion) == ("blue", "square", "grows")
