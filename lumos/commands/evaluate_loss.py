@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.data.synthetic.render import Worlds
+    from lumos.data.synthetic.render import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.models.lumos1.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
-        worlds = Worlds(seed=args.seed, **chosen, **shape)
+        worlds = SyntheticScenes(seed=args.seed, **chosen, **shape)
         data = {"worlds": vars(worlds)}
         codes = world_codes(worlds, args.count, pipe.video_tokenizer)
     sequences = [sequence_of(pipe, *found) for found in codes]

@@ -19,7 +19,7 @@ from lumos.data.synthetic.render import (
     SPEED,
     SPRITE_MOTIONS,
     SPRITE_RADIUS,
-    Worlds,
+    SyntheticScenes,
     render,
     sample_scene,
     sprite_pixels,
@@ -118,13 +118,13 @@ def test_worlds_without_sprites_are_as_they_were():
 
 def test_a_clip_depends_on_seed_and_index_only():
     options = {"kinds": ALL_KINDS, "share_sprites": 0.7, "share_two": 0.5}
-    later = [Worlds(9, **options)[index] for index in (7, 3, 5)]
-    worlds = Worlds(9, **options)
+    later = [SyntheticScenes(9, **options)[index] for index in (7, 3, 5)]
+    worlds = SyntheticScenes(9, **options)
     in_order = [worlds[index] for index in range(8)]
     for (video, caption), index in zip(later, (7, 3, 5), strict=True):
         assert caption == in_order[index][1]
         np.testing.assert_array_equal(video, in_order[index][0])
-    assert not np.array_equal(Worlds(10, **options)[3][0], in_order[3][0])
+    assert not np.array_equal(SyntheticScenes(10, **options)[3][0], in_order[3][0])
 
 
 @pytest.mark.parametrize("name", [*BACKGROUNDS, *GRADIENTS])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic.captions import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene
 from lumos.data.synthetic.sprites import SPRITES
 from lumos.evaluation.captions import named_attributes, parse_caption
@@ -29,7 +29,7 @@ _NOUN = rf"the digit \d|an? (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}
 
 def scenes(wording: str, count: int = 1500, num_frames: int = 17, **options) -> list[Scene]:
     options = {"kinds": ("shapes", "sprites"), "share_sprites": 0.5, "share_two": 0.3} | options
-    worlds = Worlds(21, split="all", wording=wording, num_frames=num_frames, **options)
+    worlds = SyntheticScenes(21, split="all", wording=wording, num_frames=num_frames, **options)
     return [worlds.scene(index) for index in range(count)]
 
 
@@ -37,7 +37,7 @@ def scenes(wording: str, count: int = 1500, num_frames: int = 17, **options) -> 
 @given(st.integers(0, 10**9), st.sampled_from([1, 17]))
 def test_plain_captions_are_parsed_back(index, num_frames):
     kinds = ("shapes", "digits", "sprites")
-    scene = Worlds(7, split="all", kinds=kinds, share_sprites=0.5, share_two=0.5, num_frames=num_frames).scene(index)
+    scene = SyntheticScenes(7, split="all", kinds=kinds, share_sprites=0.5, share_two=0.5, num_frames=num_frames).scene(index)
     assert parse_caption(scene.caption) == named_attributes(scene)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic import digits
-from lumos.data.synthetic.render import GAP, Worlds, captions, render, sample_scene
+from lumos.data.synthetic.render import GAP, SyntheticScenes, captions, render, sample_scene
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, SceneObject, is_held_out
 from lumos.errors import UserError
 
@@ -77,9 +77,9 @@ def test_longer_clips_keep_the_speed_where_it_fits():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**40), INDEX)
 def test_a_clip_depends_on_seed_and_index_only(seed, index):
-    first, caption = Worlds(seed)[index]
-    Worlds(seed)[index + 1]
-    again, same_caption = Worlds(seed)[index]
+    first, caption = SyntheticScenes(seed)[index]
+    SyntheticScenes(seed)[index + 1]
+    again, same_caption = SyntheticScenes(seed)[index]
     assert caption == same_caption
     np.testing.assert_array_equal(first, again)
 
@@ -90,7 +90,7 @@ def test_seeds_and_indices_give_different_clips():
 
 
 def test_the_stream_is_endless_random_access():
-    worlds = Worlds(1)
+    worlds = SyntheticScenes(1)
     in_order = [caption for _, caption in islice(worlds, 5)]
     assert in_order == [worlds[i][1] for i in range(5)] == list(captions(1, 5))
     with pytest.raises(IndexError, match="-1"):
@@ -191,7 +191,7 @@ def test_captions_say_what_is_shown(num_frames):
 
 
 def test_shares_are_kept():
-    full = Worlds(0, kinds="shapes", share_two=1, share_size=1, share_background=1)
+    full = SyntheticScenes(0, kinds="shapes", share_two=1, share_size=1, share_background=1)
     assert all(
         len(s.objects) == 2 and "background" in s.caption and all(t.size in s.caption for t in s.objects)
         for s in map(full.scene, range(50))
@@ -207,7 +207,7 @@ def test_shares_are_kept():
 @pytest.mark.parametrize("kind", ["shapes", "sprites"])
 @pytest.mark.parametrize("split", ["train", "held_out", "all"])
 def test_two_ways_go_two_ways_and_keep_apart(kind, split):
-    worlds = Worlds(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
+    worlds = SyntheticScenes(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
     for scene in map(worlds.scene, range(60)):
         a, b = scene.objects
         assert a.motion != b.motion
@@ -219,7 +219,8 @@ def test_two_ways_go_two_ways_and_keep_apart(kind, split):
 
 
 def test_a_picture_of_two_has_no_ways():
-    assert all(t.motion == "still" for t in Worlds(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1).scene(0).objects)
+    scenes = SyntheticScenes(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1)
+    assert all(t.motion == "still" for t in scenes.scene(0).objects)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_a_picture_of_two_has_no_ways():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Worlds(**options)
+        SyntheticScenes(**options)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from lumos.data.synthetic.render import Worlds, render, sample_scene
+from lumos.data.synthetic.render import SyntheticScenes, render, sample_scene
 from lumos.data.synthetic.scene import Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
@@ -40,7 +40,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 
 @pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0, 6), (64, 0.8, 0), (64, 0.8, 6), (128, 0, 0)])
 def test_truth_is_recognised(side, blur, noise):
-    worlds = Worlds(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
+    worlds = SyntheticScenes(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
     total, right = Counter(), Counter()
     for index in range(200 if side == 64 and blur == noise == 0 else 100):
         scene = worlds.scene(index)

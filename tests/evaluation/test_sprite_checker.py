@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from lumos.cli import main
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SPRITE_RADIUS, Worlds, ground_colours, render, sprite_pixels
+from lumos.data.synthetic.render import SPRITE_RADIUS, SyntheticScenes, ground_colours, render, sprite_pixels
 from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.checker import check_clip
@@ -39,7 +39,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 
 @pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6), (128, 1.6, 6)])
 def test_truth_is_recognised(side, blur, noise):
-    worlds = Worlds(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
+    worlds = SyntheticScenes(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
     total, right = Counter(), Counter()
     for index in range(100):
         scene = worlds.scene(index)
@@ -52,7 +52,7 @@ def test_truth_is_recognised(side, blur, noise):
 
 @pytest.mark.parametrize("size", [{"num_frames": 1}, {"num_frames": 33}, {"height": 48, "width": 64}])
 def test_truth_is_recognised_at_other_sizes(size):
-    worlds = Worlds(12, split="all", kinds="sprites", share_two=0.3, **size)
+    worlds = SyntheticScenes(12, split="all", kinds="sprites", share_two=0.3, **size)
     assert all(check_clip(damaged(render(worlds.scene(i)), 0.5, 4, i), worlds.scene(i))["all"] for i in range(15))
 
 
@@ -176,9 +176,9 @@ def test_what_was_not_asked_for_is_wrong(video, wrong):
 
 
 def test_the_other_worlds_are_not_sprites_nor_sprites_shapes():
-    shapes = [Worlds(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
+    shapes = [SyntheticScenes(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
     assert not any(check_clip(render(scene), "an owl moves left")["all"] for scene in shapes)
-    shown = [Worlds(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
+    shown = [SyntheticScenes(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
     assert not any(check_clip(render(scene), "a small red circle")["all"] for scene in shown)
 
 

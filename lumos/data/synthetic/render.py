@@ -52,8 +52,8 @@ SPRITE_RADIUS = 12.0
 
 
 @dataclass(frozen=True)
-class Worlds:
-    """An endless source of clips: `worlds[index]` is (video uint8 [T, H, W, 3], caption) for any index from 0 on.
+class SyntheticScenes:
+    """An endless source of clips: `scenes[index]` is (video uint8 [T, H, W, 3], caption) for any index from 0 on.
 
     Splits: "train" never shows a combination of `is_held_out`; in "held_out" every scene has one (a digit scene: an
     image that training never shows; a picture of sprites: any, for it has no motion); "all" has both. To validate on
@@ -207,14 +207,14 @@ class Worlds:
 
 
 def sample_scene(seed: int, index: int, **options) -> Scene:
-    """Scene `index` of the world with this seed; `options` are the other fields of `Worlds`."""
-    return Worlds(seed=seed, **options).scene(index)
+    """Scene `index` of the world with this seed; `options` are the other fields of `SyntheticScenes`."""
+    return SyntheticScenes(seed=seed, **options).scene(index)
 
 
 def captions(seed: int, n: int, **options) -> Iterator[str]:
     """The captions of the first n clips, without drawing them: a corpus for a text tokenizer."""
-    worlds = Worlds(seed=seed, **options)
-    return (worlds.scene(index).caption for index in range(n))
+    scenes = SyntheticScenes(seed=seed, **options)
+    return (scenes.scene(index).caption for index in range(n))
 
 
 def render(scene: Scene) -> np.ndarray:

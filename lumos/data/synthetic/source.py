@@ -8,7 +8,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
 from lumos.data.source import Clip
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError
 
 SET_ELSEWHERE = {
@@ -22,7 +22,7 @@ SET_ELSEWHERE = {
 """Options of the worlds that data.options may not hold, and where they are set."""
 
 
-class WorldSource:
+class SyntheticSource:
     """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own.
 
     `most_codes` says how many codes the tokenizer makes of a picture and of a clip.
@@ -36,9 +36,9 @@ class WorldSource:
             if key in SET_ELSEWHERE:
                 raise UserError(f"data.options may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
         try:
-            self.videos = Worlds(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
+            self.videos = SyntheticScenes(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
         except TypeError as error:
-            known = [key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE]
+            known = [key for key in SyntheticScenes.__dataclass_fields__ if key not in SET_ELSEWHERE]
             wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
             raise UserError(f"data.options: {wrong}; allowed: {', '.join(known)}") from error
         if "sprites" in self.videos.kinds:
@@ -56,10 +56,10 @@ class WorldSource:
 
     def clip(self, index: int, num_frames: int) -> Clip:
         """Clip `index` of an endless numbering."""
-        worlds = replace(self.videos, num_frames=num_frames)
+        scenes = replace(self.videos, num_frames=num_frames)
         if index >= sample_index(VALIDATION_STEP, 0):
-            worlds = replace(worlds, seed=VALIDATION_SEED)
+            scenes = replace(scenes, seed=VALIDATION_SEED)
         elif self.scenes:
             index %= self.scenes
-        frames, caption = worlds[index]
-        return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")
+        frames, caption = scenes[index]
+        return Clip(frames, caption, scenes.fps, f"worlds/{scenes.seed}/{index}")
