@@ -14,7 +14,7 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 
 
-class Order:
+class EpochOrder:
     """Of N clips, `shards` [N] says in which shard each is, `codes` [N] how many codes it has."""
 
     def __init__(self, shards: np.ndarray, codes: np.ndarray, *, shuffle_shards: int, seed: int):

@@ -13,7 +13,7 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.data.shards import format as shards
-from lumos.data.shards.order import Order
+from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.reader import ShardReader
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
@@ -25,11 +25,11 @@ BYTES_PER_CODE = 2.1
 
 
 @dataclass(frozen=True)
-class Pool:
+class ClipPool:
     """The clips that steps of a kind draw from and those kept out for validation, as rows of the index."""
 
     rows: np.ndarray
-    order: Order
+    order: EpochOrder
     validation: np.ndarray
 
 
@@ -38,7 +38,7 @@ class ShardSource:
 
     A video step takes clips of at least `min_frames` frames, cut to their first `num_frames` if they have more, which is
     exact because the tokenizer is causal; shorter ones are not used. A picture step takes the one-frame clips, or if there
-    are none the first frames of all clips. Clips of all sizes come together, in the order of :class:`Order`.
+    are none the first frames of all clips. Clips of all sizes come together, in the order of :class:`EpochOrder`.
 
     `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. Shards behind a URL are
     read from `copies`, which they need and others have not. UserError if the tokenizer differs, if the shards were ingested
@@ -65,8 +65,8 @@ class ShardSource:
             if not len(rows) or len(validation[kind]) < held_out:
                 raise self._too_few(kind, len(usable[kind]), num_frames, min_frames, held_out)
             codes = self.index.codes(rows, tokenizer, self.latent_frames[kind])
-            order = Order(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
-            self.pools[kind] = Pool(rows, order, validation[kind])
+            order = EpochOrder(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
+            self.pools[kind] = ClipPool(rows, order, validation[kind])
         self.most_codes = {kind: int(pool.order.codes.max()) for kind, pool in self.pools.items()}
         self.identity = {
             "the content of data.path": self.index.content,
