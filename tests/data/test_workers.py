@@ -21,7 +21,7 @@ pytest.importorskip("pyarrow")
 from lumos.cli import main
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.manifest import Item
-from lumos.data.ingest.workers import AHEAD, Pool
+from lumos.data.ingest.workers import AHEAD, WorkerPool
 from lumos.data.shards import format as shards
 from lumos.errors import RunError
 
@@ -102,7 +102,7 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
 def test_items_slower_than_all_begun_after_them_end_nothing(tmp_path, workers):
     total = 2 * AHEAD * workers + 3
     slow, begun = (0, total // 2, total - 1), AHEAD * workers if workers > 1 else 1
-    pool = Pool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
+    pool = WorkerPool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
     with closing(pool):
         for _ in range(2):  # a pool is used again, as on Ray
             done = [item.id for item, _ in pool.results(Item(str(number), "") for number in range(total))]

@@ -80,7 +80,7 @@ Result = list[dict[str, Any]] | Skip
 
 
 @dataclass(frozen=True)
-class Work:
+class EncoderSpec:
     """What a worker needs to know to do :func:`ingest_item`; `device` None is a GPU if the worker has one."""
 
     tokenizer: str
@@ -91,9 +91,9 @@ class Work:
 class Encoder:
     """`ingest_item` with its tokenizer loaded: what each worker holds."""
 
-    def __init__(self, work: Work):
-        self.settings = work.settings
-        self.tokenizer = VideoTokenizer.from_pretrained(work.tokenizer, device=str(pick_device(work.device)))
+    def __init__(self, spec: EncoderSpec):
+        self.settings = spec.settings
+        self.tokenizer = VideoTokenizer.from_pretrained(spec.tokenizer, device=str(pick_device(spec.device)))
 
     def __call__(self, item: Item) -> Result:
         return ingest_item(item, self.settings, self.tokenizer)

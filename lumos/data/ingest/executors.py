@@ -12,9 +12,9 @@ from contextlib import closing
 from functools import partial
 from typing import Protocol
 
-from lumos.data.ingest.encode import Encoder, Result, Work
+from lumos.data.ingest.encode import Encoder, EncoderSpec, Result
 from lumos.data.ingest.item import Item
-from lumos.data.ingest.workers import Pool
+from lumos.data.ingest.workers import WorkerPool
 from lumos.errors import UserError
 from lumos.runtime import pick_device
 
@@ -22,29 +22,29 @@ ITEM_TIMEOUT = 1800.0
 """Seconds for an item if nothing else is said: hours of video take minutes."""
 
 
-class Engine(Protocol):
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
+class Executor(Protocol):
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
         """UserError for what cannot work here, before anything is written."""
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         """The results of `todo`, in its order. Closing the iterator stops the workers."""
 
 
-class LocalEngine:
+class LocalExecutor:
     """So many processes; with 0 workers this one, where an item that crashes or hangs takes the ingest with it."""
 
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
-        pick_device(work.device)
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
+        pick_device(spec.device)
         if item_timeout is not None and not workers:
             raise UserError("item_timeout needs processes that can be ended; give at least 1 worker, or leave it out")
-        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
+        self.spec, self.workers, self.item_timeout = spec, workers, item_timeout or ITEM_TIMEOUT
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         if self.workers:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
-            with closing(Pool(partial(Encoder, self.work), self.workers, threads, self.item_timeout)) as pool:
+            with closing(WorkerPool(partial(Encoder, self.spec), self.workers, threads, self.item_timeout)) as pool:
                 yield from pool.results(todo)
         else:
-            encoder = Encoder(self.work)
+            encoder = Encoder(self.spec)
             for item in todo:
                 yield item, encoder(item)

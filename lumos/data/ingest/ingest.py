@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lumos.data.ingest.encode import ClipSettings, Skip, Work
-from lumos.data.ingest.executors import Engine, LocalEngine
+from lumos.data.ingest.encode import ClipSettings, EncoderSpec, Skip
+from lumos.data.ingest.executors import Executor, LocalExecutor
 from lumos.data.ingest.item import as_text
 from lumos.data.ingest.manifest import items
-from lumos.data.ingest.ray_executor import RayEngine
+from lumos.data.ingest.ray_executor import RayExecutor
 from lumos.data.ingest.state import JOURNAL, State
 from lumos.data.ingest.tally import Tally, missing_in_folder
 from lumos.data.shards import format as shards
@@ -28,7 +28,7 @@ from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
 
-ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "ray": RayEngine}
+EXECUTORS: dict[str, type[Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
 RATE_FROM = 50
 """Items before which the failure rate does not stop a run: one bad file of the first two says nothing."""
 
@@ -66,13 +66,13 @@ def ingest(
         raise UserError(f"item_timeout {item_timeout} is not allowed; give seconds above 0")
     if not 0 <= max_failure_rate <= 1:
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
-    if engine not in ENGINES:
-        raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")
+    if engine not in EXECUTORS:
+        raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(EXECUTORS)}")
     todo = items(sources, captions)
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
-    spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers, item_timeout)
+    executor = EXECUTORS[engine](EncoderSpec(str(tokenizer), settings, device), workers, item_timeout)
     with only_writer(out, "ingest"):
         sweep_folder(out)
         _claim(out, settings, model, tokenizer)
@@ -81,7 +81,7 @@ def ingest(
             state.check(items(sources, captions))
         earlier = len(state.done) + len(state.skipped)
         whole, tally = True, Tally(todo, state.knows)
-        with closing(spread.results(tally.todo())) as results:
+        with closing(executor.results(tally.todo())) as results:
             for item, result in results:
                 tally.back(item)
                 if isinstance(result, Skip):

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.ingest.encode import Encoder, Result, Skip, Work
+from lumos.data.ingest.encode import Encoder, EncoderSpec, Result, Skip
 from lumos.data.ingest.executors import ITEM_TIMEOUT
 from lumos.data.ingest.item import Item
-from lumos.data.ingest.workers import Make, Pool
+from lumos.data.ingest.workers import Make, WorkerPool
 from lumos.errors import RunError, UserError, shown
 
 DEVICES = (None, "auto", "cpu", "cuda")
@@ -36,16 +36,16 @@ ATTEMPTS = 3
 """An item whose actor dies (a lost node) is tried again so often; Ray's default is without end."""
 
 
-class RayEngine:
+class RayExecutor:
     """Up to `workers` actors of one CPU each, and one GPU each where the cluster has GPUs or `device` asks for them."""
 
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
         _ray()
         if not workers:
             raise UserError("0 workers is not for --engine ray; give at least 1")
-        if work.device not in DEVICES:
-            raise UserError(f"device '{work.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
-        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
+        if spec.device not in DEVICES:
+            raise UserError(f"device '{spec.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
+        self.spec, self.workers, self.item_timeout = spec, workers, item_timeout or ITEM_TIMEOUT
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         ray = _ray()
@@ -83,7 +83,7 @@ class RayEngine:
         data.context.enable_progress_bars = False
         data = data.map(
             _Actor,
-            fn_constructor_args=(partial(Encoder, self.work), self.item_timeout, os.getcwd()),
+            fn_constructor_args=(partial(Encoder, self.spec), self.item_timeout, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
             num_cpus=1,
             num_gpus=self._gpus(ray),
@@ -95,15 +95,15 @@ class RayEngine:
 
     def _gpus(self, ray: ModuleType) -> int:
         available = ray.cluster_resources().get("GPU", 0)
-        if self.work.device == "cuda" and not available:
+        if self.spec.device == "cuda" and not available:
             raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
-        return int(self.work.device != "cpu" and available > 0)
+        return int(self.spec.device != "cpu" and available > 0)
 
 
 class _Actor:
     def __init__(self, make: Make, seconds: float, folder: str):
         os.chdir(folder)  # what relative paths are from
-        self.pool = Pool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
+        self.pool = WorkerPool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         fields = json.loads(row["item"])

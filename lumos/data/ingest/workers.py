@@ -59,7 +59,7 @@ class _Worker:
         self.connection.close()
 
 
-class Pool:
+class WorkerPool:
     """Up to `workers` processes that do what `make` gives, each with `threads` threads and `seconds` for an item.
 
     They stay for the next `results` until `close`.
