@@ -51,7 +51,7 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
     check_processes(processes)
     context = multiprocessing.get_context("fork")
     watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(processes, context, _settle, (make, watched, held))
+    pool = ProcessPoolExecutor(processes, context, _start_process, (make, watched, held))
     try:
         yield from _in_order(lambda step: pool.submit(_make_in_process, step), steps, 2 * processes)
     except BrokenProcessPool as error:
@@ -97,7 +97,7 @@ def _make_in_process(step: int) -> Any:
     return _make(step)
 
 
-def _settle(make: Callable[[int], Any], watched: Connection, held: Connection) -> None:
+def _start_process(make: Callable[[int], Any], watched: Connection, held: Connection) -> None:
     """In a new process. Signals to the whole group are the run's to answer, which ends its processes when it ends."""
     global _make
     _make = make
