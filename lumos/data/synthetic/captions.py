@@ -1,10 +1,11 @@
-"""Captions of the small worlds: one plain way of saying what a scene shows, and others.
+"""Captions of synthetic scenes in three wordings, for example:
 
     plain     a small red circle moves left on a black background
     varied    on a black background, a small red circle is moving to the left
-    unseen    a small red circle heads left against a black background       (ways that `varied` never takes)
+    unseen    a small red circle heads left against a black background
 
-Every way names the same attributes, so a model that was trained on `varied` can be asked with `unseen`.
+No caption of the wording `unseen` is phrased as one of `varied`. All wordings name the same
+attributes, so a model that was trained on `varied` can be tested with prompts in the wording `unseen`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ VARIED_VERBS = (
     "shoots", "soars", "speeds", "steers", "strays", "streams", "strolls", "sweeps", "swings", "travels", "tumbles", "veers",
     "walks", "zooms",
 )  # fmt: skip
-"""So many that a model learns to tell a direction from the word for it, whatever the verb."""
+"""Many verbs, so that a model learns the direction from its own word and not from the verb."""
 SHARE_VERBS = 0.4
-"""Of VERBS among the verbs of `varied`; the rest are VARIED_VERBS."""
+"""Share of VERBS among the verbs of the wording `varied`; the others are from VARIED_VERBS."""
 UNSEEN_VERBS = ("heads", "wanders")
 _PLAIN = {"still": ("stays still",), "grows": ("grows",), "shrinks": ("shrinks",)}
 _VARIED = {
@@ -61,7 +62,11 @@ def caption(
     objects: Sequence[SceneObject], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
     share_background: float,
 ) -> str:  # fmt: skip
-    """Say what a scene shows. Size and background are named in shares of the captions; a picture has no motion."""
+    """Return a caption of a scene with these objects and this background.
+
+    The caption names the size of an object with probability `share_size` and the background with
+    probability `share_background`. It names motions if `moving` is true, which it is not for pictures.
+    """
     named = rng.random() < share_background
     named_sizes = rng.random(len(objects)) < share_size
     if len(objects) == 2 and objects[0].shape == "sprite" and objects[0].motion == objects[1].motion:
@@ -79,7 +84,7 @@ def caption(
 
 
 def noun(obj: SceneObject, named_size: bool) -> str:
-    """An object with its article: "a small red circle", "an owl", "the digit 7"."""
+    """Return an object with its article, for example "a small red circle", "an owl" or "the digit 7"."""
     if obj.shape == "digit":
         return f"the digit {obj.digit}"
     if obj.shape == "sprite":
@@ -116,7 +121,7 @@ def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:
 
 
 def base_form(verb: str) -> str:
-    """Of a verb of these captions: "flies" is "fly", "marches" is "march", "is" is "are"."""
+    """Return the plural of a verb of these captions: "fly" for "flies", "march" for "marches", "are" for "is"."""
     if verb == "is":
         return "are"
     if verb.endswith("ies"):
@@ -125,7 +130,10 @@ def base_form(verb: str) -> str:
 
 
 def gerund(verb: str) -> str:
-    """Of one of VARIED_VERBS, none of which doubles its last letter: "glides" is "gliding"."""
+    """Return the gerund of a verb of VARIED_VERBS, for example "gliding" for "glides".
+
+    No verb of VARIED_VERBS doubles its last letter in the gerund.
+    """
     return base_form(verb).removesuffix("e") + "ing"
 
 
