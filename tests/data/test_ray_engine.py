@@ -89,9 +89,9 @@ def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, t
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
     command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine"]
     assert main([*command, "ray", "--device", "cuda:1"]) == 2
-    assert "device 'cuda:1' is not for --engine ray" in capsys.readouterr().err
+    assert "device 'cuda:1' is not allowed with --engine ray" in capsys.readouterr().err
     assert main([*command, "ray", "--workers", "0"]) == 2
-    assert "0 workers is not for --engine ray" in capsys.readouterr().err
+    assert "workers 0 is not allowed with --engine ray" in capsys.readouterr().err
     assert main([*command, "spark"]) == 2
     assert "engine 'spark' is unknown; allowed: local, ray" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -47,7 +47,7 @@ def test_answers_out_of_order_or_twice_are_an_error(order):
     given_items = [Item(str(n), "") for n in range(5)]
     tally = Tally(given_items, lambda item: False)
     list(tally.todo())
-    with pytest.raises(RunError, match="the engine gave a result for"):
+    with pytest.raises(RunError, match="the executor gave a result for"):
         list(map(tally.back, [given_items[number] for number in order]))
 
 

@@ -70,7 +70,7 @@ def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path
 
 def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Unstartable)
-    with pytest.raises(RunError, match=r"a worker process ended as it began \(exit code 7"):
+    with pytest.raises(RunError, match=r"a worker process ended while it was starting \(exit code 7"):
         ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
     (source / "0.txt").write_text("bug")
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Fragile)

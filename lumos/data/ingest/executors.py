@@ -1,7 +1,7 @@
-"""How ingest spreads its items over processes of this machine; `ray_engine` does it over a cluster.
+"""Executors run the items of an ingest: here on this machine, in `ray_executor` on a Ray cluster.
 
-An engine yields the items that are left with their results in their own order, whoever is done first, so that every engine
-writes the same shards.
+An executor yields results in the order of the items, whichever worker finishes first. Every executor
+therefore gives the same shards.
 """
 
 from __future__ import annotations
@@ -19,19 +19,28 @@ from lumos.errors import UserError
 from lumos.runtime import pick_device
 
 ITEM_TIMEOUT = 1800.0
-"""Seconds for an item if nothing else is said: hours of video take minutes."""
+"""Default limit in seconds for one item. Reading hours of video takes minutes."""
 
 
 class Executor(Protocol):
+    """Runs the items of an ingest with `workers` workers and yields their results."""
+
     def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
-        """UserError for what cannot work here, before anything is written."""
+        """Raise UserError for arguments that this executor cannot work with, before ingest writes anything.
+
+        `item_timeout` is the limit in seconds for one item; None: ITEM_TIMEOUT.
+        """
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
-        """The results of `todo`, in its order. Closing the iterator stops the workers."""
+        """Yield each item of `todo` with its result, in order. Closing the iterator stops the workers."""
 
 
 class LocalExecutor:
-    """So many processes; with 0 workers this one, where an item that crashes or hangs takes the ingest with it."""
+    """Runs items in `workers` processes of this machine.
+
+    With 0 workers the items run in this process, where an item that crashes or hangs does the same to
+    the whole ingest.
+    """
 
     def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
         pick_device(spec.device)
