@@ -131,5 +131,5 @@ def test_a_footer_that_tells_of_other_clips_is_damage(tmp_path, ingested, monkey
     monkeypatch.setattr(shards.json, "dumps", fewer)
     shards.write_shard(tmp_path / "shard-000000.parquet", rows)
     monkeypatch.undo()
-    with pytest.raises(RunError, match=r"its footer tells height of 7 clips, it holds 8"):
+    with pytest.raises(RunError, match=r"its footer has the height of 7 clips, it holds 8"):
         shards.read_facts(tmp_path / "shard-000000.parquet")

@@ -161,7 +161,9 @@ class State:
         if digest != old["digest"]:
             lost = len(old["items"]) - len(ids)
             why = f"{lost} of its {len(old['items'])} items gave no clip" if lost else "a file, a caption or the device changed"
-            self.warnings.append(f"{name} differs from the shard that it replaces ({why}): training runs on these shards cannot resume")
+            self.warnings.append(
+                f"{name} differs from the shard that it replaces ({why}): a training run on these shards cannot be resumed"
+            )
 
     def _write(self, path: Path, made: _Made, written: dict[str, Any] | None = None) -> str:
         """Write a shard and return its digest. `written` is the line that `shards.jsonl` already has for it."""

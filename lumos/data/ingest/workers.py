@@ -72,7 +72,8 @@ class WorkerPool:
         self.pool: list[_Worker] = []
         self.begun: deque[_Task] = deque()
         self.again: deque[_Task] = deque()
-        self.folder = tempfile.TemporaryDirectory(prefix="lumos-")  # temporary files of all workers, because a killed worker cannot delete its own
+        # The temporary files of all workers are in one folder, because a killed worker cannot delete its own files.
+        self.folder = tempfile.TemporaryDirectory(prefix="lumos-")
 
     def close(self) -> None:
         for worker in self.pool:
