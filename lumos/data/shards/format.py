@@ -197,7 +197,7 @@ def _version(path: Path | Remote, metadata: dict[bytes, bytes] | None) -> int:
     """Return the version of a shard with this metadata; raise UserError if a later program wrote the shard."""
     given = (metadata or {}).get(VERSION_KEY.encode(), b"1")
     if given not in (b"1", b"2"):
-        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a newer version of it")
+        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a newer version")
     return int(given)
 
 

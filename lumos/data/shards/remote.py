@@ -126,7 +126,9 @@ class LocalCopies:
         for _ in range(ATTEMPTS):
             with suppress(FileNotFoundError):  # another run deleted the copy to make room
                 return self.fetch(file, key, check).open("rb")
-        raise RunError(f"copies in {self.folder} are deleted before they are read; raise data.cache_gb, or use another data.cache_dir")
+        raise RunError(
+            f"copies in {self.folder} are deleted before they are read; raise data.cache_gb, or use another data.cache_dir"
+        )
 
     def fetch(self, file: Remote, key: str, check: Callable[[Path], None]) -> Path:
         """Return the path of the copy of a file, and download it first if necessary.
