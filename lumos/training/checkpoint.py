@@ -130,8 +130,12 @@ class Stored:
                     values = file.get_slice(label)
                     self.parts[kind, name].append((int(start), values.get_shape()[0], values))
 
+    def names(self, kind: str) -> list[str]:
+        """Return the names of the parameters that have tensors of this kind."""
+        return [name for found, name in self.parts if found == kind]
+
     def has(self, kind: str, name: str) -> bool:
-        """Whether a parameter has tensors of this kind."""
+        """Return whether a parameter has tensors of this kind."""
         return (kind, name) in self.parts
 
     def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
