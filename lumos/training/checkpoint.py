@@ -350,8 +350,9 @@ def check_fits(
 ) -> None:
     """Raise UserError if a checkpoint belongs to another model or other data, or is past `max_steps`.
 
-    `identity` is the resume fingerprint of the run that starts now; the message names the remedy. `defaults` holds the
-    values of entries that are newer than the checkpoint. `key` returns the name that the user knows a setting by.
+    `identity` is the resume fingerprint of the run that starts now. `defaults` holds the values of
+    entries that the checkpoint lacks because it is older. `key` translates the name of a setting to
+    the name in the user's file. The message names the remedy.
     """
     remedy = f"name another {key('training.output_dir')}, or move {folder.parent} away to start over"
     now, before = (json.loads(json.dumps(found)) for found in (identity, {**(defaults or {}), **state["identity"]}))
