@@ -101,7 +101,7 @@ def test_the_first_training_command(clone):
                  "--width", "64", "--fps", "8", "--num-inference-steps", "1", "--output", "x.gif"]) == 0  # fmt: skip
 
 
-def test_the_deepspeed_command_is_the_one_that_the_training_tests_run():
+def test_the_page_shows_the_tested_deepspeed_command():
     """tests/training/test_deepspeed.py types it with a config of its own."""
     assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in command_lines("docs/train/index.md")
 
