@@ -1,7 +1,4 @@
-"""What the training loop trains: the decoder on masked codes (AR-DF, reference section 5).
-
-This is the only part of `training/` that knows the model. The loop asks a task for what its `Task` lists.
-"""
+"""The training task of Lumos-1: the decoder on masked codes (AR-DF, reference section 5)."""
 
 from __future__ import annotations
 
