@@ -263,7 +263,7 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
     [
         (["--kinds", "one", "three"], "prompt kind 'three' is unknown"),
         (["--kinds", "one", "one"], "kind 'one' is named twice"),
-        (["--kinds", "two_ways", "--num-frames", "1"], "'two_ways' is told by its motions"),
+        (["--kinds", "two_ways", "--num-frames", "1"], "'two_ways' is about motions"),
         (["--kinds", "one", "sprites"], "the picture of the sprite"),
         (["--seed", "-1"], "--seed -1 is not allowed"),
         (["--temperature", "-1"], "temperature -1"),

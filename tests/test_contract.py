@@ -203,7 +203,7 @@ def swirl(monkeypatch):
 
     @dataclass(frozen=True)
     class MoreOptions(toy_generator.ToyOptions):
-        swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1)
+        swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1, trade=True)
 
     monkeypatch.setattr(toy_generator, "ToyOptions", MoreOptions)
     monkeypatch.setattr(ToyPipeline, "sampling", MoreOptions)
@@ -233,6 +233,22 @@ def test_a_new_option_is_in_settings_of_a_training(swirl):
     assert build_settings(raw).generation == {"swirl": 1.0}
     with pytest.raises(UserError, match=r"swirl 9\.0 is not allowed"):
         build_settings({**raw, "generation": {"swirl": 9.0}})
+
+
+def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
+    pytest.importorskip("gradio", reason="the page needs the extra [demo]")
+    from lumos.commands.plan import costly_options
+    from lumos.demo.api import field_value
+    from lumos.demo.limits import Limits
+    from lumos.demo.page import request_of, sampling_slider
+
+    option = all_options()["swirl"]
+    assert field_value("swirl", "0.7", swirl) == 0.7
+    slider = sampling_slider(option, 0.5, Limits())
+    assert (slider.minimum, slider.maximum, slider.step, slider.value) == (0, 2, 0.1, 0.5)
+    answers = {"prompt": "x", "negative_prompt": "", "given": None, "seed": "", "swirl": 1.5}
+    assert request_of(answers, {"swirl": 0.5}, swirl).options == {"swirl": 1.5}
+    assert "swirl" in costly_options()
 
 
 def test_one_declaration_feeds_all_options(swirl):

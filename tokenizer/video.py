@@ -165,6 +165,11 @@ class VideoTokenizer(nn.Module):
         """Frames per latent frame after the first."""
         return self.config.temporal_compression
 
+    def forward(self, video: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W] -> what comes back, of the same shape, with straight-through gradient: for training."""
+        values, _ = self.quantize(self.encode_latent(video))
+        return self.decode_latent(values)
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] -> int64 codes [B, t, h, w]. ValueError for sizes that do not divide."""

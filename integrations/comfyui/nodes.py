@@ -1,8 +1,9 @@
-"""Three nodes: load a model, text to video, image (or clip) to video.
+"""Three ComfyUI nodes: one loads a model, one makes a video from text, one makes a video from an image or a clip.
 
-ComfyUI's IMAGE is a float tensor [B, H, W, C] in [0, 1]; a clip is an IMAGE whose B counts frames. Frames are decoded as soon as
-their latent frame is done: they are the preview, and together the result. Numbers left at 0, or at -1 where 0 means something,
-are the model's own defaults.
+ComfyUI's IMAGE is a float tensor [B, H, W, C] in [0, 1]; in a clip, B is the number of frames. The
+frames of a latent frame are decoded as soon as it is done, and the last of them is shown as a
+preview. An input that is left at 0, or at -1 if 0 is an allowed value, takes the default of the
+model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, K
 
 
 def model_folders() -> dict[str, str]:
-    """Name -> path of the model folders in models/lumos and wherever extra_model_paths.yaml says."""
+    """Return the paths of the model folders by name, from models/lumos and from the folders in extra_model_paths.yaml."""
     found = {}
     for place in folder_paths.get_folder_paths(KIND):
         for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
@@ -52,7 +53,7 @@ class LumosLoader:
         return {
             "required": {
                 "model": (sorted(model_folders()), {"tooltip": "a folder in models/lumos"}),
-                "dtype": (["auto", "bfloat16", "float16", "float32"], {"tooltip": "auto: bfloat16 on a GPU, else float32"}),
+                "dtype": (["auto", "bfloat16", "float16", "float32"], {"tooltip": "auto: bfloat16 on a GPU, float32 otherwise"}),
             }
         }
 
@@ -69,13 +70,13 @@ class LumosTextToVideo:
     RETURN_NAMES = ("images", "fps")
     FUNCTION = "generate"
     CATEGORY = "Lumos"
-    DESCRIPTION = "A clip, or with num_frames 1 a picture, from words."
+    DESCRIPTION = "Makes a clip, or a picture if num_frames is 1, from a prompt."
     GIVEN: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         def whole(tooltip: str, step: int = 1, maximum: int = 8192) -> tuple:
-            return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's own"})
+            return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's default"})
 
         sampling = {name: sampling_input(option) for name, option in all_options().items() if option.step is not None}
         common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}
@@ -84,7 +85,7 @@ class LumosTextToVideo:
                 "model": ("LUMOS_MODEL",),
                 **cls.GIVEN,
                 "prompt": ("STRING", {"multiline": True, "dynamicPrompts": True, "default": "", "tooltip": "what the clip shows"}),
-                "negative_prompt": ("STRING", {"multiline": True, "default": "", "tooltip": "what guidance leads away from"}),
+                "negative_prompt": ("STRING", {"multiline": True, "default": "", "tooltip": "what the clip must not show"}),
                 "width": whole("pixels", 16),
                 "height": whole("pixels", 16),
                 "num_frames": whole("1 + a multiple of 4, given frames included"),
@@ -96,37 +97,43 @@ class LumosTextToVideo:
         }
 
     def generate(self, model: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
-        return make_clip(model, prompt, **asked(**options))
+        return make_clip(model, prompt, **pipeline_arguments(**options))
 
 
 class LumosImageToVideo(LumosTextToVideo):
-    DESCRIPTION = "A clip that begins with a picture, or that goes on where a clip ends."
+    DESCRIPTION = "Makes a clip that begins with a picture, or that continues another clip."
     GIVEN: ClassVar[dict[str, Any]] = {
-        "images": ("IMAGE", {"tooltip": "one picture: the first frame; several: a clip, whose last frames the result begins with"})
+        "images": ("IMAGE", {"tooltip": "one picture: the first frame; several pictures: a clip, which the result continues"})
     }
 
     def generate(self, model: VideoPipeline, images: Tensor, prompt: str, **options: Any) -> tuple[Tensor, float]:
         given = images[..., :3].clamp(0, 1).cpu().numpy()
         begin = {"image": given[0]} if len(given) == 1 else {"video": given}
-        return make_clip(model, prompt, **begin, **asked(**options))
+        return make_clip(model, prompt, **begin, **pipeline_arguments(**options))
 
 
 def unset(option: Option) -> int:
-    """The value of an input that stands for the model's own: one that the option itself does not allow."""
+    """Return the value of an input that stands for the model's default.
+
+    The option itself does not allow this value.
+    """
     return 0 if option.slider[0] > 0 else -1
 
 
 def sampling_input(option: Option) -> tuple:
-    """The input of a sampling option."""
+    """Return the ComfyUI input of a sampling option, as (type, properties)."""
     value, number = unset(option), int if option.kind == WHOLE else float
     return ("INT" if number is int else "FLOAT", {
         "default": number(value), "min": number(value), "max": number(option.most), "step": option.step,
-        "tooltip": f"{option.meaning}; {value}: the model's own",
+        "tooltip": f"{option.meaning}; {value}: the model's default",
     })  # fmt: skip
 
 
-def asked(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
-    """A node's inputs as the pipeline's arguments: an input that was left as it is becomes None."""
+def pipeline_arguments(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
+    """Return the inputs of a node as arguments of the pipeline.
+
+    An input with its unset value becomes None.
+    """
     options = all_options()
     left = {name: unset(options[name]) if name in options else 0 for name in values}
     given = {name: None if value == left[name] else value for name, value in values.items()}
@@ -134,7 +141,10 @@ def asked(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]
 
 
 def make_clip(pipe: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
-    """The clip as IMAGE [T, H, W, 3] and its rate; the interface sees each step, and each latent frame's last picture."""
+    """Make a clip and return it as IMAGE [T, H, W, 3] with its frames per second.
+
+    The progress bar moves after each step. After each latent frame it also shows its last picture.
+    """
     encoded = pipe.encode(pipe.resolve(Request.of(prompt, **options)))
     resolved, frames = encoded.resolved, []
     steps_before = resolved.sampling.steps_before
@@ -143,7 +153,7 @@ def make_clip(pipe: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor,
 
     def on_step(frame: int, new_frames: int, step: int, steps: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if step + 1 < steps:  # after its last step a frame can be seen
+        if step + 1 < steps:  # after the last step the loop below moves the bar and shows the frame
             bar.update_absolute(steps_before(frame) + step + 1, total)
 
     for (part,) in pipe.stream_encoded(encoded, on_step):

@@ -7,10 +7,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file, for example configs/tokenizer/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example max_steps=200")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=200")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.training.tokenizer.loop import load_settings, train
+    from lumos.training.tokenizer.settings import load_settings
+    from lumos.training.tokenizer.task import train
 
     train(load_settings(args.config, args.overrides))

@@ -36,20 +36,25 @@ def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
     return replace(clip, codes=codes[:latent], num_frames=(len(codes) - 1) * temporal_compression + 1)
 
 
-class Source(Protocol):
-    """Where clips come from.
+class StepSource(Protocol):
+    """How much a step has. `most_codes` holds the codes of the largest clip of each kind, where steps count codes."""
 
-    `usual_shape` holds num_frames, height, width and fps of most of its clips, `most_codes` the codes of the largest clip of
-    each kind, `identity` what must be the same, beside the settings, for a resumed run to see the same clips.
-    """
-
-    usual_shape: dict[str, int]
     most_codes: dict[str, int]
-    identity: dict[str, Any]
 
     def clips_in(self, shape: StepShape) -> int:
         """How many clips a step has, over all processes."""
         ...
+
+
+class Source(StepSource, Protocol):
+    """Where clips come from.
+
+    `usual_shape` holds num_frames, height, width and fps of most of its clips, `identity` what must be the same, beside the
+    settings, for a resumed run to see the same clips.
+    """
+
+    usual_shape: dict[str, int]
+    identity: dict[str, Any]
 
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
         """The clips at `positions` of a step, the same at every call; all with frames or all with codes."""

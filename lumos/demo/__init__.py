@@ -1,1 +1,5 @@
-"""A page and an HTTP API around one pipeline: one worker, one bounded queue, one folder. `python -m lumos demo` opens it."""
+"""The demo: a web page and an HTTP API around one pipeline, started by `python -m lumos demo`.
+
+One worker thread makes the clips, one bounded queue holds the waiting requests, and one folder
+holds all files.
+"""

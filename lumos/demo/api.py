@@ -1,4 +1,7 @@
-"""`POST /api/generate`: one call that ends in an mp4. Same bounds and same queue as the page; errors are JSON."""
+"""The HTTP API. `POST /api/generate` makes a clip and answers with its mp4 or png file.
+
+The API has the same limits and the same queue as the page. Errors are JSON.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,18 @@ from lumos.prompt_lists.clips import record_path
 FIELDS: dict[str, Callable[[str], Any]] = {
     "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "seed": int,
 }  # fmt: skip
-"""Fields of a form beside files and sampling options, and how their text is read."""
+"""The form fields that are neither files nor sampling options, each with the function that parses it."""
 FILES = ("image", "video")
 POLL_SECONDS = 0.1
 
 
 def add_api(app: FastAPI, service: Service) -> None:
-    """Put the routes under /api on an app."""
+    """Add the routes under /api, and those of gradio's uploads, to an app."""
 
     @app.post("/api/generate")
     async def generate(request: Request) -> Response:
-        async with asked(await read_form(request, service.pipe.sampling), service.store, service.pipe.sampling) as wanted:
+        form = await read_form(request, service.pipe.sampling)
+        async with request_from_form(form, service.store, service.pipe.sampling) as wanted:
             job = service.submit(Job(wanted))
             try:
                 async for _ in watch(job):
@@ -67,7 +71,11 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        """As gradio's own, which would answer with the path; each file has a folder of its own."""
+        """Store one file in a folder of its own and return its name.
+
+        This route replaces gradio's own, which would answer with the path of the file on the
+        server.
+        """
         if request.headers.get("content-type", "").partition(";")[0] != "multipart/form-data":
             raise UserError("the request is no upload; send a multipart form with a file")
         async with request.form(max_files=1, max_fields=1) as form:
@@ -79,7 +87,7 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/gradio_api/upload_progress")
     async def upload_progress() -> Response:
-        return Response(status_code=204)  # the page then shows none
+        return Response(status_code=204)  # the page then shows no progress of an upload
 
     @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"])
     async def unknown(rest: str) -> Response:
@@ -90,7 +98,7 @@ def add_api(app: FastAPI, service: Service) -> None:
 
 
 class Delivery(FileResponse):
-    """A result on its way to the one who asked for it; it is not removed meanwhile, nor while its record may be asked for."""
+    """A response that sends a result, or the record of a result, and keeps both from being removed meanwhile."""
 
     def __init__(self, store: Store, path: Path, **options: Any):
         super().__init__(path, **options)
@@ -98,16 +106,17 @@ class Delivery(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.store.delivering(self.name):
-            there = Path(self.path).is_file()  # it may have given way to a new one in this moment
+            # The store may have removed the result between the look-up and this moment.
+            there = Path(self.path).is_file()
             await (super().__call__(scope, receive, send) if there else failure(no_result(self.name))(scope, receive, send))
 
 
 def no_result(name: str) -> HTTPException:
-    return HTTPException(404, f"there is no result {shown(name)}; old ones give way to new ones")
+    return HTTPException(404, f"there is no result {shown(name)}; old results are removed to make room for new ones")
 
 
 def failure(error: Exception) -> JSONResponse:
-    """{"error": message} with a status that says whose mistake it is."""
+    """Return {"error": message}: status 400, 413 or 429 for the client's errors, 500 for the server's."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code)
     statuses = ((TooLarge, 413), (Busy, 429), (UserError, 400))
@@ -115,7 +124,7 @@ def failure(error: Exception) -> JSONResponse:
 
 
 async def watch(job: Job) -> AsyncIterator[None]:
-    """A beat every POLL_SECONDS until the job has ended, and one then."""
+    """Yield every POLL_SECONDS while the job runs, and once more when it has ended."""
     while not job.ended:
         yield
         await asyncio.sleep(POLL_SECONDS)
@@ -123,7 +132,11 @@ async def watch(job: Job) -> AsyncIterator[None]:
 
 
 async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[str, str | UploadFile]:
-    """The fields of a form, each at most once. sampling: the generator's options, each of which is a field too."""
+    """Return the fields of a form by name.
+
+    sampling: the sampling options of the generator, each of which is a field too. UserError if the
+    request is not a form, and for a field that is unknown or given twice.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise UserError(f"the request's content type is {kind!r}; send a form (curl -F prompt=...)")
@@ -138,10 +151,13 @@ async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[s
 
 
 @contextlib.asynccontextmanager
-async def asked(
+async def request_from_form(
     form: dict[str, str | UploadFile], store: Store, sampling: type[SamplingOptions]
 ) -> AsyncIterator[ClipRequest]:
-    """What a form asks for; the file that came with it is there inside of the block."""
+    """Yield the request that a form describes.
+
+    Its uploaded file exists until the end of the `with` block.
+    """
     values: dict[str, Any] = {
         name: field_value(name, value, sampling) for name, value in form.items() if name not in FILES
     }
@@ -155,7 +171,7 @@ async def asked(
                 raise UserError(f"{name} is text; send a file (curl -F {name}=@FILE)")
             values[name] = await stored(upload, name, store)
             folders.append(values[name].parent)
-            await upload.close()  # from here on the one copy on the disk is that of the store
+            await upload.close()  # removes starlette's copy: only the copy in the store counts against the limit
         yield ClipRequest.of(**values)
     finally:
         for folder in folders:
@@ -163,7 +179,11 @@ async def asked(
 
 
 async def stored(upload: UploadFile, what: str, store: Store) -> Path:
-    """The file as an upload of the store; RunError, without a path, if the disk does not take it."""
+    """Write an uploaded file into the store and return its path.
+
+    RunError if the file cannot be written. The message does not name the path, which is private to
+    the server.
+    """
     path = None
     try:
         path = store.new_upload(upload.filename or what)
@@ -179,7 +199,7 @@ async def stored(upload: UploadFile, what: str, store: Store) -> Path:
 
 
 def field_value(name: str, value: str | UploadFile, sampling: type[SamplingOptions]) -> Any:
-    """The value that the text of a field says; UserError if it says none."""
+    """Return the value of a field, parsed from its text; UserError if the text cannot be parsed."""
     if not isinstance(value, str):
         raise UserError(f"{name} is a file; send it as text")
     option = sampling.declared().get(name)

@@ -1,4 +1,7 @@
-"""Connections that do not wait for ever: for a request that does not arrive, or for an answer that nobody reads."""
+"""Time limits of connections, so that a slow client cannot hold one for ever.
+
+A connection is closed if its request arrives too slowly or if the client does not read the answer.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUEST_SECONDS = 20  # that a request gets, and one more for each RATE bytes of it that have arrived
+REQUEST_SECONDS = 20  # time for a request to arrive, plus 1 s for each RATE bytes that have arrived
 RATE = 16 * 1024
-ANSWER_SECONDS = 60  # without a byte taken by the client, while there is more to send
-MOST = 500  # connections at once; more get status 503
+ANSWER_SECONDS = 60  # time that a client may read nothing while there is more to send
+MOST = 500  # open connections; further ones get status 503
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1, which by itself times out between two requests only."""
+    """uvicorn's HTTP/1.1 protocol with the time limits of this module.
+
+    uvicorn itself has a time limit only between two requests of a connection.
+    """
 
     look_seconds = 1.0
 
@@ -49,7 +55,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        """Once a second: hang up if the client is late."""
+        """Close the connection if the client is late, else look again after `look_seconds`."""
         now = self.loop.time()
         waits_for_client = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.flow.read_paused
         if not waits_for_client:

@@ -1,4 +1,4 @@
-"""Which names a request may call this server by: what keeps pages of other sites from reaching it under a name of theirs."""
+"""The check of the Host header, which protects the demo from DNS rebinding."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ HOST = re.compile(r"(?:\[(?P<literal>[0-9a-f:.]+)\]|(?P<name>[a-z0-9_-]+(?:\.[a-
 
 
 class Hosts:
-    """The names that a Host header may hold: those of the loopback, the address that the request came to, and the allowed ones.
+    """The names that a Host header may hold.
 
-    A page of another site can give its own name the address of this machine (DNS rebinding) and is then, to the browser, of the
-    same origin as the demo. Its name still stands in the Host header, and it is none of these. starlette's TrustedHostMiddleware
-    looks at the first of several Host headers only and does not know the address that a request came to.
+    Allowed are the names and addresses of the loopback interface, the address that the request came
+    to, and the names that the user allows.
+
+    Another site can let its own domain name resolve to the address of this machine (DNS rebinding).
+    To the browser, a page of that site then has the same origin as the demo. The Host header still
+    holds the name of the other site, which is not allowed here. starlette's TrustedHostMiddleware
+    does not suffice: it looks only at the first of several Host headers, and it does not know the
+    address that a request came to.
     """
 
     def __init__(self, allowed: Iterable[str] = (), listening: str = "localhost"):
-        """allowed: names and addresses that the user gave; listening: that of --host."""
+        """allowed: the names and addresses of --allowed-host; listening: the name or address of --host.
+
+        UserError for an allowed host that is neither a name nor an address.
+        """
         self.allowed = {parsed_name(listening.lower())}
         for text in allowed:
             host = parsed(f"[{text}]" if text.count(":") > 1 and "[" not in text else text)
@@ -31,7 +39,7 @@ class Hosts:
             self.allowed.add(host)
 
     def takes(self, scope: Scope) -> bool:
-        """Whether the request has one Host header, well formed, with a name that is known here."""
+        """Return whether the request has exactly one Host header and that header holds an allowed name."""
         headers = [value for name, value in scope["headers"] if name == b"host"]
         host = parsed(headers[0].decode("latin-1")) if len(headers) == 1 else None
         if host is None:
@@ -41,7 +49,7 @@ class Hosts:
 
 
 def parsed(text: str) -> str | IPv4Address | IPv6Address | None:
-    """The name in lower case, or the address, of a Host header; None if it is malformed. The port is of no interest."""
+    """Return the name in lower case, or the address, of a Host header, without the port; None if it is malformed."""
     match = HOST.fullmatch(text.lower())
     if match is None or (match["literal"] and not isinstance(parsed_name(match["literal"]), IPv4Address | IPv6Address)):
         return None
@@ -50,7 +58,7 @@ def parsed(text: str) -> str | IPv4Address | IPv6Address | None:
 
 def parsed_name(text: str) -> str | IPv4Address | IPv6Address:
     try:
-        address = ip_address(text.partition("%")[0])  # what follows % is the interface
+        address = ip_address(text.partition("%")[0])  # the name of a network interface may follow after %
     except ValueError:
         return text
     return getattr(address, "ipv4_mapped", None) or address

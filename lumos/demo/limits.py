@@ -1,4 +1,7 @@
-"""What a visitor may ask for, and what the server keeps: every bound is a field here and a flag of `python -m lumos demo`."""
+"""The limits of what a visitor may ask for and of what the server keeps.
+
+Each limit is a field of `Limits` and a flag of `python -m lumos demo`.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ if TYPE_CHECKING:
     from lumos.pipeline.options import SamplingOptions
     from lumos.pipeline.request import Request
 
-FORM_BYTES = 2**20  # of a request's body besides the file in it
+FORM_BYTES = 2**20  # most bytes of a request's body without its file
 
 
 class TooLarge(UserError):
-    """An upload beyond its bound."""
+    """An upload is larger than its limit."""
 
 
 class Busy(RunError):
-    """The queue is full, or this visitor already has a clip in it."""
+    """The server cannot take the request now, for example because the queue is full."""
 
 
 def bound(default: Any, text: str) -> Any:
@@ -33,20 +36,23 @@ def bound(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the page and the API alike; None is settled by the model, see `of_model`."""
+    """The limits of the page and of the API.
+
+    A limit that is None is set from the model by `of_model`.
+    """
 
     max_prompt_length: int = bound(500, "most characters of a prompt, and of a negative prompt")
-    max_frames: int | None = bound(None, "most frames of a clip, given ones included; default: the model's own twice, less one")
-    max_side: int | None = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's own size")
+    max_frames: int | None = bound(None, "most frames of a clip, given frames included; default: 2 n - 1 for the model's default n")
+    max_side: int | None = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's default")
     max_steps: int = bound(100, "most decoding steps of each latent frame")
     max_upload_mb: float = bound(20, "most megabytes of an uploaded file")
     max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
     max_upload_megapixels: float = bound(25, "most megapixels of an uploaded picture, and of a frame of an uploaded clip")
     max_reading_seconds: float = bound(20, "most seconds that reading an upload may take")
     max_reading_mb: int = bound(2048, "most megabytes of memory that reading an upload may take")
-    queue_length: int = bound(8, "most requests that wait; one more is refused")
-    keep_uploads_mb: float = bound(1000, "most megabytes of uploads, those on their way included; old ones give way")
-    keep_results: int = bound(200, "most results that stay on the disk; the oldest gives way, once it was delivered")
+    queue_length: int = bound(8, "most requests that wait; further requests are refused")
+    keep_uploads_mb: float = bound(1000, "most megabytes of uploads, also of those still arriving; old uploads are removed")
+    keep_results: int = bound(200, "most results on the disk; the oldest is removed first, but not before its delivery")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -62,7 +68,10 @@ class Limits:
             )
 
     def of_model(self, clip: ClipDefaults, sampling: SamplingOptions) -> Limits:
-        """With what is None settled by the model's own shape; UserError for bounds that the model's own defaults exceed."""
+        """Return a copy in which the defaults of the model replace None.
+
+        UserError if the defaults of the model exceed a limit.
+        """
         side = max(clip.height, clip.width)
         limits = replace(self, max_frames=self.max_frames or 2 * clip.num_frames - 1, max_side=self.max_side or side)
         for name, own in (("max_frames", clip.num_frames), ("max_side", side), ("max_steps", sampling.num_inference_steps)):
@@ -84,7 +93,7 @@ class Limits:
         return int(self.max_upload_mb * 2**20)
 
     def check(self, request: Request) -> None:
-        """UserError for what is out of bounds."""
+        """Raise UserError if a value of the request is out of bounds, TooLarge for an upload that is too large."""
         from lumos.pipeline.inputs import check_prompt
 
         check_prompt(request.prompt)

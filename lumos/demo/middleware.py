@@ -1,4 +1,8 @@
-"""What stands before the site: known names and paths get in, other sites' pages do not, bodies are bounded and find room."""
+"""The middleware in front of the page and the API.
+
+It checks the Host header, the path and the origin of each request, limits the size of its body and
+reserves room for uploads.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ OPEN = re.compile(
     r"/(api/.*|assets/.*|static/.*|svelte/.*|config|theme\.css|favicon\.ico|manifest\.json)?"
     r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/[^/]*|startup-events|cancel|reset)/?"
 )
-"""What page and API use. gradio has more, and among it a way to fetch files by their path: not here."""
+"""The paths that the page and the API use. gradio has other routes, one of which reads files by their path; they are closed."""
 UPLOADS = re.compile(r"/gradio_api/upload/?|/api/generate")
-RESERVED_AT_ONCE = 2**20  # of a body that does not state its length
+RESERVED_AT_ONCE = 2**20  # bytes, for a body that does not state its length
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -30,9 +34,11 @@ SAFE_HEADERS = {
 
 
 def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a page of another origin made a browser send it. Only https and this machine itself get Sec-Fetch-Site.
+    """Return whether a browser sent the request on behalf of a page of another origin.
 
-    Behind a proxy that has a name of its own, the name that the browser knows is in X-Forwarded-Host, which no page can set.
+    Browsers send Sec-Fetch-Site only over https and to this machine itself, so the Origin header is
+    compared otherwise. Behind a proxy with a name of its own, the name that the browser knows is in
+    X-Forwarded-Host. No page can set that header.
     """
     if (site := headers.get(b"sec-fetch-site")) in (b"cross-site", b"same-origin", b"none"):
         return site == b"cross-site"
@@ -41,8 +47,12 @@ def is_foreign(headers: Mapping[bytes, bytes]) -> bool:
 
 
 class Middleware:
-    """400 for names that are not this server's; 404 for other paths; 403 for what a page of another origin makes a browser send;
-    413 for bodies over the limit and 429 for those that find no room, by their stated length or once they exceed it on the way.
+    """An ASGI app that passes allowed requests on to another app, and refuses the others.
+
+    The status of a refusal is 400 for a Host header that is not allowed, 404 for an unknown path,
+    403 for a request on behalf of a page of another origin, 413 for a body over the limit, and 429
+    for an upload for which there is no room. The size of a body is checked twice: by its stated
+    length before it is read, and by its true length while it arrives.
     """
 
     def __init__(self, app: ASGIApp, store: Store, limits: Limits, hosts: Hosts | None = None):
@@ -104,7 +114,7 @@ class Middleware:
 
         async def answer(message: Message) -> None:
             nonlocal started
-            if refusal is None or started:  # else it is what the app made of the refusal
+            if refusal is None or started:  # otherwise the message is the app's reaction to the error raised in `counted`
                 started = True
                 await send(message)
 

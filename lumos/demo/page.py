@@ -1,4 +1,4 @@
-"""The page: gradio's components, and what happens when a button is pressed."""
+"""The page: its gradio components and the functions that run when a button is pressed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lumos.pipeline.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SHAPE = ("width", "height", "num_frames")
-SHOWN_RESULTS = 24  # of a session
+SHOWN_RESULTS = 24  # most results of a session that the gallery shows
 CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
 HELLO = "Say what the clip shows, then press Generate."
 
 
 def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
-    """The page of a service; `examples` are prompts."""
+    """Return the page of a service; `examples` are prompts."""
     longest = service.limits.max_prompt_length
     with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
         gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
@@ -45,7 +45,7 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                     if examples:
                         gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
-                    given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind each time
+                    given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind at each call
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
                         asked = {"prompt": prompt, "given": given, **sampling_controls(service)}
             with gr.Column(scale=6, min_width=300, elem_id="right"):
@@ -64,7 +64,7 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                 yield {line: views.wrong(str(error))}
                 return
             given_file = Path(values[given]) if values[given] else None
-            # in every update, for a busy browser may show only the last of several
+            # Every update holds the buttons, because a busy browser may show only the last of several updates.
             working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
             try:
                 with service.store.needing(given_file):
@@ -72,7 +72,7 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                     async for update in shown_progress(service, job):
                         yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
             finally:
-                service.worker.cancel(job)  # for a visitor who has gone
+                service.worker.cancel(job)  # has an effect only if the visitor has left
             ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}
             if job.record is not None:
                 shown = [*values[results], job.record][-SHOWN_RESULTS:]
@@ -92,7 +92,11 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
 
 
 def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
-    """gradio, mounted in another app, would read any file of this machine and fetch any address that a request names."""
+    """Let the components of a page read only files that visitors have uploaded.
+
+    gradio, mounted in another app, would otherwise read any file of this machine, and fetch any
+    address, that a request names.
+    """
 
     async def same_path(path: str | Path | None) -> str | None:
         if path is not None and not store.holds_upload(path):
@@ -100,39 +104,43 @@ def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
         return None if path is None else str(path)
 
     for block in page.blocks.values():
-        if not hasattr(block, "async_move_resource_to_block_cache"):  # a name of gradio's own, on which this all depends
-            raise RunError(f"gradio {gr.__version__} takes files as the demo cannot watch; install that of constraints.txt")
+        if not hasattr(block, "async_move_resource_to_block_cache"):  # a private name of gradio, which may change
+            raise RunError(
+                f"gradio {gr.__version__} reads files in a way that the demo cannot check; install the version in constraints.txt"
+            )
         block.async_move_resource_to_block_cache = same_path
 
 
 def sampling_controls(service: Service) -> dict[str, Component]:
-    """What is folded away at first, by the names of the pipeline's call."""
+    """Return the controls of the folded section, by the names of the pipeline's arguments."""
     limits, own, pipe = service.limits, service.pipe.clip, service.pipe
     negative = gr.Textbox("", label="Negative prompt", max_length=limits.max_prompt_length)
     with gr.Row():
         width = gr.Slider(pipe.size_unit, limits.max_side, own.width, step=pipe.size_unit, label="Width", min_width=140)
         height = gr.Slider(pipe.size_unit, limits.max_side, own.height, step=pipe.size_unit, label="Height", min_width=140)
-    label = f"Frames, {own.fps} a second, given ones included; 1 is a picture"
+    label = f"Frames, {own.fps} a second, given frames included; 1 makes a picture"
     frames = gr.Slider(1, limits.max_frames, own.num_frames, step=pipe.temporal_compression, label=label, elem_id="frames")
     sliders = {option.name: sampling_slider(option, getattr(pipe.settings, option.name), limits)
                for option in pipe.sampling.declared().values() if option.slider is not None}  # fmt: skip
     return {
         "negative_prompt": negative, "width": width, "height": height, "num_frames": frames, **sliders,
-        "seed": gr.Textbox("", label="Seed; empty: drawn", max_length=20, elem_id="seed"),  # gradio makes 0 of an empty Number
+        # A Textbox, because gradio turns an empty Number into 0.
+        "seed": gr.Textbox("", label="Seed; empty: random", max_length=20, elem_id="seed"),
     }  # fmt: skip
 
 
 def sampling_slider(option: Option, own: float, limits: Limits) -> gr.Slider:
-    """The slider of a sampling option, which stands at the model's own value at first."""
+    """Return the slider of a sampling option. It starts at the model's default `own`."""
     low, high, step = option.slider
     high = limits.max_steps if option.name == "num_inference_steps" else max(high, own)
     return gr.Slider(low, high, own, step=step, label=option.label, elem_id=option.name)
 
 
 def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], sampling: type[SamplingOptions]) -> Request:
-    """The request that the page's controls ask for. A control that stands where it stood at first is no choice.
+    """Return the request that the values of the controls describe.
 
-    UserError for a seed that is no number.
+    A value that equals the model's default is left out of the request. UserError for a seed that is
+    not a number.
     """
     names = [name for name in (*SHAPE, *sampling.declared()) if name in answers]
     chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}
@@ -144,7 +152,7 @@ def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], sampling
 
 
 async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, str]]:
-    """What changes on the page while a job is on its way: `stage`, `line`."""
+    """Yield the HTML of the parts of the page that have changed, by name ("stage", "line"), until the job has ended."""
     frames, said = 0, ""
     async for _ in watch(job):
         update = {}
@@ -165,7 +173,7 @@ def progress_line(service: Service, job: Job) -> str:
 
 
 def outcome(job: Job) -> str:
-    """The line under the stage when all is over."""
+    """Return the HTML of the line under the stage after the job has ended."""
     if job.error is not None:
         return views.wrong(str(job.error))
     if job.record is None:

@@ -1,4 +1,8 @@
-"""Uploads are decoded in a process of their own: one that takes too long or too much memory, or breaks, ends without the server."""
+"""Decoding of uploads in a separate process.
+
+An upload that takes too much time or memory, or that crashes the decoder, then ends that process
+and not the server.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() 
 
 
 def prepare_reading() -> None:
-    """Start, in the background, the process that reading processes are forked from: importing everything takes seconds."""
+    """Start, in the background, the process that readers are forked from, because its imports take seconds.
+
+    A reader is a process that decodes one upload.
+    """
     if START == "forkserver":
         multiprocessing.set_forkserver_preload([__name__])
         forkserver.ensure_running()
@@ -32,7 +39,13 @@ def prepare_reading() -> None:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What decoding one upload may take: seconds, pixels of a picture or a frame, MiB of memory, and how long a clip may last."""
+    """The limits of decoding one upload.
+
+    seconds       time that the decoding may take
+    pixels        pixels of a picture or of a frame
+    memory_mb     MiB of memory that the reader may allocate
+    clip_seconds  duration of a clip
+    """
 
     seconds: float = 20
     pixels: int = 25_000_000
@@ -43,16 +56,17 @@ class Allowed:
 def read_upload(
     path: Path, check_stop: Callable[[], None], allowed: Allowed, clip: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]; with `clip` (fps, frames at most, height, width) a clip's last frames [T, H, W, 3].
+    """Return a picture as uint8 [H, W, 3], or the last frames of a clip as uint8 [T, H, W, 3].
 
-    check_stop is called while the file is read and may raise. UserError, which names the file without its folder, for what
-    cannot be read within what is allowed.
+    clip: None for a picture; for a clip (frames per second, most frames, height, width). check_stop
+    is called while the file is read, and may raise. UserError if the file cannot be read within the
+    limits (the message names the file without its folder), RunError if no reader can be started.
     """
     receiver, sender = multiprocessing.get_context(START).Pipe(duplex=False)
     with receiver, sender:
         try:
             process = start_reader(sender, path, allowed, clip)
-        except (OSError, EOFError):  # the process that readers are forked from has died: the next one is forked from a new one
+        except (OSError, EOFError):  # the process that readers are forked from has died; a second try starts a new one
             try:
                 process = start_reader(sender, path, allowed, clip)
             except (OSError, EOFError) as error:
@@ -73,7 +87,10 @@ def start_reader(
 def _answer(
     process: multiprocessing.process.BaseProcess, receiver: Connection, path: Path, check_stop: Callable[[], None], allowed: Allowed
 ) -> np.ndarray:
-    """What the reader sends; it is gone afterwards, whatever happens."""
+    """Return the frames that the reader sends.
+
+    The reader is killed before this function returns or raises.
+    """
     deadline = time.monotonic() + allowed.seconds
     try:
         while not receiver.poll(0.05):
@@ -92,10 +109,10 @@ def _answer(
 
 
 def _read(sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None) -> None:
-    """Sends the frames, or what is wrong as a string."""
-    os.chdir(path.parent)  # messages then say the name that the visitor knows
+    """Send the frames, or an error message as a string."""
+    os.chdir(path.parent)  # messages then name the file as the visitor does, without the folder
     limit_memory(allowed.memory_mb * 2**20)
-    Image.MAX_IMAGE_PIXELS = allowed.pixels // 2  # Pillow refuses twice as many, before it allocates memory for them
+    Image.MAX_IMAGE_PIXELS = allowed.pixels // 2  # Pillow refuses twice this number, before it allocates memory
     answer: Any
     try:
         if clip is None:
@@ -110,7 +127,7 @@ def _read(sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int
 
 
 def limit_memory(more: int) -> None:
-    """Let this process take so many bytes more than it has now, where the platform can limit its address space."""
+    """Limit the address space of this process to its present size plus `more` bytes, where the platform can."""
     try:
         import resource
     except ImportError:  # Windows
@@ -118,7 +135,7 @@ def limit_memory(more: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = psutil.Process().memory_info().vms + more
     if hard == resource.RLIM_INFINITY or most < hard:
-        with contextlib.suppress(ValueError, OSError):  # macOS knows the limit but does not take it
+        with contextlib.suppress(ValueError, OSError):  # macOS has this limit but refuses to set it
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
@@ -128,5 +145,5 @@ def _last_frames(name: str, allowed: Allowed, fps: int, most: int, height: int, 
         raise UserError(f"{name} lasts {there / fps:.1f} s; at most {allowed.clip_seconds:g} s are allowed: cut it")
     return read_video(
         name, fps=fps, num_frames=max(1, min(there, most)), from_end=True, size=(height, width), max_pixels=allowed.pixels,
-        threads=2,  # each holds frames, and has a stack and a heap of its own that count against the memory
+        threads=2,  # each thread holds frames and has its own stack and heap, which count against the memory limit
     )[0]  # fmt: skip

@@ -1,4 +1,4 @@
-"""One address with the page at / and the API under /api."""
+"""The web server of the demo: the page at / and the API under /api."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from lumos.demo.service import Service
 from lumos.demo.sessions import Sessions
 from lumos.errors import UserError
 
-CLOSING_SECONDS = 3  # that open connections get
+CLOSING_SECONDS = 3  # time for open connections to finish when the server stops
 
 
 def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
-    """The whole site. gradio keeps its uploads in the service's folder; what it would serve besides the page is not let out."""
+    """Return the ASGI app of the whole site.
+
+    gradio keeps its uploads in the folder of the service. Only the routes of gradio that the page
+    needs are reachable.
+    """
     os.environ["GRADIO_TEMP_DIR"] = str(service.store.uploads)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_api(app, service)
@@ -40,7 +44,11 @@ def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIAp
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """An address of our own, before anything slow begins; UserError if it cannot be had. Port 0 takes any that is free."""
+    """Return a socket that is bound to the address; port 0 takes any free port.
+
+    The socket is bound before the model is loaded, so that an address in use is reported at once.
+    UserError if the address cannot be bound.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -53,7 +61,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Who waits for a clip when it is told to stop hears of it, before open connections are waited for."""
+    """A uvicorn server that cancels all clips when it is told to stop.
+
+    The clients that wait for those clips then get their answers before uvicorn waits for open
+    connections to finish.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -65,18 +77,18 @@ class Server(uvicorn.Server):
 
 
 def serve(service: Service, examples: Sequence[str], listener: socket.socket, hosts: Hosts) -> None:
-    """Serve until Ctrl-C; what is running then is cancelled, and uploads are removed."""
+    """Serve until Ctrl-C, then cancel all jobs and remove the uploads."""
     prepare_reading()
     config = uvicorn.Config(
         build_app(service, examples, hosts), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
         http=Connection, ws="none", limit_concurrency=MOST,
     )  # fmt: skip
-    listener.listen()  # whoever is told the address can connect from now on
+    listener.listen()  # before the address is printed, so that a client that reads it can connect
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {service.store.results}", flush=True)
     try:
         Server(config, service).run(sockets=[listener])
-    except KeyboardInterrupt:  # how uvicorn ends after Ctrl-C
+    except KeyboardInterrupt:  # uvicorn raises it again after Ctrl-C
         pass
     finally:
         service.worker.close()

@@ -1,4 +1,4 @@
-"""From a job to a written result: the pipeline, the uploads and the folder in one place."""
+"""The service that turns a job into a written result, with its pipeline, limits, store and worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from lumos.video.io import write_video
 
 
 class Service:
-    """What page and API share. metadata(prompt, seed) goes into a result's file, circumstances() into the record beside it."""
+    """The pipeline, limits, store and worker that the page and the API share.
+
+    metadata(prompt, seed) returns what is written into the file of a result. circumstances()
+    returns what is added to the record, the JSON file beside the result.
+    """
 
     def __init__(
         self,
@@ -43,17 +47,21 @@ class Service:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What the model makes when not told otherwise."""
+        """The model's default sampling options and shape of a clip, by name."""
         return {**vars(self.pipe.settings), **vars(self.pipe.clip)}
 
     def submit(self, job: Job) -> Job:
-        """Check all of a job's request but what its upload holds, and queue it; UserError or Busy."""
+        """Check the request of a job and put the job into the queue.
+
+        The content of an upload is checked later, in `make`. UserError if the request is not
+        allowed, Busy if the queue does not take the job.
+        """
         self.limits.check(job.request)
         self._resolve(replace(job.request, image=None, video=None))
         return self.worker.submit(job)
 
     def make(self, job: Job) -> None:
-        """Make and write the clip of a job; its frames appear in it on the way."""
+        """Make and write the clip of a job; `job.frames` and `job.progress` grow meanwhile."""
         began = time.perf_counter()
         request = self._read_uploads(job)
         resolved, job.notes = self._resolve(request)
@@ -69,14 +77,17 @@ class Service:
         job.record = self._write(job, resolved, time.perf_counter() - began)
 
     def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
-        """A request resolved, and what was noted. One at a time: where warnings go is a matter of the whole process."""
+        """Return the resolved request and the warnings about it.
+
+        A lock keeps other threads out, because `warnings.catch_warnings` acts on the whole process.
+        """
         with self.resolving, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resolved = self.pipe.resolve(request)
         return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:
-        """The request with its files read; a clip's rest is cut to what the pipeline may use of it."""
+        """Return the request with frames in place of its files; of a clip, only the last frames that the pipeline can use."""
         request, allowed, own = job.request, self.limits.of_reading, self.pipe.clip
         if request.image is not None:
             return replace(request, image=read_upload(Path(request.image), job.check_stop, allowed))
@@ -86,7 +97,7 @@ class Service:
         return request
 
     def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
-        """Write the result with its record beside it, as `generate` does; returns the record."""
+        """Write the result and its record as `generate` does, and return the record."""
         request, seed = job.request, resolved.seeds[0]
         path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))
         about = self.metadata(request.prompt, seed)
@@ -98,7 +109,7 @@ class Service:
         try:
             write_video(path, np.stack(job.frames), job.fps, about)
             write_json(record_path(path), record)
-        except RunError as error:  # it names the server's folder, which is not the visitor's business
+        except RunError as error:  # its message names a folder of the server, which a visitor must not see
             path.unlink(missing_ok=True)
             reason = getattr(error.__cause__, "strerror", None) or "writing failed"
             raise RunError(f"the server cannot keep the clip ({reason}); try again later") from error

@@ -1,4 +1,4 @@
-"""Sessions of the page: what they send is checked before gradio sees it, and what they hold is freed when they have gone."""
+"""Sessions of the page: their messages are checked before gradio sees them, and their memory is freed when they end."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from lumos.files import parse_json
 
 JOIN, RUN, DATA, HEARTBEAT = "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/queue/data", "/gradio_api/heartbeat"
 SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
-ALONE_SECONDS = 30  # that a session lasts without an open connection; one whose page was closed ends at once
-MOST = 500  # sessions at once; gradio holds about 110 kB for each
+ALONE_SECONDS = 30  # a session without a connection ends after this time; it ends at once when its page is closed
+MOST = 500  # sessions at a time; gradio holds about 110 kB for each
 
 
 class Sessions:
-    """An app around the page. A session begins with its first message or connection, and ends with its last connection."""
+    """An ASGI app around the page.
+
+    A session begins with its first message or connection and ends with its last connection.
+    """
 
     def __init__(self, app: ASGIApp, page: gr.Blocks, service: Service):
         self.app, self.page, self.service = app, page, service
-        self.pages: Counter[str] = Counter()  # open pages, by their heartbeat
-        self.streams: set[str] = set()  # sessions that listen to what becomes of their messages
+        self.pages: Counter[str] = Counter()  # open heartbeat connections of each session, one for each open page
+        self.streams: set[str] = set()  # sessions with an open event stream
         self.ends: dict[str, asyncio.TimerHandle] = {}
         self.uploads: dict[str, set[Path]] = {}
         self.ending: set[asyncio.Task[None]] = set()
@@ -49,7 +52,7 @@ class Sessions:
                 await self._heartbeat(path.rpartition("/")[2], scope, receive, send)
             else:
                 await self.app(scope, receive, send)
-        except (UserError, Busy, HTTPException) as error:  # of the checks here: gradio answers its own
+        except (UserError, Busy, HTTPException) as error:  # raised by this class; gradio answers its own errors itself
             await failure(error)(scope, receive, send)
 
     async def _message(self, queued: bool, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +77,11 @@ class Sessions:
         return [pair for pair in scope["headers"] if pair[0] not in (b"content-type", b"content-length", b"transfer-encoding")]
 
     def checked(self, body: bytes, queued: bool) -> dict[str, Any]:
-        """The message of a page with what this page may say, and with paths of uploads in place of their names; else UserError."""
+        """Return a message of the page, checked, with paths of uploads in place of their names.
+
+        queued: whether the message came to the queue's route. Only the known keys are kept.
+        UserError for a message that this page cannot send.
+        """
         try:
             message = parse_json(body.decode(), "the message")
         except UnicodeDecodeError as error:
@@ -96,13 +103,13 @@ class Sessions:
         }  # fmt: skip
 
     def _value(self, block: Any, value: Any, session: str) -> Any:
-        if isinstance(block, gr.State):  # gradio keeps it here
+        if isinstance(block, gr.State):  # gradio keeps this value on the server
             return None
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             path = self.service.store.upload(value["path"]) if isinstance(block, gr.File) else None
             if path is not None:
                 self.uploads.setdefault(session, set()).add(path)
-            # a name that says nothing, for what is not there: the page tells
+            # For a file that does not exist, pass on a path that does not exist either: the page then shows its message.
             return {"path": str(path or self.service.store.uploads / "none"), "meta": {"_type": "gradio.FileData"}}
         if isinstance(block, gr.File) and value is None:
             return None
@@ -111,14 +118,16 @@ class Sessions:
                 raise ValueError
             block.preprocess(value)
             json.dumps(value, allow_nan=False)
-        except Exception:  # whatever a component says to a value of another type
+        except Exception:  # components raise various errors for a value of the wrong type
             name = getattr(block, "label", None) or type(block).__name__
             raise UserError(f"{name}: {shown(value, 40)} is not allowed") from None
         return value
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What becomes of a session's messages, as events. gradio leaves a task behind where such a request is cancelled, so
-        the news that the client has gone reaches it between two events.
+        """Serve the event stream of a session, which reports the progress of its messages.
+
+        gradio leaves a task behind when such a request is cancelled in the middle of an event. So
+        the disconnection of the client is passed on between two events.
         """
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
         waiting = self.page._queue.pending_messages_per_session
@@ -143,7 +152,7 @@ class Sessions:
         self._stay(session)
         watching = asyncio.create_task(watch())
         try:
-            # from version 2.4 on, starlette leaves it to the app to see that the client has gone
+            # From ASGI 2.4 on, starlette leaves it to the app to notice that the client has disconnected.
             await self.app({**scope, "asgi": {**scope["asgi"], "spec_version": "2.4"}}, told, send)
         finally:
             watching.cancel()
@@ -151,7 +160,7 @@ class Sessions:
             self._touch(session)
 
     async def _heartbeat(self, session: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """As long as a page is open."""
+        """Serve the heartbeat connection of a session, which lasts as long as its page is open."""
         if not SESSION.fullmatch(session):
             raise HTTPException(404, "there is no such session")
         self._stay(session)
@@ -166,7 +175,7 @@ class Sessions:
                 self._touch(session, 0)
 
     def _stay(self, session: str) -> None:
-        """The session does not end by itself; Busy for a new one if there are too many."""
+        """Stop the timer that would end the session; Busy if the session is new and there are too many."""
         known = self.streams | self.pages.keys() | self.ends.keys()
         if session not in known and len(known) >= MOST:
             raise Busy(f"{MOST} visitors are here already; try again later")
@@ -174,7 +183,7 @@ class Sessions:
             timer.cancel()
 
     def _touch(self, session: str, seconds: float = ALONE_SECONDS) -> None:
-        """The session ends so many seconds from now, unless it has a connection then."""
+        """End the session after `seconds`, unless it has an open connection now or gets one before that."""
         if session in self.streams or self.pages[session]:
             return
         self._stay(session)
@@ -187,7 +196,7 @@ class Sessions:
         task.add_done_callback(self.ending.discard)
 
     async def _forget(self, session: str) -> None:
-        """Cancel the session's work and free what it holds here and in gradio."""
+        """Cancel the jobs of a session and free the memory and the uploads that it holds here and in gradio."""
         self.service.worker.cancel_of(session)
         queue, states = self.page._queue, self.page.state_holder
         await queue.clean_events(session_hash=session)

@@ -1,4 +1,4 @@
-"""The one folder that the demo writes into and serves from."""
+"""The folder that holds the results and the uploads of the demo."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from lumos.demo.limits import FORM_BYTES, Busy, Limits
 from lumos.prompt_lists.clips import record_path
 
 RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")
-FRESH_SECONDS = 120  # that an upload of the page stays in any case: its visitor is about to press Generate
-UNUSED_SECONDS = 3600  # after which an upload of the page that no job needs is removed
-UNDELIVERED_SECONDS = 300  # that a result stays in any case: whoever asked for it is about to fetch it
+FRESH_SECONDS = 120  # an upload is never removed in this time: its visitor is about to press Generate
+UNUSED_SECONDS = 3600  # after this time an upload that no job needs is removed
+UNDELIVERED_SECONDS = 300  # a result is never removed in this time: its client is about to fetch it
 
 
 @dataclass
 class Upload:
-    """A file of a page: its bytes, when it came, how many jobs need it, and whether its session has gone."""
+    """A file that was uploaded from the page."""
 
-    size: int
-    since: float
-    needed: int = 0
-    left: bool = False
+    size: int  # bytes
+    since: float  # time.monotonic() of its arrival
+    needed: int = 0  # jobs that need it
+    left: bool = False  # whether its session has ended
 
 
 class Store:
-    """`results/` is served, file by file and by name; `visitors-uploads/` holds what visitors gave.
+    """The folders `results/`, which the server serves file by file, and `visitors-uploads/`.
 
-    Only files of its own are ever removed: results by their names, uploads by that folder, which is emptied at the beginning.
-    What requests in flight have announced or sent counts against the bytes of uploads before it is taken.
+    The store removes only files of its own: files in `results/` whose names have its form, and
+    everything in `visitors-uploads/`, which is emptied at the start. The bytes that a request in
+    flight has announced or sent count against the limit of uploads before they are written.
     """
 
     def __init__(self, root: Path, limits: Limits):
         self.results, self.uploads = root.resolve() / "results", root.resolve() / "visitors-uploads"
         self._keep_results, self._keep_bytes = limits.keep_results, int(limits.keep_uploads_mb * 2**20) + FORM_BYTES
         self._lock = threading.RLock()
-        self._stays: dict[str, float] = {}  # until when a result is not removed
+        self._stays: dict[str, float] = {}  # time.monotonic() until which a result is not removed
         self._delivering: Counter[str] = Counter()
-        self._kept: dict[Path, Upload] = {}  # the oldest first
+        self._kept: dict[Path, Upload] = {}  # uploads of the page, the oldest first
         self._reserved = 0
         self.clear()
         self.results.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class Store:
     # -- results
 
     def new_result(self, name: str) -> Path:
-        """A path for a result, with a name that nobody can guess; makes room for it."""
+        """Remove the oldest results beyond the limit, and return a path for a new one, whose name nobody can guess."""
         with self._lock:
             kept = oldest_first([path for path in self.results.iterdir() if RESULT.fullmatch(path.name)])
             surplus = max(0, len(kept) + 1 - self._keep_results)
@@ -65,13 +66,13 @@ class Store:
         return path.with_stem(f"{path.stem}-{uuid.uuid4().hex[:12]}")
 
     def stay(self, name: str, seconds: float = UNDELIVERED_SECONDS) -> None:
-        """Keep a result, whatever comes, for so many seconds from now."""
+        """Keep a result from being removed for so many seconds from now."""
         with self._lock:
             self._stays[name] = time.monotonic() + seconds
 
     @contextmanager
     def delivering(self, name: str) -> Iterator[None]:
-        """A result is not removed inside of the block."""
+        """Keep a result from being removed inside of the `with` block."""
         with self._lock:
             self._delivering[name] += 1
         try:
@@ -79,13 +80,16 @@ class Store:
         finally:
             with self._lock:
                 self._delivering[name] -= 1
-                self._delivering += Counter()  # without zeros
+                self._delivering += Counter()  # removes entries that are 0
 
     def _is_awaited(self, name: str) -> bool:
         return self._delivering[name] > 0 or time.monotonic() < self._stays.get(name, 0)
 
     def find(self, name: str) -> Path | None:
-        """A result or its record by its name, and nothing else: no path, no link to elsewhere."""
+        """Return the path of a result or of a record, or None.
+
+        A name that is a path, and a symbolic link, give None, so that no other file can be read.
+        """
         path = self.results / name
         if not RESULT.fullmatch(name.removesuffix(".json")) or path.is_symlink() or not path.is_file():
             return None
@@ -95,7 +99,7 @@ class Store:
 
     @contextmanager
     def reservation(self) -> Iterator[Reservation]:
-        """Room for the bytes of one request, given back at the end of the block."""
+        """Yield a reservation for the bytes of one request, which ends with the `with` block."""
         reservation = Reservation(self)
         try:
             yield reservation
@@ -104,30 +108,30 @@ class Store:
                 self._reserved -= reservation.size
 
     def new_upload(self, name: str) -> Path:
-        """A path, in a folder of its own, for a file that a visitor calls so."""
+        """Return a path, in a new folder, for a file that has this name at the visitor."""
         folder = self.uploads / f"upload-{uuid.uuid4().hex}"
         folder.mkdir()
         return folder / (re.sub(r"[^\w.-]+", "_", name.replace("\\", "/").rpartition("/")[2])[-80:].lstrip(".") or "upload")
 
     def keep(self, path: Path) -> str:
-        """Count a file that has arrived as an upload of the page; returns what the page calls it."""
+        """Count a file as an upload of the page, and return the name under which the page refers to it."""
         with self._lock:
             self._kept[path] = Upload(path.stat().st_size, time.monotonic())
         return path.relative_to(self.uploads).as_posix()
 
     def upload(self, called: str) -> Path | None:
-        """The upload that the page calls so, None if there is none."""
+        """Return the path of the upload that the page refers to by this name, or None."""
         path = self.uploads / called
         return path if path in self._kept and self.holds_upload(path) else None
 
     def holds_upload(self, path: str | Path) -> bool:
-        """Whether this is a file that a visitor has uploaded, and no other of this machine."""
+        """Return whether the path is a file that a visitor has uploaded."""
         path = Path(path).resolve()
         return path.is_relative_to(self.uploads) and path.is_file()
 
     @contextmanager
     def needing(self, path: Path | None) -> Iterator[None]:
-        """An upload of the page is not removed inside of the block."""
+        """Keep an upload of the page from being removed inside of the `with` block."""
         with self._lock:
             upload = self._kept.get(path)
             if upload is not None:
@@ -142,7 +146,7 @@ class Store:
                     self.leave(path)
 
     def leave(self, path: Path) -> None:
-        """The session of this upload has gone: remove it, once no job needs it."""
+        """Remove an upload whose session has ended, as soon as no job needs it."""
         with self._lock:
             upload = self._kept.get(path)
             if upload is not None:
@@ -157,7 +161,7 @@ class Store:
         self._kept.clear()
 
     def _make_room(self, more: int) -> None:
-        """Remove old uploads until so many bytes more fit; Busy if those that are needed leave too few."""
+        """Remove old uploads until `more` bytes fit; Busy if they do not fit beside the uploads that must stay."""
         now = time.monotonic()
         for path, upload in list(self._kept.items()):
             if not upload.needed:
@@ -176,13 +180,13 @@ class Store:
 
 
 class Reservation:
-    """Bytes of uploads that a request in flight holds."""
+    """The bytes of uploads that one request in flight reserves."""
 
     def __init__(self, store: Store):
         self.size, self._store = 0, store
 
     def grow(self, size: int) -> None:
-        """Hold so many bytes in all; Busy if they do not fit beside what others hold and need."""
+        """Raise the reservation to `size` bytes in all; Busy if they do not fit beside the other uploads and reservations."""
         with self._store._lock:
             self._store._make_room(size - self.size)
             self._store._reserved += size - self.size

@@ -1,4 +1,7 @@
-"""HTML of what the page shows: the stage, the line under it, the gallery. Strings in, strings out."""
+"""The HTML of the parts of the page that change: the stage, the line under it and the gallery.
+
+The stage is the large area that shows the clip.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from PIL import Image
 from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
 
-PREVIEW_FRAMES = 32  # the last ones of a long clip: what a preview costs does not grow with it
-OF_A_CLIP = ("num_frames", "num_given_frames", "fps")
+PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
+OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
 HIDDEN = ("target_size", "height", "width")
 
 
@@ -25,7 +28,7 @@ def stage_text(text: str) -> str:
 
 
 def stage_preview(frames: Sequence[np.ndarray], fps: int) -> str:
-    """The frames made so far, uint8 [H, W, 3] each, as a moving picture inside of the page."""
+    """Return the last of the frames made so far, uint8 [H, W, 3] each, as an animated picture in a data URL."""
     first, *rest = (Image.fromarray(frame) for frame in frames[-PREVIEW_FRAMES:])
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=0)
@@ -38,7 +41,10 @@ def stage_result(record: dict[str, Any]) -> str:
 
 
 def player(name: str, how: str) -> str:
-    """A result as video or picture; the address is relative, for pages behind a proxy."""
+    """Return a result as a video or picture element.
+
+    Its address is relative, so that it works behind a proxy.
+    """
     if name.endswith(".png"):
         return f'<img class="result" alt="the picture" src="api/results/{name}">'
     return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'
@@ -54,7 +60,7 @@ def wrong(message: str) -> str:
 
 
 def gallery(records: Sequence[dict[str, Any]]) -> str:
-    """The results of a session, the newest first, each with the settings that made it."""
+    """Return the results of a session, the newest first, each with its settings."""
     if not records:
         return ""
     return f'<h3>Made in this session</h3><div class="results">{"".join(map(card, reversed(records)))}</div>'
@@ -71,7 +77,7 @@ def card(record: dict[str, Any]) -> str:
 
 
 def shown_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What decided the result, without what is off."""
+    """Return the (name, value) pairs of a record that are shown: inputs, size and the sampling options that are not off."""
     settings = record["settings"]
     given = [(name, record[name]) for name in ("negative_prompt", "image", "video") if record[name]]
     of_clips = [name for name, option in all_options().items() if not option.for_pictures]

@@ -1,4 +1,4 @@
-"""One thread that makes one clip after the other, and the bounded queue before it."""
+"""A thread that makes one clip after the other, and its bounded queue."""
 
 from __future__ import annotations
 
@@ -20,36 +20,44 @@ ENDED = ("done", "failed", "cancelled")
 
 
 class Cancelled(Exception):
-    """The work was asked to stop."""
+    """The job was cancelled while it was running."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way: waiting, working, then done, failed or cancelled. The worker's thread writes, others read."""
+    """A request and its progress.
+
+    `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the
+    worker writes the fields and other threads read them.
+    """
 
     request: Request
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     state: str = "waiting"
-    progress: float = 0.0  # share of all steps
-    frames: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], as they are made
+    progress: float = 0.0  # share of all steps that are done, 0 to 1
+    frames: list[np.ndarray] = field(default_factory=list)  # the frames made so far, uint8 [H, W, 3] each
     fps: int = 1
-    notes: list[str] = field(default_factory=list)  # warnings: settings without effect
+    notes: list[str] = field(default_factory=list)  # warnings, for example of settings without effect
     error: Exception | None = None
-    record: dict[str, Any] | None = None  # of the written result, `file` is its name
-    stop: threading.Event = field(default_factory=threading.Event)
+    record: dict[str, Any] | None = None  # the record of the written result; its "file" is the name of the result
+    stop: threading.Event = field(default_factory=threading.Event)  # set to cancel the job
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
 
     def check_stop(self) -> None:
-        """Cancelled once somebody asked for it; called after every step."""
+        """Raise Cancelled if the job is to stop. The service calls this after every step."""
         if self.stop.is_set():
             raise Cancelled
 
 
 class Worker:
-    """make(job) does the work of a job and raises Cancelled soon after `job.stop` is set."""
+    """A thread that runs `make(job)` for one job after the other.
+
+    `make` must raise Cancelled soon after `job.stop` is set. queue_length: the most jobs that may
+    wait.
+    """
 
     def __init__(self, make: Callable[[Job], None], queue_length: int):
         self._make, self._queue_length = make, queue_length
@@ -61,7 +69,11 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
-        """Put a job into the queue; Busy if that is full or the job's owner has one in it."""
+        """Put a job into the queue and return it.
+
+        Busy if the queue is full, if the owner has another job that has not ended, or if the worker
+        is closed.
+        """
         with self._changed:
             if self._closed:
                 raise Busy("the server is closing; try again later")
@@ -74,7 +86,10 @@ class Worker:
         return job
 
     def cancel(self, job: Job) -> None:
-        """A waiting job is gone at once, a running one after the step that it is in. Nothing happens to one that has ended."""
+        """Cancel a job: a waiting job at once, a running job after its current step.
+
+        A job that has ended stays as it is.
+        """
         with self._changed:
             job.stop.set()
             if job in self._waiting:
@@ -87,7 +102,7 @@ class Worker:
                 self.cancel(job)
 
     def ahead(self, job: Job) -> int:
-        """How many jobs come before this waiting one."""
+        """Return how many jobs come before this waiting job."""
         with self._changed:
             everyone = self._all()
             return everyone.index(job) if job in everyone else 0
@@ -97,7 +112,7 @@ class Worker:
             return {"state": "working" if self._all() else "idle", "waiting": len(self._waiting)}
 
     def close(self, wait: bool = True) -> None:
-        """Cancel everything, take nothing more, and wait for the running job's end."""
+        """Cancel all jobs and refuse new ones. wait: return only after the running job has ended."""
         with self._changed:
             self._closed = True
             for job in self._all():
@@ -122,7 +137,10 @@ class Worker:
                 self._running, job.state = None, state
 
     def _outcome(self, job: Job) -> str:
-        """Do the work; whatever goes wrong stays with the job, and the worker lives on."""
+        """Run a job and return its last state.
+
+        An error is stored in `job.error`, so that the worker goes on.
+        """
         try:
             self._make(job)
             return "done"

@@ -1,1 +1,1 @@
-"""How good is what was made."""
+"""Measurements of models: how well clips follow their prompts, and how well a tokenizer reconstructs clips."""

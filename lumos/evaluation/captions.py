@@ -1,4 +1,8 @@
-"""What a caption of the synthetic world asks for, as attributes that a clip can be checked against."""
+"""Attributes that the captions of synthetic scenes name, in the form in which a clip is checked for them.
+
+A synthetic scene is one of `lumos.data.synthetic.render`: one or two objects that
+stay, move, grow or shrink on a background.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,12 @@ _GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join((*BACKGROUNDS, *GRADIE
 
 
 def parse_caption(text: str) -> dict:
-    """Attributes named by a caption: {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}], "background"}.
+    """Return the attributes that a caption names.
 
-    The inverse of the captions of `lumos.data.synthetic.render`; what the caption leaves out is missing in the result.
+    The result is {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}],
+    "background"}, with an entry in "things" for each object. An attribute that the caption does not
+    name is missing. UserError if the text does not have the form of the captions of
+    `lumos.data.synthetic.captions`.
     """
     plain = " ".join(text.lower().replace("grey", "gray").split())
     rest, ground = _GROUND.match(plain).groups()
@@ -43,14 +50,14 @@ def parse_caption(text: str) -> dict:
         if named["digit"] is not None:
             ask.update(shape="digit", digit=int(named["digit"]))
         things.append({key: value for key, value in ask.items() if value is not None})
-    if _PLURAL.search(rest):  # an apple and a banana move right
+    if _PLURAL.search(rest):  # "an apple and a banana move right": the motion belongs to all objects
         for thing in things[:-1]:
             thing.setdefault("motion", things[-1]["motion"])
     return {"things": things, **({"background": ground} if ground else {})}
 
 
 def scene_attributes(scene: Scene) -> dict:
-    """All attributes of a scene, in the form of `parse_caption`, also those that its caption leaves out."""
+    """Return all attributes of a scene in the form of `parse_caption`, also those that its caption does not name."""
     things = []
     for thing in scene.things:
         shape = None if thing.sprite else thing.shape
@@ -62,7 +69,11 @@ def scene_attributes(scene: Scene) -> dict:
 
 
 def named_attributes(scene: Scene) -> dict:
-    """Those attributes of a scene that its caption names, whatever its wording: without sizes and ground left out."""
+    """Return the attributes of a scene that its caption names, in the form of `parse_caption`.
+
+    Unlike `parse_caption`, this function also works for paraphrased captions. Colours of digits are
+    never named; sizes and the background are left out if the caption does not hold their words.
+    """
     wanted = scene_attributes(scene)
     for thing, ask in zip(scene.things, wanted["things"], strict=True):
         if "digit" in ask:

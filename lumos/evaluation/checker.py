@@ -1,8 +1,10 @@
-"""Does a clip show what was asked for? Judged from its pixels alone, for clips of the world in `lumos.data.synthetic.render`.
+"""A checker that decides from the pixels of a clip whether it shows the synthetic scene that a caption describes.
 
-The checker knows the words and colours of that world, not how it draws: background, objects, colour, shape, size and
-motion are measured, so the same code judges rendered, reconstructed and generated clips. It tells objects apart by
-colour; two objects of one colour are seen as one of unclear shape, and counted.
+Synthetic scenes are those of `lumos.data.synthetic.render`. The checker knows their words and
+colours, but not how they are drawn: it measures background, objects, colour, shape, size and
+motion. So the same code judges rendered, reconstructed and generated clips. Objects are told apart
+by their colour. Two objects of one colour are measured as one object of unclear shape, and counted
+as two.
 
     check_clip(video, "a red circle moves left")   -> {"count": True, "colour": True, "shape": False, ..., "all": False}
 """
@@ -25,20 +27,31 @@ from lumos.evaluation.captions import parse_caption, scene_attributes
 from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 from lumos.evaluation.sprites import SeenSprite, inspect_sprites
 
-# Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
+# Lengths and areas are in pixels of a 64 x 64 frame and are scaled for other sizes.
+# Colour distances are Euclidean in RGB, 0 to 255.
+# "Ground" is the colour of the background as measured in the clip.
 MIN_CONTRAST = 45.0
-"""Least colour distance from the background that counts as an object. The faintest pair of the world is at 110."""
+"""The least colour distance of an object's pixel from the ground.
+
+The most similar object and background have distance 110.
+"""
 MAX_COLOUR_DISTANCE = 70.0
+"""The most colour distance of an object's pixel from the line between the ground and the colour."""
 MIN_SHARE = 0.55
-"""Least part of the way from the ground to a colour at which a pixel is proof of it: thin strokes are never full."""
+"""The least share of a colour in the mixture of a pixel that counts as evidence of it.
+
+Thin strokes never have the full colour.
+"""
 MIN_AREA = 15.0
-"""Least full-coloured area of an object, median over the frames; less is dirt."""
+"""The least area of an object, as the median over the frames. A smaller patch is noise."""
 MIN_AREA_IN_FRAME = 4.0
+"""The least area of an object in a frame in which it counts as visible."""
 MIN_VISIBLE = 0.75
-"""Least share of the frames in which an object must be seen to exist."""
+"""The least share of the frames in which an object must be visible."""
 MIN_SHAPE_SCORE = 0.65
+"""The least overlap with an ideal shape. With less, the shape is "unclear"."""
 DIGIT_GRID = 20
-"""Digits are compared on a grid of this many samples, two per pixel of the 8 x 8 images, around the centre of ink."""
+"""Samples per side of the grid on which digits are compared: two per pixel of the 8 x 8 images, around the centre of mass."""
 
 AREA_OF_UNIT = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "plus": 20 / 9}
 """Area of a shape with radius (half width) 1."""
@@ -46,14 +59,17 @@ AREA_OF_UNIT = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "plus": 20 / 9}
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as measured. "unclear" where no word of the world fits. Lengths in pixels."""
+    """The measurements of one object; lengths are in pixels.
+
+    A value is "unclear" if no word of the captions fits.
+    """
 
     colour: str
     shape: str  # one of SHAPES, "digit" or "unclear"
     digit: int | None
     size: str  # at the first frame
     motion: str  # one of MOTIONS or "unclear"
-    score: float  # overlap with the ideal outline of that shape, 0 to 1
+    score: float  # overlap with the ideal shape, 0 to 1
     radius: float  # at the first frame
     way: tuple[float, float]  # displacement from the first to the last frame
     growth: float  # radius at the last frame over radius at the first
@@ -61,7 +77,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a clip shows: `count` objects, one `Seen` for each colour among them."""
+    """The content of a clip: the number of its objects, and one `Seen` for each colour among them."""
 
     background: str
     things: tuple[Seen, ...]
@@ -69,7 +85,10 @@ class Observation:
 
 
 def inspect_clip(video: np.ndarray) -> Observation:
-    """Measure a clip, uint8 [T, H, W, 3]."""
+    """Measure the background and the objects of a clip, uint8 [T, H, W, 3].
+
+    UserError for another shape or type.
+    """
     video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
@@ -77,7 +96,7 @@ def inspect_clip(video: np.ndarray) -> Observation:
     things, count = [], 0
     labels = _label_by_colour(difference, ground, scale)
     for colour in np.unique(labels[labels >= 0]):
-        own, fragments = _without_dirt(labels == colour)
+        own, fragments = _without_small_patches(labels == colour)
         near = ndimage.binary_dilation(own, np.ones((1, 3, 3))) & ((labels < 0) | own)
         thing = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
         things.append(thing)
@@ -86,10 +105,12 @@ def inspect_clip(video: np.ndarray) -> Observation:
 
 
 def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]:
-    """Compare a clip with a caption, with attributes from `parse_caption`, or with all that is true of a scene.
+    """Compare a clip, uint8 [T, H, W, 3], with a caption, with attributes from `parse_caption`, or with all attributes of a scene.
 
-    Only what is named is checked: a caption without a size gives no "size". Keys: count, colour, shape (for a digit:
-    which digit), sprite, size, motion, background, and all. With two objects a key is true if it is true of both.
+    Return {attribute: whether it is right}. The keys are count, colour, shape (for a digit: which
+    digit), sprite, size, motion, background, and all. Only attributes that are named are checked: a
+    caption without a size gives no "size". With two objects an attribute is right if it is right
+    for both. UserError if the caption cannot be parsed.
     """
     if isinstance(wanted, Scene):
         wanted = scene_attributes(wanted)
@@ -113,22 +134,22 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
 
 
 def check_identity(frame: np.ndarray, wanted: dict) -> dict[str, bool]:
-    """What `check_clip` says of one frame [H, W, 3] of a clip: count, colour, shape, sprite, all; neither size nor motion."""
+    """Compare one frame, uint8 [H, W, 3], with attributes as `check_clip` does, except for size, motion and background."""
     things = [{key: value for key, value in thing.items() if key not in ("size", "motion")} for thing in wanted["things"]]
     return check_clip(np.asarray(frame)[None], {"things": things})
 
 
 def identities(frame: np.ndarray, wanted: dict) -> list[tuple]:
-    """Colour and shape, or the sprite, of everything that a frame [H, W, 3] shows, in a fixed order."""
+    """Return the (colour, shape, digit or -1), or the (sprite,), of each object in a frame, uint8 [H, W, 3], sorted."""
     _, things, _ = _look(as_clip(np.asarray(frame)[None]), wanted)
     return sorted((t.sprite,) if isinstance(t, SeenSprite) else (t.colour, t.shape, t.digit or -1) for t in things)
 
 
 def _look(video: np.ndarray, wanted: dict) -> tuple[str, Sequence[Seen | SeenSprite], int]:
-    """(background, things, their number), measured as sprites if sprites are wanted."""
+    """Return (background, objects, number of objects), measured as sprites if `wanted` names sprites."""
     are_sprites = {"sprite" in thing for thing in wanted["things"]}
     if len(are_sprites) > 1:
-        raise UserError("a sprite beside a shape or digit cannot be checked: no world shows them together; ask for one kind")
+        raise UserError("a sprite beside a shape or digit cannot be checked: no scene shows them together; ask for one kind")
     if True in are_sprites:
         return inspect_sprites(video)
     seen = inspect_clip(video)
@@ -144,7 +165,7 @@ def _compare(thing: Seen | SeenSprite | None, ask: dict) -> dict[str, bool]:
 
 
 def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name and colour of the ground: the median of a frame of two pixels along the border, over all frames."""
+    """Return the name and the colour of the ground: the median of a border of two pixels, over all frames."""
     border = np.ones(video.shape[1:3], bool)
     border[2:-2, 2:-2] = False
     ground = np.median(video[:, border].reshape(-1, 3), axis=0).astype(np.float32)
@@ -159,10 +180,12 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tu
 
 
 def _label_by_colour(difference: np.ndarray, ground: np.ndarray, scale: float) -> np.ndarray:
-    """Index of the colour that each pixel belongs to, -1 for background, int [T, H, W].
+    """Return the index of the colour that each pixel belongs to, -1 for the background, int [T, H, W].
 
-    A soft edge mixes ground and colour, so a pixel belongs to the colour whose line from the ground passes nearest.
-    Only colours of which there is a real object take part, or the mixtures would make false ones.
+    difference: the pixels minus the ground. The pixels of a soft edge are mixtures of the ground
+    and a colour. So a pixel belongs to the colour whose line from the ground passes nearest to it.
+    Only colours with enough pixels of their own take part, because a mixture of the ground and one
+    colour may lie near the line of another.
     """
     labels = np.full(difference.shape[:3], -1)
     mask = np.linalg.norm(difference, axis=-1) > MIN_CONTRAST
@@ -180,21 +203,28 @@ def _label_by_colour(difference: np.ndarray, ground: np.ndarray, scale: float) -
     return labels
 
 
-def _without_dirt(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Drop specks below a tenth of the largest patch of each frame; also the usual number of large patches."""
+def _without_small_patches(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the mask without small patches, and the median number of large patches per frame.
+
+    A patch is small below a tenth of the largest patch of its frame, and large above a quarter.
+    """
     within_frame = np.zeros((3, 3, 3))
     within_frame[1] = 1
     patches, _ = ndimage.label(mask, within_frame)
     area = np.bincount(patches.ravel())
     area[0] = 0
-    area = area[patches]  # [T, H, W]: the area of the patch that a pixel is in
+    area = area[patches]  # [T, H, W]: the area of the patch that the pixel belongs to
     share = area / np.maximum(area.max((1, 2), keepdims=True), 1)
     large = [len(np.unique(frame[big])) for frame, big in zip(patches, share > 0.25, strict=True)]
     return share > 0.1, max(1, int(np.median(large)))
 
 
 def _coverage(difference: np.ndarray, own: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """How much of each pixel the object covers, 0 to 1, [T, H, W], from its own colour as measured."""
+    """Return the share of each pixel that an object covers, 0 to 1, [T, H, W].
+
+    The shares are relative to the object's own colour, which is measured from its strongest pixels.
+    own: the mask of the object; near: the same mask with its soft edge.
+    """
     pixels = difference[own]
     strength = np.linalg.norm(pixels, axis=-1)
     line = np.median(pixels[strength >= np.quantile(strength, 0.6)], axis=0)
@@ -209,7 +239,7 @@ def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
     y = coverage.sum(2)[seen] @ (np.arange(height) + 0.5) / area[seen]
     few = np.unique(np.linspace(0, len(seen) - 1, 6).round().astype(int))
     views = [(coverage[seen[i]], x[i], y[i], area[seen[i]]) for i in few]
-    # The larger views weigh more: a shape that has shrunk to a few pixels looks like a circle.
+    # Frames in which the object is larger have more weight: a shape of a few pixels looks like a circle.
     weights = area[seen[few]]
     scores = {shape: float(np.average([_overlap(*view, shape) for view in views], weights=weights)) for shape in SHAPES}
     shape = max(scores, key=scores.get)
@@ -220,7 +250,7 @@ def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
             shape, score, digit = "digit", digit_score, found
     radii = np.sqrt(area[seen] / AREA_OF_UNIT.get(shape, np.pi))
     if shape == "triangle":
-        y = y - radii / 3  # from the centre of mass to the centre of the box, which stays where it is in growth
+        y = y - radii / 3  # the centre of the box, which unlike the centre of mass stays in place when the triangle grows
     (x_first, x_last), (y_first, y_last), (radius, last) = (line_ends(seen, v, num_frames) for v in (x, y, radii))
     way, growth = (x_last - x_first, y_last - y_first), max(last, 0.0) / max(radius, 1e-6)
     size = "" if shape == "digit" else min(SIZES, key=lambda size: abs(radius - SIZES[size] * scale))
@@ -230,7 +260,7 @@ def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
 
 
 def _overlap(coverage: np.ndarray, x: float, y: float, area: float, shape: str) -> float:
-    """Intersection over union of a coverage [H, W] with the ideal shape of the same area and centre of mass."""
+    """Return the intersection over union of a coverage [H, W] and the ideal shape of the same area and centre of mass."""
     radius = np.sqrt(area / AREA_OF_UNIT[shape])
     thirds = (np.arange(3) + 0.5) / 3
     dx = ((np.arange(coverage.shape[1])[:, None] + thirds).ravel() - x) / radius
@@ -238,7 +268,7 @@ def _overlap(coverage: np.ndarray, x: float, y: float, area: float, shape: str) 
     if shape == "circle":
         inside = dx**2 + dy**2 <= 1
     elif shape == "triangle":
-        # Its centre of mass lies a third of the radius below the middle of its box.
+        # The centre of mass of the triangle lies a third of the radius below the centre of its box.
         inside = (dy <= 2 / 3) & (2 * np.abs(dx) <= dy + 4 / 3)
     else:
         dx, dy = np.abs(dx), np.abs(dy)
@@ -251,7 +281,7 @@ def _overlap(coverage: np.ndarray, x: float, y: float, area: float, shape: str) 
 
 @lru_cache(maxsize=1)
 def _digit_references() -> tuple[np.ndarray, np.ndarray]:
-    """Every UCI image sampled around its centre of ink, [N, DIGIT_GRID ** 2], and its digit [N]."""
+    """Return the UCI images sampled around their centres of mass, [N, DIGIT_GRID ** 2], and their digits [N]."""
     images, labels = digits.load()
     middle = np.arange(8) + 0.5
     ink = images.sum((1, 2))
@@ -264,17 +294,17 @@ def _digit_references() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sample(image: np.ndarray, x: float, y: float, cell: float) -> np.ndarray:
-    """Bilinear samples of an image on the digit grid centred at (x, y), one digit pixel being `cell` wide."""
+    """Return bilinear samples of an image on the digit grid centred at (x, y). cell: the width of a digit's pixel in the image."""
     grid = (np.arange(DIGIT_GRID) - (DIGIT_GRID - 1) / 2) * cell / 2
     at = np.meshgrid(y + grid - 0.5, x + grid - 0.5, indexing="ij")
     return ndimage.map_coordinates(image, at, order=1, mode="grid-constant").ravel()
 
 
 def _read_digit(views: list, scale: float) -> tuple[int, float]:
-    """The digit of the nearest UCI image and its overlap with what is seen."""
+    """Return the digit of the most similar UCI image, and the overlap of that image with the mean of the views."""
     seen = np.mean([_sample(coverage, x, y, DIGIT_PIXEL * scale) for coverage, x, y, _ in views], axis=0)
     references, labels = _digit_references()
-    # Correlation, so that a softer or fainter hand still finds its digit.
+    # The correlation does not depend on contrast, so a softer or fainter digit still matches its image.
     nearest = int((references @ (seen - seen.mean()) / np.linalg.norm(references, axis=1)).argmax())
     ideal = references[nearest]
     seen = seen * (ideal.sum() / seen.sum())

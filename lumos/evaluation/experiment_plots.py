@@ -1,6 +1,8 @@
-"""The picture of an experiment: a panel for each curve, one for all shares, one for the amount of motion, one for time.
+"""The plots of an experiment, in one picture.
 
-Means over seeds; bands and bars are a standard deviation.
+There is a panel for each curve, one for all shares of `evaluate prompts`, one for the amount of
+motion and one for the time. Lines are means over seeds. Bands and error bars show one standard
+deviation.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from typing import Any
 from lumos.errors import UserError, drawable
 from lumos.files import replacing
 
-MOTION = "moved"  # no share: may be above 1
+MOTION = "moved"  # the amount of motion has a panel of its own, because it is not a share and may be above 1
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
 
 def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: bool = True) -> None:
-    """`result` is what `experiments.gather` gives. UserError if matplotlib is not installed."""
+    """Write the picture of an experiment as PNG. UserError if matplotlib is not installed.
+
+    result: the return value of `experiments.gather`. figures: names of the shares to draw. seconds:
+    whether to draw the time panel.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -58,7 +64,11 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
 
 
 def curve(runs: list[dict[str, Any]], field: str) -> Points:
-    """Over steps; for a field with places, such as frames, the last value over the places."""
+    """Return the points of a field of the log over training steps or FLOPs.
+
+    The values of some fields are lists, for example with one value per latent frame. For such a
+    field, return the last list over the positions in it.
+    """
     values: dict[float, list[float]] = {}
     for run in runs:
         points = run["curves"][field]
@@ -71,14 +81,14 @@ def curve(runs: list[dict[str, Any]], field: str) -> Points:
 
 
 def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, axis: str) -> None:
-    """Lines over x where every variant has one, else bars over the variants' names."""
+    """Draw lines over x if every variant has an x, else bars over the names of the variants."""
     numeric = all(row["x"] is not None for row in variants.values())
     for k, name in enumerate(shown):
         rows = [(n if not numeric else row["x"], row) for n, row in enumerate(variants.values()) if name in row["summary"]]
         points = sorted((x, *row["summary"][name]) for x, row in rows)
         if numeric:
             _band(axes, points, f"C{k}", name, "-o")
-        else:  # beside each other
+        else:  # the bars of a variant stand side by side
             x, mean, spread = zip(*points, strict=True)
             places = [place + 0.8 * ((k + 0.5) / len(shown) - 0.5) for place in x]
             axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=drawable(name))

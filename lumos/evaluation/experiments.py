@@ -1,7 +1,9 @@
-"""Comparisons of settings: every variant with every seed is trained, judged, or both; then one JSON file and one picture.
+"""Experiments, which compare variants of settings.
 
-A run is a command line in a process of its own, so what an experiment does can be typed by hand, and each resumes by itself:
-an experiment that was stopped goes on, and one whose YAML grew runs only what is new.
+Each variant is trained, evaluated with `evaluate prompts`, or both, once with each seed. The
+results are one JSON file and one picture. A run is one variant with one seed. Its commands run in
+processes of their own, so a user can also type them. Runs that are done are not repeated: an
+experiment that was stopped goes on, and an experiment with new variants runs only those.
 """
 
 
@@ -27,51 +29,51 @@ from lumos.settings import build, is_number, read_yaml, setting
 from lumos.training.logging import read_lines
 
 OVER = ("step", "flops")
-LAST_BYTES = 10_000  # of a log, in which a run's last line is looked for
+LAST_BYTES = 10_000  # bytes at the end of a log in which its last line is searched for
 LONGEST_NAME = 200
 FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
 MORE_FIGURES = ("background", "colour_and_motion", "count", "first_frame", "size", "sprite")
 OWN_OPTIONS = ("--seed", "--output")
-"""Of `evaluate prompts`: what an experiment gives each run."""
+"""Options of `evaluate prompts` that an experiment sets itself for each run."""
 
 
 @dataclass
 class Training:
-    config: str | None = setting(None, "config of `train` that all variants share; null: nothing is trained")
-    overrides: list[str] = setting([], "section.key=value for all of them")
+    config: str | None = setting(None, "config of `train` for all variants; null: nothing is trained")
+    overrides: list[str] = setting([], "section.key=value for all variants")
 
 
 @dataclass
 class Variant:
-    train: list[str] = setting([], "section.key=value of this variant")
-    prompts: list[str] = setting([], "options of `evaluate prompts` of this variant")
-    x: float | None = setting(None, "where it stands on the axis; null: variants have names only")
+    train: list[str] = setting([], "section.key=value for this variant")
+    prompts: list[str] = setting([], "options of `evaluate prompts` for this variant")
+    x: float | None = setting(None, "position of the variant on the x axis; null: variants have names only")
 
 
 @dataclass
 class Experiment:
-    question: str = setting("", "what is to be found out")
-    train: Training = setting(Training, "what is trained")
-    model: str | None = setting(None, "model folder to judge where nothing is trained; null: the shipped one")
-    prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: prompts are not judged")
+    question: str = setting("", "the question that the experiment answers")
+    train: Training = setting(Training, "the training that all variants share")
+    model: str | None = setting(None, "model folder to evaluate if nothing is trained; null: the model of the repository")
+    prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: it does not run")
     curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
-    over: str = setting("step", "what curves run over: step, or flops, those of training up to there")
-    figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw, means over kinds, or of one: all of two")
-    axis: str = setting("", "what x is")
-    seconds: bool = setting(True, "draw the seconds a clip takes, where variants stand on an axis")
-    seeds: list[int] = setting([0], "each variant runs once with each")
+    over: str = setting("step", "x axis of the curves: step, or flops (training FLOPs up to the step)")
+    figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw: means over kinds, or of one kind: all of two")
+    axis: str = setting("", "label of the x axis for variants with an x")
+    seconds: bool = setting(True, "draw the seconds per clip over x, if the variants have an x")
+    seeds: list[int] = setting([0], "seeds; each variant runs once with each seed")
     variants: dict[str, Any] = setting({}, "name: {train: [...], prompts: [...], x: ...}")
 
 
 def load(path: str | Path) -> Experiment:
-    """Read and check an experiment's YAML."""
+    """Return the experiment of a YAML file; UserError for settings that are unknown, wrong or without effect."""
     experiment = build(Experiment, read_yaml(path, []))
     if not experiment.variants:
         raise UserError(f"{path} has no variants; name at least one")
     experiment.variants = {str(name): build(Variant, raw, f"variants.{as_text(name)}") for name, raw in experiment.variants.items()}
     trains, judges = experiment.train.config is not None, experiment.prompts is not None
     if not trains and not judges:
-        raise UserError(f"{path} neither trains (train.config) nor judges (prompts); set one of them")
+        raise UserError(f"{path} neither trains (train.config) nor evaluates (prompts); set one of them")
     for name, variant in experiment.variants.items():
         if variant.train and not trains:
             raise UserError(f"variants.{as_text(name)}.train has no effect without train.config; leave it out")
@@ -79,7 +81,7 @@ def load(path: str | Path) -> Experiment:
             raise UserError(f"variants.{as_text(name)}.prompts has no effect without prompts; leave it out")
         if not name or "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
             raise UserError(
-                f"variant {shown(name)} cannot name a folder; give it a name without / and a dot in front, of at most "
+                f"variant {shown(name)} cannot name a folder; give it a name without / that does not begin with a dot, of at most "
                 f"{LONGEST_NAME} bytes"
             )
     if trains and experiment.model:
@@ -91,7 +93,7 @@ def load(path: str | Path) -> Experiment:
     told = [option for row in (experiment, *experiment.variants.values()) for option in row.prompts or ()]
     options = [part for option in told for part in option.split("=")]
     if own := [option for option in OWN_OPTIONS if option in options]:
-        raise UserError(f"prompts: {own[0]} is what each run of the experiment has of its own; leave it out")
+        raise UserError(f"prompts: the experiment sets {own[0]} itself for each run; leave it out")
     if trains and "--model" in options:
         raise UserError("prompts: --model has no effect where variants are trained; leave it out")
     for name in experiment.figures:
@@ -110,7 +112,7 @@ def load(path: str | Path) -> Experiment:
 
 @dataclass(frozen=True)
 class Job:
-    """One variant with one seed: the command lines that make `folder/train` and `folder/prompts.json`."""
+    """One run, which is one variant with one seed: the commands that make `folder/train` and `folder/prompts.json`."""
 
     name: str
     seed: int
@@ -123,26 +125,33 @@ class Job:
         return self.folder / "train" / "log.jsonl"
 
     def missing(self) -> Iterator[tuple[str, ...]]:
-        """Commands that are not done yet, in order. UserError where another command has begun or done its part."""
+        """Yield the commands that are not done yet, in order.
+
+        UserError if the folder holds the result of another command, or if another command was begun
+        in it.
+        """
         for command, made in ((self.train, self.folder / "train" / "export" / "config.json"),
                               (self.prompts, self.folder / "prompts.json")):  # fmt: skip
             if not command:
                 continue
-            told = self.told(command)
-            before = read_text(told, "the command of a run") if told.is_file() else None
+            written = self.command_file(command)
+            before = read_text(written, "the command of a run") if written.is_file() else None
             if before != shlex.join(command) and (before is not None or made.is_file()):
-                how = f"the command in {told}" if before else "an unknown command"
-                raise UserError(f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it or name other --runs")
+                how = f"the command in {written}" if before else "an unknown command"
+                raise UserError(
+                    f"{self.folder} was made by {how}, not by: {shlex.join(command)}; delete it, or name another folder "
+                    "with --runs"
+                )
             if not made.is_file():
                 yield command
 
-    def told(self, command: tuple[str, ...]) -> Path:
-        """Where a command that makes a part of the folder is kept, so that its result is never taken for another's."""
+    def command_file(self, command: tuple[str, ...]) -> Path:
+        """Return the file that holds the text of a command, by which a result of another command is recognized."""
         return self.folder / f"{command[0]}.command"
 
 
 def jobs(experiment: Experiment, root: Path) -> list[Job]:
-    """All of them, below `root`, one folder a variant and seed."""
+    """Return the runs of an experiment, each with a folder of its own below `root`."""
     found = []
     for name, variant in experiment.variants.items():
         for seed in experiment.seeds:
@@ -153,7 +162,8 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
                          f"training.seed={seed}", f"training.output_dir={folder / 'train'}")  # fmt: skip
             if experiment.prompts is not None:
                 model = [str(folder / "train" / "export")] if train else [experiment.model] if experiment.model else []
-                # what defaults are chosen by must not be the prompts that their figures are of
+                # The seed differs from the default of `evaluate prompts`, with which default options were chosen. Otherwise the
+                # shares would be measured on the same prompts.
                 options = [f"--seed={10_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
                 prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
                            *variant.prompts)  # fmt: skip
@@ -162,13 +172,16 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
 
 
 def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
-    """Do what is missing, `parallel` jobs at a time, each with its share of the cores; RunError names the first that failed."""
+    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the cores.
+
+    RunError after all have ended, with the first failure.
+    """
     threads = max(1, (os.cpu_count() or 1) // parallel)
 
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for command in job.missing():
-            write_bytes(job.told(command), shlex.join(command).encode())
+            write_bytes(job.command_file(command), shlex.join(command).encode())
             with open(job.folder / f"{command[0]}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(
@@ -189,9 +202,11 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
 
 
 def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
-    """What a job that is done gave.
+    """Return the results of a job that is done.
 
-    curves: {field: [[step or FLOPs, value], ...]}; kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the kinds}.
+    The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
+    `evaluate prompts`, kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the
+    kinds}, seconds and clips. UserError for a curve that is not in the log.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -220,7 +235,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
 
 
 def read_judged(file: Path) -> dict[str, Any]:
-    """What `evaluate prompts --output` wrote; RunError if it is damaged."""
+    """Return the content of a file that `evaluate prompts --output` wrote; RunError if it is damaged."""
     try:
         judged = read_json(file, "what `evaluate prompts` wrote")
         numbers = [judged["seconds"], judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
@@ -232,7 +247,10 @@ def read_judged(file: Path) -> dict[str, Any]:
 
 
 def flops_until(step: int, lines: list[dict[str, Any]]) -> float:
-    """Training FLOPs of the first `step` steps: each line of the log holds the mean of a step since the line before."""
+    """Return the training FLOPs of the first `step` steps.
+
+    Each line of the log holds the mean FLOPs per step since the previous line.
+    """
     spent = rate = last = 0
     for line in lines:
         if "flops" in line and last < step:
@@ -242,7 +260,7 @@ def flops_until(step: int, lines: list[dict[str, Any]]) -> float:
 
 
 def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
-    """Everything that was measured, by variant."""
+    """Return the settings of an experiment with the results of all its runs, by variant."""
     variants: dict[str, Any] = {}
     for job in done:
         variant = experiment.variants[job.name]
@@ -257,7 +275,10 @@ def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """{name: [mean over seeds, standard deviation, 0 of one seed]} of each curve's last value, if a number, and of each share."""
+    """Return {name: [mean over seeds, standard deviation]} of each share and of the last value of each curve.
+
+    Curves whose values are lists are left out. The standard deviation of one seed is 0.
+    """
     values: dict[str, list[float]] = {}
     for result in runs:
         for field, points in result.get("curves", {}).items():
@@ -272,7 +293,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
-    """`out`.json and `out`.png."""
+    """Write the result as JSON and as a picture, into the files `out`.json and `out`.png."""
     from lumos.evaluation.experiment_plots import draw
 
     write_json(named(out, ".json"), result)
@@ -280,5 +301,8 @@ def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
 
 
 def named(out: Path, suffix: str) -> Path:
-    """The file beside others of that name, which may hold dots."""
+    """Return the path with a suffix added.
+
+    Dots in its name are kept, unlike with `Path.with_suffix`.
+    """
     return out.with_name(out.name + suffix)

@@ -1,7 +1,8 @@
-"""LPIPS, the learned perceptual distance of two pictures (Zhang et al. 2018, arXiv 1801.03924): AlexNet, version 0.1.
+"""LPIPS, the learned perceptual distance of two pictures (Zhang et al. 2018, arXiv 1801.03924), with AlexNet, version 0.1.
 
-Its weights are two files that other projects publish, and they are only read, never fetched. The computation is written out
-here because the package lpips needs torchvision for one small network and downloads what it does not find.
+The weights are two files of other projects, which this module reads but never downloads. The
+package lpips is not used, because it needs torchvision for one small network, and because it
+downloads missing weights.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from torch import Tensor
 from lumos.errors import RunError, UserError
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
-"""torchvision's AlexNet."""
+"""The file with the weights of torchvision's AlexNet."""
 HEADS = "alex.pth"
-"""The weights of its channels, from the package lpips (lpips/weights/v0.1)."""
+"""The file with the weights of AlexNet's channels, from the package lpips (lpips/weights/v0.1)."""
 MIN_SIDE = 31
-"""Pixels below which AlexNet's last features are empty."""
+"""The least height and width in pixels.
+
+The last features of AlexNet are empty for smaller frames.
+"""
 _STRIDE_AND_PADDING = {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}
-"""Of AlexNet's convolutions, by their place in `features`. The second and third come after a 3 x 3 maximum of stride 2."""
+"""(stride, padding) of AlexNet's convolutions, by their index in `features`.
+
+A 3 x 3 max pooling of stride 2 comes before the second and before the third.
+"""
 _CHANNELS = (64, 192, 384, 256, 256)
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def load(folder: str | Path | None, height: int, width: int, device: torch.device) -> Lpips | str:
-    """The distance of frames of that size, with the weights of `find_weights`; else why it cannot be measured.
+    """Return the distance for frames of height x width pixels, or a text that says why it cannot be measured.
 
-    UserError if a folder is given and it cannot.
+    folder: the folder of the weights, see `find_weights`. UserError, instead of the text, if a
+    folder is given.
     """
     if min(height, width) < MIN_SIDE:
         why = f"LPIPS needs frames of at least {MIN_SIDE} x {MIN_SIDE} pixels, got {height} x {width}"
@@ -43,9 +51,10 @@ def load(folder: str | Path | None, height: int, width: int, device: torch.devic
 
 
 def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
-    """Paths of BACKBONE and HEADS: in `folder`, or where torchvision and lpips keep them; else what is missing.
+    """Return the paths of BACKBONE and HEADS, or a text that says which file is missing.
 
-    UserError if a folder is given that lacks one.
+    The files are searched for in `folder`, or without a folder where torchvision and the package
+    lpips keep them. UserError, instead of the text, if a folder is given.
     """
     if folder is not None:
         paths = Path(folder) / BACKBONE, Path(folder) / HEADS
@@ -56,14 +65,18 @@ def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
     package = importlib.util.find_spec("lpips")
     heads = None if package is None or package.origin is None else Path(package.origin).parent / "weights/v0.1" / HEADS
     place, home = backbone.parent, Path.home()
-    shown = f"~/{place.relative_to(home)}" if place.is_relative_to(home) else place  # a result names no user
+    # The text goes into result files, which must not name a user.
+    shown = f"~/{place.relative_to(home)}" if place.is_relative_to(home) else place
     missing = [] if backbone.is_file() else [f"{BACKBONE} in {shown}, where torchvision keeps it"]
     missing += [] if heads is not None and heads.is_file() else [f"{HEADS}, which the package lpips brings"]
     return f"there is no {', and no '.join(missing)}" if missing else (backbone, heads)
 
 
 class Lpips:
-    """The distance as a function of two clips."""
+    """The mean LPIPS distance of two clips, as a callable.
+
+    RunError if the weights cannot be read or belong to another network.
+    """
 
     def __init__(self, backbone: Path, heads: Path, device: torch.device) -> None:
         features, linear = _read(backbone), _read(heads)
@@ -81,7 +94,10 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Mean distance of the frames of two clips uint8 [T, H, W, 3]; 0 is the same picture."""
+        """Return the mean distance of the frames of two clips, uint8 [T, H, W, 3].
+
+        The distance of equal frames is 0.
+        """
         total = 0.0
         for first, second in zip(a, b, strict=True):
             for x, y, head in zip(self._features(first), self._features(second), self.heads, strict=True):
@@ -89,7 +105,10 @@ class Lpips:
         return total / len(a)
 
     def _features(self, frame: np.ndarray) -> list[Tensor]:
-        """uint8 [H, W, 3] -> features [1, C, h, w] of the five convolutions, of length one in every place."""
+        """Return the features [1, C, h, w] of the five convolutions for a frame, uint8 [H, W, 3].
+
+        The features are normalized: at each position, the vector over channels has length 1.
+        """
         shift, scale = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (_SHIFT, _SCALE))
         x = torch.tensor(frame, device=self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
         x, found = (x - shift) / scale, []
@@ -104,7 +123,8 @@ class Lpips:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file anything, and PyTorch's advice would be to unpickle it
+    # A damaged file can raise any error. PyTorch's own message is not shown, because it advises to unpickle the file.
+    except Exception as error:
         raise RunError(f"cannot read {path} as tensors ({type(error).__name__}); copy the file again") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise RunError(f"{path} holds no tensors by name; copy the file again")

@@ -1,4 +1,7 @@
-"""manifest.json of a folder of results: what decides the files, what surrounded their making, and hashes of inputs."""
+"""The manifest.json of a folder of results, which holds the inputs that decide the results and the environment of the run.
+
+When a run is resumed, the manifest shows whether its inputs are still the same.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,19 @@ from lumos.errors import RunError, UserError, as_text, reason_of
 from lumos.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-SHOWN = 4
+SHOWN = 4  # differences that a message names at most
 
 
 def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment: dict[str, Any]) -> list[str]:
-    """Write `out/manifest.json`, or, once there are results, compare with it; returns what differs in the environment.
+    """Write `out/manifest.json`, or compare with it if there are results, and return the differences of the environment.
 
-    inputs decide the files: UserError names what differs. environment (versions, device, paths) is for the caller to tell.
-    UserError too if `results` holds files and no manifest says what they are.
+    inputs: values that decide the results, with hashes of files; UserError if they differ from
+    those in the manifest. environment: versions, device and paths; the caller reports their
+    differences. UserError if `results` holds files and there is no manifest, RunError if the
+    manifest is damaged.
     """
     path = out / MANIFEST
-    begun = results.exists() and any(results.iterdir())  # looked at first: a process beside this one writes the manifest first
+    begun = results.exists() and any(results.iterdir())  # checked first, because a parallel process may write the manifest
     inputs, environment = (json.loads(json.dumps(part, default=str)) for part in (inputs, environment))
     if not begun:
         write_json(path, {"inputs": inputs, "environment": environment})
@@ -41,7 +46,10 @@ def keep_manifest(out: Path, results: Path, inputs: dict[str, Any], environment:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """`key was old, now new` for each value that differs; keys of objects in objects are joined by dots."""
+    """Return "key was old, now new" for each value that differs.
+
+    The keys of nested objects are joined by dots.
+    """
     found = []
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)

@@ -1,4 +1,6 @@
-"""The prompt lists of VBench, VBench-I2V and GenEval in their official form, and where each benchmark looks for its files.
+"""The official prompt lists of VBench, VBench-I2V and GenEval, and the file names that each benchmark requires.
+
+A sample is one of the clips or pictures that a benchmark wants for a prompt.
 
 Sources: github.com/Vchitect/VBench (prompts/README.md, vbench/__init__.py, vbench2_beta_i2v/README.md) and
 github.com/djghosh13/geneval (README.md, evaluation/evaluate_images.py).
@@ -17,34 +19,40 @@ from lumos.files import parse_json, read_text
 
 VIDEO_SAMPLES = 5
 FLICKER_SAMPLES = 25
-"""Clips of a temporal_flickering prompt: VBench drops those that move and scores five of the rest."""
+"""Clips of a prompt for temporal_flickering.
+
+VBench drops the clips with motion and scores five of the others.
+"""
 PICTURE_SAMPLES = 4
 LONGEST_NAME = 255
-"""Bytes of a file name that common file systems keep."""
+"""The most bytes of a file name on common file systems."""
 NOT_IN_NAMES = "/\0" + ('<>:"\\|?*' if os.name == "nt" else "")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One prompt of a list and the files that its samples go to, in order; paths are from the folder of results."""
+    """One prompt of a list with the files of its samples.
+
+    Paths are relative to the folder of results.
+    """
 
     prompt: str
-    files: tuple[str, ...]
-    row: dict[str, Any]  # all that the list says of it
-    caption: str  # what the model is told: the prompt, or a rewritten one
-    image: str | None = None  # file in the folder of images
-    notes: tuple[tuple[str, str], ...] = ()  # (path, text) of files that lie beside the samples
+    files: tuple[str, ...]  # a path for each sample, in order
+    row: dict[str, Any]  # the whole entry of the list
+    caption: str  # the text for the model: the prompt, or a rewritten prompt
+    image: str | None = None  # file name in the folder of images
+    notes: tuple[tuple[str, str], ...] = ()  # (path, text) of further files that the benchmark wants
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`folder` is what the official evaluation is pointed at; nothing but results may lie in it."""
+    """A benchmark and the form of its prompt list."""
 
     title: str
     list_file: str
-    folder: str
-    read: Callable[[str, int | None], list[Entry]]
-    pictures: bool = False  # one frame each, not clips
+    folder: str  # folder of the samples, which the official evaluation reads; it may hold nothing else
+    read: Callable[[str, int | None], list[Entry]]  # (text of the list, samples per prompt or None) -> entries
+    pictures: bool = False  # the samples are pictures, not clips
     images: bool = False  # each clip begins with a given picture
 
 
@@ -56,11 +64,12 @@ def read_list(
     captions: str | Path | None = None,
     caption_key: str | None = None,
 ) -> list[Entry]:
-    """The entries of a list, each prompt once.
+    """Return the entries of a list, each prompt once.
 
-    samples: of every prompt; None: as many as the benchmark wants. What the model is told instead of the prompts comes from
-    a file, `captions`, or from a field of the list itself. UserError for a file of another form, and for a prompt that
-    cannot name a file.
+    samples: the number of samples of every prompt; None: as many as the benchmark wants. captions:
+    a file with other texts for the model, see `read_captions`. caption_key: a field of the list
+    that holds other texts for the model. UserError for a file of another form, for a prompt without
+    a caption, and for a prompt that cannot be used as a file name.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples {samples} is not allowed; give at least 1")
@@ -85,16 +94,17 @@ def read_list(
 
 
 def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
-    """What the model is told for each entry, None where nothing is found.
+    """Return the caption of each entry, or None for an entry without one.
 
-    A .json object {prompt: caption}, in which a prompt may end in .mp4; or text with a line for each entry of the list, in its
-    order, as VBench's all_dimension_longer.txt has them.
+    The file is a .json object {prompt: caption}, in which a prompt may end in .mp4, or a text with
+    a line for each entry of the list, in the same order, like VBench's all_dimension_longer.txt.
+    UserError for another form or number of lines.
     """
     text = read_text(path, "captions")
     if Path(path).suffix == ".json":
         table = parse_json(text, str(path))
         if not isinstance(table, dict):
-            raise UserError(f"{path} must be a JSON object {{prompt: caption}}, or text with one caption a line")
+            raise UserError(f"{path} must be a JSON object {{prompt: caption}}, or a text with one caption per line")
         return [table.get(entry.prompt, table.get(f"{entry.prompt}.mp4")) for entry in entries]
     lines = text.removesuffix("\n").split("\n")
     if len(lines) != len(entries):
@@ -103,9 +113,10 @@ def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
 
 
 def read_vbench(text: str, samples: int | None) -> list[Entry]:
-    """VBench_full_info.json: a list of {"prompt_en", "dimension": [...]}; clips go to <prompt>-<i>.mp4.
+    """Return the entries of VBench_full_info.json, a list of {"prompt_en", "dimension": [...]}.
 
-    All entries of a prompt share its clips, so it has more of them if any entry asks for temporal_flickering.
+    Clip i of a prompt is the file <prompt>-<i>.mp4. All entries of a prompt share its clips, so a
+    prompt gets FLICKER_SAMPLES clips if any of its entries has the dimension temporal_flickering.
     """
     rows = check_rows(parse_json(text, "the prompt list"), {"prompt_en": str, "dimension": list})
     flicker = {row["prompt_en"] for row in rows if "temporal_flickering" in row["dimension"]}
@@ -113,13 +124,20 @@ def read_vbench(text: str, samples: int | None) -> list[Entry]:
 
 
 def read_vbench_i2v(text: str, samples: int | None) -> list[Entry]:
-    """vbench2_i2v_full_info.json: entries with an "image_name" too. Five clips of each: this benchmark drops none."""
+    """Return the entries of vbench2_i2v_full_info.json, which also have an "image_name".
+
+    Every prompt gets VIDEO_SAMPLES clips, because this benchmark drops no clips.
+    """
     rows = check_rows(parse_json(text, "the prompt list"), {"prompt_en": str, "dimension": list, "image_name": str})
     return [clips(row, samples or VIDEO_SAMPLES) for row in rows]
 
 
 def read_geneval(text: str, samples: int | None) -> list[Entry]:
-    """evaluation_metadata.jsonl: a line {"tag", "prompt", ...} each; line n goes to <n>/samples/, itself beside them."""
+    """Return the entries of evaluation_metadata.jsonl, a line {"tag", "prompt", ...} for each prompt.
+
+    The samples of line n are written into <n>/samples/, and the line itself into
+    <n>/metadata.jsonl.
+    """
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = check_rows([parse_json(line, f"line {number}") for number, line in numbered], {"tag": str, "prompt": str})
     lines = [line for _, line in numbered]
@@ -139,7 +157,11 @@ BENCHMARKS = {
 
 
 def clips(row: dict[str, Any], samples: int) -> Entry:
-    """The entry of a VBench row. VBench finds a clip by the prompt in its name; UserError for one that no file can have."""
+    """Return the entry of a row of VBench's list.
+
+    VBench finds a clip by the prompt in its file name. UserError for a prompt that cannot be used
+    as a file name.
+    """
     prompt = row["prompt_en"]
     bad = [character for character in NOT_IN_NAMES if character in prompt]
     length = len(f"{prompt}-{samples - 1}.mp4".encode())
@@ -147,13 +169,13 @@ def clips(row: dict[str, Any], samples: int) -> Entry:
         why = f"holds {shown(bad[0])}" if bad else f"would be a name of {length} bytes, {LONGEST_NAME} are possible"
         raise UserError(
             f"VBench looks for clips in files named after the prompt, but {shown(prompt[:60])} {why}; shorten it in the list, and "
-            "give the model the long one with --captions"
+            "give the model the long prompt with --captions"
         )
     return Entry(prompt, tuple(f"{prompt}-{i}.mp4" for i in range(samples)), row, prompt, row.get("image_name"))
 
 
 def check_rows(rows: Any, needed: dict[str, type], what: str = "the prompt list") -> list[dict[str, Any]]:
-    """A list of objects with these fields, no text of them blank; UserError otherwise."""
+    """Return `rows` if it is a list of objects with these fields, no text of them blank; UserError otherwise."""
     form = f"a list of objects with {', '.join(needed)}"
     if not isinstance(rows, list):
         raise UserError(f"{what} is a JSON {type(rows).__name__}; it must be {form}")

@@ -1,4 +1,8 @@
-"""Does a model do what prompts of the small worlds say? Held-out scenes give the prompts, `checker` judges the pixels."""
+"""Measurement of how well a model follows prompts about synthetic scenes.
+
+The prompts are captions of scenes that training does not show. `lumos.evaluation.checker` judges
+the clips by their pixels.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +29,50 @@ KINDS: dict[str, dict[str, Any]] = {
     "held_out_sprites": {"kinds": ("sprites",), "share_two": 0.0, "split": "held_out"},
     "paraphrased": {"kinds": ("shapes", "digits", "sprites"), "share_two": 0.0, "wording": "unseen"},
 }
-"""one: an object; two: two objects; two_ways: two objects that move, each its own way; digits; sprites; two_sprites; held_out,
-held_out_sprites: one object or sprite in a combination that training never shows; paraphrased: one thing of any kind, said in
-ways that training never hears. Scenes are new in all kinds; of one thing there are so few sentences that training has read many."""
+"""The settings of the synthetic scenes of each kind of prompts.
+
+one               one object
+two               two objects
+two_ways          two objects that move in different directions
+digits            a digit
+sprites           one sprite
+two_sprites       two sprites
+held_out          one object in a combination of attributes that training never shows
+held_out_sprites  one sprite in a combination of attributes that training never shows
+paraphrased       one object, digit or sprite, with a caption in words that training never shows
+
+The scenes of all kinds are new to the model. Their captions may not be: there are so few different
+captions of one object that training shows many of them.
+"""
 
 
 PICTURES_OF = {"two_ways": "two", "held_out_sprites": "sprites"}
-"""Kinds that differ from others by their motions, which a picture has not."""
+"""Kinds that differ from another kind only by their motions, with that other kind.
+
+A picture has no motion.
+"""
 
 
 def check_kinds(kinds: Sequence[str], num_frames: int | None = None) -> None:
-    """UserError for kinds that are unknown, named twice, without their pictures, or no kind of their own in one frame."""
+    """Raise UserError for a kind that is unknown or named twice, and for a kind that is not possible with this number of frames.
+
+    A kind in PICTURES_OF is not possible with one frame. UserError also if the pictures of a kind's
+    sprites are missing.
+    """
     for kind in kinds:
         if kinds.count(kind) > 1:
             raise UserError(f"kind {shown(kind)} is named twice; name it once")
         prompt_set(kind, 1, 0, num_frames=17)
         if num_frames == 1 and kind in PICTURES_OF:
-            raise UserError(f"{shown(kind)} is told by its motions, which one frame has not; ask for {shown(PICTURES_OF[kind])}")
+            raise UserError(f"{shown(kind)} is about motions, which one frame cannot show; ask for {shown(PICTURES_OF[kind])}")
 
 
 def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, dict]]:
-    """(prompt, rendered truth, attributes that the prompt names) of scenes.
+    """Return (prompt, rendered clip uint8 [T, H, W, 3], attributes that the prompt names) of `count` scenes.
 
-    `seed` must differ from that of training, whose scenes are of another stream.
+    seed: must differ from the seed of training, so that the scenes are new. shape: num_frames,
+    height and width of the clips. UserError for an unknown kind, and if the clips do not fit into
+    memory.
     """
     if kind not in KINDS:
         raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
@@ -59,10 +84,15 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
 
 
 def score(clips: Sequence[np.ndarray], wanted: Sequence[dict]) -> tuple[dict[str, float], list[dict[str, bool]]]:
-    """(share right of each attribute among the clips of which it is wanted, verdict of each clip).
+    """Check clips, and return (share of right clips for each attribute, verdict on each clip).
 
-    Beside the attributes and "all" of `check_clip`: colour_and_motion; last_frame: colour and shape, digit or sprite, of all things
-    are right in the last frame; steady: they are there what they are in the first, right or wrong.
+    clips: uint8 [T, H, W, 3] each; wanted: for each clip the attributes that its prompt names. The
+    share of an attribute counts only clips whose prompt names it. A verdict holds the keys of
+    `check_clip` and
+
+    colour_and_motion  both are right
+    last_frame         the colours and shapes, digits or sprites of all objects are right in the last frame
+    steady             the same attributes are equal in the first and in the last frame, right or wrong
     """
     verdicts = [check_clip(clip, ask) for clip, ask in zip(clips, wanted, strict=True)]
     for clip, ask, verdict in zip(clips, wanted, verdicts, strict=True):
@@ -75,7 +105,7 @@ def score(clips: Sequence[np.ndarray], wanted: Sequence[dict]) -> tuple[dict[str
 
 
 def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
-    """Share of True of each key, among the verdicts that have it."""
+    """Return for each key the share of True among the verdicts that have the key."""
     found = defaultdict(list)
     for verdict in verdicts:
         for name, right in verdict.items():
@@ -84,9 +114,11 @@ def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:
 
 
 def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
-    """Change from frame to frame, mean over pixels and clips, over that of the rendered truth.
+    """Return the amount of motion in clips, divided by the amount of motion in the rendered clips `truth`.
 
-    A tokenizer flickers, so that clips with as much motion as was asked for have what `--reference reconstruction` gives, not 1.
+    The amount of motion is the absolute change from frame to frame, averaged over pixels and clips.
+    Decoded clips flicker, so the right amount of motion does not give 1, but the value of
+    `--reference reconstruction`.
     """
     ours, theirs = (
         np.mean([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean() for clip in of]) if len(of[0]) > 1 else 0.0
@@ -96,7 +128,10 @@ def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
 
 
 def is_kept(frame: np.ndarray, picture: np.ndarray) -> bool:
-    """A clip's first frame is the given picture as the tokenizer gives it back, both uint8 [H, W, 3], to 2 of 255 on average."""
+    """Return whether the first frame of a clip equals the given picture as the tokenizer reconstructs it, both uint8 [H, W, 3].
+
+    They count as equal if their mean absolute difference is at most 2 of 255.
+    """
     return float(np.abs(frame.astype(np.int16) - picture).mean()) <= 2
 
 
@@ -107,7 +142,11 @@ def generate_in_batches(
     prompts: Sequence[str],
     pictures: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Clips of all prompts, prompt i with seed + i, whatever the batch size: `make(prompts, seeds, pictures or None)`."""
+    """Return the clips of all prompts, made by `make(prompts, seeds, pictures or None)` batch by batch.
+
+    Prompt i has the seed `seed` + i, whatever the batch size. pictures: for each prompt the picture
+    that its clip begins with.
+    """
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, min(start + batch_size, len(prompts)))

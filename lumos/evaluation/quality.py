@@ -1,4 +1,4 @@
-"""How alike two clips are, and how much of a codebook is used: pure functions."""
+"""Measures of the similarity of two clips (PSNR, SSIM) and of the use of a codebook."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SSIM_SIDE = 11
-"""Pixels of the window of SSIM, and the least height and width of a frame."""
+"""The side of the window of SSIM in pixels, and the least height and width of a frame."""
 _SIGMA, _C1, _C2 = 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two clips uint8 [T, H, W, 3], from the mean squared error of all their values.
+    """Return the peak signal-to-noise ratio in dB of two clips, uint8 [T, H, W, 3]; infinity for equal clips.
 
-    Infinite for equal clips.
+    The ratio is that of 255^2 to the mean squared error over all values of the clips.
     """
     error = float(np.mean((a.astype(np.float64) - b) ** 2))
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two clips uint8 [T, H, W, 3], mean over frames and colour channels (Wang et al. 2004).
+    """Return the structural similarity of two clips, uint8 [T, H, W, 3] (Wang et al. 2004), averaged over frames and channels.
 
-    Gaussian weights of sigma 1.5 in a window of 11 x 11 pixels, K1 0.01, K2 0.03, population covariance, and only windows that
-    lie in the frame: `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255,
-    channel_axis=-1)` of scikit-image. ValueError for frames smaller than the window.
+    The weights are Gaussian with sigma 1.5 in a window of 11 x 11 pixels; K1 is 0.01, K2 is 0.03;
+    the covariance is that of a population; only windows that lie in the frame count. The value is
+    that of scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=255, channel_axis=-1)`. ValueError for frames that are
+    smaller than the window.
     """
     if min(a.shape[1:3]) < SSIM_SIDE:
         raise ValueError(f"SSIM needs frames of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {a.shape[1]} x {a.shape[2]}")
@@ -44,13 +46,16 @@ def _ssim_of_frame(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _windows(maps: Tensor) -> Tensor:
-    """Gaussian mean of every window, [N, 1, H, W] -> [N, 1, H - 10, W - 10]."""
+    """Return the Gaussian mean of every window of the maps: [N, 1, H, W] -> [N, 1, H - 10, W - 10]."""
     weights = torch.exp(-((torch.arange(SSIM_SIDE, dtype=maps.dtype) - SSIM_SIDE // 2) ** 2) / (2 * _SIGMA**2))
     weights = (weights / weights.sum()).view(1, 1, -1, 1)
     return F.conv2d(F.conv2d(maps, weights), weights.transpose(2, 3))
 
 
 def code_use(counts: np.ndarray) -> tuple[float, float]:
-    """(share of the codes that occur, perplexity) of how often each code occurred [num_codes]; the perplexity of nothing is 1."""
+    """Return (share of the codes that occur, perplexity of the codes). Without any codes the perplexity is 1.
+
+    counts: the number of occurrences of each code, [num_codes].
+    """
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return float((counts > 0).mean()), math.exp(-float((shares * np.log(shares)).sum()))

@@ -1,4 +1,4 @@
-"""What a video tokenizer keeps of clips: likeness of what comes back, use of its codes, bits, speed."""
+"""Measurement of a video tokenizer: quality of its reconstructions, use of its codes, bits per pixel and speed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import VideoTokenizer
 
 MAX_PSNR = 100.0
-"""dB that a clip counts which comes back without any error, whose PSNR is infinite."""
+"""The PSNR in dB of a clip that is reconstructed without error.
+
+Its true PSNR is infinite, which has no mean.
+"""
 
 
 @dataclass
 class Reconstruction:
-    """Clips there and back: frames uint8 [T, H, W, 3] and PSNR in dB of each, how often each code occurred, the figures."""
+    """Reconstructed clips and their measurements."""
 
-    frames: list[np.ndarray]
-    psnr: list[float]
-    counts: np.ndarray  # [num_codes]
-    figures: dict[str, Any]
+    frames: list[np.ndarray]  # of each clip, uint8 [T, H, W, 3]
+    psnr: list[float]  # of each clip, in dB
+    counts: np.ndarray  # occurrences of each code, [num_codes]
+    figures: dict[str, Any]  # all measures by name, over all clips
 
 
 @torch.inference_mode()
@@ -39,10 +42,12 @@ def reconstruct(
     lpips: Lpips | None = None,
     on_clips: Callable[[int], None] = lambda done: None,
 ) -> Reconstruction:
-    """Encode and decode clips uint8 [T, H, W, 3] in batches of equal lengths, and compare.
+    """Encode and decode clips, uint8 [T, H, W, 3], in batches of equal lengths, and compare the results with the clips.
 
-    PSNR, SSIM and LPIPS are means over clips; a clip's PSNR is that of all its values, its SSIM and LPIPS are means over its
-    frames. Bits per pixel are those of codes of one length. Speed is measured after one batch that does not count.
+    PSNR, SSIM and LPIPS are means over clips. The PSNR of a clip is that of all its values; its
+    SSIM and LPIPS are means over its frames. Bits per pixel assume that every code has the same
+    number of bits. One batch runs before the speed is measured. lpips: None leaves LPIPS out.
+    on_clips: called after each batch with its number of clips.
     """
     parameter = next(tokenizer.parameters())
     device, batches = parameter.device, list(_batches(clips, batch_size))
@@ -83,13 +88,13 @@ def reconstruct(
 
 
 def code_figures(counts: np.ndarray) -> dict[str, Any]:
-    """How many codes were written, the share of the codebook among them, their perplexity."""
+    """Return the number of codes, the share of the codebook that occurs among them, and their perplexity."""
     used, perplexity = code_use(counts)
     return {"codes": int(counts.sum()), "codes_used": round(used, 5), "code_perplexity": round(perplexity, 2)}
 
 
 def _batches(clips: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-    """Indices of clips of one length, in order, at most batch_size together."""
+    """Yield batches of indices of clips of equal length, in order, at most batch_size in a batch."""
     for length in sorted({len(clip) for clip in clips}, reverse=True):
         alike = [i for i, clip in enumerate(clips) if len(clip) == length]
         yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))

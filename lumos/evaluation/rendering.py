@@ -1,4 +1,7 @@
-"""What to draw of a prompt list, with which seeds, batch by batch; `lumos.prompt_lists.results` makes the files."""
+"""The samples of a benchmark's prompt list, with their seeds, in batches.
+
+`lumos.prompt_lists.results` makes their files.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from lumos.evaluation.prompt_lists import Entry
 
 @dataclass(frozen=True)
 class Sample:
-    """One file to draw. Its seed follows from its name alone: the same file of another list has the same one."""
+    """One clip or picture to make.
+
+    Its seed depends only on the seed of the whole list and on its file name, so the same file in
+    another list has the same seed.
+    """
 
     file: str
     caption: str
@@ -20,7 +27,11 @@ class Sample:
 
 
 def batches_of(entries: Sequence[Entry], seed: int, size: int) -> list[list[Sample]]:
-    """All samples in order, `size` at a time. Entries with a picture never share a batch: pictures may differ in size."""
+    """Return all samples in order, in batches of at most `size`.
+
+    Samples of different entries never share a batch if entries have pictures, because the pictures
+    may differ in size.
+    """
     groups = [[Sample(file, e.caption, e.image, seed_of(seed, file)) for file in e.files] for e in entries]
     if not any(entry.image for entry in entries):
         groups = [[sample for group in groups for sample in group]]
@@ -28,6 +39,6 @@ def batches_of(entries: Sequence[Entry], seed: int, size: int) -> list[list[Samp
 
 
 def seed_of(seed: int, file: str) -> int:
-    """53 bits, which every reader of JSON keeps whole."""
+    """Return the seed of a file: a hash with 53 bits, because many JSON readers cannot hold larger integers exactly."""
     digest = hashlib.blake2b(f"{seed}/{file}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 11

@@ -1,7 +1,8 @@
-"""The totals of VBench, VBench-I2V and GenEval from the files that their own evaluations write.
+"""The total scores of VBench, VBench-I2V and GenEval, computed from the files that the official evaluations write.
 
-Constants and formulas: github.com/Vchitect/VBench, scripts/constant.py, cal_final_score.py and cal_i2v_final_score.py;
-github.com/djghosh13/geneval, evaluation/summary_scores.py. VBench counts a missing dimension as 0; here there is no total then.
+Constants and formulas: github.com/Vchitect/VBench, scripts/constant.py, cal_final_score.py and
+cal_i2v_final_score.py; github.com/djghosh13/geneval, evaluation/summary_scores.py. VBench counts a
+missing dimension as 0; here the total is None then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text
 
 @dataclass(frozen=True)
 class Dimension:
-    """A raw score x counts as (x - low) / (high - low), `weight` times in its part."""
+    """How a dimension counts: a score x is normalized to (x - low) / (high - low) and has this weight in its part."""
 
     low: float = 0.0
     high: float = 1.0
@@ -53,24 +54,25 @@ PARTS: dict[str, dict[str, tuple[float, dict[str, Dimension]]]] = {
         }),
     },
 }  # fmt: skip
-"""benchmark -> part -> (its weight in the total, its dimensions)."""
+"""For each benchmark its parts, and for each part (weight in the total, dimensions by name)."""
 
 UNCOUNTED = {"vbench": (), "vbench-i2v": ("temporal_flickering",)}
-"""Dimensions that a benchmark's list names and its total leaves out."""
+"""Dimensions that are in the prompt list of a benchmark but not in its total."""
 
 GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def vbench_totals(benchmark: str, scores: Mapping[str, float]) -> dict[str, Any]:
-    """{dimensions: {name: {score, normalized}}, quality, semantic or i2v, total, missing}; all from 0 to 1.
+    """Return {dimensions: {name: {score, normalized}}, quality, semantic or i2v, total, missing}.
 
-    A part of which a dimension is missing is None, and so is the total then. UserError for a score that cannot be one.
+    Scores are from 0 to 1. A part with a missing dimension is None, and then the total is None too.
+    UserError for an unknown dimension, and for a score that is not a number from 0 to 1.
     """
     parts = PARTS[benchmark]
     known = [name for _, dimensions in parts.values() for name in dimensions]
     for name, score in scores.items():
         if name not in known and name not in UNCOUNTED[benchmark]:
-            raise UserError(f"{as_text(name)} is no dimension of {benchmark}; those are {', '.join(known)}")
+            raise UserError(f"{as_text(name)} is no dimension of {benchmark}; its dimensions are {', '.join(known)}")
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise UserError(f"{name} has the score {shown(score)}; the official files hold scores from 0 to 1")
     read: dict[str, dict[str, float]] = {}
@@ -88,9 +90,11 @@ def vbench_totals(benchmark: str, scores: Mapping[str, float]) -> dict[str, Any]
 
 
 def geneval_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{tasks: {tag: {score, correct, images}}, images, prompts, prompts_ever_right, total, missing} of results.jsonl's lines.
+    """Return {tasks: {tag: {score, correct, images}}, images, prompts, prompts_ever_right, total, missing}.
 
-    total: mean of the tasks' shares of right pictures, whatever their sizes; None if one of the six tasks is missing.
+    rows: the lines of results.jsonl. The score of a task is its share of right pictures. total: the
+    mean of the scores of the tasks, which count equally; None if one of the six tasks is missing.
+    prompts_ever_right: the share of prompts with at least one right picture.
     """
     by_task: dict[str, list[bool]] = defaultdict(list)
     by_prompt: dict[str, list[bool]] = defaultdict(list)
@@ -110,13 +114,17 @@ def geneval_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean(weighted: Iterable[tuple[float, float]]) -> float:
-    """Mean of (value, weight) pairs."""
+    """Return the weighted mean of (value, weight) pairs."""
     pairs = list(weighted)
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def summarize(benchmark: str, paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Totals of the official result files: for VBench also folders and zips of them; for GenEval its results.jsonl."""
+    """Return the totals of official result files.
+
+    paths: for VBench result files, or folders or zips of them; for GenEval its results.jsonl.
+    UserError for files without results or of another form.
+    """
     if benchmark != "geneval":
         return vbench_totals(benchmark, read_scores(paths))
     rows: list[Any] = []
@@ -130,9 +138,10 @@ def summarize(benchmark: str, paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def read_scores(paths: Sequence[str | Path]) -> dict[str, float]:
-    """{dimension: score} of VBench's `*_eval_results.json`, each an object {dimension: [score, details...]}.
+    """Return {dimension: score} from VBench's `*_eval_results.json`, each an object {dimension: [score, details...]}.
 
-    Lists among the files (`*_full_info.json`) are passed over, as VBench does. UserError if two files disagree.
+    Files that hold a JSON list (`*_full_info.json`) are skipped, as VBench does. UserError if two
+    files disagree.
     """
     scores: dict[str, float] = {}
     origin: dict[str, str] = {}
@@ -151,7 +160,7 @@ def read_scores(paths: Sequence[str | Path]) -> dict[str, float]:
 
 
 def result_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
-    """(name, text) of each JSON file; hidden ones in folders and zips are left out."""
+    """Yield (name, text) of each JSON file. Hidden files in folders and zips are skipped."""
     for path in map(Path, paths):
         if path.is_dir():
             for file in sorted(path.rglob("*.json")):
@@ -172,7 +181,7 @@ def result_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def read_entry(archive: zipfile.ZipFile, name: str) -> str:
-    """The text of a zip's entry; UserError if it unpacks to more than a document may have."""
+    """Return the text of an entry of a zip; UserError if it unpacks to more than MAX_DOCUMENT_BYTES."""
     with archive.open(name) as entry:
         data = entry.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -181,7 +190,7 @@ def read_entry(archive: zipfile.ZipFile, name: str) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary as text, in percent."""
+    """Return the summary as a text table, in percent."""
     lines = []
     for name, row in {**summary.get("dimensions", {}), **summary.get("tasks", {})}.items():
         extra = f"normalized {percent(row['normalized'])}" if "normalized" in row else f"{row['correct']} of {row['images']}"

@@ -1,4 +1,4 @@
-"""The clips that a video tokenizer is measured on: held-out worlds, photographs and films, or a user's own files."""
+"""The clips that a video tokenizer is measured on: synthetic scenes, photographs and films, or a user's own files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ WORLDS: dict[str, dict[str, Any]] = {
     "worlds": {"kinds": ("shapes", "digits"), "split": "held_out"},
     "sprites": {"kinds": ("sprites",), "split": "all"},
 }
-"""worlds: combinations that training never shows; sprites: all of them, in scenes of a seed that training does not draw."""
+"""The settings of the synthetic scenes of two sources.
+
+worlds   shapes in combinations of attributes that training never shows, and digits
+sprites  all sprites, in scenes of a seed that training does not use
+"""
 KNOWN = (*WORLDS, "photographs", "films")
 
 
 def check_source(source: str) -> None:
-    """UserError unless the source is a known one, or a file or folder that is there."""
+    """Raise UserError unless the source is one of KNOWN or an existing file or folder."""
     if source not in KNOWN and not Path(source).exists():
         raise UserError(f"there is no data {shown(source)}; allowed: {', '.join(KNOWN)}, a folder, or a video or picture file")
 
@@ -33,10 +37,11 @@ def check_source(source: str) -> None:
 def read_source(
     source: str, *, count: int, seed: int, num_frames: int, height: int, width: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """(up to `count` clips uint8 [T, H, W, 3], why files were left out). T is num_frames, of a picture 1.
+    """Return (up to `count` clips uint8 [T, H, W, 3], messages that say why files were left out).
 
-    Frames are scaled to cover height x width and cut to the centre; a film keeps its rate, and its first 30 s count. UserError
-    if there is not one clip.
+    T is num_frames, or 1 for a picture. Frames are scaled to cover height x width and cropped to
+    the centre. A film keeps its frame rate, and only its first 30 s are used. UserError if there is
+    no clip at all.
     """
     if source in WORLDS:
         worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])
@@ -48,7 +53,7 @@ def read_source(
     for index, file in enumerate(files):
         if len(clips) == count:
             break
-        wanted = max(1, (count - len(clips)) // (len(files) - index))  # what is left, shared among the files that are left
+        wanted = max(1, (count - len(clips)) // (len(files) - index))  # share the remaining clips among the remaining files
         try:
             clips += _read(file, wanted, num_frames, height, width)
         except UserError as error:
@@ -74,7 +79,7 @@ def _files(source: str) -> Sequence[Path]:
 
 
 def _read(file: Path, wanted: int, num_frames: int, height: int, width: int) -> list[np.ndarray]:
-    """Up to `wanted` clips of a file, spread evenly; UserError if it has none."""
+    """Return up to `wanted` clips of a file, at evenly spaced times; UserError if the file is too short for one clip."""
     if file.suffix.lower() in PICTURES:
         return [fit(read_image(file)[None], height, width)]
     frames, _ = read_video(file, max_seconds=FILM_SECONDS, size=(height, width))

@@ -1,7 +1,9 @@
-"""Which sprites of the small worlds does a clip show, and how do they move? Judged from its pixels alone.
+"""A checker that decides from the pixels of a clip which sprites it shows and how they move.
 
-An object is a patch that differs from the ground. It is named after the nearest picture of the set, drawn on the same
-ground at the best of a few places; the sprites are the only things that this module knows how to draw.
+Sprites are the small pictures of `lumos.data.synthetic.sprites`. A patch of pixels that differ from
+the ground, the colour of the background as measured in the clip, is an object. It gets the name of
+the sprite whose picture is most similar, if that is drawn on the same ground at the best of a few
+positions.
 """
 
 from __future__ import annotations
@@ -20,28 +22,34 @@ from lumos.data.synthetic.render import SPRITE_RADIUS, ground_colours, sprite_pi
 from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, GRADIENTS
 from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 
-# Lengths in pixels at 64 x 64, colour distances Euclidean in 0..255 RGB.
+# Lengths and areas are in pixels of a 64 x 64 frame and are scaled for other sizes.
+# Colour distances are Euclidean in RGB, 0 to 255.
 MIN_CONTRAST = 32.0
+"""The least colour distance of an object's pixel from the ground."""
 MIN_AREA = 40.0
-"""Least area of a sprite's patch; the smallest of the set has some 150 pixels."""
+"""The least area of a sprite. The smallest sprite has about 150 pixels."""
 LARGEST = 2 * SPRITE_RADIUS + 2.5
-"""Pieces that fit into a box of this side are one sprite."""
+"""Connected pieces that together fit into a box of this side belong to one sprite."""
 MIN_VISIBLE = 0.75
-"""Least share of the frames that must show the usual number of sprites."""
+"""The least share of the frames that must show the median number of sprites."""
 MIN_LIKENESS = 0.6
-"""Least correlation with the nearest picture; less is none of the set."""
+"""The least correlation with the most similar picture. With less, the sprite is "unclear"."""
 REACH = 3
-"""The picture is tried at this many pixels to either side of the middle of the patch."""
+"""A picture is compared at positions up to this many pixels from the centre of the patch, in both directions."""
 VIEWS = 6
+"""The number of frames in which a sprite is compared with the pictures."""
 
 
 @dataclass(frozen=True)
 class SeenSprite:
-    """One sprite as measured; "unclear" where no picture or word fits."""
+    """The measurements of one sprite.
+
+    A value is "unclear" if no picture or no word of the captions fits.
+    """
 
     sprite: str
     motion: str
-    likeness: float  # correlation with the nearest picture
+    likeness: float  # correlation with the most similar picture
     way: tuple[float, float]  # displacement from the first to the last frame, pixels
 
 
@@ -54,7 +62,11 @@ class _Patch:
 
 
 def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
-    """(background, sprites, their number) of a clip, uint8 [T, H, W, 3]."""
+    """Return (background, sprites, number of sprites) of a clip, uint8 [T, H, W, 3].
+
+    The list of sprites is empty if there are none, more than three, or if their number changes too
+    often.
+    """
     video = as_clip(video)
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
@@ -68,7 +80,10 @@ def inspect_sprites(video: np.ndarray) -> tuple[str, list[SeenSprite], int]:
 
 
 def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the ground, and its colour in every row, float32 [H, 3]: the median of the columns at both sides."""
+    """Return the name of the ground, and its colour in every row, float32 [H, 3], the median of the columns at both sides.
+
+    The ground has a colour for each row because some backgrounds are vertical gradients.
+    """
     sides = np.concatenate([video[:, :, :2], video[:, :, -2:]], axis=2)
     ground = np.median(sides, axis=(0, 2)).astype(np.float32)
     distance = {
@@ -80,7 +95,10 @@ def _background(video: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _patches(frame: np.ndarray, ground: np.ndarray, scale: float) -> list[_Patch]:
-    """The sprites of a frame: its pieces, joined where they fit into one sprite's box."""
+    """Return the sprites of a frame.
+
+    Connected pieces are joined if they fit into the box of one sprite.
+    """
     mask = np.linalg.norm(frame - ground[:, None], axis=-1) > MIN_CONTRAST
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     pieces = []
@@ -107,14 +125,18 @@ def _patches(frame: np.ndarray, ground: np.ndarray, scale: float) -> list[_Patch
 
 
 def _tracks(frames: list[list[_Patch]]) -> list[list[_Patch]]:
-    """The same object through all frames: each frame's patches in the order that is nearest to the frame before."""
+    """Return the patches of each object over all frames.
+
+    The patches of a frame are assigned to the objects so that the sum of their distances to the
+    previous frame is least.
+    """
     ordered = [frames[0]]
     for patches in frames[1:]:
-        ordered.append(min(map(list, permutations(patches)), key=partial(_way, ordered[-1])))
+        ordered.append(min(map(list, permutations(patches)), key=partial(_total_distance, ordered[-1])))
     return [list(track) for track in zip(*ordered, strict=True)]
 
 
-def _way(before: list[_Patch], after: list[_Patch]) -> float:
+def _total_distance(before: list[_Patch], after: list[_Patch]) -> float:
     return sum(np.hypot(a.x - b.x, a.y - b.y) for a, b in zip(before, after, strict=True))
 
 
@@ -133,7 +155,10 @@ def _measure(video: np.ndarray, ground: np.ndarray, frames: list[int], track: li
 
 
 def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, int], scale: float) -> np.ndarray:
-    """Correlation, -1 to 1, of what a patch shows beside the ground with every picture, at its best place: [sprites]."""
+    """Return the correlation, -1 to 1, of a patch with the picture of every sprite at its best position, [sprites].
+
+    Both are taken as differences from the ground.
+    """
     pictures = _pictures(sprites.folder(), scale)
     side, step = pictures.shape[1], max(1, round(scale))
     reach = REACH * step
@@ -141,8 +166,9 @@ def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, i
     left, top = (side - reach + round((box[at] + box[at + 2] - side) / 2) for at in (0, 1))
     difference = np.pad(frame - ground[:, None], ((side, side), (side, side), (0, 0)))[top : top + span, left : left + span]
     ground = np.pad(ground, ((side, side), (0, 0)), "edge")[top : top + span]
-    # p places down, q places across, n pictures, a rows, b columns, c channels. Beside the ground a picture is
-    # colour - alpha ground: its products and squares are sums over the two parts, so nothing is drawn for each place.
+    # Axes: p vertical positions, q horizontal positions, n pictures, a rows, b columns, c channels. A picture drawn on the
+    # ground differs from it by colour - alpha * ground, where colour is premultiplied. Its products and squares are sums over
+    # these two terms, so no picture needs to be drawn at each position, which would be slow.
     colour, alpha = pictures[..., :3], pictures[..., 3]
     seen = sliding_window_view(difference, (side, side), axis=(0, 1))[::step, ::step].transpose(0, 1, 3, 4, 2)  # [p, q, a, b, c]
     under = sliding_window_view(ground, side, axis=0)[::step].transpose(0, 2, 1)  # [p, a, c]
@@ -157,9 +183,10 @@ def _likeness(frame: np.ndarray, ground: np.ndarray, box: tuple[int, int, int, i
 
 @lru_cache(maxsize=4)
 def _pictures(folder: Path, scale: float) -> np.ndarray:
-    """All sprites at their usual size, premultiplied, colours in 0..255: float32 [sprites, side, side, 4].
+    """Return the pictures of all sprites at their usual size, float32 [sprites, side, side, 4].
 
-    `folder`, where they come from, only keys the cache.
+    Colours are 0 to 255 and premultiplied by alpha, which is 0 to 1. `folder`, the source of the
+    pictures, is only part of the key of the cache.
     """
     radius = np.float32(SPRITE_RADIUS * scale)
     side = int(np.ceil(2 * radius)) + 2

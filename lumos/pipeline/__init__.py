@@ -1,1 +1,1 @@
-"""From a request to frames: what the pipelines of all generators share."""
+"""The parts of a pipeline that all generators share: requests, sampling options, inputs and outputs."""

@@ -1,11 +1,16 @@
-"""`VideoPipeline`: strings and pictures in, frames out; what the pipelines of all generators share.
+"""`VideoPipeline`, the base class of the pipelines of all generators.
 
-A call goes through four steps, each of which a caller can also do alone:
+A pipeline makes clips from prompts, pictures and other clips. A call goes through four steps, and a
+caller can also do each step alone:
 
-    request = Request.of("a red circle", num_frames=17)     what is asked for
-    resolved = pipe.resolve(request)                        every value known and checked, nothing encoded
-    encoded = pipe.encode(resolved)                         given frames and prompts as the network takes them
+    request = Request.of("a red circle", num_frames=17)     the arguments of the call
+    resolved = pipe.resolve(request)                        all values filled in and checked, nothing encoded yet
+    encoded = pipe.encode(resolved)                         prompts and given frames encoded for the network
     for frames in pipe.stream_encoded(encoded): ...         latents, decoded to pixels as they are made
+
+Given frames are those of a picture or clip that the caller passes in and that the new clip
+contains. A latent frame is one step of the video tokenizer's time axis: the first holds one frame,
+each later one `temporal_compression` frames.
 """
 
 from __future__ import annotations
@@ -34,33 +39,43 @@ from lumos.runtime import pick_device
 from lumos.video.frames import as_uint8
 
 OnStep = Callable[[int, int, int, int], None]
-"""Called after each step with (latent frame, of how many, step, of how many), counted from 0 among those that are made."""
+"""Called after each step with (latent frame, number of latent frames, step, number of steps).
+
+The latent frame and the step are counted from 0. Given latent frames are not counted.
+"""
 StepCallback = Callable[["VideoPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
-"""`callback_on_step_end` of a call: (pipe, step, places still open, tensors) -> tensors to take in place of those, or None."""
+"""`callback_on_step_end` of a call: (pipe, step, open positions, tensors) -> replacements for tensors by name, or None."""
 AfterStep = Callable[[int, int, Tensor], None]
-"""Called inside of `VideoPipeline.latents` with (latent frame, step, state), where `state` may be changed in place."""
+"""Called inside of `VideoPipeline.latents` with (latent frame, step, state).
+
+It may change `state` in place.
+"""
 
 
 class Interrupted(Exception):
-    """A callback has set `pipe._interrupt`."""
+    """A callback has set `pipe._interrupt` in the middle of a latent frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A resolved request as the network takes it. given: latents that each clip begins with, [t, ...] each, or empty."""
+    """A resolved request, encoded for the network.
+
+    given: for each clip the latents [t, ...] of its given frames; empty if no clip has given
+    frames.
+    """
 
     resolved: Resolved
     given: list[Tensor]
 
     def generators(self) -> list[torch.Generator]:
-        """A CPU generator of its own for each clip, so that a clip does not depend on its batch."""
+        """Return a CPU generator for each clip, so that a clip does not depend on the others in its batch."""
         return [torch.Generator().manual_seed(seed) for seed in self.resolved.seeds]
 
 
 class VideoPipeline(ABC):
-    """A generator's network with its tokenizers; the base class of every generator's pipeline.
+    """The base class of every generator's pipeline: a network with its tokenizers.
 
-    `settings` and `clip` are the model's own defaults for sampling and shape.
+    `settings` holds the model's default sampling options, `clip` the default shape of its clips.
     """
 
     generator: ClassVar[str]
@@ -78,7 +93,7 @@ class VideoPipeline(ABC):
     _num_timesteps: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Give `__call__` of each pipeline a signature with the generator's sampling options, for help() and editors."""
+        """Give the `__call__` of each subclass a signature with its sampling options, for help() and editors."""
         super().__init_subclass__(**options)
         if "sampling" in vars(cls):
 
@@ -91,59 +106,68 @@ class VideoPipeline(ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> VideoPipeline:
-        """The pipeline of the generator that the model folder belongs to; `options` are those of that pipeline.
+        """Load a model folder and return the pipeline of its generator; `options` are passed on to that pipeline.
 
-        NotFound if there is no such folder, UserError for a model type that no generator has.
+        NotFound if there is no such folder, UserError if the model type belongs to no generator.
         """
         return registry.generator_of(folder).load("pipeline").from_pretrained(folder, **options)
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder that `from_pretrained` reads whole."""
+        """Write the whole pipeline into a folder that `from_pretrained` reads."""
 
     @abstractmethod
     def resolve(self, request: Request) -> Resolved:
-        """Check a request and fill in what it leaves open; no network runs. UserError for what cannot be made."""
+        """Check a request, replace missing values by defaults, and return the result. No network runs.
+
+        UserError if the clips of the request cannot be made.
+        """
 
     @abstractmethod
     def encode(self, resolved: Resolved) -> Encoded:
-        """A resolved request as the network takes it: the video tokenizer and, if there is one, the text encoder run."""
+        """Encode a resolved request: given frames by the video tokenizer, and prompts by the text encoder if there is one."""
 
     @abstractmethod
     def latents(self, encoded: Encoded, after_step: AfterStep) -> Iterator[Tensor]:
-        """Latents [B, n, ...] on the CPU, one part of a clip after the other, or a whole clip at once."""
+        """Yield the new latents [B, n, ...] on the CPU, part by part in order, or all in one part."""
 
     @abstractmethod
     def decoder(self) -> Callable[[Tensor], np.ndarray]:
-        """A function that takes the next latents [n, ...] of a clip and returns its next frames, uint8 [T, H, W, 3]."""
+        """Return a function that takes the next latents [n, ...] of a clip and returns its next frames, uint8 [T, H, W, 3].
+
+        The function keeps state between its calls, so each clip needs a decoder of its own.
+        """
 
     @abstractmethod
     def encode_frames(self, frames: np.ndarray) -> Tensor:
-        """Latents [t, ...] on the CPU of frames uint8 [T, H, W, 3]."""
+        """Return the latents [t, ...], on the CPU, of frames uint8 [T, H, W, 3]."""
 
     @abstractmethod
     def prompt_tokens(self, prompt: str, clip: ClipDefaults) -> int:
-        """Tokens of the text that the network reads for a prompt; UserError if it is empty or too long."""
+        """Return how many tokens the network reads for a prompt; UserError if the prompt is empty or too long."""
 
     @abstractmethod
     def step_hook(
         self, callback: StepCallback, names: Sequence[str], encoded: Encoded, done: list[Tensor]
     ) -> AfterStep:
-        """`callback_on_step_end` as a function of the network's state. `done` holds the latents that are made so far."""
+        """Return a function that calls `callback_on_step_end` with tensors taken from the state of the network.
+
+        names: the tensors that the callback asks for. done: the latents that are made so far.
+        """
 
     @abstractmethod
     def is_open(self, state: Tensor) -> bool:
-        """Whether the latent frame of this state needs further steps."""
+        """Return whether the latent frame of this state needs further steps."""
 
     @property
     @abstractmethod
     def temporal_compression(self) -> int:
-        """Frames of each latent frame after the first: num_frames is 1 + a multiple of it."""
+        """The frames of each latent frame after the first. num_frames is 1 + a multiple of this number."""
 
     @property
     @abstractmethod
     def size_unit(self) -> int:
-        """Height and width are multiples of so many pixels."""
+        """The number of pixels of which height and width must be multiples."""
 
     @property
     @abstractmethod
@@ -160,16 +184,23 @@ class VideoPipeline(ABC):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the running or the last call, over all its new latent frames."""
+        """The steps of the running or the last call, summed over its new latent frames."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """True once a callback has set `pipe._interrupt`: the call then ends with the latent frames that are done."""
+        """True after a callback has set `pipe._interrupt`.
+
+        The call then ends with the latent frames that are done.
+        """
         return self._interrupt
 
     def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move network and video tokenizer, in place: `to("cuda")`, `to(torch.bfloat16)` or `to("cuda", torch.bfloat16)`."""
+        """Move the network and the video tokenizer in place, and return the pipeline.
+
+        Examples: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`. UserError for a
+        network that was loaded with a device_map and lies on several devices.
+        """
         for value in args:
             if isinstance(value, torch.dtype):
                 dtype = value
@@ -193,32 +224,55 @@ class VideoPipeline(ABC):
         on_step: OnStep = lambda frame, frames, step, steps: None,
         **arguments: Any,
     ) -> VideoPipelineOutput | tuple:
-        """Make num_videos_per_prompt clips for each prompt; arguments and output are those of a pipeline of diffusers.
+        """Make num_videos_per_prompt clips for each prompt. The arguments and the output follow the pipelines of diffusers.
 
-        prompt, negative_prompt, image, video, last_image, seed: one value, or a list of equal length.
-        image: a path or picture, the first frame of the clip. last_image: its last frame, for generators that can reach one.
-        video: a path or the frames of a clip, which is continued from its last `num_given_frames` frames (1 + a multiple of the
-        temporal compression; default: what the video has, at most half of num_frames). Pictures and frames are taken in any form
-        that `lumos.video.frames.as_uint8` knows; a list of PIL pictures as video is one clip. num_frames counts given frames
-        too; 1 makes a picture. seed: one int seeds the clips with seed, seed + 1, ...; None draws it. A list of seeds or
-        generators has one for each clip; a generator gives each clip a seed and moves on. Where an argument is None, the model's
-        default counts.
-        later_prompts: [(17, "it jumps"), ...]: what the clip shows from frame 17 on, counted from 0 with given frames; a start
-        is 1 + a multiple of the temporal compression. The frames before it are then history under the new prompt, at the same
-        distances. A list in place of a prompt has one for each of `prompt`.
-        output_type: np, pil, pt, uint8 or latent, see VideoPipelineOutput; return_dict=False returns (frames,).
-        callback_on_step_end(pipe, step, places still open, tensors) is called after every step; `step` counts on over the latent
-        frames up to pipe.num_timesteps. `tensors` holds the tensors named in callback_on_step_end_tensor_inputs. The callback may
-        return a dict with other values for them, and set pipe._interrupt to end the clip with the latent frames that are done.
-        on_step(frame, frames, step, steps) is called at the same times; `steps` are those of this latent frame at most.
-        All other arguments are the generator's sampling options. Raises UserError for what cannot be made, before any work.
+        prompt, negative_prompt, image, video, last_image and seed are single values or lists of
+        equal length. An argument that is None takes the default of the model.
+
+        Args:
+            prompt: what the clip shows.
+            negative_prompt: what the clip must not show.
+            image: a path or picture, which becomes the first frame. Pictures and frames have any
+                form that `lumos.video.frames.as_uint8` takes.
+            video: a path or the frames of a clip. The new clip begins with its last
+                num_given_frames frames. A list of PIL pictures is one clip.
+            last_image: a path or picture, which becomes the last frame, for generators that support
+                it.
+            num_given_frames: 1 + a multiple of the temporal compression; default: as many as the
+                video has, at most half of num_frames.
+            num_frames: frames of the clip, given frames included; 1 makes a picture.
+            height, width: pixels, multiples of `size_unit`.
+            fps: frames per second.
+            num_videos_per_prompt: clips for each prompt.
+            seed: an int gives the clips the seeds seed, seed + 1, ...; a list has a seed for each
+                clip; None draws a seed.
+            generator: a torch.Generator, or a list with one for each clip, from which the seed of
+                each clip is drawn.
+            later_prompts: pairs such as (17, "it jumps"): the prompt counts from frame 17 on.
+                Frames are counted from 0, given frames included, and the first frame of a prompt is
+                1 + a multiple of the temporal compression. The earlier frames remain as history
+                under the new prompt, at the same distances in time. A list in place of the text has
+                one text for each entry of `prompt`.
+            output_type: np, pil, pt, uint8 or latent, see VideoPipelineOutput.
+            return_dict: False returns the tuple (frames,).
+            callback_on_step_end: a function (pipe, step, open positions, tensors), called after
+                every step. `step` counts over all latent frames up to pipe.num_timesteps. The
+                function may return a dict that replaces tensors. It may set pipe._interrupt, which
+                ends the clip with the latent frames that are done.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets.
+            on_step: a function (frame, frames, step, steps), called after every step. `steps` is
+                the most steps that this latent frame can have.
+            arguments: the other arguments above, and the sampling options of the generator.
+
+        Raises UserError for clips that cannot be made, before any work, and RunError if a callback
+        interrupts the call before its first latent frame is done.
         """
         # 1. Everything is checked before any work is done.
         check_output_type(output_type)
         encoded = self.encode(self.resolve(self.request(prompt, arguments)))
         resolved = encoded.resolved
 
-        # 2. Latents are made, each step seen by the callbacks.
+        # 2. Latents are made, and the callbacks run after each step.
         done = [torch.stack(encoded.given)] if encoded.given else []
         hook = None
         if callback_on_step_end is not None:
@@ -242,7 +296,7 @@ class VideoPipeline(ABC):
                 raise RunError("the callback interrupted the call before its first latent frame was done") from None
         latents = torch.cat(done, dim=1)  # [B, t, ...]
 
-        # 3. Latents become pixels, clip by clip to bound the decoder's memory.
+        # 3. Latents are decoded to pixels, clip by clip to limit the memory of the decoder.
         if output_type == "latent":
             frames = latents
         else:
@@ -251,7 +305,7 @@ class VideoPipeline(ABC):
         return VideoPipelineOutput(frames, latents, resolved.seeds, settings) if return_dict else (frames,)
 
     def request(self, prompt: str | Sequence[str], arguments: Mapping[str, Any]) -> Request:
-        """A request from the arguments of a call; TypeError for an unknown one."""
+        """Return the request that the arguments of a call describe; TypeError for an unknown argument."""
         known = (*ARGUMENTS, *self.sampling.declared())
         if unknown := [name for name in arguments if name not in known]:
             raise TypeError(f"unexpected argument {unknown[0]!r}; {type(self).__name__} takes {', '.join(('prompt', *known))}")
@@ -260,11 +314,12 @@ class VideoPipeline(ABC):
     def stream(
         self, prompt: str | Sequence[str], *, on_step: OnStep = lambda *_: None, **arguments: Any
     ) -> Iterator[list[np.ndarray]]:
-        """Make clips and yield their frames as soon as their latent frame is done: for each clip uint8 [n, H, W, 3].
+        """Make clips and yield, as soon as a latent frame is done, its frames of each clip: a list of uint8 [n, H, W, 3].
 
-        n is 1 for the first latent frame of a clip, then the temporal compression (given frames come at once, first). Joined,
-        they are the frames of a call with the same arguments, which say what is made. Closing the iterator ends the work. Raises
-        UserError here, before the first frame is asked for.
+        n is 1 for the first latent frame of a clip and the temporal compression for the others.
+        Given frames are yielded first, all at once. Joined, the parts are the frames that a call
+        with the same arguments returns. Closing the iterator ends the work. A UserError is raised
+        by this call itself, not by the first `next`.
         """
         try:
             request = self.request(prompt, arguments)
@@ -273,9 +328,9 @@ class VideoPipeline(ABC):
         return self.stream_encoded(self.encode(self.resolve(request)), on_step)
 
     def stream_encoded(self, encoded: Encoded, on_step: OnStep = lambda *_: None) -> Iterator[list[np.ndarray]]:
-        """As `stream`, of an encoded request."""
+        """Do the same as `stream` for an encoded request."""
         resolved = encoded.resolved
-        decoders = [self.decoder() for _ in resolved.seeds]  # clip by clip, as a call decodes
+        decoders = [self.decoder() for _ in resolved.seeds]  # one for each clip, because a decoder keeps state
         given = [torch.stack(encoded.given)] if encoded.given else []
 
         def after_step(frame: int, step: int, state: Tensor) -> None:
@@ -285,28 +340,28 @@ class VideoPipeline(ABC):
             yield [decode(clip) for decode, clip in zip(decoders, part, strict=True)]
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames of a clip's latents [t, ...]: uint8 [n, H, W, 3] of one latent frame after the other."""
+        """Decode the latents [t, ...] of a clip and yield the frames of each latent frame, uint8 [n, H, W, 3]."""
         decode = self.decoder()
         for latent in latents.split(1):
             yield decode(latent)
 
     def decode_clip(self, latents: Tensor) -> np.ndarray:
-        """All frames of a clip's latents [t, ...], uint8 [T, H, W, 3]."""
+        """Decode the latents [t, ...] of a clip and return all its frames, uint8 [T, H, W, 3]."""
         return np.concatenate(list(self.decode(latents)))
 
     def reconstruct(self, frames: Any) -> np.ndarray:
-        """A clip encoded and decoded by the video tokenizer, uint8 [T, H, W, 3]."""
+        """Encode and decode a clip with the video tokenizer, and return the result, uint8 [T, H, W, 3]."""
         return self.decode_clip(self.encode_frames(as_uint8(frames)))
 
     def _begin(self, encoded: Encoded, after_step: AfterStep) -> Iterator[Tensor]:
-        """`latents` of a new call."""
+        """Reset the state of the last call and return the iterator of `latents`."""
         resolved = encoded.resolved
         self._interrupt, self._num_timesteps = False, resolved.sampling.steps_before(resolved.new_frames)
         return self.latents(encoded, after_step)
 
 
 def signature_with(sampling: type[SamplingOptions]) -> inspect.Signature:
-    """The signature of a call with these sampling options."""
+    """Return the signature of a call with these sampling options."""
     whole = inspect.signature(VideoPipeline.__call__)
     own, last = list(whole.parameters.values())[:-1], inspect.Parameter.KEYWORD_ONLY
     request = inspect.signature(Request).parameters

@@ -1,4 +1,4 @@
-"""The shape of the clips that a model makes when not told otherwise, and the file that holds its defaults."""
+"""The default shape of a model's clips, its limits, and the file that holds it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ SHIPPED_MODEL = "checkpoints/lumos-tiny"
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 2**14
 CLIP_LIMITS = {"num_frames": MAX_FRAMES, "height": MAX_SIDE, "width": MAX_SIDE, "fps": 1000, "target_size": MAX_SIDE}
-"""The most that a clip may be asked for, whatever the model; what a model can make is its config's matter."""
+"""The largest values for any model. The config of a model may set lower limits."""
 
 
 @dataclass(frozen=True)
 class ClipDefaults:
-    """What a model makes when not told otherwise; the defaults are those of the released 384p checkpoints.
+    """The default shape of a model's clips. The values below are those of the released 384p checkpoints.
 
-    num_frames  RGB frames, 1 + a multiple of the temporal compression
-    height, width, fps  pixels, pixels, frames per second
-    target_size  given pictures choose the size from this area's buckets (reference, section 8.2); None: height x width
+    num_frames     RGB frames, 1 + a multiple of the temporal compression
+    height, width  pixels
+    fps            frames per second
+    target_size    side of a square in pixels. A given picture then selects, from the buckets of this area, the height and width
+                   that fit its aspect ratio (reference, section 8.2). None: the clip has height x width.
     """
 
     num_frames: int = 25
@@ -41,12 +43,16 @@ class ClipDefaults:
                 )
 
     def scaled(self, after: int, before: int) -> ClipDefaults:
-        """The clip with all sides times after / before."""
+        """Return a copy with height, width and target_size multiplied by after / before."""
         sides = {name: getattr(self, name) for name in ("height", "width", "target_size")}
         return replace(self, **{name: side and side * after // before for name, side in sides.items()})
 
 
 def shipped_model() -> Path:
-    """The model in the repository, from its root or from anywhere when installed in place."""
+    """Return the path of the model in the repository.
+
+    The path is relative if the working directory is the root of the repository, else absolute,
+    which works for an installation in place (`pip install -e`).
+    """
     here = Path(SHIPPED_MODEL)
     return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL

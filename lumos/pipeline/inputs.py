@@ -1,4 +1,4 @@
-"""What a call is given, checked: prompts, seeds, lengths, pictures and clips, and parts that belong together."""
+"""Checks and loading of the inputs of a call: prompts, seeds, lengths, pictures and clips."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> 
 
 
 def override(defaults: Any, **given: Any) -> Any:
-    """A copy of a settings dataclass with what is not None replaced."""
+    """Return a copy of a settings dataclass in which the arguments that are not None replace fields."""
     values = {f.name: getattr(defaults, f.name) for f in fields(defaults)}
     return type(defaults)(**{**values, **{k: v for k, v in given.items() if v is not None}})
 
@@ -50,7 +50,11 @@ def override(defaults: Any, **given: Any) -> Any:
 def align(
     prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, last_image: Any = None, seed: Any = None
 ) -> dict[str, list]:
-    """Single values and lists -> lists of one length, by name."""
+    """Return all arguments as lists of one length, by name, with a seed for each clip.
+
+    A single value is repeated. UserError for lists of different lengths, and for an argument that
+    is None for some clips only.
+    """
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "last_image": last_image,
         "seed": seed,
@@ -86,28 +90,32 @@ def whole_seed(seed: Any) -> int:
 
 
 def without_effect(where: str, **options: Any) -> None:
-    """Say which of these were given although they change nothing."""
+    """Warn about the options that are not None, because they have no effect on `where`, for example "a picture"."""
     if given := [f"{name}={value}" for name, value in options.items() if value is not None]:
         warnings.warn(f"{', '.join(given)} has no effect on {where}", stacklevel=3)
 
 
 def load_image(image: Any) -> np.ndarray:
-    """A path, a PIL picture, an array or a tensor -> uint8 [H, W, 3]."""
+    """Return a picture as uint8 [H, W, 3]. image: a path, a PIL picture, an array or a tensor."""
     return read_image(image) if isinstance(image, str | Path) else as_uint8(image, "image", ndim=3, also="a path, ")
 
 
 def path_or_frames(video: Any) -> str | Path | np.ndarray:
-    """A path as it is, or frames as uint8 [T, H, W, 3]."""
+    """Return a path unchanged, or frames as uint8 [T, H, W, 3]."""
     return video if isinstance(video, str | Path) else as_uint8(video, "video", also="a path, ")
 
 
 def clip_length(video: str | Path | np.ndarray, fps: int) -> int:
-    """Frames that a clip has at this rate."""
+    """Return how many frames a clip has at `fps` frames per second."""
     return len(video) if isinstance(video, np.ndarray) else count_frames(video, fps)
 
 
 def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -> np.ndarray:
-    """The last `count` frames of a path's clip at clip.fps, or of frames uint8 [T, H, W, 3], fitted to the clip's size."""
+    """Return the last `count` frames of a video, fitted to the size of `clip`, uint8 [count, H, W, 3].
+
+    video: a path, which is read at clip.fps frames per second, or frames uint8 [T, H, W, 3].
+    UserError if there are too few frames.
+    """
     size = (clip.height, clip.width)
     if not isinstance(video, np.ndarray):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
@@ -117,29 +125,39 @@ def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -
 
 
 def each_once(made_of: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """made_of(item) of each, computed once, and kept once, for those that are the same path or object."""
+    """Return made_of(item) for each item.
+
+    Items that are the same path or object share one result, computed once.
+    """
     keys = [str(item) if isinstance(item, str | Path) else id(item) for item in items]
     made = {key: made_of(item) for key, item in dict(zip(keys, items, strict=True)).items()}
     return [made[key] for key in keys]
 
 
 def fit_to_pictures(pictures: Sequence[np.ndarray], clip: ClipDefaults, size_unit: int) -> ClipDefaults:
-    """The clip in the size, of its area's buckets, that the pictures ask for."""
+    """Return the clip with the height and width of the bucket, of area target_size squared, that fits the pictures.
+
+    UserError if the pictures need different buckets.
+    """
     sizes = {bucket_for(*p.shape[:2], clip.target_size, size_unit) for p in pictures}
     if len(sizes) > 1:
-        raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or make them apart")
+        raise UserError(f"the pictures ask for different sizes {sorted(sizes)}; give height and width, or use several calls")
     ((height, width),) = sizes
     return override(clip, height=height, width=width)
 
 
 def load_videos(videos: Sequence[Any], clip: ClipDefaults, count: int | None, stride: int) -> list[np.ndarray]:
-    """The frames that each clip continues; count None: what all the videos have, at most half of the clip."""
+    """Return the given frames of each clip, uint8 [count, H, W, 3], from the ends of the videos.
+
+    count: 1 + a multiple of `stride`; None: as many frames as the videos have, at most half of the
+    clip. UserError if count is None and the videos have different numbers of frames to give.
+    """
     videos = each_once(path_or_frames, videos)
     if count is None:
         wanted = 1 + min(clip.num_frames // 2, MAX_FRAMES - 1) // stride * stride
         counts = {1 + (min(wanted, n) - 1) // stride * stride for n in each_once(lambda v: clip_length(v, clip.fps), videos)}
         if len(counts) > 1:
-            raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or make them apart")
+            raise UserError(f"the videos would give {sorted(counts)} frames each; set num_given_frames, or use several calls")
         (count,) = counts
     check_num_frames(count, stride, "num_given_frames")
     return each_once(lambda v: load_video(v, clip, count), videos)

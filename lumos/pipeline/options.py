@@ -1,22 +1,26 @@
-"""Sampling options: declared once by each generator, as fields of a dataclass; every other table of them is derived here.
+"""Sampling options: each generator declares its own once, and everything else about them is derived here.
 
-A generator declares a frozen dataclass that inherits from `SamplingOptions`. Each field is a `lumos.settings.setting`:
+A generator declares a frozen dataclass that inherits from `SamplingOptions`. Each field is a
+`lumos.settings.setting`:
 
     num_inference_steps: int = setting(50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1)
 
-The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata says:
+The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata
+are:
 
     meaning              what the option does, in one line: the help of its flag
-    low, high            inclusive bounds; above, below: exclusive ones; allowed: the range in words
-    step                 the option has a slider in the page and an input in ComfyUI, which move in such steps
-    slider_high          the largest value of the slider, where that is below `high`
-    label                the name of its control, where the option's name and meaning would be too long
-    pictures             False: no effect on a single picture
-    given                True: an effect only on clips that begin with given frames
-    trade                True: saves time or memory and changes what is made
+    low, high            inclusive bounds
+    above, below         exclusive bounds
+    allowed              the allowed range in words, for messages
+    step                 step of the option's slider in the page and of its input in ComfyUI; without it there is neither
+    slider_high          the largest value of the slider, if it is less than `high`
+    label                the label of the slider, if the option's name and meaning would be too long
+    pictures             False: the option has no effect on a single picture
+    given                True: the option has an effect only on clips that begin with given frames
+    trade                True: the option saves time or memory and changes the result
 
-Command line flags, columns of lists, fields of the HTTP API, controls of the page, inputs of the ComfyUI nodes and the options of
-`plan` follow from `options_of`.
+`options_of` is the source of the command line flags, the columns of prompt lists, the fields of the
+HTTP API, the controls of the page, the inputs of the ComfyUI nodes and the options of `plan`.
 """
 
 from __future__ import annotations
@@ -36,17 +40,17 @@ from lumos.settings import is_number, is_whole, setting
 
 WHOLE, NUMBER, FLAG, INTERVAL = "a whole number", "a number", "true or false", "two numbers"
 ACCELERATION = ("int8", "compile")
-"""Arguments of a pipeline's from_pretrained that make a network smaller or faster."""
+"""Arguments of `from_pretrained` that make the network smaller or faster."""
 _KINDS = {int: WHOLE, float: NUMBER, bool: FLAG}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A sampling option as its declaration describes it. `kind` is WHOLE, NUMBER, FLAG or INTERVAL."""
+    """A sampling option with its declaration. `kind` is WHOLE, NUMBER, FLAG or INTERVAL."""
 
     name: str
     kind: str
-    is_optional: bool  # None is allowed: the option is off
+    is_optional: bool  # None is allowed and switches the option off
     default: Any
     metadata: Mapping[str, Any]
 
@@ -56,7 +60,7 @@ class Option:
 
     @property
     def label(self) -> str:
-        """The name of the option's control in a page."""
+        """The label of the option's control in the page."""
         return self.metadata.get("label") or f"{self.name.replace('_', ' ').capitalize()}: {self.meaning}"
 
     @property
@@ -81,7 +85,7 @@ class Option:
 
     @property
     def slider(self) -> tuple[float, float, float] | None:
-        """(lowest, highest, step) of a slider; None: the option has none."""
+        """The (lowest value, highest value, step) of the slider; None for an option without a slider."""
         if self.step is None:
             return None
         low, above = self.metadata["low"], self.metadata["above"]
@@ -108,7 +112,7 @@ class Option:
         return f"more than {above}{end}"
 
     def check(self, value: Any) -> Any:
-        """The value as it is kept (a pair as a tuple of floats); UserError for another type and for a value out of range."""
+        """Return the value, a pair as a tuple of floats; UserError for a wrong type and for a value out of range."""
         if value is None and self.is_optional:
             return None
         if self.kind == INTERVAL:
@@ -124,7 +128,7 @@ class Option:
         return value
 
     def parse(self, text: str) -> Any:
-        """The value that a cell of a table or a field of a form says; ValueError if it says none."""
+        """Return the value of the text of a table's cell or a form's field; ValueError if the text cannot be parsed."""
         text = text.strip()
         if self.kind == FLAG:
             if text.lower() not in ("true", "false"):
@@ -135,7 +139,7 @@ class Option:
         return int(text) if self.kind == WHOLE else float(text)
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is of the option's type, whatever its range."""
+        """Return whether the value has the option's type. The range is not checked."""
         if self.kind == INTERVAL:
             return isinstance(value, list | tuple) and len(value) == 2
         return {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool)}[self.kind](value)
@@ -155,7 +159,10 @@ class Option:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Base of a generator's sampling options. A wrong type or a value out of range is a UserError."""
+    """The base class of the sampling options of a generator.
+
+    UserError for a wrong type and for a value out of range.
+    """
 
     num_inference_steps: int = setting(50, "steps of the sampler", low=1, high=1000, step=1)
 
@@ -166,33 +173,39 @@ class SamplingOptions:
 
     @classmethod
     def declared(cls) -> dict[str, Option]:
-        """The options by name, in the order of their declaration."""
+        """Return the options by name, in the order of their declaration."""
         return options_of(cls)
 
     def check_combinations(self) -> None:
-        """UserError for values that are allowed alone, but not together. A generator overrides this."""
+        """Raise UserError for values that are allowed alone but not together.
+
+        A generator may override this method.
+        """
 
     def steps_of(self, frame: int) -> int:
-        """Steps of the frame-th latent frame that is made, from 0, at most."""
+        """Return the most steps of a new latent frame; `frame` is its number among the new ones, from 0."""
         return self.num_inference_steps
 
     def steps_before(self, frame: int) -> int:
-        """Steps of all the latent frames before it."""
+        """Return the most steps of all the new latent frames before latent frame number `frame`."""
         return sum(map(self.steps_of, range(frame)))
 
     def changed(self, **given: Any) -> Self:
-        """A copy with what is not None replaced."""
+        """Return a copy in which the arguments that are not None replace fields."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 def all_options() -> dict[str, Option]:
-    """The options of all generators, by name: what flags and columns of lists offer before a model is loaded."""
+    """Return the options of all generators by name, for flags and columns that are needed before a model is loaded."""
     return options_of(*(generator.load("sampling") for generator in registry.generators().values()))
 
 
 @cache
 def options_of(*classes: type[SamplingOptions]) -> dict[str, Option]:
-    """The options that these classes declare, by name, in order; of options with one name the first declaration counts."""
+    """Return the options that these classes declare, by name, in order.
+
+    The first declaration of a name counts.
+    """
     found: dict[str, Option] = {}
     for cls in classes:
         hints = typing.get_type_hints(cls)
@@ -203,7 +216,7 @@ def options_of(*classes: type[SamplingOptions]) -> dict[str, Option]:
 
 
 def _kind_of(hint: Any, name: str) -> tuple[str, bool]:
-    """(kind, whether None is allowed) of a type annotation."""
+    """Return (kind, whether None is allowed) of a type annotation."""
     arguments = typing.get_args(hint)
     is_optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in arguments
     if is_optional:
@@ -220,7 +233,8 @@ def add_flags(
 ) -> None:
     """Add a flag for each option, with None as its default.
 
-    pictures: leave out options without effect on a single picture. given: also those for clips that begin with given frames.
+    pictures: leave out the options that have no effect on a single picture. given: include the
+    options that have an effect only on clips that begin with given frames.
     """
     for option in options.values():
         if (pictures and not option.for_pictures) or (option.for_given_frames and not given):
@@ -234,19 +248,19 @@ def add_flags(
 
 
 def given_options(values: Any, names: Collection[str]) -> dict[str, Any]:
-    """The attributes of an argparse namespace that have one of these names and are not None."""
+    """Return the attributes of an argparse namespace that have one of these names and are not None."""
     return {name: value for name in names if (value := getattr(values, name, None)) is not None}
 
 
 def check_names(given: Collection[str], cls: type[SamplingOptions], generator: str) -> None:
-    """UserError for options that this generator does not have."""
+    """Raise UserError for an option that this generator does not have."""
     known = options_of(cls)
     if unknown := [name for name in given if name not in known]:
         raise UserError(f"{unknown[0]} is no sampling option of {generator}; allowed: {', '.join(known)}")
 
 
 def add_acceleration(parser: argparse.ArgumentParser) -> None:
-    """A flag for each way to make a network smaller or faster."""
+    """Add a flag for each argument in ACCELERATION."""
     add = parser.add_argument
-    add("--int8", action="store_true", help="the decoder's linear layers with int8 weights: a quarter of the memory (extra [int8])")
-    add("--compile", action="store_true", help="torch.compile for norms and MLPs; the first clip waits for the compiler")
+    add("--int8", action="store_true", help="int8 weights for the decoder's linear layers: a quarter of the memory (extra [int8])")
+    add("--compile", action="store_true", help="use torch.compile for norms and MLPs; the first clip waits for the compiler")

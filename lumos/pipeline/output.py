@@ -1,4 +1,4 @@
-"""What a call of a pipeline returns, in the form that was asked for."""
+"""The output of a pipeline and its conversion to the output types."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ OUTPUT_TYPES = ("np", "pil", "pt", "uint8", "latent")
 
 @dataclass
 class VideoPipelineOutput(ModelOutput):
-    """What a call returns; also by index and as a tuple, like every output of diffusers.
+    """The output of a call. Its fields are also available by index and as a tuple, as in the outputs of diffusers.
 
-    frames    in the asked output_type: np float32 [B, T, H, W, 3] in [0, 1]; pt the same as a tensor [B, T, 3, H, W]; pil a list
-              of pictures for each clip; uint8 a list of arrays [T, H, W, 3]; latent the latents
-    latents   what the network made: codes int64 [B, t, h, w] of Lumos-1
+    frames    the clips in the requested output_type:
+              np      float32 array [B, T, H, W, 3] in [0, 1]
+              pt      float32 tensor [B, T, 3, H, W] in [0, 1]
+              pil     a list of PIL pictures for each clip
+              uint8   a list of uint8 arrays [T, H, W, 3]
+              latent  the latents
+    latents   the output of the network, for Lumos-1 codes int64 [B, t, h, w]
     seeds     the seed of each clip
     settings  all settings of the clips
     """
@@ -34,7 +38,7 @@ class VideoPipelineOutput(ModelOutput):
 
     @property
     def codes(self) -> Tensor | None:
-        """The latents under the name that they have for a generator of discrete codes."""
+        """The latents, which are codes for a generator of discrete codes."""
         return self.latents
 
 
@@ -44,10 +48,10 @@ def check_output_type(output_type: str) -> None:
 
 
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
-    """Clips uint8 [T, H, W, 3] of one size -> np, pil, pt or uint8 frames (see VideoPipelineOutput).
+    """Convert clips uint8 [T, H, W, 3] of one size to np, pil, pt or uint8 frames (see VideoPipelineOutput).
 
-    The floats are value / 255 in float32, so that diffusers' export_to_video, which writes (frame * 255).astype(uint8), gives
-    the clip back exactly.
+    Floats are value / 255 in float32. So diffusers' export_to_video, which writes
+    (frame * 255).astype(uint8), restores the clip exactly.
     """
     if output_type == "uint8":
         return clips

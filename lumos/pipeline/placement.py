@@ -1,7 +1,9 @@
-"""Models larger than their device: layers that do not fit wait in host memory, or in their files, until it is their turn.
+"""Placement of models that are larger than the memory of their device.
 
-transformers' `device_map="auto"` and accelerate do it. One GPU at most does the work, because the cache of keys and values lies on
-one device; several GPUs make several clips at once instead.
+Layers that do not fit stay in host memory, or in their files on the disk, and are loaded when they
+run. The work is done by transformers' `device_map="auto"` and accelerate. At most one GPU is used,
+because the cache of keys and values lies on one device. Several GPUs are used by making several
+clips at once.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import torch
 from lumos.errors import UserError, shown
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-FOR_WEIGHTS = 0.8  # share of the free memory that weights may take by default; cache, states and video tokenizer need the rest
+# The share of the free memory that weights may take by default. The cache, hidden states and the video tokenizer need the rest.
+FOR_WEIGHTS = 0.8
 
 
 def loading_arguments(
     device: torch.device, device_map: str | None, max_memory: Mapping[int | str, int | str] | None = None
 ) -> dict[str, Any]:
-    """What transformers' `from_pretrained` takes for this placement; nothing without a device_map.
+    """Return the arguments of transformers' `from_pretrained` for this placement; an empty dict without a device_map.
 
-    max_memory: bytes, or text as 6GiB, that weights may take at most: of the GPU under its number, of the host under "cpu";
-    default: FOR_WEIGHTS of what is free. UserError for another map, another GPU and what is no size.
+    max_memory: the most memory for weights, in bytes or as text, for example "6GiB". The key is the
+    number of the GPU, or "cpu" for host memory. Default: FOR_WEIGHTS of the free memory. UserError
+    for a device_map other than "auto", for a device that is not used, and for a malformed size.
     """
     if device_map is None:
         if max_memory:
@@ -46,7 +50,7 @@ def loading_arguments(
 
 
 def size_in_bytes(size: int | str) -> int:
-    """6GiB, 500 MB, 1000 -> bytes; UserError for anything else."""
+    """Return a size such as "6GiB", "500 MB" or 1000 in bytes; UserError if it is malformed."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if found is None or found[2] not in UNITS:
         raise UserError(f"{shown(size)} is no size of memory; give 6GiB or 500MB for example")
@@ -54,7 +58,7 @@ def size_in_bytes(size: int | str) -> int:
 
 
 def parse_max_memory(items: list[str] | None) -> dict[int | str, str] | None:
-    """["0=6GiB", "cpu=16GiB"] -> {0: "6GiB", "cpu": "16GiB"}."""
+    """Return the values of --max-memory as a dict: ["0=6GiB", "cpu=16GiB"] gives {0: "6GiB", "cpu": "16GiB"}."""
     if items is None:
         return None
     pairs = [item.partition("=") for item in items]
@@ -65,13 +69,13 @@ def parse_max_memory(items: list[str] | None) -> dict[int | str, str] | None:
 
 
 def is_spread(model: torch.nn.Module) -> bool:
-    """True if weights wait elsewhere until their layer runs."""
+    """Return whether some weights of the model lie on another device, or on the disk, until their layer runs."""
     places = set(getattr(model, "hf_device_map", {}).values())
     return len(places) > 1 or "disk" in places
 
 
 def working_device(model: torch.nn.Module) -> torch.device:
-    """Where a model with a device_map computes: its GPU, or the CPU."""
+    """Return the device on which a model with a device_map computes: its GPU, or the CPU."""
     places = {place for place in model.hf_device_map.values() if str(place) not in ("cpu", "disk")}
     place = places.pop() if places else "cpu"
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

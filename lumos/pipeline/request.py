@@ -1,6 +1,7 @@
-"""What a call asks for, and the request resolved: every value known and checked, nothing encoded yet.
+"""Requests, which hold the arguments of a call, and resolved requests.
 
-Resolving needs no network, so that a list of many requests can be checked before any work.
+A resolved request has all values filled in and checked, and nothing is encoded yet. No network runs
+to resolve a request, so a long list of requests can be checked before any work.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from lumos.pipeline.options import SamplingOptions, check_names
 from lumos.settings import is_whole
 from lumos.video.frames import as_uint8, fit, is_pictures
 
-MAX_VIDEOS_PER_PROMPT = 10_000  # each is checked before the first is made
+MAX_VIDEOS_PER_PROMPT = 10_000  # limits memory: all clips are resolved before the first is made
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of a call that say what is made; see `lumos.pipeline.base.VideoPipeline.__call__` for each.
+    """The arguments of a call that decide its result, described in `lumos.pipeline.base.VideoPipeline.__call__`.
 
-    `options` holds the sampling options that were given, by name. A negative_prompt without words counts as none, in a list
-    too. A list of PIL pictures as video is one clip. Numbers may be numpy's.
+    `options` holds by name the sampling options that are not None. A blank negative_prompt becomes
+    None, also in a list. A list of PIL pictures as video is one clip. numpy scalars become Python
+    numbers.
     """
 
     prompt: str | Sequence[str]
@@ -73,26 +75,30 @@ class Request:
 
     @classmethod
     def of(cls, prompt: str | Sequence[str], **arguments: Any) -> Request:
-        """A request from arguments by name; those that are no fields of a request are taken as sampling options."""
+        """Return a request from arguments by name.
+
+        Arguments that are not fields of a request become sampling options.
+        """
         own = {name: arguments.pop(name) for name in ARGUMENTS if name in arguments}
         return cls(prompt, **own, options=arguments)
 
 
 ARGUMENTS = tuple(entry.name for entry in fields(Request) if entry.name not in ("prompt", "options"))
-"""Arguments of a call, beside the prompt and the sampling options, that say what is made."""
+"""The arguments of a call that decide its result, except the prompt and the sampling options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A request that can be made: B clips of one shape, with what every generator needs of it.
+    """A checked request for B clips of one shape, with all values that the generators need.
 
-    sampling          the sampling options, the model's own where the request says nothing
+    sampling          the sampling options, with the model's defaults where the request has none
     clip              the shape of the clips
-    prompts           a prompt for each clip; negative_prompts: one for each, or None for clips without one
-    later             (first frame, a prompt for each clip) of the prompts that follow
-    given             for each clip {frame number: picture uint8 [H, W, 3]}, the frames that are given
+    prompts           a prompt for each clip
+    negative_prompts  a negative prompt for each clip, or None
+    later             (first frame, a prompt for each clip) for each later prompt
+    given             the given frames of each clip: {frame number: picture uint8 [H, W, 3]}
     seeds             a seed for each clip
-    new_frames        latent frames to make; 1 where a generator makes the whole clip at once
+    new_frames        latent frames to make; 1 for a generator that makes the whole clip at once
     """
 
     sampling: SamplingOptions
@@ -110,11 +116,11 @@ class Resolved:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings of the clips, as a record beside a result holds them."""
+        """All settings of the clips, in the form of the records beside results."""
         return {**vars(self.sampling), **vars(self.clip), "num_given_frames": self.num_given_frames}
 
     def settings_of(self, num_frames: int) -> dict[str, Any]:
-        """The settings of clips that ended after so many frames."""
+        """Return the settings of clips that ended after `num_frames` frames."""
         return self.settings | {"num_frames": num_frames}
 
 
@@ -128,10 +134,12 @@ def resolve(
     largest_side: int,
     temporal_compression: int,
 ) -> Resolved:
-    """Fill in what the request leaves open, check it, and read the pictures and clips that it begins with.
+    """Fill in and check the values of a request, and read its pictures and clips.
 
-    settings, defaults: the model's own. generator: its kind, for messages. size_unit: height and width are multiples of it, up to
-    largest_side. temporal_compression: num_frames is 1 + a multiple of it. UserError for what cannot be made.
+    settings, defaults: the model's sampling options and shape of a clip. generator: the name of the
+    generator, for messages. size_unit: height and width are multiples of this number of pixels, up
+    to largest_side. temporal_compression: num_frames is 1 + a multiple of this number. UserError if
+    the clips cannot be made.
     """
     # 1. sampling options
     if request.generator is not None and request.seed is not None:
@@ -194,7 +202,7 @@ def resolve(
 
 
 def check_side(pixels: int, name: str, unit: int, largest: int) -> None:
-    """UserError for a height or width that is no multiple of the model's size unit, or larger than the model can state."""
+    """Raise UserError for a height or width that is not a multiple of the model's size unit, or that is too large."""
     if pixels <= 0 or pixels % unit:
         down = max(unit, pixels // unit * unit)
         raise UserError(f"{name} {pixels} is not a multiple of {unit}; the nearest sizes are {down} and {down + unit}")
@@ -203,13 +211,13 @@ def check_side(pixels: int, name: str, unit: int, largest: int) -> None:
 
 
 def options_of_clips(request: Request, sampling: SamplingOptions) -> dict[str, Any]:
-    """The sampling options of a request that have no effect on a single picture."""
+    """Return the sampling options of a request that have no effect on a single picture."""
     return {name: request.options[name] for name, option in sampling.declared().items()
             if name in request.options and not option.for_pictures and not option.is_trade}  # fmt: skip
 
 
 def options_of_given_frames(request: Request, sampling: SamplingOptions) -> dict[str, Any]:
-    """The sampling options of a request that only have an effect on given frames."""
+    """Return the sampling options of a request that only have an effect on given frames."""
     return {name: request.options[name] or None for name, option in sampling.declared().items()
             if name in request.options and option.for_given_frames}  # fmt: skip
 
@@ -219,7 +227,10 @@ def none_if_blank(text: Any) -> Any:
 
 
 def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:
-    """`num_videos_per_prompt`: every entry of a list `count` times in a row; a single prompt alone becomes such a list."""
+    """Return the arguments for `num_videos_per_prompt` = count: every entry of a list is repeated `count` times in a row.
+
+    If no argument is a list, the single prompt becomes a list of `count` prompts.
+    """
     if not is_whole(count) or not 1 <= count <= MAX_VIDEOS_PER_PROMPT:
         allowed = f"a whole number from 1 to {MAX_VIDEOS_PER_PROMPT}"
         raise UserError(f"num_videos_per_prompt {shown(count)} is not allowed; give {allowed}")
@@ -230,7 +241,10 @@ def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:
 
 
 def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: int) -> list[int]:
-    """A seed for each clip, drawn from its generator, or from the one generator in turn: each call moves them on."""
+    """Return a seed for each clip, drawn from its generator, or one after the other from a single generator.
+
+    The draws advance the generators, so that the next call gives other clips.
+    """
     generators = list(generator) if isinstance(generator, list | tuple) else [generator] * count
     if wrong := [g for g in generators if not isinstance(g, torch.Generator)]:
         raise UserError(f"generator is {shown(wrong[0])}; give a torch.Generator or a list of them")
@@ -240,11 +254,15 @@ def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: in
 
 
 def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
-    """`later_prompts` as (start, prompt or list of prompts) in order; UserError where a start cannot be one."""
-    form = "give (first frame, prompt) pairs, as [(17, 'it jumps')]"
+    """Return `later_prompts` as a list of (first frame, prompt or list of prompts), checked.
+
+    given: the number of given frames. UserError for a malformed entry, and for a first frame that
+    is not 1 + a multiple of `stride`, not in increasing order, or not in the clip.
+    """
+    form = "give (first frame, prompt) pairs, for example [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):
         raise UserError(f"later_prompts is {shown(later)}; {form}")
-    before = given  # the first frame that the prompt before makes
+    before = given  # the frame at which the previous prompt begins to make frames
     for pair in later or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_whole(pair[0])):
             raise UserError(f"later_prompts holds {shown(pair)}; {form}")
@@ -259,7 +277,7 @@ def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list
 
 
 def for_each(text: Any, start: int, repeats: int, count: int) -> list[Any]:
-    """A later prompt, one for all or a list with one for each prompt, for each of `count` clips."""
+    """Return a later prompt for each of `count` clips. text: one text for all clips, or a list with one for each prompt."""
     texts = [t for t in text for _ in range(repeats)] if isinstance(text, list | tuple) else [text] * count
     if len(texts) != count:
         raise UserError(f"the later prompt at frame {start} is a list of {len(text)}, but there are {count // repeats} prompts")

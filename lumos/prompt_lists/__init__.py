@@ -1,1 +1,1 @@
-"""Lists of clips: read, shared by processes, resumed after a stop."""
+"""Prompt lists: reading them, sharing their clips among processes, and resuming after a stop."""

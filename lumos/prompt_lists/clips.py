@@ -1,4 +1,7 @@
-"""From rows to clips: what each is made of, where it goes, which may share a batch, and whether it is there already."""
+"""The clips of a prompt list: their inputs, their files, their batches, and which of them are made already.
+
+A record is the JSON file beside a clip that holds all its settings.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +29,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """What the clips of one batch have in common."""
+    """The properties that all clips of one batch share."""
 
     sampling: SamplingOptions
     clip: ClipDefaults
     num_given_frames: int
-    starts: tuple[int, ...]  # frames where later prompts begin
-    names: tuple[str, ...]  # what they are given of negative_prompt, image, video
+    starts: tuple[int, ...]  # first frames of the later prompts
+    names: tuple[str, ...]  # the arguments among negative_prompt, image, video and last_image that the clips have
 
     def options(self) -> dict[str, Any]:
-        """Arguments of a call."""
+        """Return the arguments of the pipeline's call that are equal for all clips."""
         shape = {name: getattr(self.clip, name) for name in ("num_frames", "height", "width", "fps")}
         return {**vars(self.sampling), **shape, "num_given_frames": self.num_given_frames if "video" in self.names else None}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to make; `inputs` decide what it shows."""
+    """One clip to make."""
 
-    file: str
-    line: int
+    file: str  # path below the folder of results
+    line: int  # line of the list
     form: Form
     prompt: str
-    later: tuple[str, ...]  # prompts, one for each of form.starts
-    given: dict[str, str]  # of form.names
+    later: tuple[str, ...]  # later prompts, one for each of form.starts
+    given: dict[str, str]  # the values of the arguments in form.names
     seed: int
-    inputs: dict[str, Any]
+    inputs: dict[str, Any]  # all values that decide what the clip shows
 
 
 def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_frames: int | None) -> dict[str, Any]:
-    """One prompt, or several with the frames that each is shown for, as `prompt`, `later_prompts` and `num_frames` of a call."""
+    """Return the arguments `prompt`, `later_prompts` and `num_frames` of a call for one or more prompts.
+
+    frames: how many frames each prompt holds for; None for a single prompt that holds for the whole
+    clip. UserError if the number of prompts, `frames` and `num_frames` do not agree.
+    """
     if frames is None and len(prompts) == 1:
         return {"prompt": prompts[0], "num_frames": num_frames}
     if frames is None or len(frames) != len(prompts):
@@ -71,7 +78,7 @@ def prompts_over_time(prompts: Sequence[str], frames: Sequence[int] | None, num_
 
 
 def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
-    """UserError where a prompt would end within a latent frame of so many frames."""
+    """Raise UserError if a prompt would end inside of a latent frame; `stride` is the number of frames of a latent frame."""
     if frames and ((frames[0] - 1) % stride or any(count % stride for count in frames[1:])):
         raise UserError(
             f"prompt_frames {list(frames)} is not allowed; give 1 + a multiple of {stride} for the first prompt and multiples of "
@@ -80,16 +87,17 @@ def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
 
 
 def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
-    """A row as a request; `defaults` are options of the command line. seed: of a row that names none, from the list's own seed on;
-    stride: the model's temporal compression.
+    """Return the request of a row.
 
-    UserError for a row that could not be read or has no prompt.
+    defaults: options of the command line, which hold where the row has no value. seed: a row
+    without a seed gets this seed plus its number. stride: the temporal compression of the model.
+    UserError for a row that could not be read or that has no prompt.
     """
     if row.problem:
         raise UserError(row.problem)
     own = {name: value for name, value in row.options.items() if name != "output"}
     options = {**defaults, **own}
-    if "image" in own or "video" in own:  # one of them takes the place of either
+    if "image" in own or "video" in own:  # an image of the row also replaces a video of the command line, and vice versa
         options |= {name: own.get(name) for name in ("image", "video")}
     if "num_frames" in own and "prompt_frames" not in own:
         options.pop("prompt_frames", None)
@@ -107,7 +115,11 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) ->
 
 
 def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
-    """The clips of a row. inputs: what else decides them; numbered: the row's number names them, not their seeds."""
+    """Return the clips of a row.
+
+    inputs: further values that decide what a clip shows, for example the model. numbered: name the
+    files after the number of the row, and add the seed only if the row makes several clips.
+    """
     names = ("negative_prompt", "image", "video", "last_image")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     later = tuple(text for _, text in request.later_prompts or ())
@@ -129,16 +141,18 @@ def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, A
 
 
 def default_name(prompt: str, picture: bool, before: str = "", after: str = "") -> str:
-    """A file name that begins with words of the prompt."""
+    """Return a file name made of `before`, the words of the prompt and `after`."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "clip"
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
 
 
 def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
-    """UserError if the clip cannot be written where it is to go, or would take the place of a file of `keep`."""
+    """Raise UserError if the file of a clip cannot be written, or if it would replace a file in `keep`."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
-        raise UserError(f"output {shown(clip.file)} is not allowed; name a file in the folder of results, as cats/one.mp4")
+        raise UserError(
+            f"output {shown(clip.file)} is not allowed; name a file in the folder of results, for example cats/one.mp4"
+        )
     frames = clip.form.clip.num_frames
     if path.suffix.lower() == ".png" and frames > 1:
         raise UserError(f"output {shown(clip.file)} would be a folder of {frames} pictures; name a .mp4, .gif or .webp file")
@@ -147,7 +161,7 @@ def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
 
 
 def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
-    """Clips of one form together, in order, at most `size` at a time."""
+    """Group the clips by their form, in order, into batches of at most `size` clips."""
     groups: dict[Form, list[Clip]] = {}
     for clip in clips:
         groups.setdefault(clip.form, []).append(clip)
@@ -155,7 +169,7 @@ def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
 
 
 def make_latents(pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep) -> list[Tensor]:
-    """Latents [t, ...] of each clip of a batch."""
+    """Make the clips of a batch and return the latents [t, ...] of each."""
     form = clips[0].form
     later = [(start, [clip.later[n] for clip in clips]) for n, start in enumerate(form.starts)]
     given = {name: [clip.given[name] for clip in clips] for name in form.names}
@@ -166,13 +180,16 @@ def make_latents(pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep) ->
 
 
 def record_path(result: Path) -> Path:
-    """Where the settings of a result lie: out.mp4 -> out.mp4.json."""
+    """Return the path of the record of a result: out.mp4 has the record out.mp4.json."""
     return result.with_name(f"{result.name}.json")
 
 
 class Recorded(Results):
-    """Clips in a folder, each with a record beside it. A clip is there if its record says that it was made of the same inputs, and
-    it has as many bytes as then."""
+    """The clips in a folder, each with a record beside it.
+
+    A clip counts as made if its record holds the same inputs and the file has the number of bytes
+    in the record. describe(clip) returns the content of a record.
+    """
 
     def __init__(self, out: Path, shard: tuple[int, int], clips: Sequence[Clip], describe: Callable[[Clip], dict[str, Any]]):
         super().__init__(out, "", shard)
@@ -188,11 +205,15 @@ class Recorded(Results):
             return False
 
     def stale(self, files: Iterable[str]) -> list[str]:
-        """Those that are there, made of something else."""
+        """Return the files that exist but were made from other inputs."""
         return [file for file in files if (self.folder / file).is_file() and not self.has(file)]
 
     def put(self, file: str, write: Callable[[Path], object]) -> None:
-        """As of any file, and its record, which is the last to come and the first to go."""
+        """Write a file and its record.
+
+        The old record is removed before the file changes and the new record is written last, so
+        that a stop in between never leaves a record beside a file that it does not describe.
+        """
         record = record_path(self.folder / file)
         record.unlink(missing_ok=True)
         super().put(file, write)

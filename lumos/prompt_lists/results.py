@@ -1,7 +1,8 @@
-"""Files that are made batch by batch: which process makes which, and going on after a stop.
+"""Files that are made batch by batch, by several processes, and resumed after a stop. This module knows no generator.
 
-Knows no generator. The list is cut into batches before anything else and a process makes whole batches, so that no file
-depends on how many processes there are or where an earlier run stopped.
+The whole list is cut into batches first, and a process makes whole batches. So no file depends on
+the number of processes or on where an earlier run stopped. A share is the part of the batches that
+one process makes; it is written as 2/4, the second of four.
 """
 
 from __future__ import annotations
@@ -23,24 +24,28 @@ from lumos.locks import LOCK, OWNER
 
 @contextmanager
 def only_shard(out: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Keep a second process away from this share; RunError if one is at work on it."""
+    """Lock a share for this process; RunError if another process is at work on it."""
     work = work_folder(out, shard)
     with only_writer(work, "process with share {} of {}".format(*shard)):
         try:
             yield
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # others are at work, or were killed
+            with suppress(OSError):  # the folder is not empty if other processes are at work or were killed
                 work.parent.rmdir()
 
 
 def work_folder(out: Path, shard: tuple[int, int]) -> Path:
-    """Where a share's files are written before they are whole."""
+    """Return the folder in which a share writes its files before they are complete."""
     return out / UNFINISHED / "{}-of-{}".format(*shard)
 
 
 def sum_over_processes(*values: int) -> tuple[int, ...]:
-    """The sums over all processes of a launcher, when all have come here: it stops the others when one ends with an error."""
+    """Return the sums of the values over all processes of a launcher such as torchrun.
+
+    Every process waits here for the others. If one ends with an error, the launcher stops the
+    others.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return values
     import torch
@@ -54,14 +59,18 @@ def sum_over_processes(*values: int) -> tuple[int, ...]:
 
 
 class HasFile(Protocol):
-    """One file to make; its path is from the folder of results."""
+    """An object with the path of one file to make, relative to the folder of results."""
 
     @property
     def file(self) -> str: ...
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """(which from 1 on, of how many) as `2/4` says; None: as torchrun says, else 1 of 1."""
+    """Return (number of the share from 1, number of shares) of a text such as "2/4".
+
+    text: None takes the rank and the number of processes from torchrun's environment, or (1, 1)
+    without torchrun. UserError for a malformed text, and for a text under torchrun.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if text is None:
         return int(os.environ.get("RANK", "0")) + 1, world
@@ -69,14 +78,16 @@ def parse_shard(text: str | None) -> tuple[int, int]:
         raise UserError(f"shard {text} is given, but a launcher started {world} processes that share the work; leave it out")
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"shard {shown(text)} is not allowed; give which part of how many, 1/4 to 4/4 for example")
+        raise UserError(f"shard {shown(text)} is not allowed; give the part and the number of parts, for example 1/4 to 4/4")
     return int(number), int(count)
 
 
 class Results:
-    """The files in `out/name`. Each is written elsewhere in `out` and moved there, whole or not at all.
+    """The files in the folder `out/name`.
 
-    Elsewhere, because the official evaluations take whatever lies beside a result for another one.
+    Each file is written in another folder below `out` and moved when it is complete. An incomplete
+    file must not lie in `out/name`, because the official evaluations take every file there for a
+    result.
     """
 
     def __init__(self, out: Path, name: str, shard: tuple[int, int] = (1, 1)):
@@ -89,7 +100,10 @@ class Results:
         return (self.folder / file).is_file()
 
     def put(self, file: str, write: Callable[[Path], object]) -> None:
-        """`write` is given a path of the same suffix, whose folder exists."""
+        """Write a file: call `write` with a temporary path of the same suffix, then move the result to its place.
+
+        RunError if the file cannot be written.
+        """
         target = self.folder / file
         temporary = self.mine / f"{uuid.uuid4().hex}{target.suffix}"
         try:
@@ -101,23 +115,32 @@ class Results:
             raise RunError(f"cannot write {target}: {error.strerror or error}; check free space and permissions") from error
 
     def check_case(self, files: Sequence[str]) -> None:
-        """UserError if two files differ only in case, as some of VBench do, and this file system cannot hold both."""
+        """Raise UserError if two files differ only in upper and lower case and the file system ignores case.
+
+        Some prompts of VBench, after which files are named, differ only in case.
+        """
         seen: dict[str, str] = {}
-        twins = [(first, file) for file in files if (first := seen.setdefault(file.casefold(), file)) != file]
-        if twins and ignores_case(self.folder.parent):
-            first, second = twins[0]
+        clashes = [(first, file) for file in files if (first := seen.setdefault(file.casefold(), file)) != file]
+        if clashes and ignores_case(self.folder.parent):
+            first, second = clashes[0]
             raise UserError(
-                f"{self.folder} is where {shown(first)} and {shown(second)} are one file; choose a place that tells them apart"
+                f"in {self.folder} {shown(first)} and {shown(second)} are one file, because its file system ignores case; "
+                "choose a folder on another file system"
             )
 
     def tidy(self, files: Sequence[str]) -> int:
-        """Remove what was left unfinished, by killed runs too once every file is there; returns how many are missing."""
+        """Remove incomplete files and return how many of `files` are missing.
+
+        The incomplete files of other processes, which may have been killed, are removed only if no
+        file is missing.
+        """
         clear(self.mine)
-        with suppress(OSError):  # whoever holds the lock in it removes it
+        with suppress(OSError):  # the folder is not empty while a lock is in it, and the lock's holder removes it then
             self.mine.rmdir()
         missing = sum(not self.has(file) for file in files)
         for left_over in self.unfinished.glob("*-of-*") if not missing else ():
-            with suppress(RunError, UserError), only_writer(left_over, "process"):  # not where one is at work, or may not
+            # The lock cannot be taken if another process is at work there, or without permission: then leave the folder.
+            with suppress(RunError, UserError), only_writer(left_over, "process"):
                 shutil.rmtree(left_over, ignore_errors=True)
         with suppress(OSError):
             self.unfinished.rmdir()
@@ -125,7 +148,10 @@ class Results:
 
 
 def check_made(results: Results, files: Iterable[str], failed: Container[str] = ()) -> None:
-    """RunError unless each of the files is there, or is one of those that are known to have `failed`. Call it when all are made."""
+    """Raise RunError if one of the files does not exist and is not in `failed`.
+
+    To be called after all files are made.
+    """
     asked = list(files)
     lost = [file for file in asked if file not in failed and not results.has(file)]
     if lost:
@@ -136,7 +162,7 @@ def check_made(results: Results, files: Iterable[str], failed: Container[str] = 
 
 
 def clear(work: Path) -> None:
-    """Remove what is left in a share's folder, but not the lock of the process that is at work there."""
+    """Remove all files in the folder of a share, except the lock of a process that is at work there."""
     for left_over in work.glob("*"):
         if left_over.name not in (LOCK, OWNER):
             remove(left_over)
@@ -158,11 +184,11 @@ def render(
     save: Callable[[Path, Any, Any], object],
     on_batch: Callable[[], object] = lambda: None,
 ) -> int:
-    """Make what is missing of the batches; returns how many files were written.
+    """Make the missing files of the batches and return how many files were written.
 
-    make(batch) gives one thing for each file, and save(path, file's entry, thing) writes it.
-
-    A batch of which a file is missing is made again whole, and what it lacks is saved.
+    make(batch) returns one clip for each entry of the batch, and save(path, entry, clip) writes it.
+    If a file of a batch is missing, the whole batch is made again, so that the clip does not depend
+    on where a run stopped. Only missing files are written. on_batch() is called after each batch.
     """
     written = 0
     for batch in batches:

@@ -1,6 +1,7 @@
-"""Lists of clips to make, read from a file: a prompt a line (.txt), an object a line (.jsonl), or columns under names (.csv).
+"""Reading of prompt lists: one prompt per line (.txt), one JSON object per line (.jsonl), or a table with column names (.csv).
 
-A row that cannot be read becomes a `Row` with its problem, so that the others can be made.
+A row that cannot be read becomes a `Row` with an error message, so that the other rows can still be
+made.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be, and how a cell of a table says it."""
+    """A type of values: its name, a check of a value, and a function that parses a cell of a table."""
 
     name: str
     holds: Callable[[Any], bool]
@@ -35,7 +36,7 @@ def is_text(value: object) -> bool:
 
 
 def is_list_of(kind: Callable[[object], bool], value: object) -> bool:
-    """Not of an empty one."""
+    """Return whether the value is a list with at least one entry, all of this kind."""
     return isinstance(value, list) and bool(value) and all(map(kind, value))
 
 
@@ -55,29 +56,31 @@ ARGUMENTS = {
     "output": TEXT, "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE,
     "num_videos_per_prompt": WHOLE, "seed": WHOLES,
 }  # fmt: skip
-"""What a row may say beside sampling options."""
+"""The keys of a row, except the sampling options."""
 PATHS = ("image", "video", "last_image")
+"""The keys whose values are paths, relative to the folder of the list."""
 
 
 def columns() -> dict[str, Kind]:
-    """What a row may say, by the names of the command line: arguments, and the sampling options of all generators."""
+    """Return the kind of each key that a row may have: the arguments, and the sampling options of all generators."""
     return ARGUMENTS | {name: Kind(option.kind, option.holds, option.parse) for name, option in all_options().items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of a list: the line of the file where it ends, its number from 0, what it says, why it cannot be read."""
+    """One entry of a prompt list."""
 
-    line: int
-    number: int
-    options: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    line: int  # line of the file, from 1, on which the entry ends
+    number: int  # number of the entry, from 0
+    options: dict[str, Any] = field(default_factory=dict)  # the values of the entry, by key
+    problem: str | None = None  # why the entry cannot be read
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a list; pictures and clips that they name are looked for from the list's folder.
+    """Return the rows of a list. Paths of pictures and clips in a row are relative to the folder of the list.
 
-    UserError for a file that cannot be read, one of another form, and one without rows.
+    UserError for a file that cannot be read, for a file of another form, and for a file without
+    rows.
     """
     path = Path(path)
     readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
@@ -115,7 +118,7 @@ def read_objects(text: str, path: Path) -> Reader:
 def parse_object(line: str) -> dict[str, Any]:
     row = parse_json(line, "the row")
     if not isinstance(row, dict):
-        raise UserError(f"a JSON {type(row).__name__}; give an object, as {{\"prompt\": \"a red circle\"}}")
+        raise UserError(f"the row is a JSON {type(row).__name__}; give an object, for example {{\"prompt\": \"a red circle\"}}")
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -124,7 +127,7 @@ def read_table(text: str, path: Path) -> Reader:
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in known or names.count(name) > 1]:
-            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or there twice; allowed: {', '.join(known)}")
+            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or named twice; allowed: {', '.join(known)}")
         for cells in table:
             if any(cell.strip() for cell in cells):
                 yield table.line_num, lambda cells=cells: parse_cells(names, cells)
@@ -134,7 +137,7 @@ def read_table(text: str, path: Path) -> Reader:
 
 def parse_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(names):
-        raise UserError(f"{len(cells)} cells under {len(names)} columns")
+        raise UserError(f"the row has {len(cells)} cells, but there are {len(names)} columns; give one cell for each column")
     known, row = columns(), {}
     for name, cell in zip(names, map(str.strip, cells), strict=True):
         try:
@@ -145,7 +148,7 @@ def parse_cells(names: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row with the paths of what it begins with; UserError for an unknown name and for a value of another kind."""
+    """Return the row with its paths joined to the folder of the list; UserError for an unknown key and for a wrong type."""
     known = columns()
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(known)}")

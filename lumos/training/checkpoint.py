@@ -1,17 +1,22 @@
-"""Checkpoints that are complete or invisible, and that any engine can read.
+"""Checkpoints that appear only when they are complete, and that any engine can read.
 
     <output_dir>/checkpoints/step-00000200/
-        rank-0000.safetensors    what one process keeps: its runs of each weight, its share of the optimizer, random state
-        state.json               step, settings, meters, size and CRC-32 of every other file, and its own CRC-32: written last
+        rank-0000.safetensors    the tensors of one process: its part of the weights and of the
+                                 optimizer state, and its random state
+        state.json               step, settings, meters, the size and CRC-32 of every other file,
+                                 and its own CRC-32; this file is written last
 
-A tensor is stored under "kind/name/start": values start, start + 1, ... of the parameter `name` in its flat order. Kinds are
-weight, exp_avg, exp_avg_sq (AdamW) and average (EMA), all fp32. Whichever engine and however many processes wrote them,
-`Stored` gives any run of any parameter. DeepSpeed's own way to this, ds_to_universal, unpickles, needs DeepSpeed to read,
-and knows no averages, no stage 0 and no plain PyTorch.
+A tensor is stored under the key "kind/name/start". It holds the values start, start + 1, ... of the
+parameter `name` in its flat order. The kinds are weight, exp_avg and exp_avg_sq (AdamW), and
+average (the exponential moving average of the weights). All of them are fp32. `Stored` reads any
+range of any parameter, whichever engine and however many processes wrote the checkpoint.
+DeepSpeed's own converter, ds_to_universal, is not used: it unpickles files, needs DeepSpeed to read
+them, and supports neither averaged weights nor ZeRO stage 0 nor plain PyTorch.
 
-A folder is written under a hidden name and renamed when it is whole and on the disk, so a kill or a power cut at any moment
-leaves the older ones untouched. A checkpoint in which anything does not fit (a checksum, the step that its name says, the list
-of its files) is damaged; the next older one is taken.
+A checkpoint is written into a hidden folder, which is renamed once all of it is on the disk. A kill
+or a power cut at any moment therefore leaves the older checkpoints untouched. A checkpoint is
+damaged if a checksum, its list of files or the step in its folder name does not match; a resume
+then takes the next older one.
 """
 
 from __future__ import annotations
@@ -38,29 +43,31 @@ from lumos.settings import to_plain
 from lumos.training.settings import StageSettings
 
 FORMAT = 3
-"""Checkpoints of format 2 have no checksum of their state; they are still read."""
+"""The format that is written. Format 2, which has no checksum of state.json, can still be read."""
 STATE, CHECKSUM = "state.json", "checksum"
 WRITING, REMOVING = ".writing-", ".removing-"
 LEFT_OVER = (f"{WRITING}*", f"{REMOVING}*", ".old-step-*")
-"""Patterns of what a kill leaves in a save."""
+"""Name patterns of the folders that an interrupted save may leave behind."""
 RUN_FIELDS: dict[str, type] = {
     "settings": dict, "identity": dict, "task": dict, "engine": str, "world": int, "updates": int, "skipped": int,
     "averaged": bool, "meter": dict,
 }  # fmt: skip
-"""What the state of a training run of the decoder holds."""
+"""Names and types of the fields in the state of a generator's training run."""
 WEIGHT, AVERAGE = "weight", "average"
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of `step`."""
     return root / f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Renamed, so once complete, checkpoints; oldest first."""
+    """Return the folders of all finished checkpoints in `root`, the oldest first."""
     return sorted((p for p in root.glob("step-*") if p.is_dir() and _step_in(p.name) is not None), key=step_of)
 
 
 def step_of(folder: Path) -> int:
+    """Return the step that the name of a checkpoint folder states."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -69,11 +76,15 @@ def _step_in(name: str) -> int | None:
 
 
 def writing_folder(root: Path, step: int) -> Path:
+    """Return the hidden folder in which the checkpoint of `step` is written."""
     return root / f"{WRITING}{step:08d}"
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make that folder, empty, and remove what killed runs left behind, file or folder. Call on one process only."""
+    """Create the empty hidden folder for the checkpoint of `step` and return it.
+
+    Files and folders that interrupted saves left behind are removed first. Call on one process only.
+    """
     make_folder(root)
     for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
         remove(left_over)
@@ -83,7 +94,10 @@ def begin(root: Path, step: int) -> Path:
 
 
 def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Write one process's tensors; returns size and CRC-32 of the file. Views are copied: safetensors stores no shared memory."""
+    """Write the tensors of one process and return the size and the CRC-32 of the file.
+
+    Views are copied first, because safetensors does not store tensors that share memory.
+    """
     whole = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -95,11 +109,15 @@ def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[i
 
 
 def key(kind: str, name: str, start: int) -> str:
+    """Return the key under which a range of a parameter is stored, see the top of this module."""
     return f"{kind}/{name}/{start}"
 
 
 class Stored:
-    """The tensors of a checkpoint, joined from the files of the processes that wrote it; reads only what is asked for."""
+    """The tensors of a checkpoint, joined from the files of all processes that wrote it.
+
+    Values are read from the disk only when a method returns them.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -112,12 +130,16 @@ class Stored:
                     values = file.get_slice(label)
                     self.parts[kind, name].append((int(start), values.get_shape()[0], values))
 
-    def names(self, kind: str) -> list[str]:
-        """Of the parameters that have tensors of this kind."""
-        return [name for found, name in self.parts if found == kind]
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a parameter has tensors of this kind."""
+        return (kind, name) in self.parts
 
     def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-        """All parameters of a kind, by name; RunError unless the checkpoint holds these, whole, and no other value of the kind."""
+        """Return all parameters of a kind, by name, in the given shapes.
+
+        Raises RunError if a value is missing, or if the checkpoint has more names or values of this
+        kind than `shapes`.
+        """
         sizes = {name: max(begin + length for begin, length, _ in self.parts[kind, name]) for name in self.names(kind)}
         for name in sorted(sizes.keys() ^ shapes.keys()):
             found = "it has" if name in sizes else "it lacks"
@@ -128,8 +150,11 @@ class Stored:
         return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """Values start .. start + count - 1 of a parameter, [count]; RunError unless each of them is there once."""
-        values, end = torch.empty(count), start  # all before `end` is read
+        """Return the values start .. start + count - 1 of a parameter as a tensor [count].
+
+        Raises RunError unless the checkpoint has each of these values exactly once.
+        """
+        values, end = torch.empty(count), start  # the values before `end` have been read
         for begin, length, stored in sorted(self.parts.get((kind, name), ()), key=lambda part: part[0]):
             low, high = max(start, begin), min(start + count, begin + length)
             if low == end < high:
@@ -142,12 +167,17 @@ class Stored:
         return values
 
     def own(self, rank: int) -> dict[str, Tensor]:
-        """What the process of this rank stored for itself (random state); nothing if there was none."""
+        """Return the tensors that the process of this rank stored for itself, by name.
+
+        They are its random state; in the training of a tokenizer, all tensors. The result is {} if
+        the run that wrote the checkpoint had no process of this rank.
+        """
         file = self.files.get(tensor_file(self.folder, rank).name)
         return {} if file is None else {label: file.get_tensor(label) for label in file.keys() if "/" not in label}  # noqa: SIM118
 
 
 def tensor_file(folder: Path, rank: int) -> Path:
+    """Return the file that the process of this rank writes."""
     return folder / f"rank-{rank:04d}.safetensors"
 
 
@@ -162,10 +192,14 @@ def finish(
     keep_every: int = 0,
     fields: Mapping[str, type] | None = None,
 ) -> Path:
-    """Write state.json, make the folder visible, remove the older ones. Call when every process has written.
+    """Write state.json, give the folder its final name, and return the renamed folder.
 
-    `written` is what `save_tensors` returned in each process. The newest `keep_last` stay, and those of steps that are
-    multiples of `keep_every`. Damaged checkpoints of later steps, which a resume has passed over, become damaged-step-....
+    Call on one process, after every process has written its tensors. `written` holds the result of
+    `save_tensors` of each process, in the order of ranks. `fields` are those of `read_state`.
+
+    Older checkpoints are then removed, except the newest `keep_last`, counting the new one, and those
+    whose step is a multiple of `keep_every`. A damaged checkpoint of a later step, which the resume
+    of this run has skipped, is renamed to damaged-step-....
     """
     files = {tensor_file(folder, rank).name: facts for rank, facts in enumerate(written)}
     state = json.loads(json.dumps({"format": FORMAT, "step": step, **state, "files": files}))
@@ -176,14 +210,14 @@ def finish(
     for other in list_checkpoints(root):
         if step_of(other) < step:
             older.append(other)
-        elif step_of(other) > step and _is_damaged(other, fields):  # the run fell back past it
+        elif step_of(other) > step and _is_damaged(other, fields):  # a resume has skipped it
             put_folder(other, root / f"damaged-{other.name}")
     for old in older[: max(0, len(older) + 1 - keep_last)]:
         if not keep_every or step_of(old) % keep_every:
-            gone = root / f"{REMOVING}{old.name}"  # else a kill would leave half of it under its name
+            gone = root / f"{REMOVING}{old.name}"  # a kill must not leave half a checkpoint under a final name
             try:
                 os.replace(old, gone)
-            except OSError as error:  # the new one is there all the same
+            except OSError as error:  # the new checkpoint is complete even so
                 print(f"warning: cannot remove {old}: {error.strerror}", file=sys.stderr, flush=True)
             remove(gone)
     return target
@@ -198,15 +232,17 @@ def _is_damaged(folder: Path, fields: Mapping[str, type] | None) -> bool:
 
 
 def give_up(root: Path, step: int) -> None:
-    """Remove what a save that failed has written, so that a full disk is not left fuller."""
+    """Remove the files of a failed save, so that they do not fill the disk further."""
     remove(writing_folder(root, step))
 
 
 def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """state.json of a checkpoint in which everything fits; RunError says what does not.
+    """Return the content of state.json after checking the whole checkpoint.
 
-    `fields` are the names and types of what the caller needs of it. With several processes each reads only its share of the
-    files through.
+    `fields` holds the names and types of the fields that the caller needs. With `world` processes,
+    each process verifies the checksums of only its own share of the files. Raises RunError, which
+    names the damage, if the state or a file does not match, and UserError for a checkpoint of an
+    earlier version that cannot be resumed.
     """
     try:
         state = read_json(folder / STATE, "the state of a checkpoint")
@@ -228,7 +264,10 @@ def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str,
 
 
 def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[str, tuple[int, int]]:
-    """The list of files; RunError unless the state fits its checksum, its folder, its files and `fields`."""
+    """Return the size and CRC-32 of each file, by name.
+
+    Raises RunError unless the state matches its checksum, its folder, its files and `fields`.
+    """
     if not isinstance(state, dict):
         raise RunError(f"checkpoint {folder}: {STATE} cannot be read (it holds {shown(state)} in place of fields)")
     if state.get("format") not in (2, FORMAT):
@@ -236,15 +275,18 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
     told = state.pop(CHECKSUM, None)
     if told != (_checksum(state) if state["format"] == FORMAT else None):
         raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
+    if fields and "identity" not in state and "meters" in state:
+        raise UserError(
+            f"{folder} was written by an earlier version, whose training of a video tokenizer this version cannot resume; name "
+            f"another output_dir, or move {folder.parent} away to start over"
+        )
     for name, kind in {"step": int, "files": dict, **fields}.items():
         if type(state.get(name)) is not kind:
             raise RunError(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
     named = _step_in(folder.name)
     if state["step"] < 0 or named not in (None, state["step"]):
-        raise RunError(f"checkpoint {folder} is of step {shown(state['step'])}, as {STATE} says, and not of that of its name")
+        raise RunError(f"checkpoint {folder} is of step {shown(state['step'])} according to {STATE}, not of the step in its name")
     world = state.get("world", 1)
-    if state["format"] == 2 and "identity" not in state and "meters" in state:
-        world = 1  # of a tokenizer's training, whose first process alone wrote
     files, wanted = state["files"], [tensor_file(folder, rank).name for rank in range(_counted(world))]
     if not wanted or sorted(files) != wanted:
         raise RunError(f"checkpoint {folder}: {STATE} lists {shown(sorted(files))}, not the files of {shown(world)} processes")
@@ -261,7 +303,7 @@ def _counted(world: Any) -> int:
 
 
 def _checksum(state: dict[str, Any]) -> int:
-    """CRC-32 of a state as it is read back, whatever the order and spacing of its fields."""
+    """Return the CRC-32 of a state, which does not depend on the order or spacing of its JSON fields."""
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
@@ -272,11 +314,12 @@ def latest(
     any_of: Callable[[bool], bool] = bool,
     fields: Mapping[str, type] | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint and its state, None if there is none at all.
+    """Return the newest undamaged checkpoint and its state, or None if `root` has no checkpoint.
 
-    `fields` are as in `read_state`. A damaged one is passed over with a warning on stderr. RunError if all are damaged, because
-    starting anew would hide the loss. `any_of` tells whether something is true in any of the processes, which all come to the
-    same answer.
+    `rank`, `world` and `fields` are those of `read_state`. A damaged checkpoint is skipped with a
+    warning on stderr. Raises RunError if all are damaged, because starting from the beginning would
+    hide the loss. `any_of` returns whether its argument is true in any of the processes, so that all
+    of them choose the same checkpoint.
     """
     folders = list_checkpoints(root)
     for folder in reversed(folders):
@@ -284,7 +327,7 @@ def latest(
         try:
             state = read_state(folder, rank, world, fields)
         except RunError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
         if not any_of(state is None):
             return folder, state
     if folders:
@@ -292,20 +335,33 @@ def latest(
     return None
 
 
-def check_fits(folder: Path, state: dict[str, Any], *, identity: dict[str, Any], max_steps: int) -> None:
-    """UserError, with the remedy, if a checkpoint is of another model or other data, or of a longer run."""
-    remedy = f"name another training.output_dir, or move {folder.parent} away to start over"
-    now, before = json.loads(json.dumps(identity)), dict(state["identity"])
-    if "data.stages" in before:  # a field that is newer than the checkpoint was as it usually is
+def check_fits(
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    identity: dict[str, Any],
+    max_steps: int,
+    defaults: dict[str, Any] | None = None,
+    key: Callable[[str], str] = str,
+) -> None:
+    """Raise UserError if a checkpoint belongs to another model or other data, or is past `max_steps`.
+
+    `identity` is the resume fingerprint of the run that starts now; the message names the remedy. `defaults` holds the
+    values of entries that are newer than the checkpoint. `key` returns the name that the user knows a setting by.
+    """
+    remedy = f"name another {key('training.output_dir')}, or move {folder.parent} away to start over"
+    now, before = (json.loads(json.dumps(found)) for found in (identity, {**(defaults or {}), **state["identity"]}))
+    if "data.stages" in before:  # a field that is newer than the checkpoint had its default value
         before["data.stages"] = [to_plain(StageSettings()) | stage for stage in before["data.stages"]]
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) != before.get(name):
             raise UserError(f"{folder} is of another run: {name} was {before.get(name)}, now {now.get(name)}; {remedy}")
     if state["step"] > max_steps:
-        raise UserError(f"{folder} is past training.max_steps {max_steps}; raise it, or {remedy}")
+        raise UserError(f"{folder} is past {key('training.max_steps')} {max_steps}; raise it, or {remedy}")
 
 
 def random_state() -> dict[str, Tensor]:
+    """Return the states of torch's global random generators, on the CPU and on the current GPU."""
     state = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
@@ -313,7 +369,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: dict[str, Tensor]) -> None:
-    """Of a process that stored one; a process that did not exist then keeps what it has."""
+    """Restore what `random_state` returned; without it (a new process) the generators stay as they are."""
     if "random.cpu" in tensors:
         torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
@@ -321,6 +377,7 @@ def set_random_state(tensors: dict[str, Tensor]) -> None:
 
 
 def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

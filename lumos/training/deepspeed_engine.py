@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO 0 to 3 behind the interface of `PlainEngine`. Imported only when a run asks for it.
+"""The engine for DeepSpeed ZeRO 0 to 3. This module is imported only by runs that use DeepSpeed.
 
-Works without a CUDA device and without a compiler: gloo instead of nccl, PyTorch's own AdamW, and no operator that
-DeepSpeed would build.
+ZeRO shards the optimizer state (stage 1), the gradients too (stage 2) and the weights too (stage 3)
+over the processes of a run. The engine works without a CUDA device and without a compiler: it then
+uses gloo instead of nccl, and always PyTorch's AdamW and no operator that DeepSpeed would compile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.errors import UserError
-from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, whole_slots
+from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, set_learning_rate, whole_slots
 from lumos.training.settings import TrainingSettings
 
 OWN_KEYS = {
@@ -33,16 +35,19 @@ OWN_KEYS = {
     "fp16": "training.precision",
     "torch_autocast": "training.precision",
 }
-"""DeepSpeed options that the run's own settings decide, and by which."""
+"""DeepSpeed options that a config file must not set, each with the settings that decide it."""
 BUCKET = 50_000_000
-"""Gradients that are reduced at once where no file says it, as in configs/deepspeed. DeepSpeed's own is ten times as many, for
-which it takes 2 GB of a GPU, however small the model is."""
+"""Number of gradient values that are reduced at once if no config file sets it, as in configs/deepspeed.
+
+DeepSpeed's default is ten times as many and takes 2 GB of GPU memory, however small the model is."""
 
 
 def connect(device: torch.device, timeout_minutes: float) -> None:
-    """Join the processes. A run without a launcher becomes a group of one. UserError if DeepSpeed is not installed.
+    """Connect this process with the other processes of the run.
 
-    A process that waits longer than `timeout_minutes` for another one ends with an error.
+    A run without a launcher becomes a group of one process. A process that waits longer than
+    `timeout_minutes` for another one ends with an error. Raises UserError if DeepSpeed is not
+    installed.
     """
     try:
         import deepspeed
@@ -53,7 +58,7 @@ def connect(device: torch.device, timeout_minutes: float) -> None:
             "install it with pip install 'lumos-video[deepspeed]', or run one process without the deepspeed section"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Of torch functions that DeepSpeed still calls by their old names.
+    # DeepSpeed still calls torch functions by their old names, which gives these warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
@@ -63,8 +68,8 @@ def connect(device: torch.device, timeout_minutes: float) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # Else gloo runs would compile a shared-memory operator for a minute and a half, and fail where there is no
-    # compiler.
+    # Otherwise runs with gloo would compile a shared-memory operator for a minute and a half, and fail
+    # without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -73,7 +78,10 @@ def connect(device: torch.device, timeout_minutes: float) -> None:
 
 
 def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed config: the file's options, then what the run's settings decide. UserError where both decide."""
+    """Return the DeepSpeed config: the options of the file, then those that the settings decide.
+
+    Raises UserError for an option that both decide, and for settings that the stage does not support.
+    """
     file, options = settings.deepspeed.config, settings.deepspeed.file_options()
     for key in options:
         if key in OWN_KEYS:
@@ -91,11 +99,12 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
         )
     if settings.training.compile and zero["stage"] == 3:
         raise UserError(
-            "training.compile is true, but what ZeRO 3 does before and after each part is compiled anew for each, until torch "
-            "gives up; set deepspeed.zero_stage=2, or training.compile=false"
+            "training.compile is true, but ZeRO 3 runs code of its own around each module, which torch compiles again for each "
+            "of them until it gives up; set deepspeed.zero_stage=2, or training.compile=false"
         )
     half = precision == torch.bfloat16
-    # Micro-batches are counted by the loop, which may vary their number from step to step, so DeepSpeed is told of one.
+    # The loop counts the micro-batches, because their number may vary from step to step. DeepSpeed is
+    # told that there is one.
     return {
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
@@ -106,8 +115,8 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.training.clip_grad if zero["stage"] else 0.0,
         "zero_optimization": zero,
-        # Stage 0 has no fp32 masters for bf16 weights, so there bf16 is autocast, as in plain PyTorch.
-        # Stage 1 would keep each bf16 gradient until the update, though it is in the fp32 ones already.
+        # Stage 0 keeps no fp32 copy (master) of bf16 weights, so it uses autocast, as plain PyTorch does.
+        # Stage 1 would keep each bf16 gradient until the update, although the fp32 sum contains it.
         "bf16": {"enabled": half and zero["stage"] > 0, "check_grad_overflow": True, "immediate_grad_update": zero["stage"] == 1},
         "torch_autocast": {"enabled": half and zero["stage"] == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -115,9 +124,20 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
 
 
 class DeepSpeedEngine(Engine):
-    """This process's part of a DeepSpeed run. In bf16, from stage 1 on, weights are bf16 with fp32 masters in the optimizer."""
+    """The part of a DeepSpeed run that one process computes.
 
-    def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device, stage: int):
+    With bf16 and a stage above 0 the model has bf16 weights, and the optimizer keeps fp32 copies of
+    them, called masters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingSettings,
+        device: torch.device,
+        stage: int,
+        matrices: Mapping[str, float] | None = None,
+    ):
         import deepspeed
 
         self.device, self.clip = device, settings.training.clip_grad
@@ -128,7 +148,7 @@ class DeepSpeedEngine(Engine):
         self.stores = self.stage > 0 or self.rank == 0
         self.kind = f"DeepSpeed ZeRO {self.stage}"
         model = model.to(device)
-        self.adam = make_optimizer(model, settings, device)
+        self.adam = make_optimizer(model, settings, device, matrices)
         file = settings.deepspeed.config
         try:
             self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
@@ -142,7 +162,7 @@ class DeepSpeedEngine(Engine):
         if (found := int(self.all_sum(torch.tensor([kept])))) != wanted:
             raise UserError(
                 f"deepspeed.config {file} spreads the weights in a way that checkpoints cannot hold ({found} of {wanted} values "
-                "found); leave out what is not plain ZeRO: mics, zenflow, nvme, ..."
+                "found); leave out options that are not plain ZeRO, for example mics, zenflow and nvme"
             )
 
     def autocast(self) -> AbstractContextManager:
@@ -154,8 +174,7 @@ class DeepSpeedEngine(Engine):
         self.model.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         if self.stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
             if math.isfinite(norm):
@@ -164,7 +183,7 @@ class DeepSpeedEngine(Engine):
                 self.model.zero_grad()
             return norm
         self.model.step()
-        # Where it finds an overflow, DeepSpeed leaves the update out in all processes.
+        # If a gradient overflows, DeepSpeed skips the update in all processes.
         return math.nan if self.optimizer.overflow else float(self.model.get_global_grad_norm())
 
     def all_sum(self, values: Tensor) -> Tensor:
@@ -180,7 +199,11 @@ class DeepSpeedEngine(Engine):
         return {name: slot for name, slot in found.items() if slot is not None and slot.count}
 
     def _flat_slot(self, parameter: nn.Parameter) -> Slot | None:
-        """ZeRO 1 and 2 cut one flat tensor of all parameters of a group, so a process has whole ones, parts and none."""
+        """Return the slot of a parameter under ZeRO 1 and 2, or None if this process has no part of it.
+
+        These stages shard one flat tensor of all parameters of a group. A process can therefore hold
+        all of a parameter, a part of it or nothing.
+        """
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
@@ -188,14 +211,14 @@ class DeepSpeedEngine(Engine):
         return Slot(owner, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
     def _sharded_slot(self, parameter: nn.Parameter) -> Slot:
-        """ZeRO 3 cuts each parameter into equal parts, the last of them padded."""
+        """Return the slot of a parameter under ZeRO 3, which cuts each parameter into equal parts; the last is padded."""
         group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         start = self.rank * size
         owner = self.optimizer.fp32_partitioned_groups_flat[group]
         return Slot(owner, offset, start, max(0, min(size, parameter.ds_numel - start)))
 
     def weights_changed(self) -> None:
-        """The model takes over the masters, by the calls that end DeepSpeed's own update."""
+        """Copy the masters into the model, with the calls that end DeepSpeed's own update."""
         if self.stage == 0:
             return
         if self.stage < 3:
@@ -204,6 +227,6 @@ class DeepSpeedEngine(Engine):
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters are always whole.
+        # Small parameters stay whole in every process, which needs the new values of the other parts.
         if persistent := self.optimizer.persistent_parameters:
             persistent[0].all_gather(persistent)

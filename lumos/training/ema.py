@@ -1,4 +1,4 @@
-"""Averaged weights: what is exported and generates better than the last step's weights."""
+"""Averaged weights, which are exported because they generate better than those of the last step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class Ema:
-    """Exponential moving average, fp32, of this process's share of the weights.
+    """Exponential moving average (EMA), in fp32, of this process's part of the weights.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the random start is soon forgotten.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)). It starts low, so that the random
+    weights of the start soon lose their influence.
     """
 
     def __init__(self, parameters: dict[str, Tensor], decay: float):
@@ -18,15 +19,15 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
-        """Take in the weights after optimizer step number `step` (the first is 1)."""
-        if not self.average:  # a process of many may have no share
+        """Update the average with the weights after optimizer step `step`; the first step is 1."""
+        if not self.average:  # with many processes, one may hold no weights
             return
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), [parameters[name].float() for name in self.average], weight)
 
     @torch.no_grad()
     def swap(self, parameters: dict[str, Tensor]) -> None:
-        """Exchange averaged and current weights in place; a second call undoes it."""
+        """Exchange the averaged and the current weights in place; a second call undoes the exchange."""
         for name, average in self.average.items():
             current = parameters[name].float().clone()
             parameters[name].copy_(average)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,22 +35,34 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[("bf16" if device.type == "cuda" else "fp32") if name == "auto" else name]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, which: str, matrices: Container[str] = ()) -> list[dict[str, Any]]:
-    """Groups by decay, and by optimizer: Muon's are the weights named in `matrices`.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, which: str, matrices: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups by decay, by optimizer and by learning rate.
 
+    Muon's are the weights named in `matrices`, with the learning rate of the run times the number there ("lr_scale").
     "matrices": no decay for norms and vectors, whatever shape their weights are stored in; "all": for every weight.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
             decayed = which == "all" or (p.ndim >= 2 and "norm" not in name)
-            groups[weight_decay if decayed else 0.0, name in matrices].append(p)
-    return [{"params": params, "weight_decay": decay, "muon": muon} for (decay, muon), params in groups.items()]
+            groups[weight_decay if decayed else 0.0, (matrices or {}).get(name)].append(p)
+    return [
+        {"params": params, "weight_decay": decay, "muon": scale is not None, "lr_scale": 1.0 if scale is None else scale}
+        for (decay, scale), params in groups.items()
+    ]
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW or, with training.optimizer=muon, Muon for `matrices` (as in `parameter_groups`; None: those of linear layers)."""
     training = settings.training
-    matrices = layer_matrices(model) if training.optimizer == "muon" else ()
+    if training.optimizer == "muon":
+        matrices = dict.fromkeys(layer_matrices(model), 1.0) if matrices is None else matrices
+    else:
+        matrices = None
     groups = parameter_groups(model, training.weight_decay, training.decay_parameters, matrices)
     optimizer = Muon if matrices else torch.optim.AdamW
     return optimizer(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
@@ -91,6 +103,12 @@ class Slot:
         return tensor.view(-1).narrow(0, self.offset, self.count)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group of the optimizer its multiple of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
 class Engine:
     """What the loop needs of an engine. Both kinds have `slots`, from which their state is stored and loaded alike."""
 
@@ -102,6 +120,7 @@ class Engine:
     module: nn.Module  # the bare model
     adam: torch.optim.AdamW
     stores = True  # False if another process has the same weights and stores them
+    prefix = ""  # of the names in checkpoints, which may hold a second network
 
     def autocast(self) -> contextlib.AbstractContextManager:
         raise NotImplementedError
@@ -170,6 +189,8 @@ class Engine:
             slots = self.slots()
             if updates:
                 muon = {id(p) for group in self.adam.param_groups if group.get("muon") for p in group["params"]}
+                # A weight that the losses do not reach has no gradient, and so no state.
+                slots = {name: slot for name, slot in slots.items() if stored.has(MOMENTS[0], self.prefix + name)}
                 for owner in {id(slot.owner): slot.owner for slot in slots.values()}.values():
                     count = torch.tensor(float(updates), device=owner.device)
                     kinds = MOMENTS[:1] if id(owner) in muon else MOMENTS
@@ -187,14 +208,22 @@ class Engine:
     def labelled(self, kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """One value [n] for each of `weights()`, under the names of a checkpoint; empty where another process stores them."""
         slots = self.slots() if self.stores else {}
-        return {key(kind, name, slots[name].start): tensor for name, tensor in values.items() if name in slots}
+        return {key(kind, self.prefix + name, slots[name].start): tensor for name, tensor in values.items() if name in slots}
 
     def fill(self, stored: Stored, kind: str, values: dict[str, Tensor]) -> None:
         """Read them, one [n] for each of `weights()`, from a checkpoint."""
         slots = self.slots()
         for name, value in values.items():
             slot = slots[name]
-            value.copy_(stored.read(kind, name, slot.start, slot.count))
+            value.copy_(stored.read(kind, self.prefix + name, slot.start, slot.count))
+
+    def put(self, whole: Mapping[str, Tensor]) -> None:
+        """Take over whole weights, by name; those that are not named stay."""
+        slots, weights = self.slots(), self.weights()
+        for name, value in whole.items():
+            if name in weights:
+                weights[name].copy_(value.detach().flatten()[slots[name].start :][: slots[name].count])
+        self.weights_changed()
 
 
 class PlainEngine(Engine):
@@ -202,12 +231,14 @@ class PlainEngine(Engine):
 
     rank, world, kind = 0, 1, "plain PyTorch"
 
-    def __init__(self, model: nn.Module, settings: TrainingSettings, device: torch.device):
+    def __init__(
+        self, model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
+    ):
         self.device, self.clip = device, settings.training.clip_grad
         self.precision = pick_precision(settings.training.precision, device)
         self.module = model.to(device)
         self.model = self.module
-        self.adam = make_optimizer(self.module, settings, device)
+        self.adam = make_optimizer(self.module, settings, device, matrices)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
@@ -218,8 +249,7 @@ class PlainEngine(Engine):
     def step(self, lr: float) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
         if math.isfinite(norm):
-            for group in self.adam.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.adam, lr)
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm

@@ -1,4 +1,7 @@
-"""A checkpoint of any engine -> a folder for `from_pretrained`, or for LoRA an adapter folder, in one process without DeepSpeed."""
+"""Export of a checkpoint, of any engine, as a model folder that `from_pretrained` opens.
+
+A run with LoRA exports an adapter folder. An export needs one process and no DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Where the two are: a folder each, or the file of the text tokenizer."""
+    """The folders of the video and the text tokenizer; `text` may also be a file."""
 
     video: str
     text: str
@@ -32,10 +35,10 @@ class Tokenizers:
 
 @dataclass(frozen=True)
 class Mix:
-    """Another model with the same tokenizers, and its share, 0 < share < 1, in the weights of what is written.
+    """Another model with the same tokenizers, and its share in the exported weights, 0 < share < 1.
 
-    Going on with a model on other data loses some of what it knew; a mean of the weights before and after keeps more of both
-    (arXiv 2109.01903).
+    A model that is trained further on other data forgets some of what it knew. A mean of the weights
+    before and after that training keeps more of both (arXiv 2109.01903).
     """
 
     folder: str
@@ -43,31 +46,41 @@ class Mix:
 
     @classmethod
     def read(cls, folder: str, share: str) -> Mix:
-        """UserError unless there is such a folder and the share is a number between 0 and 1."""
+        """Return the mix; raise UserError unless the folder exists and 0 < `share` < 1."""
         try:
             mix = cls(folder, float(share))
         except ValueError:
             mix = cls(folder, 0.0)
         if not 0 < mix.share < 1:
-            raise UserError(f"--mix {folder} {share} is not allowed; give a share between 0 and 1, such as 0.3")
+            raise UserError(f"--mix {folder} {share} is not allowed; give a share between 0 and 1, for example 0.3")
         if not Path(folder).is_dir():
             raise UserError(f"--mix: there is no model folder {folder}")
         return mix
 
     def into(self, weights: dict[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weighted mean of both, in float32."""
+        """Return the weighted mean of `weights` and `theirs`, in float32."""
         return {name: torch.lerp(tensor.float(), theirs[name].detach(), self.share) for name, tensor in weights.items()}
 
 
 def find_checkpoint(source: str | Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint folder, or a run's folder, whose newest undamaged checkpoint is taken -> (checkpoint folder, its state)."""
-    source = Path(source)
+    """Return a checkpoint folder and its state.
+
+    `source` is a checkpoint folder, or the folder of a run, of which the newest undamaged checkpoint
+    is taken. Raises UserError if `source` is neither.
+    """
+    source, found = Path(source), None
     if (source / checkpoint.STATE).is_file():
-        return source, checkpoint.read_state(source, fields=checkpoint.RUN_FIELDS)
+        found = source, checkpoint.read_state(source, fields=checkpoint.RUN_FIELDS)
     for root in (source / "checkpoints", source):
-        if (found := checkpoint.latest(root, fields=checkpoint.RUN_FIELDS)) is not None:
-            return found
-    raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
+        found = found or checkpoint.latest(root, fields=checkpoint.RUN_FIELDS)
+    if found is None:
+        raise UserError(f"{source} is no run, checkpoint or adapter folder; give a run's folder or one of its checkpoints/step-...")
+    if "training" not in found[1]["settings"]:
+        raise UserError(
+            f"{found[0]} is of a training of the video tokenizer, which writes its folder video_tokenizer itself, at the end; "
+            "start the same `train-tokenizer` command again to let it finish"
+        )
+    return found
 
 
 def export_checkpoint(
@@ -80,10 +93,14 @@ def export_checkpoint(
     tokenizers: Tokenizers | None = None,
     mix: Mix | None = None,
 ) -> dict[str, Any]:
-    """Write `out`, whole or not at all, with the averaged weights (if there are any) or the trained ones.
+    """Write a checkpoint as a model folder, and return the content of its training.json.
 
-    A run with LoRA gives an adapter folder, and takes no `mix`. `dtype` and `tokenizers` are by default those of the run. Returns
-    what training.json says. UserError if there are no averaged weights and for tokenizers that are not those of the run.
+    The folder `out` appears only when it is complete. A run with LoRA is written as an adapter
+    folder, for which `mix` is not allowed. `averaged` selects the averaged weights instead of those
+    of the last step; by default they are used if the run has them. `dtype` and `tokenizers` are by
+    default those of the run.
+
+    Raises UserError if averaged weights do not exist, and if the tokenizers are not those of the run.
     """
     settings, facts = state["settings"], state["task"]
     averaged = state["averaged"] if averaged is None else averaged
@@ -119,33 +136,46 @@ def export_checkpoint(
 
 
 def task_class(settings: Mapping[str, Any]) -> type[TrainableGenerator]:
-    """The task of the generator that the settings of a run name; runs of earlier versions name none."""
+    """Return the task class of the generator that the settings of a run name.
+
+    The settings of earlier versions do not name a generator; the registry then gives the default.
+    """
     return registry.generator(settings.get("generator")).load("task")
 
 
 class TrainableGenerator(Protocol):
-    """What an export needs of a generator's task class. `metadata`: what the task's `export_metadata` returned."""
+    """The part of a generator's task class that an export uses.
+
+    `metadata` is the result of the task's `export_metadata`.
+    """
 
     @staticmethod
     def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
-        """Shapes of the network's parameters, by name."""
+        """Return the shapes of the network's parameters, by name."""
 
     @staticmethod
     def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Float32 parameters of another model folder; UserError unless it is of the same shape and reads the same sequences."""
+        """Return the float32 parameters of another model folder, by name.
+
+        Raises UserError unless that model has the same shape and reads the same sequences.
+        """
 
     @staticmethod
     def write_folder(
         folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
     ) -> None:
-        """Write a model folder that the generator's pipeline reads whole."""
+        """Write a complete model folder, tokenizers included, that the generator's pipeline opens."""
 
 
 def export_merged(
     folder: Path, state: dict[str, Any], base: str | None, out: str | Path, *, dtype: str | None, tokenizers: Tokenizers | None,
     averaged: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """As `export_checkpoint`, of a run with LoRA as a whole model folder: the base model's with the adapters merged in."""
+    """Write a checkpoint of a run with LoRA as a model folder: the base model with the adapters merged in.
+
+    `base` is the folder of the base model; None: the folder on which the run was trained. The other
+    arguments and the result are those of `export_checkpoint`.
+    """
     with tempfile.TemporaryDirectory() as place:
         adapter = Path(place) / "adapter"
         made = export_checkpoint(folder, state, adapter, averaged=averaged, dtype="float32")
@@ -158,14 +188,16 @@ def export_adapter(
     adapter: str | Path, base: str | None, out: str | Path, *, dtype: str, tokenizers: Tokenizers | None,
     made: dict[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Write a whole model folder: the base model's with an adapter folder merged in; returns the base model's folder.
+    """Write a model folder, the base model with an adapter folder merged in; return the base folder.
 
-    `made` is what its training.json says; default: from what the adapter was made.
+    `base` is the folder of the base model; None: the folder that the adapter names. `made` is the
+    content of training.json; by default it names the adapter. Raises UserError if `base` is None and
+    the adapter names no base model.
     """
     record = read_record(Path(adapter))
     base = base or (record and record["base"]["folder"])
     if base is None:
-        raise UserError(f"{adapter} does not say what base model it was trained on; name it with --model")
+        raise UserError(f"{adapter} does not say on which base model it was trained; name the model with --model")
     places = {} if tokenizers is None else {"video_tokenizer": tokenizers.video, "text_tokenizer": tokenizers.text}
     with no_progress_bar(), replacing_folder(out) as writing:
         pipe = VideoPipeline.from_pretrained(base, lora=adapter, device="cpu", dtype=torch.float32, **places)
@@ -182,6 +214,7 @@ def _check_tokenizers(
     folder: Path, facts: dict[str, Any], tokenizers: Tokenizers,
     remedy: str = "name the run's with --video-tokenizer and --text-tokenizer",
 ) -> None:  # fmt: skip
+    """Raise UserError, with `remedy`, unless the tokenizers have the fingerprints of the run's tokenizers."""
     try:
         found = fingerprints(tokenizers.video, tokenizers.text)
     except (ValueError, OSError) as error:

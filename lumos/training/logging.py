@@ -1,4 +1,7 @@
-"""What a run says: one JSON object a line in <output_dir>/log.jsonl, a tqdm line on the terminal, and whoever else listens."""
+"""The output of a run: <output_dir>/log.jsonl with one JSON object per line, a progress line, dashboards.
+
+The progress line is that of tqdm. `lumos.training.trackers` has the dashboards.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,26 @@ from lumos.training.trackers import Writer
 
 
 class Meter:
-    """Sums over the steps since the last log line. A checkpoint stores them, so a resumed run logs what it would have logged."""
+    """Sums of values over the steps since the last log line.
+
+    A checkpoint stores the sums, so that a resumed run logs the same means as a run that was never
+    interrupted.
+    """
 
     def __init__(self, sums: dict[str, list[float]] | None = None):
         self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0], sums or {})
 
     def add(self, name: str, total: float, weight: float = 1.0) -> None:
-        """Take in the sum of `weight` values."""
+        """Add `total`, the sum of `weight` values, to the sum called `name`."""
         before = self.sums[name]
         self.sums[name] = [before[0] + total, before[1] + weight]
 
     def add_parts(self, parts: Iterable[tuple[str, Tensor]]) -> None:
-        """Take in (name, [2] or [2, places]: sums and numbers of values)."""
+        """Add sums and counts of values, as (name, table [2] or [2, places]).
+
+        The first row of a table holds sums, the second the numbers of values. `LossSums` explains
+        places.
+        """
         for name, table in parts:
             if table.ndim == 1:
                 self.add(name, *table.tolist())
@@ -39,7 +50,11 @@ class Meter:
                 self.add(f"{name}/{place}", total, weight)
 
     def means(self) -> dict[str, float | list[float | None]]:
-        """Means by name; with places a list, None where there is no value. A name without any value is left out."""
+        """Return the means by name.
+
+        A name with places has a list of means, with None for a place without values. A name without
+        any value is left out.
+        """
         means: dict[str, float] = {}
         lists: dict[str, list[float | None]] = defaultdict(list)
         for key, (total, weight) in self.sums.items():
@@ -52,7 +67,11 @@ class Meter:
 
 
 class RunLog:
-    """The log file, the progress line and the writers of one run; only the first process writes."""
+    """The log file, the progress line and the dashboards (`writers`) of one run.
+
+    Only the first process of a run writes; `enabled` is False in the others. Lines of steps after
+    `first_step`, which a resumed run repeats, are removed from the log file.
+    """
 
     def __init__(self, folder: Path, *, first_step: int, max_steps: int, enabled: bool, writers: Sequence[Writer] = ()):
         self.path = folder / "log.jsonl"
@@ -67,7 +86,10 @@ class RunLog:
         self.bar = tqdm(total=max_steps, initial=first_step, **shown)
 
     def write(self, **values: Any) -> None:
-        """Append a line; numbers that JSON has no word for are written as null. Lines that are no event go to the writers too."""
+        """Append a line to the log file, and send it to the dashboards unless it describes an event.
+
+        Numbers that JSON cannot express (infinities and nan) are written as null.
+        """
         if not self.enabled:
             return
         values = _finite(values)
@@ -78,7 +100,10 @@ class RunLog:
                 writer.scalars(values["step"], dict(scalars(values)))
 
     def sync(self) -> None:
-        """Have the disk hold what was written so far. A checkpoint whose log is lost would have steps without lines."""
+        """Wait until the disk holds all lines.
+
+        A save calls this first: a checkpoint that outlives its log would have steps without lines.
+        """
         if self.enabled:
             if self.path.exists():
                 sync_file(self.path)
@@ -87,21 +112,26 @@ class RunLog:
                 writer.sync()
 
     def clip(self, step: int, name: str, path: Path, frames: Any, fps: float) -> None:
-        """Show a clip uint8 [T, H, W, 3], which is in the file `path`, to the writers; one frame is a picture."""
+        """Send a clip uint8 [T, H, W, 3], stored in the file `path`, to the dashboards.
+
+        A clip of one frame is shown as a picture.
+        """
         for writer in self.writers:
             writer.clip(step, name, path, frames, fps)
 
     def progress(self, loss: float, lr: float) -> None:
+        """Advance the progress line by one step."""
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
             self.bar.update()
 
     def say(self, text: str) -> None:
-        """One line for people, above the progress line."""
+        """Print a line of text above the progress line."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Close the dashboards and the progress line."""
         for writer in self.writers:
             writer.close()
         if self.bar is not None:
@@ -109,7 +139,10 @@ class RunLog:
 
 
 def scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a log line under the names that dashboards group by: train/loss, val/loss_video, train/frame_loss_video/3."""
+    """Yield the numbers of a log line under the names by which dashboards group them.
+
+    For example train/loss, val/loss_video and train/frame_loss_video/3.
+    """
     for name, value in values.items():
         if name in ("step", "time"):
             continue
@@ -119,7 +152,10 @@ def scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log file. Other lines are passed over: a kill, a power cut or a full disk may leave part of one."""
+    """Yield the JSON objects of a log file.
+
+    Other lines are skipped, because a kill, a power cut or a full disk may leave an incomplete line.
+    """
     with path.open("rb") as file:
         for line in file:
             try:
@@ -139,7 +175,7 @@ def _finite(value: Any) -> Any:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Remove lines of steps past `step`, which a resumed run does again, and what is no line."""
+    """Remove the lines of steps after `step`, which a resumed run repeats, and incomplete lines."""
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if not _is_past(line.get("step"), step)]
     write_bytes(path, "".join(kept).encode())
 

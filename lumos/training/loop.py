@@ -24,25 +24,31 @@ from lumos.files import check_writable, only_writer
 from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory, versions
 from lumos.settings import differences
 from lumos.training import checkpoint
+from lumos.training.auxiliary import Auxiliary, without_gradient
 from lumos.training.ema import Ema
 from lumos.training.engine import lost_process_reported, pick_precision
 from lumos.training.export import task_class
 from lumos.training.launch import make_engine, start_processes
 from lumos.training.logging import Meter, RunLog
 from lumos.training.loss_sums import LossSums, of_all_processes
-from lumos.training.samples import render
+from lumos.training.samples import random_states_kept, render
 from lumos.training.schedule import learning_rate
 from lumos.training.settings import TrainingSettings
 from lumos.training.signals import Interrupt
-from lumos.training.task import Batch, TrainingTask
+from lumos.training.task import Batch, Measured, TrainingTask
 from lumos.training.trackers import check_installed, open_writers
 from lumos.training.validation import Validation
+from lumos.video.io import write_video
+
+MakeTask = Callable[[Any, torch.device], TrainingTask]
+"""(settings of the run, device) -> task."""
 
 
-def train(settings: TrainingSettings) -> dict[str, Any]:
+def train(settings: TrainingSettings, make_task: MakeTask | None = None) -> dict[str, Any]:
     """Train from the last checkpoint in the output folder, or from the start, to training.max_steps.
 
-    Returns a summary: steps, loss, seconds, output_dir, checkpoint, export, stopped_by. SIGTERM and SIGINT finish the
+    `make_task` is by default the task of the generator that the settings name. Returns a summary: steps, loss, seconds,
+    output_dir, checkpoint, export, stopped_by, and what the task measured of its export. SIGTERM and SIGINT finish the
     step, save and return with `stopped_by` set. Raises UserError for settings that cannot work, RunError for a loss or
     gradient that is not finite (before the update), for checkpoints that cannot be read or written, and if another process
     of the run is gone.
@@ -54,7 +60,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         return_freed_memory(device)
     with lost_process_reported():
         start_processes(settings, device)
-        task = task_class(settings.to_dict())(settings, device)
+        task = (make_task or task_class(settings.to_dict()))(settings, device)
         with _own(settings.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
             return run_task(settings, task, device)
 
@@ -85,7 +91,10 @@ class Run:
         training = settings.training
         self.settings, self.task = settings, task
         self.curriculum = Curriculum(settings.data.stages, training.batch_size, training.tokens_per_batch)
-        self.engine = make_engine(task.build_model(), settings, device)
+        model = task.build_model()
+        self.engine = make_engine(model, settings, device, task.muon_matrices(model))
+        second = task.build_auxiliary()
+        self.auxiliary = None if second is None else Auxiliary(second, task, settings, device)
         check_shares(self.curriculum, task.source.most_codes, self.engine.world)
         self.ema = Ema(self.engine.weights(), training.ema_decay) if training.ema_decay else None
         self.validation = Validation(task, self.curriculum.kinds, settings)
@@ -94,6 +103,9 @@ class Run:
         self.loss = math.nan
         self.skipped = 0
         self.changed: list[str] = []
+        self.seconds = self.first_seconds = 0.0  # of all steps, and of the weights before them
+        self.time_share = 0.0  # of training.max_minutes
+        self.resumed = False
         self.step = self._resume()
         first = self.engine.rank == 0
         writers = open_writers(settings, self.step) if first else ()
@@ -106,26 +118,76 @@ class Run:
         facts = {"world": self.engine.world, "peak_flops": self.peak_flops, "peak_flops_from": known}
         self.log.write(event="start", step=self.step, settings=settings.to_dict(), **facts, **versions())
         self.log.say(f"checkpoints, log and export go to {settings.output_dir}")
-        if self.step:
+        if self.resumed:
             self.log.say(f"resumed from step {self.step} in {self.checkpoints}")
         for change in self.changed:
             self.log.say(f"changed since that checkpoint: {change}")
 
     def train(self) -> dict[str, Any]:
         """Do the steps that are left; returns the summary."""
+        started = time.monotonic()
+        with Interrupt() as interrupt:
+            begun = self._begin(lambda: bool(interrupt.name))
+            if begun:
+                self._do_steps(interrupt)
+        finished = begun and (self.step >= self.settings.training.max_steps or self.time_share >= 1)
+        summary = {
+            "steps": self.step,
+            "loss": self.loss,
+            "seconds": round(time.monotonic() - started, 1),
+            "output_dir": str(self.settings.output_dir),
+            "checkpoint": str(checkpoint.checkpoint_folder(self.checkpoints, self.step)) if begun else None,
+            "export": str(self.settings.output_dir / self.task.export_folder) if finished else None,
+            "stopped_by": None if finished else interrupt.name,
+        }
+        if finished:
+            summary |= self.export()
+        self.log.write(event="end", step=self.step, **{k: v for k, v in summary.items() if k != "steps"})
+        if finished:
+            self.log.say(f"{self.step} steps done; the model is in {summary['export']}")
+        elif begun:
+            self.log.say(f"stopped after step {self.step}; the same command continues from {summary['checkpoint']}")
+        else:
+            self.log.say("stopped before the first step, nothing is kept; the same command begins again")
+        return summary
+
+    def _begin(self, stop: Callable[[], bool]) -> bool:
+        """Give a new run the first weights of its task, and save them; False if a process was told to stop meanwhile."""
+        if self.resumed:
+            return True
+        started = time.monotonic()
+        weights = self.task.first_weights(stop)
+        if weights == {}:
+            return True
+        if self.engine.any_of(weights is None):
+            return False
+        self.engine.put(weights)
+        if self.ema:
+            self.ema = Ema(self.engine.weights(), self.ema.decay)
+        self.first_seconds = time.monotonic() - started
+        self.save(export=False)
+        return True
+
+    def _do_steps(self, interrupt: Interrupt) -> None:
+        """The steps that are left, with what is due between them, and a checkpoint at the end."""
         training, samples = self.settings.training, self.settings.samples
-        started = saved_at = tick = time.monotonic()
+        saved_at = tick = time.monotonic()
+        begun = tick - self.seconds
         saved = self.step
-        with Interrupt() as interrupt, closing(self._batches(range(self.step, training.max_steps))) as batches:
+        with closing(self._batches(range(self.step, training.max_steps))) as batches:
             for batch in batches:
+                if self._is_over():
+                    break
                 waited = time.monotonic() - tick
                 minutes = (time.monotonic() - saved_at) / 60
                 due = 0 < training.save_every_minutes <= minutes
                 stop, due = self._train_step(batch, bool(interrupt.name), due)
                 self.meter.add("data_wait", waited)
                 self.meter.add("seconds", time.monotonic() - tick)
+                self.seconds = time.monotonic() - begun
                 self._report()
-                if training.eval_every and self.step % training.eval_every == 0:
+                measured_later = self.task.measures and self.step == training.max_steps  # of the export
+                if training.eval_every and self.step % training.eval_every == 0 and not measured_later:
                     self.log.write(step=self.step, **self.validate())
                 if samples.every and self.step % samples.every == 0:
                     self.sample(stop=lambda: bool(interrupt.name))
@@ -137,22 +199,15 @@ class Run:
                 tick = time.monotonic()
             if saved < self.step:
                 self.save(export=False)
-        finished = self.step >= training.max_steps
-        summary = {
-            "steps": self.step,
-            "loss": self.loss,
-            "seconds": round(time.monotonic() - started, 1),
-            "output_dir": str(self.settings.output_dir),
-            "checkpoint": str(checkpoint.checkpoint_folder(self.checkpoints, self.step)),
-            "export": str(self.export()) if finished else None,
-            "stopped_by": None if finished else interrupt.name,
-        }
-        self.log.write(event="end", step=self.step, **{k: v for k, v in summary.items() if k != "steps"})
-        if finished:
-            self.log.say(f"{self.step} steps done; the model is in {summary['export']}")
-        else:
-            self.log.say(f"stopped after step {self.step}; the same command continues from {summary['checkpoint']}")
-        return summary
+
+    def _is_over(self) -> bool:
+        """Whether the steps took training.max_minutes, by the clock of the first process, which all go by."""
+        minutes = self.settings.training.max_minutes
+        if minutes is None:
+            return False
+        share = self.seconds / (60 * minutes) if self.engine.rank == 0 else 0.0
+        self.time_share = float(self.engine.all_sum(torch.tensor(share, dtype=torch.float64)))
+        return self.time_share >= 1
 
     def _batches(self, steps: range) -> Generator[Batch, None, None]:
         """The steps' batches, made ahead by threads; with data.processes, drawn by these, and one thread encodes them."""
@@ -175,24 +230,28 @@ class Run:
             torch.tensor([batch.supervised, batch.tokens, batch.flops, stop, due and engine.rank == 0], dtype=torch.float64)
         ).tolist()
         sums = LossSums(self.task.loss_groups)
-        share = math.ceil(self.task.source.clips_in(self.curriculum(batch.step)) / engine.world)
-        micro_batches = batch.micro_batches(self.settings.training.micro_batch_size, share)
-        for i, micro in enumerate(micro_batches):
-            losses, places = self._losses(micro)
-            sums.add(losses, places)
-            total = losses.sum() / count
-            # The gradient tells all processes of a loss that is not finite in one of them, even where its own would be.
-            engine.backward(total if sums.table.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
+        clips = self.task.source.clips_in(self.curriculum(batch.step))
+        parts = batch.micro_batches(self.settings.training.micro_batch_size, math.ceil(clips / engine.world))
+        micro_batches = [self._on_device(micro) for micro in parts]
+        with without_gradient(self.auxiliary.engine.module) if self.auxiliary else nullcontext():
+            for i, micro in enumerate(micro_batches):
+                losses, places = self._losses(micro)
+                sums.add(losses, places)
+                total = losses.sum() / count
+                # The gradient tells all processes of a loss that is not finite in one of them, even where its own would be.
+                engine.backward(total if sums.table.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
         sums = sums.over_processes(engine)
         self.loss = sums.mean
-        lr = self._learning_rate()
+        lr = self._learning_rate(self.settings)
         norm = engine.step(lr)
         self.step += 1
         if not math.isfinite(norm):
-            self._not_finite(norm)
+            self._not_finite(self.loss, norm)
             return stops > 0, dues > 0
         if self.ema:
             self.ema.update(engine.weights(), self.step)
+        if self.auxiliary:
+            self._auxiliary_step(micro_batches, clips)
         self.meter.add("loss", *sums.table[:, 0].tolist())
         self.meter.add_parts(sums.parts(batch.kind))
         for name, value in {"grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops}.items():
@@ -200,15 +259,28 @@ class Run:
         self.log.progress(self.loss, lr)
         return stops > 0, dues > 0
 
+    def _auxiliary_step(self, micro_batches: list[dict[str, Any]], clips: int) -> None:
+        """Train the auxiliary network on what the model was trained on; `self.step` counts the step already."""
+        lr = self._learning_rate(self.auxiliary.settings, self.step - 1)
+        sums, norm = self.auxiliary.step(self.engine, micro_batches, clips, lr)
+        if not math.isfinite(norm):
+            self._not_finite(sums.mean, norm, " of the auxiliary network")
+            return
+        self.meter.add("auxiliary_loss", *sums.table[:, 0].tolist())
+        self.meter.add("auxiliary_grad_norm", norm)
+        self.meter.add("auxiliary_lr", lr)
+
+    def _on_device(self, micro: dict[str, Any]) -> dict[str, Any]:
+        return {name: x.to(self.engine.device) if isinstance(x, Tensor) else x for name, x in micro.items()}
+
     def _losses(self, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        micro = {name: x.to(self.engine.device) if isinstance(x, Tensor) else x for name, x in micro.items()}
         with self.engine.autocast():
             return self.task.losses(self.engine.model, micro)
 
-    def _learning_rate(self) -> float:
-        training = self.settings.training
+    def _learning_rate(self, settings: TrainingSettings, step: int | None = None) -> float:
+        training, step = settings.training, self.step if step is None else step
         return learning_rate(
-            self.step,
+            max(step, int(self.time_share * training.max_steps)),
             lr=training.lr,
             min_lr=training.min_lr,
             warmup_steps=training.warmup_steps,
@@ -217,21 +289,22 @@ class Run:
             decay_steps=training.decay_steps,
         )
 
-    def _not_finite(self, norm: float) -> None:
-        """Step number `step` made no update: put its clips into the log; RunError if too many did so."""
+    def _not_finite(self, loss: float, norm: float, of: str = "") -> None:
+        """Step number `step` made no update (`of`: of which network): put its clips into the log; RunError if too many did so."""
         self.skipped += 1
-        allowed = self.settings.training.skip_not_finite
-        what = f"the gradient norm is {norm}" if math.isfinite(self.loss) else f"the loss is {self.loss}"
+        allowed, key = self.settings.training.skip_not_finite, self.settings.key
+        what = f"the gradient norm{of} is {norm}" if math.isfinite(loss) else f"the loss{of} is {loss}"
         clips = None
         if self.log.enabled:
             shape = self.curriculum(self.step - 1)
             clips = self.task.batch(self.step - 1, shape, range(self.task.source.clips_in(shape))).names
         self.log.write(event="not_finite", step=self.step, error=what, clips=clips, skipped=self.skipped)
         if self.skipped > allowed:
-            limit = f", as in {allowed} steps before (training.skip_not_finite)" if allowed else ""
+            limit = f", as in {allowed} steps before ({key('training.skip_not_finite')})" if allowed else ""
             raise RunError(
-                f"step {self.step}: {what}; the weights were not updated{limit}; the clips are named in {self.log.path}; "
-                "resume with a lower training.lr or training.clip_grad, or let training.skip_not_finite leave such updates out"
+                f"step {self.step}: {what}; the weights{of} were not updated{limit}; the clips are named in {self.log.path}; "
+                f"resume with a lower {key('training.lr')} or {key('training.clip_grad')}, or let "
+                f"{key('training.skip_not_finite')} leave such updates out"
             )
         self.log.say(f"step {self.step}: {what}; update left out, {self.skipped} of {allowed} allowed; clips in {self.log.path}")
 
@@ -269,11 +342,15 @@ class Run:
         self._together(lambda: draw() if self.engine.rank == 0 else None)
 
     def validate(self) -> dict[str, Any]:
-        """Validation losses by kind, with the current weights and, as `..._ema`, with the averaged ones."""
-        results = self.validation.losses(self.engine, self._losses)
+        """What the task measures; or validation losses by kind with the current weights and, as `..._ema`, the averaged ones."""
+        if self.task.measures:
+            with self._averaged_weights():
+                measured = self.task.measure(self.engine.module)
+            return self._shown(measured)
+        results = self.validation.losses(self.engine, lambda micro: self._losses(self._on_device(micro)))
         if self.ema:
             with self._averaged_weights():
-                averaged = self.validation.losses(self.engine, self._losses)
+                averaged = self.validation.losses(self.engine, lambda micro: self._losses(self._on_device(micro)))
             results |= {f"{name}_ema": value for name, value in averaged.items()}
         return results
 
@@ -282,7 +359,7 @@ class Run:
         engine, training, root = self.engine, self.settings.training, self.checkpoints
         first, folder = engine.rank == 0, checkpoint.writing_folder(root, self.step)
         averages = engine.labelled(checkpoint.AVERAGE, self.ema.average) if self.ema else {}
-        tensors = engine.state() | checkpoint.random_state() | averages
+        second = {"auxiliary_updates": self.auxiliary.engine.updates} if self.auxiliary else {}
         state = {
             "settings": self.settings.to_dict(),
             "identity": self.task.resume_fingerprint(),
@@ -293,8 +370,13 @@ class Run:
             "skipped": self.skipped,
             "averaged": self.ema is not None,
             "meter": self.meter.sums,
+            "seconds": self.seconds,
+            "first_seconds": self.first_seconds,
+            **second,
             **versions(),
         }
+        tensors = engine.state() | averages | (self.auxiliary.engine.state() if self.auxiliary else {})
+        tensors |= checkpoint.random_state()
         kept = {"keep_last": training.keep_last, "keep_every": training.keep_every, "fields": checkpoint.RUN_FIELDS}
         written = torch.zeros(engine.world, 2, dtype=torch.float64)  # size and checksum of each process's file
 
@@ -318,11 +400,30 @@ class Run:
             self.export()
         return checkpoint.checkpoint_folder(root, self.step)
 
-    def export(self) -> Path:
-        """Write <output_dir>/export from the checkpoint of this step, and put it in place when it is whole."""
-        target, folder = self.settings.output_dir / "export", checkpoint.checkpoint_folder(self.checkpoints, self.step)
-        self._together(lambda: self.task.export(folder, target) if self.engine.rank == 0 else None)
-        return target
+    def export(self) -> dict[str, Any]:
+        """Write the folder for users from the checkpoint of this step, whole or not at all; returns what was measured of it."""
+        target = self.settings.output_dir / self.task.export_folder
+        folder, values = checkpoint.checkpoint_folder(self.checkpoints, self.step), {}
+
+        def write() -> None:
+            with random_states_kept():
+                measured = self.task.export(folder, target)
+            if measured is not None:
+                values.update(self._shown(measured))
+                self.log.write(step=self.step, **values)
+
+        self._together(write if self.engine.rank == 0 else lambda: None)
+        return values
+
+    def _shown(self, measured: Measured) -> dict[str, float]:
+        """Say the numbers and write the pictures, <output_dir>/samples/<name>-<step>.png; returns the numbers."""
+        if self.log.enabled:
+            self.log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.values.items()))
+            for name, frames in measured.pictures.items():
+                path = self.settings.output_dir / "samples" / f"{name}-{self.step:06d}.png"
+                write_video(path, frames, fps=1)
+                self.log.clip(self.step, f"samples/{name}", path, frames, 1)
+        return measured.values
 
     def _together(self, action: Callable[[], Any]) -> None:
         """Do it; RunError in all processes if it fails in one, so that the others do not wait for that one."""
@@ -360,7 +461,14 @@ class Run:
         if found is None:
             return 0
         folder, state = found
-        checkpoint.check_fits(folder, state, identity=self.task.resume_fingerprint(), max_steps=self.settings.training.max_steps)
+        self.resumed = True
+        checkpoint.check_fits(
+            folder, state, identity=self.task.resume_fingerprint(), max_steps=self.settings.training.max_steps,
+            defaults=self.task.fingerprint_defaults(), key=self.settings.key,
+        )  # fmt: skip
+        if (self.auxiliary is None) == ("auxiliary_updates" in state):
+            having = "without" if self.auxiliary else "with"
+            raise UserError(f"{folder} is of another run, {having} an auxiliary network; name another training.output_dir")
         self.changed = differences(state["settings"], self.settings.to_dict())
         written, now = (f"{kind}, {world} process{'es' * (world > 1)}" for kind, world in
                         ((state["engine"], state["world"]), (engine.kind, engine.world)))  # fmt: skip
@@ -371,10 +479,13 @@ class Run:
             )
         stored = checkpoint.Stored(folder)
         engine.load(stored, state["updates"])
+        if self.auxiliary:
+            self.auxiliary.engine.load(stored, state["auxiliary_updates"])
         if self.ema:
             self.ema = Ema(engine.weights(), self.ema.decay)
             if state["averaged"]:
                 engine.fill(stored, checkpoint.AVERAGE, self.ema.average)
         checkpoint.set_random_state(stored.own(engine.rank))
         self.meter, self.skipped = Meter(state["meter"]), state["skipped"]
+        self.seconds, self.first_seconds = state.get("seconds", 0.0), state.get("first_seconds", 0.0)
         return step

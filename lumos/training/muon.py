@@ -16,8 +16,9 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 class Muon(torch.optim.AdamW):
     """Groups with "muon": True are updated by Muon, all others by AdamW, with the same learning rate and decay rule.
 
-    A matrix [m, n] moves by lr * 0.2 * sqrt(max(m, n)) times its orthogonal momentum, so that an update is on average as large
-    as one of AdamW and takes the same lr (arXiv 2502.16982, section 2.2). Its only state is the momentum, under AdamW's name
+    A convolution [m, ...] is updated as a matrix of m rows. A matrix [m, n] moves by lr * 0.2 * sqrt(max(m, n)) times its
+    orthogonal momentum, so that an update is on average as large as one of AdamW and takes the same lr (arXiv 2502.16982,
+    section 2.2). Its only state is the momentum, under AdamW's name
     `exp_avg`. A matrix must be whole: ZeRO 1 to 3 cut it into pieces.
     """
 
@@ -33,21 +34,22 @@ class Muon(torch.optim.AdamW):
         alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike[tuple(parameter.shape)].append(parameter)
+                alike[len(parameter), parameter[0].numel()].append(parameter)
         for (rows, columns), parameters in alike.items():
-            gradients, momenta = [p.grad for p in parameters], []
+            gradients, momenta = [p.grad.reshape(rows, columns) for p in parameters], []
             for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
                     state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
                 state["step"] += 1
-                momenta.append(state["exp_avg"])
+                momenta.append(state["exp_avg"].view(rows, columns))
                 parameter.grad = None
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             torch._foreach_lerp_(gradients, momenta, MOMENTUM)
             size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(orthogonal(torch.stack(gradients))), alpha=-size)
+            matrices = [parameter.view(rows, columns) for parameter in parameters]
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, list(orthogonal(torch.stack(gradients))), alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

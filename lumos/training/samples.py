@@ -1,11 +1,12 @@
-"""Clips that a run draws on the way, so that one can see what it has learned.
+"""Sample clips that a run generates while it trains, to show what the model has learned so far.
 
     <output_dir>/samples/step-00000100/
-        00-a-red-circle-moves-left.mp4    a clip a prompt (.png: a picture)
-        sheet.png                         all of them
+        00-a-red-circle-moves-left.mp4    one clip for each prompt (.png if it has one frame)
+        sheet.png                         all clips on one page
         samples.json                      prompts, seeds, settings, seconds, versions
 
-The folder appears whole. Nothing here touches the training: the weights are a copy, and the random states are put back.
+The folder appears only when it is complete. Samples do not change the training: they use a copy of
+the weights, and the states of the random generators are restored afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from lumos.video.io import write_video
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draw(prompt, seed, on_step)` -> frames uint8 [T, H, W, 3]; it calls `on_step` often, which may raise to end it."""
+    """A function that generates clips, with the facts that are written beside them.
+
+    `draw(prompt, seed, on_step)` returns frames uint8 [T, H, W, 3]. It calls `on_step` often
+    while it generates; an exception of `on_step` ends the clip early.
+    """
 
     draw: Callable[[str, int, Callable[..., None]], np.ndarray]
     fps: float
@@ -42,18 +47,21 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Sample:
+    """A finished clip: frames uint8 [T, H, W, 3], and the seconds that it took."""
+
     prompt: str
     seed: int
     frames: np.ndarray
     seconds: float
 
     def file(self, number: int) -> str:
+        """Return the file name of the clip, which begins with `number`."""
         name = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60].strip("-") or "clip"
         return f"{number:02d}-{name}{'.png' if len(self.frames) == 1 else '.mp4'}"
 
 
 class Ended(Exception):
-    """Time is up, or the run was told to stop."""
+    """The time for samples is over, or the run was told to stop."""
 
 
 def render(
@@ -66,9 +74,11 @@ def render(
     stop: Callable[[], bool],
     facts: dict[str, Any],
 ) -> None:
-    """Draw the prompts and write them into `folder`; what is not done after max_seconds, or at `stop()`, is left out.
+    """Generate a clip for each prompt and write the clips into `folder`.
 
-    `facts` go into samples.json. A failure (a full disk, no memory) is said and logged, and the training goes on.
+    Clips that are unfinished after `max_seconds`, or when `stop()` becomes true, are left out.
+    samples.json holds `facts` too. A failure, for example a full disk or too little memory, is
+    printed and logged, and the training goes on.
     """
     started = time.monotonic()
     try:
@@ -88,13 +98,16 @@ def render(
     log.write(event="samples", step=step, folder=str(folder), clips=len(samples), seconds=seconds)
     if len(samples) < len(settings.prompts):
         log.say(
-            f"warning: {len(samples)} of {len(settings.prompts)} samples of step {step} were done in {seconds} s; "
+            f"warning: {len(samples)} of {len(settings.prompts)} samples of step {step} were finished in {seconds} s; "
             "raise samples.max_seconds, or name fewer prompts or a lower num_inference_steps in samples.options"
         )
 
 
 def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callable[[], bool]) -> list[Sample]:
-    """The first samples, as many as are done by `until`, on the clock of time.monotonic."""
+    """Return the samples that are finished by `until`, a time of time.monotonic, in the order of prompts.
+
+    Prompt i of `settings.prompts` has the seed `settings.seed` + i.
+    """
 
     def on_step(*_: Any) -> None:
         if stop() or time.monotonic() > until:
@@ -113,7 +126,7 @@ def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callabl
 
 
 def write(folder: Path, samples: list[Sample], fps: float, record: dict[str, Any]) -> None:
-    """All files of one step, in place of an older folder."""
+    """Write all files of one step; an older folder of the same step is replaced."""
     with replacing_folder(folder) as writing:
         clips = []
         for number, sample in enumerate(samples):
@@ -127,7 +140,7 @@ def write(folder: Path, samples: list[Sample], fps: float, record: dict[str, Any
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """What is drawn inside from the global generators of torch, numpy and Python is as if it had not been."""
+    """Restore the states of the global random generators of torch, numpy and Python at the end of the block."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -17,12 +17,16 @@ def learning_rate(
     schedule: str = "cosine",
     decay_steps: int | None = None,
 ) -> float:
-    """Learning rate of optimizer step `step` (0 is the first of `max_steps`).
+    """Return the learning rate of optimizer step `step`; the first of the `max_steps` steps is 0.
 
-    Linear warm-up from lr / warmup_steps to lr, then `constant`; `cosine`: half a cosine down to min_lr in the last
-    step; `wsd` (warm-up, stable, decay): constant, then linear to min_lr over the last `decay_steps` (default: a fifth
-    of max_steps). Raises ValueError for a negative step or another schedule name. Steps past max_steps stay at the
-    last value.
+    Every schedule begins with a linear warm-up from lr / warmup_steps to lr. After it,
+    - `constant` stays at lr,
+    - `cosine` follows half a cosine down to min_lr in the last step,
+    - `wsd` (warm-up, stable, decay) stays at lr, then falls linearly to min_lr over the last
+      `decay_steps` (default: a fifth of max_steps).
+
+    Steps after max_steps keep the last value. Raises ValueError for a negative step or an unknown
+    schedule.
     """
     if step < 0:
         raise ValueError(f"step is {step}; it must not be negative")

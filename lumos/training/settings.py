@@ -1,10 +1,9 @@
-"""The settings of a training run, each with its meaning and, where there is one, the published default.
+"""The settings of a training run.
 
-`load_settings` fills them from one YAML file and `section.key=value` overrides; `describe(TrainingSettings)` of
-`yaml_settings` lists them.
+Each has a one-line meaning, with the value of the published model where there is one ("published").
+`load_settings` reads them from one YAML file and `section.key=value` overrides.
+`lumos.settings.describe(TrainingSettings)` lists them.
 """
-
-
 
 from __future__ import annotations
 
@@ -24,46 +23,48 @@ from lumos.settings import build, read_yaml, setting, to_plain
 
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
-"""The most clips of an optimizer step, whose batches are laid out on the host, and of a validation set."""
+"""Largest number of clips in an optimizer step, which is laid out in host memory, and in a validation set."""
 MAX_TOKENS = 2**31
 MAX_SIDE = 2**14
 MAX_FRAMES = 2**14
 MAX_PROCESSES = 256
-"""Of one machine."""
+"""Largest number of threads or processes that make batches on one machine."""
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
-DEFAULT_STAGE = 2  # of runs with several processes that name none; of Muon, which needs whole matrices, 0
+"""Fields of the section data that have an effect with one source only: synthetic scenes, or shards."""
+DEFAULT_STAGE = 2
+"""ZeRO stage of a run with several processes that names none. With Muon, which needs whole matrices, it is 0."""
 
 
 def world_size() -> int:
-    """Number of processes that the launcher (deepspeed, torchrun) started; 1 without a launcher."""
+    """Return the number of processes that the launcher (deepspeed, torchrun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
 class ModelSettings:
-    preset: str | None = setting(None, "named model shape to start from random weights: tiny, 0.5b, 1b, 3b")
+    preset: str | None = setting(None, "name of the model shape to train from random weights: tiny, 0.5b, 1b, 3b")
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
     from_: str | None = setting(
-        None, "model folder whose weights and config to start from; with a preset too, it must have the preset's shape"
+        None, "model folder whose weights and config the run starts from; if preset is set too, the model must have that shape"
     )
 
 
 @dataclass
 class LoraSettings:
     rank: int | None = setting(
-        None, "rank of low-rank adapters (arXiv 2106.09685), which are then all that is trained; null: the whole model is",
+        None, "rank of low-rank adapters (LoRA, arXiv 2106.09685); only the adapters are then trained; null: train the whole model",
         low=1, high=2**16,
     )
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank", low=0)
-    dropout: float = setting(0.0, "dropout on what goes into the adapters", low=0, high=1)
+    dropout: float = setting(0.0, "dropout on the inputs of the adapters", low=0, high=1)
     targets: list[str] = setting([], "linear layers of every block that get adapters")
 
 
 @dataclass
 class TokenizerSettings:
-    video: str | None = setting(None, "folder of the trained video tokenizer; default: the one inside model.from")
-    text: str | None = setting(None, "folder or file of the text tokenizer; default: the one inside model.from")
+    video: str | None = setting(None, "folder of the trained video tokenizer; default: the tokenizer inside model.from")
+    text: str | None = setting(None, "folder or file of the text tokenizer; default: the tokenizer inside model.from")
 
 
 @dataclass
@@ -75,7 +76,7 @@ class StageSettings:
         0.0, "share of the steps whose batch holds pictures (one-frame clips); published: 1, then 0.5", low=0, high=1
     )
     batch_size: int | None = setting(
-        None, "clips in a video step, over all processes; default: as the run has it", low=1, high=MAX_CLIPS,
+        None, "clips in a video step, over all processes; default: as in the section training", low=1, high=MAX_CLIPS,
     )
     image_batch_size: int | None = setting(
         None,
@@ -84,130 +85,157 @@ class StageSettings:
     )
     first_frames: int | None = setting(
         None,
-        "frames of its clips that a short video step trains on, 1 + a multiple of the temporal compression; text and header tell "
-        "of the whole clip. As no frame sees later ones, they are learned as in whole clips, in less time; null: no short steps",
+        "first frames of each clip that a short video step trains on, 1 + a multiple of the temporal compression; text and header "
+        "still describe the whole clip. No frame sees later frames, so a short step trains these frames as a whole clip would, in "
+        "less time; null: no short steps",
         low=1, high=MAX_FRAMES,
     )
-    short_share: float = setting(1.0, "share of the video steps that are short ones, if first_frames is set", low=0, high=1)
+    short_share: float = setting(1.0, "share of the video steps that are short, if first_frames is set", low=0, high=1)
 
 
 @dataclass
 class DataSettings:
-    source: str = setting("worlds", "where clips come from: the small worlds, or what ingest wrote", choices=("worlds", "shards"))
-    path: str | None = setting(None, "folder of the shards, or its URL (s3://, gs://, hf://, https://, any that fsspec knows)")
-    shuffle_shards: int = setting(16, "shards whose clips are shuffled together; so many are in use at a time", low=1, high=10_000)
-    cache_dir: str | None = setting(None, "folder for copies of remote shards; default: ~/.cache/lumos/shards")
-    cache_gb: float = setting(20.0, "size to which the copies of remote shards may grow, in GB", low=0, high=1e9)
-    size: str | None = setting(
-        None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` counts with it"
+    source: str = setting(
+        "worlds", "where clips come from: worlds (synthetic scenes), or shards, which ingest wrote", choices=("worlds", "shards")
     )
-    options: dict[str, Any] = setting({}, "options of the source, for worlds those of lumos.data.synthetic.render.sample_scene")
+    path: str | None = setting(
+        None, "folder of the shards, or its URL (s3://, gs://, hf://, https://, or another that fsspec supports)"
+    )
+    shuffle_shards: int = setting(
+        16, "number of shards that are open at a time, whose clips are shuffled together", low=1, high=10_000
+    )
+    cache_dir: str | None = setting(None, "folder for copies of remote shards; default: ~/.cache/lumos/shards")
+    cache_gb: float = setting(20.0, "largest total size of the copies of remote shards, in GB", low=0, high=1e9)
+    size: str | None = setting(
+        None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` computes with this size"
+    )
+    options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.render.sample_scene")
     num_frames: int = setting(
         17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )
     min_frames: int | None = setting(
-        None, "frames of the shortest clip of shards to use, each as it is; null: num_frames, shorter ones are left out",
+        None, "use clips of shards from this number of frames on, at their own length; null: leave out clips below num_frames",
         low=2, high=MAX_FRAMES,
     )
-    height: int = setting(64, "frame height of worlds in pixels; shards have their own sizes", low=1, high=MAX_SIDE)
-    width: int = setting(64, "frame width of worlds in pixels", low=1, high=MAX_SIDE)
-    fps: int = setting(8, "frames per second of worlds", low=1, high=1000)
-    scenes: int | None = setting(None, "use only this many different worlds, over and over; null: endless", low=1, high=2**31)
-    stages: list[StageSettings] = setting([], "curriculum, in order; empty: one stage of video only")
-    workers: int = setting(
-        1, "threads that make batches ahead of the training step; 0: make each batch when it is needed", low=0, high=MAX_PROCESSES,
+    height: int = setting(64, "frame height of synthetic scenes in pixels; shards have their own sizes", low=1, high=MAX_SIDE)
+    width: int = setting(64, "frame width of synthetic scenes in pixels", low=1, high=MAX_SIDE)
+    fps: int = setting(8, "frames per second of synthetic scenes", low=1, high=1000)
+    scenes: int | None = setting(
+        None, "number of different synthetic scenes, which are then repeated; null: unlimited", low=1, high=2**31
     )
-    prefetch: int = setting(2, "batches to keep ready; only with workers", low=1, high=1000)
+    stages: list[StageSettings] = setting([], "stages of the curriculum, in order; empty: one stage with video only")
+    workers: int = setting(
+        1, "threads that prefetch batches; 0: make each batch when it is needed", low=0, high=MAX_PROCESSES,
+    )
+    prefetch: int = setting(2, "number of batches to keep ready; only with workers", low=1, high=1000)
     processes: int = setting(
         0,
-        "processes that draw or read clips ahead, for devices that outrun threads; one thread then encodes; 0: none",
+        "processes that draw or read clips in advance, for devices that are faster than threads can be; one thread then "
+        "encodes the clips; 0: none",
         low=0, high=MAX_PROCESSES,
     )
     pad_to: int = setting(
-        1, "rows are padded to a multiple of so many tokens: fewer different lengths, for attention or code that is compiled",
+        1, "pad sequences to a multiple of this number of tokens: compiled attention and compiled code then meet fewer lengths",
         low=1, high=2**20,
     )
-    validation_clips: int = setting(32, "clips of the fixed validation set, whose masks are fixed too", low=1, high=MAX_CLIPS)
+    validation_clips: int = setting(
+        32, "number of clips of each kind in the validation set; the clips and their masks never change", low=1, high=MAX_CLIPS
+    )
 
 
 @dataclass
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
+    max_minutes: float | None = setting(
+        None, "end after so many minutes of steps, with the schedule of lr compressed to fit; null: after max_steps", above=0
+    )
     batch_size: int | None = setting(
-        16, "clips in an optimizer step, over all processes and micro-batches; null: by tokens_per_batch", low=1, high=MAX_CLIPS
+        16, "clips in an optimizer step, over all processes and micro-batches; null: see tokens_per_batch", low=1, high=MAX_CLIPS
     )
     tokens_per_batch: int | None = setting(
         None,
-        "codes in an optimizer step, on average and within a clip, text not counted; instead of batch_size, which must be null",
+        "codes in an optimizer step, without text: exact on average, and in each step to within a clip; needs batch_size null",
         low=1, high=MAX_TOKENS,
     )
-    micro_batch_size: int | None = setting(None, "clips in one forward of one process; null: all at once", low=1, high=MAX_CLIPS)
+    micro_batch_size: int | None = setting(
+        None, "clips in one forward pass of one process; null: all clips at once", low=1, high=MAX_CLIPS
+    )
     optimizer: str = setting(
         "adamw",
-        "adamw (published), or muon for the layers' matrices and AdamW for the rest: with ZeRO 0 or without",
+        "adamw (published); or muon for the matrices of the layers and AdamW for the rest, which needs ZeRO 0 or no DeepSpeed",
         choices=("adamw", "muon"),
     )
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
     warmup_steps: int = setting(100, "steps of linear warm-up", low=0, high=MAX_STEPS)
-    schedule: str = setting("cosine", "shape after the warm-up (published: constant)", choices=("constant", "cosine", "wsd"))
+    schedule: str = setting(
+        "cosine", "shape of the schedule after the warm-up (published: constant)", choices=("constant", "cosine", "wsd")
+    )
     decay_steps: int | None = setting(
         None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1, high=MAX_STEPS,
     )
     weight_decay: float = setting(0.1, "decoupled weight decay of AdamW (published 0.1)", low=0)
-    decay_parameters: str = setting("matrices", "which parameters decay (published: all)", choices=("matrices", "all"))
+    decay_parameters: str = setting("matrices", "which parameters have weight decay (published: all)", choices=("matrices", "all"))
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95)", low=0, high=1)
     eps: float = setting(1e-8, "AdamW epsilon (published 1e-8)", low=0)
     clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping (published 4)", low=0)
     seed: int = setting(0, "seed of weights, data, masks and text dropout", low=0)
     ema_decay: float = setting(
-        0.0, "decay of the averaged weights, which are then the exported ones; 0: none (published: none)", low=0, high=1
+        0.0, "decay of the averaged weights, which are then exported; 0: no averaged weights (published: none)", low=0, high=1
     )
     precision: str = setting(
         "auto",
-        "fp32 or bf16 compute; auto: fp32 on CPU, bf16 on CUDA (published bf16)",
+        "number format of the computation; auto: fp32 on CPU, bf16 on CUDA (published: bf16)",
         choices=("auto", "fp32", "bf16"),
     )
-    device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
-    attention: str | None = setting(None, "attention implementation of the run; null: as the model's config says")
+    device: str = setting(
+        "auto", "auto (CUDA if there is a GPU, else the CPU), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps")
+    )
+    attention: str | None = setting(None, "attention implementation of the run; null: that of the model's config")
     compile: bool = setting(False, "torch.compile for norms and MLPs; the first steps wait for the compiler")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass to save memory (published: on)")
     skip_not_finite: int = setting(
-        0, "updates of the run that may be left out because loss or gradient is not finite; one more stops it",
+        0, "largest number of updates that the run skips because the loss or gradient is not finite; one more stops the run",
         low=0, high=MAX_STEPS,
     )
-    output_dir: str | None = setting(None, "where checkpoints, log and export go; default runs/<name>")
-    log_every: int = setting(10, "steps between log lines, each the mean since the last", low=1, high=MAX_STEPS)
+    output_dir: str | None = setting(None, "folder for checkpoints, log and export; default: runs/<name>")
+    log_every: int = setting(10, "steps between log lines; each line has the means since the previous line", low=1, high=MAX_STEPS)
     eval_every: int = setting(0, "steps between validation losses; 0: never", low=0, high=MAX_STEPS)
-    save_every_steps: int = setting(0, "steps between checkpoints; 0: not by steps (published 1000 to 3000)", low=0, high=MAX_STEPS)
-    save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: not by time", low=0)
-    keep_last: int = setting(2, "newest complete checkpoints to keep (published 20)", low=1, high=MAX_STEPS)
-    keep_every: int = setting(
-        0, "keep those of every so many steps as well, a multiple of save_every_steps; 0: none", low=0, high=MAX_STEPS,
+    save_every_steps: int = setting(
+        0, "steps between checkpoints; 0: none by steps (published 1000 to 3000)", low=0, high=MAX_STEPS
     )
-    export_every_save: bool = setting(False, "write the from_pretrained folder at each checkpoint, not only at the end")
+    save_every_minutes: float = setting(10.0, "minutes between checkpoints; 0: none by time", low=0)
+    keep_last: int = setting(2, "number of newest complete checkpoints to keep (published 20)", low=1, high=MAX_STEPS)
+    keep_every: int = setting(
+        0, "also keep checkpoints whose step is a multiple of this number, itself a multiple of save_every_steps; 0: none",
+        low=0, high=MAX_STEPS,
+    )
+    export_every_save: bool = setting(False, "write the exported model at each checkpoint, not only at the end")
     export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "float16", "bfloat16"))
 
 
 @dataclass
 class SampleSettings:
-    every: int = setting(0, "steps between sample clips, rendered with the weights of that step; 0: never", low=0, high=MAX_STEPS)
-    prompts: list[str] = setting([], "what the samples show, a clip each")
-    seed: int = setting(0, "seed of the first sample; the next ones count on from it", low=0)
-    options: dict[str, Any] = setting({}, "how samples are drawn where it is not as in the section generation")
+    every: int = setting(
+        0, "steps between sample clips, which are generated with the weights of that step; 0: never", low=0, high=MAX_STEPS
+    )
+    prompts: list[str] = setting([], "prompts of the samples, one clip each")
+    seed: int = setting(0, "seed of the first sample; each further sample adds 1", low=0)
+    options: dict[str, Any] = setting({}, "sampling options of the samples that differ from the section generation")
     max_seconds: float = setting(
-        120.0, "rendering ends after so many seconds with the clips done by then; all processes wait", low=1, high=1200
+        120.0, "seconds for all samples of a step, for which all processes wait; clips that are unfinished then are left out",
+        low=1, high=1200,
     )
 
 
 @dataclass
 class LoggingSettings:
-    to: list[str] = setting([], "where to write beside log.jsonl", choices=("tensorboard", "wandb", "trackio"))
-    project: str = setting("lumos", "project of wandb and trackio")
+    to: list[str] = setting([], "dashboards that show the run, beside log.jsonl", choices=("tensorboard", "wandb", "trackio"))
+    project: str = setting("lumos", "name of the project in wandb and trackio")
     peak_tflops: float | None = setting(
         None,
-        "what one device can do at most, TFLOP/s, as the measure of mfu; null: of the data sheet for known GPUs in bf16, "
-        "else measured at the start by a matrix product",
+        "peak speed of one device in TFLOP/s, of which mfu (model FLOPs utilization) is the used share; null: the data sheet's "
+        "for known GPUs in bf16, else measured with a matrix product at the start",
         low=1e-6,
         high=1e9,
     )
@@ -217,17 +245,17 @@ class LoggingSettings:
 class DeepSpeedSettings:
     zero_stage: int | None = setting(
         None,
-        "ZeRO stage; null: no DeepSpeed in one process, 2 in several (published: full sharding, as stage 3)",
+        "ZeRO stage; null: no DeepSpeed with one process, stage 2 with several (published: full sharding, as stage 3)",
         low=0,
         high=3,
     )
-    config: str | None = setting(None, "JSON file of further DeepSpeed options (offload, buckets, ...)")
+    config: str | None = setting(None, "JSON file with further DeepSpeed options, for example for offloading or bucket sizes")
     timeout_minutes: float = setting(
-        30.0, "how long processes wait for one that died or hangs before they end with an error", high=1e6
+        30.0, "minutes that processes wait for a process that died or hangs, before they end with an error", high=1e6
     )
 
     def file_options(self) -> dict[str, Any]:
-        """What the JSON file holds; UserError if it cannot be used."""
+        """Return the content of the JSON file, {} without a file; raise UserError if it cannot be used."""
         if self.config is None:
             return {}
         options = read_json(self.config, "options of DeepSpeed (deepspeed.config)", MAX_YAML_LENGTH)
@@ -241,26 +269,27 @@ class DeepSpeedSettings:
 
 @dataclass
 class TrainingSettings:
-    """All settings of a run. `name` is the config file's stem, and names the default output folder.
+    """All settings of a run.
 
-    The settings class of a generator inherits from this one: it adds sections, replaces a section by one with more keys, and
-    adds to `check`.
+    `name` is by default the name of the config file without its suffix, and also names the default
+    output folder. The settings class of a generator inherits from this class: it adds sections,
+    replaces a section by one with more keys, and extends `check`.
     """
 
     sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
-    """The generator's sampling options, which the sections generation and samples.options hold."""
+    """Class of the generator's sampling options, which generation and samples.options hold."""
 
     name: str = setting("train", "name of the run")
-    generator: str = setting("lumos1", "kind of model that is trained, see `lumos.registry`")
-    model: ModelSettings = setting(ModelSettings, "what is trained")
+    generator: str = setting("lumos1", "name of the generator that is trained, see `lumos.registry`")
+    model: ModelSettings = setting(ModelSettings, "the model to train")
     lora: LoraSettings = setting(LoraSettings, "fine-tuning by low-rank adapters")
-    tokenizer: TokenizerSettings = setting(TokenizerSettings, "the two tokenizers, which are not trained here")
-    data: DataSettings = setting(DataSettings, "what it is trained on")
-    training: OptimizationSettings = setting(OptimizationSettings, "how it is trained")
-    deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "how it is spread over processes")
-    logging: LoggingSettings = setting(LoggingSettings, "where it can be watched")
-    samples: SampleSettings = setting(SampleSettings, "which clips it draws on the way")
-    generation: dict[str, Any] = setting({}, "how the exported model samples by default: its sampling options")
+    tokenizer: TokenizerSettings = setting(TokenizerSettings, "the video and the text tokenizer, which this run does not train")
+    data: DataSettings = setting(DataSettings, "the clips to train on")
+    training: OptimizationSettings = setting(OptimizationSettings, "optimizer, batches, checkpoints and devices")
+    deepspeed: DeepSpeedSettings = setting(DeepSpeedSettings, "distribution over several processes")
+    logging: LoggingSettings = setting(LoggingSettings, "dashboards")
+    samples: SampleSettings = setting(SampleSettings, "sample clips that are generated during the training")
+    generation: dict[str, Any] = setting({}, "default sampling options of the exported model")
 
     @property
     def zero_stage(self) -> int | None:
@@ -268,7 +297,7 @@ class TrainingSettings:
         return self.zero_stage_with(world_size())
 
     def zero_stage_with(self, processes: int) -> int | None:
-        """The same of a run that has so many processes."""
+        """Return the ZeRO stage of a run with this number of processes, or None for plain PyTorch."""
         wanted = self.deepspeed
         if wanted.zero_stage is None and wanted.config is None:
             usual = 0 if self.training.optimizer == "muon" else DEFAULT_STAGE
@@ -283,17 +312,24 @@ class TrainingSettings:
         return Path(self.training.output_dir or Path("runs") / self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers with the YAML's key names: `build_settings(s.to_dict())` equals `s`."""
+        """Return plain dicts, lists and numbers under the keys of the YAML file.
+
+        `build_settings(s.to_dict())` equals `s`.
+        """
         return to_plain(self)
 
+    def key(self, name: str) -> str:
+        """What the user's file calls the setting `section.key`: the same, unless a file is laid out in another way."""
+        return name
+
     def check(self) -> None:
-        """UserError for fields that contradict each other."""
+        """Raise UserError if fields contradict each other."""
         for check in CHECKS:
             check(self)
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainingSettings:
-    """Read a YAML file and apply overrides such as `training.max_steps=200`, in order.
+    """Read a YAML file, apply overrides in order (for example `training.max_steps=200`), return the settings.
 
     Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
@@ -303,7 +339,10 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Train
 
 
 def build_settings(raw: dict[str, Any]) -> TrainingSettings:
-    """Settings of the generator that `raw` names, from nested dicts; UserError as in `load_settings`."""
+    """Return the settings from nested dicts, in the class of the generator that `raw` names.
+
+    Raises UserError as `load_settings` does, except for missing files.
+    """
     settings = build(registry.generator(raw.get("generator")).load("settings"), raw)
     settings.check()
     return settings
@@ -330,7 +369,7 @@ def check_sampling(settings: TrainingSettings) -> None:
 
 def check_logging(settings: TrainingSettings) -> None:
     if len(set(settings.logging.to)) < len(settings.logging.to):
-        raise UserError(f"logging.to names one place twice: {', '.join(settings.logging.to)}")
+        raise UserError(f"logging.to names a dashboard twice: {', '.join(settings.logging.to)}")
 
 
 def check_data(settings: TrainingSettings) -> None:
@@ -339,7 +378,7 @@ def check_data(settings: TrainingSettings) -> None:
         raise UserError(f"data.source is {data.source} and data.path is {as_text(data.path)}; shards need a path, worlds have none")
     for name in OF_WORLDS if data.source == "shards" else OF_SHARDS:
         if getattr(data, name) != getattr(usual, name):
-            why = ", which was ingested as it is" if data.source == "shards" else ""
+            why = ", whose clips were ingested as they are" if data.source == "shards" else ""
             raise UserError(f"data.{name} has no effect with data.source={data.source}{why}; leave it out")
     for name in ("cache_dir", "cache_gb"):
         if getattr(data, name) != getattr(usual, name) and not is_url(data.path):
@@ -348,7 +387,7 @@ def check_data(settings: TrainingSettings) -> None:
         raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
     check_processes(data.processes)
     if data.processes and data.workers > 1:
-        raise UserError(f"data.workers is {data.workers}, but with data.processes one thread encodes what they draw; leave it out")
+        raise UserError(f"data.workers is {data.workers}, but with data.processes one thread encodes all clips; leave it out")
 
 
 def check_stages(settings: TrainingSettings) -> None:
@@ -380,7 +419,7 @@ def check_optimization(settings: TrainingSettings) -> None:
             "one of them must be null, the other a number"
         )
     if training.tokens_per_batch is not None and stages and all(stage.batch_size for stage in stages):
-        raise UserError("training.tokens_per_batch has no effect, as every stage has its batch_size; set one of them")
+        raise UserError("training.tokens_per_batch has no effect, because every stage has a batch_size; set only one of them")
     if training.keep_every and (not training.save_every_steps or training.keep_every % training.save_every_steps):
         raise UserError(
             f"training.keep_every is {training.keep_every}; it must be a multiple of training.save_every_steps, which is "

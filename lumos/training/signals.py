@@ -1,4 +1,4 @@
-"""Being told to stop without losing work."""
+"""Signals that ask a run to stop, so that it can save its work first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import psutil
 
 
 class Interrupt:
-    """While open, SIGTERM and SIGINT only set `name`; a second SIGINT interrupts at once.
+    """A context in which SIGTERM and SIGINT only set `name`, and a second SIGINT interrupts at once.
 
-    The deepspeed command passes no SIGTERM on: it ends and leaves its processes behind. They notice, as "a lost launcher".
-    Outside the main thread Python allows no handlers, and nothing is caught.
+    The deepspeed command does not forward SIGTERM: it ends, and its processes go on. They see that
+    their parent process has changed, and `name` becomes "a lost launcher". Outside the main thread
+    Python allows no signal handlers, so no signal is caught there.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class Interrupt:
 
     @property
     def name(self) -> str | None:
-        """What told the run to stop."""
+        """The signal (or lost launcher) that asked the run to stop; None if none has."""
         if self._name is None and self.launcher is not None and self.launcher != _launcher():
             self._name = "a lost launcher"
         return self._name
@@ -46,7 +47,10 @@ class Interrupt:
 
 
 def _launcher() -> tuple[int, int] | None:
-    """Process ids of deepspeed's launcher on this machine and of the command that started it; None where there is none."""
+    """Return the process ids of deepspeed's launcher on this machine and of its parent process.
+
+    The result is None if this process was not started by deepspeed's launcher.
+    """
     try:
         parent = psutil.Process(os.getppid())
         return (parent.pid, parent.ppid()) if any("deepspeed.launcher" in word for word in parent.cmdline()) else None

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, full_like, nn
 
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import POSITIONS_PER_STEP
-from lumos.data.source import Source
+from lumos.data.source import StepSource
+from lumos.training.muon import layer_matrices
 from lumos.training.samples import Sampler
 
 IGNORED = -100
@@ -85,17 +87,29 @@ class Batch:
         return parts | {name: values[start:stop] for name, values in self.rows.items()}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a network does on clips that it is not trained on: numbers for the log, and pictures uint8 [T, H, W, 3] by name."""
+
+    values: dict[str, float]
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 class TrainingTask(ABC):
     """What is trained, on what, with which losses.
 
-    loss_groups   {name: places}: by what the losses are sorted in the log, such as latent frames
-    source        where the clips come from
-    causal        whether a latent frame of the network sees no later one
+    loss_groups     {name: places}: by what the losses are sorted in the log, such as latent frames
+    source          where the clips come from
+    causal          whether a latent frame of the network sees no later one
+    export_folder   name of the folder in the run's folder that `export` writes
+    measures        whether `measure` takes the place of losses on held-out clips in the validation
     """
 
     loss_groups: dict[str, int]
-    source: Source
+    source: StepSource
     causal: ClassVar[bool] = False
+    export_folder: ClassVar[str] = "export"
+    measures: ClassVar[bool] = False
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -122,8 +136,28 @@ class TrainingTask(ABC):
         """What `export` needs beside the weights, as JSON. Called after `build_model`."""
 
     @abstractmethod
-    def export(self, folder: Path, target: Path) -> None:
-        """Write the checkpoint in `folder` as a folder that users load."""
+    def export(self, folder: Path, target: Path) -> Measured | None:
+        """Write the checkpoint in `folder` as a folder that users load. Returns what was measured of it, if anything."""
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """For entries of `resume_fingerprint` that older checkpoints lack: what they were when those were written."""
+        return {}
+
+    def first_weights(self, stop: Callable[[], bool]) -> dict[str, Tensor] | None:
+        """Whole weights, by name, that a new run begins with in place of those of `build_model`.
+
+        They are computed once, before the first step, and are equal in all processes. None if `stop()` became true meanwhile:
+        the run then ends without a checkpoint.
+        """
+        return {}
+
+    def muon_matrices(self, model: nn.Module) -> dict[str, float]:
+        """Weights that training.optimizer=muon updates as matrices, by name, and by how much training.lr is multiplied for each."""
+        return dict.fromkeys(layer_matrices(model), 1.0)
+
+    def measure(self, model: nn.Module) -> Measured:
+        """Measure the network, which has the averaged weights if the run has any. Called in all processes if `measures` is set."""
+        raise TypeError(f"{type(self).__name__} measures nothing")
 
     def preview(self, weights: dict[str, Tensor]) -> Sampler | None:
         """Draws sample clips with these whole weights; None: the task draws none."""
@@ -132,12 +166,21 @@ class TrainingTask(ABC):
     def build_auxiliary(self) -> nn.Module | None:
         """A second network, with an optimizer of its own, that is trained beside the model; None: there is none.
 
-        The loop steps it after the model, and saves and resumes it, under ZeRO 0 to 2 too.
+        It is float32, in training mode, and the same for a seed in all processes. The loop steps it after the model, on the
+        same micro-batches, and saves and resumes it, under ZeRO 0 to 2 too. A task whose `losses` need this network keeps it:
+        there it has no gradient, and is as it was after the step before.
         """
         return None
 
+    def auxiliary_optimization(self) -> dict[str, Any]:
+        """Keys of the section `training`, such as lr and betas, that the auxiliary network has otherwise than the model."""
+        return {}
+
     def auxiliary_losses(self, model: nn.Module, auxiliary: nn.Module, micro: dict[str, Any]) -> Tensor:
-        """Losses [N] of the auxiliary network, with gradient for it alone. The losses of the model see it as it was before."""
+        """Losses [N] of the auxiliary network on a micro-batch of N clips; none for a micro-batch that is idle.
+
+        The model has already made its step, and has no gradient here.
+        """
         raise TypeError(f"{type(self).__name__} has an auxiliary network, but no losses for it")
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:

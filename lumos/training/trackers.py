@@ -1,4 +1,7 @@
-"""Where a run can be watched beside its log file: TensorBoard, Weights & Biases, trackio. Each is imported when asked for."""
+"""Dashboards that show a run beside its log file: TensorBoard, Weights & Biases, trackio.
+
+Each library is imported only if logging.to names it.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,23 @@ ID_FILE = "run_id"
 
 
 class Writer(Protocol):
-    """What a run tells a dashboard."""
+    """The interface of a dashboard, to which `RunLog` sends the numbers and clips of a run."""
 
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Show numbers of a step, by name."""
 
-    def clip(self, step: int, name: str, path: Path, frames: np.ndarray, fps: float) -> None: ...
+    def clip(self, step: int, name: str, path: Path, frames: np.ndarray, fps: float) -> None:
+        """Show a clip uint8 [T, H, W, 3], which is also in the file `path`."""
 
     def sync(self) -> None:
-        """Have the disk hold what was told so far, where it is kept on this machine."""
+        """Wait until the disk holds all data that the dashboard keeps on this machine."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the connection to the dashboard."""
 
 
 def check_installed(names: list[str]) -> None:
-    """UserError, with the pip extra, if one of logging.to is not installed."""
+    """Raise UserError, which names the pip extra, if one of the libraries is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -47,7 +53,7 @@ def check_installed(names: list[str]) -> None:
 
 
 def open_writers(settings: TrainingSettings, first_step: int) -> list[Writer]:
-    """The writers of logging.to for a run that has done `first_step` steps."""
+    """Return the dashboards that logging.to names, for a run that has done `first_step` steps."""
     writers: list[Writer] = []
     for name in settings.logging.to:
         if name == "tensorboard":
@@ -58,7 +64,10 @@ def open_writers(settings: TrainingSettings, first_step: int) -> list[Writer]:
 
 
 class TensorBoard:
-    """Event files in <output_dir>/tensorboard. What an earlier run wrote past `first_step` is hidden there."""
+    """Event files in <output_dir>/tensorboard.
+
+    Values of steps after `first_step`, which an interrupted run has written, are hidden.
+    """
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -72,7 +81,7 @@ class TensorBoard:
         self.writer.flush()
 
     def clip(self, step: int, name: str, path: Path, frames: np.ndarray, fps: float) -> None:
-        """As a picture that moves: a gif, which TensorBoard shows as it is."""
+        """Show the clip as an animated GIF, which TensorBoard displays like a picture."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         with tempfile.TemporaryDirectory() as folder:
@@ -92,9 +101,10 @@ class TensorBoard:
 
 
 class Tracker:
-    """Weights & Biases, or trackio, which has the same calls. A resumed run goes on under the id kept in its folder.
+    """Weights & Biases, or trackio, which has the same functions.
 
-    Their own environment variables hold: WANDB_MODE=offline, WANDB_ENTITY, TRACKIO_DIR and so on.
+    A resumed run continues under the id that is stored in its folder. The environment variables of
+    the libraries apply, for example WANDB_MODE=offline, WANDB_ENTITY and TRACKIO_DIR.
     """
 
     def __init__(self, module: ModuleType, settings: TrainingSettings):
@@ -106,7 +116,7 @@ class Tracker:
         place = {"id": name, "dir": str(settings.output_dir)} if module.__name__ == "wandb" else {}
         try:
             module.init(project=settings.logging.project, name=name, config=settings.to_dict(), resume="allow", **place)
-        except Exception as error:  # their own kinds of error, which cannot be named without them
+        except Exception as error:  # their exception types cannot be named without importing them
             raise UserError(
                 f"{module.__name__} of logging.to cannot start: {error}; log in, set WANDB_MODE=offline for wandb, or leave it out"
             ) from error
@@ -119,7 +129,7 @@ class Tracker:
         self.module.log({name: shown}, step=step)
 
     def sync(self) -> None:
-        """Their own files are theirs to keep."""
+        """Do nothing: the library itself decides when its files reach the disk."""
 
     def close(self) -> None:
         self.module.finish()

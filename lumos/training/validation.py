@@ -1,6 +1,8 @@
-"""Validation loss on fixed clips with fixed masks, so that two runs, or two moments of one, can be compared.
+"""Validation loss on fixed clips with fixed masks.
 
-Neither the clips nor their masks depend on training.seed, on the number of processes or on the size of micro-batches.
+The clips and their masks depend neither on training.seed nor on the number of processes nor on the
+size of micro-batches. Losses of different runs, and of different steps of one run, can therefore be
+compared.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from lumos.training.task import Batch, TrainingTask
 
 
 class Validation:
-    """The fixed set, `data.validation_clips` clips of each kind; made when it is first asked for, then kept."""
+    """The validation set: `data.validation_clips` clips of each kind ("image", "video").
+
+    The batches are made by the first call of `losses` and reused by later calls.
+    """
 
     def __init__(self, task: TrainingTask, kinds: list[str], settings: TrainingSettings):
         self.task, self.kinds = task, kinds
@@ -34,7 +39,11 @@ class Validation:
     def losses(
         self, engine: Engine, losses: Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
     ) -> dict[str, Any]:
-        """{val_loss_<kind>: mean over all supervised positions, val_<group>_loss_<kind>: [places]}, without text dropout."""
+        """Return the validation losses of all processes together, without text dropout.
+
+        The keys are val_loss_<kind>, the mean over all supervised positions, and
+        val_<group>_loss_<kind>, a list with the mean of each place of a group (see `LossSums`).
+        """
         engine.module.eval()
         meter = Meter()
         for kind in self.kinds:
@@ -50,7 +59,11 @@ class Validation:
         return {f"val_{name}": value for name, value in meter.means().items()}
 
     def _share(self, kind: str, rank: int, world: int) -> list[tuple[Batch, bool]]:
-        """One process's batches. All have equally many, as ZeRO-3 needs; surplus ones are marked not to count."""
+        """Return the batches of one process, each with a flag that says whether it counts.
+
+        All processes have the same number of batches, because every process must take part in each
+        forward pass of ZeRO-3. Batches that only fill up this number do not count.
+        """
         starts = list(range(0, self.clips, self.size))
         rounds = math.ceil(len(starts) / world)
         shape = StepShape(kind, self.clips)

@@ -1,4 +1,4 @@
-"""What the tasks of all generators share: tokenizers, clips to train on, and what a resumed run must have in common."""
+"""The part that the training tasks of all generators share: tokenizers, clips, and the resume fingerprint."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
 class VideoTask(TrainingTask):
-    """A task that trains a generator on clips, which a video tokenizer encodes. `device` is where clips are encoded.
+    """A task that trains a generator on the latents of clips.
 
-    A generator's task gives the facts of its model below, and the losses.
+    A video tokenizer encodes the clips on `device`. The subclass of a generator adds `size_unit`,
+    the model and the losses.
     """
+
+    source: Source
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -52,18 +55,21 @@ class VideoTask(TrainingTask):
     @property
     @abstractmethod
     def size_unit(self) -> int:
-        """Height and width of clips are multiples of so many pixels."""
+        """The number of pixels of which the height and the width of clips are multiples."""
 
     @property
     def sample_shape(self) -> ClipDefaults:
-        """The shape of sample clips: that of most clips, or pictures if the run has only those."""
+        """The shape of sample clips: the usual shape of the data; one frame if the run trains on pictures only."""
         data = self.settings.data
         pictures_only = Curriculum(data.stages, self.settings.training.batch_size).kinds == ["image"]
         shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
         return ClipDefaults(**shape, target_size=None)
 
     def data_fingerprint(self) -> dict[str, Any]:
-        """What of data, tokenizers and optimization must be equal for a checkpoint to be resumed."""
+        """Return the shared part of the resume fingerprint: data, tokenizers and optimization.
+
+        A run resumes a checkpoint only if these values are equal to those of the checkpoint.
+        """
         data, training = self.settings.data, self.settings.training
         return (
             self.identities
@@ -73,7 +79,11 @@ class VideoTask(TrainingTask):
         )
 
     def tokenizer_folder(self, kind: str) -> str:
-        """The folder of the video or text tokenizer that the settings name; UserError if there is none."""
+        """Return the folder of the tokenizer of a kind ("video", "text").
+
+        The folder is the one in the section tokenizer or, by default, the one inside model.from.
+        Raises UserError if the settings name none or if it does not exist.
+        """
         given = getattr(self.settings.tokenizer, kind)
         own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
         folder = given or own
@@ -84,7 +94,10 @@ class VideoTask(TrainingTask):
         return folder
 
     def check_tokenizers_of_base(self) -> None:
-        """UserError for other tokenizers than those of model.from, with which its weights mean nothing."""
+        """Raise UserError if the tokenizers are not those of model.from.
+
+        The codes of another tokenizer have other meanings, so the weights would be useless.
+        """
         base = self.settings.model.from_
         own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
         for kind, folder in own.items():
@@ -98,7 +111,7 @@ class VideoTask(TrainingTask):
                     )
 
     def make_source(self) -> Source:
-        """The clips that the settings name."""
+        """Return the source of the clips that the settings name."""
         data, training = self.settings.data, self.settings.training
         if data.source == "worlds":
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
@@ -123,7 +136,10 @@ class VideoTask(TrainingTask):
 
 
 def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
-    """Of its config and float32 weights, whichever files they came from."""
+    """Return the SHA-256 of a tokenizer's config and float32 weights.
+
+    It does not depend on the files from which they were read.
+    """
     digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

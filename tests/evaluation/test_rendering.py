@@ -149,7 +149,7 @@ def test_shards_by_hand_and_by_launcher(monkeypatch):
     assert parse_shard(None) == (1, 1)
     assert parse_shard("2/4") == (2, 4)
     for wrong in ("0/4", "5/4", "2", "a/b", "-1/2", "1/0", "2/4/8", ""):
-        with pytest.raises(UserError, match="is not allowed; give which part of how many"):
+        with pytest.raises(UserError, match="is not allowed; give the part and the number of parts"):
             parse_shard(wrong)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")

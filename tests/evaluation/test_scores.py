@@ -150,7 +150,7 @@ def test_the_lists_of_vbench_i2v_name_a_dimension_that_its_totals_leave_out():
         ('{"color": [94.2, []]}', "color has the score 94.2; the official files hold scores from 0 to 1"),
         ('{"color": [NaN, []]}', "has the score nan"),
         ('{"color": [true, []]}', "has the score True"),
-        ('{"colour": [0.5, []]}', "colour is no dimension of vbench; those are subject_consistency"),
+        ('{"colour": [0.5, []]}', "colour is no dimension of vbench; its dimensions are subject_consistency"),
         ('{"i2v_subject": [0.5, []]}', "i2v_subject is no dimension of vbench"),
         ('{"color": 0.5}', "color is 0.5, not [score, details]"),
         ("[1]", "hold no results of VBench"),

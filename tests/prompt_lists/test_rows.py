@@ -60,7 +60,7 @@ def test_a_cell_of_several_lines_counts_them(tmp_path):
         ("a.jsonl", '{"prompt": "x", "guidance_interval": 0.5}', "give two numbers"),
         ("a.csv", "x,many,", "num_frames 'many' is not allowed; give a whole number"),
         ("a.csv", "x,9,yes", "mask_given_frames 'yes' is not allowed; give true or false"),
-        ("a.csv", "x,9", "2 cells under 3 columns"),
+        ("a.csv", "x,9", "the row has 2 cells, but there are 3 columns"),
     ],
 )
 def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path, name, row, problem):
@@ -78,8 +78,8 @@ def test_a_row_that_cannot_be_read_spoils_no_other(tmp_path, name, row, problem)
     [
         ("a.yaml", "x", r"give a file that ends in \.txt, \.jsonl, \.csv"),
         ("a.txt", " \n\n", "holds no prompts"),
-        ("a.csv", "prompt,colour\nx,red\n", "the column 'colour' is unknown or there twice; allowed: prompt"),
-        ("a.csv", "prompt,prompt\nx,y\n", "the column 'prompt' is unknown or there twice"),
+        ("a.csv", "prompt,colour\nx,red\n", "the column 'colour' is unknown or named twice; allowed: prompt"),
+        ("a.csv", "prompt,prompt\nx,y\n", "the column 'prompt' is unknown or named twice"),
         ("a.csv", 'prompt\n"x\n', "no table of comma-separated values"),
     ],
 )

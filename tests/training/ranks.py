@@ -53,9 +53,15 @@ class Ranks:
             raw["deepspeed"]["config"] = str(ROOT / "configs" / "deepspeed" / f"{engine}.json")
         elif engine.startswith("zero"):
             raw["deepspeed"]["zero_stage"] = int(engine.removeprefix("zero"))
+        return self.run("train", raw, world, plain=engine == "plain", faults=faults, seconds=seconds)
+
+    def run(
+        self, verb: str, raw: dict, world: int = 2, *, plain: bool = False, faults: dict | None = None, seconds: float = 900
+    ) -> list[Ended]:
+        """Run a training verb with the contents of a config file; plain: without a launcher's environment."""
         config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(raw))
-        job = {"folder": str(self.folder), "config": str(config), "overrides": [], "world": world, "plain": engine == "plain",
+        job = {"folder": str(self.folder), "verb": verb, "config": str(config), "overrides": [], "world": world, "plain": plain,
                "faults": faults or {}, "seconds": seconds}  # fmt: skip
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()

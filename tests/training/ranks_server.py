@@ -1,6 +1,6 @@
 """Processes of training runs, forked from this one, which has imported everything: a run of two costs seconds, not half a minute.
 
-Reads a job a line, {"folder", "config", "overrides", "world", "faults": {rank: [[name, argument, ...], ...]}, "seconds"},
+Reads a job a line, {"folder", "verb", "config", "overrides", "world", "faults": {rank: [[name, argument, ...], ...]}, "seconds"},
 and answers with how each process ended. Each is the command line's own `train`, with the faults put in before.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from lumos import registry
 from lumos.cli import main
 from lumos.commands.bench_faults import kill_at_file_call
 from lumos.models.lumos1.training import ArdfTask
@@ -197,6 +198,19 @@ def hide_a_weight() -> None:
     DeepSpeedEngine.slots = lambda engine: dict(list(slots(engine).items())[1:])
 
 
+def toy_without_dropout() -> None:
+    """Processes draw it from random states of their own."""
+    import toy_task
+
+    make = toy_task.Velocity.__init__
+
+    def made(self: toy_task.Velocity) -> None:
+        make(self)
+        self.layers[2].p = 0.0
+
+    toy_task.Velocity.__init__ = made
+
+
 def serve() -> list[str] | None:
     """Answer jobs; in a forked process, return the command line that it shall run."""
     for line in sys.stdin:
@@ -225,7 +239,7 @@ def become(rank: int, port: int, job: dict) -> list[str]:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     for name, *arguments in job["faults"].get(str(rank), []):
         globals()[name](*arguments)
-    return ["train", "--config", job["config"], *job["overrides"]]
+    return [job["verb"], "--config", job["config"], *job["overrides"]]
 
 
 def wait(children: list[int], job: dict) -> list[dict]:
@@ -254,8 +268,10 @@ def import_all() -> None:
     import peft  # noqa: F401
 
     import lumos.commands.train
+    import lumos.commands.train_tokenizer
     import lumos.data.synthetic.digits
     import lumos.training.deepspeed_engine
+    import lumos.training.tokenizer.task
 
     lumos.data.synthetic.digits.load()
     assert deepspeed.ops.__compatible_ops__
@@ -263,5 +279,6 @@ def import_all() -> None:
 
 if __name__ == "__main__":
     import_all()
+    registry.PACKAGES.append("toy_task")
     command = serve()
     sys.exit(None if command is None else main(command))

@@ -80,7 +80,7 @@ def test_a_damaged_newest_checkpoint(runs: Runs, tmp_path: Path, capsys):
     (tmp_path / "run" / "checkpoints" / "step-00000005" / "rank-0001.safetensors").unlink()
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
-    assert "rank-0001.safetensors is missing; trying the one before" in said.err
+    assert "rank-0001.safetensors is missing; trying the checkpoint before it" in said.err
     assert "model of step 4" in said.out
 
 

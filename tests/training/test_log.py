@@ -185,7 +185,7 @@ def test_the_longest_wait_and_the_largest_memory_of_all_processes_count(micro_se
     run.engine.all_sum = lambda values: original(values + other if values.shape == other.shape else values)
     monkeypatch.setattr(run, "validate", dict)
     monkeypatch.setattr(run, "save", lambda **_: None)
-    monkeypatch.setattr(run, "export", lambda: None)
+    monkeypatch.setattr(run, "export", dict)
     run.train()
     run.log.close()
     assert read_log(tmp_path / "run", "data_wait") == {1: 1e6}

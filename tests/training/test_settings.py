@@ -89,7 +89,7 @@ def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
         ("deepspeed.config=nowhere.json", ["nowhere.json"]),
         ("logging.to=[tensorboards]", ["logging.to", "'tensorboards'", "tensorboard, wandb, trackio"]),
         ("logging.to=tensorboard", ["logging.to", "a list"]),
-        ("logging.to=[wandb, wandb]", ["one place twice", "wandb"]),
+        ("logging.to=[wandb, wandb]", ["names a dashboard twice", "wandb"]),
         ("logging.peak_tflops=0", ["logging.peak_tflops"]),
         ("samples.every=5", ["samples.prompts is empty", "at least one prompt"]),
         ("samples={every: 5, prompts: ['']}", ["empty prompt"]),

@@ -152,7 +152,7 @@ def test_a_stage_by_clips_within_a_run_by_tokens():
     [
         ({"tokens_per_batch": 100}, {}, "training.batch_size is 16 and training.tokens_per_batch 100; one of them must be null"),
         ({"batch_size": None}, {}, "training.batch_size is None and training.tokens_per_batch None"),
-        ({"batch_size": None, "tokens_per_batch": 9}, {"stages": [{"batch_size": 4}]}, "every stage has its batch_size"),
+        ({"batch_size": None, "tokens_per_batch": 9}, {"stages": [{"batch_size": 4}]}, "every stage has a batch_size"),
         ({}, {"source": "shards", "path": "x", "min_frames": 33}, "min_frames 33 is above data.num_frames 17"),
         ({}, {"min_frames": 5}, "data.min_frames has no effect with data.source=worlds"),
         ({}, {"shuffle_shards": 5}, "data.shuffle_shards has no effect with data.source=worlds"),

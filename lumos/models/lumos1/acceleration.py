@@ -1,4 +1,4 @@
-"""Optional ways to run the decoder: int8 weights, compiled norms and MLPs. Both change a model in place."""
+"""Optional ways to run the decoder: int8 weights, and compiled norms and MLPs. Both change a model in place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from lumos.models.lumos1.modeling import MLP, HeadNorm, LumosForVideoGeneration,
 
 
 def use_int8_weights(model: LumosForVideoGeneration) -> None:
-    """Keep the linear layers of the decoder's layers as int8 with a scale for each output (torchao); products run in the
-    model's dtype. Embedding and head stay as they are. UserError without torchao.
+    """Quantize the linear layers of the decoder layers to int8 weights, with one scale per output channel (torchao).
+
+    Matrix products still run in the model's dtype. The embedding and the head are not quantized.
+    Raises UserError if torchao is not installed.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -20,13 +22,15 @@ def use_int8_weights(model: LumosForVideoGeneration) -> None:
 
 
 def has_int8_weights(model: LumosForVideoGeneration) -> bool:
+    """Return whether `use_int8_weights` has changed the model."""
     return type(model.model.layers[0].mlp.up_proj.weight.data) is not torch.Tensor
 
 
 def compile_parts(model: LumosForVideoGeneration, backend: str = "inductor") -> None:
-    """Run norms and MLPs, all that is neither attention nor cache, by torch.compile; layers share the compiled code.
+    """Compile the norms and MLPs of the model with torch.compile; all layers share the compiled code.
 
-    The first clip waits for the compiler. UserError where torch.compile does not work (no C++ compiler, no Triton).
+    Attention and the cache are not compiled. The first clip takes longer, because compilation runs then.
+    Raises UserError if torch.compile does not work here (no C++ compiler, or no Triton).
     """
     try:
         torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(8, device=model.device))

@@ -1,4 +1,4 @@
-"""Keys and values of what is behind the frame that is being made, and of prefixes that come again."""
+"""The key-value cache of generation, and the cache of a prefix that several calls share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from lumos.models.lumos1.sequence import Layout
 
 
 class Cache:
-    """Keys and values of R rows, each filled up to its own length: [layers, R, Hkv, capacity, D].
+    """Keys and values of R rows, allocated once: [layers, R, Hkv, capacity, D].
 
-    frames: numbers of the frames that are in every row, from 0; the first begins at `firsts`.
-    history: frames that stay behind the first one; when one more comes, the oldest of them leaves, or with `thinning` the one that
-    `leaving` names, and those after it move up, with the rotary positions that they have. None: all stay.
+    Each row is filled up to its own length, because prefixes differ in length. All rows hold the same
+    frames. A row consists of text and header, then frame 0, then the other frames in order.
+
+    Attributes:
+        lengths: tokens in each row.
+        frames: the numbers of the frames in every row, counted from 0 at the start of the clip.
+        firsts: the position in each row where frame 0 begins.
+        history: the most frames that stay in the cache besides frame 0, or None if all frames stay.
+        thinning: which frame is evicted when there are more than `history`: the oldest after frame 0,
+            or with thinning the one that `leaving` returns.
+
+    An eviction moves the tokens behind the evicted frame to the left. Their keys stay as they are: the
+    rotary position of a key is that of its place in the clip, not of its place in the cache.
     """
 
     def __init__(
@@ -32,7 +42,10 @@ class Cache:
         self.history, self.thinning = history, thinning
 
     def store(self, rows: Sequence[int], layouts: Sequence[Layout]) -> Attend:
-        """Attention over whole prefixes [len(rows), L], one layout each, that also fills these rows of the cache."""
+        """Return an attention over whole prefixes [len(rows), L] that also writes keys and values into these rows.
+
+        layouts: the layout of each prefix.
+        """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for i, row in enumerate(rows):
@@ -45,21 +58,26 @@ class Cache:
         return attend
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Copies of a row's keys and values: [layers, Hkv, L, D]."""
+        """Return copies of the keys and values of a row, [layers, Hkv, L, D] each."""
         used = (slice(None), row, slice(None), slice(self.lengths[row]))
         return self.keys[used].clone(), self.values[used].clone()
 
     def write(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Begin a row with what `read` gave."""
+        """Set a row to keys and values that `read` returned, [layers, Hkv, L, D] each."""
         self.lengths[row] = keys.shape[2]
         self.keys[:, row, :, : keys.shape[2]] = keys
         self.values[:, row, :, : keys.shape[2]] = values
 
     def extend(self, n: int, rows: range, stay: int) -> Attend:
-        """Attention of one frame of n tokens, or of two in a row, to the cache and itself, in these rows, which follow each other.
+        """Return the attention of one new frame of n tokens, or of two consecutive new frames, for these rows.
 
-        The first `stay` of the frames stay in the cache, which `advance` has to be told. Where there are fewer queries than keys,
-        all are of the last frame.
+        Each new frame attends to the cache and to itself; the second also attends to the first. The
+        attention writes the first `stay` of the new frames into the cache for good, but does not
+        change `lengths` and `frames`: call `advance` after the forward pass for each of them. The
+        other new frames are overwritten by the next call.
+
+        The attention may get fewer queries than keys, as in the last layer, where only some positions
+        are needed. The queries then all belong to the last new frame.
         """
         here, place = slice(rows.start, rows.stop), self._leaving()
         lengths = self.lengths[here]
@@ -80,7 +98,7 @@ class Cache:
                     if queries.shape[2]:
                         queries = prefix_attention(queries, keys[:, :, :end], values[:, :, :end], causal=False)
                     seen.append(queries)
-                    if i < stay and place is not None:
+                    if i < stay and place is not None:  # evict: the frames behind move over the evicted one
                         left = self.firsts[rows[start]] + place * n
                         for cached in (keys, values):
                             cached[:, :, left:length] = cached[:, :, left + n : end].clone()
@@ -92,7 +110,7 @@ class Cache:
         return attend
 
     def advance(self, n: int) -> None:
-        """A frame of n tokens has come to stay in every row."""
+        """Record that a frame of n tokens was added to every row, and which frame was evicted for it."""
         place, new = self._leaving(), self.frames[-1] + 1 if self.frames else 0
         if place is None:
             self.lengths = [length + n for length in self.lengths]
@@ -101,16 +119,17 @@ class Cache:
         self.frames.append(new)
 
     def _leaving(self) -> int | None:
-        """Which of `frames`, by its place there, leaves when another comes."""
+        """Return the index in `frames` of the frame that the next frame evicts, or None if there is still room."""
         if self.history is None or len(self.frames) <= self.history:
             return None
         return self.frames.index(leaving(self.frames[1:], self.frames[-1] + 1)) if self.thinning else 1
 
 
-class KeptPrefix:
-    """Keys and values of one prefix from an earlier call, as long as neither the ids nor the weights have changed.
+class PrefixCache:
+    """Keys and values of one prefix, saved for later calls with the same ids and the same weights.
 
-    A change of the weights is seen by the version that torch counts for in-place writes, and by a parameter put in its place.
+    Most calls share the unconditional prefix, so it need not be computed again. A change of the weights
+    is detected by each parameter's address and dtype, and by torch's counter of in-place writes.
     """
 
     def __init__(self) -> None:
@@ -118,14 +137,17 @@ class KeptPrefix:
         self._stored: tuple[Tensor, Tensor] | None = None
 
     def load(self, model: LumosForVideoGeneration, prefix: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the keys and values [layers, Hkv, L, D] of a prefix [L], or None if they are not saved."""
         return self._stored if self._key == self._key_of(model, prefix) else None
 
     def save(self, model: LumosForVideoGeneration, prefix: Tensor, stored: tuple[Tensor, Tensor]) -> None:
+        """Save the keys and values of a prefix [L] in place of those of the last one."""
         self._key, self._stored = self._key_of(model, prefix), stored
 
     @staticmethod
     def _key_of(model: LumosForVideoGeneration, prefix: Tensor) -> tuple:
         def version(p: Tensor) -> object:
-            return object() if p.is_inference() else p._version  # writes to it are not counted: it equals nothing kept
+            # Writes to an inference tensor are not counted. A new object equals nothing, so nothing is loaded.
+            return object() if p.is_inference() else p._version
 
         return tuple(prefix.tolist()), tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""`callback_on_step_end` of a call, as in the pipelines of diffusers."""
+"""The `callback_on_step_end` argument of a pipeline call, as in the pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,19 @@ def step_callback(
     history: Callable[[], Tensor],
     config: LumosConfig,
 ) -> Callable[[int, int, Tensor], None]:
-    """`callback_on_step_end` as a function of (frame, step, ids [B, n] of the frame's span), which it may change in place.
+    """Return a function (frame, step, ids) that calls `callback_on_step_end` and applies the codes that it returns.
 
-    grid: rows and columns of codes. steps_before(frame): steps of all the latent frames before it. history(): their codes
-    [B, t, h, w].
-    UserError for what is no function, names that are not offered, and codes of another shape or out of range.
+    The function gets the ids [B, n] of the frame's span and changes them in place.
+
+    Args:
+        callback: the user's function of (pipe, step, codes still masked, tensors).
+        names: the tensors that the callback asks for, from TENSOR_INPUTS.
+        grid: rows and columns of codes in a latent frame.
+        steps_before: returns the number of steps of all latent frames before a frame.
+        history: returns the codes [B, t, h, w] of the frames before the current one.
+
+    Raises UserError for a callback that is not callable and for unknown names. The returned function
+    raises UserError if the callback returns codes of another shape or out of range.
     """
     if not callable(callback):
         raise UserError(f"callback_on_step_end is {shown(callback)}; give a function of (pipe, step, codes still masked, tensors)")
@@ -59,14 +67,18 @@ def step_callback(
 
 
 def check_codes(changed: Any, codes: Tensor, config: LumosConfig) -> Tensor:
-    """What a callback gives back in place of `codes`: other values, but -1 (still masked) at the same places."""
+    """Return the codes that a callback has changed, int64 [B, h, w] like `codes`.
+
+    Raises UserError unless they have the shape of `codes`, values in range, and -1 (still masked) at
+    the same positions.
+    """
     if not isinstance(changed, Tensor) or changed.shape != codes.shape or changed.is_floating_point():
         given = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
         raise UserError(f"the callback gave codes {given}; give whole numbers {list(codes.shape)}")
     changed = changed.to(codes)
     if not torch.equal(changed < 0, codes < 0) or changed.min() < -1 or changed.max() >= config.visual_token_count:
         raise UserError(
-            f"the callback gave codes that cannot be taken: 0 to {config.visual_token_count - 1} where a code is decided, "
-            "-1 where it is still masked"
+            f"the callback gave codes that cannot be used; give 0 to {config.visual_token_count - 1} where a code is decided, "
+            "and -1 where it is still masked"
         )
     return changed

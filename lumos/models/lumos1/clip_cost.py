@@ -1,4 +1,4 @@
-"""A clip before a model is loaded for it: tokens, FLOPs, bytes. Only the config is read."""
+"""The cost of a clip: tokens, FLOPs and bytes. It follows from the config alone, so no weights are loaded."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from lumos.planning.sharding import parameter_count
 
 @dataclass(frozen=True)
 class LumosClipCost:
-    """One clip from a prompt of `text_tokens`, as `generate_frames` makes it; the video tokenizer's part is not in it.
+    """The cost of one clip that `generate_frames` makes from a prompt of `text_tokens` tokens.
 
-    UserError or ValueError for what the pipeline would refuse.
+    The cost of the video tokenizer is not included. Raises UserError or ValueError for a clip that the
+    pipeline would refuse.
     """
 
     config: LumosConfig
@@ -49,7 +50,7 @@ class LumosClipCost:
 
     @property
     def case(self) -> Case:
-        """The clip as the bench describes it, without weights and ids."""
+        """The clip as a `Case` of the benchmark, on the meta device: it has shapes, but no weights and no ids."""
         for name in ("height", "width"):
             check_side(getattr(self.clip, name), name, self.config.pixels_per_size_unit, largest_side(self.config))
         rows, cols = (side // self.config.spatial_compression for side in (self.clip.height, self.clip.width))
@@ -61,11 +62,15 @@ class LumosClipCost:
         )  # fmt: skip
 
     def warn_of_effects(self, given: Mapping[str, Any]) -> None:
-        """Warn of sampling options that were given, but have no effect on this clip."""
+        """Warn of the options in `given` that have no effect on this clip; `given` holds those that the user set."""
         check_effect(self.case.frames, self.case.frames, given, self.settings)
 
     def report(self, peak: float, utilisation: float) -> dict[str, Any]:
-        """All of it as plain JSON values. peak: FLOP/s of the device, of which the share `utilisation` is reached."""
+        """Return the cost as plain JSON values.
+
+        peak: the peak FLOP/s of the device. utilisation: the share of the peak that is reached, for the
+        estimate of the seconds.
+        """
         case, flops = self.case, {"layers": 0, "attention": 0, "head": 0}
         parameters = parameter_count(case.model)
         for product in products(case):
@@ -84,9 +89,10 @@ class LumosClipCost:
 
 
 def lighter(plan: LumosClipCost, clips: int = 1) -> list[tuple[str, int]]:
-    """(options, bytes of weights and cache) of plans that each change one thing so that `clips` clips at a time need less.
+    """Return (options, bytes of weights and cache) of cheaper plans for `clips` clips at a time.
 
-    Each brings the cache to half or less, or the dtype to two bytes; what cannot is left out.
+    Each plan changes one setting. It at least halves the cache, or it changes the dtype to bfloat16.
+    Settings that cannot do so are left out.
     """
     weights = parameter_count(plan.case.model)
 
@@ -127,12 +133,15 @@ def lighter(plan: LumosClipCost, clips: int = 1) -> list[tuple[str, int]]:
 def clip_cost(
     config: LumosConfig, clip: ClipDefaults, sampling: GenerationSettings, text_tokens: int, dtype: torch.dtype
 ) -> LumosClipCost:
-    """The cost of one clip; UserError for what the pipeline would refuse."""
+    """Return the cost of one clip. Raises UserError for a clip that the pipeline would refuse."""
     return LumosClipCost(config, clip, sampling, text_tokens, dtype)
 
 
 def model_of(folder: str | Path | None, preset: str | None) -> tuple[LumosConfig, GenerationSettings, ClipDefaults]:
-    """Config and defaults of a model folder, of which only config.json and pipeline.json are read, or of a preset."""
+    """Return the config and the defaults of a model folder, or of a preset.
+
+    Only config.json and pipeline.json of the folder are read.
+    """
     if preset is not None:
         return LumosConfig.preset(preset), GenerationSettings(), ClipDefaults()
     return read_config(Path(folder)), *read_defaults(Path(folder))
@@ -141,15 +150,16 @@ def model_of(folder: str | Path | None, preset: str | None) -> tuple[LumosConfig
 def out_of_memory_advice(
     config: LumosConfig, clip: ClipDefaults, sampling: GenerationSettings, text_tokens: int, dtype: torch.dtype, clips: int = 1
 ) -> str:
-    """A sentence on what a clip needs for which memory ran out, and on what would need less."""
+    """Return a sentence for a clip that ran out of memory: the bytes that it needs, and settings that need fewer."""
     plan = LumosClipCost(config, clip, sampling, text_tokens, dtype)
     weights, cache = parameter_count(plan.case.model) * plan.dtype.itemsize, clips * plan.case.cache_bytes
     less = "; ".join(f"{options} needs {in_units(size)}" for options, size in lighter(plan, clips))
     return (
-        f"weights {in_units(weights)} and cache {in_units(cache)} were to be kept, besides the states of one step: {less}; "
+        f"weights need {in_units(weights)} and the cache {in_units(cache)}, besides the activations of one step: {less}; "
         "`python -m lumos plan --generate` counts other settings"
     )
 
 
 def in_units(size: int) -> str:
+    """Return a number of bytes as text in MiB or GiB."""
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"

@@ -1,4 +1,4 @@
-"""The one description of a model: its sizes, its token ids, its sequence grammar, and the named presets."""
+"""The configuration of a Lumos-1 model: its sizes, its token ids, its positions and its prompt template; named presets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lumos.files import read_json
 
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
 SCALED_SCHEMES = ("mm_rope", "videorope")
-"""Those in which neighbouring codes are further apart than tokens of text."""
+"""The schemes in which neighbouring codes are several positions apart; neighbouring text tokens are one apart."""
 ATTENTION_IMPLEMENTATIONS = ("segmented", "dense", "flex")
 PUBLISHED_TEMPLATE = (
     "Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at {fps} frames per "
@@ -46,9 +46,13 @@ _SIZES = {
     "pixels_per_size_unit": 2**16,
     "max_prompt_tokens": 2**20,
 }
-"""Whole numbers from 1 to this: far beyond any model that was made, and small enough that arithmetic on them costs nothing."""
+"""The largest value of each field of whole numbers; the smallest is 1.
+
+The limits are far beyond any known model. They keep a damaged or hostile config from asking for numbers
+so large that computing with them takes time or memory.
+"""
 _NUMBERS = {"rms_norm_eps": 1.0, "rope_theta": 1e15, "initializer_range": 100.0}
-"""Numbers above 0, at most this."""
+"""The largest value of each field of real numbers; all must be above 0."""
 _CHAMELEON_FIELDS = (*_SHARED_SIZES, *_NUMBERS, "visual_token_start", "architectures", "dtype", "torch_dtype")
 _SPECIAL = ("bos", "sep", "newline", "mask", "frame_start", "frame_end", "video_start", "video_end")
 _CHAMELEON_FIXED = {
@@ -62,17 +66,25 @@ _CHAMELEON_FIXED = {
 
 
 class LumosConfig(PreTrainedConfig):
-    """Configuration of `LumosForVideoGeneration`; the defaults are the published 1B model's.
+    """Configuration of `LumosForVideoGeneration`. The defaults are those of the published 1B model.
 
-    `attention` chooses how whole sequences are attended to (training, `model(input_ids)`); generation always runs against
-    its cache. `max_position_embeddings` is the longest sequence that the pipeline makes.
+    Names of sizes follow Llama. Ids default to the published vocabulary: 65,536 text ids, then 64,000
+    video codes. Some fields have no counterpart in Llama:
 
-    Sizes follow the Llama names. Ids default to the published vocabulary (65,536 text ids, then 64,000 video codes).
-    `pixels_per_size_unit` is what one unit of a frame's two size tokens stands for; `prompt_template` may use
-    {width} {height} {num_frames} {fps} and must contain {prompt}. `position_strides` are the distances of neighbouring codes along
-    time, rows and columns where they are not the tokenizer's compression: of a model that was given another size after training.
-    Raises ValueError for values of a wrong type, and for sizes that cannot work (head dimension not a multiple of 32, ids outside
-    the vocabulary, more than MAX_PARAMETERS weights).
+        attention: implementation of attention over whole sequences, in training and in
+            `model(input_ids)`: "segmented", "dense" or "flex". Generation has a cache and ignores it.
+        max_position_embeddings: the longest sequence that the pipeline makes, in tokens.
+        pixels_per_size_unit: pixels that one unit of a frame's two size tokens stands for.
+        position_scheme: the rotary positions, one of POSITION_SCHEMES (lumos/models/lumos1/rope.py).
+        position_strides: distances of neighbouring codes along time, rows and columns. None: the
+            compression of the video tokenizer. A model that was resized after training keeps its
+            earlier distances here.
+        prompt_template: the text that the decoder reads. It may use {width} {height} {num_frames} {fps}
+            and must contain {prompt}.
+        loss_chunk_size: positions whose logits exist at the same time in the loss.
+
+    Raises ValueError for values of a wrong type and for sizes that cannot work: a head dimension that
+    is not a multiple of 32, ids outside the vocabulary, or more than MAX_PARAMETERS weights.
     """
 
     model_type = "lumos"
@@ -118,41 +130,50 @@ class LumosConfig(PreTrainedConfig):
     prompt_template: str = PUBLISHED_TEMPLATE
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if len(kwargs) > 1000 or not _is_whole(kwargs.get("num_labels", 0), 0, 1000):  # for which transformers makes names
+        if len(kwargs) > 1000 or not _is_whole(kwargs.get("num_labels", 0), 0, 1000):  # transformers names each label
             raise ValueError("more than 1,000 unknown fields, or num_labels over 1,000: that is no config of this model")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         for key in kwargs:
             if close := difflib.get_close_matches(key, [f.name for f in fields(self)], n=1, cutoff=0.9):
                 raise ValueError(f"unknown config field {shown(key)}; did you mean {shown(close[0])}?")
-        self._check_types()  # transformers computes with some of them
+        self._check_types()  # before super().__post_init__, which computes with some of the values
         super().__post_init__(**kwargs)
         self._check()
 
     @property
     def head_dim(self) -> int:
+        """Channels of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
-        """The names that `preset` knows."""
+        """Return the names of the presets."""
         return tuple(PRESETS)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LumosConfig:
-        """Named sizes: tiny (the shipped model), 0.5b, 1b, 3b (reference, section 1.3)."""
+        """Return the config of a preset, with `overrides` of its fields.
+
+        name: tiny (the shipped model), 0.5b, 1b or 3b (reference, section 1.3).
+        Raises ValueError for an unknown name.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {shown(name)}; known presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Read a config as in transformers; the config of a released Lumos-1 folder is translated.
+
+        Raises UserError if config.json is too large, is not valid JSON, or holds no object.
+        """
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         file = place / "config.json" if place.is_dir() else place
-        if file.exists():  # else it may be a name on the hub
+        if file.exists():  # otherwise the name may be a repository on the hub
             found = read_json(file, "a model's config", MAX_CONFIG_BYTES)
             if not isinstance(found, dict):
-                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object of its sizes")
+                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "chameleon":
             config_dict = from_chameleon(config_dict)
@@ -160,18 +181,18 @@ class LumosConfig(PreTrainedConfig):
 
     @property
     def special_token_ids(self) -> dict[str, int]:
-        """Name -> id of every token that steers a sequence; none of them may ever come out of a text."""
+        """The ids of the special tokens by name. Text never encodes to one of these ids."""
         return {name: getattr(self, f"{name}_token_id") for name in _SPECIAL}
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the decoder and its head."""
+        """The number of parameters of the decoder and its head."""
         c, head_norms = self.hidden_size, 4 * self.model_parallel_size * self.head_dim
         matrices = 2 * c * c + 2 * c * self.num_key_value_heads * self.head_dim + 3 * c * self.intermediate_size
         return self.num_hidden_layers * (matrices + 2 * c + head_norms) + 2 * self.vocab_size * c + c
 
     def is_reserved(self, token: int) -> bool:
-        """True for specials, numbers and visual codes: ids that are not text."""
+        """Return whether an id is a special token, a number token or a visual code, and so never text."""
         number = 0 <= token - self.number_token_start < self.number_token_count
         visual = 0 <= token - self.visual_token_start < self.visual_token_count
         return number or visual or token in self.special_token_ids.values()
@@ -255,10 +276,11 @@ class LumosConfig(PreTrainedConfig):
         template, names = self.prompt_template, ("prompt", "width", "height", "num_frames", "fps")
         try:
             if not isinstance(template, str) or len(template) > MAX_TEMPLATE_LENGTH:
-                raise ValueError(f"it is no text of at most {MAX_TEMPLATE_LENGTH:,} characters")
+                raise ValueError(f"it must be a text of at most {MAX_TEMPLATE_LENGTH:,} characters")
             holes = [hole for _, *hole in string.Formatter().parse(template) if hole[0] is not None]
             if wrong := [name for name, spec, how in holes if name not in names or spec or how]:
-                raise ValueError(f"it asks for {shown(wrong[0])}, or for a form of it")  # a width of 10**9 would fill memory
+                # A format specification is refused too: {prompt:>1000000000} would fill the memory.
+                raise ValueError(f"it asks for {shown(wrong[0])}, or for a format of it")
         except ValueError as error:
             allowed = " ".join(f"{{{name}}}" for name in names)
             raise ValueError(f"prompt_template {shown(template)} is not usable ({error}); it may hold {allowed}") from error
@@ -271,11 +293,12 @@ def _is_whole(value: object, least: int, most: int) -> bool:
 
 
 def from_chameleon(published: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a released Lumos-1 folder -> fields of LumosConfig.
+    """Translate the config.json of a released Lumos-1 folder into fields of LumosConfig.
 
-    The special ids are those of the published sequence layout (reference, section 2.1); the bos/eos/pad fields of the
-    released file are class defaults that the layout does not use. Raises ValueError for variants of Chameleon that
-    Lumos-1 never was (biases, swin_norm, RoPE scaling, tied head).
+    The special ids are those of the published sequence layout (reference, section 2.1). The bos, eos and
+    pad fields of the released file are class defaults that the layout does not use, so they are ignored.
+    Raises ValueError for variants of Chameleon that Lumos-1 does not use: biases, swin_norm, RoPE
+    scaling, or a tied head.
     """
     for key, value in _CHAMELEON_FIXED.items():
         if published.get(key, value) != value:

@@ -1,8 +1,12 @@
-"""Checkpoint folders -> this model: what is in a folder, whether it is whole, what released files do differently.
+"""Reads checkpoint folders, checks that they are complete, and adapts released checkpoints to this model.
 
-A folder holds config.json and model.safetensors, or shards with model.safetensors.index.json. Released Lumos-1 folders
-have the same key names; wrapper prefixes of FSDP and activation checkpointing are removed, QK-norm weights of shape
-[head_dim] are read as [1, head_dim], `model.vqmodel.*` is ignored (reference, section 10).
+A folder holds config.json and model.safetensors, or several weight files (shards) with
+model.safetensors.index.json. Released Lumos-1 folders use the same key names, with these differences
+(reference, section 10):
+
+- Prefixes that FSDP and activation checkpointing add to keys are removed.
+- QK-norm weights of shape [head_dim] are read as [1, head_dim].
+- Keys `model.vqmodel.*` are ignored.
 """
 
 from __future__ import annotations
@@ -30,10 +34,12 @@ QK_NORM = re.compile(r"\.self_attn\.[qk]_norm\.(weight|bias)$")
 def prepare_checkpoint(
     folder: str | os.PathLike | None, model_class: type, kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike | None, dict[str, Any]]:
-    """Check a local folder against the model that its config describes; returns the arguments to load it with.
+    """Check a local folder against the model that its config describes.
 
-    Where tensors need renaming or reshaping these are a `state_dict` in place of the folder. Names that are no local
-    folder are left to the hub. UserError names missing files, shards, keys and wrong shapes.
+    Returns the name and the keyword arguments with which transformers loads the model. If tensors must
+    be renamed or reshaped, the name is None and the arguments hold a `state_dict`. A name that is no
+    local folder is returned unchanged, as it may be a repository on the hub.
+    Raises UserError for missing files, shards and keys, and for wrong shapes.
     """
     if folder is None:
         return folder, kwargs
@@ -58,15 +64,19 @@ def prepare_checkpoint(
 def match_layout(
     path: Path, shapes: dict[str, tuple[int, ...]], config: LumosConfig, model_class: type
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Stored key -> the model's key for all that are its own, and the model's key -> shape; UserError where they do not match."""
-    if config.num_hidden_layers > len(shapes):  # before a model of so many layers is made
+    """Match the tensors of a folder with those of the model.
+
+    Returns {stored key: key in the model}, without ignored keys, and {key in the model: shape}.
+    Raises UserError if keys or shapes do not match.
+    """
+    if config.num_hidden_layers > len(shapes):  # checked first: building a model of very many layers takes long
         raise UserError(f"{path} has {len(shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.json")
     try:
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     except (TypeError, RuntimeError) as error:
         raise UserError(
-            f"no model can be made from the config.json of {path} ({reason_of(error)}); download or copy it again"
+            f"no model can be built from the config.json of {path} ({reason_of(error)}); download or copy it again"
         ) from error
     renamed = {key: clean_key(key) for key in shapes if not IGNORED.match(clean_key(key))}
     found = {renamed[key]: clean_shape(renamed[key], shapes[key], expected) for key in renamed}
@@ -75,26 +85,26 @@ def match_layout(
 
 
 def read_config(folder: Path) -> LumosConfig:
-    """The folder's config.json; UserError if there is none, or it cannot be read."""
+    """Return the config of a folder. Raises UserError if config.json is missing or cannot be read."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of a saved or released model")
     try:
         return LumosConfig.from_pretrained(folder)
-    except Exception as error:  # of whatever kind transformers makes of it
-        if isinstance(error, ValueError) and not isinstance(error, UserError):  # says which field
+    except Exception as error:  # transformers raises errors of many types for a damaged file
+        if isinstance(error, ValueError) and not isinstance(error, UserError):  # the message names the field
             raise UserError(f"{file}: {error}") from error
         raise UserError(f"{file} is damaged ({reason_of(error)}); download or copy it again") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all of them present; UserError otherwise."""
+    """Return the safetensors files of a folder. Raises UserError if there are none or some are missing."""
     index = folder / INDEX
     if index.is_file():
         try:
             names = sorted(set(read_json(index, "an index of weights")["weight_map"].values()))
             if outside := [name for name in names if Path(name).name != name]:
-                raise ValueError(f"{shown(outside[0])} is no file beside it")
+                raise ValueError(f"{shown(outside[0])} is not the name of a file in the same folder")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({reason_of(error)}); download or copy it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
@@ -109,7 +119,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Key -> shape from the files' headers, without reading tensors."""
+    """Return the shape of each tensor by key. Only the headers of the files are read.
+
+    Raises UserError for a file that is damaged or no safetensors file.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -123,7 +136,10 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def check_written(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """RunError unless the weight files that were just written into the folder hold exactly these tensors, by their headers."""
+    """Check weight files that were just written, by their headers.
+
+    Raises RunError unless the folder holds exactly the tensors `expected`, as shapes by name.
+    """
     expected, found, count = {clean_key(name): shape for name, shape in expected.items()}, {}, 0
     for file in weight_files(folder):
         of_file = read_shapes([file])
@@ -135,22 +151,25 @@ def check_written(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
 
 
 def clean_key(key: str) -> str:
+    """Return a key without the prefixes of wrapper modules."""
     return WRAPPERS.sub("", key)
 
 
 def clean_shape(key: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a tensor in the model: [1, head_dim] for a QK-norm that is stored as [head_dim]."""
     if QK_NORM.search(key) and len(shape) == 1 and expected.get(key) == (1, *shape):
         return (1, *shape)
     return shape
 
 
 def some(keys: Collection[str]) -> str:
-    """The first names, as a message lists them."""
+    """Return the first three names and the number of the others, for a message."""
     first = ", ".join(as_text(key, 80) for key in sorted(keys)[:3])
     return first + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def check_layout(path: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Raise UserError unless keys and shapes of `found` equal those of `expected`."""
     if missing := expected.keys() - found.keys():
         raise UserError(f"{path} lacks the tensors {some(missing)}; its config.json describes another model")
     if extra := found.keys() - expected.keys():

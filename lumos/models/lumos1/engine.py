@@ -1,10 +1,18 @@
-"""Frame-by-frame generation: prefill the prefix, then for each frame denoise it in parallel steps.
+"""Frame-by-frame generation: prefill the prefix, then decode each latent frame in parallel steps.
 
-A row is one sequence in the batch: the conditional branch of a sample, or its unconditional one. Rows share every matrix
-product; each has its own prefix and length in a preallocated cache, without padding. No mask is needed: a frame sees the whole
-cache and itself. A finished frame enters the cache in the same forward as the first step of the next. The head multiplies
-positions that are still masked by visual rows, a piece at a time, so that logits are never there as a whole; and once for both
-branches, as guidance is linear. S samples, R rows, n tokens of a frame's span, m positions asked for, C channels, K codes.
+A row is one sequence of the batch: the conditional or the unconditional branch of a sample. Rows share
+every matrix product. Each has its own prefix and its own length in a preallocated cache, without
+padding. Attention needs no mask, because a frame attends to the whole cache and to itself.
+
+Three things make a step cheap:
+
+- A finished frame enters the cache in the same forward pass as the first step of the next frame.
+- The head computes logits only for masked positions and visual codes, a piece at a time, so the full
+  logits never exist in memory.
+- Guidance is applied to hidden states, so the head runs once for both branches. This gives the same
+  logits, because the head is linear.
+
+Shapes: S samples, R rows, n tokens of a frame's span, m positions, C channels, K codes.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lumos.errors import NotFinite
-from lumos.models.lumos1.cache import Cache, KeptPrefix
+from lumos.models.lumos1.cache import Cache, PrefixCache
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.modeling import Head, LumosForVideoGeneration, Rotary
 from lumos.models.lumos1.rope import frame_positions, position_ids
@@ -33,36 +41,47 @@ from lumos.models.lumos1.sequence import (
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.placement import is_spread
 
-LOGITS_BYTES = 2**24  # of the piece of the logits that exists at a time; a GPU, which wants larger products, takes eight such
-STATES_BYTES = 2**24  # of a layer's input in one forward, if that takes more than one row: more make no product of a CPU faster
+LOGITS_BYTES = 2**24  # size of the logits that exist at a time; a GPU takes eight times as many, as it needs larger products
+STATES_BYTES = 2**24  # size of a layer's input in one forward pass of several rows; larger products are not faster on a CPU
 
 
 class Engine:
-    """The decoder with a cache: `prefill`, then for each frame any number of `hidden` or `denoise`, and a `commit`.
+    """The decoder with a cache.
 
-    A commit may be part of the next frame's first step. A text that changes on the way is a `prefill` with the frames so far. The
-    calls take ids, so a recorded run can be replayed through them.
+    Call `prefill` once. Then, for each latent frame, call `hidden` or `denoise` for each step and
+    `commit` at the end. The argument `committing` of `hidden` joins the commit of a frame with the
+    first step of the next. If the prompt changes within a clip, call `prefill` again with the frames
+    so far. All methods take ids, so a recorded run can be replayed through them.
     """
 
     def __init__(self, model: LumosForVideoGeneration):
         self.model = model
         self.cache: Cache | None = None
         self.frames_done = 0
-        self._lengths: list[int] = []  # of the sequences so far, what has left the cache included
+        self._lengths: list[int] = []  # tokens of each row so far, with those of evicted frames
         self._origins: list[int] = []
         self._frame: Frame | None = None
         self._rotary: dict[int, Rotary] = {}
 
     @torch.inference_mode()
     def prefill(
-        self, prefixes: Sequence[Tensor], capacity: int, kept: KeptPrefix | None = None, history: int | None = None,
+        self, prefixes: Sequence[Tensor], capacity: int, prefix_cache: PrefixCache | None = None, history: int | None = None,
         thinning: bool = False,
     ) -> None:  # fmt: skip
-        """prefixes: ids [L_r] of each row, ending before a frame; capacity: cached tokens a row may reach.
+        """Allocate the cache and fill it with the prefix of each row.
 
-        Equal prefixes are computed once, and the last row's not at all if `kept` has it from an earlier call.
-        history, thinning: as history_frames and history_thinning of GenerationSettings; given frames behind the first are then
-        committed one by one.
+        Equal prefixes are computed once.
+
+        Args:
+            prefixes: ids [L_r] of each row, ending before a frame. All rows must have the same number of
+                given frames, the frames that the clip continues.
+            capacity: the most tokens that a row of the cache will hold.
+            prefix_cache: the prefix cache; the last row is loaded from it if possible, else saved in it.
+            history, thinning: history_frames and history_thinning of GenerationSettings. If `history` is
+                set, given frames after the first are committed one by one, so that evictions happen as
+                they do in generation.
+
+        Raises ValueError for rows with different numbers of given frames.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
         layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
@@ -73,11 +92,11 @@ class Engine:
         if history is not None and self.frames_done > 1:
             spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
             begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]
-            self.prefill(begin, capacity, kept, history, thinning)
+            self.prefill(begin, capacity, prefix_cache, history, thinning)
             for frame in list(zip(*spans, strict=True))[1:]:
                 self.commit(torch.stack(frame))
             return
-        self.cache = None  # one that is there goes before the next comes
+        self.cache = None  # frees the old cache before the new one is allocated
         self.cache = Cache(self.model, len(prefixes), capacity, history, thinning)
         self._lengths = [layout.length for layout in layouts]
         self._origins = [layout.origin or layout.length + FRAME_HEADER for layout in layouts]
@@ -88,7 +107,7 @@ class Engine:
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prefix in enumerate(prefixes):
             rows_of.setdefault(tuple(prefix.tolist()), []).append(row)
-        stored = kept.load(self.model, prefixes[-1]) if kept else None
+        stored = prefix_cache.load(self.model, prefixes[-1]) if prefix_cache else None
         if stored is not None:
             for row in rows_of.pop(tuple(prefixes[-1].tolist())):
                 self.cache.write(row, *stored)
@@ -102,16 +121,20 @@ class Engine:
         for first, *others in rows_of.values():
             for row in others:
                 self.cache.write(row, *self.cache.read(first))
-        if kept and stored is None:
-            kept.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
+        if prefix_cache and stored is None:
+            prefix_cache.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
 
     @torch.inference_mode()
     def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None) -> Tensor:
-        """One step on the frame after the cache: frame_ids [R, n] -> hidden states [R, m, C] of the offsets `at` [R, m].
+        """Run one step on the frame after the cache and return hidden states [R, m, C].
 
-        Without `committing`, frame_ids and `at` may be those of the first rows only.
-        committing: ids [R, n] of the finished frame before it, as later frames shall see it; the same forward appends it to the
-        cache. The frame of frame_ids itself leaves nothing there.
+        The cache does not change, except by `committing`.
+
+        Args:
+            frame_ids: ids [R, n] of the frame's span. Without `committing`, the first rows are enough.
+            at: int64 [R, m], the offsets in the span whose hidden states are returned.
+            committing: ids [R, n] of the finished frame before this one, with the history mask on it.
+                The same forward pass appends it to the cache.
         """
         n = frame_ids.shape[1]
         if committing is None:
@@ -122,24 +145,31 @@ class Engine:
 
     @torch.inference_mode()
     def denoise(self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None) -> Tensor:
-        """As `hidden`, but logits fp32 [R, m, K] of each row. at: default every code, row by row."""
+        """Return logits fp32 [R, m, K] in place of hidden states; the arguments are those of `hidden`.
+
+        at: None stands for all codes of the frame, in row-major order.
+        """
         if at is None:
             at = code_offsets(self._read_frame(frame_ids)).to(self.model.device).expand(len(frame_ids), -1)
         return self.model.lm_head(self.hidden(frame_ids, at, committing), visual_only=True).float()
 
     @torch.inference_mode()
     def commit(self, frame_ids: Tensor) -> None:
-        """Append a frame, as later frames shall see it: frame_ids [R, n]."""
+        """Append a finished frame to the cache: frame_ids [R, n], with the history mask on them."""
         rows, n = frame_ids.shape
         self._forward(frame_ids, n, torch.empty(rows, 0, dtype=torch.int64, device=self.model.device), stay=1)
         self._advance(n)
 
     def _forward(self, ids: Tensor, n: int, at: Tensor, stay: int = 0) -> Tensor:
-        """ids [R, n of one frame, or 2 n of two in a row], the first `stay` to be kept -> hidden states of the offsets `at`."""
+        """Run the decoder on one frame [R, n] or two consecutive frames [R, 2 n] after the cache.
+
+        The first `stay` of these frames enter the cache. Returns hidden states [R, m, C] of the offsets `at`.
+        """
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
         row_bytes = ids.shape[1] * self.model.config.hidden_size * self.model.dtype.itemsize
-        size = len(ids) if is_spread(self.model) else max(1, STATES_BYTES // row_bytes)  # layers that wait elsewhere come once
+        # With a device_map, layers move to the device in every forward pass, so all rows go through in one.
+        size = len(ids) if is_spread(self.model) else max(1, STATES_BYTES // row_bytes)
         ids, hidden = ids.to(self.model.device), []
         for rows in (range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)):
             some = slice(rows.start, rows.stop)
@@ -154,20 +184,20 @@ class Engine:
         self.frames_done += 1
 
     def _read_frame(self, frame_ids: Tensor) -> Frame:
-        """Rows and columns, read off the ids once: it makes the host wait for the device."""
+        """Return the shape of a frame. It is read from the ids once, because the host must wait for the device."""
         if self._frame is None:
             self._frame = read_frame(frame_ids[0].tolist(), 0, self.model.config)
         return self._frame
 
     def frame_position_ids(self, frame_ids: Tensor, ahead: int = 0) -> Tensor:
-        """int64 [R, 3, n]: where the frame after the cache, or `ahead` frames later, stands in the sequence of each row."""
+        """Return the rotary positions, int64 [R, 3, n], of the frame after the cache, or of the frame `ahead` frames later."""
         frame, config = self._read_frame(frame_ids), self.model.config
         places = [Frame(length + ahead * frame.end, frame.rows, frame.cols) for length in self._lengths]
         index = self.frames_done + ahead
         return torch.stack([frame_positions(p, index, o, config) for p, o in zip(places, self._origins, strict=True)])
 
     def _frame_rotary(self, frame_ids: Tensor, ahead: int) -> Rotary:
-        """Rotary tables of a frame in all rows; its steps share them."""
+        """Return the rotary tables of a frame in all rows. They are cached, as all steps of a frame use the same."""
         index = self.frames_done + ahead
         if index not in self._rotary:
             is_content = torch.zeros(len(self._lengths), frame_ids.shape[1], dtype=torch.bool)
@@ -177,15 +207,19 @@ class Engine:
 
 
 def code_offsets(frame: Frame) -> Tensor:
-    """int64 [h * w]: offsets of the codes in a frame's span, row by row."""
+    """Return the offsets of the codes in a frame's span, int64 [h * w] in row-major order."""
     grid = torch.arange(frame.content_length).view(frame.rows, frame.cols + 1)[:, :-1]
     return grid.flatten() + FRAME_HEADER
 
 
 def cache_tokens(text: int, span: int, frames: int, history: int | None = None) -> int:
-    """Tokens that a row reaches: what stands before the frames, and all frames, or the first, `history` others, and one more.
+    """Return the most tokens that a row of the cache holds.
 
-    The last frame is never committed but needs its place while denoised.
+    text: tokens before the frames. span: tokens of a frame. frames: latent frames of the clip.
+    history: the most frames that stay besides the first, None for all.
+
+    The frame that is being decoded needs its place too, so a bounded cache holds the first frame,
+    `history` others and one more. The last frame of a clip is counted although it is never committed.
     """
     return text + span * (frames if history is None else min(frames, 1 + history + 1))
 
@@ -200,17 +234,27 @@ def generate_frames(
     settings: GenerationSettings,
     generators: Sequence[torch.Generator],
     on_step: Callable[[int, int, Tensor], None] = lambda frame, step, ids: None,
-    kept: KeptPrefix | None = None,
+    prefix_cache: PrefixCache | None = None,
     later: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Iterator[Tensor]:
-    """Sample `new_frames` latent frames after the prefixes; yields the codes [S, h, w] of each as soon as it is done.
+    """Sample latent frames after the prefixes; yields the codes int64 [S, h, w] of each frame when it is finished.
 
-    prefixes, unconditional: ids of each sample's two branches (no unconditional ones: guidance is off). generators: one
-    CPU generator a sample, so a clip does not depend on the batch. on_step(frame, step, ids) is called after
-    each step with the frame's span [S, n], which it may change where codes are decided.
-    kept: where the last unconditional prefix stays for the next call.
-    later: other `prefixes` from some of the new frames on. The frames before are read again behind them, so that all stand where
-    they would stand had the clip begun with that prefix.
+    Args:
+        model: the decoder.
+        prefixes: ids of the conditional branch of each sample.
+        unconditional: ids of the unconditional branch of each sample; None turns guidance off.
+        grid: rows and columns of codes in a latent frame.
+        new_frames: the number of latent frames to sample.
+        settings: the sampling options.
+        generators: one CPU generator per sample, so that a clip does not depend on its batch.
+        on_step: called after each step with (frame, step, ids [S, n] of the frame's span). It may change
+            the ids in place where codes are decided.
+        prefix_cache: the prefix cache, which saves the last unconditional prefix for the next call.
+        later: {new frame: prefixes} for prompts that change within the clip. From that frame on, the
+            conditional branch has the new prefix. The frames made so far are processed again after it,
+            so that they have the positions of a clip that began with this prefix.
+
+    Raises NotFinite if logits are NaN or infinite.
     """
     config, device = model.config, model.device
     samples, (h, w) = len(prefixes), grid
@@ -232,15 +276,15 @@ def generate_frames(
     for frame in range(new_frames):
         if frame in rows_from:
             rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
-            stored = kept if branches == 2 and frame == 0 else None
-            engine.prefill(rows, capacity, stored, settings.history_frames, settings.history_thinning)
+            shared = prefix_cache if branches == 2 and frame == 0 else None
+            engine.prefill(rows, capacity, shared, settings.history_frames, settings.history_thinning)
             finished = None
         uniform = draw_uniform(generators, settings.steps_of(frame), h * w).to(device)
         ids, masked = blank.to(device).repeat(samples, 1), offsets.repeat(samples, 1)
         for step in decide_frame(engine, ids, masked, settings, uniform, branches, finished):
             on_step(frame, step, ids)
         finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
-        if frame + 1 <= max(rows_from):  # another prompt will be put in front of it
+        if frame + 1 <= max(rows_from):  # a later prefill needs this frame
             for made, row in zip(history, finished.cpu(), strict=True):
                 made.append(row)
         yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
@@ -250,10 +294,18 @@ def decide_frame(
     engine: Engine, ids: Tensor, masked: Tensor, settings: GenerationSettings, uniform: Tensor, branches: int,
     finished: Tensor | None,
 ) -> Iterator[int]:  # fmt: skip
-    """Fill in a frame's span ids [S, n], in place, where `masked` [S, m] says that codes are open; yields the number of each step.
+    """Decide the masked codes of a frame in place; yields the number of each step after it.
 
-    uniform: of `draw_uniform`. finished: ids [R, n] of the frame before, which is not in the cache yet. The first step takes it
-    along, unless that runs fewer branches than have to see it. NotFinite if a clip's logits are NaN or infinite.
+    Args:
+        ids: [S, n] of the frame's span.
+        masked: int64 [S, m], the offsets of the codes that are masked.
+        uniform: uniform numbers from `draw_uniform`; their first dimension is the number of steps.
+        branches: 2 with guidance, else 1.
+        finished: ids [R, n] of the frame before, if it is not in the cache yet. The first step commits
+            it in the same forward pass. If that step runs only the conditional branch, a forward pass
+            of its own commits it, because the cache of every row needs it.
+
+    Raises NotFinite if the logits of a sample are NaN or infinite.
     """
     model, steps, total = engine.model, len(uniform), masked.shape[1]
     broken = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -273,10 +325,10 @@ def decide_frame(
         put(ids, masked, codes + model.config.visual_token_start)
         if settings.confidence_threshold is None:
             masked = masked.gather(1, least_confident(log_prob, for_confidence, temperature, after))
-        else:  # offset 0 fills up where a sample has fewer open codes than another
+        else:  # samples may have different numbers of masked codes; offset 0 pads the shorter ones
             masked = unsure(masked, log_prob, for_confidence, temperature, before - after, settings.confidence_threshold)
         put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
-        if masked.shape[1] == 0:  # read once a frame, as a device is waited for then
+        if masked.shape[1] == 0:  # the check waits for the device, so it runs once per frame
             check_finite(broken)
         yield step
         if masked.shape[1] == 0:
@@ -284,7 +336,7 @@ def decide_frame(
 
 
 def check_finite(broken: Tensor) -> None:
-    """NotFinite if any clip is broken: bool [S]."""
+    """Raise NotFinite, with the indices of the samples, if `broken`, bool [S], is True for any."""
     if broken.any():
         raise NotFinite(
             "the model's numbers are not finite (NaN or infinity) where codes are drawn; check the weights and the adapter, or, "
@@ -294,13 +346,19 @@ def check_finite(broken: Tensor) -> None:
 
 
 def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
-    """Write values [S, m] at offsets `at` [S, m] of ids [S, n]; at offset 0, which is no code, what is there stays."""
+    """Write values [S, m] to ids [S, n] at the offsets `at` [S, m], in place.
+
+    Offset 0 is padding: it is the place of frame_start, which keeps its id.
+    """
     ids.scatter_(1, at, torch.where(at > 0, values, ids[:, :1]))
 
 
 @torch.inference_mode()
 def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
-    """hidden [S, m, C], uniform [S, m] -> codes [S, m] and their log-probabilities [S, m]; logits exist piece by piece."""
+    """Sample a code at each position: hidden [S, m, C], uniform [S, m] -> codes [S, m], log-probabilities [S, m].
+
+    Logits are computed in pieces of about LOGITS_BYTES, so that the memory for them is bounded.
+    """
     piece = max(1, LOGITS_BYTES * (1 if hidden.is_cpu else 8) // (4 * head.rows))
     codes, log_probs = [], []
     for states, numbers in zip(hidden.flatten(0, 1).split(piece), uniform.flatten().split(piece), strict=True):
@@ -312,12 +370,16 @@ def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSett
 
 
 def draw_uniform(generators: Sequence[torch.Generator], steps: int, total: int) -> Tensor:
-    """Uniform numbers [steps, 2, S, total] for a frame; as each step has `total` of them, seeds mean the same whatever it uses."""
+    """Draw uniform numbers [steps, 2, S, total] for a frame: one for the code, one for the confidence.
+
+    Each step gets `total` numbers however many it uses, so that the numbers of a seed do not depend on
+    how many codes earlier steps decided.
+    """
     return torch.stack([torch.rand(steps, 2, total, generator=g) for g in generators], dim=2)
 
 
 def mask_given(prefix: Tensor, hidden: Tensor, config) -> Tensor:
-    """Put the history mask on every frame of a prefix: ids [L], hidden bool [n] over a frame's span."""
+    """Return a prefix, ids [L], with the history mask on each of its frames: hidden bool [n] over a frame's span."""
     prefix = prefix.clone()
     for frame in parse_layout(prefix[None], config)[0].frames:
         prefix[frame.start : frame.end].masked_fill_(hidden, config.mask_token_id)

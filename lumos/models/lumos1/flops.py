@@ -1,7 +1,8 @@
-"""What the decoder computes, counted: floating-point operations (a multiply-add is two), from a config and a layout alone.
+"""The number of floating-point operations of the decoder, from a config and a layout alone.
 
-Counted are the matrix products of the layers and the head, and attention over the keys that a token really sees. Norms,
-rotations and the softmax are left out, as is usual: they are below a hundredth.
+A multiply-add counts as two operations. The count includes the matrix products of the layers and the
+head, and attention over the keys that a token attends to. Norms, rotary positions and the softmax are
+left out, as is usual: they are less than one percent.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from lumos.models.lumos1.sequence import Layout
 
 
 def layer_flops_per_token(config: LumosConfig, context: float) -> float:
-    """One token's forward through all layers with `context` keys in sight, without the head."""
+    """Return the FLOPs of one token's forward pass through all layers, without the head.
+
+    context: the number of keys that the token attends to; a mean over tokens is allowed.
+    """
     size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
     weights = 2 * size * size + 2 * size * kv_size + 3 * size * config.intermediate_size
-    attention = 2 * context * size  # scores, then the sum of values
+    attention = 2 * context * size  # products of queries and keys, then of weights and values
     return 2 * config.num_hidden_layers * (weights + attention)
 
 
 def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> int:
-    """Weights of low-rank adapters in all layers: for each target a matrix into `rank` channels and one out of them."""
+    """Return the number of weights of low-rank adapters in all layers.
+
+    Each of the `targets` of a layer has two matrices: one into `rank` channels and one out of them.
+    """
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     ends = {"q_proj": c + c, "k_proj": c + kv, "v_proj": c + kv, "o_proj": c + c}
     ends |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), c + f)
@@ -30,12 +37,15 @@ def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> i
 
 
 def training_flops(config: LumosConfig, layout: Layout, supervised: float, adapters: int | None = None) -> float:
-    """Forward and backward of one sequence whose head is asked at `supervised` positions.
+    """Return the FLOPs of the forward and backward pass of one sequence.
 
-    The backward counts twice the forward (Kaplan et al., arXiv 2001.08361, section 2.1). What is computed a second time to
-    save memory is not counted, so the share of the peak that follows is the model's (MFU, PaLM, arXiv 2204.02311, appendix B).
-    adapters: weights of the adapters, if they alone are trained. The matrices then need no gradient of their own, which halves
-    their backward.
+    The backward pass counts twice the forward pass (Kaplan et al., arXiv 2001.08361, section 2.1).
+    Recomputation by activation checkpointing is not counted, so the resulting share of the peak is the
+    model FLOPs utilisation (MFU; PaLM, arXiv 2204.02311, appendix B).
+
+    supervised: the number of positions for which the head computes logits.
+    adapters: the number of weights of the adapters, if only these are trained. The other matrices then
+    need no gradient of their own, which halves their backward pass.
     """
     if not layout.length:
         return 0.0

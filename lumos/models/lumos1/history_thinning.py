@@ -1,4 +1,7 @@
-"""Which frame leaves a bounded history that is thinned by age. Frames are numbered from 0, the clip's first one, which stays."""
+"""Eviction of frames from a bounded history: old frames become sparser with age, and frame 0 always stays.
+
+Frames are numbered from 0, the first latent frame of the clip.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,20 @@ from collections.abc import Sequence
 
 
 def leaving(kept: Sequence[int], new: int) -> int:
-    """The frame that leaves when frame `new` comes: one of `kept`, the rising numbers of those behind frame 0.
+    """Return the number of the frame to evict when frame `new` is added.
 
-    Distances between neighbours, from `new` back to frame 0, that do not shrink with age before do not after: a frame may leave
-    if the gap that it opens is no larger than the one behind it. The oldest, with nothing but frame 0 behind it, always may. Of
-    those that may it is the one whose gap is smallest for its age, as the frame after `new` sees it, and of equals the newest. So
-    distances grow about geometrically, and reach over the whole clip, however long it is.
+    kept: the numbers of the frames in the history, ascending, without frame 0.
+
+    If a frame is evicted, the two distances to its neighbours merge into one gap. The rule keeps the
+    distances between neighbours from shrinking with age:
+
+    - A frame may be evicted if its gap is not larger than the distance between the two frames that are
+      next older. The oldest frame in `kept` may always be evicted, as only frame 0 is older.
+    - Of these frames, the one with the smallest ratio of gap to age is evicted, with the age measured
+      from frame `new + 1`; of several with the same ratio, the newest.
+
+    Distances then grow about geometrically with age, and the history spans the whole clip however long
+    it is.
     """
     at = [0, *kept, new]
 
@@ -23,8 +34,9 @@ def leaving(kept: Sequence[int], new: int) -> int:
 
 
 def thins(frames: int, history: int) -> bool:
-    """Whether in a clip of so many latent frames, `history` of them kept, one sees others than those right before it.
+    """Return whether thinning changes a clip of `frames` latent frames, compared with a sliding window.
 
-    The first to leave is frame 1, as it does from a sliding window; the next is frame 3, not 2, and frame history + 3 sees that.
+    history: the number of frames in the history besides frame 0. Both methods evict frame 1 first. Then
+    thinning evicts frame 3 and the window frame 2, and frame history + 3 is the first to see a difference.
     """
     return history > 1 and frames > history + 3

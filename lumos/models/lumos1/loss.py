@@ -1,4 +1,4 @@
-"""Cross-entropy over the visual codes, in chunks of supervised positions, so that no [L, V] logits exist."""
+"""Cross-entropy over the visual codes, computed in chunks of positions, so that the full logits [L, V] never exist."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch.autograd.function import once_differentiable
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Its forward pass also makes the gradients, chunk by chunk, for losses that will all weigh the same, as in a mean: the
-    logits are then computed once. Losses of different weights compute them again in the backward pass."""
+    """Cross-entropy whose forward pass also computes the gradients, while the logits of a chunk exist.
+
+    These gradients are right if all losses have the same weight, as in a mean: the backward pass then
+    only scales them. For losses with different weights it computes the logits again.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: slice, chunk: int, wanted: tuple[bool, bool]) -> Tensor:
@@ -35,9 +38,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _by_chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: slice, chunk: int, wanted: tuple[bool, bool], scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(losses [N], the wanted gradients to hidden [N, D] and weight [V, D] of their sum, each times its `scale` if given).
+    """Return the losses [N] and the gradients of their sum with respect to hidden [N, D] and weight [V, D].
 
-    Buffers serve all chunks: fresh memory of this size would cost more time than what is computed in it.
+    wanted: which of the two gradients to compute; the other is None. scale: [N], the weight of each loss
+    in the sum; None stands for 1.
+
+    All chunks share two buffers: to allocate memory of this size for each chunk would take longer than
+    the computation.
     """
     visual = weight[rows].to(hidden.dtype)
     loss = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -72,15 +79,17 @@ def _by_chunks(
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:
+    """Return slices that divide range(n) into chunks of `size`; the last may be shorter."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, first_row: int, rows: int, chunk: int = 256
 ) -> Tensor:
-    """Cross-entropy of each position over `rows` rows of the head from `first_row` on.
+    """Return the cross-entropy of each position, fp32 [N], over `rows` rows of the head from `first_row` on.
 
-    hidden [N, D], weight [V, D], targets int64 [N] in 0..rows-1 -> fp32 [N]. Peak extra memory: chunk * rows * 4 bytes.
+    hidden [N, D], weight [V, D], targets int64 [N] in 0..rows-1.
+    Peak extra memory: chunk * rows * 4 bytes.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -89,7 +98,10 @@ def chunked_cross_entropy(
 
 
 def frame_losses(position_loss: Tensor, frame_index: Tensor) -> Tensor:
-    """Mean loss of each latent frame: position_loss [N], frame_index [N] -> [t]; nan where none is supervised."""
+    """Return the mean loss of each latent frame, [t], NaN for a frame without supervised positions.
+
+    position_loss [N], frame_index int64 [N]: the loss and the latent frame of each position.
+    """
     frames = int(frame_index.max()) + 1 if len(frame_index) else 0
     total = torch.zeros(frames, device=position_loss.device).index_add_(0, frame_index, position_loss.detach())
     return total / torch.bincount(frame_index, minlength=frames)

@@ -1,7 +1,8 @@
-"""How well the decoder fills in hidden codes: cross-entropy and accuracy by latent frame and by the share that is hidden.
+"""Evaluates how well the decoder predicts masked codes: cross-entropy and accuracy by latent frame and by mask ratio.
 
-The same clips are masked once for each bin of ratios, with ratios spread evenly over the bin, and once as in training. All
-draws follow from (seed, bin, clip), so two models with one tokenizer are asked the same.
+The range of mask ratios is divided into bins. Each clip is masked once for each bin, with a ratio that is
+uniform in the bin, and once as in training. All random numbers follow from (seed, bin, clip), so two
+models with the same tokenizer predict the same codes.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from tokenizer import VideoTokenizer
 
 AS_TRAINED = "as in training"
 CHUNK = 1024
-"""Positions whose logits exist at once."""
+"""Positions whose logits exist at the same time."""
 
 
 def world_codes(worlds: Worlds, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
-    """(codes [t, h, w], caption, fps) of the first `count` scenes."""
+    """Yield (codes [t, h, w], caption, fps) of the first `count` synthetic scenes."""
     parameter = next(tokenizer.parameters())
     for index in range(count):
         frames, caption = worlds[index]
@@ -47,10 +48,11 @@ def world_codes(worlds: Worlds, count: int, tokenizer: VideoTokenizer) -> Iterat
 
 
 def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
-    """(codes [t, h, w], caption, fps) of `count` clips of ingested shards, cut to `num_frames` frames.
+    """Yield (codes [t, h, w], caption, fps) of `count` clips of ingested shards, cut to `num_frames` frames.
 
-    Of the clips that are long enough (pictures, if num_frames is 1 and there are any) the first by hash: the ones that
-    training keeps for validation. UserError if there are too few or another tokenizer made them.
+    The clips are the first by hash of those that are long enough, which training keeps for validation. If
+    num_frames is 1 and the shards hold pictures, only pictures are used.
+    Raises UserError if there are too few clips, or if another tokenizer made them.
     """
     description = shards.read_description(Path(folder))
     shards.check_tokenizer(description, tokenizer, "the one of --model")
@@ -66,7 +68,7 @@ def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: Vide
 
 
 def sequence_of(pipe: LumosPipeline, codes: Tensor, caption: str, fps: int) -> Tensor:
-    """The ids [L] of a whole clip as training lays them out, with its text."""
+    """Return the ids [L] of a whole clip with its prompt, in the sequence layout of training."""
     config = pipe.model.config
     t, h, w = codes.shape
     shape = ClipDefaults(
@@ -81,7 +83,10 @@ def sequence_of(pipe: LumosPipeline, codes: Tensor, caption: str, fps: int) -> T
 
 
 def ratio_bins(count: int) -> dict[str, tuple[float, float] | None]:
-    """{name: (from, to)} of `count` equal parts of 0..1, and training's own draw (reference, section 5.1): None."""
+    """Return {name: (low, high)} of `count` equal bins of mask ratios from 0 to 1.
+
+    A last entry AS_TRAINED with the value None stands for the ratios of training (reference, section 5.1).
+    """
     edges = [k / count for k in range(count + 1)]
     parts = {f"{low:.2f}-{high:.2f}": (low, high) for low, high in pairwise(edges)}
     return {**parts, AS_TRAINED: None}
@@ -97,7 +102,19 @@ def masked_code_loss(
     batch_size: int,
     on_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """{bin: {codes, loss, accuracy, by_frame: {codes, loss, accuracy}}} of clips, ids [L] each; None where nothing was hidden."""
+    """Return {bin: {codes, loss, accuracy, by_frame: {codes, loss, accuracy}}} for clips of ids [L].
+
+    codes is the number of masked codes; loss and accuracy are their means, None if no code was masked.
+    by_frame holds a list with one value per latent frame.
+
+    Args:
+        sequences: ids [L] of each clip, from `sequence_of`.
+        kind: the kind of training mask, one of MASK_KINDS.
+        num_bins: the number of bins of mask ratios.
+        seed: the seed of the masks.
+        batch_size: clips per forward pass.
+        on_batch: called after each batch.
+    """
     results = {}
     for name, bounds in ratio_bins(num_bins).items():
         sums: dict[int, Tensor] = {}
@@ -123,6 +140,7 @@ def masked_code_loss(
 
 
 def shares(codes: float, loss: float, right: float) -> dict[str, float | None]:
+    """Return means from sums: the summed loss and the number of right predictions over `codes` codes."""
     return {
         "codes": int(codes),
         "loss": round(loss / codes, 5) if codes else None,
@@ -132,7 +150,10 @@ def shares(codes: float, loss: float, right: float) -> dict[str, float | None]:
 
 @torch.inference_mode()
 def code_scores(model: LumosForVideoGeneration, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, targets [B, L] -> (loss [N], the likeliest code is right bool [N], latent frame [N]) where targets ask."""
+    """Return the loss [N], whether the most likely code is right, bool [N], and the latent frame [N] of each target.
+
+    input_ids, targets [B, L]: N is the number of targets that are not IGNORED.
+    """
     hidden, layouts = model.hidden_states(input_ids)
     asked = targets != IGNORED
     hidden, wanted = hidden[asked], targets[asked]
@@ -146,7 +167,10 @@ def code_scores(model: LumosForVideoGeneration, input_ids: Tensor, targets: Tens
 
 
 def loss_table(results: dict[str, dict[str, Any]]) -> str:
-    """One line a bin: codes asked for, loss and accuracy, then `loss/accuracy in percent` of each latent frame."""
+    """Return a table as text, one line per bin.
+
+    Columns: number of masked codes, loss, accuracy in percent, then loss and accuracy of each latent frame.
+    """
     frames = max(len(row["by_frame"]["loss"]) for row in results.values())
     lines = [f"{'hidden':16}{'codes':>9}{'loss':>8}{'right':>8}" + "".join(f"{f'frame {k}':>14}" for k in range(frames))]
     for name, row in results.items():
@@ -159,4 +183,5 @@ def loss_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def number(value: float | None, scale: int = 1) -> str:
+    """Return a value as text: a loss with three decimals, a scaled value with one, None as "-"."""
     return "-" if value is None else f"{value:.3f}" if scale == 1 else f"{scale * value:.1f}"

@@ -1,8 +1,9 @@
-"""What is hidden from the decoder: training masks (AR-DF), mask-ratio schedules, and the history mask of generation.
+"""Masks of the decoder's input: training masks (AR-DF), mask-ratio schedules, and the history mask of generation.
 
-A training mask is a bool [t, n]: t latent frames of n content tokens (codes and newlines), True where the mask token is
-put. AR-DF repeats one spatial pattern through time (a temporal tube), so that no frame can be copied from its neighbour.
-Reference, sections 5.1 and 6.3.
+A training mask is a bool [t, n], for t latent frames of n content tokens (codes and newlines), True where
+the mask token replaces the content. AR-DF (autoregressive discrete diffusion forcing) repeats one
+spatial pattern in all frames, a temporal tube. Otherwise the model could copy a masked code from the
+neighbouring frame. Source: reference, sections 5.1 and 6.3.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ MIN_RATIO = 0.7
 
 @dataclass(frozen=True)
 class MaskedSequence:
-    """`input_ids` [L] with mask tokens; `targets` [L]: the visual code where supervised, else -100; `ratios` of the t frames."""
+    """A sequence with a training mask.
+
+    input_ids: [L], with mask tokens. targets: [L], the visual code at supervised positions, else -100.
+    ratios: the mask ratio of each of the t latent frames.
+    """
 
     input_ids: Tensor
     targets: Tensor
@@ -31,17 +36,17 @@ class MaskedSequence:
 
 
 def mask_ratio(t: float, min_ratio: float = MIN_RATIO) -> float:
-    """max(min_ratio, cos(pi t / 2)) for t in [0, 1)."""
+    """Return max(min_ratio, cos(pi t / 2)), the mask ratio for t in [0, 1)."""
     return max(min_ratio, math.cos(math.pi * t / 2))
 
 
 def mask_count(n: int, ratio: float) -> int:
-    """How many of n content tokens a ratio hides: at least one."""
+    """Return how many of n content tokens are masked at a ratio: at least one."""
     return max(1, round(n * ratio))
 
 
 def pattern(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """bool [n] with exactly `count` True, uniformly drawn."""
+    """Return a random bool [n] with exactly `count` True, all such patterns equally likely."""
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.randperm(n, generator=generator)[:count]] = True
     return mask
@@ -50,11 +55,18 @@ def pattern(n: int, count: int, generator: torch.Generator) -> Tensor:
 def training_mask(
     kind: str, t: int, n: int, *, min_ratio: float, fixed_ratio: float | None = None, generator: torch.Generator
 ) -> tuple[Tensor, tuple[float, ...]]:
-    """(bool [t, n], the ratio meant for each frame). Counts are exact: what is hidden is the ratio rounded to tokens.
+    """Return a mask, bool [t, n], and the mask ratio of each frame.
 
-    tube: one pattern for all frames. random: one ratio, positions drawn over the whole clip. diffusion_forcing: a fresh
-    ratio and pattern for each frame. tube_decay: nested patterns whose count grows linearly to all of the last frame.
-    fixed_ratio takes the place of what would be drawn.
+    The number of masked tokens is the ratio times n, rounded; it is not random.
+
+    kind:
+        tube: one pattern for all frames.
+        random: one ratio; the positions are drawn over the whole clip.
+        diffusion_forcing: a new ratio and a new pattern for each frame.
+        tube_decay: nested patterns whose count grows linearly until the last frame is masked completely.
+
+    fixed_ratio: the ratio to use in place of a random one.
+    Raises ValueError for an unknown kind.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown mask kind {shown(kind)}; allowed: {', '.join(MASK_KINDS)}")
@@ -85,7 +97,11 @@ def mask_sequence(
     fixed_ratio: float | None = None,
     generator: torch.Generator,
 ) -> MaskedSequence:
-    """ids [L] of one clip -> what the decoder sees and must say. Newlines are masked with the tube, never supervised."""
+    """Return a clip, ids [L], with a training mask, and the targets of the decoder.
+
+    Newlines are masked like codes, but they are never supervised.
+    Raises ValueError for a sequence without frames and for an unknown kind.
+    """
     (layout,) = parse_layout(input_ids[None], config)
     if not layout.frames:
         raise ValueError("the sequence has no frames to mask")
@@ -103,9 +119,11 @@ def mask_sequence(
 
 
 def history_mask(n: int, ratio: float) -> Tensor:
-    """bool [n]: the periodic pattern that hides `ratio` of a frame's content from the frames after it.
+    """Return the history mask, bool [n]: True for the content tokens of a frame that later frames do not see.
 
-    round(j n / count) for j < count: 0.7 of 4080 hides 2856, among them all 48 newlines. Ratio 0 hides nothing.
+    The pattern is periodic: it masks positions round(j n / count) for j < count. For example, ratio 0.7
+    of 4080 tokens masks 2856, among them all 48 newlines. Ratio 0 masks nothing.
+    Raises ValueError unless 0 <= ratio < 1.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"history_mask_ratio {ratio} is outside 0 <= ratio < 1")
@@ -117,9 +135,11 @@ def history_mask(n: int, ratio: float) -> Tensor:
 
 
 def unmasking_counts(n: int, steps: int) -> list[int]:
-    """Codes still masked after each of `steps` steps of a frame of n codes; the last is 0.
+    """Return the number of codes that are still masked after each step of a frame of n codes; the last is 0.
 
-    max(1, min(unknown - 1, floor(n cos(pi/2 (k + 1) / steps)))): MaskGIT's cosine schedule (reference, section 6.1).
+    After step k it is max(1, min(before - 1, floor(n cos(pi/2 (k + 1) / steps)))), where `before` is the
+    number before the step: MaskGIT's cosine schedule (reference, section 6.1).
+    Raises ValueError for less than one step.
     """
     if steps < 1:
         raise ValueError(f"num_inference_steps {steps} is less than 1")

@@ -1,12 +1,14 @@
-"""The decoder, whole. What is notable in it:
+"""The decoder of Lumos-1.
 
-- Llama's blocks: RMSNorm before attention and MLP, SwiGLU, grouped-query attention, no biases, untied head
-- QK-norm: LayerNorm with weight and bias over the channels of a head, before RoPE (Chameleon)
-- MM-RoPE: 3-D positions for video tokens, the original 1-D ones for text (lumos/models/lumos1/rope.py)
-- frame-causal attention without a mask tensor (attention.py); `Attend` is handed in: generation puts its cache there
-- the loss is computed inside the head from supervised positions only; full logits exist only if asked for
-- activation checkpointing keeps each layer's input and attention output, and computes the rest again
-- positions and frame spans are read off the ids, so `model(input_ids)` is all there is to call
+- It has Llama's blocks: RMSNorm before attention and MLP, SwiGLU, grouped-query attention, no biases,
+  and a head that is not tied to the embedding.
+- QK-norm is a LayerNorm with weight and bias over the channels of a head, before RoPE (Chameleon).
+- MM-RoPE gives 3-D positions to video tokens and the original 1-D positions to text (rope.py).
+- Attention is frame-causal and needs no mask tensor (attention.py). It is an argument of the layers, so
+  that generation can pass an attention with its cache.
+- The head computes the loss, from supervised positions only. Full logits exist only without targets.
+- Activation checkpointing saves the input and the attention output of each layer and recomputes the rest.
+- Positions and frame spans follow from the ids, so `model(input_ids)` is a complete call.
 
 Shapes: B batch, L sequence, H heads, D head channels, C hidden channels, V vocabulary, N supervised positions.
 """
@@ -25,7 +27,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lumos.files import updating_folder
-from lumos.models.lumos1.attention import Attend, attention_for, attention_kept
+from lumos.models.lumos1.attention import Attend, attention_for, save_attention_outputs
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
@@ -35,30 +37,35 @@ from lumos.models.lumos1.sequence import Layout, content_mask, frame_indices, pa
 from lumos.pipeline.placement import working_device
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D]
-MODEL_FILES = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?"  # names of what `save_pretrained` writes
-MLP_TOKENS = 1024  # an MLP takes so many tokens at a time, with gradients a quarter of them if that is more
+MODEL_FILES = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?"  # files that `save_pretrained` writes
+MLP_TOKENS = 1024  # tokens that an MLP computes at a time, see `mlp_piece`
 
 
 @dataclass
 class LumosOutput(ModelOutput):
-    """logits [B, L, V] without targets; with targets the loss of each supervised position, row-major, and its mean."""
+    """The output of `LumosForVideoGeneration`.
+
+    Without targets it holds logits [B, L, V]. With targets it holds the loss of each supervised position,
+    in row-major order, and the mean of these losses.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     position_loss: Tensor | None = None  # fp32 [N]
-    row_index: Tensor | None = None  # int64 [N], row of each
-    frame_index: Tensor | None = None  # int64 [N], latent frame of each
+    row_index: Tensor | None = None  # int64 [N], row of each supervised position
+    frame_index: Tensor | None = None  # int64 [N], latent frame of each supervised position
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """x [B, L, C], at int64 [B, m] -> [B, m, C]."""
+    """Select positions of each row: x [B, L, C], at int64 [B, m] -> [B, m, C]."""
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; statistics are computed in fp32 (arXiv 1910.07467).
+    """x / rms(x) * weight, with statistics in fp32 (arXiv 1910.07467).
 
-    Under autocast it gives the format of the products that follow, which would otherwise cast it, and keep that, each for itself.
+    Under autocast the output has the autocast dtype. Otherwise each of the matrix products that follow
+    would cast it, and keep a copy of its own for the backward pass.
     """
 
     def __init__(self, size: int, eps: float):
@@ -72,7 +79,10 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over a head's channels. One (weight, bias) row for each model-parallel shard of heads, as published."""
+    """LayerNorm over the channels of a head.
+
+    As in the published checkpoints, each model-parallel group of heads has its own row of weight and bias.
+    """
 
     def __init__(self, head_dim: int, shards: int):
         super().__init__()
@@ -80,7 +90,7 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shards, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, L, H, D]."""
+        """x [B, L, H, D] -> [B, L, H, D]."""
         if len(self.weight) == 1:
             return F.layer_norm(x, x.shape[-1:], self.weight[0].to(x.dtype), self.bias[0].to(x.dtype), eps=1e-5)
         repeats = x.shape[2] // self.weight.shape[0]
@@ -89,6 +99,8 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with QK-norm and rotary positions."""
+
     def __init__(self, config: LumosConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -101,6 +113,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config.head_dim, config.model_parallel_size)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
+        """x [B, L, C] -> [B, L, C], or [B, m, C] if `at`, int64 [B, m], selects the tokens with queries."""
         queries, turned = (x, rotary) if at is None else (take(x, at), tuple(take(t[:, 0], at)[:, None] for t in rotary))
         q, k, v = (
             proj(of).unflatten(-1, (-1, self.head_dim))
@@ -113,7 +126,10 @@ class Attention(nn.Module):
 
 
 class SiluTimes(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two arguments alone for the backward pass: a layer's widest tensors, one fewer."""
+    """silu(gate) * up, which saves only its two arguments for the backward pass.
+
+    Autograd would also save silu(gate), one more of the widest tensors of a layer.
+    """
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -129,16 +145,17 @@ class SiluTimes(torch.autograd.Function):
 
 
 def mlp_piece(tokens: int, with_gradients: bool) -> int:
-    """Tokens that an MLP takes at a time, of so many.
+    """Return how many of `tokens` tokens an MLP computes at a time.
 
-    Its intermediates are the widest tensors of a layer. A backward pass is done with one piece before it comes to the next, so the
-    gradients of the intermediates exist for one piece only. More and smaller pieces would save little more.
+    The intermediates of the MLP are the widest tensors of a layer. The backward pass finishes one piece
+    before the next, so the gradients of the intermediates exist for one piece at a time. With gradients
+    four pieces are enough: smaller pieces would save little more memory.
     """
     return max(MLP_TOKENS, -(-tokens // 4)) if with_gradients else MLP_TOKENS
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """The MLP of a layer: SwiGLU (arXiv 2002.05202), computed in pieces to save memory."""
 
     def __init__(self, config: LumosConfig):
         super().__init__()
@@ -149,7 +166,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.shape[:-1].numel()
         piece = mlp_piece(tokens, torch.is_grad_enabled())
-        if tokens <= piece or torch.compiler.is_compiling():  # compiled code fuses them, and would be compiled for each piece
+        # Compiled code fuses the intermediates, and a loop over pieces would be compiled for each number of pieces.
+        if tokens <= piece or torch.compiler.is_compiling():
             return self._expand_and_contract(x)
         return torch.cat([self._expand_and_contract(part) for part in x.flatten(0, -2).split(piece)]).view(x.shape)
 
@@ -158,6 +176,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """One layer: attention and MLP, each after a norm and with a residual connection."""
+
     def __init__(self, config: LumosConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -166,16 +186,19 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
-        """at: int64 [B, m], the tokens whose states are wanted; the others give keys and values only. Default: all."""
+        """x [B, L, C] -> [B, L, C], or [B, m, C] with `at`.
+
+        at: int64 [B, m], the tokens to compute; the other tokens contribute keys and values only. None: all.
+        """
         attended = self.self_attn(self.input_layernorm(x), rotary, attend, at)
         x = (x if at is None else take(x, at)) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Head(nn.Linear):
-    """The output matrix [V, C], of which video needs only the visual rows.
+    """The output matrix [V, C]; video needs only its rows of visual codes.
 
-    Everything that reads the weight happens inside `forward`, where ZeRO-3 has gathered it.
+    `forward` also computes the loss, because ZeRO-3 gathers the weight only inside `forward`.
     """
 
     def __init__(self, config: LumosConfig):
@@ -184,7 +207,10 @@ class Head(nn.Linear):
         self.chunk = config.loss_chunk_size
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, visual_only: bool = False) -> Tensor:
-        """hidden [..., C] -> logits [..., V] or [..., visual codes]; with targets [N]: loss [N] of hidden [N, C]."""
+        """hidden [..., C] -> logits [..., V], or [..., number of visual codes] if `visual_only`.
+
+        With targets, int64 [N] of visual codes: hidden [N, C] -> losses fp32 [N].
+        """
         if targets is not None:
             return chunked_cross_entropy(
                 hidden, self.weight, targets, first_row=self.first_row, rows=self.rows, chunk=self.chunk
@@ -194,6 +220,8 @@ class Head(nn.Linear):
 
 
 class LumosPreTrainedModel(PreTrainedModel):
+    """The base of the models, with what transformers needs: config, initialisation and device."""
+
     config_class = LumosConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -202,7 +230,7 @@ class LumosPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; with a device_map, weights may wait elsewhere."""
+        """The device of the computation. With a device_map, weights may be stored on other devices."""
         return working_device(self) if hasattr(self, "hf_device_map") else super().device
 
     @torch.no_grad()
@@ -216,7 +244,7 @@ class LumosPreTrainedModel(PreTrainedModel):
 
 
 class LumosModel(LumosPreTrainedModel):
-    """The stack of layers: ids, positions and an attention in, hidden states out."""
+    """The embedding, the layers and the last norm: it maps ids, positions and an attention to hidden states."""
 
     def __init__(self, config: LumosConfig):
         super().__init__(config)
@@ -227,22 +255,27 @@ class LumosModel(LumosPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
-        """input_ids [B, L], rotary tables of their positions -> hidden states [B, L, C] after the last norm.
+        """Return the hidden states [B, L, C] after the last norm.
 
-        at: int64 [B, m], the tokens whose hidden states [B, m, C] are wanted: the last layer has no queries but theirs.
+        Args:
+            input_ids: [B, L].
+            rotary: rotary tables of the positions, from `LumosForVideoGeneration.rotary`.
+            attend: the attention of each layer.
+            at: int64 [B, m], the tokens whose hidden states [B, m, C] are returned; None: all. The last
+                layer computes queries for these tokens only. Gradient checkpointing ignores it.
         """
         x = self.embed_tokens(input_ids)
-        kept = attention_kept if self.config.attention == "segmented" else noop_context_fn
+        contexts = save_attention_outputs if self.config.attention == "segmented" else noop_context_fn
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=kept)
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=contexts)
             else:
                 x = layer(x, rotary, attend, at if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
 class LumosForVideoGeneration(LumosPreTrainedModel):
-    """Decoder and head. `from_pretrained` takes an own folder or a released Lumos-1 folder as it is."""
+    """The decoder with its head. `from_pretrained` reads saved folders and released Lumos-1 folders."""
 
     def __init__(self, config: LumosConfig):
         super().__init__(config)
@@ -252,12 +285,19 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LumosForVideoGeneration:
-        """As in transformers, after a check of the folder: ValueError or FileNotFoundError names what is missing."""
+        """Load a model as in transformers, after a check of the folder.
+
+        Raises UserError, which names missing files and tensors, if the folder is incomplete or damaged.
+        """
         name, kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
         return super().from_pretrained(name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """As in transformers. A kill leaves the older or the new model, and other files of the folder stay."""
+        """Write a model folder as in transformers.
+
+        If the process is killed, the folder holds the old model or the new one, never a part. Other files
+        of the folder are kept.
+        """
         if kwargs.get("push_to_hub") or not is_main_process:
             super().save_pretrained(save_directory, is_main_process, **kwargs)
             return
@@ -277,15 +317,23 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         targets: Tensor | None = None,
         layouts: list[Layout] | None = None,
     ) -> LumosOutput:
-        """input_ids [B, L], right-padded; attention_mask [B, L] only says where padding begins. `layouts` saves reading the frame
-        spans off the ids, for which a GPU would wait.
+        """Return logits [B, L, V], or the loss if there are targets.
 
-        Without targets: logits [B, L, V]. With targets [B, L] (visual code, or -100 where nothing is asked):
-        same-position cross-entropy over the visual codes. ValueError for cut frames and for padding on the left.
+        The loss is the cross-entropy over the visual codes. The target of a position is the code at that
+        same position, not at the next one.
+
+        Args:
+            input_ids: [B, L], padded on the right.
+            attention_mask: [B, L], 0 at padding; it has no other effect.
+            targets: [B, L], the visual code of a supervised position, else -100.
+            layouts: the frame spans of each row, if they are known. Reading them from the ids makes the
+                host wait for the GPU.
+
+        Raises ValueError for incomplete frames, for padding on the left, and for targets out of range.
         """
         if targets is None:
             return LumosOutput(logits=self.lm_head(self.hidden_states(input_ids, attention_mask, layouts)[0]))
-        rows, columns = (targets != -100).nonzero(as_tuple=True)  # all that a GPU must be waited for comes before its work
+        rows, columns = (targets != -100).nonzero(as_tuple=True)  # first: the host waits for the GPU here
         wanted = targets[rows, columns]
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.config.visual_token_count:
             raise ValueError(
@@ -300,14 +348,17 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, layouts: list[Layout] | None = None
     ) -> tuple[Tensor, list[Layout]]:
-        """input_ids [B, L] -> ([B, L, C] before the head, frame spans of each row); ValueError as in `forward`."""
+        """Return the hidden states [B, L, C] before the head, and the frame spans of each row.
+
+        The arguments, and the errors for them, are those of `forward`.
+        """
         layouts = layouts or self.layouts(input_ids, attention_mask)
         length, device = input_ids.shape[1], input_ids.device
         rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
         return self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device)), layouts
 
     def layouts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Layout]:
-        """Frame spans of each row, read off the ids."""
+        """Return the frame spans of each row, which are read from the ids. The errors are those of `forward`."""
         if attention_mask is not None:
             mask = attention_mask.bool()
             if (mask[:, 1:] & ~mask[:, :-1]).any():
@@ -316,15 +367,21 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         return parse_layout(input_ids, self.config)
 
     def rotary(self, positions: Tensor, is_content: Tensor) -> Rotary:
-        """positions [B, 3, L], is_content bool [B, L] -> the tables that `model` takes, in the weights' dtype."""
+        """Return the rotary tables (cos, sin) for `self.model`, in the dtype of the weights.
+
+        positions: int64 [B, 3, L]. is_content: bool [B, L], True for codes and newlines of frames.
+        """
         return rotary_tables(positions.to(self.device), is_content.to(self.device), self.config, self.dtype)
 
     def flops_per_token(self, context: int) -> int:
-        """Multiply-adds x 2 of one token's forward through the layers with `context` keys in sight (no head)."""
+        """Return the FLOPs of one token's forward pass through the layers, without the head.
+
+        context: the number of keys that the token attends to.
+        """
         return int(layer_flops_per_token(self.config, context))
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token leaves in the cache."""
+        """Return the bytes of keys and values of one token in the cache, over all layers."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 

@@ -1,4 +1,8 @@
-"""The pipeline of Lumos-1: prompts and given frames to ids, frame-by-frame decoding, codes to pixels."""
+"""The pipeline of Lumos-1.
+
+It encodes prompts and given frames as ids, samples the codes of one latent frame after the other, and
+turns codes into pixels. Given frames are the frames of an image or a video that the clip begins with.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
 from lumos.models.lumos1.acceleration import compile_parts, has_int8_weights, use_int8_weights
-from lumos.models.lumos1.cache import KeptPrefix
+from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
 from lumos.models.lumos1.engine import generate_frames
@@ -40,7 +44,10 @@ from tokenizer.streaming import StreamDecoder
 
 
 class LumosPipeline(VideoPipeline):
-    """The decoder of Lumos-1 with its two tokenizers."""
+    """The pipeline of Lumos-1: the decoder with its text tokenizer and its video tokenizer.
+
+    Raises UserError if a tokenizer does not fit the model.
+    """
 
     generator = "lumos1"
     sampling = GenerationSettings
@@ -57,7 +64,7 @@ class LumosPipeline(VideoPipeline):
         check_agreement(model.config, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
-        self._kept = KeptPrefix()
+        self._prefix_cache = PrefixCache()
 
     @classmethod
     def from_pretrained(
@@ -74,12 +81,23 @@ class LumosPipeline(VideoPipeline):
         device_map: str | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
     ) -> LumosPipeline:
-        """Read a model folder with `video_tokenizer/` and `text_tokenizer/` in it, or name those folders.
+        """Load a pipeline from a model folder.
 
-        lora: an adapter folder (what a run with lora.rank exports), which is merged into the weights.
-        device: default CUDA if there is one, else CPU. dtype: default bfloat16 on CUDA, float32 on CPU.
-        int8, compile: see `lumos.models.lumos1.acceleration`; such a decoder cannot be saved with int8 weights.
-        device_map="auto", max_memory: for decoders larger than the device, see `lumos.pipeline.placement`.
+        Args:
+            folder: a saved or released model folder.
+            video_tokenizer, text_tokenizer: other folders of the tokenizers. By default they are
+                `video_tokenizer/` and `text_tokenizer/` in `folder`.
+            lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
+            dtype: default bfloat16 on CUDA, float32 on a CPU.
+            device: default CUDA if there is a GPU, else the CPU.
+            int8: quantize the decoder layers to int8 weights, see `lumos.models.lumos1.acceleration`. The
+                pipeline can then not be saved.
+            compile: compile norms and MLPs, see `lumos.models.lumos1.acceleration`.
+            device_map, max_memory: for decoders that do not fit on the device, see
+                `lumos.pipeline.placement`.
+
+        Raises UserError for folders that are missing, incomplete or do not belong together, and for
+        options that cannot be combined.
         """
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
@@ -109,9 +127,12 @@ class LumosPipeline(VideoPipeline):
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write one folder that `from_pretrained` reads whole; RunError if a tensor is not in it in the end.
+        """Write the decoder, both tokenizers and the defaults into one folder, which `from_pretrained` reads.
 
-        A kill leaves the older folder or the new one; other files of the folder stay.
+        If the process is killed, the folder holds the old pipeline or the new one, never a part. Other
+        files of the folder are kept.
+        Raises UserError for a decoder with a device_map or int8 weights, and RunError if a tensor is
+        missing from the written files.
         """
         if is_spread(self.model):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
@@ -140,7 +161,7 @@ class LumosPipeline(VideoPipeline):
         return resolve(request, self.model.config, self.text_tokenizer, self.settings, self.clip)
 
     def encode(self, resolved: LumosResolved) -> LumosEncoded:
-        """Encode the given frames, and put their codes behind each prefix."""
+        """Encode the given frames and append their codes to each prefix."""
         given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
         begin = [build_frames(codes, self.model.config).flatten() for codes in given]
 
@@ -156,11 +177,12 @@ class LumosPipeline(VideoPipeline):
         )
 
     def latents(self, encoded: LumosEncoded, after_step: AfterStep) -> Iterator[Tensor]:
-        """Codes int64 [B, 1, h, w] of one new latent frame after the other."""
+        """Yield the codes, int64 [B, 1, h, w], of each new latent frame."""
         resolved = encoded.resolved
         for codes in generate_frames(
             self.model, encoded.conditional, encoded.unconditional, grid=resolved.grid, new_frames=resolved.new_frames,
-            settings=resolved.sampling, generators=encoded.generators(), on_step=after_step, kept=self._kept, later=encoded.later,
+            settings=resolved.sampling, generators=encoded.generators(), on_step=after_step,
+            prefix_cache=self._prefix_cache, later=encoded.later,
         ):  # fmt: skip
             yield codes.cpu()[:, None]
 
@@ -175,11 +197,14 @@ class LumosPipeline(VideoPipeline):
 
     @torch.inference_mode()
     def encode_frames(self, frames: np.ndarray) -> Tensor:
-        """uint8 [T, H, W, 3] -> codes [t, h, w] on the CPU."""
+        """Encode frames, uint8 [T, H, W, 3] -> codes int64 [t, h, w] on the CPU.
+
+        Raises NotFinite if the video tokenizer's numbers are NaN.
+        """
         video = from_uint8(frames)[None]
         parameter = next(self.video_tokenizer.parameters())
         codes = self.video_tokenizer.encode(video.to(parameter.device, parameter.dtype))[0].cpu()
-        if not 0 <= int(codes.min()) <= int(codes.max()) < self.video_tokenizer.num_codes:  # what NaN becomes
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.video_tokenizer.num_codes:  # NaN becomes a code out of range
             raise NotFinite(
                 "the video tokenizer's numbers are not finite where it reads frames; check its weights, or take dtype float32"
             )
@@ -191,8 +216,12 @@ class LumosPipeline(VideoPipeline):
     def step_hook(
         self, callback: StepCallback, names: Sequence[str], encoded: LumosEncoded, done: list[Tensor]
     ) -> AfterStep:
-        """Offers codes int64 [B, h, w] of the latent frame that is being made (-1: still masked), which the callback may change,
-        and history [B, t, h, w] of the frames before it."""
+        """Return the function that the decoding loop calls after each step, see `step_callback`.
+
+        It offers two tensors to the callback: "codes" int64 [B, h, w] of the current latent frame, with -1
+        where a code is still masked, which the callback may change; and "history" [B, t, h, w], the codes of
+        the frames before.
+        """
         resolved = encoded.resolved
         empty = torch.empty(len(resolved.seeds), 0, *resolved.grid, dtype=torch.int64)
         return step_callback(

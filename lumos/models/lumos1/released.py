@@ -1,11 +1,11 @@
-"""Released Lumos-1 weights and their tokenizers -> one folder that everything here reads.
+"""Converts released Lumos-1 weights and their tokenizers into one model folder of this library.
 
     <lumos>/config.json, model*.safetensors                          the decoder, one of 1B/... or 3B/...
     <cosmos>/tokenizer/text_tokenizer.json                           the text tokenizer
     <cosmos>/Cosmos-Tokenizer-DV4x8x8/encoder.jit, decoder.jit       the video tokenizer
 
-Everything is checked before anything is written. The decoder is copied shard by shard: no more than one shard of the result
-is in memory (docs/reference, sections 1.4 and 10).
+All files are checked before any is written. The decoder is copied shard by shard (a shard is one of several
+weight files), so memory holds at most one shard of the result (docs/reference, sections 1.4 and 10).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ PUBLISHED_IDS = {
     "<s>": 0, "<eoss>": 8196, "<racm3:break>": 8197, "<reserved08706>": 8710, "<reserved08799>": 8803,
     "<reserved08999>": 9003, "<reserved09000>": 9004, "<reserved09001>": 9005,
 }  # fmt: skip
-"""What tells the text tokenizer of the release from any other one (docs/reference, section 2.1)."""
+"""Ids of tokens by which the released text tokenizer is recognised (docs/reference, section 2.1)."""
 
 DEFAULTS = {
     "image-256p": (GenerationSettings(guidance_scale=16.0), ClipDefaults(num_frames=1, height=256, width=448, target_size=352)),
     "video-256p": (GenerationSettings(), ClipDefaults(height=256, width=448, target_size=352)),
     "video-384p": (GenerationSettings(), ClipDefaults()),
 }
-"""What the published scripts ask each kind of checkpoint for (docs/reference, section 6.6)."""
+"""Sampling options and clip shape of the published scripts for each kind of checkpoint (docs/reference, section 6.6)."""
 
-FOLDERS = {
+FOLDERS = {  # name of a released folder -> its entry of DEFAULTS
     "stage-1-image": "image-256p",
     "stage-2-joint": "video-256p",
     "stage-2-joint-384p": "video-384p",
@@ -63,7 +63,11 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor: its name here, where it is stored, and in what shape and number format it is written."""
+    """One tensor of the decoder.
+
+    name: its key in the converted folder. file, key: where the release stores it.
+    shape, dtype: how it is written.
+    """
 
     name: str
     file: Path
@@ -73,6 +77,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor as it is written."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -86,12 +91,23 @@ def convert(
     defaults: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write `out`, whole or not at all; returns what its conversion.json says.
+    """Write the model folder `out` and return the content of its conversion.json.
 
-    cosmos: the folder that holds both tokenizers, or the video tokenizer's own. text_tokenizer: its file or folder where it
-    lies elsewhere. dtype: None keeps each tensor's own. defaults: one of DEFAULTS; None goes by the name of the folder `lumos`,
-    video-384p for other names. UserError, before anything is written, for files, keys and shapes that are missing or wrong,
-    tokenizers of another model and a disk that is too small; RunError for damaged files and values that are not finite.
+    If an error occurs, `out` is not created.
+
+    Args:
+        lumos: the released folder of the decoder.
+        cosmos: the folder that holds both tokenizers, or the folder of the video tokenizer.
+        out: the folder to write; it must not exist.
+        text_tokenizer: the file or folder of the text tokenizer, if it is not in its usual place.
+        dtype: the dtype of the written weights. None keeps the dtype of each tensor.
+        defaults: a key of DEFAULTS. None chooses by the name of the folder `lumos`, and video-384p for an
+            unknown name.
+        shard_bytes: the most bytes of a shard.
+
+    Raises UserError, before anything is written, for files, keys and shapes that are missing or wrong,
+    for tokenizers of another model, and for too little free space. Raises RunError for damaged files and
+    for values that are not finite.
     """
     lumos, cosmos, out = Path(lumos), Path(cosmos), Path(out)
     for folder, what in ((lumos, "decoder"), (cosmos, "tokenizers")):
@@ -133,7 +149,10 @@ def convert(
 
 
 def decoder_parts(folder: Path, config: LumosConfig, dtype: torch.dtype | None) -> list[Part]:
-    """Every tensor of the decoder, file by file; only headers are read."""
+    """Return the tensors of the decoder in the order of its files. Only the headers of the files are read.
+
+    Raises UserError if keys, shapes or dtypes are not those of the model.
+    """
     files = weight_files(folder)
     renamed, shapes = match_layout(folder, read_shapes(files), config, LumosForVideoGeneration)
     parts = []
@@ -150,7 +169,7 @@ def decoder_parts(folder: Path, config: LumosConfig, dtype: torch.dtype | None) 
 
 
 def shards(parts: Iterable[Part], limit: int) -> list[list[Part]]:
-    """Runs of parts of at most `limit` bytes together; a larger part is alone."""
+    """Group the parts, in order, into shards of at most `limit` bytes; a part larger than that is alone."""
     groups: list[list[Part]] = [[]]
     for part in parts:
         if groups[-1] and sum(p.nbytes for p in groups[-1]) + part.nbytes > limit:
@@ -160,7 +179,10 @@ def shards(parts: Iterable[Part], limit: int) -> list[list[Part]]:
 
 
 def write_shards(folder: Path, parts: list[Part], limit: int) -> None:
-    """model.safetensors, or model-00001-of-0000N.safetensors with their index, as transformers names them."""
+    """Write model.safetensors, or shards model-00001-of-0000N.safetensors with an index, named as in transformers.
+
+    Raises RunError if a file cannot be written, or if the written files do not hold all tensors.
+    """
     groups = shards(parts, limit)
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     if len(groups) == 1:
@@ -177,13 +199,16 @@ def write_shards(folder: Path, parts: list[Part], limit: int) -> None:
 
 
 def read_parts(group: list[Part]) -> dict[str, Tensor]:
-    """Name -> tensor in the shape and number format to write; RunError for values that are not finite."""
+    """Return the tensors of a shard by name, in the shape and dtype in which they are written.
+
+    Raises RunError for values that are not finite in that dtype.
+    """
     tensors = {}
     for file, run in groupby(group, key=lambda part: part.file):
         with safe_open(file, framework="pt") as opened:
             for part in run:
                 tensor = opened.get_tensor(part.key).view(part.shape).to(part.dtype)
-                if not torch.stack(tensor.aminmax()).isfinite().all():  # no copy, and NaN comes through
+                if not torch.stack(tensor.aminmax()).isfinite().all():  # aminmax makes no copy and passes NaN on
                     raise RunError(f"{file}: {part.key} has values that are not finite as {part.dtype}; download it again, or "
                                    "choose a dtype with a wider range")  # fmt: skip
                 tensors[part.name] = tensor
@@ -191,7 +216,10 @@ def read_parts(group: list[Part]) -> dict[str, Tensor]:
 
 
 def find_text_tokenizer(lumos: Path, cosmos: Path, named: str | Path | None) -> Path:
-    """The file: the one that is named, or in the usual places of the release."""
+    """Return the file of the text tokenizer: `named`, or the first in the usual folders of the release.
+
+    Raises UserError if there is none.
+    """
     if named is not None:
         return find_tokenizer_file(Path(named))
     places = [cosmos / "tokenizer", cosmos, cosmos.parent / "tokenizer", lumos, lumos.parent.parent / "tokenizer"]
@@ -205,7 +233,7 @@ def find_text_tokenizer(lumos: Path, cosmos: Path, named: str | Path | None) -> 
 
 
 def check_published(tokenizer: TextTokenizer, file: Path) -> None:
-    """UserError unless the entries that steer a sequence have the published ids."""
+    """Raise UserError unless the tokens of PUBLISHED_IDS have their published ids."""
     for token, wanted in PUBLISHED_IDS.items():
         found = tokenizer.token_to_id(token)
         if found != wanted:
@@ -214,7 +242,11 @@ def check_published(tokenizer: TextTokenizer, file: Path) -> None:
 
 
 def find_video_tokenizer(cosmos: Path) -> Path:
-    """The folder itself or its only subfolder with a video tokenizer; of several the one named DV4x8x8."""
+    """Return the folder of the video tokenizer: `cosmos` or one of its subfolders.
+
+    Of several, it is the one whose name contains DV4x8x8. Raises UserError if there is none, or if the
+    name does not decide.
+    """
     found = []
     for folder in (cosmos, *sorted(p for p in cosmos.iterdir() if p.is_dir())):
         try:
@@ -234,7 +266,11 @@ def find_video_tokenizer(cosmos: Path) -> Path:
 
 
 def read_video_tokenizer(folder: Path, dtype: torch.dtype | None) -> tuple[VideoTokenizerConfig, dict[str, Tensor]]:
-    """Its sizes and its weights (some hundred MB) in their stored or the given number format."""
+    """Return the config and the weights (some hundred MB) of the video tokenizer.
+
+    dtype: the dtype of the weights; None keeps the stored one.
+    Raises UserError if the weights are not those of the config.
+    """
     config = loading.read_config(folder)
     tensors = loading.read_tensors(folder)
     with torch.device("meta"):
@@ -243,9 +279,12 @@ def read_video_tokenizer(folder: Path, dtype: torch.dtype | None) -> tuple[Video
 
 
 def check_space(out: Path, needed: int) -> None:
+    """Raise UserError if the disk of `out` has less than `needed` bytes free."""
     place = out.absolute().parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{out} needs {needed / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free; make room or go elsewhere")
+        raise UserError(
+            f"{out} needs {needed / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free; free space or choose another place"
+        )

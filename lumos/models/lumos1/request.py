@@ -1,4 +1,8 @@
-"""A request for Lumos-1: resolved into the ids that the decoder reads, and encoded with the codes of given frames."""
+"""Requests for Lumos-1.
+
+A request is first resolved into the ids that the decoder reads, and then encoded: the codes of given
+frames, the frames that the clip begins with, are appended to these ids.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,10 @@ from tokenizer import TextTokenizer, VideoTokenizer
 
 
 def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of the text that the decoder reads for a prompt; UserError if it is empty or too long."""
+    """Return the ids of the text that the decoder reads for a prompt.
+
+    Raises UserError if the prompt is empty or too long.
+    """
     shape = {name: getattr(clip, name) for name in ("height", "width", "num_frames", "fps")}
     ids = tokenizer.encode(prompt_text(config, check_prompt(prompt), **shape))
     if len(ids) > config.max_prompt_tokens:
@@ -34,7 +41,7 @@ def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: 
 
 
 def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
-    """UserError where the tokenizers cannot be this model's."""
+    """Raise UserError if one of the tokenizers does not fit the model."""
     check_text_tokenizer(config, text_tokenizer)
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
@@ -46,15 +53,18 @@ def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_to
 
 
 def check_text_tokenizer(config: LumosConfig, tokenizer: TextTokenizer) -> None:
-    """UserError if it uses ids for text that mean something else to the model."""
+    """Raise UserError if the tokenizer gives text an id that is reserved in the model."""
     if reserved := [i for i in range(tokenizer.max_text_id + 1) if config.is_reserved(i) and tokenizer.is_text(i)]:
         raise UserError(f"the text tokenizer uses id {reserved[0]} for text, the model for itself: they do not belong together")
 
 
 def check_length(text: int, span: int, frames: int, settings: GenerationSettings, config: LumosConfig) -> None:
-    """UserError if a frame would see more tokens than the model was made for; a warning if only positions go beyond that.
+    """Check the length of a clip against `max_position_embeddings`.
 
-    text: tokens before the frames; span: of a frame; frames: latent frames of the clip.
+    text: tokens before the frames. span: tokens of a latent frame. frames: latent frames of the clip.
+
+    Raises UserError if a frame would attend to more tokens than that. Warns if only the positions exceed
+    it, which can happen with `history_frames`.
     """
     seen, last = cache_tokens(text, span, frames, settings.history_frames), cache_tokens(text, span, frames)
     limit, bound = config.max_position_embeddings, settings.history_frames
@@ -72,9 +82,10 @@ def check_length(text: int, span: int, frames: int, settings: GenerationSettings
 
 
 def check_effect(latents: int, new_frames: int, given: Mapping[str, Any], settings: GenerationSettings) -> None:
-    """Warn of options without effect on a clip of so many latent frames, `new_frames` of them made.
+    """Warn of options that have no effect on a clip.
 
-    given: the sampling options that were given, by name; settings: all of them.
+    latents: latent frames of the clip, `new_frames` of which are sampled.
+    given: the sampling options that the user set, by name. settings: all sampling options.
     """
     asked = {name: given.get(name) or None for name in ("later_steps", "history_frames", "history_thinning")}
     clip, history = f"a clip of {latents} latent frames", settings.history_frames
@@ -89,17 +100,18 @@ def check_effect(latents: int, new_frames: int, given: Mapping[str, Any], settin
 
 
 def largest_side(config: LumosConfig) -> int:
-    """The most pixels of a side that a frame's header can state."""
+    """Return the largest height or width, in pixels, that the size tokens of a frame can state."""
     return (config.number_token_count - 1) * config.pixels_per_size_unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LumosResolved(Resolved):
-    """A request that Lumos-1 can make.
+    """A request with all defaults filled in, and with the ids that the decoder reads before the frames.
 
     grid             rows and columns of codes in a latent frame
-    conditional      for each clip the ids before its frames; unconditional: those without the prompt, None if guidance is off
-    later_prefixes   number of a new latent frame, from 0 -> ids before the frames from that one on
+    conditional      the ids before the frames of each clip
+    unconditional    the same with the negative prompt or without text; None if guidance is off
+    later_prefixes   {new latent frame, from 0: ids of each clip that replace `conditional` from that frame on}
     """
 
     grid: tuple[int, int]
@@ -111,7 +123,11 @@ class LumosResolved(Resolved):
 def resolve(
     request: Request, config: LumosConfig, tokenizer: TextTokenizer, settings: GenerationSettings, defaults: ClipDefaults
 ) -> LumosResolved:
-    """Resolve a request for this model. UserError for what cannot be made."""
+    """Resolve a request for this model.
+
+    settings, defaults: sampling options and clip shape where the request does not set them.
+    Raises UserError for a request that the model cannot fulfil.
+    """
     # 1. what every generator needs
     if request.last_image is not None:
         raise UserError(
@@ -126,7 +142,9 @@ def resolve(
     sampling, clip = common.sampling, common.clip
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
 
-    # 2. what both branches read before the frames
+    # 2. the ids of both branches before the frames
+    # With a bounded history a clip may be longer than those of training. Its text and header then state the
+    # default length at most, because the model knows no longer one.
     told = clip if sampling.history_frames is None else override(clip, num_frames=min(clip.num_frames, defaults.num_frames))
 
     def read(texts: Sequence[str | None]) -> list[Tensor]:
@@ -152,7 +170,7 @@ def resolve(
 
 
 def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, tokenizer: TextTokenizer) -> Tensor:
-    """Ids before the frames; prompt None: without text."""
+    """Return the ids before the frames, int64 [L]. With prompt None they hold no text."""
     text = None if prompt is None else prompt_ids(prompt, clip, config, tokenizer)
     duration, fps = clip_header(clip.num_frames, clip.fps)
     return torch.tensor(build_prefix(text, fps=fps, duration=duration, config=config))
@@ -160,7 +178,7 @@ def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, toke
 
 @dataclass(frozen=True, kw_only=True)
 class LumosEncoded(Encoded):
-    """A resolved request as the decoder takes it: prefixes as in `LumosResolved`, with the codes of given frames behind each."""
+    """A resolved request whose prefixes end with the codes of the given frames, as `generate_frames` takes them."""
 
     resolved: LumosResolved
     conditional: list[Tensor]

@@ -1,7 +1,7 @@
-"""A model folder made to draw at another size with the same codes: its video tokenizer is exchanged, its decoder is told.
+"""Converts a model folder to another clip size with the same codes: it replaces the video tokenizer and adapts the config.
 
-The decoder's weights stay. It goes on reading the size tokens and the positions that it was trained with: one unit of size now
-stands for more pixels (or fewer), and neighbouring codes are as far apart as they were.
+The weights of the decoder do not change. It reads the same size tokens and positions as in training: one
+unit of size now stands for more pixels or fewer, and the distances of neighbouring codes stay as they were.
 """
 
 from __future__ import annotations
@@ -24,10 +24,19 @@ from tokenizer.resizing import halve, same_codes
 
 
 def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | None = None) -> ClipDefaults:
-    """Write the model folder `out`, whole or not at all, in the number formats of what it is made of; returns the clip it makes.
+    """Write the resized model folder `out` and return the default clip shape of the resized model.
 
-    video_tokenizer: a folder with a tokenizer of another size and the same codes; None: the one of half the size that is inside
-    the model's. UserError for tokenizers with other codes, for models that read their size in words, and if there is no such half.
+    Decoder and video tokenizer keep the dtypes in which they are stored. If an error occurs, `out` is not
+    written.
+
+    Args:
+        folder: the model folder to resize.
+        out: the folder to write.
+        video_tokenizer: the folder of a tokenizer of another size with the same codes. None: the tokenizer
+            of half the size that is derived from that of the model.
+
+    Raises UserError for a tokenizer with other codes, for a model whose prompt states the size in words,
+    and if no tokenizer of half the size can be derived.
     """
     record = _record(Path(folder), video_tokenizer)
     with no_progress_bar():
@@ -41,7 +50,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     config = pipe.model.config
     if any(f"{{{side}}}" in config.prompt_template for side in ("width", "height")):
         raise UserError(f"the decoder of {folder} reads its size in words ({shown(config.prompt_template)}): it cannot be resized")
-    _tell(config, after.spatial_compression)
+    _set_compression(config, after.spatial_compression)
     clip = pipe.clip.scaled(after.spatial_compression, before.spatial_compression)
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
     with no_progress_bar(), replacing_folder(out) as writing:
@@ -50,8 +59,8 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     return clip
 
 
-def _tell(config: LumosConfig, compression: int) -> None:
-    """Change the config to a spatial compression; positions and size tokens of the same codes stay."""
+def _set_compression(config: LumosConfig, compression: int) -> None:
+    """Set the spatial compression of a config, in place, so that the same codes keep their positions and size tokens."""
     strides = list(axis_strides(config))
     config.pixels_per_size_unit = config.pixels_per_size_unit * compression // config.spatial_compression
     config.spatial_compression = compression
@@ -60,6 +69,7 @@ def _tell(config: LumosConfig, compression: int) -> None:
 
 
 def _record(folder: Path, video_tokenizer: str | Path | None) -> dict[str, Any]:
+    """Return the content of the folder's training.json with this resize appended to its list "resized"."""
     file = folder / "training.json"
     before = parse_json(read_text(file, "a record of training"), str(file)) if file.is_file() else {}
     if not isinstance(before, dict) or not isinstance(before.get("resized", []), list):

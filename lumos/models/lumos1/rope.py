@@ -1,13 +1,15 @@
 """Rotary positions: MM-RoPE, and the schemes that it is compared with.
 
-One rule serves all schemes. Every token has three positions (t, h, w); a text token's three are equal, its index in the
-sequence, so for text every scheme is the original 1-D RoPE. Frequency i of a head turns by
-position[axis(i)] * inv_freq(i). A scheme says which axis owns a frequency and how far apart neighbours are.
+All schemes follow one rule. Each token has three positions (t, h, w). The three positions of a text token
+all equal its index in the sequence, so for text every scheme is the original 1-D RoPE. Frequency i of a
+head rotates its pair of channels by the angle position[axis(i)] * inv_freq(i). A scheme assigns an axis to
+each frequency, and a distance to neighbouring codes along each axis.
 
-MM-RoPE (arXiv 2507.08801): every group of 16 frequencies is shared t:h:w = 4:6:6, interleaved, so each axis sees
-the whole frequency range, each with its own channel's frequency; content token (row r, column c) of latent frame k
-stands at P0 + (4 k, 8 r, 8 c): the strides are the tokenizer's compression unless the config's `position_strides` say otherwise,
-P0 the index of the first content token. Reference, section 3.
+MM-RoPE (arXiv 2507.08801) divides each group of 16 frequencies among the axes t:h:w = 4:6:6, interleaved.
+Each axis thus covers the whole range of frequencies. The content token in row r and column c of latent
+frame k has the position P0 + (4 k, 8 r, 8 c), where P0 is the index of the first content token. The
+strides 4, 8, 8 are the compression of the video tokenizer, unless the config sets `position_strides`.
+Source: reference, section 3.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ MM_ROPE_GROUP = (0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2)
 
 
 def frequency_axes(scheme: str, num_frequencies: int) -> Tensor:
-    """int64 [D/2]: the axis that owns each frequency, highest frequency first."""
+    """Return the axis of each frequency, int64 [D/2], highest frequency first.
+
+    Raises ValueError for an unknown scheme.
+    """
     n_t = num_frequencies // 4
     if scheme in ("mm_rope", "mm_rope_unscaled"):
         return torch.tensor(MM_ROPE_GROUP).repeat(num_frequencies // 16)
-    if scheme in ("m_rope", "rope_3d"):  # contiguous sections 2:3:3, time on the highest (Qwen2-VL, arXiv 2409.12191)
+    if scheme in ("m_rope", "rope_3d"):  # contiguous sections 2:3:3, time highest (Qwen2-VL, arXiv 2409.12191)
         n_h = (num_frequencies - n_t) // 2
         return torch.tensor([T_AXIS] * n_t + [H_AXIS] * n_h + [W_AXIS] * (num_frequencies - n_t - n_h))
-    if scheme == "videorope":  # time on the lowest, rows and columns interleaved above it (arXiv 2502.05173)
+    if scheme == "videorope":  # time on the lowest frequencies, rows and columns interleaved above (arXiv 2502.05173)
         return torch.tensor([H_AXIS, W_AXIS] * ((num_frequencies - n_t) // 2) + [T_AXIS] * n_t)
     if scheme == "1d":
         return torch.zeros(num_frequencies, dtype=torch.int64)
@@ -39,12 +44,15 @@ def frequency_axes(scheme: str, num_frequencies: int) -> Tensor:
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """fp32 [D/2]: theta^(-2i/D) (RoFormer, arXiv 2104.09864)."""
+    """Return the inverse frequencies theta^(-2i/D), fp32 [D/2] (RoFormer, arXiv 2104.09864)."""
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
 
 
 def visual_inverse_frequencies(scheme: str, head_dim: int, theta: float) -> Tensor:
-    """fp32 [D/2] for content tokens. Only plain 3-D RoPE differs from text: each axis has a ladder of its own."""
+    """Return the inverse frequencies of content tokens, fp32 [D/2].
+
+    They differ from those of text only for "rope_3d", where each axis has its own full range of frequencies.
+    """
     if scheme != "rope_3d":
         return inverse_frequencies(head_dim, theta)
     sizes = torch.bincount(frequency_axes(scheme, head_dim // 2), minlength=3).tolist()
@@ -52,7 +60,7 @@ def visual_inverse_frequencies(scheme: str, head_dim: int, theta: float) -> Tens
 
 
 def axis_strides(config: LumosConfig) -> tuple[int, int, int]:
-    """Distance of neighbours along (t, h, w)."""
+    """Return the distance between neighbouring codes along (t, h, w), in positions."""
     if config.position_scheme not in SCALED_SCHEMES:
         return 1, 1, 1
     if config.position_strides is not None:
@@ -61,7 +69,11 @@ def axis_strides(config: LumosConfig) -> tuple[int, int, int]:
 
 
 def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) -> Tensor:
-    """int64 [3, span] of latent frame number `index`; its specials stand at their sequence index."""
+    """Return the positions of a latent frame, int64 [3, n] for the n tokens of its span.
+
+    index: the number of the frame in the clip, from 0. origin: P0. The four tokens around the content have
+    their index in the sequence as position.
+    """
     positions = torch.arange(frame.start, frame.end).repeat(3, 1)
     if config.position_scheme != "1d":
         dt, dh, dw = axis_strides(config)
@@ -73,7 +85,7 @@ def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) 
 
 
 def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Tensor:
-    """int64 [B, 3, L]: (t, h, w) of every token."""
+    """Return the positions (t, h, w) of all tokens, int64 [B, 3, L]."""
 
     def row(layout: Layout) -> Tensor:
         positions = torch.arange(length).repeat(3, 1)
@@ -87,7 +99,10 @@ def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Ten
 def rotary_tables(
     positions: Tensor, is_content: Tensor, config: LumosConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """positions [B, 3, L], is_content [B, L] -> (cos, cos), (-sin, sin) [B, 1, L, D], computed in fp32."""
+    """Return the tables (cos, cos) and (-sin, sin) for `apply_rotary`, [B, 1, L, D] each, computed in fp32.
+
+    positions: int64 [B, 3, L]. is_content: bool [B, L], True for codes and newlines of frames.
+    """
     device, scheme = positions.device, config.position_scheme
     axes = frequency_axes(scheme, config.head_dim // 2).to(device)
     inv_freq = inverse_frequencies(config.head_dim, config.rope_theta).to(device)
@@ -101,5 +116,8 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, L, D]: channel i is paired with channel i + D/2 (the half-split layout of Hugging Face checkpoints)."""
+    """Rotate x [B, H, L, D] by the tables of `rotary_tables`.
+
+    Channel i is paired with channel i + D/2, the half-split layout of Hugging Face checkpoints.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

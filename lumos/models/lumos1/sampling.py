@@ -1,4 +1,7 @@
-"""From logits to codes: guidance, filtering, sampling by confidence. Pure functions; S samples, m masked positions, K codes."""
+"""Sampling of codes from logits: guidance, filtering, drawing, and the choice of codes by confidence.
+
+All functions are pure. Shapes: S samples, m masked positions, C channels, K codes.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from torch import Tensor
 def guide(states: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): states [2 S, m, C], conditional rows first -> [S, m, C].
 
-    Of logits, or of the hidden states that the head, being linear, makes logits of.
+    states: logits, or the hidden states before the head. Both give the same logits, as the head is linear.
     """
     conditional, unconditional = states.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits outside the k likeliest, or outside the smallest set of probability p, become -inf; the likeliest stays."""
+    """Set logits to -inf outside the `top_k` most likely codes, and outside the smallest set of probability `top_p`.
+
+    The most likely code is never removed.
+    """
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
@@ -31,11 +37,12 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 
 def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw by inverse distribution function, one uniform number a position, so the draw is the same on every device.
+    """Sample a code at each position: logits fp32 [..., K], uniform [...] in [0, 1) -> codes and log-probabilities [...].
 
-    logits fp32 [..., K], uniform [...] in [0, 1) -> codes [...], their log-probabilities [...]. The sum runs over blocks of
-    codes first and then inside the block where the number falls, so that no running sum over all K codes is written.
-    Where logits are NaN or +inf, the log-probability is NaN, and the code is any.
+    The code is the inverse of the cumulative distribution at the uniform number. One number per position
+    gives the same code on every device. The cumulative sum runs over blocks of codes first, and then
+    inside the block that holds the number, so that no cumulative sum over all K codes is written.
+    Where logits are NaN or +inf, the log-probability is NaN and the code is arbitrary.
     """
     blocks = block_count(logits.shape[-1])
     weights = (logits - logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (blocks, -1))
@@ -51,9 +58,10 @@ def sample_codes(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """First index [..., 1] where a running sum [..., n] reaches the threshold [..., 1]; never one that adds nothing.
+    """Return the first index [..., 1] where a cumulative sum [..., n] reaches the threshold [..., 1].
 
-    The last index where the sum is NaN.
+    An entry that adds nothing to the sum is never returned, so a code of probability 0 is never sampled.
+    If the sum is NaN, the last index is returned.
     """
     tiny = torch.finfo(cumulative.dtype).tiny
     found = torch.searchsorted(cumulative, threshold.clamp(min=tiny).minimum(cumulative[..., -1:]))
@@ -61,20 +69,21 @@ def search(cumulative: Tensor, threshold: Tensor) -> Tensor:
 
 
 def block_count(codes: int) -> int:
-    """The divisor of `codes` that is closest to its root from below."""
+    """Return the largest divisor of `codes` that is not above its square root."""
     return max(n for n in range(1, math.isqrt(codes) + 1) if codes % n == 0)
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform numbers in [0, 1)."""
+    """Turn uniform numbers in [0, 1) into standard Gumbel noise."""
     tiny = torch.finfo(torch.float32).tiny
     exponential = -torch.log(uniform.clamp(min=tiny))
     return -torch.log(exponential.clamp(min=tiny))
 
 
 def least_confident(log_prob: Tensor, uniform: Tensor, temperature: float, count: int) -> Tensor:
-    """Which `count` of m positions stay masked: the lowest of log p + T * Gumbel. -> int64 [S, count], ascending.
+    """Return the `count` positions that stay masked, int64 [S, count], ascending.
 
+    They have the lowest confidence, log p + temperature * Gumbel noise. log_prob, uniform: [S, m].
     Source: MaskGIT (arXiv 2202.04200), with Gumbel noise as in Muse and the published release.
     """
     confidence = log_prob + temperature * gumbel(uniform)
@@ -82,10 +91,13 @@ def least_confident(log_prob: Tensor, uniform: Tensor, temperature: float, count
 
 
 def unsure(masked: Tensor, log_prob: Tensor, uniform: Tensor, temperature: float, decided: int, threshold: float) -> Tensor:
-    """What stays masked when a step decides the `decided` most confident codes, and every code of probability >= threshold.
+    """Return the offsets that stay masked after a step with a confidence threshold.
 
-    masked: offsets int64 [S, m] above 0, ascending, filled up with 0 where a sample has fewer -> the same of what stays, as wide
-    as the longest of them. Reading that width makes the host wait for the device.
+    The step decides the `decided` most confident codes, and every code of probability >= threshold.
+
+    masked: int64 [S, m], the offsets that were masked, above 0 and ascending. A sample with fewer offsets
+    is padded with 0 at the end. The result has the same form, and is as wide as the most offsets of a
+    sample. Reading this width makes the host wait for the device.
     """
     waiting = masked > 0
     confidence = (log_prob + temperature * gumbel(uniform)).masked_fill(~waiting, math.inf)

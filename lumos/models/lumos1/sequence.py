@@ -1,12 +1,14 @@
-"""The grammar of a sequence: how text, header and frames become one row of ids, and back.
+"""The grammar of a sequence: it turns text, header and frames into one row of ids, and back.
 
     [bos] prompt text [sep]
     [video_start] [number: duration in s] [number: fps]
     per latent frame: [frame_start] [number: H / unit] [number: W / unit]  h rows of (w codes, [newline])  [frame_end]
     [video_end] [sep]
 
-Without a prompt (unconditional branch, text dropout) a sequence begins at video_start. Source: reference, section 2.
-Everything the decoder needs to know of a sequence (positions, frame spans) is read off the ids by `parse_layout`.
+Without a prompt (unconditional branch, text dropout) a sequence begins at video_start. The span of a frame
+is all its tokens from frame_start to frame_end, and its content is the codes and newlines.
+`parse_layout` reads from the ids all that the decoder needs to know of a sequence: the spans of the frames,
+from which the positions follow. Source: reference, section 2.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FRAME_HEADER = 3  # frame_start and the two size tokens
 
 @dataclass(frozen=True)
 class Frame:
-    """One latent frame's place in a sequence: span [start, end) with its specials, `rows` x `cols` codes inside."""
+    """The place of a latent frame in a sequence: its span [start, end) with `rows` x `cols` codes."""
 
     start: int
     rows: int
@@ -35,28 +37,33 @@ class Frame:
 
     @property
     def content_length(self) -> int:
-        """Codes and newlines, without the four specials around them."""
+        """The number of codes and newlines, without the four tokens around them."""
         return self.rows * (self.cols + 1)
 
     @property
     def content_start(self) -> int:
+        """The index of the first code in the sequence."""
         return self.start + FRAME_HEADER
 
     @property
     def end(self) -> int:
+        """The index after frame_end in the sequence."""
         return self.content_start + self.content_length + 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one row of ids consists of: its length without padding, and its frames in order."""
+    """The structure of one row of ids: its length without padding, and its frames in order."""
 
     length: int
     frames: tuple[Frame, ...]
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
-        """(start, end, bidirectional) in order; together they cover [0, length)."""
+        """Segments (start, end, bidirectional) in order, which cover [0, length).
+
+        A frame is a bidirectional segment; the tokens between frames are a causal one.
+        """
         segments, at = [], 0
         for frame in self.frames:
             if frame.start > at:
@@ -69,13 +76,16 @@ class Layout:
 
     @property
     def origin(self) -> int | None:
-        """P0: index of the first content token of the first frame."""
+        """P0, the index of the first content token of the first frame; None without frames."""
         return self.frames[0].content_start if self.frames else None
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A sequence taken apart. `codes` [t, h, w] holds -1 where the sequence has the mask token."""
+    """The parts of a sequence.
+
+    text_ids: None if the sequence has no text. duration: in seconds. codes: [t, h, w], -1 for the mask token.
+    """
 
     text_ids: list[int] | None
     duration: int
@@ -84,33 +94,43 @@ class Parsed:
 
 
 def num_latent_frames(num_frames: int, temporal_compression: int = 4) -> int:
-    """RGB frames -> latent frames: 1 -> 1, 17 -> 5, 24 or 25 -> 7 (reference, section 6.1)."""
+    """Return the number of latent frames of `num_frames` RGB frames.
+
+    For a temporal compression of 4: 1 -> 1, 17 -> 5, 24 or 25 -> 7 (reference, section 6.1).
+    """
     return math.ceil((num_frames - 1) / temporal_compression) + 1
 
 
 def clip_header(num_frames: int, fps: int) -> tuple[int, int]:
-    """(duration in s, fps) that the header states; a picture is (1, 1) (reference, sections 5.4 and 9)."""
+    """Return (duration in s, fps) for the header; they are (1, 1) for a picture (reference, sections 5.4 and 9)."""
     return (1, 1) if num_frames == 1 else (max(1, round(num_frames / fps)), fps)
 
 
 def prompt_text(config: LumosConfig, prompt: str, *, height: int, width: int, num_frames: int, fps: int) -> str:
-    """The text that the decoder reads for a prompt; the size is written width x height (reference, section 2.2).
+    """Return the text that the decoder reads for a prompt: the filled template (reference, section 2.2).
 
-    The published prompts count fps * duration frames, one less than the tokenizer gives back: 24 for 25.
+    The published prompts state fps * duration frames. This is one less than the video tokenizer decodes, for
+    example 24 for a clip of 25 frames.
     """
     stated = num_frames - 1 if num_frames > 1 else 1
     return config.prompt_template.format(prompt=prompt, height=height, width=width, num_frames=stated, fps=fps)
 
 
 def number_token(value: int, what: str, config: LumosConfig) -> int:
-    """Id of a number in the header or of a frame's size; UserError when there is no such token."""
+    """Return the id of a number in the header or in a frame's size.
+
+    what: the name of the value for the message. Raises UserError if there is no token for the number.
+    """
     if not 0 <= value < config.number_token_count:
         raise UserError(f"{what} {value} has no number token; allowed: up to {config.number_token_count - 1}")
     return config.number_token_start + value
 
 
 def size_units(pixels: int, what: str, config: LumosConfig) -> int:
-    """Pixels of a side -> what a frame's header states; UserError for a size that it cannot state."""
+    """Return the size units of a height or width in pixels, which the size tokens of a frame state.
+
+    what: "height" or "width", for the message. Raises UserError for a size that the tokens cannot state.
+    """
     unit, most = config.pixels_per_size_unit, config.number_token_count - 1
     if pixels <= 0 or pixels % unit:
         down = max(unit, pixels // unit * unit)
@@ -121,7 +141,10 @@ def size_units(pixels: int, what: str, config: LumosConfig) -> int:
 
 
 def build_prefix(text_ids: list[int] | None, *, fps: int, duration: int, config: LumosConfig) -> list[int]:
-    """Ids up to and with the video header: what stands before the first frame."""
+    """Return the ids before the first frame: the text, if there is any, and the video header.
+
+    Raises ValueError if text ids are reserved, and UserError for a duration or fps without a number token.
+    """
     if reserved := [i for i in text_ids or () if config.is_reserved(i)]:
         raise ValueError(f"text ids hold {reserved[0]}, a special, number or visual id of this model: the wrong text tokenizer?")
     text = [] if text_ids is None else [config.bos_token_id, *text_ids, config.sep_token_id]
@@ -134,7 +157,10 @@ def build_prefix(text_ids: list[int] | None, *, fps: int, duration: int, config:
 
 
 def build_frames(codes: Tensor, config: LumosConfig) -> Tensor:
-    """codes [t, h, w] (a code of -1 is written as the mask token) -> ids [t, 4 + h * (w + 1)]."""
+    """Return the spans of latent frames: codes [t, h, w] -> ids [t, 4 + h * (w + 1)]. Code -1 becomes the mask token.
+
+    Raises ValueError for codes out of range, and UserError for a size that the size tokens cannot state.
+    """
     t, h, w = codes.shape
     if codes.numel() and not -1 <= int(codes.min()) <= int(codes.max()) < config.visual_token_count:
         raise ValueError(
@@ -154,7 +180,10 @@ def build_frames(codes: Tensor, config: LumosConfig) -> Tensor:
 def build_sequence(
     text_ids: list[int] | None, codes: Tensor, *, fps: int, duration: int, config: LumosConfig
 ) -> Tensor:
-    """text ids (None: no text part at all) and codes [t, h, w] -> ids [L], the whole published layout."""
+    """Return the ids [L] of a whole clip in the published layout, from text ids and codes [t, h, w].
+
+    text_ids: None leaves the text part out. The errors are those of `build_prefix` and `build_frames`.
+    """
     prefix = build_prefix(text_ids, fps=fps, duration=duration, config=config)
     tail = [config.video_end_token_id, config.sep_token_id]
     frames = build_frames(codes, config).flatten()
@@ -162,7 +191,10 @@ def build_sequence(
 
 
 def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
-    """ids [L] -> its parts; the inverse of `build_sequence`. ValueError where the row is not of that grammar."""
+    """Return the parts of a sequence, ids [L]; this is the inverse of `build_sequence`.
+
+    Raises ValueError if the ids do not follow the grammar.
+    """
     row = ids.tolist()
     (layout,) = parse_layout(ids[None], config)
     if config.video_start_token_id not in row[:-2]:
@@ -196,9 +228,10 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
 
 
 def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[Layout]:
-    """ids [B, L], right-padded with pad -> one Layout a row; equal ones are one object.
+    """Return the layout of each row of ids [B, L], which are padded on the right with pad.
 
-    Frames are looked for from the first video_start on. ValueError where a frame is cut off or malformed.
+    Frames are searched from the first video_start on. Equal layouts are the same object, see `by_layout`.
+    Raises ValueError for a frame that is cut off or malformed.
     """
     known: dict[Layout, Layout] = {}
     found = (_row_layout(row, b, config) for b, row in enumerate(input_ids.cpu().numpy()))
@@ -223,7 +256,10 @@ def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
 
 
 def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Frame:
-    """The frame that begins at `start` of a row of ids; ValueError where it is cut off or malformed."""
+    """Return the frame that begins at `start` in a row of ids.
+
+    what: the name of the frame for the message. Raises ValueError if it is cut off or malformed.
+    """
     length = len(row)
     if start + FRAME_HEADER > length:
         raise ValueError(f"{what} is cut off: the sequence ends at {length}; frames must be whole")
@@ -240,20 +276,26 @@ def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Fra
 
 
 def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Tensor:
-    """Rows of different lengths -> [B, L], right-padded with `value`; L is the longest, rounded up to a multiple."""
+    """Stack rows of different lengths to [B, L], padded on the right with `value`.
+
+    L is the longest length, rounded up to a multiple of `multiple`.
+    """
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
     return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
 
 
 def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:
-    """`make` of each row's layout, [B, ...]; done once for rows that share one, as `parse_layout` lets equal rows do."""
+    """Stack the results of `make` for each layout to [B, ...].
+
+    `make` is called once for rows that share a layout object, as equal rows from `parse_layout` do.
+    """
     distinct = {id(layout): layout for layout in layouts}
     number = {key: i for i, key in enumerate(distinct)}
     return torch.stack([make(layout) for layout in distinct.values()])[[number[id(layout)] for layout in layouts]]
 
 
 def content_mask(layouts: list[Layout], length: int) -> Tensor:
-    """bool [B, L]: codes and newlines of frames."""
+    """Return bool [B, L], True for the codes and newlines of frames."""
 
     def row(layout: Layout) -> Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
@@ -265,7 +307,7 @@ def content_mask(layouts: list[Layout], length: int) -> Tensor:
 
 
 def code_mask(layouts: list[Layout], length: int) -> Tensor:
-    """bool [B, L]: codes of frames, without newlines."""
+    """Return bool [B, L], True for the codes of frames, without newlines."""
 
     def row(layout: Layout) -> Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
@@ -277,7 +319,7 @@ def code_mask(layouts: list[Layout], length: int) -> Tensor:
 
 
 def frame_indices(layouts: list[Layout], length: int) -> Tensor:
-    """int64 [B, L]: number of the latent frame whose span holds a token, -1 outside."""
+    """Return int64 [B, L], the number of the latent frame whose span holds the token, -1 outside of frames."""
 
     def row(layout: Layout) -> Tensor:
         index = torch.full((length,), -1)

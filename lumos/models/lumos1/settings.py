@@ -1,4 +1,4 @@
-"""How a clip is sampled and shaped, and where a model folder keeps its own defaults."""
+"""The sampling options of Lumos-1, and the file in a model folder that holds its defaults (pipeline.json)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lumos.settings import setting
 MAX_DEFAULTS_BYTES = 2**20
 MAX_TOP_K = 2**24
 MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
-"""Patterns of masked codes in training."""
+"""The kinds of training mask, see `lumos.models.lumos1.masking.training_mask`."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings(SamplingOptions):
-    """Sampling options of Lumos-1; the defaults are the published ones, and a model folder's pipeline.json may bring others."""
+    """Sampling options of Lumos-1. The defaults are the published ones; a model folder's pipeline.json may set others."""
 
     num_inference_steps: int = setting(
         50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, label="Steps of each latent frame"
     )
     guidance_scale: float = setting(
-        15.0, "classifier-free guidance: uncond + scale * (cond - uncond); 1 is none and runs one branch only",
+        15.0, "classifier-free guidance: uncond + scale * (cond - uncond); 1 turns guidance off and runs one branch only",
         low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
     )  # fmt: skip
     temperature: float = setting(
@@ -34,39 +34,43 @@ class GenerationSettings(SamplingOptions):
         slider_high=5, label="Temperature: noise on the confidence",
     )
     top_k: int | None = setting(
-        None, "sample among so many of the likeliest codes", low=1, high=MAX_TOP_K, allowed=f"1 to {MAX_TOP_K:,}"
+        None, "sample only among this number of the most likely codes", low=1, high=MAX_TOP_K, allowed=f"1 to {MAX_TOP_K:,}"
     )
-    top_p: float | None = setting(None, "sample among the likeliest codes of this total probability", above=0, high=1)
+    top_p: float | None = setting(None, "sample only among the most likely codes with this total probability", above=0, high=1)
     history_mask_ratio: float = setting(
-        0.7, "share of each finished frame that is hidden from later frames", low=0, below=1, step=0.05, pictures=False,
-        allowed="0 (history seen whole) to below 1", label="History mask: share of past frames that is hidden",
+        0.7, "history mask: the share of each finished frame that is hidden from later frames",
+        low=0, below=1, step=0.05, pictures=False,
+        allowed="0 (nothing is hidden) to below 1", label="History mask: share of past frames that is hidden",
     )  # fmt: skip
-    mask_given_frames: bool = setting(False, "hide that share of given frames too; by default they are seen whole", given=True)
+    mask_given_frames: bool = setting(
+        False, "apply the history mask to given frames too; by default nothing of them is hidden", given=True
+    )
     guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "guidance only at steps k of n with START <= k / n < STOP; 0 0.5 is the first half (arXiv 2404.07724)",
+        (0.0, 1.0), "use guidance only at steps k of n with START <= k / n < STOP; 0 0.5 is the first half (arXiv 2404.07724)",
         low=0, high=1, allowed="two numbers, 0 <= start < stop <= 1", trade=True,
     )  # fmt: skip
     confidence_threshold: float | None = setting(
-        None, "a step also decides every code that is at least so probable; a frame ends when all are decided (arXiv 2505.22618)",
+        None, "a step also decides every code with at least this probability; a frame ends when all are decided (arXiv 2505.22618)",
         above=0, high=1, trade=True,
     )  # fmt: skip
     later_steps: int | None = setting(
         None, "num_inference_steps of each latent frame after the first", low=1, high=1000, pictures=False, trade=True
     )
     history_frames: int | None = setting(
-        None, "a frame sees the first latent frame and so many right before it; memory stays bounded",
+        None, "a frame sees the first latent frame and this number of frames before it, so that memory stays bounded",
         low=1, high=MAX_FRAMES, allowed=f"at least 1, at most {MAX_FRAMES:,}", pictures=False, trade=True,
     )  # fmt: skip
     history_thinning: bool = setting(
-        False, "of those, all but the newest are older frames, the farther apart the older they are, over the whole clip",
+        False, "spread the history_frames over the whole clip: the older they are, the farther apart",
         pictures=False, trade=True,
     )  # fmt: skip
 
     def check_combinations(self) -> None:
+        """Raise UserError for options that have no effect together, or cannot work together."""
         for steps in {self.steps_of(0), self.steps_of(1)}:
             if not any(self.guides(step, steps) for step in range(steps)):
                 raise UserError(
-                    f"guidance_interval {self.guidance_interval} holds none of {steps} steps (they stand at k / {steps}); "
+                    f"guidance_interval {self.guidance_interval} holds none of {steps} steps (step k is at k / {steps}); "
                     "widen it, or turn guidance off with guidance_scale 1"
                 )
         if self.guidance_scale == 1 and self.guidance_interval != (0.0, 1.0):
@@ -77,15 +81,16 @@ class GenerationSettings(SamplingOptions):
             raise UserError("history_thinning has no effect without history_frames; give it too, or leave history_thinning out")
         if self.top_k == 1 and self.confidence_threshold is not None:
             raise UserError(
-                f"confidence_threshold {self.confidence_threshold} cannot work with top_k 1: every code is certain then, and each "
-                "frame would end after one step; leave one of them out"
+                f"confidence_threshold {self.confidence_threshold} cannot work with top_k 1: every code then has probability 1, "
+                "and each frame would end after one step; leave one of them out"
             )
 
     def changed(self, **given: Any) -> GenerationSettings:
-        """A copy with what is not None replaced.
+        """Return a copy with the options that are not None replaced.
 
-        A model's own later_steps and guidance_interval were chosen for its other defaults: they end where other
-        num_inference_steps, or a guidance_scale of 1, are given without them.
+        A model's default later_steps was chosen for its num_inference_steps, so it is reset to None if
+        num_inference_steps changes without a new later_steps. A guidance_interval has no effect without
+        guidance, so it is reset if guidance_scale becomes 1 without a new guidance_interval.
         """
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("num_inference_steps", self.num_inference_steps) != self.num_inference_steps:
@@ -95,17 +100,20 @@ class GenerationSettings(SamplingOptions):
         return replace(self, **given)
 
     def steps_of(self, frame: int) -> int:
-        """Steps of the frame-th latent frame that is made, from 0; with a threshold it may end earlier."""
+        """Return the steps of a new latent frame, counted from 0. With a confidence threshold it may end earlier."""
         return self.num_inference_steps if frame == 0 or self.later_steps is None else self.later_steps
 
     def guides(self, step: int, steps: int) -> bool:
-        """Whether this of a frame's steps uses both branches."""
+        """Return whether step number `step` of the `steps` of a frame uses guidance, and so both branches."""
         start, stop = self.guidance_interval
         return start <= step / steps < stop
 
 
 def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
-    """The model's own defaults from pipeline.json, if it has one."""
+    """Return the defaults in the folder's pipeline.json, or the published defaults if there is no such file.
+
+    Raises UserError for a file that is damaged or has unknown or wrong settings.
+    """
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return GenerationSettings(), ClipDefaults()
@@ -122,5 +130,5 @@ def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
 
 
 def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:
-    """Keep them in the folder's pipeline.json."""
+    """Write the defaults to the folder's pipeline.json."""
     write_json(folder / DEFAULTS_FILE, {**vars(settings), **vars(clip)})

@@ -1,4 +1,9 @@
-"""The training task of Lumos-1: the decoder on masked codes (AR-DF, reference section 5)."""
+"""The training task of Lumos-1: the decoder predicts masked codes (AR-DF, reference section 5).
+
+A code is the index that the video tokenizer gives to a patch of a clip. AR-DF (autoregressive
+discrete diffusion forcing) masks a random share of the codes of each latent frame. The training
+loop calls the methods that `TrainingTask` declares.
+"""
 
 from __future__ import annotations
 
@@ -57,18 +62,20 @@ SHAPE = (
     "vocab_size", "visual_token_start", "visual_token_count", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
+"""Fields of LumosConfig that a model folder and model.preset must have in common."""
 RATIO_BINS = 10
+"""Number of equal ranges of mask ratios by which the log sorts losses."""
 ID_TENSORS = 4
-"""Tensors of int64 that a batch has for each of its tokens at least: ids, codes, targets, places."""
+"""Number of int64 tensors that a batch has at least, with one value per token: ids, codes, targets, places."""
 NOT_OF_WEIGHTS = {
     "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
     "initializer_range", "eos_token_id",
 }  # fmt: skip
-"""Fields of LumosConfig that two models may have otherwise and still be mixed."""
+"""Fields of LumosConfig in which two models may differ and still be mixed."""
 
 
 class ArdfTask(VideoTask):
-    """Masked-code training of `LumosForVideoGeneration` (AR-DF). `device` is where clips are encoded."""
+    """Training of `LumosForVideoGeneration` on masked codes (AR-DF). Clips are encoded on `device`."""
 
     causal = True
 
@@ -97,13 +104,15 @@ class ArdfTask(VideoTask):
 
     @property
     def attention(self) -> str:
-        """How the run attends; the exported model keeps what its config says."""
+        """The attention implementation of the run; the exported model keeps that of its config."""
         return self.settings.training.attention or self.config.attention
 
     def build_model(self) -> nn.Module:
-        """The model on the CPU in float32, from a folder or from random weights drawn with training.seed.
+        """Return the model in float32, with weights of model.from or random weights.
 
-        With lora.rank the folder's weights are frozen, and adapters are drawn with training.seed.
+        The seed of random weights is training.seed. With lora.rank the weights of the folder are
+        frozen, and the adapters are drawn with training.seed. The model is on the CPU, or on the
+        device of the training with training.compile.
         """
         folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
         config = copy.deepcopy(self.config)
@@ -130,16 +139,20 @@ class ArdfTask(VideoTask):
         return model.train()
 
     def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
-        """Take the clips at `positions` of a step from the source, lay them out and mask them; codes are still missing."""
+        """Return the masked sequences of the clips at `positions` of a step, without their codes.
+
+        `dropout` False keeps the text of every clip. Raises RunError if a clip of the source has a
+        code that the model does not know.
+        """
         config, clips = self.config, self.source.clips(step, shape, positions)
         if shape.first_frames is not None:
             clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
         rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
-        ids, asked, ratios = zip(*rows, strict=True)
+        ids, supervised_at, ratios = zip(*rows, strict=True)
         pad_to = self.settings.data.pad_to
         input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
         layouts = parse_layout(input_ids, config)
-        supervised = [int(row.sum()) for row in asked]
+        supervised = [int(row.sum()) for row in supervised_at]
         lora = self.settings.lora
         adapters = adapter_weights(config, lora.rank, lora.targets) if lora.rank else None
         batch = Batch(
@@ -159,24 +172,27 @@ class ArdfTask(VideoTask):
                     "this tokenizer"
                 )
         codes_at = code_mask(layouts, input_ids.shape[1])
-        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(asked), False, pad_to), batch)
+        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(supervised_at), False, pad_to), batch)
 
-    def encode(self, draft: UnencodedBatch) -> Batch:
-        """The batch of a draft, on the device where clips are encoded."""
-        clips, ids, codes_at, asked = (x.to(self.device, non_blocking=True) for x in vars(draft).values() if isinstance(x, Tensor))
+    def encode(self, prepared: UnencodedBatch) -> Batch:
+        """Return the batch with its codes, on the device where clips are encoded."""
+        inputs = (x for x in vars(prepared).values() if isinstance(x, Tensor))
+        clips, ids, codes_at, supervised_at = (x.to(self.device, non_blocking=True) for x in inputs)
         codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
         code = torch.zeros_like(ids).masked_scatter(codes_at, codes.flatten())
         tensors = {
             "input_ids": torch.where(codes_at & (ids != self.config.mask_token_id), ids + code, ids),
-            "targets": torch.where(asked, code, IGNORED),
-            "mask_ratios": draft.batch.tensors["mask_ratios"].to(self.device),
+            "targets": torch.where(supervised_at, code, IGNORED),
+            "mask_ratios": prepared.batch.tensors["mask_ratios"].to(self.device),
         }
-        return replace(draft.batch, tensors=tensors)
+        return replace(prepared.batch, tensors=tensors)
 
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each supervised position [N] with gradient, and where each is [N].
+        """Return the losses [N] of the supervised positions, with gradient, and their places [N] by group.
 
-        frame: its latent frame, unless the clips have but one. mask_ratio: the tenth that its frame's ratio is in.
+        The place in the group frame is the latent frame of a position; clips with one latent frame
+        leave the group out. The place in mask_ratio is the bin of the mask ratio of that frame, see
+        `ratio_bins`.
         """
         out = model(input_ids=micro["input_ids"], targets=micro["targets"], layouts=micro.get("layouts"))
         ratios = micro["mask_ratios"]
@@ -184,7 +200,7 @@ class ArdfTask(VideoTask):
         return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
     def export_metadata(self) -> dict[str, Any]:
-        """What `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
+        """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
         return {
             "config": self._config(),
             "tokenizers": vars(self.places),
@@ -195,11 +211,11 @@ class ArdfTask(VideoTask):
         }
 
     def export(self, folder: Path, target: Path) -> None:
-        """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens or, with lora.rank, an adapter folder."""
+        """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
         export_checkpoint(folder, checkpoint.read_state(folder), target)
 
     def preview(self, weights: dict[str, Tensor]) -> Sampler:
-        """Draws clips of the usual shape with these trained weights, pictures if the run has only those."""
+        """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
         dtype = pick_precision(self.settings.training.precision, self.device)
         if self.adapter is None:
             model = model_with(weights, self.config, dtype)
@@ -282,7 +298,10 @@ class ArdfTask(VideoTask):
         check_clip_shape(config, self.settings.data)
 
     def _check_length(self) -> None:
-        """UserError if the model could train on the usual clip but, by its own limit, not generate it."""
+        """Raise UserError if a usual clip is longer than max_position_embeddings.
+
+        The model could train on such a clip, but would refuse to generate one.
+        """
         shape, config = self.source.usual_shape, self.config
         grid = (shape[side] // config.spatial_compression for side in ("height", "width"))
         tokens = num_latent_frames(shape["num_frames"], config.temporal_compression) * Frame(0, *grid).end
@@ -294,7 +313,7 @@ class ArdfTask(VideoTask):
             )
 
     def _check_memory(self) -> None:
-        """UserError for batches and models that this machine obviously cannot hold, before any is made."""
+        """Raise UserError for a batch or model that this machine certainly cannot hold, before either is made."""
         training, shape, config = self.settings.training, self.source.usual_shape, self.config
         drawn = 3 * shape["height"] * shape["width"] if self.settings.data.source == "worlds" else 0  # bytes of a frame
         codes = shape["height"] * shape["width"] // config.spatial_compression**2
@@ -314,13 +333,15 @@ class ArdfTask(VideoTask):
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> codes [B, t, h, w]."""
+        """Return the codes [B, t, h, w] of frames uint8 [B, T, H, W, 3]."""
         return self.video_tokenizer.encode(from_uint8(frames))
 
     def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [L] with code 0 where a code is seen, bool [L] where one is asked, mask ratios [t]) of a clip.
+        """Return (ids [L], supervised [L], mask ratios [t]) of a clip.
 
-        Of one that was cut, the row of the whole clip up to there.
+        `ids` has code 0 at each visible code, because the codes are not known yet. `supervised` is
+        True at each masked code. The row of a shortened clip is the beginning of the row of the
+        whole clip, with the same masks.
         """
         masking, config = self.settings.masking, self.config
         seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
@@ -347,12 +368,19 @@ class ArdfTask(VideoTask):
 
 
 def ratio_bins(ratios: Tensor) -> Tensor:
-    """Ratios in [0, 1] -> 0 to 9, the tenth that each is in; a ratio on an edge belongs to the tenth above, and 1 to the last."""
-    return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # a float32 0.7 is a little less than 0.7
+    """Return the bin 0 to 9 of each ratio in [0, 1].
+
+    Bin i holds i / 10 <= ratio < (i + 1) / 10; the last bin also holds 1.
+    """
+    return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # 0.7 in float32 is slightly below 0.7
 
 
 def model_config(model: ModelSettings) -> LumosConfig:
-    """The config of the model that the settings name. UserError if they cannot work, or if folder and preset differ in shape."""
+    """Return the config of the model that the settings name.
+
+    Raises UserError if the settings are not valid, or if the model folder and the preset differ in
+    shape.
+    """
     _reject_unknown(model.overrides)
     try:
         preset = model.preset and LumosConfig.preset(model.preset, **model.overrides)
@@ -362,10 +390,10 @@ def model_config(model: ModelSettings) -> LumosConfig:
             raise UserError(f"model.from: {model.from_} is no model folder: it has no config.json")
         stored = read_config(Path(model.from_))
         config = LumosConfig.from_pretrained(model.from_, **model.overrides)
-        LumosConfig(**config.to_dict())  # overrides were not checked with the rest
+        LumosConfig(**config.to_dict())  # from_pretrained applies overrides without this check
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    except Exception as error:  # of whatever kind transformers makes of a value that it reads
+    except Exception as error:  # transformers raises many types of error for a bad value
         raise UserError(f"model.overrides: {shown(model.overrides)} cannot be used ({reason_of(error)})") from error
     for name in SHAPE if preset else ():
         found, wanted = getattr(stored, name), getattr(preset, name)
@@ -378,7 +406,7 @@ def model_config(model: ModelSettings) -> LumosConfig:
 
 
 def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
-    """UserError for clips that the model's sequences cannot hold."""
+    """Raise UserError for frame numbers or sizes of clips that the model does not support."""
     if (data.num_frames - 1) % config.temporal_compression:
         raise UserError(f"data.num_frames is {data.num_frames}; it must be 1 + a multiple of {config.temporal_compression}")
     for i, stage in enumerate(data.stages):
@@ -392,7 +420,10 @@ def check_clip_shape(config: LumosConfig, data: DataSettings) -> None:
 
 
 def _reject_unknown(overrides: dict[str, Any]) -> None:
-    """Transformers configs keep any keyword; an option that nothing reads must not pass silently."""
+    """Raise UserError for an unknown field.
+
+    The configs of transformers accept any keyword, so a misspelled field would have no effect.
+    """
     known = set(LumosConfig().to_dict())
     for key in overrides:
         if key not in known:
@@ -401,21 +432,25 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class UnencodedBatch:
-    """A Batch whose clips are not encoded yet: all that can be done in any process, without a model.
+    """A batch whose clips are not encoded yet. Any process can make it without the tokenizer.
 
-    `ids` [B, L] has code 0 wherever a code is to be seen, `codes_at` bool [B, L] says where codes belong, `asked` which of them
-    are supervised; `clips` are uint8 [B, T, H, W, 3], or codes already, int64 of all rows in a row.
+    clips            uint8 frames [B, T, H, W, 3]; or int64 codes of all clips in one dimension, if
+                     the source holds codes
+    ids              [B, L]; each visible code has the placeholder code 0
+    codes_at         bool [B, L], True where the sequence holds a code, visible or masked
+    supervised_at    bool [B, L], True at the masked codes, which have a loss
+    batch            the batch, whose tensors still lack input_ids and targets
     """
 
     clips: Tensor
     ids: Tensor
     codes_at: Tensor
-    asked: Tensor
-    batch: Batch  # its tensors still lack input_ids and targets
+    supervised_at: Tensor
+    batch: Batch
 
 
 def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:
-    """The model of these whole weights, by name, in a number format."""
+    """Return a model with the given weights, complete and by name, in the number format `dtype`."""
     with torch.device("meta"):
         model = LumosForVideoGeneration(config)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)

@@ -1,18 +1,19 @@
-"""The memory of a training step, by arithmetic alone.
+"""An estimate of the memory and the FLOPs of a training step, by arithmetic alone.
 
-Nothing is allocated: the model is built on the meta device, sequences are layouts without ids. All memory is in bytes for
-one process (one GPU).
+Nothing is allocated: the model is built on the meta device, and sequences are layouts without ids. All
+memory is in bytes of one process (one GPU).
 
-Memory is looked at in four moments of a step; the worst of them is the plan's answer, so its parts add up to its total:
+Memory is estimated at four moments of a step. The estimate of the step is the moment with the most memory,
+so that its parts add up to its total:
 
-    start     every process holds the whole model in float32 before DeepSpeed takes its share
-    loss      all layers have kept what their backward pass needs, and the head makes its gradient
-    backward  the last layer's backward pass, the widest place
-    update    all activations are gone, all gradients are there
+    start     every process holds the whole model in float32, before DeepSpeed shards it
+    loss      all layers have saved what their backward pass needs, and the head computes its gradient
+    backward  the backward pass of the last layer, which has the most activations and gradients of activations
+    update    all activations are freed, and all gradients exist
 
-tests/planning/test_planning.py holds this against the measured memory of real steps on a CPU, and
-tests/training/test_deepspeed.py what two processes hold between steps in ZeRO 1 to 3. What DeepSpeed takes
-beyond that, such as buckets on a GPU, follows from its code.
+tests/planning/test_planning.py compares the estimate with the measured memory of real steps on a CPU.
+tests/training/test_deepspeed.py compares it with the memory of two processes between steps in ZeRO 1 to 3.
+Other memory of DeepSpeed, for example its buckets on a GPU, follows from its code.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from lumos.training.settings import LoraSettings
 
 @dataclass(frozen=True)
 class LumosTrainingCost:
-    """The cost of training a decoder; see `lumos.planning.cost.TrainingCost` for what its members mean.
+    """The cost of training a decoder; `lumos.planning.cost.TrainingCost` describes the members.
 
-    With `lora` only adapters are trained; `parameters` counts theirs too.
+    With `lora` only the adapters are trained; their parameters are part of `parameters`.
     """
 
     config: LumosConfig
@@ -52,6 +53,7 @@ class LumosTrainingCost:
 
     @classmethod
     def of(cls, config: LumosConfig, lora: LoraSettings | None = None, **more: Any) -> LumosTrainingCost:
+        """Return the cost for a config, with the parameters counted; `more` sets other fields."""
         adapters = adapter_weights(config, lora.rank, lora.targets) if lora else 0
         return cls(config, parameter_count(meta_model(config)) + adapters, lora, **more)
 
@@ -101,14 +103,14 @@ class LumosTrainingCost:
         return training_flops(self.config, sequence, supervised, self.trained if self.lora else None)
 
     def recomputed_flops(self, sequence: Layout) -> float:
-        return sequence.length * layer_flops_per_token(self.config, 0)  # kernels of attention are not repeated
+        return sequence.length * layer_flops_per_token(self.config, 0)  # attention is not recomputed
 
     def memory_moments(self, sharding: Sharding, rows: int, sequence: Layout) -> dict[str, dict[str, int]]:
         return memory_moments(self, sharding, rows, sequence)
 
 
 def _shapes(config: LumosConfig) -> Counter[tuple[int, int]]:
-    """(rows, columns) -> weights of that shape in a layer."""
+    """Return {(rows, columns): weights of all matrices of this shape in a layer}."""
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     matrices = [(c, c), (c, c), (kv, c), (kv, c), (f, c), (f, c), (c, f)]
     counts: Counter[tuple[int, int]] = Counter()
@@ -118,13 +120,13 @@ def _shapes(config: LumosConfig) -> Counter[tuple[int, int]]:
 
 
 def meta_model(config: LumosConfig) -> LumosForVideoGeneration:
-    """The model without weights, for its sizes."""
+    """Return the model on the meta device, for its sizes."""
     with torch.device("meta"):
         return LumosForVideoGeneration(config)
 
 
 def sequence_layout(config: LumosConfig, text_tokens: int, t: int, height: int, width: int) -> Layout:
-    """The layout of `t` latent frames of height x width pixels behind a prompt of `text_tokens`."""
+    """Return the layout of `t` latent frames of height x width pixels after a prompt of `text_tokens` tokens."""
     rows, cols = height // config.spatial_compression, width // config.spatial_compression
     frames, at = [], text_tokens + 5  # bos, sep, video_start, duration, fps
     for _ in range(t):
@@ -134,13 +136,15 @@ def sequence_layout(config: LumosConfig, text_tokens: int, t: int, height: int, 
 
 
 def code_count(layout: Layout) -> int:
+    """Return the number of codes in all frames of a layout."""
     return sum(frame.rows * frame.cols for frame in layout.frames)
 
 
 def norm_bytes(config: LumosConfig, sharding: Sharding, is_frozen: bool = False) -> int:
-    """What one RMSNorm keeps for its backward pass, of one token.
+    """Return the bytes that one RMSNorm saves for its backward pass, per token.
 
-    Its input; the CPU, without a fused kernel, keeps that in float32, and divided by its rms for the gradient of the weight.
+    On a GPU it saves its input. On a CPU there is no fused kernel: the input is saved in float32, and again
+    divided by its rms, unless the weight is frozen and needs no gradient.
     """
     if sharding.on_gpu:
         return config.hidden_size * sharding.residual
@@ -148,42 +152,51 @@ def norm_bytes(config: LumosConfig, sharding: Sharding, is_frozen: bool = False)
 
 
 def layer_bytes(config: LumosConfig, sharding: Sharding) -> int:
-    """What one layer keeps for its backward pass, of one token; lumos/models/lumos1/modeling.py from top to bottom."""
+    """Return the bytes that one layer saves for its backward pass, per token.
+
+    The terms follow the forward pass of `DecoderLayer`.
+    """
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     s = sharding.product
     norms = 2 * norm_bytes(config, sharding)
-    normed = 2 * c * s  # input of q, k, v and that of gate, up
-    raw = (c + kv) * (4 if sharding.autocast and sharding.on_gpu else s)  # q, k before their norm, by CUDA's autocast in float32
+    normed = 2 * c * s  # inputs of q, k, v and of gate, up
+    raw = (c + kv) * (4 if sharding.autocast and sharding.on_gpu else s)  # q, k before QK-norm; CUDA's autocast uses float32
     attention = (c + 2 * kv) * s  # rotated q and k, and v
-    attention += 2 * c * s  # what it gives, by segment and joined for o_proj
-    statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and attention's normalisers
-    gated = 3 * f * s  # gate, up, and down_proj's input
+    attention += 2 * c * s  # the output of each segment, and all of them joined as the input of o_proj
+    statistics = 4 * (2 + 2 * (heads + kv_heads) + heads)  # of the norms, and the normalisers of the softmax
+    gated = 3 * f * s  # gate, up, and the input of down_proj
     return norms + normed + raw + attention + statistics + gated
 
 
 def adapter_bytes(config: LumosConfig, sharding: Sharding, lora: LoraSettings) -> int:
-    """How much more or less than `layer_bytes` that is with adapters: a frozen matrix keeps no input, an adapter its own."""
+    """Return the bytes to add to `layer_bytes` for a layer with adapters; the number may be negative.
+
+    A frozen matrix saves no input. Each adapter saves its own.
+    """
     s = sharding.product
     more = 2 * (norm_bytes(config, sharding, is_frozen=True) - norm_bytes(config, sharding))
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
-        kept = adapted if sharding.autocast or lora.dropout else min(1, adapted)  # its own after a cast or dropout
+        kept = adapted if sharding.autocast or lora.dropout else min(1, adapted)  # a cast or dropout gives each adapter its own
         more += (kept - 1) * width * s
         more += adapted * lora.rank * s
         if lora.dropout:
-            more += adapted * width * (1 if sharding.on_gpu else 4 if sharding.autocast else s)  # masks: bytes, or factors
+            more += adapted * width * (1 if sharding.on_gpu else 4 if sharding.autocast else s)  # dropout masks: bytes, or factors
     return more
 
 
-def kept_bytes(config: LumosConfig, sharding: Sharding) -> int:
-    """The same under activation checkpointing: a layer's input and what attention gave."""
+def checkpointed_bytes(config: LumosConfig, sharding: Sharding) -> int:
+    """Return the bytes that one layer saves with activation checkpointing, per token: its input and the attention output."""
     return config.hidden_size * (sharding.residual + sharding.product) + 4 * config.num_attention_heads
 
 
 def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
-    """Moment -> part -> bytes on the device of one process, for micro-batches of `rows` sequences."""
+    """Return {moment: {part: bytes}} on the device of one process, for micro-batches of `rows` sequences.
+
+    The moments are those of the module's docstring, the parts those of `lumos.planning.sharding.PARTS`.
+    """
     config, lora, parameters = model.config, model.lora, model.parameters
     width, embedding = config.hidden_size, model.largest_parameter
     tokens, asked = rows * layout.length, rows * code_count(layout)
@@ -192,35 +205,39 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
 
     fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(model, sharding)
     all_gradients, fixed["gradients"] = fixed["gradients"], 0
-    # ZeRO-3 always holds its share's; ZeRO-1 with bf16 weights always all.
+    # At all times ZeRO-3 holds the gradients of its shard, and ZeRO-1 with bf16 weights those of all parameters.
     always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
     earlier = all_gradients if sharding.accumulates or always else 0
-    # The head's gradient is made first and the embedding's last, whole in every stage.
+    # Head and embedding are the largest parameters. The head gets its gradient first, the embedding last, and
+    # every ZeRO stage allocates such a gradient whole before it is sharded.
     largest = 0 if lora else stored * embedding
     after = all_gradients + (largest if sharding.accumulates or sharding.stage else 0)
 
     per_layer, layers = tokens * layer_bytes(config, sharding), config.num_hidden_layers
     if lora:
         per_layer += tokens * adapter_bytes(config, sharding, lora)
-    kept = layers * (tokens * kept_bytes(config, sharding) if sharding.checkpointing else per_layer)
+    kept = layers * (tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else per_layer)
     kept += tokens * 2 * config.head_dim * stored  # rotary tables
     last_norm = tokens * norm_bytes(config, sharding, is_frozen=lora is not None)
-    # Gradients of gate, up and their product, for which down_proj's input has gone, and of what comes from and goes to the sums.
+    # In the backward pass of a layer the widest tensors are the gradients of gate, of up and of their product.
+    # The gradient of the product takes the place of the input of down_proj, which is freed, if it was saved. In
+    # addition there are the gradients of the residual stream before and after the layer.
     keeps_product = lora is None or "down_proj" in lora.targets
     piece = min(tokens, mlp_piece(tokens, with_gradients=True))
     widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
-    widest += per_layer - tokens * kept_bytes(config, sharding) if sharding.checkpointing else 0
+    widest += per_layer - tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
-    casts = (6 if asked == chunk else 10) if sharding.half else 0  # to float32 and back; a second chunk meets those of the first
-    logits = chunk * config.visual_token_count * (compute + 4 + casts)  # with the product and log p
+    # Casts to float32 and back. With several chunks, those of one chunk still exist when the next begins.
+    casts = (6 if asked == chunk else 10) if sharding.half else 0
+    logits = chunk * config.visual_token_count * (compute + 4 + casts)  # the matrix product, log p and casts
     logits += asked * width * 2 * compute + tokens * width * compute  # selected states, their gradient, all states
-    if sharding.half and not lora:  # gradient of the visual rows in float32, and a chunk's share of it
+    if sharding.half and not lora:  # gradient of the visual rows in float32, and the part of one chunk in bf16
         logits += config.visual_token_count * width * (4 + 2)
-    if sharding.autocast:  # the rows cast
+    if sharding.autocast:  # the visual rows as bf16
         logits += config.visual_token_count * width * 2
 
-    # Muon's updates, copies of them and of their products, bf16 on a GPU; their gradients go.
+    # Muon's updates, with copies of them and of their products, in bf16 on a GPU. The gradients of the updated matrices are freed.
     working = model.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
 
     def at(**parts: int) -> dict[str, int]:
@@ -235,14 +252,21 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
 
 
 def mean_mask_ratio(masking: MaskingSettings, t: int) -> float:
-    """Mean of max(min_ratio, cos(pi u / 2)) over u in [0, 1): 0.80 for 0.7. Tube decay goes on to 1 at the last frame."""
+    """Return the mean mask ratio of a clip of `t` latent frames.
+
+    It is the mean of max(min_ratio, cos(pi u / 2)) over u in [0, 1), for example 0.80 for min_ratio 0.7.
+    With "tube_decay" the ratio grows linearly from there to 1 at the last frame.
+    """
     turn = math.acos(masking.min_ratio) * 2 / math.pi
     mean = 2 / math.pi * math.sin(math.pi / 2 * turn) + (1 - turn) * masking.min_ratio
     return (mean + 1) / 2 if masking.kind == "tube_decay" and t > 1 else mean
 
 
 def planned_config(settings: LumosTrainingSettings) -> tuple[LumosConfig, str | None]:
-    """The model's config, and what was assumed of it: a folder in model.from that is not there yet has the preset's shape."""
+    """Return the config of the model, and a sentence about an assumption, or None.
+
+    If the folder model.from does not exist yet, the model is assumed to have the sizes of model.preset.
+    """
     model = settings.model
     if model.from_ is None or model.preset is None or (Path(model.from_) / "config.json").is_file():
         return model_config(model), None
@@ -250,7 +274,7 @@ def planned_config(settings: LumosTrainingSettings) -> tuple[LumosConfig, str | 
 
 
 def training_cost(settings: LumosTrainingSettings, text_tokens: int) -> LumosTrainingCost:
-    """The cost of the training that these settings describe. UserError for settings that cannot work."""
+    """Return the cost of the training run of these settings. Raises UserError for settings that cannot work."""
     config, about_model = planned_config(settings)
     check_clip_shape(config, settings.data)
     return LumosTrainingCost.of(

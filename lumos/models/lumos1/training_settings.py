@@ -1,4 +1,7 @@
-"""Settings of a training of Lumos-1: the shared ones, with the masks of AR-DF."""
+"""Settings of a training run of Lumos-1: the shared settings, and the masks of AR-DF.
+
+AR-DF (autoregressive discrete diffusion forcing) is the training objective of Lumos-1.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,24 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 @dataclass
 class MaskingSettings:
     kind: str = setting("tube", "mask pattern (published: tube)", choices=MASK_KINDS)
-    min_ratio: float = setting(0.7, "lowest share of masked tokens in a clip (published 0.7)", low=0, high=1)
-    text_dropout: float = setting(0.1, "share of samples without their text, for guidance (published 0.1)", low=0, high=1)
+    min_ratio: float = setting(0.7, "lowest share of masked codes in a clip (published 0.7)", low=0, high=1)
+    text_dropout: float = setting(
+        0.1, "share of clips that are trained without their text, for guidance (published 0.1)", low=0, high=1
+    )
 
 
 @dataclass
 class LumosLoraSettings(LoraSettings):
-    targets: list[str] = setting(list(LORA_TARGETS), "projections of every layer that get adapters")
+    targets: list[str] = setting(list(LORA_TARGETS), "linear projections of every layer that get adapters")
 
 
 @dataclass
 class LumosOptimizationSettings(OptimizationSettings):
     attention: str | None = setting(
         None,
-        "how the run attends: segmented (a GPU wants few and long segments), dense (short clips: memory "
-        "grows with the square of the length), flex (CUDA only, "
-        "compiled for each length: set data.pad_to); null: as the model's config says",
+        "attention implementation of the run: segmented (on a GPU fast with few and long segments), dense (for short clips: memory "
+        "grows with the square of the length), flex (CUDA only; compiled for each length, so set data.pad_to); null: that of the "
+        "model's config",
         choices=(None, *ATTENTION_IMPLEMENTATIONS),
     )
 
@@ -42,5 +47,5 @@ class LumosTrainingSettings(TrainingSettings):
     sampling = GenerationSettings
 
     lora: LumosLoraSettings = setting(LumosLoraSettings, "fine-tuning by low-rank adapters")
-    masking: MaskingSettings = setting(MaskingSettings, "which tokens the model must fill in")
-    training: LumosOptimizationSettings = setting(LumosOptimizationSettings, "how it is trained")
+    masking: MaskingSettings = setting(MaskingSettings, "which codes are masked for the model to predict")
+    training: LumosOptimizationSettings = setting(LumosOptimizationSettings, "optimizer, batches, checkpoints and devices")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lumos.data.curriculum import StepShape
 from lumos.data.synthetic.render import Worlds
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.textures import recoloured, texture
@@ -100,13 +101,14 @@ def to_video(clips: Sequence[np.ndarray]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One training step's data: clips and pictures, both uint8 [B, T, H, W, 3], and which of them are drawn worlds."""
+class DrawnClips:
+    """A step's clips and pictures, or some of them, both uint8 [B, T, H, W, 3], and which of them are drawn worlds."""
 
     clips: Tensor
     clip_is_world: Tensor  # bool [B]
     pictures: Tensor  # T = 1
     picture_is_world: Tensor  # bool [B]
+    step: int
 
     def videos(self, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
         """(clips, which are worlds) and, if there are any, the same of the pictures: [B, 3, T, H, W] in [-1, 1] on a device."""
@@ -126,11 +128,16 @@ class TrainingClips:
         self.share_textures, self.recolour = share_textures, recolour
         self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
         self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
+        self.most_codes: dict[str, int] = {}  # steps count clips, not codes
         self.photographs: list[Image.Image] = []
         self.films: list[np.ndarray] = []
         self.real_names: list[str] = []
         if share_worlds < 1:
             self._read_real(film_sources)
+
+    def clips_in(self, shape: StepShape) -> int:
+        """Clips and pictures of a step, over all processes."""
+        return self.batch_size + self.pictures_per_batch
 
     def _read_real(self, film_sources: Sequence[str]) -> None:
         paths = photographs()
@@ -143,25 +150,35 @@ class TrainingClips:
                 "no photographs or films found: install scikit-image, name films, or set share_worlds=1 or share_textures=1"
             )
 
-    def batch(self, step: int) -> Batch:
-        """The data of step number `step`."""
+    def batch(self, step: int, positions: range | None = None) -> DrawnClips:
+        """The data of step number `step`; of `positions` among its clips and then its pictures, if they are given.
+
+        One generator draws all of a step's data in turn, so what is not of `positions` is passed over, not left out: only
+        worlds, which have generators of their own, cost nothing then.
+        """
+        count = self.batch_size + self.pictures_per_batch
+        positions = range(count) if positions is None else positions
         rng = np.random.default_rng([self.seed, step])
-        clips, clip_is_world = [], []
-        for slot in range(self.batch_size):
-            clip_is_world.append(bool(rng.random() < self.share_worlds))
-            clips.append(self._world(step, slot) if clip_is_world[-1] else self._real_clip(rng))
-        pictures, picture_is_world = [], []
-        for slot in range(self.pictures_per_batch):
-            picture_is_world.append(bool(rng.random() < self.share_worlds))
-            if picture_is_world[-1]:
-                pictures.append(self._world(step, self.batch_size + slot)[rng.integers(self.num_frames), None])
+        drawn: list[tuple[np.ndarray, bool, bool]] = []  # frames, whether they are a picture, whether they are a world
+        for position in range(count):
+            is_picture, is_world = position >= self.batch_size, bool(rng.random() < self.share_worlds)
+            if is_world:
+                frame = rng.integers(self.num_frames) if is_picture else None
+                frames = self._world(step, position) if position in positions else None
+                frames = frames if frame is None or frames is None else frames[frame, None]
             else:
-                pictures.append(self._real_picture(rng))
-        empty = np.empty((0, 1, self.height, self.width, 3), np.uint8)
-        return Batch(
-            torch.from_numpy(np.stack(clips)), torch.tensor(clip_is_world),
-            torch.from_numpy(np.stack(pictures) if pictures else empty), torch.tensor(picture_is_world, dtype=torch.bool),
-        )  # fmt: skip
+                frames = self._real_picture(rng) if is_picture else self._real_clip(rng)
+            if position in positions:
+                drawn.append((frames, is_picture, is_world))
+        clips, pictures = ([(frames, world) for frames, picture, world in drawn if picture == wanted] for wanted in (False, True))
+        return DrawnClips(*self._stacked(clips, self.num_frames), *self._stacked(pictures, 1), step)
+
+    def _stacked(self, drawn: list[tuple[np.ndarray, bool]], num_frames: int) -> tuple[Tensor, Tensor]:
+        """Frames uint8 [B, T, H, W, 3], and bool [B] whether they are worlds."""
+        frames = np.empty((len(drawn), num_frames, self.height, self.width, 3), np.uint8)
+        for row, (made, _) in zip(frames, drawn, strict=True):
+            row[:] = made
+        return torch.from_numpy(frames), torch.tensor([world for _, world in drawn], dtype=torch.bool)
 
     def _world(self, step: int, slot: int) -> np.ndarray:
         return self.worlds[step * (self.batch_size + self.pictures_per_batch) + slot][0]

@@ -11,7 +11,7 @@ from micro import micro_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
-from lumos.models.lumos1.cache import KeptPrefix
+from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.engine import Engine, decide, draw_uniform, generate_frames
 from lumos.models.lumos1.masking import history_mask
 from lumos.models.lumos1.sequence import build_frames, build_prefix
@@ -30,11 +30,11 @@ def prefix(text, given=None):
     return ids if given is None else torch.cat([ids, build_frames(given, CONFIG).flatten()])
 
 
-def run(conditional, unconditional, seeds, new_frames=3, on_step=lambda *_: None, kept=None, **options):
+def run(conditional, unconditional, seeds, new_frames=3, on_step=lambda *_: None, prefix_cache=None, **options):
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, **options}
     frames = generate_frames(
         MODEL, conditional, unconditional, grid=GRID, new_frames=new_frames, settings=GenerationSettings(**options),
-        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, kept=kept,
+        generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, prefix_cache=prefix_cache,
     )  # fmt: skip
     return torch.stack(list(frames), dim=1)
 
@@ -186,13 +186,14 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
 
 
 def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
-    """A kept prefix gives the same codes; it is computed again for other ids and for changed weights."""
-    fed, forward, kept = [], MODEL.model.forward, KeptPrefix()
+    """A cached prefix gives the same codes; it is computed again for other ids and for changed weights."""
+    fed, forward, prefix_cache = [], MODEL.model.forward, PrefixCache()
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
 
     def prefilled(unconditional=None, **options):
         fed.clear()
-        codes = run([prefix([600]), prefix([601])], [prefix(unconditional)] * 2, [1, 2], new_frames=1, kept=kept, **options)
+        branches = [prefix([600]), prefix([601])], [prefix(unconditional)] * 2
+        codes = run(*branches, [1, 2], new_frames=1, prefix_cache=prefix_cache, **options)
         return codes, [tuple(ids.shape) for ids in fed[:-3]]
 
     length = len(prefix(None))
@@ -216,12 +217,12 @@ def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
 
 
 def test_a_prefix_of_weights_whose_changes_nobody_counts_is_not_kept():
-    kept, ids = KeptPrefix(), prefix(None)
+    prefix_cache, ids = PrefixCache(), prefix(None)
     with torch.inference_mode():
         uncounted = copy.deepcopy(MODEL)
     for model, found in ((MODEL, True), (uncounted, False)):
-        kept.save(model, ids, (ids, ids))
-        assert (kept.load(model, ids) is not None) == found
+        prefix_cache.save(model, ids, (ids, ids))
+        assert (prefix_cache.load(model, ids) is not None) == found
 
 
 def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lumos import LumosForVideoGeneration
 from lumos.models.lumos1.acceleration import compile_parts, use_int8_weights
-from lumos.models.lumos1.cache import KeptPrefix
+from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.engine import Engine, code_offsets
 from lumos.models.lumos1.sampling import guide
 from lumos.models.lumos1.sequence import Frame
@@ -103,10 +103,10 @@ def test_frames_enter_the_cache_in_every_way(model, trace, how):
 
 
 def test_a_prefix_that_was_kept(model, trace, monkeypatch):
-    kept, fed, forward = KeptPrefix(), [], model.model.forward
-    check(trace, model, kept=kept)
+    prefix_cache, fed, forward = PrefixCache(), [], model.model.forward
+    check(trace, model, prefix_cache=prefix_cache)
     monkeypatch.setattr(model.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
-    check(trace, model, kept=kept)
+    check(trace, model, prefix_cache=prefix_cache)
     assert len(fed) == 1 + len(trace.calls) - trace.commits  # one prefix, not two
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lumos.training.tokenizer.loop import TokenizerTrainingSettings
+from lumos.training.tokenizer.settings import TokenizerTrainingSettings
 
 MODEL = {
     "channels": 8,

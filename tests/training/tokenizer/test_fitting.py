@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lumos.errors import UserError
+from lumos.training.loop import Run
 from lumos.training.tokenizer.clips import TrainingClips
 from lumos.training.tokenizer.fitting import DifferenceFit
-from lumos.training.tokenizer.loop import TokenizerTrainingSettings, _Run, foreground_weight, train
+from lumos.training.tokenizer.settings import TokenizerTrainingSettings
+from lumos.training.tokenizer.task import foreground_weight, train
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer.resizing import BANDS, double, halve, same_codes
 
@@ -86,7 +89,7 @@ def test_pictures_weigh_what_they_are_told(start):
 
 def test_a_fit_changes_the_differences_alone(start, tmp_path):
     start.save_pretrained(tmp_path / "start")
-    assert train(settings(tmp_path / "wide", tmp_path / "start"))["step"] == 0
+    assert train(settings(tmp_path / "wide", tmp_path / "start"))["steps"] == 0
     found = VideoTokenizer.from_pretrained(tmp_path / "wide")
     assert found.decoder.conv_out.conv3d.weight.unflatten(0, (64, BANDS, 3))[:, 1:].abs().max() > 1e-3
     assert same_codes(start, found)
@@ -98,16 +101,19 @@ def test_steps_after_a_fit_see_other_clips_and_go_on_after_a_stop(start, tmp_pat
     start.save_pretrained(tmp_path / "start")
     more = {"steps": 4, "warmup_steps": 1, "ema_decay": 0.5}
     train(settings(tmp_path / "whole", tmp_path / "start", **more))
-    seen, draw, step = [], _Run._batch, _Run._one_step
-    monkeypatch.setattr(_Run, "_batch", lambda run, number: seen.append(number) or draw(run, number))
+    seen, draw, step = [], TrainingClips.batch, Run._train_step
+    monkeypatch.setattr(TrainingClips, "batch", lambda clips, number, *at: seen.append(number) or draw(clips, number, *at))
 
-    def stop_after_two(run, *args):
-        step(run, *args)
-        run.stop_requested = run.step == 2
+    def stop_in_two(run, *args):
+        if run.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, *args)
 
-    monkeypatch.setattr(_Run, "_one_step", stop_after_two)
-    assert train(settings(tmp_path / "parts", tmp_path / "start", **more)) == {"finished": False, "step": 2}
-    assert train(settings(tmp_path / "parts", tmp_path / "start", **more))["finished"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_train_step", stop_in_two)
+        stopped = train(settings(tmp_path / "parts", tmp_path / "start", **more))
+    assert (stopped["steps"], stopped["stopped_by"], stopped["export"]) == (3, "SIGTERM", None)
+    assert train(settings(tmp_path / "parts", tmp_path / "start", **more))["steps"] == 4
     assert seen == [4, 5, 6, 7, 0, 1, 2, 3]
     whole, parts = (VideoTokenizer.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
@@ -117,10 +123,11 @@ def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch
     """max_minutes is that of the steps: a long fit before them takes nothing of their warm-up."""
     start.save_pretrained(tmp_path / "start")
     clock, add = [0.0], DifferenceFit.add
-    monkeypatch.setattr("lumos.training.tokenizer.loop.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lumos.training.loop.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(DifferenceFit, "add", lambda *given: (clock.append(clock.pop() + 600.0), add(*given)))
     done = train(settings(tmp_path / "wide", tmp_path / "start", steps=3, warmup_steps=1, max_minutes=5.0))
-    assert (done["finished"], done["step"], done["minutes"]) == (True, 3, 80.0)
+    record = json.loads((tmp_path / "wide" / "video_tokenizer" / "training.json").read_text())
+    assert (done["steps"], record["metrics"]["minutes"]) == (3, 80.0)
 
 
 def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_again(start, tmp_path, monkeypatch):
@@ -133,11 +140,14 @@ def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_agai
 
     with monkeypatch.context() as patched:
         patched.setattr(DifferenceFit, "add", stopped)
-        assert train(settings(tmp_path / "wide", tmp_path / "start")) == {"finished": False, "step": 0}
+        stopped = train(settings(tmp_path / "wide", tmp_path / "start"))
+    assert (stopped["steps"], stopped["stopped_by"], stopped["checkpoint"], stopped["export"]) == (0, "SIGTERM", None, None)
+    assert not (tmp_path / "wide" / "checkpoints").exists()
     assert not (tmp_path / "wide" / "video_tokenizer").exists()
-    assert train(settings(tmp_path / "wide", tmp_path / "start"))["finished"]
+    first = train(settings(tmp_path / "wide", tmp_path / "start"))
     monkeypatch.setattr(DifferenceFit, "add", None)
-    assert train(settings(tmp_path / "wide", tmp_path / "start"))["finished"]
+    again = train(settings(tmp_path / "wide", tmp_path / "start"))
+    assert first["psnr_worlds"] == again["psnr_worlds"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_agai
         ({"model": WIDE | {"patch_method": "rearrange"}}, "allowed is 0 without .*patch_method=haar"),
         ({"max_minutes": 1.0}, "max_minutes 1.0 is not possible: allowed is null with steps 0"),
         ({"model": WIDE | {"pointwise_ends": False}}, "allowed is 0 without start_from"),
-        ({"fit_batches": -1}, "fit_batches -1 is not possible: allowed is 0 or more"),
+        ({"fit_batches": -1}, "fit_batches is -1; it must be a finite number of 0 or more"),
         ({"fit_batches": 0}, "steps 0 is not possible: allowed is 1 or more, or 0 with fit_batches"),
     ],
 )

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_training import MODEL, log_lines, small
 
+from lumos.cli import main
+from lumos.data.curriculum import StepShape
 from lumos.data.synthetic.render import Worlds
 from lumos.errors import RunError, UserError
+from lumos.training.engine import make_optimizer, set_learning_rate
+from lumos.training.loop import Run
 from lumos.training.schedule import learning_rate
-from lumos.training.tokenizer import loop as tokenizer_training
 from lumos.training.tokenizer.clips import TrainingClips, films, held_out_photographs, held_out_worlds, photographs, to_video
-from lumos.training.tokenizer.loop import _Optimizer, foreground_weight, train, validate
+from lumos.training.tokenizer.settings import loop_settings
+from lumos.training.tokenizer.task import TokenizerTask, foreground_weight, train
 from lumos.video.io import write_video
 from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer.resizing import double, same_codes
@@ -29,16 +32,22 @@ from tokenizer.resizing import double, same_codes
 
 def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
     metrics = train(small(tmp_path, steps=40, log_every=5, validate_every=20))
-    losses = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
+    losses = losses_of(tmp_path)
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
-    assert metrics["finished"]
+    assert metrics["steps"] == 40
     assert metrics["psnr_worlds"] > 5
+    measured = [line for line in log_lines(tmp_path) if "psnr_worlds" in line and "event" not in line]
+    assert {line["step"] for line in measured} == {20, 40}
+    assert all(0 < line["codes_used"] <= 1 < line["psnr_photographs"] for line in measured)
     folder = tmp_path / "video_tokenizer"
     record = json.loads((folder / "training.json").read_text())
     assert record["settings"]["lr"] == 3e-3
     assert record["metrics"]["psnr_worlds"] == metrics["psnr_worlds"]
+    assert record["metrics"]["finished"]
+    assert record["metrics"]["step"] == 40
     model = VideoTokenizer.from_pretrained(folder)
-    assert model.num_codes == metrics["codes"] == 100
+    assert model.num_codes == record["metrics"]["codes"] == 100
+    assert record["metrics"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert (tmp_path / "samples" / "worlds-000020.png").is_file()
 
 
@@ -47,28 +56,108 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     changes = {"ema_decay": ema_decay, "muon_lr": muon_lr, "model": MODEL | {"dropout": 0.1}, "export_dtype": "float32"}
     train(small(tmp_path / "whole", **changes))
 
-    calls = []
-    loss_of = tokenizer_training.batch_loss
-
-    def kill_in_step_three(*args):
-        calls.append(None)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss_of(*args)
-
-    monkeypatch.setattr(tokenizer_training, "batch_loss", kill_in_step_three)
-    assert train(small(tmp_path / "killed", **changes)) == {"finished": False, "step": 3}
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        assert stopped_after(train(small(tmp_path / "killed", **changes))) == 3
     assert not (tmp_path / "killed" / "video_tokenizer").exists()
-    metrics = train(small(tmp_path / "killed", **changes))
-    assert len(calls) == 6
-    assert metrics["step"] == 6
+    assert train(small(tmp_path / "killed", **changes))["steps"] == 6
 
     whole, killed = (
         VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer").state_dict() for name in ("whole", "killed")
     )
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    logs = [[(line["step"], line.get("loss")) for line in log_lines(tmp_path / name)] for name in ("whole", "killed")]
-    assert logs[0] == logs[1]
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("muon_lr", "ema_decay", "micro_batch_size"), [(0.0, 0.9, None), (0.02, 0.9, None), (0.02, 0.0, 2)])
+def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_batch_size):
+    """Worlds, textures and photographs, clips and pictures; with gradients that are clipped and weights that decay."""
+    settings = small(
+        tmp_path, muon_lr=muon_lr, ema_decay=ema_decay, micro_batch_size=micro_batch_size, batch_size=3, pictures_per_batch=2,
+        share_worlds=0.5, share_textures=0.5, recolour=True, log_every=1, weight_decay=0.1, steps=5, export_dtype="float32",
+        picture_weight=0.7, validation_clips=1,
+    )  # fmt: skip
+    train(settings)
+    losses, weights = plain_training(settings)
+    assert losses_of(tmp_path) == pytest.approx(losses, rel=1e-4)
+    exported = VideoTokenizer.from_pretrained(tmp_path).state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(exported[name], weight, rtol=1e-2, atol=1e-3)
+
+
+def plain_training(settings) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """One process trains on whole batches, an update at a time, by the rules alone: (losses, averaged weights if there are any)."""
+    torch.manual_seed(settings.seed)
+    model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).train()
+    parameters = dict(model.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    clips = TrainingClips(
+        seed=settings.seed, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+        batch_size=settings.batch_size, pictures_per_batch=settings.pictures_per_batch, share_worlds=settings.share_worlds,
+        film_sources=settings.films, share_textures=settings.share_textures, recolour=settings.recolour,
+    )  # fmt: skip
+    losses = []
+    for step in range(settings.steps):
+        loss = 0.0
+        for weight, (video, is_world) in zip((1.0, settings.picture_weight), clips.batch(step).videos("cpu"), strict=True):
+            values, _ = model.quantize(model.encode_latent(video))
+            error = model.decode_latent(values) - video
+            weights = foreground_weight(video, is_world, settings.foreground_weight)
+            loss = loss + weight * (weights * (settings.l1_weight * error.abs() + settings.mse_weight * error.square())).mean()
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients.values()))
+        limits = {"lr": settings.lr, "min_lr": settings.min_lr, "warmup_steps": settings.warmup_steps, "max_steps": settings.steps}
+        share = learning_rate(step, **limits) / settings.lr
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                gradient, p = gradient * min(1.0, settings.max_grad_norm / (float(norm) + 1e-6)), parameters[name]
+                is_matrix = p.dim() > 1
+                if settings.muon_lr and is_matrix:
+                    lr = settings.muon_lr * share
+                    first[name] = 0.95 * first[name] + 0.05 * gradient
+                    x = (0.05 * gradient + 0.95 * first[name]).view(len(p), -1)
+                    x, largest = x / (x.norm() + 1e-7), max(x.shape)
+                    for _ in range(5):
+                        square = x @ x.T
+                        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                    p.mul_(1 - lr * settings.weight_decay).sub_(lr * 0.2 * largest**0.5 * x.view_as(p))
+                    continue
+                lr, (beta1, beta2) = settings.lr * share, settings.betas
+                first[name] = beta1 * first[name] + (1 - beta1) * gradient
+                second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
+                ahead = first[name] / (1 - beta1 ** (step + 1))
+                spread = (second[name] / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
+                p.mul_(1 - lr * settings.weight_decay * is_matrix).sub_(lr * ahead / spread)
+            decay = min(settings.ema_decay, (2 + step) / (11 + step))
+            for name, p in parameters.items():
+                average[name] = decay * average[name] + (1 - decay) * p if settings.ema_decay else p.detach()
+    return losses, average
+
+
+def losses_of(folder) -> list[float]:
+    return [line["loss"] for line in log_lines(folder) if "loss" in line and "event" not in line]
+
+
+def stop_in_step(patch, step: int) -> None:
+    """SIGTERM while the step of this number (the first is 0) goes on before its own look at signals: it is the last."""
+    train_step = Run._train_step
+
+    def told(run: Run, batch, stop, due):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run, batch, stop or run.step == step, due)
+
+    patch.setattr(Run, "_train_step", told)
+
+
+def stopped_after(summary: dict) -> int:
+    assert (summary["stopped_by"], summary["export"]) == ("SIGTERM", None)
+    return summary["steps"]
 
 
 def test_a_run_with_other_settings_does_not_go_on(tmp_path):
@@ -90,30 +179,47 @@ def rewrite_state(folder, change) -> None:
 def test_a_setting_that_is_newer_than_the_checkpoint_was_as_usual(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
-    rewrite_state(folder, lambda state: [state["settings"].pop(newer) for newer in ("train_encoder", "films", "betas")])
-    assert train(small(tmp_path, steps=2))["finished"]
+    rewrite_state(folder, lambda state: [state["identity"].pop(newer) for newer in ("train_encoder", "films", "betas")])
+    assert train(small(tmp_path, steps=2))["export"]
+    with pytest.raises(UserError, match=r"of another run: betas was \[0\.9, 0\.99\], now \[0\.8, 0\.99\]; name another output_dir"):
+        train(small(tmp_path, steps=2, betas=[0.8, 0.99]))
 
 
-def test_a_run_with_another_number_of_processes_does_not_go_on(tmp_path):
+def test_a_checkpoint_of_the_earlier_loop_is_refused(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
-    rewrite_state(folder, lambda state: state.update(world=2))
-    with pytest.raises(UserError, match=r"made with 2 processes, this run has 1: start as many, or take another output_dir"):
+    def as_before(state):
+        kept = {key: state[key] for key in ("format", "step", "settings", "world", "files")}
+        state.clear()
+        state.update(kept | {"seconds": 1.0, "meters": {}, "fit_seconds": 0.0})
+
+    rewrite_state(folder, as_before)
+    with pytest.raises(UserError, match=r"step-00000002 was written by an earlier version.*; name another output_dir, or move"):
         train(small(tmp_path, steps=2))
 
 
-def optimizer_of(tmp_path, **changes) -> tuple[dict[str, torch.Tensor], _Optimizer]:
+def test_a_tokenizer_run_is_no_model_to_export(tmp_path, capsys):
+    train(small(tmp_path, steps=2))
+    for source in (tmp_path, tmp_path / "checkpoints" / "step-00000002"):
+        assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+        assert "step-00000002 is of a training of the video tokenizer" in capsys.readouterr().err
+
+
+def optimizer_of(tmp_path, **changes) -> tuple[dict[str, torch.Tensor], torch.optim.AdamW]:
     """The weights of a small tokenizer with random gradients, and their optimizer."""
     torch.manual_seed(0)
-    parameters = dict(VideoTokenizer(VideoTokenizerConfig.from_dict(MODEL)).named_parameters())
+    model = VideoTokenizer(VideoTokenizerConfig.from_dict(MODEL))
+    parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    return parameters, _Optimizer(parameters, small(tmp_path, lr=1e-3, **changes))
+    settings, cpu = loop_settings(small(tmp_path, lr=1e-3, **changes)), torch.device("cpu")
+    return parameters, make_optimizer(model, settings, cpu, TokenizerTask(settings, cpu).muon_matrices(model))
 
 
-def changes_of(parameters: dict[str, torch.Tensor], optimizer: _Optimizer, share: float) -> dict[str, torch.Tensor]:
+def changes_of(parameters: dict[str, torch.Tensor], optimizer: torch.optim.AdamW, share: float) -> dict[str, torch.Tensor]:
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer.step(share)
+    set_learning_rate(optimizer, 1e-3 * share)
+    optimizer.step()
     return {name: (parameter - before[name]).detach() for name, parameter in parameters.items()}
 
 
@@ -131,6 +237,8 @@ def test_muon_turns_the_convolutions_and_adamw_the_rest(tmp_path):
             assert 0.6 < values.median() <= values.max() < 1.3, name
         else:
             torch.testing.assert_close(change, -0.5e-3 * parameters[name].grad.sign(), rtol=1e-3, atol=1e-6)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
     assert not any(change.any() for change in changes_of(parameters, optimizer, share=0.0).values())
 
 
@@ -153,14 +261,17 @@ def test_only_matrices_decay(tmp_path, muon_lr, lr):
 
 def test_a_time_budget_ends_the_run(tmp_path):
     metrics = train(small(tmp_path, steps=100_000, max_minutes=0.01))
-    assert metrics["finished"]
-    assert 0 < metrics["step"] < 100_000
+    assert metrics["export"]
+    assert 0 < metrics["steps"] < 100_000
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_training, "batch_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(RunError, match=r"loss is nan at step 0"):
+    errors = TokenizerTask._errors
+    monkeypatch.setattr(TokenizerTask, "_errors", lambda *given: errors(*given) * float("nan"))
+    with pytest.raises(RunError, match=r"step 1: the loss is nan; the weights were not .*resume with a lower lr or max_grad_norm"):
         train(small(tmp_path))
+    (event,) = [line for line in log_lines(tmp_path) if line.get("event") == "not_finite"]
+    assert event["clips"] == ["step 0, clip", "step 0, clip", "step 0, picture"]
 
 
 @pytest.mark.parametrize("weight", [13, 13.0])
@@ -202,13 +313,27 @@ def test_batches_are_a_pure_function_of_the_step():
     again = clips_of().batch(7)
     assert later.clips.shape == (4, 5, 16, 24, 3)
     assert later.pictures.shape == (3, 1, 16, 24, 3)
-    assert all(torch.equal(a, b) for a, b in zip(vars(later).values(), vars(again).values(), strict=True))
+    assert later.step == again.step == 7
+    assert all(torch.equal(value, vars(again)[name]) for name, value in vars(later).items() if name != "step")
     assert not torch.equal(later.clips, clips.batch(8).clips)
     (videos, worlds), (pictures, _) = later.videos("cpu")
     assert torch.equal(videos, to_video(later.clips.numpy()))
     assert torch.equal(worlds, later.clip_is_world)
     assert pictures.shape == (3, 3, 1, 16, 24)
     assert -1 <= videos.min() < videos.max() <= 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_processes_share_a_step(world):
+    """What they have together is what one process has, in turn."""
+    clips = clips_of(share_textures=0.5, recolour=True)
+    whole = clips.batch(5)
+    parts = [clips.batch(5, range(rank, 7, world)) for rank in range(world)]
+    positions = [position for rank in range(world) for position in range(rank, 7, world)]
+    for name in ("clips", "clip_is_world", "pictures", "picture_is_world"):
+        first, count = (0, 4) if name.startswith("clip") else (4, 3)
+        order = [position - first for position in positions if first <= position < first + count]
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)[order]), name
 
 
 def test_worlds_and_real_material_are_mixed_as_told():
@@ -235,10 +360,10 @@ def test_sprites_are_trained_on_where_asked():
 
 def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(tmp_path):
     changes = {"worlds": {"kinds": ["sprites"]}, "steps": 2}
-    assert train(small(tmp_path, **changes))["finished"]
+    assert train(small(tmp_path, **changes))["export"]
     record = json.loads((tmp_path / "video_tokenizer" / "training.json").read_text())
     assert record["settings"]["worlds"] == {"kinds": ["sprites"]}
-    assert train(small(tmp_path, **changes))["step"] == 2
+    assert train(small(tmp_path, **changes))["steps"] == 2
     with pytest.raises(UserError, match=r"worlds was \{'kinds': \['sprites'\]\}, now \{\}"):
         train(small(tmp_path, steps=2))
 
@@ -278,33 +403,32 @@ def test_processes_draw_what_the_run_itself_would(tmp_path, monkeypatch):
     """Also after a signal to all of them."""
     changes = {"model": MODEL | {"dropout": 0.1}, "share_textures": 0.5, "recolour": True, "share_worlds": 0.5}
     train(small(tmp_path / "itself", **changes))
-    report = tokenizer_training._Run._one_step
+    report = Run._report
 
-    def signal_in_step_two(self, *args):
-        report(self, *args)
+    def signal_in_step_two(self):
+        report(self)
         if self.step == 2:
             for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
                 os.kill(process.pid, signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer_training._Run, "_one_step", signal_in_step_two)
-        assert train(small(tmp_path / "drawn", processes=2, **changes)) == {"finished": False, "step": 2}
+        patch.setattr(Run, "_report", signal_in_step_two)
+        assert stopped_after(train(small(tmp_path / "drawn", processes=2, **changes))) == 3
     assert not multiprocessing.active_children()
     train(small(tmp_path / "drawn", processes=1, **changes))
-    losses = [[(line["step"], line.get("loss")) for line in log_lines(tmp_path / name)] for name in ("itself", "drawn")]
-    assert losses[0] == losses[1]
+    assert losses_of(tmp_path / "itself") == losses_of(tmp_path / "drawn")
     assert not multiprocessing.active_children()
 
 
 def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
-    step = tokenizer_training._Run._one_step
+    report = Run._report
 
-    def kill(self, *args):
-        step(self, *args)
+    def kill(self):
+        report(self)
         for process in multiprocessing.active_children()[:1]:
             process.kill()
 
-    monkeypatch.setattr(tokenizer_training._Run, "_one_step", kill)
+    monkeypatch.setattr(Run, "_report", kill)
     with pytest.raises(RunError, match="a process that makes batches ahead was killed"):
         train(small(tmp_path, processes=2, steps=200))
     assert not multiprocessing.active_children()
@@ -322,7 +446,8 @@ def test_a_run_starts_from_another_one(tmp_path):
         VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer").state_dict() for name in ("first", "third")
     )
     model = VideoTokenizer.from_pretrained(folder).train().requires_grad_(True)
-    tokenizer_training.batch_loss(model, clips_of().batch(0), small(tmp_path), torch.device("cpu")).backward()
+    task = TokenizerTask(loop_settings(small(tmp_path)), torch.device("cpu"))
+    task.losses(model, task.batch(0, StepShape("video", 3), range(3)).whole)[0].sum().backward()
     # What attention asks with has no gradient where there is but one key, nor has what is the same for all keys.
     used = {name for name, parameter in model.named_parameters() if parameter.grad is not None and "attn" not in name}
     assert len(used) > 30
@@ -350,20 +475,15 @@ def test_a_run_for_twice_the_size_learns_what_is_sharp_and_keeps_the_codes(tmp_p
         "export_dtype": "float32",
     }
     trained = train(small(tmp_path / "wide", **wide))
-    before = validate(double(start), held_out_worlds(2, 5, 32, 32), torch.empty(0, 3, 1, 32, 32))[0]
+    before = TokenizerTask(loop_settings(small(tmp_path / "wide", **wide)), torch.device("cpu")).measure(double(start)).values
     assert trained["psnr_worlds"] > before["psnr_worlds"] + 0.1
     found = VideoTokenizer.from_pretrained(tmp_path / "wide")
     assert same_codes(start, found)
     assert found.decoder.conv_out.conv3d.weight.unflatten(0, (64, 4, 3))[:, 1:].abs().max() > 1e-3
 
-    one_step = tokenizer_training._Run._one_step
-
-    def stop_after_eleven(run, *args):
-        one_step(run, *args)
-        run.stop_requested = run.step == 11
-
-    monkeypatch.setattr(tokenizer_training._Run, "_one_step", stop_after_eleven)
-    assert train(small(tmp_path / "again", **wide)) == {"finished": False, "step": 11}
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 10)
+        assert stopped_after(train(small(tmp_path / "again", **wide))) == 11
     train(small(tmp_path / "again", **wide))
     again = VideoTokenizer.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in found.state_dict().items())
@@ -374,7 +494,7 @@ def test_an_encoder_stays_only_where_there_is_one_that_is_always_the_same(tmp_pa
     start = {"start_from": str(tmp_path / "first" / "video_tokenizer"), "model": MODEL | {"dropout": 0.1}}
     with pytest.raises(UserError, match=r"model.dropout 0.1 is not possible with train_encoder=false"):
         train(small(tmp_path / "second", train_encoder=False, **start))
-    assert train(small(tmp_path / "second", train_encoder=False, **(start | {"model": MODEL})))["finished"]
+    assert train(small(tmp_path / "second", train_encoder=False, **(start | {"model": MODEL})))["export"]
     assert same_codes(*(VideoTokenizer.from_pretrained(tmp_path / name / "video_tokenizer") for name in ("first", "second")))
     with pytest.raises(UserError, match="train_encoder False is not possible: allowed is true without start_from"):
         small(tmp_path, train_encoder=False)
@@ -391,27 +511,34 @@ def test_half_precision_trains_on_a_cpu_and_leaves_whole_weights(tmp_path, monke
 
     monkeypatch.setattr(VideoTokenizer, "decode_latent", watched)
     train(small(tmp_path, precision="bf16", steps=30, log_every=5, muon_lr=0.003))
-    losses = [line["loss"] for line in log_lines(tmp_path) if "loss" in line]
+    losses = losses_of(tmp_path)
     assert np.mean(losses[-2:]) < 0.8 * losses[0]
     assert torch.bfloat16 in formats
     (checkpoint,) = (tmp_path / "checkpoints").glob("step-*")
-    assert {tensor.dtype for tensor in load_file(checkpoint / "rank-0000.safetensors").values()} == {torch.float32}
+    tensors = load_file(checkpoint / "rank-0000.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.startswith("random.")} == {torch.float32}
+
+
+def test_weights_in_half_precision_need_a_gpu(tmp_path):
+    settings = loop_settings(small(tmp_path, precision="bf16", zero_stage=1))
+    with pytest.raises(UserError, match=r"zero_stage 1 keeps weights in bf16.*: take precision=fp32, or zero_stage=0"):
+        TokenizerTask(settings, torch.device("cpu"))
 
 
 def test_a_time_budget_compresses_the_schedule(tmp_path, monkeypatch):
     """A step takes 6 s of the minute: each of the ten has the learning rate of its tenth of all steps, also in two parts."""
-    clock, step = [0.0], tokenizer_training._Run._one_step
-    monkeypatch.setattr(tokenizer_training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    clock, step = [0.0], Run._train_step
+    monkeypatch.setattr("lumos.training.loop.time.monotonic", lambda: clock[0])
 
-    def slow(self, *args):
-        step(self, *args)
+    def slow(self, batch, stop, due):
+        told = step(self, batch, self.step == 3, due)
         clock[0] += 6
-        self.stop_requested = self.step == 4
+        return told
 
-    monkeypatch.setattr(tokenizer_training._Run, "_one_step", slow)
+    monkeypatch.setattr(Run, "_train_step", slow)
     changes = {"warmup_steps": 0, "log_every": 1}
     limited = small(tmp_path / "limited", steps=100_000, max_minutes=1.0, **changes)
-    assert not train(limited)["finished"]
-    assert train(limited)["step"] == 10
+    assert (train(limited)["export"], train(limited)["steps"]) == (None, 10)
     expected = [learning_rate(10_000 * k, lr=3e-3, min_lr=3e-5, max_steps=100_000, warmup_steps=0) for k in range(10)]
     assert [line["lr"] for line in log_lines(tmp_path / "limited") if "lr" in line] == pytest.approx(expected)
+    assert train(limited)["steps"] == 10

@@ -1,0 +1,297 @@
+"""How a video tokenizer is trained: `python -m lumos train-tokenizer --config configs/tokenizer/tiny.yaml steps=200`.
+
+A task of the shared loop, which writes into output_dir: log.jsonl, checkpoints/ (a new start with the same settings resumes from
+the newest), samples/ (pictures of held-out clips above what comes back), and at the end the tokenizer folder `video_tokenizer/`
+with training.json beside its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from lumos.data.curriculum import StepShape
+from lumos.data.prefetch import in_processes
+from lumos.errors import RunError, UserError
+from lumos.files import replacing_folder, write_json
+from lumos.training import checkpoint, loop
+from lumos.training.task import Batch, Measured, TrainingTask
+from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_photographs, held_out_worlds
+from lumos.training.tokenizer.fitting import DifferenceFit
+from lumos.training.tokenizer.settings import MAY_CHANGE, LoopSettings, TokenizerTrainingSettings, loop_settings
+from lumos.video.frames import from_uint8, to_uint8
+from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.resizing import double
+from tokenizer.video import VideoTokenizer
+
+FITTED = ("decoder.conv_out.conv3d.weight", "decoder.conv_out.conv3d.bias")
+"""Weights of the last layer, which the fit before the first step changes."""
+
+
+def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
+    """Train, or go on where the newest checkpoint in output_dir stopped; returns the summary of `loop.train`, with measures."""
+    return loop.train(loop_settings(settings), TokenizerTask)
+
+
+class TokenizerTask(TrainingTask):
+    """Training of a `VideoTokenizer`: what comes back shall be what went in. A step has clips and pictures.
+
+    The losses are one for each clip and picture, weighted so that their mean is the clips' mean error plus picture_weight
+    times that of the pictures.
+    """
+
+    export_folder = "video_tokenizer"
+    measures = True
+
+    def __init__(self, settings: LoopSettings, device: torch.device):
+        self.settings, self.device = settings.video_tokenizer, device
+        if self.settings.precision == "bf16" and settings.zero_stage and device.type == "cpu":
+            raise UserError(
+                f"zero_stage {settings.zero_stage} keeps weights in bf16, which a tokenizer's layers lack on the CPU: take "
+                "precision=fp32, or zero_stage=0"
+            )
+        self.loss_groups = {}
+        self.config = VideoTokenizerConfig.from_dict(self.settings.model)
+        self.start = self._read_start()
+        wanted = self.settings
+        self.clips = TrainingClips(
+            seed=wanted.seed, height=wanted.height, width=wanted.width, num_frames=wanted.num_frames,
+            batch_size=wanted.batch_size, pictures_per_batch=wanted.pictures_per_batch,
+            share_worlds=wanted.share_worlds, film_sources=wanted.films, world_options=wanted.worlds,
+            share_textures=wanted.share_textures, recolour=wanted.recolour,
+        )  # fmt: skip
+        self.source = self.clips
+        sizes = (wanted.height, wanted.width)
+        self.held_out = {
+            "worlds": held_out_worlds(wanted.validation_clips, wanted.num_frames, *sizes, **wanted.worlds),
+            "photographs": held_out_photographs(*sizes),
+        }
+        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+
+    def build_model(self) -> VideoTokenizer:
+        torch.manual_seed(self.settings.seed)
+        model = VideoTokenizer(self.config)
+        if self.start is not None:
+            model.load_state_dict(self.start.state_dict())
+        if not self.settings.train_encoder:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+        return model.train()
+
+    def first_weights(self, stop: Callable[[], bool]) -> dict[str, Tensor] | None:
+        """The differences of least squared error, over batches that the steps do not see."""
+        settings = self.settings
+        if not settings.fit_batches:
+            return {}
+        model = self.build_model().to(self.device).eval()
+        fit, steps = DifferenceFit(model), range(settings.steps, settings.steps + settings.fit_batches)
+        with closing(self._drawn(steps)) as batches:
+            for batch in tqdm(batches, total=len(steps), desc="fit", unit="batch"):
+                for weight, (video, is_world) in zip((1.0, settings.picture_weight), batch.videos(self.device), strict=False):
+                    fit.add(video, weight / video[:, :1].numel() * foreground_weight(video, is_world, settings.foreground_weight))
+                if stop():
+                    return None
+        fit.solve()
+        weights = dict(model.named_parameters())
+        return {name: weights[name].detach() for name in FITTED}
+
+    def _drawn(self, steps: range) -> Iterator[DrawnClips]:
+        processes = self.settings.processes
+        yield from in_processes(self.clips.batch, steps, processes=processes) if processes else map(self.clips.batch, steps)
+
+    def muon_matrices(self, model: nn.Module) -> dict[str, float]:
+        """All convolutions, seen as matrices."""
+        scale = self.settings.muon_lr / self.settings.lr
+        return {name: scale for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
+
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> DrawnClips:
+        return self.clips.batch(step, positions)
+
+    def encode(self, prepared: DrawnClips) -> Batch:
+        settings = self.settings
+        frames, is_world, weights, flops = [], [], [], 0.0
+        count = settings.batch_size + settings.pictures_per_batch
+        parts = (
+            (prepared.clips, prepared.clip_is_world, count / settings.batch_size, self._flops(settings.num_frames)),
+            (prepared.pictures, prepared.picture_is_world, self._picture_share * count, self._flops(1)),
+        )
+        for drawn, worlds, weight, each in parts:
+            frames += drawn.to(self.device, non_blocking=True).unbind()
+            is_world.append(worlds)
+            weights += [weight] * len(drawn)
+            flops += each * len(drawn)
+        tensors = {
+            "is_world": torch.cat(is_world).to(self.device),
+            "weights": torch.tensor(weights, device=self.device),
+            "counts": torch.ones(len(frames), dtype=torch.bool, device=self.device),
+        }
+        names = [f"step {prepared.step}, {'clip' if len(video) > 1 else 'picture'}" for video in frames]
+        return Batch(
+            prepared.step, "video", tensors, names, [self._codes(len(video)) for video in frames], flops, len(frames),
+            rows={"frames": frames}, padded=(), idle={"counts": False},
+        )  # fmt: skip
+
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One for each clip and picture, [N]: weighted mean absolute and squared error of what comes back."""
+        errors, frames = [], micro["frames"]
+        for _, members in groupby(range(len(frames)), key=lambda i: len(frames[i])):
+            found = list(members)
+            video = from_uint8(torch.stack([frames[i] for i in found]))
+            errors.append(self._errors(model, video, micro["is_world"][found]))
+        return (torch.cat(errors) * micro["weights"])[micro["counts"]], {}
+
+    def _errors(self, model: nn.Module, video: Tensor, is_world: Tensor) -> Tensor:
+        """Of each video [B, 3, T, H, W], all of them as long: [B]."""
+        settings = self.settings
+        weights = foreground_weight(video, is_world, settings.foreground_weight)
+        error = model(video.to(next(model.parameters()).dtype)) - video
+        return (weights * (settings.l1_weight * error.abs() + settings.mse_weight * error.square())).mean(dim=(1, 2, 3, 4))
+
+    @torch.inference_mode()
+    def measure(self, model: VideoTokenizer) -> Measured:
+        """PSNR in dB of clamped values, mean over held-out clips, and the share of codes in use. Pictures: `sheet`."""
+        dtype = next(model.parameters()).dtype
+        training = model.training
+        model.eval()
+        values, pictures, used = {}, {}, []
+        for name, video in self.held_out.items():
+            if not len(video):
+                continue
+            parts = [part.to(self.device) for part in video.split(4)]
+            codes = [model.encode(part.to(dtype)) for part in parts]
+            back = [model.decode(part).float().clamp(-1, 1) for part in codes]
+            mse = torch.cat([((a - b) / 2).square().mean(dim=(1, 2, 3, 4)) for a, b in zip(back, parts, strict=True)])
+            values[f"psnr_{name}"] = float((-10 * torch.log10(mse)).mean())
+            used += [part.flatten() for part in codes]
+            pictures[name] = sheet(torch.cat(parts[:2])[:6, :, ::4], torch.cat(back[:2])[:6, :, ::4])
+        values["codes_used"] = len(torch.cat(used).unique()) / model.num_codes
+        model.train(training)
+        return Measured(values, pictures)
+
+    def resume_fingerprint(self) -> dict[str, Any]:
+        return decisive(self.settings)
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        return decisive(TokenizerTrainingSettings())
+
+    def export_metadata(self) -> dict[str, Any]:
+        return {"video_tokenizer": self.config.to_dict(), "real_data": self.clips.real_names}
+
+    def export(self, folder: Path, target: Path) -> Measured:
+        """Write the tokenizer folder with training.json, and measure the weights as they are there."""
+        settings, state = self.settings, checkpoint.read_state(folder)
+        stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if state["averaged"] else checkpoint.WEIGHT
+        model = self.build_model()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(stored.read(kind, name, 0, parameter.numel()).view_as(parameter))
+        with replacing_folder(target) as writing:
+            model.to(getattr(torch, settings.export_dtype)).save_pretrained(writing)
+            model = VideoTokenizer.from_pretrained(writing, device=self.device)
+            measured = self.measure(model)
+            metrics = measured.values | {
+                "finished": True,
+                "step": state["step"],
+                "minutes": round((state["seconds"] + state["first_seconds"]) / 60, 1),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "codes": model.num_codes,
+            }
+            record = {
+                "metrics": metrics,
+                "settings": settings.to_dict(),
+                "real_data": self.clips.real_names,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+            }
+            write_json(writing / "training.json", record)
+        return measured
+
+    def _read_start(self) -> VideoTokenizer | None:
+        """The tokenizer that start_from names, at this run's size; UserError for one that cannot be read or has another shape."""
+        folder, config = self.settings.start_from, self.config
+        if folder is None:
+            return None
+        try:
+            start = VideoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, RunError) as error:
+            raise UserError(f"start_from {folder} cannot be read: {error}") from error
+        is_half = config.spatial_patch_size == 2 and start.config.spatial_patch_size == 1
+        if is_half:
+            start = double(start)
+        if replace(start.config, dropout=config.dropout) != config:
+            found = "is, at twice its size, of" if is_half else "has"
+            raise UserError(f"start_from {folder} {found} another config than model: {differing(start.config, config)}")
+        return start
+
+    @property
+    def _picture_share(self) -> float:
+        """Weight of a picture's loss in the mean."""
+        pictures = self.settings.pictures_per_batch
+        return self.settings.picture_weight / pictures if pictures else 0.0
+
+    def _codes(self, num_frames: int) -> int:
+        stride = self.config.spatial_compression
+        latent_frames = 1 + (num_frames - 1) // self.config.temporal_compression
+        return latent_frames * (self.settings.height // stride) * (self.settings.width // stride)
+
+    def _flops(self, num_frames: int) -> float:
+        """Of forward and backward of one clip."""
+        return self._flops_by_length[num_frames]
+
+    @cached_property
+    def _flops_by_length(self) -> dict[int, float]:
+        """Counted on a network without values. The backward pass of what is trained is twice its forward pass."""
+        with torch.device("meta"):
+            model = VideoTokenizer(self.config)
+        found = {}
+        for frames in {1, self.settings.num_frames}:
+            shape = (1, self.config.in_channels, frames, self.settings.height, self.settings.width)
+            with FlopCounterMode(display=False) as encoder, torch.no_grad():
+                values, _ = model.quantize(model.encode_latent(torch.empty(shape, device="meta")))
+            with FlopCounterMode(display=False) as decoder, torch.no_grad():
+                model.decode_latent(values)
+            times = 3 if self.settings.train_encoder else 1
+            found[frames] = float(times * encoder.get_total_flops() + 3 * decoder.get_total_flops())
+        return found
+
+
+def decisive(settings: TokenizerTrainingSettings) -> dict[str, Any]:
+    """The settings that decide the losses."""
+    return {key: value for key, value in settings.to_dict().items() if key not in MAY_CHANGE}
+
+
+def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
+    """Weight of every pixel's error, [B, 1, T, H, W] with mean 1 per sample.
+
+    In a drawn world the moving thing covers a few per cent of the pixels, so a pixel that differs from its row's median by
+    more than 0.1 counts `weight` times. Photographs and film weigh the same everywhere.
+    """
+    median = video.median(dim=4, keepdim=True).values
+    is_foreground = ((video - median).abs() > 0.1).any(dim=1, keepdim=True) & is_world.view(-1, 1, 1, 1, 1)
+    weights = 1.0 + (weight - 1) * is_foreground
+    return weights / weights.mean(dim=(1, 2, 3, 4), keepdim=True)
+
+
+def sheet(video: Tensor, back: Tensor) -> np.ndarray:
+    """Originals above reconstructions, one column a clip: uint8 [1, T 2 H, B W, 3]."""
+    pairs = torch.stack([video, back], dim=3)  # B, 3, T, 2, H, W
+    rows = pairs.permute(1, 2, 3, 4, 0, 5).flatten(4).flatten(1, 3)
+    return to_uint8(rows[:, None])
+
+
+def differing(found: VideoTokenizerConfig, wanted: VideoTokenizerConfig) -> str:
+    """The fields in which two configs differ, as text."""
+    pairs: Mapping[str, tuple[Any, Any]] = {name: (value, getattr(wanted, name)) for name, value in vars(found).items()}
+    return ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b)
