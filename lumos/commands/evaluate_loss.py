@@ -1,4 +1,4 @@
-"""`evaluate loss`: masked-code loss and accuracy by latent frame and by the share of codes that is hidden."""
+"""`evaluate loss`: loss and accuracy of masked codes, by latent frame and by the share of codes that are masked."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--data", help="folder of shards that `ingest` wrote; default: the small worlds")
-    add("--kinds", nargs="+", choices=KINDS, help="what the worlds show; default: shapes and digits")
-    add("--split", choices=SPLITS, help="which combinations of the worlds; default: train, in scenes that training never sees")
-    add("--count", type=int, default=100, help="clips")
-    add("--num-frames", type=int, help="1 + a multiple of 4, 1: pictures; default: what the model makes")
-    add("--mask", choices=MASK_KINDS, default="tube", help="pattern of what is hidden; default: tube")
-    add("--bins", type=int, default=10, help="equal parts of the ratios from 0 to 1")
-    add("--seed", type=int, default=1_000_000, help="of the masks and of the worlds; training uses others")
-    add("--batch-size", type=int, default=20)
-    add("--output", help="JSON file for what is printed")
+    add("--data", help="folder of shards that `ingest` wrote; default: synthetic scenes")
+    add("--kinds", nargs="+", choices=KINDS, help="kinds of objects in the synthetic scenes; default: shapes and digits")
+    add("--split", choices=SPLITS, help="split of the synthetic scenes; default: train (but scenes that training does not see)")
+    add("--count", type=int, default=100, help="number of clips; default: %(default)s")
+    add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; 1: pictures; default: as the model generates")
+    add("--mask", choices=MASK_KINDS, default="tube", help="mask pattern; default: tube")
+    add("--bins", type=int, default=10, help="number of equal bins for the mask ratio from 0 to 1; default: %(default)s")
+    add("--seed", type=int, default=1_000_000, help="seed of the masks and of the synthetic scenes; training uses other seeds")
+    add("--batch-size", type=int, default=20, help="clips in a batch; default: %(default)s")
+    add("--output", help="JSON file for the results")
     add_device(parser)
 
 

@@ -173,7 +173,7 @@ def test_only_missing_or_changed_clips_are_made(generate, micro_folder, tmp_path
     Path("out/3.webp.json").write_text("{")
     code, out, err = run()
     assert (code, out.split("  ")[1]) == (0, "3 made now")
-    assert err == ["note: 2 clips in out, 2.webp first, were made otherwise and are made again"]
+    assert err == ["note: 2 clips in out, 2.webp first, were made with other inputs and are made again"]
     assert clips_in("out") == whole
     rows[4]["guidance_scale"] = 7
     rows.append({"prompt": "y", "output": "5.webp"})
@@ -207,7 +207,7 @@ def test_a_killed_batch_goes_on(generate, micro_folder, repo):
     before = clips_in("out").keys()
     assert 4 <= len([name for name in before if "/" not in name]) < 60
     code, out, err = generate(*args, "out")
-    assert (code, err) == (0, []) or "made otherwise" in err[0]  # killed between a clip and its record
+    assert (code, err) == (0, []) or "made with other inputs" in err[0]  # killed between a clip and its record
     assert 0 < int(re.search(r"(\d+) made now", out)[1]) < 60
     generate(*args, "whole")
     assert clips_in("out") == clips_in("whole")
@@ -227,7 +227,7 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo):
     err = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 1, err[-500:]
     done = len(list(Path("out").glob("*.mp4.json")))
-    assert f"error: interrupted; {done} of 60 clips are in out, and the same command goes on" in err
+    assert f"error: interrupted; {done} of 60 clips are in out; the same command makes the others" in err
     assert "Traceback" not in err
     assert not Path("out/.unfinished").exists()
     assert generate(*args)[:2] == (0, f"out  {60 - done} made now  60 clips in all  60 rows")
