@@ -38,7 +38,7 @@ class Generator:
     name         its name in configs and commands
     summary      one line on what it is
     model_types  values of `model_type` in config.json that belong to it
-    config       class of the model's configuration, with `preset(name)` and `from_pretrained(folder)`
+    config       class of the model's configuration, with `presets()`, the names of its shapes, and `from_pretrained(folder)`
     model        class of the network (`from_pretrained`, `save_pretrained`)
     pipeline     a `lumos.pipeline.base.VideoPipeline`
     task         a `lumos.training.task.TrainingTask`
@@ -46,7 +46,7 @@ class Generator:
     sampling     dataclass of its sampling options, a `lumos.pipeline.options.SamplingOptions`
     cost         modules that count parameters, FLOPs and bytes: "training" and "clip", see `lumos.planning.cost`
     benchmarks   targets of `python -m lumos bench`, by name
-    evaluations  commands of `python -m lumos evaluate` that only this generator has, by name
+    evaluations  modules of the measurements of `python -m lumos evaluate` that only this generator has, by name
     verbs        functions of verbs that only some generators have, by the verb's name
     """
 
@@ -66,7 +66,12 @@ class Generator:
 
     def load(self, part: str, name: str | None = None) -> Any:
         """Import a part: `load("pipeline")`, or `load("cost", "clip")` for an entry of a dict."""
-        return load(getattr(self, part) if name is None else getattr(self, part)[name])
+        if name is None:
+            return load(getattr(self, part))
+        places = getattr(self, part)
+        if name not in places:
+            raise UserError(f"{name} is not possible with models of the generator {self.name}")
+        return load(places[name])
 
 
 def load(place: str) -> Any:
@@ -74,6 +79,11 @@ def load(place: str) -> Any:
     module, _, attribute = place.partition(":")
     found = import_module(module)
     return getattr(found, attribute) if attribute else found
+
+
+def generator_with(part: str, name: str) -> Generator:
+    """The first generator that has the entry `name` in a part that is a dict, such as "verbs"."""
+    return next(candidate for candidate in generators().values() if name in getattr(candidate, part))
 
 
 def generators() -> dict[str, Generator]:

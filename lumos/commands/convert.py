@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from lumos.models.lumos1.released import convert
+    from lumos import registry
 
+    convert = registry.generator_with("verbs", "convert").load("verbs", "convert")
     made = convert(args.lumos, args.cosmos, args.out, text_tokenizer=args.text_tokenizer, defaults=args.defaults,
                    dtype=args.dtype and getattr(torch, args.dtype))  # fmt: skip
     parameters = f"{made['parameters'] / 1e6:,.1f} M parameters"

@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from lumos import registry
     from lumos.data.synthetic.render import Worlds
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
-    from lumos.models.lumos1.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
     from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
 
@@ -50,24 +50,25 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output)
     started = time.perf_counter()
     pipe, model = load(args)
+    loss = registry.generator(pipe.generator).load("evaluations", "loss")
     clip = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(clip.num_frames, pipe.temporal_compression)
     if args.data:
         data = {"shards": args.data}
-        codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
+        codes = loss.shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
         worlds = Worlds(seed=args.seed, **chosen, **shape)
         data = {"worlds": vars(worlds)}
-        codes = world_codes(worlds, args.count, pipe.video_tokenizer)
-    sequences = [sequence_of(pipe, *found) for found in codes]
+        codes = loss.world_codes(worlds, args.count, pipe.video_tokenizer)
+    sequences = [loss.sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
     with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:
-        results = masked_code_loss(
+        results = loss.masked_code_loss(
             pipe.model, sequences, kind=args.mask, num_bins=args.bins, seed=args.seed, batch_size=args.batch_size,
             on_batch=bar.update,
         )  # fmt: skip
-    print(loss_table(results))
+    print(loss.loss_table(results))
     summary = {
         "evaluate": "loss", "model": model, "model_sha256": folder_sha256(Path(model)), "data": data, "clips": len(sequences),
         "num_frames": clip.num_frames, "mask": args.mask, "seed": args.seed, "results": results,

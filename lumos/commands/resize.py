@@ -16,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from lumos import registry
     from lumos.files import check_new
-    from lumos.models.lumos1.resizing import resize
 
     check_new(args.out)
+    resize = registry.generator_of(args.model).load("verbs", "resize")
     clip = resize(args.model, args.out, args.video_tokenizer)
     print(printable(f"{args.out}  draws {clip.width} x {clip.height}"))

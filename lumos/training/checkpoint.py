@@ -279,7 +279,7 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
     told = state.pop(CHECKSUM, None)
     if told != (_checksum(state) if state["format"] == FORMAT else None):
         raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
-    if fields and "identity" not in state and "meters" in state:
+    if "identity" not in state and "meters" in state:
         raise UserError(
             f"{folder} was written by an earlier version, whose training of a video tokenizer this version cannot resume; name "
             f"another output_dir, or move {folder.parent} away to start over"
