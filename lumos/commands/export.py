@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the run's training.export_dtype; adapters: float32")
     add("--merge", action="store_true", help="for a run with LoRA, write the whole model instead of the adapter")
     add("--mix", nargs=2, metavar=("MODEL", "SHARE"),
-        help="mix in a share (between 0 and 1) of the weights of another model, usually the one that the run started from")  # fmt: skip
+        help="mix in a share (between 0 and 1) of the weights of another model, for example the run's start")  # fmt: skip
     add("--model", help="base model to merge into; default: the one that the adapter was trained on")
     add("--video-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
     add("--text-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
