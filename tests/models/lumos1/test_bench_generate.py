@@ -36,7 +36,7 @@ def test_a_difference_ends_the_bench(case, monkeypatch):
     assert bench.check_logits(case, "small", "float32") < 1e-5
     right = Engine.frame_position_ids
     monkeypatch.setattr(Engine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
-    with pytest.raises(RunError, match="logits of engine and twin differ"):
+    with pytest.raises(RunError, match="logits of engine and baseline differ"):
         bench.check_logits(case, "small", "float32")
 
 
