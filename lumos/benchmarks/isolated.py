@@ -1,6 +1,6 @@
 """Run one function of a benchmark in a separate process, so that only its own memory is measured.
 
-`run_apart` runs in the parent. It starts `python -m lumos.benchmarks.isolated` as the child, which reads
+`run_isolated` runs in the parent. It starts `python -m lumos.benchmarks.isolated` as the child, which reads
 the call from stdin as JSON and writes the result as the last line of stdout.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from lumos.errors import RunError, UserError
 
 
-def run_apart(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
+def run_isolated(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
     """Call <module>.<function>(**arguments) in a new process and return the result.
 
     Arguments and result are plain JSON values. A UserError or RunError of the function is raised here too.

@@ -158,7 +158,7 @@ class TrainingPlan:
             "world": hardware.count, "half": half, "on_gpu": device.type != "cpu", "averaged": training.ema_decay > 0,
             "muon": training.optimizer == "muon", "checkpointing": training.activation_checkpointing,
         }  # fmt: skip
-        self.configured = Strategy(self._own_spread(), training.micro_batch_size)
+        self.configured = Strategy(self._own_sharding(), training.micro_batch_size)
 
     def _sequence(self, kind: str, size: tuple[int, int], num_frames: int | None = None) -> Any:
         return self.cost.sequence(1 if kind == "image" else num_frames or self.settings.data.num_frames, *size)
@@ -173,7 +173,7 @@ class TrainingPlan:
         kind = shape.kind if shape.first_frames is None else f"{shape.kind}, first {shape.first_frames} frames"
         return StepGroup(kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
 
-    def _own_spread(self) -> Sharding:
+    def _own_sharding(self) -> Sharding:
         stage = self.settings.zero_stage_with(self.hardware.count)
         if stage is None:
             return Sharding(None, **self.common)

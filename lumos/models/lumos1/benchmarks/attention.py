@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import allowed_pairs, attention_for
@@ -140,7 +140,7 @@ def run(settings: Settings, bench: Bench) -> Report:
             memory = {}
             for form in FORMS:
                 call = {"form": form, **arguments}
-                memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+                memory[form] = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
                 bench.step()
             forms = {form: prepare(form, rebuild=False, **arguments) for form in FORMS}
             if mode == "forward":

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
@@ -179,7 +179,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     megabytes = dict.fromkeys(FORMS)  # None: not measured
     for form in settings.memory:
         call = {"form": form, **arguments}
-        extra = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        extra = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
         megabytes[form] = rounded(extra / MB)
         bench.step()
     case = make_case(**arguments)
@@ -214,7 +214,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     costliest = [name for name in shares if name not in ("products", "attention")]
     costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
     table = [[
-        shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
+        shape, *shown_roofline(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
         f"{difference:.1g}", shown(figures["cache_mb"]), *map(shown, megabytes.values()),
         ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
     ]]  # fmt: skip
@@ -223,13 +223,13 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         row[OPTIONS] = {"seconds": rounded(spent), **settings.options, **figures}
         of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
         table.append([
-            f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
+            f"{shape}, options", *shown_roofline(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
             shown(figures["cache_mb"]), "-", shown(megabytes["twin"]), "",
         ])  # fmt: skip
     return row, of, table
 
 
-def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
+def shown_roofline(figures: dict[str, Any], seconds: float) -> list[str]:
     share = figures["share_of_bound"]
     percent = "-" if share is None else f"{share:.0%}"
     return [shown(figures["gflops_that_must_be_done"]), shown(figures["bound_seconds"]), shown(seconds), percent]
@@ -237,7 +237,7 @@ def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
 
 def run(settings: Settings, bench: Bench) -> Report:
     call = {"model": settings.model, "prompt": settings.prompt, "clips": bench.repetitions, **bench.place}
-    made = run_apart(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
+    made = run_isolated(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
     bench.step()
     clip = statistics.median(made["clips"])
     video = made["frames"] / made["settings"]["fps"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.loss import chunked_cross_entropy
@@ -109,7 +109,7 @@ def run(settings: Settings, bench: Bench) -> Report:
         memory = {}
         for form in FORMS:
             call = {"form": form, **arguments}
-            memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+            memory[form] = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
             bench.step()
         seconds, difference = interleaved({form: prepare(form, **arguments) for form in FORMS}, bench, what)
         itemsize = getattr(torch, bench.dtype).itemsize

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask, expand_heads
@@ -251,7 +251,7 @@ def run(settings: Settings, bench: Bench) -> Report:
     memory = {}
     for form in FORMS:
         what = f"a training step of {form} at {settings.tokens} tokens"
-        memory[form] = run_apart(__name__, "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
+        memory[form] = run_isolated(__name__, "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
         bench.step()
     seconds, difference, supervised = timed_forms(config, settings, bench)
 
