@@ -39,7 +39,7 @@ def make_list(args: argparse.Namespace) -> None:
 
     check_arguments(args)
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
-    rows, defaults, seed = asked_rows(args)
+    rows, defaults, seed = requested_rows(args)
     pipe, model = load(args)
     clips, problems, notes = check_rows(args, pipe, model, rows, defaults, seed, out)
     if len(rows) == len(problems) == 1:
@@ -76,7 +76,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("several processes need one --seed to agree on; give it")
 
 
-def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
+def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
     """Return (rows, options for rows without their own value, seed to which each row adds its number)."""
     from lumos.pipeline.inputs import check_prompt, whole_seed
     from lumos.prompt_lists.rows import Row, read_rows

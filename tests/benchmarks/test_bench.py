@@ -68,7 +68,7 @@ def everything(model_folder):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Leave out the processes that measure memory."""
-    monkeypatch.setattr(attention_bench, "run_apart", lambda *args, **kwargs: 1)
+    monkeypatch.setattr(attention_bench, "run_isolated", lambda *args, **kwargs: 1)
 
 
 def test_the_last_line_and_the_file_hold_the_whole_result(everything):

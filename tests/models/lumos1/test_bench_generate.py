@@ -36,7 +36,7 @@ def test_a_difference_ends_the_bench(case, monkeypatch):
     assert bench.check_logits(case, "small", "float32") < 1e-5
     right = Engine.frame_position_ids
     monkeypatch.setattr(Engine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
-    with pytest.raises(RunError, match="logits of engine and twin differ"):
+    with pytest.raises(RunError, match="logits of engine and baseline differ"):
         bench.check_logits(case, "small", "float32")
 
 
@@ -107,7 +107,7 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
 
 def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     """Their own bound and cache; none where a threshold decides how many steps there are."""
-    monkeypatch.setattr(bench, "run_apart", lambda *args, **named: 2**20)
+    monkeypatch.setattr(bench, "run_isolated", lambda *args, **named: 2**20)
     monkeypatch.setattr(bench, "product_gflops", lambda *args: 50.0)
     measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
     options = {"later_steps": 1, "history_frames": 1, "guidance_interval": (0.0, 0.5)}
