@@ -1,4 +1,7 @@
-"""python generate.py --prompt "..." [--image photo.png | --video clip.mp4] [--output out.mp4]; --help lists all options."""
+"""Make a clip: `python generate.py --prompt "..." [--image photo.png | --video clip.mp4] [--output out.mp4]`.
+
+`python generate.py --help` lists all options.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train: `python train.py --config configs/lumos1/tiny.yaml`, or `deepspeed --num_gpus 2 train.py --config ...`."""
+"""Train a model: `python train.py --config configs/lumos1/tiny.yaml`, or `deepspeed --num_gpus 2 train.py --config ...`."""
 
 import sys
 

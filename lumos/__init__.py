@@ -1,6 +1,7 @@
-"""Lumos: video from words and pictures.
+"""Lumos: make video from text and pictures.
 
-The names below are imported when they are first used, so that `import lumos` loads neither torch nor transformers.
+The public names are imported when they are first used, so that `import lumos` loads neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module that defines a public name, and keep the name here."""
+    """Import the module that defines a public name, store the value in this module and return it."""
     if name not in _MODULES:
         raise AttributeError(f"module 'lumos' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,7 @@
-"""The command line: `python -m lumos VERB ...`. Exit code 0, 1 for a failure on the way, 2 for a request that cannot be met."""
+"""The command line: `python -m lumos VERB ...`.
+
+The exit code is 0 for success, 1 if a correct request failed and 2 for a request that cannot be met.
+"""
 
 from __future__ import annotations
 
@@ -18,39 +21,39 @@ from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
     "demo": "open a page in the browser, and an HTTP API, that make clips",
-    "render": "write clips of the small worlds as mp4 with captions, to try ingest and training with",
+    "render": "write clips of synthetic scenes as mp4 with captions, to try ingest and training",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",
-    "plan": "what a training run or a clip will need: steps, FLOPs, memory, time",
+    "plan": "estimate what a training run or a clip will need: steps, FLOPs, memory, time",
     "train": "train the decoder",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
-    "resize": "make a model draw the same codes at another size",
+    "resize": "make a model that decodes the same codes to clips of another size",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
     "plot": "draw the curves of runs from their logs",
     "evaluate": "measure a model or a tokenizer",
-    "experiment": "compare settings: train and judge variants, draw the result",
+    "experiment": "compare settings: train and evaluate variants, draw the result",
     "bench": "measure speed and memory on this machine",
 }
 
 CLOSED_PIPE = 141
-"""Exit code when nobody reads the output any more: that of a program that SIGPIPE ends."""
+"""The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    """Run one verb and return the exit code. A user's mistake gives one line on stderr, never a traceback."""
     try:
         code = run_verb(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `lumos --help | head -1`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `lumos --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     return code
 
 
 def run_verb(argv: list[str]) -> int:
-    """Run the verb `argv[0]` with its options; returns the exit code."""
+    """Run the verb `argv[0]` with its options and return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {name:22}{text}" for name, text in VERBS.items())
         print(f"usage: python -m lumos VERB [options]\n\n{verbs}\n\n`python -m lumos VERB --help` lists a verb's options")
@@ -84,7 +87,7 @@ def run_verb(argv: list[str]) -> int:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """What this program warns of is one line on stderr, as errors are; what libraries warn of stays as it is."""
+    """Print warnings of this package as one line on stderr, like errors. Warnings of libraries are printed as usual."""
     usual, here = warnings.showwarning, Path(__file__).parent
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
@@ -101,19 +104,22 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong option is one line, not the whole usage."""
+    """An ArgumentParser that reports a wrong option in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
 
 
 def fail(error: object, code: int) -> int:
-    """Print an error as one line; returns the exit code."""
+    """Print an error as one line and return the exit code `code`."""
     print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
     return code
 
 
 def one_line(text: str) -> str:
-    """A message as one printable line; of the values in it, which other libraries print whole, only the beginnings."""
+    """Return a message as one printable line.
+
+    Long values in it are cut, because other libraries print them whole.
+    """
     values = r"'[^']*'|(?<=unrecognized arguments: ).*|\S+"
     return printable(re.sub(values, lambda value: cut(value[0]), " ".join(text.split())))

@@ -1,4 +1,4 @@
-"""How fast a device could be at most, so that a run can say what share of it it uses."""
+"""The peak FLOP/s of a device, so that a run can report which share of it is used."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ GPU_TFLOPS = {
     "L4": 121.0,
     "MI300X": 1307.4,
 }
-"""Dense bf16 matrix products with fp32 sums, TFLOP/s by the makers' data sheets, by a word of the device's name."""
+"""TFLOP/s of dense bf16 matrix products with fp32 sums from the makers' data sheets, by a word of the device's name."""
 PROBE = {"seconds": 0.2, "products": 50}
-CPU_PROBE_SIZE = 256  # a third of a millisecond: among fifty some are not disturbed, however busy the machine is
+CPU_PROBE_SIZE = 256  # one product takes a third of a millisecond, so some of fifty run undisturbed on a busy machine
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, stated: float | None) -> tuple[float, str]:
-    """FLOP/s of one device's best matrix products, and how that is known: "stated", "data sheet of ..." or "measured".
+    """Return the peak FLOP/s of one device for matrix products, and its source.
 
-    stated: TFLOP/s of the setting, which goes before all. The table holds for bf16; any other device or dtype is measured
-    by the best of the products of two square matrices in a moment, without a touch on the random states. Part of a GPU
-    (MIG) is measured, too.
+    The source is "stated", "data sheet of ..." or "measured". `stated` is the TFLOP/s from the settings
+    and takes precedence. The table of data sheets holds for bf16. Any other device or dtype, and a part
+    of a GPU (MIG), is measured: the fastest of several products of two square matrices counts. The
+    global random states do not change.
     """
     if stated is not None:
         return stated * 1e12, "stated"
@@ -52,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, stated: float | None) -
 
 
 def known_gpu(name: str) -> str | None:
-    """The entry of the table that a device's name means."""
+    """Return the key of GPU_TFLOPS for a device's name, or None if there is none or the device is a MIG part."""
     if "MIG" in name.split():
         return None
     return next((entry for entry in GPU_TFLOPS if re.search(rf"\b{entry}\b", name)), None)
@@ -64,7 +65,10 @@ MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 def matrix_peak_gflops(
     device: str, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None, products: int = 1
 ) -> float:
-    """GFLOP/s of the best of several products, at least `products`, of two square matrices: what this machine can do at all."""
+    """Return the GFLOP/s of the fastest product of two square matrices.
+
+    Products are repeated for `seconds` and at least `products` times. `size` is the side of the matrices.
+    """
     n = size or MATRIX_SIZE[torch.device(device).type]
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(n, n, generator=generator).to(device, dtype) for _ in range(2))
@@ -76,7 +80,7 @@ def matrix_peak_gflops(
 
 
 def timed(step: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds of one call, the device's work included, and its result."""
+    """Call `step` and return (seconds, result). The time includes the work that the call starts on the device."""
     synchronize(device)
     start = time.perf_counter()
     result = step()

@@ -1,7 +1,8 @@
-"""Renames that survive a power cut, and the temporary names of files that are being written.
+"""Renames that survive a power cut, and temporary names for files that are being written.
 
-A file system may store a rename before it stores the data of the renamed file, and may forget a rename of which it has told
-the program. So a file is synchronized before it is renamed, and the folder with its name after that.
+A file system may store a rename before it stores the data of the renamed file. It may also lose a
+rename that it has reported as done. So a file is synchronized to the disk before it is renamed, and
+the folder that holds its name is synchronized after that.
 """
 
 from __future__ import annotations
@@ -22,31 +23,35 @@ from functools import lru_cache
 from pathlib import Path
 
 NAME_LENGTH = 40
-"""Characters of a file's name that its temporary name keeps."""
+"""The number of characters of a file's name that its temporary name repeats."""
 ABANDONED_AFTER = 86400.0
-"""Seconds after which a temporary file of another machine is taken for that of a killed process."""
+"""Seconds after which a temporary file of another machine counts as left over by a killed process."""
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""Errors with which a file system says that it cannot do something, and not that something is broken."""
+"""Errors that mean that a file system does not support a call, not that something is broken."""
 NOT_FOR_FOLDERS = {*UNSUPPORTED, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
 UNFINISHED = ".unfinished"
-"""A folder whose content is moved elsewhere file by file, each when it is finished."""
+"""The name of a folder for unfinished files; each file is moved out of it when it is finished."""
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
 
 
 def sync_file(path: str | Path) -> None:
-    """Return when the disk holds the data of a file. OSError if it cannot, unless its file system knows no such call."""
+    """Wait until the disk holds the data of a file.
+
+    Raises OSError if that fails, but not if the file system does not support the call.
+    """
     _sync(path, UNSUPPORTED)
 
 
 def sync_folder(path: str | Path) -> None:
-    """Return when the disk holds the names in a folder, where the system can tell."""
+    """Wait until the disk holds the names in a folder, on systems that support this."""
     _sync(path, NOT_FOR_FOLDERS)
 
 
 def settle(path: Path) -> None:
-    """Synchronize a file, or a folder with all that is in it, and make files readable for others as the umask says.
+    """Synchronize a file, or a folder with all of its content, and give the files the mode that the umask implies.
 
-    Some libraries, safetensors among them, make files that only their owner may read. Links are not followed.
+    The mode is set because some libraries, safetensors among them, write files that only their owner
+    may read. Links are not followed.
     """
     kind = path.lstat().st_mode
     if stat.S_ISDIR(kind):
@@ -59,9 +64,10 @@ def settle(path: Path) -> None:
 
 
 def put_file(source: Path, target: Path) -> None:
-    """Give a finished file or a new folder the name `target`, which may be that of an older file, so that it lasts.
+    """Rename a finished file or a new folder to `target` so that the rename survives a power cut.
 
-    Within what is temporary itself, nothing needs to last.
+    `target` may be an older file, which is replaced. A target with a temporary name is not synchronized,
+    because it does not need to survive.
     """
     if is_temporary(target):
         os.replace(source, target)
@@ -72,9 +78,10 @@ def put_file(source: Path, target: Path) -> None:
 
 
 def put_folder(source: Path, target: Path) -> None:
-    """As `put_file`, for a folder that may take the place of an older one: at every moment one of the two is there.
+    """Rename a folder to `target` as `put_file` does, and replace an older folder of that name.
 
-    Where the system cannot exchange two folders, a kill may leave the older one aside; `put_back` gives it its name again.
+    On Linux, `target` exists at every moment. If the system cannot exchange two folders, a kill between
+    two renames may leave the older folder under another name; `put_back` then restores it.
     """
     if not os.path.lexists(target):
         put_file(source, target)
@@ -95,7 +102,7 @@ def put_folder(source: Path, target: Path) -> None:
 
 
 def put_back(path: Path) -> None:
-    """Undo what a kill in `put_folder` left: the older folder has its name again if there is no new one, else it goes."""
+    """Clean up after a kill in `put_folder`: restore the older folder, or remove it if the new one is in place."""
     aside = _aside(path)
     if os.path.lexists(path):
         remove(aside)
@@ -105,7 +112,7 @@ def put_back(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """As `path.mkdir(parents=True, exist_ok=True)`, so that it lasts."""
+    """Make a folder and its missing parents so that they survive a power cut. It may already exist."""
     new = []
     for folder in (path, *path.parents):
         if folder.exists():
@@ -117,7 +124,10 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there. Raises no OSError, so that it hides no other error."""
+    """Remove a file, a link or a whole folder, if it exists.
+
+    An OSError is ignored, so that a failed removal does not hide an earlier error.
+    """
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -128,17 +138,20 @@ def remove(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path` for what will take its place. The name tells which process writes it."""
+    """Return a new temporary name in the folder of `path`, for a file that will be renamed to `path`.
+
+    The name contains the `owner` of the file, so that `sweep` can tell whether its writer still runs.
+    """
     return path.with_name(f".{_short(path.name)}.{owner()}-{uuid.uuid4().hex[:4]}.part")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a path is, or is within, what this library writes under a name that is not the last one."""
+    """Return whether a path, or a folder above it, has one of this library's temporary names."""
     return any(part == UNFINISHED or re.fullmatch(r"\..*\.part", part) for part in path.parts)
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed processes left under temporary names of `path`. Those of processes at work stay."""
+    """Remove the temporary files of `path` that killed processes left. Those of running processes stay."""
     of_path = re.compile(re.escape(f".{_short(path.name)}.") + r"(?:[0-9a-f]{8}|(\w+-\d+-\d+)-[0-9a-f]{4})\.part")
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
@@ -151,18 +164,21 @@ def sweep(path: Path) -> None:
 
 
 def sweep_folder(folder: Path) -> None:
-    """Remove everything under a temporary name in a folder. Call it only while no other process may write there."""
+    """Remove everything with a temporary name from a folder. Call it only if no other process can write there."""
     for left_over in folder.glob(".*.part"):
         remove(left_over)
 
 
 def owner() -> str:
-    """This process: its machine, its number and when it started, as `is_alive` reads them."""
+    """Return a text that identifies this process: a hash of its machine's name, its id and its start time.
+
+    `is_alive` reads it.
+    """
     return f"{_host()}-{os.getpid()}-{_started(os.getpid())}"
 
 
 def is_alive(owner: str) -> bool | None:
-    """Whether a process runs, by what `owner` gave there; None for one of another machine, of which nobody here can tell."""
+    """Return whether the process that `owner` identifies runs, or None if it belongs to another machine."""
     host, number, started = owner.split("-")
     if host != _host():
         return None
@@ -171,7 +187,7 @@ def is_alive(owner: str) -> bool | None:
 
 
 def _started(process: int) -> int | None:
-    """Seconds since 1970 at which it started; None if there is no such process."""
+    """Return the start time of a process in seconds since 1970, or None if there is no such process."""
     import psutil
 
     try:
@@ -187,7 +203,7 @@ def _host() -> str:
 
 
 def _short(name: str) -> str:
-    """The name, or of a long one its beginning and a digest, so that no two share it."""
+    """Return the name; a long name is replaced by its beginning and a hash, so that it stays unique."""
     if len(name) <= NAME_LENGTH:
         return name
     return f"{name[: NAME_LENGTH - 9]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
@@ -210,7 +226,7 @@ def _sync(path: str | Path, ignored: set[int]) -> None:
 
 
 def _share(path: Path) -> None:
-    """Give a file that only its owner may read the mode of a new file in its folder."""
+    """Change the mode of a file from 0600 to that of a new file in its folder."""
     if os.name != "posix" or stat.S_IMODE(path.stat().st_mode) != 0o600:
         return
     probe = temporary_name(path)  # the umask itself cannot be read without changing it for all threads
@@ -226,7 +242,7 @@ def _share(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two names of one folder change places at once; False where the system cannot."""
+    """Exchange two names in one folder atomically and return True; return False if the system cannot do so."""
     call = _renameat2()
     if call is None:
         return False

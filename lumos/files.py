@@ -1,4 +1,8 @@
-"""Files that are either whole or not there: written under a temporary name beside the target, then renamed."""
+"""Write files atomically and read files with limits.
+
+A file is written under a temporary name in the folder of the target and then renamed. So the target
+is complete or does not exist, even after a crash.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
 from lumos.locks import LOCK, Busy, Lock
 
 CONFIG = "config.json"
-MAX_DOCUMENT_BYTES = 2**28  # of a JSON or text file that is read whole
+MAX_DOCUMENT_BYTES = 2**28  # for a JSON or text file
 MAX_DOCUMENT_DEPTH = 64
 MAX_DOCUMENT_ENTRIES = 10_000_000
 MAX_YAML_LENGTH = 2**20
@@ -40,11 +44,12 @@ MAX_YAML_ALIASES = 1000
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary path in the folder of ``path``; rename it to ``path`` when the block ends without an error.
 
-    Whatever ends the block early (Ctrl-C included), nothing is left behind and an older file stays as it was; what a killed
-    process left, the next call for the same path removes. A power cut leaves the older or the new file. Missing parent folders
-    are created. UserError if the place cannot be written to, RunError if writing fails half-way.
+    If the block ends with an error or Ctrl-C, the temporary file is removed and an older file stays as it
+    was. Temporary files of killed processes are removed by the next call for the same path. After a power
+    cut, ``path`` is the older or the new file. Missing parent folders are created. Raises UserError if the
+    parent folder cannot be created, RunError if writing fails.
     """
     with _replacing(Path(path), put_file) as temporary:
         yield temporary
@@ -52,10 +57,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: yields an empty one, which in the end takes the place of `path`, an older folder included.
+    """Yield a new empty folder; rename it to ``path`` when the block ends without an error.
 
-    At every moment one of the two is there. (Where a system cannot exchange folders, a kill leaves the older one aside, and the
-    next call puts it back first.)
+    The folder replaces an older one. On Linux, ``path`` is at every moment either the older or the new
+    folder. If the system cannot exchange folders, a kill may leave the older folder under another name;
+    the next call restores it first. Errors are those of `replacing`.
     """
     path = Path(path)
     with _replacing(path, put_folder) as writing:
@@ -66,13 +72,17 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def updating_folder(path: str | Path, of_this: Callable[[str], bool]) -> Iterator[Path]:
-    """As `replacing_folder`, but entries of an older folder for whose name `of_this` is false stay (a README, a .git).
+    """Yield a new empty folder as `replacing_folder` does, but keep other entries of an older folder.
 
-    A folder that cannot be renamed (a mount point, the current folder, one in a read-only folder) is updated in place. Its
-    config.json is then the first to go and the last to come, so that a kill may leave a folder without it, but no mixture.
+    `of_this(name)` says whether an entry is replaced. Entries for which it is false stay, for example a
+    README or a .git.
+
+    A folder that cannot be renamed (a mount point, the current folder, a folder in a read-only folder) is
+    updated in place. Then config.json is removed first and written last, so that a kill may leave a folder
+    without config.json, but never one that mixes old and new files and looks complete.
     """
     path = Path(path)
-    if is_temporary(path):  # what is written into it takes its place as a whole
+    if is_temporary(path):  # a caller renames the whole folder later
         path.mkdir(parents=True, exist_ok=True)
         yield path
         return
@@ -105,7 +115,7 @@ def _update(source: Path, folder: Path, of_this: Callable[[str], bool]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A second name for a file where there can be one, else a copy; of a folder all that is in it."""
+    """Hard-link a file, or all files of a folder, to `target`; copy those that cannot be linked."""
     if source.is_dir() and not source.is_symlink():
         shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
     else:
@@ -137,9 +147,10 @@ def _replacing(path: Path, put: Callable[[Path, Path], None]) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(folder: str | Path, what: str) -> Iterator[None]:
-    """Keep a second `what` out of the folder, which is made if need be; the lock goes with the process, however that ends.
+    """Lock a folder for the block, so that no other `what` (for example "training run") writes into it.
 
-    RunError if another one is there, UserError if the folder cannot be written to.
+    The folder is created if it does not exist. The lock ends with the process, even if that is killed.
+    Raises RunError if another process holds the lock, UserError if the folder cannot be written to.
     """
     folder = Path(folder)
     try:
@@ -157,7 +168,10 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
 
 
 def file_identity(path: str | Path) -> Hashable:
-    """What all names of one file have in common: its device and number there if it exists, else where it would be."""
+    """Return a value that is the same for all names of a file: its device and inode.
+
+    For a file that does not exist yet, this is the resolved path.
+    """
     try:
         found = Path(path).stat()
     except OSError:
@@ -166,7 +180,7 @@ def file_identity(path: str | Path) -> Hashable:
 
 
 def check_writable(path: str | Path) -> None:
-    """UserError if ``path`` could not be written later; leaves nothing behind. Call it before a long run starts."""
+    """Raise UserError if the file ``path`` cannot be written. Call it before a long run; it leaves no file."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -174,7 +188,7 @@ def check_writable(path: str | Path) -> None:
         folder = path.parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        with suppress(FileNotFoundError):  # the probe's name is shorter: this one sees a name that is too long
+        with suppress(FileNotFoundError):  # raises OSError for a name that is too long; the probe's name is shorter
             (folder / path.name).lstat()
         probe = temporary_name(folder / path.name)
         try:
@@ -188,7 +202,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_outputs(pictures: Iterable[str | Path | None] = (), others: Iterable[str | Path | None] = ()) -> None:
-    """UserError unless every file that is named can be written later, no two are one, and the pictures are called .png."""
+    """Raise UserError unless all files can be written, all are different, and the pictures end in .png."""
     pictures, others = ([path for path in paths if path is not None] for paths in (pictures, others))
     for path in pictures:
         if Path(path).suffix.lower() != ".png":
@@ -198,24 +212,28 @@ def check_outputs(pictures: Iterable[str | Path | None] = (), others: Iterable[s
         check_writable(path)
         identity = file_identity(path)
         if identity in seen:
-            raise UserError(f"{seen[identity]} and {path} are one file; name two")
+            raise UserError(f"{seen[identity]} and {path} are one file; give two different files")
         seen[identity] = path
 
 
 def check_new(out: str | Path) -> None:
-    """UserError if the folder ``--out`` exists, or could not be written later."""
+    """Raise UserError if the folder ``--out`` exists or cannot be written."""
     if Path(out).exists():
         raise UserError(f"{out} exists already; name another --out, or move it away")
     check_writable(out)
 
 
 def user_cache(name: str) -> Path:
-    """The folder for copies of what can be fetched again: lumos/`name` in the user's cache folder."""
+    """Return the folder lumos/`name` in the user's cache folder, for files that can be downloaded again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumos" / name
 
 
 def open_regular(path: str | Path, *, pipes: bool = False) -> BinaryIO:
-    """A regular file, opened to read its bytes. OSError or ValueError for all else; a pipe is never waited for, unless `pipes`."""
+    """Open a regular file to read bytes.
+
+    Raises OSError or ValueError for anything else, for example a folder, a device or a pipe, without
+    waiting for data. With `pipes`, a pipe is allowed, and opening it waits for its writer.
+    """
     wait = 0 if pipes else getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, os.O_RDONLY | wait | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -226,10 +244,10 @@ def open_regular(path: str | Path, *, pipes: bool = False) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> bytes:
-    """A regular file's bytes, at most `limit`; `what` says what it should be.
+    """Return the bytes of a regular file of at most `limit` bytes. `what` describes the file in messages.
 
-    NotFound if there is none; UserError if it is a folder, a pipe or a device, too large, or unreadable. A pipe is never
-    waited for, unless `pipes` says that it may be one: where the user names it, as in `<(command)`.
+    Raises NotFound if there is no such file, UserError if it is a folder, a pipe or a device, too large,
+    or unreadable. `pipes` allows a pipe: set it for a path that the user gives, as in `<(command)`.
     """
     try:
         with open_regular(path, pipes=pipes) as file:
@@ -244,7 +262,7 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, 
 
 
 def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
-    """As `read_bytes`, decoded as UTF-8; UserError if it is not."""
+    """Return the text of a UTF-8 file. Errors are those of `read_bytes`, and UserError for other bytes than UTF-8."""
     try:
         return read_bytes(path, what, limit, pipes=pipes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -252,12 +270,16 @@ def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, p
 
 
 def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:
-    """The value of a JSON file; errors as in `read_bytes` and `parse_json`."""
+    """Return the value of a JSON file. Errors are those of `read_text` and `parse_json`."""
     return parse_json(read_text(path, what, limit), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. UserError, which begins with `where`, if it is no JSON or nested over MAX_DOCUMENT_DEPTH."""
+    """Return the value of a JSON text.
+
+    Raises UserError if it is not JSON, has too many entries or is nested over MAX_DOCUMENT_DEPTH levels
+    deep. The message begins with `where`.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
@@ -269,23 +291,25 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. UserError, which begins with `where`, if it is no YAML, too long or nested too deeply.
+    """Return the value of a YAML text.
 
-    Aliases count each time they are used, so that a few lines cannot stand for a billion entries.
+    Raises UserError if it is not YAML, too long or nested too deeply. The message begins with `where`.
+    The entries behind an alias count each time the alias is used, so that a few lines cannot expand to a
+    billion entries.
     """
     if len(text) > MAX_YAML_LENGTH:
         raise UserError(f"{where} is not valid YAML: it has more than the {MAX_YAML_LENGTH:,} characters that are allowed")
     try:
         value = yaml.load(text, Loader=_BoundedLoader)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: dates and numbers that are none
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: impossible dates and numbers
         why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {why[:SHOWN_LENGTH]}") from error
-    _check_nesting(value, where, "YAML", MAX_YAML_LENGTH)  # without aliases no text of that length has so many
+    _check_nesting(value, where, "YAML", MAX_YAML_LENGTH)  # only aliases give more entries than characters
     return value
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses texts in which aliases multiply while they are read."""
+    """A yaml.SafeLoader that refuses texts in which aliases or merges expand to too many entries."""
 
     aliases, depth = 0, 0
 
@@ -305,13 +329,13 @@ class _BoundedLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def flatten_mapping(self, node: Any) -> None:
-        super().flatten_mapping(node)  # copies what `<<` names
+        super().flatten_mapping(node)  # copies the entries of the mappings that `<<` merges
         if len(node.value) > MAX_YAML_LENGTH // 100:
             raise yaml.YAMLError("it merges mappings into one that is too large")
 
 
 def _check_nesting(value: Any, where: str, language: str, limit: int = MAX_DOCUMENT_ENTRIES) -> None:
-    """UserError for containers in containers over MAX_DOCUMENT_DEPTH, and for over `limit` entries in all."""
+    """Raise UserError if a value is nested over MAX_DOCUMENT_DEPTH levels deep or has over `limit` entries in total."""
     level, entries = [value] if isinstance(value, dict | list) else [], 0
     for _ in range(MAX_DOCUMENT_DEPTH):
         below = []
@@ -328,16 +352,16 @@ def _check_nesting(value: Any, where: str, language: str, limit: int = MAX_DOCUM
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write ``data`` whole or not at all; returns the path."""
+    """Write ``data`` to a file atomically and return the path."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return Path(path)
 
 
 def write_json(path: str | Path, data: Any) -> Path:
-    """Write ``data`` as indented JSON, whole or not at all; what JSON does not know (a path) becomes text."""
+    """Write ``data`` as indented JSON atomically and return the path. Values that JSON lacks, such as paths, become text."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
-    if not text.replace("\n", "").isprintable():  # what would steer a terminal that shows the file
+    if not text.replace("\n", "").isprintable():  # escape control characters, which could act on a terminal
         text = "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
     return write_bytes(path, (text + "\n").encode("utf-8"))
 
@@ -354,17 +378,20 @@ def _reason(error: Exception) -> str:
 
 
 HASHED = (".json", ".safetensors", ".model", ".jit")
-"""What models and tokenizers are read from; a README or a picture beside them is no part of them."""
+"""The suffixes of the files that models and tokenizers consist of. A README or a picture in the folder does not count."""
 
 
 def file_sha256(path: Path) -> str:
-    """As sha256sum prints it."""
+    """Return the SHA-256 of a file in hexadecimal, as sha256sum prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
-    """SHA-256 of the lines `<path in the folder> <its SHA-256>`, sorted; default: the files that models are read from."""
+    """Return the SHA-256 of the sorted lines `<path in the folder> <its SHA-256>` of `files`.
+
+    `files` None means all files in the folder with a suffix in HASHED.
+    """
     if files is None:
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
     lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))

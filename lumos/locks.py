@@ -1,8 +1,9 @@
-"""The lock of a folder that only one process may write into.
+"""The lock of a folder that only one process at a time may write into.
 
-Where the file system has locks, it is one on the file `.lock`, which ends with the process. Elsewhere (NFS without a lock
-daemon, Lustre without the option, Windows) it is the file `.lock-owner`, which names the process and is removed at the end; one
-of a process that is gone counts for nothing.
+If the file system supports locks, the process locks the file `.lock`; this lock ends with the process.
+Otherwise (NFS without a lock daemon, Lustre without the option, Windows) the process creates the file
+`.lock-owner`, which names the process, and removes it at the end. The file of a process that no longer
+runs is ignored.
 """
 
 from __future__ import annotations
@@ -29,16 +30,22 @@ LOCK, OWNER = ".lock", ".lock-owner"
 NO_LOCKS = {*UNSUPPORTED, errno.ENOLCK}
 ATTEMPTS = 100
 UNREADABLE_AFTER = 60.0
-"""Seconds in which a process has surely written its name into the file it has made."""
+"""Seconds after which a `.lock-owner` without a name counts as left over by a killed process.
+
+A process writes its name into the file right after it has created it.
+"""
 _held: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
 
 
 class Busy(Exception):
-    """Another process has the lock; the text says more where more is known."""
+    """Another process holds the lock. The message says which one, if that is known, and is else empty."""
 
 
 class Lock:
-    """Held from its construction to `release`. Busy if another process holds it, OSError if the folder cannot be used so."""
+    """A lock that is held from its construction to `release`.
+
+    Raises Busy if another process holds it, OSError if the folder cannot be locked.
+    """
 
     def __init__(self, folder: Path):
         self.file: IO[bytes] | None = None
@@ -53,12 +60,13 @@ class Lock:
             self.file.close()
         if self.name is not None:
             with suppress(OSError, ValueError):
-                if json.loads(self.name.read_bytes())["owner"] == owner():  # not in a forked process, nor another's new one
+                # Not true in a forked process, or if another process has taken over the lock.
+                if json.loads(self.name.read_bytes())["owner"] == owner():
                     self.name.unlink()
 
 
 def _lock_file(folder: Path) -> IO[bytes] | None:
-    """The locked file; None if the file system has no locks."""
+    """Return the locked file, or None if the file system has no locks."""
     path = folder / LOCK
     for _ in range(ATTEMPTS):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -77,7 +85,7 @@ def _lock_file(folder: Path) -> IO[bytes] | None:
             if error.errno in NO_LOCKS and stat.S_ISREG(path.lstat().st_mode):
                 return None
             raise
-        file.close()  # its name went to another file before it was locked: another process was done here
+        file.close()  # the file was replaced between open and lock; try again with the new one
     raise Busy("")
 
 
@@ -105,7 +113,7 @@ def _own_by_name(path: Path) -> Path:
 
 
 def _check_gone(path: Path) -> None:
-    """Remove the file of a process that is gone; Busy if it may be there."""
+    """Remove the `.lock-owner` of a process that no longer runs. Raises Busy if the process may still run."""
     try:
         text = path.read_bytes()
         age = time.time() - path.lstat().st_mtime
@@ -124,14 +132,14 @@ def _check_gone(path: Path) -> None:
         os.rename(path, gone)
     except FileNotFoundError:
         return
-    if gone.read_bytes() != text:  # another process was faster, and this is its file
+    if gone.read_bytes() != text:  # another process has taken the lock since, and this is its file
         os.rename(gone, path)
         raise Busy("")
     remove(gone)
 
 
 def _let_go() -> None:
-    """A forked process shares the locks of its parent, and must not keep them when that one ends."""
+    """Close the lock files of the parent in a forked process, so that the locks end with the parent."""
     for file in list(_held):
         file.close()
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: put into a model to train them, stored as a peft folder, merged again.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): add them to a model for training, write and read them, merge them.
 
-    <folder>/adapter_config.json, adapter_model.safetensors    what any program with peft reads
-    <folder>/lumos_adapter.json                                the base model, the tokenizers and how it was trained
+    <folder>/adapter_config.json, adapter_model.safetensors    the format of peft, which other programs read too
+    <folder>/lumos_adapter.json                                the base model, the tokenizers and the training
 
-peft is the extra [lora]; nothing else needs it.
+The library peft does the work. It is installed with the extra [lora], and only this module needs it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "l
 MAX_RECORD_BYTES = 2**26
 MAX_RANK = 2**16
 SAMPLE = 8
-"""Values of each base tensor that an adapter remembers."""
+"""The number of values of each base tensor that an adapter stores, to recognise its base model."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Rank, alpha (the product is scaled by alpha / rank), dropout on the input, names of the projections."""
+    """The settings of an adapter.
+
+    rank     columns of the low-rank matrices
+    alpha    the product of the two matrices is scaled by alpha / rank
+    dropout  dropout probability on the input
+    targets  names of the linear layers that get an adapter
+    """
 
     rank: int
     alpha: float
@@ -45,7 +51,7 @@ class Lora:
 
 
 def import_peft() -> ModuleType:
-    """UserError, with the extra's name, if it is not installed."""
+    """Return the module peft. Raises UserError with the name of the extra if it is not installed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports DeepSpeed, which warns that it found no accelerator
     try:
@@ -60,18 +66,21 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def add_adapters(model: nn.Module, lora: Lora) -> None:
-    """Put untrained adapters, which change nothing yet, into the model, and leave only them to be trained."""
+    """Add new adapters to the model and freeze all other parameters. New adapters do not change its output."""
     peft = import_peft()
     peft.inject_adapter_in_model(_peft_config(lora), model)
 
 
 def sample(model: nn.Module) -> dict[str, list[float]]:
-    """The first values of each tensor: what tells a base model from another one of the same shape, in whatever number format."""
+    """Return the first values of each parameter by name.
+
+    They tell apart two base models of the same shape, whatever dtype each is stored in.
+    """
     return {name: p.detach().flatten()[:SAMPLE].float().cpu().tolist() for name, p in model.named_parameters()}
 
 
 def fingerprints(video_tokenizer: str | Path, text_tokenizer: str | Path) -> dict[str, str]:
-    """Of the two tokenizers in these places; a copy in float16 is the same tokenizer."""
+    """Return the fingerprints of a video and a text tokenizer. A copy in float16 has the same fingerprint."""
     video = tokenizer_facts(VideoTokenizer.from_pretrained(video_tokenizer))["fingerprint"]
     return {"video": video, "text": text_fingerprint(text_tokenizer)}
 
@@ -81,7 +90,11 @@ def text_fingerprint(text_tokenizer: str | Path) -> str:
 
 
 def write_adapter(folder: Path, weights: dict[str, Tensor], lora: Lora, base: str, record: dict[str, Any]) -> None:
-    """Write an adapter folder. `weights` are named as in a model with `add_adapters`; `record` holds "base" and "tokenizers"."""
+    """Write an adapter folder.
+
+    `weights` are named as in a model after `add_adapters`. `base` is the folder of the base model.
+    `record` is the content of lumos_adapter.json and holds at least "base" and "tokenizers".
+    """
     config = _peft_config(lora)
     config.inference_mode, config.base_model_name_or_path = True, base
     config.save_pretrained(str(folder))
@@ -91,10 +104,13 @@ def write_adapter(folder: Path, weights: dict[str, Tensor], lora: Lora, base: st
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """lumos_adapter.json; None, with a warning, for an adapter that other programs made."""
+    """Return the content of lumos_adapter.json, or None with a warning if the folder has none.
+
+    Adapters from other programs have none. Raises UserError if the file is damaged.
+    """
     file = folder / RECORD
     if not file.is_file():
-        warnings.warn(f"{folder} has no {RECORD}: whether it was made for this base model and these tokenizers is not known")
+        warnings.warn(f"{folder} has no {RECORD}: it may have been trained on another base model or with other tokenizers")
         return None
     try:
         record = read_json(file, "the record of an adapter", MAX_RECORD_BYTES)
@@ -112,10 +128,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, str]) -> nn.Module:
-    """The model with an adapter folder merged into its weights: no slower than without, and saved like any model.
+    """Merge an adapter folder into the weights of a model and return the model.
 
-    `tokenizers` are the `fingerprints` of those that it is used with. UserError for a folder that is no LoRA adapter or is
-    damaged, and for an adapter of another base model or of other tokenizers.
+    The result runs as fast as the base model and is saved like any model. `tokenizers` are the
+    `fingerprints` of the tokenizers of the model. Raises UserError if the folder is not a LoRA adapter or
+    is damaged, or if it was trained on another base model or with other tokenizers.
     """
     peft, folder = import_peft(), Path(folder)
     if not is_adapter(folder):
@@ -135,17 +152,17 @@ def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, st
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / WEIGHTS)
-    except Exception as error:  # of whatever kind peft makes of a field
+    except Exception as error:  # peft raises errors of any class for a wrong field
         raise UserError(f"{folder} cannot be read ({reason_of(error)}); copy the adapter again") from error
     smallest = min((sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=0)
-    if rank * smallest > sum(tensor.numel() for tensor in weights.values()):  # before so much is made
+    if rank * smallest > sum(tensor.numel() for tensor in weights.values()):  # check before peft allocates the adapters
         raise UserError(f"{folder} has fewer weights than an adapter of rank {rank}, which its {CONFIG} says; copy it again")
     config.base_model_name_or_path = None  # peft would warn if the base model's folder was moved
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for an attribute by its old name
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute of transformers by its old name
             wrapped = peft.get_peft_model(model, config)
-    except Exception as error:  # as above: its fields are first used here
+    except Exception as error:  # as above; peft first uses most fields here
         raise UserError(f"{folder} does not fit this model: {reason_of(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -163,7 +180,7 @@ def _check_base(model: nn.Module, folder: Path, base: dict[str, Any]) -> None:
     ours, theirs = sample(model), base["sample"]
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = (torch.tensor(values.get(name, ())) for values in (ours, theirs))
-        # As far apart as bfloat16 rounds: the same weights in another number format are the same model.
+        # The tolerance is the rounding of bfloat16, because the same weights in another dtype are the same model.
         if here.shape != there.shape or not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
             raise UserError(
                 f"{folder} was trained on another base model, {as_text(base['folder'])} ({as_text(name, 80)} differs); "

@@ -1,7 +1,7 @@
-"""Which generators exist, and where their parts are.
+"""The registry of generators: which exist, and where their parts are.
 
-A generator is a package that defines `GENERATOR`. A new one adds its folder and one line to `PACKAGES`. Listing generators
-imports none of their parts: a part is imported when `Generator.load` is called for it.
+A generator is a package that defines `GENERATOR`. To add one, add its folder and one line in `PACKAGES`.
+Listing generators imports none of their parts: `Generator.load` imports a part when it is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = ["lumos.models.lumos1"]
 class Benchmark(NamedTuple):
     """A target of `python -m lumos bench`.
 
-    summary     what it measures, in a line
+    summary     one line on what it measures
     module      has `settings_from(args)`, `steps(settings, bench)` and `run(settings, bench)`, see `lumos.benchmarks`
     arguments   "module:function" that adds its flags; it imports no torch
     """
@@ -33,20 +33,20 @@ class Benchmark(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """A kind of model that makes video, and where its parts are: each a "module:Name" string.
+    """A kind of model that makes video, and the places of its parts as "module:Name" strings.
 
-    name         what configs and commands call it
-    summary      what it is, in a line
+    name         its name in configs and commands
+    summary      one line on what it is
     model_types  values of `model_type` in config.json that belong to it
-    config       class of the model's configuration, with `preset(name)` and `from_pretrained(folder)`
+    config       class of the model's configuration, with `presets()`, the names of its shapes, and `from_pretrained(folder)`
     model        class of the network (`from_pretrained`, `save_pretrained`)
     pipeline     a `lumos.pipeline.base.VideoPipeline`
     task         a `lumos.training.task.TrainingTask`
-    settings     dataclass of the settings of its training, a `lumos.training.settings.TrainingSettings`
+    settings     dataclass of its training settings, a `lumos.training.settings.TrainingSettings`
     sampling     dataclass of its sampling options, a `lumos.pipeline.options.SamplingOptions`
     cost         modules that count parameters, FLOPs and bytes: "training" and "clip", see `lumos.planning.cost`
     benchmarks   targets of `python -m lumos bench`, by name
-    evaluations  commands of `python -m lumos evaluate` that only this generator has, by name
+    evaluations  modules of the measurements of `python -m lumos evaluate` that only this generator has, by name
     verbs        functions of verbs that only some generators have, by the verb's name
     """
 
@@ -66,24 +66,34 @@ class Generator:
 
     def load(self, part: str, name: str | None = None) -> Any:
         """Import a part: `load("pipeline")`, or `load("cost", "clip")` for an entry of a dict."""
-        return load(getattr(self, part) if name is None else getattr(self, part)[name])
+        if name is None:
+            return load(getattr(self, part))
+        places = getattr(self, part)
+        if name not in places:
+            raise UserError(f"{name} is not possible with models of the generator {self.name}")
+        return load(places[name])
 
 
 def load(place: str) -> Any:
-    """What "module:Name" names, or a whole module."""
+    """Import and return the object at "module:Name", or the module if there is no name."""
     module, _, attribute = place.partition(":")
     found = import_module(module)
     return getattr(found, attribute) if attribute else found
 
 
+def generator_with(part: str, name: str) -> Generator:
+    """The first generator that has the entry `name` in a part that is a dict, such as "verbs"."""
+    return next(candidate for candidate in generators().values() if name in getattr(candidate, part))
+
+
 def generators() -> dict[str, Generator]:
-    """All generators by name, the default one first."""
+    """Return all generators by name, the default one first."""
     found = [import_module(package).GENERATOR for package in PACKAGES]
     return {generator.name: generator for generator in found}
 
 
 def generator(name: str | None = None) -> Generator:
-    """The generator of this name; None: the default one. UserError for an unknown name."""
+    """Return the generator of this name, or the default one for None. Raises UserError for an unknown name."""
     known = generators()
     if name is None:
         return next(iter(known.values()))
@@ -93,7 +103,7 @@ def generator(name: str | None = None) -> Generator:
 
 
 def generator_with_preset(preset: str) -> Generator:
-    """The generator that has a model shape of this name; UserError if none has."""
+    """Return the generator that has a model shape (preset) of this name. Raises UserError if none has."""
     names: dict[str, Generator] = {}
     for candidate in generators().values():
         names |= {name: candidate for name in candidate.load("config").presets() if name not in names}
@@ -103,9 +113,9 @@ def generator_with_preset(preset: str) -> Generator:
 
 
 def generator_of(folder: str | Path) -> Generator:
-    """The generator that a model folder belongs to, by `model_type` in its config.json.
+    """Return the generator of a model folder, by `model_type` in its config.json.
 
-    NotFound if there is no such folder or file, UserError for a model type that no generator has.
+    Raises NotFound if there is no such folder or no config.json in it, UserError for an unknown model type.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():

@@ -1,4 +1,4 @@
-"""What a run is made with: its device, versions, seconds since the process began, peak memory; quiet libraries."""
+"""The environment of a run: device, versions, run time, memory, and progress bars of libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide a result."""
+    """Return the versions of Python and of the libraries that affect a result, by name."""
     return {
         "lumos": __version__,
         "python": platform.python_version(),
@@ -33,10 +33,11 @@ def versions() -> dict[str, str]:
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device by its name (cpu, cuda, cuda:1, mps); None or "auto": CUDA if there is one, else the CPU.
+    """Return the torch device of this name (cpu, cuda, cuda:1, mps).
 
-    "cuda" under a launcher such as deepspeed or torchrun is the GPU of this process (LOCAL_RANK). UserError for a name that is
-    unknown and for a device that is not there.
+    None or "auto" means CUDA if it is available, else the CPU. "cuda" is the GPU number LOCAL_RANK, which a
+    launcher such as deepspeed or torchrun sets for each process. Raises UserError for an unknown name and
+    for a device that is not available.
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,12 +57,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def seconds_since_start() -> float:
-    """Wall seconds since this process began, imports included."""
+    """Return the seconds since this process started. Imports are included."""
     return time.time() - psutil.Process().create_time()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on the GPU if the work is there, else resident in this process."""
+    """Return the peak memory of this process so far: allocated by torch on a GPU, or resident for the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     memory = psutil.Process().memory_info()
@@ -77,7 +78,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """UserError if `what` alone needs more bytes than this machine has memory and swap, in use or not."""
+    """Raise UserError if `what` needs more bytes than the total memory and swap of this machine."""
     has = psutil.virtual_memory().total + psutil.swap_memory().total
     if needed > has:
         raise UserError(
@@ -86,11 +87,14 @@ def check_memory(needed: int, what: str) -> None:
 
 
 def return_freed_memory(device: torch.device) -> bool:
-    """Make freed tensors of 4 MiB and more on the CPU go back to the system at once; False where nothing was set.
+    """Make glibc return the memory of freed CPU tensors of 4 MiB and more to the system at once.
 
-    glibc raises its threshold for that up to 32 MiB by itself and keeps smaller blocks in a heap, where tensors that live long
-    stand between freed ones: a training step of 8,192 tokens then holds twice the memory that its tensors need. Each such
-    tensor costs fresh pages instead, a few percent of a step's time.
+    Returns False if the device is not the CPU or the C library is not glibc; then nothing changes.
+
+    By default, glibc raises its threshold for this up to 32 MiB and keeps smaller blocks in a heap. There,
+    long-lived tensors lie between freed ones, and a training step of 8,192 tokens holds twice the memory
+    that its tensors need. The cost of this setting is that each large tensor takes new pages from the
+    system, a few percent of the time of a step.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
@@ -100,7 +104,10 @@ def return_freed_memory(device: torch.device) -> bool:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Without the bars of transformers, where reading or writing a model is a part of something else."""
+    """Turn off the progress bars of transformers for the block.
+
+    Use it where reading or writing a model is only a part of a larger job.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

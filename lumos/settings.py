@@ -1,7 +1,7 @@
-"""Settings as nested dataclasses: filled from a YAML file and `section.key=value` overrides, with errors that help.
+"""Settings as nested dataclasses, filled from a YAML file and from `section.key=value` overrides.
 
-A field is declared by `setting(default, meaning, ...)`. A trailing underscore of a field's name (`from_`) is not part
-of its key in the file.
+A field is declared with `setting(default, meaning, ...)`. A trailing underscore in a field's name
+(`from_`) is not part of its key in the file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 
 MAX_WHOLE = 2**63 - 1
-"""The largest whole number of a setting without a bound of its own: a seed."""
+"""The largest whole number of a setting without `high`, for example a seed."""
 MAX_TEXT = 10_000
-"""The most characters of a text: a path, or a prompt."""
+"""The maximum number of characters of a text, for example a path or a prompt."""
 MAX_DEPTH = 16
-"""The most parts of the name of an override."""
+"""The maximum number of parts in the key of an override."""
 MAX_ENTRIES = 10_000
-"""The most entries of a list or a section."""
+"""The maximum number of entries of a list."""
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -38,12 +38,12 @@ WORDS = {
 
 
 def is_whole(value: object) -> bool:
-    """Whether the value is an int; True and False are not."""
+    """Return whether the value is an int. True and False do not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is an int or a float; True and False are not."""
+    """Return whether the value is an int or a float. True and False do not count."""
     return is_whole(value) or isinstance(value, float)
 
 
@@ -59,11 +59,12 @@ def setting(
     allowed: str | None = None,
     **more: Any,
 ) -> Any:
-    """A dataclass field with its one-line meaning and its allowed values.
+    """Return a dataclass field with its one-line meaning and its allowed values.
 
-    `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `allowed` says the range in words where the
-    bounds alone would not. A field that says how much of something there is (steps, clips, pixels, processes) needs a `high`.
-    `more` is kept as it is: `lumos.pipeline.options` reads unit, step, pictures, given and trade.
+    `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `allowed` describes the range
+    in error messages, for ranges that the bounds alone do not explain. A field that is a number of things
+    (steps, clips, pixels, processes) needs a `high`. `more` is added to the metadata of the field;
+    `lumos.pipeline.options` reads unit, step, pictures, given and trade from there.
     """
     metadata = {
         "meaning": meaning, "choices": choices, "low": low, "high": high, "above": above, "below": below, "allowed": allowed,
@@ -76,7 +77,10 @@ def setting(
 
 
 def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The nested dict in a YAML file, after overrides. UserError for a missing or malformed file or override."""
+    """Return the nested dict in a YAML file after the overrides.
+
+    Raises UserError for a missing or malformed file and for a malformed override.
+    """
     if not Path(path).exists():
         raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
     raw = parse_yaml(read_text(path, "a config in YAML", 4 * MAX_YAML_LENGTH), str(path))
@@ -89,7 +93,7 @@ def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(key, default, meaning) of every setting, in order."""
+    """Yield (key, default, meaning) of every setting of a dataclass, in order."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         key = f"{prefix}{f.name.rstrip('_')}"
@@ -117,7 +121,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def build(cls: type, raw: Any, path: str = "") -> Any:
-    """An instance of the dataclass from nested dicts. UserError for an unknown key, a wrong type, a value out of range."""
+    """Return an instance of the dataclass from nested dicts.
+
+    Raises UserError for an unknown key, a wrong type or a value out of range.
+    """
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -138,9 +145,9 @@ def build(cls: type, raw: Any, path: str = "") -> Any:
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    """The value as the annotated type, or UserError.
+    """Return the value as the annotated type. Raises UserError if it is of another type.
 
-    Whole numbers serve as floats, and so does 1e-3, which YAML reads as text.
+    A float setting also takes a whole number, and text such as 1e-3, which YAML does not read as a number.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -191,7 +198,7 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
 
 
 def to_plain(value: Any) -> Any:
-    """Plain dicts, lists and numbers with the file's key names; the inverse of `build`."""
+    """Return settings as plain dicts, lists and numbers with the keys of the file; the inverse of `build`."""
     if dataclasses.is_dataclass(value):
         return {f.name.rstrip("_"): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -202,7 +209,7 @@ def to_plain(value: Any) -> Any:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """One line for each key whose value is another, of two results of `to_plain`."""
+    """Return one line for each key whose value differs between two results of `to_plain`."""
     lines = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key), now.get(key)

@@ -275,7 +275,7 @@ def test_options_without_effect_or_out_of_range(capsys, micro_folder):
         (["--reference", "truth", "--batch-size", "3"], "--batch-size has no effect with --reference truth"),
     ],
 )
-def test_what_prompts_cannot_be_is_said_before_anything_is_drawn(
+def test_wrong_prompt_options_are_refused_before_any_clip(
     micro_folder, no_sprite_pictures, in_empty_folder, capsys, wrong, message
 ):
     assert main(["evaluate", "prompts", "--model", str(micro_folder), "--count", "1000000", *wrong]) == 2

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from lumos import LumosPipeline
+from lumos import LumosPipeline, registry
 from lumos.errors import UserError
+from lumos.pipeline.options import all_options
 
 
 class Stopped(Exception):
@@ -227,3 +228,15 @@ def test_the_sample_request_runs(nodes, comfy, repo, monkeypatch):
     run("4")
     assert saved[0]["images"].shape == (5, 16, 24, 3)
     assert saved[0]["fps"] == 8.0
+
+
+def test_sampling_inputs_are_the_options_of_all_generators(nodes, monkeypatch):
+    """An option that a second generator declares with a step is an input; left as it stands, it is not passed on."""
+    monkeypatch.setattr(registry, "PACKAGES", [*registry.PACKAGES, "toy_generator"])
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    stepped = {name for name, option in all_options().items() if option.step is not None}
+    inputs = {name: value for group in node.INPUT_TYPES().values() for name, value in group.items()}
+    assert "noise_scale" in stepped <= inputs.keys()
+    defaults = {name: inputs[name][1]["default"] for name in stepped}
+    arguments = sys.modules[node.__module__].pipeline_arguments(negative_prompt="", seed=1, **defaults)
+    assert all(arguments[name] is None for name in stepped)

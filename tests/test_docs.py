@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
+from dataclasses import MISSING, fields
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
 from pages import ROOT, command_lines, verbs
 
 from lumos.cli import main
+from lumos.data.ingest import item, workers
+from lumos.demo.limits import Limits
+from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 CARD = "checkpoints/lumos-tiny/README.md"
@@ -78,6 +84,46 @@ def test_every_path_of_the_repository_exists(page: Path):
         assert "..." in path or (ROOT / path).exists(), path
 
 
+# ---- what pages list
+
+
+def table(page: str, heading: str) -> dict[str, str]:
+    """First column -> second column of the first table under a heading."""
+    lines = (ROOT / page).read_text().splitlines()
+    below = dropwhile(lambda line: not line.startswith("|"), lines[lines.index(heading) :])
+    _, _, *rows = takewhile(lambda line: line.startswith("|"), below)
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    return {name: value for name, value, *_ in cells}
+
+
+def test_the_reasons_of_skipped_items():
+    listed = {reason for cell in table("docs/data/skipped.md", "# Skipped items") for reason in re.findall("`(.*?)`", cell)}
+    own = {value for module in (item, workers) for name, value in vars(module).items() if name.isupper() and isinstance(value, str)}
+    assert listed == {value for value in own if re.fullmatch("[a-z ]+", value)}
+
+
+def test_the_limits_of_the_demo():
+    listed = table("docs/demo-server.md", "## Limits")
+    limits = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in fields(Limits)}
+    assert listed.keys() == limits.keys()
+    assert {flag: float(listed[flag]) for flag, default in limits.items() if default is not None} == {
+        flag: default for flag, default in limits.items() if default is not None
+    }
+
+
+def test_the_drawing_of_the_rooms_is_the_contract():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    drawn = re.search(r"^lumos/\n((?:  .*\n)+)", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)[1]
+    lines = [re.split(r"\s{2,}", line.strip())[0].replace("models/lumos1", "models") for line in drawn.splitlines()]
+    assert lines == [layer for layer in contract["layers"] if layer != "__main__"]
+
+
+def test_the_parts_that_a_generator_names_are_those_of_the_registry():
+    listed = {name for cell in table("docs/architecture.md", "## Add a generator") for name in re.findall("`(.*?)`", cell)}
+    assert listed <= {entry.name for entry in fields(Generator)}
+    assert {entry.name for entry in fields(Generator) if entry.default_factory is MISSING} <= listed
+
+
 # ---- commands
 
 
@@ -101,7 +147,7 @@ def test_the_first_training_command(clone):
                  "--width", "64", "--fps", "8", "--num-inference-steps", "1", "--output", "x.gif"]) == 0  # fmt: skip
 
 
-def test_the_deepspeed_command_is_the_one_that_the_training_tests_run():
+def test_the_page_shows_the_tested_deepspeed_command():
     """tests/training/test_deepspeed.py types it with a config of its own."""
     assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in command_lines("docs/train/index.md")
 

@@ -43,7 +43,7 @@ def replace_folder(path: Path, text: str) -> None:
 # -- power cuts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_synchronized_before_its_rename_and_its_folder_after(tmp_path, disk):
+def test_files_are_synced_before_and_folders_after_a_rename(tmp_path, disk):
     write_json(tmp_path / "new" / "a.json", {"a": 1})
     disk.check_renames()
     assert ("rename", tmp_path / "new" / "a.json") in disk.calls
@@ -85,7 +85,7 @@ def test_a_disk_that_fails_is_told(tmp_path, disk, number: int, folders: bool):
 # -- kills -------------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_always_a_folder_whenever_its_writer_is_killed(tmp_path):
+def test_a_killed_writer_always_leaves_a_folder(tmp_path):
     """Killed at each call of the system in turn, with and without a system that exchanges folders."""
     for exchanges in (True, False):
         path, kills = tmp_path / f"{exchanges}" / "model", 0
@@ -128,7 +128,7 @@ def kill_at_call(number: int) -> None:
         setattr(module, name, counted)
 
 
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
+def test_leftovers_of_killed_writers_go_and_live_files_stay(tmp_path):
     def killed():
         with replacing(tmp_path / "a") as temporary:
             temporary.write_text("half")
@@ -217,7 +217,7 @@ def test_one_writer_at_a_time(tmp_path, system):
     assert not locked(folder)
 
 
-def test_the_lock_goes_with_its_process(tmp_path, system):
+def test_a_lock_ends_with_its_process(tmp_path, system):
     def killed():
         with only_writer(tmp_path, "run"):
             die()
@@ -241,7 +241,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path, system)
     os.write(writing, b"x")
 
 
-def test_a_forked_process_that_ends_leaves_the_lock_to_its_parent(tmp_path, system):
+def test_a_forked_child_that_ends_leaves_its_parent_the_lock(tmp_path, system):
     with only_writer(tmp_path, "run") as _:
         lock = locks.Lock.__new__(locks.Lock)
         lock.file, lock.name = None, tmp_path / locks.OWNER
@@ -338,7 +338,7 @@ def test_a_killed_save_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, in
     assert names(tmp_path) == ["model"]
 
 
-def test_a_model_is_saved_through_a_link_and_into_the_current_folder(tmp_path, monkeypatch):
+def test_a_model_is_saved_through_a_link_and_into_the_cwd(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "model").symlink_to("disk")
     save_model(tmp_path / "model", "old")

@@ -37,5 +37,5 @@ def test_fewer_scenes_than_were_asked_for_are_an_error(tmp_path: Path, monkeypat
     whole = prompt_set
     monkeypatch.setattr("lumos.evaluation.prompts.prompt_set", lambda kind, count, *a, **k: whole(kind, count - 1, *a, **k))
     assert main(["render", "--out", str(tmp_path / "clips"), "--count", "3", "--num-frames", "1"]) == 1
-    assert "3 clips were to be written, but 2 mp4 files are there" in capsys.readouterr().err
+    assert "3 clips must be written, but there are 2 mp4 files" in capsys.readouterr().err
     assert not (tmp_path / "clips").exists()

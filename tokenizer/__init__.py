@@ -1,4 +1,4 @@
-"""Pictures, video and text as integer codes."""
+"""Tokenizers that turn pictures, video and text into integers and back."""
 
 from tokenizer.streaming import StreamDecoder, StreamEncoder
 from tokenizer.text import TextTokenizer

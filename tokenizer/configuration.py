@@ -1,4 +1,4 @@
-"""VideoTokenizerConfig: the sizes of a video tokenizer, with the published field names and the published defaults."""
+"""VideoTokenizerConfig: the sizes of a video tokenizer, with the published field names and defaults."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BOOKKEEPING_KEYS = frozenset(
         "persistent_quantizer",
     )
 )
-"""Keys of published config files that say nothing about the network."""
+"""Keys of published config files that do not describe the network."""
 
 
 MAX_ENTRIES = 16
-"""Of channels_mult, attn_resolutions and levels."""
+"""The maximum length of channels_mult, attn_resolutions and levels."""
 MAX_CHANNELS = 2**16
 MAX_CODES = 2**24
 MAX_WINDOW = 2**20
@@ -40,11 +40,11 @@ _SIZES = {
     "z_channels": 2**14,
     "z_factor": 64,
 }
-"""Whole numbers from 1 to this, far beyond any tokenizer that was made."""
+"""The maximum of each whole-number field. All are far above the sizes of real tokenizers."""
 
 
 class Sampling(NamedTuple):
-    """What a down- or upsampler between two levels does."""
+    """The axes that a down- or upsampler between two levels halves or doubles."""
 
     spatial: bool
     temporal: bool
@@ -52,33 +52,37 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoTokenizerConfig:
-    """Sizes of a VideoTokenizer. The defaults are the published Cosmos DV4x8x8 (112,472,182 parameters, 64,000 codes)."""
+    """The sizes of a VideoTokenizer.
+
+    The defaults are those of the published Cosmos DV4x8x8: 112,472,182 parameters, 64,000 codes.
+    A value that is not allowed raises UserError (a ValueError) with the allowed values.
+    """
 
     in_channels: int = 3  # colour channels of the input
     out_channels: int = 3  # colour channels of the output
     channels: int = 128  # width of the first level before its multiplier
     channels_mult: tuple[int, ...] = (2, 4, 4)  # width multiplier per level; its length is the number of levels
     num_res_blocks: int = 2  # residual blocks per encoder level; a decoder level has one more
-    attn_resolutions: tuple[int, ...] = (32,)  # nominal side lengths whose blocks get attention
-    dropout: float = 0.0  # inside residual blocks
-    resolution: int = 1024  # nominal input side in pixels; only decides where attn_resolutions apply
-    patch_size: int = 4  # pixels and frames per patch side: 1, 2, 4 or 8
+    attn_resolutions: tuple[int, ...] = (32,)  # levels whose nominal side length is listed have attention
+    dropout: float = 0.0  # dropout probability inside residual blocks
+    resolution: int = 1024  # nominal input side in pixels; its only use is to apply attn_resolutions
+    patch_size: int = 4  # side of a patch in pixels and in frames: 1, 2, 4 or 8
     patch_method: str = "haar"  # haar or rearrange
     z_channels: int = 16  # encoder output channels
     z_factor: int = 1  # multiplies z_channels at the encoder's output
-    num_groups: int = 1  # groups of the normalisations; the factorised network knows only 1
-    legacy_mode: bool = False  # where the decoder upsamples in time: from its first sampler (True) or its second (False)
+    num_groups: int = 1  # groups of the normalisations; the factorised network supports only 1
+    legacy_mode: bool = False  # the decoder upsamples time from its first sampler on (True) or its second (False)
     spatial_compression: int = 8  # pixels per code along height and width
     temporal_compression: int = 4  # frames per latent frame after the first
-    spatial_patch_size: int = 1  # 2: patches of 2 x 2 pixels come first, and all sizes are doubled but the codes' (not published)
-    pointwise_ends: bool = False  # 1x1x1 convolutions next to the patches: half of the work of a narrow network (not published)
+    spatial_patch_size: int = 1  # 2: extra 2 x 2 pixel patches first, for twice the height and width (not published)
+    pointwise_ends: bool = False  # 1x1x1 convolutions next to the patches; halves a narrow network's FLOPs (not published)
     quantizer: str = "FSQ"
     embedding_dim: int = 6  # quantized channels, one for each entry of levels
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # values per quantized channel; their product is the number of codes
     encoder: str = "FACTORIZED"
     decoder: str = "FACTORIZED"
     name: str = "DV"
-    attention_window: int | None = None  # frames that temporal attention sees, its own included; None: all, as published
+    attention_window: int | None = None  # latest frames that temporal attention sees, incl. the current one; None: all (published)
 
     def __post_init__(self) -> None:
         for field in ("channels_mult", "attn_resolutions", "levels"):
@@ -98,7 +102,7 @@ class VideoTokenizerConfig:
             0 < widest <= MAX_CHANNELS,
             "channels_mult",
             self.channels_mult,
-            f"a list of whole numbers above 0, one a level, that times channels {self.channels} are at most {MAX_CHANNELS:,}",
+            f"a list of whole numbers above 0, one for each level; each times channels {self.channels} is at most {MAX_CHANNELS:,}",
         )
         _require(
             all(level >= 2 for level in self.levels) and 1 < math.prod(self.levels) <= MAX_CODES,
@@ -137,7 +141,7 @@ class VideoTokenizerConfig:
         self._check_compression("temporal")
 
     def _check_compression(self, kind: str) -> None:
-        """The samplers between the levels must multiply up to the compression, in the encoder and in the decoder."""
+        """Raise UserError unless patches and samplers reach the compression, in the encoder and the decoder."""
         field = f"{kind}_compression"
         value = getattr(self, field)
         patch = self._patch(kind)
@@ -152,25 +156,26 @@ class VideoTokenizerConfig:
 
     @property
     def patch_channels(self) -> int:
-        """Channels that the patches make of one."""
+        """The number of channels that one colour channel has after patching."""
         return self.spatial_patch_size**2 * self.patch_size**3
 
     def _patch(self, kind: str) -> int:
-        """Pixels, or frames, that the patches make one."""
+        """Return the side of the patches: in pixels for "spatial", in frames for "temporal"."""
         return self.patch_size * (self.spatial_patch_size if kind == "spatial" else 1)
 
     def _num_halvings(self, kind: str) -> int:
         return getattr(self, f"{kind}_compression").bit_length() - self._patch(kind).bit_length()
 
     def downsamplers(self) -> list[Sampling]:
-        """What the encoder's sampler after each level but the last does."""
+        """Return the axes that the encoder halves after each level except the last."""
         spatial, temporal = self._num_halvings("spatial"), self._num_halvings("temporal")
         return [Sampling(level < spatial, level < temporal) for level in range(len(self.channels_mult) - 1)]
 
     def upsamplers(self) -> list[Sampling]:
-        """What the decoder's sampler after level 1, 2, ... does (level 0 has none, and the decoder runs from the last to it).
+        """Return the axes that the decoder doubles after levels 1, 2, ...
 
-        In the published network the first sampler that runs doubles space only, unless legacy_mode is set.
+        Level 0 has no sampler. The decoder runs from the last level down to level 0. In the
+        published network, the first sampler that runs doubles space only, unless legacy_mode is set.
         """
         spatial, temporal = self._num_halvings("spatial"), self._num_halvings("temporal")
         samplers = []
@@ -182,13 +187,16 @@ class VideoTokenizerConfig:
         return samplers
 
     def attention_levels(self) -> list[bool]:
-        """Which levels have attention after their residual blocks."""
+        """Return for each level whether attention follows its residual blocks."""
         first = self.resolution // self._patch("spatial")
         return [first // 2**level in self.attn_resolutions for level in range(len(self.channels_mult))]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VideoTokenizerConfig:
-        """Build from the contents of a config.json. An unknown key raises a ValueError that lists the known ones."""
+        """Return the configuration from the contents of a config.json.
+
+        Raises UserError (a ValueError) for an unknown key, with a list of the known keys.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [as_text(key, 60) for key in values if key not in known | BOOKKEEPING_KEYS]
         if unknown:
@@ -198,7 +206,10 @@ class VideoTokenizerConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json, without what the published form lacks where it has no effect."""
+        """Return plain values for config.json.
+
+        Fields that the published config files do not have are left out where they have no effect.
+        """
         values = dataclasses.asdict(self)
         for name, without in (("attention_window", None), ("spatial_patch_size", 1)):
             if values[name] == without:

@@ -1,4 +1,4 @@
-"""The fingerprint of a video tokenizer: what decides whether codes fit it."""
+"""The fingerprint of a video tokenizer, which tells whether codes were made by that tokenizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What decides whether codes fit a video tokenizer.
+    """Return the fingerprint of a video tokenizer, its number of codes and its compression.
 
-    The fingerprint is of the weights rounded to half precision: an export in float16 is the same tokenizer. A window of
-    attention belongs to it, because it changes the codes of long clips.
+    Codes fit a tokenizer if all four values are the same as those of the tokenizer that made them.
+    The fingerprint is a hash of the weights, rounded to half precision so that an export in float16
+    counts as the same tokenizer. `attention_window` is hashed too, because it changes the codes of
+    long clips.
     """
     digest = hashlib.blake2b(digest_size=16)
     if tokenizer.config.attention_window is not None:

@@ -1,6 +1,7 @@
-"""Finite scalar quantization: every latent channel is rounded to a few fixed values (Mentzer et al. 2023, arXiv 2309.15505).
+"""Finite scalar quantization: every latent channel is rounded to one of a few fixed values.
 
-The constants are those of the published Cosmos tokenizer, so codes agree with it one to one.
+Source: Mentzer et al. 2023, arXiv 2309.15505. The constants are those of the published Cosmos
+tokenizer, so that both give the same codes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ _EPSILON = 1e-3
 
 
 def code_count(levels: Sequence[int]) -> int:
-    """Number of different codes of a quantizer with these levels per channel."""
+    """Return the number of different codes of a quantizer with `levels[c]` values in channel c."""
     return math.prod(levels)
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Rounds C latent channels to `levels[c]` values each and numbers the combinations.
+    """Round C latent channels to `levels[c]` values each and number the combinations.
 
-    Code value of a channel: round(tanh(z + shift) * half - offset) / (level // 2), which lies in [-1, 1].
-    Index: sum over channels of (value * (level // 2) + level // 2) * product of the levels before it.
-    It owns no parameters, and its constants are not part of a state dict.
+    Code value of a channel: round(tanh(z + shift) * half - offset) / (level // 2), which lies in
+    [-1, 1]. Index (the code): the sum over the channels of (value * (level // 2) + level // 2) times
+    the product of the levels of the earlier channels. The module has no parameters and no buffers,
+    so a state dict holds nothing of it.
     """
 
     def __init__(self, levels: Sequence[int]) -> None:
@@ -33,15 +35,15 @@ class FiniteScalarQuantizer(nn.Module):
         self.num_codes = code_count(levels)
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(levels, levels // 2, index basis), each [C] int64."""
+        """Return (levels, levels // 2, products of the levels of earlier channels), each [C] int64."""
         levels = torch.tensor(self.levels, device=device)
         basis = torch.tensor([math.prod(self.levels[:c]) for c in range(len(self.levels))], device=device)
         return levels, levels // 2, basis
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z [B, C, t, h, w] -> (code values of the same shape and dtype, int64 indices [B, t, h, w]).
+        """Quantize z [B, C, t, h, w]; return code values of its shape and dtype, and int64 indices [B, t, h, w].
 
-        The rounding is a straight-through estimator: gradients pass as if it were not there.
+        Gradients pass the rounding unchanged (straight-through estimator).
         """
         levels, half_width, basis = self._constants(z.device)
         levels, basis = _channelwise(levels), _channelwise(basis)
@@ -56,9 +58,9 @@ class FiniteScalarQuantizer(nn.Module):
         return (straight_through / half_width).to(z.dtype), indices
 
     def values(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Indices [B, t, h, w] -> code values [B, C, t, h, w].
+        """Return the code values [B, C, t, h, w] of indices [B, t, h, w].
 
-        Raises ValueError when an index lies outside 0 .. num_codes - 1.
+        Raises ValueError if an index is outside 0 .. num_codes - 1.
         """
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= self.num_codes):
             raise ValueError(

@@ -1,9 +1,10 @@
-"""Layers of the video tokenizer: factorised causal convolutions, norms, attention and samplers on [B, C, T, H, W].
+"""Layers of the video tokenizer: factorised causal convolutions, norms, attention and samplers.
 
-Nothing here looks at a later frame, so the codes of a clip's beginning do not depend on how it goes on. A clip can come in
-chunks: a layer that looks back takes a `past`, continues from what it finds there and leaves what the next chunk needs.
-Without one, or with an empty one, x begins a clip. Parameter names are those of the published Cosmos tokenizer; the submodule
-`conv3d` inside a convolution is one of them.
+All layers take [B, C, T, H, W] and are causal: no output depends on a later frame, so the codes of
+the beginning of a clip do not depend on the rest. A clip can be processed in chunks. A layer that
+needs earlier frames then reads them from the cache `past` and stores in it what the next chunk
+needs. Without a cache, or with an empty one, x is the beginning of a clip. Parameter names are
+those of the published Cosmos tokenizer, for example the submodule `conv3d` of a convolution.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ TEMPORAL_KERNEL = (3, 1, 1)
 POINT_KERNEL = (1, 1, 1)
 
 Past = dict[nn.Module, Tensor]
-"""What each layer keeps of a stream's earlier frames."""
+"""A cache for a clip that is processed in chunks: what each layer stores of earlier frames."""
 
 
 class Chain(nn.Sequential):
-    """Layers with a past, one after the other."""
+    """An nn.Sequential whose layers take a `past`."""
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for layer in self:
@@ -30,9 +31,10 @@ class Chain(nn.Sequential):
 
 
 class CausalConv3d(nn.Module):
-    """Convolution padded with zeros in space and with copies of the first frame on the left in time.
+    """A 3-D convolution that pads with zeros in space and with copies of the first frame before the clip.
 
-    kernel and stride are (time, height, width); a strided spatial kernel is not padded, its sampler does that.
+    kernel and stride are (time, height, width). A spatial convolution with a stride is not padded
+    here: `Downsample` pads its input.
     """
 
     def __init__(
@@ -56,14 +58,14 @@ class CausalConv3d(nn.Module):
                 past[self] = x[:, :, -self.frames_in_front :].clone()  # a view would keep all of x
         conv = self.conv3d
         if conv.kernel_size[1:] == (1, 1) and conv.kernel_size[0] > 1:
-            # The same sums as a 2-D convolution over (T, H W), which is a quarter to a third faster on a CPU.
+            # A 2-D convolution over (T, H W) gives the same sums and is a quarter to a third faster on a CPU.
             h = F.conv2d(x.flatten(3), conv.weight[..., 0], conv.bias, stride=(conv.stride[0], 1))
             return h.unflatten(3, x.shape[3:])
         return conv(x)
 
 
 def factorised_conv(in_channels: int, out_channels: int) -> Chain:
-    """A 3x3x3 convolution as a spatial 1x3x3 followed by a temporal 3x1x1."""
+    """Return a spatial 1x3x3 convolution followed by a temporal 3x1x1 one, in place of a 3x3x3."""
     return Chain(
         CausalConv3d(in_channels, out_channels, SPATIAL_KERNEL),
         CausalConv3d(out_channels, out_channels, TEMPORAL_KERNEL),
@@ -71,12 +73,12 @@ def factorised_conv(in_channels: int, out_channels: int) -> Chain:
 
 
 def point_conv(in_channels: int, out_channels: int) -> CausalConv3d:
-    """A 1x1x1 convolution."""
+    """Return a 1x1x1 convolution."""
     return CausalConv3d(in_channels, out_channels, POINT_KERNEL)
 
 
 class FrameNorm(nn.Module):
-    """GroupNorm with one group over (C, H, W) of every frame apart: statistics over time would not be causal."""
+    """GroupNorm with one group, over (C, H, W) of each frame. Statistics over time would not be causal."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,7 +90,10 @@ class FrameNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, factorised convolution, twice, plus the input (through a 1x1x1 convolution if the width changes)."""
+    """Norm, SiLU and factorised convolution, twice, with a residual connection.
+
+    The residual connection has a 1x1x1 convolution if the number of channels changes.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -122,7 +127,7 @@ class _Attention(nn.Module):
 
 
 class SpatialAttention(_Attention):
-    """Every place of a frame attends to all places of the same frame."""
+    """Attention of every position of a frame to all positions of the same frame."""
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         b, c, t, height, width = x.shape
@@ -132,7 +137,10 @@ class SpatialAttention(_Attention):
 
 
 class TemporalAttention(_Attention):
-    """Every place attends to the same place in its own and earlier frames: all of them, or the last `window` with its own."""
+    """Causal attention of every position to the same position in the current and earlier frames.
+
+    `window` limits it to that many frames, the current one included. None: all earlier frames.
+    """
 
     def __init__(self, channels: int, window: int | None) -> None:
         super().__init__(channels)
@@ -152,14 +160,15 @@ class TemporalAttention(_Attention):
 
 
 def attention_pair(channels: int, window: int | None) -> Chain:
-    """Attention over the places of a frame, then over the frames of a place."""
+    """Return spatial attention followed by temporal attention."""
     return Chain(SpatialAttention(channels), TemporalAttention(channels, window))
 
 
 class Downsample(nn.Module):
-    """Halves space, time, both or neither: a strided convolution plus the average of the same values, then 1x1x1.
+    """Halve space, time, both or neither: a strided convolution plus average pooling, then a 1x1x1 convolution.
 
-    T = 1 + 2 k frames become 1 + k. With neither, the published layer is an identity that still owns its parameters.
+    T = 1 + 2 k frames become 1 + k. If it halves neither, the layer is an identity that still has
+    its parameters, as in the published network.
     """
 
     def __init__(self, channels: int, *, spatial: bool, temporal: bool) -> None:
@@ -183,9 +192,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles space, time, both or neither by repeating values, each with a residual convolution, then 1x1x1.
+    """Double space, time, both or neither: repeat values, add a convolution of them, then a 1x1x1 convolution.
 
-    t frames become 2 t - 1, because the first one stands alone. With neither, an identity that still owns its parameters.
+    t frames become 2 t - 1, because the first latent frame stands for one frame only. If it doubles
+    neither, the layer is an identity that still has its parameters, as in the published network.
     """
 
     def __init__(self, channels: int, *, spatial: bool, temporal: bool) -> None:

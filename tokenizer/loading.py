@@ -1,7 +1,7 @@
-"""Video tokenizer folders: find, read, check and write them.
+"""Find, read, check and write video tokenizer folders.
 
-Nothing here is unpickled by Python or run by torch. TorchScript archives, the published form, are read for their tensors only
-(`tokenizer.torchscript`).
+Published weights are TorchScript archives. `tokenizer.torchscript` reads only their tensors: Python
+unpickles nothing and torch runs nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ JIT_PAIR = ("encoder.jit", "decoder.jit")
 JIT_WHOLE = "autoencoder.jit"
 
 _NOT_PARAMETERS = re.compile(r"(^|\.)(wavelets|_arange|patch_size_buffer)$|^(quantizer|inv_quant|loss)\.")
-"""Constants that published files store beside the weights."""
+"""Matches the constants that published files store beside the weights."""
 
 
 def find_tokenizer_folder(folder: Path) -> Path:
-    """The folder itself if it holds a tokenizer's weights, else its subfolder `video_tokenizer`."""
+    """Return the folder with the tokenizer's weights: the subfolder `video_tokenizer` or the folder itself.
+
+    Raises NotFound if neither holds weights.
+    """
     for candidate in (folder / SUBFOLDER, folder):
         if candidate.is_dir() and _weight_files(candidate):
             return candidate
@@ -44,7 +47,11 @@ def find_tokenizer_folder(folder: Path) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: one safetensors file, the pair of archives, or the whole archive."""
+    """Return the files with the weights, or [] if there are none.
+
+    They are, in this order of preference: model.safetensors, other safetensors files, encoder.jit and
+    decoder.jit, autoencoder.jit.
+    """
     if _is_other_model(folder):
         return []
     preferred = folder / WEIGHTS
@@ -58,7 +65,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_other_model(folder: Path) -> bool:
-    """True for the folder of a Hugging Face model, a decoder for instance: its config.json names a model type."""
+    """Return whether this is the folder of another model, for example a decoder: its config.json has a model_type."""
     try:
         config = read_json(folder / "config.json", "a config", MAX_CONFIG_BYTES)
     except UserError:
@@ -67,10 +74,11 @@ def _is_other_model(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> VideoTokenizerConfig:
-    """config.json of the folder.
+    """Return the configuration in config.json of the folder.
 
-    The published folders describe their network by name only (no file, or a file without sizes): then the published sizes
-    hold, and a name like DV8x16x16 in the folder's name gives the compression (frames x rows x columns).
+    Published folders have no config.json, or one without sizes. The published sizes are then the
+    default, and a name like DV8x16x16 in the folder's path gives the compression (frames x rows x
+    columns). Raises UserError for a wrong setting and RunError for a damaged file.
     """
     path = folder / "config.json"
     values: dict[str, object] = {}
@@ -92,7 +100,11 @@ def read_config(folder: Path) -> VideoTokenizerConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All weights of the folder on the CPU in their stored dtype, without the constants that published files carry."""
+    """Return all weights of the folder, on the CPU and in their stored dtype.
+
+    The constants that published files store beside the weights are left out. Raises RunError for a
+    damaged file.
+    """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
@@ -106,12 +118,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The number format of the weights of a tokenizer folder, or of a model folder's tokenizer."""
+    """Return the dtype of the stored weights of a tokenizer folder, or of the tokenizer in a model folder."""
     return next(iter(read_tensors(find_tokenizer_folder(Path(folder))).values())).dtype
 
 
 def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise ValueError unless both have the same keys with the same shapes."""
+    """Raise UserError unless `expected` and `found` have the same keys with the same shapes."""
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [key for key in expected if key in found and expected[key].shape != found[key].shape]
     if not (missing or unexpected or wrong):
@@ -122,12 +134,12 @@ def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fo
         if keys
     ]
     raise UserError(
-        f"the weights in {folder} do not fit its config.json: {', '.join(parts)}; are sizes and files of one tokenizer?"
+        f"the weights in {folder} do not fit its config.json: {', '.join(parts)}; take both files from the same tokenizer"
     )
 
 
 def write_folder(folder: Path, config: VideoTokenizerConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, both or none; other files of the folder stay."""
+    """Write config.json and model.safetensors, either both or none. Other files in the folder stay."""
     weights = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with updating_folder(folder, {WEIGHTS, "config.json"}.__contains__) as writing:
         save_file(weights, writing / WEIGHTS, metadata={"format": "pt"})

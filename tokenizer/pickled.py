@@ -1,8 +1,9 @@
-"""A reader of the pickled structure in TorchScript archives that runs nothing of what it reads.
+"""A safe reader of the pickle in TorchScript archives: it runs none of the code that a pickle names.
 
-A pickle is a program for a stack machine. Python's own machine imports what the program names and calls it. The machine here
-knows the opcodes that torch writes, and builds nothing but lists, dicts, tuples, strings, numbers, records (the attributes of an
-object, with the name of its class) and references to tensors. Every other opcode, and every other name, is refused.
+A pickle is a program for a stack machine. Python's unpickler imports and calls any function that the
+program names. The machine in this file knows only the opcodes that torch writes. It builds lists,
+dicts, tuples, strings, numbers, records (the class name and the attributes of an object) and
+references to tensors. It refuses every other opcode and every other name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from lumos.errors import shown
 
-MAX_NAME_BYTES = 1000  # of each of the two parts of a global's name
+MAX_NAME_BYTES = 1000  # for the module and for the name of a global
 MAX_DIMENSIONS = 64  # as in torch
 INT64_END = 2**63
 
@@ -44,13 +45,13 @@ FUNCTIONS = {
 
 
 class Refused(ValueError):
-    """What was read is not of the form that torch writes for a model's weights; the text says what it is instead."""
+    """Raised for an archive that torch would not write for a model's weights; the message says why."""
 
 
-# The classes have no repr and no equality of their own: both would walk through structures that may contain themselves.
+# These classes generate no __repr__ and no __eq__: both would recurse without end in a structure that contains itself.
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class StorageReference:
-    """`numel` numbers of one type, which lie in the entry `key` of the archive."""
+    """A reference to `numel` numbers of one dtype in the entry `key` of the archive."""
 
     dtype: torch.dtype
     key: str
@@ -59,7 +60,7 @@ class StorageReference:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class TensorReference:
-    """A view of a storage, checked to lie within it. Offset and strides count numbers, not bytes."""
+    """A view of a storage, known to lie within it. Offset and strides count numbers, not bytes."""
 
     storage: StorageReference
     offset: int
@@ -69,10 +70,10 @@ class TensorReference:
 
 @dataclass(slots=True, repr=False, eq=False)
 class Record:
-    """An object of the archive: the name of its class, which is never looked up, and its attributes."""
+    """An object in the archive: the name of its class, which is never imported, and its attributes."""
 
     class_name: str
-    attributes: dict[Any, Any] | None = None  # None until the pickle gives them
+    attributes: dict[Any, Any] | None = None  # None until the opcode BUILD sets them
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -86,10 +87,11 @@ class _Function:
 
 
 def read_pickled(data: bytes) -> Any:
-    """The value of a pickle of protocol 2 as torch writes it. Refused if it holds anything else, or is damaged.
+    """Return the value of a pickle of protocol 2, the protocol that torch writes.
 
-    The value takes at most some hundred times the memory of `data`, whatever that holds. It may contain itself: whoever walks
-    through it needs a limit of depth and of steps.
+    Raises Refused if the pickle is damaged or holds anything that torch does not write. The value
+    takes at most a few hundred times the memory of `data`, even if the pickle is hostile. It may
+    contain itself, so code that walks through it must limit the depth and the number of steps.
     """
     if data[:2] != b"\x80\x02":
         raise Refused("its structure is no pickle of protocol 2")
@@ -104,7 +106,7 @@ def read_pickled(data: bytes) -> Any:
 
 
 class _Machine:
-    """Stack, marks (heights of the stack) and memo of a pickle on its way."""
+    """The state of the stack machine: position in the data, stack, marks (heights of the stack) and memo."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 2
@@ -129,7 +131,7 @@ class _Machine:
         self.stack.append(value)
 
     def top(self, *kinds: type) -> Any:
-        """The value on top, which must be of one of the kinds, if any are given."""
+        """Return the value on top of the stack. Raises Refused if `kinds` are given and its type is not among them."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Refused("its structure takes a value where there is none")
         value = self.stack[-1]
@@ -224,7 +226,10 @@ class _Machine:
         record.attributes = state
 
     def call(self) -> None:
-        """The value that one of the known functions gives; what they do is written here."""
+        """Replace a function and its arguments on the stack by the result.
+
+        The real function is never called: this method does what each of the known functions would do.
+        """
         arguments = self.pop(tuple)
         name = self.pop(_Function).name
         match name, arguments:
@@ -245,7 +250,10 @@ class _Machine:
 
 
 def _view(storage: StorageReference, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...]) -> TensorReference:
-    """The view, if all of its numbers lie in the storage. Python's integers do not overflow."""
+    """Return a view of the storage; raises Refused unless all of its numbers lie in the storage.
+
+    Python's integers do not overflow, so hostile sizes cannot pass the check.
+    """
     if not all(map(_is_size, (offset, *size, *stride))) or len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise Refused("its structure has a tensor with an impossible shape")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -310,4 +318,4 @@ REFUSED_OPCODES = {
         0x96: "BYTEARRAY8", 0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
     }.items()
 }  # fmt: skip
-"""Names of the opcodes of all protocols that torch does not write, for messages."""
+"""Names of the opcodes of all protocols that torch does not write, for error messages."""

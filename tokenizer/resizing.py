@@ -1,9 +1,12 @@
-"""A video tokenizer made to draw at twice or half the size, with the same codes.
+"""Change a video tokenizer so that it decodes the same codes to twice or half the height and width.
 
-A picture of twice the size is the picture of its 2 x 2 means, and what the four pixels differ by (`wavelet.spatial_patchify`).
-So a tokenizer of twice the size holds one of the size: its first and last layer have three more channels beside each one. `double`
-adds them as zeros: the codes are those of the means, and what comes back is as sharp as before, to be trained on. `halve` takes
-them away, which leaves exactly the means of what comes back, before pixels are clamped.
+A large picture can be split into a picture of half the size, the means of its 2 x 2 pixels, and three
+differences for each mean (`wavelet.spatial_patchify`). A tokenizer for the large size is therefore a
+tokenizer for the half size whose first and last layer have three more channels for each channel.
+
+`double` adds these channels with zero weights: the codes depend on the means only, and the decoded
+picture is no sharper than before until the tokenizer is trained further. `halve` removes the
+channels: the result decodes exactly the means of the larger picture, before pixels are clamped.
 """
 
 from __future__ import annotations
@@ -19,31 +22,38 @@ from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.video import VideoTokenizer
 
 BANDS = 4
-"""The means and the three differences of 2 x 2 pixels."""
+"""The mean and the three differences of 2 x 2 pixels."""
 _ENDS = {
     "encoder.conv_in.conv3d.weight": (1, "in_channels"),
     "decoder.conv_out.conv3d.weight": (0, "out_channels"),
     "decoder.conv_out.conv3d.bias": (0, "out_channels"),
 }
-"""The weights next to the patches: which of their axes has patches x colours, and the config's number of colours."""
+"""The weights next to the patches: (their axis of patch channels x colours, the config field with the number of colours)."""
 
 
 def double(model: VideoTokenizer) -> VideoTokenizer:
-    """A tokenizer for twice the height and width. UserError unless the model has pointwise ends and plain Haar patches."""
+    """Return a tokenizer for twice the height and width.
+
+    Raises UserError unless the model has pointwise ends, Haar patches and spatial_patch_size 1.
+    """
     _check(model.config, spatial_patch_size=1)
     return _resized(model, 2, _add_bands)
 
 
 def halve(model: VideoTokenizer) -> VideoTokenizer:
-    """The tokenizer for half the height and width inside one with spatial patches of 2. UserError for another one."""
+    """Return a tokenizer for half the height and width.
+
+    Raises UserError unless the model has pointwise ends, Haar patches and spatial_patch_size 2.
+    """
     _check(model.config, spatial_patch_size=2)
     return _resized(model, 1, _means_only)
 
 
 def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
-    """True if both make the same codes of the same pictures, each in its size: one's encoder is the other's, or that doubled.
+    """Return whether both tokenizers encode the same pictures to the same codes, each at its own size.
 
-    But for what the number formats differ in that they may have been stored in.
+    This is so if the encoders are equal, or if one is the other after `double`. Weights are compared
+    after rounding to float16 or bfloat16, because one of the tokenizers may have been stored so.
     """
     sizes = [model.config.spatial_patch_size for model in (a, b)]
     a, b = (double(model) if size < max(sizes) else model for model, size in zip((a, b), sizes, strict=True))
@@ -67,7 +77,7 @@ def _check(config: VideoTokenizerConfig, spatial_patch_size: int) -> None:
 
 
 def _resized(model: VideoTokenizer, patch_size: int, change: Callable[[Tensor, int, int], Tensor]) -> VideoTokenizer:
-    """With other spatial patches, sizes in proportion, and the weights next to the patches changed."""
+    """Return a copy with spatial patches of `patch_size`, sizes in proportion and changed weights next to the patches."""
     before = model.config
     config = dataclasses.replace(
         before,

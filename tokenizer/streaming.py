@@ -1,11 +1,12 @@
-"""A clip through a video tokenizer chunk by chunk, with the result of the whole clip and the memory of a few frames.
+"""Encode and decode a clip chunk by chunk, with the same result as for the whole clip and little memory.
 
-Every layer that looks back keeps what it needs of the past: a causal convolution one or two frames, temporal attention the
-keys and values of earlier frames. The published attention sees all earlier frames, so these grow with the clip, by
-2 * channels * 4 bytes (float32) for each place of a latent frame; with `attention_window` in the tokenizer's config.json, or
-from the start of its training, they stop growing after so many frames.
+Every layer that needs earlier frames caches them: a causal convolution one or two frames, temporal
+attention the keys and values of earlier frames. The published attention sees all earlier frames, so
+its cache grows with the clip, by 2 * channels * 4 bytes (float32) for each position of a latent
+frame. If the tokenizer has an `attention_window`, set in its config.json or when it was trained, the
+cache stops growing after that many frames.
 
-Latent frames are computed one at a time, so the result does not depend on how the clip was cut.
+Latent frames are computed one at a time, so the result does not depend on the sizes of the chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizer.layers import Past
 
 
 class Streamable(Protocol):
-    """What a stream needs of a `VideoTokenizer`; see there for each."""
+    """The members of `VideoTokenizer` that a stream uses; they are documented there."""
 
     config: VideoTokenizerConfig
     spatial_compression: int
@@ -43,7 +44,7 @@ class Streamable(Protocol):
 
 
 class _Stream:
-    """What a stream keeps between two chunks, and the shape that all its chunks have."""
+    """The state of a stream between two chunks: the caches of the layers and the common shape of the chunks."""
 
     def __init__(self, tokenizer: Streamable) -> None:
         self.tokenizer = tokenizer
@@ -52,7 +53,7 @@ class _Stream:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes kept of what came so far."""
+        """The size of the caches in bytes."""
         return sum(tensor.nbytes for tensor in self.past.values())
 
     def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
@@ -64,11 +65,11 @@ class _Stream:
 
 
 class StreamEncoder(_Stream):
-    """Codes of a clip whose frames come bit by bit."""
+    """Encode a clip whose frames arrive in chunks."""
 
     def __init__(self, tokenizer: Streamable) -> None:
         super().__init__(tokenizer)
-        self.waiting: Tensor | None = None  # frames that do not fill a latent frame yet
+        self.waiting: Tensor | None = None  # frames that do not yet fill a latent frame
         self.num_frames = 0
 
     @property
@@ -77,9 +78,10 @@ class StreamEncoder(_Stream):
 
     @torch.no_grad()
     def push(self, video: Tensor) -> Tensor:
-        """The clip's next frames [B, 3, T, H, W] in [-1, 1] -> codes [B, t, h, w] of the latent frames that are whole now.
+        """Take the next frames [B, 3, T, H, W] in [-1, 1]; return codes [B, t, h, w] of the latent frames now complete.
 
-        t may be 0. ValueError for sizes that do not divide or differ from those of the earlier chunks.
+        t may be 0. Raises ValueError for a height or width that is not a multiple of the compression,
+        or if batch, height or width differ from those of earlier chunks.
         """
         model = self.tokenizer
         model.check_size(video)
@@ -96,18 +98,19 @@ class StreamEncoder(_Stream):
         return torch.cat(codes, dim=1)
 
     def finish(self) -> None:
-        """Say that the clip has ended: ValueError if its last frames fill no latent frame."""
+        """Declare the clip complete. Raises ValueError if its last frames do not fill a latent frame."""
         self.tokenizer.check_num_frames(self.num_frames)
 
 
 class StreamDecoder(_Stream):
-    """Frames of a clip whose codes come bit by bit."""
+    """Decode a clip whose codes arrive in chunks."""
 
     def push(self, codes: Tensor) -> Tensor:
-        """The clip's next codes [B, t, h, w] -> its next frames [B, 3, T, H, W], about [-1, 1] and not clamped.
+        """Take the next codes [B, t, h, w]; return the next frames [B, 3, T, H, W], about [-1, 1] and not clamped.
 
-        The first latent frame of a clip gives one frame, every later one as many as the temporal compression. ValueError for
-        codes out of range or of another shape than the earlier chunks.
+        The first latent frame of a clip decodes to one frame, every later one to `temporal_compression`
+        frames. Raises ValueError for codes out of range, or if batch, rows or columns differ from those
+        of earlier chunks.
         """
         model = self.tokenizer
         model.check_codes(codes)
@@ -120,7 +123,7 @@ class StreamDecoder(_Stream):
 
 
 def encode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """`VideoTokenizer.encode_stream`."""
+    """Yield the codes of a clip's frames. See `VideoTokenizer.encode_stream`."""
     stream = StreamEncoder(tokenizer)
     for chunk in chunks:
         for frames in chunk.split(tokenizer.temporal_compression, dim=2):
@@ -131,7 +134,7 @@ def encode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def decode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """`VideoTokenizer.decode_stream`."""
+    """Yield the frames of a clip's codes. See `VideoTokenizer.decode_stream`."""
     stream = StreamDecoder(tokenizer)
     for chunk in chunks:
         for index in range(chunk.shape[1]):

@@ -1,9 +1,10 @@
-"""The text tokenizer: a sentencepiece ``.model`` or a Hugging Face ``tokenizer.json`` behind one class.
+"""The text tokenizer: one class for a sentencepiece ``.model`` and a Hugging Face ``tokenizer.json``.
 
-What a user types is text and nothing else. Ids that steer the model (sequence start, frame marks, masks, visual codes)
-can never come out of ``encode``: sentencepiece keeps its control symbols out of text by itself; from a Hugging Face
-file such entries, and the merges that lead to them, are taken out of the vocabulary before the encoder is built. So
-``"<reserved09000>"`` or ``"VIDVIDBAZ"`` in a prompt is encoded letter group by letter group, like any other word.
+A prompt is encoded as text only. ``encode`` never returns an id that controls the model (sequence
+start, frame marks, masks, visual codes). sentencepiece itself never encodes text to a control symbol.
+From a Hugging Face file, such entries and the merges that produce them are removed from the
+vocabulary before the encoder is built. So ``"<reserved09000>"`` or ``"VIDVIDBAZ"`` in a prompt is
+split into text pieces like any other word.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ MAX_VOCABULARY = 2**24
 MAX_TEXT_LENGTH = 2**20
 MAX_CAPTIONS_BYTES = 2**30
 
-# Entries of the published vocabulary that are no text, whether or not the file flags them as special.
+# Entries of the published vocabulary that are not text. Files do not flag all of them as special.
 _NOT_TEXT = re.compile(r"<reserved\d+>|<racm3:break>|<eoss>|</?s>|<pad>|<unk>|(VIDVID|IMGIMG)[A-J]+Z")
 
 
 class TextTokenizer:
-    """Text to ids and back.
+    """Convert text to ids and ids to text.
 
-    ``data`` is the content of the tokenizer file, ``kind`` is "sentencepiece" or "huggingface". ``limit`` is the first
-    id that is no longer text (the first visual code of the model): an id at or above it is never returned by
-    :meth:`encode`. ``vocab_size`` counts everything in the file, ``max_text_id`` is the largest id of a text piece.
+    ``data`` is the content of the tokenizer file, ``kind`` is "sentencepiece" or "huggingface", and
+    ``source`` names the file in error messages. ``limit`` is the first id that is not text for the
+    model (its first visual code): :meth:`encode` returns smaller ids only. ``vocab_size`` is the
+    number of ids in the file, ``max_text_id`` the largest id of a text piece. Raises UserError (a
+    ValueError) if the file is damaged, of an unsupported kind, or has text pieces at ``limit`` or above.
     """
 
     def __init__(self, data: bytes, kind: str, *, limit: int | None = None, source: str = "the tokenizer file"):
@@ -56,7 +59,11 @@ class TextTokenizer:
         self.max_text_id: int = self._backend.max_text_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``: no start or end id is added, and none of them is a special or visual id."""
+        """Return the ids of ``text``.
+
+        No start or end id is added, and no id is a special or visual id. Raises UserError for text
+        over 2**20 characters or with invalid Unicode.
+        """
         if len(text) > MAX_TEXT_LENGTH:
             raise UserError(f"the text has {len(text):,} characters; allowed: at most {MAX_TEXT_LENGTH:,}")
         try:
@@ -66,7 +73,10 @@ class TextTokenizer:
         return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; special and visual ids stand for no text. ValueError for an id outside the vocabulary."""
+        """Return the text of ``ids`` and skip special and visual ids.
+
+        Raises UserError for an id outside the vocabulary.
+        """
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -74,11 +84,11 @@ class TextTokenizer:
         return self._backend.decode(ids)
 
     def is_text(self, i: int) -> bool:
-        """True if `encode` could return this id."""
+        """Return whether ``encode`` could return this id."""
         return self._backend.is_text(i)
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of one vocabulary entry, special ones included ("<s>" for instance); None if there is no such entry."""
+        """Return the id of a vocabulary entry, which may be special ("<s>"), or None if there is no such entry."""
         return self._backend.token_to_id(token)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -88,7 +98,11 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, limit: int | None = None) -> TextTokenizer:
-        """Read a ``.model`` or ``.json`` file, or the folder (or its subfolder ``text_tokenizer``) that holds one."""
+        """Load a tokenizer from a ``.model`` or ``.json`` file or from a folder.
+
+        The file may also be in the folder's subfolder ``text_tokenizer``. Raises UserError if there is
+        no such file.
+        """
         file = find_tokenizer_file(Path(path))
         kind = "sentencepiece" if file.suffix == ".model" else "huggingface"
         data = read_bytes(file, "a text tokenizer")
@@ -104,12 +118,14 @@ class TextTokenizer:
         model_type: str = "bpe",
         character_coverage: float = 0.9995,
     ) -> TextTokenizer:
-        """Train a sentencepiece tokenizer on captions (any iterable, or the path of a text file with one a line).
+        """Train a sentencepiece tokenizer on captions (an iterable, or the path of a text file with one caption a line).
 
-        Id 0 is "<s>" (start and padding), ids 1..n are ``reserved_symbols``, then "<unk>", the 256 bytes and the text
-        pieces. Anything encodes: what has no piece becomes bytes. Spaces and letter case are kept as they are, so that
-        ``decode(encode(text)) == text`` (only U+2581, sentencepiece's own sign for a space, comes back as a space).
-        Deterministic. The vocabulary gets smaller than ``vocab_size`` if the captions do not hold that many pieces.
+        Id 0 is "<s>" (start and padding), ids 1..n are ``reserved_symbols``, then come "<unk>", the 256
+        bytes and the text pieces. Any text can be encoded: characters without a piece become bytes.
+        Spaces and letter case are not changed, so ``decode(encode(text)) == text``. The only exception is
+        U+2581, sentencepiece's sign for a space, which is decoded to a space. The training is
+        deterministic. The vocabulary is smaller than ``vocab_size`` if the captions have fewer pieces.
+        Raises UserError for a wrong option or if there are no captions.
         """
         symbols = list(reserved_symbols)
         if len(set(symbols)) != len(symbols) or any(s in ("", "<s>", "<unk>") for s in symbols):
@@ -157,7 +173,7 @@ class TextTokenizer:
 
 
 def find_tokenizer_file(path: Path) -> Path:
-    """The tokenizer file that ``path`` means: itself, or one of the known names in the folder or its subfolder."""
+    """Return the tokenizer file at ``path``: the file itself, or one of FILE_NAMES in the folder or its subfolder."""
     if path.is_file():
         if path.suffix not in (".model", ".json"):
             raise UserError(f"{path} is no text tokenizer; give a sentencepiece .model or a Hugging Face .json file")
@@ -183,7 +199,7 @@ class _SentencePiece:
     def __init__(self, data: bytes, limit: int | None):
         self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.vocab_size = self.model.get_piece_size()
-        # Trailing control symbols may lie above the limit; a text piece there would collide with a visual code.
+        # Control symbols may have ids above the limit; a text piece there would have the id of a visual code.
         self.max_text_id = max(i for i in range(self.vocab_size) if self.is_text(i))
         if limit is not None and self.max_text_id >= limit:
             raise UserError(
@@ -217,7 +233,7 @@ class _HuggingFace:
         if wrong := [i for i in self.ids.values() if type(i) is not int or not 0 <= i < MAX_VOCABULARY]:
             raise ValueError(f"the id {shown(wrong[0])} is no whole number from 0 to {MAX_VOCABULARY - 1:,}")
         self.vocab_size = max(self.ids.values()) + 1
-        unknown = model.get("unk_token")  # stays: it is what the model says for text that it has no piece for
+        unknown = model.get("unk_token")  # this entry stays: the encoder returns it for text without a piece
         hidden = {
             token
             for token, i in self.ids.items()
@@ -234,7 +250,7 @@ class _HuggingFace:
             raise UserError(f"its {shown(unknown)} has an id from {limit} on, where visual codes are; use another tokenizer")
         if "merges" in model:
             model["merges"] = [pair for pair in map(_pair, model["merges"]) if _usable(pair, hidden | {unknown})]
-        # A stored truncation would cut prompts in silence, a post-processor would add start ids.
+        # A stored truncation would shorten prompts without a message; a post-processor would add start ids.
         tree |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self.model = tokenizers.Tokenizer.from_str(json.dumps(tree))
 

@@ -1,7 +1,9 @@
-"""Tensors of TorchScript archives, read without `torch.jit.load`, which compiles and runs the source that an archive brings.
+"""Read the tensors of TorchScript archives without `torch.jit.load`.
 
-An archive is a zip file. `NAME/data.pkl` holds the model's objects as a pickle (`tokenizer.pickled`), `NAME/data/0`, `1` ... the
-raw numbers of its tensors. Both are stored, not compressed. The source (`NAME/code/`) and its constants are never read.
+`torch.jit.load` compiles and runs the source code in an archive, so it is not safe for files from
+others. An archive is a zip file without compression. `NAME/data.pkl` holds the model's objects as a
+pickle (`tokenizer.pickled`); `NAME/data/0`, `NAME/data/1`, ... hold the raw numbers of its tensors.
+The source code (`NAME/code/`) and its constants are never read.
 """
 
 from __future__ import annotations
@@ -19,24 +21,25 @@ from torch import Tensor
 from lumos.errors import RunError, UserError, shown
 from tokenizer.pickled import Record, Refused, StorageReference, TensorReference, read_pickled
 
-# The published network has 322 tensors, about 100 kB of structure and as much of directory. What is read takes up to about
-# a hundred times the memory of either.
+# The published network has 322 tensors, about 100 kB of structure (data.pkl) and 100 kB of zip directory. Python objects
+# made of either take up to about a hundred times its size, so both are limited.
 MAX_DIRECTORY_BYTES = 2**20
 MAX_STRUCTURE_BYTES = 2**20
-MAX_DEPTH = 64  # of modules in modules
-MAX_NAMES = 2**16  # of modules and tensors, each counted as often as it is reached
+MAX_DEPTH = 64  # nested modules
+MAX_NAMES = 2**16  # modules and tensors; one that is reached twice counts twice
 MAX_KEY_LENGTH = 500
-PIECE = 2**20  # bytes that are read at once
+PIECE = 2**20  # bytes per read
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors that are attributes of the archive's modules, on the CPU, under their dotted names.
+    """Return the tensor attributes of the archive's modules, on the CPU, by their dotted names.
 
-    Names, order and tensors are those of `torch.jit.load(path).state_dict()` for what `torch.jit.trace` makes, the published
-    form. The structure does not tell a plain tensor attribute, which only a scripted module can have, from a buffer (the source
-    alone does): such an attribute is given too. Tensors that share their numbers in the archive share memory here.
+    For a module from `torch.jit.trace`, the published form, names, order and tensors are those of
+    `torch.jit.load(path).state_dict()`. A scripted module may also have plain tensor attributes. Only
+    the source code tells these from buffers, so they are returned too. Tensors that share a storage
+    in the archive share memory here.
 
-    Raises UserError if the archive holds anything that such an archive has no need of, RunError if it is damaged.
+    Raises UserError if the archive holds anything that weights do not need, RunError if it is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -48,19 +51,21 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             f"{path} is no archive of weights as published: {error}; download it again, or take weights as safetensors"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, OverflowError, struct.error, zipfile.BadZipFile) as error:
-        reason = shown(str(error)).strip("'\"") or type(error).__name__  # ValueError: a name that is not UTF-8, a place before 0
+        # ValueError: a name that is not UTF-8, or an entry at a negative position
+        reason = shown(str(error)).strip("'\"") or type(error).__name__
         raise RunError(f"cannot read the video tokenizer's weights in {path}: {reason}") from error
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Refused unless the zip's directory is as torch writes it: at the very end, without a comment, of bounded size.
+    """Raise Refused unless the zip directory is where torch writes it, has no comment and is small enough.
 
-    zipfile holds all of the directory in memory, at many times its size, before it shows an entry.
+    `zipfile` reads the whole directory into memory, where it takes many times its size, before it
+    returns an entry. So the size must be checked first. torch writes the directory at the end.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 98, 0))
     tail = file.read().rjust(98, b"\0")
-    record, locator, end = tail[:56], tail[56:76], tail[76:]  # the first two: their 64-bit form, which may be missing
+    record, locator, end = tail[:56], tail[56:76], tail[76:]  # record and locator exist in the 64-bit form of zip only
     if end[:4] != b"PK\5\6":
         raise zipfile.BadZipFile("it does not end as a zip file does; it is cut off, or another kind of file")
     length, offset, comment = struct.unpack("<12xIIH", end)
@@ -89,14 +94,14 @@ def _read(archive: zipfile.ZipFile, archive_bytes: int) -> dict[str, Tensor]:
     used: dict[str, zipfile.ZipInfo] = {}
     for reference in references.values():
         used[reference.storage.key] = _entry_of(reference.storage, entries)
-    if sum(entry.file_size for entry in used.values()) > archive_bytes:  # entries that lie in one another
+    if sum(entry.file_size for entry in used.values()) > archive_bytes:  # entries overlap in the file
         raise Refused("its tensors take more bytes than the file has")
     numbers = {key: _read_entry(archive, entry, archive_bytes) for key, entry in used.items()}
     return {key: _tensor(reference, numbers[reference.storage.key]) for key, reference in references.items()}
 
 
 def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The entries by their names in the archive's one folder."""
+    """Return the entries by their names inside the only folder of the archive."""
     found: dict[str, zipfile.ZipInfo] = {}
     infos = archive.infolist()
     top = infos[0].filename.partition("/")[0] if infos else ""
@@ -124,7 +129,7 @@ def _entry_of(storage: StorageReference, entries: dict[str, zipfile.ZipInfo]) ->
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> Tensor:
-    """The bytes of an entry, uint8 [size], compared with their checksum."""
+    """Return the bytes of an entry as uint8 [size]; `zipfile` checks their checksum."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 0x2061:
         raise Refused(f"its entry {shown(entry.filename)} is compressed or encrypted")
     if entry.file_size > limit:
@@ -141,14 +146,14 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) ->
 
 
 def _tensor(reference: TensorReference, data: Tensor) -> Tensor:
-    """A view of the bytes; nothing is copied, so a stride of 0 takes no memory either."""
+    """Return the tensor as a view of the bytes. Nothing is copied, so a stride of 0 cannot use up memory."""
     if reference.storage.dtype == torch.bool and len(data) and data.max() > 1:
         raise Refused(f"its entry {shown(f'data/{reference.storage.key}')} has truth values that are neither 0 nor 1")
     return data.view(reference.storage.dtype).as_strided(reference.size, reference.stride, reference.offset)
 
 
 def named_tensors(root: object) -> dict[str, TensorReference]:
-    """The tensor attributes of a module and, after them, of the modules in it, under their dotted names."""
+    """Return the tensor attributes of a module, then those of its submodules, by their dotted names."""
     if not isinstance(root, Record):
         raise Refused("it holds no module")
     found: dict[str, TensorReference] = {}

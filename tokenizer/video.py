@@ -1,4 +1,4 @@
-"""VideoTokenizer: frames to integer codes and back, with the architecture of the published Cosmos DV tokenizer.
+"""VideoTokenizer: encode frames to integer codes and decode them, with the architecture of the published Cosmos DV.
 
     pixels -> Haar patches -> causal encoder -> finite scalar quantization -> codes
     codes  -> values       -> causal decoder -> inverse Haar patches       -> pixels
@@ -33,11 +33,11 @@ from tokenizer.layers import (
 from tokenizer.wavelet import patchify, spatial_patchify, spatial_unpatchify, unpatchify
 
 PIECE = 8
-"""Latent frames that encode and decode work on at a time: memory is that of so many, and smaller pieces would be slower."""
+"""Latent frames per piece in `encode` and `decode`. Larger pieces need more memory, smaller ones are slower."""
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """A residual block, attention and a residual block at the lowest resolution."""
 
     def __init__(self, channels: int, config: VideoTokenizerConfig) -> None:
         super().__init__()
@@ -50,7 +50,10 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the configuration asks for it, then a sampler."""
+    """The residual blocks of one resolution, each followed by attention if `attention` is set.
+
+    The encoder and the decoder add a sampler to it, as `downsample` or `upsample`.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VideoTokenizerConfig
@@ -70,7 +73,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patches [B, P C, T', H', W'] -> latent [B, z, t, h, w]."""
+    """The network from patches [B, P C, T', H', W'] (P channels a patch) to a latent [B, z, t, h, w]."""
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
@@ -100,7 +103,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, z, t, h, w] -> patches [B, P C, T', H', W']. `up` is numbered like the encoder's levels and runs backwards."""
+    """The network from a latent [B, z, t, h, w] to patches [B, P C, T', H', W'] (P channels a patch).
+
+    `up[i]` has the resolution of the encoder's level i, so the decoder runs from the last entry to the first.
+    """
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
@@ -121,7 +127,7 @@ class Decoder(nn.Module):
         self.conv_out = end_conv(widths[0], config.out_channels * config.patch_channels)
 
     def features(self, z: Tensor, past: Past | None = None) -> Tensor:
-        """What the last layer is given: [B, C, T', H', W']."""
+        """Return the input [B, C, T', H', W'] of the last layer."""
         h = self.mid(self.conv_in(z, past), past)
         for level in reversed(self.up):
             h = level(h, past)
@@ -134,10 +140,11 @@ class Decoder(nn.Module):
 
 
 class VideoTokenizer(nn.Module):
-    """Encodes video [B, 3, T, H, W] in [-1, 1] to codes [B, t, h, w] and decodes them again.
+    """Encode video [B, 3, T, H, W] in [-1, 1] to codes [B, t, h, w] and decode codes to video.
 
-    T must be 1 + temporal_compression * k; H and W multiples of spatial_compression. A clip may be longer than memory allows:
-    `encode_stream` and `decode_stream` take it in chunks, and `encode` and `decode` work through a given one in pieces.
+    T must be 1 + temporal_compression * k; H and W must be multiples of spatial_compression. `encode`
+    and `decode` take a whole clip and process it in pieces. For a clip that does not fit into memory,
+    `encode_stream` and `decode_stream` take it in chunks.
     """
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
@@ -152,17 +159,17 @@ class VideoTokenizer(nn.Module):
 
     @property
     def num_codes(self) -> int:
-        """Number of different codes; they are 0 .. num_codes - 1."""
+        """The number of different codes. Codes are 0 .. num_codes - 1."""
         return self.quantizer.num_codes
 
     @property
     def spatial_compression(self) -> int:
-        """Pixels per code along height and width."""
+        """The number of pixels per code along height and width."""
         return self.config.spatial_compression
 
     @property
     def temporal_compression(self) -> int:
-        """Frames per latent frame after the first."""
+        """The number of frames per latent frame; the first latent frame stands for one frame."""
         return self.config.temporal_compression
 
     def forward(self, video: Tensor) -> Tensor:
@@ -172,7 +179,11 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] -> int64 codes [B, t, h, w]. ValueError for sizes that do not divide."""
+        """Encode video [B, 3, T, H, W] in [-1, 1] to int64 codes [B, t, h, w].
+
+        Raises ValueError unless T is 1 + temporal_compression * k and H and W are multiples of
+        spatial_compression.
+        """
         self.check_size(video)
         self.check_num_frames(video.shape[2])
         step = self.temporal_compression
@@ -181,30 +192,37 @@ class VideoTokenizer(nn.Module):
         return torch.cat([self.quantize(self.encode_latent(piece, past))[1] for piece in pieces], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, t, h, w] -> video [B, 3, T, H, W], about [-1, 1] and not clamped. ValueError for codes out of range."""
+        """Decode codes [B, t, h, w] to video [B, 3, T, H, W], about [-1, 1] and not clamped.
+
+        Raises ValueError for codes out of range.
+        """
         self.check_codes(codes)
         past: Past = {}
         return torch.cat([self.decode_latent(piece, past) for piece in self.values(codes).split(PIECE, dim=2)], dim=2)
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Chunks [B, 3, T, H, W] of a clip, of any lengths -> codes [B, 1, h, w], each as soon as its last frame has come.
+        """Encode a clip from chunks [B, 3, T, H, W] of any lengths; yield the codes [B, 1, h, w] of each latent frame.
 
-        See :class:`tokenizer.streaming.StreamEncoder`, which is pushed instead of pulled. ValueError at the end if the clip has
-        frames that fill no latent frame.
+        A latent frame is yielded as soon as its last frame has arrived. Raises ValueError at the end if
+        the last frames do not fill a latent frame. :class:`tokenizer.streaming.StreamEncoder` does the
+        same for a caller that pushes chunks.
         """
         return streaming.encode(self, chunks)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Chunks [B, t, h, w] of a clip's codes, of any lengths -> the frames of each latent frame, [B, 3, T, H, W].
+        """Decode a clip from chunks [B, t, h, w] of codes of any lengths; yield the frames of each latent frame.
 
-        T is 1 for the first latent frame, then the temporal compression. See :class:`tokenizer.streaming.StreamDecoder`.
+        The frames are [B, 3, T, H, W]. T is 1 for the first latent frame and temporal_compression for
+        the others. :class:`tokenizer.streaming.StreamDecoder` does the same for a caller that pushes
+        chunks.
         """
         return streaming.decode(self, chunks)
 
     def encode_latent(self, video: Tensor, past: Past | None = None) -> Tensor:
-        """Video [B, 3, T, H, W] -> latent [B, C, t, h, w] before quantization.
+        """Encode video [B, 3, T, H, W] to a latent [B, C, t, h, w] before quantization.
 
-        With a `past`, a chunk: of 1 + temporal_compression * k frames while it is empty, then of temporal_compression * k.
+        With a cache `past`, the video is a chunk of a clip: 1 + temporal_compression * k frames if the
+        cache is empty, temporal_compression * k frames otherwise.
         """
         self.check_size(video)
         self.check_num_frames(video.shape[2] + (1 if past else 0))
@@ -213,22 +231,28 @@ class VideoTokenizer(nn.Module):
         return self.quant_conv(self.encoder(patches, past))
 
     def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent [B, C, t, h, w] -> (code values with straight-through gradient, int64 codes [B, t, h, w])."""
+        """Quantize a latent [B, C, t, h, w]; return (code values with straight-through gradient, int64 codes [B, t, h, w])."""
         return self.quantizer(latent)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Codes [B, t, h, w] -> code values [B, C, t, h, w] in the network's dtype. ValueError for codes out of range."""
+        """Return the code values [B, C, t, h, w] of codes [B, t, h, w], in the dtype of the network.
+
+        Raises ValueError for codes out of range.
+        """
         return self.quantizer.values(codes, self.post_quant_conv.conv3d.weight.dtype)
 
     def decode_latent(self, values: Tensor, past: Past | None = None) -> Tensor:
-        """Code values [B, C, t, h, w] -> video [B, 3, T, H, W]; with a `past`, of the clip's next latent frames."""
+        """Decode code values [B, C, t, h, w] to video [B, 3, T, H, W].
+
+        With a cache `past`, the code values are the next latent frames of a clip.
+        """
         starts = not past
         patches = self.decoder(self.post_quant_conv(values), past)
         video = unpatchify(patches, self.config.patch_size, self.config.patch_method, starts=starts)
         return spatial_unpatchify(video, self.config.spatial_patch_size)
 
     def check_size(self, video: Tensor) -> None:
-        """ValueError unless the shape of the video, its number of frames aside, can be encoded."""
+        """Raise ValueError unless channels, height and width of the video can be encoded."""
         channels, stride = self.config.in_channels, self.spatial_compression
         if video.dim() != 5 or video.shape[1] != channels:
             raise ValueError(f"video must have the shape [batch, {channels}, frames, height, width], got {tuple(video.shape)}")
@@ -237,23 +261,24 @@ class VideoTokenizer(nn.Module):
             raise ValueError(f"height and width must be multiples of {stride}, got {height} x {width}")
 
     def check_num_frames(self, num_frames: int) -> None:
-        """ValueError unless a whole clip can have so many frames."""
+        """Raise ValueError unless a whole clip can have this number of frames."""
         step = self.temporal_compression
         if num_frames < 1 or (num_frames - 1) % step:
             below = max((num_frames - 1) // step * step + 1, 1)
             raise ValueError(f"num_frames must be 1 + {step} * k, got {num_frames}; use {below} or {below + step}")
 
     def check_codes(self, codes: Tensor) -> None:
-        """ValueError unless the shape of the codes is that of a clip or a part of one."""
+        """Raise ValueError unless the codes have four axes, [B, t, h, w]."""
         if codes.dim() != 4:
             raise ValueError(f"codes must have the shape [batch, frames, rows, columns], got {tuple(codes.shape)}")
 
     @torch.no_grad()
     def _start_as_image_network(self) -> None:
-        """Initial weights: PyTorch's own, except that a temporal convolution starts near "keep the current frame".
+        """Change PyTorch's initial weights so that a temporal convolution is close to an identity for the current frame.
 
-        Two plain linear convolutions in a row would shrink the signal of every block. The last convolution starts small,
-        because the inverse wavelet adds up all its channels.
+        Otherwise the spatial and the temporal convolution, with no nonlinearity between them, would
+        shrink the signal in every block. The last convolution starts with small weights, because the
+        inverse wavelet adds up all of its channels.
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d) and module.frames_in_front == 2:
@@ -270,10 +295,12 @@ class VideoTokenizer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> VideoTokenizer:
-        """Load a tokenizer folder: config.json + model.safetensors, or the published encoder.jit + decoder.jit / autoencoder.jit.
+        """Load a tokenizer from a folder.
 
-        `folder` may also be a model folder that holds the tokenizer in `video_tokenizer/`. dtype None means float32.
-        Raises lumos.errors.NotFound, UserError (configuration, missing or unexpected keys) or RunError (damaged file).
+        The folder holds config.json and model.safetensors, or the published encoder.jit and decoder.jit,
+        or autoencoder.jit. It may also be a model folder with the tokenizer in `video_tokenizer/`. dtype
+        None means float32. Raises lumos.errors.NotFound if there is no tokenizer, UserError for a wrong
+        configuration or for missing or unexpected weights, RunError for a damaged file.
         """
         folder = loading.find_tokenizer_folder(Path(folder))
         config = loading.read_config(folder)
@@ -287,5 +314,5 @@ class VideoTokenizer(nn.Module):
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors (weights in their present dtype, published key names) into `folder`."""
+        """Write config.json and model.safetensors into `folder`: weights in their current dtype, with published key names."""
         loading.write_folder(Path(folder), self.config, self.state_dict())

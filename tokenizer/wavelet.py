@@ -1,9 +1,10 @@
-"""Patches for video: p x p x p pixels become p^3 channels, by a Haar wavelet or by plain rearranging. Both are invertible.
+"""Patches for video: p x p x p pixels become p^3 channels, by a Haar wavelet or by rearranging. Both are invertible.
 
-The first frame stands alone: it is repeated p times in front, so that T = 1 + p k frames give 1 + k patch frames and the
-first patch frame depends on the first frame only.
+The first frame fills a patch of its own: it is repeated until there are p copies. So T = 1 + p k
+frames become 1 + k patch frames, and the first patch frame depends on the first frame only.
 
-A picture of twice the size is one of the size, its 2 x 2 means, and the three differences in each (`spatial_patchify`).
+`spatial_patchify` splits a picture into one of half the height and width, the means of its 2 x 2
+pixels, and three differences for each mean.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ PATCH_METHODS = ("haar", "rearrange")
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def haar_matrix(patch_size: int, num_axes: int = 3) -> Tensor:
-    """[p^n bands, p^n positions] float32 of the n-D Haar transform over log2(p) levels, rows scaled by 2^(-n levels).
+    """Return the matrix of the n-D Haar transform over log2(p) levels, float32 [p^n bands, p^n positions].
 
-    Rows: one base-2^n digit a level, finest level last, with a bit an axis (time, height, width; or height, width), 0 for the
-    mean and 1 for the difference. Columns: row-major places inside the patch. The inverse is the transpose times p^n.
+    n is `num_axes`, p is `patch_size`. Rows are scaled by 2^(-n * levels). A row number has one base-2^n
+    digit for each level, the finest level last. The digit has one bit for each axis (time, height,
+    width, or height, width): 0 for the mean, 1 for the difference. Columns are the positions in the
+    patch in row-major order. The inverse is the transpose times p^n.
     """
     num_levels = patch_size.bit_length() - 1
     place = torch.arange(patch_size)
@@ -39,7 +42,7 @@ def haar_matrix(patch_size: int, num_axes: int = 3) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a matrix made inside inference mode would be kept and could never be trained through
+@torch.inference_mode(False)  # the cached matrix could not be used in training if it were made in inference mode
 def _matrix_like(patch_size: int, inverse: bool, device: torch.device, dtype: torch.dtype, num_axes: int = 3) -> Tensor:
     matrix = haar_matrix(patch_size, num_axes)
     if inverse:
@@ -48,7 +51,10 @@ def _matrix_like(patch_size: int, inverse: bool, device: torch.device, dtype: to
 
 
 def patchify(video: Tensor, patch_size: int, method: str, starts: bool = True) -> Tensor:
-    """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]; T / p frames where the clip does not start here."""
+    """Return the patches [B, p^3 C, 1 + (T - 1) / p, H / p, W / p] of a video [B, C, T, H, W].
+
+    `starts` is False for a chunk that does not begin the clip: it gives T / p patch frames.
+    """
     p = patch_size
     if p == 1:
         return video
@@ -66,7 +72,10 @@ def patchify(video: Tensor, patch_size: int, method: str, starts: bool = True) -
 
 
 def unpatchify(patches: Tensor, patch_size: int, method: str, starts: bool = True) -> Tensor:
-    """Inverse of `patchify`: [B, p^3 C, t, h, w] -> [B, C, 1 + p (t - 1), h p, w p], or p t frames."""
+    """Return the video [B, C, 1 + p (t - 1), h p, w p] of patches [B, p^3 C, t, h, w]; the inverse of `patchify`.
+
+    If `starts` is False, the video has p t frames.
+    """
     p = patch_size
     if p == 1:
         return patches
@@ -81,7 +90,10 @@ def unpatchify(patches: Tensor, patch_size: int, method: str, starts: bool = Tru
 
 
 def spatial_patchify(video: Tensor, patch_size: int) -> Tensor:
-    """[B, C, T, H, W] -> [B, p^2 C, T, H / p, W / p] by the 2-D Haar wavelet; the first C channels are the means."""
+    """Return the 2-D Haar wavelet [B, p^2 C, T, H / p, W / p] of a video [B, C, T, H, W].
+
+    The first C channels are the means.
+    """
     p = patch_size
     if p == 1:
         return video
@@ -93,7 +105,7 @@ def spatial_patchify(video: Tensor, patch_size: int) -> Tensor:
 
 
 def spatial_unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Inverse of `spatial_patchify`: [B, p^2 C, T, h, w] -> [B, C, T, h p, w p]."""
+    """Return the video [B, C, T, h p, w p] of [B, p^2 C, T, h, w]; the inverse of `spatial_patchify`."""
     p = patch_size
     if p == 1:
         return patches

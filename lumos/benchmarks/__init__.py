@@ -1,7 +1,10 @@
-"""What `python -m lumos bench` measures: the benchmarks of all generators, which the registry names.
+"""The targets of `python -m lumos bench`: the benchmarks of all generators in the registry.
 
-A benchmark's module has `settings_from(args)` (a frozen dataclass; UserError for what cannot be measured),
-`steps(settings, bench)` (how often `bench.step` is called, for the progress bar) and `run(settings, bench) -> Report`.
+The module of a benchmark has three functions:
+
+    settings_from(args)     returns a frozen dataclass; raises UserError for settings that cannot be measured
+    steps(settings, bench)  returns how often `run` calls `bench.step`, for the progress bar
+    run(settings, bench)    measures and returns a `lumos.benchmarks.measure.Report`
 """
 
 from __future__ import annotations
@@ -10,7 +13,11 @@ from lumos import registry
 
 
 def targets() -> dict[str, registry.Benchmark]:
-    """The benchmarks by name; of names that two generators have, the later generator's gets its own name before it."""
+    """Return the benchmarks by name.
+
+    If two generators have a benchmark of the same name, the one of the later generator is called
+    <generator>-<name>.
+    """
     found: dict[str, registry.Benchmark] = {}
     for generator in registry.generators().values():
         for name, benchmark in generator.benchmarks.items():

@@ -1,7 +1,7 @@
-"""Run one function of a benchmark in a process of its own, so that its memory can be measured alone.
+"""Run one function of a benchmark in a separate process, so that only its own memory is measured.
 
-`run_apart` is the parent's side; `python -m lumos.benchmarks.isolated` the child's: it reads the call from stdin as JSON and
-writes the result as the last line of stdout.
+`run_isolated` runs in the parent. It starts `python -m lumos.benchmarks.isolated` as the child, which reads
+the call from stdin as JSON and writes the result as the last line of stdout.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 from lumos.errors import RunError, UserError
 
 
-def run_apart(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
-    """<module>.<function>(**arguments) in a fresh process; arguments and result are plain JSON values.
+def run_isolated(module: str, function: str, arguments: dict[str, Any], *, threads: int, what: str) -> Any:
+    """Call <module>.<function>(**arguments) in a new process and return the result.
 
-    UserError and RunError pass through; RunError, too, when the process dies (`what` names the measurement).
+    Arguments and result are plain JSON values. A UserError or RunError of the function is raised here too.
+    Raises RunError if the process dies. `what` names the measurement in messages.
     """
     call = json.dumps({"module": module, "function": function, "arguments": arguments, "threads": threads})
     root = str(Path(__file__).parents[2])

@@ -1,13 +1,17 @@
-"""How the bench measures: interleaved times with a check that all forms agree, peak memory, the machine's own peak.
+"""How benchmarks measure time and memory. A form is one of the implementations that a benchmark compares.
 
-Time     Forms are run in turn (a, b, a, b, ...), so that a disturbance of the machine hits all; the median counts,
-         the fastest for a whole training step, which is long and meets more disturbance than a few runs level out.
-Memory   Each figure comes from a fresh process (`lumos.benchmarks.isolated`), so that nothing freed earlier is used again.
-         There the code runs once on a tiny input (libraries and thread pools are loaded), the real inputs are made, the
-         high-water mark is set back, and the step runs once: the figure is the mark after the step minus the mark before.
-         CPU: the mark is VmHWM, the resident set's peak, set back through /proc/self/clear_refs; ru_maxrss will not do on
-         Linux, as a process begins with its parent's. Elsewhere it is ru_maxrss, which cannot be set back: what making the
-         inputs took on top of them is then missing. CUDA: torch's max_memory_allocated minus memory_allocated.
+Time     Forms run in turn (a, b, a, b, ...), so that a disturbance of the machine affects all of them.
+         The median counts. For a whole training step the fastest run counts: a step is so long that the
+         median of a few runs would still contain disturbances.
+Memory   Each figure comes from a new process (`lumos.benchmarks.isolated`), so that no memory that was
+         freed earlier is used again. The process runs the code once on a tiny input, which loads
+         libraries and thread pools, makes the real inputs, resets the peak and runs the step once. The
+         figure is the peak after the step minus the peak before it.
+         CPU on Linux: VmHWM, the peak of the resident set, reset through /proc/self/clear_refs.
+         ru_maxrss is of no use there, because it starts at the peak of the parent process.
+         CPU elsewhere: ru_maxrss, which cannot be reset. The figure is then too small if making the
+         inputs took more memory than the inputs themselves.
+         CUDA: torch's max_memory_allocated minus memory_allocated.
 """
 
 from __future__ import annotations
@@ -36,7 +40,14 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Bench:
-    """What every target is told: where and how to run, the machine's peak, and whom to tell of each finished measurement."""
+    """The settings that all targets share.
+
+    device, dtype  where and in which dtype to run
+    threads        CPU threads
+    repetitions    timed runs of each form
+    peak_gflops    GFLOP/s of the machine's matrix products by dtype
+    step           called after each finished measurement, to move the progress bar
+    """
 
     device: str
     dtype: str
@@ -47,13 +58,19 @@ class Bench:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The part that a process of its own needs."""
+        """The device and dtype as arguments for a separate process."""
         return {"device": self.device, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
 class Report:
-    """One target's result: resolved settings, figures, ratios of figures of this run, and tables [headers, *rows] to print."""
+    """The result of one target.
+
+    settings  the resolved settings
+    measured  the figures, as JSON values
+    ratios    ratios of figures of this run, as JSON values
+    tables    tables [headers, *rows] to print
+    """
 
     settings: dict[str, Any]
     measured: Any
@@ -62,7 +79,7 @@ class Report:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return a description of the machine: CPU, cores, memory in GiB and GPU."""
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -80,11 +97,12 @@ def cpu_model() -> str:
 def interleaved(
     forms: Mapping[str, Step], bench: Bench, what: str, choose: Callable[[list[float]], float] = statistics.median
 ) -> tuple[dict[str, float], float]:
-    """Seconds of each form, the median or what `choose` takes, and how far any form's results are from the first one's.
+    """Time all forms in turn and compare their results with those of the first form.
 
-    A form that returns nothing is only timed. The difference of two tensors is the largest one of their elements,
-    relative to the largest element of both. RunError if it exceeds the tolerance of the dtype: a form that is fast and
-    wrong must not be reported.
+    Returns (seconds of each form, largest difference). `choose` makes one figure of the times of a form; the
+    default is the median. A form that returns an empty tuple is only timed. The difference is that of
+    `largest_difference`. Raises RunError if it exceeds the tolerance of the dtype, because a form that is
+    fast and wrong must not be reported.
     """
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     difference, tolerance = 0.0, TOLERANCE[getattr(torch, bench.dtype)]
@@ -106,7 +124,7 @@ def interleaved(
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """max |a - b| / max(|a|, |b|) over pairs of tensors; nan if a value is not finite."""
+    """Return the largest max |a - b| / max(|a|, |b|) of all pairs of tensors; nan if a value is not finite."""
     differences = []
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.float(), b.float()
@@ -116,7 +134,10 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
 
 
 def extra_peak_bytes(prepare: Callable[..., Step], arguments: dict[str, Any], warm_up: dict[str, Any]) -> int:
-    """Bytes that prepare(**arguments)() needs on top of what `prepare` made, at its peak. Only true in a fresh process."""
+    """Return the peak memory in bytes of prepare(**arguments)(), without the memory that `prepare` itself takes.
+
+    `warm_up` are the arguments of a first small run. The figure is right only in a new process.
+    """
     prepare(**{**arguments, **warm_up})()
     step = prepare(**arguments)
     device = torch.device(arguments["device"])
@@ -125,11 +146,11 @@ def extra_peak_bytes(prepare: Callable[..., Step], arguments: dict[str, Any], wa
     synchronize(str(device))
     peak = peak_memory_bytes(device)
     del kept
-    return max(peak - before, 0)  # Linux counts pages a CPU at a time, so next to nothing may come out below 0
+    return max(peak - before, 0)  # Linux counts pages for each CPU, so a tiny difference may come out below 0
 
 
 def lowered_peak(device: torch.device) -> int:
-    """Set the high-water mark back to what is in use now, where the system can; returns the mark."""
+    """Reset the peak memory to the memory in use, if the system can do so, and return the peak in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,22 +160,22 @@ def lowered_peak(device: torch.device) -> int:
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """Four significant digits, which is more than a measurement holds."""
+    """Return the value rounded to `digits` significant digits. Four are more than a measurement is good for."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 
 def ratio(theirs: float, ours: float) -> float | None:
-    """How many times ours theirs is; None where ours is too small to be measured."""
+    """Return theirs / ours, rounded; None if `ours` is too small to be measured."""
     return rounded(theirs / ours) if ours > 0 else None
 
 
 def shown(value: float | None, unit: str = "") -> str:
-    """A figure for the table."""
+    """Return a figure as text for a table; "-" for None."""
     return "-" if value is None else f"{value:,.3g}{unit}" if abs(value) < 1000 else f"{value:,.0f}{unit}"
 
 
 def render_table(table: list[list[str]]) -> str:
-    """[headers, *rows] in aligned columns; the first column to the left, figures to the right."""
+    """Return a table [headers, *rows] as text. The first column is aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table]
     return "\n".join(line.rstrip() for line in lines)

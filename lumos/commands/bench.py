@@ -1,4 +1,7 @@
-"""`bench`: speed and memory of this machine, every comparison side by side in one run, one JSON line at the end."""
+"""`bench`: measure speed and memory on this machine.
+
+The forms of a comparison are measured in the same run. The last line of the output is JSON.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub = names.add_parser(name, description=text, help=text)
         add = sub.add_argument
         add("--threads", type=int, help="CPU threads; default: torch's own choice")
-        add("--repetitions", type=int, default=3, help="timed runs (the median counts) or clips; default: %(default)s")
+        add("--repetitions", type=int, default=3, help="number of timed runs (the median counts) or clips; default: %(default)s")
         add("--device", help="cpu or cuda; default: cuda if there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
         add("--output", help="also write the result to this JSON file")
         for target in known if name == "all" else (name,):
             registry.load(known[target].arguments)(sub)
-    kills = "trainings, ingests and lists of clips killed at random, against uninterrupted ones"
+    kills = "kill trainings, ingests and lists of clips at random, and compare their results with uninterrupted ones"
     bench_faults.add_arguments(names.add_parser("faults", description=kills, help=kills))
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.target == "faults":  # nothing is computed in this process, as it forks others
+    if args.target == "faults":  # this process must not compute anything before it forks: threads do not survive a fork
         bench_faults.run(args)
         return
     import torch
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"device {device} cannot be measured here; give cpu{' or cuda' if torch.cuda.is_available() else ''}")
     if args.output:
         check_writable(args.output)
-    # every target's settings are checked before the first one starts
+    # check the settings of all targets before the first one starts
     known = targets()
     names = known if args.target == "all" else (args.target,)
     chosen = {name: registry.load(known[name].module).settings_from(args) for name in names}
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
-    """Run the chosen targets (name -> settings) one after the other, printing a table for each."""
+    """Run the chosen targets (name -> settings) one after the other, print a table for each and return all results."""
     import torch
     from tqdm import tqdm
 

@@ -1,8 +1,9 @@
-"""`bench faults`: trainings, ingests and lists of clips that are killed and started again, against uninterrupted ones.
+"""`bench faults`: kill and restart trainings, ingests and lists of clips, and compare them with uninterrupted ones.
 
-Everything is made in a temporary folder: tokenizers of random weights, a decoder of two layers, eight clips. A run is a forked
-process, which costs no import. It is killed at a random moment or at a random call that changes files, started again, killed
-again, and at last left alone. Then nothing may differ from a run that was left alone from the beginning.
+All data is made in a temporary folder: tokenizers with random weights, a decoder of two layers, eight
+clips. A run is a forked process, so that it needs no time for imports. It is killed at a random moment,
+or at a random call that changes files, and started again, up to MOST_KILLS times. Then it runs to its
+end. Its result must be the same as that of a run without a kill.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ DECODER = {
 }  # fmt: skip
 SIDE, FRAMES, CLIPS = 32, 5, 8
 MOST_KILLS = 6
-"""Of one run before it is left alone."""
+"""The maximum number of kills of one run."""
 MOST_CALLS = 150
+"""A run is killed before one of its first so many calls that change files."""
 SECONDS = 600.0
-"""In which a run that is left alone must end."""
+"""The time limit in seconds of a run that is not killed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--minutes", type=float, default=10.0, help="how long; what was begun is finished; default: %(default)g")
-    add("--kills", type=int, help="end after so many kills; default: when the time is over")
-    add("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="what is killed, in turn; default: all")
-    add("--seed", type=int, default=0, help="of the random moments; default: %(default)s")
+    add("--minutes", type=float, default=10.0, help="time after which no new run starts; default: %(default)g")
+    add("--kills", type=int, help="stop after this number of kills; default: only the time counts")
+    add("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="kinds of runs to kill, in turn; default: all")
+    add("--seed", type=int, default=0, help="seed of the random moments; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print one JSON line; RunError if anything was lost, differs or failed."""
+    """Measure and print one JSON line. Raises RunError if a result differs, an item is lost or a run failed."""
     if not 0 < args.minutes < float("inf"):
         raise UserError(f"--minutes {args.minutes} is not allowed; give a number above 0")
     if args.kills is not None and args.kills < 1:
@@ -60,11 +62,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str], draw: random.Random) -> dict[str, Any]:
-    """Kill runs of these kinds in turn, until the time is over (but at least once) or there were so many kills."""
+    """Kill runs of these kinds in turn and return the counts of kills and faults.
+
+    Ends after `seconds` or after `most` kills, but not before the first kill.
+    """
     started = time.monotonic()
     finish(lambda: make_material(folder), folder / "material")
     whole: dict[str, tuple[Path, float]] = {}
-    for kind in dict.fromkeys(("training", *kinds)):  # the model of the lists is what the training exports
+    for kind in dict.fromkeys(("training", *kinds)):  # the lists use the model that the training exports
         begun = time.monotonic()
         finish(lambda kind=kind: KINDS[kind].make(folder, folder / kind), folder / kind)
         whole[kind] = folder / kind, time.monotonic() - begun
@@ -81,7 +86,7 @@ def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str]
             kills[kind] += code == -signal.SIGKILL
             if code not in (0, -signal.SIGKILL):
                 failed += 1
-                say(f"{kind} ended with {code}: {told(out)}")
+                say(f"{kind} ended with exit code {code}: {told(out)}")
             if code == 0 or (most is not None and kills.total() >= most):
                 break
         try:
@@ -106,7 +111,7 @@ def say(text: str) -> None:
 
 
 def import_all() -> None:
-    """What the forked processes need, imported once. Nothing is computed here: threads do not survive a fork."""
+    """Import what the forked processes need. It must not compute anything, because threads do not survive a fork."""
     import lumos.commands.generate_list
     import lumos.data.ingest.ingest
     import lumos.data.shards.format
@@ -118,7 +123,10 @@ def import_all() -> None:
 
 
 def forked(work: Callable[[], object], out: Path, seconds: float, at_call: int | None = None) -> int:
-    """How a process ended that does `work` and is killed after so many seconds, or at such a call that changes files."""
+    """Run `work` in a forked process, kill it, and return its exit code.
+
+    The process is killed after `seconds`, or before its call number `at_call` that changes files.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -154,9 +162,9 @@ def become_a_run(out: Path) -> None:
 
 
 def finish(work: Callable[[], object], out: Path) -> None:
-    """`work` in a process that is left alone; RunError if it fails."""
+    """Run `work` in a forked process without a kill. Raises RunError if it fails."""
     if (code := forked(work, out, SECONDS)) != 0:
-        raise RunError(f"a run that was left alone ended with {code}: {told(out)}")
+        raise RunError(f"a run that was not killed ended with exit code {code}: {told(out)}")
 
 
 def messages_of(out: Path) -> Path:
@@ -164,11 +172,12 @@ def messages_of(out: Path) -> Path:
 
 
 def told(out: Path) -> str:
+    """Return the last messages of a run."""
     return " | ".join(messages_of(out).read_text(errors="replace").splitlines()[-5:])[-600:]
 
 
 def kill_at_file_call(number: int) -> None:
-    """Let this process be killed before its so-many-th call that changes or stores files."""
+    """Make this process kill itself before its call number `number` that changes or synchronizes files."""
     from lumos import durable
 
     calls = 0
@@ -186,19 +195,23 @@ def kill_at_file_call(number: int) -> None:
         setattr(module, name, counted)
 
 
-# -- what is killed ----------------------------------------------------------------------------------------------------
+# -- the kinds of runs -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`make(folder, out)` does or continues a run; `compare(out, whole)` names losses that differ and items that are lost."""
+    """A kind of run.
+
+    make     `make(folder, out)` starts or continues a run that writes into `out`
+    compare  `compare(out, whole)` returns (losses that differ, items that are lost) against a run without kills
+    """
 
     make: Callable[[Path, Path], int | None]
     compare: Callable[[Path, Path], tuple[list[str], list[str]]]
 
 
 def make_material(folder: Path) -> None:
-    """Tokenizers, clips with captions and a list of prompts."""
+    """Write the tokenizers, the clips with captions and the list of prompts."""
     import numpy as np
     import torch
 
@@ -221,7 +234,7 @@ def make_material(folder: Path) -> None:
 
 
 def training_settings(folder: Path, out: Path, **training: Any) -> Any:
-    """Of a run of a second, with checkpoints after steps 2, 4 and 6."""
+    """Return the settings of a training that takes a second and writes checkpoints after steps 2, 4 and 6."""
     from lumos.training.settings import build_settings
 
     return build_settings({
@@ -254,7 +267,7 @@ def compare_training(out: Path, whole: Path) -> tuple[list[str], list[str]]:
 
 
 def _log_of(out: Path) -> dict[tuple[int, str], list[Any]]:
-    """All values of losses and norms, a list with several where steps are there more than once."""
+    """Return all values of losses and norms by step and name. The log of a resumed run may hold a step several times."""
     from lumos.training.logging import read_lines
 
     values: dict[tuple[int, str], list[Any]] = {}
@@ -300,7 +313,7 @@ def _different_files(out: Path, whole: Path, suffixes: tuple[str, ...]) -> list[
 
 
 def _left_over(out: Path) -> list[str]:
-    """What is half written, anywhere in a folder."""
+    """Return the names of all temporary files in a folder."""
     hidden = (".*.part", ".writing-*", ".removing-*", ".old-*")
     return sorted(path.relative_to(out).as_posix() for pattern in hidden for path in out.rglob(pattern))
 

@@ -1,4 +1,4 @@
-"""Bounds of the whole numbers that options give, checked before anything is loaded."""
+"""Checks of whole-number options, before a verb loads anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_THREADS = 1024
 
 
 def check_counts(args: argparse.Namespace, **bounds: tuple[int, int]) -> None:
-    """UserError unless each option that is given lies between its two bounds, both included."""
+    """Raise UserError unless each of the options lies between its two bounds (inclusive) or is None."""
     for name, (least, most) in bounds.items():
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:

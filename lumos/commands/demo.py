@@ -1,4 +1,4 @@
-"""`demo`: a page in the browser, and an HTTP API beside it."""
+"""`demo`: serve a page for the browser and an HTTP API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = (
     "a large green triangle grows",
     "a small yellow circle moves right on a white background",
 )
-"""What the shipped model was trained for."""
+"""Prompts like those that the shipped model was trained on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
     add_loading(parser)
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in. Default: this machine only")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in; default: this machine only")
     add("--allowed-host", action="append", default=[], metavar="NAME",
-        help="another name that visitors call this server by, as that of a proxy; may be given several times. Known without it: "
+        help="another host name of this server, for example that of a proxy; may be given several times. Always allowed are "
              "localhost, --host, and the address that a request comes to")  # fmt: skip
-    add("--port", type=int, default=7860)
-    add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads, the only one that is served from")
-    add("--examples", type=Path, help="text file, one prompt a line; default: some for the shipped model, none for others")
+    add("--port", type=int, default=7860, help="port to listen on; default: %(default)s")
+    add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads; no other folder is served")
+    add("--examples", type=Path, help="text file with one prompt a line; default: examples for the shipped model, none for others")
     for entry in fields(Limits):
         shown = "" if entry.default is None else f"; default: {entry.default:g}"
         add(f"--{entry.name.replace('_', '-')}", type=float if entry.type == "float" else int, default=entry.default,
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("gradio") is None:  # its import takes seconds
+    if importlib.util.find_spec("gradio") is None:  # find_spec is fast; importing gradio takes seconds
         raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
     examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
 
@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def without_folders(args: argparse.Namespace) -> argparse.Namespace:
-    """The same for the eyes of visitors: where on this machine a model lies is not their concern."""
+    """Return the options with folder names in place of paths, because visitors must not see paths of this machine."""
     places = {name: getattr(args, name) for name in PLACES}
     return argparse.Namespace(**{**vars(args), **{name: place and Path(place).name for name, place in places.items()}})
 
 
 def read_examples(path: Path) -> list[str]:
-    """The prompts of a text file, without empty lines."""
+    """Return the prompts of a text file, without empty lines."""
     text = read_text(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,6 +1,7 @@
-"""`evaluate`: measure a model. Each measurement is a file `evaluate_NAME.py` beside this one and is found by its name.
+"""`evaluate`: measure a model or a tokenizer.
 
-Such a file is a small verb of its own: add_arguments(parser), run(args), and a docstring "`evaluate NAME`: what it measures."
+Each measurement is a file `evaluate_NAME.py` in this folder. Such a file has `add_arguments(parser)` and
+`run(args)`, like a verb, and a docstring "`evaluate NAME`: what it measures", which is its help text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ PREFIX = "evaluate_"
 
 
 def measurements() -> dict[str, str]:
-    """Name of each measurement as it is typed (`vbench-i2v` for evaluate_vbench_i2v.py) -> its module."""
+    """Return the modules of all measurements by name (`vbench-i2v` for evaluate_vbench_i2v.py)."""
     modules = (found.name for found in pkgutil.iter_modules(commands.__path__) if found.name.startswith(PREFIX))
     return {name.removeprefix(PREFIX).replace("_", "-"): f"{commands.__name__}.{name}" for name in sorted(modules)}
 
@@ -33,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def lazy(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
-    """A parser that adds its arguments, by its `fill`, when it parses: some need imports that the others need not wait for."""
+    """Return a subclass of a parser class that calls its `fill` to add arguments when it first parses.
+
+    So only the measurement in use pays for the imports that its arguments need.
+    """
 
     class LazyParser(kind):
         def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:

@@ -1,4 +1,4 @@
-"""`evaluate geneval`: pictures of GenEval's prompts in its official layout, and its totals from the official results."""
+"""`evaluate geneval`: draw pictures of GenEval's prompts in its official layout, or sum up the official results."""
 
 from __future__ import annotations
 

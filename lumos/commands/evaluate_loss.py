@@ -1,4 +1,4 @@
-"""`evaluate loss`: masked-code loss and accuracy by latent frame and by the share of codes that is hidden."""
+"""`evaluate loss`: loss and accuracy of masked codes, by latent frame and by the share of codes that are masked."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--data", help="folder of shards that `ingest` wrote; default: the small worlds")
-    add("--kinds", nargs="+", choices=KINDS, help="what the worlds show; default: shapes and digits")
-    add("--split", choices=SPLITS, help="which combinations of the worlds; default: train, in scenes that training never sees")
-    add("--count", type=int, default=100, help="clips")
-    add("--num-frames", type=int, help="1 + a multiple of 4, 1: pictures; default: what the model makes")
-    add("--mask", choices=MASK_KINDS, default="tube", help="pattern of what is hidden; default: tube")
-    add("--bins", type=int, default=10, help="equal parts of the ratios from 0 to 1")
-    add("--seed", type=int, default=1_000_000, help="of the masks and of the worlds; training uses others")
-    add("--batch-size", type=int, default=20)
-    add("--output", help="JSON file for what is printed")
+    add("--data", help="folder of shards that `ingest` wrote; default: synthetic scenes")
+    add("--kinds", nargs="+", choices=KINDS, help="kinds of objects in the synthetic scenes; default: shapes and digits")
+    add("--split", choices=SPLITS, help="split of the synthetic scenes; default: train (but scenes that training does not see)")
+    add("--count", type=int, default=100, help="number of clips; default: %(default)s")
+    add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; 1: pictures; default: as the model generates")
+    add("--mask", choices=MASK_KINDS, default="tube", help="mask pattern; default: tube")
+    add("--bins", type=int, default=10, help="number of equal bins for the mask ratio from 0 to 1; default: %(default)s")
+    add("--seed", type=int, default=1_000_000, help="seed of the masks and of the synthetic scenes; training uses other seeds")
+    add("--batch-size", type=int, default=20, help="clips in a batch; default: %(default)s")
+    add("--output", help="JSON file for the results")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from lumos import registry
     from lumos.data.synthetic.render import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
-    from lumos.models.lumos1.masked_loss import loss_table, masked_code_loss, sequence_of, shard_codes, world_codes
     from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
 
@@ -50,24 +50,25 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output)
     started = time.perf_counter()
     pipe, model = load(args)
+    loss = registry.generator(pipe.generator).load("evaluations", "loss")
     clip = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(clip.num_frames, pipe.temporal_compression)
     if args.data:
         data = {"shards": args.data}
-        codes = shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
+        codes = loss.shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
         worlds = SyntheticScenes(seed=args.seed, **chosen, **shape)
         data = {"worlds": vars(worlds)}
-        codes = world_codes(worlds, args.count, pipe.video_tokenizer)
-    sequences = [sequence_of(pipe, *found) for found in codes]
+        codes = loss.world_codes(worlds, args.count, pipe.video_tokenizer)
+    sequences = [loss.sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
     with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:
-        results = masked_code_loss(
+        results = loss.masked_code_loss(
             pipe.model, sequences, kind=args.mask, num_bins=args.bins, seed=args.seed, batch_size=args.batch_size,
             on_batch=bar.update,
         )  # fmt: skip
-    print(loss_table(results))
+    print(loss.loss_table(results))
     summary = {
         "evaluate": "loss", "model": model, "model_sha256": folder_sha256(Path(model)), "data": data, "clips": len(sequences),
         "num_frames": clip.num_frames, "mask": args.mask, "seed": args.seed, "results": results,

@@ -1,4 +1,4 @@
-"""`evaluate prompts`: share of the small worlds' prompts that a model draws right, judged from pixels."""
+"""`evaluate prompts`: share of prompts about synthetic scenes that a model follows, decided from the pixels of its clips."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from lumos.commands.loading import load, model_sha256
 from lumos.commands.options import add_acceleration, add_device, add_sampling, given_sampling
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
-"""Keys of a verdict that follow from others or say them again."""
+"""Keys of a verdict that follow from other keys."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
-    add("--kinds", nargs="+", default=["one"], help="one, two, two_ways, digits, sprites, two_sprites, held_out, held_out_sprites, "
-        "paraphrased")  # fmt: skip
-    add("--count", type=int, default=50, help="prompts of each kind")
-    add("--seed", type=int, default=1_000_000, help="of the prompts and of the clips; training uses others")
-    add("--num-frames", type=int, help="1 + a multiple of 4; default: what the model makes")
-    add("--image-to-video", action="store_true", help="give each clip its first frame, as the small worlds draw it")
-    add("--batch-size", type=int, help="clips at a time; default: 10")
+    add("--kinds", nargs="+", default=["one"], help="kinds of prompts: one, two, two_ways, digits, sprites, two_sprites, held_out, "
+        "held_out_sprites, paraphrased; default: one")  # fmt: skip
+    add("--count", type=int, default=50, help="prompts of each kind; default: %(default)s")
+    add("--seed", type=int, default=1_000_000, help="seed of the prompts and of the clips; training uses other seeds")
+    add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; default: as the model generates")
+    add("--image-to-video", action="store_true", help="begin each clip with the first frame of the rendered scene")
+    add("--batch-size", type=int, help="clips in a batch; default: 10")
     add_sampling(parser)
-    add("--reference", choices=("truth", "reconstruction"), help="judge rendered clips, or what the tokenizer makes of them")
-    add("--sheet", help="PNG with the first clips of each kind, right or wrong beside each prompt")
-    add("--animation", help=".webp or .gif that plays the same clips side by side over their prompts")
+    add("--reference", choices=("truth", "reconstruction"),
+        help="check rendered clips (truth) or their reconstruction by the tokenizer, in place of generated clips")  # fmt: skip
+    add("--sheet", help="PNG with the first clips of each kind, each with its prompt and the verdict")
+    add("--animation", help=".webp or .gif that plays the same clips side by side with their prompts")
     add("--sheet-clips", type=int, help="clips of each kind on the sheet and in the animation; default: 12")
-    add("--output", help="JSON file for settings, shares and the verdict of every clip")
+    add("--output", help="JSON file for the settings, the shares and the verdict of every clip")
     add_device(parser)
     add_acceleration(parser)
 

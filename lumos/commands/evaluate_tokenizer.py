@@ -1,4 +1,4 @@
-"""`evaluate tokenizer`: what a video tokenizer keeps of clips (PSNR, SSIM, LPIPS), its use of codes, bits and speed."""
+"""`evaluate tokenizer`: reconstruction quality of a video tokenizer (PSNR, SSIM, LPIPS), its use of codes, bits and speed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokenizer", help="tokenizer folder, or a model folder that holds one; default: the shipped model")
     add("--data", nargs="+", required=True, metavar="SOURCE",
-        help="worlds, sprites, photographs, films (kept from training), or folders and files of your own")  # fmt: skip
-    add("--count", type=int, default=50, help="clips of each source, at most; default: %(default)s")
-    add("--num-frames", type=int, help="of a clip, 1 + a multiple of the temporal compression; default: the shipped model's")
-    add("--height", type=int, help="pixels; default: as many codes as the shipped model's clips have")
-    add("--width", type=int)
-    add("--seed", type=int, default=1_000_000, help="of the worlds, and of the choice among more files than --count")
-    add("--batch-size", type=int, default=4)
-    add("--lpips", metavar="FOLDER", help="folder with the two files of LPIPS's weights; default: where their packages keep them")
-    add("--sheet", help="PNG with the first clips of each source, originals above what comes back")
+        help="worlds (synthetic scenes), sprites, photographs, films (none used in training), or your own folders and files",
+    )  # fmt: skip
+    add("--count", type=int, default=50, help="maximum number of clips of each source; default: %(default)s")
+    add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of the temporal compression; default: the shipped model's")
+    add("--height", type=int, help="pixels; default: a height with as many codes as a clip of the shipped model has")
+    add("--width", type=int, help="pixels; default: a width with as many codes as a clip of the shipped model has")
+    add("--seed", type=int, default=1_000_000, help="seed of the synthetic scenes, and of the choice among more than --count files")
+    add("--batch-size", type=int, default=4, help="clips in a batch; default: %(default)s")
+    add("--lpips", metavar="FOLDER", help="folder with the two weight files of LPIPS; default: the folders of their packages")
+    add("--sheet", help="PNG with the first clips of each source, each original above its reconstruction")
     add("--sheet-clips", type=int, help="clips of each source on the sheet; default: 6")
-    add("--output", help="JSON file for all figures, and the PSNR of every clip")
+    add("--output", help="JSON file for all figures and the PSNR of every clip")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{printable(source):12}  {line(row)}")
     union = code_figures(counts)
     if len(rows) > 1:
-        print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of them all, perplexity {union['code_perplexity']}")
+        print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of all used, perplexity {union['code_perplexity']}")
     if args.sheet:
         print(contact_sheet(shown, labels, args.sheet, cell=80, across=2))
     summary = {
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def line(row: dict) -> str:
-    """One source's figures for people."""
+    """Return the figures of one source as a line of text."""
     perceived = "" if row["lpips"] is None else f"  LPIPS {row['lpips']:.3f}"
     speed = ", ".join(
         f"{what} {row[f'{what}_clips_per_second']:.1f} clips/s = {row[f'{what}_pixels_per_second'] / 1e6:.2f} Mpixel/s"

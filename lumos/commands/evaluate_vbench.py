@@ -1,4 +1,4 @@
-"""`evaluate vbench`: clips of VBench's prompts in its official layout, and its totals from the official results."""
+"""`evaluate vbench`: make clips of VBench's prompts in its official layout, or sum up the official results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate vbench-i2v`: clips of VBench-I2V's prompts in its official layout, and its totals from the official results."""
+"""`evaluate vbench-i2v`: make clips of VBench-I2V's prompts in its official layout, or sum up the official results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`experiment`: train and judge the variants of an experiment's YAML, and write the comparison as JSON and PNG."""
+"""`experiment`: train and evaluate the variants in an experiment's YAML, and write the comparison as JSON and PNG."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lumos.commands.counts import MAX_THREADS, check_counts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("config", metavar="YAML", help="for example configs/experiments/positions.yaml")
-    add("--out", help="the two files to write, without suffix; default: docs/results/<name of the YAML>")
+    add("config", metavar="YAML", help="the experiment, for example configs/experiments/positions.yaml")
+    add("--out", help="path of the two files to write, without suffix; default: docs/results/<name of the YAML>")
     add("--runs", help="folder of the runs; default: runs/experiments/<name of the YAML>")
-    add("--parallel", type=int, default=1, help="runs at a time, which share the cores; default: %(default)s")
-    add("--list", action="store_true", help="print the commands that are not done yet, and do nothing")
+    add("--parallel", type=int, default=1, help="number of runs at a time, which share the cores; default: %(default)s")
+    add("--list", action="store_true", help="print the commands that are not done yet, without running them")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     places = [experiments.named(out, suffix) for suffix in (".json", ".png")]
     check_outputs(others=places)
     for job in jobs:
-        list(job.missing())  # a folder of another command is found before the first run
+        list(job.missing())  # raises an error for a folder of another command before the first run starts
     with tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar:
         experiments.run(jobs, args.parallel, bar.update)
     result = experiments.gather(experiment, jobs)

@@ -1,4 +1,4 @@
-"""`export`: a run, one of its checkpoints or an adapter -> a folder that `generate.py --model` or `--lora` takes."""
+"""`export`: write a run, one of its checkpoints or an adapter as a folder for `generate.py --model` or `--lora`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from lumos.errors import printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="folder of a run (its newest good checkpoint is taken), of one checkpoint, or of an adapter to merge")
+    add("source", help="folder of a run (its newest undamaged checkpoint is used), of a checkpoint, or of an adapter to merge")
     add("--out", required=True, help="folder to write; it must not exist yet")
-    add("--weights", choices=("averaged", "trained"), help="default: the averaged ones where the run has them")
+    add("--weights", choices=("averaged", "trained"), help="which weights; default: the averaged ones if the run has them")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the run's training.export_dtype; adapters: float32")
-    add("--merge", action="store_true", help="of a run with LoRA, write the whole model instead of the adapter")
-    add("--mix", nargs=2, metavar=("MODEL", "SHARE"), help="mix in a share of another model's weights: what the run began with")
+    add("--merge", action="store_true", help="for a run with LoRA, write the whole model instead of the adapter")
+    add("--mix", nargs=2, metavar=("MODEL", "SHARE"),
+        help="mix in a share (between 0 and 1) of another model's weights, usually the one that the run started from")  # fmt: skip
     add("--model", help="base model to merge into; default: the one that the adapter was trained on")
-    add("--video-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
-    add("--text-tokenizer", help="default: where the run found it; to merge: in the base model's folder")
+    add("--video-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
+    add("--text-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
 
 
 def run(args: argparse.Namespace) -> None:

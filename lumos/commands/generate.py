@@ -1,4 +1,4 @@
-"""`generate`: a clip or a picture from words, from a picture, or continuing a clip; or many of them from a list."""
+"""`generate`: make a clip or a picture from text, from a picture or from a clip to continue, or many from a list."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ OF_LISTS = ("output_dir", "batch_size", "shard")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", action="append", help="what the clip shows; given several times, one after the other")
-    asked.add_argument("--prompts", metavar="LIST", help="a clip for each row of a .txt, .jsonl or .csv file, see docs/generate")
-    add("--prompt-frames", type=int, nargs="+", metavar="N", help="frames that each --prompt is shown for; together --num-frames")
-    add("--negative-prompt", help="what guidance leads away from; default: no text at all")
+    asked.add_argument("--prompt", action="append", help="what the clip shows; several prompts are shown one after the other")
+    asked.add_argument("--prompts", metavar="LIST", help="a .txt, .jsonl or .csv file with a clip in each row, see docs/generate")
+    add("--prompt-frames", type=int, nargs="+", metavar="N", help="frames of each --prompt; their sum is --num-frames")
+    add("--negative-prompt", help="what the clip must not show; default: no text")
     add("--image", help="picture that the clip begins with")
-    add("--video", help="clip that the result continues; its last frames are kept")
-    add("--last-image", help="refused, with what is possible instead")
-    add("--num-given-frames", type=int, help="frames of --video to keep, 1 + a multiple of 4; default: up to half of the result")
+    add("--video", help="clip to continue; the result begins with its last frames")
+    add("--last-image", help="not supported; the error message says what is possible instead")
+    add("--num-given-frames", type=int, help="frames of --video to use, 1 + a multiple of 4; default: up to half of the result")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
-    add("--output-dir", help="folder for several clips, default: outputs; the same command goes on where it stopped")
-    add("--preview", metavar="FILE", help=".mp4 .gif .webp to watch meanwhile: it grows with each latent frame")
+    add("--output-dir", help="folder for several clips, default: outputs; the same command continues an interrupted list")
+    add("--preview", metavar="FILE", help=".mp4 .gif .webp file that is rewritten with all frames so far after each latent frame")
     add("--num-frames", type=int, help="1 + a multiple of 4, given frames included; 1 makes a picture")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
     add("--fps", type=int, help="frames per second")
     add_sampling(parser)
-    add("--seed", type=int, nargs="+", help="several make several clips; default: drawn, printed and stored; of --prompts: 0")
+    add("--seed", type=int, nargs="+", help="several seeds make several clips; default: random (printed and stored), --prompts: 0")
     add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
-    add("--batch-size", type=int, help="clips of one size and length that are made together; default: 4")
+    add("--batch-size", type=int, help="clips of the same size and length in a batch; default: 4")
     add("--shard", metavar="I/N", help="make only part I of N of several clips; torchrun and deepspeed set it for their processes")
     add_loading(parser)
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,7 +88,7 @@ def make_one(args: argparse.Namespace) -> None:
     begins_with = {file_identity(path) for path in (args.image, args.video) if path is not None}
 
     def checked_output(num_frames: int | None, fps: float = 1) -> Path:
-        """Where the result goes; UserError if it, its record or the preview cannot be written."""
+        """Return the path of the result. Raises UserError if it, its JSON record or the preview cannot be written."""
         usual = f"outputs/{default_name(args.prompt[0], num_frames == 1, after=f'-{seed}')}"
         output = Path(usual if args.output is None else args.output)
         check_output(output, num_frames, fps, keep=begins_with)
@@ -151,7 +151,7 @@ def check_preview(path: Path, num_frames: int | None, fps: float, keep: Containe
 
 
 def previewed(parts: Iterable[np.ndarray], path: Path, fps: int) -> Iterator[np.ndarray]:
-    """The same frames, while a file of all that came so far is put in the place of the one before; whole at any time."""
+    """Yield `parts` unchanged and write all frames so far to `path` before each; the file is complete at every moment."""
     import numpy as np
 
     from lumos.video.io import write_video

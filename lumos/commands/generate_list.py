@@ -1,4 +1,4 @@
-"""`generate` of several clips: the rows of a list, or one prompt with several seeds, without loading the model again."""
+"""`generate` for several clips: the rows of a list, or one prompt with several seeds. The model is loaded once."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def make_list(args: argparse.Namespace) -> None:
 
     check_arguments(args)
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
-    rows, defaults, seed = asked_rows(args)
+    rows, defaults, seed = requested_rows(args)
     pipe, model = load(args)
     clips, problems, notes = check_rows(args, pipe, model, rows, defaults, seed, out)
     if len(rows) == len(problems) == 1:
         raise UserError(next(iter(problems.values())))
-    speaks = shard[0] == 1 or args.shard is not None  # of a launcher's processes, which share a terminal, the first
+    speaks = shard[0] == 1 or args.shard is not None  # processes of a launcher share a terminal, so only the first one prints
     for line, said in [*problems.items(), *notes] if speaks else ():
         print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
     if not clips:
@@ -76,8 +76,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("several processes need one --seed to agree on; give it")
 
 
-def asked_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
-    """(rows, options for those that do not say otherwise, the seed from which rows count theirs)."""
+def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
+    """Return (rows, options for rows without their own value, seed to which each row adds its number)."""
     from lumos.pipeline.inputs import check_prompt, whole_seed
     from lumos.prompt_lists.rows import Row, read_rows
 
@@ -99,7 +99,10 @@ def where(args: argparse.Namespace, line: int) -> str:
 def check_rows(
     args: argparse.Namespace, pipe: VideoPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
 ) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
-    """The clips that can be made, by their line what is wrong with the other rows, and notes with their lines. Nothing is made."""
+    """Check all rows before a clip is made.
+
+    Returns (clips of the good rows, message for each bad row by its line, notes as (line, text)).
+    """
     from lumos.errors import RunError, UserError
     from lumos.files import file_identity
     from lumos.prompt_lists.clips import check_file, clips_of, request_of
@@ -146,9 +149,9 @@ def check_rows(
 def make_clips(
     args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
 ) -> tuple[int, int]:
-    """(clips made, clips that could not be) of this process's share of what is not there yet.
+    """Make the missing clips of this process's share; return the number of clips made and of clips that failed.
 
-    RunError unless in the end each clip of the share is there or was said to have failed.
+    Raises RunError if a clip of the share is neither in the folder nor reported as failed at the end.
     """
     from tqdm import tqdm
 
@@ -178,10 +181,10 @@ def make_clips(
     mine = [clip.file for batch in batches for clip in batch]
     results = Recorded(out, shard, clips, describe)
     if stale := results.stale(mine):
-        said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made otherwise and are made again"
+        said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made with other inputs and are made again"
         print(printable(said), file=sys.stderr)
     with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said once, when the rows were checked
+        warnings.simplefilter("ignore", UserWarning)  # already printed when the rows were checked
         try:
             while batches:
                 batch = batches.pop(0)
@@ -190,7 +193,8 @@ def make_clips(
                     with out_of_memory_as(planned(pipe, form.clip, form.sampling, batch[0].prompt, len(batch))):
                         made += render(results, [batch], make, save)
                 except (OutOfMemory, NotFinite, UserError) as error:
-                    if not isinstance(error, OutOfMemory) and len(batch) > 1:  # a picture has gone since, or a prompt leads to NaN
+                    # One clip may spoil its batch (its picture was removed, or its prompt leads to NaN): make each alone.
+                    if not isinstance(error, OutOfMemory) and len(batch) > 1:
                         batches[:0] = [[clip] for clip in batch]
                         continue
                     failed |= {clip.file for clip in batch if not results.has(clip.file)}
@@ -199,7 +203,7 @@ def make_clips(
                 bar.update(len(batch))
         except KeyboardInterrupt:
             done = sum(results.has(clip.file) for clip in clips)
-            raise RunError(f"interrupted; {done} of {len(clips)} clips are in {out}, and the same command goes on") from None
+            raise RunError(f"interrupted; {done} of {len(clips)} clips are in {out}; the same command makes the others") from None
         finally:
             results.tidy([clip.file for clip in clips])
     check_made(results, mine if shard[1] > 1 else [clip.file for clip in clips], failed)

@@ -1,4 +1,4 @@
-"""`ingest`: videos and pictures to shards of codes; typed again, it goes on where it was."""
+"""`ingest`: turn videos and pictures into shards of codes. The same command continues an interrupted ingest."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="folder, csv / jsonl / parquet of path and caption, webdataset tar, or file")
-    add("--captions", help="csv / jsonl / parquet of path and caption, for a source without captions")
+    add("sources", nargs="+", metavar="SOURCE",
+        help="folder, csv / jsonl / parquet with path and caption, webdataset tar, or a single file")  # fmt: skip
+    add("--captions", help="csv / jsonl / parquet with path and caption, for a source without captions")
     add("--out", required=True, help="folder of shards to write or to continue")
     add("--tokenizer", required=True, help="folder of the video tokenizer, or a model folder")
     add("--fps", type=int, default=12, help="frames per second of the clips; default: %(default)s")
     add("--size", default="256p", help="256p, 384p, 480p (buckets by aspect ratio) or HEIGHTxWIDTH; default: %(default)s")
     add("--frames", type=int, default=25, dest="num_frames", help="frames of a clip, 1 + a multiple of 4; default: %(default)s")
-    add("--min-frames", type=int, help="shorter videos give shorter clips down to this; default: they are skipped")
-    add("--clips-per-video", type=int, default=1, help="up to so many from a long video; default: 1, its middle")
+    add("--min-frames", type=int, help="make clips of at least this length from shorter videos; default: skip shorter videos")
+    add("--clips-per-video", type=int, default=1, help="maximum number of clips of a video; default: 1, from its middle")
     add("--engine", default="local", help="local: processes of this machine; ray: actors on a Ray cluster; default: local")
-    add("--workers", type=int, default=1, help="processes, or actors at most; 0: none but this one; default: 1")
-    add("--item-timeout", type=float, metavar="SECONDS", help="an item that takes longer is skipped; default: half an hour")
-    add("--max-failure-rate", type=float, default=0.1, help="share of items without a clip that stops; default: %(default)s")
-    add("--retry-skipped", action="store_true", help="try items again that an earlier run skipped")
-    add("--shard-clips", type=int, default=1000, help="clips of a shard; a kill costs at most so many; default: %(default)s")
+    add("--workers", type=int, default=1, help="processes, or maximum number of actors; 0: no other process; default: 1")
+    add("--item-timeout", type=float, metavar="SECONDS", help="skip an item that takes longer; default: half an hour")
+    add("--max-failure-rate", type=float, default=0.1,
+        help="stop if a larger share of the items gives no clip; default: %(default)s")  # fmt: skip
+    add("--retry-skipped", action="store_true", help="try the items again that an earlier run skipped")
+    add("--shard-clips", type=int, default=1000,
+        help="clips in a shard; a kill loses at most one shard of work; default: %(default)s")  # fmt: skip
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 

@@ -1,4 +1,4 @@
-"""`inspect`: what a folder of shards holds: counts, sizes, durations, captions, use of the codes, a contact sheet."""
+"""`inspect`: show what a folder of shards holds: counts, sizes, durations, captions, use of the codes, a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from lumos.commands.counts import MAX_CLIPS, check_counts
 
 LABEL_LENGTH = 300
-"""Characters of a clip's name and caption that the sheet may show."""
+"""The maximum number of characters of a clip's name and caption on the sheet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", help="folder that `ingest` wrote, or its URL")
-    add("--sheet", help="PNG with clips spread over the data, as the tokenizer decodes them; default: sheet.png in a local folder")
-    add("--no-sheet", action="store_true", help="draw no sheet")
+    add("--sheet", help="PNG with evenly spaced clips, decoded by the tokenizer; default: sheet.png in a local folder")
+    add("--no-sheet", action="store_true", help="write no sheet")
     add("--sheet-clips", type=int, help="clips on the sheet; default: 12")
-    add("--tokenizer", help="folder of the video tokenizer for the sheet; default: the one that ingest was given")
-    add("--captions", type=int, default=5, help="captions to print")
+    add("--tokenizer", help="folder of the video tokenizer for the sheet; default: the tokenizer that ingest used")
+    add("--captions", type=int, default=5, help="number of captions to print; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,14 +75,17 @@ def run(args: argparse.Namespace) -> None:
         except (UserError, RunError, OSError) as error:
             if args.sheet or args.tokenizer:
                 raise
-            why_none = f"{error}; give --tokenizer"  # nobody asked for it: the shards may have come without their tokenizer
+            why_none = f"{error}; give --tokenizer"  # no error: the sheet is a default, and shards may come without the tokenizer
     if why_none:
         print(printable(f"no sheet: {' '.join(why_none.split())}"), file=sys.stderr)
     print(json.dumps(summary))
 
 
 def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | None]:
-    """Where the sheet goes, or None and why there is none (None: it is not wanted). UserError for a place where it cannot go."""
+    """Return (path of the sheet, None), or (None, reason why there is no sheet), or (None, None) with --no-sheet.
+
+    Raises UserError if the file --sheet cannot be written or an option has no effect.
+    """
     from lumos.data.shards.format import SHEET
     from lumos.errors import UserError
     from lumos.files import check_outputs, check_writable

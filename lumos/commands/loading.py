@@ -1,4 +1,4 @@
-"""What the verbs that make clips share: options, the pipeline, records, hashes, and words for a lack of memory."""
+"""Functions that the verbs that make clips share: options, loading, records, hashes and out-of-memory messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HALF_NEEDS_LESS = "--dtype bfloat16 needs less"
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of a clip that were given, by their names in a pipeline's call."""
+    """Return the options of a clip that the user gave, by their names in the call of a pipeline."""
     from lumos.pipeline.request import ARGUMENTS
 
     own = {name: value for name in ARGUMENTS if name != "seed" and (value := getattr(args, name, None)) is not None}
@@ -33,7 +33,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
-    """The pipeline that the verb's options name, as many of them as it has, and its folder."""
+    """Load the pipeline for the options of a verb; return it and its model folder. A verb may lack some of the options."""
     import torch
     import transformers
 
@@ -50,14 +50,14 @@ def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
 
 
 def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> dict[str, Any]:
-    """What is written into a clip's file."""
+    """Return the metadata to write into the file of a clip."""
     from lumos.version import __version__
 
     return {"prompt": prompt, "seed": seed, "model": model, "lora": getattr(args, "lora", None), "lumos": __version__}
 
 
 def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:
-    """What a record tells of where and how a clip was made."""
+    """Return the part of a clip's JSON record that says where and how it was made: dtype, device, versions, memory."""
     from lumos.runtime import peak_memory_bytes, versions
 
     return {
@@ -71,8 +71,11 @@ def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, An
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the process as Ctrl-C does, with its own exit code: what is half written goes away."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+    """Make SIGTERM raise SystemExit in the block, so that temporary files are removed as after Ctrl-C.
+
+    The exit code is 128 + SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -83,7 +86,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def hashed(path: str | None) -> str | None:
-    """SHA-256 of a file, or of what a folder holds to be read from."""
+    """Return the SHA-256 of a file, or of the files in a folder that a model consists of; None for None."""
     from lumos.files import file_sha256, folder_sha256
 
     if path is None:
@@ -92,7 +95,7 @@ def hashed(path: str | None) -> str | None:
 
 
 def model_sha256(model: str, args: argparse.Namespace) -> dict[str, str]:
-    """Of the model folder, and of each tokenizer and adapter that is taken from elsewhere."""
+    """Return the SHA-256 of the model folder, and of each tokenizer or adapter that an option names, by name."""
     elsewhere = {name: getattr(args, name, None) for name in PLACES}
     places = {"model": model, **elsewhere}
     return {key: hashed(path) for key, path in places.items() if path}
@@ -100,7 +103,7 @@ def model_sha256(model: str, args: argparse.Namespace) -> dict[str, str]:
 
 @contextmanager
 def out_of_memory_as(advice: Callable[[], str]) -> Iterator[None]:
-    """Where memory runs out: OutOfMemory, which ends with advice."""
+    """Turn errors of the block that mean a lack of memory into OutOfMemory; its message ends with `advice()`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -113,7 +116,7 @@ def out_of_memory_as(advice: Callable[[], str]) -> Iterator[None]:
 def planned(
     pipe: VideoPipeline, clip: ClipDefaults, sampling: SamplingOptions, prompt: str, clips: int = 1
 ) -> Callable[[], str]:
-    """The advice of the planning code for so many clips at a time, when it is asked for."""
+    """Return a function that returns the generator's advice on what needs less memory, for a batch of `clips` clips."""
 
     def advice() -> str:
         from lumos import registry

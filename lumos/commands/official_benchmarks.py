@@ -1,4 +1,4 @@
-"""What `evaluate vbench`, `vbench-i2v` and `geneval` share: draw the official prompts, or sum up the official results."""
+"""Functions that `evaluate vbench`, `vbench-i2v` and `geneval` share: draw the official prompts, sum up official results."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ MAX_SAMPLES = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     benchmark, add = BENCHMARKS[name], parser.add_argument
-    add("--prompts", help=f"the official list, {benchmark.list_file}, or one of its form")
+    add("--prompts", help=f"the official list, {benchmark.list_file}, or a list of the same format")
     if benchmark.images:
-        add("--images", help="folder of the pictures that the list names, for example vbench2_beta_i2v/data/crop/7-4")
-    add("--out", help=f"folder for {benchmark.folder}/ and manifest.json; the same command goes on where it stopped")
+        add("--images", help="folder of the pictures in the list, for example vbench2_beta_i2v/data/crop/7-4")
+    add("--out", help=f"folder for {benchmark.folder}/ and manifest.json; the same command continues an interrupted run")
     add("--model", help="model folder; default: the shipped one")
     add_parts(parser)
-    add("--captions", help="what the model is told instead of the prompts: JSON {prompt: caption}, or a line for each entry")
-    add("--caption-key", help="field of the list's entries that the model is told instead of the prompt")
-    add("--samples", type=int, help="of each prompt; default: as the benchmark wants")
-    add("--seed", type=int, help=f"all seeds follow from this one and the files' names; default: {SEED}")
-    add("--batch-size", type=int, help=f"samples drawn together; default: {BATCH_SIZE}")
-    add("--shard", metavar="I/N", help="draw only part I of N, from 1 on; torchrun sets it for each of its processes")
+    add("--captions", help="captions for the model in place of the prompts: JSON {prompt: caption}, or a line for each entry")
+    add("--caption-key", help="field of the list's entries with the caption for the model in place of the prompt")
+    add("--samples", type=int, help="samples of each prompt; default: the number that the benchmark asks for")
+    add("--seed", type=int, help=f"the seed of each file follows from this one and the file's name; default: {SEED}")
+    add("--batch-size", type=int, help=f"samples in a batch; default: {BATCH_SIZE}")
+    add("--shard", metavar="I/N", help="draw only part I of N (I from 1); torchrun sets it for each of its processes")
     if not benchmark.pictures:
         add("--num-frames", type=int, help="1 + a multiple of 4")
         add("--fps", type=int, help="frames per second")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add_sampling(parser, pictures=benchmark.pictures, given=benchmark.images)
     add_device(parser)
     results = "results.jsonl" if benchmark.pictures else "*_eval_results.json, folders or zips of them"
-    add("--aggregate", nargs="+", metavar="RESULTS", help=f"draw nothing; print the totals of official results: {results}")
+    add("--aggregate", nargs="+", metavar="RESULTS", help=f"only print the totals of official results: {results}")
     add("--output", help="JSON file for the totals of --aggregate")
 
 
@@ -139,7 +139,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
     bar_of = {"total": len(mine), "unit": "batch", "desc": f"shard {shard[0]}/{shard[1]}", "disable": shard[0] > 1}
     with ended_by_sigterm(), only_shard(out, shard):
         for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
-            print(printable(f"note: the files already in {out} were made otherwise: {change}"), file=sys.stderr)
+            print(printable(f"note: the files already in {out} were made with other inputs: {change}"), file=sys.stderr)
         results = Results(out, benchmark.folder, shard)
         results.check_case([sample.file for sample in samples])
         for file, text in notes if shard[0] == 1 else []:
@@ -157,7 +157,7 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
 
 def check_images(entries: list, folder: Path) -> list[Path]:
-    """The pictures that a list begins with; UserError names those that are missing."""
+    """Return the paths of the first frames of all entries. Raises UserError if pictures are missing."""
     from lumos.errors import UserError
 
     paths = [folder / name for name in dict.fromkeys(entry.image for entry in entries)]

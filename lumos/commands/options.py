@@ -1,4 +1,4 @@
-"""The flags for how a pipeline is loaded and how clips are sampled, the same for every verb."""
+"""Flags that several verbs share: how a pipeline is loaded and how clips are sampled."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from lumos.pipeline.options import ACCELERATION, add_acceleration, add_flags, al
 
 PLACES = ("video_tokenizer", "text_tokenizer", "lora")
 LOADING = (*PLACES, "device", *ACCELERATION, "device_map")
-"""Arguments of a pipeline's from_pretrained that a flag gives as they are."""
+"""Arguments of a pipeline's from_pretrained whose values are those of the flags."""
 
 
 def add_sampling(parser: argparse.ArgumentParser, pictures: bool = False, given: bool = True) -> None:
-    """A flag for each sampling option of the generators.
+    """Add a flag for each sampling option of the generators.
 
-    pictures: without options that have no effect on a picture. given: with options for clips that begin with given frames.
+    If `pictures` is set, options that have no effect on a picture are left out. If `given` is set, options
+    for clips that begin with given frames are added too.
     """
     add_flags(parser, all_options(), pictures=pictures, given=given)
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given, by name."""
+    """Return the sampling options that the user gave, by name."""
     return given_options(args, all_options())
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
-    """Where the tokenizers lie."""
+    """Add the flags for the places of the tokenizers."""
     add = parser.add_argument
-    add("--video-tokenizer", help="folder of the video tokenizer; default: in the model folder")
-    add("--text-tokenizer", help="file or folder of the text tokenizer; default: in the model folder")
+    add("--video-tokenizer", help="folder of the video tokenizer; default: the one in the model folder")
+    add("--text-tokenizer", help="file or folder of the text tokenizer; default: the one in the model folder")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +40,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Everything that says how a pipeline is loaded, but its model."""
+    """Add all flags that say how a pipeline is loaded, except --model."""
     add = parser.add_argument
-    add("--lora", help="adapter folder that a run with lora.rank exported; merged into the model")
+    add("--lora", help="adapter folder that a run with lora.rank exported; it is merged into the model")
     add_parts(parser)
     add_device(parser)
     add_acceleration(parser)
-    add("--device-map", choices=("auto",), help="layers that do not fit on the device wait in host memory or in their files")
-    add("--max-memory", nargs="+", metavar="PLACE=SIZE", help="most that weights take with --device-map: 0=6GiB cpu=16GiB")
+    add("--device-map", choices=("auto",), help="leave layers that do not fit on the device in host memory or in their files")
+    add("--max-memory", nargs="+", metavar="PLACE=SIZE",
+        help="memory limits for the weights with --device-map, for example 0=6GiB cpu=16GiB")  # fmt: skip

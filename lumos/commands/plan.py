@@ -1,4 +1,7 @@
-"""`plan`: what a training run or, with --generate, a clip will need, by arithmetic, before anything is loaded or paid for."""
+"""`plan`: estimate what a training run or, with --generate, a clip will need.
+
+The estimate is pure arithmetic: it loads no weights and no data.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ OF_CLIPS = ("model", "preset", "height", "width", "num_frames", "device", "dtype
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", help="YAML file of the training, for example configs/lumos1/3b-stage2.yaml")
-    add("overrides", nargs="*", metavar="section.key=value", help="as train.py takes them, for example training.batch_size=96")
-    add("--gpus", type=int, help="how many GPUs, or processes with training.device=cpu")
-    add("--gpu", help="which GPU; default: h100")
-    add("--gpu-memory", type=float, help="GiB of one GPU; default: of --gpu")
-    add("--peak-tflops", type=float, help="most that one GPU can do; default: logging.peak_tflops, else bf16 of --gpu")
-    add("--utilisation", type=float, default=UTILISATION, help="share of the peak that a run gets; default: %(default)s, assumed")
-    add("--text-tokens", type=int, help="tokens of a prompt; default: 16 for the small worlds, else 160")
+    add("overrides", nargs="*", metavar="section.key=value", help="overrides as in train.py, for example training.batch_size=96")
+    add("--gpus", type=int, help="number of GPUs, or of processes with training.device=cpu")
+    add("--gpu", help="name of the GPU; default: h100")
+    add("--gpu-memory", type=float, help="memory of one GPU in GiB; default: that of --gpu")
+    add("--peak-tflops", type=float, help="peak TFLOP/s of one GPU; default: logging.peak_tflops, else the bf16 peak of --gpu")
+    add("--utilisation", type=float, default=UTILISATION, help="assumed share of the peak that a run reaches; default: %(default)s")
+    add("--text-tokens", type=int, help="tokens of a prompt; default: 16 for synthetic scenes, else 160")
     add("--generate", action="store_true", help="plan a clip in place of a training, with the options that follow")
-    add("--model", help="model folder, of which only config.json is read; default: the shipped one")
+    add("--model", help="model folder (only its config.json is read); default: the shipped one")
     add("--preset", help="model shape in place of a folder: tiny, 0.5b, 1b, 3b")
-    add("--height", type=int, help="pixels; default, as for all that follow: the model's own")
+    add("--height", type=int, help="pixels; the default of this option and all that follow is the model's own")
     add("--width", type=int, help="pixels")
     add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
     add_flags(parser, costly_options())
@@ -40,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def costly_options() -> dict[str, Any]:
-    """The sampling options that decide what a clip costs: steps, guidance, and those that trade quality for time or memory."""
+    """Return the sampling options that affect the cost of a clip.
+
+    These are the number of steps, guidance, and all options that trade quality for time or memory.
+    """
     return {name: option for name, option in all_options().items()
             if option.is_trade or name in ("num_inference_steps", "guidance_scale")}  # fmt: skip
 
@@ -112,7 +118,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def hardware(args: argparse.Namespace, settings: Any) -> Any:
-    """The lumos.planning.gpus.Hardware that options and settings name."""
+    """Return the `lumos.planning.gpus.Hardware` that options and settings describe."""
     import psutil
     import torch
 
@@ -127,7 +133,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
             raise UserError(f"--gpu {args.gpu} has no effect with training.device=cpu; leave one of them out")
         memory = args.gpu_memory * GIB if args.gpu_memory else psutil.virtual_memory().total / args.gpus
         cpu = torch.device("cpu")
-        # All processes share the cores that one alone is measured on.
+        # The peak is measured by one process on all cores, which the processes of the run will share.
         speed = peak * 1e12 if peak else peak_flops(cpu, pick_precision(settings.training.precision, cpu), None)[0] / args.gpus
         return Hardware("CPU process", args.gpus, int(memory), speed)
     name = (args.gpu or "h100").lower()
@@ -143,7 +149,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The plan of a training as a page of text."""
+    """Return the plan of a training as text."""
     from lumos.benchmarks.measure import render_table
     from lumos.planning.gpus import GIB
     from lumos.planning.sharding import PARTS
@@ -187,7 +193,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def render_clip(report: dict[str, Any]) -> str:
-    """The plan of a clip as a page of text."""
+    """Return the plan of a clip as text."""
     clip, flops, sizes, settings = (report[name] for name in ("clip", "flops", "bytes", "settings"))
     parts = ", ".join(f"{name} {flops[name] / flops['total']:.1%}" for name in flops if name != "total")
     held = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""`plot`: the curves of one or more runs as one picture, from their log.jsonl alone."""
+"""`plot`: draw the curves of one or more runs as one picture, from their log.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or a log.jsonl")
     add("--out", default="curves.png", help=f"picture to write ({', '.join(SUFFIXES)}); default: %(default)s")
-    add("--fields", nargs="+", help="what to draw, for example loss grad_norm mfu; default: everything that the logs hold")
+    add("--fields", nargs="+", help="fields to draw, for example loss grad_norm mfu; default: all fields in the logs")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_curves(name: str) -> Curves:
-    """The fields of a run's log; UserError if there is no log, or nothing in it yet."""
+    """Return the fields in the log of a run. Raises UserError if there is no log, or if the log has no step yet."""
     from lumos.errors import UserError
     from lumos.training.logging import read_lines
 
@@ -57,12 +57,16 @@ def read_curves(name: str) -> Curves:
 
 
 def panel_of(field: str) -> str:
-    """Validation losses are drawn over the training losses of the same name."""
+    """Return the panel of a field: a validation loss has the panel of the training loss of the same name."""
     return field.removeprefix("val_").removesuffix("_ema")
 
 
 def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, str, float, list[tuple[int, float]]]]:
-    """(number of the run, label, style, opacity, points): dashed is validation, dotted with averaged weights; places fade."""
+    """Yield (number of the run, label, line style, opacity, points) of each line in a panel.
+
+    Training is solid, validation dashed, validation with averaged weights dotted. A field with several
+    values gives several lines, each lighter than the one before.
+    """
     for number, (name, curves) in enumerate(runs.items()):
         for field in (field for field in curves if panel_of(field) == panel):
             style = ":" if field.endswith("_ema") else "--" if field.startswith("val_") else "-"
@@ -75,7 +79,7 @@ def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, st
 
 
 def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
-    """A panel a field, a colour a run."""
+    """Write a picture with one panel for each field; each run has its own colour."""
     from lumos.errors import UserError
     from lumos.files import replacing
 

@@ -1,4 +1,4 @@
-"""`render`: a folder of mp4 clips of the small worlds, each with its caption in a txt beside it, as `ingest` takes them."""
+"""`render`: write mp4 clips of synthetic scenes, each with its caption in a .txt of the same name, as input for `ingest`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lumos.commands.counts import MAX_CLIPS, MAX_SEED, check_counts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, help="folder to write into; it must not exist yet")
-    add("--count", type=int, default=20, help="clips; default: %(default)s")
+    add("--count", type=int, default=20, help="number of clips; default: %(default)s")
     add("--kind", default="one", help="as in evaluate prompts: one, two, digits, sprites, held_out, ...; default: %(default)s")
-    add("--seed", type=int, default=0, help="other seeds show other scenes")
-    add("--num-frames", type=int, default=17, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="seed of the scenes; default: %(default)s")
+    add("--num-frames", type=int, default=17, help="frames of a clip; default: %(default)s")
     add("--height", type=int, default=64, help="pixels; default: %(default)s")
     add("--width", type=int, default=64, help="pixels; default: %(default)s")
     add("--fps", type=int, default=8, help="frames per second; default: %(default)s")
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> None:
             (folder / f"{number:05d}.txt").write_text(caption + "\n", encoding="utf-8")
         for kind in ("mp4", "txt"):
             if (written := len(list(folder.glob(f"*.{kind}")))) != args.count:
-                raise RunError(f"{args.count} clips were to be written, but {written} {kind} files are there; run it again")
+                raise RunError(f"{args.count} clips must be written, but there are {written} {kind} files; run it again")
     print(printable(f"{out}  {args.count} clips"))

@@ -1,4 +1,4 @@
-"""`resize`: a model folder -> one that draws the same codes at another size."""
+"""`resize`: make a model folder whose model decodes the same codes to clips of another size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="model folder")
     add("--out", required=True, help="folder to write; it must not exist yet")
     add("--video-tokenizer", help="folder of a tokenizer with the same codes, trained with start_from and train_encoder=false; "
-        "default: that of half the size, which is inside one with spatial_patch_size 2")  # fmt: skip
+        "default: the tokenizer for half the size, which a tokenizer with spatial_patch_size 2 contains")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
+    from lumos import registry
     from lumos.files import check_new
-    from lumos.models.lumos1.resizing import resize
 
     check_new(args.out)
+    resize = registry.generator_of(args.model).load("verbs", "resize")
     clip = resize(args.model, args.out, args.video_tokenizer)
     print(printable(f"{args.out}  draws {clip.width} x {clip.height}"))

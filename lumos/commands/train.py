@@ -1,4 +1,4 @@
-"""`train`: train or fine-tune the decoder from a YAML config; any `section.key=value` behind it overrides."""
+"""`train`: train or fine-tune the decoder from a YAML config; `section.key=value` arguments override it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file, for example configs/lumos1/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example training.max_steps=200")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example training.max_steps=200")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
 

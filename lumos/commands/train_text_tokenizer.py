@@ -1,4 +1,4 @@
-"""`train-text-tokenizer`: sentencepiece from a caption file, or from the captions of the small worlds."""
+"""`train-text-tokenizer`: train a sentencepiece tokenizer on a file of captions or on captions of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MAX_RESERVED = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--captions", help="text file with one caption a line; default: captions of the small worlds")
-    add("--worlds", type=int, help="how many captions of the three small worlds to use, in all their wordings; default 20,000")
-    add("--seed", type=int, help="of the small worlds; default 0")
+    add("--captions", help="text file with one caption a line; default: captions of synthetic scenes")
+    add("--worlds", type=int, help="number of captions of synthetic scenes of all kinds, in all wordings; default: 20,000")
+    add("--seed", type=int, help="seed of the synthetic scenes; default: 0")
     add("--vocab-size", type=int, default=1024, help="reserved ids, bytes and pieces; at most the model's visual_token_start")
-    add("--reserved", type=int, default=254, help="ids after 0 that text can never produce: specials and numbers")
+    add("--reserved", type=int, default=254, help="number of ids after 0 that text never produces, for specials and numbers")
     add("--out", required=True, help="folder to write")
 
 

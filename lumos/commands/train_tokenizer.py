@@ -1,4 +1,4 @@
-"""`train-tokenizer`: train a video tokenizer from a YAML config; any `key=value` behind it overrides."""
+"""`train-tokenizer`: train a video tokenizer from a YAML config; `key=value` arguments override it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file, for example configs/tokenizer/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=200")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example steps=200")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
 

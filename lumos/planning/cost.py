@@ -1,4 +1,4 @@
-"""What planning asks of a generator: the cost of its training and of its clips, by arithmetic.
+"""The interface between planning and a generator: the cost of its training and of its clips, by arithmetic.
 
 `Generator.cost` names two modules:
 
@@ -17,14 +17,18 @@ from lumos.planning.sharding import Sharding
 
 
 class TrainingCost(Protocol):
-    """The cost of training a network, with or without adapters. A `sequence` is what the network reads of one clip.
+    """The cost of training a network, with or without adapters.
 
-    parameters         all parameters, those of adapters included; trained: those that have gradients
-    is_tuned           only adapters are trained
-    matrices           trained weights of the layers' matrices, which Muon updates; stacked: the most of them of one shape
-    largest_parameter  elements of the largest parameter, whose gradient is made whole under every ZeRO stage
-    size_unit          height and width of clips are multiples of so many pixels
-    assumed            sentences on what the settings do not say
+    A `sequence` is the generator's own description of the input of the network for one clip.
+
+    parameters         number of all parameters, adapters included
+    trained            number of parameters with gradients
+    is_tuned           whether only adapters are trained
+    matrices           number of trained weights in the matrices of the layers, which Muon updates
+    stacked            largest number of these weights in matrices of one shape
+    largest_parameter  elements of the largest parameter; its whole gradient exists under every ZeRO stage
+    size_unit          height and width of clips are multiples of this number of pixels
+    assumed            sentences on assumptions that the settings do not state
     """
 
     parameters: int
@@ -37,38 +41,43 @@ class TrainingCost(Protocol):
     assumed: Sequence[str]
 
     def cast_parameters(self, checkpointing: bool) -> int:
-        """Parameters of which autocast keeps a bf16 copy during a step."""
+        """Return the number of parameters of which autocast keeps a bf16 copy during a step."""
 
     def sequence(self, num_frames: int, height: int, width: int) -> Any:
-        """The sequence of a clip of this shape."""
+        """Return the sequence of a clip of this shape."""
 
     def tokens(self, sequence: Any) -> int:
-        """All tokens of a sequence."""
+        """Return the number of all tokens of a sequence."""
 
     def codes(self, sequence: Any) -> int:
-        """The tokens of a sequence that stand for pixels."""
+        """Return the number of tokens of a sequence that are visual codes."""
 
     def supervised(self, sequence: Any) -> float:
-        """The mean number of losses of a sequence."""
+        """Return the mean number of positions of a sequence that have a loss."""
 
     def training_flops(self, sequence: Any, supervised: float) -> float:
-        """FLOPs of forward and backward of a sequence."""
+        """Return the FLOPs of the forward and backward pass of a sequence."""
 
     def recomputed_flops(self, sequence: Any) -> float:
-        """FLOPs that activation checkpointing adds to a sequence."""
+        """Return the FLOPs that activation checkpointing adds for a sequence."""
 
     def memory_moments(self, sharding: Sharding, rows: int, sequence: Any) -> dict[str, dict[str, int]]:
-        """Moment of a step -> part (`lumos.planning.sharding.PARTS`) -> bytes of one process, for `rows` sequences at a time."""
+        """Return the memory of one process in bytes, by moment of a step and by part.
+
+        The moments are named by the generator and include "start", the start of the run. The parts are
+        `lumos.planning.sharding.PARTS`. `rows` is the number of sequences in a micro-batch.
+        """
 
 
 class ClipCost(Protocol):
     """The cost of one clip."""
 
     def warn_of_effects(self, given: Mapping[str, Any]) -> None:
-        """Warn of sampling options that were given, but have no effect on this clip."""
+        """Warn of the sampling options in `given` that have no effect on this clip."""
 
     def report(self, peak: float, utilisation: float) -> dict[str, Any]:
-        """FLOPs by part, bytes and seconds as JSON values.
+        """Return the FLOPs by part, bytes and seconds as JSON values.
 
-        peak: FLOP/s of the device, of which the share `utilisation` is reached. `may_end_early` says that steps are an upper bound.
+        `peak` is the FLOP/s of the device and `utilisation` the share of it that is reached. In the result,
+        `may_end_early` says whether the number of steps is an upper bound.
         """

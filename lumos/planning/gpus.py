@@ -1,4 +1,4 @@
-"""GPUs by name: what they hold and what they can do."""
+"""The memory and the peak FLOP/s of GPUs by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lumos.device_peak import GPU_TFLOPS
 
 GIB = 2**30
 RESERVED = 2 * GIB
-"""Of a GPU's memory, for the CUDA context, the communication library and what the allocator cannot fill."""
+"""Bytes of GPU memory that a plan leaves free: for the CUDA context, the communication library and unusable gaps."""
 GPUS = {
     "3090": (24, 71.0), "4090": (24, 165.2), "l40s": (48, GPU_TFLOPS["L40S"]), "a100-40": (40, GPU_TFLOPS["A100"]),
     "a100": (80, GPU_TFLOPS["A100"]), "h20": (96, GPU_TFLOPS["H20"]), "h100": (80, GPU_TFLOPS["H100"]),
@@ -19,7 +19,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """`count` GPUs or, on a CPU, processes. Memory in bytes and peak in FLOP/s are those of one."""
+    """The hardware of a run: `count` GPUs or CPU processes. `memory` (bytes) and `peak` (FLOP/s) are those of one."""
 
     name: str
     count: int

@@ -1,4 +1,4 @@
-"""Memory and traffic of a training that do not depend on its batches, by arithmetic; in bytes of one process."""
+"""Memory and network traffic of one training process that do not depend on its batches, in bytes, by arithmetic."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from lumos.planning.cost import TrainingCost
 from lumos.planning.sharding import Sharding
 
 AT_ONCE = 500_000_000
-"""Gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights, whatever the size of its buckets."""
+"""The number of gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights; it ignores the bucket size there."""
 
 
 def host_bytes(cost: TrainingCost, sharding: Sharding) -> int:
-    """What one process keeps in the machine's memory in place of the GPU's: float32 weights, moments and gradients, and weights."""
+    """Return the bytes of host memory that one process uses for offloaded data.
+
+    With an offloaded optimizer these are float32 weights, moments and gradients; with offloaded weights the
+    weights themselves.
+    """
     share = math.ceil(cost.trained / sharding.world)
     optimizer = (20 if sharding.averaged else 16) * share if sharding.offload_optimizer else 0
     weights = sharding.product * math.ceil(cost.parameters / sharding.world) if sharding.offload_weights else 0
@@ -20,11 +24,11 @@ def host_bytes(cost: TrainingCost, sharding: Sharding) -> int:
 
 
 def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
-    """Bytes on the device that do not depend on the batch: weights, all gradients, optimizer, buffers."""
+    """Return the bytes on the device that do not depend on the batch, by part: weights, gradients, optimizer, buffers."""
     parameters, trained = cost.parameters, cost.trained
     share, stage = math.ceil(trained / sharding.world), sharding.stage or 0
     if stage == 0:
-        # Autocast keeps bf16 copies of the matrices: for a step, those of frozen ones only as long as activations.
+        # Autocast keeps bf16 copies of trained matrices during a step, and of frozen ones only as long as activations.
         cast = cost.cast_parameters(sharding.checkpointing)
         weights = 4 * parameters + (2 * cast if sharding.autocast else 0)
         averaged = 4 * trained if sharding.averaged else 0
@@ -32,14 +36,14 @@ def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
         return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
     compute = sharding.product
     own = math.ceil(parameters / sharding.world) if stage == 3 else parameters
-    # Reduced in float32, in buckets; a gradient larger than a bucket (embedding, head) is reduced alone. A bucket has its full size
-    # however small the model is, which on a CPU costs nothing where it is not written to.
+    # DeepSpeed reduces gradients in float32, in buckets. A gradient larger than a bucket (embedding, head) is reduced alone.
+    # A bucket is allocated in full even for a small model; on a CPU, pages that are never written cost no memory.
     bucket = sharding.bucket if sharding.on_gpu else min(sharding.bucket, trained)
     buffers = 4 * max(0 if cost.is_tuned else cost.largest_parameter, bucket) + 2 * 4 * bucket
     if stage == 1 and sharding.half:
-        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # whole in float32, and copied to be reduced
+        gradients, buffers = 4 * trained, 4 * min(trained, AT_ONCE)  # all in float32, and a copy for the reduction
     elif stage == 1:
-        gradients = 4 * trained + 4 * share  # whole, and this process's share for the optimizer
+        gradients = 4 * trained + 4 * share  # all, and this process's share for the optimizer
     elif stage == 2:
         gradients = compute * share + 4 * share
     else:
@@ -55,7 +59,10 @@ def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
 
 
 def sent_bytes(cost: TrainingCost, sharding: Sharding, micro_batches: int) -> float:
-    """What a process sends in a step (ZeRO, arXiv 1910.02054, section 7): gradients in float32, weights as they are stored."""
+    """Return the bytes that a process sends in a step: gradients in float32, weights in their stored dtype.
+
+    Source: ZeRO, arXiv 1910.02054, section 7.
+    """
     if sharding.stage is None:
         return 0.0
     gradients, weight = 4 * cost.trained, 2 if sharding.half else 4

@@ -1,4 +1,4 @@
-"""How a training run is divided over processes, and what each of them holds."""
+"""How a training run is divided over processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a run is sharding. `stage` None: plain PyTorch on one device, else DeepSpeed's ZeRO stage over `world` processes.
+    """How a training run is divided over processes, and the settings that decide its memory.
 
-    `bucket`, `live`: elements that DeepSpeed reduces at once, and that ZeRO-3 holds gathered. `half`: bf16. `on_gpu`: CUDA's
-    fused kernels. `averaged`: with EMA. `accumulates`: a step has several micro-batches. `muon`: in place of AdamW, with whole
-    weights only.
+    stage              None: plain PyTorch on one device; else DeepSpeed's ZeRO stage
+    world              number of processes
+    offload_optimizer  the optimizer's state is in host memory
+    offload_weights    the weights are in host memory
+    bucket             elements that DeepSpeed reduces at once
+    live               elements that ZeRO-3 holds gathered
+    half               computation in bf16
+    on_gpu             CUDA with its fused kernels
+    averaged           the run averages its weights (EMA)
+    muon               Muon in place of AdamW; needs undivided weights
+    accumulates        a step has several micro-batches
+    checkpointing      activation checkpointing
     """
 
     stage: int | None = None
@@ -33,22 +42,22 @@ class Sharding:
 
     @property
     def autocast(self) -> bool:
-        """bf16 products over float32 weights; from stage 1 on the weights themselves are bf16."""
+        """Whether bf16 products use float32 weights. From stage 1 on, the weights themselves are bf16."""
         return self.half and not self.stage
 
     @property
     def product(self) -> int:
-        """Bytes of a number that a matrix product takes and gives."""
+        """The bytes of a number in the inputs and outputs of matrix products."""
         return 2 if self.half else 4
 
     @property
     def residual(self) -> int:
-        """Bytes of a number in the sums that go from layer to layer."""
+        """The bytes of a number in the residual stream, from layer to layer."""
         return 4 if self.autocast else self.product
 
     @property
     def offloaded(self) -> list[str]:
-        """What lies in the machine's memory in place of the GPU's."""
+        """The parts that are in host memory in place of GPU memory."""
         return [what for what, is_on in (("optimizer", self.offload_optimizer), ("weights", self.offload_weights)) if is_on]
 
     @property

@@ -1,6 +1,7 @@
-"""A training run before it is paid for: its steps, their tokens and FLOPs, the days, and on what it fits.
+"""The plan of a training run: its steps, their tokens and FLOPs, its time, and the strategies that fit into memory.
 
-All follows from the settings; weights, tokenizers and shards need not be there. What settings do not say is assumed and named.
+The plan follows from the settings alone: weights, tokenizers and shards need not exist. Assumptions that the
+settings do not state are listed in the plan.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ SHIPPED = {
         ("3-offload", Sharding(3, offload_optimizer=True, offload_weights=True)),
     )
 }  # fmt: skip
-"""The shipped DeepSpeed files, and how each divides a run."""
+"""The shipped DeepSpeed files and the sharding of each."""
 TEXT_TOKENS = {"worlds": 16, "shards": 160}
-"""Tokens of a prompt by default: a caption of synthetic scenes; the published template around some eighty words."""
+"""The default number of prompt tokens by source: a caption of a synthetic scene, or the published template with 80 words."""
 
 
 @dataclass(frozen=True)
 class StepGroup:
     """The training steps of one shape.
 
-    kind        "image" or "video", and how many frames of it
-    steps       how many there are
-    clips       sequences of a step over all processes, on average; share: those of the process that has most
-    sequence    the sequence of a usual clip, with `supervised` losses on average
-    longest     the sequence of the size with the most tokens
+    kind        "image" or "video", with the number of frames if only the first ones are used
+    steps       number of steps
+    clips       mean number of sequences in a step, over all processes
+    share       number of sequences of the process that has the most
+    sequence    the sequence of a usual clip
+    longest     the sequence of a clip of the size with the most tokens
+    supervised  mean number of losses of a sequence
     """
 
     kind: str
@@ -59,13 +62,16 @@ class StepGroup:
     supervised: float
 
     def rows(self, micro_batch_size: int | None) -> int:
-        """Sequences of a micro-batch, as `Batch.micro_batches` makes them."""
+        """Return the number of sequences in a micro-batch, as `Batch.micro_batches` divides a batch."""
         return min(micro_batch_size or self.share, self.share)
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run the steps. file: the shipped DeepSpeed file that stands for `sharding`; None: what the settings say."""
+    """One way to run the steps.
+
+    `file` is the shipped DeepSpeed file for `sharding`; None means the settings themselves, or no DeepSpeed.
+    """
 
     sharding: Sharding
     micro_batch_size: int | None
@@ -74,9 +80,11 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on a GPU: each part at its largest, all together at the worst moment of a `step`, and at the `start` of the run.
+    """The memory of one GPU in bytes.
 
-    Parts are not at their largest all at once, so they add up to more than a step.
+    parts  the peak of each part; parts peak at different moments, so their sum is larger than `step`
+    step   the peak of all parts together in a step
+    start  the memory at the start of the run
     """
 
     parts: dict[str, int]
@@ -89,7 +97,10 @@ class Estimate:
 
 
 def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[int, int], str | None]:
-    """(height, width) of a usual clip and of the one with the most tokens, and what was assumed. UserError if nothing says it."""
+    """Return the (height, width) of a usual clip, that of the clip with the most tokens, and the assumption made or None.
+
+    `unit` divides height and width of every clip. Raises UserError if neither settings nor shards have a size.
+    """
     if data.source == "worlds":
         return (data.height, data.width), (data.height, data.width), None
     size = data.size
@@ -111,7 +122,12 @@ def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[in
 
 
 class TrainingPlan:
-    """`settings` on `hardware`; UserError where the trainer would not start. `utilisation`: the share of the peak in use (MFU)."""
+    """The plan of a training with `settings` on `hardware`.
+
+    `training_cost(settings, text_tokens)` is the cost function of the generator. `utilisation` is the share of
+    the peak FLOP/s that the run reaches (MFU). `text_tokens` is the number of tokens of a prompt; None: the
+    default of the data source. Raises UserError for settings with which the training would not start.
+    """
 
     def __init__(
         self,
@@ -142,7 +158,7 @@ class TrainingPlan:
             "world": hardware.count, "half": half, "on_gpu": device.type != "cpu", "averaged": training.ema_decay > 0,
             "muon": training.optimizer == "muon", "checkpointing": training.activation_checkpointing,
         }  # fmt: skip
-        self.configured = Strategy(self._own_spread(), training.micro_batch_size)
+        self.configured = Strategy(self._own_sharding(), training.micro_batch_size)
 
     def _sequence(self, kind: str, size: tuple[int, int], num_frames: int | None = None) -> Any:
         return self.cost.sequence(1 if kind == "image" else num_frames or self.settings.data.num_frames, *size)
@@ -150,14 +166,14 @@ class TrainingPlan:
     def _group(self, shape: StepShape, steps: int) -> StepGroup:
         usual, longest = (self._sequence(shape.kind, size, shape.first_frames) for size in (self.usual, self.largest))
         clips = shape.batch_size
-        if clips is None:  # counted in codes of whole clips; worlds draw whole clips only
+        if clips is None:  # the batch is a number of codes; synthetic scenes fill it with whole clips only
             clips = shape.tokens / self.cost.codes(self._sequence(shape.kind, self.usual))
             clips = clips if self.settings.data.source == "shards" else int(clips)
         supervised = self.cost.supervised(usual)
         kind = shape.kind if shape.first_frames is None else f"{shape.kind}, first {shape.first_frames} frames"
         return StepGroup(kind, steps, clips, math.ceil(clips / self.hardware.count), usual, longest, supervised)
 
-    def _own_spread(self) -> Sharding:
+    def _own_sharding(self) -> Sharding:
         stage = self.settings.zero_stage_with(self.hardware.count)
         if stage is None:
             return Sharding(None, **self.common)
@@ -171,7 +187,7 @@ class TrainingPlan:
         return Sharding(zero["stage"], **self.common, **offloads, **sizes)
 
     def strategies(self) -> list[Strategy]:
-        """The strategies that a table compares: the shipped DeepSpeed files, what the settings say, and one process alone.
+        """Return the strategies to compare: the settings, the shipped DeepSpeed files, and on one GPU plain PyTorch.
 
         With Muon, strategies that divide matrices are left out.
         """
@@ -188,7 +204,7 @@ class TrainingPlan:
         return strategies
 
     def estimate(self, strategy: Strategy) -> Estimate:
-        """The memory that the step with the largest need takes."""
+        """Return the memory of the step group that needs the most."""
         worst = Estimate({}, 0, 0)
         for group in self.groups:
             rows = group.rows(strategy.micro_batch_size)
@@ -200,14 +216,15 @@ class TrainingPlan:
         return worst
 
     def free(self, strategy: Strategy) -> int:
-        """Bytes of a GPU that are left; below 0 it does not fit."""
+        """Return the bytes of a GPU that stay free. The result is negative if the strategy does not fit."""
         return self.hardware.memory - RESERVED - self.estimate(strategy).peak
 
     def cheapest(self) -> Strategy | None:
-        """The first strategy that fits, or None if none does.
+        """Return the cheapest strategy that fits, or None if none fits.
 
-        The order prefers nothing offloaded, then the micro-batches of the settings over smaller ones, then no recomputation, then
-        stages 0 to 2, which send less than stage 3; among equals the strategy of the settings.
+        A strategy is cheaper if it offloads fewer parts; then, in this order, if it has larger micro-batches (up
+        to those of the settings), no recomputation, and a stage below 3, which sends less. Among equals, the
+        strategy of the settings comes first.
         """
         set_size = self.settings.training.micro_batch_size
         sizes = [set_size]
@@ -229,7 +246,7 @@ class TrainingPlan:
         return None
 
     def changes(self, strategy: Strategy) -> list[str]:
-        """Overrides that make these settings run that strategy."""
+        """Return the overrides that change these settings to the strategy."""
         settings, changes = self.settings, []
         if strategy.file:
             changes.append(f"deepspeed.config={strategy.file}")
@@ -244,7 +261,7 @@ class TrainingPlan:
         return changes
 
     def advice(self) -> str:
-        """What to set, in a sentence."""
+        """Return a sentence on whether the settings fit, and which overrides are better."""
         free, best = self.free(self.configured), self.cheapest()
         if best is None and free < 0:
             least = min(self.estimate(replace(strategy, micro_batch_size=1)).peak for strategy in self.strategies()) + RESERVED
@@ -259,7 +276,7 @@ class TrainingPlan:
         return f"{said} {what}, with {self.free(best) / GIB:.1f} GiB to spare: {' '.join(changes)}"
 
     def report(self) -> dict[str, Any]:
-        """All of it as plain JSON values; bytes, FLOPs, seconds."""
+        """Return the whole plan as plain JSON values, in bytes, FLOPs and seconds."""
         hardware, micro = self.hardware, self.settings.training.micro_batch_size
         speed = hardware.count * hardware.peak * self.utilisation
         kinds = [self._kind(group, micro, speed) for group in self.groups]

@@ -130,8 +130,12 @@ class Stored:
                     values = file.get_slice(label)
                     self.parts[kind, name].append((int(start), values.get_shape()[0], values))
 
+    def names(self, kind: str) -> list[str]:
+        """Return the names of the parameters that have tensors of this kind."""
+        return [name for found, name in self.parts if found == kind]
+
     def has(self, kind: str, name: str) -> bool:
-        """Whether a parameter has tensors of this kind."""
+        """Return whether a parameter has tensors of this kind."""
         return (kind, name) in self.parts
 
     def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -275,7 +279,7 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
     told = state.pop(CHECKSUM, None)
     if told != (_checksum(state) if state["format"] == FORMAT else None):
         raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
-    if fields and "identity" not in state and "meters" in state:
+    if "identity" not in state and "meters" in state:
         raise UserError(
             f"{folder} was written by an earlier version, whose training of a video tokenizer this version cannot resume; name "
             f"another output_dir, or move {folder.parent} away to start over"
@@ -346,8 +350,9 @@ def check_fits(
 ) -> None:
     """Raise UserError if a checkpoint belongs to another model or other data, or is past `max_steps`.
 
-    `identity` is the resume fingerprint of the run that starts now; the message names the remedy. `defaults` holds the
-    values of entries that are newer than the checkpoint. `key` returns the name that the user knows a setting by.
+    `identity` is the resume fingerprint of the run that starts now. `defaults` holds the values of
+    entries that the checkpoint lacks because it is older. `key` translates the name of a setting to
+    the name in the user's file. The message names the remedy.
     """
     remedy = f"name another {key('training.output_dir')}, or move {folder.parent} away to start over"
     now, before = (json.loads(json.dumps(found)) for found in (identity, {**(defaults or {}), **state["identity"]}))

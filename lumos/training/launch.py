@@ -28,7 +28,7 @@ def make_engine(
 ) -> Engine:
     """Return the engine for the ZeRO stage of the settings and for the number of launched processes.
 
-    `matrices`: as in `make_optimizer`.
+    `matrices` is the argument of `make_optimizer`.
     """
     stage = settings.zero_stage
     if stage is None:

@@ -147,7 +147,7 @@ class DataSettings:
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
     max_minutes: float | None = setting(
-        None, "end after so many minutes of steps, with the schedule of lr compressed to fit; null: after max_steps", above=0
+        None, "end after this many minutes of steps, with the schedule of lr compressed to fit; null: end after max_steps", above=0
     )
     batch_size: int | None = setting(
         16, "clips in an optimizer step, over all processes and micro-batches; null: see tokens_per_batch", low=1, high=MAX_CLIPS
@@ -319,7 +319,7 @@ class TrainingSettings:
         return to_plain(self)
 
     def key(self, name: str) -> str:
-        """What the user's file calls the setting `section.key`: the same, unless a file is laid out in another way."""
+        """Return the name of the setting `section.key` in the user's file; subclasses with another layout override it."""
         return name
 
     def check(self) -> None:

@@ -68,7 +68,7 @@ def everything(model_folder):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Leave out the processes that measure memory."""
-    monkeypatch.setattr(attention_bench, "run_apart", lambda *args, **kwargs: 1)
+    monkeypatch.setattr(attention_bench, "run_isolated", lambda *args, **kwargs: 1)
 
 
 def test_the_last_line_and_the_file_hold_the_whole_result(everything):
@@ -131,7 +131,7 @@ def test_generation_figures(everything):
     assert settings["generation"]["num_inference_steps"] == 2
 
 
-def test_generation_is_compared_with_the_twin(everything):
+def test_generation_is_compared_with_the_baseline(everything):
     """Both shapes are so small here that a process's peak may not show them, so memory is only there."""
     _, result, _ = everything
     rows, ratios = result["measured"]["generate"]["shapes"], result["ratios"]["generate"]["shapes"]
@@ -145,7 +145,7 @@ def test_generation_is_compared_with_the_twin(everything):
     assert all(row[form]["extra_memory_mb"] >= 0 for row in rows for form in ("twin", "lumos"))
 
 
-def test_one_target_has_the_same_form(no_memory, capsys):
+def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
     assert main(["bench", "attention", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result) == KEYS
@@ -184,7 +184,7 @@ def test_largest_difference_is_relative_to_the_largest_element():
 
 
 @pytest.mark.parametrize(("length", "frame_tokens"), [(64, 20), (60, 20), (23, 6)])
-def test_layout_and_pairs_are_the_rule(length, frame_tokens):
+def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
     layout = attention_bench.layout_of(length, frame_tokens)
     assert layout.frames[-1].end == length
     assert all(f.end - f.start == frame_tokens for f in layout.frames)

@@ -33,7 +33,7 @@ from lumos.video.io import read_image, read_video, write_video
 from tokenizer import VideoTokenizer
 
 
-def test_thirty_frames_a_second_become_true_twelve(tmp_path):
+def test_clips_at_30_fps_are_sampled_at_12_fps(tmp_path):
     frames = np.repeat(np.arange(60, dtype=np.uint8) * 4, 16 * 24 * 3).reshape(60, 16, 24, 3)
     write_video(tmp_path / "a.mp4", frames, 30)
     item = Item("a.mp4", str(tmp_path / "a.mp4"))
@@ -87,7 +87,7 @@ def test_clips_of_a_video_are_read_and_encoded_one_at_a_time(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate", "can't allocate memory: you tried to allocate", None])
-def test_an_item_that_takes_too_much_memory_is_a_failure_of_its_own(clips, tokenizer, tmp_path, monkeypatch, words):
+def test_an_item_that_runs_out_of_memory_fails_alone(clips, tokenizer, tmp_path, monkeypatch, words):
     encode = VideoTokenizer.encode
 
     def sometimes(self, video):
@@ -114,7 +114,7 @@ def test_sizes_by_aspect_ratio():
         ClipSettings(size="512").target(1, 1)
 
 
-def test_rows_hold_the_codes_of_the_tokenizer_and_where_they_came_from(ingested, clips, tokenizer):
+def test_rows_hold_codes_caption_and_source_of_a_clip(ingested, clips, tokenizer):
     rows = list(shards.read_shards(ingested))
     assert [row["id"] for row in rows] == [f"clips/{n}.mp4" for n in (0, 1, 2, 4, 5, 6, 7)] + ["clips/picture.png"]
     model = VideoTokenizer.from_pretrained(tokenizer)
@@ -222,7 +222,7 @@ def test_broken_files_of_all_kinds_among_good_ones(clips, tokenizer, tmp_path):
     assert [skipped[f"clips/{n}-broken.mp4"] for n in range(8, 12)] == ["unreadable"] * 4
 
 
-def test_too_many_failures_end_with_exit_code_1_and_keep_the_rest(clips, tokenizer, tmp_path, capsys):
+def test_too_many_failures_exit_with_1_and_keep_good_clips(clips, tokenizer, tmp_path, capsys):
     command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS]
     assert main([*command, "--max-failure-rate", "0.2"]) == 1
     assert "3 of 11 items gave no clip (" in capsys.readouterr().err
@@ -273,7 +273,7 @@ def test_a_truncated_or_changed_shard_is_found(ingested, clips, tokenizer, tmp_p
         list(shards.read_shards(out))
 
 
-def test_another_source_of_the_same_name_is_an_error_and_a_moved_one_is_not(ingested, clips, tokenizer, tmp_path):
+def test_a_second_source_of_one_name_is_an_error_unless_moved(ingested, clips, tokenizer, tmp_path):
     out, other, moved = tmp_path / "shards", tmp_path / "b" / "clips", tmp_path / "c" / "clips"
     shutil.copytree(ingested, out)
     before = content(out)
@@ -323,7 +323,7 @@ def test_deleted_shards_are_filled_with_what_they_held(ingested, clips, tokenize
     assert all(content(out)[name] == data for name, data in before.items() if name.endswith("parquet"))
 
 
-def test_a_deleted_shard_leaves_its_number_free_for_its_own_items(ingested, clips, tokenizer, tmp_path):
+def test_a_deleted_shard_keeps_its_number_for_its_own_items(ingested, clips, tokenizer, tmp_path):
     out, source = tmp_path / "shards", tmp_path / "a"
     shutil.copytree(ingested, out)
     source.mkdir()

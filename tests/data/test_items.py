@@ -36,7 +36,7 @@ def test_no_two_names_share_an_id(one, other):
     ("name", "id_"),
     [("\udcff", r"\udcff"), (r"\udcff", r"\\udcff"), ("\\\udcff", r"\\\udcff"), (r"\\udcff", r"\\\\udcff"), (r"a\b", r"a\b")],
 )
-def test_what_an_id_writes_for_a_name(name, id_):
+def test_an_id_is_the_printable_form_of_a_name(name, id_):
     assert as_text(name) == row_name(name) == id_
 
 
@@ -49,7 +49,7 @@ def test_no_path_of_a_row_looks_like_an_ending_of_ids(name):
     assert row_name(f"{name}.png") == f"{name}.png"
 
 
-def test_a_long_run_of_backslashes_takes_no_long():
+def test_many_backslashes_are_escaped_quickly():
     as_text("\\" * 500_000)
 
 

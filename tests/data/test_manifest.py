@@ -162,7 +162,7 @@ def test_a_cut_tar_gives_its_whole_samples_and_one_failure(tar, cut, samples, pr
     assert facts(items([tar])) == [*expected, ("w.tar", "", problem)]
 
 
-def test_a_tar_that_is_none_or_goes_on_with_something_else(tar, tmp_path):
+def test_a_tar_with_garbage_gives_its_samples_and_a_failure(tar, tmp_path):
     whole = tar.read_bytes()
     tar.write_bytes(whole[:6144] + b"garbage!" * 1000)
     (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
@@ -183,7 +183,7 @@ def test_a_long_name_cut_in_the_middle_of_its_headers(tar):
     assert [problem for _, _, problem in facts(items([tar]))] == [None, None, None, "broken tar"]
 
 
-def test_sources_that_cannot_be_meant(clips, tmp_path):
+def test_wrong_sources_are_refused(clips, tmp_path):
     with pytest.raises(UserError, match="there is no source"):
         items([tmp_path / "none"])
     with pytest.raises(UserError, match="not a known kind of source"):

@@ -41,7 +41,7 @@ def test_an_epoch_has_each_clip_once_and_few_shards_at_a_time(made, epoch: int):
         assert sum(first[shard] <= at <= last[shard] for shard in first) <= order.shuffle_shards
 
 
-def test_clips_of_a_block_are_mixed_and_each_epoch_stage_kind_and_seed_has_its_own_order():
+def test_blocks_are_mixed_and_every_epoch_has_its_own_order():
     clips = [(n // 50, 1) for n in range(400)]
     order = make(clips, 4, 0)
     runs = [len(list(run)) for _, run in groupby(order.shards[walk(order, 0, "video", 1)])]

@@ -43,7 +43,7 @@ def one(name: str, x: float, y: float, *, motion="still", speed=0.0, background=
     st.sampled_from([1, 5, 17, 65]),
     st.sampled_from([(64, 64), (16, 16), (32, 48), (128, 96)]),
 )
-def test_sprites_stay_inside_the_canvas_and_apart_and_take_one_straight_way(index, split, num_frames, canvas):
+def test_sprites_stay_inside_and_apart_and_move_straight(index, split, num_frames, canvas):
     height, width = canvas
     scale = min(canvas) / 64
     scene = sample_scene(3, index, split=split, kinds="sprites", num_frames=num_frames, height=height, width=width, share_two=0.5)
@@ -164,7 +164,7 @@ def test_a_sprite_moves_by_parts_of_a_pixel(motion):
 
 
 @pytest.mark.parametrize("side", [24, 64, 100, 128, 200])
-def test_what_is_opaque_hides_the_ground(tmp_path, monkeypatch, side):
+def test_opaque_pixels_hide_the_ground(tmp_path, monkeypatch, side):
     Image.new("RGBA", (64, 64), (200, 30, 90, 255)).save(tmp_path / "owl.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
     x, y, radius = side / 2 + 0.3, side / 2 - 0.4, SPRITE_RADIUS * side / 64
@@ -216,7 +216,7 @@ def test_only_drawing_needs_the_pictures(no_sprite_pictures):
         render(scene)
 
 
-def test_pictures_are_read_from_the_folder_of_the_moment(tmp_path, monkeypatch):
+def test_pictures_follow_a_change_of_lumos_sprites(tmp_path, monkeypatch):
     before = sprites.load("owl")
     Image.new("RGBA", (64, 64), "red").save(tmp_path / "owl.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
@@ -225,7 +225,7 @@ def test_pictures_are_read_from_the_folder_of_the_moment(tmp_path, monkeypatch):
     assert np.array_equal(sprites.load("owl"), before)
 
 
-def test_pictures_that_lumos_lost_are_told(tmp_path, monkeypatch):
+def test_a_missing_shipped_picture_asks_for_a_reinstall(tmp_path, monkeypatch):
     monkeypatch.setattr(sprites, "PICTURES", tmp_path)
     with pytest.raises(UserError, match=r"owl\.png\. This picture comes with Lumos: install Lumos again, or leave sprites out"):
         sprites.load("owl")

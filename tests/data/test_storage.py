@@ -48,7 +48,7 @@ def test_a_remote_folder_is_used_like_a_path(remote, tmp_path):
         (remote / "none").download(tmp_path / "none")
 
 
-def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_one_line(remote, monkeypatch):
+def test_brief_faults_are_retried_and_lasting_ones_are_one_line(remote, monkeypatch):
     calls, whole = [], MemoryFileSystem.cat_file
 
     def flaky(self, path, **options):
@@ -80,7 +80,7 @@ def test_urls_that_cannot_work():
         Remote("lumos-test://a").read_bytes()
 
 
-def test_copies_stay_below_their_limit_and_the_least_recently_used_go(remote, tmp_path):
+def test_least_recently_used_copies_are_removed_at_the_limit(remote, tmp_path):
     copies = LocalCopies(tmp_path, 300)
 
     def use(number: int) -> None:
@@ -98,7 +98,7 @@ def test_copies_stay_below_their_limit_and_the_least_recently_used_go(remote, tm
     assert {path.name for path in tmp_path.iterdir()} == {"4.bin", "4.bin.lock"}
 
 
-def test_one_download_serves_all_who_wait_for_it_and_what_fails_the_check_is_not_kept(remote, tmp_path, monkeypatch):
+def test_waiting_threads_share_a_download_that_passes_its_check(remote, tmp_path, monkeypatch):
     calls, whole = [], MemoryFileSystem.get_file
 
     def slow(self, *args, **options):
@@ -123,7 +123,7 @@ def test_one_download_serves_all_who_wait_for_it_and_what_fails_the_check_is_not
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["1.bin"]
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     for name, age in ((".old.bin.1.part", 2 * 86400), (".new.bin.1.part", 60)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)

@@ -25,7 +25,7 @@ from lumos.errors import RunError
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12), st.integers(0, 12))
-def test_only_a_full_count_finds_nothing(known, taken, answered):
+def test_a_tally_misses_no_item(known, taken, answered):
     """Of items of which some are known an engine takes `taken` and answers the first `answered`."""
     left = [str(n) for n, is_known in enumerate(known) if not is_known]
     assume(answered <= taken <= len(left))
@@ -52,7 +52,7 @@ def test_answers_out_of_order_or_twice_are_an_error(order):
 
 
 @pytest.mark.parametrize("lost", [1, 5, 11])
-def test_an_engine_that_ends_early_is_an_error_and_what_it_did_is_kept(
+def test_an_executor_that_ends_early_is_an_error_and_keeps_clips(
     ingested, clips, tokenizer, tmp_path, monkeypatch, capsys, lost
 ):
     whole = LocalExecutor.results
@@ -70,7 +70,7 @@ def test_an_engine_that_ends_early_is_an_error_and_what_it_did_is_kept(
     assert [row["id"] for row in shards.read_shards(out)] == [row["id"] for row in shards.read_shards(ingested)]
 
 
-def test_items_that_an_early_end_left_out_of_a_gap_are_done_by_the_next(ingested, clips, tokenizer, tmp_path, monkeypatch):
+def test_items_missed_by_an_early_end_are_done_by_the_next_run(ingested, clips, tokenizer, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(ingested, out)
     (out / "shard-000000.parquet").unlink()
@@ -91,7 +91,7 @@ def test_items_that_an_early_end_left_out_of_a_gap_are_done_by_the_next(ingested
         ("_skip", r"skipped\.jsonl of .* should hold 3 items and hold 0, 'clips/3\.mp4' differs"),
     ],
 )
-def test_what_is_not_in_the_folder_s_files_is_an_error(clips, tokenizer, tmp_path, monkeypatch, method, words):
+def test_an_item_missing_from_shards_and_journals_is_an_error(clips, tokenizer, tmp_path, monkeypatch, method, words):
     def skip(self, item, why: Skip):  # forgets to write
         self.skipped[item.id] = {"reason": why.reason, "detail": why.detail}
 
@@ -103,7 +103,7 @@ def test_what_is_not_in_the_folder_s_files_is_an_error(clips, tokenizer, tmp_pat
         ingest([clips], tmp_path / "out", tokenizer, SETTINGS, max_failure_rate=0.5)
 
 
-def test_an_item_of_no_clip_that_was_not_skipped_is_an_error(clips, tokenizer, tmp_path, monkeypatch):
+def test_an_encoder_that_returns_no_clip_is_an_error(clips, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", lambda work: lambda item: [])
     with pytest.raises(RunError, match="should hold 11 items and hold 0"):
         ingest([clips], tmp_path / "out", tokenizer, SETTINGS)

@@ -61,13 +61,13 @@ def test_every_sprite_is_understood(name):
         ("an owl and a car", [("owl", None), ("car", None)]),
     ],
 )
-def test_a_plural_verb_is_of_all(caption, things):
+def test_a_plural_verb_applies_to_all_objects(caption, things):
     wanted = [{"sprite": name} | ({"motion": motion} if motion else {}) for name, motion in things]
     assert parse_caption(caption) == {"things": wanted}
 
 
 @pytest.mark.parametrize("num_frames", [1, 17])
-def test_every_wording_names_the_same(num_frames):
+def test_every_wording_names_the_same_attributes(num_frames):
     plain, varied, unseen = (scenes(wording, 500, num_frames, kinds=("shapes", "digits", "sprites")) for wording in WORDINGS)
     for first, *others in zip(plain, varied, unseen, strict=True):
         for other in others:
@@ -91,7 +91,7 @@ def test_captions_say_what_is_shown(wording):
 
 
 @pytest.mark.parametrize("num_frames", [1, 17])
-def test_shares_of_what_is_named(num_frames):
+def test_captions_name_attributes_at_the_set_shares(num_frames):
     for wording in WORDINGS:
         found = scenes(wording, 600, num_frames, kinds="shapes", share_two=0, share_size=0.6, share_background=0.3)
         named = [named_attributes(scene) for scene in found]

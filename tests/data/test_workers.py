@@ -99,7 +99,7 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
-def test_items_slower_than_all_begun_after_them_end_nothing(tmp_path, workers):
+def test_a_slow_item_does_not_end_the_run(tmp_path, workers):
     total = 2 * AHEAD * workers + 3
     slow, begun = (0, total // 2, total - 1), AHEAD * workers if workers > 1 else 1
     pool = WorkerPool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
@@ -117,6 +117,6 @@ def test_items_slower_than_all_begun_after_them_end_nothing(tmp_path, workers):
         (["--workers", "-1"], "workers -1 is not allowed; give at least 0"),
     ],
 )
-def test_options_that_cannot_be_meant(clips, tokenizer, tmp_path, capsys, options, words):
+def test_wrong_options_are_usage_errors(clips, tokenizer, tmp_path, capsys, options, words):
     assert main(["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, *options]) == 2
     assert words in capsys.readouterr().err

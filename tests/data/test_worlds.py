@@ -206,7 +206,7 @@ def test_shares_are_kept():
 
 @pytest.mark.parametrize("kind", ["shapes", "sprites"])
 @pytest.mark.parametrize("split", ["train", "held_out", "all"])
-def test_two_ways_go_two_ways_and_keep_apart(kind, split):
+def test_two_objects_can_move_in_two_directions(kind, split):
     worlds = SyntheticScenes(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
     for scene in map(worlds.scene, range(60)):
         a, b = scene.objects
@@ -218,7 +218,7 @@ def test_two_ways_go_two_ways_and_keep_apart(kind, split):
         assert (np.maximum(np.abs(ax - bx), np.abs(ay - by)) >= ar + br + GAP).all()
 
 
-def test_a_picture_of_two_has_no_ways():
+def test_objects_in_a_picture_stand_still():
     scenes = SyntheticScenes(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1)
     assert all(t.motion == "still" for t in scenes.scene(0).objects)
 

@@ -80,7 +80,7 @@ def test_a_call_ends_in_an_mp4_whose_record_makes_it_again(client, service, pipe
     assert client.get("/api/status").json()["state"] == "idle"
 
 
-def test_a_picture_and_what_it_cannot_use(client, tmp_path):
+def test_a_picture_notes_options_without_effect(client, tmp_path):
     answer = client.post("/api/generate", data={"prompt": "x", "num_frames": "1", "history_mask_ratio": "0.5"})
     assert answer.headers["content-type"] == "image/png"
     (tmp_path / "a.png").write_bytes(answer.content)
@@ -190,7 +190,7 @@ def test_pages_of_other_sites_start_nothing(client, service):
     ({"origin": "https://lumos.example", "sec-fetch-site": "same-origin"}, 200),  # what no page can say that is not
     ({"origin": "https://lumos.example", "x-forwarded-host": "lumos.example"}, 200),  # a proxy with a name of its own
 ])  # fmt: skip
-def test_pages_of_other_origins_start_nothing_where_browsers_send_no_more_than_that(client, headers, status):
+def test_the_origin_header_decides_without_fetch_metadata(client, headers, status):
     assert client.post("/api/generate", data={"prompt": "x", "num_frames": "1"}, headers=headers).status_code == status
 
 
@@ -203,7 +203,7 @@ def test_other_content_is_refused(client):
     "path", ["/api/results/..%2f..%2f..%2fetc%2fpasswd", "/api/results/none-0123456789ab.mp4", "/api/nothing", "/docs",
              "/openapi.json", "/gradio_api/file=/etc/passwd", "/gradio_api/file/etc/passwd", "/etc/passwd", "/api/generate"],
 )  # fmt: skip
-def test_nothing_else_is_there(client, path):
+def test_other_paths_are_404(client, path):
     answer = client.get(path)
     assert answer.status_code == 404
     assert "root:" not in answer.text

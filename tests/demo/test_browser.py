@@ -147,7 +147,7 @@ def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     page.wait_for_function("!document.querySelector('#generate').disabled")
 
 
-def test_a_visitor_who_goes_ends_the_work(browser, server):
+def test_closing_the_page_ends_the_work(browser, server):
     page = browser.new_page()
     page.set_default_timeout(LIMIT * 1000)
     page.goto(server.url)
@@ -192,7 +192,7 @@ def test_examples_fill_the_prompt_and_an_empty_one_is_a_message(page):
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'the digit 7 <b>moves</b>'")
 
 
-def test_it_fits_a_phone(page):
+def test_the_page_fits_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     ask(page, "a red circle " * 10)
     page.wait_for_selector("#stage video")

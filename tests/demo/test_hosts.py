@@ -35,7 +35,7 @@ def test_other_names_are_refused(host):
     assert not takes(host)
 
 
-def test_one_name_is_given():
+def test_a_request_has_exactly_one_host():
     assert not takes()
     assert not takes("localhost", "localhost")
     assert not takes("localhost", "evil.example")

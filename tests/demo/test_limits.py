@@ -20,14 +20,14 @@ FITS = {
 }  # fmt: skip
 
 
-def test_the_model_settles_what_is_left_open():
+def test_open_limits_follow_the_model():
     assert (LIMITS.max_frames, LIMITS.max_side) == (9, 24)
     given = Limits(max_frames=33, max_side=64).of_model(*OWN)
     assert (given.max_frames, given.max_side) == (33, 64)
 
 
 @pytest.mark.parametrize(("name", "own"), [("max_frames", 5), ("max_side", 24), ("max_steps", 12)])
-def test_a_bound_below_what_the_model_makes_by_itself_is_an_error(name, own):
+def test_a_limit_below_the_model_default_is_an_error(name, own):
     assert getattr(Limits(**{name: own}).of_model(*OWN), name) == own
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {own - 1} is less than the model's own {own}"):
         Limits(**{name: own - 1}).of_model(*OWN)
@@ -86,6 +86,6 @@ def test_a_bound_is_finite(value):
         Limits(max_upload_mb=value)
 
 
-def test_uploads_that_stay_hold_at_least_one():
+def test_the_upload_budget_holds_at_least_one_upload():
     with pytest.raises(UserError, match="--keep-uploads-mb 5 holds not even one upload"):
         Limits(keep_uploads_mb=5)

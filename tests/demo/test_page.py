@@ -25,7 +25,7 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_the_gallery_shows_the_newest_first_with_settings_and_no_foreign_html():
+def test_the_gallery_is_newest_first_and_escapes_html():
     html = views.gallery([RECORD, {**RECORD, "file": "y-4-0123456789ab.png", "settings": {**RECORD["settings"], "num_frames": 1}}])
     assert html.index("y-4-") < html.index("x-3-")
     assert '<video class="result" src="api/results/x-3-0123456789ab.mp4"' in html
@@ -104,7 +104,7 @@ def test_a_seed_is_a_number(gradio):
         (["--port", "0", "--model", "nowhere"], "there is no model folder nowhere"),
     ],
 )
-def test_mistakes_of_the_one_who_serves(gradio, flags, message, tmp_path, capsys):
+def test_wrong_flags_are_one_line(gradio, flags, message, tmp_path, capsys):
     assert main(["demo", "--root", str(tmp_path / "root"), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error

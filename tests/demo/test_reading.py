@@ -47,7 +47,7 @@ def test_a_long_clip_is_refused(clip):
 
 
 @pytest.mark.parametrize("name", ["notes.png", "notes.mp4", "notes.gif"])
-def test_a_bad_file_is_one_line_with_the_visitors_name_and_no_folder(tmp_path, name):
+def test_an_error_shows_the_upload_name_without_its_folder(tmp_path, name):
     (tmp_path / name).write_text("no picture")
     with pytest.raises(UserError) as told:
         read_upload(tmp_path / name, never, PATIENT, None if name.endswith("png") else (8, 9, 16, 24))

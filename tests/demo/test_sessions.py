@@ -42,7 +42,7 @@ def check(sessions, queued=True, **change):
     return sessions.checked(json.dumps({**GOOD, **change}).encode(), queued)
 
 
-def test_a_message_is_passed_on_with_what_a_page_may_say(sessions):
+def test_only_allowed_fields_of_a_message_are_passed_on(sessions):
     passed = check(sessions, trigger_id=7, batched=True, simple_format=True, oauth_token="x", event_id="y", event_data={"a": 1})
     assert passed == {**GOOD, "trigger_id": 7}
     assert check(sessions, queued=False, fn_index=4, data=[])["fn_index"] == 4
@@ -66,7 +66,7 @@ def test_other_messages_are_refused(sessions, change, message):
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"[" * 100_000, b"{", b"3"])
-def test_what_is_no_message_is_refused(sessions, body):
+def test_a_malformed_message_is_refused(sessions, body):
     with pytest.raises(UserError):
         sessions.checked(body, True)
 
@@ -109,7 +109,7 @@ def test_a_session_that_has_gone_holds_nothing(sessions, monkeypatch):
     assert "abc" in sessions.service.worker.cancelled
 
 
-def test_there_is_an_end_to_sessions(sessions, monkeypatch):
+def test_the_number_of_sessions_is_limited(sessions, monkeypatch):
     monkeypatch.setattr(module, "MOST", 2)
 
     async def scenario():

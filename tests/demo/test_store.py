@@ -68,14 +68,14 @@ def test_the_oldest_result_gives_way_and_foreign_files_stay(store):
     [("photo.png", "photo.png"), ("../../etc/pass wd.png", "pass_wd.png"), ("C:\\me\\clip.mp4", "clip.mp4"), ("..", "upload"),
      ("", "upload"), (".bashrc", "bashrc"), ("x" * 300 + ".mp4", "x" * 76 + ".mp4"), ("a\x00b.png", "a_b.png")],
 )  # fmt: skip
-def test_an_upload_is_named_as_its_visitor_names_it_and_stays_in_its_folder(store, given, kept):
+def test_an_upload_keeps_its_name_and_stays_in_its_folder(store, given, kept):
     path = store.new_upload(given)
     assert path.name == kept
     assert path.parent.parent == store.uploads
     assert path.resolve() == path
 
 
-def test_only_uploads_are_uploads(store, tmp_path):
+def test_files_outside_the_uploads_folder_are_no_uploads(store, tmp_path):
     path = store.new_upload("a.png")
     assert not store.holds_upload(path)
     path.write_text("")

@@ -83,7 +83,7 @@ def test_a_visitor_has_one_clip_in_the_queue(bench):
     bench.submit("d", owner="visitor")
 
 
-def test_a_running_job_that_is_cancelled_ends_and_the_next_one_begins(bench):
+def test_cancelling_a_running_job_starts_the_next_one(bench):
     running, waiting = bench.submit("a"), bench.submit("b")
     wait_until(lambda: bench.begun == ["a"], "a begins")
     bench.worker.cancel(running)
@@ -96,7 +96,7 @@ def test_a_running_job_that_is_cancelled_ends_and_the_next_one_begins(bench):
     assert bench.ended == []
 
 
-def test_cancelling_what_has_ended_changes_nothing(bench):
+def test_cancelling_an_ended_job_changes_nothing(bench):
     bench.go.set()
     job = bench.submit("a")
     wait_until(lambda: job.ended, "a ends")

@@ -91,7 +91,7 @@ def test_worlds_are_held_out_and_follow_the_seed():
     assert np.array_equal(clips, [SyntheticScenes(seed=5, split="held_out", **SHAPE)[index][0] for index in range(3)])
 
 
-def test_sprites_are_drawn_from_all(tmp_path, monkeypatch):
+def test_sprite_clips_use_all_pictures(tmp_path, monkeypatch):
     for index, name in enumerate(sprites.SPRITES):
         Image.new("RGBA", (64, 64), (255, index, 0, 255)).save(tmp_path / f"{name}.png")
     monkeypatch.setenv("LUMOS_SPRITES", str(tmp_path))
@@ -126,7 +126,7 @@ def own(tmp_path):
     return folder
 
 
-def test_own_files(own):
+def test_own_files_give_clips_and_reasons_for_those_left_out(own):
     clips, left_out = read_source(str(own), count=20, seed=0, **SHAPE)
     assert [len(clip) for clip in clips] == [5, 5, 1]
     assert len(left_out) == 2
@@ -212,7 +212,7 @@ def test_the_command(micro_folder, own, tmp_path, capsys):
         (["--output", "."], "is a folder"),
     ],
 )
-def test_requests_that_cannot_be_met(micro_folder, capsys, wrong, message):
+def test_impossible_requests_are_refused(micro_folder, capsys, wrong, message):
     assert evaluate("--tokenizer", micro_folder, "--data", "worlds", *FLAGS, *wrong) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1

@@ -68,7 +68,7 @@ def photographs(folder, *options) -> None:
     assert main(["evaluate", "tokenizer", "--tokenizer", str(folder), "--data", "photographs", *size, *options]) == 0
 
 
-def test_it_is_measured_where_its_weights_are(micro_folder, weights, capsys):
+def test_lpips_is_measured_when_its_weights_exist(micro_folder, weights, capsys):
     photographs(micro_folder, "--lpips", str(weights))
     lines = capsys.readouterr().out.splitlines()
     summary = json.loads(lines[-1])
@@ -77,7 +77,7 @@ def test_it_is_measured_where_its_weights_are(micro_folder, weights, capsys):
     assert summary["data"]["photographs"]["lpips"] > 0
 
 
-def test_it_says_what_is_missing(micro_folder, tmp_path, monkeypatch, capsys):
+def test_lpips_says_what_is_missing(micro_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     photographs(micro_folder)
     lines = capsys.readouterr().out.splitlines()

@@ -143,7 +143,7 @@ def test_a_folder_holds_results_of_one_kind(evaluate, micro_folder):
     assert contents("out") == before
 
 
-def test_captions_are_told_to_the_model_and_prompts_name_the_files(evaluate):
+def test_the_model_reads_captions_and_prompts_name_the_files(evaluate):
     told = ["a red circle moves left on a gray background", "a small blue square grows", "the digit 7 moves up"]
     Path("long.txt").write_text("\n".join(told) + "\n")
     evaluate("vbench", "--prompts", "list.json", "--samples", 1, "--captions", "long.txt", "--out", "told")
@@ -217,14 +217,14 @@ def test_vbench_i2v_begins_with_the_picture_of_each_entry(evaluate, micro_folder
         (["vbench", "--prompts", "list.json", "--out", "list.json"], "list.json"),
     ],
 )
-def test_requests_that_cannot_be_met(evaluate, args, message):
+def test_impossible_requests_are_refused(evaluate, args, message):
     code, _, err = evaluate(*args)
     assert code in (1, 2)
     assert re.search(message, err[-1])
     assert not Path("out").exists()
 
 
-def test_a_caption_too_long_for_the_model_is_found_before_anything_is_drawn(evaluate):
+def test_a_too_long_caption_is_refused_before_any_clip(evaluate):
     told = [row["prompt_en"] for row in PROMPTS]
     Path("long.txt").write_text("\n".join([*told[:2], told[2] * 200]))
     code, _, err = evaluate("vbench", "--prompts", "list.json", "--out", "out", "--captions", "long.txt")

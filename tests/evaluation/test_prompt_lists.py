@@ -33,7 +33,7 @@ def entries(name, path, **options):
     return read_list(BENCHMARKS[name], path, **options)
 
 
-def test_vbench_draws_each_prompt_once_and_more_often_where_it_will_filter(tmp_path):
+def test_vbench_makes_more_samples_of_filtered_dimensions(tmp_path):
     found = {e.prompt: e for e in entries("vbench", write(tmp_path / "list.json", VBENCH))}
     assert {prompt: len(e.files) for prompt, e in found.items()} == {
         "In a still frame, a stop sign": 25, "The bund Shanghai, oil painting": 5, "a cat": 25,
@@ -110,7 +110,7 @@ def test_captions_that_do_not_fit(name, text, message, tmp_path):
         ("vbench", [{"prompt_en": "ä" * 126, "dimension": []}], "would be a name of 258 bytes"),
     ],
 )
-def test_lists_that_cannot_be_drawn(name, data, message, tmp_path):
+def test_invalid_prompt_lists_are_refused(name, data, message, tmp_path):
     with pytest.raises(UserError, match=message):
         entries(name, write(tmp_path / "list", data))
 

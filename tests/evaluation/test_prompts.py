@@ -20,7 +20,7 @@ def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
 
 
 @pytest.mark.parametrize("kind", ["one", "digits", "sprites"])
-def test_what_turns_into_something_else_is_seen(kind):
+def test_an_object_that_changes_into_another_is_not_steady(kind):
     """The second half of each clip is of another clip that shows another thing."""
     _, truth, wanted = zip(*prompt_set(kind, 12, seed=78), strict=True)
     named = [tuple(ask["things"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]
@@ -32,7 +32,7 @@ def test_what_turns_into_something_else_is_seen(kind):
     assert (found["last_frame"], found["steady"]) == (0.0, 1.0)
 
 
-def test_how_much_moves():
+def test_motion_is_measured_relative_to_the_truth():
     _, truth, _ = zip(*prompt_set("one", 6, seed=77), strict=True)
     assert moved(truth, truth) == 1.0
     assert moved([clip[:1].repeat(17, 0) for clip in truth], truth) == 0.0
@@ -45,7 +45,7 @@ def test_a_given_picture_is_kept_or_not():
     assert not is_kept(picture - 3, picture)
 
 
-def test_kinds_are_what_they_say():
+def test_each_kind_of_prompt_has_its_scenes():
     assert all(" and " in prompt for prompt, _, _ in prompt_set("two", 8, seed=1))
     assert all("digit" in prompt for prompt, _, _ in prompt_set("digits", 8, seed=1))
     scenes = [sample_scene(1, i, **KINDS["held_out"]) for i in range(20)]

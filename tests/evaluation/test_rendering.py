@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(whole, files_until_stop, tmp_pa
     assert contents(out) == expected
 
 
-def test_a_batch_is_made_again_whole_so_that_what_lies_beside_a_file_never_changes_it(whole, tmp_path):
+def test_a_missing_file_makes_its_whole_batch_again(whole, tmp_path):
     batches, expected = whole
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     (tmp_path / "out" / "videos" / "p0-3.mp4").unlink()
@@ -111,7 +111,7 @@ def test_a_batch_is_made_again_whole_so_that_what_lies_beside_a_file_never_chang
     assert contents(tmp_path / "out") == expected
 
 
-def test_leftovers_of_another_split_are_removed_when_all_is_there(whole, tmp_path):
+def test_leftovers_of_another_split_are_removed_at_the_end(whole, tmp_path):
     batches, expected = whole
     left = tmp_path / "out" / ".unfinished" / "3-of-4"
     left.mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_a_full_disk_is_an_error_with_a_name(tmp_path):
         Results(tmp_path, "videos").put("a.mp4", full)
 
 
-def test_names_that_differ_in_case_need_a_file_system_that_tells_them_apart(tmp_path, monkeypatch):
+def test_names_differing_in_case_need_a_case_sensitive_disk(tmp_path, monkeypatch):
     results = Results(tmp_path, "videos")
     results.check_case(["A cat-0.mp4", "a cat-0.mp4"])
     assert list(tmp_path.iterdir()) == [results.folder]
@@ -184,7 +184,7 @@ def test_the_manifest_is_kept_and_compared(tmp_path):
         keep(INPUTS, {})
 
 
-def test_differences_see_what_came_and_what_went():
+def test_differences_list_added_and_removed_values():
     assert differences({"a": 1, "b": {"c": 2}}, {"b": {"d": 3}}) == [
         "a was 1, now None", "b.c was 2, now None", "b.d was None, now 3"
     ]  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_missing_dimension_leaves_its_part_and_the_total_open(results, capsys)
     assert found["quality"] is not None
 
 
-def test_the_lists_of_vbench_i2v_name_a_dimension_that_its_totals_leave_out():
+def test_vbench_i2v_totals_leave_out_temporal_flickering():
     scores = dict.fromkeys(DIMENSIONS["vbench-i2v"], 0.5)
     assert vbench_totals("vbench-i2v", scores | {"temporal_flickering": 0.9}) == vbench_totals("vbench-i2v", scores)
 
@@ -202,7 +202,7 @@ def test_what_is_no_result_of_geneval_is_refused(text, message, tmp_path):
         summarize("geneval", [tmp_path / "results.jsonl"])
 
 
-def test_aggregate_goes_alone(tmp_path, capsys):
+def test_aggregate_excludes_other_options(tmp_path, capsys):
     assert main(["evaluate", "vbench", "--aggregate", "x.json", "--out", "y", "--seed", "0"]) == 2
     assert "--out, --seed have no effect with --aggregate" in capsys.readouterr().err
     assert main(["evaluate", "vbench", "--prompts", "x.json", "--out", "y", "--output", "z.json"]) == 2

@@ -119,7 +119,7 @@ def test_sprites_that_meet_in_time_keep_their_tracks():
     assert not check_clip(video, "an owl moves left and a car moves right")["all"]
 
 
-def test_twins_are_counted():
+def test_two_equal_sprites_are_counted_as_two():
     twins = clip(OWL_LEFT, ("owl", "left", 48, 47, 1.5))
     assert inspect_sprites(twins)[2] == 2
     assert not check_clip(twins, "an owl moves left")["all"]
@@ -169,13 +169,13 @@ def sprite_of_other_size() -> np.ndarray:
         (lambda: clip(OWL_LEFT, CAR_STILL, ("star", "still", 12, 30, 0, 6.0)), {"count"}),
     ],
 )
-def test_what_was_not_asked_for_is_wrong(video, wrong):
+def test_a_sprite_that_was_not_requested_is_wrong(video, wrong):
     result = check_clip(video(), "an owl moves left")
     assert not result["all"]
     assert wrong <= {key for key, value in result.items() if not value}
 
 
-def test_the_other_worlds_are_not_sprites_nor_sprites_shapes():
+def test_shapes_are_not_taken_for_sprites_or_sprites_for_shapes():
     shapes = [SyntheticScenes(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
     assert not any(check_clip(render(scene), "an owl moves left")["all"] for scene in shapes)
     shown = [SyntheticScenes(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
@@ -183,7 +183,7 @@ def test_the_other_worlds_are_not_sprites_nor_sprites_shapes():
 
 
 @pytest.mark.parametrize("background", ["navy", "meadow"])
-def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(background):
+def test_likeness_is_the_best_correlation_with_a_drawn_picture(background):
     """The slow statement: draw every picture on the ground at every place, and compare what differs from the ground."""
     frame = damaged(clip(OWL_LEFT, background=background, num_frames=1), 0.5, 4, 0)[0]
     ground = ground_colours(background, 64).astype(np.float32)
@@ -205,7 +205,7 @@ def test_likeness_is_the_correlation_with_a_picture_drawn_on_the_ground(backgrou
     assert sprites.SPRITES[found.argmax()] == "owl"
 
 
-def test_a_patch_may_be_off_its_middle_by_as_much_at_every_size():
+def test_tolerance_of_a_sprite_place_scales_with_the_frame():
     """By so much of the frame, not by so many pixels."""
     for scale in (1, 2):
         radius = SPRITE_RADIUS * scale

@@ -385,16 +385,6 @@ ROWS = [
     ("plot {inputs}/log.jsonl --out curves.png", 2, "{inputs}/log.jsonl is no log of a run: {{'step': 'x'}} has no step"),
     ("plot {inputs}/nan.jsonl --out curves.png", 2, "{inputs}/nan.jsonl: loss of step 1 is no number: 'x'"),
     ("plot {inputs}/log.jsonl --out curves.exe", 2, "--out curves.exe has no suffix of .png, .svg, .pdf"),
-    (
-        "fetch-sprites --package nowhere.tgz",
-        2,
-        "--package nowhere.tgz is no file; leave it out",
-    ),
-    (
-        "fetch-sprites --package {inputs}/sound.mp4",
-        2,
-        "{inputs}/sound.mp4 cannot be read as a .tgz: file could not be opened successfully: - method gz:",
-    ),
     ("evaluate", 2, "the following arguments are required: geneval|loss|prompts|tokenizer|vbench|vbench-i2v; `lumos"),
     ("evaluate loss --model {inputs}/micro --count 1000000000", 2, "--count 1000000000 is not allowed; give at most 1,000,000"),
     ("evaluate loss --model {inputs}/micro --bins 101", 2, "--bins 101 is not allowed; give at most 100"),

@@ -7,11 +7,11 @@ import typing
 from itertools import product
 
 import pytest
-from lumos.models.lumos1.cost import meta_model
 
 from lumos import LumosConfig
 from lumos.errors import SHOWN_LENGTH, UserError
 from lumos.models.lumos1.settings import GenerationSettings
+from lumos.models.lumos1.training_cost import meta_model
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.sharding import parameter_count
 from lumos.runtime import check_memory

@@ -49,7 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_killed_save_of_a_pipeline_leaves_the_old_or_the_new_one(micro_folder: Path, tmp_path: Path):
+def test_a_killed_save_leaves_the_old_or_the_new_pipeline(micro_folder: Path, tmp_path: Path):
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     folder = tmp_path / "model"
     pipe.save_pretrained(folder)

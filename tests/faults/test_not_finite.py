@@ -49,7 +49,7 @@ def test_logits_that_are_masked_out_are_no_error():
     assert (codes < 64).all()
 
 
-def test_of_a_list_only_the_clip_that_is_hit_fails(micro_folder, pipe, tmp_path, monkeypatch, capsys):
+def test_nan_weights_fail_only_the_clip_that_uses_them(micro_folder, pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(micro_folder, "model")
     weights = load_file("model/model.safetensors")

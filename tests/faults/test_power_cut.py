@@ -11,7 +11,7 @@ from lumos.prompt_lists.results import Results
 from lumos.training.loop import train
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_belongs_to(material: Path, tmp_path: Path, disk):
+def test_the_log_reaches_the_disk_before_its_checkpoint(material: Path, tmp_path: Path, disk):
     settings = faults.training_settings(material, tmp_path / "run", max_steps=4, eval_every=0)
     settings.data.processes = 0
     train(settings)
@@ -24,7 +24,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_belongs_to(materia
     assert ("rename", tmp_path / "run" / "export") in disk.calls
 
 
-def test_the_journals_are_on_the_disk_before_the_shard_that_they_describe(material: Path, tmp_path: Path, disk):
+def test_journals_reach_the_disk_before_their_shard(material: Path, tmp_path: Path, disk):
     (tmp_path / "clips").mkdir()
     for path in sorted((material / "clips").iterdir())[:6]:
         (tmp_path / "clips" / path.name).write_bytes(path.read_bytes())

@@ -41,7 +41,7 @@ def test_a_spread_model_streams(spread):
     assert sum(len(frames[0]) for frames in spread.stream("a red circle", num_frames=9, num_inference_steps=2, seed=0)) == 9
 
 
-def test_it_computes_on_the_cpu_though_its_first_weights_are_in_the_file(micro_folder):
+def test_a_model_whose_weights_stay_on_disk_computes_on_the_cpu(micro_folder):
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu", device_map="auto", max_memory={"cpu": 1})
     assert {p.device.type for p in pipe.model.parameters()} == {"meta"}
     assert pipe.device == working_device(pipe.model) == CPU
@@ -58,7 +58,7 @@ def test_what_fits_is_loaded_whole(micro_folder):
     assert not is_spread(LumosPipeline.from_pretrained(micro_folder, device="cpu", device_map="auto").model)
 
 
-def test_what_a_spread_model_cannot_do(micro_folder, spread, tmp_path):
+def test_unsupported_uses_of_a_spread_model_are_refused(micro_folder, spread, tmp_path):
     with pytest.raises(UserError, match="is not saved; load it without"):
         spread.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -173,7 +173,7 @@ def test_the_steps_of_each_shape_are_counted(stages: list[StageSettings], steps:
 # ---- settings
 
 
-def test_a_step_by_tokens_has_as_many_clips_as_hold_them():
+def test_a_step_by_tokens_is_planned_in_clips():
     overrides = ("training.batch_size=null", "training.tokens_per_batch=1500000", "data.stages=[]", "training.micro_batch_size=1")
     (video,) = planned(*overrides).report()["steps"]
     assert video["clips"] == pytest.approx(1_500_000 / (7 * 32 * 56))
@@ -190,7 +190,7 @@ def test_short_steps_are_planned_as_such():
     assert short["tokens"] < 0.5 * whole["tokens"]
 
 
-def test_what_a_process_sends():
+def test_bytes_sent_follow_the_zero_stage():
     parts = "training.micro_batch_size=2"  # three for pictures
     for stage, volume in {0: 8, 1: 4 + 2, 2: 3 * 4 + 2, 3: 3 * (4 + 4)}.items():
         image, _ = planned(f"deepspeed.config=configs/deepspeed/zero{stage}.json", parts).report()["steps"]
@@ -213,7 +213,7 @@ def test_what_settings_change_in_memory():
     assert full.parts["activations"] > 1.5 * plain.parts["activations"]
 
 
-def test_shipped_deepspeed_files_are_what_the_plan_takes_them_for():
+def test_the_plan_assumes_what_shipped_deepspeed_files_say():
     for file, sharding in SHIPPED.items():
         settings = load_settings("configs/lumos1/3b-stage2.yaml", [f"deepspeed.config={file}"])
         zero = deepspeed_options(settings, 2, torch.bfloat16)["zero_optimization"]
@@ -231,7 +231,7 @@ def test_shipped_deepspeed_files_are_what_the_plan_takes_them_for():
 
 @pytest.mark.parametrize("memory", [12, 16, 20, 24, 40, 80])
 @pytest.mark.parametrize("recipe", ["3b-stage2", "1b-384p"])
-def test_the_advice_taken_is_a_run_that_fits_and_needs_no_other(recipe: str, memory: int):
+def test_the_advised_run_fits_and_gets_no_further_advice(recipe: str, memory: int):
     hardware = replace(H100, memory=memory * GIB)
     plan = planned(recipe=recipe, hardware=hardware)
     best = plan.cheapest()
@@ -368,7 +368,7 @@ def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
 
 
-def test_what_is_lighter_needs_at_most_half_the_cache_and_is_the_largest_that_does(config):
+def test_advice_is_the_largest_option_with_half_the_cache(config):
     clip = ClipDefaults(num_frames=33, height=64, width=96, fps=8, target_size=None)
     plan = LumosClipCost(config, clip, GenerationSettings(), 7, torch.float32)
     weights, cache = parameter_count(plan.case.model) * 4, plan.case.cache_bytes
@@ -384,7 +384,7 @@ def test_what_is_lighter_needs_at_most_half_the_cache_and_is_the_largest_that_do
     assert advice.endswith("`python -m lumos plan --generate` counts other settings")
 
 
-def test_what_is_lighter_than_a_picture_in_half_precision_is_a_smaller_one(config):
+def test_a_half_precision_picture_can_only_get_smaller(config):
     clip = ClipDefaults(num_frames=1, height=64, width=64, fps=1, target_size=None)
     (options,) = dict(lighter(LumosClipCost(config, clip, GenerationSettings(), 7, torch.bfloat16)))
     assert options == "--height 32 --width 32"  # 40 x 40 leave 46 of 88 tokens, with the text
@@ -407,7 +407,7 @@ def test_a_clip_of_the_shipped_model(capsys):
     assert f"weights {2 * PARAMETERS / 2**20:,.1f}" in text
 
 
-def test_options_that_change_no_clip_are_said(capsys):
+def test_options_without_effect_are_noted_in_the_plan(capsys):
     for options, note in (
         (["--num-frames", "1", "--later-steps", "3"], "later_steps=3 has no effect on a single new latent frame"),
         (["--num-frames", "17", "--history-frames", "3"], "history_frames=3 has no effect on a clip of 5 latent frames"),

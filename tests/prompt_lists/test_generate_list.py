@@ -162,7 +162,7 @@ def test_several_clips_of_one_prompt(generate):
     assert sorted(clips_in("b")) == ["0002-y-1.mp4", "0002-y-2.mp4", "c/x-2.webp", "c/x-4.webp"]
 
 
-def test_only_what_is_missing_or_was_made_otherwise_is_made(generate, micro_folder, tmp_path):
+def test_only_missing_or_changed_clips_are_made(generate, micro_folder, tmp_path):
     rows = [{"prompt": f"a red circle {n}", "output": f"{n}.webp"} for n in range(5)]
     run = lambda *more: generate("--prompts", write_list(*rows), "--output-dir", "out", "--batch-size", 1, *more)  # noqa: E731
     assert run()[1].startswith("out  5 made now")
@@ -173,7 +173,7 @@ def test_only_what_is_missing_or_was_made_otherwise_is_made(generate, micro_fold
     Path("out/3.webp.json").write_text("{")
     code, out, err = run()
     assert (code, out.split("  ")[1]) == (0, "3 made now")
-    assert err == ["note: 2 clips in out, 2.webp first, were made otherwise and are made again"]
+    assert err == ["note: 2 clips in out, 2.webp first, were made with other inputs and are made again"]
     assert clips_in("out") == whole
     rows[4]["guidance_scale"] = 7
     rows.append({"prompt": "y", "output": "5.webp"})
@@ -207,7 +207,7 @@ def test_a_killed_batch_goes_on(generate, micro_folder, repo):
     before = clips_in("out").keys()
     assert 4 <= len([name for name in before if "/" not in name]) < 60
     code, out, err = generate(*args, "out")
-    assert (code, err) == (0, []) or "made otherwise" in err[0]  # killed between a clip and its record
+    assert (code, err) == (0, []) or "made with other inputs" in err[0]  # killed between a clip and its record
     assert 0 < int(re.search(r"(\d+) made now", out)[1]) < 60
     generate(*args, "whole")
     assert clips_in("out") == clips_in("whole")
@@ -227,7 +227,7 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo):
     err = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 1, err[-500:]
     done = len(list(Path("out").glob("*.mp4.json")))
-    assert f"error: interrupted; {done} of 60 clips are in out, and the same command goes on" in err
+    assert f"error: interrupted; {done} of 60 clips are in out; the same command makes the others" in err
     assert "Traceback" not in err
     assert not Path("out/.unfinished").exists()
     assert generate(*args)[:2] == (0, f"out  {60 - done} made now  60 clips in all  60 rows")
@@ -249,7 +249,7 @@ def test_a_full_disk_keeps_what_is_done(generate):
     assert generate(*args)[:2] == (0, "out  1 made now  2 clips in all  2 rows")
 
 
-def test_clips_for_which_memory_runs_out_are_told_and_the_others_made(generate, monkeypatch):
+def test_a_clip_without_memory_is_reported_and_others_made(generate, monkeypatch):
     def full(model, rows, *args, new_frames, **options):
         if new_frames > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -292,7 +292,7 @@ def test_clips_that_get_lost_are_an_error(generate, monkeypatch, lost):
     assert list(clips_in("out")) == ["0002-y.mp4", "0003-z.mp4"]
 
 
-def test_a_picture_that_goes_while_clips_are_made_costs_its_own_clip_only(generate, monkeypatch):
+def test_a_deleted_picture_fails_its_own_clip_only(generate, monkeypatch):
     Image.new("RGB", (24, 16), "red").save("a.png")
     Image.new("RGB", (24, 16), "blue").save("b.png")
     check = Recorded.stale
@@ -345,7 +345,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
     assert not Path("parts/.unfinished").exists()
 
 
-def test_what_others_have_in_the_folder_stays(generate):
+def test_files_of_others_stay_in_the_folder(generate):
     """A user's own folder of whatever name, and the work of a process with another share."""
     own, others = Path("out/unfinished/mine.txt"), Path("out/.unfinished/2-of-3/half.mp4")
     for path in (own, others):
@@ -368,7 +368,7 @@ def test_a_clip_that_was_cut_is_made_again(generate):
     assert Path("out/x.mp4").read_bytes() == whole
 
 
-def test_a_row_does_not_write_over_what_it_begins_with(generate):
+def test_a_row_does_not_overwrite_an_input_of_a_clip(generate):
     write_video("source.mp4", np.zeros((9, 16, 24, 3), np.uint8), 8)
     before = Path("source.mp4").read_bytes()
     rows = write_list({"prompt": "y", "output": "source.mp4"}, {"prompt": "x", "video": "source.mp4", "num_frames": 9})
@@ -460,7 +460,7 @@ def test_a_bad_row_is_told_before_any_work(generate, monkeypatch, row, message):
         (["--prompt", "x", "--seed", "1", "1"], "x-1.mp4 is written by another --seed 1 too"),
     ],
 )
-def test_options_that_cannot_be(generate, args, message):
+def test_wrong_options_are_one_line_and_make_nothing(generate, args, message):
     Path("list.txt").write_text("x\n")
     code, _, err = generate(*args, "--output-dir", "out")
     assert code == 2
@@ -469,13 +469,13 @@ def test_options_that_cannot_be(generate, args, message):
     assert not Path("out").exists()
 
 
-def test_notes_about_a_row_are_said_once_and_before(generate):
+def test_notes_about_a_row_are_printed_once_before_the_work(generate):
     rows = write_list({"prompt": "x", "mask_given_frames": True})
     code, _, err = generate("--prompts", rows, "--output-dir", "out")
     assert (code, err) == (0, ["list.jsonl line 1: note: mask_given_frames=True has no effect on a clip without image or video"])
 
 
-def test_a_clip_cannot_be_the_folder_of_another(generate, monkeypatch):
+def test_an_output_cannot_also_be_a_folder_of_an_output(generate, monkeypatch):
     monkeypatch.setattr("lumos.commands.generate_list.make_clips", lambda *a: (1, 0))
     rows = ({"prompt": "x", "output": "a.mp4/b.mp4"}, {"prompt": "x", "output": "a.mp4"})
     code, _, err = generate("--prompts", write_list(*rows), "--output-dir", "out")
@@ -483,7 +483,7 @@ def test_a_clip_cannot_be_the_folder_of_another(generate, monkeypatch):
     assert err[0].startswith("list.jsonl line 2: a.mp4 is the folder of another clip")
 
 
-def test_an_empty_negative_prompt_is_none(generate):
+def test_an_empty_negative_prompt_counts_as_no_prompt(generate):
     """Also where it shares a batch with prompts that have one, or none."""
     rows = [{"prompt": "x", "seed": 1, "output": f"{n}.mp4", "negative_prompt": text} for n, text in enumerate((" ", "y", ""))]
     rows.append({"prompt": "x", "seed": 1, "output": "3.mp4"})

@@ -23,7 +23,7 @@ def test_a_text_is_a_prompt_a_line(tmp_path):
     assert rows == [Row(1, 0, {"prompt": "a red circle"}), Row(3, 1, {"prompt": "the digit 7, moving up"})]
 
 
-def test_objects_and_tables_say_the_same(tmp_path):
+def test_json_objects_and_tables_give_the_same_rows(tmp_path):
     whole = {
         "prompt": 'a "red" circle, small', "negative_prompt": "blue", "image": "pictures/a.png", "seed": 3, "num_frames": 9,
         "guidance_scale": 2.5, "mask_given_frames": True, "guidance_interval": [0.0, 0.5], "output": "a/b.mp4",
@@ -38,7 +38,7 @@ def test_objects_and_tables_say_the_same(tmp_path):
     assert [row.line for row in table] == [2, 4]
 
 
-def test_a_cell_of_several_lines_counts_them(tmp_path):
+def test_line_numbers_count_the_lines_inside_a_cell(tmp_path):
     rows = rows_of(tmp_path, "a.csv", 'prompt\n"a\nb"\nc\n')
     assert [(row.line, row.options["prompt"]) for row in rows] == [(3, "a\nb"), (4, "c")]
 
@@ -102,7 +102,7 @@ def test_every_option_of_a_row_is_one_of_a_request():
     assert known - columns().keys() == {"generator", "later_prompts"}
 
 
-def test_a_row_says_more_than_the_command_line():
+def test_a_row_overrides_the_command_line():
     defaults = {"guidance_scale": 2.0, "image": "a.png", "num_frames": 9, "num_videos_per_prompt": 2}
     row = Row(3, 5, {"prompt": "x", "video": "b.mp4", "num_frames": 17})
     assert request_of(row, defaults, 100, 4) == Request.of(
@@ -114,7 +114,7 @@ def test_a_row_says_more_than_the_command_line():
         request_of(Row(1, 0, {"seed": 1}), {}, 0, 4)
 
 
-def test_prompts_over_time_are_a_prompt_and_those_that_follow():
+def test_a_list_of_prompts_becomes_prompt_and_later_prompts():
     assert prompts_over_time(["a"], None, 9) == {"prompt": "a", "num_frames": 9}
     assert prompts_over_time(["a", "b", "c"], [9, 8, 4], None) == {
         "prompt": "a", "later_prompts": [(9, "b"), (17, "c")], "num_frames": 21

@@ -28,7 +28,7 @@ def slow_code(vector: list[float], levels: list[int]) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(levels=LEVELS, seed=st.integers(0, 10_000))
-def test_index_agrees_with_the_slow_twin(levels, seed):
+def test_index_agrees_with_the_slow_form(levels, seed):
     z = torch.randn(1, len(levels), 2, 2, 3, generator=torch.Generator().manual_seed(seed)) * 2
     _, indices = FiniteScalarQuantizer(levels)(z)
     vectors = z[0].flatten(1).T.tolist()
@@ -37,7 +37,7 @@ def test_index_agrees_with_the_slow_twin(levels, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(levels=LEVELS)
-def test_values_of_every_index_are_different_and_lie_in_the_unit_cube(levels):
+def test_every_index_has_its_own_values_in_the_unit_cube(levels):
     quantizer = FiniteScalarQuantizer(levels)
     count = min(quantizer.num_codes, 500)
     values = quantizer.values(torch.arange(count).view(1, 1, 1, -1))
@@ -54,7 +54,7 @@ def test_published_numbering():
     assert ends[1].tolist() == [0.75, 0.75, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_values_of_quantized_latents_are_those_that_were_given_to_the_decoder():
+def test_values_of_indices_equal_the_quantized_latents():
     quantizer = FiniteScalarQuantizer((8, 5, 5, 5))
     z = torch.randn(2, 4, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 2
     values, indices = quantizer(z)

@@ -126,7 +126,7 @@ def test_iterators_give_each_latent_frame_as_soon_as_it_is_whole(models):
 
 
 @torch.inference_mode()
-def test_streams_of_one_model_do_not_meet(models):
+def test_streams_of_one_model_are_independent(models):
     model = models["published", None]
     clips = [clip(9, seed=1), clip(9, seed=2)]
     encoders = [StreamEncoder(model), StreamEncoder(model)]
@@ -159,7 +159,7 @@ def test_with_a_window_the_cache_stops_growing(models, name):
 
 @pytest.mark.parametrize("name", list(FOLDERS))
 @torch.inference_mode()
-def test_without_one_it_grows_by_keys_and_values_only(models, name):
+def test_without_a_window_the_cache_grows_by_keys_and_values(models, name):
     model = models[name, None]
     channels = model.config.channels * model.config.channels_mult[-1]
     for part, sizes in zip((model.encoder, model.decoder), cache_sizes(model, 12), strict=True):
@@ -240,7 +240,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, True])
-def test_windows_that_cannot_be_are_refused(window):
+def test_invalid_windows_are_refused(window):
     with pytest.raises(ValueError, match="attention_window"):
         VideoTokenizerConfig(attention_window=window)
 

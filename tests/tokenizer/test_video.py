@@ -88,7 +88,7 @@ def test_a_picture_is_the_first_frame_of_a_clip():
 
 
 @torch.inference_mode()
-def test_samples_of_a_batch_do_not_meet():
+def test_samples_of_a_batch_are_independent():
     model = tiny()
     videos = torch.cat([clip(seed=0), clip(seed=1)])
     together = model.encode_latent(videos)
@@ -108,7 +108,7 @@ def test_sizes_that_do_not_divide_are_refused(frames, height, width):
 
 
 @pytest.mark.parametrize("codes", [torch.full((1, 1, 2, 2), 20), torch.zeros(2, 2, dtype=torch.long)])
-def test_codes_that_cannot_be_are_refused(codes):
+def test_invalid_codes_are_refused(codes):
     with pytest.raises(ValueError, match="codes must"):
         tiny().decode(codes)
 

@@ -60,12 +60,12 @@ def test_worlds_with_things_never_seen_together(tokenizer):
     assert sum(values) / len(values) > WORLDS_PSNR
 
 
-def test_it_is_sharper_than_its_means(tokenizer):
+def test_a_tokenizer_is_sharper_than_its_enlarged_half(tokenizer):
     video = held_out_worlds(12, 17, 128, 128)
     enlarged = psnr(double(halve(tokenizer)), video)
     assert sum(psnr(tokenizer, video)) / 12 > sum(enlarged) / 12 + 0.3
 
 
-def test_other_pictures_get_other_codes(tokenizer):
+def test_different_pictures_get_different_codes(tokenizer):
     codes = tokenizer.encode(held_out_photographs(128, 128))
     assert (codes[0] != codes[1]).float().mean() > 0.5

@@ -22,7 +22,7 @@ def slow_haar_level(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
-def test_haar_agrees_with_the_slow_twin(patch_size):
+def test_haar_agrees_with_the_slow_form(patch_size):
     video = torch.randn(1, 3, 1 + 2 * patch_size, 8, 16, generator=torch.Generator().manual_seed(0))
     expected = torch.cat([video[0, :, :1].repeat(1, patch_size - 1, 1, 1), video[0]], dim=1)
     for _ in range(patch_size.bit_length() - 1):

@@ -80,7 +80,7 @@ def test_processes_that_do_not_end_are_ended(monkeypatch, how: str):
     assert not multiprocessing.active_children()
 
 
-def test_the_generator_of_random_numbers_of_the_run_is_left_alone():
+def test_processes_do_not_advance_the_random_state_of_the_run():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -132,7 +132,7 @@ def test_a_clip_that_cannot_be_drawn_is_the_same_error(micro_settings, monkeypat
     assert not multiprocessing.active_children()
 
 
-def test_several_threads_have_nothing_to_do(micro_settings):
+def test_several_workers_with_processes_are_refused(micro_settings):
     with pytest.raises(UserError, match=r"data\.workers is 2, but with data\.processes one thread encodes"):
         micro_settings(data={"processes": 2, "workers": 2})
 
@@ -175,7 +175,7 @@ def test_a_killed_process_ends_the_run_with_one_error(drawn, runs: Runs, ranks: 
     assert checkpoint.latest(settings.output_dir / "checkpoints")[1]["step"] >= 2
 
 
-def test_what_a_killed_run_shared_with_its_processes_goes_with_it(drawn, runs: Runs, ranks: Ranks):
+def test_a_killed_run_releases_its_lock_and_connections(drawn, runs: Runs, ranks: Ranks):
     """The lock of its folder, so that the same command is let in at once; its connections, so that the other one ends."""
     settings = drawn("killed-drawing")
     for after in (1, 3):

@@ -78,7 +78,7 @@ def test_prefetched_keeps_order(workers: int, depth: int, steps: int):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_prefetched_raises_at_the_failing_step_and_ends_its_threads(workers: int):
+def test_prefetching_raises_at_the_failing_step_and_ends_threads(workers: int):
     def make(step: int) -> int:
         if step == 3:
             raise UserError("broken clip")
@@ -187,7 +187,7 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
         ({"model": {"from": "nowhere"}}, "model.from: nowhere is no model folder"),
     ],
 )
-def test_data_and_model_that_do_not_fit(micro_settings, sections: dict, words: str):
+def test_data_that_does_not_fit_the_model_is_refused(micro_settings, sections: dict, words: str):
     with pytest.raises(UserError, match=words):
         ArdfTask(micro_settings(**sections), CPU)
 
@@ -204,7 +204,7 @@ def test_codes_that_the_model_does_not_have(micro_settings, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_a_draft_that_gets_its_codes_later_is_the_sequence_masked_with_them(micro_settings, monkeypatch, kind: str):
+def test_a_batch_encoded_later_equals_one_masked_with_codes(micro_settings, monkeypatch, kind: str):
     """Rows of different sizes and lengths, against each row built from its codes and masked at once."""
     task = ArdfTask(micro_settings(masking={"kind": kind, "text_dropout": 0.5}), CPU)
     config, rng = task.config, np.random.default_rng(0)

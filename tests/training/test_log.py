@@ -122,7 +122,7 @@ def test_every_loss_of_a_line_is_a_mean_over_positions(micro_settings, tmp_path)
         assert abs(expected["loss"] - means_of_means) > 1e-4
 
 
-def test_validation_is_a_mean_over_positions_of_clips_that_no_seed_changes(micro_settings, tmp_path):
+def test_validation_does_not_depend_on_the_training_seed(micro_settings, tmp_path):
     settings = micro_settings(
         data={**JOINT, "validation_clips": 3}, training={"max_steps": 2, "eval_every": 2, "lr": 0.0, "micro_batch_size": 2}
     )
@@ -147,7 +147,7 @@ def test_validation_is_a_mean_over_positions_of_clips_that_no_seed_changes(micro
         assert not torch.equal(ours["targets"], theirs["targets"])
 
 
-def test_seconds_are_of_steps_and_waiting_not_of_validation_and_saving(micro_settings, tmp_path, monkeypatch):
+def test_seconds_leave_out_validation_and_saving(micro_settings, tmp_path, monkeypatch):
     """A clock that only moves where something is done: 5 s a batch, 2 s a step, 100 s a validation, 1000 s a save."""
     clock = SimpleNamespace(now=0.0)
 
@@ -174,7 +174,7 @@ def test_seconds_are_of_steps_and_waiting_not_of_validation_and_saving(micro_set
         assert share == pytest.approx(sum(batch.flops for batch in batches[line - 2 : line]) / 14 / 3e6)
 
 
-def test_the_longest_wait_and_the_largest_memory_of_all_processes_count(micro_settings, tmp_path, monkeypatch):
+def test_wait_and_memory_are_the_maximum_over_processes(micro_settings, tmp_path, monkeypatch):
     """Another process beside this one, played by its share of the sum."""
     settings = micro_settings(training={"max_steps": 1})
     run = Run(settings, ArdfTask(settings, CPU), CPU)
@@ -235,7 +235,7 @@ def test_flops_and_tokens_of_shares_add_up(micro_settings):
     assert whole.flops > 6 * whole.tokens * matrix_weights(task.build_model())
 
 
-def test_what_the_peak_is_and_how_it_is_known(micro_settings, tmp_path, monkeypatch):
+def test_the_peak_is_stated_measured_or_from_a_data_sheet(micro_settings, tmp_path, monkeypatch):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     measured, known = peak_flops(CPU, torch.float32, None)

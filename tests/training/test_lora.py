@@ -76,7 +76,7 @@ def test_only_adapters_are_trained_and_begin_as_nothing(tuning, base: Path):
     assert torch.equal(task.losses(model, micro)[0], task.losses(plain, micro)[0])
 
 
-def test_a_run_learns_resumes_bit_by_bit_and_leaves_the_base_alone(tuning, base: Path, tmp_path: Path):
+def test_lora_learns_resumes_bitwise_and_keeps_the_base_frozen(tuning, base: Path, tmp_path: Path):
     before = load_file(base / "model.safetensors")
     training = {"max_steps": 12, "ema_decay": 0.5, "save_every_steps": 5, "schedule": "constant"}
     options = {"data": {"scenes": 2}, "training": training}

@@ -64,7 +64,7 @@ def muon_settings(runs: Runs):
     return make
 
 
-def test_a_killed_run_goes_on_bit_by_bit_and_two_processes_train_as_one(muon_settings, runs: Runs, ranks: Ranks):
+def test_muon_resumes_bitwise_and_two_processes_train_as_one(muon_settings, runs: Runs, ranks: Ranks):
     whole = ranks.finish(muon_settings("muon"), "plain", 1)
     (process,) = ranks.train(killed := muon_settings("muon-killed"), "plain", 1, {0: [["kill_after_step", 3]]})
     assert process.code == -9

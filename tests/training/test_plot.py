@@ -28,7 +28,7 @@ def logs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "a"), str(tmp_path / "b" / "log.jsonl")]
 
 
-def test_what_is_drawn(logs: list[str]):
+def test_each_run_and_loss_has_its_own_line_and_style(logs: list[str]):
     runs = {name: plot.read_curves(name) for name in logs}
     lines = list(plot.lines_of(runs, "loss_video"))
     assert [(number, style) for number, _, style, _, _ in lines] == [(0, "-"), (0, "--"), (0, ":"), (1, "-"), (1, "--"), (1, ":")]

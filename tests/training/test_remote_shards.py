@@ -53,7 +53,7 @@ def clips(task: ArdfTask, number: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_the_same_clips_as_from_the_folder_itself(remote_settings, shard_settings, folder, bucket, tmp_path, scheme: str):
+def test_remote_shards_give_the_clips_of_the_local_folder(remote_settings, shard_settings, folder, bucket, tmp_path, scheme: str):
     url = "memory://bucket/shards" if scheme == "memory" else folder.as_uri()
     remote = ArdfTask(remote_settings(url), CPU)
     local = ArdfTask(shard_settings(data={"shuffle_shards": 2}), CPU)
@@ -148,7 +148,7 @@ def test_inspect_reads_urls(bucket, folder, capsys):
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "other codes", "other order", "another place"])
-def test_what_a_run_knows_of_its_shards(shard_settings, folder, tmp_path, change: str):
+def test_shards_enter_the_resume_fingerprint(shard_settings, folder, tmp_path, change: str):
     path = tmp_path / "shards"
     shutil.copytree(folder, path)
     before = ArdfTask(shard_settings(path), CPU).resume_fingerprint()

@@ -50,7 +50,7 @@ def assert_close(folder: Path, plain: Path) -> None:
     ({"pad_to": 16}, {}), ({"pad_to": 16}, {"micro_batch_size": 3}), ({}, {"attention": "dense"}),
     ({"pad_to": 8}, {"attention": "dense", "micro_batch_size": 1, "activation_checkpointing": True}),
 ])  # fmt: skip
-def test_padding_and_attention(micro_settings, plain_run: Path, data: dict, training: dict):
+def test_padding_and_attention_do_not_change_losses(micro_settings, plain_run: Path, data: dict, training: dict):
     settings = micro_settings(data=STAGES | data, training={"eval_every": 3, **training})
     assert_close(train_folder(settings), plain_run)
 

@@ -62,7 +62,7 @@ def test_a_run_draws_what_its_averaged_weights_can_draw(micro_settings, tmp_path
     assert [event["clips"] for event in events(tmp_path / "run")] == [2, 2]
 
 
-def test_training_does_not_notice(micro_settings, tmp_path: Path):
+def test_samples_do_not_change_the_training(micro_settings, tmp_path: Path):
     common = {"ema_decay": 0.9, "eval_every": 2}
     train(micro_settings(data={"workers": 1}, training=common))
     output = {"output_dir": str(tmp_path / "seen")}

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 HALF = {"stages": [{"image_share": 0.5}]}
 
 
-def test_each_clip_once_before_any_again_and_sizes_together(shard_settings):
+def test_an_epoch_has_each_clip_once_and_groups_sizes(shard_settings):
     task = ArdfTask(shard_settings(data=HALF), CPU)
     curriculum = Curriculum([StageSettings(image_share=0.5)], 3)
     names, mixed = {"video": [], "image": []}, 0
@@ -59,7 +59,7 @@ def test_a_step_is_a_function_of_its_number_seed_and_stage(shard_settings):
     assert names(task, shapes[0]) != names(task, StepShape("video", 6, 1, 0))
 
 
-def test_rows_hold_the_ingested_codes_and_the_prompt_of_their_size(shard_settings, folder):
+def test_rows_hold_ingested_codes_and_a_prompt_with_their_size(shard_settings, folder):
     stored = {f"{row['id']}#0": row for row in shards.read_shards(folder)}
     task = ArdfTask(shard_settings(data=HALF, masking={"text_dropout": 0.0}), CPU)
     for shape in (StepShape("video", 4), StepShape("image", 4)):

@@ -54,7 +54,7 @@ def test_a_step_has_about_so_many_codes_of_clips_of_all_lengths(token_settings):
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_the_clips_and_gradients_of_a_step_do_not_depend_on_processes_and_micro_batches(token_settings, kind: str):
+def test_a_step_does_not_depend_on_processes_or_micro_batches(token_settings, kind: str):
     task = ArdfTask(token_settings(), CPU)
     model = task.build_model()
     shape = StepShape(kind, None, 0, 3, 200)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from lumos import LumosForVideoGeneration
 from lumos.data.curriculum import StepShape
 from lumos.data.synthetic.render import captions
-from lumos.data.curriculum import StepShape
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 from lumos.models.lumos1.training import ArdfTask
@@ -47,7 +46,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, where: str = "_report") 
     monkeypatch.setattr(Run, where, killed)
 
 
-def test_it_learns_logs_and_exports(micro_settings, tmp_path: Path):
+def test_a_run_learns_logs_and_exports(micro_settings, tmp_path: Path):
     settings = micro_settings(
         data={"scenes": 2, **JOINT}, training={"max_steps": 60, "log_every": 1, "eval_every": 30, "ema_decay": 0.9}
     )
@@ -346,7 +345,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(micro_settings, micro_token
         train(settings)
 
 
-def test_what_may_change_is_said(micro_settings, tmp_path: Path, capsys):
+def test_a_resume_prints_changed_settings(micro_settings, tmp_path: Path, capsys):
     train(micro_settings(training={"max_steps": 1}))
     assert f"checkpoints, log and export go to {tmp_path / 'run'}" in capsys.readouterr().err
     train(micro_settings(training={"max_steps": 2, "lr": 1e-3, "ema_decay": 0.9}))

@@ -42,7 +42,7 @@ def test_animated_sheet(tmp_path, suffix):
         assert abs(second - 40 * min(t, 2)) < 6
 
 
-def test_sheets_that_cannot_be(tmp_path):
+def test_invalid_sheets_are_refused(tmp_path):
     clip = np.zeros((1, 8, 8, 3), np.uint8)
     with pytest.raises(UserError, match="as many labels as clips"):
         animated_sheet([clip], [], tmp_path / "a.webp", 8)

@@ -126,7 +126,7 @@ def test_frames_that_come_part_by_part_make_the_same_file(suffix: str, tmp_path)
     assert parts.read_bytes() == whole.read_bytes()
 
 
-def test_parts_that_end_early_or_do_not_belong_together_leave_no_file(tmp_path):
+def test_interrupted_or_mismatched_parts_leave_no_file(tmp_path):
     def parts(last):
         yield smooth_clip(1)
         if isinstance(last, BaseException):
@@ -299,7 +299,7 @@ def test_fit_halves_by_averaging_and_cuts_the_centre():
         fit(frames, 0, 8)
 
 
-def test_levels_survive_the_way_to_a_tensor_and_back():
+def test_pixel_levels_survive_conversion_to_a_tensor_and_back():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     video = from_uint8(levels)
     assert video.shape == (3, 1, 16, 16)

@@ -284,7 +284,7 @@ def test_bounds_and_arguments(thirty: Path, monkeypatch):
     assert read_video(thirty, size=(16, 16))[0].shape == (60, 16, 16, 3)
 
 @pytest.mark.parametrize("read", [read_image, read_video, lambda path: count_frames(path, 12)])
-def test_a_picture_that_is_none_or_huge_is_called_so(tmp_path, read):
+def test_broken_and_huge_pictures_are_refused(tmp_path, read):
     path = tmp_path / "junk.png"
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"cannot read the picture .*convert it to PNG or JPEG"):

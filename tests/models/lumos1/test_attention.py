@@ -116,7 +116,7 @@ def test_a_batch_gives_what_each_sample_gives_alone(model, two_samples):
             torch.testing.assert_close(together[b, : layout.length], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_what_may_be_seen(model):
+def test_a_code_is_seen_by_its_frame_and_later_tokens_only(model):
     """A change of one code reaches its own frame and later tokens, never an earlier frame or the text."""
     ids = make_batch([(4, 3, 2, 2, 2)])
     (layout,) = parse_layout(ids, CONFIG)
@@ -185,7 +185,7 @@ class Padded(TorchDispatchMode):
         return out
 
 
-def test_gradients_of_a_segments_keys_are_filled_up_to_the_next_segment_only():
+def test_key_gradients_are_padded_to_the_next_segment_only():
     ids = make_batch([(3, 4, 2, 2, 0)])
     (layout,) = parse_layout(ids, CONFIG)
     q, k, v = qkv(*ids.shape)
@@ -197,7 +197,7 @@ def test_gradients_of_a_segments_keys_are_filled_up_to_the_next_segment_only():
     assert k.grad.shape == k.shape
 
 
-def test_equal_runs():
+def test_equal_runs_gives_start_and_end_of_each_run():
     assert list(equal_runs([1, 1, 2, 1])) == [(0, 2), (2, 3), (3, 4)]
     assert list(equal_runs([Layout(3, ()), Layout(3, ())])) == [(0, 2)]
     assert list(equal_runs([])) == []

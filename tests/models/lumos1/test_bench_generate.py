@@ -25,7 +25,7 @@ def case() -> Case:
     return make_case("small", "", "", "cpu", "float32")
 
 
-def test_engine_and_twin_have_the_same_logits(case):
+def test_engine_and_baseline_have_the_same_logits(case):
     found = logits_difference(case)
     assert found.largest < 1e-5 < 0.1 < found.scale
     assert found.same_likeliest == 1
@@ -36,11 +36,11 @@ def test_a_difference_ends_the_bench(case, monkeypatch):
     assert bench.check_logits(case, "small", "float32") < 1e-5
     right = Engine.frame_position_ids
     monkeypatch.setattr(Engine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
-    with pytest.raises(RunError, match="logits of engine and twin differ"):
+    with pytest.raises(RunError, match="logits of engine and baseline differ"):
         bench.check_logits(case, "small", "float32")
 
 
-def test_the_twin_does_what_the_release_does(case, monkeypatch):
+def test_the_baseline_does_what_the_release_does(case, monkeypatch):
     """Two forwards of batch one a step, the prompt only in the first; logits of all that is fed; each frame is committed."""
     fed, logits = [], []
     forward, head = case.model.model.forward, case.model.lm_head.forward
@@ -52,7 +52,7 @@ def test_the_twin_does_what_the_release_does(case, monkeypatch):
     assert [tuple(x.shape) for x in logits] == [(*shape, case.model.config.vocab_size) for shape in fed]
 
 
-def test_the_twin_makes_whole_frames(case):
+def test_the_baseline_makes_whole_frames(case):
     def frames(seed):
         return torch.cat(list(plain_frames(
             case.model, case.conditional, case.unconditional, grid=case.grid, new_frames=2, settings=case.settings, seed=seed
@@ -105,9 +105,9 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
         assert attention <= sum(counted.values()) - products_counted <= (1 + prompt) * attention
 
 
-def test_options_are_timed_beside_the_twin(case, monkeypatch):
+def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     """Their own bound and cache; none where a threshold decides how many steps there are."""
-    monkeypatch.setattr(bench, "run_apart", lambda *args, **named: 2**20)
+    monkeypatch.setattr(bench, "run_isolated", lambda *args, **named: 2**20)
     monkeypatch.setattr(bench, "product_gflops", lambda *args: 50.0)
     measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
     options = {"later_steps": 1, "history_frames": 1, "guidance_interval": (0.0, 0.5)}

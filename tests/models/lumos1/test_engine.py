@@ -99,7 +99,7 @@ def test_rows_that_are_too_large_together_go_one_after_the_other(monkeypatch, ro
     assert max(shape[0] for shape in sizes if shape[1] == 2 * span) == rows
 
 
-def test_rows_of_a_decoder_whose_layers_wait_elsewhere_go_together(monkeypatch):
+def test_rows_of_an_offloaded_decoder_run_in_one_batch(monkeypatch):
     """Each forward fetches every layer again."""
     rows, forward = [], MODEL.model.forward
     monkeypatch.setattr("lumos.models.lumos1.engine.STATES_BYTES", 1)
@@ -109,7 +109,7 @@ def test_rows_of_a_decoder_whose_layers_wait_elsewhere_go_together(monkeypatch):
     assert rows == [1, 1] + [2] * 9
 
 
-def test_seeds_decide():
+def test_a_seed_determines_the_codes():
     args = ([prefix([600])], [prefix(None)])
     assert torch.equal(run(*args, seeds=[1]), run(*args, seeds=[1]))
     assert not torch.equal(run(*args, seeds=[1]), run(*args, seeds=[2]))
@@ -126,7 +126,7 @@ def test_guidance_one_runs_one_branch(monkeypatch):
     assert seen == [1, 1] + [2] * 9  # two prefixes of different lengths, then steps
 
 
-def test_forwards_are_counted_and_the_last_frame_is_not_committed(monkeypatch):
+def test_forwards_include_no_commit_of_the_last_frame(monkeypatch):
     calls = []
     forward = MODEL.model.forward
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: calls.append(1) or forward(ids, *a))
@@ -216,7 +216,7 @@ def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
     assert torch.equal(prefilled()[0], codes)
 
 
-def test_a_prefix_of_weights_whose_changes_nobody_counts_is_not_kept():
+def test_inference_mode_weights_get_no_prefix_cache():
     prefix_cache, ids = PrefixCache(), prefix(None)
     with torch.inference_mode():
         uncounted = copy.deepcopy(MODEL)

@@ -50,7 +50,7 @@ def test_no_tensor_of_all_positions_by_all_codes_is_made(monkeypatch):
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
-def test_only_wanted_gradients_are_made(monkeypatch):
+def test_only_required_gradients_are_allocated(monkeypatch):
     """None without gradients, and none of a frozen head, whose size is that of the vocabulary."""
     hidden, weight, targets = torch.randn(10, 8, requires_grad=True), torch.randn(64, 8), torch.randint(0, 64, (10,))
     made = []

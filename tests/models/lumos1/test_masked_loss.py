@@ -99,7 +99,7 @@ def test_the_mean_over_frames_is_weighted_by_codes(pipe, sequences):
             assert row[name] == pytest.approx(mean, abs=2e-5)
 
 
-def test_the_same_is_asked_whatever_the_batches_and_the_model(pipe, sequences):
+def test_masks_do_not_depend_on_batch_size_or_model(pipe, sequences):
     def codes(results):
         return [row["by_frame"]["codes"] for row in results.values()]
 
@@ -111,7 +111,7 @@ def test_the_same_is_asked_whatever_the_batches_and_the_model(pipe, sequences):
     assert codes(masked_code_loss(pipe.model, sequences, seed=1, batch_size=5, **options)) != codes(one)
 
 
-def test_a_model_that_knows_nothing_of_64_codes(pipe, sequences):
+def test_random_weights_have_a_loss_of_log_64(pipe, sequences):
     model = pipe.model
     results = masked_code_loss(model, sequences, kind="tube", num_bins=1, seed=0, batch_size=6)
     assert results["0.00-1.00"]["loss"] == pytest.approx(math.log(64), abs=0.5)  # random weights over 64 codes
@@ -207,6 +207,6 @@ def test_the_clips_are_those_that_training_keeps_for_validation(shards, pipe):
         (["--mask", "cube"], "invalid choice: 'cube'"),
     ],
 )
-def test_requests_that_cannot_be_met(args, message, micro_folder, capsys):
+def test_impossible_requests_are_refused(args, message, micro_folder, capsys):
     assert main(["evaluate", "loss", "--model", str(micro_folder), *args]) == 2
     assert message in capsys.readouterr().err

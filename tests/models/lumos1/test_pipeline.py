@@ -277,7 +277,7 @@ def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
     assert not torch.equal(pipe.encode(pipe.resolve(Request.of("x", num_frames=49))).conditional[0], prefix)
 
 
-def test_a_negative_prompt_counts_too(micro_folder):
+def test_a_too_long_negative_prompt_is_refused(micro_folder):
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     pipe.model.config.max_position_embeddings = 60
     pipe.resolve(Request.of("x", num_frames=5, negative_prompt="y"))
@@ -318,7 +318,7 @@ def test_prompts_over_time(pipe):
 
 
 @pytest.mark.parametrize("thinning", [False, True])
-def test_prompts_over_time_after_given_frames_and_with_a_bounded_history(pipe, thinning):
+def test_later_prompts_keep_earlier_frames_in_a_bounded_history(pipe, thinning):
     options = {"video": film(9), "num_given_frames": 9, "num_frames": 49, "history_frames": 2, "seed": 1, "guidance_scale": 9.0}
     options["history_thinning"] = thinning
     plain = pipe("x", **options).codes
@@ -327,7 +327,7 @@ def test_prompts_over_time_after_given_frames_and_with_a_bounded_history(pipe, t
     assert not torch.equal(codes[:, 4:9], plain[:, 4:9])
 
 
-def test_a_thinned_history_changes_the_first_frame_that_sees_another_one(pipe):
+def test_thinning_changes_no_frame_before_it_drops_one(pipe):
     options = {"num_frames": 33, "history_frames": 2, "seed": 1, "history_mask_ratio": 0.0, "guidance_scale": 9.0}
     window, thinned = pipe("x", **options), pipe("x", history_thinning=True, **options)
     assert torch.equal(window.codes[:, :5], thinned.codes[:, :5])

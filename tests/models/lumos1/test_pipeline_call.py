@@ -91,7 +91,7 @@ def test_the_output_is_a_tuple_too(pipe, clip):
     assert np.array_equal(only[0], clip)
 
 
-def test_a_result_goes_back_in(pipe, clip, tmp_path):
+def test_a_result_can_be_given_as_input(pipe, clip, tmp_path):
     floats = pipe("x", seed=1).frames[0]
     assert np.array_equal(as_uint8(pipe.reconstruct(floats)), pipe.reconstruct(clip))
     for name in ("image", "video"):
@@ -199,7 +199,7 @@ def test_callback_may_change_codes(pipe):
         (lambda c: 3, "codes int"),
     ],
 )
-def test_codes_that_cannot_be_taken(pipe, codes, message):
+def test_invalid_codes_of_a_callback_are_refused(pipe, codes, message):
     with pytest.raises(UserError, match=message):
         pipe("x", seed=1, callback_on_step_end=lambda p, s, t, kwargs: {"codes": codes(kwargs["codes"])})
 
@@ -224,7 +224,7 @@ def test_interrupting(pipe):
     assert torch.equal(pipe("x", num_frames=13, seed=1).codes, whole.codes)
 
 
-def test_callbacks_that_are_none(pipe):
+def test_invalid_callbacks_are_refused(pipe):
     with pytest.raises(UserError, match="callback_on_step_end is 5; give a function"):
         pipe("x", callback_on_step_end=5)
     with pytest.raises(UserError, match=r"is the text 'codes'; give a list of names, as \['codes'\]"):
@@ -241,7 +241,7 @@ def test_wrong_names_are_refused_before_any_work(pipe, monkeypatch):
         pipe("x", callback_on_step_end=lambda *a: {}, callback_on_step_end_tensor_inputs=["latents"])
 
 
-def test_moving(micro_folder):
+def test_to_moves_and_casts_all_parts(micro_folder):
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.bfloat16).dtype == torch.bfloat16

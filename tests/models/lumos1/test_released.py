@@ -233,7 +233,7 @@ def test_a_full_disk_and_a_folder_that_exists(release, tmp_path, monkeypatch):
         convert(release / layout.DECODER, release / layout.COSMOS, tmp_path / "m")
 
 
-def test_the_video_tokenizers_own_folder_and_a_named_text_tokenizer(release, tmp_path):
+def test_conversion_takes_a_tokenizer_folder_or_a_named_file(release, tmp_path):
     made = convert(release / layout.DECODER, release / layout.VIDEO_TOKENIZER, tmp_path / "a")
     assert made["text_tokenizer"].endswith("cosmos/tokenizer/text_tokenizer.json")
     moved = shutil.copy(release / layout.TEXT_TOKENIZER, tmp_path / "words.json")

@@ -107,7 +107,7 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_formats_stay(small, wide, tmp_path):
+def test_resizing_keeps_number_formats(small, wide, tmp_path):
     """The decoder keeps its own, the tokenizer its own."""
     VideoTokenizer.from_pretrained(wide).bfloat16().save_pretrained(wide)
     assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(tmp_path / "large")]) == 0
@@ -123,7 +123,7 @@ def test_strides_are_three_whole_numbers(strides):
         micro_config(position_strides=[4, 8, 8], position_scheme="1d")
 
 
-def test_a_tokenizer_of_twice_the_size_is_measured_there(small, wide, tmp_path):
+def test_a_doubled_tokenizer_is_measured_at_twice_the_size(small, wide, tmp_path):
     shapes = {}
     for folder in (small, wide):
         out = tmp_path / f"{folder.name}.json"

@@ -94,7 +94,7 @@ def test_tables_equal_a_loop_over_tokens(scheme, t, h, w, text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_turns_each_pair_of_channels_as_a_complex_number(dtype):
+def test_rotation_multiplies_channel_pairs_as_complex_numbers(dtype):
     config = micro_config()
     positions, is_content = torch.randint(0, 500, (2, 3, 7)), torch.zeros(2, 7, dtype=torch.bool)
     x = torch.randn(2, 7, 4, config.head_dim).to(dtype).transpose(1, 2)

@@ -80,7 +80,7 @@ def test_published_prompt():
     )
 
 
-def test_counts():
+def test_counts_of_latent_frames_and_header_numbers():
     assert [num_latent_frames(n) for n in (1, 17, 24, 25, 84)] == [1, 5, 7, 7, 22]
     assert clip_header(1, 8) == (1, 1)
     assert clip_header(25, 12) == (2, 12)
@@ -168,7 +168,7 @@ def test_configs_that_cannot_work(fields, message):
         micro_config(**fields)
 
 
-def test_rows_that_share_a_layout_are_made_once_and_equal_ones_need_not_be_one_object():
+def test_rows_of_equal_layouts_are_made_once():
     one, other = (Layout(9, (Frame(start, 1, 1),)) for start in (0, 2))
     twin = Layout(9, (Frame(0, 1, 1),))
     asked = []

@@ -29,7 +29,7 @@ def distances(numbers):
 
 
 @given(st.integers(1, 12), st.integers(1, 400))
-def test_so_many_stay_the_newest_is_there_and_distances_do_not_shrink_with_age(history, frames):
+def test_a_thinned_history_keeps_the_newest_and_growing_gaps(history, frames):
     for frame, kept in enumerate(histories(history, frames)):
         assert len(kept) == min(history, max(0, frame - 1))
         assert kept == sorted(set(kept))
@@ -42,7 +42,7 @@ sets = st.lists(st.integers(1, 9), min_size=2, max_size=12).map(lambda gaps: lis
 
 
 @given(sets)
-def test_no_set_whose_distances_do_not_shrink_comes_to_one_whose_do(numbers):
+def test_the_dropped_frame_never_makes_gaps_shrink_with_age(numbers):
     """Also sets that no clip comes to; against every frame tried in turn."""
     *kept, new = numbers
 

@@ -97,12 +97,12 @@ def check(trace: Trace, model: LumosForVideoGeneration, **how) -> None:
 
 
 @pytest.mark.parametrize("how", [{"fused": False}, {"fused": True}, {"again": True}, {"history": 4}], ids=str)
-def test_frames_enter_the_cache_in_every_way(model, trace, how):
+def test_logits_agree_for_every_way_of_filling_the_cache(model, trace, how):
     """By a forward of their own, by that of the next step, read again as behind a later prompt, in a history that holds all."""
     check(trace, model, **how)
 
 
-def test_a_prefix_that_was_kept(model, trace, monkeypatch):
+def test_a_kept_prefix_is_not_computed_again(model, trace, monkeypatch):
     prefix_cache, fed, forward = PrefixCache(), [], model.model.forward
     check(trace, model, prefix_cache=prefix_cache)
     monkeypatch.setattr(model.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
@@ -170,7 +170,7 @@ def test_fewer_bits_stay_close(model, trace, precision):
         assert 1e-3 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max(), call
 
 
-def test_layers_that_wait_in_their_file(golden, trace):
+def test_logits_agree_with_layers_offloaded_to_disk(golden, trace):
     placement = loading_arguments(torch.device("cpu"), "auto", {"cpu": (golden / "model.safetensors").stat().st_size})
     spread = LumosForVideoGeneration.from_pretrained(golden, dtype=torch.float32, **placement).eval()
     assert is_spread(spread)

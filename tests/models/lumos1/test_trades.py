@@ -138,7 +138,7 @@ trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
 
 @given(trades, st.integers(0, 4), st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
-def test_all_of_them_together_are_the_plain_twin(options, given_frames, seed):
+def test_combined_options_equal_the_slow_form(options, given_frames, seed):
     """Two clips in a batch, each against the twin that makes it alone; given frames may be more than the history holds."""
     options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
     g = torch.Generator().manual_seed(seed)
@@ -156,7 +156,7 @@ def test_all_of_them_together_are_the_plain_twin(options, given_frames, seed):
 
 @given(trades, st.integers(0, 3), st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
-def test_prompts_over_time_are_the_plain_twin(options, given_frames, seed):
+def test_prompts_over_time_equal_the_slow_form(options, given_frames, seed):
     """From frame 1 on other prompts, longer and shorter, from frame 3 on others again; each reads all frames before as its own."""
     options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
     g = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning
             engine.commit(frame[None])
 
 
-def test_the_mask_of_the_twin_hides_what_it_should():
+def test_the_mask_of_the_slow_form_hides_old_frames():
     """Guards the twin: with one frame of history, frame 3 sees text, frame 0, frame 2 and itself."""
     sequence = torch.cat([prefix([600]), build_frames(torch.zeros(4, *GRID, dtype=torch.long), CONFIG).flatten()])
     (layout,) = parse_layout(sequence[None], CONFIG)
@@ -214,7 +214,7 @@ def test_the_mask_of_the_twin_hides_what_it_should():
     assert not seen[layout.frames[1].start : layout.frames[1].end].any()
 
 
-def test_the_mask_of_the_twin_thins_as_it_should():
+def test_the_mask_of_the_slow_form_thins_the_history():
     """Guards the twin: with two frames of history, thinned, frame 5 sees text, frames 0, 2 and 4, and itself."""
     sequence = torch.cat([prefix([600]), build_frames(torch.zeros(6, *GRID, dtype=torch.long), CONFIG).flatten()])
     (layout,) = parse_layout(sequence[None], CONFIG)
@@ -321,7 +321,7 @@ def test_a_threshold_never_takes_more_steps_and_ends_early():
         ({"history_thinning": True}, "history_thinning has no effect without history_frames"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_invalid_generation_settings_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         GenerationSettings(**options)
 
@@ -330,7 +330,7 @@ def test_lists_from_json_are_the_same_settings():
     assert GenerationSettings(guidance_interval=[0, 0.5]) == GenerationSettings(guidance_interval=(0.0, 0.5))
 
 
-def test_what_a_model_saves_by_itself_goes_with_its_other_defaults():
+def test_changing_a_default_drops_options_that_depend_on_it():
     own = GenerationSettings(num_inference_steps=12, guidance_interval=(0.0, 0.5), later_steps=6)
     assert own.changed(num_inference_steps=12, temperature=0.5, guidance_scale=None) == replace(own, temperature=0.5)
     assert own.changed(num_inference_steps=4) == replace(own, num_inference_steps=4, later_steps=None)

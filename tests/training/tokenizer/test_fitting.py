@@ -39,7 +39,7 @@ def settings(output_dir, folder, **changes) -> TokenizerTrainingSettings:
     )
 
 
-def test_no_other_differences_have_less_error_in_what_is_shown(start):
+def test_the_fit_minimizes_the_weighted_pixel_error(start):
     """The weighted squared error of decoded pixels rises from the fit in whatever direction, for clips and pictures."""
     model = double(start)
     fit = DifferenceFit(model)
@@ -74,7 +74,7 @@ def test_no_other_differences_have_less_error_in_what_is_shown(start):
             layer.weight -= step.flatten(0, 2)
 
 
-def test_pictures_weigh_what_they_are_told(start):
+def test_the_weight_of_pictures_changes_a_fit(start):
     found = []
     for weight in (0.0, 1e-3, 1e3):
         fit = DifferenceFit(model := double(start))
@@ -97,7 +97,7 @@ def test_a_fit_changes_the_differences_alone(start, tmp_path):
         assert torch.equal(weight, start.state_dict()[name]), name
 
 
-def test_steps_after_a_fit_see_other_clips_and_go_on_after_a_stop(start, tmp_path, monkeypatch):
+def test_steps_after_a_fit_use_new_clips_and_can_resume(start, tmp_path, monkeypatch):
     start.save_pretrained(tmp_path / "start")
     more = {"steps": 4, "warmup_steps": 1, "ema_decay": 0.5}
     train(settings(tmp_path / "whole", tmp_path / "start", **more))
@@ -130,7 +130,7 @@ def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch
     assert (done["steps"], record["metrics"]["minutes"]) == (3, 80.0)
 
 
-def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_again(start, tmp_path, monkeypatch):
+def test_only_a_finished_fit_is_kept_and_it_is_not_repeated(start, tmp_path, monkeypatch):
     start.save_pretrained(tmp_path / "start")
     add = DifferenceFit.add
 
@@ -162,6 +162,6 @@ def test_a_fit_that_is_stopped_keeps_nothing_and_a_finished_one_is_not_made_agai
         ({"fit_batches": 0}, "steps 0 is not possible: allowed is 1 or more, or 0 with fit_batches"),
     ],
 )
-def test_fits_that_cannot_be_are_refused(tmp_path, changes, message):
+def test_invalid_fits_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         settings(tmp_path, tmp_path, **changes)

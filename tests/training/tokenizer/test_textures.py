@@ -21,7 +21,7 @@ def test_a_texture_is_a_function_of_the_seed(seed: int):
     assert first.std() > 5
 
 
-def test_noise_has_more_of_low_than_of_high_frequencies_and_channels_that_go_together():
+def test_noise_has_low_frequencies_and_correlated_channels():
     for seed in range(5):
         noise = spectral_noise(np.random.default_rng(seed), 64)
         assert (noise.dtype, noise.shape) == (np.uint8, (64, 64, 3))
@@ -30,7 +30,7 @@ def test_noise_has_more_of_low_than_of_high_frequencies_and_channels_that_go_tog
         assert np.corrcoef(noise.reshape(-1, 3).T)[0, 1] > 0.2
 
 
-def test_light_changes_half_of_the_clips_the_same_way_in_all_frames():
+def test_recolouring_changes_half_of_the_clips_in_all_frames():
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None, :, None], (3, 2, 256, 3))
     made = [recoloured(ramp, np.random.default_rng(seed)) for seed in range(60)]
     assert all(np.array_equal(clip, recoloured(ramp, np.random.default_rng(seed))) for seed, clip in enumerate(made))

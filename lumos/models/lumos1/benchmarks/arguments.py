@@ -1,4 +1,4 @@
-"""Flags of the benchmarks of Lumos-1, apart from the benchmarks themselves so that `--help` loads no torch."""
+"""Flags of the benchmarks of Lumos-1. They have a file of their own so that `--help` does not load torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def attention(parser: argparse.ArgumentParser) -> None:
     add("--frame-tokens", type=int, default=1828, help="tokens of a latent frame; default: %(default)s (448 x 256)")
     add("--heads", type=int, default=2, help="attention heads; default: %(default)s")
     add("--head-dim", type=int, default=64, help="channels of a head; default: %(default)s")
-    add("--forward-only", action="store_true", help="attention: leave out forward + backward")
+    add("--forward-only", action="store_true", help="attention: do not measure forward + backward")
 
 
 def loss(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--positions", type=int, nargs="+", default=[2048, 4096], help="supervised positions; default: %(default)s")
+    add("--positions", type=int, nargs="+", default=[2048, 4096], help="numbers of supervised positions; default: %(default)s")
     add("--hidden-size", type=int, default=1024, help="channels of the hidden states; default: %(default)s")
-    add("--vocab-size", type=int, default=129_536, help="rows of the head; default: %(default)s")
+    add("--vocab-size", type=int, default=129_536, help="rows of the output head; default: %(default)s")
     add("--visual-codes", type=int, default=64_000, help="rows that are visual codes; default: %(default)s")
     add("--chunk-size", type=int, default=256, help="positions of a chunk; default: %(default)s")
 
@@ -40,20 +40,21 @@ def train(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=int, default=8, help="layers; default: %(default)s")
     add("--text-ids", type=int, default=65_536, help="rows of the vocabulary before the codes; default: %(default)s")
     add("--codes", type=int, default=64_000, help="visual codes; default: %(default)s")
-    add("--mask-ratio", type=float, default=0.8, help="share of the frames that is masked; default: %(default)s")
+    add("--mask-ratio", type=float, default=0.8, help="share of each frame that is masked; default: %(default)s")
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped model")
-    add("--prompt", default="a large red circle moves left on a gray background", help="default: %(default)s")
+    add("--prompt", default="a large red circle moves left on a gray background", help="what the clip shows; default: %(default)s")
     add("--shapes", nargs="+", choices=(SHIPPED, *SHAPES), default=[SHIPPED], metavar="SHAPE",
-        help=f"decoders to compare with a plain twin: {SHIPPED} (the model), or with random weights {', '.join(SHAPES)}; "
+        help=f"decoders to compare with a plain baseline: {SHIPPED} (the model), or {', '.join(SHAPES)} with random weights; "
              "0.5b and mid take minutes; default: shipped")  # fmt: skip
     add_flags(parser, {name: option for name, option in GenerationSettings.declared().items() if option.is_trade})
     add_acceleration(parser)
-    add("--options-dtype", choices=("bfloat16", "float16"), help="weights of the form with options")
+    add("--options-dtype", choices=("bfloat16", "float16"), help="dtype of the weights of the form with options")
     add("--precisions", nargs="+", choices=PRECISIONS, default=[], metavar="PRECISION",
-        help=f"also measure what the logits differ by in {' or '.join(PRECISIONS)}")  # fmt: skip
+        help=f"also measure how far the logits differ with weights in {' or '.join(PRECISIONS)}")  # fmt: skip
     add("--memory", nargs="*", choices=FORMS, default=list(FORMS), metavar="FORM",
-        help="whose memory to measure, for which each makes a clip more, of one step a frame; default: lumos twin")  # fmt: skip
+        help="forms whose memory to measure (twin is the baseline); each makes one more clip, with one step a frame; "
+             "default: lumos twin")  # fmt: skip

@@ -1,9 +1,9 @@
-"""Segmented against dense frame-causal attention: one layer's attention on random q, k, v.
+"""Benchmark of segmented against dense frame-causal attention: the attention of one layer on random q, k, v.
 
-Forward is without gradients; training is forward and backward to q, k and v. Both forms come from `attention_for`, as in
-the decoder. The dense form's mask is built once a forward pass of the whole decoder, so its time is reported apart; its
-memory is part of the dense figure, because it exists for this form only. A sequence is leading text (what whole frames
-leave over) and then frames, which fill it to the end.
+The mode "forward" runs without gradients; "training" runs forward and backward to q, k and v. Both forms
+come from `attention_for`, as in the decoder. The mask of the dense form is built once in a forward pass of
+the whole decoder, so its time is a separate figure. Its memory is part of the dense figure, because only
+this form needs it. A sequence consists of as many whole frames as fit, with text before them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import allowed_pairs, attention_for
@@ -23,13 +23,20 @@ from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout
 from lumos.runtime import check_memory
 
 FORMS = ("segmented", "dense")
-DENSE_BYTES_PER_PAIR = 8  # measured on CPU: 7 at the peak for each of L * L pairs, the mask and its fp32 form inside torch
+DENSE_BYTES_PER_PAIR = 8  # measured on CPU: a peak of 7 for each of L * L pairs, for the mask and torch's fp32 copy of it
 WARM_UP = {"length": 80, "frame_tokens": 32}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """lengths, frame_tokens: tokens (1,828: one latent frame at 448 x 256). forward_only: leave training out."""
+    """The settings of the attention benchmark.
+
+    lengths       sequence lengths in tokens
+    frame_tokens  tokens of a latent frame (1,828 at 448 x 256 pixels)
+    heads         attention heads
+    head_dim      channels of a head
+    forward_only  do not measure training
+    """
 
     lengths: tuple[int, ...]
     frame_tokens: int
@@ -46,7 +53,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if length < args.frame_tokens:
             raise UserError(f"--lengths {length} holds no frame of {args.frame_tokens} tokens; give a smaller --frame-tokens")
         needed, free = DENSE_BYTES_PER_PAIR * length**2, psutil.virtual_memory().available
-        if needed > free:  # the mask is made in host memory, wherever it is used
+        if needed > free:  # the mask is built in host memory, whatever the device
             raise UserError(
                 f"dense attention over {length} tokens needs about {needed / 2**30:.0f} GB and {free / 2**30:.0f} GB are free; "
                 "give smaller --lengths"
@@ -69,7 +76,7 @@ def modes_of(settings: Settings) -> tuple[str, ...]:
 
 
 def layout_of(length: int, frame_tokens: int) -> Layout:
-    """Leading text, then as many frames of `frame_tokens` tokens as fit; they end with the sequence."""
+    """Return a layout with as many frames of `frame_tokens` tokens as fit at the end, and text before them."""
     text = length % frame_tokens
     cols = frame_tokens - FRAME_HEADER - 2
     return Layout(length, tuple(Frame(start, 1, cols) for start in range(text, length, frame_tokens)))
@@ -78,9 +85,10 @@ def layout_of(length: int, frame_tokens: int) -> Layout:
 def prepare(
     form: str, mode: str, length: int, frame_tokens: int, heads: int, head_dim: int, device: str, dtype: str, rebuild: bool = True
 ) -> Step:
-    """Make the inputs; the step returns out [1, H, L, D], in training also the gradients of q, k, v.
+    """Make the inputs and return a step, which returns the output [1, H, L, D] and in training the gradients of q, k, v.
 
-    rebuild: the step also makes what the form needs beside q, k, v (the dense mask), else it is made here.
+    If `rebuild` is set, the step also builds the other inputs of the form (the dense mask). Otherwise they
+    are built here, before the step.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, length, head_dim)
@@ -105,7 +113,10 @@ def prepare(
 
 
 def extra_memory(**arguments: Any) -> int:
-    """Bytes on top of q, k, v, the output's gradient and the libraries; runs in a process of its own."""
+    """Return the peak memory in bytes without q, k, v, the gradient of the output and the libraries.
+
+    Call it in a new process.
+    """
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
@@ -129,7 +140,7 @@ def run(settings: Settings, bench: Bench) -> Report:
             memory = {}
             for form in FORMS:
                 call = {"form": form, **arguments}
-                memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+                memory[form] = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
                 bench.step()
             forms = {form: prepare(form, rebuild=False, **arguments) for form in FORMS}
             if mode == "forward":
@@ -137,7 +148,7 @@ def run(settings: Settings, bench: Bench) -> Report:
             seconds, difference = interleaved(forms, bench, what)
             if mode == "forward":
                 row["dense_mask_seconds"] = rounded(seconds["mask"])
-            # 2 products forward; backward needs 4 and computes the scores again
+            # two matrix products in the forward pass; four in the backward pass, which also computes the scores again
             flops = 2 * pairs * settings.heads * settings.head_dim * (2 if mode == "forward" else 7)
             share = flops / seconds["segmented"] / 1e9 / bench.peak_gflops[bench.dtype]
             row[mode] = {

@@ -1,10 +1,17 @@
-"""Generation done plainly, as the published release does it (reference, sections 6.1 and 12.2): the bench's yardstick.
+"""The baseline of the generation benchmark: plain generation as in the published release.
 
-One clip at a time. Each branch has a cache of its own that grows by concatenation and is cropped after each step; a step is two
-forwards of batch one; a dense mask and all positions are rebuilt each frame; logits exist at every position over the whole
-vocabulary, and so does the softmax; a finished frame is committed by one forward of each branch, the last one too. Weights,
-sequence grammar and schedules are the engine's, and so are the logits when both are fed the same ids. What is drawn differs: the
-release draws at every position, decided ones included. n tokens fed, V vocabulary, K codes.
+Source: reference, sections 6.1 and 12.2. The baseline makes one clip at a time. It has two branches, with
+and without the prompt (classifier-free guidance). It does the following, which the engine avoids:
+
+- Each branch has its own cache, which grows by concatenation and is cropped after each step.
+- A step is two forward passes of batch one.
+- A dense mask and all positions are built again for each frame.
+- Logits and softmax are computed at every position over the whole vocabulary.
+- Each finished frame takes one more forward pass in each branch to enter the cache, the last frame too.
+
+Weights, sequence grammar and schedules are those of the engine. The logits are equal too if both get the
+same ids. The sampled codes differ, because the release samples at every position, also at positions that
+are already decided. Shapes: n tokens of a frame, V vocabulary, L sequence.
 """
 
 from __future__ import annotations
@@ -25,11 +32,14 @@ from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, build_frames, cont
 from lumos.models.lumos1.settings import GenerationSettings
 
 Watch = Callable[[Tensor, "Tensor | None"], None]
-"""(ids of the frame [branches, n], its logits [branches, n, V]; None when the frame is committed)"""
+"""Called after each forward pass with the ids of the frame [branches, n] and its logits [branches, n, V].
+
+The logits are None for the pass that writes the finished frame to the cache.
+"""
 
 
 class Branch:
-    """One branch of one clip: ids [1, L] of the whole sequence so far, and keys and values of its first `cached` tokens."""
+    """One branch of a clip: the ids [1, L] of the sequence so far, and the keys and values of its first `cached` tokens."""
 
     def __init__(self, model: LumosForVideoGeneration, prefix: Tensor):
         self.model = model
@@ -39,7 +49,7 @@ class Branch:
         self.values = list(self.keys)
 
     def begin_frame(self, blank: Tensor) -> None:
-        """Append a frame [1, n] and rebuild what depends on the length: the mask, fp32 [1, 1, L, L], and positions."""
+        """Build the mask, fp32 [1, 1, L, L], and the positions of the sequence with one more frame [1, n]."""
         model, whole = self.model, torch.cat([self.prompt, blank], dim=1)
         layouts, length = parse_layout(whole, model.config), whole.shape[1]
         allowed = dense_mask(layouts, length).to(model.device)[:, None]
@@ -47,7 +57,10 @@ class Branch:
         self.positions, self.is_content = position_ids(layouts, length, model.config), content_mask(layouts, length)
 
     def forward(self, frame_ids: Tensor, keep: bool) -> Tensor:
-        """What is not in the cache yet, then the frame [1, n] -> its logits fp32 [1, n, V]; keep: leave the frame in the cache."""
+        """Run the tokens that are not in the cache yet and the frame [1, n]; return the logits of the frame, fp32 [1, n, V].
+
+        If `keep` is set, the frame becomes part of the sequence and stays in the cache.
+        """
         start, end = self.cached, self.prompt.shape[1] + frame_ids.shape[1]
         ids = torch.cat([self.prompt[:, start:], frame_ids], dim=1)
         rotary = self.model.rotary(self.positions[..., start:end], self.is_content[:, start:end])
@@ -80,7 +93,10 @@ def plain_frames(
     seed: int,
     watch: Watch = lambda ids, logits: None,
 ) -> Iterator[Tensor]:
-    """Sample `new_frames` latent frames of one clip; yields the codes [1, h, w] of each. Guidance is always on, filters off."""
+    """Sample `new_frames` latent frames of one clip and yield the codes [1, h, w] of each.
+
+    Guidance is always on. top_k and top_p are not supported.
+    """
     config, device, (h, w) = model.config, model.device, grid
     generator = torch.Generator(device).manual_seed(seed)
     blank = build_frames(torch.full((1, h, w), -1), config).to(device)

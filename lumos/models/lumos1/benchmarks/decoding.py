@@ -1,4 +1,4 @@
-"""What the generation bench measures: a decoder, prompt and clip shape (a `Case`), made by the engine and by the twin."""
+"""The cases of the generation benchmark. The engine and the baseline make the clip of the same `Case`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from lumos.models.lumos1.request import prompt_ids
 from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames
 from lumos.models.lumos1.settings import GenerationSettings
 
-TEXT_TOKENS = 64  # of the prompt of a model with random weights
-WIDE = (32, 56)  # codes of a latent frame of 448 x 256 pixels
+TEXT_TOKENS = 64  # prompt tokens for a model with random weights
+WIDE = (32, 56)  # rows and columns of codes of a latent frame of 448 x 256 pixels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of random weights and the clip it makes; steps of each latent frame."""
+    """A decoder with random weights and the clip that it makes.
+
+    preset  name of a model shape; sizes: its sizes that are changed
+    grid    rows and columns of codes of a latent frame
+    frames  latent frames
+    steps   steps of each latent frame
+    """
 
     preset: str
     sizes: dict[str, int]
@@ -47,8 +53,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One clip to make. conditional, unconditional: ids of the two prefixes, without guidance only of the first; frames: latent
-    frames, of grid (h, w) codes."""
+    """One clip to make.
+
+    conditional    ids of the prefix with the prompt
+    unconditional  ids of the prefix without the prompt; None without guidance
+    grid           rows and columns (h, w) of codes of a latent frame
+    frames         number of latent frames
+    """
 
     model: LumosForVideoGeneration
     conditional: Tensor
@@ -58,13 +69,13 @@ class Case:
     settings: GenerationSettings
 
     def cut(self, *, steps: int, frames: int | None = None) -> Case:
-        """The same with at most so many steps and frames."""
+        """Return the case with at most `steps` steps a frame and `frames` latent frames."""
         steps, frames = min(steps, self.settings.num_inference_steps), min(frames or self.frames, self.frames)
         return replace(self, frames=frames, settings=replace(self.settings, num_inference_steps=steps))
 
     @property
     def span(self) -> int:
-        """Tokens of a latent frame."""
+        """The number of tokens of a latent frame."""
         return Frame(0, *self.grid).end
 
     @property
@@ -73,7 +84,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Cached tokens of the longest row."""
+        """The number of tokens in the cache for the longer of the prefixes."""
         return cache_tokens(max(self.prefix_lengths), self.span, self.frames, self.settings.history_frames)
 
     @property
@@ -82,7 +93,7 @@ class Case:
 
 
 def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:
-    """The case of a name in SHAPES, or the model in `folder` at its own defaults, guided, without what trades."""
+    """Return the case of a name in SHAPES, or for "shipped" that of the model in `folder`."""
     if shape == SHIPPED:
         return folder_case(folder, prompt, device, dtype)
     of = SHAPES[shape]
@@ -95,16 +106,20 @@ def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> 
 
 
 def folder_case(folder: str, prompt: str, device: str, dtype: str) -> Case:
+    """Return the case of a model folder at its default settings.
+
+    Guidance is on, and options that trade quality for time or memory are off, as in the baseline.
+    """
     from lumos.models.lumos1.pipeline import LumosPipeline
 
     pipe = LumosPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
     clip, settings, config = pipe.clip, pipe.settings, pipe.model.config
-    if settings.guidance_scale == 1:  # the twin has two branches
+    if settings.guidance_scale == 1:  # the baseline always has two branches
         settings = replace(settings, guidance_scale=GenerationSettings.guidance_scale)
     duration, fps = clip_header(clip.num_frames, clip.fps)
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
     frames = num_latent_frames(clip.num_frames, config.temporal_compression)
-    # The baseline knows neither filters nor options that trade.
+    # The baseline supports neither top_k and top_p nor options that trade quality for time or memory.
     options = GenerationSettings.declared().items()
     plain = {name: option.default for name, option in options if option.is_trade or name in ("top_k", "top_p")}
     settings, text = replace(settings, **plain), prompt_ids(prompt, clip, config, pipe.text_tokenizer)
@@ -119,7 +134,7 @@ def prefixes(text: Sequence[int], fps: int, duration: int, config: LumosConfig) 
 
 
 def generate(case: Case, seed: int = 0) -> None:
-    """By the engine."""
+    """Make the clip of a case with the engine."""
     for _ in generate_frames(
         case.model, [case.conditional], [case.unconditional], grid=case.grid, new_frames=case.frames, settings=case.settings,
         generators=[torch.Generator().manual_seed(seed)],
@@ -128,7 +143,7 @@ def generate(case: Case, seed: int = 0) -> None:
 
 
 def generate_plainly(case: Case, seed: int = 0, watch: Watch = lambda ids, logits: None) -> None:
-    """By the twin."""
+    """Make the clip of a case with the baseline."""
     for _ in plain_frames(
         case.model, case.conditional, case.unconditional, grid=case.grid, new_frames=case.frames, settings=case.settings,
         seed=seed, watch=watch,
@@ -138,8 +153,12 @@ def generate_plainly(case: Case, seed: int = 0, watch: Watch = lambda ids, logit
 
 @dataclass(frozen=True)
 class Difference:
-    """Visual logits of both branches, ours against the twin's: largest |ours - theirs|, largest |theirs|, and the share of
-    positions where both have the same likeliest code."""
+    """The difference of the visual logits of both branches between the engine (ours) and the baseline (theirs).
+
+    largest         largest |ours - theirs|
+    scale           largest |theirs|
+    same_likeliest  share of the positions where both have the same likeliest code
+    """
 
     largest: float
     scale: float
@@ -147,7 +166,10 @@ class Difference:
 
 
 def logits_difference(case: Case, model: LumosForVideoGeneration | None = None) -> Difference:
-    """The engine, with the case's model or another of its kind, is fed the ids that the twin makes."""
+    """Return the difference of the logits of engine and baseline for the ids that the baseline samples.
+
+    `model` is the model of the engine; default: that of the case.
+    """
     config, engine = case.model.config, Engine(model or case.model)
     rows = [case.conditional, case.unconditional]
     engine.prefill(rows, cache_tokens(max(map(len, rows)), case.span, case.frames))

@@ -1,14 +1,19 @@
-"""A whole model from start to clip, and decoders of several shapes against a plain twin and against what the arithmetic allows.
+"""Benchmark of generation: a whole model from start to clip, and decoders against a baseline and a roofline.
 
-The clip   A model at its own default settings: how long it takes to be ready, how long for a clip, how much memory at most. All
-           in one fresh process that does nothing else; the peak is the whole process's (on CUDA: all that torch allocated).
-Shapes     Only the decoder, from prefix ids to codes: seconds of the engine and of `twin`, in turn; the time that the FLOPs
-           take at the speed of this machine's own matrix products (`bound`); memory beyond the weights, at one step a frame, for
-           the first step of a frame needs the most; where the time goes, by a profile. Before anything is timed, the engine
-           is fed what the twin makes of at most two frames of two steps, and all visual logits must agree.
-Options    Settings that trade, and other ways to run (`--later-steps`, `--options-dtype`, `--int8`, ...), make a third form, timed
-           beside these two; its bound is that of its own arithmetic. `--precisions` says how far the logits of the weights in
-           bfloat16 or int8 are from the twin's, for the same ids.
+The clip   A model at its default settings: the time to load it, the time to make a clip, the peak memory.
+           All is measured in one new process. The peak is that of the whole process (on CUDA: of all
+           memory that torch allocated).
+Shapes     Only the decoder, from prefix ids to codes. The engine ("lumos") and the baseline ("twin" in
+           flags and JSON keys, `benchmarks.baseline`) are timed in turn. The roofline ("bound" in JSON
+           keys, `benchmarks.roofline`) is the time that the necessary FLOPs take at the speed of this
+           machine's matrix products. Memory is measured without the weights and with one step a frame,
+           because the first step of a frame needs the most. A profile shows which operations take the
+           time. Before anything is timed, the engine gets the ids that the baseline samples in at most
+           two frames of two steps, and all visual logits must agree.
+Options    Options that trade quality for time or memory, and other ways to run (`--later-steps`,
+           `--options-dtype`, `--int8`, ...), make a third form, which is timed in turn with the other
+           two. It has its own roofline. `--precisions` measures how far the logits with weights in
+           bfloat16, float16 or int8 are from those of the baseline, for the same ids.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from typing import Any
 
 import torch
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
@@ -37,7 +42,7 @@ from lumos.pipeline.defaults import shipped_model
 from lumos.pipeline.options import ACCELERATION, given_options
 from lumos.runtime import peak_memory_bytes
 
-LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that are called the same
+LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that count as equal
 MAKERS = dict(zip(FORMS, (generate, generate_plainly), strict=True))
 OPTIONS = "lumos_with_options"
 TRADES = tuple(name for name, option in GenerationSettings.declared().items() if option.is_trade)
@@ -45,8 +50,14 @@ TRADES = tuple(name for name, option in GenerationSettings.declared().items() if
 
 @dataclass(frozen=True)
 class Settings:
-    """model: folder. Clips are made one at a time, with the seeds 0, 1, ... shapes: "shipped" is that model. memory: forms whose
-    memory is measured."""
+    """The settings of the generation benchmark. Clips are made one at a time, with the seeds 0, 1, ...
+
+    model       model folder
+    shapes      names in `decoding.SHAPES`, or "shipped" for the model
+    options     options of the third form, by name
+    precisions  dtypes of weights whose logits are compared with the baseline
+    memory      forms whose memory is measured
+    """
 
     model: str
     prompt: str
@@ -79,7 +90,7 @@ def steps(settings: Settings, bench: Bench) -> int:
 
 
 def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> dict[str, Any]:
-    """Load and generate; figures in seconds and bytes. Runs in a process of its own."""
+    """Load a model, make clips, and return the figures in seconds and bytes. Call it in a new process."""
     import transformers
 
     from lumos.models.lumos1.pipeline import LumosPipeline
@@ -101,28 +112,28 @@ def make_clips(model: str, prompt: str, clips: int, device: str, dtype: str) -> 
 
 
 def prepare(form: str, shape: str, folder: str, prompt: str, device: str, dtype: str) -> Step:
-    """Make the decoder; the step makes one clip with one step a frame."""
+    """Make the decoder and return a step, which makes one clip with one step a frame."""
     case = make_case(shape, folder, prompt, device, dtype).cut(steps=1)
     return lambda: MAKERS[form](case) or ()
 
 
 def extra_memory(**arguments: Any) -> int:
-    """Bytes on top of weights and libraries, the cache included; runs in a process of its own."""
+    """Return the peak memory in bytes without weights and libraries, the cache included. Call it in a new process."""
     return extra_peak_bytes(prepare, arguments, {"shape": "small"})
 
 
 def check_logits(case: Case, shape: str, dtype: str) -> float:
-    """The largest difference of engine and twin; RunError if it is too large to call them equal."""
+    """Return the largest difference of the logits of engine and baseline. Raises RunError if it is over the tolerance."""
     found = logits_difference(case.cut(frames=2, steps=2))
     allowed = LOGITS_TOLERANCE if dtype == "float32" else found.scale * TOLERANCE[getattr(torch, dtype)]
     if not found.largest <= allowed:
         difference = f"differ by {found.largest:.2g}; {allowed:.2g} is allowed"
-        raise RunError(f"generation, shape {shape}: logits of engine and twin {difference}")
+        raise RunError(f"generation, shape {shape}: logits of engine and baseline {difference}")
     return found.largest
 
 
 def precision_difference(case: Case, precision: str) -> dict[str, float]:
-    """How far the logits of a copy of the model in another precision are from the twin's."""
+    """Return the difference between the logits of the model in another precision and those of the baseline."""
     model = copy.deepcopy(case.model)
     if precision == "int8":
         use_int8_weights(model)
@@ -132,7 +143,7 @@ def precision_difference(case: Case, precision: str) -> dict[str, float]:
 
 
 def with_options(case: Case, options: dict[str, Any]) -> Case:
-    """The case with settings that trade, and with a copy of its model where it shall run another way."""
+    """Return the case with the options of the third form. The model is copied if an option changes it."""
     trades, model = {name: value for name, value in options.items() if name in TRADES}, case.model
     if len(trades) < len(options):
         model = copy.deepcopy(model)
@@ -146,9 +157,9 @@ def with_options(case: Case, options: dict[str, Any]) -> Case:
 
 
 def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
-    """What must be done for a case, how long that takes at the speed of the products alone, and our time against it.
+    """Return the FLOPs that a case needs, its roofline in seconds, and the share of the roofline that `seconds` reaches.
 
-    With a confidence threshold no number of steps is known before, and so no bound.
+    With a confidence threshold the number of steps is not known in advance, so there is no roofline.
     """
     figures = {**vars(case.settings), "cache_mb": rounded(case.cache_bytes / MB)}
     if case.settings.confidence_threshold is not None:
@@ -163,12 +174,12 @@ def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
 
 
 def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
-    """(figures, ratios, rows of the table) of one shape."""
+    """Measure one shape and return (figures, ratios, rows of the table)."""
     arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
     megabytes = dict.fromkeys(FORMS)  # None: not measured
     for form in settings.memory:
         call = {"form": form, **arguments}
-        extra = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
+        extra = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form}, shape {shape}")
         megabytes[form] = rounded(extra / MB)
         bench.step()
     case = make_case(**arguments)
@@ -179,7 +190,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         changed = with_options(case, settings.options)
         forms[OPTIONS] = lambda: generate(changed) or ()
         if settings.options.get("compile"):
-            generate(changed)  # the compiler's work is not the clip's
+            generate(changed)  # the first run compiles and is not timed
     seconds, _ = interleaved(forms, bench, f"generation, shape {shape}")
     shares = profiled(lambda: generate(case.cut(frames=2, steps=4)), bench.device)
     bench.step()
@@ -203,7 +214,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
     costliest = [name for name in shares if name not in ("products", "attention")]
     costliest = sorted(costliest, key=shares.get, reverse=True)[:3]
     table = [[
-        shape, *shown_bound(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
+        shape, *shown_roofline(figures, seconds["lumos"]), shown(seconds["twin"]), shown(of["twin_over_lumos_time"]),
         f"{difference:.1g}", shown(figures["cache_mb"]), *map(shown, megabytes.values()),
         ", ".join(f"{name} {shares[name]:.0%}" for name in costliest),
     ]]  # fmt: skip
@@ -212,13 +223,13 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         row[OPTIONS] = {"seconds": rounded(spent), **settings.options, **figures}
         of[f"twin_over_{OPTIONS}_time"] = ratio(seconds["twin"], spent)
         table.append([
-            f"{shape}, options", *shown_bound(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
+            f"{shape}, options", *shown_roofline(figures, spent), shown(seconds["twin"]), shown(ratio(seconds["twin"], spent)), "-",
             shown(figures["cache_mb"]), "-", shown(megabytes["twin"]), "",
         ])  # fmt: skip
     return row, of, table
 
 
-def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
+def shown_roofline(figures: dict[str, Any], seconds: float) -> list[str]:
     share = figures["share_of_bound"]
     percent = "-" if share is None else f"{share:.0%}"
     return [shown(figures["gflops_that_must_be_done"]), shown(figures["bound_seconds"]), shown(seconds), percent]
@@ -226,7 +237,7 @@ def shown_bound(figures: dict[str, Any], seconds: float) -> list[str]:
 
 def run(settings: Settings, bench: Bench) -> Report:
     call = {"model": settings.model, "prompt": settings.prompt, "clips": bench.repetitions, **bench.place}
-    made = run_apart(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
+    made = run_isolated(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
     bench.step()
     clip = statistics.median(made["clips"])
     video = made["frames"] / made["settings"]["fps"]
@@ -242,8 +253,8 @@ def run(settings: Settings, bench: Bench) -> Report:
          shown(made["peak"] / MB)],
     ]  # fmt: skip
     rows, ratios, shapes = zip(*(run_shape(shape, settings, bench) for shape in settings.shapes), strict=True)
-    headers = ["shape", "GFLOP", "bound s", "Lumos s", "of bound", "twin s", "time x", "logits differ", "cache MB",
-               "extra MB", "twin MB", "overhead"]  # fmt: skip
+    headers = ["shape", "GFLOP", "roofline s", "Lumos s", "of roofline", "baseline s", "time x", "logits differ", "cache MB",
+               "extra MB", "baseline MB", "overhead"]  # fmt: skip
     return Report(
         {**asdict(settings), "generation": made["settings"]}, {**measured, "shapes": rows},
         {"clip_seconds_per_second_of_video": ratio(clip, video), "shapes": ratios}, [clips, [headers, *chain(*shapes)]],

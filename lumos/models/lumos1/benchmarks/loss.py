@@ -1,13 +1,15 @@
-"""The training loss in three forms, forward and backward to hidden states and head, every position supervised.
+"""Benchmark of three forms of the training loss: forward, and backward to the hidden states and the head.
 
-    chunked  `chunked_cross_entropy`, as in the decoder: visual rows of the head only, logits of one chunk at a time
+    chunked  `chunked_cross_entropy`, as in the decoder: only the visual rows of the head, and only the
+             logits of one chunk at a time
     visual   logits [L, visual codes] of all positions, then torch's cross-entropy
-    full     logits [L, V] over the whole vocabulary, cut to the visual columns, as the published release does
-             (arXiv 2507.08801, its training code), then torch's cross-entropy
+    full     logits [L, V] over the whole vocabulary, cut to the visual columns, then torch's
+             cross-entropy, as in the published release (arXiv 2507.08801, its training code)
 
-All three give the same losses and gradients. The extra memory holds the gradients of the hidden states and of the whole
-head, which every form needs; a second ratio leaves them out. That all positions are supervised is the chunked form's worst
-case: in training only masked positions are, and it skips the others.
+All forms give the same losses and gradients. The extra memory contains the gradients of the hidden states
+and of the whole head, which every form needs; a second ratio leaves them out. All positions are
+supervised. This is the worst case of the chunked form: in training only masked positions are supervised,
+and this form skips the others.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.loss import chunked_cross_entropy
@@ -31,7 +33,14 @@ WARM_UP = {"positions": 8, "hidden_size": 16, "vocab_size": 64, "visual_codes": 
 
 @dataclass(frozen=True)
 class Settings:
-    """positions: lengths L to measure. vocab_size, visual_codes: rows of the head; the visual ones are the last."""
+    """The settings of the loss benchmark.
+
+    positions     numbers L of supervised positions to measure
+    hidden_size   channels C of the hidden states
+    vocab_size    rows V of the head
+    visual_codes  rows of the head for visual codes, which are the last rows
+    chunk_size    positions of a chunk
+    """
 
     positions: tuple[int, ...]
     hidden_size: int
@@ -60,7 +69,10 @@ def steps(settings: Settings, bench: Bench) -> int:
 def prepare(
     form: str, positions: int, hidden_size: int, vocab_size: int, visual_codes: int, chunk_size: int, device: str, dtype: str
 ) -> Step:
-    """Make hidden states [L, C], head [V, C] and targets [L]; the step returns losses [L] and the gradients of both."""
+    """Make hidden states [L, C], head [V, C] and targets [L], and return a step.
+
+    The step returns the losses [L] and the gradients of hidden states and head.
+    """
     generator = torch.Generator().manual_seed(0)
     place = (device, getattr(torch, dtype))
     hidden = torch.randn(positions, hidden_size, generator=generator).to(*place).requires_grad_()
@@ -83,7 +95,7 @@ def prepare(
 
 
 def extra_memory(**arguments: Any) -> int:
-    """Bytes on top of hidden states, head, targets and the libraries; runs in a process of its own."""
+    """Return the peak memory in bytes without hidden states, head, targets and libraries. Call it in a new process."""
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
@@ -97,13 +109,13 @@ def run(settings: Settings, bench: Bench) -> Report:
         memory = {}
         for form in FORMS:
             call = {"form": form, **arguments}
-            memory[form] = run_apart(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
+            memory[form] = run_isolated(__name__, "extra_memory", call, threads=bench.threads, what=f"{form} {what}")
             bench.step()
         seconds, difference = interleaved({form: prepare(form, **arguments) for form in FORMS}, bench, what)
         itemsize = getattr(torch, bench.dtype).itemsize
         gradients = (settings.vocab_size + positions) * settings.hidden_size * itemsize
         beyond = {form: memory[form] - gradients for form in FORMS}
-        flops = 8 * positions * settings.hidden_size * settings.visual_codes  # forward, logits again, two gradients
+        flops = 8 * positions * settings.hidden_size * settings.visual_codes  # forward, recomputed logits, two gradients
         share = flops / seconds["chunked"] / 1e9 / bench.peak_gflops[bench.dtype]
         measured.append({
             "positions": positions, "gradients_mb": rounded(gradients / MB),

@@ -1,10 +1,15 @@
-"""The least time that a case's arithmetic takes: its matrix products, each at the speed of this machine at that very shape.
+"""The roofline of a case: the least time that its matrix products take at this machine's speed for their shapes.
 
-FLOPs are multiply-adds x 2. Counted is what any form of the method must do: both branches of every token through the layers
-(each step of a frame, and each frame but the last once more for the cache), attention of each to the cache and its own frame,
-and the visual rows of the head at positions that are still masked; in the last layer, other positions give keys and values
-only. The head counts once a clip, not once a branch: guidance is linear, so it may be put on the hidden states. Softmax, norms
-and everything else that is no product count nothing.
+A multiply-add is two FLOPs. The FLOPs are those that every implementation of the method needs:
+
+- All layers for all tokens in both branches: in each step of a frame, and once more for each frame except
+  the last, to write it to the cache.
+- Attention of these tokens to the cache and to their own frame.
+- The visual rows of the head at positions that are still masked. The last layer must compute only keys and
+  values at the other positions.
+
+The head counts once for both branches: guidance is linear, so it can be applied to the hidden states.
+Softmax, norms and everything else that is not a matrix product count as zero.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ ATTENTION = ("scaled_dot_product", "flash", "efficient_attention", "cudnn_attent
 
 @dataclass(frozen=True)
 class Product:
-    """`flops` spent in products [batch, m, k] x [batch, k, n] of the part `part`."""
+    """The FLOPs that the part `part` of the network spends in products [batch, m, k] x [batch, k, n]."""
 
     part: str
     flops: float
@@ -41,10 +46,10 @@ class Product:
 
 
 def products(case: Case) -> list[Product]:
-    """All matrix products of the case, by shape; with a confidence threshold there are as many at most."""
+    """Return all matrix products of the case. With a confidence threshold, the FLOPs are upper bounds."""
     config, settings, lengths = case.model.config, case.settings, case.prefix_lengths
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
-    passes: list[tuple[int, int]] = []  # (context, positions whose states are wanted) of one frame's tokens in one branch
+    passes: list[tuple[int, int]] = []  # (context, positions whose output is needed) for each pass of one frame in one branch
     head_rows = 0
     for frame in range(case.frames):
         steps = settings.steps_of(frame)
@@ -53,7 +58,7 @@ def products(case: Case) -> list[Product]:
         for branch, length in enumerate(lengths):
             context = cache_tokens(length, case.span, frame + 1, settings.history_frames)
             passes += [(context, m) for step, m in enumerate(masked) if branch == 0 or settings.guides(step, steps)]
-            passes += [(context, 0)] * (frame + 1 < case.frames)  # for the cache
+            passes += [(context, 0)] * (frame + 1 < case.frames)  # writes the finished frame to the cache
     tokens, wanted = sum(lengths) + case.span * len(passes), sum(m for _, m in passes)
     found = []
     for name, layer in case.model.model.layers[0].named_modules():
@@ -72,7 +77,7 @@ def products(case: Case) -> list[Product]:
 
 
 def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of the best of several such products into a buffer that is there already."""
+    """Measure the GFLOP/s of a product of this shape: the fastest of several runs into an existing buffer."""
     batch, m, k, n = product.batch, product.m, product.k, product.n
     a, b = torch.rand(batch, m, k, device=device).to(dtype), torch.rand(batch, n, k, device=device).to(dtype)
     out = torch.empty(batch, m, n, device=device, dtype=dtype)
@@ -91,9 +96,11 @@ def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
 
 
 def profiled(step: Callable[[], None], device: str) -> dict[str, float]:
-    """Shares of the wall time of one run: products, attention, the six costliest other operations, the rest of them, no operation.
+    """Profile one call of `step` and return the share of the wall time of each kind of operation.
 
-    CPU: time of the calling thread, without what an operation calls. CUDA: time of kernels, so "no operation" is an idle GPU.
+    The kinds are "products", "attention", the six costliest other operations, "other operations" for the rest,
+    and "no operation". On a CPU, times are those of the calling thread, without nested operations. On CUDA,
+    times are those of kernels, so "no operation" is the share of time in which the GPU is idle.
     """
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

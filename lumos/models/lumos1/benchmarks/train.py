@@ -1,22 +1,26 @@
-"""One training step of the decoder, side by side in three forms: forward, backward, AdamW.
+"""Benchmark of a training step of the decoder (forward, backward, AdamW) in three forms.
 
-    lumos      as `train.py` runs it with activation_checkpointing: attention by frames, loss of the supervised positions over
-               the codes only, each layer's input and attention output kept
-    published  the same model as the published release runs it (arXiv 2507.08801, its training code), in its simplest form:
-               a dense mask [L, L] in floating point, logits of all positions over the whole vocabulary, nothing recomputed
-    llama      transformers' LlamaForCausalLM with the same layers, heads, widths and length, the yardstick: a causal mask
-               without a mask tensor, its own next-token loss at all L - 1 positions. Its vocabulary is as large as the codes,
-               so that its loss chooses among as many classes as ours; its embedding and head have fewer rows than ours
+    lumos      as `train.py` runs it with activation_checkpointing: attention by frames, loss of the
+               supervised positions over the codes only; each layer stores its input and attention output
+    published  the same model as in the published release (arXiv 2507.08801, its training code), in its
+               simplest form: a dense floating-point mask [L, L], logits of all positions over the whole
+               vocabulary, no recomputation
+    llama      transformers' LlamaForCausalLM with the same layers, heads, widths and length, for
+               comparison: a causal mask without a mask tensor, a next-token loss at all L - 1 positions.
+               Its vocabulary has the size of the codes, so that both losses have the same number of
+               classes; its embedding and head therefore have fewer rows than ours
 
-lumos and published share one model, and the loss and every gradient of them must agree. AdamW runs with a learning rate of
-0: it does all its work, and the weights stay as they are for the next repetition. A sequence is a prompt of what whole frames
-leave over, then frames with `mask_ratio` of their content masked in a tube, the mean of the published schedule.
+lumos and published share one model. Their losses and all gradients must agree. AdamW runs with a learning
+rate of 0: it does all of its work, but the weights stay the same for the next repetition. A sequence
+consists of as many whole frames as fit, with a prompt before them. `mask_ratio` of the content of each
+frame is masked in a tube; the default is the mean of the published schedule.
 
-Times are the fastest of the interleaved repetitions. The memory of a form is the peak of one step in a process of its own on
-top of what lies there before it: weights, AdamW's two moments, ids. It holds the gradients of all weights, which all forms
-need; "beyond gradients" leaves them out, "with optimizer" counts the moments too. FLOPs are what the form's method needs:
-three forward passes, repeated work not counted; for published, those of lumos. On a CPU all forms run with
-`return_freed_memory`, as `train.py` does with activation_checkpointing: what a form holds is then what its tensors need.
+Times are the fastest of the interleaved repetitions. The memory of a form is the peak of one step in a new
+process, without the memory in use before it (weights, the two moments of AdamW, ids). It contains the
+gradients of all weights, which all forms need. "Beyond gradients" leaves them out, "with optimizer" adds
+the moments. FLOPs are those that the method needs: three times the forward pass, without recomputation;
+for published, the FLOPs of lumos count. On a CPU all forms run with `return_freed_memory`, as `train.py`
+does with activation_checkpointing, so that a form holds only the memory that its tensors need.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lumos.benchmarks.isolated import run_apart
+from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask, expand_heads
@@ -52,9 +56,16 @@ WARM_UP = {"tokens": 64, "frame_height": 32, "frame_width": 32, "channels": 64, 
 
 @dataclass(frozen=True)
 class Settings:
-    """tokens: length L of the one sequence of a step. text_ids, codes: the rows of the vocabulary, codes are the last.
+    """The settings of the training benchmark.
 
-    Heads have 64 channels, four of them share keys and values, the MLP is four times as wide: the shape of the 0.5b preset.
+    tokens       length L of the sequence; a step has one sequence
+    channels     hidden size
+    text_ids     rows of the vocabulary before the visual codes
+    codes        visual codes, the last rows of the vocabulary
+    mask_ratio   share of each frame's content that is masked
+
+    As in the 0.5b preset, heads have 64 channels, four heads share keys and values, and the MLP is four times
+    as wide as the hidden size.
     """
 
     tokens: int
@@ -114,7 +125,7 @@ def llama_config(config: LumosConfig, tokens: int) -> LlamaConfig:
 
 
 def clip_of(config: LumosConfig, settings: Settings) -> tuple[int, int]:
-    """(text tokens, latent frames) of the sequence: as many frames as fit. UserError if none does."""
+    """Return (text tokens, latent frames) of the sequence, with as many frames as fit. Raises UserError if none fits."""
     height, width = settings.frame_height, settings.frame_width
     unit = config.pixels_per_size_unit
     if min(height, width) < unit or height % unit or width % unit:
@@ -127,10 +138,11 @@ def clip_of(config: LumosConfig, settings: Settings) -> tuple[int, int]:
 
 
 def memory_needed(settings: Settings) -> int:
-    """Bytes that the timed part takes, roughly: lumos and llama with gradients and moments, and what published needs.
+    """Return a rough estimate of the memory of the timed part in bytes.
 
-    Measured on CPU: the published form holds the logits of all positions and their gradient, and three times those of the
-    supervised positions over the codes.
+    It counts the weights, gradients and moments of lumos and llama, and the activations of published. As
+    measured on a CPU, published holds the logits of all positions and their gradient, and three times the
+    logits of the supervised positions over the codes.
     """
     rows, c = settings.text_ids + settings.codes, settings.channels
     weights = 2 * (rows + settings.codes) * c + 2 * 15 * c**2 * settings.layers
@@ -140,7 +152,11 @@ def memory_needed(settings: Settings) -> int:
 
 
 def batch(config: LumosConfig, settings: Settings) -> tuple[Tensor, Tensor]:
-    """(ids, targets), each [1, L]: random text and codes, `mask_ratio` of each frame's content masked in one pattern."""
+    """Return (ids, targets), each [1, L], of random text and codes.
+
+    `mask_ratio` of the content of each frame is masked, in the same pattern in all frames. Targets are -100
+    at positions without a loss.
+    """
     generator = torch.Generator().manual_seed(0)
     text, t = clip_of(config, settings)
     grid = (t, settings.frame_height // config.spatial_compression, settings.frame_width // config.spatial_compression)
@@ -162,7 +178,7 @@ def lumos_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor) -> 
 
 
 def published_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor) -> Tensor:
-    """The same loss the plain way: one mask [L, L] for all layers, logits [L, V]."""
+    """Return the same loss as `lumos_loss`, computed plainly: one mask [L, L] for all layers, logits [L, V]."""
     model.model.gradient_checkpointing = False
     layouts, length = model.layouts(ids), ids.shape[1]
     allowed = dense_mask(layouts, length).to(ids.device)[:, None]
@@ -187,7 +203,7 @@ LOSSES = {"lumos": lumos_loss, "published": published_loss, "llama": llama_loss}
 
 
 def with_optimizer(model: nn.Module, device: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model in training mode, and AdamW that has its moments already and never moves a weight."""
+    """Return the model in training mode and an AdamW that has allocated its moments and never changes a weight."""
     model = model.to(device, getattr(torch, dtype)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for parameter in model.parameters():
@@ -198,7 +214,10 @@ def with_optimizer(model: nn.Module, device: str, dtype: str) -> tuple[nn.Module
 
 
 def step_of(form: str, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor) -> Step:
-    """One training step; it returns the loss and all gradients, for llama, which nothing equals, nothing."""
+    """Return a training step, which returns the loss and all gradients.
+
+    For llama it returns an empty tuple, because no other form gives the same values.
+    """
 
     def step() -> tuple:
         optimizer.zero_grad(set_to_none=True)
@@ -211,7 +230,7 @@ def step_of(form: str, model: nn.Module, optimizer: torch.optim.Optimizer, ids: 
 
 
 def prepare(form: str, device: str, dtype: str, **settings: Any) -> Step:
-    """One form alone, for the memory."""
+    """Make the model of one form and return its step. The memory benchmark calls it."""
     given = Settings(**settings)
     config = config_of(given)
     torch.manual_seed(0)
@@ -221,7 +240,7 @@ def prepare(form: str, device: str, dtype: str, **settings: Any) -> Step:
 
 
 def extra_memory(**arguments: Any) -> int:
-    """Bytes of a step on top of weights, moments and ids; runs in a process of its own."""
+    """Return the peak memory of a step in bytes without weights, moments and ids. Call it in a new process."""
     return_freed_memory(torch.device(arguments["device"]))
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
@@ -232,7 +251,7 @@ def run(settings: Settings, bench: Bench) -> Report:
     memory = {}
     for form in FORMS:
         what = f"a training step of {form} at {settings.tokens} tokens"
-        memory[form] = run_apart(__name__, "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
+        memory[form] = run_isolated(__name__, "extra_memory", {"form": form, **call}, threads=bench.threads, what=what)
         bench.step()
     seconds, difference, supervised = timed_forms(config, settings, bench)
 
@@ -278,7 +297,11 @@ def run(settings: Settings, bench: Bench) -> Report:
 
 
 def timed_forms(config: LumosConfig, settings: Settings, bench: Bench) -> tuple[dict[str, float], float, int]:
-    """(fastest seconds of each form, largest difference between lumos and published, supervised positions)."""
+    """Time the forms in turn.
+
+    Returns (fastest seconds of each form, largest difference between lumos and published, number of
+    supervised positions).
+    """
     return_freed_memory(torch.device(bench.device))
     torch.manual_seed(0)
     ours = with_optimizer(LumosForVideoGeneration(config), **bench.place)
