@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos import registry
-    from lumos.data.synthetic.render import Worlds
+    from lumos.data.synthetic.render import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.pipeline.inputs import check_num_frames, override
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         codes = loss.shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
-        worlds = Worlds(seed=args.seed, **chosen, **shape)
+        worlds = SyntheticScenes(seed=args.seed, **chosen, **shape)
         data = {"worlds": vars(worlds)}
         codes = loss.world_codes(worlds, args.count, pipe.video_tokenizer)
     sequences = [loss.sequence_of(pipe, *found) for found in codes]

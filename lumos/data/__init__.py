@@ -1,1 +1,1 @@
-"""Where clips and captions come from."""
+"""Sources of clips and captions: synthetic scenes and ingested shards."""

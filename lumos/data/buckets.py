@@ -1,7 +1,8 @@
-"""Crop sizes of almost equal area, one for every aspect ratio (the published recipe, so that lengths hardly vary).
+"""Buckets: crop sizes of almost equal area, one for each aspect ratio.
 
-``target_size`` S stands for an area of S x S pixels; a size counts whole units (32 pixels as published), because the
-size tokens of a sequence do. All sizes are (height, width) in pixels.
+The published recipe uses buckets so that the lengths of sequences hardly vary. A ``target_size`` of
+S stands for an area of S x S pixels. Height and width are multiples of a unit (32 pixels as
+published), because the size tokens of a sequence count units. All sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from functools import lru_cache
 
 from lumos.errors import UserError
 
-# The published size table uses 768x480, which the walk below does not reach: added at its own target size.
+# The published size table has 768x480 (width x height), which the walk below does not reach.
+# It is added for the target size of that table only.
 _ADDED_SIZES = {(656, 32): ((480, 768),)}
 
 
 @lru_cache
 def bucket_sizes(target_size: int, unit: int = 32, max_aspect: float = 4.0) -> tuple[tuple[int, int], ...]:
-    """All (height, width) of at most ``target_size ** 2`` pixels that cannot grow in height, widest first.
+    """Return the sizes (height, width) of the buckets in pixels, widest first.
 
-    A walk along the staircase of rectangles with at most (target_size // unit) ** 2 units: grow the height while the
-    area allows it, else give up a column; kept if the long side is at most ``max_aspect`` times the short one.
+    Each bucket has at most ``target_size ** 2`` pixels and cannot grow in height without exceeding
+    that area. The function walks along the staircase of rectangles with at most
+    ``(target_size // unit) ** 2`` square units: it adds a row while the area allows one, otherwise it
+    removes a column. A size is a bucket if its long side is at most ``max_aspect`` times its short side.
     """
     if unit < 1 or target_size < unit or max_aspect < 1:
         raise UserError(
@@ -40,7 +44,10 @@ def bucket_sizes(target_size: int, unit: int = 32, max_aspect: float = 4.0) -> t
 
 
 def bucket_for(height: int, width: int, target_size: int, unit: int = 32, max_aspect: float = 4.0) -> tuple[int, int]:
-    """The (height, width) of the buckets that cuts least from a picture of this size; of equals the wider one."""
+    """Return the bucket (height, width) that crops least from a picture of this size.
+
+    If two buckets crop equally, the wider one is returned.
+    """
     if height < 1 or width < 1:
         raise UserError(f"a picture of {width}x{height} pixels has no aspect ratio; width and height must be positive")
 

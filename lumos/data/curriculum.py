@@ -1,4 +1,8 @@
-"""What each training step is made of: pictures or clips, how many, whole or their first frames."""
+"""The curriculum: what each training step consists of.
+
+A step has either pictures or clips. The curriculum says how many, and whether the step uses whole
+clips or only their first frames.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,15 @@ from lumos.errors import UserError
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step is made of, over all processes: `batch_size` clips of a `kind`, "image" or "video", or if that is None so many
-    that they have about `tokens` codes. Of each clip, `first_frames` are used; None: all.
+    """The content of a training step, summed over all processes.
 
-    `number` counts the earlier steps of the kind in the same `stage`: sources that pass over their clips go by it.
+    kind          "image" or "video"
+    batch_size    number of clips; None: as many clips as have about `tokens` codes
+    stage         index of the stage of the curriculum
+    number        number of earlier steps of the same kind in the same stage; a source that goes through
+                  its clips in an order finds its place by this number
+    tokens        codes of the step, if `batch_size` is None
+    first_frames  number of frames used of each clip; None: all
     """
 
     kind: str
@@ -24,10 +33,10 @@ class StepShape:
 
 
 class Curriculum:
-    """Stages in order -> the shape of each step.
+    """A function from the number of a step to its shape: `curriculum(step)` returns a `StepShape`.
 
-    `stages` hold the fields of StageSettings; the last has no end. A stage without batch_size has that of the run or, if it is
-    None, `tokens_per_batch`.
+    Each element of `stages` has the fields of StageSettings. The last stage has no end. A stage
+    without a batch size of its own uses `batch_size`, or `tokens_per_batch` if `batch_size` is None.
     """
 
     def __init__(self, stages: list, batch_size: int | None, tokens_per_batch: int | None = None):
@@ -52,7 +61,10 @@ class Curriculum:
         return replace(self.stages[number].shape_of(step), stage=number)
 
     def counts(self, steps: int) -> dict[StepShape, int]:
-        """How many of the first so many steps have each shape, without stage and number."""
+        """Return how many of the first `steps` steps have each shape.
+
+        The fields `stage` and `number` of the shapes are not set.
+        """
         counts: dict[StepShape, int] = {}
         ends = [*(stage.start for stage in self.stages[1:]), steps]
         for stage, end in zip(self.stages, ends, strict=True):
@@ -62,17 +74,22 @@ class Curriculum:
 
     @property
     def kinds(self) -> list[str]:
+        """The kinds of clips that the steps use: "image", "video" or both."""
         return sorted({shape.kind for shape in self.shapes})
 
     @property
     def shapes(self) -> set[StepShape]:
-        """The different shapes of all steps, without stage and number."""
+        """The different shapes of all steps; their fields `stage` and `number` are not set."""
         return {shape for stage in self.stages for shape in stage.shapes}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps from `start` on, of which image_share hold pictures, and of the others short_share only the first frames of clips."""
+    """The steps from `start` to the start of the next stage.
+
+    A share `image_share` of the steps has pictures. Of the other steps, a share `short_share` has only
+    the first frames of clips. The steps of a share are spread evenly over the stage.
+    """
 
     start: int
     image_share: float
@@ -82,7 +99,7 @@ class Stage:
     whole: StepShape
 
     def shape_of(self, step: int) -> StepShape:
-        """With its number, without its stage."""
+        """Return the shape of `step`, with `number` set; `stage` is not set."""
         n = step - self.start
         images = part(n, self.image_share)
         if part(n + 1, self.image_share) > images:
@@ -92,7 +109,7 @@ class Stage:
         return replace(self.short if is_short else self.whole, number=videos)
 
     def counts(self, steps: int) -> dict[StepShape, int]:
-        """How many of its first so many steps have each shape."""
+        """Return how many of the first `steps` steps of this stage have each shape."""
         images = part(steps, self.image_share)
         short = part(steps - images, self.short_share)
         counts = ((self.image, images), (self.whole, steps - images - short), (self.short, short))
@@ -100,17 +117,24 @@ class Stage:
 
     @property
     def shapes(self) -> set[StepShape]:
+        """The different shapes of the steps of this stage."""
         videos = {self.short} if self.short_share == 1 else {self.short, self.whole} if self.short_share else {self.whole}
         return (videos if self.image_share < 1 else set()) | ({self.image} if self.image_share else set())
 
 
 def part(n: int, share: float) -> int:
-    """How many of n steps are in a share that is spread evenly. The small addition is for 0.3 * 10 = 2.99.."""
+    """Return how many of the first n steps belong to a share that is spread evenly over all steps."""
+    # The small addition makes up for rounding, for example 0.29 * 100 = 28.999999999999996.
     return int(n * share + 1e-9)
 
 
 def check_shares(curriculum: Curriculum, most_codes: dict[str, int], processes: int) -> None:
-    """UserError unless in every step each process has a clip, and equally many where a step counts clips."""
+    """Check that the steps of a curriculum can be divided among the processes.
+
+    A step that counts codes must have at least one clip for each process; `most_codes` holds the
+    number of codes of the largest clip of each kind. A step that counts clips must have equally many
+    for each process. Raise UserError otherwise.
+    """
     for shape in sorted(curriculum.shapes, key=str):
         if shape.batch_size is None:
             least = processes * most_codes[shape.kind]

@@ -1,4 +1,7 @@
-"""Batches made ahead of the step that needs them: by threads, or by processes where drawing clips is the work."""
+"""Prefetching of batches: they are made by threads or processes before the step that needs them.
+
+Processes are for sources that draw their clips, which keeps a core busy in Python.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ import torch
 from lumos.errors import RunError, UserError
 
 GRACE = 10.0
-"""Seconds in which processes may end what they are at, before they are ended."""
+"""Seconds that processes have to finish their batches before they are killed."""
 T_co = TypeVar("T_co")
 _make: Callable[[int], Any]
-"""What a process does, as it was when the process was forked."""
+"""The function `make` of :func:`in_processes`; set in each process when it starts."""
 
 
 def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth: int) -> Iterator[T_co]:
-    """`make(step)` for each step in order, up to `depth` of them made ahead by `workers` threads; 0 workers: made when
-    asked for.
+    """Yield `make(step)` for each step in order; `workers` threads make up to `depth` batches ahead.
 
-    An error in `make` is raised at its step. Closing the iterator stops the threads after the batches they are at.
+    With 0 workers each batch is made when the iterator is advanced. An error in `make` is raised at
+    its step. When the iterator is closed, the threads stop after the batches that they are making.
     """
     if workers == 0:
         yield from map(make, steps)
@@ -41,34 +44,38 @@ def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth
 
 
 def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -> Iterator[T_co]:
-    """`make(step)` for each step in order, made ahead by `processes` with one thread each, which are forked at the first step.
+    """Yield `make(step)` for each step in order; `processes` processes make the batches ahead.
 
-    What `make` gives is pickled, its tensors go through shared memory. It must not touch a GPU. An error in `make` is raised at
-    its step; RunError if a process is killed or shared memory is short. Closing the iterator stops the processes after the
-    batches they are at; they also end with this one, however that ends: a lock or connection that they share with it must not
-    outlive it.
+    The processes are forked at the first step and use one thread each. The result of `make` is
+    pickled, and its tensors go through shared memory. `make` must not use a GPU.
+
+    An error in `make` is raised at its step. Raise RunError if a process is killed or shared memory is
+    too small. When the iterator is closed, the processes stop after the batches that they are making.
+    They also end when this process ends for any reason, because a lock or connection that they
+    inherited from it must not outlive it.
     """
     check_processes(processes)
     context = multiprocessing.get_context("fork")
     watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(processes, context, _settle, (make, watched, held))
+    pool = ProcessPoolExecutor(processes, context, _start_process, (make, watched, held))
     try:
         yield from _in_order(lambda step: pool.submit(_make_in_process, step), steps, 2 * processes)
     except BrokenProcessPool as error:
-        held.close()  # the others ignore the signal with which the pool would end them
+        held.close()  # the other processes ignore SIGTERM, with which the pool would end them
         raise RunError(
-            "a process that makes batches ahead was killed, by the system if memory ran out; start the same command again, or "
-            "with fewer processes"
+            "a process that makes batches ahead was killed, perhaps by the system because memory ran out; start the same "
+            "command again, or use fewer processes"
         ) from error
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
         raise RunError(
-            f"the batches of {processes} processes have no room in shared memory ({str(error).splitlines()[0]}); enlarge /dev/shm, "
-            "in a container by --shm-size, or use fewer processes"
+            f"the batches of {processes} processes do not fit into shared memory ({str(error).splitlines()[0]}); enlarge "
+            "/dev/shm (in a container with --shm-size), or use fewer processes"
         ) from error
     finally:
-        late = threading.Timer(GRACE, held.close)  # one was killed after the last result that was needed, or hangs
+        # If a process hangs, or one was killed after the last result was taken, shutdown would wait forever.
+        late = threading.Timer(GRACE, held.close)
         late.start()
         pool.shutdown(wait=True, cancel_futures=True)
         late.cancel()
@@ -77,13 +84,15 @@ def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -
 
 
 def check_processes(processes: int) -> None:
-    """UserError where the system cannot fork."""
+    """Raise UserError if `processes` is above 0 and the system cannot fork."""
     if processes and "fork" not in multiprocessing.get_all_start_methods():
-        raise UserError(f"processes is {processes}, but this system cannot fork processes; leave it out: threads make batches then")
+        raise UserError(
+            f"processes is {processes}, but this system cannot fork processes; leave it out to make batches with threads"
+        )
 
 
 def _in_order(submit: Callable[[int], Future[T_co]], steps: range, depth: int) -> Iterator[T_co]:
-    """The results of all steps, of which `depth` are begun before the first is taken."""
+    """Yield the results of all steps in order; up to `depth` steps are submitted ahead."""
     waiting = deque(map(submit, steps[:depth]))
     for step in steps[depth:]:
         done = waiting.popleft().result()
@@ -97,8 +106,12 @@ def _make_in_process(step: int) -> Any:
     return _make(step)
 
 
-def _settle(make: Callable[[int], Any], watched: Connection, held: Connection) -> None:
-    """In a new process. Signals to the whole group are the run's to answer, which ends its processes when it ends."""
+def _start_process(make: Callable[[int], Any], watched: Connection, held: Connection) -> None:
+    """Set up a new process of the pool.
+
+    The process ignores SIGINT and SIGTERM, which may be sent to the whole process group: the training
+    run handles them, and its processes end with it. The run ends its processes by closing `held`.
+    """
     global _make
     _make = make
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -109,5 +122,5 @@ def _settle(make: Callable[[int], Any], watched: Connection, held: Connection) -
 
 
 def _end_when_let_go(watched: Connection) -> None:
-    watched.poll(None)  # nothing is ever sent: true when the other end is closed, as by the end of its process
+    watched.poll(None)  # nothing is ever sent, so this returns when the other end is closed or its process ends
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Numbers of clips and random generators as pure functions of (seed, step, position)."""
+"""Clip numbers and random generators as pure functions of (seed, step, position in the step)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import hashlib
 import torch
 
 POSITIONS_PER_STEP = 1 << 16
+"""Upper limit of the number of clips in a step."""
 
 VALIDATION_STEP = 1 << 36
-"""Step number under which the validation set is drawn; no training run gets that far."""
+"""Step number that stands for the validation set; no training run reaches it."""
 
 VALIDATION_SEED = 0
-"""Of validation clips and their masks, whatever the run's own seed: runs can be compared."""
+"""Seed of the validation clips and their masks, the same in all runs so that runs can be compared."""
 
 
 def sample_index(step: int, position: int) -> int:
-    """Number of the clip at `position` of `step`: no two of a run are equal."""
+    """Return the number of the clip at `position` of `step`; each clip of a run has its own number.
+
+    Raise ValueError if `position` is not below POSITIONS_PER_STEP.
+    """
     if not 0 <= position < POSITIONS_PER_STEP:
         raise ValueError(f"position {position} in a step; allowed: 0 to {POSITIONS_PER_STEP - 1}")
     return step * POSITIONS_PER_STEP + position
 
 
 def sample_generator(seed: int, step: int, position: int, purpose: str) -> torch.Generator:
-    """A CPU generator of its own for each (seed, step, position, purpose)."""
+    """Return a CPU generator whose seed is a hash of (seed, step, position, purpose)."""
     digest = hashlib.blake2b(f"{seed}/{step}/{position}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,8 +1,8 @@
-"""Which clips a training step sees, and what its batches are.
+"""The interface of sources of training clips.
 
-Everything here is a pure function of (seed, step, position in the step): a resumed run, another number of threads,
-processes or micro-batches sees the same clips with the same random numbers, and no loader state has to be stored
-beside the step.
+The clips of a step are a pure function of (seed, step, position in the step). A resumed run and a run
+with another number of threads, processes or micro-batches therefore see the same clips with the same
+random numbers, and a checkpoint stores no loader state except the step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from lumos.data.curriculum import StepShape
 
 @dataclass(frozen=True)
 class Clip:
-    """frames uint8 [T, H, W, 3], or in their place `codes` uint16 [t, h, w] made earlier; `name` finds the clip again."""
+    """A training clip: either `frames` uint8 [T, H, W, 3], or `codes` uint16 [t, h, w] encoded earlier.
+
+    `fps` is in frames per second. `name` identifies the clip within its source.
+    """
 
     frames: np.ndarray | None
     caption: str
     fps: int
     name: str
     codes: np.ndarray | None = None
-    num_frames: int | None = None  # what text and header tell, if that is not what is there
+    num_frames: int | None = None  # length of the whole clip if this is a part of it; prompt and header state it
 
 
 def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
-    """The first frames of a clip, which still tells of the whole; one that is no longer stays as it is."""
+    """Return a clip with only the first `first_frames` frames of `clip`.
+
+    The field `num_frames` of the result is the length of the whole clip. A shorter clip keeps all its frames.
+    """
     codes = clip.codes
     if codes is None:
         return replace(clip, frames=clip.frames[:first_frames], num_frames=len(clip.frames))
@@ -37,27 +43,34 @@ def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
 
 
 class StepSource(Protocol):
-    """How much a step has. `most_codes` holds the codes of the largest clip of each kind, where steps count codes."""
+    """The part of a source that tells the size of steps.
+
+    `most_codes` holds the number of codes of the largest clip of each kind ("image", "video"). It is
+    used only if steps count codes.
+    """
 
     most_codes: dict[str, int]
 
     def clips_in(self, shape: StepShape) -> int:
-        """How many clips a step has, over all processes."""
+        """Return the number of clips of a step, summed over all processes."""
         ...
 
 
 class Source(StepSource, Protocol):
-    """Where clips come from.
+    """A source of training clips.
 
-    `usual_shape` holds num_frames, height, width and fps of most of its clips, `identity` what must be the same, beside the
-    settings, for a resumed run to see the same clips.
+    usual_shape  num_frames, height, width and fps of most of the clips
+    identity     values that, besides the settings, must be equal for a resumed run to see the same clips
     """
 
     usual_shape: dict[str, int]
     identity: dict[str, Any]
 
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
-        """The clips at `positions` of a step, the same at every call; all with frames or all with codes."""
+        """Return the clips at `positions` of a step: all with frames, or all with codes.
+
+        Every call with the same arguments returns the same clips.
+        """
         ...
 
 

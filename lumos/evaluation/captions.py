@@ -59,7 +59,7 @@ def parse_caption(text: str) -> dict:
 def scene_attributes(scene: Scene) -> dict:
     """Return all attributes of a scene in the form of `parse_caption`, also those that its caption does not name."""
     things = []
-    for thing in scene.things:
+    for thing in scene.objects:
         shape = None if thing.sprite else thing.shape
         ask = {"colour": thing.colour, "shape": shape, "sprite": thing.sprite, "digit": thing.digit, "size": thing.size}
         if scene.num_frames > 1:
@@ -75,7 +75,7 @@ def named_attributes(scene: Scene) -> dict:
     never named; sizes and the background are left out if the caption does not hold their words.
     """
     wanted = scene_attributes(scene)
-    for thing, ask in zip(scene.things, wanted["things"], strict=True):
+    for thing, ask in zip(scene.objects, wanted["things"], strict=True):
         if "digit" in ask:
             del ask["colour"]
         if "size" in ask and noun(thing, named_size=True) not in scene.caption:

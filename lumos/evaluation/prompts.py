@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.synthetic.render import Worlds, render
+from lumos.data.synthetic.render import SyntheticScenes, render
 from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities
@@ -76,7 +76,7 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
     """
     if kind not in KINDS:
         raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
-    worlds = Worlds(seed=seed, **shape, **KINDS[kind])
+    worlds = SyntheticScenes(seed=seed, **shape, **KINDS[kind])
     pixels = worlds.num_frames * worlds.height * worlds.width
     check_memory(3 * count * pixels, f"{count:,} clips of {worlds.num_frames} frames of {worlds.width}x{worlds.height} pixels")
     scenes = [worlds.scene(index) for index in range(count)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from lumos.data.ingest.encode import clip_starts
 from lumos.data.ingest.item import CLIPS, PICTURES
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
 from lumos.video.frames import fit
@@ -44,7 +44,7 @@ def read_source(
     no clip at all.
     """
     if source in WORLDS:
-        worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])
+        worlds = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])
         return [worlds[index][0] for index in range(count)], []
     files = _files(source)
     if len(files) > count:

@@ -14,7 +14,7 @@ from lumos.data.curriculum import Curriculum
 from lumos.data.shards.remote import LocalCopies, is_url
 from lumos.data.shards.source import ShardSource
 from lumos.data.source import Source
-from lumos.data.synthetic.source import WorldSource
+from lumos.data.synthetic.source import SyntheticSource
 from lumos.errors import UserError
 from lumos.files import user_cache
 from lumos.lora import text_fingerprint
@@ -119,7 +119,7 @@ class VideoTask(TrainingTask):
             picture = data.height * data.width // tokenizer.spatial_compression**2
             latent_frames = 1 + (data.num_frames - 1) // tokenizer.temporal_compression
             codes = {"image": picture, "video": picture * latent_frames}
-            return WorldSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
+            return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
             data.path,
             self.video_tokenizer,

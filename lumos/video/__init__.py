@@ -1,1 +1,1 @@
-"""Video and picture files: reading, writing, frames and sheets."""
+"""Reading and writing of video and picture files, frames as arrays, and contact sheets."""

@@ -1,4 +1,4 @@
-"""Frames as arrays: scaled and cropped, turned into tensors and back, laid out on a sheet.
+"""Functions on frames as arrays: scaling and cropping, conversion to tensors and back, and contact sheets.
 
 Shapes: B batch, T frames, H W rows and columns. Arrays are uint8 [T, H, W, 3], tensors are [3, T, H, W] in [-1, 1].
 """
@@ -19,9 +19,11 @@ from lumos.files import replacing
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale frames uint8 [T, H, W, 3] to cover height x width, then cut out the centre.
+    """Scale frames uint8 [T, H, W, 3] so that they cover height x width, and crop the centre.
 
-    Halved with a box filter while both sides are at least twice the target, then bicubic: the published preparation.
+    Return frames uint8 [T, height, width, 3]. As in the published preparation, frames are halved with a
+    box filter while both sides are at least twice the target, and then scaled bicubically. Raise
+    UserError if height or width is below 1.
     """
     if height < 1 or width < 1:
         raise UserError(f"cannot fit frames to {width}x{height} pixels; both must be positive")
@@ -41,7 +43,10 @@ def _fit_one(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
-    """Frames uint8 [(B,) T, H, W, 3] of a video [(B,) 3, T, H, W] in [-1, 1]; NotFinite if a value is not finite."""
+    """Convert a video [(B,) 3, T, H, W] in [-1, 1] to frames uint8 [(B,) T, H, W, 3].
+
+    Raise NotFinite if a value is not finite.
+    """
     if not torch.isfinite(video).all():
         raise NotFinite("the video holds values that are not finite; use dtype float32, or check the weights")
     levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -49,16 +54,23 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
 
 
 def from_uint8(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Video float32 [(B,) 3, T, H, W] in [-1, 1] of frames uint8 [(B,) T, H, W, 3]; inverse of :func:`to_uint8`."""
+    """Convert frames uint8 [(B,) T, H, W, 3] to a video float32 [(B,) 3, T, H, W] in [-1, 1].
+
+    This is the inverse of :func:`to_uint8`.
+    """
     frames = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
     return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
 def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -> np.ndarray:
-    """Frames as any `output_type` of the pipeline gives them -> uint8 [T, H, W, 3]; with ndim 3 one picture [H, W, 3].
+    """Convert frames of any `output_type` of the pipeline to uint8 [T, H, W, 3].
 
-    Taken: an array, uint8 or floats in [0, 1]; a tensor of the same [T, 3, H, W]; a list of PIL pictures, or with ndim 3 one.
-    UserError for others, where `name` is what they are called and `also` what the caller takes besides, as "a path, ".
+    Frames can be an array [T, H, W, 3] or a tensor [T, 3, H, W], uint8 or floats in [0, 1], or a list of
+    PIL pictures. With `ndim` 3 the input is one picture: an array [H, W, 3], a tensor [3, H, W] or a PIL
+    picture. The result then is uint8 [H, W, 3].
+
+    Raise UserError for other inputs. Its message calls the input `name`; `also` names other inputs that
+    the caller accepts, for example "a path, ".
     """
     array = _as_array(frames, name)
     if np.issubdtype(array.dtype, np.floating) and array.size and array.min() >= 0 and array.max() <= 1:
@@ -76,7 +88,7 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
 
 
 def _as_array(frames: Any, name: str) -> np.ndarray:
-    """Colours last; an empty array for what is none of the forms."""
+    """Return frames as an array with the colours in the last axis; an empty array for other inputs."""
     if isinstance(frames, np.ndarray):
         return frames
     if isinstance(frames, Image.Image):
@@ -91,7 +103,7 @@ def _as_array(frames: Any, name: str) -> np.ndarray:
 
 
 def picture_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture of any mode, transparency laid on white."""
+    """Return a PIL picture of any mode as uint8 [H, W, 3]; transparent parts are put on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
@@ -105,7 +117,7 @@ def picture_rgb(image: Image.Image) -> np.ndarray:
 
 
 def is_pictures(value: Any) -> bool:
-    """Whether it is a list of PIL pictures."""
+    """Return whether `value` is a list or tuple of at least one PIL picture."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Image.Image) for item in value)
 
 
@@ -118,13 +130,15 @@ def contact_sheet(
     cell: int = 96,
     across: int = 1,
 ) -> Path:
-    """Draw clips uint8 [T, H, W, 3] into one PNG: a label of up to two lines above ``columns`` evenly spaced frames of each clip.
+    """Draw clips uint8 [T, H, W, 3] into one PNG file and return its path.
 
-    ``cell`` is the width of a frame in pixels; ``across`` clips stand side by side before the next row begins.
+    Each clip is drawn as ``columns`` evenly spaced frames under its label of up to two lines. ``cell``
+    is the width of a frame in pixels, and ``across`` is the number of clips in a row of the sheet.
+    Raise UserError if there is no clip, if there are not as many labels as clips, or if a number is below 1.
     """
     if not clips or len(clips) != len(labels):
         raise UserError(
-            f"a contact sheet needs as many labels as clips, at least one; given {len(clips)}, {len(labels)}"
+            f"a contact sheet needs at least one clip and as many labels as clips; given {len(clips)} clips, {len(labels)} labels"
         )
     if min(columns, cell, across) < 1:
         raise UserError(f"columns {columns}, cell {cell} and across {across} must all be at least 1")
@@ -140,7 +154,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for n, (clip, text_lines) in enumerate(zip(clips, texts, strict=True)):
         left, top = (n % across) * strip_width + gap, (n // across) * strip_height
-        for row, text in enumerate(reversed(text_lines), 1):  # the last line close above the frames
+        for row, text in enumerate(reversed(text_lines), 1):  # the last line is directly above the frames
             draw.text((left, top + text_height - 2 - row * line), text, fill="black", font=font)
         for column, t in enumerate(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)):
             picture = Image.fromarray(clip[t]).resize((cell, round(cell * clip.shape[1] / clip.shape[2])))
@@ -160,13 +174,18 @@ def animated_sheet(
     across: int = 4,
     hold: float = 0.8,
 ) -> Path:
-    """Play clips uint8 [T, H, W, 3] side by side in one looping .webp or .gif, each over its label on up to five lines.
+    """Write clips uint8 [T, H, W, 3] side by side into one looping .webp or .gif file and return its path.
 
-    ``cell`` is the width of a clip in pixels. A shorter clip waits on its last frame; all do for ``hold`` seconds at the end.
+    The label of a clip is below it, on up to five lines. ``cell`` is the width of a clip in pixels, and
+    ``across`` is the number of clips in a row. A shorter clip stays on its last frame until the longest
+    clip ends, and then all clips stay for ``hold`` seconds. Raise UserError for another suffix, if there
+    is no clip, or if there are not as many labels as clips.
     """
     check_animated(path)
     if not clips or len(clips) != len(labels):
-        raise UserError(f"an animated sheet needs as many labels as clips, at least one; given {len(clips)}, {len(labels)}")
+        raise UserError(
+            f"an animated sheet needs at least one clip and as many labels as clips; given {len(clips)} clips, {len(labels)} labels"
+        )
     font, gap, line = ImageFont.load_default(11), 6, 13
     texts = [_lines(label, font, cell, 5) for label in labels]
     lines = max(map(len, texts))
@@ -194,13 +213,13 @@ def animated_sheet(
 
 
 def check_animated(path: str | Path) -> None:
-    """UserError unless `animated_sheet` can write it."""
+    """Raise UserError unless the suffix of `path` is one that `animated_sheet` writes."""
     if Path(path).suffix.lower() not in (".webp", ".gif"):
         raise UserError(f"{path} cannot be animated; name a .webp or .gif file")
 
 
 def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """At most so many lines of whole words; the last is shortened if need be."""
+    """Break a label into at most `most` lines of whole words; shorten lines that are wider than `width` pixels."""
     words, lines = printable(" ".join(label.split())).split(), []
     while words and len(lines) < most - 1:
         count = 1
@@ -212,6 +231,7 @@ def _lines(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def _shortened(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Return the label, cut and with "..." at its end if it is wider than `width` pixels."""
     label = " ".join(label.split())
     if font.getlength(label) <= width:
         return label

@@ -1,7 +1,8 @@
-"""Pictures and clips in and out: files on one side, uint8 RGB arrays [T, H, W, 3] on the other.
+"""Input and output of pictures and clips as uint8 RGB arrays [T, H, W, 3].
 
-The one place to import from: reading is in ``lumos.video.reading``, arrays are in ``lumos.video.frames``, and this file
-writes. The suffix picks the form, and a file is whole or not there (see ``lumos.files``).
+Other modules import from here. Reading is implemented in ``lumos.video.reading``, functions on arrays
+in ``lumos.video.frames``, and writing in this file. The suffix of a path selects the format. A file is
+written completely or not at all (see ``lumos.files``).
 """
 
 from __future__ import annotations
@@ -47,24 +48,31 @@ SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 def check_output(
     path: str | Path, num_frames: int | None = None, fps: float = 1, keep: Container[Hashable] = ()
 ) -> None:  # fmt: skip
-    """UserError if :func:`write_video` could not write ``path``, or would write over a file of ``keep``; leaves nothing behind.
+    """Raise UserError if :func:`write_video` cannot write ``path``; call this function before a long run.
 
-    ``keep`` holds what :func:`file_identity` gives. Call it before a long run.
+    ``keep`` has the results of :func:`file_identity` for files that must not be overwritten. Raise
+    UserError also if ``path`` is one of these files. The check leaves no file behind.
     """
     path = Path(path)
     _check_fps(path, fps)
     folder = _frame_folder(path, _suffix(path), num_frames or 1)
     check_writable(path if folder is None else folder / "00000.png")
     if any(file_identity(file) in keep for file in (path, *(folder.glob("*") if folder else ()))):
-        raise UserError(f"{folder or path} is or holds what a clip begins with, or another of its files; choose another name")
+        raise UserError(f"{folder or path} is or holds an input of this run, or another of its files; choose another name")
 
 
 def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a clip, frames as :func:`as_uint8` takes them; the suffix of ``path`` says how. Returns the path really written.
+    """Write a clip in the format of the suffix of ``path``, and return the path of the file or folder written.
 
-    .mp4 (H.264, yuv420p; an odd side gets one row or column more), .gif, .webp (lossless), .png (one frame: a picture;
-    more: the folder ``path`` without its suffix, with 00000.png, 00001.png, ...). ``metadata`` goes into the file's
-    comment as JSON. The file is whole or not there.
+    .mp4   H.264, yuv420p; an odd height or width gets one more row or column
+    .gif   animation
+    .webp  lossless animation
+    .png   a picture for one frame; for several frames the folder ``path`` without its suffix, with
+           00000.png, 00001.png, ...
+
+    ``frames`` are in any form that :func:`as_uint8` accepts, and ``fps`` is in frames per second.
+    ``metadata`` is written as JSON into the comment of the file. The file is written completely or not
+    at all. Raise UserError for a suffix, fps or frames that cannot be written, and RunError if writing fails.
     """
     path = Path(path)
     suffix, frames = _suffix(path), as_uint8(frames)
@@ -89,10 +97,10 @@ def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str
 def write_frames(
     path: str | Path, parts: Iterable[Any], fps: float, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """As :func:`write_video`, of frames that come part by part, all of one size.
+    """Write a clip as :func:`write_video` does, from an iterable of parts with frames of one size.
 
-    An .mp4 is written as they come and holds none of them; other forms are written when all are there. Whatever ends the parts
-    early, nothing is left behind.
+    An .mp4 file is written part by part, and no part is kept in memory. Other formats are written when
+    all parts have arrived. If the iterable raises an error, no file is left behind.
     """
     path = Path(path)
     if _suffix(path) != ".mp4":
@@ -104,12 +112,16 @@ def write_frames(
 
 
 def _comment(metadata: Mapping[str, Any] | None, suffix: str) -> str:
-    """EXIF text, the place for a comment in WebP, is ASCII; JSON can escape the rest."""
+    """Return metadata as JSON for the comment of a file, or "" without metadata."""
+    # A WebP file has its comment in EXIF, which is ASCII, so other characters are escaped.
     return json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
 
 
 def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
-    """The folder that several PNG frames go to, None for every other form; UserError if it holds something else."""
+    """Return the folder for several PNG frames, or None for every other output.
+
+    Raise UserError if the folder has other files than numbered frames, or if it is a file.
+    """
     if suffix != ".png" or num_frames == 1:
         return None
     folder = path.with_suffix("")
@@ -137,10 +149,11 @@ def _write_mp4(path: Path, parts: Iterable[Any], fps: float, comment: str) -> No
     try:
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["comment"] = comment
-            # With its macroblock tree x264 makes different files of the same frames; without it crf 20 looks like crf 17 with it.
+            # The macroblock tree of x264 makes different files from the same frames, so it is off.
+            # Without it, crf 20 gives about the quality of crf 17 with it.
             stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "mbtree": "0"})
             stream.pix_fmt = "yuv420p"
-            # BT.601, limited range: what the conversion below does; said in the file, so that players do the same.
+            # The conversion from RGB below is that of BT.601 with limited range; the file states it for players.
             stream.codec_context.colorspace = 6
             stream.codec_context.color_range = 1
             size = None
@@ -166,7 +179,7 @@ def _write_png(path: Path, frame: np.ndarray, comment: str) -> None:
 
 
 def _write_animation(path: Path, suffix: str, frames: np.ndarray, fps: float, comment: str) -> None:
-    unit = 10 if suffix == ".gif" else 1  # ms: the clock of the format
+    unit = 10 if suffix == ".gif" else 1  # ms, resolution of time stamps of the format
     stamps = [round(n * 1000 / fps / unit) * unit for n in range(len(frames) + 1)]
     first, *rest = (Image.fromarray(frame) for frame in frames)
     common = {"save_all": True, "append_images": rest, "duration": [b - a for a, b in pairwise(stamps)], "loop": 0}

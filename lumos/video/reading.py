@@ -1,9 +1,11 @@
-"""Pictures and clips from files, as uint8 RGB arrays.
+"""Reading of pictures and clips from files, as uint8 RGB arrays.
 
-Reading trusts time stamps, not frame counts: a 30 fps or variable-rate clip read at 12 fps is a true 12 fps clip. It
-is bounded (pixels, frames, bytes), honours rotation and EXIF orientation, lays transparency on white, and turns any
-damaged file into one line. The bounds hold for what arrives as well as for what a header states: every frame is checked,
-and FFmpeg refuses a frame over the limit before it allocates memory for it.
+Frames are chosen by their time stamps and not by counting, so a clip of 30 fps or of variable rate that
+is read at 12 fps plays at its true speed. Rotation and EXIF orientation are applied, and transparent
+parts are put on white. A damaged file gives an error message of one line.
+
+Pixels, frames and bytes are limited. The limits are checked against the header and against each
+decoded frame. FFmpeg refuses a frame above the limit before it allocates memory for the frame.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ from lumos.errors import UserError
 from lumos.video.frames import fit, picture_rgb
 
 MAX_PIXELS = 40_000_000
-"""Pixels of one picture, or of one frame of a clip: an 8K frame has 33 million. The demo allows fewer."""
+"""Largest number of pixels of a picture or of a frame. An 8K frame has 33 million. The demo allows fewer."""
 MAX_FRAMES = 2_000
+"""Largest number of frames of a clip that is read."""
 MAX_CLIP_BYTES = 2 << 30
+"""Largest number of bytes of the frames of a clip in memory."""
 MAX_ANIMATION_PIXELS = 20_000_000_000
-"""Pixels of all frames of an animated picture, whose frames may take a few bytes each: 10 000 frames of 1920 x 1080."""
-_PADDING = 2**21  # pixels by which a coded frame may exceed the shown one: both sides are padded to whole blocks
-_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: it would start Ghostscript
+"""Largest number of pixels of all frames of an animated picture: about 10 000 frames of 1920 x 1080. A small file can
+have many frames, because a frame can take a few bytes."""
+_PADDING = 2**21  # extra pixels of a coded frame, whose sides are padded to whole blocks
+_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # without EPS, for which Pillow would start Ghostscript
 _PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
-# Playlists and others that would make FFmpeg open what they name are not among them, and neither is any protocol but files.
+# Formats such as playlists, which make FFmpeg open other files or URLs, are not allowed, and the only protocol is "file".
 _AV_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,ogg,flv,"
                         "asf,mxf,dv,nut,rm,mjpeg,yuv4mpegpipe,gif,apng",
@@ -45,7 +50,10 @@ _AV_OPTIONS = {
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]; UserError if missing, unreadable or larger than ``max_pixels``."""
+    """Return a picture as uint8 [H, W, 3].
+
+    Raise UserError if the file is missing, cannot be read or has more than ``max_pixels`` pixels.
+    """
     with _reading(path, "picture", max_pixels), Image.open(path, formats=_PICTURE_FORMATS) as image:
         _check_picture(path, image, max_pixels)
         return picture_rgb(ImageOps.exif_transpose(image))
@@ -64,14 +72,21 @@ def read_video(
     max_pixels: int = MAX_PIXELS,
     threads: int = 0,
 ) -> tuple[np.ndarray, float]:
-    """A clip as (uint8 [T, H, W, 3], fps).
+    """Return a clip as (frames uint8 [T, H, W, 3], frames per second).
 
-    ``fps``: frame n is what the clip shows at ``start + n / fps`` seconds; None keeps every frame and returns their
-    average rate. ``num_frames``: exactly so many (UserError if the clip is shorter), reading stops there; with
-    ``from_end`` they are the last ones, ending on the clip's last frame. Without ``num_frames`` the clip is read to its
-    end, or for ``max_seconds``. ``size`` (height, width): each frame is fitted as it is read. UserError for a missing
-    or damaged file, for more than ``max_frames`` frames or 2 GiB of them, and for a frame of more than ``max_pixels``.
-    ``threads``: how many the decoder starts, which bounds the frames that it holds; 0 is as many as there are cores.
+    fps          frame n is the frame that is on screen at ``start + n / fps`` seconds; None: return all
+                 frames and their average rate
+    num_frames   number of frames; None: read to the end of the clip, or for ``max_seconds``
+    start        time in seconds at which reading starts
+    from_end     return the last ``num_frames`` frames, up to the last frame of the clip
+    max_seconds  largest length in seconds
+    size         (height, width) to which each frame is scaled and cropped, see ``lumos.video.frames.fit``
+    max_frames   limit of the number of frames
+    max_pixels   limit of the number of pixels of a frame
+    threads      threads of the decoder, which also limit the frames that it keeps in memory; 0: one per core
+
+    Raise UserError if the file is missing or damaged, if the clip is shorter than ``num_frames``, if it
+    has more than ``max_frames`` frames or 2 GiB of frames, or if a frame has more than ``max_pixels``.
     """
     _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
     with _reading(path, _kind(path), max_pixels):
@@ -90,14 +105,17 @@ def read_video(
 
 
 def count_frames(path: str | Path, fps: float, *, max_pixels: int = MAX_PIXELS) -> int:
-    """How many frames :func:`read_video` can give at ``fps`` with ``from_end``; reads the time stamps only."""
+    """Return the largest ``num_frames`` for :func:`read_video` at ``fps`` with ``from_end``.
+
+    Of a video only the time stamps are read; no frame is decoded.
+    """
     with _reading(path, _kind(path), max_pixels):
         return math.floor(max(_open_clip(path, max_pixels).times(), default=-1.0) * fps + 1e-3) + 1
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A frame and the seconds from which and until which it is on screen, counted from the start of the clip."""
+    """A frame and the time that it is on screen, in seconds from the start of the clip."""
 
     begin: float
     end: float
@@ -114,16 +132,16 @@ def _collect(
     size: tuple[int, int] | None,
     max_frames: int,
 ) -> tuple[list[np.ndarray], float]:
-    """The frames asked for and the seconds that they were on screen."""
+    """Return the selected frames, and the total time in seconds that they are on screen."""
     frames: list[np.ndarray] = []
     span, held_bytes = 0.0, 0
     wanted = math.inf if num_frames is None else num_frames
     for shown in clip.frames(start):
-        if shown.begin >= stop - 1e-3:  # stamps are that uncertain, see _AvClip
+        if shown.begin >= stop - 1e-3:  # time stamps have about this error, see _AvClip
             break
         if fps is None:
             copies = int(shown.end > start)
-        else:  # sample instants up to the end of this frame that have no frame yet
+        else:  # number of sample times before the end of this frame that have no frame yet
             due = math.ceil((min(shown.end, stop) - start) * fps - 1e-6)
             copies = int(min(max(due - len(frames), 0), wanted - len(frames), max_frames + 1))
         if not copies:
@@ -144,7 +162,10 @@ def _collect(
 
 
 def _start_of_last(path: str | Path, times: list[float], num_frames: int, fps: float | None) -> float:
-    """The start at which ``num_frames`` frames end on the last one; below zero if the clip is too short for them."""
+    """Return the start in seconds from which ``num_frames`` frames end at the last frame of the clip.
+
+    Raise UserError if the clip is too short.
+    """
     times = sorted(times)
     if fps is None:
         first = times[-num_frames] if num_frames <= len(times) else -1.0
@@ -159,10 +180,11 @@ def _start_of_last(path: str | Path, times: list[float], num_frames: int, fps: f
 
 
 class _AvClip:
-    """A clip read through FFmpeg.
+    """A clip that is read with FFmpeg.
 
-    Frames count as on screen a little early (half a clock tick, at least 0.6 ms): many files hold stamps that were once
-    rounded to milliseconds, and a frame stamped 0.067 is the one to show at 2/30 s.
+    A frame counts as on screen a little before its time stamp (half a clock tick, at least 0.6 ms),
+    because many files have time stamps that were rounded to milliseconds: the frame at 0.067 s is the
+    frame for 2/30 s.
     """
 
     def __init__(self, path: Path, max_pixels: int, threads: int):
@@ -178,9 +200,10 @@ class _AvClip:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
-        # These options reach the decoders that FFmpeg runs to find out what a stream holds; the one that decodes here has its own.
+        # The options of `av.open` apply to the decoders with which FFmpeg probes a stream. The decoder of the
+        # stream has its own options, so the limit is set there as well.
         limit = {"max_pixels": str(self.max_pixels + _PADDING)}
-        # An absolute path, so that FFmpeg cannot take the name for one of its protocols.
+        # The path is absolute, so that FFmpeg does not take a part of a name such as "concat:a" for a protocol.
         with av.open(str(self.path.resolve()), metadata_errors="replace", options=_AV_OPTIONS | limit) as container:
             if not container.streams.video:
                 raise UserError(f"{self.path} holds no video; give a file with a video stream")
@@ -190,12 +213,12 @@ class _AvClip:
             yield container, stream
 
     def times(self) -> list[float]:
-        """When each frame comes on screen, from the packets alone (nothing is decoded)."""
+        """Return the time stamp of each frame in seconds, read from the packets without decoding."""
         with self._open() as (container, stream):
             return [p.pts * self.tick - self.origin for p in container.demux(stream) if p.pts is not None]
 
     def frames(self, start: float) -> Iterator[_Shown]:
-        """Frames in order, at the latest from the one that is on screen at ``start``."""
+        """Yield the frames in order, beginning with the frame that is on screen at ``start`` or an earlier one."""
         if start > 1:
             near = self._decode(start)
             first = next(near, None)
@@ -206,6 +229,7 @@ class _AvClip:
         yield from self._decode(None)
 
     def _decode(self, seek: float | None) -> Iterator[_Shown]:
+        """Yield the frames from a key frame at or before ``seek`` seconds; None: from the first frame."""
         with self._open() as (container, stream):
             if seek is not None:
                 container.seek(int((seek + self.origin) / self.tick), stream=stream)
@@ -226,12 +250,12 @@ class _AvClip:
             yield _Shown(held_begin, end, partial(_frame_rgb, held))
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-        """Every frame, none of more than ``max_pixels``."""
+        """Yield each decoded frame; raise UserError for a frame of more than ``max_pixels``."""
         try:
             for frame in container.decode(stream):
                 _check_pixels(self.path, frame.width, frame.height, self.max_pixels)
                 yield frame
-        except av.error.ArgumentError as error:  # what a decoder answers to a size that it is not to decode
+        except av.error.ArgumentError as error:  # the error of a decoder for a frame above `max_pixels`
             raise UserError(
                 f"cannot read the video {self.path}: it holds a frame of more than {self.max_pixels / 1e6:g} megapixels, which is "
                 "the limit, or is damaged; make it smaller or convert it to mp4 (H.264)"
@@ -239,28 +263,30 @@ class _AvClip:
 
 
 class _PillowClip:
-    """An animated picture (GIF, WebP, PNG); a still one is a clip of one frame."""
+    """An animated picture (GIF, WebP, PNG) that is read with Pillow; a still picture is a clip of one frame."""
 
-    fps = None  # known from the frames that were read: each has its own duration
+    fps = None  # `read_video` computes the rate, because each frame has its own duration
 
     def __init__(self, path: Path, max_pixels: int):
         self.path, self.max_pixels = path, max_pixels
 
     def times(self) -> list[float]:
+        """Return the time in seconds at which each frame comes on screen."""
         return [shown.begin for shown in self.frames(0.0)]
 
     def frames(self, start: float) -> Iterator[_Shown]:
+        """Yield all frames in order; ``start`` is not used."""
         with Image.open(self.path, formats=_PICTURE_FORMATS) as image:
             begin = pixels = 0
             for frame in ImageSequence.Iterator(image):
-                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows where a frame does not fit
+                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows if a frame does not fit
                 pixels += frame.width * frame.height
                 if pixels > MAX_ANIMATION_PIXELS:
                     raise UserError(
                         f"{self.path} has over {MAX_ANIMATION_PIXELS / 1e6:g} megapixels in all its frames; convert it to mp4"
                     )
-                frame.load()  # WebP knows the duration of a frame only once it is decoded
-                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; browsers show "0" as 100 too
+                frame.load()  # the duration of a WebP frame is known after decoding
+                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; 0 counts as 100, as in browsers
                 yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(picture_rgb, frame))
                 begin = end
 
@@ -280,19 +306,19 @@ def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _kind(path: str | Path) -> str:
-    """What people take the file for; a png or webp is rarely animated."""
+    """Return "picture" or "video" for messages about a file; a .png or .webp file is rarely animated."""
     return "picture" if Path(path).suffix.lower() in (".png", ".webp") else "video"
 
 
 @contextmanager
 def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
-    """Turn whatever a decoder raises for a foreign file into one line."""
+    """Context manager that turns any error of a decoder into a UserError of one line."""
     try:
         if not Path(path).is_file():
             found = "is a folder" if Path(path).is_dir() else "does not exist"
             raise UserError(f"the {what} {path} {found}; give the path of a {what} file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit, a lower one, is checked instead
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the lower limit `max_pixels` is checked instead
             yield
     except UserError:
         raise
@@ -313,7 +339,10 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
 
 
 def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> None:
-    """UserError if the picture, or a tile of a TIFF, which may be larger than the picture, has over ``max_pixels``."""
+    """Raise UserError if the picture, or a tile of a TIFF, has more than ``max_pixels`` pixels.
+
+    A tile can be larger than the picture.
+    """
     _check_pixels(path, image.width, image.height, max_pixels)
     if isinstance(image, TiffImageFile):
         width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
@@ -346,4 +375,4 @@ def _check_request(
     if max_seconds is not None and not max_seconds > 0:
         raise UserError(f"max_seconds {max_seconds} for {path}; it must be above 0")
     if from_end and (num_frames is None or start or max_seconds is not None):
-        raise UserError("from_end needs num_frames, and goes with neither start nor max_seconds")
+        raise UserError("from_end needs num_frames, and cannot be used with start or max_seconds")

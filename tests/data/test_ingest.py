@@ -332,7 +332,7 @@ def test_a_deleted_shard_keeps_its_number_for_its_own_items(ingested, clips, tok
         (source / f"{n}.txt").write_text("new")
     known = content(out)
     (out / "shard-000001.parquet").unlink()
-    with pytest.warns(UserWarning, match=r"shard-000001\.parquet is missing, and so are its 3 items in what was given"):
+    with pytest.warns(UserWarning, match=r"shard-000001\.parquet is missing, and its 3 items are not in the sources"):
         ingest([source], out, tokenizer, SETTINGS, max_failure_rate=0.5)
     assert [path.name[8:12] for path in shards.shard_paths(out)] == ["0000", "0002", "0003"]
     ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
@@ -341,7 +341,7 @@ def test_a_deleted_shard_keeps_its_number_for_its_own_items(ingested, clips, tok
     changed = tmp_path / "clips"
     shutil.copytree(clips, changed)
     (changed / "1.mp4").unlink()
-    with pytest.warns(UserWarning, match=r"shard-000000\.parquet is not what it was \(1 of its 3 items gave no clip\)"):
+    with pytest.warns(UserWarning, match=r"shard-000000\.parquet differs from the shard that it replaces \(1 of its 3 items gave"):
         ingest([changed], out, tokenizer, SETTINGS, max_failure_rate=0.5)
     assert [row["id"] for row in shards.read_shards(out)][:3] == ["clips/0.mp4", "clips/2.mp4", "clips/4.mp4"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("pyarrow")
 
 from lumos.data.ingest.encode import Skip, ingest_item
-from lumos.data.ingest.fingerprint import CHANGED, SAME, compare, mark
+from lumos.data.ingest.fingerprint import CHANGED, SAME, compare, fingerprint
 from lumos.data.ingest.item import MAX_CAPTION_LENGTH, Item, as_text, problem_of, row_name
 from lumos.data.ingest.manifest import items
 from lumos.data.ingest.state import State
@@ -73,7 +73,7 @@ def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):
     assert len({item.id for item in found}) == len(found)
     assert [item.id for item in items([folder / "m.jsonl"])] == [item.id for item in found]
     for item in found:
-        assert compare(item, mark(item)) == SAME
+        assert compare(item, fingerprint(item)) == SAME
         assert isinstance(ingest_item(item, None, None), Skip)  # no file is there
 
 

@@ -186,7 +186,7 @@ def test_a_long_name_cut_in_the_middle_of_its_headers(tar):
 def test_wrong_sources_are_refused(clips, tmp_path):
     with pytest.raises(UserError, match="there is no source"):
         items([tmp_path / "none"])
-    with pytest.raises(UserError, match="no known kind of source"):
+    with pytest.raises(UserError, match="not a known kind of source"):
         items([clips / "notes.md"])
     (tmp_path / "x" / "clips").mkdir(parents=True)
     with pytest.raises(UserError, match="two sources are named clips"):

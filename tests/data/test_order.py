@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lumos.data.curriculum import StepShape
-from lumos.data.shards.order import Order
+from lumos.data.shards.order import EpochOrder
 
 data = st.tuples(
     st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=40),  # shard, codes of each clip
@@ -19,12 +19,12 @@ data = st.tuples(
 )
 
 
-def make(clips: list[tuple[int, int]], block: int, seed: int) -> Order:
+def make(clips: list[tuple[int, int]], block: int, seed: int) -> EpochOrder:
     shards, codes = (np.array(column) for column in zip(*sorted(clips), strict=True))
-    return Order(shards, codes, shuffle_shards=block, seed=seed)
+    return EpochOrder(shards, codes, shuffle_shards=block, seed=seed)
 
 
-def walk(order: Order, stage: int, kind: str, epochs: int) -> list[int]:
+def walk(order: EpochOrder, stage: int, kind: str, epochs: int) -> list[int]:
     return [int(clip) for epoch in range(epochs) for clip in order.epoch(stage, kind, epoch)[0]]
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from ingest_helpers import FLAGS, SETTINGS, Fragile, content
 
 from lumos.cli import main
-from lumos.data.ingest.encode import Skip, Work
+from lumos.data.ingest.encode import EncoderSpec, Skip
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.manifest import items
-from lumos.data.ingest.ray_executor import RayEngine, from_text, to_text
+from lumos.data.ingest.ray_executor import RayExecutor, from_text, to_text
 from lumos.data.shards import format as shards
 from lumos.errors import RunError, UserError
 
@@ -67,7 +67,7 @@ def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsy
     assert "50 of 50 items gave no clip (missing file 50)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "report.json").read_text())["items"] == 50
     with pytest.raises(UserError, match="'cuda' is not available: the Ray cluster has no GPU"):
-        next(RayEngine(Work(str(tokenizer), SETTINGS, "cuda"), 1, None).results(items([manifest])))
+        next(RayExecutor(EncoderSpec(str(tokenizer), SETTINGS, "cuda"), 1, None).results(items([manifest])))
 
 
 def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, tmp_path, monkeypatch, capsys):
@@ -89,9 +89,9 @@ def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, t
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
     command = ["ingest", str(clips), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine"]
     assert main([*command, "ray", "--device", "cuda:1"]) == 2
-    assert "device 'cuda:1' is not for --engine ray" in capsys.readouterr().err
+    assert "device 'cuda:1' is not allowed with --engine ray" in capsys.readouterr().err
     assert main([*command, "ray", "--workers", "0"]) == 2
-    assert "0 workers is not for --engine ray" in capsys.readouterr().err
+    assert "workers 0 is not allowed with --engine ray" in capsys.readouterr().err
     assert main([*command, "spark"]) == 2
     assert "engine 'spark' is unknown; allowed: local, ray" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -112,7 +112,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, t
 def test_results_of_other_items_are_an_error(clips, tokenizer, monkeypatch, numbers, given, words):
     ray = types.SimpleNamespace(is_initialized=lambda: True, exceptions=types.SimpleNamespace(RayError=KeyError))
     monkeypatch.setattr("lumos.data.ingest.ray_executor._ray", lambda: ray)
-    engine = RayEngine(Work(str(tokenizer), SETTINGS, "cpu"), 1, None)
+    engine = RayExecutor(EncoderSpec(str(tokenizer), SETTINGS, "cpu"), 1, None)
     monkeypatch.setattr(engine, "_map", lambda ray, some: ((number, Skip("too short", "")) for number in numbers))
     found = engine.results(items([clips]))
     assert len([next(found) for _ in range(given)]) == given

@@ -19,12 +19,12 @@ from lumos.data.synthetic.render import (
     SPEED,
     SPRITE_MOTIONS,
     SPRITE_RADIUS,
-    Worlds,
+    SyntheticScenes,
     render,
     sample_scene,
     sprite_pixels,
 )
-from lumos.data.synthetic.scene import BACKGROUNDS, DIRECTIONS, GRADIENTS, HELD_OUT_SPRITES, Scene, Thing
+from lumos.data.synthetic.scene import BACKGROUNDS, DIRECTIONS, GRADIENTS, HELD_OUT_SPRITES, Scene, SceneObject
 from lumos.errors import UserError
 
 ALL_KINDS = ("shapes", "digits", "sprites")
@@ -32,7 +32,7 @@ ALL_KINDS = ("shapes", "digits", "sprites")
 
 def one(name: str, x: float, y: float, *, motion="still", speed=0.0, background="black", num_frames=1, side=64) -> np.ndarray:
     radius = SPRITE_RADIUS * side / 64
-    thing = Thing("sprite", "", "", motion, radius, radius, x, y, speed, sprite=name)
+    thing = SceneObject("sprite", "", "", motion, radius, radius, x, y, speed, sprite=name)
     return render(Scene((thing,), background, "", num_frames, 8, side, side))
 
 
@@ -47,9 +47,9 @@ def test_sprites_stay_inside_and_apart_and_move_straight(index, split, num_frame
     height, width = canvas
     scale = min(canvas) / 64
     scene = sample_scene(3, index, split=split, kinds="sprites", num_frames=num_frames, height=height, width=width, share_two=0.5)
-    paths = [thing.path(num_frames) for thing in scene.things]
+    paths = [thing.path(num_frames) for thing in scene.objects]
     margin = MARGIN * max(scale, 1) - 1e-9
-    for thing, (x, y, r) in zip(scene.things, paths, strict=True):
+    for thing, (x, y, r) in zip(scene.objects, paths, strict=True):
         assert (r == SPRITE_RADIUS * scale).all()
         assert min((x - r).min(), (y - r).min()) >= margin
         assert (x + r).max() <= width - margin
@@ -64,13 +64,13 @@ def test_sprites_stay_inside_and_apart_and_move_straight(index, split, num_frame
     if len(paths) == 2:
         (ax, ay, ar), (bx, by, br) = paths
         assert all(max(abs(ax - bx)[t], abs(ay - by)[t]) >= (ar + br)[t] + GAP * scale for t in range(num_frames))
-        assert scene.things[0].sprite != scene.things[1].sprite
+        assert scene.objects[0].sprite != scene.objects[1].sprite
 
 
 def test_held_out_combinations_by_split():
     def shown(split: str, count: int, share_two: float) -> list[list[tuple[str, str]]]:
         scenes = (sample_scene(0, i, split=split, kinds=("sprites",), share_two=share_two) for i in range(count))
-        return [[(thing.sprite, thing.motion) for thing in scene.things] for scene in scenes]
+        return [[(thing.sprite, thing.motion) for thing in scene.objects] for scene in scenes]
 
     held_out = set(HELD_OUT_SPRITES)
     every = {(name, motion) for name in sprites.SPRITES for motion in SPRITE_MOTIONS}
@@ -83,15 +83,15 @@ def test_held_out_combinations_by_split():
 
 def test_a_picture_has_no_motion_that_could_be_held_out():
     scenes = [sample_scene(0, i, kinds=("sprites",), share_two=1.0, num_frames=1) for i in range(800)]
-    assert {thing.motion for scene in scenes for thing in scene.things} == {"still"}
-    counts = Counter(thing.sprite for scene in scenes for thing in scene.things)
+    assert {thing.motion for scene in scenes for thing in scene.objects} == {"still"}
+    counts = Counter(thing.sprite for scene in scenes for thing in scene.objects)
     assert set(counts) == set(sprites.SPRITES)
     assert counts["star"] > 0.75 * np.mean(list(counts.values()))
 
 
 def test_shares_of_kinds():
     def kinds(**options) -> Counter:
-        shapes = (sample_scene(0, i, share_two=0, **options).things[0].shape for i in range(1500))
+        shapes = (sample_scene(0, i, share_two=0, **options).objects[0].shape for i in range(1500))
         return Counter({"digit": "digits", "sprite": "sprites"}.get(shape, "shapes") for shape in shapes)
 
     found = kinds(kinds=ALL_KINDS)
@@ -102,15 +102,15 @@ def test_shares_of_kinds():
     assert found["shapes"] == 0
     assert kinds(kinds=("sprites",), share_sprites=0.0) == {"sprites": 1500}
     assert kinds(kinds=ALL_KINDS, share_sprites=1.0) == {"sprites": 1500}
-    twos = [len(sample_scene(0, i, kinds="sprites", share_two=0.25).things) for i in range(600)]
+    twos = [len(sample_scene(0, i, kinds="sprites", share_two=0.25).objects) for i in range(600)]
     assert np.mean(twos) == pytest.approx(1.25, abs=0.05)
 
 
 def test_worlds_without_sprites_are_as_they_were():
     scenes = [sample_scene(4, i) for i in range(500)]
     assert {scene.background for scene in scenes} == set(BACKGROUNDS)
-    assert not any(thing.sprite for scene in scenes for thing in scene.things)
-    mixed = [scene for scene in (sample_scene(4, i, kinds=ALL_KINDS) for i in range(500)) if scene.things[0].shape != "sprite"]
+    assert not any(thing.sprite for scene in scenes for thing in scene.objects)
+    mixed = [scene for scene in (sample_scene(4, i, kinds=ALL_KINDS) for i in range(500)) if scene.objects[0].shape != "sprite"]
     assert {scene.background for scene in mixed} == set(BACKGROUNDS)
     grounds = {sample_scene(4, i, kinds="sprites").background for i in range(100)}
     assert grounds == {*BACKGROUNDS, *GRADIENTS}
@@ -118,13 +118,13 @@ def test_worlds_without_sprites_are_as_they_were():
 
 def test_a_clip_depends_on_seed_and_index_only():
     options = {"kinds": ALL_KINDS, "share_sprites": 0.7, "share_two": 0.5}
-    later = [Worlds(9, **options)[index] for index in (7, 3, 5)]
-    worlds = Worlds(9, **options)
+    later = [SyntheticScenes(9, **options)[index] for index in (7, 3, 5)]
+    worlds = SyntheticScenes(9, **options)
     in_order = [worlds[index] for index in range(8)]
     for (video, caption), index in zip(later, (7, 3, 5), strict=True):
         assert caption == in_order[index][1]
         np.testing.assert_array_equal(video, in_order[index][0])
-    assert not np.array_equal(Worlds(10, **options)[3][0], in_order[3][0])
+    assert not np.array_equal(SyntheticScenes(10, **options)[3][0], in_order[3][0])
 
 
 @pytest.mark.parametrize("name", [*BACKGROUNDS, *GRADIENTS])
@@ -211,7 +211,7 @@ def test_all_pictures_differ():
 
 def test_only_drawing_needs_the_pictures(no_sprite_pictures):
     scene = sample_scene(0, 0, kinds="sprites")
-    assert scene.things[0].sprite in scene.caption
+    assert scene.objects[0].sprite in scene.caption
     with pytest.raises(UserError, match=r"picture of the sprite .* is missing: .*no-sprites.*LUMOS_SPRITES names this folder"):
         render(scene)
 

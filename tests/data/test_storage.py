@@ -44,7 +44,7 @@ def test_a_remote_folder_is_used_like_a_path(remote, tmp_path):
     assert Remote("memory://elsewhere").glob("*") == []
     with pytest.raises(FileNotFoundError):
         (remote / "none").read_bytes()
-    with pytest.raises(RunError, match="memory://bucket/data/none is not there any more"):
+    with pytest.raises(RunError, match="memory://bucket/data/none does not exist any more"):
         (remote / "none").download(tmp_path / "none")
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("pyarrow")
 
 from lumos.cli import main
 from lumos.data.ingest.encode import Skip
-from lumos.data.ingest.executors import LocalEngine
+from lumos.data.ingest.executors import LocalExecutor
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.manifest import Item
 from lumos.data.ingest.state import State
@@ -47,7 +47,7 @@ def test_answers_out_of_order_or_twice_are_an_error(order):
     given_items = [Item(str(n), "") for n in range(5)]
     tally = Tally(given_items, lambda item: False)
     list(tally.todo())
-    with pytest.raises(RunError, match="the engine gave a result for"):
+    with pytest.raises(RunError, match="the executor gave a result for"):
         list(map(tally.back, [given_items[number] for number in order]))
 
 
@@ -55,9 +55,9 @@ def test_answers_out_of_order_or_twice_are_an_error(order):
 def test_an_executor_that_ends_early_is_an_error_and_keeps_clips(
     ingested, clips, tokenizer, tmp_path, monkeypatch, capsys, lost
 ):
-    whole = LocalEngine.results
+    whole = LocalExecutor.results
     few = lambda self, todo: (pair for _, pair in zip(range(11 - lost), whole(self, todo), strict=False))  # noqa: E731
-    monkeypatch.setattr(LocalEngine, "results", few)
+    monkeypatch.setattr(LocalExecutor, "results", few)
     out = tmp_path / "out"
     command = ["ingest", str(clips), "--out", str(out), "--tokenizer", str(tokenizer), *FLAGS, "--workers", "0"]
     assert main([*command, "--shard-clips", "3", "--max-failure-rate", "0.5"]) == 1
@@ -65,7 +65,7 @@ def test_an_executor_that_ends_early_is_an_error_and_keeps_clips(
     report = json.loads((out / "report.json").read_text())
     assert (report["seen_items"], report["items"]) == (11, 11 - lost)
     assert report["stopped"].startswith(f"{lost} of 11 items")
-    monkeypatch.setattr(LocalEngine, "results", whole)
+    monkeypatch.setattr(LocalExecutor, "results", whole)
     ingest([clips], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5)
     assert [row["id"] for row in shards.read_shards(out)] == [row["id"] for row in shards.read_shards(ingested)]
 
@@ -74,12 +74,12 @@ def test_items_missed_by_an_early_end_are_done_by_the_next_run(ingested, clips, 
     out = tmp_path / "out"
     shutil.copytree(ingested, out)
     (out / "shard-000000.parquet").unlink()
-    whole = LocalEngine.results
+    whole = LocalExecutor.results
     few = lambda self, todo: (pair for _, pair in zip(range(2), whole(self, todo), strict=False))  # noqa: E731
-    monkeypatch.setattr(LocalEngine, "results", few)
+    monkeypatch.setattr(LocalExecutor, "results", few)
     with pytest.raises(RunError, match="1 of 11 items in the sources were not done"):
         ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
-    monkeypatch.setattr(LocalEngine, "results", whole)
+    monkeypatch.setattr(LocalExecutor, "results", whole)
     ingest([clips], out, tokenizer, SETTINGS, max_failure_rate=0.5)
     assert (out / "shard-000000.parquet").read_bytes() == (ingested / "shard-000000.parquet").read_bytes()
 
@@ -131,5 +131,5 @@ def test_a_footer_that_tells_of_other_clips_is_damage(tmp_path, ingested, monkey
     monkeypatch.setattr(shards.json, "dumps", fewer)
     shards.write_shard(tmp_path / "shard-000000.parquet", rows)
     monkeypatch.undo()
-    with pytest.raises(RunError, match=r"its footer tells height of 7 clips, it holds 8"):
+    with pytest.raises(RunError, match=r"its footer has the height of 7 clips, it holds 8"):
         shards.read_facts(tmp_path / "shard-000000.parquet")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic.captions import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene
 from lumos.data.synthetic.sprites import SPRITES
 from lumos.evaluation.captions import named_attributes, parse_caption
@@ -29,7 +29,7 @@ _NOUN = rf"the digit \d|an? (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}
 
 def scenes(wording: str, count: int = 1500, num_frames: int = 17, **options) -> list[Scene]:
     options = {"kinds": ("shapes", "sprites"), "share_sprites": 0.5, "share_two": 0.3} | options
-    worlds = Worlds(21, split="all", wording=wording, num_frames=num_frames, **options)
+    worlds = SyntheticScenes(21, split="all", wording=wording, num_frames=num_frames, **options)
     return [worlds.scene(index) for index in range(count)]
 
 
@@ -37,7 +37,7 @@ def scenes(wording: str, count: int = 1500, num_frames: int = 17, **options) -> 
 @given(st.integers(0, 10**9), st.sampled_from([1, 17]))
 def test_plain_captions_are_parsed_back(index, num_frames):
     kinds = ("shapes", "digits", "sprites")
-    scene = Worlds(7, split="all", kinds=kinds, share_sprites=0.5, share_two=0.5, num_frames=num_frames).scene(index)
+    scene = SyntheticScenes(7, split="all", kinds=kinds, share_sprites=0.5, share_two=0.5, num_frames=num_frames).scene(index)
     assert parse_caption(scene.caption) == named_attributes(scene)
 
 
@@ -71,7 +71,7 @@ def test_every_wording_names_the_same_attributes(num_frames):
     plain, varied, unseen = (scenes(wording, 500, num_frames, kinds=("shapes", "digits", "sprites")) for wording in WORDINGS)
     for first, *others in zip(plain, varied, unseen, strict=True):
         for other in others:
-            assert other.things == first.things
+            assert other.objects == first.objects
             assert named_attributes(other) == named_attributes(first)
 
 
@@ -80,10 +80,10 @@ def test_captions_say_what_is_shown(wording):
     pattern = re.compile("|".join(rf"(?P<{motion}>\b(?:{words})\b)" for motion, words in MOTION_WORDS.items()))
     for scene in scenes(wording):
         said = [match.lastgroup for match in pattern.finditer(scene.caption)]
-        motions = [thing.motion for thing in scene.things]
-        together = scene.things[0].sprite and len(set(motions)) == 1
+        motions = [thing.motion for thing in scene.objects]
+        together = scene.objects[0].sprite and len(set(motions)) == 1
         assert said == (motions[:1] if together else motions), scene.caption
-        places = [max(scene.caption.find(noun(thing, named)) for named in (True, False)) for thing in scene.things]
+        places = [max(scene.caption.find(noun(thing, named)) for named in (True, False)) for thing in scene.objects]
         assert -1 not in places
         assert places == sorted(places)
         grounds = [ground for ground in GROUNDS if re.search(rf"\b{ground}\b", scene.caption)]
@@ -153,8 +153,8 @@ def test_captions_are_good_english(wording, num_frames):
         assert text == " ".join(text.split())
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text)
         assert not re.search(r"\b(picture|image)\b" if num_frames > 1 else r"\b(video|clip|mov\w+|still)\b", text)
-        if num_frames > 1 and scene.things[0].sprite and len({thing.motion for thing in scene.things}) < len(scene.things):
-            a, b = (noun(thing, named_size=False) for thing in scene.things)
+        if num_frames > 1 and scene.objects[0].sprite and len({thing.motion for thing in scene.objects}) < len(scene.objects):
+            a, b = (noun(thing, named_size=False) for thing in scene.objects)
             verb = re.search(rf"{a} and {b} (\w+)", text).group(1)
             assert verb in BASE_FORMS
             both += 1

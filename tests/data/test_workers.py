@@ -21,7 +21,7 @@ pytest.importorskip("pyarrow")
 from lumos.cli import main
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.manifest import Item
-from lumos.data.ingest.workers import AHEAD, Pool
+from lumos.data.ingest.workers import AHEAD, WorkerPool
 from lumos.data.shards import format as shards
 from lumos.errors import RunError
 
@@ -70,7 +70,7 @@ def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path
 
 def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Unstartable)
-    with pytest.raises(RunError, match=r"a worker process ended as it began \(exit code 7"):
+    with pytest.raises(RunError, match=r"a worker process ended while it was starting \(exit code 7"):
         ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
     (source / "0.txt").write_text("bug")
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Fragile)
@@ -102,7 +102,7 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
 def test_a_slow_item_does_not_end_the_run(tmp_path, workers):
     total = 2 * AHEAD * workers + 3
     slow, begun = (0, total // 2, total - 1), AHEAD * workers if workers > 1 else 1
-    pool = Pool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
+    pool = WorkerPool(partial(Late, tmp_path, slow, begun, total), workers, 1, 600)
     with closing(pool):
         for _ in range(2):  # a pool is used again, as on Ray
             done = [item.id for item, _ in pool.results(Item(str(number), "") for number in range(total))]

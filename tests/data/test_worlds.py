@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic import digits
-from lumos.data.synthetic.render import GAP, Worlds, captions, render, sample_scene
-from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, Thing, is_held_out
+from lumos.data.synthetic.render import GAP, SyntheticScenes, captions, render, sample_scene
+from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, SceneObject, is_held_out
 from lumos.errors import UserError
 
 INDEX = st.integers(0, 10**9)
@@ -21,7 +21,7 @@ CANVAS = st.sampled_from([(64, 64), (16, 16), (32, 48), (96, 64)])
 
 
 def still(shape: str, x: float, y: float, radius: float, colour="white", background="black") -> np.ndarray:
-    thing = Thing(shape, colour, "small", "still", radius, radius, x, y)
+    thing = SceneObject(shape, colour, "small", "still", radius, radius, x, y)
     return render(Scene((thing,), background, "", 1, 8, 64, 64))[0]
 
 
@@ -36,7 +36,7 @@ def test_objects_stay_inside_the_canvas_and_apart(index, split, num_frames, canv
     border = np.ones((height, width), bool)
     border[1:-1, 1:-1] = False
     assert (video[:, border] == BACKGROUNDS[scene.background]).all()
-    paths = [thing.path(num_frames) for thing in scene.things]
+    paths = [thing.path(num_frames) for thing in scene.objects]
     for x, y, r in paths:
         assert (x - r).min() >= 1
         assert (y - r).min() >= 1
@@ -45,13 +45,13 @@ def test_objects_stay_inside_the_canvas_and_apart(index, split, num_frames, canv
     if len(paths) == 2:
         (ax, ay, ar), (bx, by, br) = paths
         assert all(max(abs(ax - bx)[t], abs(ay - by)[t]) > (ar + br)[t] for t in range(num_frames))
-        assert scene.things[0].colour != scene.things[1].colour
+        assert scene.objects[0].colour != scene.objects[1].colour
 
 
 @settings(max_examples=60, deadline=None)
 @given(INDEX, st.sampled_from(["train", "all"]))
 def test_movers_take_one_straight_way_at_the_stated_speed(index, split):
-    for thing in sample_scene(0, index, split=split).things:
+    for thing in sample_scene(0, index, split=split).objects:
         x, y, r = thing.path(17)
         dx, dy = np.diff(x), np.diff(y)
         if thing.motion in DIRECTIONS:
@@ -69,28 +69,28 @@ def test_movers_take_one_straight_way_at_the_stated_speed(index, split):
 
 
 def test_longer_clips_keep_the_speed_where_it_fits():
-    assert all(0.2 < t.speed <= 2.0 for i in range(50) for t in sample_scene(0, i, num_frames=65).things if t.speed)
-    fast = [t.speed for i in range(50) for t in sample_scene(0, i, num_frames=9).things if t.speed]
+    assert all(0.2 < t.speed <= 2.0 for i in range(50) for t in sample_scene(0, i, num_frames=65).objects if t.speed)
+    fast = [t.speed for i in range(50) for t in sample_scene(0, i, num_frames=9).objects if t.speed]
     assert 1.2 <= min(fast) <= max(fast) <= 2.0
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**40), INDEX)
 def test_a_clip_depends_on_seed_and_index_only(seed, index):
-    first, caption = Worlds(seed)[index]
-    Worlds(seed)[index + 1]
-    again, same_caption = Worlds(seed)[index]
+    first, caption = SyntheticScenes(seed)[index]
+    SyntheticScenes(seed)[index + 1]
+    again, same_caption = SyntheticScenes(seed)[index]
     assert caption == same_caption
     np.testing.assert_array_equal(first, again)
 
 
 def test_seeds_and_indices_give_different_clips():
-    scenes = {sample_scene(seed, index).things for seed in range(10) for index in range(10)}
+    scenes = {sample_scene(seed, index).objects for seed in range(10) for index in range(10)}
     assert len(scenes) == 100
 
 
 def test_the_stream_is_endless_random_access():
-    worlds = Worlds(1)
+    worlds = SyntheticScenes(1)
     in_order = [caption for _, caption in islice(worlds, 5)]
     assert in_order == [worlds[i][1] for i in range(5)] == list(captions(1, 5))
     with pytest.raises(IndexError, match="-1"):
@@ -99,25 +99,25 @@ def test_the_stream_is_endless_random_access():
 
 def test_held_out_combinations_by_split():
     rules = {("magenta", "triangle", "up"), ("yellow", "plus", "still"), ("blue", "square", "grows")}
-    assert all(is_held_out(Thing(shape, colour, "small", motion)) for colour, shape, motion in rules)
-    assert not is_held_out(Thing("square", "blue", "small", "still"))
-    assert not is_held_out(Thing("circle", "blue", "small", "grows"))
+    assert all(is_held_out(SceneObject(shape, colour, "small", motion)) for colour, shape, motion in rules)
+    assert not is_held_out(SceneObject("square", "blue", "small", "still"))
+    assert not is_held_out(SceneObject("circle", "blue", "small", "grows"))
     by_split = {
         split: [sample_scene(0, i, split=split, kinds=("shapes",), share_two=0.3) for i in range(600)]
         for split in ("train", "held_out", "all")
     }
-    rate = {split: np.mean([any(map(is_held_out, s.things)) for s in scenes]) for split, scenes in by_split.items()}
+    rate = {split: np.mean([any(map(is_held_out, s.objects)) for s in scenes]) for split, scenes in by_split.items()}
     assert rate["train"] == 0
     assert rate["held_out"] == 1
     assert 0 < rate["all"] < 0.3
-    shown = {(t.colour, t.shape) for s in by_split["train"] for t in s.things}
+    shown = {(t.colour, t.shape) for s in by_split["train"] for t in s.objects}
     assert len(shown) == len(COLOURS) * len(SHAPES) - 2
-    assert {t.motion for s in by_split["train"] for t in s.things} == set(MOTIONS)
+    assert {t.motion for s in by_split["train"] for t in s.objects} == set(MOTIONS)
 
 
 def test_digit_images_of_the_splits_are_disjoint():
     used = {
-        split: {s.things[0].digit_image for s in (sample_scene(0, i, split=split, kinds=["digits"]) for i in range(300))}
+        split: {s.objects[0].digit_image for s in (sample_scene(0, i, split=split, kinds=["digits"]) for i in range(300))}
         for split in ("train", "held_out")
     }
     assert not used["train"] & used["held_out"]
@@ -164,8 +164,8 @@ def test_positions_are_not_rounded_to_pixels(shape):
 
 def test_a_digit_is_its_image_enlarged_three_times():
     scene = sample_scene(0, 4, kinds=("digits",), num_frames=1)
-    thing = replace(scene.things[0], x0=32.0, y0=32.0)
-    frame = render(replace(scene, things=(thing,), background="black"))[0].astype(float)
+    thing = replace(scene.objects[0], x0=32.0, y0=32.0)
+    frame = render(replace(scene, objects=(thing,), background="black"))[0].astype(float)
     ink = (frame[20:44, 20:44, 0] - 10) / 230
     np.testing.assert_allclose(ink[1::3, 1::3], digits.load()[0][thing.digit_image], atol=0.003)
 
@@ -178,8 +178,8 @@ def test_captions_say_what_is_shown(num_frames):
         text, ground = scene.caption, f" on a {scene.background} background"
         seen.add(text.endswith(ground))
         parts = text.removesuffix(ground).split(" and ")
-        assert len(parts) == len(scene.things)
-        for part, thing in zip(parts, scene.things, strict=True):
+        assert len(parts) == len(scene.objects)
+        for part, thing in zip(parts, scene.objects, strict=True):
             ways = [f" {verb} {thing.motion}" for verb in ("moves", "slides", "goes")]
             ways = {"still": [" stays still"], "grows": [" grows"], "shrinks": [" shrinks"]}.get(thing.motion, ways)
             nouns = [f"a {thing.colour} {thing.shape}", f"a {thing.size} {thing.colour} {thing.shape}"]
@@ -191,25 +191,25 @@ def test_captions_say_what_is_shown(num_frames):
 
 
 def test_shares_are_kept():
-    full = Worlds(0, kinds="shapes", share_two=1, share_size=1, share_background=1)
+    full = SyntheticScenes(0, kinds="shapes", share_two=1, share_size=1, share_background=1)
     assert all(
-        len(s.things) == 2 and "background" in s.caption and all(t.size in s.caption for t in s.things)
+        len(s.objects) == 2 and "background" in s.caption and all(t.size in s.caption for t in s.objects)
         for s in map(full.scene, range(50))
     )
     bare = [sample_scene(0, i, kinds="shapes", share_two=0, share_size=0, share_background=0) for i in range(50)]
-    assert all(len(s.things) == 1 and "background" not in s.caption and "large" not in s.caption for s in bare)
-    ways = [[t.motion for t in sample_scene(0, i, kinds="shapes", share_two=1, share_two_ways=0.6).things] for i in range(400)]
+    assert all(len(s.objects) == 1 and "background" not in s.caption and "large" not in s.caption for s in bare)
+    ways = [[t.motion for t in sample_scene(0, i, kinds="shapes", share_two=1, share_two_ways=0.6).objects] for i in range(400)]
     assert np.mean([a != b and {a, b} <= DIRECTIONS.keys() for a, b in ways]) == pytest.approx(0.6 + 0.4 * 0.19, abs=0.07)
-    digit_share = np.mean([sample_scene(0, i).things[0].shape == "digit" for i in range(1000)])
+    digit_share = np.mean([sample_scene(0, i).objects[0].shape == "digit" for i in range(1000)])
     assert digit_share == pytest.approx(0.15, abs=0.04)
 
 
 @pytest.mark.parametrize("kind", ["shapes", "sprites"])
 @pytest.mark.parametrize("split", ["train", "held_out", "all"])
 def test_two_objects_can_move_in_two_directions(kind, split):
-    worlds = Worlds(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
+    worlds = SyntheticScenes(3, kinds=kind, split=split, share_two=1, share_two_ways=1)
     for scene in map(worlds.scene, range(60)):
-        a, b = scene.things
+        a, b = scene.objects
         assert a.motion != b.motion
         assert {a.motion, b.motion} <= DIRECTIONS.keys()
         assert split != "train" or not (is_held_out(a) or is_held_out(b))
@@ -219,7 +219,8 @@ def test_two_objects_can_move_in_two_directions(kind, split):
 
 
 def test_objects_in_a_picture_stand_still():
-    assert all(t.motion == "still" for t in Worlds(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1).scene(0).things)
+    scenes = SyntheticScenes(3, kinds="shapes", share_two=1, share_two_ways=1, num_frames=1)
+    assert all(t.motion == "still" for t in scenes.scene(0).objects)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_objects_in_a_picture_stand_still():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Worlds(**options)
+        SyntheticScenes(**options)
 
 
 @pytest.fixture

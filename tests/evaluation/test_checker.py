@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from lumos.data.synthetic.render import Worlds, render, sample_scene
-from lumos.data.synthetic.scene import Scene, Thing
+from lumos.data.synthetic.render import SyntheticScenes, render, sample_scene
+from lumos.data.synthetic.scene import Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
 from lumos.evaluation.checker import check_clip, inspect_clip
@@ -22,7 +22,7 @@ def clip(*things: tuple, background: str = "black", num_frames: int = 17) -> np.
     """Things as (shape, colour, motion, radius, x, y, speed)."""
     factor = {"grows": 1.6, "shrinks": 0.5}
     drawn = tuple(
-        Thing(shape, colour, "", motion, radius, radius * factor.get(motion, 1), x, y, speed)
+        SceneObject(shape, colour, "", motion, radius, radius * factor.get(motion, 1), x, y, speed)
         for shape, colour, motion, radius, x, y, speed in things
     )
     return render(Scene(drawn, background, "", num_frames, 8, 64, 64))
@@ -40,7 +40,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 
 @pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0, 6), (64, 0.8, 0), (64, 0.8, 6), (128, 0, 0)])
 def test_truth_is_recognised(side, blur, noise):
-    worlds = Worlds(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
+    worlds = SyntheticScenes(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
     total, right = Counter(), Counter()
     for index in range(200 if side == 64 and blur == noise == 0 else 100):
         scene = worlds.scene(index)
@@ -141,8 +141,8 @@ def test_measures_are_in_pixels():
 
 def test_digits_are_read():
     scene = sample_scene(1, 0, kinds=("digits",))
-    other = (scene.things[0].digit + 1) % 10
-    assert check_clip(render(scene), f"the digit {scene.things[0].digit}")["all"]
+    other = (scene.objects[0].digit + 1) % 10
+    assert check_clip(render(scene), f"the digit {scene.objects[0].digit}")["all"]
     assert check_clip(render(scene), f"the digit {other}") == {"count": True, "shape": False, "all": False}
     assert not check_clip(render(scene), "a white circle")["shape"]
 
@@ -155,7 +155,7 @@ def test_captions_are_parsed_back(index, num_frames):
     parsed = parse_caption(scene.caption)
     assert ("background" in parsed) == ("background" in scene.caption)
     assert parsed.get("background", scene.background) == scene.background
-    for named, true, thing in zip(parsed["things"], full["things"], scene.things, strict=True):
+    for named, true, thing in zip(parsed["things"], full["things"], scene.objects, strict=True):
         assert named.items() <= true.items()
         may_be_missing = {"size"} if thing.shape != "digit" else {"colour"}
         assert set(true) - set(named) <= may_be_missing

@@ -14,7 +14,7 @@ from torch import nn
 
 from lumos.cli import main
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError
 from lumos.evaluation.quality import psnr, ssim
 from lumos.evaluation.reconstruction import MAX_PSNR, reconstruct
@@ -88,7 +88,7 @@ def test_worlds_are_held_out_and_follow_the_seed():
     again, other = (read_source("worlds", count=3, seed=seed, **SHAPE)[0] for seed in (5, 6))
     assert np.array_equal(clips, again)
     assert not np.array_equal(clips, other)
-    assert np.array_equal(clips, [Worlds(seed=5, split="held_out", **SHAPE)[index][0] for index in range(3)])
+    assert np.array_equal(clips, [SyntheticScenes(seed=5, split="held_out", **SHAPE)[index][0] for index in range(3)])
 
 
 def test_sprite_clips_use_all_pictures(tmp_path, monkeypatch):

@@ -49,11 +49,11 @@ def test_each_kind_of_prompt_has_its_scenes():
     assert all(" and " in prompt for prompt, _, _ in prompt_set("two", 8, seed=1))
     assert all("digit" in prompt for prompt, _, _ in prompt_set("digits", 8, seed=1))
     scenes = [sample_scene(1, i, **KINDS["held_out"]) for i in range(20)]
-    assert all(any(is_held_out(thing) for thing in scene.things) for scene in scenes)
+    assert all(any(is_held_out(thing) for thing in scene.objects) for scene in scenes)
     scenes = [sample_scene(1, i, **KINDS["held_out_sprites"]) for i in range(20)]
-    assert all(len(scene.things) == 1 and is_held_out(scene.things[0]) and scene.things[0].sprite for scene in scenes)
+    assert all(len(scene.objects) == 1 and is_held_out(scene.objects[0]) and scene.objects[0].sprite for scene in scenes)
     scenes = [sample_scene(1, i, **KINDS["one"]) for i in range(200)]
-    assert not any(is_held_out(thing) for scene in scenes for thing in scene.things)
+    assert not any(is_held_out(thing) for scene in scenes for thing in scene.objects)
     with pytest.raises(UserError, match="allowed: one, two, two_ways, digits, sprites, two_sprites, held_out, held"):
         prompt_set("three", 1, seed=0)
 

@@ -10,8 +10,8 @@ from scipy.ndimage import gaussian_filter
 
 from lumos.cli import main
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SPRITE_RADIUS, Worlds, ground_colours, render, sprite_pixels
-from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, Thing
+from lumos.data.synthetic.render import SPRITE_RADIUS, SyntheticScenes, ground_colours, render, sprite_pixels
+from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.checker import check_clip
 from lumos.evaluation.sprites import REACH, _likeness, inspect_sprites
@@ -22,7 +22,8 @@ def clip(*things: tuple, background: str = "sky", num_frames: int = 17) -> np.nd
     drawn = []
     for name, motion, x, y, speed, *radius in things:
         start = radius[0] if radius else SPRITE_RADIUS
-        drawn.append(Thing("sprite", "", "", motion, start, start * (1.6 if motion == "grows" else 1), x, y, speed, sprite=name))
+        end = start * (1.6 if motion == "grows" else 1)
+        drawn.append(SceneObject("sprite", "", "", motion, start, end, x, y, speed, sprite=name))
     return render(Scene(tuple(drawn), background, "", num_frames, 8, 64, 64))
 
 
@@ -38,7 +39,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 
 @pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6), (128, 1.6, 6)])
 def test_truth_is_recognised(side, blur, noise):
-    worlds = Worlds(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
+    worlds = SyntheticScenes(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
     total, right = Counter(), Counter()
     for index in range(100):
         scene = worlds.scene(index)
@@ -51,7 +52,7 @@ def test_truth_is_recognised(side, blur, noise):
 
 @pytest.mark.parametrize("size", [{"num_frames": 1}, {"num_frames": 33}, {"height": 48, "width": 64}])
 def test_truth_is_recognised_at_other_sizes(size):
-    worlds = Worlds(12, split="all", kinds="sprites", share_two=0.3, **size)
+    worlds = SyntheticScenes(12, split="all", kinds="sprites", share_two=0.3, **size)
     assert all(check_clip(damaged(render(worlds.scene(i)), 0.5, 4, i), worlds.scene(i))["all"] for i in range(15))
 
 
@@ -175,9 +176,9 @@ def test_a_sprite_that_was_not_requested_is_wrong(video, wrong):
 
 
 def test_shapes_are_not_taken_for_sprites_or_sprites_for_shapes():
-    shapes = [Worlds(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
+    shapes = [SyntheticScenes(2, kinds=kind, num_frames=5).scene(i) for kind in ("shapes", "digits") for i in range(8)]
     assert not any(check_clip(render(scene), "an owl moves left")["all"] for scene in shapes)
-    shown = [Worlds(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
+    shown = [SyntheticScenes(2, kinds="sprites", share_two=0, num_frames=5).scene(i) for i in range(12)]
     assert not any(check_clip(render(scene), "a small red circle")["all"] for scene in shown)
 
 
@@ -208,7 +209,7 @@ def test_tolerance_of_a_sprite_place_scales_with_the_frame():
     """By so much of the frame, not by so many pixels."""
     for scale in (1, 2):
         radius = SPRITE_RADIUS * scale
-        thing = Thing("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")
+        thing = SceneObject("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")
         frame = render(Scene((thing,), "navy", "", 1, 8, 64 * scale, 64 * scale))[0].astype(np.float32)
         ground = ground_colours("navy", 64 * scale).astype(np.float32)
         middle = [round((at + offset) * scale) for at, offset in ((30, 2), (33, -2))]

@@ -266,7 +266,7 @@ ROWS = [
     (
         "ingest {inputs}/deep.json --out shards --tokenizer {inputs}/micro",
         2,
-        "{inputs}/deep.json is no known kind of source; allowed: a folder, .csv .tsv .jsonl .ndjson .parquet, .tar,",
+        "{inputs}/deep.json is not a known kind of source; allowed: a folder, .csv .tsv .jsonl .ndjson .parquet, .tar,",
     ),
     ("inspect nowhere", 2, "nowhere holds no ingested clips (no dataset.json); make them with `python -m lumos ingest`"),
     ("plan --config {inputs}/good.yaml --gpus 1000000000", 2, "--gpus 1000000000 is not allowed; give at most 1,000,000"),

@@ -374,7 +374,7 @@ def test_a_row_does_not_overwrite_an_input_of_a_clip(generate):
     rows = write_list({"prompt": "y", "output": "source.mp4"}, {"prompt": "x", "video": "source.mp4", "num_frames": 9})
     code, _, err = generate("--prompts", rows, "--output-dir", ".")
     assert code == 1
-    assert "source.mp4 is or holds what a clip begins with" in err[0]
+    assert "source.mp4 is or holds an input of this run" in err[0]
     assert Path("source.mp4").read_bytes() == before
 
 

@@ -127,14 +127,14 @@ def test_faults_of_a_remote_folder(remote_settings, bucket, monkeypatch):
     name = "/bucket/shards/shard-000001.parquet"
     whole = bucket.cat_file(name)
     bucket.pipe_file(name, whole[:-10])
-    with pytest.raises(RunError, match=r"memory://bucket/shards/shard-000001\.parquet is damaged or cut off.*copy it there again"):
+    with pytest.raises(RunError, match=r"memory://bucket/shards/shard-000001\.parquet is damaged or cut off.*copy it again"):
         ArdfTask(remote_settings(), CPU)
     for now in (whole[:-10], bucket.cat_file(name.replace("1.parquet", "2.parquet"))):
         bucket.pipe_file(name, now)
         with pytest.raises(RunError, match=r"shard-000001\.parquet is not what it was when the run began"):
             [clips(task, number) for number in range(3)]
     bucket.rm_file(name)
-    with pytest.raises(RunError, match=r"shard-000001\.parquet is not there any more"):
+    with pytest.raises(RunError, match=r"shard-000001\.parquet does not exist any more"):
         [clips(task, number) for number in range(3)]
 
 

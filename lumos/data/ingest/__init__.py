@@ -1,1 +1,1 @@
-"""Videos and pictures with captions in, shards of codes out."""
+"""Ingest: videos and pictures with captions are encoded into shards of codes."""

@@ -1,4 +1,4 @@
-"""One item to rows of codes: the function that every engine of `ingest` maps over the items."""
+"""Encoding of one item into rows of codes, which every executor of `ingest` applies to the items."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from lumos.video.frames import fit, from_uint8
 from lumos.video.reading import count_frames, read_image, read_video
 from tokenizer import VideoTokenizer
 
-TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # reference, section 8.2
+TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What a clip is. A folder of shards holds clips of one such setting.
+    """The format of the clips. All clips of a folder of shards have the same settings.
 
-    `fps` frames a second, `size` 256p, 384p, 480p (buckets by aspect ratio) or HEIGHTxWIDTH, `num_frames` of a clip, at
-    least `min_frames` from a video that has fewer (None: such a video is skipped), up to `clips_per_video` from a long one.
+    fps              frames per second
+    size             256p, 384p or 480p (buckets by aspect ratio), or HEIGHTxWIDTH in pixels
+    num_frames       frames of a clip
+    min_frames       a video of fewer than `num_frames` frames gives one clip if it has at least this
+                     many; None: such a video is skipped
+    clips_per_video  largest number of clips of a video
     """
 
     fps: int = 12
@@ -39,7 +43,7 @@ class ClipSettings:
     clips_per_video: int = 1
 
     def check(self, tokenizer: VideoTokenizer) -> None:
-        """UserError for what cannot be encoded."""
+        """Raise UserError if `tokenizer` cannot encode clips of these settings into shards."""
         step, stride = tokenizer.temporal_compression, tokenizer.spatial_compression
         for name in ("num_frames", "min_frames"):
             value = getattr(self, name)
@@ -58,7 +62,10 @@ class ClipSettings:
             raise UserError(f"the tokenizer has {tokenizer.num_codes} codes; shards hold at most {1 << 16}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) to which a picture of this size is fitted."""
+        """Return the (height, width) to which frames of this size are scaled and cropped.
+
+        Raise UserError if `size` is unknown.
+        """
         if self.size in TARGET_SIZES:
             return bucket_for(height, width, TARGET_SIZES[self.size])
         if not re.fullmatch(r"\d{1,5}x\d{1,5}", self.size):
@@ -68,7 +75,11 @@ class ClipSettings:
 
 
 class Skip(Exception):
-    """An item that gives no clip: `reason` is counted, `detail` is for people."""
+    """The result of an item that gives no clip.
+
+    `reason` is one of a few fixed texts, by which the report counts skipped items. `detail` is a message
+    for the user.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -76,12 +87,15 @@ class Skip(Exception):
 
 
 Result = list[dict[str, Any]] | Skip
-"""The rows of an item's clips, or why there are none."""
+"""The rows of the clips of an item, or why the item gives no clip."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a worker needs to know to do :func:`ingest_item`; `device` None is a GPU if the worker has one."""
+class EncoderSpec:
+    """The arguments with which a worker makes its :class:`Encoder`.
+
+    `tokenizer` is the folder of the tokenizer. If `device` is None, the worker uses a GPU if it has one.
+    """
 
     tokenizer: str
     settings: ClipSettings
@@ -89,11 +103,11 @@ class Work:
 
 
 class Encoder:
-    """`ingest_item` with its tokenizer loaded: what each worker holds."""
+    """:func:`ingest_item` with a loaded tokenizer; each worker has one."""
 
-    def __init__(self, work: Work):
-        self.settings = work.settings
-        self.tokenizer = VideoTokenizer.from_pretrained(work.tokenizer, device=str(pick_device(work.device)))
+    def __init__(self, spec: EncoderSpec):
+        self.settings = spec.settings
+        self.tokenizer = VideoTokenizer.from_pretrained(spec.tokenizer, device=str(pick_device(spec.device)))
 
     def __call__(self, item: Item) -> Result:
         return ingest_item(item, self.settings, self.tokenizer)
@@ -101,16 +115,17 @@ class Encoder:
 
 @torch.no_grad()
 def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -> Result:
-    """Decode, fit to the bucket and encode one item: what every engine maps over the items.
+    """Read one item, scale and crop its frames to the bucket, and encode them.
 
-    Whatever odd data does to a reader is a skip; an error that no data explains is a bug, and raised.
+    Return the rows of its clips. If the item's data make a reader fail, return a `Skip`. Any other
+    error is a bug, and is raised.
     """
     try:
         if problem := item.problem or problem_of_file(item.path):
             return Skip(*problem)
         with as_file(item) as file:
             clips = _clips(item, file, settings, tokenizer.temporal_compression)
-            # One at a time: all clips of a long video at once would take as much memory as the video.
+            # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
             return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
     except Skip as skip:
         return skip
@@ -124,7 +139,7 @@ def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -
 def _row(
     item: Item, number: int, start: float, frames: np.ndarray, settings: ClipSettings, tokenizer: VideoTokenizer
 ) -> dict[str, Any]:
-    """The row of a clip of uint8 frames [T, H, W, 3] that begins at `start` seconds."""
+    """Return the row of a clip with frames uint8 [T, H, W, 3] that begins at `start` seconds of its video."""
     video = from_uint8(frames[None]).to(next(tokenizer.parameters()))  # [1, 3, T, H, W]
     codes = tokenizer.encode(video)[0].cpu().numpy().astype(np.uint16)  # [t, h, w]
     count, height, width = frames.shape[:3]
@@ -137,9 +152,13 @@ def _row(
 
 
 def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[tuple[float, np.ndarray]]:
-    """(start in s, frames uint8 [T, H, W, 3]) of each clip, read when it is asked for; all of one item have one size."""
+    """Yield (start in seconds, frames uint8 [T, H, W, 3]) of each clip of an item.
+
+    A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
+    the temporal compression of the tokenizer. Raise Skip if the video is too short.
+    """
     total = 1 if item.is_picture else count_frames(file, settings.fps)
-    if item.is_picture and file.suffix.lower() in (".png", ".webp"):  # may be animated
+    if item.is_picture and file.suffix.lower() in (".png", ".webp"):  # these can be animated
         total = count_frames(file, settings.fps)
     if item.is_picture and total == 1:
         frames = read_image(file)[None]
@@ -151,10 +170,10 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
     available = int(max(available, 0) + 1e-3)
     count = settings.num_frames
     if available < count:
-        count = (available - 1) // step * step + 1  # below 1 for none
+        count = (available - 1) // step * step + 1  # below 1 if there is no frame
         least = settings.min_frames or settings.num_frames
         if count < max(least, 1):
-            read_video(file, max_seconds=60, size=settings.target(1, 1))  # a file that was cut off says so here
+            read_video(file, max_seconds=60, size=settings.target(1, 1))  # raises the right error if the file is cut off
             name = item.member or item.path
             raise Skip(TOO_SHORT, f"{name}: {available} frames at {settings.fps} fps, {least} are needed")
     size = settings.target(*read_video(file, num_frames=1)[0].shape[1:3])
@@ -164,7 +183,10 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
 
 
 def clip_starts(available: int, num_frames: int, clips: int) -> list[int]:
-    """First frames of up to `clips` clips that do not overlap, with even gaps: one clip is the middle of the video."""
+    """Return the first frame of each of up to `clips` clips that do not overlap.
+
+    The gaps before, between and after the clips are equal, so a single clip is the middle of the video.
+    """
     clips = min(clips, available // num_frames)
     spare = available - clips * num_frames
     return [spare * (i + 1) // (clips + 1) + i * num_frames for i in range(clips)]

@@ -1,7 +1,7 @@
-"""How ingest spreads its items over processes of this machine; `ray_engine` does it over a cluster.
+"""Executors run the items of an ingest: here on this machine, in `ray_executor` on a Ray cluster.
 
-An engine yields the items that are left with their results in their own order, whoever is done first, so that every engine
-writes the same shards.
+An executor yields results in the order of the items, whichever worker finishes first. Every executor
+therefore gives the same shards.
 """
 
 from __future__ import annotations
@@ -12,39 +12,48 @@ from contextlib import closing
 from functools import partial
 from typing import Protocol
 
-from lumos.data.ingest.encode import Encoder, Result, Work
+from lumos.data.ingest.encode import Encoder, EncoderSpec, Result
 from lumos.data.ingest.item import Item
-from lumos.data.ingest.workers import Pool
+from lumos.data.ingest.workers import WorkerPool
 from lumos.errors import UserError
 from lumos.runtime import pick_device
 
 ITEM_TIMEOUT = 1800.0
-"""Seconds for an item if nothing else is said: hours of video take minutes."""
+"""Default limit in seconds for one item. Reading hours of video takes minutes."""
 
 
-class Engine(Protocol):
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
-        """UserError for what cannot work here, before anything is written."""
+class Executor(Protocol):
+    """Runs the items of an ingest with `workers` workers and yields their results."""
+
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
+        """Raise UserError for arguments that this executor cannot work with, before ingest writes anything.
+
+        `item_timeout` is the limit in seconds for one item; None: ITEM_TIMEOUT.
+        """
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
-        """The results of `todo`, in its order. Closing the iterator stops the workers."""
+        """Yield each item of `todo` with its result, in order. Closing the iterator stops the workers."""
 
 
-class LocalEngine:
-    """So many processes; with 0 workers this one, where an item that crashes or hangs takes the ingest with it."""
+class LocalExecutor:
+    """Runs items in `workers` processes of this machine.
 
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
-        pick_device(work.device)
+    With 0 workers the items run in this process, where an item that crashes or hangs does the same to
+    the whole ingest.
+    """
+
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
+        pick_device(spec.device)
         if item_timeout is not None and not workers:
             raise UserError("item_timeout needs processes that can be ended; give at least 1 worker, or leave it out")
-        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
+        self.spec, self.workers, self.item_timeout = spec, workers, item_timeout or ITEM_TIMEOUT
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         if self.workers:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
-            with closing(Pool(partial(Encoder, self.work), self.workers, threads, self.item_timeout)) as pool:
+            with closing(WorkerPool(partial(Encoder, self.spec), self.workers, threads, self.item_timeout)) as pool:
                 yield from pool.results(todo)
         else:
-            encoder = Encoder(self.work)
+            encoder = Encoder(self.spec)
             for item in todo:
                 yield item, encoder(item)

@@ -1,4 +1,4 @@
-"""What an item was when it was ingested, in a short text, so that a later run sees that it is another one by now."""
+"""Fingerprints of items: a later ingest compares them to find items that changed since they were ingested."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from lumos.data.ingest.item import BAD_ROW, Item
 from lumos.files import open_regular
 
 SAMPLE_BYTES = 1 << 16
+"""Bytes at the beginning and at the end of a file that its fingerprint covers."""
 SAME, CHANGED, OTHER = "same", "changed", "other"
 
 
-def mark(item: Item) -> str:
-    """Digest of its place, size, time of the last change, digest of its first and last bytes, digest of its caption."""
+def fingerprint(item: Item) -> str:
+    """Return a text of five parts that identifies the content of an item.
+
+    The parts, separated by spaces, are: digest of the path, size in bytes, time of the last change in
+    ns, digest of the first and last SAMPLE_BYTES bytes, digest of the caption. If there is no file,
+    size, time and the digest of the bytes are "-".
+    """
     size, changed = _size_and_time(item)
     return f"{_digest(_place(item))} {size} {changed} {_sample(item, size)} {_digest(_bytes(item.caption))}"
 
 
 def compare(item: Item, old: str) -> str:
-    """SAME as when it was marked, CHANGED in its place (file or caption), or OTHER: another file in another place.
+    """Compare an item with the fingerprint `old` of an earlier ingest.
 
-    A copy of the same file in another place is the same.
+    Return SAME if file and caption are the same, also if the file is a copy at another path. Return
+    CHANGED if the caption changed, or the file at the same path. Return OTHER if it is another file at
+    another path.
     """
     parts = str(old).split(" ")
     if len(parts) != 5:
@@ -40,13 +48,13 @@ def _place(item: Item) -> bytes:
 
 
 def _bytes(text: str) -> bytes:
-    """Of any text, lone surrogates too: a mark is taken of items that are skipped for them."""
+    """Return any text as bytes, also text with lone surrogates: items that are skipped for them have fingerprints too."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def _size_and_time(item: Item) -> tuple[str, str]:
-    """Bytes, ns; "-" for what is no file."""
-    if item.problem and item.problem[0] == BAD_ROW:  # its path may be the whole manifest's
+    """Return size in bytes and time of the last change in ns; both are "-" if there is no file."""
+    if item.problem and item.problem[0] == BAD_ROW:  # its path may be that of the manifest
         return "-", "-"
     try:
         found = os.stat(item.path)
@@ -56,6 +64,7 @@ def _size_and_time(item: Item) -> tuple[str, str]:
 
 
 def _sample(item: Item, size: str) -> str:
+    """Return the digest of the first and last bytes of an item of `size` bytes, or "-" if it cannot be read."""
     if size == "-":
         return "-"
     try:
@@ -64,7 +73,7 @@ def _sample(item: Item, size: str) -> str:
             data = file.read(min(SAMPLE_BYTES, int(size)))
             file.seek(item.offset + max(int(size) - SAMPLE_BYTES, 0))
             return _digest(data + file.read(min(SAMPLE_BYTES, int(size))))
-    except (OSError, ValueError, OverflowError):  # no regular file, or an offset that no file has
+    except (OSError, ValueError, OverflowError):  # not a regular file, or an impossible offset
         return "-"
 
 

@@ -1,7 +1,8 @@
-"""Videos and pictures to shards of codes: one function per item, spread by an engine, written so that a kill costs little.
+"""Ingest: an executor encodes the items of the sources, and this process writes their codes into shards.
 
-Items are written in the order of the sources, all clips of an item in one shard, so that an interrupted and continued
-ingest gives the same shards as an uninterrupted one; `state` says how.
+The items are written in the order of the sources, and all clips of an item go into one shard. An
+ingest that was interrupted and continued therefore gives the same shards as one that was not;
+`lumos.data.ingest.state` explains how.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lumos.data.ingest.encode import ClipSettings, Skip, Work
-from lumos.data.ingest.executors import Engine, LocalEngine
+from lumos.data.ingest.encode import ClipSettings, EncoderSpec, Skip
+from lumos.data.ingest.executors import Executor, LocalExecutor
 from lumos.data.ingest.item import as_text
 from lumos.data.ingest.manifest import items
-from lumos.data.ingest.ray_executor import RayEngine
+from lumos.data.ingest.ray_executor import RayExecutor
 from lumos.data.ingest.state import JOURNAL, State
 from lumos.data.ingest.tally import Tally, missing_in_folder
 from lumos.data.shards import format as shards
@@ -28,9 +29,9 @@ from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
 
-ENGINES: dict[str, type[Engine]] = {"local": LocalEngine, "ray": RayEngine}
+EXECUTORS: dict[str, type[Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
 RATE_FROM = 50
-"""Items before which the failure rate does not stop a run: one bad file of the first two says nothing."""
+"""Number of items from which the failure rate can stop a run. The rate of fewer items says little."""
 
 
 def ingest(
@@ -50,13 +51,19 @@ def ingest(
     on_item: Callable[[int, int], None] = lambda done, skipped: None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
-    """Encode what is new in the sources into the folder `out`; returns the report, which is also in out/report.json.
+    """Encode the new items of the sources into the folder `out`.
 
-    `workers` 0 is this process. With processes of their own an item that ends its worker twice, or takes more than
-    `item_timeout` seconds (None: half an hour), is skipped. `warn` is told what the user should know of changed items and
-    shards. UserError for settings that cannot work or differ from those of the folder, and for other items under the names
-    of some that are in it. RunError when more than `max_failure_rate` of all items so far gave no clip, for a damaged shard,
-    when another ingest writes into the folder, and unless every item of the sources is in a shard or was skipped.
+    Return the report, which is also written to out/report.json.
+
+    With `workers` 0 the local executor runs the items in this process. With worker processes, an item
+    that ends its worker twice or takes more than `item_timeout` seconds (None: half an hour) is
+    skipped. `on_item` is called after each item with the numbers of items in shards and of skipped
+    items. `warn` is called with each warning about changed items or shards.
+
+    Raise UserError for settings that cannot work or that differ from those of the folder, and if other
+    items have the names of items that are in the folder. Raise RunError if more than
+    `max_failure_rate` of all items of the folder gave no clip, if a shard is damaged, if another ingest writes into
+    the folder, and if in the end an item of the sources is neither in a shard nor skipped.
     """
     out, settings, started = Path(out), settings or ClipSettings(), time.perf_counter()
     for name, value, least in (("workers", workers, 0), ("shard_clips", shard_clips, 1)):
@@ -66,22 +73,22 @@ def ingest(
         raise UserError(f"item_timeout {item_timeout} is not allowed; give seconds above 0")
     if not 0 <= max_failure_rate <= 1:
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
-    if engine not in ENGINES:
-        raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(ENGINES)}")
+    if engine not in EXECUTORS:
+        raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(EXECUTORS)}")
     todo = items(sources, captions)
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
-    spread = ENGINES[engine](Work(str(tokenizer), settings, device), workers, item_timeout)
+    executor = EXECUTORS[engine](EncoderSpec(str(tokenizer), settings, device), workers, item_timeout)
     with only_writer(out, "ingest"):
         sweep_folder(out)
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
-        if state.marks:
+        if state.fingerprints:
             state.check(items(sources, captions))
         earlier = len(state.done) + len(state.skipped)
         whole, tally = True, Tally(todo, state.knows)
-        with closing(spread.results(tally.todo())) as results:
+        with closing(executor.results(tally.todo())) as results:
             for item, result in results:
                 tally.back(item)
                 if isinstance(result, Skip):
@@ -115,7 +122,10 @@ def ingest(
 
 
 def _claim(out: Path, settings: ClipSettings, model: VideoTokenizer, tokenizer: str | Path) -> None:
-    """Write dataset.json, or check that this ingest fits the one that is there."""
+    """Write dataset.json, or check that this ingest matches the dataset.json in the folder.
+
+    Raise UserError if the folder was made with another tokenizer or other settings.
+    """
     description = {
         "format": shards.FORMAT, "tokenizer": shards.tokenizer_facts(model) | {"folder": str(tokenizer)},
         "settings": asdict(settings), "versions": versions(),

@@ -1,4 +1,4 @@
-"""One clip or picture to ingest: its name, where it lies, and what can be wrong with it."""
+"""Items: the videos and pictures to ingest, their names, and the reasons for which an item is skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MISSING, NOT_A_FILE, UNREADABLE, TOO_SHORT = "missing file", "not a file", "unre
 OUT_OF_MEMORY = "out of memory"
 
 MAX_CAPTION_LENGTH = 10_000
-"""Characters of a caption; the longest that people or models write for a clip have about a tenth of it."""
+"""Largest number of characters of a caption. Long captions by people or models have about a tenth of it."""
 
 _ODD = r"[\ud800-\udfff]"
 _ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)\Z)"
@@ -30,9 +30,13 @@ _ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)
 
 @dataclass(frozen=True)
 class Item:
-    """A clip or picture to ingest: `path` is a file, or a tar of which bytes offset .. offset + size are the file `member`.
+    """A video or picture to ingest.
 
-    `start`, `end` are seconds (end None: to the end). `problem` is (reason, detail) if it cannot be used.
+    id            name of the item, the same in every ingest of its source
+    path          the file, or a tar file
+    start, end    part of the video in seconds; end None: to the end of the video
+    member        name of the file inside the tar; its bytes are offset .. offset + size of the tar
+    problem       (reason, detail) if the item cannot be used
     """
 
     id: str
@@ -47,21 +51,25 @@ class Item:
 
     @property
     def is_picture(self) -> bool:
-        """By its name; an animated webp or png is found out when it is read."""
+        """Whether the suffix is that of a picture. Only reading shows whether a .webp or .png is animated."""
         return PurePosixPath(self.member or self.path).suffix.lower() in PICTURES
 
 
 def as_text(name: str) -> str:
-    r"""The name as UTF-8 text, a different one for each name: what is no text, such as a byte that is not UTF-8, is escaped.
+    r"""Return a name as valid UTF-8 text; different names give different texts.
 
-    A lone surrogate, which is how Python holds an undecodable byte, becomes ``\udcff``. A name that holds such an escape
-    literally gets its backslashes doubled. All other names stay as they are.
+    Python represents a byte that is not UTF-8 as a lone surrogate, which is replaced by an escape, for
+    example ``\udcff``. If a name contains such an escape literally, its backslashes are doubled. All
+    other names are returned unchanged.
     """
     return _escaped(name, _ODD)
 
 
 def row_name(path: str) -> str:
-    """As `as_text`, for a path from a table: what looks like an ending that ingest gives to ids is escaped too."""
+    """Return a path of a table as `as_text` does, and also escape text that looks like a part of an id.
+
+    Ingest makes ids with the parts "row N", "@START-END" and "(again N)".
+    """
     return _escaped(path, _ODD_IN_ROW)
 
 
@@ -75,7 +83,10 @@ def _escaped(name: str, odd: str) -> str:
 
 
 def problem_of(error: BaseException) -> tuple[str, str] | None:
-    """(reason, detail) if odd data makes a reader raise such an error; None if it is a bug or no fault of an item."""
+    """Return (reason, detail) if bad data can make a reader raise this error.
+
+    Return None if the error is a bug or is not caused by the item.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if _took_too_much(cause):
@@ -87,21 +98,24 @@ def problem_of(error: BaseException) -> tuple[str, str] | None:
 
 
 def _took_too_much(error: BaseException) -> bool:
-    """Whether memory ran out; by the words only of errors that name no file, which may be called anything."""
+    """Return whether an error means that memory ran out.
+
+    The message of an OSError is not searched, because it contains a file name, which can be any text.
+    """
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
 
 
 def problem_of_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """(reason, detail) unless there is a regular file; a pipe or device is named, never opened."""
+    """Return (reason, detail) if `path` is not a regular file, else None. Pipes and devices are never opened."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return MISSING, f"there is no file {path}"
     except OSError as error:
         return UNREADABLE, f"cannot read {path}: {error.strerror}"
-    except ValueError as error:  # a zero byte, or half of a character
+    except ValueError as error:  # a zero byte or a lone surrogate
         return MISSING, f"there can be no file of this name: {error}"
     if stat.S_ISREG(mode):
         return None
@@ -110,7 +124,7 @@ def problem_of_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def problem_of_caption(caption: str) -> tuple[str, str] | None:
-    """(reason, detail) unless it is text of a length that is allowed."""
+    """Return (reason, detail) if a caption is empty, not text or too long, else None."""
     if not caption:
         return NO_CAPTION, "no caption in the source, beside the file or in --captions"
     if re.search(_ODD, caption):

@@ -1,8 +1,9 @@
-"""What to ingest: folders, manifests, webdataset tars and single files as one stream of items in a fixed order.
+"""The items of the sources: folders, manifests, webdataset tars and single files, in a fixed order.
 
-An item's `id` does not depend on where its source lies or what stands before it, so that a second run over the same
-(or a longer) source knows which items it has done. What is wrong with an item (no caption, a row that makes no sense)
-is written on it; the stream never stops for one.
+A manifest is a table with a row for each item. The `id` of an item does not depend on the folder of
+its source or on earlier items, so a second ingest of the same source, or of a longer one, knows which
+items are done. If an item has a problem, for example no caption or an invalid row, its field `problem`
+says so. Such an item does not stop the stream.
 """
 
 from __future__ import annotations
@@ -40,16 +41,18 @@ from lumos.errors import RunError, UserError, shown
 from lumos.files import open_regular
 
 MAX_PATH_LENGTH = 4096
-"""Characters of a path in a table; no system opens a longer one."""
+"""Largest number of characters of a path in a table; no operating system opens a longer one."""
 OF_CAPTIONS = "--captions"
-"""Stands where items have their source's name, for rows of the captions table; no table can be called so."""
+"""First part of the ids of bad rows of the captions table, where other ids have the name of their source.
+A table cannot have this name."""
 
 
 def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> Iterator[Item]:
-    """The items of all sources, in order; `captions` is a table of path and caption that goes before captions found beside
-    the files.
+    """Return an iterator over the items of all sources, in order.
 
-    UserError at once for a source that is missing or of an unknown kind, and for two of the same name.
+    `captions` is a table with columns path and caption. Its captions take precedence over those beside
+    the files. Raise UserError before the first item if a source is missing or of an unknown kind, or if
+    two sources have the same name.
     """
     paths = [Path(source) for source in sources]
     if not paths:
@@ -59,7 +62,7 @@ def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> 
     names = Counter(path.resolve().name for path in paths)
     for name, count in names.items():
         if count > 1:
-            raise UserError(f"two sources are named {name}, which names their clips; rename one of them")
+            raise UserError(f"two sources are named {name}, so their items would have the same names; rename one of them")
     table = Path(captions) if captions else None
     if table and (table.suffix.lower() not in TABLES or problem_of_file(table)):
         raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
@@ -76,17 +79,18 @@ def _check_source(path: Path) -> None:
     if path.is_dir():
         return
     if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar"):
-        raise UserError(f"{path} is no known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
+        raise UserError(f"{path} is not a known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
     if problem := problem_of_file(path):
         raise UserError(f"cannot read the source: {problem[1]}")
 
 
 def _checked(paths: list[Path], table: Path | None) -> Iterator[Item]:
+    """Yield all items with their captions; an item whose id came before is a duplicate."""
     captions: dict[str, str] = {}
     seen: Counter[bytes] = Counter()
     for item in _all_items(paths, table, captions):
         item = _with_caption(item, captions)
-        key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # shorter than the text, and no two share it
+        key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # needs less memory than the id
         seen[key] += 1
         if seen[key] > 1:
             item = replace(item, id=f"{item.id} (again {seen[key] - 1})", problem=(DUPLICATE, f"{item.id} came before"))
@@ -94,7 +98,7 @@ def _checked(paths: list[Path], table: Path | None) -> Iterator[Item]:
 
 
 def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) -> Iterator[Item]:
-    """Fills `captions` from its table before any other item."""
+    """Yield the items of all sources; first fill `captions` from the table and yield its bad rows."""
     if table is not None:
         yield from _read_captions(table, captions)
     for path in paths:
@@ -102,7 +106,7 @@ def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) 
 
 
 def _with_caption(item: Item, captions: dict[str, str]) -> Item:
-    """The item with its caption in one line, or with what is wrong with it."""
+    """Return the item with its caption as one line, or with a problem if it has no valid caption."""
     name = PurePosixPath(item.id.partition("/")[2] or item.id)
     given = next((captions[key] for key in (str(name), name.name, name.stem) if key in captions), None)
     caption = " ".join((item.caption if given is None else given).split())
@@ -130,7 +134,7 @@ def _items_of(path: Path) -> Iterator[Item]:
 
 
 def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
-    """What `make` gives, or an item that says why odd data made it fail."""
+    """Return the result of `make`, or an item with a problem if bad data made `make` fail."""
     try:
         return make()
     except Exception as error:
@@ -141,11 +145,12 @@ def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
 
 
 def _folder_items(root: Path, name: str) -> Iterator[Item]:
-    """The media files below a folder, the entries of each folder sorted by name; links to folders are not followed.
+    """Yield the media files in a folder and its subfolders, the entries of each folder sorted by name.
 
-    A loop over a stack: a tree of folders may be deeper than Python's own stack.
+    Links to folders are not followed.
     """
-    todo = [("", True)]  # (path below the root, whether it is a folder), the next one last
+    # A list as the stack instead of recursion, because folders can be nested deeper than Python's stack allows.
+    todo = [("", True)]  # (path relative to the root, whether it is a folder); the last element is the next one
     while todo:
         below, is_folder = todo.pop()
         path, id_ = root / below, as_text(f"{name}/{below}" if below else name)
@@ -158,7 +163,7 @@ def _folder_items(root: Path, name: str) -> Iterator[Item]:
                 continue
             todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
             continue
-        drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # of shards that lie in the source
+        drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
         if path.suffix.lower() in MEDIA and not path.name.startswith(".") and not drawn:
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
 
@@ -191,7 +196,7 @@ def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
     path = str(manifest.parent / written)
     try:
         start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
-        if end is not None and math.isnan(end):  # how tables say that there is none
+        if end is not None and math.isnan(end):  # tables use NaN for a missing value
             end = None
         if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
             raise ValueError("start must be at least 0 and below end")
@@ -203,7 +208,7 @@ def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
 
 
 def _seconds(value: Any) -> float | None:
-    """A time of a row; None for a cell without one."""
+    """Return a time of a row in seconds; None for an empty cell. Raise TypeError or ValueError for other values."""
     if value is None or value == "":
         return None
     if isinstance(value, bool):
@@ -212,7 +217,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
-    """Fills `captions` (name to caption) from a table; yields an item for each row that makes no sense."""
+    """Fill `captions` (name -> caption) from a table; yield an item with a problem for each bad row."""
     for number, row in rows(table):
         path = "" if isinstance(row, str) else first(row, PATH_KEYS)
         if not path:
@@ -224,7 +229,10 @@ def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
 
 @contextmanager
 def as_file(item: Item) -> Iterator[Path]:
-    """The item's media as a file; a member of a tar is copied out for the time of the block."""
+    """Context manager that gives the path of the item's media file.
+
+    A member of a tar is copied into a temporary file, which is deleted at the end of the block.
+    """
     if item.member is None:
         yield Path(item.path)
         return

@@ -1,9 +1,10 @@
-"""Ingest on a Ray cluster: items into Ray Data, tokenizer actors map over them, their results back in order.
+"""Ingest on a Ray cluster: Ray Data distributes the items over actors, and the results come back in order.
 
-Each actor does its items in a process of its own, as on one machine: an item that crashes or hangs there costs itself alone.
-Only small things travel: an item's path and caption one way, its codes the other. The process that was started writes all
-shards, so that what holds for one machine (no sample twice, none lost, the stop at too many failures) holds here. Sources
-and tokenizer must be readable on every node under the same path.
+Each actor runs its items in a worker process, as the local executor does, so an item that crashes or
+hangs is skipped and affects no other item. Only an item's path and caption and its codes are sent over
+the network. The process that called `ingest` writes all shards. The guarantees are therefore the same
+as on one machine: no item is lost or comes twice, and the ingest stops if too many items fail. Sources and
+tokenizer must be readable under the same path on every node.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.ingest.encode import Encoder, Result, Skip, Work
+from lumos.data.ingest.encode import Encoder, EncoderSpec, Result, Skip
 from lumos.data.ingest.executors import ITEM_TIMEOUT
 from lumos.data.ingest.item import Item
-from lumos.data.ingest.workers import Make, Pool
+from lumos.data.ingest.workers import Make, WorkerPool
 from lumos.errors import RunError, UserError, shown
 
 DEVICES = (None, "auto", "cpu", "cuda")
 ITEMS_A_WORKER = 1000
-"""Items for each worker in one Ray data set; a data set starts its actors anew, which takes seconds."""
+"""Items per worker in one Ray data set. Each data set starts its own actors, which takes seconds."""
 ITEMS_IN_BLOCK = 4
+"""Items in one block; Ray gives an actor one block at a time."""
 ATTEMPTS = 3
-"""An item whose actor dies (a lost node) is tried again so often; Ray's default is without end."""
+"""How often Ray retries items of an actor that dies, for example with its node. The default of Ray has no limit."""
 
 
-class RayEngine:
-    """Up to `workers` actors of one CPU each, and one GPU each where the cluster has GPUs or `device` asks for them."""
+class RayExecutor:
+    """Runs items in up to `workers` Ray actors.
 
-    def __init__(self, work: Work, workers: int, item_timeout: float | None):
+    Each actor has one CPU, and also one GPU if the cluster has GPUs and `device` is not "cpu".
+    """
+
+    def __init__(self, spec: EncoderSpec, workers: int, item_timeout: float | None):
         _ray()
         if not workers:
-            raise UserError("0 workers is not for --engine ray; give at least 1")
-        if work.device not in DEVICES:
-            raise UserError(f"device '{work.device}' is not for --engine ray, which deals the GPUs out; allowed: auto, cpu, cuda")
-        self.work, self.workers, self.item_timeout = work, workers, item_timeout or ITEM_TIMEOUT
+            raise UserError("workers 0 is not allowed with --engine ray; give at least 1")
+        if spec.device not in DEVICES:
+            raise UserError(
+                f"device '{spec.device}' is not allowed with --engine ray, which assigns the GPUs itself; allowed: auto, cpu, cuda"
+            )
+        self.spec, self.workers, self.item_timeout = spec, workers, item_timeout or ITEM_TIMEOUT
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         ray = _ray()
@@ -63,19 +70,19 @@ class RayEngine:
                         found, result = next(results, (None, None))
                         if found != number:
                             what = "no result" if found is None else f"the result of {shown(some[found].id)}"
-                            raise RunError(f"Ray gave {what} for {shown(item.id)}; run the same command again, it goes on")
+                            raise RunError(f"Ray gave {what} for {shown(item.id)}; run the same command again to continue")
                         yield item, result
                     if next(results, None) is not None:
-                        raise RunError(f"Ray gave more than {len(some)} results for as many items; run the same command again")
+                        raise RunError(f"Ray gave more than {len(some)} results for {len(some)} items; run the same command again")
         except ray.exceptions.RayError as error:
             near = f"near {item.id}" if item else "at the start"
-            raise RunError(f"a Ray worker failed {near}: {_cause(error)}; run the same command again, it goes on") from error
+            raise RunError(f"a Ray worker failed {near}: {_cause(error)}; run the same command again to continue") from error
         finally:
             if own:
                 ray.shutdown()
 
     def _map(self, ray: ModuleType, some: list[Item]) -> Iterator[tuple[int, Result]]:
-        """Each item's number in `some`, which is in their order, and its result."""
+        """Yield (index of the item in `some`, its result) for each item, in order."""
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         rows = [{"number": number, "item": json.dumps(asdict(item))} for number, item in enumerate(some)]
         data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // ITEMS_IN_BLOCK))
@@ -83,7 +90,7 @@ class RayEngine:
         data.context.enable_progress_bars = False
         data = data.map(
             _Actor,
-            fn_constructor_args=(partial(Encoder, self.work), self.item_timeout, os.getcwd()),
+            fn_constructor_args=(partial(Encoder, self.spec), self.item_timeout, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
             num_cpus=1,
             num_gpus=self._gpus(ray),
@@ -95,15 +102,17 @@ class RayEngine:
 
     def _gpus(self, ray: ModuleType) -> int:
         available = ray.cluster_resources().get("GPU", 0)
-        if self.work.device == "cuda" and not available:
+        if self.spec.device == "cuda" and not available:
             raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
-        return int(self.work.device != "cpu" and available > 0)
+        return int(self.spec.device != "cpu" and available > 0)
 
 
 class _Actor:
+    """A Ray actor with one worker process."""
+
     def __init__(self, make: Make, seconds: float, folder: str):
-        os.chdir(folder)  # what relative paths are from
-        self.pool = Pool(make, 1, 1, seconds)  # one thread: Ray counts on one CPU for it
+        os.chdir(folder)  # relative paths start from the folder of the main process
+        self.pool = WorkerPool(make, 1, 1, seconds)  # one thread, because Ray reserves one CPU for the actor
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         fields = json.loads(row["item"])
@@ -113,7 +122,7 @@ class _Actor:
 
 
 def to_text(result: Result) -> str:
-    """A result as JSON: plain text crosses every version of Ray, Arrow and Python, pickled objects do not."""
+    """Return a result as JSON, which works with all versions of Ray, Arrow and Python; pickled objects do not."""
     if isinstance(result, Skip):
         return json.dumps({"skip": [result.reason, result.detail]})
     rows = []
@@ -125,7 +134,7 @@ def to_text(result: Result) -> str:
 
 
 def from_text(text: str) -> Result:
-    """The inverse of `to_text`."""
+    """Return the result that `to_text` made into this text."""
     fields = json.loads(text)
     if "skip" in fields:
         return Skip(*fields["skip"])
@@ -136,7 +145,7 @@ def from_text(text: str) -> Result:
 
 
 def _ray() -> ModuleType:
-    """ray with ray.data and ray.exceptions, or UserError if it is not installed."""
+    """Import ray with ray.data and ray.exceptions; raise UserError if Ray is not installed."""
     try:
         import ray
         import ray.data
@@ -147,7 +156,7 @@ def _ray() -> ModuleType:
 
 
 def _cause(error: BaseException) -> str:
-    """The end of what Ray says, which may be a page, in one line."""
+    """Return the last line of the message of a Ray error, which can be a page long."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(cause).__name__

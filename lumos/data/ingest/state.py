@@ -1,9 +1,10 @@
-"""How far an ingest is: which items its shards hold, which were skipped, and what each shard is made of.
+"""The state of an ingest: which items are in its shards, and which items were skipped.
 
-An item is done if it is in a shard that is there or in the journal of skipped items. Before a shard is written, a line of
-`shards.jsonl` says which items it will hold and the digest of their clips. A shard of these lines that is not in the folder
-(it was deleted, or its ingest was killed) is a gap: its items go into a shard of the same name in the same order, so that
-the folder has the content again that training runs remember.
+An item is done if it is in a shard of the folder or in the journal of skipped items, `skipped.jsonl`.
+Before a shard is written, a line of `shards.jsonl` records its items and the digest of their clips. If
+the shard is then not in the folder (it was deleted, or the ingest was killed), it is a gap. The next
+ingest writes the items of a gap into a shard of the same name and in the same order. The folder then
+has the same content as before, which a resumed training run checks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.data.ingest.encode import Skip
-from lumos.data.ingest.fingerprint import CHANGED, OTHER, compare, mark
+from lumos.data.ingest.fingerprint import CHANGED, OTHER, compare, fingerprint
 from lumos.data.ingest.item import Item
 from lumos.data.shards import format as shards
 from lumos.durable import sync_file, sync_folder
@@ -27,15 +28,15 @@ from lumos.files import parse_json
 
 JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
 DETAIL_LENGTH = 1000
-"""Characters of what the journal says of a skipped item; a message may name a path of 4096 twice."""
+"""Largest number of characters of the reason that the journal gives. A message can name a path of 4096 characters twice."""
 
 
 @dataclass
 class _Made:
-    """A shard in the making: the clips of each item, and the items' marks."""
+    """The content of a shard that is not yet written: the clips and the fingerprint of each item, by id."""
 
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    marks: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def clips(self) -> int:
@@ -43,7 +44,14 @@ class _Made:
 
 
 class State:
-    """What an output folder holds: derived from its files, and kept up to date while writing."""
+    """The content of an output folder: read from its files at the start, then kept up to date while writing.
+
+    done, skipped  ids of the items in shards, and of the skipped items with the reason
+    fingerprints   by id, of done and skipped items
+    gaps, filling  by name, the lines of missing shards, and the content they have again so far
+    new            content of the next new shard
+    warnings       messages for the user
+    """
 
     def __init__(self, out: Path, *, shard_clips: int, retry_skipped: bool):
         self.out, self.shard_clips = out, shard_clips
@@ -53,10 +61,10 @@ class State:
             ids = shards.read_ids(path)
             self.done.update(ids)
             self.clips += len(ids)
-        self.marks: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
         self.gaps: dict[str, dict[str, Any]] = {}
         for name, entry in {entry["shard"]: entry for entry in _read_lines(out / CONTENTS)}.items():
-            self.marks |= {id_: value for id_, value in entry["items"].items() if id_ in self.done}
+            self.fingerprints |= {id_: value for id_, value in entry["items"].items() if id_ in self.done}
             if not (out / name).exists() and self.done.isdisjoint(entry["items"]):
                 self.gaps[name] = entry
         self.gap_of = {id_: name for name, entry in self.gaps.items() for id_ in entry["items"]}
@@ -70,13 +78,17 @@ class State:
             if entry["id"] not in self.done:
                 self.skipped[entry["id"]] = {"reason": entry["reason"], "detail": entry["detail"]}
                 if "mark" in entry:
-                    self.marks[entry["id"]] = entry["mark"]
+                    self.fingerprints[entry["id"]] = entry["mark"]
 
     def check(self, todo: Iterable[Item]) -> None:
-        """Warn of items that are not done again although they changed; UserError for another source with the same names."""
+        """Add warnings about items that changed but are not encoded again.
+
+        Raise UserError if an item of `todo` has the name of an item in a shard, but is another file at
+        another path.
+        """
         done, skipped = [], []
         for item in todo:
-            difference = compare(item, self.marks[item.id]) if item.id in self.marks else None
+            difference = compare(item, self.fingerprints[item.id]) if item.id in self.fingerprints else None
             if difference == OTHER and item.id in self.done:
                 raise UserError(
                     f"{item.path} would have the name {item.id}, which another file in {self.out} has, from a source of the "
@@ -86,7 +98,7 @@ class State:
                 (done if item.id in self.done else skipped).append(item.id)
         if done:
             self.warnings.append(
-                f"{len(done)} items changed (file or caption) since they were ingested, such as {done[0]}; they are not done "
+                f"{len(done)} items changed (file or caption) since they were ingested, such as {done[0]}; they are not encoded "
                 "again: use a new --out for that"
             )
         if skipped:
@@ -95,26 +107,32 @@ class State:
             )
 
     def knows(self, item: Item) -> bool:
+        """Return whether the item is in a shard or was skipped."""
         return item.id in self.done or item.id in self.skipped
 
     def skip(self, item: Item, why: Skip) -> None:
+        """Record a skipped item in the journal."""
         entry = {"reason": why.reason, "detail": printable(why.detail[:DETAIL_LENGTH])}
         self.skipped[item.id] = entry
-        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": mark(item)})
+        _append(self.out / JOURNAL, {"id": item.id, **entry, "mark": fingerprint(item)})
 
     def add(self, item: Item, rows: list[dict[str, Any]]) -> None:
-        """Take an item's clips; a shard that is full with them is written."""
+        """Add the clips of an item to its shard; write the shard if it is full."""
         self.done.add(item.id)
         gap = self.gap_of.get(item.id)
         made = self.filling[gap] if gap else self.new
-        made.rows[item.id], made.marks[item.id] = rows, mark(item)
+        made.rows[item.id], made.fingerprints[item.id] = rows, fingerprint(item)
         if gap and len(made.rows) == len(self.gaps[gap]["items"]):
             self._fill(gap)
         elif not gap and made.clips >= self.shard_clips:
             self._write_new()
 
     def finish(self, whole: bool) -> None:
-        """Write what is left. After the `whole` of the sources, also gaps of which items are missing, with a warning."""
+        """Write the clips that are not yet in a shard.
+
+        `whole` says that all items of the sources were run. Then the gaps are also filled if some of
+        their items are missing, with a warning. Otherwise a later ingest fills them.
+        """
         if self.new.rows:
             self._write_new()
         for name, made in list(self.filling.items()):
@@ -124,7 +142,9 @@ class State:
                 self._fill(name)
             else:
                 count = len(self.gaps[name]["items"])
-                self.warnings.append(f"{name} is missing, and so are its {count} items in what was given: give their source again")
+                self.warnings.append(
+                    f"{name} is missing, and its {count} items are not in the sources: run the ingest with their source again"
+                )
         self._sync_journals()
 
     def _write_new(self) -> None:
@@ -133,20 +153,24 @@ class State:
         self.new = _Made()
 
     def _fill(self, name: str) -> None:
-        """Make a shard again, its items in their old order."""
+        """Write a missing shard again, with its items in the old order."""
         old, made = self.gaps.pop(name), self.filling.pop(name)
         ids = [id_ for id_ in old["items"] if id_ in made.rows]
-        made = _Made({id_: made.rows[id_] for id_ in ids}, {id_: made.marks[id_] for id_ in ids})
+        made = _Made({id_: made.rows[id_] for id_ in ids}, {id_: made.fingerprints[id_] for id_ in ids})
         digest = self._write(self.out / name, made, written=old)
         if digest != old["digest"]:
             lost = len(old["items"]) - len(ids)
             why = f"{lost} of its {len(old['items'])} items gave no clip" if lost else "a file, a caption or the device changed"
-            self.warnings.append(f"{name} is not what it was ({why}): a training run on these shards cannot be resumed")
+            self.warnings.append(
+                f"{name} differs from the shard that it replaces ({why}): a training run on these shards cannot be resumed"
+            )
 
     def _write(self, path: Path, made: _Made, written: dict[str, Any] | None = None) -> str:
-        """Returns the digest. The line comes first: if a kill comes between, the shard is a gap that is filled with the same."""
+        """Write a shard and return its digest. `written` is the line that `shards.jsonl` already has for it."""
+        # The line is written first. If the process is killed before the shard is written, the shard is a gap,
+        # which the next ingest fills with the same items.
         rows = [row for of_item in made.rows.values() for row in of_item]
-        entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.marks}
+        entry = {"shard": path.name, "digest": shards.content_digest(rows), "items": made.fingerprints}
         if entry != written:
             _append(self.out / CONTENTS, entry)
         self._sync_journals()
@@ -155,32 +179,35 @@ class State:
         return entry["digest"]
 
     def _sync_journals(self) -> None:
-        """A shard must not outlast a power cut that its lines in the journals do not."""
+        """Write the journals to the disk, so that no power cut loses their lines but keeps the shard."""
         for journal in (self.out / CONTENTS, self.out / JOURNAL):
             if journal.exists():
                 sync_file(journal)
         sync_folder(self.out)
 
     def reasons(self) -> dict[str, int]:
+        """Return the number of skipped items by reason, the most frequent reason first."""
         return dict(Counter(entry["reason"] for entry in self.skipped.values()).most_common())
 
     def counts(self) -> dict[str, Any]:
+        """Return the counts that the report contains."""
         return {"items": len(self.done) + len(self.skipped), "encoded": len(self.done), "clips": self.clips,
                 "skipped_items": len(self.skipped), "reasons": self.reasons()}  # fmt: skip
 
     def failure(self, max_rate: float) -> str | None:
+        """Return an error message if more than `max_rate` of the items were skipped, else None."""
         total = len(self.done) + len(self.skipped)
         if len(self.skipped) <= max_rate * total:
             return None
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons().items())
         return (
             f"{len(self.skipped)} of {total} items gave no clip ({reasons}), more than --max-failure-rate {max_rate:g}; they are "
-            f"listed in {self.out / JOURNAL}; mend them and use --retry-skipped, or raise the rate"
+            f"listed in {self.out / JOURNAL}; repair them and use --retry-skipped, or raise the rate"
         )
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a journal; a line that a kill cut off is cut away."""
+    """Return the entries of a journal; remove an incomplete last line, which a killed process leaves."""
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -190,7 +217,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _entry(line: bytes, where: str) -> dict[str, Any]:
-    """A line of either journal; RunError for one that ingest would not write."""
+    """Return the entry of a line of either journal; raise RunError if ingest would not write such a line."""
     try:
         entry = parse_json(line.decode("utf-8", "replace"), where)
     except UserError as error:
@@ -199,7 +226,7 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
     fields = {"shard": str, "digest": str, "items": dict} if shard else {"id": str, "reason": str, "detail": str}
     whole = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
     if not whole or (shard and not re.fullmatch(r"shard-[0-9]{6,}\.parquet", entry["shard"])):
-        raise RunError(f"{where} is no line that ingest writes; delete it, or use another --out")
+        raise RunError(f"{where} is not a line that ingest writes; delete it, or use another --out")
     return entry
 
 

@@ -1,4 +1,4 @@
-"""Rows of tables (csv, tsv, jsonl, parquet) that others wrote: a row that makes no sense costs itself alone."""
+"""Reading of tables (csv, tsv, jsonl, parquet) by other programs. An invalid row does not affect the other rows."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
 CAPTION_KEYS = ("caption", "text", "prompt")
 COLUMNS = (*PATH_KEYS, *CAPTION_KEYS, "start", "end")
 MAX_ROW_LENGTH = 1 << 24
-"""Characters of a row of text."""
+"""Largest number of characters of a row of text."""
 MAX_ROW_LINES = 200
-"""Lines of a row of csv: where a quote is not closed, so many are read before the row is given up and the next line tried."""
+"""Largest number of lines of a csv row. If a quote is not closed, this many lines are read before the row counts as
+invalid and reading goes on at its second line."""
 
 Row = dict[str, Any] | str
-"""The columns of a row, or what is wrong with it."""
+"""The columns of a row by name, or a message that says why the row is invalid."""
 
 
 def rows(table: Path) -> Iterator[tuple[int, Row]]:
-    """(row number from 1, row) for each row; of parquet only the COLUMNS are read.
+    """Yield (row number from 1, row) for each row of a table.
 
-    Undecodable bytes come as lone surrogates. RunError where the table cannot be read any further.
+    Of a parquet file only the COLUMNS are read. Bytes that are not UTF-8 become lone surrogates. Raise
+    RunError at the point from which the table cannot be read.
     """
     suffix = table.suffix.lower()
     try:
@@ -51,13 +53,16 @@ def rows(table: Path) -> Iterator[tuple[int, Row]]:
 
 
 def first(row: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """The value of the first of the keys that has one, without spaces around it; "" if there is none or it is no text."""
+    """Return the first value that is not empty among the columns `keys`, without spaces around it.
+
+    Return "" if there is no such value or if it is not text.
+    """
     value = next((row[key] for key in keys if row.get(key) not in (None, "")), "")
     return value.strip() if isinstance(value, str) else ""
 
 
 def json_row(line: str) -> Row:
-    """The columns of a JSON object, or what is wrong with the text."""
+    """Return the columns of a JSON object, or a message that says why the text is invalid."""
     if len(line) > MAX_ROW_LENGTH:
         return f"it has more than {MAX_ROW_LENGTH:,} characters"
     try:
@@ -68,7 +73,7 @@ def json_row(line: str) -> Row:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """The lines of a text; of one that is too long, a beginning that is too long."""
+    """Yield the lines of a text. Only the first MAX_ROW_LENGTH + 1 characters of a longer line are kept."""
     while line := text.readline(MAX_ROW_LENGTH + 1):
         yield line
         while len(line) > MAX_ROW_LENGTH and not line.endswith(("\n", "\r")):
@@ -76,9 +81,10 @@ def _lines(text: TextIO) -> Iterator[str]:
 
 
 def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
-    """The rows under the names of the first one.
+    """Yield the rows of a csv file; the first row has the names of the columns.
 
-    A quote that is not closed would make one row of all that follow. Such a row is given up, and read on at its second line.
+    A quote that is not closed would join all later lines into one row. Such a row counts as invalid,
+    and reading goes on at its second line.
     """
     csv.field_size_limit(MAX_ROW_LENGTH)
     again: deque[str] = deque()
@@ -102,13 +108,13 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
         except csv.Error as error:
             cells = None
             if len(record) == 1 and not ended and len(record[0]) <= MAX_ROW_LENGTH:
-                cells = next(csv.reader(record, delimiter=delimiter), None)  # text after a closing quote, in a row of one line
+                cells = next(csv.reader(record, delimiter=delimiter), None)  # a row of one line with text after a closing quote
             if names is None and cells is None:
                 raise
             again.extendleft(reversed(record[1:]))
             ended, reader = False, csv.reader(feed(), delimiter=delimiter, strict=True)
             if cells is None:
-                yield f"it is no row of comma-separated values: {error}"
+                yield f"it is not a row of comma-separated values: {error}"
                 continue
         if cells is None:
             return
@@ -139,5 +145,5 @@ def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
 def _parquet_row(batch: Any, index: int) -> Row:
     try:
         return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    except Exception as error:  # text that is not UTF-8, times that Python does not know
+    except Exception as error:  # for example text that is not UTF-8, or times that Python cannot represent
         return f"it cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"

@@ -1,4 +1,4 @@
-"""The count of ingest: every item of the sources must end in a shard or in the journal of skipped items."""
+"""Checks that ingest loses no item: each item of the sources must be in a shard or in the journal of skipped items."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from lumos.data.ingest.item import Item
 from lumos.data.ingest.state import JOURNAL, State
 from lumos.errors import RunError, shown
 
-REMEDY = "run the same command again: it does what is missing"
+REMEDY = "run the same command again: it encodes the missing items"
 
 
 class Tally:
-    """Gives the items of `sources` to an engine, without those that `knows` says are done, and takes note of what comes back.
+    """Gives the items of `sources` to an executor and checks that each of them gets its result.
 
-    `seen` counts all items of the sources so far.
+    Items for which `knows` returns true are done, and are left out. `seen` is the number of items read
+    from the sources so far.
     """
 
     def __init__(self, sources: Iterable[Item], knows: Callable[[Item], bool]):
@@ -24,7 +25,7 @@ class Tally:
         self._out: deque[Item] = deque()
 
     def todo(self) -> Iterator[Item]:
-        """The items to do that nobody has taken yet."""
+        """Yield the items to encode that were not yet taken."""
         for item in self._sources:
             self.seen += 1
             if not self._knows(item):
@@ -32,14 +33,17 @@ class Tally:
                 yield item
 
     def back(self, item: Item) -> None:
-        """Take note of an item's result. RunError unless it is the result of the oldest item that was taken."""
+        """Record that the result of `item` arrived; raise RunError unless it is the oldest item without a result."""
         if not self._out or self._out[0] != item:
             expected = shown(self._out[0].id) if self._out else "none"
-            raise RunError(f"the engine gave a result for {shown(item.id)}, but {expected} was next; {REMEDY}")
+            raise RunError(f"the executor gave a result for {shown(item.id)}, but {expected} was next; {REMEDY}")
         self._out.popleft()
 
     def lost(self) -> str | None:
-        """Says which items have no result, None if all have one. Call it when the engine has ended: the sources are read out."""
+        """Return a message about items without a result, or None if all items have one.
+
+        Call this method when the executor has finished. It reads the sources to their end.
+        """
         deque(self.todo(), maxlen=0)
         if not self._out:
             return None
@@ -47,7 +51,10 @@ class Tally:
 
 
 def missing_in_folder(state: State) -> str | None:
-    """Says which items of `state`, a finished one, its folder's files do not hold; None if they hold all, and nothing else."""
+    """Compare a finished `state` with the files of its folder.
+
+    Return a message about the difference, or None if the files have exactly the items and clips of `state`.
+    """
     found = State(state.out, shard_clips=state.shard_clips, retry_skipped=False)
     for where, kept, read in (
         ("the shards", state.done, found.done),

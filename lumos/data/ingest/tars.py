@@ -1,4 +1,4 @@
-"""Samples of a webdataset tar: what is whole of it, and what is wrong with the rest."""
+"""Items of a webdataset tar: its complete samples, and a problem if a part of the tar is damaged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from lumos.files import open_regular
 
 
 def tar_items(tar: Path, name: str) -> Iterator[Item]:
-    """Members that share what stands before the first dot of their name are one sample: media, .txt and .json.
+    """Yield the items of a tar.
 
-    Of a tar that is cut off come the samples whose members are all whole, and an item that says what is wrong. Members stay
-    where they are: nothing is written under their names, no link is followed.
+    Members with the same name up to the first dot of the file name form a sample: media, .txt and .json.
+    If the tar is cut off, the samples with complete members come first, and then an item whose problem
+    says what is wrong. Nothing is unpacked under the names of members, and links are not followed.
     """
     groups: dict[str, list[tarfile.TarInfo]] = {}
     try:
@@ -30,16 +31,17 @@ def tar_items(tar: Path, name: str) -> Iterator[Item]:
 
 
 def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[tarfile.TarInfo]]) -> tuple[str, str] | None:
-    """Sort the members of a tar of `size` bytes into `groups` by sample; returns what is wrong with it.
+    """Sort the members of a tar of `size` bytes into `groups` by sample.
 
-    tarfile takes a tar that stops after any member, or goes on with something that is no header, for a whole one, and reads
-    one whose members have negative sizes without end.
+    Return (reason, detail) if the tar is damaged, else None. The module tarfile does not report a tar
+    that ends after some member or continues with bytes that are not a header, and it reads a member of
+    negative size forever. This function checks for these cases.
     """
     end = 0
     try:
         for member in archive:
             if archive.offset <= end or member.size < 0:
-                return BROKEN_TAR, f"{member.name} has a size that cannot be; the samples before are used"
+                return BROKEN_TAR, f"{member.name} has an impossible size; the samples before are used"
             end = archive.offset
             folder, slash, file = member.name.rpartition("/")
             sample = f"{folder}{slash}{file.split('.', 1)[0] or file}"
@@ -50,10 +52,10 @@ def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[ta
                 groups.setdefault(sample, []).append(member)
         archive.fileobj.seek(archive.offset)
         header = archive.fileobj.read(tarfile.BLOCKSIZE)
-    except Exception as error:  # whatever tarfile raises for a header that makes no sense
+    except Exception as error:  # whatever tarfile raises for an invalid header
         return BROKEN_TAR, f"{_line(error)} after {sum(map(len, groups.values()))} files; the samples before are used"
     if not header:
-        return NO_END, "it ends without the blocks that end a tar, so files may be missing; what is there is used"
+        return NO_END, "it ends without the end marker of a tar, so files may be missing; the files before are used"
     if header.strip(b"\0"):
         return BROKEN_TAR, f"no tar header at byte {archive.offset}; the samples before are used"
     return None
@@ -72,21 +74,21 @@ def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[
 
 
 def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[str, tuple[str, str] | None]:
-    """The first caption that can be read from the members, or why there is none."""
+    """Return (caption, None) with the first caption that can be read, or ("", problem); problem None: no caption."""
     problem = None
     for member in members:
         kind = _suffix(member)
         if kind not in (".txt", ".json"):
             continue
         if not member.isfile():
-            problem = BAD_CAPTION, f"{member.name} is no file in the tar"
+            problem = BAD_CAPTION, f"{member.name} is not a file in the tar"
             continue
         if member.size > MAX_ROW_LENGTH:
             problem = LONG_CAPTION, f"{member.name} has {member.size:,} bytes; at most {MAX_ROW_LENGTH:,} are read"
             continue
         try:
             text = archive.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
-        except Exception as error:  # whatever tarfile raises for a member that makes no sense
+        except Exception as error:  # whatever tarfile raises for an invalid member
             problem = BAD_CAPTION, f"cannot read {member.name}: {_line(error)}"
             continue
         row = json_row(text) if kind == ".json" else {"caption": text}

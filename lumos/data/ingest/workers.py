@@ -1,4 +1,4 @@
-"""Processes of this machine that do items, one at a time each, and may die or hang of one."""
+"""A pool of worker processes that run items one at a time and are replaced if they die or hang."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from lumos.errors import RunError
 
 DIED, TIMEOUT = "worker died", "timeout"
 AHEAD = 4
-"""Items for each worker that may be begun before the oldest of them is done."""
+"""Largest number of items per worker that are started before the oldest of them is finished."""
 
 Make = Callable[[], Callable[[Item], Result]]
-"""Loads, in the worker, what does an item."""
+"""A function that is called once in each worker and returns the function that runs an item."""
 
 
 @dataclass(eq=False)
 class _Task:
     item: Item
     result: Result | None = None
-    again: bool = False  # it has ended one worker
+    again: bool = False  # a worker already died while it ran this item
 
 
 class _Worker:
-    """A process that does items. `task` is what it does, `deadline` until when (`time.monotonic`)."""
+    """A worker process. It must finish its present `task` before `deadline` (a time of `time.monotonic`)."""
 
     def __init__(self, make: Make, threads: int, folder: str):
-        # A server without threads of torch that has imported everything is forked: a new worker costs no seconds.
+        # With "forkserver", workers are forked from a server that has imported all modules and started no
+        # threads of torch. A new worker then starts at once; importing the modules takes seconds.
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
             context.set_forkserver_preload([__name__])
@@ -59,10 +60,11 @@ class _Worker:
         self.connection.close()
 
 
-class Pool:
-    """Up to `workers` processes that do what `make` gives, each with `threads` threads and `seconds` for an item.
+class WorkerPool:
+    """A pool of up to `workers` processes that run items with the function that `make` returns.
 
-    They stay for the next `results` until `close`.
+    Each process uses `threads` threads of torch and has `seconds` for each item. The processes are kept
+    for the next call of `results` until `close`.
     """
 
     def __init__(self, make: Make, workers: int, threads: int, seconds: float):
@@ -70,7 +72,8 @@ class Pool:
         self.pool: list[_Worker] = []
         self.begun: deque[_Task] = deque()
         self.again: deque[_Task] = deque()
-        self.folder = tempfile.TemporaryDirectory(prefix="lumos-")  # a killed worker cannot tidy up
+        # The temporary files of all workers are in one folder, because a killed worker cannot delete its own files.
+        self.folder = tempfile.TemporaryDirectory(prefix="lumos-")
 
     def close(self) -> None:
         for worker in self.pool:
@@ -78,11 +81,15 @@ class Pool:
         self.folder.cleanup()
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
-        """The results of `todo`, in its order. An item whose worker dies is tried again, alone, before it is skipped."""
+        """Yield each item of `todo` with its result, in order.
+
+        If the worker of an item dies, the item is tried again while no other item runs. It is skipped if
+        its worker dies again.
+        """
         while True:
             while task := self._next(todo):
                 self._give(task)
-            if not self.begun:  # and nothing could be begun: `todo` is at its end
+            if not self.begun:  # and no task could be started, so `todo` has no more items
                 return
             while self.begun and self.begun[0].result is not None:
                 task = self.begun.popleft()
@@ -91,7 +98,7 @@ class Pool:
                 self._receive()
 
     def _next(self, todo: Iterator[Item]) -> _Task | None:
-        """What can be begun now, if anything."""
+        """Return the task to start now, or None if no task can be started."""
         busy = [worker.task for worker in self.pool if worker.task]
         if any(task.again for task in busy) or len(busy) == self.workers:
             return None
@@ -108,13 +115,13 @@ class Pool:
             worker = _Worker(self.make, self.threads, self.folder.name)
             self.pool.append(worker)
         worker.task = task
-        with suppress(OSError):  # it is dead, which is found when its answer is read
+        with suppress(OSError):  # the worker is dead, which `_receive` notices
             worker.connection.send(task.item)
         if worker.ready:
             worker.deadline = time.monotonic() + self.seconds
 
     def _receive(self) -> None:
-        """Wait for an answer, a death or a deadline."""
+        """Wait until a worker answers, dies or reaches its deadline, and handle it."""
         busy = [worker for worker in self.pool if worker.task]
         left = min(worker.deadline for worker in busy) - time.monotonic()
         heard = wait([worker.connection for worker in busy], None if left == float("inf") else max(left, 0))
@@ -143,7 +150,7 @@ class Pool:
         self._remove(worker)
         how = f"exit code {worker.process.exitcode}"
         if not worker.ready:
-            raise RunError(f"a worker process ended as it began ({how}; out of memory?); use fewer --workers")
+            raise RunError(f"a worker process ended while it was starting ({how}; out of memory?); use fewer --workers")
         if task.again:
             task.result = Skip(DIED, f"{task.item.id} ended its worker twice ({how})")
         else:
@@ -156,8 +163,9 @@ class Pool:
 
 
 def _serve(connection: Connection, make: Make, threads: int, folder: str) -> None:
+    """Run items in a worker: send None (or the error of `make`) when ready, then a result for each item received."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
     torch.set_num_threads(threads)
     tempfile.tempdir = folder
     memory = None
@@ -177,11 +185,11 @@ def _serve(connection: Connection, make: Make, threads: int, folder: str) -> Non
         except Exception as error:
             answer = error
         if memory and isinstance(answer, Skip) and answer.reason == OUT_OF_MEMORY:
-            limit = f"an item may take {memory / 2**30:.0f} GiB in a worker; --workers 0 has no such limit"
+            limit = f"an item may use {memory / 2**30:.0f} GiB in a worker; --workers 0 has no such limit"
             answer = Skip(OUT_OF_MEMORY, f"{answer.detail}; {limit}")
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers: they would go on with their item, and hold memory."""
+    """End this process when its parent ends. A killed parent cannot stop its workers, which would keep their memory."""
     parent_process().join()
     os._exit(1)

@@ -1,10 +1,11 @@
-"""The form of ingested data: a folder of Parquet shards, `dataset.json` and the journal of what was skipped.
+"""The format of ingested data: a folder of Parquet shards, `dataset.json` and the journals of the ingest.
 
-One row is one clip: its codes (uint16, row-major), the grid [t, h, w], size, rate, caption, where it came from and a
-checksum. Shards appear whole or not at all, so the rows that can be read are the state of an ingest. A shard's footer says
-how large its clips are and what they are in sum, so that training knows both without reading them.
+A row of a shard is a clip: its codes (uint16, row-major), their grid [t, h, w], the size and frame rate
+of the clip, its caption, its source and a checksum. A shard is written completely or not at all, so the
+rows of the shards are the state of an ingest. The footer of a shard has the sizes of its clips and a
+digest of their content, so that training knows both without reading the rows.
 
-Folders and shards are paths (`pathlib.Path`), or for reading also URLs (`storage.Remote`).
+Folders and shards are paths (`pathlib.Path`). For reading they can also be URLs (`remote.Remote`).
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from tokenizer.fingerprint import tokenizer_facts
 FORMAT = 2
 DESCRIPTION, REPORT = "dataset.json", "report.json"
 SHEET = "sheet.png"
-"""What `inspect` draws beside the shards; no data."""
+"""Preview of the clips, drawn by the command `inspect`; it is not part of the data."""
 FACTS = "lumos.facts"
-"""The footer's key of what :class:`ShardFacts` holds, as JSON."""
+"""Key in the footer of a shard for the fields of :class:`ShardFacts` as JSON."""
 VERSION_KEY, VERSION = "lumos.version", 2
-"""The footer's key of the version of a shard, and the one that is written. In version 1, which has no such key, a checksum
-covers codes and caption; in version 2 all columns, and FACTS have a checksum of their own."""
+"""Key in the footer for the version of a shard, and the version that is written. Version 1 has no such key, and its
+checksum of a row covers codes and caption. In version 2 it covers all columns, and FACTS has its own checksum."""
 FOOTER_BYTES = 1 << 18
-"""Read from the end of a remote shard at once; a thousand clips have a footer of about 160 kB."""
+"""Bytes read at the end of a remote shard in the first request. The footer of a thousand clips has about 160 kB."""
 ROWS_IN_GROUP = 16
-"""What is read from disk for one clip: small, because training asks for clips in random order."""
+"""Rows of a row group, which is read from disk for each clip. It is small because training reads clips in random order."""
 
 
 @lru_cache
 def parquet() -> ModuleType:
-    """pyarrow.parquet, or UserError if it is not installed."""
+    """Return the module pyarrow.parquet; raise UserError if it is not installed."""
     try:
         import pyarrow.parquet as module
     except ImportError as error:
@@ -53,12 +54,13 @@ def parquet() -> ModuleType:
 
 
 def schema() -> Any:
+    """Return the columns of a shard as a pyarrow schema."""
     parquet()
     import pyarrow as pa
 
     fields = {
-        "id": pa.string(),  # of the item; its clips share it
-        "clip": pa.int32(),  # number of the clip in its item
+        "id": pa.string(),  # of the item; all clips of an item have the same id
+        "clip": pa.int32(),  # index of the clip in its item
         "codes": pa.list_(pa.uint16()),
         "grid": pa.list_(pa.int32()),
         "num_frames": pa.int32(),
@@ -74,14 +76,14 @@ def schema() -> Any:
 
 
 def checksum(row: dict[str, Any]) -> str:
-    """Of all columns of a row with codes [t, h, w]."""
+    """Return the checksum of all columns of a row with codes [t, h, w]."""
     names = ("id", "clip", "num_frames", "height", "width", "fps", "caption", "source")
     head = json.dumps([*(row[name] for name in names), float(row["start"]), *row["codes"].shape])
     return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
 
 
 def content_checksum(row: dict[str, Any]) -> str:
-    """Of codes [t, h, w], their shape and the caption of a row: what training sees of a clip."""
+    """Return the checksum of codes [t, h, w], their shape and the caption of a row, which are what training uses."""
     head = json.dumps([*row["codes"].shape, row["caption"]])
     return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
 
@@ -92,27 +94,31 @@ def _digest(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What is known of a shard's clips without reading them. `digest` is of their ids and checksums, in their order."""
+    """The facts about the N clips of a shard that its footer has."""
 
-    digest: str
-    num_frames: np.ndarray  # [N], as are the next three
-    height: np.ndarray
-    width: np.ndarray
-    item: np.ndarray  # `item_number` of its id
-    rows: tuple[int, ...]  # of each row group
+    digest: str  # of the ids and content checksums of the clips, in order
+    num_frames: np.ndarray  # [N]
+    height: np.ndarray  # [N]
+    width: np.ndarray  # [N]
+    item: np.ndarray  # [N], `item_number` of the id
+    rows: tuple[int, ...]  # number of rows of each row group
 
 
 def item_number(id_: str) -> int:
-    """A number for an item's id, evenly spread, the same on every machine."""
+    """Return a 63-bit hash of the id of an item, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
+    """Return the paths of all shards of a folder, sorted by name."""
     return sorted(folder.glob("shard-*.parquet"))
 
 
 def check_count(folder: Path | Remote, clips: int) -> None:
-    """RunError if a folder's shards hold fewer clips than its last ingest counted; a folder without a report has no count."""
+    """Raise RunError if the shards of a folder have fewer clips than the report of the last ingest counted.
+
+    `clips` is the number of clips of the shards. A folder without a report is not checked.
+    """
     path = folder / REPORT
     try:
         report = parse_json(path.read_bytes().decode("utf-8", "replace"), str(path))
@@ -124,23 +130,26 @@ def check_count(folder: Path | Remote, clips: int) -> None:
     if clips < counted:
         raise RunError(
             f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, "
-            f"which fills the gap, or delete {REPORT} if you took some shards away"
+            f"which fills the gap, or delete {REPORT} if you removed some shards on purpose"
         )
 
 
 def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
-    """The first free name, without the `reserved` ones."""
+    """Return the path of a new shard: the first name that is neither in the folder nor in `reserved`."""
     taken = {path.name for path in shard_paths(folder)} | set(reserved)
     return folder / next(name for number in count() if (name := f"shard-{number:06d}.parquet") not in taken)
 
 
 def content_digest(rows: list[dict[str, Any]]) -> str:
-    """What a shard of these rows is in sum; :class:`ShardFacts` has it. The same in all versions, so that runs can be resumed."""
+    """Return the digest of a shard with these rows, which :class:`ShardFacts` has.
+
+    It is the same in all versions of shards, so that training runs can be resumed.
+    """
     return _digest(json.dumps([[row["id"], row["clip"], content_checksum(row)] for row in rows]).encode())
 
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows (codes as arrays [t, h, w], with their `checksum`) as one shard, whole or not at all."""
+    """Write rows with codes [t, h, w] and checksums as a shard, which appears completely or not at all."""
     import pyarrow as pa
 
     plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
@@ -150,7 +159,8 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
         "item": [item_number(row["id"]) for row in rows],
     }
     metadata = {FACTS: json.dumps(facts | {"checksum": _facts_checksum(facts)}), VERSION_KEY: str(VERSION)}
-    options = {"compression": "zstd", "use_dictionary": False}  # codes hardly repeat; split bytes are 2 a code instead of 2.8
+    # Codes hardly repeat, so a dictionary does not help. Splitting their bytes needs 2 bytes per code instead of 2.8.
+    options = {"compression": "zstd", "use_dictionary": False}
     with replacing(path) as temporary:
         table = pa.Table.from_pylist(plain, schema=schema())
         split = {"codes.list.element": "BYTE_STREAM_SPLIT"}
@@ -164,7 +174,10 @@ def _facts_checksum(facts: dict[str, Any]) -> str:
 
 
 def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
-    """pyarrow's ParquetFile, of `file` if it is given; RunError if the shard is cut off or has other columns."""
+    """Open a shard as a ParquetFile of pyarrow, from `file` or, if it is None, from `path`.
+
+    Raise RunError if the shard is damaged or has other columns, and UserError if its version is unknown.
+    """
     import pyarrow as pa
 
     try:
@@ -181,15 +194,18 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
 
 
 def _version(path: Path | Remote, metadata: dict[bytes, bytes] | None) -> int:
-    """Of a shard with this metadata; UserError for one that a later version of this program wrote."""
+    """Return the version of a shard with this metadata; raise UserError if a later program wrote the shard."""
     given = (metadata or {}).get(VERSION_KEY.encode(), b"1")
     if given not in (b"1", b"2"):
-        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a later one")
+        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a newer version")
     return int(given)
 
 
 def read_facts(path: Path | Remote) -> ShardFacts:
-    """From the shard's footer alone; RunError if it is cut off, has none, or says what cannot be."""
+    """Return the facts of a shard; only its footer is read.
+
+    Raise RunError if the shard is damaged, has no facts or has impossible facts.
+    """
     import pyarrow as pa
 
     try:
@@ -206,7 +222,7 @@ def read_facts(path: Path | Remote) -> ShardFacts:
             raise ValueError(f"the checksum of {FACTS} is wrong")
         columns = {name: np.array(fields[name], dtype=np.int64) for name in ("num_frames", "height", "width", "item")}
         if short := [name for name, values in columns.items() if values.shape != (sum(rows),)]:
-            raise ValueError(f"its footer tells {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)}")
+            raise ValueError(f"its footer has the {short[0]} of {len(columns[short[0]])} clips, it holds {sum(rows)} clips")
         if any((columns[name] < 1).any() for name in ("num_frames", "height", "width")):
             raise ValueError(f"{FACTS} has frames, a height or a width below 1")
         return ShardFacts(digest=str(fields["digest"]), rows=rows, **columns)
@@ -215,18 +231,18 @@ def read_facts(path: Path | Remote) -> ShardFacts:
 
 
 def _footer(path: Remote) -> Any:
-    """The end of the file, from where its footer begins or before."""
+    """Return the end of a remote file as a pyarrow buffer that contains at least the whole footer."""
     import pyarrow as pa
 
     end = path.read_bytes(last=FOOTER_BYTES)
-    needed = int.from_bytes(end[-8:-4], "little") + 8  # Parquet ends on the footer's length and four letters
+    needed = int.from_bytes(end[-8:-4], "little") + 8  # a Parquet file ends with the length of the footer and "PAR1"
     if len(end) == FOOTER_BYTES < needed and end.endswith(b"PAR1"):
         end = path.read_bytes(last=needed)
     return pa.BufferReader(end)
 
 
 def read_ids(path: Path) -> list[str]:
-    """The item of each clip of a shard; RunError as in :func:`open_shard`."""
+    """Return the item id of each clip of a shard; raise the errors of :func:`open_shard`."""
     import pyarrow as pa
 
     opened = open_shard(path)
@@ -242,10 +258,11 @@ def read_ids(path: Path) -> list[str]:
 def read_group(
     path: Path | Remote, group: int, opened: Any = None, made_by: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """The clips of a row group with codes as uint16 [t, h, w]; RunError for one with a wrong checksum or impossible values.
+    """Return the clips of a row group, with codes uint16 [t, h, w].
 
-    `opened` is what :func:`open_shard` gave for the path, if it is at hand. `made_by` is what :func:`tokenizer_facts` says of
-    the tokenizer; with it sizes must fit the grid exactly.
+    `opened` is the result of :func:`open_shard` for the path, if the shard is already open. `made_by` is
+    the result of :func:`tokenizer_facts` for the tokenizer that made the codes. If it is given, codes
+    and sizes are checked against it. Raise RunError if a clip has a wrong checksum or impossible values.
     """
     import pyarrow as pa
 
@@ -269,7 +286,7 @@ def read_group(
 
 
 def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | None:
-    """What no clip has, if a row with flat codes [t * h * w] has it."""
+    """Return a description of an impossible value of a row with codes [t * h * w], or None if there is none."""
     for name, value in row.items():
         if value is None or (isinstance(value, list) and None in value):
             return f"no {name}"
@@ -284,7 +301,7 @@ def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | No
         time, space = made_by["temporal_compression"], made_by["spatial_compression"]
         if codes.max() >= made_by["num_codes"]:
             return f"the code {codes.max()}, where the tokenizer has {made_by['num_codes']}"
-    else:  # of the sizes themselves
+    else:  # any tokenizer; the compression follows from the sizes
         time, space = max(frames - 1, 1) // max(grid[0] - 1, 1), max(height // grid[1], 1)
     if [(grid[0] - 1) * time + 1, grid[1] * space, grid[2] * space] != [frames, height, width]:
         return f"{frames} frames of {width}x{height} pixels, which do not fit the grid {grid}"
@@ -292,7 +309,7 @@ def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | No
 
 
 def read_shards(folder: Path | Remote) -> Iterator[dict[str, Any]]:
-    """All clips of a folder, in order."""
+    """Yield all clips of a folder, in order; raise the errors of :func:`read_group`."""
     made_by = read_description(folder)["tokenizer"] if (paths := shard_paths(folder)) else None
     for path in paths:
         opened = open_shard(path)
@@ -301,15 +318,20 @@ def read_shards(folder: Path | Remote) -> Iterator[dict[str, Any]]:
 
 
 def damaged(path: Path | Remote, why: object) -> RunError:
+    """Return the error for a damaged shard."""
     reason = (str(why).splitlines() or ["unreadable"])[0]
     remedy = "delete it and run the same ingest again: it fills the gap"
     if isinstance(path, Remote):
-        remedy = "copy it there again from where it was ingested"
+        remedy = "copy it again from the machine where it was ingested"
     return RunError(f"the shard {path} is damaged or cut off ({reason}); {remedy}")
 
 
 def read_description(folder: Path | Remote) -> dict[str, Any]:
-    """dataset.json: what made the codes. UserError if the folder holds no ingested data."""
+    """Return the content of dataset.json: the tokenizer and the settings that made the codes.
+
+    Raise UserError if the folder has no ingested data or another format, and RunError if the file is
+    damaged.
+    """
     path = folder / DESCRIPTION
     try:
         text = path.read_bytes()
@@ -334,7 +356,7 @@ def read_description(folder: Path | Remote) -> dict[str, Any]:
 
 
 def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> None:
-    """UserError unless the codes were made with this video tokenizer; `what` names the setting that gave it."""
+    """Raise UserError if another video tokenizer made the codes; `what` is the name of the setting of `tokenizer`."""
     made, given = description["tokenizer"], tokenizer_facts(tokenizer)
     if made["fingerprint"] != given["fingerprint"]:
         raise UserError(
@@ -344,7 +366,7 @@ def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> N
 
 
 def check_size(description: dict[str, Any], size: str | None, path: str | Path) -> None:
-    """UserError unless the shards were ingested with this --size; None: any is right."""
+    """Raise UserError if the shards were ingested with another --size; with None any size is allowed."""
     made = description["settings"].get("size")
     if size is not None and size != made:
-        raise UserError(f"data.size is {size}, but {path} was ingested with --size {made}; give others or leave data.size out")
+        raise UserError(f"data.size is {size}, but {path} was ingested with --size {made}; use other shards or leave data.size out")

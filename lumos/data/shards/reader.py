@@ -1,4 +1,8 @@
-"""Single clips out of many shards, which may lie behind a URL: what was read last is kept, what comes next is fetched ahead."""
+"""Reading of single clips from many shards, local or behind a URL.
+
+The row groups that were used last are kept in memory, and remote shards that are needed next are
+downloaded ahead.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,15 @@ from lumos.data.shards.remote import LocalCopies, Remote
 from lumos.errors import RunError, UserError
 
 GROUPS_KEPT = 64
+"""Row groups kept in memory."""
 DOWNLOADS_AT_ONCE = 4
 
 
 class ShardReader:
-    """Of the shards at `paths`, whose content has these `digests`; remote ones are read from their `copies`.
+    """Reads clips from the shards at `paths`; `digests` are the digests of their content.
 
-    `made_by` is what `shards.tokenizer_facts` says of the tokenizer that made them.
+    Remote shards are read from local `copies`, which is None for local shards. `made_by` is the result
+    of `shards.tokenizer_facts` for the tokenizer that made the codes.
     """
 
     def __init__(
@@ -31,12 +37,15 @@ class ShardReader:
     ):
         self.paths, self.digests, self.copies, self.made_by = paths, digests, copies, made_by
         self.groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
-        self.lock = threading.Lock()  # batches are made by threads
+        self.lock = threading.Lock()  # several threads make batches
         self.asked: dict[str, set[int]] = {}
         self.downloads = threading.Semaphore(DOWNLOADS_AT_ONCE)
 
     def read(self, shard: int, group: int, row: int) -> dict[str, Any]:
-        """A row of a row group, as `shards.read_group` has it. RunError if the shard is damaged or was changed since."""
+        """Return a row of a row group as `shards.read_group` does.
+
+        Raise RunError if the shard is damaged or, for remote shards, changed since the run began.
+        """
         with self.lock:
             if (shard, group) not in self.groups:
                 self.groups[shard, group] = self._read_group(shard, group)
@@ -46,7 +55,10 @@ class ShardReader:
             return self.groups[shard, group][row]
 
     def ask_for(self, coming: list[int], purpose: str) -> None:
-        """Have shards at hand that will soon be read; returns at once. `coming` is all that is asked for a purpose by now."""
+        """Start to download the shards that will soon be read, and return at once.
+
+        `coming` replaces the list of the last call for the same purpose.
+        """
         if self.copies is None:
             return
         with self.lock:
@@ -63,19 +75,19 @@ class ShardReader:
             return shards.read_group(path, group, shards.open_shard(path, file), self.made_by)
 
     def _fetch(self, shard: int) -> None:
-        with self.downloads, suppress(RunError, UserError, OSError):  # raised when the shard is read
+        with self.downloads, suppress(RunError, UserError, OSError):  # the error is raised when the shard is read
             self.copies.fetch(self.paths[shard], *self._copy(shard))
 
     def _copy(self, shard: int) -> tuple[str, Any]:
-        """Its name among the copies, and the check of what was downloaded."""
+        """Return the name of the local copy of a shard, and the function that checks a downloaded file."""
 
         def check(file: Path) -> None:
             with suppress(RunError):
                 if shards.read_facts(file).digest == self.digests[shard]:
                     return
             raise RunError(
-                f"{self.paths[shard]} is not what it was when the run began: it was changed, or did not arrive whole; "
-                "type the same command again"
+                f"{self.paths[shard]} is not what it was when the run began: it was changed, or the download was incomplete; "
+                "run the same command again"
             )
 
         return f"{self.digests[shard]}.parquet", check

@@ -1,4 +1,4 @@
-"""Files behind URLs (s3://, gs://, hf://, https://, ...) by fsspec, and a bounded folder of local copies of them."""
+"""Files behind URLs (s3://, gs://, hf://, https://, ...), read with fsspec, and a folder of local copies of limited size."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lumos.errors import RunError, UserError
 from lumos.files import check_writable, replacing
 
 ATTEMPTS = 3
+"""How often a request is tried."""
 
 
 def location(path: str | Path) -> Path | Remote:
-    """Where a path or URL points; both kinds can be joined, listed and read in the same words."""
+    """Return a path or URL as a Path or Remote, which have the same methods to join, list and read files."""
     return Remote(str(path).rstrip("/")) if is_url(path) else Path(path)
 
 
@@ -30,9 +31,10 @@ def is_url(path: str | Path) -> bool:
 
 @dataclass(frozen=True, order=True)
 class Remote:
-    """A file or folder behind a URL, with the part of pathlib's interface that reading needs.
+    """A file or folder behind a URL, with the methods of `pathlib.Path` that reading needs.
 
-    UserError for a URL of an unknown kind and for a kind whose package is missing, RunError if it cannot be read.
+    The methods raise UserError if the URL has an unknown protocol or if the package for its protocol is
+    not installed, and RunError if the file cannot be read.
     """
 
     url: str
@@ -48,7 +50,7 @@ class Remote:
         return self.url
 
     def glob(self, pattern: str) -> list[Remote]:
-        """Files of this folder whose name fits the pattern; a folder that is not there has none."""
+        """Return the files of this folder whose names match the pattern; none if there is no such folder."""
         try:
             found = self._call("ls", detail=False, refresh=True)
         except FileNotFoundError:
@@ -57,17 +59,21 @@ class Remote:
         return [self / name for name in names if fnmatch(name, pattern)]
 
     def read_bytes(self, last: int | None = None) -> bytes:
-        """The whole file, or its last so many bytes (all if it has fewer). FileNotFoundError as a path raises it."""
+        """Return the content of the file, or its last `last` bytes (all bytes if it has fewer).
+
+        Raise FileNotFoundError if there is no such file, as a Path does.
+        """
         return self._call("cat_file", start=None if last is None else -last)
 
     def download(self, target: Path) -> None:
+        """Copy the file to `target`; raise RunError if it does not exist."""
         try:
             self._call("get_file", str(target))
         except FileNotFoundError as error:
-            raise RunError(f"{self} is not there any more") from error
+            raise RunError(f"{self} does not exist any more") from error
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        """A method of its file system, tried again on what may be a passing fault of the network."""
+        """Call a method of the file system of the URL; try again after errors that can be temporary."""
         import fsspec
 
         for attempt in range(ATTEMPTS):
@@ -96,9 +102,10 @@ def _line(error: Exception) -> str:
 
 
 class LocalCopies:
-    """Copies of remote files in a folder that several processes may share, each under a key that stands for its content.
+    """A folder of local copies of remote files, which several processes can share.
 
-    When they hold more than `limit` bytes, the least recently used go. UserError if the folder cannot be written to.
+    The name of a copy is a key that identifies its content. If the copies have more than `limit` bytes,
+    the least recently used ones are deleted. Raise UserError if the folder is not writable.
     """
 
     def __init__(self, folder: str | Path, limit: int):
@@ -106,22 +113,32 @@ class LocalCopies:
         check_writable(self.folder / "copy")
         for part in self.folder.glob(".*.part"):
             with suppress(OSError):
-                if time.time() - part.stat().st_mtime > 86400:  # of a killed process, not of one at work
+                # A killed process left this file: a running process would have written to it within a day.
+                if time.time() - part.stat().st_mtime > 86400:
                     part.unlink()
 
     def open(self, file: Remote, key: str, check: Callable[[Path], None]) -> BinaryIO:
-        """The copy for reading; once open it stays readable, whatever becomes of the name."""
+        """Open the copy of a file for reading, and download it first if necessary.
+
+        An open copy stays readable if another process deletes it. Raise RunError if copies are deleted
+        again and again before they can be opened.
+        """
         for _ in range(ATTEMPTS):
-            with suppress(FileNotFoundError):  # another run that shares the folder needed the room
+            with suppress(FileNotFoundError):  # another run deleted the copy to make room
                 return self.fetch(file, key, check).open("rb")
-        raise RunError(f"copies in {self.folder} vanish as they are made; raise data.cache_gb, or use another data.cache_dir")
+        raise RunError(
+            f"copies in {self.folder} are deleted before they are read; raise data.cache_gb, or use another data.cache_dir"
+        )
 
     def fetch(self, file: Remote, key: str, check: Callable[[Path], None]) -> Path:
-        """Make the copy if there is none; `check` raises if what arrived is not what it should be."""
+        """Return the path of the copy of a file, and download it first if necessary.
+
+        `check` is called with the downloaded file and raises an error if its content is wrong.
+        """
         copy = self.folder / key
         if not copy.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{copy}.lock"):  # else each process of a machine would download it
+            with FileLock(f"{copy}.lock"):  # without the lock each process of a machine would download the file
                 if not copy.is_file():
                     with replacing(copy) as temporary:
                         file.download(temporary)
@@ -132,6 +149,7 @@ class LocalCopies:
         return copy
 
     def _make_room(self, newest: Path) -> None:
+        """Delete the least recently used copies until at most `limit` bytes are left; keep `newest`."""
         copies = []
         for path in self.folder.glob(f"*{newest.suffix}"):
             with suppress(FileNotFoundError):

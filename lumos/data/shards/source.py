@@ -1,4 +1,4 @@
-"""Training clips from ingested shards, local or behind a URL: codes straight from Parquet, in the order of `order`."""
+"""A source of training clips that reads codes from ingested shards, local or behind a URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.data.shards import format as shards
-from lumos.data.shards.order import Order
+from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.reader import ShardReader
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
@@ -21,29 +21,32 @@ from lumos.errors import UserError
 
 FOOTERS_AT_ONCE = 16
 BYTES_PER_CODE = 2.1
-"""Of a shard, with all that is not codes."""
+"""Bytes of a shard per code, including the other columns."""
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The clips that steps of a kind draw from and those kept out for validation, as rows of the index."""
+class ClipPool:
+    """The clips of a kind ("image" or "video"), as rows of the `ShardIndex`."""
 
-    rows: np.ndarray
-    order: Order
-    validation: np.ndarray
+    rows: np.ndarray  # clips for training
+    order: EpochOrder  # order of `rows`
+    validation: np.ndarray  # clips held out for validation
 
 
 class ShardSource:
-    """Clips of a folder of shards.
+    """A source of the clips of a folder of shards.
 
-    A video step takes clips of at least `min_frames` frames, cut to their first `num_frames` if they have more, which is
-    exact because the tokenizer is causal; shorter ones are not used. A picture step takes the one-frame clips, or if there
-    are none the first frames of all clips. Clips of all sizes come together, in the order of :class:`Order`.
+    A video step uses clips of at least `min_frames` frames. Of a longer clip it uses the codes of the
+    first `num_frames` frames, which are exactly the codes of the cut clip because the tokenizer is
+    causal. A picture step uses the clips of one frame or, if there are none, the first frames of all
+    clips. Clips of different sizes are mixed, in the order of :class:`EpochOrder`.
 
-    `held_out` clips of each kind, and whatever else comes from the same items, are never trained on. Shards behind a URL are
-    read from `copies`, which they need and others have not. UserError if the tokenizer differs, if the shards were ingested
-    with another `size`, if a kind has no clip left, for sizes that are no multiples of `size_unit`, and for copies that cannot
-    hold what is in use at a time.
+    `held_out` clips of each kind are for validation. Training uses neither these clips nor others of the
+    same items. Shards behind a URL need `copies`; for local shards it is None.
+
+    Raise UserError if another tokenizer made the shards, if they were ingested with another `size`, if
+    too few clips of a kind are left, if a height or width is not a multiple of `size_unit`, or if the
+    limit of `copies` is too small for the shards that are in use at a time.
     """
 
     def __init__(
@@ -65,8 +68,8 @@ class ShardSource:
             if not len(rows) or len(validation[kind]) < held_out:
                 raise self._too_few(kind, len(usable[kind]), num_frames, min_frames, held_out)
             codes = self.index.codes(rows, tokenizer, self.latent_frames[kind])
-            order = Order(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
-            self.pools[kind] = Pool(rows, order, validation[kind])
+            order = EpochOrder(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
+            self.pools[kind] = ClipPool(rows, order, validation[kind])
         self.most_codes = {kind: int(pool.order.codes.max()) for kind, pool in self.pools.items()}
         self.identity = {
             "the content of data.path": self.index.content,
@@ -108,7 +111,7 @@ class ShardSource:
         )
 
     def _usual_size(self, unit: int) -> tuple[int, int]:
-        """The most frequent (height, width); UserError if a size does not fit the model."""
+        """Return the most frequent (height, width); raise UserError if a size is not a multiple of `unit`."""
         rows = np.concatenate([pool.rows for pool in self.pools.values()])
         sizes, counts = np.unique(np.stack([self.index.height[rows], self.index.width[rows]]), axis=1, return_counts=True)
         for height, width in sizes.T.tolist():
@@ -118,20 +121,21 @@ class ShardSource:
         return height, width
 
     def _check_room(self, tokenizer: Any, shuffle_shards: int, limit: int) -> None:
+        """Raise UserError if the largest shards that can be in use at a time have more than `limit` bytes."""
         codes = np.bincount(self.index.places[:, 0], self.index.codes(np.arange(len(self.index.places)), tokenizer))
         largest = np.sort(codes)[::-1] * BYTES_PER_CODE
-        needed = int(largest[: 2 * shuffle_shards * len(self.pools)].sum())  # in use, and next
+        needed = int(largest[: 2 * shuffle_shards * len(self.pools)].sum())  # the shards of this block and the next
         if limit < needed:
             raise UserError(
                 f"data.cache_gb {limit / 1e9:g} is too little for {self.folder}: with data.shuffle_shards {shuffle_shards}, "
-                f"{needed / 1e9:.3g} GB of it are in use at a time; raise the one or lower the other"
+                f"{needed / 1e9:.3g} GB of it are in use at a time; raise data.cache_gb or lower data.shuffle_shards"
             )
 
 
 class ShardIndex:
-    """Where each clip is and how large, for all shards of a folder: a few numbers a clip, read from the shards' footers.
+    """The place and size of each clip of a folder, read from the footers of its shards.
 
-    RunError if there are fewer clips than the folder's last ingest counted.
+    Raise RunError if the shards have fewer clips than the last ingest of the folder counted.
     """
 
     def __init__(self, folder: Path | Remote):
@@ -144,7 +148,7 @@ class ShardIndex:
             for shard, facts in enumerate(found)
             for group, n in enumerate(facts.rows)
         ]
-        self.places = np.concatenate([np.zeros((0, 3), np.int32), *places], dtype=np.int32)  # [N, 3] shard, row group, row in it
+        self.places = np.concatenate([np.zeros((0, 3), np.int32), *places], dtype=np.int32)  # [N, 3] shard, row group, row
         self.num_frames, self.height, self.width, self.item = (
             np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in found)])
             for name in ("num_frames", "height", "width", "item")
@@ -155,24 +159,31 @@ class ShardIndex:
         self.content = f"{len(names)} shards with {len(self.places)} clips (digest {total})"
 
     def place_of(self, row: int) -> tuple[int, int, int]:
-        """(shard, row group, row in it)."""
+        """Return (shard, row group, row in the row group) of a clip."""
         return tuple(map(int, self.places[row]))
 
     def usable(self, num_frames: int) -> np.ndarray:
-        """Rows of at least so many frames. For 1, a picture, the one-frame clips; if there are none, all."""
+        """Return the clips with at least `num_frames` frames.
+
+        For `num_frames` 1, which means pictures, return the clips of one frame or, if there are none, all clips.
+        """
         rows = np.flatnonzero(self.num_frames >= num_frames if num_frames > 1 else self.num_frames == 1)
         return rows if len(rows) or num_frames > 1 else np.arange(len(self.num_frames))
 
     def codes(self, rows: np.ndarray, tokenizer: Any, most_frames: int | None = None) -> np.ndarray:
-        """How many codes each row has, in its first `most_frames` latent frames if that is given."""
+        """Return the number of codes of each clip, or of its first `most_frames` latent frames."""
         latent = (self.num_frames[rows] - 1) // tokenizer.temporal_compression + 1
         latent = latent if most_frames is None else np.minimum(latent, most_frames)
         return latent * (self.height[rows] // tokenizer.spatial_compression) * (self.width[rows] // tokenizer.spatial_compression)
 
     def first_by_hash(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """`count` rows that neither the seed nor the order of the shards decides: runs on one data set can be compared."""
+        """Return `count` of the clips, chosen by a hash of their ids.
+
+        The choice does not depend on the seed or on the order of the shards, so that runs on the same
+        data set can be compared.
+        """
         return rows[np.argsort(self.item[rows], kind="stable")][:count]
 
     def same_items(self, rows: np.ndarray) -> np.ndarray:
-        """All rows that come from the items of these."""
+        """Return all clips of the items to which the clips `rows` belong."""
         return np.flatnonzero(np.isin(self.item, self.item[rows]))

@@ -1,1 +1,1 @@
-"""Synthetic scenes: clips with known truth, drawn from a seed."""
+"""Synthetic scenes: clips with known content, drawn from a seed."""

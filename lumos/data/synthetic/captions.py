@@ -1,10 +1,11 @@
-"""Captions of the small worlds: one plain way of saying what a scene shows, and others.
+"""Captions of synthetic scenes in three wordings, for example:
 
     plain     a small red circle moves left on a black background
     varied    on a black background, a small red circle is moving to the left
-    unseen    a small red circle heads left against a black background       (ways that `varied` never takes)
+    unseen    a small red circle heads left against a black background
 
-Every way names the same attributes, so a model that was trained on `varied` can be asked with `unseen`.
+No caption of the wording `unseen` is phrased as one of `varied`. All wordings name the same
+attributes, so a model that was trained on `varied` can be tested with prompts in the wording `unseen`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lumos.data.synthetic.scene import Thing
+    from lumos.data.synthetic.scene import SceneObject
 
 WORDINGS = ("plain", "varied", "unseen")
 VERBS = ("moves", "slides", "goes")
@@ -26,9 +27,9 @@ VARIED_VERBS = (
     "shoots", "soars", "speeds", "steers", "strays", "streams", "strolls", "sweeps", "swings", "travels", "tumbles", "veers",
     "walks", "zooms",
 )  # fmt: skip
-"""So many that a model learns to tell a direction from the word for it, whatever the verb."""
+"""Many verbs, so that a model learns the direction from its own word and not from the verb."""
 SHARE_VERBS = 0.4
-"""Of VERBS among the verbs of `varied`; the rest are VARIED_VERBS."""
+"""Share of VERBS among the verbs of the wording `varied`; the others are from VARIED_VERBS."""
 UNSEEN_VERBS = ("heads", "wanders")
 _PLAIN = {"still": ("stays still",), "grows": ("grows",), "shrinks": ("shrinks",)}
 _VARIED = {
@@ -58,19 +59,23 @@ _PICTURE_OPENINGS = {
 
 
 def caption(
-    things: Sequence[Thing], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
+    objects: Sequence[SceneObject], background: str, rng: np.random.Generator, *, wording: str, moving: bool, share_size: float,
     share_background: float,
 ) -> str:  # fmt: skip
-    """Say what a scene shows. Size and background are named in shares of the captions; a picture has no motion."""
+    """Return a caption of a scene with these objects and this background.
+
+    The caption names the size of an object with probability `share_size` and the background with
+    probability `share_background`. It names motions if `moving` is true, which it is not for pictures.
+    """
     named = rng.random() < share_background
-    named_sizes = rng.random(len(things)) < share_size
-    if len(things) == 2 and things[0].shape == "sprite" and things[0].motion == things[1].motion:
-        both = " and ".join(noun(thing, named_size=False) for thing in things)
-        said = f"{both} {_plural(_motion(things[0].motion, rng, wording))}" if moving else both
+    named_sizes = rng.random(len(objects)) < share_size
+    if len(objects) == 2 and objects[0].shape == "sprite" and objects[0].motion == objects[1].motion:
+        both = " and ".join(noun(obj, named_size=False) for obj in objects)
+        said = f"{both} {_plural(_motion(objects[0].motion, rng, wording))}" if moving else both
     else:
         said = " and ".join(
-            noun(thing, named_size) + (f" {_motion(thing.motion, rng, wording)}" if moving else "")
-            for thing, named_size in zip(things, named_sizes, strict=True)
+            noun(obj, named_size) + (f" {_motion(obj.motion, rng, wording)}" if moving else "")
+            for obj, named_size in zip(objects, named_sizes, strict=True)
         )
     if named:
         said = _pick(rng, _GROUNDS[wording]).format(said, background)
@@ -78,13 +83,13 @@ def caption(
     return said if said.startswith(("on ", "over ")) else opening.format(said)
 
 
-def noun(thing: Thing, named_size: bool) -> str:
-    """An object with its article: "a small red circle", "an owl", "the digit 7"."""
-    if thing.shape == "digit":
-        return f"the digit {thing.digit}"
-    if thing.shape == "sprite":
-        return f"{'an' if thing.sprite[0] in 'aeiou' else 'a'} {thing.sprite}"
-    return f"a {thing.size + ' ' if named_size and thing.size else ''}{thing.colour} {thing.shape}"
+def noun(obj: SceneObject, named_size: bool) -> str:
+    """Return an object with its article, for example "a small red circle", "an owl" or "the digit 7"."""
+    if obj.shape == "digit":
+        return f"the digit {obj.digit}"
+    if obj.shape == "sprite":
+        return f"{'an' if obj.sprite[0] in 'aeiou' else 'a'} {obj.sprite}"
+    return f"a {obj.size + ' ' if named_size and obj.size else ''}{obj.colour} {obj.shape}"
 
 
 def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:
@@ -116,7 +121,7 @@ def _motion(motion: str, rng: np.random.Generator, wording: str) -> str:
 
 
 def base_form(verb: str) -> str:
-    """Of a verb of these captions: "flies" is "fly", "marches" is "march", "is" is "are"."""
+    """Return the plural of a verb of these captions: "fly" for "flies", "march" for "marches", "are" for "is"."""
     if verb == "is":
         return "are"
     if verb.endswith("ies"):
@@ -125,7 +130,10 @@ def base_form(verb: str) -> str:
 
 
 def gerund(verb: str) -> str:
-    """Of one of VARIED_VERBS, none of which doubles its last letter: "glides" is "gliding"."""
+    """Return the gerund of a verb of VARIED_VERBS, for example "gliding" for "glides".
+
+    No verb of VARIED_VERBS doubles its last letter in the gerund.
+    """
     return base_form(verb).removesuffix("e") + "ing"
 
 

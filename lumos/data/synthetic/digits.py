@@ -1,4 +1,7 @@
-"""Handwritten digits: 1,797 pictures of 8 x 8 pixels of the UCI repository, in `pictures/digits` with their license."""
+"""Handwritten digits: 1,797 images of 8 x 8 pixels from the UCI Machine Learning Repository.
+
+The images and their license are in `pictures/digits`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from lumos.errors import UserError
 
 PICTURES = Path(__file__).parent / "pictures" / "digits" / "digits.npz"
 NUM_HELD_OUT = 360
-"""The last 360 images are never used in training. The images come writer by writer, so these are other hands."""
+"""Number of images, the last ones, that training never uses. The images are sorted by writer, so these images
+are by other writers."""
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """All images as ink in [0, 1], float32 [1797, 8, 8], and the digit that each shows, int64 [1797]. Read-only."""
+    """Return the images, float32 [1797, 8, 8] in [0, 1] (1 is ink), and their digits, int64 [1797].
+
+    The arrays are read-only. Raise UserError if the file cannot be read.
+    """
     try:
         with np.load(PICTURES, allow_pickle=False) as file:
             images, labels = (file["images"] / 16).astype(np.float32), file["labels"].astype(np.int64)
@@ -30,6 +37,6 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def image_range(split: str) -> tuple[int, int]:
-    """First image and the one after the last of a split: "train", "held_out" or "all"."""
+    """Return (first, last + 1) of the images of a split: "train", "held_out" or "all"."""
     total = len(load()[1])
     return {"train": (0, total - NUM_HELD_OUT), "held_out": (total - NUM_HELD_OUT, total), "all": (0, total)}[split]

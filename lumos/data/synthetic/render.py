@@ -1,11 +1,13 @@
-"""A small endless world with known truth: shapes, handwritten digits and sprites that move, grow or shrink.
+"""Synthetic scenes without end: shapes, handwritten digits and sprites that move, grow or shrink.
 
-Clip number `index` of a world is a pure function of (seed, index, options): any clip can be made at any time, in any
-order and any process, so a training run resumes exactly and a test set needs no files.
+A scene is described exactly by a `Scene`, so that a generated clip can be checked against it. Clip
+number `index` is a pure function of (seed, index, options). Any process can draw any clip at any time
+and in any order, so a training run resumes exactly and a test set needs no files.
 
-Geometry is in pixels, x to the right, y down; pixel i covers [i, i + 1]. All lengths below are for a canvas whose
-shorter side is 64 and grow with it. A shape's radius is half of its width and of its height: a square of radius 7 is
-14 x 14, a triangle of radius 7 has a base of 14 and a height of 14, and `x0, y0` is the centre of that box.
+Geometry is in pixels, with x to the right and y down; pixel i covers [i, i + 1]. The lengths below are
+for a canvas whose shorter side is 64 and are scaled with that side. The radius of a shape is half of
+its width and half of its height: a square of radius 7 is 14 x 14, and a triangle of radius 7 has a base
+of 14 and a height of 14. The centre `x0, y0` is the centre of that box.
 """
 
 from __future__ import annotations
@@ -34,42 +36,49 @@ from lumos.data.synthetic.scene import (
     SPLITS,
     SPRITE_MOTIONS,
     Scene,
-    Thing,
+    SceneObject,
     is_held_out,
 )
 from lumos.errors import UserError
 
 SPEED = (1.2, 2.0)
-"""Pixels a frame. Lowered where a longer clip would leave the canvas."""
+"""Lowest and highest speed in pixels per frame. The speed is lower if the object would leave the canvas otherwise."""
 MARGIN = 1.25
-"""Free pixels kept between object and canvas border, so that the soft edge is whole. Not less on a small canvas."""
+"""Least distance in pixels between an object and the border of the canvas, so that the soft edge of the object is
+not cut off. It is not scaled down for a small canvas."""
 GAP = 2.0
-"""Free pixels kept between two objects, in every frame."""
+"""Least distance in pixels between two objects in each frame."""
 DIGIT_PIXEL = 3.0
+"""Side in pixels of one pixel of a digit's image."""
 DIGIT_RADIUS = 4.5 * DIGIT_PIXEL
-"""Half of 8 pixels, plus half a pixel for the soft edge of the enlargement."""
+"""Half of the 8 pixels of an image, plus half a pixel for the soft edge that enlarging adds."""
 SPRITE_RADIUS = 12.0
 
 
 @dataclass(frozen=True)
-class Worlds:
-    """An endless source of clips: `worlds[index]` is (video uint8 [T, H, W, 3], caption) for any index from 0 on.
+class SyntheticScenes:
+    """A sequence of clips without end: `scenes[index]` is (video uint8 [T, H, W, 3], caption) for any index >= 0.
 
-    Splits: "train" never shows a combination of `is_held_out`; in "held_out" every scene has one (a digit scene: an
-    image that training never shows; a picture of sprites: any, for it has no motion); "all" has both. To validate on
-    scenes like those of training take another seed.
+    split "train"     no scene has a combination of attributes for which `is_held_out` is true
+    split "held_out"  every scene has such a combination; a scene of a digit has an image that training
+                      never shows; a picture (one frame) of sprites can have any sprite, because
+                      only motions of sprites are held out
+    split "all"       scenes of both kinds
+
+    To validate on scenes like those of training, use "train" with another seed. Raise UserError for a
+    value that is not allowed.
     """
 
     seed: int = 0
     split: str = "train"
-    kinds: tuple[str, ...] = ("shapes", "digits")  # sprites need their pictures: see lumos.data.synthetic.sprites
-    share_sprites: float = 0.35  # share of the scenes that show sprites, where other kinds are asked for too
-    share_digits: float = 0.15  # share of the other scenes that show a digit, where shapes are asked for too
-    share_two: float = 0.15  # share of two objects among the scenes of shapes and among those of sprites
-    share_two_ways: float = 0.0  # share of those with two objects in which both move, each its own way; 0: as it comes
-    share_size: float = 0.75  # how often a caption names the size
-    share_background: float = 0.75  # how often a caption names the background
-    wording: str = "plain"  # how captions are worded, one of lumos.data.synthetic.captions.WORDINGS
+    kinds: tuple[str, ...] = ("shapes", "digits")  # for "sprites" see lumos.data.synthetic.sprites
+    share_sprites: float = 0.35  # share of scenes with sprites, if there are other kinds too
+    share_digits: float = 0.15  # share of the other scenes with a digit, if there are shapes too
+    share_two: float = 0.15  # share of scenes with two objects, among scenes of shapes and of sprites
+    share_two_ways: float = 0.0  # of those, share in which both objects move, in different directions; 0: by chance
+    share_size: float = 0.75  # share of captions that name the size
+    share_background: float = 0.75  # share of captions that name the background
+    wording: str = "plain"  # wording of captions, one of lumos.data.synthetic.captions.WORDINGS
     num_frames: int = 17
     fps: int = 8
     height: int = BASE_SIDE
@@ -92,26 +101,26 @@ class Worlds:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a whole number of {least} or more")
 
     def scene(self, index: int) -> Scene:
-        """The truth of clip `index`, without drawing it."""
+        """Return the scene of clip `index` without drawing it; raise IndexError for a negative index."""
         if index < 0:
             raise IndexError(f"clip {index} does not exist: clips are numbered from 0 on, without end")
         rng = np.random.default_rng([self.seed, index])
         kind = self._kind(rng)
         if kind == "digits":
-            things = (self._place(self._sample_digit(rng), rng),)
+            objects = (self._place(self._sample_digit(rng), rng),)
         else:
             sample = self._sample_sprite if kind == "sprites" else self._sample_shape
             two = rng.random() < self.share_two
-            things = self._sample_two(sample, rng) if two else (self._place(sample(rng, self.split), rng),)
+            objects = self._sample_two(sample, rng) if two else (self._place(sample(rng, self.split), rng),)
         background = _pick(rng, (*BACKGROUNDS, *GRADIENTS) if kind == "sprites" else tuple(BACKGROUNDS))
         caption = wording.caption(
-            things, background, rng, wording=self.wording, moving=self.num_frames > 1,
+            objects, background, rng, wording=self.wording, moving=self.num_frames > 1,
             share_size=self.share_size, share_background=self.share_background,
         )  # fmt: skip
-        return Scene(things, background, caption, self.num_frames, self.fps, self.height, self.width)
+        return Scene(objects, background, caption, self.num_frames, self.fps, self.height, self.width)
 
     def _kind(self, rng: np.random.Generator) -> str:
-        """Sprites and digits by their shares of what there is, shapes else."""
+        """Draw the kind of a scene among `kinds`, by the shares of sprites and digits."""
         shares = {"sprites": self.share_sprites, "digits": self.share_digits}
         left = [kind for kind in ("sprites", "digits", "shapes") if kind in self.kinds]
         while len(left) > 1:
@@ -124,43 +133,48 @@ class Worlds:
         scene = self.scene(index)
         return render(scene), scene.caption
 
-    def _sample_shape(self, rng: np.random.Generator, split: str) -> Thing:
+    def _sample_shape(self, rng: np.random.Generator, split: str) -> SceneObject:
         motions = MOTIONS if self.num_frames > 1 else ("still",)
         size = _pick(rng, tuple(SIZES))
         if split == "held_out":
-            # The growing square has one motion where the others have seven, and a picture cannot show it at all.
+            # A blue square is held out with one motion only, but it is drawn as often as the other two
+            # combinations, which have all seven motions. A picture cannot show that the square grows.
             choices = (("magenta", "triangle", ""), ("yellow", "plus", ""), ("blue", "square", "grows"))
             colour, shape, motion = _pick(rng, choices if self.num_frames > 1 else choices[:2])
-            return Thing(shape, colour, size, motion or _pick(rng, motions))
+            return SceneObject(shape, colour, size, motion or _pick(rng, motions))
         while True:
-            thing = Thing(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), size, _pick(rng, motions))
-            if split == "all" or not is_held_out(thing):
-                return thing
+            obj = SceneObject(_pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), size, _pick(rng, motions))
+            if split == "all" or not is_held_out(obj):
+                return obj
 
-    def _sample_digit(self, rng: np.random.Generator) -> Thing:
+    def _sample_digit(self, rng: np.random.Generator) -> SceneObject:
         image = int(rng.integers(*digits.image_range(self.split)))
         motion = _pick(rng, DIGIT_MOTIONS if self.num_frames > 1 else ("still",))
-        return Thing("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
+        return SceneObject("digit", "white", "", motion, digit=int(digits.load()[1][image]), digit_image=image)
 
-    def _sample_sprite(self, rng: np.random.Generator, split: str) -> Thing:
+    def _sample_sprite(self, rng: np.random.Generator, split: str) -> SceneObject:
         motions = SPRITE_MOTIONS if self.num_frames > 1 else ("still",)
         if split == "held_out" and self.num_frames > 1:
             name, motion = _pick(rng, HELD_OUT_SPRITES)
-            return Thing("sprite", "", "", motion, sprite=name)
+            return SceneObject("sprite", "", "", motion, sprite=name)
         while True:
-            thing = Thing("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
-            if split != "train" or not self._holds_out(thing):
-                return thing
+            obj = SceneObject("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
+            if split != "train" or not self._holds_out(obj):
+                return obj
 
-    def _holds_out(self, sprite: Thing) -> bool:
+    def _holds_out(self, sprite: SceneObject) -> bool:
         return self.num_frames > 1 and is_held_out(sprite)
 
-    def _sample_two(self, sample: Callable[[np.random.Generator, str], Thing], rng: np.random.Generator) -> tuple[Thing, Thing]:
-        """Two shapes of different colours, or two sprites, that stay apart in every frame. Sprites often move together.
+    def _sample_two(
+        self, sample: Callable[[np.random.Generator, str], SceneObject], rng: np.random.Generator
+    ) -> tuple[SceneObject, SceneObject]:
+        """Draw two shapes of different colours, or two different sprites, that do not touch in any frame.
 
-        Few places are free for two things that cross each other's way, so that such scenes are rare where none are asked for.
+        The second sprite gets the motion of the first in about half of the draws. Few positions are free
+        for objects that move in different directions, so such scenes are rare unless `share_two_ways`
+        asks for them.
         """
-        # 0 draws no number, so that the clips of a seed stay those from before there was this share
+        # A share of 0 draws no random number, so that a seed gives the clips that it gave before this option existed.
         two_ways = self.share_two_ways > 0 and self.num_frames > 1 and rng.random() < self.share_two_ways
         while True:
             first = sample(rng, self.split)
@@ -177,20 +191,20 @@ class Worlds:
             if rng.random() < 0.5:
                 first, second = second, first
             for _ in range(24):
-                things = self._place(first, rng), self._place(second, rng)
-                if _apart(*things, self.num_frames, GAP * self._scale):
-                    return things
+                objects = self._place(first, rng), self._place(second, rng)
+                if _apart(*objects, self.num_frames, GAP * self._scale):
+                    return objects
 
     @property
     def _scale(self) -> float:
         return min(self.height, self.width) / BASE_SIDE
 
-    def _place(self, thing: Thing, rng: np.random.Generator) -> Thing:
-        """Choose start and speed so that the whole way lies in the canvas."""
-        radius = self._scale * ({"digit": DIGIT_RADIUS, "sprite": SPRITE_RADIUS}.get(thing.shape) or SIZES[thing.size])
-        radius_end = radius * GROWTH.get(thing.motion, 1.0)
+    def _place(self, obj: SceneObject, rng: np.random.Generator) -> SceneObject:
+        """Return the object with size, start and speed such that it stays on the canvas in all frames."""
+        radius = self._scale * ({"digit": DIGIT_RADIUS, "sprite": SPRITE_RADIUS}.get(obj.shape) or SIZES[obj.size])
+        radius_end = radius * GROWTH.get(obj.motion, 1.0)
         border = max(radius, radius_end) + MARGIN * max(self._scale, 1.0)
-        dx, dy = DIRECTIONS.get(thing.motion, (0, 0))
+        dx, dy = DIRECTIONS.get(obj.motion, (0, 0))
         steps = max(self.num_frames - 1, 1)
         room = (self.width if dx else self.height) - 2 * border
         fastest = min(SPEED[1] * self._scale, room / steps)
@@ -201,64 +215,71 @@ class Worlds:
             return float(rng.uniform(border + max(-way, 0.0), max(side - border - max(way, 0.0), border)))
 
         x0, y0 = start(self.width, dx), start(self.height, dy)
-        return replace(thing, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
+        return replace(obj, radius=radius, radius_end=radius_end, x0=x0, y0=y0, speed=speed)
 
 
 def sample_scene(seed: int, index: int, **options) -> Scene:
-    """Scene `index` of the world with this seed; `options` are the other fields of `Worlds`."""
-    return Worlds(seed=seed, **options).scene(index)
+    """Return scene `index` of a seed; `options` are the other fields of `SyntheticScenes`."""
+    return SyntheticScenes(seed=seed, **options).scene(index)
 
 
 def captions(seed: int, n: int, **options) -> Iterator[str]:
-    """The captions of the first n clips, without drawing them: a corpus for a text tokenizer."""
-    worlds = Worlds(seed=seed, **options)
-    return (worlds.scene(index).caption for index in range(n))
+    """Yield the captions of the first n clips without drawing the clips, for example to train a text tokenizer."""
+    scenes = SyntheticScenes(seed=seed, **options)
+    return (scenes.scene(index).caption for index in range(n))
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene: uint8 [T, H, W, 3]. Edges are smooth over one pixel, positions are not rounded to pixels."""
+    """Draw a scene and return its frames, uint8 [T, H, W, 3].
+
+    Edges are smooth over one pixel. Positions are not rounded to pixels.
+    """
     video = np.empty((scene.num_frames, scene.height, scene.width, 3), np.uint8)
     video[:] = np.rint(ground_colours(scene.background, scene.height))[:, None]
-    for thing in scene.things:
-        _draw(video, thing)
+    for obj in scene.objects:
+        _draw(video, obj)
     return video
 
 
 def ground_colours(background: str, height: int) -> np.ndarray:
-    """Colour of every row of a background by name, float64 [H, 3] in 0..255."""
+    """Return the colour of each row of a background, float64 [H, 3] in 0..255."""
     top, bottom = GRADIENTS[background] if background in GRADIENTS else (BACKGROUNDS[background],) * 2
     share = ((np.arange(height) + 0.5) / height)[:, None]
     return (1 - share) * np.array(top) + share * np.array(bottom)
 
 
-def _draw(video: np.ndarray, thing: Thing) -> None:
+def _draw(video: np.ndarray, obj: SceneObject) -> None:
     num_frames, height, width, _ = video.shape
-    x, y, radius = thing.path(num_frames)
-    # The same box size in every frame, so that all frames are computed as one array [T, box, box].
+    x, y, radius = obj.path(num_frames)
+    # The box around the object has the same size in every frame, so that one array [T, box, box] holds all frames.
     box = int(np.ceil(2 * radius.max())) + 2
     box_y, box_x = min(box, height), min(box, width)
     left = np.clip(np.floor(x - box_x / 2 + 0.5), 0, width - box_x).astype(int)
     top = np.clip(np.floor(y - box_y / 2 + 0.5), 0, height - box_y).astype(int)
-    # Pixel centres relative to the object's centre, [T, box].
+    # Centres of the pixels relative to the centre of the object, [T, box].
     dx = (left[:, None] + np.arange(box_x) + 0.5 - x[:, None]).astype(np.float32)
     dy = (top[:, None] + np.arange(box_y) + 0.5 - y[:, None]).astype(np.float32)
     r = radius[:, None].astype(np.float32)
-    if thing.shape == "sprite":
-        picture = sprite_pixels(sprites.load(thing.sprite), dx, dy, r)
+    if obj.shape == "sprite":
+        picture = sprite_pixels(sprites.load(obj.sprite), dx, dy, r)
         ink, coverage = 255 * picture[..., :3], picture[..., 3]
-    elif thing.shape == "digit":
-        coverage = _digit_coverage(digits.load()[0][thing.digit_image], dx, dy, r)
+    elif obj.shape == "digit":
+        coverage = _digit_coverage(digits.load()[0][obj.digit_image], dx, dy, r)
     else:
-        coverage = _shape_coverage(thing.shape, dx, dy, r)
-    if thing.colour:
-        ink = coverage[..., None] * np.array(COLOURS[thing.colour], np.float32)
+        coverage = _shape_coverage(obj.shape, dx, dy, r)
+    if obj.colour:
+        ink = coverage[..., None] * np.array(COLOURS[obj.colour], np.float32)
     for frame, alpha in enumerate(coverage[..., None]):
         place = video[frame, top[frame] : top[frame] + box_y, left[frame] : left[frame] + box_x]
         place[:] = np.rint(place + (ink[frame] - alpha * place))
 
 
 def _shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1, [T, box, box]; dx, dy [T, box] and r [T, 1] in pixels."""
+    """Return the share of each pixel that a shape covers, [T, box, box] in [0, 1].
+
+    dx, dy [T, box] are the pixel centres relative to the centre of the shape, and r [T, 1] is its
+    radius, all in pixels.
+    """
     if shape == "circle":
         distance = np.sqrt(dx[:, None, :] ** 2 + dy[:, :, None] ** 2)
         return np.clip(r[:, None] - distance + 0.5, 0, 1)
@@ -267,18 +288,21 @@ def _shape_coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -
     if shape == "plus":
         arm_x, arm_y = _bar(dx, r / 3)[:, None, :], _bar(dy, r / 3)[:, :, None]
         return _bar(dx, r)[:, None, :] * arm_y + arm_x * _bar(dy, r)[:, :, None] - arm_x * arm_y
-    # Triangle: both slanted sides at once, by symmetry; they fall 2 down for 1 across.
+    # Triangle: abs(dx) treats both slanted sides at once; a side goes down by 2 pixels for 1 pixel across.
     outside = (2 * np.abs(dx)[:, None, :] - (dy + r)[:, :, None]) / np.float32(5**0.5)
     return np.clip(0.5 - outside, 0, 1) * _bar(dy, r)[:, :, None]
 
 
 def _bar(d: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Exact part of each pixel (centre at d) that lies in [-half, half]."""
+    """Return the exact share of each pixel with centre d that lies in [-half, half]."""
     return np.clip(np.minimum(d + 0.5, half) - np.maximum(d - 0.5, -half), 0, 1)
 
 
 def _digit_coverage(ink: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Bilinear enlargement of an 8 x 8 image to any size and sub-pixel place, [T, box, box]."""
+    """Return the coverage [T, box, box] of an 8 x 8 image that is enlarged bilinearly to radius r.
+
+    dx, dy and r are those of `_shape_coverage`; positions are exact to fractions of a pixel.
+    """
     cell = r * (DIGIT_PIXEL / DIGIT_RADIUS)
     grid = np.arange(8, dtype=np.float32) - 3.5
     across, down = (np.maximum(0, 1 - np.abs((d / cell)[..., None] - grid)) for d in (dx, dy))  # [T, box, 8]
@@ -286,9 +310,11 @@ def _digit_coverage(ink: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarr
 
 
 def sprite_pixels(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA of every pixel, [T, box, box, 4]: the picture with a side of 2 r through a triangular filter.
+    """Return the premultiplied RGBA of each pixel, [T, box, box, 4], of a picture scaled to a side of 2 r.
 
-    The filter is integrated over each of the picture's pixels, which keeps mass, mean place and opacity exact at any size.
+    The picture goes through a triangular filter, which is integrated over each pixel of the picture.
+    This keeps the sum, the mean position and the opacity exact at any size. dx, dy and r are those of
+    `_shape_coverage`.
     """
     edges = np.linspace(-1, 1, len(picture) + 1, dtype=np.float32) * r  # [T, side + 1]
     across, down = (np.diff(_triangle_integral(edges[:, None] - d[..., None])) for d in (dx, dy))  # [T, box, side]
@@ -297,12 +323,12 @@ def sprite_pixels(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, r: np.nda
 
 
 def _triangle_integral(end: np.ndarray) -> np.ndarray:
-    """Area up to `end` under the triangle that rises from -1 to 0 and falls to 1."""
+    """Return the area left of `end` under the triangle with corners (-1, 0), (0, 1) and (1, 0)."""
     end = end.clip(-1, 1)
     return 0.5 + end - end * np.abs(end) / 2
 
 
-def _apart(a: Thing, b: Thing, num_frames: int, gap: float) -> bool:
+def _apart(a: SceneObject, b: SceneObject, num_frames: int, gap: float) -> bool:
     (ax, ay, ar), (bx, by, br) = a.path(num_frames), b.path(num_frames)
     return bool((np.maximum(np.abs(ax - bx), np.abs(ay - by)) >= ar + br + gap).all())
 

@@ -1,4 +1,4 @@
-"""What a synthetic scene holds: objects, their looks and motions, and what is held out of training."""
+"""Synthetic scenes as data: objects, their attributes and motions, and combinations held out of training."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ GRADIENTS = {
     "sunset": ((70, 45, 120), (245, 150, 90)),
     "meadow": ((165, 215, 245), (70, 150, 75)),
 }
-"""Colours at the top and at the bottom. Only sprites move over them, whose colours no gradient can be mistaken for."""
+"""Colours (r, g, b) at the top and at the bottom. Gradients appear only behind sprites, because a gradient cannot be
+mistaken for the colours of a sprite."""
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 GROWTH = {"grows": 1.6, "shrinks": 0.5}
-"""Radius at the last frame over radius at the first."""
+"""Radius at the last frame divided by the radius at the first frame."""
 
 MOTIONS = (*DIRECTIONS, "still", *GROWTH)
 
@@ -48,24 +49,24 @@ HELD_OUT_SPRITES = (("rocket", "down"), ("owl", "up"), ("apple", "left"), ("car"
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object. Lengths in pixels of the canvas it is drawn on."""
+class SceneObject:
+    """An object of a scene. Lengths are in pixels of the canvas."""
 
     shape: str  # one of SHAPES, or "digit", or "sprite"
     colour: str  # "" for a sprite
     size: str  # one of SIZES, or "" for a digit or a sprite
     motion: str  # one of MOTIONS
-    radius: float = 0.0  # half width at the first frame
-    radius_end: float = 0.0  # half width at the last frame
-    x0: float = 0.0  # centre at the first frame
-    y0: float = 0.0
-    speed: float = 0.0  # pixels a frame along the motion's direction
+    radius: float = 0.0  # half of the width at the first frame
+    radius_end: float = 0.0  # half of the width at the last frame
+    x0: float = 0.0  # centre at the first frame, from the left
+    y0: float = 0.0  # centre at the first frame, from the top
+    speed: float = 0.0  # pixels per frame in the direction of the motion
     digit: int | None = None  # 0 to 9
-    digit_image: int | None = None  # which image of lumos.data.synthetic.digits
-    sprite: str | None = None  # which picture of lumos.data.synthetic.sprites
+    digit_image: int | None = None  # index of the image in lumos.data.synthetic.digits
+    sprite: str | None = None  # name of the picture in lumos.data.synthetic.sprites
 
     def path(self, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Centre x, centre y and radius in every frame, float64 [T] each."""
+        """Return centre x, centre y and radius in each frame in pixels, float64 [T] each."""
         frame = np.arange(num_frames)
         dx, dy = DIRECTIONS.get(self.motion, (0, 0))
         radius = self.radius + (self.radius_end - self.radius) * frame / max(num_frames - 1, 1)
@@ -74,9 +75,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is to know about one clip."""
+    """The content of a clip: objects, background and caption, with the size of the clip."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
     caption: str
     num_frames: int
@@ -85,10 +86,13 @@ class Scene:
     width: int
 
 
-def is_held_out(thing: Thing) -> bool:
-    """Combinations kept out of training to test composition: magenta triangles, yellow pluses, growing blue squares, and
-    for a few sprites one of their motions."""
-    if thing.shape == "sprite":
-        return (thing.sprite, thing.motion) in HELD_OUT_SPRITES
-    kind = (thing.colour, thing.shape)
-    return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, thing.motion) == ("blue", "square", "grows")
+def is_held_out(obj: SceneObject) -> bool:
+    """Return whether training never shows this combination of attributes, which tests composition.
+
+    Held out are magenta triangles, yellow pluses, growing blue squares and, for a few sprites, one
+    motion each (`HELD_OUT_SPRITES`).
+    """
+    if obj.shape == "sprite":
+        return (obj.sprite, obj.motion) in HELD_OUT_SPRITES
+    kind = (obj.colour, obj.shape)
+    return kind in (("magenta", "triangle"), ("yellow", "plus")) or (*kind, obj.motion) == ("blue", "square", "grows")

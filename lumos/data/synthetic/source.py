@@ -1,4 +1,4 @@
-"""Synthetic scenes as a source of training clips."""
+"""A source of training clips that draws synthetic scenes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
 from lumos.data.source import Clip
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError
 
 SET_ELSEWHERE = {
@@ -19,13 +19,16 @@ SET_ELSEWHERE = {
     "fps": "data.fps",
     "split": "training itself, which always draws train",
 }
-"""Options of the worlds that data.options may not hold, and where they are set."""
+"""Fields of SyntheticScenes that data.options may not have, and the settings that set them."""
 
 
-class WorldSource:
-    """The endless small worlds as a source; `scenes` limits training to the first so many, and leaves validation its own.
+class SyntheticSource:
+    """A source of clips of synthetic scenes without end.
 
-    `most_codes` says how many codes the tokenizer makes of a picture and of a clip.
+    `scenes` limits training to the first so many scenes; None: no limit. Validation clips are not
+    limited: they have a seed of their own. `options` are further fields of `SyntheticScenes`.
+    `most_codes` holds the number of codes of a picture ("image") and of a clip ("video"). Raise
+    UserError for options that are unknown, not allowed or set elsewhere.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class WorldSource:
             if key in SET_ELSEWHERE:
                 raise UserError(f"data.options may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
         try:
-            self.videos = Worlds(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
+            self.videos = SyntheticScenes(seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, **options)
         except TypeError as error:
-            known = [key for key in Worlds.__dataclass_fields__ if key not in SET_ELSEWHERE]
+            known = [key for key in SyntheticScenes.__dataclass_fields__ if key not in SET_ELSEWHERE]
             wrong = next((f"unknown key {key}" for key in options if key not in known), str(error))
             raise UserError(f"data.options: {wrong}; allowed: {', '.join(known)}") from error
         if "sprites" in self.videos.kinds:
-            sprites.load(next(iter(sprites.SPRITES)))  # without the pictures nothing starts
+            sprites.load(next(iter(sprites.SPRITES)))  # a missing picture stops the run before it starts
         self.scenes = scenes
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         self.most_codes, self.identity = most_codes, {}
@@ -55,11 +58,11 @@ class WorldSource:
         return [self.clip(sample_index(step, position), num_frames) for position in positions]
 
     def clip(self, index: int, num_frames: int) -> Clip:
-        """Clip `index` of an endless numbering."""
-        worlds = replace(self.videos, num_frames=num_frames)
+        """Return the clip with number `index` (see `lumos.data.seeding.sample_index`) and `num_frames` frames."""
+        scenes = replace(self.videos, num_frames=num_frames)
         if index >= sample_index(VALIDATION_STEP, 0):
-            worlds = replace(worlds, seed=VALIDATION_SEED)
+            scenes = replace(scenes, seed=VALIDATION_SEED)
         elif self.scenes:
             index %= self.scenes
-        frames, caption = worlds[index]
-        return Clip(frames, caption, worlds.fps, f"worlds/{worlds.seed}/{index}")
+        frames, caption = scenes[index]
+        return Clip(frames, caption, scenes.fps, f"worlds/{scenes.seed}/{index}")

@@ -1,7 +1,8 @@
-"""Small pictures that move in the small worlds: 64 Noto emoji (Google, Apache-2.0), known by name.
+"""Sprites: small pictures that move in synthetic scenes, 64 Noto emoji (Google, Apache-2.0).
 
-The pictures lie in `pictures/sprites`, with their license. They come from the npm package emoji-datasource-google 16.0.0.
-Only making clips of sprites and checking them needs the pictures; captions and a trained model do not.
+The pictures and their license are in `pictures/sprites`. They come from the npm package
+emoji-datasource-google 16.0.0. They are needed to draw clips of sprites and to check such clips, but
+not for captions or for a trained model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lumos.errors import UserError
 
 PICTURES = Path(__file__).parent / "pictures" / "sprites"
 SIDE = 64
-"""Pixels of a picture's side."""
+"""Height and width of a picture in pixels."""
 
 SPRITES = (
     "airplane", "apple", "ball", "balloon", "banana", "bee", "bell", "bicycle", "bus", "butterfly", "cactus", "cake", "car",
@@ -30,12 +31,16 @@ SPRITES = (
 
 
 def folder() -> Path:
-    """Folder of the pictures: $LUMOS_SPRITES, or the one that comes with Lumos."""
+    """Return the folder of the pictures: $LUMOS_SPRITES, or the folder that comes with Lumos."""
     return Path(os.environ.get("LUMOS_SPRITES") or PICTURES)
 
 
 def load(name: str) -> np.ndarray:
-    """A sprite as premultiplied RGBA in [0, 1], float32 [SIDE, SIDE, 4], its ink filling the square. Read-only."""
+    """Return a sprite as premultiplied RGBA in [0, 1], float32 [SIDE, SIDE, 4], read-only.
+
+    The picture is scaled so that its opaque part fills the square. Raise UserError if its file is
+    missing or damaged.
+    """
     return _read(folder() / f"{name}.png")
 
 
@@ -64,7 +69,10 @@ def _remedy() -> str:
 
 
 def _filled(image: Image.Image) -> Image.Image:
-    """The inked part in the middle of a square, SIDE x SIDE."""
+    """Return the opaque part of a picture in the middle of a square, SIDE x SIDE.
+
+    Raise ValueError if the picture has no opaque part.
+    """
     box = image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
     if box is None:
         raise ValueError("it is empty")

@@ -19,7 +19,7 @@ from torch import Tensor
 from lumos.data.seeding import sample_generator
 from lumos.data.shards import format as shards
 from lumos.data.shards.source import ShardIndex
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1.loss import chunks
 from lumos.models.lumos1.masking import mask_sequence
@@ -37,7 +37,7 @@ CHUNK = 1024
 """Positions whose logits exist at the same time."""
 
 
-def world_codes(worlds: Worlds, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
+def world_codes(worlds: SyntheticScenes, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
     """Yield (codes [t, h, w], caption, fps) of the first `count` synthetic scenes."""
     parameter = next(tokenizer.parameters())
     for index in range(count):

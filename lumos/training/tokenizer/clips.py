@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.textures import recoloured, texture
 from lumos.video.frames import fit, from_uint8
@@ -127,7 +127,7 @@ class TrainingClips:
         self.seed, self.height, self.width, self.num_frames = seed, height, width, num_frames
         self.share_textures, self.recolour = share_textures, recolour
         self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
-        self.worlds = Worlds(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
+        self.worlds = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
         self.most_codes: dict[str, int] = {}  # steps count clips, not codes
         self.photographs: list[Image.Image] = []
         self.films: list[np.ndarray] = []
@@ -252,8 +252,8 @@ class TrainingClips:
 
 
 def held_out_worlds(count: int, num_frames: int, height: int, width: int, **options: Any) -> Tensor:
-    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]; options of `Worlds`."""
-    worlds = Worlds(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width, **options)
+    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]; options of `SyntheticScenes`."""
+    worlds = SyntheticScenes(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width, **options)
     return to_video([worlds[index][0] for index in range(count)])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.data.prefetch import check_processes
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.settings import build, read_yaml, setting, to_plain
 from lumos.training.settings import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS, TrainingSettings, world_size
@@ -25,7 +25,8 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it goes on with."""
 WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two")
-"""Fields of Worlds that decide what is drawn and are not set here; the others word captions, which a tokenizer never reads."""
+"""Fields of SyntheticScenes that decide what is drawn and are not set here. The other fields word captions, which a
+tokenizer never reads."""
 
 
 def shared(place: str, default: Any, meaning: str, **limits: Any) -> Any:
@@ -77,7 +78,7 @@ class TokenizerTrainingSettings:
     share_worlds: float = setting(
         0.75, "share of worlds among clips and among pictures; the rest is photographs and film", low=0, high=1
     )
-    worlds: dict[str, Any] = setting({}, "kinds and shares of lumos.data.synthetic.render.Worlds")
+    worlds: dict[str, Any] = setting({}, "kinds and shares of lumos.data.synthetic.render.SyntheticScenes")
     share_textures: float = setting(
         0.0, "share of drawn textures among what is not worlds, see lumos/training/tokenizer/textures.py", low=0, high=1
     )
@@ -139,7 +140,7 @@ class TokenizerTrainingSettings:
         check_processes(self.processes)
         self._allow("films", len(self.films) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
         self._allow("worlds", self.worlds.keys() <= {*WORLD_OPTIONS}, WORLDS_ALLOWED)
-        Worlds(**self.worlds)
+        SyntheticScenes(**self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
         step, stride = config.temporal_compression, config.spatial_compression
         self._allow("steps", self.steps > 0 or self.fit_batches > 0, "1 or more, or 0 with fit_batches")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lumos import LumosPipeline
 from lumos.cli import main
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1 import masked_loss
 from lumos.models.lumos1.masked_loss import (
@@ -33,7 +33,7 @@ def pipe(micro_folder):
 
 @pytest.fixture(scope="module")
 def sequences(pipe):
-    worlds = Worlds(seed=5, num_frames=9, height=16, width=24)
+    worlds = SyntheticScenes(seed=5, num_frames=9, height=16, width=24)
     return [sequence_of(pipe, *found) for found in world_codes(worlds, 6, pipe.video_tokenizer)]
 
 

@@ -17,7 +17,7 @@ from small_training import MODEL, log_lines, small
 
 from lumos.cli import main
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import Worlds
+from lumos.data.synthetic.render import SyntheticScenes
 from lumos.errors import RunError, UserError
 from lumos.training.engine import make_optimizer, set_learning_rate
 from lumos.training.loop import Run
@@ -351,7 +351,7 @@ def test_worlds_and_real_material_are_mixed_as_told():
 def test_sprites_are_trained_on_where_asked():
     options = {"kinds": ["sprites"], "share_two": 1.0}
     batch = clips_of(share_worlds=1.0, world_options=options).batch(2)
-    worlds = Worlds(seed=0, num_frames=5, height=16, width=24, **options)
+    worlds = SyntheticScenes(seed=0, num_frames=5, height=16, width=24, **options)
     for slot in range(4):
         assert np.array_equal(batch.clips[slot], worlds[2 * (4 + 3) + slot][0])
     held_out = held_out_worlds(2, 5, 16, 24, **options)
