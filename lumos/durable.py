@@ -152,10 +152,19 @@ def is_temporary(path: Path) -> bool:
 
 def sweep(path: Path) -> None:
     """Remove the temporary files of `path` that killed processes left. Those of running processes stay."""
-    of_path = re.compile(re.escape(f".{_short(path.name)}.") + r"(?:[0-9a-f]{8}|(\w+-\d+-\d+)-[0-9a-f]{4})\.part")
-    with suppress(OSError), os.scandir(path.parent) as entries:
+    _sweep(path.parent, re.escape(f".{_short(path.name)}."))
+
+
+def sweep_results(folder: Path) -> None:
+    """Remove the temporary files in a folder that killed processes left. Those of running processes stay."""
+    _sweep(folder, r"\..*\.")
+
+
+def _sweep(folder: Path, beginning: str) -> None:
+    temporary = re.compile(beginning + r"(?:[0-9a-f]{8}|(\w+-\d+-\d+)-[0-9a-f]{4})\.part")
+    with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") and (match := of_path.fullmatch(entry.name)):
+            if entry.name.startswith(".") and (match := temporary.fullmatch(entry.name)):
                 with suppress(OSError):
                     old = time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_AFTER
                     alive = match[1] is not None and is_alive(match[1])

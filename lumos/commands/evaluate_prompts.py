@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lumos.errors import UserError
+    from lumos.errors import UserError, printable
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, is_kept, moved, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.inputs import check_num_frames, override
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         write_json(args.output, {**summary, "clips": {kind: result["clips"] for kind, result in results.items()}})
     if args.sheet:
-        print(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))
+        print(printable(str(contact_sheet(clips_shown, labels, args.sheet, cell=80, across=2))))
     if args.animation:
         captions = [label.partition(" | ")[2] for label in labels]
-        print(animated_sheet(clips_shown, captions, args.animation, form.fps))
+        print(printable(str(animated_sheet(clips_shown, captions, args.animation, form.fps))))
     print(json.dumps(summary))

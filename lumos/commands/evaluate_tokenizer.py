@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if len(rows) > 1:
         print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of all used, perplexity {union['code_perplexity']}")
     if args.sheet:
-        print(contact_sheet(shown, labels, args.sheet, cell=80, across=2))
+        print(printable(str(contact_sheet(shown, labels, args.sheet, cell=80, across=2))))
     summary = {
         "evaluate": "tokenizer", "tokenizer": str(folder), "num_codes": tokenizer.num_codes, **shape, "count": args.count,
         "seed": args.seed, "batch_size": args.batch_size, "device": str(device), "dtype": args.dtype,

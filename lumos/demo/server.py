@@ -19,7 +19,7 @@ from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
 from lumos.demo.service import Service
 from lumos.demo.sessions import Sessions
-from lumos.errors import UserError
+from lumos.errors import UserError, printable
 
 CLOSING_SECONDS = 3  # time for open connections to finish when the server stops
 
@@ -85,7 +85,7 @@ def serve(service: Service, examples: Sequence[str], listener: socket.socket, ho
     )  # fmt: skip
     listener.listen()  # before the address is printed, so that a client that reads it can connect
     host, port = listener.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {service.store.results}", flush=True)
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  results in {printable(str(service.store.results))}", flush=True)
     try:
         Server(config, service).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again after Ctrl-C

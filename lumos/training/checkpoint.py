@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumos.durable import make_folder, put_folder, remove, settle
-from lumos.errors import RunError, UserError, shown
+from lumos.errors import RunError, UserError, printable, shown
 from lumos.files import read_json
 from lumos.settings import to_plain
 from lumos.training.settings import StageSettings
@@ -54,6 +54,10 @@ RUN_FIELDS: dict[str, type] = {
 }  # fmt: skip
 """Names and types of the fields in the state of a generator's training run."""
 WEIGHT, AVERAGE = "weight", "average"
+
+
+class Damaged(RunError):
+    """A checkpoint is damaged for certain. One that cannot be read just now, or that a later version wrote, is not."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -222,7 +226,7 @@ def finish(
             try:
                 os.replace(old, gone)
             except OSError as error:  # the new checkpoint is complete even so
-                print(f"warning: cannot remove {old}: {error.strerror}", file=sys.stderr, flush=True)
+                print(f"warning: cannot remove {printable(str(old))}: {error.strerror}", file=sys.stderr, flush=True)
             remove(gone)
     return target
 
@@ -230,8 +234,10 @@ def finish(
 def _is_damaged(folder: Path, fields: Mapping[str, type] | None) -> bool:
     try:
         read_state(folder, fields=fields)
-    except RunError:
+    except Damaged:
         return True
+    except (RunError, UserError):
+        pass
     return False
 
 
@@ -244,24 +250,25 @@ def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str,
     """Return the content of state.json after checking the whole checkpoint.
 
     `fields` holds the names and types of the fields that the caller needs. With `world` processes,
-    each process verifies the checksums of only its own share of the files. Raises RunError, which
-    names the damage, if the state or a file does not match, and UserError for a checkpoint of an
+    each process verifies the checksums of only its own share of the files. Raises Damaged, which
+    names the damage, if the state or a file does not match, RunError if a file cannot be read, and UserError for a checkpoint of an
     earlier version that cannot be resumed.
     """
     try:
         state = read_json(folder / STATE, "the state of a checkpoint")
     except UserError as error:
-        raise RunError(f"checkpoint {folder}: {error}") from error
+        unreadable = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+        raise (RunError if unreadable else Damaged)(f"checkpoint {folder}: {error}") from error
     files = _check_state(folder, state, fields or {})
     for name, (size, checksum) in list(files.items())[rank::world]:
         path = folder / name
         try:
             if not path.is_file():
-                raise RunError(f"checkpoint {folder}: {name} is missing")
+                raise Damaged(f"checkpoint {folder}: {name} is missing")
             if path.stat().st_size != size:
-                raise RunError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes instead of {size}")
+                raise Damaged(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes instead of {size}")
             if crc32(path) != checksum:
-                raise RunError(f"checkpoint {folder}: {name} is damaged (its checksum differs)")
+                raise Damaged(f"checkpoint {folder}: {name} is damaged (its checksum differs)")
         except OSError as error:
             raise RunError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
     return state
@@ -270,15 +277,17 @@ def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str,
 def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[str, tuple[int, int]]:
     """Return the size and CRC-32 of each file, by name.
 
-    Raises RunError unless the state matches its checksum, its folder, its files and `fields`.
+    Raises Damaged unless the state matches its checksum, its folder, its files and `fields`.
     """
     if not isinstance(state, dict):
-        raise RunError(f"checkpoint {folder}: {STATE} cannot be read (it holds {shown(state)} in place of fields)")
-    if state.get("format") not in (2, FORMAT):
-        raise RunError(f"checkpoint {folder} has format {shown(state.get('format'))}; this version reads 2 and {FORMAT}")
+        raise Damaged(f"checkpoint {folder}: {STATE} cannot be read (it holds {shown(state)} in place of fields)")
+    if (format_ := state.get("format")) not in (2, FORMAT):
+        later = type(format_) is int and format_ > FORMAT
+        kind = RunError if later else Damaged
+        raise kind(f"checkpoint {folder} has format {shown(format_)}; this version reads 2 and {FORMAT}")
     told = state.pop(CHECKSUM, None)
     if told != (_checksum(state) if state["format"] == FORMAT else None):
-        raise RunError(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
+        raise Damaged(f"checkpoint {folder}: {STATE} is damaged (its checksum differs)")
     if "identity" not in state and "meters" in state:
         raise UserError(
             f"{folder} was written by an earlier version, whose training of a video tokenizer this version cannot resume; name "
@@ -286,19 +295,19 @@ def _check_state(folder: Path, state: Any, fields: Mapping[str, type]) -> dict[s
         )
     for name, kind in {"step": int, "files": dict, **fields}.items():
         if type(state.get(name)) is not kind:
-            raise RunError(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
+            raise Damaged(f"checkpoint {folder}: {STATE} has no {name}, or {shown(state.get(name))} in its place")
     named = _step_in(folder.name)
     if state["step"] < 0 or named not in (None, state["step"]):
-        raise RunError(f"checkpoint {folder} is of step {shown(state['step'])} according to {STATE}, not of the step in its name")
+        raise Damaged(f"checkpoint {folder} is of step {shown(state['step'])} according to {STATE}, not of the step in its name")
     world = state.get("world", 1)
     files, wanted = state["files"], [tensor_file(folder, rank).name for rank in range(_counted(world))]
     if not wanted or sorted(files) != wanted:
-        raise RunError(f"checkpoint {folder}: {STATE} lists {shown(sorted(files))}, not the files of {shown(world)} processes")
+        raise Damaged(f"checkpoint {folder}: {STATE} lists {shown(sorted(files))}, not the files of {shown(world)} processes")
     for name, facts in files.items():
         if not (isinstance(facts, list) and [type(fact) for fact in facts] == [int, int]):
-            raise RunError(f"checkpoint {folder}: {STATE} has {shown(facts)} in place of size and checksum of {name}")
+            raise Damaged(f"checkpoint {folder}: {STATE} has {shown(facts)} in place of size and checksum of {name}")
     if others := sorted({path.name for path in folder.glob("rank-*.safetensors")} - files.keys()):
-        raise RunError(f"checkpoint {folder}: {shown(others[0])} is not in the list of {STATE}")
+        raise Damaged(f"checkpoint {folder}: {shown(others[0])} is not in the list of {STATE}")
     return files
 
 
@@ -331,7 +340,7 @@ def latest(
         try:
             state = read_state(folder, rank, world, fields)
         except RunError as error:
-            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
+            print(f"warning: {printable(str(error))}; trying the checkpoint before it", file=sys.stderr, flush=True)
         if not any_of(state is None):
             return folder, state
     if folders:

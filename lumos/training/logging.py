@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lumos.durable import make_folder, sync_file, sync_folder
-from lumos.files import write_bytes
+from lumos.files import open_regular, write_bytes
 from lumos.training.trackers import Writer
 
 
@@ -151,13 +151,16 @@ def scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield from ((name if k is None else f"{name}/{k}", v) for k, v in places if v is not None)
 
 
+MAX_LINE_BYTES = 1 << 24
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a log file.
 
     Other lines are skipped, because a kill, a power cut or a full disk may leave an incomplete line.
     """
-    with path.open("rb") as file:
-        for line in file:
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):  # a longer line arrives in pieces, which are no JSON
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):

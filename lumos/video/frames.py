@@ -17,13 +17,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
 
+MAX_SCALED_PIXELS = 40_000_000
+"""Largest number of pixels of a frame that covers its target and is not yet cropped. Only very thin pictures need more."""
+
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scale frames uint8 [T, H, W, 3] so that they cover height x width, and crop the centre.
 
     Return frames uint8 [T, height, width, 3]. As in the published preparation, frames are halved with a
     box filter while both sides are at least twice the target, and then scaled bicubically. Raise
-    UserError if height or width is below 1.
+    UserError if height or width is below 1, or if the frames are so thin that covering the target would take
+    more than MAX_SCALED_PIXELS.
     """
     if height < 1 or width < 1:
         raise UserError(f"cannot fit frames to {width}x{height} pixels; both must be positive")
@@ -37,6 +41,11 @@ def _fit_one(image: Image.Image, height: int, width: int) -> np.ndarray:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     across, down = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if across * down > MAX_SCALED_PIXELS:
+        raise UserError(
+            f"a picture of {image.width}x{image.height} pixels is too thin for {width}x{height} pixels: it would be scaled to "
+            f"{across}x{down} pixels before it is cropped; crop it first"
+        )
     image = image.resize((across, down), Image.Resampling.BICUBIC)
     left, top = (across - width) // 2, (down - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lumos.data.ingest import tables
 from lumos.data.ingest.manifest import as_file, items
 from lumos.errors import UserError
 
@@ -193,3 +194,29 @@ def test_wrong_sources_are_refused(clips, tmp_path):
         items([clips, tmp_path / "x" / "clips"])
     with pytest.raises(UserError, match="--captions"):
         items([clips], tmp_path / "none.jsonl")
+
+
+def test_text_that_a_parquet_file_repeats_is_held_once(tmp_path):
+    """A few hundred bytes of the file stand for 2.8 GB of captions."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pa.table({"path": ["x.mp4"] * 700, "caption": pa.DictionaryArray.from_arrays([0] * 700, ["a" * 4_000_000])})
+    pq.write_table(table, tmp_path / "m.parquet", compression="zstd", store_schema=False)
+    del table
+    before = pa.total_allocated_bytes()
+    found = items([tmp_path / "m.parquet"])
+    next(found)
+    assert pa.total_allocated_bytes() - before < 64 * 2**20
+
+
+def test_columns_that_need_too_much_memory_are_skipped(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(tables, "MAX_COLUMN_BYTES", 1000)
+    rows = [{"path": f"{i}.mp4", "caption": str(i) * 900} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet", row_group_size=2, use_dictionary=False)
+    found = [why for _, row in tables.rows(tmp_path / "m.parquet") for why in [row] if isinstance(row, str)]
+    assert len(found) == 2
+    assert all("caption has" in why and "1,000 are allowed" in why for why in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,26 @@ def test_columns_of_other_types_are_damage(shard, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["[" * 100_000, "[]", '{"tokenizer": 3}', "\udcff",
-    '{"format": 2, "settings": {"fps": 1}, "tokenizer": {"fingerprint": "x", "num_codes": -1}}'],
+    '{"format": 2, "settings": {"fps": 1}, "tokenizer": {"fingerprint": "x", "num_codes": -1}}',
+    '{"format": 2, "settings": {"fps": "x"}, "tokenizer": {"fingerprint": "x", "num_codes": 1}}'],
 )
 def test_a_description_that_makes_no_sense_is_damage(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=r"dataset.json is damaged"):
         shards.read_description(tmp_path)
+
+
+def test_pipes_and_folders_in_place_of_files_are_damage(shard):
+    folder = shard.parent
+    for name, read in (
+        ("dataset.json", lambda: shards.read_description(folder)),
+        ("report.json", lambda: shards.check_count(folder, 10**6)),
+        (shard.name, lambda: shards.open_shard(shard)),
+        (shard.name, lambda: shards.read_facts(shard)),
+    ):
+        for make in (os.mkfifo, os.mkdir):
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            with pytest.raises(RunError, match="damaged"):  # it must not wait for a writer
+                read()
+            (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()

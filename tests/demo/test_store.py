@@ -8,6 +8,7 @@ import pytest
 
 from lumos.demo.limits import Busy, Limits
 from lumos.demo.store import FRESH_SECONDS, UNDELIVERED_SECONDS, UNUSED_SECONDS, Store
+from lumos.durable import owner
 
 
 @pytest.fixture
@@ -172,3 +173,14 @@ def test_uploads_of_an_earlier_server_are_removed(store, tmp_path):
 def test_other_names_are_no_uploads(store, name):
     upload(store)
     assert store.upload(name) is None
+
+
+def test_unfinished_results_of_dead_servers_are_removed(tmp_path):
+    results = tmp_path / "root" / "results"
+    results.mkdir(parents=True)
+    dead = owner().replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    names = [f".clip-{i}.mp4.{of}-0123.part" for i, of in enumerate((dead, owner()))]
+    for name in names:
+        (results / name).write_bytes(b"half")
+    Store(tmp_path / "root", Limits())
+    assert [path.name for path in results.iterdir()] == names[1:]

@@ -316,3 +316,23 @@ def test_a_stage_field_that_an_old_checkpoint_lacks_is_default():
     check()
     with pytest.raises(UserError, match=r"is of another run: data.stages was .*'first_frames': None.*'first_frames': 5"):
         check(first_frames=5)
+
+
+def test_checkpoints_of_later_versions_and_unreadable_ones_are_never_renamed(tmp_path: Path, monkeypatch):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    rewrite(checkpoint.checkpoint_folder(tmp_path, 20), format=checkpoint.FORMAT + 1)
+    unreadable = checkpoint.checkpoint_folder(tmp_path, 30)
+    make_a_pipe(unreadable)
+    write(tmp_path, 11)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [10, 11, 20, 30]
+
+
+def test_warnings_about_checkpoints_escape_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = tmp_path / "\x1b[31mrun"
+    write(root, 1)
+    truncate(write(root, 2))
+    checkpoint.latest(root)
+    said = capsys.readouterr().err
+    assert "trying the checkpoint before it" in said
+    assert "\x1b" not in said

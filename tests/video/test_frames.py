@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lumos.errors import UserError
-from lumos.video.frames import animated_sheet, contact_sheet
+from lumos.video.frames import animated_sheet, contact_sheet, fit
 from lumos.video.io import read_image
 
 
@@ -48,3 +48,10 @@ def test_invalid_sheets_are_refused(tmp_path):
         animated_sheet([clip], [], tmp_path / "a.webp", 8)
     with pytest.raises(UserError, match=r"\.webp or \.gif"):
         animated_sheet([clip], ["x"], tmp_path / "a.mp4", 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000, 1, 3), (1, 1, 60_000, 3)])
+def test_thin_pictures_are_refused_before_they_take_memory(shape):
+    with pytest.raises(UserError, match=r"too thin for 128x128 pixels: .* crop it first"):
+        fit(np.zeros(shape, np.uint8), 128, 128)
+    assert fit(np.zeros((1, 600, 1, 3), np.uint8), 128, 128).shape == (1, 128, 128, 3)

@@ -19,6 +19,8 @@ CAPTION_KEYS = ("caption", "text", "prompt")
 COLUMNS = (*PATH_KEYS, *CAPTION_KEYS, "start", "end")
 MAX_ROW_LENGTH = 1 << 24
 """Largest number of characters of a row of text."""
+MAX_COLUMN_BYTES = 1 << 30
+"""Largest number of bytes of a column of a row group of a parquet file."""
 MAX_ROW_LINES = 200
 """Largest number of lines of a csv row. If a quote is not closed, this many lines are read before the row counts as
 invalid and reading goes on at its second line."""
@@ -125,12 +127,21 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
 
 
 def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
+    import pyarrow as pa
+
     table = parquet().ParquetFile(file)
     wanted = [name for name in COLUMNS if name in table.schema_arrow.names]
+    # Text that a dictionary holds once stays so in memory, however many rows repeat it.
+    texts = [name for name in wanted if pa.types.is_string(table.schema_arrow.field(name).type)]
+    table = parquet().ParquetFile(file, read_dictionary=texts)
     number = 1
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows
         done = 0
+        if size := _too_large(table.metadata.row_group(group), wanted):
+            yield number, f"rows {number} to {number + count - 1} cannot be read: {size}"
+            number += count
+            continue
         try:
             for batch in table.iter_batches(1024, row_groups=[group], columns=wanted):
                 for index in range(batch.num_rows):
@@ -140,6 +151,15 @@ def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             yield number + done, f"rows {number + done} to {number + count - 1} cannot be read: {why}"
         number += count
+
+
+def _too_large(group: Any, wanted: list[str]) -> str | None:
+    """Return a description of a column of a row group that would take too much memory, or None."""
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema in wanted and column.total_uncompressed_size > MAX_COLUMN_BYTES:
+            return f"{column.path_in_schema} has {column.total_uncompressed_size:,} bytes, at most {MAX_COLUMN_BYTES:,} are allowed"
+    return None
 
 
 def _parquet_row(batch: Any, index: int) -> Row:

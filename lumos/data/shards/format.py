@@ -25,7 +25,7 @@ import numpy as np
 
 from lumos.data.shards.remote import Remote
 from lumos.errors import RunError, UserError, shown
-from lumos.files import parse_json, replacing
+from lumos.files import open_regular, parse_json, read_bytes, replacing
 from tokenizer.fingerprint import tokenizer_facts
 
 FORMAT = 2
@@ -121,9 +121,11 @@ def check_count(folder: Path | Remote, clips: int) -> None:
     """
     path = folder / REPORT
     try:
-        report = parse_json(path.read_bytes().decode("utf-8", "replace"), str(path))
+        report = parse_json(_document(path).decode("utf-8", "replace"), str(path))
     except FileNotFoundError:
         return
+    except UserError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and run the same ingest again, which writes it anew") from error
     counted = report.get("clips") if isinstance(report, dict) else None
     if not isinstance(counted, int):
         raise RunError(f"{path} is damaged (it has no count of clips); run the same ingest again, which writes it anew")
@@ -146,6 +148,17 @@ def content_digest(rows: list[dict[str, Any]]) -> str:
     It is the same in all versions of shards, so that training runs can be resumed.
     """
     return _digest(json.dumps([[row["id"], row["clip"], content_checksum(row)] for row in rows]).encode())
+
+
+def _document(path: Path | Remote) -> bytes:
+    """Return the bytes of a JSON file of a folder of shards; raise the errors of `read_bytes`."""
+    return path.read_bytes() if isinstance(path, Remote) else read_bytes(path, "a file of ingested data")
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a regular file; raise OSError for a pipe, a folder or a device, which pyarrow would wait for."""
+    open_regular(path).close()
+    return path
 
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -181,7 +194,7 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
     import pyarrow as pa
 
     try:
-        source = file or (pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
+        source = file or (pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else _regular(path))
         opened = parquet().ParquetFile(source)
         columns = opened.schema_arrow
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -209,7 +222,7 @@ def read_facts(path: Path | Remote) -> ShardFacts:
     import pyarrow as pa
 
     try:
-        metadata = parquet().read_metadata(_footer(path) if isinstance(path, Remote) else path)
+        metadata = parquet().read_metadata(_footer(path) if isinstance(path, Remote) else _regular(path))
         rows = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
@@ -334,15 +347,19 @@ def read_description(folder: Path | Remote) -> dict[str, Any]:
     """
     path = folder / DESCRIPTION
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`"
-        ) from error
+        text = _document(path)
+    except (FileNotFoundError, UserError) as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, NotADirectoryError):
+            raise UserError(
+                f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`"
+            ) from error
+        raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
     try:
         description = parse_json(text.decode("utf-8"), str(path))
         facts, format_ = description["tokenizer"], description.get("format")
-        facts["fingerprint"], description["settings"]["fps"]
+        facts["fingerprint"]
+        if not 0 < float(fps := description["settings"]["fps"]) < math.inf:
+            raise ValueError(f"settings.fps is {shown(fps)}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
     if format_ != FORMAT:
