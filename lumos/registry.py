@@ -97,7 +97,7 @@ def generator(name: str | None = None) -> Generator:
     known = generators()
     if name is None:
         return next(iter(known.values()))
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"generator {shown(name)} is unknown; allowed: {', '.join(known)}")
     return known[name]
 
@@ -123,7 +123,12 @@ def generator_of(folder: str | Path) -> Generator:
     if not path.exists():
         raise NotFound(f"{folder} is no model folder: it has no config.json; give the folder of a saved or released model")
     config = read_json(path, "the config of a model")
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path} is damaged ({path} holds {shown(config)}; a model's config is a JSON object of fields); "
+            "download or copy it again"
+        )
+    model_type = config.get("model_type")
     known = generators().values()
     for candidate in known:
         if model_type in candidate.model_types:

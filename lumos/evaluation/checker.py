@@ -99,6 +99,8 @@ def inspect_clip(video: np.ndarray) -> Observation:
         own, fragments = _without_small_patches(labels == colour)
         near = ndimage.binary_dilation(own, np.ones((1, 3, 3))) & ((labels < 0) | own)
         thing = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
+        if thing is None:
+            continue
         things.append(thing)
         count += 1 if thing.shape == "digit" else fragments
     return Observation(name, tuple(things), count)
@@ -231,10 +233,13 @@ def _coverage(difference: np.ndarray, own: np.ndarray, near: np.ndarray) -> np.n
     return np.where(near, np.clip(difference @ line / (line @ line), 0, 1), 0)
 
 
-def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen:
+def _measure(coverage: np.ndarray, colour: str, scale: float) -> Seen | None:
+    """Return what was measured, or None if the object covers too little of every frame."""
     num_frames, height, width = coverage.shape
     area = coverage.sum((1, 2))
     seen = np.nonzero(area >= MIN_AREA_IN_FRAME * scale**2)[0]
+    if not len(seen):
+        return None
     x = coverage.sum(1)[seen] @ (np.arange(width) + 0.5) / area[seen]
     y = coverage.sum(2)[seen] @ (np.arange(height) + 0.5) / area[seen]
     few = np.unique(np.linspace(0, len(seen) - 1, 6).round().astype(int))

@@ -146,7 +146,8 @@ class Option:
 
     def _in_range(self, value: float) -> bool:
         low, high, above, below = (self.metadata[name] for name in ("low", "high", "above", "below"))
-        return math.isfinite(value) and (
+        return (isinstance(value, int) or math.isfinite(value)) and (  # an int may be too large for a float
+           
             (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)

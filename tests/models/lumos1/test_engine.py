@@ -292,11 +292,13 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_no_step_waits_for_the_device():
-    """After the first step, which reads the grid off the ids, no value is read on the host until the frames are asked for."""
+    """After the first step, which reads the grid off the ids, only the check of each frame reads a value on the host."""
     texts = ([prefix([600, 601]), prefix([602])], [prefix(None)] * 2)
 
     def make(**options):
+        checked = []
         with ExitStack() as watch, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lumos.models.lumos1.engine.check_finite", checked.append)
 
             def started(frame, step, ids):
                 if (frame, step) == (0, 0):
@@ -305,6 +307,7 @@ def test_no_step_waits_for_the_device():
                         patch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))
 
             run(*texts, [0, 1], on_step=started, **options)
+        assert len(checked) == 3
 
     make()
     make(guidance_interval=(0.0, 0.5), later_steps=2, history_frames=1, top_k=20)

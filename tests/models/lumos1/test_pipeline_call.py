@@ -192,7 +192,7 @@ def test_callback_may_change_codes(pipe):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (lambda c: torch.zeros_like(c), "codes that cannot be taken"),
+        (lambda c: torch.zeros_like(c), "codes that cannot be used"),
         (lambda c: torch.where(c < 0, c, 64), "0 to 63 where a code is decided"),
         (lambda c: c[:, :1], r"give whole numbers \[1, 2, 3\]"),
         (lambda c: c.float(), r"codes torch\.float32"),

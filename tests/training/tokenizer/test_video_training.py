@@ -170,7 +170,7 @@ def rewrite_state(folder, change) -> None:
     """As an earlier version wrote the state, without a checksum, after `change(state)`."""
     file = folder / "state.json"
     state = json.loads(file.read_text())
-    state |= {"format": 2, "world": state.pop("processes")}
+    state["format"] = 2
     del state["checksum"]
     change(state)
     file.write_text(json.dumps(state))
