@@ -157,9 +157,10 @@ class Engine:
         return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
 
     def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole trained parameters on the CPU in fp32, of which `values`, one [n] for each of `weights()`, are this process's runs.
+        """Return the whole trained parameters in fp32 on the CPU, gathered from the parts of all processes.
 
-        To be called in all processes; only the first gets them.
+        `values` holds this process's part, one [n] for each of `weights()`. Call it in all processes;
+        only the first gets the result.
         """
         slots, whole = self.slots() if self.stores else {}, {}
         for name, parameter in self.module.named_parameters():
@@ -265,5 +266,5 @@ class PlainEngine(Engine):
 
 
 def whole_slots(module: nn.Module) -> dict[str, Slot]:
-    """Of a process that keeps and updates the parameters whole."""
+    """Return the slots of a process that holds all parameters unsharded."""
     return {name: Slot(p, 0, 0, p.numel()) for name, p in module.named_parameters() if p.requires_grad}

@@ -201,7 +201,7 @@ class Run:
                 self.save(export=False)
 
     def _is_over(self) -> bool:
-        """Whether the steps took training.max_minutes, by the clock of the first process, which all go by."""
+        """Return whether training.max_minutes has passed, by the clock of the first process, which all processes follow."""
         minutes = self.settings.training.max_minutes
         if minutes is None:
             return False

@@ -46,7 +46,7 @@ _PICTURE_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 
 
 def photographs(held_out: bool = False) -> list[Path]:
-    """The pictures that the installed packages carry; those kept for testing instead, if asked."""
+    """Return the training photographs of the installed packages, or with `held_out` the test photographs."""
     found = []
     for package, names in (HELD_OUT_PHOTOGRAPHS if held_out else PHOTOGRAPHS).items():
         spec = importlib.util.find_spec(package)
@@ -153,8 +153,8 @@ class TrainingClips:
     def batch(self, step: int, positions: range | None = None) -> DrawnClips:
         """The data of step number `step`; of `positions` among its clips and then its pictures, if they are given.
 
-        One generator draws all of a step's data in turn, so what is not of `positions` is passed over, not left out: only
-        worlds, which have generators of their own, cost nothing then.
+        One generator draws all of a step's data in turn, so clips outside `positions` are drawn and discarded, to keep
+        its state. Only synthetic scenes, which have generators of their own, are not drawn.
         """
         count = self.batch_size + self.pictures_per_batch
         positions = range(count) if positions is None else positions

@@ -1,4 +1,4 @@
-"""What is sharp, fitted by least squares: the differences that a tokenizer for twice the size draws beside the means.
+"""Fits by least squares the weights of the last layer that add detail when the size of a tokenizer is doubled.
 
 The last layer is linear in the features below it, and so are patches and wavelets. So of all weights for the differences
 (`resizing.double` begins with zeros) one choice has the least squared error, and sums over clips are all that it takes to find it.
@@ -54,7 +54,8 @@ class DifferenceFit:
         """Put the weights of least squared error into the model.
 
         They solve sum_i G_i W S_i = sum_i G_i P_i, where G_i are the products of what the coefficients draw in the frames that are
-        shown. G of the later frames is a multiple of one, so in the eigenvectors of G of the first every row of W stands alone.
+        shown. G of the later frames is a multiple of the identity, so in the eigenbasis of the first frame's G the rows of W
+        can be solved separately.
         """
         layer = self.model.decoder.conv_out.conv3d
         of_first, of_later = self._shown()

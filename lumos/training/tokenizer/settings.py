@@ -197,7 +197,7 @@ class LoopSettings(TrainingSettings):
 
 
 def loop_settings(settings: TokenizerTrainingSettings) -> LoopSettings:
-    """The same for the shared loop."""
+    """Return these settings in the form that the shared loop reads."""
     made = LoopSettings(name=Path(settings.output_dir).name, video_tokenizer=settings)
     for place, name in SHARED.items():
         section, key = place.split(".")

@@ -45,7 +45,7 @@ def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
 
 
 class TokenizerTask(TrainingTask):
-    """Training of a `VideoTokenizer`: what comes back shall be what went in. A step has clips and pictures.
+    """Train a `VideoTokenizer` to reconstruct its input. A step has clips and pictures.
 
     The losses are one for each clip and picture, weighted so that their mean is the clips' mean error plus picture_weight
     times that of the pictures.
@@ -152,7 +152,7 @@ class TokenizerTask(TrainingTask):
         return (torch.cat(errors) * micro["weights"])[micro["counts"]], {}
 
     def _errors(self, model: nn.Module, video: Tensor, is_world: Tensor) -> Tensor:
-        """Of each video [B, 3, T, H, W], all of them as long: [B]."""
+        """Return the error [B] of each video [B, 3, T, H, W]; all have the same length."""
         settings = self.settings
         weights = foreground_weight(video, is_world, settings.foreground_weight)
         error = model(video.to(next(model.parameters()).dtype)) - video
