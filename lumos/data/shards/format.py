@@ -125,6 +125,8 @@ def check_count(folder: Path | Remote, clips: int) -> None:
     except FileNotFoundError:
         return
     except UserError as error:
+        if isinstance(path, Remote):
+            raise
         raise RunError(f"{path} is damaged ({error}); delete it and run the same ingest again, which writes it anew") from error
     counted = report.get("clips") if isinstance(report, dict) else None
     if not isinstance(counted, int):
@@ -353,6 +355,8 @@ def read_description(folder: Path | Remote) -> dict[str, Any]:
             raise UserError(
                 f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`"
             ) from error
+        if isinstance(path, Remote):  # for example an unknown protocol
+            raise
         raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
     try:
         description = parse_json(text.decode("utf-8"), str(path))
