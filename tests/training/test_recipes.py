@@ -38,7 +38,7 @@ SAVE_EVERY = {"0.5b-stage1": 3000, "1b-stage1": 3000}  # else 1000
 
 
 def load(name: str, *overrides: str):
-    return load_settings(ROOT / "configs" / "training" / f"{name}.yaml", list(overrides))
+    return load_settings(ROOT / "configs" / "lumos1" / f"{name}.yaml", list(overrides))
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_each_recipe_goes_on_from_the_one_before(size: str):
 
 def test_every_recipe_says_how_it_is_started():
     for name in (f"{size}-{stage}" for size in SIZES for stage in STAGES):
-        text = (ROOT / "configs" / "training" / f"{name}.yaml").read_text()
+        text = (ROOT / "configs" / "lumos1" / f"{name}.yaml").read_text()
         assert f"deepspeed --hostfile configs/deepspeed/hostfile train.py --config configs/lumos1/{name}.yaml\n" in text
     page = (ROOT / "docs" / "train" / "recipes.md").read_text()
     named = set(re.findall(r"deepspeed --hostfile \S+ train\.py --config (\S+)", page))

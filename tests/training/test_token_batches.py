@@ -128,7 +128,7 @@ def test_two_processes_share_uneven_steps(token_settings, ranks, tmp_path):
 @pytest.mark.parametrize("recipe", ["0.5b-stage2", "1b-stage2", "1b-384p", "3b-stage2", "3b-384p"])
 def test_the_published_joint_training(repo, recipe: str):
     """Reference, sections 8.4 and 9: a clip and 6 pictures in turn on each process; 48 of them."""
-    settings = load_settings(repo / "configs" / "training" / f"{recipe}.yaml")
+    settings = load_settings(repo / "configs" / "lumos1" / f"{recipe}.yaml")
     curriculum = Curriculum(settings.data.stages, settings.training.batch_size)
     steps = [curriculum(step) for step in range(8)]
     assert [(s.kind, s.batch_size // 48) for s in steps] == [("video", 1), ("image", 6)] * 4
