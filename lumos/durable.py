@@ -155,7 +155,7 @@ def sweep(path: Path) -> None:
     _sweep(path.parent, re.escape(f".{_short(path.name)}."))
 
 
-def sweep_results(folder: Path) -> None:
+def sweep_dead(folder: Path) -> None:
     """Remove the temporary files in a folder that killed processes left. Those of running processes stay."""
     _sweep(folder, r"\..*\.")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.demo.limits import FORM_BYTES, Busy, Limits
-from lumos.durable import sweep_results
+from lumos.durable import sweep_dead
 from lumos.prompt_lists.clips import record_path
 
 RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")
@@ -51,7 +51,7 @@ class Store:
         self._reserved = 0
         self.clear()
         self.results.mkdir(parents=True, exist_ok=True)
-        sweep_results(self.results)
+        sweep_dead(self.results)
 
     # -- results
 

@@ -133,7 +133,7 @@ def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
     wanted = [name for name in COLUMNS if name in table.schema_arrow.names]
     # Text that a dictionary holds once stays so in memory, however many rows repeat it.
     texts = [name for name in wanted if pa.types.is_string(table.schema_arrow.field(name).type)]
-    table = parquet().ParquetFile(file, read_dictionary=texts)
+    table = parquet().ParquetFile(file, metadata=table.metadata, read_dictionary=texts)  # the footer is read once
     number = 1
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows
