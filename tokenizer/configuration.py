@@ -56,7 +56,7 @@ DERIVED_FIELDS = ("decoder_channels_mult", "unused_samplers")
 """The fields that published configs lack, because the weights tell them (`loading.fitted`)."""
 _VIDEO_ONLY = {
     "legacy_mode": False, "spatial_patch_size": 1, "pointwise_ends": False, "attention_window": None, "num_groups": 1,
-    "temporal_compression": 1, "decoder_channels_mult": None, "unused_samplers": False, "patch_method": "haar",
+    "temporal_compression": 1, "decoder_channels_mult": None, "unused_samplers": False,
 }  # fmt: skip
 """The fields of a picture tokenizer (CI) that have only one possible value."""
 GROUPS_OF_PICTURES = 32
@@ -177,7 +177,8 @@ class VideoTokenizerConfig:
         for field, (empty, default) in CONTINUOUS_FIELDS.items():
             value = getattr(self, field)
             if not self.is_continuous:
-                _require(type(value) is type(empty) and value == empty, field, value, f"nothing: {self.name} has codes; leave it out")
+                is_empty = type(value) is type(empty) and value == empty
+                _require(is_empty, field, value, f"nothing: {self.name} has codes; leave it out")
             elif value == empty:
                 object.__setattr__(self, field, default)
         if self.is_continuous:
@@ -206,11 +207,11 @@ class VideoTokenizerConfig:
 
     def _check_image(self) -> None:
         """Raise UserError for settings that the picture network does not have."""
-        for field, only in _VIDEO_ONLY.items():
+        for field, only in {**_VIDEO_ONLY, "patch_method": "haar"}.items():
             _require(getattr(self, field) == only, field, getattr(self, field), f"{only} for the name CI")
         for mult in (1, *self.channels_mult):
-            width = self.channels * mult
-            _require(not width % GROUPS_OF_PICTURES, "channels", self.channels, f"widths that are multiples of {GROUPS_OF_PICTURES}")
+            fits = self.channels * mult % GROUPS_OF_PICTURES == 0
+            _require(fits, "channels", self.channels, f"widths that are multiples of {GROUPS_OF_PICTURES}")
         _require(
             not any(self.attention_levels()),
             "attn_resolutions",

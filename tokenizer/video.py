@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lumos.errors import UserError
 from tokenizer import loading, streaming
 from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.fsq import FiniteScalarQuantizer, NoQuantizer
@@ -289,8 +290,9 @@ class VideoTokenizer(nn.Module):
     def encode_latent(self, video: Tensor, past: Past | None = None) -> Tensor:
         """Encode video [B, 3, T, H, W] to a latent [B, C, t, h, w] before quantization.
 
-        The latent of the formulation VAE is the mean. With a cache `past`, the video is a chunk of a clip: 1 + temporal_compression * k frames if the
-        cache is empty, temporal_compression * k frames otherwise.
+        The latent of the formulation VAE is the mean. With a cache `past`, the video is a chunk of a clip:
+        1 + temporal_compression * k frames if the cache is empty, temporal_compression * k frames
+        otherwise.
         """
         self.check_size(video)
         self.check_num_frames(video.shape[2] + (1 if past else 0))
@@ -334,6 +336,11 @@ class VideoTokenizer(nn.Module):
         patches = self.decoder(self.post_quant_conv(values), past)
         video = unpatchify(patches, self.config.patch_size, self.config.patch_method, starts=starts)
         return spatial_unpatchify(video, self.config.spatial_patch_size)
+
+    def check_has_codes(self, purpose: str) -> None:
+        """Raise UserError if the tokenizer is continuous; `purpose` says what needs codes."""
+        if self.is_continuous:
+            raise UserError(f"{purpose} needs a video tokenizer with codes; this one is continuous ({self.config.name})")
 
     def check_size(self, video: Tensor) -> None:
         """Raise ValueError unless channels, height and width of the video can be encoded."""
