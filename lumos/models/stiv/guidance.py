@@ -93,7 +93,6 @@ class Guidance:
         if not self.is_guided or not self.interval[0] <= t <= self.interval[1]:
             return (FULL,)
         needed = [branch for branch, weight in ((IMAGE_ONLY, s_i - s), (NULL, 1 - s_i)) if weight != 0]
-        # "own" integrates F_0 in the given frames of the null branch, so F_0 is needed at every time.
         return (FULL, *needed)
 
     def combined(self, branches: Sequence[Branch], predictions: Sequence[Tensor]) -> Tensor:
@@ -196,7 +195,7 @@ def sample(
     noise: Tensor,
     grid: Sequence[float],
     solver: str = "euler",
-    guidance: Guidance = Guidance(),  # noqa: B008  it is frozen
+    guidance: Guidance = Guidance(),
     values: Tensor | None = None,
     given: Tensor | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,8 @@ def initialized(config: StivConfig, image: str | Path, temporal: str | Path | No
     parents = {"image": StivForVideoGeneration.from_pretrained(image, dtype=torch.float32)}
     if temporal is not None:
         parents["temporal"] = StivForVideoGeneration.from_pretrained(temporal, dtype=torch.float32)
-    config = StivConfig(**config.to_dict() | {"position_scale": position_scale(config, **{k: m.config for k, m in parents.items()})})
+    scales = position_scale(config, *(parent.config for parent in parents.values()))
+    config = StivConfig(**config.to_dict() | {"position_scale": scales})
     model = StivForVideoGeneration(config)
     state = inherited(model, *parents.values(), source=" and ".join(map(str, filter(None, (image, temporal)))))
     model.load_state_dict(state)
@@ -120,9 +120,3 @@ def position_scale(config: StivConfig, image: StivConfig, temporal: StivConfig |
         scales[axis] = parent.position_scale[axis] * min(1.0, trained / now)
     return scales
 
-
-def provenance(record: Mapping[str, Any]) -> str:
-    """Return one line for a log that says where weights came from, for the record of `initialized`."""
-    parents = ", ".join(f"{kind} from {record[kind]['folder']}" for kind in ("image", "temporal") if kind in record)
-    scales = ", ".join(f"{axis} {record['position_scale'][axis]:g}" for axis in AXES)
-    return f"weights: {parents}; position scales: {scales}"

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def solve(
     """
     _check(solver)
     before: tuple[float, Tensor] | None = None  # size and slope of the step before, for ab2
-    for step, (t, end) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for step, (t, end) in enumerate(pairwise(grid)):
         h, slope = end - t, field(x, t)
         if solver == "euler":
             x = x + h * slope
