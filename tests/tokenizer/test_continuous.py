@@ -30,6 +30,15 @@ PARAMETERS = {
 """State tensors, parameters and settings of the published networks."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors of these tests are so small that threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def models(golden) -> dict[str, VideoTokenizer]:
     return {name: VideoTokenizer.from_pretrained(golden / name) for name in FOLDERS}
