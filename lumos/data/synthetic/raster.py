@@ -1,8 +1,8 @@
 """A rasteriser: pictures of triangles of one colour each, from any camera.
 
-The world is right-handed with z up. Camera and triangles meet in one place, the screen: x to the
-right and y down, in samples, so that sample i of a row covers [i, i + 1]. A pixel has SAMPLES x
-SAMPLES samples and takes their mean, which smooths the edges.
+The world is right-handed with z up. On the screen x is to the right and y down, and pixel i of a row
+covers [i, i + 1]. The colour of a pixel is the mean of SAMPLES x SAMPLES samples, which smooths the
+edges.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import numpy as np
 
 SAMPLES = 3
 """Samples along each side of a pixel."""
-_ROUNDING = 1e-9  # widens a row of samples, so that rounding leaves no gap between triangles with a common edge
+_ROUNDING = 1e-9
+"""Samples by which a triangle is widened, so that rounding leaves no gap between triangles with a common edge."""
+_LEAST_AREA = 1e-6
+"""Twice the area in samples below which a triangle is left out. It is seen from the edge, and its depth has no exact slope."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +69,30 @@ def draw(
     from inside is left out. colours [F, 3]: from 0 to 255. ValueError if a corner is not in front of
     the camera.
     """
-    rows, columns = height * SAMPLES, width * SAMPLES
-    x, y, depth = camera.project(triangles, rows, columns)
+    x, y, depth = camera.project(triangles, height, width)
     if depth.min() <= 0:
         raise ValueError(f"a corner lies behind the camera, whose distance {camera.distance} is too short")
-    face, sample, nearness = _samples(x, y, depth, rows, columns)
+    (left, right), (top, bottom) = _pixels(x, width), _pixels(y, height)  # only this part of the picture is drawn
+    rows, columns = SAMPLES * (bottom - top), SAMPLES * (right - left)
+    face, sample, nearness = _samples(SAMPLES * (x - left), SAMPLES * (y - top), depth, rows, columns)
     nearest = np.zeros(rows * columns)
     np.maximum.at(nearest, sample, nearness)
     shown = nearness >= nearest[sample]
     faces = np.full(rows * columns, len(triangles))
     faces[sample[shown]] = face[shown]
     palette = np.concatenate([colours, np.array([background])]).astype(np.float32)
-    samples = palette.take(faces, axis=0).reshape(height, SAMPLES, columns, 3)
+    samples = palette.take(faces, axis=0).reshape(bottom - top, SAMPLES, columns, 3)
     # NumPy adds whole slices several times faster than it sums over a short axis.
-    lines = sum(samples[:, i] for i in range(SAMPLES)).reshape(height, width, SAMPLES, 3)
-    return np.rint(sum(lines[:, :, i] for i in range(SAMPLES)) / SAMPLES**2).astype(np.uint8)
+    lines = sum(samples[:, i] for i in range(SAMPLES)).reshape(bottom - top, right - left, SAMPLES, 3)
+    picture = np.full((height, width, 3), background, np.uint8)
+    picture[top:bottom, left:right] = np.rint(sum(lines[:, :, i] for i in range(SAMPLES)) / SAMPLES**2)
+    return picture
+
+
+def _pixels(places: np.ndarray, count: int) -> tuple[int, int]:
+    """Return (first, last + 1) of the pixels 0 ... count - 1 that the places on the screen span."""
+    first, last = np.clip([np.floor(places.min()), np.ceil(places.max())], 0, count)
+    return int(first), int(last)
 
 
 def _samples(
@@ -88,12 +100,12 @@ def _samples(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the samples that triangles cover as (triangle, sample, nearness), [N] each.
 
-    x, y and depth [F, 3] are the corners on the screen. `sample` counts row by row. `nearness` is 1 /
-    depth, which is linear on the screen where the depth is not.
+    x, y and depth [F, 3] are the corners on a screen whose unit is a sample. `sample` counts row by row.
+    `nearness` is 1 / depth, which is linear on the screen where the depth is not.
     """
     x1, x2, y1, y2 = np.roll(x, -1, 1), np.roll(x, -2, 1), np.roll(y, -1, 1), np.roll(y, -2, 1)
-    area = x1 * y2 - x2 * y1  # its sum over the corners is twice the area on the screen, below 0 for a triangle seen from outside
-    seen = np.flatnonzero(area.sum(1) < 0)
+    area = x1 * y2 - x2 * y1  # the sum over the corners is twice the area, below 0 for a triangle that is seen from outside
+    seen = np.flatnonzero(area.sum(1) < -_LEAST_AREA)
     x1, x2, y1, y2, y, depth, area = (values[seen] for values in (x1, x2, y1, y2, y, depth, area))
     # Weight of each corner at (x, y): a x + b y + c, from 1 at the corner to 0 at the side that is opposite.
     total = area.sum(1, keepdims=True)

@@ -104,7 +104,7 @@ class SyntheticScenes:
         object.__setattr__(self, "kinds", kinds)
         if self.wording not in wording.WORDINGS:
             raise UserError(f"wording {self.wording!r} is unknown: take one of {', '.join(wording.WORDINGS)}")
-        for name in ("share_solids", "share_sprites", "share_digits", "share_two", "share_two_ways", "share_size", "share_background"):
+        for name in (field for field in self.__dataclass_fields__ if field.startswith("share_")):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
         for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):

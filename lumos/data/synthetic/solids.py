@@ -7,7 +7,7 @@ tells from which side it is taken. The light does not move with the camera.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def shade(triangles: np.ndarray) -> np.ndarray:
     return DARKEST + (1 - DARKEST) * (1 + cosine) / 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def mesh(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the surface of a solid of radius 1 as (triangles [F, 3, 3], half [F]), read-only.
 
