@@ -95,6 +95,11 @@ class Solid:
     elevation: float  # of the input view, in degrees
     background: str  # one of BACKGROUNDS
 
+    @property
+    def title(self) -> str:
+        """A description for people, for example "cube, red and blue"; models never see it."""
+        return f"{self.shape}, {self.colours[0]} and {self.colours[1]}"
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -116,7 +116,7 @@ _FACES = {
     "cube": lambda: _column(4, (2 / 3) ** 0.5, (2 / 3) ** 0.5, -(3**-0.5), 3**-0.5),
     "pyramid": lambda: _column(4, 0.8, 0.0, -0.6, 0.9),
     "prism": lambda: _column(3, 0.8, 0.8, -0.6, 0.6),
-    "cylinder": lambda: _column(ROUND, 0.6, 0.6, -0.75, 0.75),
+    "cylinder": lambda: _column(ROUND, 0.6, 0.6, -0.8, 0.8),
     "cone": lambda: _column(ROUND, 0.75, 0.0, -0.65, 0.9),
     "torus": lambda: _torus(0.72, 0.28),
 }
