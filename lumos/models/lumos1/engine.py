@@ -27,7 +27,7 @@ from lumos.errors import NotFinite
 from lumos.models.lumos1.cache import Cache, PrefixCache
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.modeling import Head, LumosForVideoGeneration, Rotary
-from lumos.models.lumos1.rope import frame_positions, position_ids
+from lumos.models.lumos1.positions import frame_positions, position_ids
 from lumos.models.lumos1.sampling import filter_logits, guide, least_confident, sample_codes, unsure
 from lumos.models.lumos1.sequence import (
     FRAME_HEADER,
