@@ -13,6 +13,7 @@ from pages import blocks, verbs
 from PIL import Image
 
 from lumos.cli import main
+from lumos.models.lumos1.benchmarks import arguments
 from lumos.models.lumos1.benchmarks import generate as bench
 from lumos.video.io import write_video
 
@@ -60,7 +61,7 @@ def test_every_bench_command_is_understood(commands, micro_folder):
     assert len(asked) == 2
     for command in asked:
         parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
+        arguments.generate(parser)
         assert bench.settings_from(parser.parse_args([*command[2:], "--model", str(micro_folder)])).shapes
 
 

@@ -44,7 +44,7 @@ def read_curves(name: str) -> Curves:
         raise UserError(f"there is no log {path}; give the folder of a run, such as runs/tiny")
     curves: Curves = {}
     for line in read_lines(path):
-        if not isinstance(line, dict) or ("event" not in line and type(line.get("step")) is not int):
+        if "event" not in line and type(line.get("step")) is not int:
             raise UserError(f"{path} is no log of a run: {shown(line, 60)} has no step")
         for field, value in line.items() if "event" not in line else ():
             if not all(isinstance(v, int | float | None) for v in (value if isinstance(value, list) else [value])):

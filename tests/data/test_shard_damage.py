@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,9 @@ def test_a_description_that_makes_no_sense_is_damage(tmp_path, text):
         shards.read_description(tmp_path)
 
 
-def test_pipes_and_folders_in_place_of_files_are_damage(shard):
-    folder = shard.parent
+def test_pipes_and_folders_in_place_of_files_are_damage(ingested, tmp_path):
+    folder = shutil.copytree(ingested, tmp_path / "shards")
+    shard = shards.shard_paths(folder)[0]
     for name, read in (
         ("dataset.json", lambda: shards.read_description(folder)),
         ("report.json", lambda: shards.check_count(folder, 10**6)),

@@ -115,7 +115,7 @@ def test_what_is_not_done_in_time_is_left_out(tmp_path: Path, monkeypatch, capsy
         assert clock[0] <= seconds + 30
         left_out = json.loads((folder / "samples.json").read_text())["left_out"]
         assert left_out == PROMPTS[len(done) // 3 :]
-        assert f"{2 - len(left_out)} of 2 samples of step 7 were done" in capsys.readouterr().err
+        assert f"{2 - len(left_out)} of 2 samples of step 7 were finished" in capsys.readouterr().err
     assert [event["clips"] for event in events(tmp_path)] == [1, 0]
 
 

@@ -68,5 +68,5 @@ def test_closing_ends_the_work(pipe):
 def test_mistakes_are_told_before_the_first_frame(pipe):
     with pytest.raises(UserError, match="num_frames 6"):
         pipe.stream("x", num_frames=6)
-    with pytest.raises(UserError, match="unexpected keyword argument 'output_type'; it takes prompt, negative_prompt"):
+    with pytest.raises(UserError, match="unexpected argument 'output_type'; LumosPipeline takes prompt, negative_prompt"):
         pipe.stream("x", output_type="pil")

@@ -158,7 +158,7 @@ def test_only_a_finished_fit_is_kept_and_it_is_not_repeated(start, tmp_path, mon
         ({"model": WIDE | {"patch_method": "rearrange"}}, "allowed is 0 without .*patch_method=haar"),
         ({"max_minutes": 1.0}, "max_minutes 1.0 is not possible: allowed is null with steps 0"),
         ({"model": WIDE | {"pointwise_ends": False}}, "allowed is 0 without start_from"),
-        ({"fit_batches": -1}, "fit_batches is -1; it must be a finite number of 0 or more"),
+        ({"fit_batches": -1}, "fit_batches is -1; it must be between 0 and 1000000"),
         ({"fit_batches": 0}, "steps 0 is not possible: allowed is 1 or more, or 0 with fit_batches"),
     ],
 )
