@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos import registry
-    from lumos.data.synthetic.render import SyntheticScenes
+    from lumos.data.synthetic.sampling import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.pipeline.inputs import check_num_frames, override

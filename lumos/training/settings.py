@@ -109,7 +109,7 @@ class DataSettings:
     size: str | None = setting(
         None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` computes with this size"
     )
-    options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.render.sample_scene")
+    options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.sampling.sample_scene")
     num_frames: int = setting(
         17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )

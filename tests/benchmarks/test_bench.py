@@ -13,7 +13,7 @@ import lumos.models.lumos1.benchmarks.attention as attention_bench
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
 from lumos.models.lumos1.settings import GenerationSettings

@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks, Runs
 from shard_folder import MIXED, write_folder
 
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.training.settings import TrainingSettings, build_settings
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer, VideoTokenizerConfig

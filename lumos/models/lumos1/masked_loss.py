@@ -19,7 +19,7 @@ from torch import Tensor
 from lumos.data.seeding import sample_generator
 from lumos.data.shards import format as shards
 from lumos.data.shards.source import ShardIndex
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1.loss import chunks
 from lumos.models.lumos1.masking import mask_sequence
