@@ -17,7 +17,7 @@ import torch
 from lumos.data.buckets import bucket_for, bucket_sizes
 from lumos.data.curriculum import Curriculum, StepShape, check_shares
 from lumos.data.ingest.encode import TARGET_SIZES, ClipSettings
-from lumos.data.shards import format as shards
+from lumos.data.shards.description import read_description
 from lumos.errors import RunError, UserError
 from lumos.planning.cost import TrainingCost
 from lumos.planning.gpus import GIB, RESERVED, Hardware
@@ -106,7 +106,7 @@ def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[in
     size = data.size
     if size is None:
         try:
-            size = shards.read_description(Path(data.path))["settings"]["size"]
+            size = read_description(Path(data.path))["settings"]["size"]
         except (OSError, UserError, RunError, KeyError) as error:
             raise UserError(
                 f"data.size is null and no shards can be read in {data.path}; say how large clips will be, such as data.size=256p"

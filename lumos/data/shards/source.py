@@ -13,6 +13,7 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import check_count, check_size, check_tokenizer, read_description
 from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.reader import ShardReader
 from lumos.data.shards.remote import LocalCopies, Remote, location
@@ -54,9 +55,9 @@ class ShardSource:
         seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None, size: str | None = None,
     ):  # fmt: skip
         self.folder, min_frames = location(path), min_frames or num_frames
-        description = shards.read_description(self.folder)
-        shards.check_tokenizer(description, tokenizer, "tokenizer.video")
-        shards.check_size(description, size, self.folder)
+        description = read_description(self.folder)
+        check_tokenizer(description, tokenizer, "tokenizer.video")
+        check_size(description, size, self.folder)
         self.index = ShardIndex(self.folder)
         self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
         usable = {kind: self.index.usable(min_frames if kind == "video" else 1) for kind in kinds}
@@ -153,7 +154,7 @@ class ShardIndex:
             np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in found)])
             for name in ("num_frames", "height", "width", "item")
         )
-        shards.check_count(folder, len(self.places))
+        check_count(folder, len(self.places))
         names = [[path.name, digest] for path, digest in zip(self.paths, self.digests, strict=True)]
         total = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         self.content = f"{len(names)} shards with {len(self.places)} clips (digest {total})"
