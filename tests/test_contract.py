@@ -21,7 +21,7 @@ from toy_generator import ToyConfig, ToyModel, ToyPipeline
 from lumos import VideoPipeline, registry
 from lumos.cli import main
 from lumos.errors import UserError
-from lumos.pipeline.options import all_options
+from lumos.pipeline.options import add_flags, all_options
 from lumos.pipeline.request import Request
 from lumos.settings import setting
 from lumos.training.loop import train
@@ -213,11 +213,10 @@ def swirl(monkeypatch):
 
 
 def test_a_new_option_is_in_flags_lists_and_calls(swirl, toy_folder, capsys):
-    from lumos.commands.options import add_sampling
     from lumos.prompt_lists.rows import columns
 
     parser = argparse.ArgumentParser()
-    add_sampling(parser)
+    add_flags(parser, all_options())
     assert parser.parse_args(["--swirl", "1.5"]).swirl == 1.5
     assert columns()["swirl"].parse("0.7") == 0.7
     assert "swirl" in inspect.signature(VideoPipeline.from_pretrained(toy_folder, device="cpu").__call__).parameters

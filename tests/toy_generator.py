@@ -24,7 +24,7 @@ from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import override
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.request import Request, resolve
-from lumos.planning.memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS
 from lumos.registry import Benchmark, Generator
 from lumos.runtime import pick_device

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.loading import load
-from lumos.commands.options import add_device
+from lumos.commands.loading import add_device, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

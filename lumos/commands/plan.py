@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 from lumos.commands.counts import check_counts
-from lumos.commands.options import add_device, given_sampling
+from lumos.commands.loading import add_device
 from lumos.errors import printable
-from lumos.pipeline.options import add_flags, all_options
+from lumos.pipeline.options import add_flags, all_options, given_options
 
 UTILISATION = 0.4
 MAX_GPUS = 10**6
@@ -105,12 +105,12 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     cost = generator.load("cost", "clip")
     config, settings, clip = cost.model_of(None if args.preset else name, args.preset)
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
-    settings = settings.changed(**given_sampling(args))
+    settings = settings.changed(**given_options(args, all_options()))
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
     plan = cost.clip_cost(config, clip, settings, text_tokens, dtype)
-    plan.warn_of_effects(given_sampling(args))
+    plan.warn_of_effects(given_options(args, all_options()))
     peak, known = peak_flops(device, dtype, args.peak_tflops)
     report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
     report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}
