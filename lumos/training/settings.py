@@ -43,7 +43,11 @@ def world_size() -> int:
 
 @dataclass
 class ModelSettings:
-    preset: str | None = setting(None, "name of the model shape to train from random weights: tiny, 0.5b, 1b, 3b")
+    preset: str | None = setting(
+        None,
+        "name of the model shape to train from random weights, a preset of the generator, also as GENERATOR-PRESET; "
+        "an unknown name lists the known ones",
+    )
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
     from_: str | None = setting(
         None, "model folder whose weights and config the run starts from; if preset is set too, the model must have that shape"
@@ -344,8 +348,20 @@ def build_settings(raw: dict[str, Any]) -> TrainingSettings:
     Raises UserError as `load_settings` does, except for missing files.
     """
     settings = build(registry.generator(raw.get("generator")).load("settings"), raw)
+    settings.model.preset = own_preset(settings)
     settings.check()
     return settings
+
+
+def own_preset(settings: TrainingSettings) -> str | None:
+    """Return model.preset without a leading GENERATOR-; raise UserError if it is the preset of another generator."""
+    preset = settings.model.preset
+    if preset is None or not any(preset.startswith(f"{name}-") for name in registry.generators()):
+        return preset
+    owner, name = registry.find_preset(preset)
+    if owner.name != settings.generator:
+        raise UserError(f"model.preset {shown(preset)} is one of the generator {owner.name}; set generator: {owner.name}")
+    return name
 
 
 def check_sampling(settings: TrainingSettings) -> None:
