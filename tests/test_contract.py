@@ -204,6 +204,7 @@ def swirl(monkeypatch):
     @dataclass(frozen=True)
     class MoreOptions(toy_generator.ToyOptions):
         swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1, trade=True)
+        speckle: int = setting(0, "passes of speckle after the last step", low=0, high=9, cost=True)
 
     monkeypatch.setattr(toy_generator, "ToyOptions", MoreOptions)
     monkeypatch.setattr(ToyPipeline, "sampling", MoreOptions)
@@ -247,7 +248,9 @@ def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (0, 2, 0.1, 0.5)
     answers = {"prompt": "x", "negative_prompt": "", "given": None, "seed": "", "swirl": 1.5}
     assert request_of(answers, {"swirl": 0.5}, swirl).options == {"swirl": 1.5}
-    assert "swirl" in costly_options()
+    assert {"swirl", "speckle"} <= costly_options().keys()
+    assert {"num_inference_steps", "guidance_scale"} <= costly_options().keys()
+    assert "noise_scale" not in costly_options()
 
 
 def test_one_declaration_feeds_all_options(swirl):

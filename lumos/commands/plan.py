@@ -43,12 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def costly_options() -> dict[str, Any]:
-    """Return the sampling options that affect the cost of a clip.
-
-    These are the number of steps, guidance, and all options that trade quality for time or memory.
-    """
-    return {name: option for name, option in all_options().items()
-            if option.is_trade or name in ("num_inference_steps", "guidance_scale")}  # fmt: skip
+    """Return the sampling options that affect the cost of a clip."""
+    return {name: option for name, option in all_options().items() if option.affects_cost}
 
 
 def run(args: argparse.Namespace) -> None:
