@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from disk import Disk
 from hypothesis import settings
 from micro import micro_config
+from ranks import Ranks
 
 from lumos import LumosConfig, LumosForVideoGeneration
 
@@ -32,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """A server that runs the training command in several processes."""
+    pytest.importorskip("deepspeed")
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -215,7 +215,7 @@ def make_material(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from lumos.data.synthetic.render import captions
+    from lumos.data.synthetic.sampling import captions
     from lumos.video.io import write_video
     from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 

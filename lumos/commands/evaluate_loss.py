@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.loading import load
-from lumos.commands.options import add_device
+from lumos.commands.loading import add_device, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos import registry
-    from lumos.data.synthetic.render import SyntheticScenes
+    from lumos.data.synthetic.sampling import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.pipeline.inputs import check_num_frames, override

@@ -1,6 +1,6 @@
 """Attributes that the captions of synthetic scenes name, in the form in which a clip is checked for them.
 
-A synthetic scene is one of `lumos.data.synthetic.render`: one or two objects that
+A synthetic scene is one of `lumos.data.synthetic.sampling`: one or two objects that
 stay, move, grow or shrink on a background.
 """
 

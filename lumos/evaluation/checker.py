@@ -1,6 +1,6 @@
 """A checker that decides from the pixels of a clip whether it shows the synthetic scene that a caption describes.
 
-Synthetic scenes are those of `lumos.data.synthetic.render`. The checker knows their words and
+Synthetic scenes are those of `lumos.data.synthetic.sampling`. The checker knows their words and
 colours, but not how they are drawn: it measures background, objects, colour, shape, size and
 motion. So the same code judges rendered, reconstructed and generated clips. Objects are told apart
 by their colour. Two objects of one colour are measured as one object of unclear shape, and counted
@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from lumos.data.synthetic import digits
-from lumos.data.synthetic.render import DIGIT_PIXEL
+from lumos.data.synthetic.drawing import DIGIT_PIXEL
 from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, COLOURS, SHAPES, SIZES, Scene
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes

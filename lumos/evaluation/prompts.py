@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.synthetic.render import SyntheticScenes, render
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities

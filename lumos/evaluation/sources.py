@@ -10,7 +10,7 @@ import numpy as np
 
 from lumos.data.ingest.encode import clip_starts
 from lumos.data.ingest.item import CLIPS, PICTURES
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
 from lumos.video.frames import fit

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.synthetic.render import SyntheticScenes, render
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import NUM_VIEWS, Solid
 from lumos.errors import UserError, shown
 from lumos.evaluation.quality import MAX_PSNR, psnr, ssim

@@ -13,7 +13,7 @@ import lumos.models.lumos1.benchmarks.attention as attention_bench
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
 from lumos.models.lumos1.settings import GenerationSettings
@@ -197,7 +197,7 @@ def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "TARGET"),
         (["attention", "--lengths", "50"], "holds no frame"),
-        (["attention", "--lengths", "4000000"], "give smaller --lengths"),
+        (["attention", "--lengths", "40000000"], "the mask of dense attention at --lengths 40000000 needs"),
         (["attention", "--frame-tokens", "5"], "at least 6"),
         (["attention", "--positions", "50"], "unrecognized arguments"),
         (["attention", "--threads", "0"], "--threads 0 is not allowed"),
@@ -207,7 +207,7 @@ def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
         (["generate", "--model", "no-such-folder"], "no model in no-such-folder"),
         (["generate", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["generate", "--shapes", "small", "--guidance-interval", "0.4", "0.6"], "holds none of 3 steps"),
-        (["train", "--codes", "16000000"], "smaller --tokens, --layers or --codes"),
+        (["train", "--codes", "16000000"], "the published form at --tokens 8192 --layers 8 --codes 16000000 needs"),
         (["train", "--tokens", "50"], "holds no frame"),
         (["train", "--text-ids", "2000"], "--text-ids 2000 --codes 64000 --channels 512: sep token has id 8710"),
         (["train", "--channels", "100"], "multiple of 64"),

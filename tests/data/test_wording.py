@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic.captions import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene
 from lumos.data.synthetic.sprites import SPRITES
 from lumos.evaluation.captions import named_attributes, parse_caption

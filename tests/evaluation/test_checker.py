@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from lumos.data.synthetic.render import SyntheticScenes, render, sample_scene
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes, sample_scene
 from lumos.data.synthetic.scene import Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes

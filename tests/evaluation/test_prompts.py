@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lumos.data.synthetic.render import sample_scene
+from lumos.data.synthetic.sampling import sample_scene
 from lumos.data.synthetic.scene import is_held_out
 from lumos.errors import UserError
 from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved, prompt_set, score

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def run(source: str, tokenizer: str, out: Path, workers: int, last: int | None =
     ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=workers, on_item=on_item)
 
 
-def kept(out: Path, name: str) -> None:
-    """A copy of what a kill has left."""
+def resumed(out: Path, do: Callable[[], None]) -> None:
+    """Keep a copy of what a kill has left in `out`, then do the ingest again to its end."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(out, out.with_name(f"{out.name}.{name}"))
+    shutil.copytree(out, out.with_name(f"{out.name}.killed"))
+    assert kills.forked(do) == 0
 
 
 def calls(source: str, folder: Path, tokenizer: str) -> None:
@@ -61,8 +63,7 @@ def calls(source: str, folder: Path, tokenizer: str) -> None:
         out = folder / f"call-{number}"
         do = partial(run, source, tokenizer, out, 2)
         print(f"{found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
-        kept(out, "killed")
-        assert kills.forked(do) == 0
+        resumed(out, do)
 
 
 def times(source: str, folder: Path, tokenizer: str) -> None:
@@ -76,8 +77,7 @@ def times(source: str, folder: Path, tokenizer: str) -> None:
             shutil.rmtree(out)
             whole *= 0.7
         print(f"ended with {code}", flush=True)
-        kept(out, "killed")
-        assert kills.forked(do) == 0
+        resumed(out, do)
 
 
 def slow(source: str, folder: Path, tokenizer: str) -> None:

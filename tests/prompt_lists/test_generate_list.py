@@ -21,7 +21,7 @@ from PIL import Image
 from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.errors import RunError
-from lumos.models.lumos1.engine import generate_frames
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.pipeline import request as pipeline_request
 from lumos.prompt_lists import clips, results
 from lumos.prompt_lists.clips import Recorded

@@ -21,7 +21,6 @@ from lumos.models.lumos1.acceleration import compile_parts, has_int8_weights, us
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
-from lumos.models.lumos1.engine import generate_frames
 from lumos.models.lumos1.modeling import MODEL_FILES, LumosForVideoGeneration
 from lumos.models.lumos1.request import (
     LumosEncoded,
@@ -31,6 +30,7 @@ from lumos.models.lumos1.request import (
     prompt_ids,
     resolve,
 )
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import build_frames
 from lumos.models.lumos1.settings import GenerationSettings, read_defaults, write_defaults
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline

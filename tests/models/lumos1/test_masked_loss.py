@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lumos import LumosPipeline
 from lumos.cli import main
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1 import masked_loss
 from lumos.models.lumos1.masked_loss import (
