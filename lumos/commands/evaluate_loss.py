@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         codes = loss.shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
-        worlds = SyntheticScenes(seed=args.seed, **chosen, **shape)
-        data = {"worlds": vars(worlds)}
-        codes = loss.world_codes(worlds, args.count, pipe.video_tokenizer)
+        scenes = SyntheticScenes(seed=args.seed, **chosen, **shape)
+        data = {"worlds": vars(scenes)}
+        codes = loss.scene_codes(scenes, args.count, pipe.video_tokenizer)
     sequences = [loss.sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
     with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:

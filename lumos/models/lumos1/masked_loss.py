@@ -38,14 +38,14 @@ CHUNK = 1024
 """Positions whose logits exist at the same time."""
 
 
-def world_codes(worlds: SyntheticScenes, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
+def scene_codes(scenes: SyntheticScenes, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
     """Yield (codes [t, h, w], caption, fps) of the first `count` synthetic scenes."""
     parameter = next(tokenizer.parameters())
     for index in range(count):
-        frames, caption = worlds[index]
+        frames, caption = scenes[index]
         video = from_uint8(frames)[None].to(parameter.device, parameter.dtype)
         with torch.inference_mode():
-            yield tokenizer.encode(video)[0].cpu(), caption, worlds.fps
+            yield tokenizer.encode(video)[0].cpu(), caption, scenes.fps
 
 
 def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
