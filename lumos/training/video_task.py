@@ -38,6 +38,8 @@ class VideoTask(TrainingTask):
     """
 
     source: Source
+    per_frame_codes: bool = False
+    """Whether clips of shards have the codes of single frames instead of those of the clip."""
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -117,7 +119,7 @@ class VideoTask(TrainingTask):
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
             tokenizer = self.video_tokenizer
             picture = data.height * data.width // tokenizer.spatial_compression**2
-            latent_frames = 1 + (data.num_frames - 1) // tokenizer.temporal_compression
+            latent_frames = 1 + (data.num_frames - 1) // (1 if self.per_frame_codes else tokenizer.temporal_compression)
             codes = {"image": picture, "video": picture * latent_frames}
             return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
@@ -128,6 +130,7 @@ class VideoTask(TrainingTask):
             min_frames=data.min_frames,
             size_unit=self.size_unit,
             size=data.size,
+            per_frame=self.per_frame_codes,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
             shuffle_shards=data.shuffle_shards,

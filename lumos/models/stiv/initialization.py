@@ -67,8 +67,7 @@ def inherited(
         new = {name: value for name, value in wanted.items() if TEMPORAL.match(name)}
         found |= {name: torch.zeros_like(value) if name.endswith("temporal_gain") else value for name, value in new.items()}
     found = adapted_patches(found, image.config, model.config)
-    shapes = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
-    check_keys(source, wanted.keys() - found.keys(), found.keys() - wanted.keys(), shapes)
+    check_keys(source, *({name: tuple(value.shape) for name, value in state.items()} for state in (wanted, found)))
     return found
 
 
@@ -86,8 +85,6 @@ def adapted_patches(state: Mapping[str, Tensor], before: StivConfig, after: Stiv
             f"temporal_patch_size {size} cannot be made of a model with {before.temporal_patch_size}; give "
             f"{before.temporal_patch_size}, or start from a model with 1"
         )
-    names = {"patch_in.weight", "patch_out.weight", "patch_out.bias"}
-    check_keys("the model to start from", names - state.keys(), (), ())
     return dict(state) | {
         "patch_in.weight": state["patch_in.weight"].repeat(1, size) / size,
         "patch_out.weight": state["patch_out.weight"].repeat(size, 1),

@@ -1,58 +1,97 @@
-"""Loads a model folder as transformers does, and raises where transformers would only warn."""
+"""Checks a model folder against its config before transformers loads it, by the headers of its files alone.
+
+transformers only warns of missing tensors, and then starts them anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from lumos.errors import NotFound, UserError, as_text, reason_of
+import torch
+from safetensors import SafetensorError, safe_open
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+from lumos.errors import NotFound, UserError, as_text, reason_of, shown
+from lumos.files import read_json
+from lumos.models.stiv.configuration import StivConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN_KEYS = 20
 
 
-def loaded(load: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return `load(folder, ...)`, a model of transformers, or the model and its loading info if the caller asks for it.
+def check_folder(folder: Path, model_class: type, config: StivConfig | None = None) -> None:
+    """Raise UserError unless the folder holds exactly the tensors of the model that its config describes.
 
-    Raises UserError for a folder without a config or weights, for damaged files, and for tensors that are missing,
-    unknown or of another shape. All of these tensors are listed.
+    The message lists tensors that are missing, unknown or of another shape. `config` takes the place of the folder's.
     """
-    asked = kwargs.pop("output_loading_info", False)
-    if folder is not None:
-        _check_folder(Path(folder, kwargs.get("subfolder") or ""))
-    try:
-        model, info = load(folder, *args, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs})
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # what transformers raises for damaged files
-        raise UserError(f"{folder} holds no model that can be loaded ({reason_of(error)}); copy it again") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"the weights of {folder} are damaged ({reason_of(error)}); copy it again") from error
-    check_keys(str(folder), info["missing_keys"], info["unexpected_keys"], [name for name, *_ in info["mismatched_keys"]])
-    return (model, info) if asked else model
+    if not folder.is_dir():
+        raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"{folder} has no config.json; give the folder of a saved model")
+    config = config or read_config(folder)
+    shapes = read_shapes(weight_files(folder))
+    if config.num_hidden_layers > len(shapes):  # checked first: building a model of very many layers takes long
+        raise UserError(f"{folder} has {len(shapes)} tensors, too few for the {config.num_hidden_layers} blocks of its config.json")
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in model_class(config).state_dict().items()}
+    check_keys(str(folder), wanted, shapes)
 
 
-def check_keys(source: str, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]) -> None:
-    """Raise UserError, which lists the names, if any tensor is missing, unknown or of another shape."""
-    parts = [(missing, "lacks"), (unknown, "has, unknown to this model,"), (misshapen, "has in another shape")]
-    found = [f"{words} {listed(names)}" for names, words in ((sorted(names), words) for names, words in parts) if names]
-    if found:
-        raise UserError(f"{source} does not fit the model: it {'; it '.join(found)}; give the folder of a model of this config")
+def check_keys(source: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError, which lists the names, unless the shapes `found` by name are those `wanted`."""
+    parts = {
+        "lacks": wanted.keys() - found.keys(),
+        "has, unknown to this model,": found.keys() - wanted.keys(),
+        "has in another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+    }
+    if faults := [f"it {words} {listed(names)}" for words, names in parts.items() if names]:
+        raise UserError(f"{source} does not fit the model: {'; '.join(faults)}; give a folder of this config")
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return the names for a message, at most SHOWN_KEYS of them and the number of the others."""
+    names = sorted(names)
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
     return ", ".join(as_text(name, 80) for name in names[:SHOWN_KEYS]) + more
 
 
-def _check_folder(place: Path) -> None:
-    if not place.is_dir():
-        raise NotFound(f"there is no model folder {place}; give the folder of a saved model")
-    if not (place / "config.json").is_file():
-        raise NotFound(f"{place} has no config.json; give the folder of a saved model")
-    if not any((place / name).is_file() for name in WEIGHTS):
-        raise NotFound(f"{place} has no weights; it needs {WEIGHTS[0]}, or shards with {WEIGHTS[1]}")
+def read_config(folder: Path) -> StivConfig:
+    """Return the config of a folder. Raises UserError for a config that is damaged or that describes no model."""
+    try:
+        return StivConfig.from_pretrained(folder)
+    except UserError:
+        raise
+    except ValueError as error:  # the message names the field
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # transformers raises errors of many types for a damaged file
+        raise UserError(f"{folder / 'config.json'} is damaged ({reason_of(error)}); copy it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder. Raises UserError if there are none or some are missing."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / WEIGHTS).is_file():
+            return [folder / WEIGHTS]
+        raise NotFound(f"{folder} has no weights; it needs {WEIGHTS}, or shards with {INDEX}")
+    try:
+        names = sorted(set(read_json(index, "an index of weights")["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{shown(outside[0])} is not the name of a file in the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({reason_of(error)}); copy it again") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise NotFound(f"{folder} lacks {len(missing)} of its {len(names)} weight shards: {listed(missing)}; copy them again")
+    return [folder / name for name in names]
+
+
+def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by name, from the headers. Raises UserError for a file that is damaged."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or no safetensors file ({reason_of(error)}); copy it again") from error
+    return shapes

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from transformers.utils import ModelOutput
 from lumos.files import updating_folder
 from lumos.models.stiv.attention import EPS, Attention, RMSNorm, ZeroLinear, save_attention_outputs
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
-from lumos.models.stiv.loading import loaded
+from lumos.models.stiv.loading import check_folder
 from lumos.models.stiv.rope import Rotary, rotary, spatial_angles, temporal_angles
 from lumos.models.stiv.text_encoder import SmallTextEncoder, TextStates
 
@@ -103,8 +104,14 @@ class BlockReuse:
 
 
 def norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+    """LayerNorm without weights over the last dimension, with statistics in float32.
+
+    Under autocast the output has the autocast dtype. Otherwise each of the matrix products that follow would cast it, and
+    keep a copy of its own for the backward pass. The tokens between the units stay in float32.
+    """
+    normed, device = F.layer_norm(x, x.shape[-1:], eps=EPS), x.device.type
+    cast = device != "meta" and torch.is_autocast_enabled(device)
+    return normed.to(torch.get_autocast_dtype(device)) if cast else normed
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -264,7 +271,10 @@ class StivForVideoGeneration(PreTrainedModel):
         Raises UserError if the folder is incomplete or damaged, and lists tensors that are missing, unknown or of
         another shape.
         """
-        return loaded(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_folder(folder, cls, kwargs.get("config"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Write a model folder as in transformers.
@@ -350,7 +360,7 @@ class StivForVideoGeneration(PreTrainedModel):
             split = max(0, len(blocks) - config.unmasked_layers)
             blocks, late = blocks[:split], blocks[split:]
         kept_places = places if keep is None else rotary(angles[keep][:, None], dtype)  # [B, 1, k, 1, D]
-        x = self._run(blocks, self.patch_in(x), (modulation, text, mask, kept_places, times), reuse)
+        x = self._run(blocks, self.patch_in(x).to(dtype), (modulation, text, mask, kept_places, times), reuse)
         if keep is not None:
             empty = self.mask_token.to(x.dtype).expand(batch, f, rows * columns, -1)
             x = empty.scatter(2, at.expand(-1, f, -1, x.shape[-1]), x)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +109,19 @@ def test_positions_keep_their_scale_where_nothing_grew(micro_stiv_config):
 # ---- folders
 
 
+def test_a_model_in_shards_needs_all_of_them(micro_stiv, tmp_path):
+    micro_stiv().save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    StivForVideoGeneration.from_pretrained(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"lacks 1 of its {len(shards)} weight shards: {shards[1].name}"):
+        StivForVideoGeneration.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"patch_in.bias": "../model.safetensors"}}')
+    with pytest.raises(UserError, match="is not the name of a file in the same folder"):
+        StivForVideoGeneration.from_pretrained(tmp_path)
+
+
 @pytest.fixture
 def folder(micro_stiv, tmp_path):
     micro_stiv().save_pretrained(tmp_path / "model")
@@ -148,11 +163,18 @@ def test_a_damaged_folder_is_named_with_its_fault(folder):
             StivForVideoGeneration.from_pretrained(folder)
     for content in (b"no tensors", b""):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="are damaged|can be loaded"):
+        with pytest.raises(UserError, match="is damaged or no safetensors file"):
             StivForVideoGeneration.from_pretrained(folder)
     file.unlink()
     with pytest.raises(UserError, match=r"has no weights; it needs model\.safetensors"):
         StivForVideoGeneration.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for changed, message in (({"num_hidden_layers": 2000}, "has .* tensors, too few for the 2000 blocks"),
+                             ({"latents": "none"}, "latents 'none' is unknown")):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | changed))
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            StivForVideoGeneration.from_pretrained(folder)
     (folder / "config.json").write_text("[1]")
     file.write_bytes(b"")
     with pytest.raises(UserError, match="a model's config is a JSON object"):

@@ -236,6 +236,15 @@ def test_half_precision_stays_near_single_precision(micro_stiv, stiv_text):
         assert (found - single).norm() < 0.05 * single.norm()
 
 
+def test_tokens_stay_in_single_precision_under_autocast(micro_stiv, stiv_text):
+    model, seen = micro_stiv(), []
+    model.blocks[1].register_forward_hook(lambda block, inputs, out: seen.extend([inputs[0].dtype, out.dtype]))
+    model.blocks[1].mlp.up_proj.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(clip(2, 4, 3, 4, 4), T, *stiv_text(2))
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
 def test_wrong_sizes_and_missing_text_are_refused(micro_stiv, stiv_text):
     model, text = micro_stiv(temporal_patch_size=2), stiv_text(2)
     for shape in ((2, 4, 3, 5, 4), (2, 4, 3, 4, 7), (2, 3, 3, 4, 4)):
