@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.layers import CausalConv3d, Chain, Downsample, FrameNorm, ResidualBlock, SpatialAttention
+from tokenizer.layers import CausalConv3d, Chain, Downsample, FrameNorm, ResidualBlock
 from tokenizer.video import VideoTokenizer
 from tokenizer.wavelet import patchify, spatial_patchify
 
