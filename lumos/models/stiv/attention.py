@@ -1,0 +1,89 @@
+"""Attention with QK-norm, and the checkpoint policy that keeps the outputs of self-attention.
+
+Shapes: N independent sequences, L queries, M keys, H heads, D = 64 channels of a head, d = H x D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from lumos.models.stiv.configuration import HEAD_DIM
+from lumos.models.stiv.rope import Rotary, apply_rotary
+
+EPS = 1e-6
+KERNELS = frozenset((
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+))  # fmt: skip
+"""Names of the operators that compute attention; the device and the dtype decide which one runs."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts with weights and biases of 0."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, with statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMSNorm on queries and keys, a head at a time, before RoPE.
+
+    With `zero_out` the output projection starts at 0.
+    """
+
+    def __init__(self, width: int, zero_out: bool = False):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = (ZeroLinear if zero_out else nn.Linear)(width, width)
+        self.q_norm = RMSNorm(HEAD_DIM)
+        self.k_norm = RMSNorm(HEAD_DIM)
+
+    def forward(
+        self, x: Tensor, source: Tensor | None = None, *, rotary: Rotary | None = None, mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """x [..., L, d] -> [..., L, d]; the leading dimensions are independent sequences.
+
+        Args:
+            source: [..., M, d], what keys and values are made of. None: x.
+            rotary: tables for queries and keys. None: no positions.
+            mask: bool [N, 1, 1, M], False where a key is padding. Each sequence needs one True.
+            causal: query i attends to the keys up to i.
+        """
+        source = x if source is None else source
+        q, k, v = (
+            proj(of).unflatten(-1, (-1, HEAD_DIM)) for proj, of in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        q, k, v = (part.to(v.dtype).flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
+
+
+def save_attention_outputs() -> tuple:
+    """Return the contexts with which `torch.utils.checkpoint` saves the outputs of self-attention and recomputes the rest.
+
+    The output has the size of a block's input, but its cost grows with the square of the sequence: it is cheap to
+    save and expensive to recompute. Cross-attention has few keys and is recomputed.
+    """
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = op.name() in KERNELS and args[0].shape[-2] == args[1].shape[-2]
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

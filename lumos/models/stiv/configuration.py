@@ -1,0 +1,285 @@
+"""The configuration of a STIV model: its sizes, its latents, its conditions and its positions; named presets."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from lumos.errors import UserError, shown
+from lumos.files import read_json
+from lumos.settings import is_number, is_whole
+
+HEAD_DIM = 64
+AXES = ("time", "rows", "columns")
+LATENTS = ("per_frame", "causal", "continuous", "continuous_per_frame", "autoencoder")
+"""The kinds of latents:
+
+per_frame               values of the codes of the video tokenizer; each frame is encoded as a picture
+causal                  values of the codes of the video tokenizer; 1 + 4k frames become 1 + k latents
+continuous              latents of a video tokenizer without quantisation; 1 + 4k frames become 1 + k latents
+continuous_per_frame    latents of such a tokenizer; each frame is encoded as a picture
+autoencoder             latents of an image autoencoder (diffusers); each frame is encoded as a picture
+"""
+CAUSAL_LATENTS = ("causal", "continuous")
+GIVEN_TIMES = ("clean", "same")
+TEXT_ENCODERS = ("small", "folder")
+PATTERNS = ("none", "first", "prediction", "ends", "interpolation", "views")
+"""The names of the patterns of given frames, see `lumos.models.stiv.patterns`."""
+EVERY_SECOND_FRAME = ("interpolation", "views")
+"""The patterns that need latents of single frames."""
+
+MAX_PARAMETERS = 10**13
+MAX_CONFIG_BYTES = 2**20
+_SIZES = {
+    "latent_channels": 4096, "patch_size": 64, "temporal_patch_size": 64, "hidden_size": 2**17, "num_hidden_layers": 2048,
+    "num_attention_heads": 2048, "mlp_ratio": 64, "unmasked_layers": 2048, "text_width": 2**16, "text_layers": 2048,
+    "text_vocab_size": 2**24, "max_prompt_tokens": 2**20, "spatial_compression": 1024, "temporal_compression": 1024,
+    "micro_stride": 2**16,
+}  # fmt: skip
+"""The largest value of each field of whole numbers; the smallest is 1."""
+_SWITCHES = ("temporal_attention", "causal_in_time", "adaln_table")
+
+
+class StivConfig(PreTrainedConfig):
+    """Configuration of `StivForVideoGeneration`.
+
+    Sizes:
+        latent_channels, patch_size, temporal_patch_size: a token is a patch of temporal_patch_size latent frames
+            of patch_size x patch_size places.
+        hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformer; a head has 64 channels.
+        unmasked_layers: the last blocks, which see all tokens in training with dropped tokens (MaskDiT).
+        text_width: channels of the text states, and of the pooled text.
+
+    Kinds:
+        temporal_attention: false is a stack for pictures only.
+        causal_in_time: a frame attends to itself and to earlier frames only.
+        adaln_table: each block adds a table of its own to the shared modulation.
+        given_time: "clean" gives the frames of a condition their own time, "same" the time of the clip.
+        position_scale: {time, rows, columns}; a position is multiplied by it before RoPE. Below 1 after a
+            conversion to larger clips.
+        trained_grid: {time, rows, columns}, the tokens of the clips of the training; None before it.
+
+    Latents:
+        latents: one of LATENTS.
+        latent_mean, latent_std: one number a channel; None is 0 and 1.
+        spatial_compression, temporal_compression: pixels, and frames, of a latent. They give the default micro conditions.
+        micro_stride: the sampling stride that generation states as a condition.
+        patterns: the patterns of given frames that the model was trained on.
+
+    Text:
+        text_encoder: "small", a causal transformer that is part of the model, or "folder", a frozen one beside it.
+        text_layers, text_vocab_size, max_prompt_tokens: of the small text encoder.
+
+    Raises ValueError for values of a wrong type and for sizes that cannot work.
+    """
+
+    model_type = "stiv"
+
+    latent_channels: int = 8
+    latents: str = "per_frame"
+    patch_size: int = 2
+    temporal_patch_size: int = 1
+    hidden_size: int = 1152
+    num_hidden_layers: int = 28
+    num_attention_heads: int | None = None
+    mlp_ratio: int = 4
+    temporal_attention: bool = True
+    causal_in_time: bool = False
+    adaln_table: bool = True
+    unmasked_layers: int = 2
+    given_time: str = "clean"
+    position_scale: dict[str, float] | None = None
+    trained_grid: dict[str, int] | None = None
+
+    latent_mean: list[float] | None = None
+    latent_std: list[float] | None = None
+    spatial_compression: int = 8
+    temporal_compression: int = 4
+    micro_stride: int = 1
+    patterns: list[str] | None = None
+
+    text_encoder: str = "small"
+    text_width: int = 1280
+    text_layers: int = 4
+    text_vocab_size: int = 1024
+    max_prompt_tokens: int = 256
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if len(kwargs) > 1000 or not (is_whole(labels := kwargs.get("num_labels", 0)) and 0 <= labels <= 1000):
+            raise ValueError("more than 1,000 unknown fields, or num_labels over 1,000: that is no config of this model")
+        for key in kwargs:
+            if close := difflib.get_close_matches(key, [f.name for f in fields(self)], n=1, cutoff=0.9):
+                raise ValueError(f"unknown config field {shown(key)}; did you mean {shown(close[0])}?")
+        if self.num_attention_heads is None and is_whole(self.hidden_size):
+            self.num_attention_heads = max(1, self.hidden_size // HEAD_DIM)
+        if self.position_scale is None:
+            self.position_scale = dict.fromkeys(AXES, 1.0)
+        if self.patterns is None:
+            self.patterns = ["none"]
+        self._check_types()  # before super().__post_init__, which computes with some of the values
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Return the names of the presets."""
+        return tuple(PRESETS)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> StivConfig:
+        """Return the config of a preset, with `overrides` of its fields.
+
+        name: stiv-nano, stiv-tiny, stiv-small or stiv-base (ours), stiv-xl, stiv-xxl or stiv-m (published); the
+        prefix may be left out. A stack for pictures (temporal_attention False) has temporal patches of 1.
+        Raises ValueError for an unknown name.
+        """
+        full = f"stiv-{name}" if f"stiv-{name}" in PRESETS else name
+        if full not in PRESETS:
+            raise ValueError(f"unknown preset {shown(name)}; known presets: {', '.join(PRESETS)}")
+        pictures = {"temporal_patch_size": 1} if overrides.get("temporal_attention") is False else {}
+        return cls(**{**PRESETS[full], **pictures, **overrides})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Read a config as in transformers. Raises UserError if config.json is too large, no JSON, or no object."""
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        file = place / "config.json" if place.is_dir() else place
+        if file.exists():  # otherwise the name may be a repository on the hub
+            found = read_json(file, "a model's config", MAX_CONFIG_BYTES)
+            if not isinstance(found, dict):
+                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def patch_channels(self) -> int:
+        """Values of a token: latent channels x patch_size^2 x temporal_patch_size."""
+        return self.latent_channels * self.patch_size**2 * self.temporal_patch_size
+
+    @property
+    def latents_are_causal(self) -> bool:
+        """Whether a latent frame stands for several frames and depends on earlier ones."""
+        return self.latents in CAUSAL_LATENTS
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the tokens (time, rows, columns) of latents [frames, C, height, width].
+
+        Raises UserError for sizes that are no multiple of the patch.
+        """
+        sizes = {"time": (frames, self.temporal_patch_size), "rows": (height, self.patch_size), "columns": (width, self.patch_size)}
+        for axis, (size, patch) in sizes.items():
+            if size < 1 or size % patch:
+                raise UserError(f"{size} latents along {axis} are no multiple of the patch of {patch}; give another clip size")
+        return tuple(size // patch for size, patch in sizes.values())
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Return the latent frames of a clip of `num_frames` frames. Raises UserError for a number that causal latents lack."""
+        if not self.latents_are_causal:
+            return num_frames
+        if (num_frames - 1) % self.temporal_compression:
+            raise UserError(f"num_frames {num_frames} is not allowed; {self.latents} latents need 1 + {self.temporal_compression}k")
+        return 1 + (num_frames - 1) // self.temporal_compression
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Return the frames of a clip of `latent_frames` latent frames."""
+        return 1 + (latent_frames - 1) * self.temporal_compression if self.latents_are_causal else latent_frames
+
+    def _check_types(self) -> None:
+        for name, most in _SIZES.items():
+            if not is_whole(value := getattr(self, name)) or not 1 <= value <= most:
+                raise ValueError(f"{name} {shown(value)} is not allowed; give a whole number from 1 to {most:,}")
+        for name in _SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} {shown(value)} is not allowed; give true or false")
+        choices = (("latents", LATENTS), ("given_time", GIVEN_TIMES), ("text_encoder", TEXT_ENCODERS))
+        for name, allowed in choices:
+            if not isinstance(value := getattr(self, name), str) or value not in allowed:
+                raise ValueError(f"{name} {shown(value)} is unknown; allowed: {', '.join(allowed)}")
+        scale = self.position_scale
+        if not _is_by_axis(scale) or not all(is_number(v) and 0 < v <= 1024 for v in scale.values()):
+            raise ValueError(f"position_scale {shown(scale)} is not allowed; give a number above 0 for each of {', '.join(AXES)}")
+        grid = self.trained_grid
+        if grid is not None and (not _is_by_axis(grid) or not all(is_whole(v) and 1 <= v <= 2**20 for v in grid.values())):
+            raise ValueError(f"trained_grid {shown(grid)} is not allowed; give null, or whole numbers for {', '.join(AXES)}")
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            if values is not None and not _are_finite(values, self.latent_channels, above=0 if name == "latent_std" else None):
+                raise ValueError(f"{name} {shown(values)} is not allowed; give null, or {self.latent_channels} finite numbers"
+                                 + (" above 0" if name == "latent_std" else ""))  # fmt: skip
+        patterns = self.patterns
+        if not isinstance(patterns, list | tuple) or not patterns or any(p not in PATTERNS for p in patterns):
+            raise ValueError(f"patterns {shown(patterns)} is not allowed; give some of {', '.join(PATTERNS)}")
+
+    def _check(self) -> None:
+        if self.num_attention_heads * HEAD_DIM != self.hidden_size:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not {HEAD_DIM} x num_attention_heads {self.num_attention_heads}; a head "
+                f"has {HEAD_DIM} channels"
+            )
+        if self.text_encoder == "small" and self.text_width % HEAD_DIM:
+            raise ValueError(f"text_width {self.text_width} is no multiple of {HEAD_DIM}, the channels of a head")
+        if self.latents_are_causal and self.temporal_patch_size != 1:
+            raise ValueError(
+                f"temporal_patch_size {self.temporal_patch_size} does not work with {self.latents} latents, of "
+                "which there are 1 + k; give 1, or latents per_frame"
+            )
+        if self.latents_are_causal and (wrong := [p for p in self.patterns if p in EVERY_SECOND_FRAME]):
+            raise ValueError(f"pattern {wrong[0]} needs latents of single frames; it does not work with {self.latents} latents")
+        if not self.temporal_attention and self.causal_in_time:
+            raise ValueError("causal_in_time has no effect without temporal_attention; leave it out")
+        if not self.temporal_attention and self.temporal_patch_size != 1:
+            raise ValueError(f"temporal_patch_size {self.temporal_patch_size} does not work without temporal attention; give 1")
+        if self.num_parameters > MAX_PARAMETERS:
+            raise ValueError(f"a model of these sizes has {self.num_parameters:,} weights; allowed: at most {MAX_PARAMETERS:,}")
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters of the transformer, without those of the text encoder."""
+        d, e, p = self.hidden_size, self.text_width, self.patch_channels
+        mlp = 2 * self.mlp_ratio * d * d + (self.mlp_ratio + 1) * d
+        attentions = 3 if self.temporal_attention else 2
+        block = attentions * (4 * d * d + 4 * d + 2 * HEAD_DIM) + mlp + 6 * d * self.adaln_table + d * self.temporal_attention
+        ends = 8 * d * d + 8 * d + 5 * d * d + 1802 * d + 2 * (e + 1) * d + d * d + d + (p + 1) * d + (d + 1) * p + d
+        return self.num_hidden_layers * block + ends
+
+
+def _is_by_axis(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == set(AXES)
+
+
+def _are_finite(values: object, count: int, above: float | None) -> bool:
+    return (
+        isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
+        and all(is_number(v) and math.isfinite(v) and (above is None or v > above) for v in values)
+    )  # fmt: skip
+
+
+def _ours(layers: int, width: int, text_layers: int) -> dict[str, Any]:
+    return {
+        "latent_channels": 5, "hidden_size": width, "num_hidden_layers": layers, "text_width": width, "text_layers": text_layers,
+    }  # fmt: skip
+
+
+def _published(layers: int, width: int) -> dict[str, Any]:
+    return {
+        "latents": "autoencoder", "latent_channels": 8, "temporal_patch_size": 2, "hidden_size": width, "num_hidden_layers": layers,
+        "text_encoder": "folder", "text_width": 1280,
+    }  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "stiv-nano": _ours(4, 128, 2),
+    "stiv-tiny": _ours(8, 256, 4),
+    "stiv-small": _ours(12, 384, 4),
+    "stiv-base": _ours(12, 768, 6),
+    "stiv-xl": _published(28, 1152),
+    "stiv-xxl": _published(38, 1536),
+    "stiv-m": _published(46, 3072),
+}
+
+AutoConfig.register(StivConfig.model_type, StivConfig)

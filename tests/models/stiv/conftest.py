@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lumos.models.stiv.configuration import StivConfig
+from lumos.models.stiv.modeling import StivForVideoGeneration
+from lumos.models.stiv.text_encoder import TextStates
+
+SMALLEST = {
+    "latent_channels": 3, "hidden_size": 64, "num_hidden_layers": 3, "text_width": 64, "text_layers": 1, "text_vocab_size": 32,
+    "max_prompt_tokens": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors of these tests are so small that threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def micro_stiv_config() -> Callable[..., StivConfig]:
+    """Makes a config of three blocks of one head."""
+    return lambda **more: StivConfig(**{**SMALLEST, **more})
+
+
+@pytest.fixture(scope="session")
+def micro_stiv(micro_stiv_config) -> Callable[..., StivForVideoGeneration]:
+    """Makes a model in which no weight is 0, so that every part has an effect."""
+
+    def make(seed: int = 0, **more) -> StivForVideoGeneration:
+        torch.manual_seed(seed)
+        model = StivForVideoGeneration(micro_stiv_config(**more)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def stiv_text() -> Callable[..., TextStates]:
+    """Makes encoded prompts of 5 tokens, of which the last rows have fewer."""
+
+    def make(batch: int, width: int = 64, seed: int = 1) -> TextStates:
+        draws = torch.Generator().manual_seed(seed)
+        mask = torch.arange(5) < torch.tensor([max(1, 5 - i) for i in range(batch)])[:, None]
+        return TextStates(torch.randn(batch, 5, width, generator=draws), mask, torch.randn(batch, width, generator=draws))
+
+    return make
