@@ -1,4 +1,8 @@
-"""VideoTokenizerConfig: the sizes of a video tokenizer, with the published field names and defaults."""
+"""VideoTokenizerConfig: the sizes of a video tokenizer, with the published field names and defaults.
+
+A tokenizer has one of three names: DV encodes video to codes, CV encodes video to continuous latents, CI
+encodes pictures to continuous latents.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +43,24 @@ _SIZES = {
     "resolution": 2**20,
     "z_channels": 2**14,
     "z_factor": 64,
+    "latent_channels": 2**14,
 }
 """The maximum of each whole-number field. All are far above the sizes of real tokenizers."""
+
+
+DISCRETE_FIELDS = {"quantizer": ("FSQ", ""), "embedding_dim": (6, 0), "levels": ((8, 8, 8, 5, 5, 5), ())}
+"""The fields that a continuous tokenizer (CV, CI) does not have: (default, value in a continuous tokenizer)."""
+CONTINUOUS_FIELDS = {"latent_channels": (0, 16), "formulation": ("", "AE")}
+"""The fields that only a continuous tokenizer has: (value in a discrete tokenizer, default)."""
+DERIVED_FIELDS = ("decoder_channels_mult", "unused_samplers")
+"""The fields that published configs lack, because the weights tell them (`loading.fitted`)."""
+_VIDEO_ONLY = {
+    "legacy_mode": False, "spatial_patch_size": 1, "pointwise_ends": False, "attention_window": None, "num_groups": 1,
+    "temporal_compression": 1, "decoder_channels_mult": None, "unused_samplers": False,
+}  # fmt: skip
+"""The fields of a picture tokenizer (CI) that have only one possible value."""
+GROUPS_OF_PICTURES = 32
+"""The groups of the normalisations of a picture tokenizer."""
 
 
 class Sampling(NamedTuple):
@@ -54,7 +74,9 @@ class Sampling(NamedTuple):
 class VideoTokenizerConfig:
     """The sizes of a VideoTokenizer.
 
-    The defaults are those of the published Cosmos DV4x8x8: 112,472,182 parameters, 64,000 codes.
+    The defaults are those of the published Cosmos DV4x8x8: 112,472,182 parameters, 64,000 codes. A
+    continuous tokenizer (name CV or CI) has `latent_channels` and `formulation` instead of `quantizer`,
+    `embedding_dim` and `levels`, which become empty. `from_dict` knows the published defaults of a name.
     A value that is not allowed raises UserError (a ValueError) with the allowed values.
     """
 
@@ -81,12 +103,19 @@ class VideoTokenizerConfig:
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # values per quantized channel; their product is the number of codes
     encoder: str = "FACTORIZED"
     decoder: str = "FACTORIZED"
-    name: str = "DV"
+    name: str = "DV"  # DV: codes of video; CV: continuous latents of video; CI: continuous latents of pictures
+    latent_channels: int = 0  # channels of a continuous latent; 0: the tokenizer has codes
+    formulation: str = ""  # of a continuous latent: AE (the encoder's output) or VAE (mean and log variance); "": codes
+    decoder_channels_mult: tuple[int, ...] | None = None  # width multipliers of the decoder; None: channels_mult
+    unused_samplers: bool = True  # samplers have the convolutions that they do not use too (first generation)
     attention_window: int | None = None  # latest frames that temporal attention sees, incl. the current one; None: all (published)
 
     def __post_init__(self) -> None:
-        for field in ("channels_mult", "attn_resolutions", "levels"):
+        _require(self.name in ("DV", "CV", "CI"), "name", self.name, "'DV', 'CV' or 'CI'")
+        for field in ("channels_mult", "attn_resolutions", "levels", "decoder_channels_mult"):
             value = getattr(self, field)
+            if field == "decoder_channels_mult" and value is None:
+                continue
             _require(
                 isinstance(value, (list, tuple)) and len(value) <= MAX_ENTRIES and all(map(_is_positive, value)),
                 field,
@@ -94,28 +123,24 @@ class VideoTokenizerConfig:
                 f"a list of at most {MAX_ENTRIES} whole numbers above 0",
             )
             object.__setattr__(self, field, tuple(value))
+        self._set_latent()
         for field, most in _SIZES.items():
             value = getattr(self, field)
+            if field == "latent_channels" and not self.is_continuous:
+                continue
             _require(_is_positive(value) and value <= most, field, value, f"a whole number from 1 to {most:,}")
-        widest = max(self.channels_mult, default=0) * self.channels
-        _require(
-            0 < widest <= MAX_CHANNELS,
-            "channels_mult",
-            self.channels_mult,
-            f"a list of whole numbers above 0, one for each level; each times channels {self.channels} is at most {MAX_CHANNELS:,}",
-        )
-        _require(
-            all(level >= 2 for level in self.levels) and 1 < math.prod(self.levels) <= MAX_CODES,
-            "levels",
-            self.levels,
-            f"a list of whole numbers of 2 or more, whose product, the number of codes, is at most {MAX_CODES:,}",
-        )
-        _require(
-            self.embedding_dim == len(self.levels),
-            "embedding_dim",
-            self.embedding_dim,
-            f"{len(self.levels)}, the length of levels",
-        )
+        for field in ("channels_mult", "decoder_channels_mult"):
+            value = getattr(self, field)
+            widest = max(self.channels_mult if value is None else value, default=0) * self.channels
+            _require(
+                0 < widest <= MAX_CHANNELS,
+                field,
+                value,
+                f"a list of whole numbers above 0, one for each level; each times channels {self.channels} is at most "
+                f"{MAX_CHANNELS:,}",
+            )
+        if not self.is_continuous:
+            self._check_levels()
         _require(
             self.attention_window is None or (_is_positive(self.attention_window) and self.attention_window <= MAX_WINDOW),
             "attention_window",
@@ -128,17 +153,71 @@ class VideoTokenizerConfig:
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
         is_number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
         _require(is_number and 0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
-        for field in ("legacy_mode", "pointwise_ends"):
+        for field in ("legacy_mode", "pointwise_ends", "unused_samplers"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
-        fixed = {"num_groups": 1, "quantizer": "FSQ", "encoder": "FACTORIZED", "decoder": "FACTORIZED", "name": "DV"}
-        for field, only in fixed.items():
+        network = "Default" if self.is_image else "FACTORIZED"
+        for field, only in {"num_groups": 1, "encoder": network, "decoder": network}.items():
             _require(getattr(self, field) == only, field, getattr(self, field), repr(only))
         for field in ("spatial_compression", "temporal_compression"):
             value = getattr(self, field)
             is_power = _is_positive(value) and value <= MAX_COMPRESSION and value & (value - 1) == 0
             _require(is_power, field, value, f"a power of two, at most {MAX_COMPRESSION:,}")
+        if self.is_image:
+            self._check_image()
         self._check_compression("spatial")
         self._check_compression("temporal")
+
+    def _set_latent(self) -> None:
+        """Check and complete the fields that describe codes or continuous latents."""
+        for field, (default, empty) in DISCRETE_FIELDS.items():
+            value = getattr(self, field)
+            if self.is_continuous:
+                _require(value in (default, empty), field, value, f"nothing: {self.name} has no quantizer; leave it out")
+                object.__setattr__(self, field, empty)
+        for field, (empty, default) in CONTINUOUS_FIELDS.items():
+            value = getattr(self, field)
+            if not self.is_continuous:
+                is_empty = type(value) is type(empty) and value == empty
+                _require(is_empty, field, value, f"nothing: {self.name} has codes; leave it out")
+            elif value == empty:
+                object.__setattr__(self, field, default)
+        if self.is_continuous:
+            _require(self.formulation in ("AE", "VAE"), "formulation", self.formulation, "'AE' or 'VAE'")
+            factor = 2 if self.formulation == "VAE" else 1
+            _require(self.z_factor == factor, "z_factor", self.z_factor, f"{factor} for the formulation {self.formulation}")
+        else:
+            _require(self.quantizer == "FSQ", "quantizer", self.quantizer, "'FSQ'")
+            for field, only in (("decoder_channels_mult", None), ("unused_samplers", True)):
+                _require(getattr(self, field) == only, field, getattr(self, field), f"{only} for a tokenizer with codes")
+
+    def _check_levels(self) -> None:
+        """Raise UserError for levels that the quantizer cannot have."""
+        _require(
+            all(level >= 2 for level in self.levels) and 1 < math.prod(self.levels) <= MAX_CODES,
+            "levels",
+            self.levels,
+            f"a list of whole numbers of 2 or more, whose product, the number of codes, is at most {MAX_CODES:,}",
+        )
+        _require(
+            self.embedding_dim == len(self.levels),
+            "embedding_dim",
+            self.embedding_dim,
+            f"{len(self.levels)}, the length of levels",
+        )
+
+    def _check_image(self) -> None:
+        """Raise UserError for settings that the picture network does not have."""
+        for field, only in {**_VIDEO_ONLY, "patch_method": "haar"}.items():
+            _require(getattr(self, field) == only, field, getattr(self, field), f"{only} for the name CI")
+        for mult in (1, *self.channels_mult):
+            fits = self.channels * mult % GROUPS_OF_PICTURES == 0
+            _require(fits, "channels", self.channels, f"widths that are multiples of {GROUPS_OF_PICTURES}")
+        _require(
+            not any(self.attention_levels()),
+            "attn_resolutions",
+            self.attn_resolutions,
+            f"a list without the sides of the {len(self.channels_mult)} levels for the name CI",
+        )
 
     def _check_compression(self, kind: str) -> None:
         """Raise UserError unless patches and samplers reach the compression, in the encoder and the decoder."""
@@ -146,22 +225,49 @@ class VideoTokenizerConfig:
         value = getattr(self, field)
         patch = self._patch(kind)
         _require(value >= patch, field, value, f"the patches' side ({patch}) or more")
-        for side, samplers in (("encoder", self.downsamplers()), ("decoder", self.upsamplers())):
-            reached = patch * 2 ** sum(getattr(sampler, kind) for sampler in samplers)
+        for side, samplers in (("encoder", self.encoder_samplers()), ("decoder", self.decoder_samplers())):
+            reached = patch * 2 ** sum(getattr(sampler, kind) for sampler in samplers if sampler)
             if reached != value:
                 raise UserError(
-                    f"{field} {value} is not possible: the {side} with {len(self.channels_mult)} levels and patches of {patch} "
+                    f"{field} {value} is not possible: the {side} with {len(samplers)} levels and patches of {patch} "
                     f"reaches {reached}; change the number of channels_mult, the patch sizes or the compressions"
                 )
 
     @property
+    def is_continuous(self) -> bool:
+        """Whether the tokenizer makes continuous latents instead of codes."""
+        return self.name != "DV"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the network is one for pictures, which encodes each frame of a clip separately."""
+        return self.name == "CI"
+
+    @property
+    def value_channels(self) -> int:
+        """The number of channels of code values or of a continuous latent."""
+        return self.latent_channels if self.is_continuous else self.embedding_dim
+
+    @property
+    def encoder_outputs(self) -> int:
+        """The number of channels that the encoder gives: `value_channels`, twice as many for the formulation VAE."""
+        return self.value_channels * (self.z_factor if self.is_continuous else 1)
+
+    @property
+    def decoder_mult(self) -> tuple[int, ...]:
+        """The width multipliers of the decoder's levels."""
+        return self.channels_mult if self.decoder_channels_mult is None else self.decoder_channels_mult
+
+    @property
     def patch_channels(self) -> int:
         """The number of channels that one colour channel has after patching."""
-        return self.spatial_patch_size**2 * self.patch_size**3
+        return self.spatial_patch_size**2 * self.patch_size ** (2 if self.is_image else 3)
 
     def _patch(self, kind: str) -> int:
         """Return the side of the patches: in pixels for "spatial", in frames for "temporal"."""
-        return self.patch_size * (self.spatial_patch_size if kind == "spatial" else 1)
+        if kind == "temporal":
+            return 1 if self.is_image else self.patch_size
+        return self.patch_size * self.spatial_patch_size
 
     def _num_halvings(self, kind: str) -> int:
         return getattr(self, f"{kind}_compression").bit_length() - self._patch(kind).bit_length()
@@ -179,17 +285,34 @@ class VideoTokenizerConfig:
         """
         spatial, temporal = self._num_halvings("spatial"), self._num_halvings("temporal")
         samplers = []
-        for level in range(1, len(self.channels_mult)):
-            order = len(self.channels_mult) - 1 - level
+        for level in range(1, len(self.decoder_mult)):
+            order = len(self.decoder_mult) - 1 - level
             doubles_time = order < temporal if self.legacy_mode else 0 < order <= temporal
             doubles_space = doubles_time or (order < spatial and spatial > temporal)
             samplers.append(Sampling(doubles_space, doubles_time))
         return samplers
 
-    def attention_levels(self) -> list[bool]:
-        """Return for each level whether attention follows its residual blocks."""
+    def encoder_samplers(self) -> list[Sampling | None]:
+        """Return what the sampler after each level of the encoder halves; None: the level has no sampler."""
+        if self.is_image:
+            halvings = self._num_halvings("spatial")
+            return [Sampling(True, False) if level < halvings else None for level in range(len(self.channels_mult))]
+        return self._kept([*self.downsamplers(), None])
+
+    def decoder_samplers(self) -> list[Sampling | None]:
+        """Return what the sampler after each level of the decoder doubles; None: the level has no sampler."""
+        if self.is_image:
+            return self.encoder_samplers()[::-1]
+        return self._kept([None, *self.upsamplers()])
+
+    def _kept(self, samplers: list[Sampling | None]) -> list[Sampling | None]:
+        """Return the samplers that the network has: all of them, or only those in use."""
+        return [sampler if self.unused_samplers or (sampler and any(sampler)) else None for sampler in samplers]
+
+    def attention_levels(self, count: int | None = None) -> list[bool]:
+        """Return for each of `count` levels (None: those of the encoder) whether attention follows its residual blocks."""
         first = self.resolution // self._patch("spatial")
-        return [first // 2**level in self.attn_resolutions for level in range(len(self.channels_mult))]
+        return [first // 2**level in self.attn_resolutions for level in range(count or len(self.channels_mult))]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VideoTokenizerConfig:
@@ -197,13 +320,16 @@ class VideoTokenizerConfig:
 
         Raises UserError (a ValueError) for an unknown key, with a list of the known keys.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        name = values.get("name", "DV")
+        not_here = DISCRETE_FIELDS if name in ("CV", "CI") else (*CONTINUOUS_FIELDS, *DERIVED_FIELDS)
+        known = {field.name for field in dataclasses.fields(cls)}.difference(not_here)
         unknown = [as_text(key, 60) for key in values if key not in known | BOOKKEEPING_KEYS]
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             listed = ", ".join(sorted(unknown)[:3])
             raise UserError(f"unknown video tokenizer setting {listed}{more}: known are {', '.join(sorted(known))}")
-        return cls(**{key: value for key, value in values.items() if key in known})
+        of_name = _IMAGE_DEFAULTS if name == "CI" else {}
+        return cls(**of_name | {key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for config.json.
@@ -211,10 +337,15 @@ class VideoTokenizerConfig:
         Fields that the published config files do not have are left out where they have no effect.
         """
         values = dataclasses.asdict(self)
-        for name, without in (("attention_window", None), ("spatial_patch_size", 1)):
-            if values[name] == without:
-                del values[name]
+        left_out = {"attention_window": None, "spatial_patch_size": 1, "decoder_channels_mult": None, "unused_samplers": True}
+        left_out |= {field: values[field] for field in (DISCRETE_FIELDS if self.is_continuous else CONTINUOUS_FIELDS)}
+        left_out |= _VIDEO_ONLY if self.is_image else {}
+        values = {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+_IMAGE_DEFAULTS = {"temporal_compression": 1, "spatial_compression": 16, "encoder": "Default", "decoder": "Default",
+                   "unused_samplers": False}  # fmt: skip
 
 
 def _is_positive(value: object) -> bool:

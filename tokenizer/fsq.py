@@ -72,5 +72,36 @@ class FiniteScalarQuantizer(nn.Module):
         return ((digits - half_width) / half_width).to(dtype)
 
 
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the indices, int64 [B, t, h, w], whose code values are nearest to values [B, C, t, h, w].
+
+        The inverse of `values`, for numbers between and outside the code values too. Raises ValueError
+        for NaN.
+        """
+        if values.isnan().any():
+            raise ValueError("NaN has no nearest code")
+        levels, half_width, basis = (_channelwise(constant) for constant in self._constants(values.device))
+        digits = (values.double() * half_width + half_width).round().clamp(min=0).minimum(levels - 1)
+        return (digits.long() * basis).sum(dim=1)
+
+
+class NoQuantizer(nn.Module):
+    """The identity with the interface of `FiniteScalarQuantizer`: latents [B, C, t, h, w] in place of codes."""
+
+    num_codes = 0
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z twice."""
+        return z, z
+
+    def values(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the latents in another dtype."""
+        return latents.to(dtype)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the values."""
+        return values
+
+
 def _channelwise(constant: Tensor) -> Tensor:
     return constant.view(1, -1, 1, 1, 1)

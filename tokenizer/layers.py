@@ -5,13 +5,21 @@ the beginning of a clip do not depend on the rest. A clip can be processed in ch
 needs earlier frames then reads them from the cache `past` and stores in it what the next chunk
 needs. Without a cache, or with an empty one, x is the beginning of a clip. Parameter names are
 those of the published Cosmos tokenizer, for example the submodule `conv3d` of a convolution.
+
+`VIDEO_LAYERS` names the layers from which the network is built; `tokenizer.picture_layers` has those of
+the network for pictures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokenizer.configuration import Sampling
 
 SPATIAL_KERNEL = (1, 3, 3)
 TEMPORAL_KERNEL = (3, 1, 1)
@@ -89,20 +97,32 @@ class FrameNorm(nn.Module):
         return self.norm(frames.flatten(0, 1)).view(frames.shape).transpose(1, 2)
 
 
-class ResidualBlock(nn.Module):
-    """Norm, SiLU and factorised convolution, twice, with a residual connection.
+@dataclass(frozen=True)
+class Layers:
+    """The layers from which an encoder and a decoder are built. Each entry makes a layer that takes (x, past)."""
 
-    The residual connection has a 1x1x1 convolution if the number of channels changes.
+    conv: Callable[[int, int], nn.Module]  # (in_channels, out_channels) -> convolution over neighbours
+    point: Callable[[int, int], nn.Module]  # (in_channels, out_channels) -> convolution of kernel 1
+    norm: Callable[[int], nn.Module]  # channels -> normalisation
+    attention: Callable[[int, int | None], nn.Module]  # (channels, window) -> attention
+    downsample: Callable[[int, Sampling, bool], nn.Module]  # (channels, axes to halve, unused convolutions exist)
+    upsample: Callable[[int, Sampling, bool], nn.Module]  # (channels, axes to double, unused convolutions exist)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, with a residual connection.
+
+    The residual connection has a convolution of kernel 1 if the number of channels changes.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, layers: Layers) -> None:
         super().__init__()
-        self.norm1 = FrameNorm(in_channels)
-        self.conv1 = factorised_conv(in_channels, out_channels)
-        self.norm2 = FrameNorm(out_channels)
+        self.norm1 = layers.norm(in_channels)
+        self.conv1 = layers.conv(in_channels, out_channels)
+        self.norm2 = layers.norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = factorised_conv(out_channels, out_channels)
-        self.nin_shortcut = nn.Identity() if in_channels == out_channels else point_conv(in_channels, out_channels)
+        self.conv2 = layers.conv(out_channels, out_channels)
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else layers.point(in_channels, out_channels)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)), past)
@@ -167,15 +187,18 @@ def attention_pair(channels: int, window: int | None) -> Chain:
 class Downsample(nn.Module):
     """Halve space, time, both or neither: a strided convolution plus average pooling, then a 1x1x1 convolution.
 
-    T = 1 + 2 k frames become 1 + k. If it halves neither, the layer is an identity that still has
-    its parameters, as in the published network.
+    T = 1 + 2 k frames become 1 + k. If it halves neither, the layer is an identity. With `unused`, the
+    layer has the convolutions that it does not use too, as in the published network of the first
+    generation.
     """
 
-    def __init__(self, channels: int, *, spatial: bool, temporal: bool) -> None:
+    def __init__(self, channels: int, axes: Sampling, unused: bool = True) -> None:
         super().__init__()
-        self.spatial, self.temporal = spatial, temporal
-        self.conv1 = CausalConv3d(channels, channels, SPATIAL_KERNEL, stride=(1, 2, 2))
-        self.conv2 = CausalConv3d(channels, channels, TEMPORAL_KERNEL, stride=(2, 1, 1))
+        self.spatial, self.temporal = axes
+        if self.spatial or unused:
+            self.conv1 = CausalConv3d(channels, channels, SPATIAL_KERNEL, stride=(1, 2, 2))
+        if self.temporal or unused:
+            self.conv2 = CausalConv3d(channels, channels, TEMPORAL_KERNEL, stride=(2, 1, 1))
         self.conv3 = point_conv(channels, channels)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
@@ -195,14 +218,16 @@ class Upsample(nn.Module):
     """Double space, time, both or neither: repeat values, add a convolution of them, then a 1x1x1 convolution.
 
     t frames become 2 t - 1, because the first latent frame stands for one frame only. If it doubles
-    neither, the layer is an identity that still has its parameters, as in the published network.
+    neither, the layer is an identity. `unused` is as in `Downsample`.
     """
 
-    def __init__(self, channels: int, *, spatial: bool, temporal: bool) -> None:
+    def __init__(self, channels: int, axes: Sampling, unused: bool = True) -> None:
         super().__init__()
-        self.spatial, self.temporal = spatial, temporal
-        self.conv1 = CausalConv3d(channels, channels, TEMPORAL_KERNEL)
-        self.conv2 = CausalConv3d(channels, channels, SPATIAL_KERNEL)
+        self.spatial, self.temporal = axes
+        if self.temporal or unused:
+            self.conv1 = CausalConv3d(channels, channels, TEMPORAL_KERNEL)
+        if self.spatial or unused:
+            self.conv2 = CausalConv3d(channels, channels, SPATIAL_KERNEL)
         self.conv3 = point_conv(channels, channels)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
@@ -217,3 +242,6 @@ class Upsample(nn.Module):
             x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
             x = x + self.conv2(x)
         return self.conv3(x)
+
+
+VIDEO_LAYERS = Layers(factorised_conv, point_conv, FrameNorm, attention_pair, Downsample, Upsample)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,8 +78,8 @@ def read_config(folder: Path) -> VideoTokenizerConfig:
     """Return the configuration in config.json of the folder.
 
     Published folders have no config.json, or one without sizes. The published sizes are then the
-    default, and a name like DV8x16x16 in the folder's path gives the compression (frames x rows x
-    columns). Raises UserError for a wrong setting and RunError for a damaged file.
+    default, and a name like DV8x16x16, CV8x8x8 or CI16x16 in the folder's path gives the kind and the
+    compression (frames x rows x columns, or rows x columns). Raises UserError for a wrong setting and RunError for a damaged file.
     """
     path = folder / "config.json"
     values: dict[str, object] = {}
@@ -90,13 +91,58 @@ def read_config(folder: Path) -> VideoTokenizerConfig:
         if not isinstance(values, dict):
             raise UserError(f"{path} holds {shown(values, 60)}; it must hold a JSON object with the settings of a video tokenizer")
     if set(values) <= BOOKKEEPING_KEYS:
-        named = re.search(r"DV(\d+)x(\d+)x\2(?!\d)", str(folder.resolve()))
-        if named:
-            values = {"temporal_compression": int(named[1]), "spatial_compression": int(named[2])}
+        values = _published_sizes(str(folder.resolve()))
     try:
         return VideoTokenizerConfig.from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _published_sizes(path: str) -> dict[str, object]:
+    """Return the settings that the name of a published tokenizer in a path tells."""
+    if named := re.search(r"(DV|CV)(\d+)x(\d+)x\3(?!\d)", path):
+        found = {"name": named[1], "temporal_compression": int(named[2]), "spatial_compression": int(named[3])}
+    elif named := re.search(r"(CI)(\d+)x\2(?!\d)", path):
+        found = {"name": named[1], "spatial_compression": int(named[2])}
+    else:
+        return {}
+    is_small_patch = found["name"] != "DV" and path[named.end() :].startswith("-360p")
+    return found | ({"patch_size": 2} if is_small_patch else {})
+
+
+def fitted(config: VideoTokenizerConfig, shapes: Mapping[str, tuple[int, ...]]) -> VideoTokenizerConfig:
+    """Return the configuration of a continuous video network with the facts that only its weights tell.
+
+    `shapes` has the shape of each weight. The keys tell the number of decoder levels, which published
+    networks of temporal compression 4 build with two whatever their configuration says, and whether
+    samplers have the convolutions that they do not use (the first generation of published networks).
+    Other configurations are returned unchanged.
+    """
+    if not config.is_continuous or config.is_image:
+        return config
+    widths: list[int] = []
+    while shape := shapes.get(f"decoder.up.{len(widths)}.block.0.conv1.0.conv3d.weight"):
+        widths.append(shape[0] // config.channels)
+    mult = tuple(widths) if widths and len(widths) != len(config.channels_mult) else None
+    try:
+        config = replace(config, decoder_channels_mult=mult, unused_samplers=True)
+    except UserError:  # the weights are those of another configuration, which `check_layout` says
+        return config
+    unused = _unused_weights(config)
+    return replace(config, unused_samplers=not unused or not unused.isdisjoint(shapes))
+
+
+def _unused_weights(config: VideoTokenizerConfig) -> set[str]:
+    """Return the keys of the weights of the convolutions that the samplers of a network do not use."""
+    found = set()
+    for place, samplers, of_space, of_time in (
+        ("encoder.down.{}.downsample", config.encoder_samplers(), "conv1", "conv2"),
+        ("decoder.up.{}.upsample", config.decoder_samplers(), "conv2", "conv1"),
+    ):
+        for level, axes in enumerate(samplers):
+            used = {of_space: axes.spatial, of_time: axes.temporal, "conv3": any(axes)} if axes else {}
+            found |= {f"{place.format(level)}.{conv}.conv3d.weight" for conv, is_used in used.items() if not is_used}
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Encode and decode a clip chunk by chunk, with the same result as for the whole clip and little memory.
 
+Where codes [B, t, h, w] stand here, a continuous tokenizer has latents [B, C, t, h, w].
+
 Every layer that needs earlier frames caches them: a causal convolution one or two frames, temporal
 attention the keys and values of earlier frames. The published attention sees all earlier frames, so
 its cache grows with the clip, by 2 * channels * 4 bytes (float32) for each position of a latent
@@ -27,6 +29,7 @@ class Streamable(Protocol):
     config: VideoTokenizerConfig
     spatial_compression: int
     temporal_compression: int
+    value_channels: int
 
     def check_size(self, video: Tensor) -> None: ...
 
@@ -90,12 +93,12 @@ class StreamEncoder(_Stream):
         if self.waiting is not None:
             video = torch.cat([self.waiting, video], dim=2)
         grid = (side // model.spatial_compression for side in video.shape[3:])
-        codes = [torch.empty(len(video), 0, *grid, dtype=torch.int64, device=video.device)]
+        codes = [model.quantize(video.new_empty(len(video), model.value_channels, 0, *grid))[1]]
         while video.shape[2] >= (wanted := model.temporal_compression if self.past else 1):
             codes.append(model.quantize(model.encode_latent(video[:, :, :wanted], self.past))[1])
             video = video[:, :, wanted:]
         self.waiting = video.clone()  # a view would keep the chunk
-        return torch.cat(codes, dim=1)
+        return torch.cat(codes, dim=-3)
 
     def finish(self) -> None:
         """Declare the clip complete. Raises ValueError if its last frames do not fill a latent frame."""
@@ -114,11 +117,11 @@ class StreamDecoder(_Stream):
         """
         model = self.tokenizer
         model.check_codes(codes)
-        self._check_shape("codes", (len(codes), *codes.shape[2:]))
+        self._check_shape("codes", (len(codes), *codes.shape[-2:]))
         values = model.values(codes)  # B, C, t, h, w
-        height, width = (side * model.spatial_compression for side in codes.shape[2:])
+        height, width = (side * model.spatial_compression for side in codes.shape[-2:])
         frames = [values.new_empty(len(codes), model.config.out_channels, 0, height, width)]
-        frames += [model.decode_latent(values[:, :, i : i + 1], self.past) for i in range(codes.shape[1])]
+        frames += [model.decode_latent(values[:, :, i : i + 1], self.past) for i in range(values.shape[2])]
         return torch.cat(frames, dim=2)
 
 
@@ -128,7 +131,7 @@ def encode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     for chunk in chunks:
         for frames in chunk.split(tokenizer.temporal_compression, dim=2):
             codes = stream.push(frames)
-            if codes.shape[1]:
+            if codes.shape[-3]:
                 yield codes
     stream.finish()
 
@@ -137,5 +140,6 @@ def decode(tokenizer: Streamable, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the frames of a clip's codes. See `VideoTokenizer.decode_stream`."""
     stream = StreamDecoder(tokenizer)
     for chunk in chunks:
-        for index in range(chunk.shape[1]):
-            yield stream.push(chunk[:, index : index + 1])
+        tokenizer.check_codes(chunk)
+        for latent_frame in chunk.split(1, dim=-3):
+            yield stream.push(latent_frame)

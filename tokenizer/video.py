@@ -4,36 +4,47 @@
     codes  -> values       -> causal decoder -> inverse Haar patches       -> pixels
 
 A picture is a clip of one frame. The first latent frame depends on the first frame only.
+
+A continuous tokenizer (the published CV) is the same without quantization: `encode` returns latents and
+`decode` takes them. That of pictures (CI) has a 2-D network, which encodes each frame separately.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lumos.errors import UserError
 from tokenizer import loading, streaming
 from tokenizer.configuration import VideoTokenizerConfig
-from tokenizer.fsq import FiniteScalarQuantizer
-from tokenizer.layers import (
-    CausalConv3d,
-    Downsample,
-    FrameNorm,
-    Past,
-    ResidualBlock,
-    Upsample,
-    attention_pair,
-    factorised_conv,
-    point_conv,
+from tokenizer.fsq import FiniteScalarQuantizer, NoQuantizer
+from tokenizer.layers import VIDEO_LAYERS, CausalConv3d, Layers, Past, ResidualBlock
+from tokenizer.picture_layers import PICTURE_LAYERS
+from tokenizer.wavelet import (
+    patchify,
+    picture_patchify,
+    picture_unpatchify,
+    spatial_patchify,
+    spatial_unpatchify,
+    unpatchify,
 )
-from tokenizer.wavelet import patchify, spatial_patchify, spatial_unpatchify, unpatchify
 
 PIECE = 8
 """Latent frames per piece in `encode` and `decode`. Larger pieces need more memory, smaller ones are slower."""
+
+
+MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 20.0, -30.0
+"""The range of the log variance of the formulation VAE, as in the published network."""
+
+
+def layers_of(config: VideoTokenizerConfig) -> Layers:
+    """Return the layers from which the network of a configuration is built."""
+    return PICTURE_LAYERS if config.is_image else VIDEO_LAYERS
 
 
 class Middle(nn.Module):
@@ -41,9 +52,10 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, config: VideoTokenizerConfig) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, config.dropout)
-        self.attn_1 = attention_pair(channels, config.attention_window)
-        self.block_2 = ResidualBlock(channels, channels, config.dropout)
+        layers = layers_of(config)
+        self.block_1 = ResidualBlock(channels, channels, config.dropout, layers)
+        self.attn_1 = layers.attention(channels, config.attention_window)
+        self.block_2 = ResidualBlock(channels, channels, config.dropout, layers)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x, past), past), past)
@@ -59,10 +71,10 @@ class Level(nn.Module):
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VideoTokenizerConfig
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(a, b, config.dropout) for a, b in pairwise(widths))
+        layers, widths = layers_of(config), [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResidualBlock(a, b, config.dropout, layers) for a, b in pairwise(widths))
         pairs = num_blocks if attention else 0
-        self.attn = nn.ModuleList(attention_pair(out_channels, config.attention_window) for _ in range(pairs))
+        self.attn = nn.ModuleList(layers.attention(out_channels, config.attention_window) for _ in range(pairs))
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for index, block in enumerate(self.block):
@@ -77,20 +89,20 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * mult for mult in (1, *config.channels_mult)]
-        end_conv = point_conv if config.pointwise_ends else factorised_conv
+        layers, widths = layers_of(config), [config.channels * mult for mult in (1, *config.channels_mult)]
+        end_conv = layers.point if config.pointwise_ends else layers.conv
         self.conv_in = end_conv(config.in_channels * config.patch_channels, config.channels)
         self.down = nn.ModuleList()
         for index, (wanted_attention, sampler) in enumerate(
-            zip(config.attention_levels(), [*config.downsamplers(), None], strict=True)
+            zip(config.attention_levels(), config.encoder_samplers(), strict=True)
         ):
             level = Level(widths[index], widths[index + 1], config.num_res_blocks, wanted_attention, config)
             if sampler is not None:
-                level.downsample = Downsample(widths[index + 1], spatial=sampler.spatial, temporal=sampler.temporal)
+                level.downsample = layers.downsample(widths[index + 1], sampler, config.unused_samplers)
             self.down.append(level)
         self.mid = Middle(widths[-1], config)
-        self.norm_out = FrameNorm(widths[-1])
-        self.conv_out = factorised_conv(widths[-1], config.z_factor * config.z_channels)
+        self.norm_out = layers.norm(widths[-1])
+        self.conv_out = layers.conv(widths[-1], config.z_factor * config.z_channels)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         h = self.conv_in(x, past)
@@ -110,20 +122,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
-        widths = [config.channels * mult for mult in config.channels_mult]
+        layers, widths = layers_of(config), [config.channels * mult for mult in config.decoder_mult]
         inner = [*widths[1:], widths[-1]]
-        self.conv_in = factorised_conv(config.z_channels, widths[-1])
+        self.conv_in = layers.conv(config.z_channels, widths[-1])
         self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList()
         for index, (wanted_attention, sampler) in enumerate(
-            zip(config.attention_levels(), [None, *config.upsamplers()], strict=True)
+            zip(config.attention_levels(len(widths)), config.decoder_samplers(), strict=True)
         ):
             level = Level(inner[index], widths[index], config.num_res_blocks + 1, wanted_attention, config)
             if sampler is not None:
-                level.upsample = Upsample(widths[index], spatial=sampler.spatial, temporal=sampler.temporal)
+                level.upsample = layers.upsample(widths[index], sampler, config.unused_samplers)
             self.up.append(level)
-        self.norm_out = FrameNorm(widths[0])
-        end_conv = point_conv if config.pointwise_ends else factorised_conv
+        self.norm_out = layers.norm(widths[0])
+        end_conv = layers.point if config.pointwise_ends else layers.conv
         self.conv_out = end_conv(widths[0], config.out_channels * config.patch_channels)
 
     def features(self, z: Tensor, past: Past | None = None) -> Tensor:
@@ -145,6 +157,9 @@ class VideoTokenizer(nn.Module):
     T must be 1 + temporal_compression * k; H and W must be multiples of spatial_compression. `encode`
     and `decode` take a whole clip and process it in pieces. For a clip that does not fit into memory,
     `encode_stream` and `decode_stream` take it in chunks.
+
+    If `is_continuous`, all methods have latents [B, C, t, h, w], in the dtype of the network, where they
+    otherwise have codes [B, t, h, w].
     """
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
@@ -152,14 +167,26 @@ class VideoTokenizer(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = point_conv(config.z_factor * config.z_channels, config.embedding_dim)
-        self.post_quant_conv = point_conv(config.embedding_dim, config.z_channels)
-        self.quantizer = FiniteScalarQuantizer(config.levels)
-        self._start_as_image_network()
+        point = layers_of(config).point
+        self.quant_conv = point(config.z_factor * config.z_channels, config.encoder_outputs)
+        self.post_quant_conv = point(config.value_channels, config.z_channels)
+        self.quantizer = NoQuantizer() if config.is_continuous else FiniteScalarQuantizer(config.levels)
+        if not config.is_image:
+            self._start_as_image_network()
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the tokenizer makes continuous latents instead of codes."""
+        return self.config.is_continuous
+
+    @property
+    def value_channels(self) -> int:
+        """The number of channels of code values or of continuous latents."""
+        return self.config.value_channels
 
     @property
     def num_codes(self) -> int:
-        """The number of different codes. Codes are 0 .. num_codes - 1."""
+        """The number of different codes. Codes are 0 .. num_codes - 1. A continuous tokenizer has 0."""
         return self.quantizer.num_codes
 
     @property
@@ -179,26 +206,68 @@ class VideoTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Encode video [B, 3, T, H, W] in [-1, 1] to int64 codes [B, t, h, w].
+        """Encode video [B, 3, T, H, W] in [-1, 1] to int64 codes [B, t, h, w], or to latents [B, C, t, h, w].
 
-        Raises ValueError unless T is 1 + temporal_compression * k and H and W are multiples of
+        Latents of the formulation VAE are the means; `encode_moments` gives the log variances too. Raises
+        ValueError unless T is 1 + temporal_compression * k and H and W are multiples of
         spatial_compression.
         """
+        past: Past = {}
+        pieces = self._pieces(video)
+        return torch.cat([self.quantize(self.encode_latent(piece, past))[1] for piece in pieces], dim=-3)
+
+    @torch.no_grad()
+    def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode video [B, 3, T, H, W] to the means and log variances, both [B, C, t, h, w], of the formulation VAE.
+
+        The published `encode` returns a sample, mean + exp(log variance / 2) * noise. Raises ValueError
+        for another formulation and for sizes that `encode` refuses.
+        """
+        if self.config.formulation != "VAE":
+            raise ValueError(f"{self.config.name} {self.config.formulation} has no log variance; only the formulation VAE has one")
+        past: Past = {}
+        found = torch.cat([self._encoded(piece, past) for piece in self._pieces(video)], dim=2)
+        mean, log_variance = found.chunk(2, dim=1)
+        return mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
+
+    @torch.no_grad()
+    def encode_frames(self, video: Tensor) -> Tensor:
+        """Encode each frame of a video [B, 3, T, H, W] as a picture, to codes [B, T, h, w] or to latents [B, C, T, h, w].
+
+        Raises ValueError unless H and W are multiples of spatial_compression.
+        """
+        self.check_size(video)
+        if not video.shape[2]:
+            raise ValueError("num_frames must be at least 1, got 0")
+        pictures = video.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # B T, 3, 1, H, W
+        found = torch.cat([self.encode(piece) for piece in pictures.split(PIECE)])
+        return found.squeeze(-3).unflatten(0, (-1, video.shape[2])).transpose(1, -3)
+
+    def _pieces(self, video: Tensor) -> tuple[Tensor, ...]:
+        """Return the pieces of a whole clip [B, 3, T, H, W] that `encode` encodes one after the other."""
         self.check_size(video)
         self.check_num_frames(video.shape[2])
         step = self.temporal_compression
-        pieces = video.tensor_split(list(range(1 + step * (PIECE - 1), video.shape[2], step * PIECE)), dim=2)
-        past: Past = {}
-        return torch.cat([self.quantize(self.encode_latent(piece, past))[1] for piece in pieces], dim=1)
+        return video.tensor_split(list(range(1 + step * (PIECE - 1), video.shape[2], step * PIECE)), dim=2)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes [B, t, h, w] to video [B, 3, T, H, W], about [-1, 1] and not clamped.
+        """Decode codes [B, t, h, w], or latents [B, C, t, h, w], to video [B, 3, T, H, W], about [-1, 1] and not clamped.
 
         Raises ValueError for codes out of range.
         """
         self.check_codes(codes)
         past: Past = {}
         return torch.cat([self.decode_latent(piece, past) for piece in self.values(codes).split(PIECE, dim=2)], dim=2)
+
+    def decode_frames(self, codes: Tensor) -> Tensor:
+        """Decode codes [B, T, h, w], or latents [B, C, T, h, w], of single frames to video [B, 3, T, H, W].
+
+        The inverse of `encode_frames`: each latent frame is decoded as a picture.
+        """
+        self.check_codes(codes)
+        frames = codes.transpose(1, -3).flatten(0, 1).unsqueeze(-3)
+        found = torch.cat([self.decode(piece) for piece in frames.split(PIECE)])
+        return found.squeeze(2).unflatten(0, (len(codes), -1)).transpose(1, 2)
 
     def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Encode a clip from chunks [B, 3, T, H, W] of any lengths; yield the codes [B, 1, h, w] of each latent frame.
@@ -221,11 +290,18 @@ class VideoTokenizer(nn.Module):
     def encode_latent(self, video: Tensor, past: Past | None = None) -> Tensor:
         """Encode video [B, 3, T, H, W] to a latent [B, C, t, h, w] before quantization.
 
-        With a cache `past`, the video is a chunk of a clip: 1 + temporal_compression * k frames if the
-        cache is empty, temporal_compression * k frames otherwise.
+        The latent of the formulation VAE is the mean. With a cache `past`, the video is a chunk of a clip:
+        1 + temporal_compression * k frames if the cache is empty, temporal_compression * k frames
+        otherwise.
         """
         self.check_size(video)
         self.check_num_frames(video.shape[2] + (1 if past else 0))
+        return self._encoded(video, past)[:, : self.value_channels]
+
+    def _encoded(self, video: Tensor, past: Past | None) -> Tensor:
+        """Return what the encoder gives for a chunk of a clip: a latent, or mean and log variance [B, 2 C, t, h, w]."""
+        if self.config.is_image:
+            return by_frame(lambda x: self.quant_conv(self.encoder(x)), picture_patchify(video, self.config.patch_size))
         video = spatial_patchify(video, self.config.spatial_patch_size)
         patches = patchify(video, self.config.patch_size, self.config.patch_method, starts=not past)
         return self.quant_conv(self.encoder(patches, past))
@@ -237,19 +313,34 @@ class VideoTokenizer(nn.Module):
     def values(self, codes: Tensor) -> Tensor:
         """Return the code values [B, C, t, h, w] of codes [B, t, h, w], in the dtype of the network.
 
-        Raises ValueError for codes out of range.
+        Latents are their own values. Raises ValueError for codes out of range.
         """
-        return self.quantizer.values(codes, self.post_quant_conv.conv3d.weight.dtype)
+        return self.quantizer.values(codes, next(self.post_quant_conv.parameters()).dtype)
+
+    def nearest_codes(self, values: Tensor) -> Tensor:
+        """Return the codes [B, t, h, w] whose values are nearest to values [B, C, t, h, w]; latents are returned as they are.
+
+        Raises ValueError for NaN.
+        """
+        return self.quantizer.nearest(values)
 
     def decode_latent(self, values: Tensor, past: Past | None = None) -> Tensor:
         """Decode code values [B, C, t, h, w] to video [B, 3, T, H, W].
 
         With a cache `past`, the code values are the next latent frames of a clip.
         """
+        if self.config.is_image:
+            patches = by_frame(lambda x: self.decoder(self.post_quant_conv(x)), values)
+            return picture_unpatchify(patches, self.config.patch_size)
         starts = not past
         patches = self.decoder(self.post_quant_conv(values), past)
         video = unpatchify(patches, self.config.patch_size, self.config.patch_method, starts=starts)
         return spatial_unpatchify(video, self.config.spatial_patch_size)
+
+    def check_has_codes(self, purpose: str) -> None:
+        """Raise UserError if the tokenizer is continuous; `purpose` says what needs codes."""
+        if self.is_continuous:
+            raise UserError(f"{purpose} needs a video tokenizer with codes; this one is continuous ({self.config.name})")
 
     def check_size(self, video: Tensor) -> None:
         """Raise ValueError unless channels, height and width of the video can be encoded."""
@@ -268,8 +359,15 @@ class VideoTokenizer(nn.Module):
             raise ValueError(f"num_frames must be 1 + {step} * k, got {num_frames}; use {below} or {below + step}")
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raise ValueError unless the codes have four axes, [B, t, h, w]."""
-        if codes.dim() != 4:
+        """Raise ValueError unless codes have the shape [B, t, h, w], or latents [B, C, t, h, w]."""
+        channels = self.value_channels
+        if self.is_continuous:
+            if codes.dim() != 5 or codes.shape[1] != channels or not codes.is_floating_point():
+                raise ValueError(
+                    f"latents must be floats of the shape [batch, {channels}, frames, rows, columns], got {codes.dtype} "
+                    f"{tuple(codes.shape)}"
+                )
+        elif codes.dim() != 4:
             raise ValueError(f"codes must have the shape [batch, frames, rows, columns], got {tuple(codes.shape)}")
 
     @torch.no_grad()
@@ -304,9 +402,10 @@ class VideoTokenizer(nn.Module):
         """
         folder = loading.find_tokenizer_folder(Path(folder))
         config = loading.read_config(folder)
+        tensors = loading.read_tensors(folder)
+        config = loading.fitted(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         with torch.device("meta"):
             model = cls(config)
-        tensors = loading.read_tensors(folder)
         loading.check_layout(model.state_dict(), tensors, folder)
         target = dtype or torch.float32
         tensors = {key: tensor.to(device=device, dtype=target) for key, tensor in tensors.items()}
@@ -316,3 +415,8 @@ class VideoTokenizer(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into `folder`: weights in their current dtype, with published key names."""
         loading.write_folder(Path(folder), self.config, self.state_dict())
+
+
+def by_frame(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a network for pictures [N, C, H, W] to each frame of x [B, C, T, H, W]."""
+    return network(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)

@@ -4,7 +4,8 @@ The first frame fills a patch of its own: it is repeated until there are p copie
 frames become 1 + k patch frames, and the first patch frame depends on the first frame only.
 
 `spatial_patchify` splits a picture into one of half the height and width, the means of its 2 x 2
-pixels, and three differences for each mean.
+pixels, and three differences for each mean. `picture_patchify` is the same with the bands in the order
+of the published network for pictures.
 """
 
 from __future__ import annotations
@@ -114,3 +115,13 @@ def spatial_unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     x = patches.reshape(b, p**2, c * frames * h * w)
     x = torch.matmul(_matrix_like(p, True, x.device, x.dtype, num_axes=2), x)
     return x.view(b, p, p, c, frames, h, w).permute(0, 3, 4, 5, 1, 6, 2).reshape(b, c, frames, h * p, w * p)
+
+
+def picture_patchify(video: Tensor, patch_size: int) -> Tensor:
+    """Return the 2-D Haar wavelet [B, p^2 C, T, H / p, W / p] of a video, the difference along height before that along width."""
+    return spatial_patchify(video.mT, patch_size).mT
+
+
+def picture_unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Return the video [B, C, T, h p, w p] of patches [B, p^2 C, T, h, w]; the inverse of `picture_patchify`."""
+    return spatial_unpatchify(patches.mT, patch_size).mT

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs([args.sheet], [args.output])
     folder, device = args.tokenizer or shipped_model(), pick_device(args.device)
     tokenizer = VideoTokenizer.from_pretrained(folder, dtype=getattr(torch, args.dtype), device=device)
+    tokenizer.check_has_codes("evaluate tokenizer")
     config, _, clip = registry.generator_of(shipped_model()).load("cost", "clip").model_of(shipped_model(), None)
     clip = clip.scaled(tokenizer.spatial_compression, config.spatial_compression)
     shape = {name: getattr(clip if getattr(args, name) is None else args, name) for name in ("num_frames", "height", "width")}

@@ -32,15 +32,16 @@ class Published(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.quantizer.wavelets[0] + self.quantizer._levels[0]
         if self.encodes:
-            x = self.quant_conv(self.encoder(x))
+            x = self.quant_conv(self.encoder(x))[:, : self.config.value_channels]
         return self.decoder(self.post_quant_conv(x)) if self.decodes else x
 
 
 def write_published(model: VideoTokenizer, folder: Path, names: tuple[str, ...] = ("encoder", "decoder", "autoencoder")) -> None:
     """encoder.jit, decoder.jit and autoencoder.jit as torch.jit.trace makes them; the pixels' patches stay outside."""
-    config, weight = model.config, model.quant_conv.conv3d.weight
-    patches = torch.zeros(1, config.in_channels * config.patch_channels, 2, 4, 4, dtype=weight.dtype)
-    latent = torch.zeros(1, config.embedding_dim, 1, 2, 2, dtype=weight.dtype)
+    config, weight = model.config, next(model.quant_conv.parameters())
+    frames = () if config.is_image else (2,)
+    patches = torch.zeros(1, config.in_channels * config.patch_channels, *frames, 4, 4, dtype=weight.dtype)
+    latent = torch.zeros(1, config.value_channels, *frames[:1], 2, 2, dtype=weight.dtype)
     for name in names:
         part = Published(model, name != "decoder", name != "encoder")
         with torch.no_grad():

@@ -44,6 +44,7 @@ class ClipSettings:
 
     def check(self, tokenizer: VideoTokenizer) -> None:
         """Raise UserError if `tokenizer` cannot encode clips of these settings into shards."""
+        tokenizer.check_has_codes("ingest")
         step, stride = tokenizer.temporal_compression, tokenizer.spatial_compression
         for name in ("num_frames", "min_frames"):
             value = getattr(self, name)

@@ -273,6 +273,7 @@ def read_video_tokenizer(folder: Path, dtype: torch.dtype | None) -> tuple[Video
     """
     config = loading.read_config(folder)
     tensors = loading.read_tensors(folder)
+    config = loading.fitted(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     with torch.device("meta"):
         loading.check_layout(VideoTokenizer(config).state_dict(), tensors, folder)
     return config, {key: tensor.to(dtype or tensor.dtype) for key, tensor in tensors.items()}

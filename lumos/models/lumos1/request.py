@@ -43,6 +43,7 @@ def prompt_ids(prompt: str, clip: ClipDefaults, config: LumosConfig, tokenizer: 
 def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_tokenizer: VideoTokenizer) -> None:
     """Raise UserError if one of the tokenizers does not fit the model."""
     check_text_tokenizer(config, text_tokenizer)
+    video_tokenizer.check_has_codes("Lumos-1")
     for what, ours, theirs in (
         ("codes", config.visual_token_count, video_tokenizer.num_codes),
         ("temporal compression", config.temporal_compression, video_tokenizer.temporal_compression),

@@ -142,6 +142,7 @@ class TokenizerTrainingSettings:
         self._allow("worlds", self.worlds.keys() <= {*WORLD_OPTIONS}, WORLDS_ALLOWED)
         SyntheticScenes(**self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
+        self._allow("model", not config.is_continuous, "the config of a tokenizer with codes (name DV)")
         step, stride = config.temporal_compression, config.spatial_compression
         self._allow("steps", self.steps > 0 or self.fit_batches > 0, "1 or more, or 0 with fit_batches")
         self._allow("num_frames", (self.num_frames - 1) % step == 0, f"1 + a multiple of {step}")
