@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, default=25, dest="num_frames", help="frames of a clip, 1 + a multiple of 4; default: %(default)s")
     add("--min-frames", type=int, help="make clips of at least this length from shorter videos; default: skip shorter videos")
     add("--clips-per-video", type=int, default=1, help="maximum number of clips of a video; default: 1, from its middle")
+    add("--per-frame-codes", action="store_true",
+        help="also store the codes of each frame as a picture, for models with per_frame latents; shards are then about twice "
+             "as large or more")  # fmt: skip
     add("--engine", default="local", help="local: processes of this machine; ray: actors on a Ray cluster; default: local")
     add("--workers", type=int, default=1, help="processes, or maximum number of actors; 0: no other process; default: 1")
     add("--item-timeout", type=float, metavar="SECONDS", help="skip an item that takes longer; default: half an hour")
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.data.ingest.encode import ClipSettings
     from lumos.data.ingest.ingest import ingest
 
-    names = ("fps", "size", "num_frames", "min_frames", "clips_per_video")
+    names = ("fps", "size", "num_frames", "min_frames", "clips_per_video", "per_frame_codes")
     settings = ClipSettings(**{name: getattr(args, name) for name in names})
     with tqdm(unit="item", desc="ingesting", file=sys.stderr, disable=None) as bar:
 

@@ -34,6 +34,7 @@ class ClipSettings:
     min_frames       a video of fewer than `num_frames` frames gives one clip if it has at least this
                      many; None: such a video is skipped
     clips_per_video  largest number of clips of a video
+    per_frame_codes  whether to store, beside the codes of each clip, those of each frame as a picture
     """
 
     fps: int = 12
@@ -41,6 +42,7 @@ class ClipSettings:
     num_frames: int = 25
     min_frames: int | None = None
     clips_per_video: int = 1
+    per_frame_codes: bool = False
 
     def check(self, tokenizer: VideoTokenizer) -> None:
         """Raise UserError if `tokenizer` cannot encode clips of these settings into shards."""
@@ -149,6 +151,8 @@ def _row(
         "fps": settings.fps if count > 1 else 1, "caption": item.caption,
         "source": as_text(f"{item.path}/{item.member}" if item.member else item.path), "start": start,
     }  # fmt: skip
+    if settings.per_frame_codes:
+        row[shards.FRAME_CODES] = tokenizer.encode_frames(video)[0].cpu().numpy().astype(np.uint16)  # [T, h, w]
     return row | {"checksum": shards.checksum(row)}
 
 

@@ -139,6 +139,7 @@ def _claim(out: Path, settings: ClipSettings, model: VideoTokenizer, tokenizer: 
     if old["tokenizer"]["fingerprint"] != description["tokenizer"]["fingerprint"]:
         folder = old["tokenizer"].get("folder")
         raise UserError(f"{out} was made with another tokenizer ({folder}), not with {tokenizer}; use another folder")
+    before = {"per_frame_codes": False} | old["settings"]  # earlier versions had no such setting
     for name, value in description["settings"].items():
-        if old["settings"].get(name) != value:
-            raise UserError(f"{out} was made with {name} {old['settings'].get(name)}, not {value}; use that, or another folder")
+        if before.get(name) != value:
+            raise UserError(f"{out} was made with {name} {before.get(name)}, not {value}; use that, or another folder")

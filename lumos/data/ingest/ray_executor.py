@@ -27,6 +27,7 @@ from lumos.data.ingest.encode import Encoder, EncoderSpec, Result, Skip
 from lumos.data.ingest.executors import ITEM_TIMEOUT
 from lumos.data.ingest.item import Item
 from lumos.data.ingest.workers import Make, WorkerPool
+from lumos.data.shards.format import FRAME_CODES
 from lumos.errors import RunError, UserError, shown
 
 DEVICES = (None, "auto", "cpu", "cuda")
@@ -127,9 +128,12 @@ def to_text(result: Result) -> str:
         return json.dumps({"skip": [result.reason, result.detail]})
     rows = []
     for row in result:
-        codes = row["codes"]
-        packed = base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii")
-        rows.append({**row, "codes": packed, "grid": codes.shape})
+        packed = {
+            name: [base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii"), *codes.shape]
+            for name, codes in row.items()
+            if isinstance(codes, np.ndarray)
+        }
+        rows.append({**row, **packed})
     return json.dumps({"rows": rows})
 
 
@@ -139,8 +143,10 @@ def from_text(text: str) -> Result:
     if "skip" in fields:
         return Skip(*fields["skip"])
     for row in fields["rows"]:
-        codes = np.frombuffer(base64.b64decode(row["codes"]), "<u2").astype(np.uint16)
-        row["codes"] = codes.reshape(row.pop("grid"))
+        for name in ("codes", FRAME_CODES):
+            if name in row:
+                packed, *shape = row[name]
+                row[name] = np.frombuffer(base64.b64decode(packed), "<u2").astype(np.uint16).reshape(shape)
     return fields["rows"]
 
 

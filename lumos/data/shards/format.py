@@ -1,7 +1,8 @@
 """The format of ingested data: a folder of Parquet shards, `dataset.json` and the journals of the ingest.
 
 A row of a shard is a clip: its codes (uint16, row-major), their grid [t, h, w], the size and frame rate
-of the clip, its caption, its source and a checksum. A shard is written completely or not at all, so the
+of the clip, its caption, its source and a checksum. If the ingest was asked for them, a row also has
+the codes of each frame, encoded as a picture (uint16 [T, h, w], row-major). A shard is written completely or not at all, so the
 rows of the shards are the state of an ingest. The footer of a shard has the sizes of its clips and a
 digest of their content, so that training knows both without reading the rows.
 
@@ -34,9 +35,12 @@ SHEET = "sheet.png"
 """Preview of the clips, drawn by the command `inspect`; it is not part of the data."""
 FACTS = "lumos.facts"
 """Key in the footer of a shard for the fields of :class:`ShardFacts` as JSON."""
-VERSION_KEY, VERSION = "lumos.version", 2
-"""Key in the footer for the version of a shard, and the version that is written. Version 1 has no such key, and its
-checksum of a row covers codes and caption. In version 2 it covers all columns, and FACTS has its own checksum."""
+VERSION_KEY, VERSION, VERSION_WITH_FRAMES = "lumos.version", 2, 3
+"""Key in the footer for the version of a shard, and the versions that are written. Version 1 has no such key, and its
+checksum of a row covers codes and caption. In version 2 it covers all columns, and FACTS has its own checksum. Version
+3 has the column FRAME_CODES too."""
+FRAME_CODES = "frame_codes"
+"""Column of the codes of single frames, and key of a row for them, uint16 [T, h, w]."""
 FOOTER_BYTES = 1 << 18
 """Bytes read at the end of a remote shard in the first request. The footer of a thousand clips has about 160 kB."""
 ROWS_IN_GROUP = 16
@@ -53,8 +57,8 @@ def parquet() -> ModuleType:
     return module
 
 
-def schema() -> Any:
-    """Return the columns of a shard as a pyarrow schema."""
+def schema(per_frame: bool = False) -> Any:
+    """Return the columns of a shard, with or without codes of single frames, as a pyarrow schema."""
     parquet()
     import pyarrow as pa
 
@@ -72,20 +76,25 @@ def schema() -> Any:
         "start": pa.float64(),
         "checksum": pa.string(),
     }
-    return pa.schema(fields)
+    return pa.schema(fields | ({FRAME_CODES: pa.list_(pa.uint16())} if per_frame else {}))
 
 
 def checksum(row: dict[str, Any]) -> str:
-    """Return the checksum of all columns of a row with codes [t, h, w]."""
+    """Return the checksum of all columns of a row with codes [t, h, w] and, if it has them, frame codes [T, h, w]."""
     names = ("id", "clip", "num_frames", "height", "width", "fps", "caption", "source")
     head = json.dumps([*(row[name] for name in names), float(row["start"]), *row["codes"].shape])
-    return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
+    return _digest(head.encode() + _code_bytes(row))
 
 
 def content_checksum(row: dict[str, Any]) -> str:
-    """Return the checksum of codes [t, h, w], their shape and the caption of a row, which are what training uses."""
+    """Return the checksum of all codes, their shape and the caption of a row, which are what training uses."""
     head = json.dumps([*row["codes"].shape, row["caption"]])
-    return _digest(head.encode() + np.ascontiguousarray(row["codes"], dtype="<u2").tobytes())
+    return _digest(head.encode() + _code_bytes(row))
+
+
+def _code_bytes(row: dict[str, Any]) -> bytes:
+    """Return the codes of a row, and behind them those of single frames if it has them."""
+    return b"".join(np.ascontiguousarray(row[name], dtype="<u2").tobytes() for name in ("codes", FRAME_CODES) if name in row)
 
 
 def _digest(data: bytes) -> str:
@@ -164,21 +173,27 @@ def _regular(path: Path) -> Path:
 
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with codes [t, h, w] and checksums as a shard, which appears completely or not at all."""
+    """Write rows with codes [t, h, w] and checksums as a shard, which appears completely or not at all.
+
+    Either all rows have codes of single frames, or none.
+    """
     import pyarrow as pa
 
-    plain = [{**row, "codes": row["codes"].reshape(-1), "grid": list(row["codes"].shape)} for row in rows]
+    per_frame = FRAME_CODES in rows[0] if rows else False
+    columns = ["codes", FRAME_CODES] if per_frame else ["codes"]
+    plain = [{**row, **{name: row[name].reshape(-1) for name in columns}, "grid": list(row["codes"].shape)} for row in rows]
     facts = {
         "digest": content_digest(rows),
         **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
         "item": [item_number(row["id"]) for row in rows],
     }
-    metadata = {FACTS: json.dumps(facts | {"checksum": _facts_checksum(facts)}), VERSION_KEY: str(VERSION)}
+    version = VERSION_WITH_FRAMES if per_frame else VERSION
+    metadata = {FACTS: json.dumps(facts | {"checksum": _facts_checksum(facts)}), VERSION_KEY: str(version)}
     # Codes hardly repeat, so a dictionary does not help. Splitting their bytes needs 2 bytes per code instead of 2.8.
     options = {"compression": "zstd", "use_dictionary": False}
     with replacing(path) as temporary:
-        table = pa.Table.from_pylist(plain, schema=schema())
-        split = {"codes.list.element": "BYTE_STREAM_SPLIT"}
+        table = pa.Table.from_pylist(plain, schema=schema(per_frame))
+        split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in columns}
         with parquet().ParquetWriter(temporary, table.schema, column_encoding=split, **options) as writer:
             writer.write_table(table, row_group_size=ROWS_IN_GROUP)
             writer.add_key_value_metadata(metadata)
@@ -201,18 +216,19 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
         columns = opened.schema_arrow
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    for field in schema():
+    version = _version(path, opened.metadata.metadata)
+    for field in schema(version == VERSION_WITH_FRAMES):
         if field.name not in columns.names or columns.field(field.name).type != field.type:
             raise damaged(path, f"it has no column {field.name} of {field.type}")
-    _version(path, opened.metadata.metadata)
     return opened
 
 
 def _version(path: Path | Remote, metadata: dict[bytes, bytes] | None) -> int:
     """Return the version of a shard with this metadata; raise UserError if a later program wrote the shard."""
     given = (metadata or {}).get(VERSION_KEY.encode(), b"1")
-    if given not in (b"1", b"2"):
-        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a newer version")
+    if given not in (b"1", b"2", b"3"):
+        latest = VERSION_WITH_FRAMES
+        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {latest}; use a newer version")
     return int(given)
 
 
@@ -273,7 +289,7 @@ def read_ids(path: Path) -> list[str]:
 def read_group(
     path: Path | Remote, group: int, opened: Any = None, made_by: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the clips of a row group, with codes uint16 [t, h, w].
+    """Return the clips of a row group, with codes uint16 [t, h, w] and, if the shard has them, frame codes [T, h, w].
 
     `opened` is the result of :func:`open_shard` for the path, if the shard is already open. `made_by` is
     the result of :func:`tokenizer_facts` for the tokenizer that made the codes. If it is given, codes
@@ -282,26 +298,30 @@ def read_group(
     import pyarrow as pa
 
     opened = opened or open_shard(path)
-    check = checksum if _version(path, opened.metadata.metadata) > 1 else content_checksum
+    version = _version(path, opened.metadata.metadata)
+    check = checksum if version > 1 else content_checksum
+    names = ["codes", FRAME_CODES] if version == VERSION_WITH_FRAMES else ["codes"]
     try:
-        table = opened.read_row_group(group)
-        codes = table.column("codes").combine_chunks()
-        offsets, values = codes.offsets.to_numpy(), codes.values.to_numpy()
-        rows = table.drop(["codes"]).to_pylist()
+        table = opened.read_row_group(group, columns=schema(len(names) > 1).names)
+        columns = {name: table.column(name).combine_chunks() for name in names}
+        parts = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in columns.items()}
+        rows = table.drop(names).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
     for i, row in enumerate(rows):
-        row["codes"] = values[offsets[i] : offsets[i + 1]]
+        row |= {name: values[offsets[i] : offsets[i + 1]] for name, (offsets, values) in parts.items()}
         if problem := _impossible(row, made_by):
             raise damaged(path, f"{shown(row['id'])} has {problem}")
         row["codes"] = row["codes"].reshape(row["grid"])
+        if FRAME_CODES in row:
+            row[FRAME_CODES] = row[FRAME_CODES].reshape(-1, *row["grid"][1:])
         if check(row) != row["checksum"]:
             raise damaged(path, f"the checksum of {row['id']} is wrong")
     return rows
 
 
 def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | None:
-    """Return a description of an impossible value of a row with codes [t * h * w], or None if there is none."""
+    """Return a description of an impossible value of a row with flat codes [t * h * w], or None if there is none."""
     for name, value in row.items():
         if value is None or (isinstance(value, list) and None in value):
             return f"no {name}"
@@ -312,10 +332,15 @@ def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | No
         if not least <= row[name] < math.inf:
             return f"the {name} {row[name]}"
     frames, height, width = row["num_frames"], row["height"], row["width"]
+    of_frames = row.get(FRAME_CODES)
+    if of_frames is not None and len(of_frames) != frames * grid[1] * grid[2]:
+        return f"{len(of_frames)} codes of single frames for {frames} frames of {grid[1]} x {grid[2]} codes"
     if made_by:
         time, space = made_by["temporal_compression"], made_by["spatial_compression"]
         if codes.max() >= made_by["num_codes"]:
             return f"the code {codes.max()}, where the tokenizer has {made_by['num_codes']}"
+        if of_frames is not None and of_frames.max() >= made_by["num_codes"]:
+            return f"the code {of_frames.max()}, where the tokenizer has {made_by['num_codes']}"
     else:  # any tokenizer; the compression follows from the sizes
         time, space = max(frames - 1, 1) // max(grid[0] - 1, 1), max(height // grid[1], 1)
     if [(grid[0] - 1) * time + 1, grid[1] * space, grid[2] * space] != [frames, height, width]:
@@ -383,6 +408,15 @@ def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> N
         raise UserError(
             f"{what} is another video tokenizer than the one that made the shards ({made.get('folder')}, "
             f"{made['num_codes']} codes; this one has {given['num_codes']}): give that one, or ingest again with this one"
+        )
+
+
+def check_frame_codes(description: dict[str, Any], path: str | Path | Remote) -> None:
+    """Raise UserError if the shards have no codes of single frames."""
+    if not description["settings"].get("per_frame_codes"):
+        raise UserError(
+            f"{path} holds the codes of clips only, and latents per_frame need those of single frames: ingest into a new folder "
+            "with --per-frame-codes, or use latents causal"
         )
 
 

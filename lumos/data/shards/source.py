@@ -38,27 +38,34 @@ class ShardSource:
 
     A video step uses clips of at least `min_frames` frames. Of a longer clip it uses the codes of the
     first `num_frames` frames, which are exactly the codes of the cut clip because the tokenizer is
-    causal. A picture step uses the clips of one frame or, if there are none, the first frames of all
-    clips. Clips of different sizes are mixed, in the order of :class:`EpochOrder`.
+    causal. With `per_frame` it uses the codes of single frames instead. A picture step uses the clips of
+    one frame or, if there are none, the first frames of all clips. Clips of different sizes are mixed,
+    in the order of :class:`EpochOrder`.
 
     `held_out` clips of each kind are for validation. Training uses neither these clips nor others of the
     same items. Shards behind a URL need `copies`; for local shards it is None.
 
-    Raise UserError if another tokenizer made the shards, if they were ingested with another `size`, if
-    too few clips of a kind are left, if a height or width is not a multiple of `size_unit`, or if the
-    limit of `copies` is too small for the shards that are in use at a time.
+    Raise UserError if another tokenizer made the shards, if they lack the codes of single frames that
+    `per_frame` needs, if they were ingested with another `size`, if too few clips of a kind are left, if
+    a height or width is not a multiple of `size_unit`, or if the limit of `copies` is too small for the
+    shards that are in use at a time.
     """
 
     def __init__(
         self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, min_frames: int | None = None, size_unit: int,
         seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None, size: str | None = None,
+        per_frame: bool = False,
     ):  # fmt: skip
         self.folder, min_frames = location(path), min_frames or num_frames
         description = shards.read_description(self.folder)
         shards.check_tokenizer(description, tokenizer, "tokenizer.video")
         shards.check_size(description, size, self.folder)
+        if per_frame:
+            shards.check_frame_codes(description, self.folder)
+        self.column, self.step = (shards.FRAME_CODES, 1) if per_frame else ("codes", tokenizer.temporal_compression)
+        self.stride = tokenizer.spatial_compression
         self.index = ShardIndex(self.folder)
-        self.latent_frames = {"image": 1, "video": (num_frames - 1) // tokenizer.temporal_compression + 1}
+        self.latent_frames = {"image": 1, "video": (num_frames - 1) // self.step + 1}
         usable = {kind: self.index.usable(min_frames if kind == "video" else 1) for kind in kinds}
         validation = {kind: self.index.first_by_hash(rows, held_out) for kind, rows in usable.items()}
         held = self.index.same_items(np.concatenate([*validation.values()]))
@@ -67,7 +74,7 @@ class ShardSource:
             rows = np.setdiff1d(usable[kind], held)
             if not len(rows) or len(validation[kind]) < held_out:
                 raise self._too_few(kind, len(usable[kind]), num_frames, min_frames, held_out)
-            codes = self.index.codes(rows, tokenizer, self.latent_frames[kind])
+            codes = self.index.codes(rows, self.step, self.stride, self.latent_frames[kind])
             order = EpochOrder(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
             self.pools[kind] = ClipPool(rows, order, validation[kind])
         self.most_codes = {kind: int(pool.order.codes.max()) for kind, pool in self.pools.items()}
@@ -80,7 +87,7 @@ class ShardSource:
         fps = int(description["settings"]["fps"])
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         if copies:
-            self._check_room(tokenizer, shuffle_shards, copies.limit)
+            self._check_room({tokenizer.temporal_compression, self.step}, shuffle_shards, copies.limit)
         self.reader = ShardReader(self.index.paths, self.index.digests, copies, description["tokenizer"])
 
     def clips_in(self, shape: StepShape) -> int:
@@ -98,7 +105,7 @@ class ShardSource:
 
     def _clip(self, row: int, kind: str) -> Clip:
         found = self.reader.read(*self.index.place_of(row))
-        codes = found["codes"][: self.latent_frames[kind]]
+        codes = found[self.column][: self.latent_frames[kind]]
         return Clip(None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes)
 
     def _too_few(self, kind: str, found: int, num_frames: int, min_frames: int, held_out: int) -> UserError:
@@ -120,9 +127,14 @@ class ShardSource:
         height, width = sizes[:, counts.argmax()].tolist()
         return height, width
 
-    def _check_room(self, tokenizer: Any, shuffle_shards: int, limit: int) -> None:
-        """Raise UserError if the largest shards that can be in use at a time have more than `limit` bytes."""
-        codes = np.bincount(self.index.places[:, 0], self.index.codes(np.arange(len(self.index.places)), tokenizer))
+    def _check_room(self, steps: set[int], shuffle_shards: int, limit: int) -> None:
+        """Raise UserError if the largest shards that can be in use at a time have more than `limit` bytes.
+
+        A clip has codes for each of the temporal compressions `steps`.
+        """
+        rows = np.arange(len(self.index.places))
+        of_clips = np.sum([self.index.codes(rows, step, self.stride) for step in steps], axis=0)
+        codes = np.bincount(self.index.places[:, 0], of_clips)
         largest = np.sort(codes)[::-1] * BYTES_PER_CODE
         needed = int(largest[: 2 * shuffle_shards * len(self.pools)].sum())  # the shards of this block and the next
         if limit < needed:
@@ -170,11 +182,14 @@ class ShardIndex:
         rows = np.flatnonzero(self.num_frames >= num_frames if num_frames > 1 else self.num_frames == 1)
         return rows if len(rows) or num_frames > 1 else np.arange(len(self.num_frames))
 
-    def codes(self, rows: np.ndarray, tokenizer: Any, most_frames: int | None = None) -> np.ndarray:
-        """Return the number of codes of each clip, or of its first `most_frames` latent frames."""
-        latent = (self.num_frames[rows] - 1) // tokenizer.temporal_compression + 1
+    def codes(self, rows: np.ndarray, step: int, stride: int, most_frames: int | None = None) -> np.ndarray:
+        """Return the number of codes of each clip, or of its first `most_frames` latent frames.
+
+        A latent frame stands for `step` frames, a code for `stride` x `stride` pixels.
+        """
+        latent = (self.num_frames[rows] - 1) // step + 1
         latent = latent if most_frames is None else np.minimum(latent, most_frames)
-        return latent * (self.height[rows] // tokenizer.spatial_compression) * (self.width[rows] // tokenizer.spatial_compression)
+        return latent * (self.height[rows] // stride) * (self.width[rows] // stride)
 
     def first_by_hash(self, rows: np.ndarray, count: int) -> np.ndarray:
         """Return `count` of the clips, chosen by a hash of their ids.
