@@ -29,12 +29,12 @@ class Pass:
 
     frames   the numbers of its frames in the clip; the last ones may be beyond its end, and are then dropped
     given    those of `frames` that are given
-    pace     the distance of its frames in time, relative to the frames of a usual clip
+    pace     the distance of its frames in time, in frames of a usual clip
     """
 
     frames: range
     given: frozenset[int]
-    pace: float = 1.0
+    pace: int = 1
 
     @property
     def places(self) -> frozenset[int]:
@@ -42,7 +42,7 @@ class Pass:
         return frozenset(self.frames.index(frame) for frame in self.given)
 
 
-def passes_of(frames: int, given: Collection[int], longest: int, stride: int | None = None, pace: float = 1.0) -> Iterator[Pass]:
+def passes_of(frames: int, given: Collection[int], longest: int, stride: int | None = None) -> Iterator[Pass]:
     """Yield the passes of a clip.
 
     Args:
@@ -51,27 +51,26 @@ def passes_of(frames: int, given: Collection[int], longest: int, stride: int | N
             the last one, or every second one.
         longest: the most frames of a pass.
         stride: frames from one keyframe to the next; None: longest - 1.
-        pace: see Pass, of the clip.
 
     Raises UserError for a stride over longest - 1, and for a long clip whose given frames do not allow several passes.
     """
     given = frozenset(given)
     if frames <= longest:
-        yield Pass(range(frames), given, pace)
+        yield Pass(range(frames), given)
         return
     if longest < 3:
         raise UserError(
             f"a clip of {frames} frames is too long for this model, which makes {longest} at once; longer clips take 3"
         )
     if len(given) > 1 and given == frozenset(range(0, frames, 2)):
-        yield from upsampling(frames, longest, pace)
+        yield from upsampling(frames, longest)
         return
     stride = longest - 1 if stride is None else stride
     if stride > longest - 1:
         raise UserError(f"keyframe_stride {stride} is too large; this model fills at most {longest - 1} frames")
     last, begin = frames - 1, 0
     if given == {0, last}:
-        yield from between(last, longest, stride, pace)
+        yield from between(last, longest, stride)
         return
     if given - {0}:
         if max(given) >= longest - 1 or given != frozenset(range(len(given))):
@@ -79,16 +78,16 @@ def passes_of(frames: int, given: Collection[int], longest: int, stride: int | N
                 f"{frames} frames are more than the {longest} that this model makes at once; longer clips can have the first "
                 "frames, the first and the last frame or every second frame given"
             )
-        yield Pass(range(longest), given, pace)
+        yield Pass(range(longest), given)
         begin = longest - 1
     while begin < last:
         keys = range(begin, begin + stride * (longest - 1) + 1, stride)
-        yield Pass(keys, frozenset({begin} if begin else given), pace * stride)
-        yield from filled(keys, last, pace)
+        yield Pass(keys, frozenset({begin} if begin else given), stride)
+        yield from filled(keys, last)
         begin = keys[-1]
 
 
-def between(last: int, longest: int, stride: int, pace: float) -> Iterator[Pass]:
+def between(last: int, longest: int, stride: int) -> Iterator[Pass]:
     """Yield the passes of a clip of which frame 0 and frame `last` are given. UserError if keyframes do not end there."""
     if last % stride or last // stride >= longest:
         most = (longest - 1) * stride + 1
@@ -98,23 +97,23 @@ def between(last: int, longest: int, stride: int, pace: float) -> Iterator[Pass]
         )
     keys = range(0, last + 1, stride)
     if len(keys) > 2:
-        yield Pass(keys, frozenset({0, last}), pace * stride)
-    yield from filled(keys, last, pace)
+        yield Pass(keys, frozenset({0, last}), stride)
+    yield from filled(keys, last)
 
 
-def filled(keys: range, last: int, pace: float) -> Iterator[Pass]:
+def filled(keys: range, last: int) -> Iterator[Pass]:
     """Yield a pass for each gap between keyframes that begins before frame `last`."""
     for key in keys[:-1]:
         if key < last:
-            yield Pass(range(key, key + keys.step + 1), frozenset({key, key + keys.step}), pace)
+            yield Pass(range(key, key + keys.step + 1), frozenset({key, key + keys.step}))
 
 
-def upsampling(frames: int, longest: int, pace: float) -> Iterator[Pass]:
+def upsampling(frames: int, longest: int) -> Iterator[Pass]:
     """Yield the passes of a clip of which every second frame is given."""
     step = (longest - 1) // 2 * 2
     for begin in range(0, frames - 1, step):
         stretch = range(begin, min(begin + step + 1, frames))
-        yield Pass(stretch, frozenset(stretch[::2]), pace)
+        yield Pass(stretch, frozenset(stretch[::2]))
 
 
 class InOrder(Generic[T]):

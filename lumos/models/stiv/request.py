@@ -46,7 +46,7 @@ class StivResolved(Resolved):
     passes          the runs of the sampler; `new_frames` is their number
     patterns        the pattern of each pass
     ids             the ids of the prompts of all clips, then of the texts that guidance subtracts
-    stride          the sampling stride that the network is told for a usual pace
+    stride          the sampling stride that the network is told of a usual clip; of keyframes a multiple of it
     """
 
     grid: tuple[int, int]
@@ -55,7 +55,7 @@ class StivResolved(Resolved):
     passes: tuple[Pass, ...]
     patterns: tuple[str, ...]
     ids: TextIds
-    stride: float
+    stride: int
 
     @property
     def kept_pixels(self) -> list[dict[int, np.ndarray]]:
@@ -74,7 +74,7 @@ class StivResolved(Resolved):
             "sampler": {
                 "pattern": " + ".join(dict.fromkeys(self.patterns)), "passes": len(self.passes),
                 "model_calls": calls * len(self.passes), "time_grid": [round(t, 6) for t in grid],
-                "stride": self.stride * self.passes[-1].pace,
+                "strides": [self.stride * pace for pace in dict.fromkeys(part.pace for part in self.passes)],
             }
         }  # fmt: skip
 
@@ -90,11 +90,10 @@ def resolve(
     # 1. uses other than a clip from its beginning
     check_uses(request, config)
     unit = config.spatial_compression * config.patch_size
-    pace = 1.0
     if request.views:
         request = of_views(request, config)
     elif request.interpolate is not None:
-        request, pace = of_interpolation(request, config, defaults, unit), 1 / 2
+        request = of_interpolation(request, config, defaults, unit)
     elif request.video is not None and request.num_given_frames is None:
         request = replace(request, num_given_frames=frames_to_predict_from(config))
 
@@ -123,7 +122,7 @@ def resolve(
             f"num_frames {clip.num_frames} is more than the {config.pixel_frames(longest)} that this model makes at once; longer "
             f"clips are filled between keyframes, which needs latents of single frames, and this model has {config.latents} latents"
         )
-    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride, pace))
+    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride))
     if len(passes) == 1:
         without_effect("a clip that is made at once", keyframe_stride=request.options.get("keyframe_stride"))
     shape = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
@@ -136,7 +135,7 @@ def resolve(
     ids = ids_of([*common.prompts, *nulls])
     return StivResolved(
         **vars(common) | {"new_frames": len(passes), "sampling": sampling}, grid=shape, latent_frames=frames, given_latents=given,
-        passes=passes, patterns=patterns, ids=ids, stride=float(config.micro_stride),
+        passes=passes, patterns=patterns, ids=ids, stride=config.micro_stride,
     )  # fmt: skip
 
 

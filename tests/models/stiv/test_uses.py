@@ -93,12 +93,13 @@ def test_a_long_clip_is_streamed_in_parts_of_the_call(pipe):
     assert np.array_equal(np.concatenate(streamed), made.frames[0])
     assert made.settings["sampler"]["pattern"] == "none + ends"
     assert made.settings["sampler"]["model_calls"] == 5
+    assert made.settings["sampler"]["strides"] == [4, 1]
 
 
 def test_a_long_interpolation_shares_given_frames(pipe, frames):
     made = pipe("", video=frames, interpolate=2, seed=1, output_type="uint8", keep_given_pixels=True)
     assert np.array_equal(made.frames[0][::2], frames)
-    assert (made.settings["fps"], made.settings["sampler"]["passes"], made.settings["sampler"]["stride"]) == (16, 3, 0.5)
+    assert (made.settings["fps"], made.settings["sampler"]["passes"], made.settings["sampler"]["strides"]) == (16, 3, [1])
 
 
 @pytest.mark.parametrize("options", [
