@@ -162,17 +162,17 @@ def test_a_folder_name_and_keys_tell_the_network(tmp_path, name):
     assert loading.fitted(loading.read_config(folder), {key: tuple(tensor.shape) for key, tensor in state.items()}) == expected
 
 
-@pytest.mark.parametrize("name", ["cosmos_cv", "cosmos_ci", "cosmos_cv_360p", "cosmos_cv_vae"])
-def test_archives_give_the_same_network(golden, models, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("cosmos_cv", ("encoder", "decoder")), ("cosmos_ci", ("encoder", "decoder")), ("cosmos_cv_360p", ("autoencoder",))],
+)
+def test_archives_give_the_same_network(golden, models, tmp_path, name, parts):
     model = models[name]
-    for part, names in (("pair", ("encoder", "decoder")), ("whole", ("autoencoder",))):
-        folder = tmp_path / part
-        folder.mkdir()
-        shutil.copy(golden / name / "config.json", folder)
-        write_published(model, folder, names)
-        state = VideoTokenizer.from_pretrained(folder).state_dict()
-        assert state.keys() == model.state_dict().keys()
-        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
+    shutil.copy(golden / name / "config.json", tmp_path)
+    write_published(model, tmp_path, parts)
+    state = VideoTokenizer.from_pretrained(tmp_path).state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -217,7 +217,6 @@ def test_a_missing_weight_is_named(golden, tmp_path, name, key):
         ({"name": "CI", "channels": 48}, "multiples of 32"),
         ({"name": "CI", "temporal_compression": 4}, "temporal_compression 4"),
         ({"name": "CI", "patch_method": "rearrange"}, "patch_method"),
-        ({"name": "CI", "resolution": 512}, None),
         ({"name": "CI", "resolution": 128}, "attn_resolutions"),
         ({"name": "CI", "spatial_compression": 64}, "reaches 32"),
         ({"name": "XV"}, "'DV', 'CV' or 'CI'"),
@@ -227,11 +226,8 @@ def test_a_missing_weight_is_named(golden, tmp_path, name, key):
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
-    if message is None:
+    with pytest.raises(UserError, match=message):
         VideoTokenizerConfig.from_dict(settings)
-    else:
-        with pytest.raises(UserError, match=message):
-            VideoTokenizerConfig.from_dict(settings)
 
 
 def test_latents_of_a_wrong_shape_are_refused(models):
