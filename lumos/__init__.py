@@ -15,6 +15,9 @@ _MODULES = {
     "LumosConfig": "lumos.models.lumos1.configuration",
     "LumosForVideoGeneration": "lumos.models.lumos1.modeling",
     "LumosPipeline": "lumos.models.lumos1.pipeline",
+    "StivConfig": "lumos.models.stiv.configuration",
+    "StivForVideoGeneration": "lumos.models.stiv.modeling",
+    "StivPipeline": "lumos.models.stiv.pipeline",
     "VideoPipeline": "lumos.pipeline.base",
 }
 __all__ = ["__version__", *_MODULES]

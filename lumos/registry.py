@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lumos.errors import NotFound, UserError, shown
 from lumos.files import read_json
 
-PACKAGES = ["lumos.models.lumos1"]
+PACKAGES = ["lumos.models.lumos1", "lumos.models.stiv"]
 """Packages of the generators; the first one is the default."""
 
 

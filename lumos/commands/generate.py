@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Container, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from lumos.commands.loading import (
     given_arguments,
     load,
     metadata,
+    model_sha256,
     out_of_memory_as,
     planned,
 )
@@ -27,20 +30,28 @@ from lumos.pipeline.options import add_flags, all_options
 if TYPE_CHECKING:
     import numpy as np
 
+    from lumos.pipeline.base import VideoPipeline
+    from lumos.pipeline.parts import Parts
+    from lumos.pipeline.request import Resolved
+
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 OF_LISTS = ("output_dir", "batch_size", "shard")
+OTHER_USES = ("last_image", "interpolate", "views")
+"""The arguments that are in the record of a clip only if they are given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    asked = parser.add_mutually_exclusive_group(required=True)
+    asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", action="append", help="what the clip shows; several prompts are shown one after the other")
     asked.add_argument("--prompts", metavar="LIST", help="a .txt, .jsonl or .csv file with a clip in each row, see docs/generate")
     add("--prompt-frames", type=int, nargs="+", metavar="N", help="frames of each --prompt; their sum is --num-frames")
     add("--negative-prompt", help="what the clip must not show; default: no text")
     add("--image", help="picture that the clip begins with")
     add("--video", help="clip to continue; the result begins with its last frames")
-    add("--last-image", help="not supported; the error message says what is possible instead")
+    add("--last-image", help="picture that the clip ends with; for STIV models")
+    add("--interpolate", type=int, metavar="2", help="make twice the frames a second of --video, which are kept; for STIV models")
+    add("--views", action="store_true", default=None, help="make seven views of the object in --image; for STIV models")
     add("--num-given-frames", type=int, help="frames of --video to use, 1 + a multiple of 4; default: up to half of the result")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
@@ -61,7 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
+    from lumos.pipeline.request import needs_words
 
+    if args.prompt is None and args.prompts is None:
+        if needs_words(args.interpolate, args.views):
+            raise UserError("one of the arguments --prompt --prompts is required; `lumos generate --help` lists the options")
+        args.prompt = [""]
     several = args.prompts is not None or len(args.seed or ()) > 1 or args.num_videos_per_prompt not in (None, 1)
     if several:
         from lumos.commands.generate_list import make_list
@@ -79,14 +95,17 @@ def run(args: argparse.Namespace) -> None:
 def make_one(args: argparse.Namespace) -> None:
     from lumos.files import check_writable, file_identity, write_json
     from lumos.pipeline.inputs import align, check_prompt
+    from lumos.pipeline.request import needs_words
     from lumos.prompt_lists.clips import check_prompt_frames, default_name, prompts_over_time, record_path
+    from lumos.prompt_lists.rows import PATHS
     from lumos.video.io import check_output, write_frames
 
+    words = needs_words(args.interpolate, args.views)
     for prompt in args.prompt:
-        check_prompt(prompt)
+        check_prompt(prompt, words)
     over_time = prompts_over_time(args.prompt, args.prompt_frames, args.num_frames)
-    seed = align(args.prompt[0], seed=args.seed and args.seed[0])["seed"][0]
-    begins_with = {file_identity(path) for path in (args.image, args.video) if path is not None}
+    seed = align(args.prompt[0], seed=args.seed and args.seed[0], needs_words=words)["seed"][0]
+    begins_with = {file_identity(path) for name in PATHS if (path := getattr(args, name)) is not None}
 
     def checked_output(num_frames: int | None, fps: float = 1) -> Path:
         """Return the path of the result. Raises UserError if it, its JSON record or the preview cannot be written."""
@@ -120,11 +139,12 @@ def make_one(args: argparse.Namespace) -> None:
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 
-        encoded = pipe.encode(resolved)
-        parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_encoded(encoded, on_step))
-        if args.preview is not None:
-            parts = previewed(parts, Path(args.preview), resolved.clip.fps)
-        written = write_frames(output, parts, resolved.clip.fps, about)
+        with continued(args, pipe, model, resolved, output) as stored:
+            encoded = replace(pipe.encode(resolved), parts=stored)
+            parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_encoded(encoded, on_step))
+            if args.preview is not None:
+                parts = previewed(parts, Path(args.preview), resolved.clip.fps)
+            written = write_frames(output, parts, resolved.clip.fps, about)
     generated, total = time.perf_counter(), seconds_since_start()
     circumstance = circumstances(args, pipe)
     write_json(
@@ -132,12 +152,39 @@ def make_one(args: argparse.Namespace) -> None:
         {
             **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
             "image": args.image, "video": args.video,
+            **{name: value for name in OTHER_USES if (value := getattr(args, name)) is not None},
             "settings": resolved.settings, **circumstance,
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
         },
     )  # fmt: skip
     print(printable(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB"))
+
+
+@contextmanager
+def continued(
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, resolved: Resolved, output: Path
+) -> Iterator[Parts | None]:
+    """Yield the stored parts of a clip that is made in parts, or None for another clip; see `lumos.pipeline.parts`."""
+    from lumos.errors import RunError
+    from lumos.pipeline.parts import digest, parts_folder, stored_parts
+
+    if not resolved.can_continue:
+        yield None
+        return
+    inputs = {
+        "prompts": resolved.prompts, "negative_prompts": resolved.negative_prompts, "seeds": resolved.seeds,
+        "settings": resolved.settings, "given": [digest(frames) for frames in resolved.given],
+        "sha256": model_sha256(model, args), "dtype": str(pipe.dtype), "int8": args.int8,
+    }  # fmt: skip
+    folder = parts_folder(output)
+    try:
+        with stored_parts(folder, inputs) as parts:
+            yield parts
+    except KeyboardInterrupt:
+        raise RunError(
+            f"interrupted; the finished parts are in {folder}, and the same command with --seed {resolved.seeds[0]} continues"
+        ) from None
 
 
 def check_preview(path: Path, num_frames: int | None, fps: float, keep: Container[Hashable]) -> None:

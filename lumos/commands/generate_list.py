@@ -79,6 +79,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
     """Return (rows, options for rows without their own value, seed to which each row adds its number)."""
     from lumos.pipeline.inputs import check_prompt, whole_seed
+    from lumos.pipeline.request import needs_words
     from lumos.prompt_lists.rows import Row, read_rows
 
     defaults = given_arguments(args)
@@ -87,7 +88,7 @@ def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any],
     if args.prompts is not None:
         return read_rows(args.prompts), defaults, whole_seed(SEED if args.seed is None else args.seed[0])
     for prompt in args.prompt:
-        check_prompt(prompt)
+        check_prompt(prompt, needs_words(args.interpolate, args.views))
     defaults["seed"] = args.seed[0] if len(args.seed or ()) == 1 else args.seed
     return [Row(0, 0, {"prompt": args.prompt})], defaults, SEED
 
@@ -106,11 +107,12 @@ def check_rows(
     from lumos.errors import RunError, UserError
     from lumos.files import file_identity
     from lumos.prompt_lists.clips import check_file, clips_of, request_of
+    from lumos.prompt_lists.rows import PATHS
 
     hashes = model_sha256(model, args)
     loaded = {"sha256": hashes, "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8}
     clips, problems, notes, lines, folders = [], {}, [], {}, set()
-    asked = [getattr(args, key) for key in ("image", "video")] + [r.options.get(key) for r in rows for key in ("image", "video")]
+    asked = [getattr(args, key) for key in PATHS] + [r.options.get(key) for r in rows for key in PATHS]
     keep = {file_identity(path) for path in asked if path}
     for row in rows:
         try:
@@ -118,7 +120,7 @@ def check_rows(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 resolved = pipe.resolve(request)
-            begins_with = {key: path for key in ("image", "video") if (path := getattr(request, key)) is not None}
+            begins_with = {key: path for key in PATHS if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
             if not found:
@@ -163,18 +165,19 @@ def make_clips(
     def describe(clip: Clip) -> dict[str, Any]:
         about = metadata(args, model, clip.prompt, clip.seed)
         begins_with = {key: clip.given.get(key) for key in ("image", "video")}
+        begins_with |= {key: clip.given[key] for key in ("last_image",) if key in clip.given}
         run = {**circumstances(args, pipe), "seconds": {"since_loaded": round(time.perf_counter() - started, 2)}}
         return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
 
-    def make(batch: list[Clip]) -> list[Tensor]:
+    def make(batch: list[Clip]) -> list[tuple[Tensor, Any]]:
         return make_latents(pipe, batch, on_step)
 
     def on_step(frame: int, frames: int, step: int, steps: int) -> None:
         bar.set_postfix_str(f"frame {frame + 1}/{frames}", refresh=False)
         bar.update(0)
 
-    def save(path: Path, clip: Clip, codes: Tensor) -> None:
-        write_frames(path, pipe.decode(codes), clip.form.clip.fps, metadata(args, model, clip.prompt, clip.seed))
+    def save(path: Path, clip: Clip, made: tuple[Tensor, Any]) -> None:
+        write_frames(path, pipe.decode(*made), clip.form.clip.fps, metadata(args, model, clip.prompt, clip.seed))
 
     started, made, failed = time.perf_counter(), 0, set()
     batches = batches_of(clips, args.batch_size or BATCH_SIZE)[shard[0] - 1 :: shard[1]]

@@ -33,6 +33,7 @@ from lumos.errors import RunError, UserError
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type
+from lumos.pipeline.parts import Parts
 from lumos.pipeline.placement import is_spread
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
 from lumos.runtime import pick_device
@@ -60,12 +61,14 @@ class Interrupted(Exception):
 class Encoded:
     """A resolved request, encoded for the network.
 
-    given: for each clip the latents [t, ...] of its given frames; empty if no clip has given
-    frames.
+    given: for each clip the latents [t, ...] of the given frames that it begins with; empty if no
+    clip has such frames, and for a generator whose `latents` yields the given frames too.
+    parts: where finished parts of the clips are stored, for a resolved request that can continue.
     """
 
     resolved: Resolved
     given: list[Tensor]
+    parts: Parts | None = None
 
     def generators(self) -> list[torch.Generator]:
         """Return a CPU generator for each clip, so that a clip does not depend on the others in its batch."""
@@ -238,6 +241,12 @@ class VideoPipeline(ABC):
                 num_given_frames frames. A list of PIL pictures is one clip.
             last_image: a path or picture, which becomes the last frame, for generators that support
                 it.
+            given_frames: a picture or path for each frame number, counted from 0, for generators
+                that support it; or a list with such a dict for each clip.
+            interpolate: the factor by which the frame rate of `video` is raised, for generators that
+                support it. All frames of the video are kept, and the prompt may be empty.
+            views: True makes views of the object in `image` from all sides, for generators that
+                support it. The prompt is empty.
             num_given_frames: 1 + a multiple of the temporal compression; default: as many as the
                 video has, at most half of num_frames.
             num_frames: frames of the clip, given frames included; 1 makes a picture.
@@ -297,12 +306,15 @@ class VideoPipeline(ABC):
         latents = torch.cat(done, dim=1)  # [B, t, ...]
 
         # 3. Latents are decoded to pixels, clip by clip to limit the memory of the decoder.
+        kept = resolved.kept_pixels
         if output_type == "latent":
             frames = latents
         else:
-            frames = as_output_type([self.decode_clip(clip) for clip in latents], output_type)
+            frames = as_output_type([self.decode_clip(*clip) for clip in zip(latents, kept, strict=True)], output_type)
         settings = resolved.settings_of(1 + (latents.shape[1] - 1) * self.temporal_compression)
-        return VideoPipelineOutput(frames, latents, resolved.seeds, settings) if return_dict else (frames,)
+        if not return_dict:
+            return (frames,)
+        return VideoPipelineOutput(frames, latents, resolved.seeds, settings, kept if any(kept) else None)
 
     def request(self, prompt: str | Sequence[str], arguments: Mapping[str, Any]) -> Request:
         """Return the request that the arguments of a call describe; TypeError for an unknown argument."""
@@ -330,7 +342,8 @@ class VideoPipeline(ABC):
     def stream_encoded(self, encoded: Encoded, on_step: OnStep = lambda *_: None) -> Iterator[list[np.ndarray]]:
         """Do the same as `stream` for an encoded request."""
         resolved = encoded.resolved
-        decoders = [self.decoder() for _ in resolved.seeds]  # one for each clip, because a decoder keeps state
+        # Each clip has a decoder of its own, because a decoder keeps state.
+        decoders = [with_pixels(self.decoder(), kept) for kept in resolved.kept_pixels]
         given = [torch.stack(encoded.given)] if encoded.given else []
 
         def after_step(frame: int, step: int, state: Tensor) -> None:
@@ -339,15 +352,18 @@ class VideoPipeline(ABC):
         for part in itertools.chain(given, self._begin(encoded, after_step)):
             yield [decode(clip) for decode, clip in zip(decoders, part, strict=True)]
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Decode the latents [t, ...] of a clip and yield the frames of each latent frame, uint8 [n, H, W, 3]."""
-        decode = self.decoder()
+    def decode(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray] | None = None) -> Iterator[np.ndarray]:
+        """Decode the latents [t, ...] of a clip and yield the frames of each latent frame, uint8 [n, H, W, 3].
+
+        kept_pixels: pictures by frame number that take the place of decoded frames.
+        """
+        decode = with_pixels(self.decoder(), kept_pixels or {})
         for latent in latents.split(1):
             yield decode(latent)
 
-    def decode_clip(self, latents: Tensor) -> np.ndarray:
-        """Decode the latents [t, ...] of a clip and return all its frames, uint8 [T, H, W, 3]."""
-        return np.concatenate(list(self.decode(latents)))
+    def decode_clip(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
+        """Decode the latents [t, ...] of a clip as `decode` does and return all its frames, uint8 [T, H, W, 3]."""
+        return np.concatenate(list(self.decode(latents, kept_pixels)))
 
     def reconstruct(self, frames: Any) -> np.ndarray:
         """Encode and decode a clip with the video tokenizer, and return the result, uint8 [T, H, W, 3]."""
@@ -358,6 +374,22 @@ class VideoPipeline(ABC):
         resolved = encoded.resolved
         self._interrupt, self._num_timesteps = False, resolved.sampling.steps_before(resolved.new_frames)
         return self.latents(encoded, after_step)
+
+
+def with_pixels(decode: Callable[[Tensor], np.ndarray], pictures: Mapping[int, np.ndarray]) -> Callable[[Tensor], np.ndarray]:
+    """Return the function of `VideoPipeline.decoder` with pictures, by frame number, in place of decoded frames."""
+    done = 0
+
+    def push(latents: Tensor) -> np.ndarray:
+        nonlocal done
+        frames, begin = decode(latents), done
+        done += len(frames)
+        for number, picture in pictures.items():
+            if begin <= number < done:
+                frames[number - begin] = picture
+        return frames
+
+    return push if pictures else decode
 
 
 def signature_with(sampling: type[SamplingOptions]) -> inspect.Signature:

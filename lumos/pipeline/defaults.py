@@ -1,14 +1,22 @@
-"""The default shape of a model's clips, its limits, and the file that holds it."""
+"""The default shape of a model's clips, its limits, and the file that holds it with the default sampling options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from lumos.errors import UserError, shown
+from lumos.files import read_json, write_json
 from lumos.settings import is_whole
 
+if TYPE_CHECKING:
+    from lumos.pipeline.options import SamplingOptions
+
+Options = TypeVar("Options", bound="SamplingOptions")
+
 DEFAULTS_FILE = "pipeline.json"
+MAX_DEFAULTS_BYTES = 2**20
 SHIPPED_MODEL = "checkpoints/lumos-tiny"
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 2**14
@@ -46,6 +54,32 @@ class ClipDefaults:
         """Return a copy with height, width and target_size multiplied by after / before."""
         sides = {name: getattr(self, name) for name in ("height", "width", "target_size")}
         return replace(self, **{name: side and side * after // before for name, side in sides.items()})
+
+
+def read_defaults(folder: Path, options: type[Options], clip: ClipDefaults = ClipDefaults()) -> tuple[Options, ClipDefaults]:
+    """Return the defaults in the folder's pipeline.json, or `options()` and `clip` if there is no such file.
+
+    options: the generator's sampling options. Raises UserError for a file that is damaged or has unknown or
+    wrong settings.
+    """
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return options(), clip
+    stored = read_json(file, "a model's defaults", MAX_DEFAULTS_BYTES)
+    if not isinstance(stored, dict):
+        raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
+    parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (options, ClipDefaults)]
+    if stored:
+        raise UserError(f"{file} has unknown settings: {shown(sorted(stored))}")
+    try:
+        return options(**parts[0]), ClipDefaults(**parts[1])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def write_defaults(folder: Path, settings: SamplingOptions, clip: ClipDefaults) -> None:
+    """Write the defaults to the folder's pipeline.json."""
+    write_json(folder / DEFAULTS_FILE, {**vars(settings), **vars(clip)})
 
 
 def shipped_model() -> Path:

@@ -22,10 +22,11 @@ from lumos.video.io import MAX_FRAMES, count_frames, fit, read_image, read_video
 MAX_SEED = 2**63 - 1
 
 
-def check_prompt(prompt: Any) -> str:
+def check_prompt(prompt: Any, needs_words: bool = True) -> str:
+    """Return the prompt; UserError if it is no text, or if it is empty and `needs_words`."""
     if not isinstance(prompt, str):
         raise UserError(f"the prompt is {shown(prompt)}; give a string")
-    if not prompt.strip():
+    if needs_words and not prompt.strip():
         raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
     return prompt
 
@@ -48,16 +49,17 @@ def override(defaults: Any, **given: Any) -> Any:
 
 
 def align(
-    prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, last_image: Any = None, seed: Any = None
-) -> dict[str, list]:
+    prompt: Any, negative_prompt: Any = None, image: Any = None, video: Any = None, last_image: Any = None,
+    given_frames: Any = None, seed: Any = None, *, needs_words: bool = True,
+) -> dict[str, list]:  # fmt: skip
     """Return all arguments as lists of one length, by name, with a seed for each clip.
 
     A single value is repeated. UserError for lists of different lengths, and for an argument that
-    is None for some clips only.
+    is None for some clips only. needs_words: an empty prompt is an error.
     """
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "image": image, "video": video, "last_image": last_image,
-        "seed": seed,
+        "given_frames": given_frames, "seed": seed,
     }  # fmt: skip
     lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
     count = max(lengths.values(), default=1)
@@ -68,8 +70,8 @@ def align(
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     for text in lists["prompt"]:
-        check_prompt(text)
-    for name in ("negative_prompt", "image", "video", "last_image"):
+        check_prompt(text, needs_words)
+    for name in ("negative_prompt", "image", "video", "last_image", "given_frames"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
     if "seed" not in lengths:

@@ -5,12 +5,13 @@ A generator declares a frozen dataclass that inherits from `SamplingOptions`. Ea
 
     num_inference_steps: int = setting(50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1)
 
-The type is int, float, bool or tuple[float, float], or one of these with `| None`. The metadata
-are:
+The type is int, float, bool, tuple[float, float] or str, or one of these with `| None`; a str is one
+of the metadata's choices. The metadata are:
 
     meaning              what the option does, in one line: the help of its flag
     low, high            inclusive bounds
     above, below         exclusive bounds
+    choices              the allowed names of a str
     allowed              the allowed range in words, for messages
     step                 step of the option's slider in the page and of its input in ComfyUI; without it there is neither
     slider_high          the largest value of the slider, if it is less than `high`
@@ -39,15 +40,15 @@ from lumos import registry
 from lumos.errors import UserError, shown
 from lumos.settings import is_number, is_whole, setting
 
-WHOLE, NUMBER, FLAG, INTERVAL = "a whole number", "a number", "true or false", "two numbers"
+WHOLE, NUMBER, FLAG, INTERVAL, CHOICE = "a whole number", "a number", "true or false", "two numbers", "a name"
 ACCELERATION = ("int8", "compile")
 """Arguments of `from_pretrained` that make the network smaller or faster."""
-_KINDS = {int: WHOLE, float: NUMBER, bool: FLAG}
+_KINDS = {int: WHOLE, float: NUMBER, bool: FLAG, str: CHOICE}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A sampling option with its declaration. `kind` is WHOLE, NUMBER, FLAG or INTERVAL."""
+    """A sampling option with its declaration. `kind` is WHOLE, NUMBER, FLAG, INTERVAL or CHOICE."""
 
     name: str
     kind: str
@@ -67,6 +68,11 @@ class Option:
     @property
     def step(self) -> float | None:
         return self.metadata.get("step")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed names of an option of the kind CHOICE."""
+        return self.metadata["choices"]
 
     @property
     def for_pictures(self) -> bool:
@@ -107,6 +113,8 @@ class Option:
         """The allowed range in words."""
         if self.metadata["allowed"]:
             return self.metadata["allowed"]
+        if self.kind == CHOICE:
+            return ", ".join(self.choices)
         low, high, above, below = (self.metadata[name] for name in ("low", "high", "above", "below"))
         if low is None and above is None:
             return self.kind
@@ -125,6 +133,10 @@ class Option:
             if not (pair and all(map(self._in_range, value)) and value[0] < value[1]):
                 raise self._refused(value, self.allowed)
             return tuple(map(float, value))
+        if self.kind == CHOICE:
+            if not isinstance(value, str) or value not in self.choices:
+                raise self._refused(value, self.allowed)
+            return value
         holds = {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool)}[self.kind]
         if not holds(value):
             raise self._refused(value, self.kind)
@@ -141,18 +153,20 @@ class Option:
             return text.lower() == "true"
         if self.kind == INTERVAL:
             return [float(part) for part in text.split()]
+        if self.kind == CHOICE:
+            return text
         return int(text) if self.kind == WHOLE else float(text)
 
     def holds(self, value: Any) -> bool:
         """Return whether the value has the option's type. The range is not checked."""
         if self.kind == INTERVAL:
             return isinstance(value, list | tuple) and len(value) == 2
-        return {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool)}[self.kind](value)
+        kinds = {WHOLE: is_whole, NUMBER: is_number, FLAG: lambda v: isinstance(v, bool), CHOICE: lambda v: isinstance(v, str)}
+        return kinds[self.kind](value)
 
     def _in_range(self, value: float) -> bool:
         low, high, above, below = (self.metadata[name] for name in ("low", "high", "above", "below"))
         return (isinstance(value, int) or math.isfinite(value)) and (  # an int may be too large for a float
-           
             (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)
@@ -230,7 +244,8 @@ def _kind_of(hint: Any, name: str) -> tuple[str, bool]:
     if typing.get_origin(hint) is tuple and typing.get_args(hint) == (float, float):
         return INTERVAL, is_optional
     if hint not in _KINDS:
-        raise TypeError(f"the sampling option {name} is a {hint}; allowed: int, float, bool, tuple[float, float], or these | None")
+        allowed = "int, float, bool, str, tuple[float, float], or these | None"
+        raise TypeError(f"the sampling option {name} is a {hint}; allowed: {allowed}")
     return _KINDS[hint], is_optional
 
 
@@ -247,6 +262,8 @@ def add_flags(
             continue
         if option.kind == FLAG:
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.meaning)
+        elif option.kind == CHOICE:
+            parser.add_argument(option.flag, choices=option.choices, help=option.meaning)
         elif option.kind == INTERVAL:
             parser.add_argument(option.flag, type=float, nargs=2, metavar=("START", "STOP"), help=option.meaning)
         else:

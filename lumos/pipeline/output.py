@@ -29,12 +29,15 @@ class VideoPipelineOutput(ModelOutput):
     latents   the output of the network, for Lumos-1 codes int64 [B, t, h, w]
     seeds     the seed of each clip
     settings  all settings of the clips
+    kept_pixels  for each clip the pictures that take the place of decoded frames, by frame number; None
+              if there are none
     """
 
     frames: Any = None
     latents: Tensor | None = None
     seeds: list[int] | None = None
     settings: dict[str, Any] | None = None
+    kept_pixels: list[dict[int, np.ndarray]] | None = None
 
     @property
     def codes(self) -> Tensor | None:

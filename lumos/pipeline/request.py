@@ -6,7 +6,7 @@ to resolve a request, so a long list of requests can be checked before any work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -46,6 +46,9 @@ class Request:
     image: Any = None
     video: Any = None
     last_image: Any = None
+    given_frames: Mapping[int, Any] | Sequence[Mapping[int, Any]] | None = None
+    interpolate: int | None = None
+    views: bool | None = None
     num_given_frames: int | None = None
     num_frames: int | None = None
     height: int | None = None
@@ -85,6 +88,13 @@ class Request:
 
 ARGUMENTS = tuple(entry.name for entry in fields(Request) if entry.name not in ("prompt", "options"))
 """The arguments of a call that decide its result, except the prompt and the sampling options."""
+OF_SOME_GENERATORS = ("given_frames", "interpolate", "views")
+"""The arguments that only some generators take."""
+
+
+def needs_words(interpolate: int | None, views: bool | None) -> bool:
+    """Return whether a clip needs a prompt: clips whose pictures say enough may have an empty one."""
+    return interpolate is None and not views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +108,7 @@ class Resolved:
     later             (first frame, a prompt for each clip) for each later prompt
     given             the given frames of each clip: {frame number: picture uint8 [H, W, 3]}
     seeds             a seed for each clip
-    new_frames        latent frames to make; 1 for a generator that makes the whole clip at once
+    new_frames        latent frames to make; for a generator that makes whole clips, its runs of the sampler
     """
 
     sampling: SamplingOptions
@@ -113,6 +123,16 @@ class Resolved:
     @property
     def num_given_frames(self) -> int:
         return len(self.given[0])
+
+    @property
+    def kept_pixels(self) -> list[dict[int, np.ndarray]]:
+        """The pictures, by frame number, that take the place of decoded frames in each clip."""
+        return [{} for _ in self.seeds]
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether the clips are made in parts that can be stored, see `lumos.pipeline.parts`."""
+        return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -133,14 +153,17 @@ def resolve(
     size_unit: int,
     largest_side: int,
     temporal_compression: int,
+    takes: Collection[str] = (),
 ) -> Resolved:
     """Fill in and check the values of a request, and read its pictures and clips.
 
     settings, defaults: the model's sampling options and shape of a clip. generator: the name of the
     generator, for messages. size_unit: height and width are multiples of this number of pixels, up
-    to largest_side. temporal_compression: num_frames is 1 + a multiple of this number. UserError if
-    the clips cannot be made.
+    to largest_side. temporal_compression: num_frames is 1 + a multiple of this number. takes: the
+    arguments among OF_SOME_GENERATORS that this generator has. UserError if the clips cannot be made.
     """
+    check_arguments(request, takes, generator)
+
     # 1. sampling options
     if request.generator is not None and request.seed is not None:
         raise UserError("both seed and generator are given; give one of them")
@@ -150,13 +173,17 @@ def resolve(
     # 2. one entry for each clip
     repeats = request.num_videos_per_prompt
     lists = align(
-        *repeat_each(repeats, request.prompt, request.negative_prompt, request.image, request.video, request.last_image),
+        *repeat_each(
+            repeats, request.prompt, request.negative_prompt, request.image, request.video, request.last_image,
+            request.given_frames,
+        ),
         request.seed,
-    )
+        needs_words=needs_words(request.interpolate, request.views),
+    )  # fmt: skip
     count = len(lists["prompt"])
     if request.generator is not None:
         lists["seed"] = seeds_from(request.generator, count)
-    prompts, negatives, images, videos, last_images, seeds = lists.values()
+    prompts, negatives, images, videos, last_images, by_number, seeds = lists.values()
 
     # 3. the shape of the clips
     clip = override(defaults, **{entry.name: getattr(request, entry.name, None) for entry in fields(ClipDefaults)})
@@ -168,7 +195,7 @@ def resolve(
         raise UserError("both image and video are given; give the picture or the clip that the result begins with")
     if videos[0] is None:
         without_effect("a clip without video", num_given_frames=request.num_given_frames)
-    if all(values[0] is None for values in (images, videos, last_images)):
+    if all(values[0] is None for values in (images, videos, last_images, by_number)):
         without_effect("a clip without image or video", **options_of_given_frames(request, sampling))
 
     # 4. given frames, by their numbers
@@ -192,6 +219,12 @@ def resolve(
         ends = each_once(lambda image: fit(load_image(image)[None], clip.height, clip.width)[0], last_images)
         for frames, picture in zip(given, ends, strict=True):
             frames[clip.num_frames - 1] = picture
+    if by_number[0] is not None:
+        for frames, pictures_of_clip in zip(given, by_number, strict=True):
+            frames.update(check_given_frames(pictures_of_clip, frames, clip))
+        if len({frozenset(frames) for frames in given}) > 1:
+            raise UserError("given_frames has other frame numbers for some clips; make them in several calls")
+    given = [dict(sorted(frames.items())) for frames in given]
 
     # 5. prompts over time
     starts = check_later(request.later_prompts, len(begins[0]), clip, temporal_compression)
@@ -199,6 +232,36 @@ def resolve(
     return Resolved(
         sampling=sampling, clip=clip, prompts=prompts, negative_prompts=negatives, later=later, given=given, seeds=seeds
     )
+
+
+def check_arguments(request: Request, takes: Collection[str], generator: str) -> None:
+    """Raise UserError for an argument of OF_SOME_GENERATORS that is not in `takes`, or that has a wrong type."""
+    for name in OF_SOME_GENERATORS:
+        if getattr(request, name) not in (None, False) and name not in takes:
+            raise UserError(f"{name} is not possible with models of the generator {generator}; leave it out")
+    if request.interpolate is not None and not is_whole(request.interpolate):
+        raise UserError(f"interpolate {shown(request.interpolate)} is not allowed; give a whole number")
+    if request.views is not None and not isinstance(request.views, bool):
+        raise UserError(f"views {shown(request.views)} is not allowed; give true or false")
+
+
+def check_given_frames(frames: Any, others: Collection[int], clip: ClipDefaults) -> dict[int, np.ndarray]:
+    """Return the argument `given_frames` of one clip with its pictures read and fitted to the size of `clip`.
+
+    others: the numbers of the frames that other arguments give. UserError for an entry that is not a frame
+    of the clip and its picture, and if no frame is left to generate.
+    """
+    last = clip.num_frames - 1
+    if not isinstance(frames, Mapping):
+        raise UserError(f"given_frames is {shown(frames)}; give a picture for each frame number, for example {{0: 'first.png'}}")
+    for number in frames:
+        if not is_whole(number) or not 0 <= number <= last:
+            raise UserError(f"given_frames has the frame {shown(number)}; the frames of this clip are 0 to {last}")
+        if number in others:
+            raise UserError(f"frame {number} is given twice, by given_frames and by image, video or last_image; give it once")
+    if len(frames) + len(others) > last:
+        raise UserError(f"all {clip.num_frames} frames are given; leave out those that are to be made, or raise num_frames")
+    return {number: fit(load_image(picture)[None], clip.height, clip.width)[0] for number, picture in frames.items()}
 
 
 def check_side(pixels: int, name: str, unit: int, largest: int) -> None:

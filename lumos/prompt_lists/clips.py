@@ -16,12 +16,13 @@ from lumos.errors import UserError, shown
 from lumos.files import check_writable, read_json, write_json
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.options import SamplingOptions
-from lumos.pipeline.request import Request, Resolved
+from lumos.pipeline.request import Request, Resolved, needs_words
 from lumos.prompt_lists.results import UNFINISHED, Results
 from lumos.prompt_lists.rows import Row
 from lumos.video.io import check_output
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lumos.pipeline.base import OnStep, VideoPipeline
@@ -36,11 +37,13 @@ class Form:
     num_given_frames: int
     starts: tuple[int, ...]  # first frames of the later prompts
     names: tuple[str, ...]  # the arguments among negative_prompt, image, video and last_image that the clips have
+    uses: tuple[tuple[str, Any], ...]  # the values of interpolate and views that are set
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that are equal for all clips."""
         shape = {name: getattr(self.clip, name) for name in ("num_frames", "height", "width", "fps")}
-        return {**vars(self.sampling), **shape, "num_given_frames": self.num_given_frames if "video" in self.names else None}
+        given = self.num_given_frames if "video" in self.names and not self.uses else None
+        return {**vars(self.sampling), **shape, **dict(self.uses), "num_given_frames": given}
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) ->
     if "num_frames" in own and "prompt_frames" not in own:
         options.pop("prompt_frames", None)
     prompts = options.pop("prompt", None)
-    if not prompts:
+    if not prompts and needs_words(options.get("interpolate"), options.get("views")):
         raise UserError("the row has no prompt")
+    prompts = prompts or ""
     frames, num_frames = options.pop("prompt_frames", None), options.pop("num_frames", None)
     over_time = prompts_over_time([prompts] if isinstance(prompts, str) else prompts, frames, num_frames)
     check_prompt_frames(frames, stride)
@@ -124,7 +128,8 @@ def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, A
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     later = tuple(text for _, text in request.later_prompts or ())
     starts = tuple(start for start, _ in request.later_prompts or ())
-    form = Form(resolved.sampling, resolved.clip, resolved.num_given_frames, starts, tuple(given))
+    uses = tuple((name, value) for name in ("interpolate", "views") if (value := getattr(request, name)))
+    form = Form(resolved.sampling, resolved.clip, resolved.num_given_frames, starts, tuple(given), uses)
     clips = []
     for seed in resolved.seeds:
         after = "" if numbered and len(resolved.seeds) == 1 else f"-{seed}"
@@ -133,6 +138,7 @@ def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, A
             path = PurePosixPath(row.options["output"])
             file = str(path.parent / f"{path.stem}{after}{path.suffix}")
         decides = {
+            **dict(uses),
             "prompt": request.prompt, "later_prompts": request.later_prompts, "negative_prompt": request.negative_prompt,
             "seed": seed, "settings": resolved.settings, **inputs,
         }  # fmt: skip
@@ -168,15 +174,18 @@ def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-def make_latents(pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep) -> list[Tensor]:
-    """Make the clips of a batch and return the latents [t, ...] of each."""
+def make_latents(
+    pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep
+) -> list[tuple[Tensor, Mapping[int, np.ndarray]]]:
+    """Make the clips of a batch and return the arguments of `VideoPipeline.decode` for each: latents and kept pixels."""
     form = clips[0].form
     later = [(start, [clip.later[n] for clip in clips]) for n, start in enumerate(form.starts)]
     given = {name: [clip.given[name] for clip in clips] for name in form.names}
-    return list(pipe(
+    made = pipe(
         [clip.prompt for clip in clips], seed=[clip.seed for clip in clips], later_prompts=later or None, output_type="latent",
         on_step=on_step, **given, **form.options(),
-    ).latents)  # fmt: skip
+    )  # fmt: skip
+    return list(zip(made.latents, made.kept_pixels or [{}] * len(clips), strict=True))
 
 
 def record_path(result: Path) -> Path:

@@ -45,15 +45,23 @@ def whole_numbers(cell: str) -> int | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def true_or_false(cell: str) -> bool:
+    if cell.strip().lower() not in ("true", "false"):
+        raise ValueError(cell)
+    return cell.strip().lower() == "true"
+
+
 TEXT = Kind("text", is_text, str)
 PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
 WHOLE = Kind("a whole number", is_whole, int)
 WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), whole_numbers)
+SWITCH = Kind("true or false", lambda v: isinstance(v, bool), true_or_false)
 COUNTS = Kind("a list of whole numbers", lambda v: is_list_of(is_whole, v), lambda cell: [int(part) for part in cell.split()])
 
 ARGUMENTS = {
     "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "last_image": TEXT,
-    "output": TEXT, "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE,
+    "interpolate": WHOLE, "views": SWITCH, "output": TEXT,
+    "num_given_frames": WHOLE, "num_frames": WHOLE, "height": WHOLE, "width": WHOLE, "fps": WHOLE,
     "num_videos_per_prompt": WHOLE, "seed": WHOLES,
 }  # fmt: skip
 """The keys of a row, except the sampling options."""

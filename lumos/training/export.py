@@ -17,7 +17,7 @@ from torch import Tensor
 from lumos import registry
 from lumos.errors import UserError
 from lumos.files import file_sha256, replacing_folder, write_json
-from lumos.lora import Lora, fingerprints, read_record, write_adapter
+from lumos.lora import Lora, read_record, write_adapter
 from lumos.pipeline.base import VideoPipeline
 from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
@@ -108,17 +108,17 @@ def export_checkpoint(
         raise UserError(f"{folder} has no averaged weights (training.ema_decay was 0); export the trained ones: --weights trained")
     dtype = dtype or settings["training"]["export_dtype"]
     tokenizers = tokenizers or Tokenizers(**facts["tokenizers"])
-    _check_tokenizers(folder, facts, tokenizers)
+    task = task_class(settings)
+    _check_tokenizers(folder, task, facts, tokenizers)
     made = {"steps": state["step"], "averaged": averaged, "dtype": dtype, "settings": settings, **versions()}
     if mix is not None:
         if facts["lora"]:
             raise UserError(f"{folder} holds adapters, which --mix cannot mix with a model; leave it out")
-        own = Tokenizers(str(Path(mix.folder) / "video_tokenizer"), str(Path(mix.folder) / "text_tokenizer"))
-        _check_tokenizers(folder, facts, own, "--mix takes a model folder with the run's tokenizers in it")
+        own = Tokenizers(*(str(task.part_of(mix.folder, kind)) for kind in ("video", "text")))
+        _check_tokenizers(folder, task, facts, own, "--mix takes a model folder with the run's tokenizers in it")
         files = sorted(Path(mix.folder).glob("*.safetensors"))
         made["mix"] = {**vars(mix), "sha256": {file.name: file_sha256(file) for file in files}}
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
-    task = task_class(settings)
     with replacing_folder(out) as writing:
         if facts["lora"]:
             shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
@@ -148,6 +148,14 @@ class TrainableGenerator(Protocol):
 
     `metadata` is the result of the task's `export_metadata`.
     """
+
+    @staticmethod
+    def fingerprint_of(folder: str, kind: str) -> str:
+        """Return the fingerprint of the tokenizer of a kind ("video", "text") in a folder."""
+
+    @staticmethod
+    def part_of(folder: str, kind: str) -> Path:
+        """Return where a model folder has its tokenizer of a kind ("video", "text")."""
 
     @staticmethod
     def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -211,12 +219,12 @@ def export_adapter(
 
 
 def _check_tokenizers(
-    folder: Path, facts: dict[str, Any], tokenizers: Tokenizers,
+    folder: Path, task: type[TrainableGenerator], facts: dict[str, Any], tokenizers: Tokenizers,
     remedy: str = "name the run's with --video-tokenizer and --text-tokenizer",
 ) -> None:  # fmt: skip
     """Raise UserError, with `remedy`, unless the tokenizers have the fingerprints of the run's tokenizers."""
     try:
-        found = fingerprints(tokenizers.video, tokenizers.text)
+        found = {kind: task.fingerprint_of(getattr(tokenizers, kind), kind) for kind in facts["fingerprints"]}
     except (ValueError, OSError) as error:
         raise UserError(f"the tokenizers of {folder} cannot be read: {error}; {remedy}") from error
     for kind, fingerprint in facts["fingerprints"].items():

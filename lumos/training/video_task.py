@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lumos.data.curriculum import Curriculum
 from lumos.data.shards.remote import LocalCopies, is_url
@@ -44,15 +45,35 @@ class VideoTask(TrainingTask):
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.places = Tokenizers(self.tokenizer_folder("video"), self.tokenizer_folder("text"))
-        video, text = self.places.video, self.places.text
-        self.video_tokenizer = VideoTokenizer.from_pretrained(video)
-        self.fingerprints = {"video": tokenizer_facts(self.video_tokenizer)["fingerprint"], "text": text_fingerprint(text)}
+        self.video_tokenizer = self.read_network(self.places.video)
+        self.fingerprints = {kind: self.fingerprint_of(getattr(self.places, kind), kind) for kind in ("video", "text")}
         self.identities = {
             "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
             "tokenizer.text (sha256)": self.fingerprints["text"],
         }
         self.video_tokenizer.to(device).eval().requires_grad_(False)
         self.check_tokenizers_of_base()
+
+    def read_network(self, folder: str) -> nn.Module:
+        """Return the network that encodes clips, from its folder."""
+        return VideoTokenizer.from_pretrained(folder)
+
+    @staticmethod
+    def fingerprint_of(folder: str, kind: str) -> str:
+        """Return the fingerprint of the tokenizer of a kind ("video", "text") in a folder."""
+        if kind == "text":
+            return text_fingerprint(folder)
+        return tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"]
+
+    @property
+    def base_folders(self) -> list[str]:
+        """The model folders that the weights come from, which have tokenizers too."""
+        return [self.settings.model.from_] if self.settings.model.from_ else []
+
+    @staticmethod
+    def part_of(folder: str, kind: str) -> Path:
+        """Return where a model folder has its tokenizer of a kind ("video", "text")."""
+        return Path(folder) / f"{kind}_tokenizer"
 
     @property
     @abstractmethod
@@ -83,12 +104,11 @@ class VideoTask(TrainingTask):
     def tokenizer_folder(self, kind: str) -> str:
         """Return the folder of the tokenizer of a kind ("video", "text").
 
-        The folder is the one in the section tokenizer or, by default, the one inside model.from.
+        The folder is the one in the section tokenizer or, by default, the one inside the first of `base_folders`.
         Raises UserError if the settings name none or if it does not exist.
         """
-        given = getattr(self.settings.tokenizer, kind)
-        own = self.settings.model.from_ and str(Path(self.settings.model.from_) / f"{kind}_tokenizer")
-        folder = given or own
+        own = next((str(self.part_of(base, kind)) for base in self.base_folders), None)
+        folder = getattr(self.settings.tokenizer, kind) or own
         if folder is None:
             raise UserError(f"tokenizer.{kind} is missing: name the folder of the {kind} tokenizer, or set model.from")
         if not Path(folder).exists():
@@ -96,20 +116,17 @@ class VideoTask(TrainingTask):
         return folder
 
     def check_tokenizers_of_base(self) -> None:
-        """Raise UserError if the tokenizers are not those of model.from.
+        """Raise UserError if the tokenizers are not those of the models that the weights come from.
 
         The codes of another tokenizer have other meanings, so the weights would be useless.
         """
-        base = self.settings.model.from_
-        own = {kind: Path(base) / f"{kind}_tokenizer" for kind in self.fingerprints if base}
-        for kind, folder in own.items():
-            if folder.is_dir() and getattr(self.settings.tokenizer, kind) is not None:
-                video = kind == "video"
-                made = tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"] if video else text_fingerprint(folder)
-                if made != self.fingerprints[kind]:
+        for base in self.base_folders:
+            for kind, fingerprint in self.fingerprints.items():
+                own, used = str(self.part_of(base, kind)), getattr(self.places, kind)
+                if own != used and Path(own).is_dir() and self.fingerprint_of(own, kind) != fingerprint:
                     raise UserError(
-                        f"tokenizer.{kind} {getattr(self.places, kind)} is another tokenizer than {folder}, with which the weights "
-                        f"of model.from were trained; leave tokenizer.{kind} out"
+                        f"tokenizer.{kind} {used} is another tokenizer than {own}, with which the weights of that model were "
+                        f"trained; leave tokenizer.{kind} out"
                     )
 
     def make_source(self) -> Source:

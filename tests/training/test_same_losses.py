@@ -15,8 +15,8 @@ from lumos import LumosPipeline
 from lumos.data.curriculum import StepShape
 from lumos.errors import UserError
 from lumos.models.lumos1 import training as ardf
-from lumos.models.lumos1.acceleration import compile_parts
 from lumos.models.lumos1.training import ArdfTask
+from lumos.pipeline.acceleration import compile_parts
 from lumos.training.loop import train
 
 CPU = torch.device("cpu")

@@ -19,9 +19,9 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import read_config
 from lumos.models.lumos1.request import check_effect, check_length, largest_side
 from lumos.models.lumos1.sequence import num_latent_frames
-from lumos.models.lumos1.settings import GenerationSettings, read_defaults
+from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_cost import meta_model
-from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.defaults import ClipDefaults, read_defaults
 from lumos.pipeline.inputs import check_num_frames
 from lumos.pipeline.request import check_side
 from lumos.planning.sharding import parameter_count
@@ -144,7 +144,7 @@ def model_of(folder: str | Path | None, preset: str | None) -> tuple[LumosConfig
     """
     if preset is not None:
         return LumosConfig.preset(preset), GenerationSettings(), ClipDefaults()
-    return read_config(Path(folder)), *read_defaults(Path(folder))
+    return read_config(Path(folder)), *read_defaults(Path(folder), GenerationSettings)
 
 
 def out_of_memory_advice(

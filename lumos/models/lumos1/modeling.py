@@ -386,4 +386,7 @@ class LumosForVideoGeneration(LumosPreTrainedModel):
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
 
+COMPILED = (MLP, RMSNorm, HeadNorm)
+"""The modules that `compile` compiles. Attention and the cache are not compiled."""
+
 AutoModel.register(LumosConfig, LumosForVideoGeneration)

@@ -17,11 +17,10 @@ from torch import Tensor
 from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
-from lumos.models.lumos1.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
-from lumos.models.lumos1.modeling import MODEL_FILES, LumosForVideoGeneration
+from lumos.models.lumos1.modeling import COMPILED, MODEL_FILES, LumosForVideoGeneration
 from lumos.models.lumos1.request import (
     LumosEncoded,
     LumosResolved,
@@ -32,9 +31,10 @@ from lumos.models.lumos1.request import (
 )
 from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import build_frames
-from lumos.models.lumos1.settings import GenerationSettings, read_defaults, write_defaults
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
-from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults
+from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
 from lumos.pipeline.placement import is_spread, loading_arguments
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
@@ -90,9 +90,9 @@ class LumosPipeline(VideoPipeline):
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
             dtype: default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
-            int8: quantize the decoder layers to int8 weights, see `lumos.models.lumos1.acceleration`. The
+            int8: quantize the decoder layers to int8 weights, see `lumos.pipeline.acceleration`. The
                 pipeline can then not be saved.
-            compile: compile norms and MLPs, see `lumos.models.lumos1.acceleration`.
+            compile: compile norms and MLPs, see `lumos.pipeline.acceleration`.
             device_map, max_memory: for decoders that do not fit on the device, see
                 `lumos.pipeline.placement`.
 
@@ -117,13 +117,13 @@ class LumosPipeline(VideoPipeline):
             video = VideoTokenizer.from_pretrained(video_tokenizer or folder, dtype=dtype, device=device)
         except (ValueError, OSError) as error:
             raise UserError(f"{error} (video_tokenizer / --video-tokenizer names another place)") from error
-        settings, clip = read_defaults(Path(folder))
+        settings, clip = read_defaults(Path(folder), GenerationSettings)
         if lora is not None:
             model = merge_adapter(model, lora, fingerprints(video_tokenizer or folder, text_tokenizer or folder))
         if int8:
-            use_int8_weights(model)
+            use_int8_weights(model.model.layers)
         if compile:
-            compile_parts(model)
+            compile_parts(model, COMPILED)
         return cls(model, text, video, settings, clip)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -136,7 +136,7 @@ class LumosPipeline(VideoPipeline):
         """
         if is_spread(self.model):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
-        if has_int8_weights(self.model):
+        if has_int8_weights(self.model.model.layers):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
         with updating_folder(folder, re.compile(f"{MODEL_FILES}|{DEFAULTS_FILE}|(text|video)_tokenizer").fullmatch) as writing:
             self.model.save_pretrained(writing)

@@ -30,8 +30,8 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import INDEX, WEIGHTS, check_written, match_layout, read_config, read_shapes, weight_files
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.request import check_agreement
-from lumos.models.lumos1.settings import GenerationSettings, write_defaults
-from lumos.pipeline.defaults import ClipDefaults
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.defaults import ClipDefaults, write_defaults
 from lumos.runtime import versions
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig, loading
 from tokenizer.text import find_tokenizer_file

@@ -1,18 +1,15 @@
-"""The sampling options of Lumos-1, and the file in a model folder that holds its defaults (pipeline.json)."""
+"""The sampling options of Lumos-1."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lumos.errors import UserError, shown
-from lumos.files import read_json, write_json
-from lumos.pipeline.defaults import DEFAULTS_FILE, MAX_FRAMES, ClipDefaults
+from lumos.errors import UserError
+from lumos.pipeline.defaults import MAX_FRAMES
 from lumos.pipeline.options import SamplingOptions
 from lumos.settings import setting
 
-MAX_DEFAULTS_BYTES = 2**20
 MAX_TOP_K = 2**24
 MASK_KINDS = ("tube", "random", "diffusion_forcing", "tube_decay")
 """The kinds of training mask, see `lumos.models.lumos1.masking.training_mask`."""
@@ -109,28 +106,3 @@ class GenerationSettings(SamplingOptions):
         """Return whether step number `step` of the `steps` of a frame uses guidance, and so both branches."""
         start, stop = self.guidance_interval
         return start <= step / steps < stop
-
-
-def read_defaults(folder: Path) -> tuple[GenerationSettings, ClipDefaults]:
-    """Return the defaults in the folder's pipeline.json, or the published defaults if there is no such file.
-
-    Raises UserError for a file that is damaged or has unknown or wrong settings.
-    """
-    file = folder / DEFAULTS_FILE
-    if not file.is_file():
-        return GenerationSettings(), ClipDefaults()
-    stored = read_json(file, "a model's defaults", MAX_DEFAULTS_BYTES)
-    if not isinstance(stored, dict):
-        raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
-    parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (GenerationSettings, ClipDefaults)]
-    if stored:
-        raise UserError(f"{file} has unknown settings: {shown(sorted(stored))}")
-    try:
-        return GenerationSettings(**parts[0]), ClipDefaults(**parts[1])
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-
-
-def write_defaults(folder: Path, settings: GenerationSettings, clip: ClipDefaults) -> None:
-    """Write the defaults to the folder's pipeline.json."""
-    write_json(folder / DEFAULTS_FILE, {**vars(settings), **vars(clip)})

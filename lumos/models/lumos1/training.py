@@ -24,12 +24,11 @@ from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generato
 from lumos.data.source import Clip, cut
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.lora import Lora, add_adapters, sample
-from lumos.models.lumos1.acceleration import compile_parts
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.masking import mask_sequence
-from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
 from lumos.models.lumos1.pipeline import LumosPipeline
 from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
 from lumos.models.lumos1.sequence import (
@@ -42,9 +41,10 @@ from lumos.models.lumos1.sequence import (
     parse_layout,
     prompt_text,
 )
-from lumos.models.lumos1.settings import GenerationSettings, read_defaults, write_defaults
+from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_settings import LumosTrainingSettings
-from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.acceleration import compile_parts
+from lumos.pipeline.defaults import ClipDefaults, read_defaults, write_defaults
 from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
 from lumos.training import checkpoint
@@ -135,7 +135,7 @@ class ArdfTask(VideoTask):
         if self.settings.training.activation_checkpointing:
             model.model.gradient_checkpointing = True
         if self.settings.training.compile:
-            compile_parts(model.to(self.device))
+            compile_parts(model.to(self.device), COMPILED)
         return model.train()
 
     def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
@@ -275,7 +275,7 @@ class ArdfTask(VideoTask):
 
     def _generation(self) -> GenerationSettings:
         folder = self.settings.model.from_
-        usual = GenerationSettings() if folder is None else read_defaults(Path(folder))[0]
+        usual = GenerationSettings() if folder is None else read_defaults(Path(folder), GenerationSettings)[0]
         return usual.changed(**self.settings.generation)
 
     def _config(self) -> dict[str, Any]:

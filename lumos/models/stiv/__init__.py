@@ -1,1 +1,20 @@
-"""STIV: flow matching over latents by a diffusion transformer with factorised attention (arXiv 2412.07730)."""
+"""STIV: flow matching over video latents by a diffusion transformer, from text, pictures and given frames."""
+
+from __future__ import annotations
+
+from lumos.registry import Generator
+
+_HERE = "lumos.models.stiv"
+
+GENERATOR = Generator(
+    name="stiv",
+    summary="flow matching over latents: a diffusion transformer, whole clips at once, from text and any given frames",
+    model_types=("stiv",),
+    config=f"{_HERE}.configuration:StivConfig",
+    model=f"{_HERE}.modeling:StivForVideoGeneration",
+    pipeline=f"{_HERE}.pipeline:StivPipeline",
+    task=f"{_HERE}.training:StivTask",
+    settings=f"{_HERE}.training_settings:StivTrainingSettings",
+    sampling=f"{_HERE}.settings:StivOptions",
+    cost={"training": f"{_HERE}.cost", "clip": f"{_HERE}.cost"},
+)

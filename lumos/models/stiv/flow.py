@@ -130,3 +130,13 @@ def flow_loss(losses: Tensor, given: Tensor | None = None) -> Tensor:
     """
     supervised = torch.ones_like(losses) if given is None else (~given).to(losses)
     return (losses * supervised).sum() / supervised.sum().clamp(min=1)
+
+
+def min_snr_weights(t: Tensor, gamma: float) -> Tensor:
+    """Return weights of squared errors of the velocity at times t, with mean 1 over uniform times.
+
+    The squared error of the data is (1 - t)^2 times that of the velocity. It is weighted by the lower of gamma and
+    signal / noise, t^2 / (1 - t)^2 (Min-SNR, arXiv 2303.09556).
+    """
+    meet = gamma**0.5 / (1 + gamma**0.5)  # the time at which both are equal
+    return torch.minimum(t.square(), gamma * (1 - t).square()) * (3 / meet**2)

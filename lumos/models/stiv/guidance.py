@@ -22,10 +22,9 @@ from torch import Tensor
 
 from lumos.errors import UserError, shown
 from lumos.models.stiv.flow import given_latents, replaced
+from lumos.models.stiv.settings import NULL_IMAGES, RENORMS
 from lumos.models.stiv.solvers import Field, solve
 
-RENORMS = ("off", "sample", "frame", "token")
-NULL_IMAGES = ("renoise", "own", "noise", "zeros")
 EPS = 1e-12
 
 
@@ -207,7 +206,8 @@ def sample(
         noise: float32 [B, T, C, h, w].
         grid: times from 0 to 1.
         values: latents of the given frames, [B, T, C, h, w]; other frames have no effect. given: bool [B, T].
-        after_step: called with the number of each step and the latents after it.
+        after_step: called with the number of each step and the latents after it, which it may change in place.
+            Given frames stay as they are.
 
     Raises UserError for an image scale if no clip has given frames.
     """
@@ -218,5 +218,11 @@ def sample(
     if given.all():
         return values.clone()
     values = torch.where(given[:, :, None, None, None], values, 0.0)  # other frames may hold anything
-    told = None if after_step is None else lambda step, x: after_step(step, replaced(x, values, given))
-    return replaced(solve(guided_field(velocity, guidance, noise, values, given), noise, grid, solver, told), values, given)
+
+    def watched(step: int, x: Tensor) -> None:
+        state = replaced(x, values, given)
+        after_step(step, state)
+        x.copy_(replaced(state, x, given))  # what after_step has changed, except in given frames
+
+    field = guided_field(velocity, guidance, noise, values, given)
+    return replaced(solve(field, noise, grid, solver, watched if after_step else None), values, given)

@@ -14,8 +14,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from lumos.errors import shown
+from lumos.models.stiv.settings import SOLVERS
 
-SOLVERS = ("euler", "midpoint", "heun", "ab2")
 Field = Callable[[Tensor, float], Tensor]
 """A function (x, t) -> dx/dt of the shape of x."""
 

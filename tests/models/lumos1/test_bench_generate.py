@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import lumos.models.lumos1.benchmarks.generate as bench
 from lumos.benchmarks.measure import Bench
 from lumos.errors import RunError, UserError
-from lumos.models.lumos1.acceleration import compile_parts
 from lumos.models.lumos1.benchmarks.baseline import plain_frames
 from lumos.models.lumos1.benchmarks.decoding import Case, generate, generate_plainly, logits_difference, make_case
 from lumos.models.lumos1.benchmarks.roofline import products, profiled
 from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.modeling import COMPILED
+from lumos.pipeline.acceleration import compile_parts
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_compiled_parts_give_the_same_logits(case):
 
     before = counters["stats"]["unique_graphs"]
     compiled = copy.deepcopy(case.model)
-    compile_parts(compiled, backend="eager")
+    compile_parts(compiled, COMPILED, backend="eager")
     assert logits_difference(case, compiled).largest < 1e-5
     assert counters["stats"]["unique_graphs"] - before >= 4  # the probe, RMSNorm, HeadNorm, MLP
     assert counters["graph_break"] == {}
@@ -158,4 +159,4 @@ def test_compiled_parts_give_the_same_logits(case):
 def test_a_missing_compiler_is_told(case, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no C++ compiler\nmore")))
     with pytest.raises(UserError, match=r"torch.compile does not work here \(no C\+\+ compiler\); leave compile out"):
-        compile_parts(case.model)
+        compile_parts(case.model, COMPILED)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lumos import LumosForVideoGeneration
-from lumos.models.lumos1.acceleration import compile_parts, use_int8_weights
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.engine import Engine, code_offsets
+from lumos.models.lumos1.modeling import COMPILED
 from lumos.models.lumos1.sampling import guide
 from lumos.models.lumos1.sequence import Frame
+from lumos.pipeline.acceleration import compile_parts, use_int8_weights
 from lumos.pipeline.placement import is_spread, loading_arguments
 
 TOLERANCE = {"atol": 2e-4, "rtol": 0}
@@ -151,7 +152,7 @@ def test_guided_states_at_masked_positions_are_the_guided_logits(model, trace):
 def test_compiled_parts(model, trace):
     """By the backend that compiles nothing: what is traced is what runs."""
     compiled = copy.deepcopy(model)
-    compile_parts(compiled, backend="eager")
+    compile_parts(compiled, COMPILED, backend="eager")
     check(trace, compiled)
 
 
@@ -161,7 +162,7 @@ def test_fewer_bits_stay_close(model, trace, precision):
     changed = copy.deepcopy(model)
     if precision == "int8":
         pytest.importorskip("torchao")
-        use_int8_weights(changed)
+        use_int8_weights(changed.model.layers)
     else:
         changed.to(torch.bfloat16)
     engine = Engine(changed)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from micro_stiv import micro_pipeline
 
+from lumos import StivPipeline
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.text_encoder import TextStates
@@ -55,3 +59,22 @@ def stiv_text() -> Callable[..., TextStates]:
         return TextStates(torch.randn(batch, 5, width, generator=draws), mask, torch.randn(batch, width, generator=draws))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stiv_folder(tmp_path_factory) -> Path:
+    """A whole model folder of random weights: clips of 5 frames of 16 x 32 pixels, trained on all patterns."""
+    folder = tmp_path_factory.mktemp("models") / "stiv"
+    micro_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(stiv_folder) -> StivPipeline:
+    return StivPipeline.from_pretrained(stiv_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def frames() -> np.ndarray:
+    """Frames uint8 [6, 16, 32, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (6, 16, 32, 3), dtype=np.uint8)

@@ -33,12 +33,13 @@ from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
-from lumos.models.lumos1.acceleration import compile_parts, use_int8_weights
 from lumos.models.lumos1.benchmarks.arguments import FORMS, SHIPPED
 from lumos.models.lumos1.benchmarks.decoding import SHAPES, Case, generate, generate_plainly, logits_difference, make_case
 from lumos.models.lumos1.benchmarks.roofline import product_gflops, products, profiled
-from lumos.models.lumos1.settings import GenerationSettings, read_defaults
-from lumos.pipeline.defaults import shipped_model
+from lumos.models.lumos1.modeling import COMPILED
+from lumos.models.lumos1.settings import GenerationSettings
+from lumos.pipeline.acceleration import compile_parts, use_int8_weights
+from lumos.pipeline.defaults import read_defaults, shipped_model
 from lumos.pipeline.options import ACCELERATION, given_options
 from lumos.runtime import peak_memory_bytes
 
@@ -75,7 +76,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError("the prompt is empty; say in words what the clip shows")
     trades = given_options(args, TRADES)
     for shape in args.shapes:
-        usual = read_defaults(model)[0] if shape == SHIPPED else GenerationSettings(num_inference_steps=SHAPES[shape].steps)
+        own = GenerationSettings(num_inference_steps=SHAPES[shape].steps) if shape != SHIPPED else None
+        usual = own or read_defaults(model, GenerationSettings)[0]
         GenerationSettings(num_inference_steps=usual.num_inference_steps, **trades)
     options = trades | {name: True for name in ACCELERATION if getattr(args, name)}
     if args.options_dtype:
@@ -136,7 +138,7 @@ def precision_difference(case: Case, precision: str) -> dict[str, float]:
     """Return the difference between the logits of the model in another precision and those of the baseline."""
     model = copy.deepcopy(case.model)
     if precision == "int8":
-        use_int8_weights(model)
+        use_int8_weights(model.model.layers)
     else:
         model.to(getattr(torch, precision))
     return {name: rounded(value) for name, value in asdict(logits_difference(case.cut(frames=2, steps=2), model)).items()}
@@ -150,9 +152,9 @@ def with_options(case: Case, options: dict[str, Any]) -> Case:
     if options.get("dtype"):
         model.to(getattr(torch, options["dtype"]))
     if options.get("int8"):
-        use_int8_weights(model)
+        use_int8_weights(model.model.layers)
     if options.get("compile"):
-        compile_parts(model)
+        compile_parts(model, COMPILED)
     return replace(case, model=model, settings=replace(case.settings, **trades))
 
 

@@ -1,0 +1,480 @@
+"""The training task of STIV: the network learns the velocity from noise to latents (flow matching, reference sections 4 to 6).
+
+For each clip a pattern says which frames are given. They enter the network as they are and have no loss; the others are
+mixed with noise. Text and given frames are left out at random, for guidance. All draws of a clip come from the
+clip's own generators, so losses do not depend on micro-batches or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.source import Clip
+from lumos.errors import RunError, UserError, shown
+from lumos.lora import Lora, add_adapters, sample
+from lumos.models.stiv.attention import RMSNorm
+from lumos.models.stiv.configuration import PATTERNS, StivConfig
+from lumos.models.stiv.draws import drawn_clip
+from lumos.models.stiv.fingerprints import load_network, network_fingerprint
+from lumos.models.stiv.flops import forward_flops, text_encoder_flops
+from lumos.models.stiv.flow import (
+    frame_losses,
+    given_latents,
+    interpolated,
+    kept_values,
+    masked_frame_losses,
+    min_snr_weights,
+    replaced,
+    target_velocity,
+)
+from lumos.models.stiv.initialization import initialized
+from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
+from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
+from lumos.models.stiv.modeling import MLP, Micro, StivForVideoGeneration
+from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
+from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
+from lumos.models.stiv.settings import StivOptions
+from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, text_ids
+from lumos.models.stiv.training_settings import StivTrainingSettings
+from lumos.pipeline.acceleration import compile_parts
+from lumos.pipeline.defaults import ClipDefaults, read_defaults
+from lumos.runtime import check_memory, no_progress_bar
+from lumos.settings import to_plain
+from lumos.training import checkpoint
+from lumos.training.engine import pick_precision
+from lumos.training.export import Tokenizers, export_checkpoint
+from lumos.training.samples import Sampler
+from lumos.training.settings import world_size
+from lumos.training.task import Batch
+from lumos.training.video_task import VideoTask
+from tokenizer.text import TextTokenizer
+from tokenizer.video import VideoTokenizer
+
+TIME_BINS = 10
+"""Number of equal ranges of times by which the log sorts losses."""
+DRAWS = ("flow", "patterns", "dropout", "given_noise", "mask_ratio", "masked_loss_weight")
+"""Settings that decide the losses, beside the config, the data and the optimization."""
+NOT_OF_WEIGHTS = {"patterns", "max_prompt_tokens", "micro_stride"}
+"""Fields of StivConfig in which two models may differ and still be mixed."""
+
+
+@dataclass(frozen=True)
+class UnencodedBatch:
+    """A batch whose clips and prompts are not encoded yet. Any process can make it.
+
+    clips   for each clip uint8 frames [T, H, W, 3]; or int64 codes [T, h, w], if the source holds codes
+    text    ids of the prompts
+    batch   the batch, whose rows still lack the latents
+    """
+
+    clips: list[Tensor]
+    text: TextIds
+    batch: Batch
+
+
+class StivTask(VideoTask):
+    """Training of `StivForVideoGeneration` by flow matching. Clips are encoded on `device`."""
+
+    settings: StivTrainingSettings
+
+    def __init__(self, settings: StivTrainingSettings, device: torch.device):
+        self.config = model_config(settings)
+        check_clips(self.config, settings)
+        self.per_frame_codes = not self.config.latents_are_causal
+        super().__init__(settings, device)
+        self.space = LatentSpace(self.video_tokenizer, self.config.latents)
+        self._check_network()
+        self.text = self._read_text()
+        self._check_memory(settings.data.num_frames, settings.data.height, settings.data.width)
+        self.source = self.make_source()
+        shape = self.sample_shape
+        self.config = with_clips(self.config, settings, shape.num_frames, shape.height, shape.width)
+        self.config = StivConfig(**self.config.to_dict() | self._statistics())
+        self.space = self.space.normalised(self.config.latent_mean, self.config.latent_std)
+        self.adapter: dict[str, Any] | None = None
+        self.origin: dict[str, Any] | None = None
+        self.pattern_names = [name for name in PATTERNS if name in trained_patterns(settings)]
+        self.loss_groups = {"time": TIME_BINS, "pattern": len(self.pattern_names)}
+        self._text_ids(settings.samples.prompts)
+
+    @property
+    def size_unit(self) -> int:
+        return self.config.spatial_compression * self.config.patch_size
+
+    @property
+    def base_folders(self) -> list[str]:
+        init = self.settings.init
+        return [folder for folder in (self.settings.model.from_, init.image, init.temporal) if folder is not None]
+
+    @staticmethod
+    def part_of(folder: str, kind: str) -> Path:
+        names = ("autoencoder", "video_tokenizer") if kind == "video" else (TEXT_ENCODER, "text_tokenizer")
+        places = [Path(folder) / name for name in names]
+        return next((place for place in places if place.is_dir()), places[-1])
+
+    @staticmethod
+    def fingerprint_of(folder: str, kind: str) -> str:
+        if kind == "video":
+            return network_fingerprint(load_network(folder))
+        if (Path(folder) / "config.json").is_file():  # a frozen encoder, with its tokenizer
+            return network_fingerprint(FrozenTextEncoder.from_pretrained(folder).model)
+        return VideoTask.fingerprint_of(folder, kind)
+
+    def read_network(self, folder: str) -> nn.Module:
+        return load_autoencoder(Path(folder)) if self.config.latents == AUTOENCODER else VideoTokenizer.from_pretrained(folder)
+
+    def build_model(self) -> nn.Module:
+        """Return the model in float32, with weights of model.from or init.image, or random ones drawn with training.seed.
+
+        With lora.rank the weights of the folder are frozen, and the adapters are drawn with training.seed. The model
+        is on the CPU, or on the device of the training with training.compile.
+        """
+        settings, config = self.settings, self.config
+        torch.manual_seed(settings.training.seed)
+        if settings.init.image is not None:
+            model, self.origin = initialized(config, settings.init.image, settings.init.temporal)
+        elif settings.model.from_ is not None:
+            model = StivForVideoGeneration.from_pretrained(settings.model.from_, config=config, dtype=torch.float32)
+        else:
+            model = StivForVideoGeneration(config)
+        if settings.lora.rank is not None:
+            base = {"folder": settings.model.from_, "sample": sample(model)}
+            add_adapters(model, Lora(**to_plain(settings.lora)))
+            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+            self.adapter = {"settings": to_plain(settings.lora), "base": base, "shapes": shapes}
+        if settings.training.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        if settings.training.compile:
+            compile_parts(model.to(self.device), (MLP, RMSNorm))
+        return model.train()
+
+    def muon_matrices(self, model: nn.Module) -> dict[str, float]:
+        """Return the matrices of attention and MLPs in the blocks of transformer and text encoder."""
+        linear = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        return {name: 1.0 for name, weight in linear.items() if "blocks." in name and weight.requires_grad}
+
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
+        """Return the clips at `positions` of a step with all that is drawn for them, but without their latents.
+
+        `dropout` False keeps the text and the given frames of every clip, and all places.
+        """
+        clips = [shortened(clip, shape.first_frames, self.config) for clip in self.source.clips(step, shape, positions)]
+        drawn = [drawn_clip(self.settings, self.config, step, position, self._latent_size(clip), dropout)
+                 for position, clip in zip(positions, clips, strict=True)]  # fmt: skip
+        text = self._text_ids(["" if draws.no_text else clip.caption for draws, clip in zip(drawn, clips, strict=True)])
+        sizes, supervised = [draws.noise.shape for draws in drawn], [int((~draws.given).sum()) for draws in drawn]
+        tokens = [int(n) for n in text.mask.sum(1)]
+        tensors = {
+            "times": torch.tensor([draws.time for draws in drawn]),
+            "levels": torch.tensor([draws.level for draws in drawn]),
+            "patterns": torch.tensor([self.pattern_names.index(draws.pattern) for draws in drawn]),
+            "counts": torch.ones(len(drawn), dtype=torch.bool),
+            **self._micro(clips, sizes),
+        }
+        rows = {"noise": [draws.noise for draws in drawn], "given": [draws.given for draws in drawn],
+                "keep": [draws.keep for draws in drawn]}  # fmt: skip
+        ratio = self.settings.mask_ratio if dropout else 0.0
+        batch = Batch(
+            step, shape.kind, tensors, [clip.name for clip in clips],
+            lengths=[self._places(size) * size[0] // self.config.temporal_patch_size + m
+                     for size, m in zip(sizes, tokens, strict=True)],
+            flops=sum(self._flops(size, m, ratio) for size, m in zip(sizes, tokens, strict=True)),
+            supervised=sum(supervised), rows=rows, padded=(), idle={"counts": False},
+        )  # fmt: skip
+        return UnencodedBatch([pixels_or_codes(clip) for clip in clips], text, batch)
+
+    def encode(self, prepared: UnencodedBatch) -> Batch:
+        """Return the batch with its latents, and with the states of a frozen text encoder, on the device of the training."""
+        batch, device = prepared.batch, self.device
+        latents: list[Tensor] = [torch.empty(0)] * len(prepared.clips)
+        for at in alike([(clip.shape, clip.dtype) for clip in prepared.clips]):
+            clips = torch.stack([prepared.clips[i] for i in at]).to(device, non_blocking=True)
+            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, [batch.names[i] for i in at])
+            for i, clip in zip(at, encoded, strict=True):
+                latents[i] = clip
+        rows = {name: [x if x is None else x.to(device, non_blocking=True) for x in of_clips]
+                for name, of_clips in batch.rows.items()}  # fmt: skip
+        ids, mask = prepared.text.ids.to(device), prepared.text.mask.to(device)
+        if isinstance(self.text, FrozenTextEncoder):
+            states = self.text.encode(ids, mask)
+            text = {"text_states": states.states.float(), "text_mask": mask, "pooled": states.pooled.float()}
+        else:
+            text = {"text_ids": ids, "text_mask": mask}
+        return replace(batch, tensors={name: x.to(device) for name, x in batch.tensors.items()} | text,
+                       rows=rows | {"latents": latents})  # fmt: skip
+
+    def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses [N] of the supervised latent frames, with gradient, and their places [N] by group.
+
+        The place in the group time is the tenth of the clip's time, in pattern the clip's pattern of given frames in the
+        order of `pattern_names`. Clips of different sizes go through the network one size after the other.
+        """
+        losses, places = [], defaultdict(list)
+        for at in alike([latents.shape for latents in micro["latents"]]):
+            found = self._frame_losses(model, micro, at)  # [B, T]
+            given = torch.stack([micro["given"][i] for i in at])
+            supervised = ~given & micro["counts"][at, None]
+            losses.append(found[supervised])
+            of_clips = {"time": (micro["times"][at] * TIME_BINS).long().clamp(max=TIME_BINS - 1), "pattern": micro["patterns"][at]}
+            for group, place in of_clips.items():
+                places[group].append(place[:, None].expand_as(found)[supervised])
+        return torch.cat(losses), {group: torch.cat(parts) for group, parts in places.items()}
+
+    def _frame_losses(self, model: nn.Module, micro: dict[str, Any], at: list[int]) -> Tensor:
+        """Return the weighted loss of each frame [B, T] of the clips `at`, which have one size; 0 at given frames."""
+        config, settings = self.config, self.settings
+        latents, noise, given = (torch.stack([micro[name][i] for i in at]) for name in ("latents", "noise", "given"))
+        keep = None if micro["keep"][at[0]] is None else torch.stack([micro["keep"][i] for i in at])
+        times, levels = micro["times"][at], micro["levels"][at]
+        given = given if given.any() else None
+        noisy = interpolated(latents, noise, times)
+        seen = noisy if given is None else replaced(noisy, given_latents(latents, noise, levels), given)
+        text = {name: micro[name][at] for name in ("text_states", "text_mask", "pooled", "text_ids") if name in micro}
+        conditions = Micro(*(micro[name][at] for name in ("original_size", "crop", "stride", "num_frames")))
+        prediction = model(
+            seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep
+        ).sample  # fmt: skip
+        target = target_velocity(latents, noise)
+        if keep is None:
+            losses = frame_losses(prediction, target, given)
+        else:
+            _, rows, columns = config.grid(latents.shape[1], *latents.shape[3:])
+            kept = kept_values(keep, rows, columns, config.patch_size)
+            losses = masked_frame_losses(prediction, target, noisy, kept, given, settings.masked_loss_weight)
+        if settings.flow.weighting == "min_snr":
+            losses = losses * min_snr_weights(times, settings.flow.gamma)[:, None]
+        return losses
+
+    def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
+        """Return the latent frames, rows and columns of a clip."""
+        if clip.codes is not None:
+            return tuple(clip.codes.shape)
+        frames, height, width = clip.frames.shape[:3]
+        unit = self.config.spatial_compression
+        return self.config.latent_frames(frames), height // unit, width // unit
+
+    def _micro(self, clips: list[Clip], sizes: list[torch.Size]) -> dict[str, Tensor]:
+        """Return the micro conditions of clips, the fields of `Micro`.
+
+        The sources know no original size, crop or stride: they are those of a clip that is used as it is.
+        """
+        config, unit = self.config, self.config.spatial_compression
+        frames = [config.pixel_frames(size[0]) for size in sizes]
+        return {
+            "original_size": torch.tensor([[float(h * unit), float(w * unit)] for *_, h, w in sizes]),
+            "crop": torch.zeros(len(clips), 2),
+            "stride": torch.tensor([float(config.micro_stride if n > 1 else 1) for n in frames]),
+            "num_frames": torch.tensor(frames, dtype=torch.float32),
+        }
+
+    def _places(self, size: torch.Size) -> int:
+        return size[-2] * size[-1] // self.config.patch_size**2
+
+    def _flops(self, size: torch.Size, text_tokens: int, ratio: float) -> float:
+        """Return the FLOPs of forward and backward of a clip of latents [T, C, h, w]; backward counts twice."""
+        config = self.config
+        grid = config.grid(size[0], size[2], size[3])
+        return 3.0 * (forward_flops(config, *grid, text_tokens, ratio) + text_encoder_flops(config, text_tokens))
+
+    def _of_codes(self, codes: Tensor, names: list[str]) -> Tensor:
+        highest = codes.flatten(1).max(1).values
+        for name, code in zip(names, highest.tolist(), strict=True):
+            if code >= self.video_tokenizer.num_codes:
+                raise RunError(
+                    f"{name} has the code {code}; allowed: 0 to {self.video_tokenizer.num_codes - 1}; ingest it again with this "
+                    "tokenizer"
+                )
+        return self.space.from_codes(codes)
+
+    def _text_ids(self, prompts: list[str]) -> TextIds:
+        if isinstance(self.text, FrozenTextEncoder):
+            return self.text.text_ids(prompts)
+        return text_ids(self.text, prompts, self.config)
+
+    def export_metadata(self) -> dict[str, Any]:
+        """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
+        return {
+            "config": self._config(),
+            "tokenizers": vars(self.places),
+            "fingerprints": self.fingerprints,
+            "generation": vars(self._generation()),
+            "clip": {name: value for name, value in vars(self.sample_shape).items() if name != "target_size"},
+            "lora": self.adapter,
+            "init": self.origin,
+        }
+
+    def export(self, folder: Path, target: Path) -> None:
+        """Write a checkpoint as a folder that `StivPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
+        export_checkpoint(folder, checkpoint.read_state(folder), target)
+
+    def preview(self, weights: dict[str, Tensor]) -> Sampler:
+        """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
+        dtype = pick_precision(self.settings.training.precision, self.device)
+        if self.adapter is None:
+            model = model_with(weights, self.config, dtype)
+        else:
+            model = StivForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
+            add_adapters(model, Lora(**self.adapter["settings"]))
+            model.load_state_dict(weights, strict=False)
+        settings = self._generation().changed(**self.settings.samples.options)
+        pipe = StivPipeline(model.to(self.device), self.text, self.space, settings, self.sample_shape)
+        return Sampler(
+            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
+            self.sample_shape.fps,
+            {**vars(settings), **vars(self.sample_shape)},
+        )
+
+    def resume_fingerprint(self) -> dict[str, Any]:
+        adapter = {}
+        if self.adapter is not None:
+            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
+            adapter = {"model.from (sha256 of a sample)": weights}
+        drawn: dict[str, Any] = {}
+        for name in DRAWS:
+            value = to_plain(getattr(self.settings, name))
+            drawn |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        lora = {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
+        return self._config() | drawn | lora | adapter | self.data_fingerprint()
+
+    @staticmethod
+    def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            model = StivForVideoGeneration(StivConfig(**metadata["config"]))
+        return {name: p.shape for name, p in model.named_parameters()}
+
+    @staticmethod
+    def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        theirs, config = read_config(Path(folder)), StivConfig(**metadata["config"])
+        for name in sorted(set(StivConfig.__annotations__) - NOT_OF_WEIGHTS - {"model_type"}):
+            found, wanted = getattr(theirs, name), getattr(config, name)
+            if found != wanted:
+                said = f"its {name} is {shown(found)}, not {shown(wanted)}"
+                raise UserError(f"--mix {folder} is another model than the run's: {said}")
+        with no_progress_bar():
+            return dict(StivForVideoGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
+    @staticmethod
+    def write_folder(
+        folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
+    ) -> None:
+        config = StivConfig(**metadata["config"])
+        if config.text_encoder == "small":
+            text: TextTokenizer | FrozenTextEncoder = TextTokenizer.from_pretrained(tokenizers.text)
+        else:
+            text = FrozenTextEncoder.from_pretrained(tokenizers.text, config.text_width, config.max_prompt_tokens).to(dtype)
+        space = LatentSpace.from_config(tokenizers.video, config, dtype)
+        options, clip = StivOptions(**metadata["generation"]), ClipDefaults(**metadata["clip"], target_size=None)
+        with no_progress_bar():
+            StivPipeline(model_with(weights, config, dtype), text, space, options, clip).save_pretrained(folder)
+        check_keys(str(folder), {name: tuple(value.shape) for name, value in weights.items()}, read_shapes(weight_files(folder)))
+
+    def _generation(self) -> StivOptions:
+        folder = next(iter(self.base_folders), None)
+        usual = StivOptions() if folder is None else read_defaults(Path(folder), StivOptions)[0]
+        return usual.changed(**self.settings.generation)
+
+    def _config(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
+
+    def _read_text(self) -> TextTokenizer | FrozenTextEncoder:
+        config, folder = self.config, self.places.text
+        if config.text_encoder == "small":
+            return TextTokenizer.from_pretrained(folder, limit=config.text_vocab_size)
+        return FrozenTextEncoder.from_pretrained(folder, config.text_width, config.max_prompt_tokens).to(self.device)
+
+    def _check_network(self) -> None:
+        """Raise UserError if the network of the latents has other sizes than the model."""
+        compression = {"temporal_compression": self.space.temporal_compression} if self.space.is_causal else {}
+        found = {"latent_channels": self.space.channels, "spatial_compression": self.space.spatial_compression, **compression}
+        for name, value in found.items():
+            if value != getattr(self.config, name):
+                raise UserError(
+                    f"tokenizer.video {self.places.video} has {name} {value}, the model {getattr(self.config, name)}; set "
+                    f"model.overrides.{name}={value}, or take another tokenizer"
+                )
+
+    def _statistics(self) -> dict[str, list[float]]:
+        """Return the mean and the standard deviation of each channel of the latents, as fields of the config.
+
+        They are those of the settings, of the model that the weights come from, or of the run's newest checkpoint. Otherwise
+        they are measured on the first clips of the run, in each process alike.
+        """
+        config, root = self.config, self.settings.output_dir / "checkpoints"
+        if config.latent_mean is not None or self.base_folders:
+            return {"latent_mean": config.latent_mean, "latent_std": config.latent_std}
+        for folder in reversed(checkpoint.list_checkpoints(root)):
+            with suppress(UserError, RunError, OSError, KeyError, TypeError):
+                stored = checkpoint.read_state(folder)["task"]["config"]
+                StivConfig(**self.config.to_dict() | (found := {name: stored[name] for name in ("latent_mean", "latent_std")}))
+                return found
+        mean, std = measure_statistics(self._first_latents(self.settings.latents.statistics_clips))
+        return {"latent_mean": [round(x, 4) for x in mean], "latent_std": [max(round(x, 4), 1e-4) for x in std]}
+
+    def _first_latents(self, count: int) -> Any:
+        """Yield the latents [1, T, C, h, w], not normalised, of the first clips of the run."""
+        training = self.settings.training
+        curriculum, step = Curriculum(self.settings.data.stages, training.batch_size, training.tokens_per_batch), 0
+        while count > 0:
+            shape = curriculum(step)
+            clips = self.source.clips(step, shape, range(min(count, self.source.clips_in(shape))))
+            for clip in clips:
+                made = pixels_or_codes(clip)[None].to(self.device)
+                yield self.space.encode(made) if made.dtype == torch.uint8 else self._of_codes(made, [clip.name])
+            count, step = count - len(clips), step + 1
+
+    def _check_memory(self, num_frames: int, height: int, width: int) -> None:
+        """Raise UserError for a batch or model that this machine certainly cannot hold, before either is made."""
+        settings, config = self.settings, self.config
+        check_memory(4 * config.num_parameters, f"a model of {config.num_parameters:,} weights in float32")
+        if settings.data.source != "worlds":
+            return
+        grid_of(config, num_frames, height, width)
+        latent = 8 * config.latent_channels * height * width // config.spatial_compression**2  # noise and latents of a frame
+        clips = max([settings.training.batch_size or 0, *(stage.batch_size or 0 for stage in settings.data.stages)])
+        pictures = max([stage.image_batch_size or 0 for stage in settings.data.stages], default=0)
+        largest = max(clips * num_frames, pictures) * (3 * height * width + latent)
+        check_memory(largest // world_size(), "a process's share of the clips of a step")
+
+
+def alike(keys: list[Any]) -> list[list[int]]:
+    """Return the indices of equal keys, group by group, in the order of their first places."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:
+    """Return a clip of the first frames alone; None: the whole clip. It is a clip of its own: its text says nothing of the rest."""
+    if first_frames is None:
+        return clip
+    if clip.codes is None:
+        return replace(clip, frames=clip.frames[:first_frames])
+    return replace(clip, codes=clip.codes[: config.latent_frames(first_frames)])
+
+
+def pixels_or_codes(clip: Clip) -> Tensor:
+    """Return the frames of a clip, uint8 [T, H, W, 3], or its codes, int64 [t, h, w]."""
+    return torch.from_numpy(clip.frames if clip.codes is None else clip.codes.astype(np.int64))
+
+
+def model_with(weights: dict[str, Tensor], config: StivConfig, dtype: torch.dtype) -> StivForVideoGeneration:
+    """Return a model with the given weights, complete and by name, in the number format `dtype`."""
+    with torch.device("meta"):
+        model = StivForVideoGeneration(config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    model.config.dtype = dtype
+    return model

@@ -1,0 +1,136 @@
+"""Settings of a training run of STIV: the shared settings, and those of flow matching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lumos.errors import UserError, shown
+from lumos.models.stiv.configuration import LATENTS, PATTERNS, TEXT_ENCODERS
+from lumos.models.stiv.settings import StivOptions
+from lumos.settings import is_number, setting
+from lumos.training.settings import LoraSettings, TrainingSettings
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+TIMES = ("uniform", "logit_normal")
+WEIGHTINGS = ("none", "min_snr")
+
+
+@dataclass
+class FlowSettings:
+    times: str = setting("uniform", "distribution of the time of a clip, from 0 (noise) to 1 (data) (not published)", choices=TIMES)
+    mean: float = setting(0.0, "mean of logit_normal times; above 0 gives more of them near the data", low=-100, high=100)
+    std: float = setting(1.0, "standard deviation of logit_normal times", above=0, high=100)
+    shift: float = setting(1.0, "above 1 gives more times near the noise, as large pictures need; 1: none", above=0, high=1000)
+    weighting: str = setting(
+        "none",
+        "weights of the losses by time: none (published), or min_snr: that of the squared error of the data times the lower of "
+        "signal / noise and gamma, with mean 1 over uniform times (after arXiv 2303.09556)",
+        choices=WEIGHTINGS,
+    )
+    gamma: float = setting(5.0, "gamma of min_snr", above=0, high=1e6)
+
+
+@dataclass
+class DropoutSettings:
+    text: float = setting(0.10, "share of clips whose text is replaced by the empty one, for guidance (published 0.10)", low=0, high=1)
+    image: float = setting(0.08, "share of clips whose given frames are not given (published 0.08)", low=0, high=1)
+    joint: float = setting(0.0, "share of clips that lose both, in addition to the two shares above (published: none)", low=0, high=1)
+
+
+@dataclass
+class InitSettings:
+    image: str | None = setting(None, "model folder for all weights but those of temporal attention, of pictures or of clips")
+    temporal: str | None = setting(
+        None, "model folder for temporal attention; null: that of init.image, or new weights if it has none"
+    )
+
+
+@dataclass
+class LatentSettings:
+    kind: str | None = setting(None, "kind of latents; null: that of the preset or the model", choices=(None, *LATENTS))
+    mean: list[float] = setting([], "mean of each channel; empty: that of the model to start from, or measured")
+    std: list[float] = setting([], "standard deviation of each channel; empty: as mean")
+    statistics_clips: int = setting(
+        64, "clips of the first steps from which mean and standard deviation are measured", low=1, high=2**16
+    )
+
+
+@dataclass
+class StivLoraSettings(LoraSettings):
+    targets: list[str] = setting(list(LORA_TARGETS), "linear projections of every block that get adapters")
+
+
+@dataclass
+class StivTrainingSettings(TrainingSettings):
+    """All settings of a run that trains STIV."""
+
+    sampling = StivOptions
+
+    lora: StivLoraSettings = setting(StivLoraSettings, "fine-tuning by low-rank adapters")
+    init: InitSettings = setting(InitSettings, "models whose weights a model of model.preset begins with")
+    latents: LatentSettings = setting(LatentSettings, "the latents that are modelled")
+    text_encoder: str | None = setting(
+        None,
+        "small: trained along with the model, with the ids of tokenizer.text; folder: a frozen CLIP or T5 encoder, whose folder "
+        "is tokenizer.text; null: that of the preset or the model",
+        choices=(None, *TEXT_ENCODERS),
+    )
+    flow: FlowSettings = setting(FlowSettings, "times and weights of the losses")
+    patterns: dict[str, Any] = setting(
+        {"none": 1.0}, f"shares of clips by the frames that are given, some of {', '.join(PATTERNS)} (published: first 1)"
+    )
+    dropout: DropoutSettings = setting(DropoutSettings, "conditions that are left out at random")
+    given_noise: float = setting(
+        0.0, "largest level of noise in given frames, drawn for each clip (published: none)", low=0, below=1
+    )
+    mask_ratio: float = setting(
+        0.0, "share of the places of a frame that only the last blocks see, for speed (MaskDiT; published 0.5)", low=0, below=1
+    )
+    masked_loss_weight: float = setting(0.1, "weight of the reconstruction of these places (MaskDiT 0.1)", low=0, high=100)
+
+    def check(self) -> None:
+        """Raise UserError if fields contradict each other."""
+        super().check()
+        for check in STIV_CHECKS:
+            check(self)
+
+
+def check_init(settings: StivTrainingSettings) -> None:
+    init = settings.init
+    if init.temporal is not None and init.image is None:
+        raise UserError("init.temporal needs init.image, the model for all other weights")
+    if init.image is not None and settings.model.from_ is not None:
+        raise UserError("init.image and model.from both say where weights come from; leave one of them out")
+
+
+def check_flow(settings: StivTrainingSettings) -> None:
+    flow, usual = settings.flow, FlowSettings()
+    for name, needed, value in (("mean", "times", "logit_normal"), ("std", "times", "logit_normal"), ("gamma", "weighting", "min_snr")):
+        if getattr(flow, name) != getattr(usual, name) and getattr(flow, needed) != value:
+            raise UserError(f"flow.{name} has no effect with flow.{needed}={getattr(flow, needed)}; leave it out, or set {value}")
+    if settings.mask_ratio == 0 and settings.masked_loss_weight != 0.1:
+        raise UserError("masked_loss_weight has no effect with mask_ratio 0; set mask_ratio too, or leave it out")
+
+
+def check_patterns(settings: StivTrainingSettings) -> None:
+    shares = settings.patterns
+    for name, share in shares.items():
+        if name not in PATTERNS:
+            raise UserError(f"patterns.{shown(name)} is unknown; allowed: {', '.join(PATTERNS)}")
+        if not is_number(share) or not 0 <= share <= 1e6:
+            raise UserError(f"patterns.{name} {shown(share)} is not allowed; give a share from 0")
+    if not sum(shares.values()) > 0:
+        raise UserError(f"patterns {shown(shares)} has no share above 0; give at least one, such as none: 1")
+    given = [name for name, share in shares.items() if share > 0 and name != "none"]
+    if settings.given_noise and not given:
+        raise UserError(f"given_noise {settings.given_noise} has no effect, because patterns give no frames; leave it out")
+
+
+def check_latents(settings: StivTrainingSettings) -> None:
+    latents = settings.latents
+    if bool(latents.mean) != bool(latents.std):
+        raise UserError("latents.mean and latents.std belong together; give both or none")
+
+
+STIV_CHECKS = (check_init, check_flow, check_patterns, check_latents)
