@@ -217,6 +217,5 @@ def sample(
         return solve(guided_field(velocity, guidance, noise), noise, grid, solver, after_step)
     if given.all():
         return values.clone()
-    values = torch.where(given[:, :, None, None, None], values, 0.0)  # other frames may hold anything
     told = None if after_step is None else lambda step, x: after_step(step, replaced(x, values, given))
     return replaced(solve(guided_field(velocity, guidance, noise, values, given), noise, grid, solver, told), values, given)
