@@ -47,7 +47,7 @@ class StepGroup:
     kind        "image" or "video", with the number of frames if only the first ones are used
     steps       number of steps
     clips       mean number of sequences in a step, over all processes
-    share       number of sequences of the process that has the most
+    share       largest number of sequences that one process has in a step
     sequence    the sequence of a usual clip
     longest     the sequence of a clip of the size with the most tokens
     supervised  mean number of losses of a sequence

@@ -13,9 +13,9 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.data.shards import format as shards
+from lumos.data.shards.cache import ShardReader
 from lumos.data.shards.description import check_count, check_frame_codes, check_size, check_tokenizer, read_description
 from lumos.data.shards.order import EpochOrder
-from lumos.data.shards.reader import ShardReader
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
 from lumos.errors import UserError

@@ -1,4 +1,4 @@
-"""Reading of single clips from many shards, local or behind a URL.
+"""A cache of row groups, through which training reads single clips of many shards, local or behind a URL (`format.py`).
 
 The row groups that were used last are kept in memory, and remote shards that are needed next are
 downloaded ahead.
