@@ -100,10 +100,10 @@ def test_registry_names_parts_that_exist(name):
 
 
 def test_unknown_generators_and_model_types_list_the_known(tmp_path):
-    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, toy"):
+    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, stiv, toy"):
         registry.generator("x")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"model_type 'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), toy \(toy\)"):
+    with pytest.raises(UserError, match=r"model_type 'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), stiv \(stiv\), toy \(toy\)"):
         registry.generator_of(tmp_path)
 
 
