@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.layers import CausalConv3d, Chain, Downsample, FrameNorm, ResidualBlock, SpatialAttention
+from tokenizer.layers import CausalConv3d, Chain, Downsample, FrameNorm, ResidualBlock
 from tokenizer.video import VideoTokenizer
 from tokenizer.wavelet import patchify, spatial_patchify
 
@@ -92,6 +92,23 @@ def downsample(layer: Downsample) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def first_layer(tokenizer: VideoTokenizer) -> Callable[[Tensor], Tensor]:
+    """Return a function from pictures [N, 3, H, W] to the output of the encoder's first convolution, patches included."""
+    config, conv = tokenizer.config, conv_of(tokenizer.encoder.conv_in)
+
+    def patches(pictures: Tensor) -> Tensor:
+        pictures = spatial_patchify(pictures.unsqueeze(2), config.spatial_patch_size)
+        return patchify(pictures, config.patch_size, config.patch_method).squeeze(2)
+
+    if conv.weight.shape[-1] > 1:
+        return lambda x: conv(patches(x).contiguous(memory_format=torch.channels_last))
+    side = config.spatial_patch_size * config.patch_size  # patches and a product with them are one strided convolution
+    places = torch.eye(3 * side**2, device=conv.weight.device).view(-1, 3, side, side)
+    weight = (conv(patches(places)) - conv.bias[:, None, None]).flatten(1).T.reshape(-1, 3, side, side)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return lambda x: F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, conv.bias, stride=side)
+
+
 def picture_encoder(tokenizer: VideoTokenizer) -> Callable[[Tensor], Tensor]:
     """Return a function from video [B, 3, T, H, W] to codes [B, T, h, w], or latents [B, C, T, h, w], of its single frames.
 
@@ -100,7 +117,7 @@ def picture_encoder(tokenizer: VideoTokenizer) -> Callable[[Tensor], Tensor]:
     config, encoder = tokenizer.config, tokenizer.encoder
     if config.is_image:
         return tokenizer.encode_frames
-    layers: list[Callable[[Tensor], Tensor]] = [conv_of(encoder.conv_in)]
+    layers: list[Callable[[Tensor], Tensor]] = [first_layer(tokenizer)]
     for level in encoder.down:
         for index, block in enumerate(level.block):
             layers.append(residual_block(block))
@@ -115,13 +132,10 @@ def picture_encoder(tokenizer: VideoTokenizer) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def encode(video: Tensor) -> Tensor:
         tokenizer.check_size(video)
-        pictures = video.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # B T, 3, 1, H, W
-        found = torch.cat([encoded(piece.float()) for piece in pictures.split(PIECE)])
+        found = torch.cat([encoded(piece.float()) for piece in video.transpose(1, 2).flatten(0, 1).split(PIECE)])
         return found.squeeze(-3).unflatten(0, (len(video), -1)).transpose(1, -3)
 
-    def encoded(pictures: Tensor) -> Tensor:
-        pictures = spatial_patchify(pictures, config.spatial_patch_size)
-        x = patchify(pictures, config.patch_size, config.patch_method).squeeze(2).contiguous(memory_format=torch.channels_last)
+    def encoded(x: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x)
         return tokenizer.quantize(x[:, : tokenizer.value_channels].unsqueeze(2))[1]

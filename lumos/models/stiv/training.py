@@ -14,23 +14,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum, StepShape
-from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.data.source import Clip
 from lumos.errors import RunError, UserError, shown
 from lumos.lora import Lora, add_adapters, sample
 from lumos.models.stiv.attention import RMSNorm
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
+from lumos.models.stiv.draws import drawn_clip
+from lumos.models.stiv.fingerprints import load_network, network_fingerprint
 from lumos.models.stiv.flops import forward_flops, text_encoder_flops
 from lumos.models.stiv.flow import (
-    drawn_noise,
-    drawn_times,
     frame_losses,
     given_latents,
     interpolated,
@@ -41,10 +40,9 @@ from lumos.models.stiv.flow import (
     target_velocity,
 )
 from lumos.models.stiv.initialization import initialized
-from lumos.models.stiv.latents import AUTOENCODER, AUTOENCODER_FOLDERS, LatentSpace, load_autoencoder, measure_statistics
+from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
 from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
 from lumos.models.stiv.modeling import MLP, Micro, StivForVideoGeneration
-from lumos.models.stiv.patterns import Dropped, drawn_dropout, drawn_pattern, drawn_places, given_frames, given_mask
 from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
 from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
 from lumos.models.stiv.settings import StivOptions
@@ -61,7 +59,6 @@ from lumos.training.samples import Sampler
 from lumos.training.settings import world_size
 from lumos.training.task import Batch
 from lumos.training.video_task import VideoTask
-from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
@@ -71,27 +68,6 @@ DRAWS = ("flow", "patterns", "dropout", "given_noise", "mask_ratio", "masked_los
 """Settings that decide the losses, beside the config, the data and the optimization."""
 NOT_OF_WEIGHTS = {"patterns", "max_prompt_tokens", "micro_stride"}
 """Fields of StivConfig in which two models may differ and still be mixed."""
-
-
-class Drawn(NamedTuple):
-    """What is drawn for a clip of T latent frames.
-
-    pattern   name of the pattern of given frames; "none" if they are dropped
-    no_text   whether the clip has the empty text
-    given     bool [T]
-    time      in [0, 1]
-    level     noise in given frames
-    noise     [T, C, h, w]
-    keep      int64 [k], places that the main blocks see; None: all
-    """
-
-    pattern: str
-    no_text: bool
-    given: Tensor
-    time: float
-    level: float
-    noise: Tensor
-    keep: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -195,8 +171,8 @@ class StivTask(VideoTask):
         `dropout` False keeps the text and the given frames of every clip, and all places.
         """
         clips = [shortened(clip, shape.first_frames, self.config) for clip in self.source.clips(step, shape, positions)]
-        drawn = [self._drawn(step, position, self._latent_size(clip), dropout) for position, clip in
-                 zip(positions, clips, strict=True)]  # fmt: skip
+        drawn = [drawn_clip(self.settings, self.config, step, position, self._latent_size(clip), dropout)
+                 for position, clip in zip(positions, clips, strict=True)]  # fmt: skip
         text = self._text_ids(["" if draws.no_text else clip.caption for draws, clip in zip(drawn, clips, strict=True)])
         sizes, supervised = [draws.noise.shape for draws in drawn], [int((~draws.given).sum()) for draws in drawn]
         tokens = [int(n) for n in text.mask.sum(1)]
@@ -225,7 +201,8 @@ class StivTask(VideoTask):
         latents: list[Tensor] = [torch.empty(0)] * len(prepared.clips)
         for at in alike([(clip.shape, clip.dtype) for clip in prepared.clips]):
             clips = torch.stack([prepared.clips[i] for i in at]).to(device, non_blocking=True)
-            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, [batch.names[i] for i in at])
+            names = [batch.names[i] for i in at]
+            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, names)
             for i, clip in zip(at, encoded, strict=True):
                 latents[i] = clip
         rows = {name: [x if x is None else x.to(device, non_blocking=True) for x in of_clips]
@@ -267,9 +244,7 @@ class StivTask(VideoTask):
         seen = noisy if given is None else replaced(noisy, given_latents(latents, noise, levels), given)
         text = {name: micro[name][at] for name in ("text_states", "text_mask", "pooled", "text_ids") if name in micro}
         conditions = Micro(*(micro[name][at] for name in ("original_size", "crop", "stride", "num_frames")))
-        prediction = model(
-            seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep
-        ).sample  # fmt: skip
+        prediction = model(seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep).sample
         target = target_velocity(latents, noise)
         if keep is None:
             losses = frame_losses(prediction, target, given)
@@ -280,32 +255,6 @@ class StivTask(VideoTask):
         if settings.flow.weighting == "min_snr":
             losses = losses * min_snr_weights(times, settings.flow.gamma)[:, None]
         return losses
-
-    def _drawn(self, step: int, position: int, size: tuple[int, int, int], dropout: bool) -> Drawn:
-        """Return what is drawn for the clip at a position of a step; size: latent frames, rows, columns."""
-        settings, config = self.settings, self.config
-        seed = VALIDATION_SEED if step == VALIDATION_STEP else settings.training.seed
-        frames, rows, columns = size
-
-        def generator(purpose: str) -> torch.Generator:
-            return sample_generator(seed, step, position, purpose)
-
-        pattern = drawn_pattern(generator("pattern"), settings.patterns) if frames > 1 else "none"
-        shares = settings.dropout
-        dropped = Dropped(False, False)
-        if dropout:
-            dropped = drawn_dropout(generator("dropout"), shares.text, shares.image, shares.joint)
-        pattern = "none" if dropped.image else pattern
-        flow = settings.flow
-        time = drawn_times([generator("time")], flow.times, flow.mean, flow.std, flow.shift)
-        level = settings.given_noise * torch.rand((), generator=generator("given noise"))
-        keep = None
-        if dropout and settings.mask_ratio:
-            places = rows * columns // config.patch_size**2
-            keep = drawn_places(generator("places"), places, settings.mask_ratio)
-        noise = drawn_noise([generator("noise")], frames, config.latent_channels, rows, columns)[0]
-        given = given_mask([given_frames(pattern, frames, config.latents)], frames)[0] if frames > 1 else torch.zeros(1, dtype=bool)
-        return Drawn(pattern, dropped.text, given, float(time), float(level), noise, keep)
 
     def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
         """Return the latent frames, rows and columns of a clip."""
@@ -519,26 +468,6 @@ def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:
 def pixels_or_codes(clip: Clip) -> Tensor:
     """Return the frames of a clip, uint8 [T, H, W, 3], or its codes, int64 [t, h, w]."""
     return torch.from_numpy(clip.frames if clip.codes is None else clip.codes.astype(np.int64))
-
-
-def load_network(folder: str) -> nn.Module:
-    """Return the image autoencoder of a folder or, if it has none, its video tokenizer."""
-    for place in (Path(folder), *(Path(folder) / name for name in AUTOENCODER_FOLDERS)):
-        config = place / "config.json"
-        if config.is_file() and '"AutoencoderKL"' in config.read_text(errors="replace"):
-            return load_autoencoder(place)
-    return VideoTokenizer.from_pretrained(folder)
-
-
-def network_fingerprint(network: nn.Module) -> str:
-    """Return a hash of the weights of a network, rounded to half precision, as `tokenizer_facts` does for video tokenizers."""
-    if isinstance(network, VideoTokenizer):
-        return tokenizer_facts(network)["fingerprint"]
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_with(weights: dict[str, Tensor], config: StivConfig, dtype: torch.dtype) -> StivForVideoGeneration:
