@@ -122,7 +122,7 @@ def resolve(
             f"num_frames {clip.num_frames} is more than the {config.pixel_frames(longest)} that this model makes at once; longer "
             f"clips are filled between keyframes, which needs latents of single frames, and this model has {config.latents} latents"
         )
-    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride))
+    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride, config.temporal_patch_size))
     if len(passes) == 1:
         without_effect("a clip that is made at once", keyframe_stride=request.options.get("keyframe_stride"))
     shape = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)

@@ -184,6 +184,9 @@ def test_a_killed_run_continues_with_the_same_clip(run, pipe, monkeypatch, stiv_
 
 
 def test_parts_of_other_inputs_are_made_again(run, pipe, monkeypatch):
+    own = parts_folder(Path("o.mp4"))
+    own.mkdir()
+    (own / "mine.safetensors").write_bytes(b"of the user")
     arguments = ["--prompt", "x", "--num-frames", "14", "--num-inference-steps", "1", "--output", "o.mp4"]
     calls, usual = [], type(pipe)._made
 
@@ -197,6 +200,7 @@ def test_parts_of_other_inputs_are_made_again(run, pipe, monkeypatch):
     assert run(*arguments, "--seed", "1") == 1
     assert run(*arguments, "--seed", "2") == 0
     assert calls == [0, 1, 0, 1, 2, 3, 4]
+    assert [path.name for path in own.iterdir()] == ["mine.safetensors"]
 
 
 def test_nan_weights_give_one_line_and_leave_nothing(stiv_folder, capsys, tmp_path):
