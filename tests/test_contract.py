@@ -17,6 +17,7 @@ import torch
 import toy_generator
 import toy_options
 import yaml
+from micro_stiv import micro_pipeline
 from toy_generator import ToyConfig, ToyModel, ToyPipeline
 
 from lumos import VideoPipeline, registry
@@ -34,6 +35,10 @@ MODELS = {
     "lumos1": {"model": {"preset": "tiny", "overrides": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96,
         "vocab_size": 1024 + 64, "visual_token_count": 64,
+    }}},
+    "stiv": {"patterns": {"none": 1, "first": 1}, "model": {"preset": "stiv-nano", "overrides": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "text_width": 64, "text_layers": 1,
+        "latent_channels": 3, "text_vocab_size": 600, "patch_size": 1,
     }}},
     "toy": {"model": {"preset": "toy-tiny"}, "width": 6},
 }  # fmt: skip
@@ -58,14 +63,24 @@ def toy_folder(micro_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def stiv_folder(tmp_path_factory) -> Path:
+    """A model folder of STIV of random weights, with clips of the size of the others."""
+    folder = tmp_path_factory.mktemp("stiv") / "stiv"
+    pipe = micro_pipeline(patch_size=1)
+    pipe.clip = toy_generator.ClipDefaults(5, 16, 24, 8, None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(MODELS))
 def name(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def folder(name, micro_folder, toy_folder) -> Path:
-    return {"lumos1": micro_folder, "toy": toy_folder}[name]
+def folder(name, micro_folder, stiv_folder, toy_folder) -> Path:
+    return {"lumos1": micro_folder, "stiv": stiv_folder, "toy": toy_folder}[name]
 
 
 @pytest.fixture

@@ -201,7 +201,8 @@ class StivTask(VideoTask):
         latents: list[Tensor] = [torch.empty(0)] * len(prepared.clips)
         for at in alike([(clip.shape, clip.dtype) for clip in prepared.clips]):
             clips = torch.stack([prepared.clips[i] for i in at]).to(device, non_blocking=True)
-            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, [batch.names[i] for i in at])
+            names = [batch.names[i] for i in at]
+            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, names)
             for i, clip in zip(at, encoded, strict=True):
                 latents[i] = clip
         rows = {name: [x if x is None else x.to(device, non_blocking=True) for x in of_clips]
@@ -243,9 +244,7 @@ class StivTask(VideoTask):
         seen = noisy if given is None else replaced(noisy, given_latents(latents, noise, levels), given)
         text = {name: micro[name][at] for name in ("text_states", "text_mask", "pooled", "text_ids") if name in micro}
         conditions = Micro(*(micro[name][at] for name in ("original_size", "crop", "stride", "num_frames")))
-        prediction = model(
-            seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep
-        ).sample  # fmt: skip
+        prediction = model(seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep).sample
         target = target_velocity(latents, noise)
         if keep is None:
             losses = frame_losses(prediction, target, given)

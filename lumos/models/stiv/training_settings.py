@@ -33,9 +33,9 @@ class FlowSettings:
 
 @dataclass
 class DropoutSettings:
-    text: float = setting(0.10, "share of clips whose text is replaced by the empty one, for guidance (published 0.10)", low=0, high=1)
+    text: float = setting(0.10, "share of clips that have the empty text, for guidance (published 0.10)", low=0, high=1)
     image: float = setting(0.08, "share of clips whose given frames are not given (published 0.08)", low=0, high=1)
-    joint: float = setting(0.0, "share of clips that lose both, in addition to the two shares above (published: none)", low=0, high=1)
+    joint: float = setting(0.0, "share of clips that lose both, beside the two shares above (published: none)", low=0, high=1)
 
 
 @dataclass
@@ -106,7 +106,8 @@ def check_init(settings: StivTrainingSettings) -> None:
 
 def check_flow(settings: StivTrainingSettings) -> None:
     flow, usual = settings.flow, FlowSettings()
-    for name, needed, value in (("mean", "times", "logit_normal"), ("std", "times", "logit_normal"), ("gamma", "weighting", "min_snr")):
+    needs = {"mean": ("times", "logit_normal"), "std": ("times", "logit_normal"), "gamma": ("weighting", "min_snr")}
+    for name, (needed, value) in needs.items():
         if getattr(flow, name) != getattr(usual, name) and getattr(flow, needed) != value:
             raise UserError(f"flow.{name} has no effect with flow.{needed}={getattr(flow, needed)}; leave it out, or set {value}")
     if settings.mask_ratio == 0 and settings.masked_loss_weight != 0.1:

@@ -1,0 +1,402 @@
+"""The cost of training STIV and of its clips, by arithmetic alone: the model is built on the meta device, if at all.
+
+Memory is in bytes of one process (one GPU), at three moments of a step:
+
+    start     every process holds the whole model in float32, before DeepSpeed shards it
+    backward  the backward pass of the last block: all activations, and the gradients of its widest tensors
+    update    all activations are freed, and all gradients exist
+
+What a block saves for its backward pass follows from its forward pass. In mixed precision the inputs and outputs of matrix
+products are in bf16 and the others in float32. tests/models/stiv/test_stiv_cost.py compares the sums with what autograd saves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lumos.errors import UserError
+from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
+from lumos.models.stiv.flops import block_flops, ends_flops, forward_flops, text_encoder_flops
+from lumos.models.stiv.loading import read_config
+from lumos.models.stiv.modeling import StivForVideoGeneration
+from lumos.models.stiv.passes import Pass, passes_of
+from lumos.models.stiv.patterns import given_frames
+from lumos.models.stiv.pipeline import USUAL_CLIP
+from lumos.models.stiv.planned_config import check_clips, grid_of, planned_config
+from lumos.models.stiv.request import LARGEST_SIDE, longest_pass
+from lumos.models.stiv.settings import StivOptions
+from lumos.models.stiv.solvers import field_calls
+from lumos.models.stiv.training_settings import StivTrainingSettings
+from lumos.pipeline.defaults import ClipDefaults, read_defaults
+from lumos.pipeline.request import check_side
+from lumos.planning.memory import fixed_bytes
+from lumos.planning.sharding import PARTS, Sharding, parameter_count
+from lumos.training.settings import LoraSettings
+
+PRODUCTS, KEPT = 23, 8
+TEMPORAL_PRODUCTS, TEMPORAL_KEPT = 7, 5
+"""Tensors [tokens, hidden_size] that a block saves for its backward pass: those that matrix products and attention read and
+write, and those of norms and residual connections; without temporal attention, and of temporal attention."""
+END_TENSORS = 3
+TEXT_BLOCK_TENSORS, TEXT_END_TENSORS = 22, 5
+"""Tensors [text tokens, width] of a block of the text encoder, and of the text in a block and at the ends of the transformer."""
+CONDITION_TENSORS = 40
+"""Tensors [hidden_size] that the conditions of a clip save."""
+RUNNING_TENSORS = 14
+"""Tensors [tokens, hidden_size] that exist at once in a block without gradients, most of them in the MLP."""
+
+
+@dataclass(frozen=True)
+class ClipTokens:
+    """The input of the network for one clip: latents, tokens along each axis, and tokens of the text."""
+
+    latents: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass(frozen=True)
+class StivTrainingCost:
+    """The cost of training the transformer; `lumos.planning.cost.TrainingCost` describes the members."""
+
+    config: StivConfig
+    settings: StivTrainingSettings
+    text_tokens: int = 16
+    assumed: tuple[str, ...] = ()
+
+    @cached_property
+    def _model(self) -> StivForVideoGeneration:
+        return meta_model(self.config)
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        return self.settings.lora if self.settings.lora.rank else None
+
+    @cached_property
+    def adapters(self) -> int:
+        """The number of weights of the adapters."""
+        if self.lora is None:
+            return 0
+        linear = [module for name, module in self._model.named_modules()
+                  if isinstance(module, nn.Linear) and name.split(".")[-1] in self.lora.targets]  # fmt: skip
+        return self.lora.rank * sum(m.in_features + m.out_features for m in linear)
+
+    @cached_property
+    def parameters(self) -> int:
+        return parameter_count(self._model) + self.adapters
+
+    @property
+    def trained(self) -> int:
+        return self.adapters if self.lora else self.parameters
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.lora is not None
+
+    @cached_property
+    def _shapes(self) -> Counter[tuple[int, ...]]:
+        """The numbers of weights in the matrices that Muon updates, by shape."""
+        counts: Counter[tuple[int, ...]] = Counter()
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Linear) and "blocks." in name:
+                counts[tuple(module.weight.shape)] += module.weight.numel()
+        return counts
+
+    @property
+    def matrices(self) -> int:
+        return self.trained if self.lora else sum(self._shapes.values())
+
+    @property
+    def stacked(self) -> int:
+        return self.trained if self.lora else max(self._shapes.values())
+
+    @cached_property
+    def largest_parameter(self) -> int:
+        return max(p.numel() for p in self._model.parameters())
+
+    def cast_parameters(self, checkpointing: bool) -> int:
+        linear = sum(m.weight.numel() for m in self._model.modules() if isinstance(m, nn.Linear))
+        return linear // self.config.num_hidden_layers if self.lora and checkpointing else linear
+
+    @property
+    def size_unit(self) -> int:
+        return self.config.spatial_compression * self.config.patch_size
+
+    def sequence(self, num_frames: int, height: int, width: int) -> ClipTokens:
+        return clip_tokens(self.config, num_frames, height, width, self.text_tokens)
+
+    def tokens(self, sequence: ClipTokens) -> int:
+        return sequence.tokens + sequence.text
+
+    def codes(self, sequence: ClipTokens) -> int:
+        frames, rows, columns = sequence.latents
+        return frames * rows * columns
+
+    def supervised(self, sequence: ClipTokens) -> float:
+        """Return the mean number of latent frames that have a loss."""
+        frames, settings = sequence.latents[0], self.settings
+        if frames == 1:
+            return 1.0
+        total, dropped = sum(settings.patterns.values()), settings.dropout
+        kept = (1 - dropped.image) * (1 - dropped.joint)
+        given = sum(share / total * len(given_frames(name, frames, self.config.latents))
+                    for name, share in settings.patterns.items() if share > 0)  # fmt: skip
+        return frames - kept * given
+
+    def training_flops(self, sequence: ClipTokens, supervised: float) -> float:
+        forward = forward_flops(self.config, *sequence.grid, sequence.text, self.settings.mask_ratio)
+        forward += text_encoder_flops(self.config, sequence.text)
+        if self.lora is None:
+            return 3.0 * forward
+        return 2.0 * forward + 6.0 * sequence.tokens * self.adapters  # frozen matrices need no gradient of their own
+
+    def recomputed_flops(self, sequence: ClipTokens) -> float:
+        config, (frames, rows, columns) = self.config, sequence.grid
+        places = rows * columns
+        kept = max(1, places - round(places * self.settings.mask_ratio))
+        late = min(config.unmasked_layers, config.num_hidden_layers) if self.settings.mask_ratio else 0
+        attention = 4 * config.hidden_size * frames  # of self-attention, whose outputs are saved
+        keys = frames * config.temporal_attention
+        return float(sum(
+            count * (block_flops(config, frames, n, sequence.text) - attention * n * (n + keys))
+            for count, n in ((config.num_hidden_layers - late, kept), (late, places))
+        ))  # fmt: skip
+
+    def memory_moments(self, sharding: Sharding, rows: int, sequence: ClipTokens) -> dict[str, dict[str, int]]:
+        fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(self, sharding)
+        gradients, fixed["gradients"] = fixed["gradients"], 0
+        always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
+        earlier = gradients if sharding.accumulates or always else 0
+        working = self.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
+
+        def at(**parts: int) -> dict[str, int]:
+            return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
+
+        activations = activation_bytes(self.config, self.settings.mask_ratio, sharding, rows, sequence, self._has_given(sequence))
+        width = rows * sequence.tokens * self.config.hidden_size
+        widest = width * (2 * self.config.mlp_ratio * sharding.product + 2 * sharding.residual)
+        if sharding.checkpointing:
+            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2])
+        largest = 0 if self.lora else (sharding.product if sharding.stage else 4) * self.largest_parameter
+        return {
+            "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * self.parameters},
+            "backward": at(gradients=earlier + largest, activations=activations + widest),
+            "update": at(gradients=gradients + (largest if sharding.accumulates or sharding.stage else 0), optimizer=working),
+        }
+
+    def _has_given(self, sequence: ClipTokens) -> bool:
+        named = any(share > 0 and name != "none" for name, share in self.settings.patterns.items())
+        return named and sequence.latents[0] > 1 and self.config.given_time == "clean"
+
+
+def meta_model(config: StivConfig) -> StivForVideoGeneration:
+    """Return the model on the meta device, for its sizes."""
+    with torch.device("meta"):
+        return StivForVideoGeneration(config)
+
+
+def clip_tokens(config: StivConfig, num_frames: int, height: int, width: int, text_tokens: int) -> ClipTokens:
+    """Return the tokens of a clip. Raises UserError for sizes that the model cannot have."""
+    grid = grid_of(config, num_frames, height, width)
+    latents = (config.latent_frames(num_frames), height // config.spatial_compression, width // config.spatial_compression)
+    return ClipTokens(latents, (grid["time"], grid["rows"], grid["columns"]), text_tokens)
+
+
+def block_bytes(config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int) -> int:
+    """Return the bytes that one block saves for its backward pass, of `rows` clips of which it sees `places` a frame."""
+    d, heads, timed = config.hidden_size, config.num_attention_heads, config.temporal_attention
+    products = PRODUCTS + 2 * (config.mlp_ratio - 4) + timed * TEMPORAL_PRODUCTS
+    kept = KEPT + timed * TEMPORAL_KEPT
+    attentions = 2 + timed
+    statistics = 8 * (4 + 2 * timed) + 4 * heads * 3 * attentions  # of the norms, and the normalisers of the softmax
+    of_token = d * (products * sharding.product + kept * sharding.residual) + statistics
+    text = rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
+    return rows * sequence.grid[0] * places * of_token + text
+
+
+def checkpointed_bytes(config: StivConfig, sharding: Sharding) -> int:
+    """Return the bytes that a block saves with activation checkpointing, per token: its input, and outputs of self-attention."""
+    attentions = 1 + config.temporal_attention
+    return config.hidden_size * (sharding.residual + attentions * sharding.product) + 4 * config.num_attention_heads * attentions
+
+
+def activation_bytes(
+    config: StivConfig, mask_ratio: float, sharding: Sharding, rows: int, sequence: ClipTokens, has_given: bool = False
+) -> int:
+    """Return the bytes of all activations that `rows` clips save for the backward pass.
+
+    has_given: whether some frames are given, so that the modulation is a value a frame.
+    """
+    d, layers, (frames, r, c) = config.hidden_size, config.num_hidden_layers, sequence.grid
+    places = r * c
+    kept = max(1, places - round(places * mask_ratio))
+    late = min(config.unmasked_layers, layers) if mask_ratio else 0
+    total = 0
+    for count, seen in ((layers - late, kept), (late, places)):
+        saved = block_bytes(config, sharding, rows, sequence, seen)
+        if sharding.checkpointing:
+            saved = rows * frames * seen * checkpointed_bytes(config, sharding)
+        total += count * saved
+    modulations = rows * (frames if has_given else 1) * 6 * d * sharding.residual
+    total += modulations * (1 if sharding.checkpointing else 1 + layers * config.adaln_table)
+    total += rows * (frames if has_given else 1) * CONDITION_TENSORS * d * sharding.product
+    total += rows * frames * places * d * END_TENSORS * sharding.residual
+    text = sequence.text * rows
+    if config.text_encoder == "small":
+        total += text * config.text_layers * TEXT_BLOCK_TENSORS * config.text_width * sharding.residual
+    return total + text * TEXT_END_TENSORS * d * sharding.residual
+
+
+def training_cost(settings: StivTrainingSettings, text_tokens: int) -> StivTrainingCost:
+    """Return the cost of the training run of these settings. Raises UserError for settings that cannot work."""
+    config, about_model = planned_config(settings)
+    check_clips(config, settings)
+    frozen = "the frozen text encoder is not counted" if config.text_encoder == "folder" else None
+    if config.text_encoder == "small" and text_tokens >= config.max_prompt_tokens:
+        raise UserError(f"a prompt of {text_tokens} tokens is too long; this model reads {config.max_prompt_tokens - 1}")
+    return StivTrainingCost(config, settings, text_tokens, tuple(said for said in (about_model, frozen) if said))
+
+
+# ---- clips
+
+@dataclass(frozen=True)
+class StivClipCost:
+    """The cost of one clip from a prompt of `text_tokens` tokens, without the networks of latents and of a frozen text encoder.
+
+    Raises UserError for a clip that the pipeline would refuse.
+    """
+
+    config: StivConfig
+    clip: ClipDefaults
+    settings: StivOptions
+    text_tokens: int
+    dtype: torch.dtype
+    clips: int = 1
+    passes: tuple[Pass, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config, clip = self.config, self.clip
+        for name in ("height", "width"):
+            check_side(getattr(clip, name), name, config.spatial_compression * config.patch_size, LARGEST_SIDE)
+        frames, longest = config.latent_frames(clip.num_frames), longest_pass(config, clip)
+        if config.latents in CAUSAL_LATENTS and frames > longest:
+            raise UserError(
+                f"num_frames {clip.num_frames} is more than the {config.pixel_frames(longest)} that this model makes at once"
+            )
+        if self.text_tokens >= config.max_prompt_tokens:
+            raise UserError(f"a prompt of {self.text_tokens} tokens is too long; this model reads {config.max_prompt_tokens - 1}")
+        object.__setattr__(self, "passes", tuple(passes_of(frames, (), longest, self.settings.keyframe_stride)))
+
+    def warn_of_effects(self, given: Mapping[str, Any]) -> None:
+        """Do nothing: an option without effect is an error of `StivOptions`."""
+
+    @property
+    def branches(self) -> int:
+        """Rows of the network for one clip."""
+        options = self.settings
+        separate = options.image_guidance_scale is not None and any(part.given for part in self.passes)
+        return 1 + options.is_guided + (separate and options.is_guided)
+
+    @property
+    def calls(self) -> int:
+        """Runs of the network in a pass."""
+        return field_calls(self.settings.solver, self.settings.num_inference_steps)
+
+    def _of_pass(self, part: Pass) -> ClipTokens:
+        config, frames = self.config, len(part.frames)
+        return clip_tokens(config, config.pixel_frames(frames), self.clip.height, self.clip.width, self.text_tokens + 1)
+
+    def report(self, peak: float, utilisation: float) -> dict[str, Any]:
+        """Return the cost as plain JSON values; see `lumos.planning.cost.ClipCost`."""
+        config, options, flops = self.config, self.settings, {"layers": 0.0, "ends": 0.0, "text": 0.0}
+        low, high = options.guidance_interval
+        branches = 1 + (self.branches - 1) * (high - low)  # mean over the calls, of a uniform grid
+        layers, last = config.num_hidden_layers, min(2, config.num_hidden_layers)
+        run = (last + (layers - last) / options.block_reuse) / layers  # share of the blocks that run, with one at each end
+        for part in self.passes:
+            frames, rows, columns = (sequence := self._of_pass(part)).grid
+            places = rows * columns
+            of_calls = self.calls * branches
+            flops["layers"] += of_calls * run * layers * block_flops(config, frames, places, sequence.text)
+            flops["ends"] += of_calls * ends_flops(config, frames, places, places, sequence.text)
+        flops["text"] += 2 * text_encoder_flops(config, self.text_tokens + 1)
+        total, parameters = sum(flops.values()), parameter_count(meta_model(config))
+        longest = max((self._of_pass(part) for part in self.passes), key=lambda sequence: sequence.tokens)
+        frames, rows, columns = longest.latents
+        return {
+            "parameters": parameters, "clip": vars(self.clip), "latent_frames": config.latent_frames(self.clip.num_frames),
+            "codes_of_a_frame": rows * columns, "rows": self.branches, "tokens": longest.tokens,
+            "steps": options.num_inference_steps * len(self.passes), "may_end_early": False, "flops": {**flops, "total": total},
+            "bytes": {"weights": parameters * self.dtype.itemsize, "activations": self.activation_bytes},
+            "peak": peak, "utilisation": utilisation, "seconds": total / (peak * utilisation),
+        }  # fmt: skip
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the widest tensors of a block and of the latents, of all clips that are made at once."""
+        longest = max((self._of_pass(part) for part in self.passes), key=lambda sequence: sequence.tokens)
+        frames, rows, columns = longest.latents
+        latents = 4 * self.config.latent_channels * frames * rows * columns * (2 + 2 * self.branches)
+        tokens = self.branches * longest.tokens
+        return self.clips * (tokens * self.config.hidden_size * RUNNING_TENSORS * self.dtype.itemsize + latents)
+
+
+def clip_cost(
+    config: StivConfig, clip: ClipDefaults, sampling: StivOptions, text_tokens: int, dtype: torch.dtype
+) -> StivClipCost:
+    """Return the cost of one clip. Raises UserError for a clip that the pipeline would refuse."""
+    return StivClipCost(config, clip, sampling, text_tokens, dtype)
+
+
+def model_of(folder: str | Path | None, preset: str | None) -> tuple[StivConfig, StivOptions, ClipDefaults]:
+    """Return the config and the defaults of a model folder, or of a preset. No weights are read."""
+    if preset is not None:
+        return StivConfig.preset(preset), StivOptions(), USUAL_CLIP
+    return read_config(Path(folder)), *read_defaults(Path(folder), StivOptions, USUAL_CLIP)
+
+
+def out_of_memory_advice(
+    config: StivConfig, clip: ClipDefaults, sampling: StivOptions, text_tokens: int, dtype: torch.dtype, clips: int = 1
+) -> str:
+    """Return a sentence for a clip that ran out of memory: the bytes that it needs, and settings that need fewer."""
+    plan = StivClipCost(config, clip, sampling, text_tokens, dtype, clips)
+    weights, unit = parameter_count(meta_model(config)), config.spatial_compression * config.patch_size
+    changes: list[tuple[str, StivClipCost]] = []
+    if clips > 1:
+        changes.append((f"--batch-size {clips // 2}", replace_cost(plan, clips=clips // 2)))
+    if dtype.itemsize > 2:
+        changes.append(("--dtype bfloat16", replace_cost(plan, dtype=torch.bfloat16)))
+    if sampling.is_guided:
+        changes.append(("--guidance-scale 1", replace_cost(plan, settings=sampling.changed(guidance_scale=1.0))))
+    height, width = (max(unit, side // 2 // unit * unit) for side in (clip.height, clip.width))
+    if (height, width) != (clip.height, clip.width):
+        smaller = replace(clip, height=height, width=width)
+        changes.append((f"--height {height} --width {width}", replace_cost(plan, clip=smaller)))
+    needs = {flags: weights * other.dtype.itemsize + other.activation_bytes for flags, other in changes}
+    less = "; ".join(f"{flags} needs {in_units(size)}" for flags, size in needs.items())
+    return (
+        f"weights need {in_units(weights * dtype.itemsize)} and the activations of a step {in_units(plan.activation_bytes)}: "
+        f"{less}; `python -m lumos plan --generate` counts other settings"
+    )
+
+
+def replace_cost(plan: StivClipCost, **changes: Any) -> StivClipCost:
+    values = {name: getattr(plan, name) for name in ("config", "clip", "settings", "text_tokens", "dtype", "clips")}
+    return StivClipCost(**values | changes)
+
+
+def in_units(size: int) -> str:
+    """Return a number of bytes as text in MiB or GiB."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
