@@ -16,6 +16,7 @@ import pytest
 import torch
 import toy_generator
 import yaml
+from micro_stiv import micro_pipeline
 from toy_generator import ToyConfig, ToyModel, ToyPipeline
 
 from lumos import VideoPipeline, registry
@@ -33,6 +34,10 @@ MODELS = {
     "lumos1": {"model": {"preset": "tiny", "overrides": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96,
         "vocab_size": 1024 + 64, "visual_token_count": 64,
+    }}},
+    "stiv": {"patterns": {"none": 1, "first": 1}, "model": {"preset": "stiv-nano", "overrides": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "text_width": 64, "text_layers": 1,
+        "latent_channels": 3, "text_vocab_size": 600, "patch_size": 1,
     }}},
     "toy": {"model": {"preset": "toy-tiny"}, "width": 6},
 }  # fmt: skip
@@ -57,14 +62,24 @@ def toy_folder(micro_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def stiv_folder(tmp_path_factory) -> Path:
+    """A model folder of STIV of random weights, with clips of the size of the others."""
+    folder = tmp_path_factory.mktemp("stiv") / "stiv"
+    pipe = micro_pipeline(patch_size=1)
+    pipe.clip = toy_generator.ClipDefaults(5, 16, 24, 8, None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(MODELS))
 def name(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def folder(name, micro_folder, toy_folder) -> Path:
-    return {"lumos1": micro_folder, "toy": toy_folder}[name]
+def folder(name, micro_folder, stiv_folder, toy_folder) -> Path:
+    return {"lumos1": micro_folder, "stiv": stiv_folder, "toy": toy_folder}[name]
 
 
 @pytest.fixture
@@ -100,10 +115,10 @@ def test_registry_names_parts_that_exist(name):
 
 
 def test_unknown_generators_and_model_types_list_the_known(tmp_path):
-    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, toy"):
+    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, stiv, toy"):
         registry.generator("x")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"model_type 'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), toy \(toy\)"):
+    with pytest.raises(UserError, match=r"'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), stiv \(stiv\), toy \(toy\)"):
         registry.generator_of(tmp_path)
 
 

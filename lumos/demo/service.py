@@ -57,7 +57,10 @@ class Service:
         allowed, Busy if the queue does not take the job.
         """
         self.limits.check(job.request)
-        self._resolve(replace(job.request, image=None, video=None))
+        options = self.pipe.sampling.declared()
+        kept = {name: value for name, value in job.request.options.items()
+                if name not in options or not options[name].for_given_frames}  # fmt: skip
+        self._resolve(replace(job.request, image=None, video=None, options=kept))
         return self.worker.submit(job)
 
     def make(self, job: Job) -> None:

@@ -20,7 +20,7 @@ from lumos.prompt_lists.clips import record_path
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
-HIDDEN = ("target_size", "height", "width")
+HIDDEN = ("target_size", "height", "width", "sampler")
 
 
 def stage_text(text: str) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from lumos.errors import NotFinite, UserError
 from lumos.files import only_writer, read_json, replacing, write_json
+from lumos.locks import LOCK, OWNER
 
-INPUTS = "inputs.json"
+INPUTS, SUFFIX, DIGITS = "inputs.json", ".safetensors", 6
 
 
 def parts_folder(output: Path) -> Path:
@@ -52,29 +52,44 @@ class Parts:
             save_file({str(frame): values.contiguous().cpu() for frame, values in latents.items()}, temporary)
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.safetensors"
+        return self.folder / f"{number:0{DIGITS}d}{SUFFIX}"
 
 
 @contextmanager
 def stored_parts(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Parts]:
-    """Yield the parts in a folder, which is removed when the block ends.
+    """Yield the parts in a folder. They are removed when the block ends.
 
-    The folder stays if the block is interrupted, or if it fails for a reason such as a full disk or too
+    They stay if the block is interrupted, or if it fails for a reason such as a full disk or too
     little memory. inputs: everything that decides what the clip shows, as JSON. Parts that were made from
     other inputs are removed at the start. RunError if another process uses the folder.
     """
     told = json.loads(json.dumps(dict(inputs)))
-    with only_writer(folder, "run that makes this clip"):
+    with removed_if_empty(folder), only_writer(folder, "run that makes this clip"):
         if _inputs_of(folder) != told:
-            for old in folder.glob("*.safetensors"):
-                old.unlink()
+            remove_parts(folder)
             write_json(folder / INPUTS, told)
         try:
             yield Parts(folder)
         except (NotFinite, UserError):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_parts(folder, LOCK, OWNER)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_parts(folder, LOCK, OWNER)
+
+
+def remove_parts(folder: Path, *others: str) -> None:
+    """Remove the files of `Parts` and `others` from a folder."""
+    for file in [*folder.glob("[0-9]" * DIGITS + SUFFIX), folder / INPUTS, *(folder / name for name in others)]:
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder after the block if it is empty then."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _inputs_of(folder: Path) -> Any:

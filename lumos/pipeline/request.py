@@ -254,6 +254,7 @@ def check_given_frames(frames: Any, others: Collection[int], clip: ClipDefaults)
     last = clip.num_frames - 1
     if not isinstance(frames, Mapping):
         raise UserError(f"given_frames is {shown(frames)}; give a picture for each frame number, for example {{0: 'first.png'}}")
+    frames = {int(number) if isinstance(number, np.integer) else number: picture for number, picture in frames.items()}
     for number in frames:
         if not is_whole(number) or not 0 <= number <= last:
             raise UserError(f"given_frames has the frame {shown(number)}; the frames of this clip are 0 to {last}")

@@ -99,7 +99,7 @@ def test_lists_that_cannot_be_read(tmp_path):
 def test_every_option_of_a_row_is_one_of_a_request():
     known = {"prompt", *ARGUMENTS, *all_options()}
     assert columns().keys() - {"output", "prompt_frames"} <= known
-    assert known - columns().keys() == {"generator", "later_prompts"}
+    assert known - columns().keys() == {"generator", "later_prompts", "given_frames"}
 
 
 def test_a_row_overrides_the_command_line():
@@ -156,6 +156,6 @@ def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
     rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
     assert len(rows) == 3
     assert [request_of(row, {}, 0, 4).num_frames for row in rows] == [None, 33, 33]
-    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning"}
+    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning", "block_reuse"}
     paragraph = text[text.index("A row may contain") : text.index("Paths of pictures")]
     assert {name for name in columns() if f"`{name}`" in paragraph} == columns().keys() - trades

@@ -29,12 +29,20 @@ class Pass:
 
     frames   the numbers of its frames in the clip; the last ones may be beyond its end, and are then dropped
     given    those of `frames` that are given
+    spare    the number of frames at its end that only fill up the last token and are dropped
     pace     the distance of its frames in time, in frames of a usual clip
     """
 
     frames: range
     given: frozenset[int]
     pace: int = 1
+    spare: int = 0
+
+    @property
+    def made(self) -> list[int]:
+        """The numbers of the frames that the pass makes."""
+        kept = self.frames[: len(self.frames) - self.spare]
+        return [frame for frame in kept if frame not in self.given]
 
     @property
     def places(self) -> frozenset[int]:
@@ -42,7 +50,9 @@ class Pass:
         return frozenset(self.frames.index(frame) for frame in self.given)
 
 
-def passes_of(frames: int, given: Collection[int], longest: int, stride: int | None = None) -> Iterator[Pass]:
+def passes_of(
+    frames: int, given: Collection[int], longest: int, stride: int | None = None, unit: int = 1
+) -> Iterator[Pass]:
     """Yield the passes of a clip.
 
     Args:
@@ -51,10 +61,14 @@ def passes_of(frames: int, given: Collection[int], longest: int, stride: int | N
             the last one, or every second one.
         longest: the most frames of a pass.
         stride: frames from one keyframe to the next; None: longest - 1.
+        unit: frames of a token, of which a pass has whole ones; a stretch of upsampling is filled up.
 
     Raises UserError for a stride over longest - 1, and for a long clip whose given frames do not allow several passes.
     """
     given = frozenset(given)
+    if len(given) > 1 and given == frozenset(range(0, frames, 2)) and longest >= 3:
+        yield from upsampling(frames, longest, unit)
+        return
     if frames <= longest:
         yield Pass(range(frames), given)
         return
@@ -62,9 +76,6 @@ def passes_of(frames: int, given: Collection[int], longest: int, stride: int | N
         raise UserError(
             f"a clip of {frames} frames is too long for this model, which makes {longest} at once; longer clips take 3"
         )
-    if len(given) > 1 and given == frozenset(range(0, frames, 2)):
-        yield from upsampling(frames, longest)
-        return
     stride = longest - 1 if stride is None else stride
     if stride > longest - 1:
         raise UserError(f"keyframe_stride {stride} is too large; this model fills at most {longest - 1} frames")
@@ -108,12 +119,14 @@ def filled(keys: range, last: int) -> Iterator[Pass]:
             yield Pass(range(key, key + keys.step + 1), frozenset({key, key + keys.step}))
 
 
-def upsampling(frames: int, longest: int) -> Iterator[Pass]:
+def upsampling(frames: int, longest: int, unit: int) -> Iterator[Pass]:
     """Yield the passes of a clip of which every second frame is given."""
     step = (longest - 1) // 2 * 2
     for begin in range(0, frames - 1, step):
-        stretch = range(begin, min(begin + step + 1, frames))
-        yield Pass(stretch, frozenset(stretch[::2]))
+        end = min(begin + step + 1, frames)
+        spare = -(end - begin) % unit
+        stretch = range(begin, end + spare)
+        yield Pass(stretch, frozenset(range(begin, end, 2)), spare=spare)
 
 
 class InOrder(Generic[T]):

@@ -258,7 +258,7 @@ class StivPipeline(VideoPipeline):
             self._velocity(encoded, part, noise.shape, given), noise, time_grid(steps, sampling.shift), sampling.solver,
             guidance_of(sampling, bool(part.given), self.model.config), values, given, watched,
         ).cpu()  # fmt: skip
-        return {frame: latent for frame, latent in zip(frames, made.unbind(1), strict=True) if frame not in part.given}
+        return {frame: made[:, frames.index(frame)] for frame in part.made}
 
     def _velocity(
         self, encoded: StivEncoded, part: Pass, shape: torch.Size, given: Tensor | None
@@ -312,7 +312,7 @@ class StivPipeline(VideoPipeline):
 
         def hook(number: int, step: int, state: Tensor) -> None:
             part = resolved.passes[number]
-            count = len(part.frames) - len(part.given) if self._is_open else 0
+            count = len(part.made) if self._is_open else 0
             tensors = {name: state.clone() for name in names}
             result = callback(self, resolved.sampling.steps_before(number) + step, count, tensors)
             if result is not None and not isinstance(result, Mapping):

@@ -89,6 +89,7 @@ def resolve(
     """
     # 1. uses other than a clip from its beginning
     check_uses(request, config)
+    asked = request.options
     unit = config.spatial_compression * config.patch_size
     if request.views:
         request = of_views(request, config)
@@ -110,8 +111,8 @@ def resolve(
     if not sampling.is_guided:
         if any(nulls):
             raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
-        asked = {name: request.options.get(name) for name in ("guidance_renorm", "null_image")}
-        without_effect("a clip without guidance (guidance_scale 1)", **asked)
+        of_guidance = {name: asked.get(name) for name in ("guidance_renorm", "null_image")}
+        without_effect("a clip without guidance (guidance_scale 1)", **of_guidance)
 
     # 3. latent frames, in passes
     frames = config.latent_frames(clip.num_frames)
@@ -122,9 +123,9 @@ def resolve(
             f"num_frames {clip.num_frames} is more than the {config.pixel_frames(longest)} that this model makes at once; longer "
             f"clips are filled between keyframes, which needs latents of single frames, and this model has {config.latents} latents"
         )
-    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride))
+    passes = tuple(passes_of(frames, given, longest, sampling.keyframe_stride, config.temporal_patch_size))
     if len(passes) == 1:
-        without_effect("a clip that is made at once", keyframe_stride=request.options.get("keyframe_stride"))
+        without_effect("a clip that is made at once", keyframe_stride=asked.get("keyframe_stride"))
     shape = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
     for length in {len(part.frames) for part in passes}:
         config.grid(length, *shape)

@@ -15,10 +15,11 @@ def walk(frames: int, first: frozenset[int], **options) -> tuple[list[int], int]
     order, done, held = InOrder(frames, {n: n for n in first}), [], 0
     for part in passes_of(frames, first, **options):
         assert part.given <= order.known.keys(), "a pass needs a frame that is not there"
-        made = {n: n for n in part.frames if n not in part.given}
+        made = {n: n for n in part.made}
         assert not (made.keys() & order.known.keys()), "a frame is made twice"
         assert not any(n < order.next for n in made), "a frame is made after it was written"
         assert len(part.frames) <= options["longest"]
+        assert len(part.frames) % options.get("unit", 1) == 0
         held = max(held, len((order.known.keys() | made.keys()) - first))
         done += order.take(made)
     return done, held
@@ -33,9 +34,9 @@ def test_frames_are_made_once_and_in_order(frames, longest, stride, begin):
     assert held <= 2 * longest + 1
 
 
-@given(frames=st.integers(2, 300), longest=st.integers(3, 20))
-def test_upsampling_makes_every_other_frame(frames, longest):
-    done, _ = walk(frames, frozenset(range(0, frames, 2)), longest=longest)
+@given(frames=st.integers(3, 300), longest=st.integers(2, 10), unit=st.integers(1, 3))
+def test_upsampling_makes_every_other_frame(frames, longest, unit):
+    done, _ = walk(frames, frozenset(range(0, frames, 2)), longest=longest * unit + unit, unit=unit)
     assert done == list(range(frames))
 
 

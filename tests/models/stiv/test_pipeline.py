@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from micro_stiv import micro_config, micro_pipeline
@@ -146,11 +147,15 @@ def test_reconstruct_gives_what_a_given_frame_becomes(pipe, frames):
     assert (again[0] == pipe("x", image=frames[0], seed=1, output_type="uint8").frames[0][0]).all()
 
 
-def test_sizes_that_are_no_multiple_of_the_temporal_patch_are_refused():
+def test_temporal_patches_need_whole_tokens(frames):
     pipe = micro_pipeline(temporal_patch_size=2, trained_grid={"time": 3, "rows": 1, "columns": 2})
     assert pipe("x", num_frames=6, seed=1).frames.shape[1] == 6
     with pytest.raises(UserError, match="5 latents along time are no multiple of the patch of 2"):
         pipe.resolve(Request.of("x", num_frames=5))
+    made = pipe("", video=frames[:5], interpolate=2, seed=1, output_type="uint8", keep_given_pixels=True)
+    assert made.settings["sampler"]["pattern"] == "interpolation"
+    assert np.array_equal(made.frames[0][::2], frames[:5])
+    assert len(made.frames[0]) == 9
 
 
 def test_bfloat16_makes_the_same_noise_and_float32_latents(stiv_folder, pipe):

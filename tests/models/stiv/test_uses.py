@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ from PIL import Image
 
 from lumos import VideoPipeline
 from lumos.cli import main
+from lumos.demo.limits import Limits
+from lumos.demo.service import Service
+from lumos.demo.worker import Job
 from lumos.errors import NotFinite, UserError
 from lumos.pipeline.parts import parts_folder
+from lumos.pipeline.request import Request
 from lumos.video.io import read_video, write_video
 
 
@@ -184,6 +189,9 @@ def test_a_killed_run_continues_with_the_same_clip(run, pipe, monkeypatch, stiv_
 
 
 def test_parts_of_other_inputs_are_made_again(run, pipe, monkeypatch):
+    own = parts_folder(Path("o.mp4"))
+    own.mkdir()
+    (own / "mine.safetensors").write_bytes(b"of the user")
     arguments = ["--prompt", "x", "--num-frames", "14", "--num-inference-steps", "1", "--output", "o.mp4"]
     calls, usual = [], type(pipe)._made
 
@@ -197,6 +205,7 @@ def test_parts_of_other_inputs_are_made_again(run, pipe, monkeypatch):
     assert run(*arguments, "--seed", "1") == 1
     assert run(*arguments, "--seed", "2") == 0
     assert calls == [0, 1, 0, 1, 2, 3, 4]
+    assert [path.name for path in own.iterdir()] == ["mine.safetensors"]
 
 
 def test_nan_weights_give_one_line_and_leave_nothing(stiv_folder, capsys, tmp_path):
@@ -247,8 +256,6 @@ def test_requests_that_cannot_be_made_say_why(pipe, frames, arguments, said):
     taken = {name: frames[value] if name in ("image", "last_image", "video") else value for name, value in arguments.items()}
     if isinstance(taken.get("given_frames"), dict):
         taken["given_frames"] = dict.fromkeys(taken["given_frames"], frames[0])
-    from lumos.pipeline.request import Request
-
     prompt = "" if "interpolate" in arguments or "views" in arguments else "x"
     with pytest.raises(UserError, match=said):
         pipe.resolve(Request.of(prompt, **taken))
@@ -298,3 +305,14 @@ def test_generate_needs_words_except_where_pictures_say_all(run, capsys):
     assert run("--prompt", "", "--output", "o.mp4") == 2
     assert "the prompt is empty" in capsys.readouterr().err
     assert list(Path().iterdir()) == []
+
+
+def test_the_demo_makes_a_clip_from_a_picture_with_image_guidance(pipe, files, frames, tmp_path):
+    service = Service(pipe, tmp_path / "root", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
+    options = {"image_guidance_scale": 1.5, "keep_given_pixels": True, "num_inference_steps": 1}
+    job = service.submit(Job(Request.of("x", image=tmp_path / "first.png", seed=1, **options), owner="me"))
+    while not job.ended:
+        time.sleep(0.01)
+    service.worker.close()
+    assert (job.state, job.error) == ("done", None)
+    assert np.array_equal(job.frames[0], frames[0])
