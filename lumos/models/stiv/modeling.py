@@ -141,11 +141,15 @@ def unpatched(x: Tensor, rows: int, config: StivConfig) -> Tensor:
     return cut.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
 
 
+class ConditionLinear(nn.Linear):
+    """A linear layer that starts with normal weights of standard deviation 0.02."""
+
+
 class ConditionMLP(nn.Sequential):
     """The MLP of a condition of `scalars` numbers."""
 
     def __init__(self, scalars: int, width: int):
-        super().__init__(nn.Linear(scalars * SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
+        super().__init__(ConditionLinear(scalars * SINUSOIDS, width), nn.SiLU(), ConditionLinear(width, width))
 
 
 class Conditions(nn.Module):
@@ -242,20 +246,19 @@ class StivForVideoGeneration(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls this for children first."""
-        if isinstance(module, ZeroLinear):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+        """Initialise a module's own weights. A parent cannot do it for a child: transformers initialises a weight once."""
+        if isinstance(module, nn.Linear):
+            if isinstance(module, ZeroLinear):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, ConditionLinear):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, ConditionMLP):
-            nn.init.normal_(module[0].weight, std=0.02)
-            nn.init.normal_(module[2].weight, std=0.02)
         elif isinstance(module, Block):
             if module.temporal_gain is not None:
                 nn.init.ones_(module.temporal_gain)
@@ -271,9 +274,8 @@ class StivForVideoGeneration(PreTrainedModel):
         Raises UserError if the folder is incomplete or damaged, and lists tensors that are missing, unknown or of
         another shape.
         """
-        if pretrained_model_name_or_path is not None:
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            check_folder(folder, cls, kwargs.get("config"))
+        if (name := pretrained_model_name_or_path) is not None:
+            check_folder(Path(name, kwargs.get("subfolder") or ""), cls, kwargs.get("config"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
@@ -291,8 +293,7 @@ class StivForVideoGeneration(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         """Recompute the blocks in the backward pass, as in transformers.
 
-        By default the outputs of self-attention are saved. A context_fn of `torch.utils.checkpoint.noop_context_fn` recomputes
-        them too.
+        The outputs of self-attention are saved; a context_fn of `torch.utils.checkpoint.noop_context_fn` recomputes them too.
         """
         chosen = {"use_reentrant": False, "context_fn": save_attention_outputs} | (gradient_checkpointing_kwargs or {})
         super().gradient_checkpointing_enable(chosen, **more)

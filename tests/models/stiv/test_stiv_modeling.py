@@ -47,6 +47,20 @@ def test_a_fresh_model_gives_zero_and_every_weight_moves(micro_stiv_config, zero
     assert [name for name, p in model.named_parameters() if p.equal(before[name])] == []
 
 
+def test_weights_start_as_the_reference_says(micro_stiv_config):
+    model = StivForVideoGeneration(micro_stiv_config(hidden_size=128))
+    start = dict(model.named_parameters())
+    zero = {name for name, p in start.items() if p.eq(0).all() and not name.endswith("bias")}
+    blocks = {f"blocks.{i}.{part}" for i in range(3) for part in ("table", "cross.o_proj.weight")}
+    assert zero == blocks | {"modulation.weight", "final_modulation.weight", "patch_out.weight"}
+    assert all(p.eq(0).all() for name, p in start.items() if name.endswith("bias"))
+    assert all(p.eq(1).all() for name, p in start.items() if name.endswith(("norm.weight", "temporal_gain")))
+    for name, p in start.items():
+        if name.startswith("conditions.") and name.endswith(("0.weight", "2.weight")):
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+    assert start["blocks.0.spatial.q_proj.weight"].abs().max() <= (6 / 256) ** 0.5  # Xavier uniform
+
+
 @pytest.mark.parametrize(
     ("name", "pictures", "video"),
     [("xl", 618_855_840, 767_730_112), ("xxl", 1_475_419_168, 1_834_427_200), ("m", 7_094_221_344, 8_831_572_288)],
@@ -77,6 +91,14 @@ def test_flops_of_a_block_are_those_of_the_formula(temporal):
     t, s, m, d = 10 if temporal else 1, 256, 77, 1152
     n, weights, keys = t * s, 20 if temporal else 16, s + m + (t if temporal else 0)
     assert block_flops(config, t, s, m) == 2 * n * (weights - 2) * d * d + 2 * m * 2 * d * d + 4 * n * d * keys
+
+
+def test_flops_know_causal_attention_and_dropped_places(micro_stiv_config):
+    free, causal, d = micro_stiv_config(), micro_stiv_config(causal_in_time=True), 64
+    assert block_flops(free, 5, 6, 7) - block_flops(causal, 5, 6, 7) == 4 * 30 * d * (5 - 3)
+    masked, whole = (forward_flops(free, 5, 2, 3, 7, dropped) for dropped in (0.5, 0.0))
+    embedded = 2 * 5 * 3 * free.patch_channels * d  # of the dropped places
+    assert whole - masked == block_flops(free, 5, 6, 7) - block_flops(free, 5, 3, 7) + embedded
 
 
 @pytest.mark.parametrize("more", [{}, {"temporal_attention": False}, {"temporal_patch_size": 2}])
