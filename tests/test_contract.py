@@ -137,14 +137,15 @@ def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path)
 def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
     export = Path(train(settings_of(tmp_path / "run"))["export"])
     program = (
-        "import sys, hashlib; sys.path.insert(0, sys.argv[2])\n"
+        "import sys, hashlib; sys.path[:0] = sys.argv[2:]\n"
         "from lumos import VideoPipeline, registry\n"
         "registry.PACKAGES.append('toy_generator')\n"
         "clip = VideoPipeline.from_pretrained(sys.argv[1], device='cpu')('a red circle', seed=3, num_inference_steps=1)\n"
         "print(hashlib.sha256(clip.frames.tobytes()).hexdigest(), clip.frames.shape)"
     )
+    tests = Path(__file__).parent  # the folder above comes first: tests/tokenizer would hide the package tokenizer
     done = subprocess.run(
-        [sys.executable, "-c", program, export, Path(__file__).parent], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, export, tests.parent, tests], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     again = VideoPipeline.from_pretrained(export, device="cpu")("a red circle", seed=3, num_inference_steps=1)

@@ -9,7 +9,9 @@ import pytest
 
 from lumos.cli import main
 from lumos.evaluation.prompts import prompt_set
+from lumos.evaluation.views import solid_set
 from lumos.video.io import read_video
+from lumos.video.reading import read_image
 
 
 def test_clips_come_with_their_captions(tmp_path: Path, capsys):
@@ -26,7 +28,28 @@ def test_clips_come_with_their_captions(tmp_path: Path, capsys):
     assert "clips exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "value", "error"), [("--count", "0", "--count 0"), ("--kind", "shape", "shape")])
+def test_a_clip_of_a_solid_is_its_views(tmp_path: Path):
+    out = tmp_path / "clips"
+    sheet = tmp_path / "sheet.png"
+    command = ["render", "--kind", "held_out_solids", "--count", "2", "--seed", "5", "--out", str(out), "--sheet", str(sheet)]
+    assert main(command) == 0
+    assert read_image(sheet).shape[1] >= 7 * 96
+    for number, (_, frames, _) in enumerate(solid_set("held_out_solids", 2, 5)):
+        clip, _ = read_video(out / f"{number:05d}.mp4")
+        assert clip.shape == (7, 64, 64, 3)
+        assert np.abs(clip.astype(int) - frames).mean() < 6
+        assert (out / f"{number:05d}.txt").read_text() == "\n"
+
+
+def test_more_views_than_a_solid_has_are_refused(tmp_path: Path, capsys):
+    assert main(["render", "--kind", "solids", "--num-frames", "8", "--out", str(tmp_path / "clips")]) == 2
+    assert "a solid has 7 views" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [("--count", "0", "--count 0"), ("--kind", "shape", "shape"), ("--sheet", "x.jpg", "x.jpg must end in .png")],
+)
 def test_what_cannot_be_drawn(tmp_path: Path, capsys, option: str, value: str, error: str):
     assert main(["render", "--out", str(tmp_path / "clips"), option, value]) == 2
     assert error in capsys.readouterr().err

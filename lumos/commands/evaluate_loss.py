@@ -14,13 +14,13 @@ from lumos.commands.options import add_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lumos.data.synthetic.scene import KINDS, SPLITS
+    from lumos.data.synthetic.scene import CAPTIONED_KINDS, SPLITS
     from lumos.models.lumos1.settings import MASK_KINDS
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
     add("--data", help="folder of shards that `ingest` wrote; default: synthetic scenes")
-    add("--kinds", nargs="+", choices=KINDS, help="kinds of objects in the synthetic scenes; default: shapes and digits")
+    add("--kinds", nargs="+", choices=CAPTIONED_KINDS, help="kinds of objects in the synthetic scenes; default: shapes and digits")
     add("--split", choices=SPLITS, help="split of the synthetic scenes; default: train (but scenes that training does not see)")
     add("--count", type=int, default=100, help="number of clips; default: %(default)s")
     add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; 1: pictures; default: as the model generates")

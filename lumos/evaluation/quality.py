@@ -11,6 +11,11 @@ from torch import Tensor
 
 SSIM_SIDE = 11
 """The side of the window of SSIM in pixels, and the least height and width of a frame."""
+MAX_PSNR = 100.0
+"""The PSNR in dB of clips without any difference where a mean is taken.
+
+Their true PSNR is infinite, which has no mean.
+"""
 _SIGMA, _C1, _C2 = 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 

@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from lumos.evaluation.lpips import Lpips
-from lumos.evaluation.quality import code_use, psnr, ssim
+from lumos.evaluation.quality import MAX_PSNR, code_use, psnr, ssim
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import VideoTokenizer
-
-MAX_PSNR = 100.0
-"""The PSNR in dB of a clip that is reconstructed without error.
-
-Its true PSNR is infinite, which has no mean.
-"""
 
 
 @dataclass

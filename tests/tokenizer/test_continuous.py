@@ -162,6 +162,7 @@ def test_a_folder_name_and_keys_tell_the_network(tmp_path, name):
     assert loading.fitted(loading.read_config(folder), {key: tuple(tensor.shape) for key, tensor in state.items()}) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [("cosmos_cv", ("encoder", "decoder")), ("cosmos_ci", ("encoder", "decoder")), ("cosmos_cv_360p", ("autoencoder",))],

@@ -1,4 +1,4 @@
-"""Synthetic scenes without end: shapes, handwritten digits and sprites that move, grow or shrink.
+"""Synthetic scenes without end: shapes, handwritten digits and sprites that move, grow or shrink, and views of solids.
 
 A scene is described exactly by a `Scene`, so that a generated clip can be checked against it. Clip
 number `index` is a pure function of (seed, index, options). Any process can draw any clip at any time
@@ -7,7 +7,8 @@ and in any order, so a training run resumes exactly and a test set needs no file
 Geometry is in pixels, with x to the right and y down; pixel i covers [i, i + 1]. The lengths below are
 for a canvas whose shorter side is 64 and are scaled with that side. The radius of a shape is half of
 its width and half of its height: a square of radius 7 is 14 x 14, and a triangle of radius 7 has a base
-of 14 and a height of 14. The centre `x0, y0` is the centre of that box.
+of 14 and a height of 14. The centre `x0, y0` is the centre of that box. Solids have a geometry of their
+own, that of `lumos.data.synthetic.solids`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from lumos.data.synthetic import captions as wording
-from lumos.data.synthetic import digits, sprites
+from lumos.data.synthetic import digits, solids, sprites
 from lumos.data.synthetic.scene import (
     BACKGROUNDS,
     BASE_SIDE,
@@ -28,15 +29,19 @@ from lumos.data.synthetic.scene import (
     DIRECTIONS,
     GRADIENTS,
     GROWTH,
+    HELD_OUT_SOLIDS,
     HELD_OUT_SPRITES,
     KINDS,
     MOTIONS,
+    NUM_VIEWS,
     SHAPES,
     SIZES,
+    SOLIDS,
     SPLITS,
     SPRITE_MOTIONS,
     Scene,
     SceneObject,
+    Solid,
     is_held_out,
 )
 from lumos.errors import UserError
@@ -53,6 +58,9 @@ DIGIT_PIXEL = 3.0
 DIGIT_RADIUS = 4.5 * DIGIT_PIXEL
 """Half of the 8 pixels of an image, plus half a pixel for the soft edge that enlarging adds."""
 SPRITE_RADIUS = 12.0
+SOLID_RADIUS = (0.75, 1.0)
+SOLID_ELEVATION = (-20.0, 30.0)
+"""Lowest and highest elevation of the input view of a solid in degrees: those of its other views."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class SyntheticScenes:
                       only motions of sprites are held out
     split "all"       scenes of both kinds
 
+    The frames of a solid are the first `num_frames` of its seven views: a picture is the input view.
+
     To validate on scenes like those of training, use "train" with another seed. Raise UserError for a
     value that is not allowed.
     """
@@ -72,8 +82,9 @@ class SyntheticScenes:
     seed: int = 0
     split: str = "train"
     kinds: tuple[str, ...] = ("shapes", "digits")  # for "sprites" see lumos.data.synthetic.sprites
-    share_sprites: float = 0.35  # share of scenes with sprites, if there are other kinds too
-    share_digits: float = 0.15  # share of the other scenes with a digit, if there are shapes too
+    share_solids: float = 0.5  # share of scenes with a solid, if there are other kinds too
+    share_sprites: float = 0.35  # share of the other scenes with sprites, if there are further kinds
+    share_digits: float = 0.15  # share of the remaining scenes with a digit, if there are shapes too
     share_two: float = 0.15  # share of scenes with two objects, among scenes of shapes and of sprites
     share_two_ways: float = 0.0  # of those, share in which both objects move, in different directions; 0: by chance
     share_size: float = 0.75  # share of captions that name the size
@@ -93,12 +104,17 @@ class SyntheticScenes:
         object.__setattr__(self, "kinds", kinds)
         if self.wording not in wording.WORDINGS:
             raise UserError(f"wording {self.wording!r} is unknown: take one of {', '.join(wording.WORDINGS)}")
-        for name in ("share_digits", "share_sprites", "share_two", "share_two_ways", "share_size", "share_background"):
+        for name in (field for field in self.__dataclass_fields__ if field.startswith("share_")):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a number from 0 to 1")
         for name, least in (("seed", 0), ("num_frames", 1), ("fps", 1), ("height", 16), ("width", 16)):
             if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
                 raise UserError(f"{name} {getattr(self, name)!r} is not possible: take a whole number of {least} or more")
+        if "solids" in kinds and self.num_frames > NUM_VIEWS:
+            raise UserError(
+                f"num_frames {self.num_frames} is not possible: a solid has {NUM_VIEWS} views; take {NUM_VIEWS} or fewer, or leave "
+                "solids out of kinds"
+            )
 
     def scene(self, index: int) -> Scene:
         """Return the scene of clip `index` without drawing it; raise IndexError for a negative index."""
@@ -106,6 +122,9 @@ class SyntheticScenes:
             raise IndexError(f"clip {index} does not exist: clips are numbered from 0 on, without end")
         rng = np.random.default_rng([self.seed, index])
         kind = self._kind(rng)
+        if kind == "solids":
+            solid = self._sample_solid(rng)
+            return Scene((solid,), solid.background, "", self.num_frames, self.fps, self.height, self.width)
         if kind == "digits":
             objects = (self._place(self._sample_digit(rng), rng),)
         else:
@@ -120,9 +139,9 @@ class SyntheticScenes:
         return Scene(objects, background, caption, self.num_frames, self.fps, self.height, self.width)
 
     def _kind(self, rng: np.random.Generator) -> str:
-        """Draw the kind of a scene among `kinds`, by the shares of sprites and digits."""
-        shares = {"sprites": self.share_sprites, "digits": self.share_digits}
-        left = [kind for kind in ("sprites", "digits", "shapes") if kind in self.kinds]
+        """Draw the kind of a scene among `kinds`, by the shares of solids, sprites and digits."""
+        shares = {"solids": self.share_solids, "sprites": self.share_sprites, "digits": self.share_digits}
+        left = [kind for kind in ("solids", "sprites", "digits", "shapes") if kind in self.kinds]
         while len(left) > 1:
             if rng.random() < shares[left[0]]:
                 break
@@ -161,6 +180,18 @@ class SyntheticScenes:
             obj = SceneObject("sprite", "", "", _pick(rng, motions), sprite=_pick(rng, tuple(sprites.SPRITES)))
             if split != "train" or not self._holds_out(obj):
                 return obj
+
+    def _sample_solid(self, rng: np.random.Generator) -> Solid:
+        camera = rng.uniform(0, 360), rng.uniform(*SOLID_ELEVATION)
+        radius, background = rng.uniform(*SOLID_RADIUS), _pick(rng, tuple(BACKGROUNDS))
+        while True:
+            held_out = self.split == "held_out"
+            shape, first = _pick(rng, HELD_OUT_SOLIDS) if held_out else (_pick(rng, SOLIDS), _pick(rng, tuple(COLOURS)))
+            second = _pick(rng, tuple(colour for colour in COLOURS if colour != first))
+            colours = (first, second) if rng.random() < 0.5 else (second, first)
+            solid = Solid(shape, colours, radius, *camera, background)
+            if self.split != "train" or not is_held_out(solid):
+                return solid
 
     def _holds_out(self, sprite: SceneObject) -> bool:
         return self.num_frames > 1 and is_held_out(sprite)
@@ -234,6 +265,8 @@ def render(scene: Scene) -> np.ndarray:
 
     Edges are smooth over one pixel. Positions are not rounded to pixels.
     """
+    if scene.objects and isinstance(scene.objects[0], Solid):
+        return solids.views(scene.objects[0], (scene.height, scene.width), scene.num_frames)
     video = np.empty((scene.num_frames, scene.height, scene.width, 3), np.uint8)
     video[:] = np.rint(ground_colours(scene.background, scene.height))[:, None]
     for obj in scene.objects:

@@ -39,13 +39,24 @@ MOTIONS = (*DIRECTIONS, "still", *GROWTH)
 
 DIGIT_MOTIONS = SPRITE_MOTIONS = (*DIRECTIONS, "still")
 
-KINDS = ("shapes", "digits", "sprites")
+CAPTIONED_KINDS = ("shapes", "digits", "sprites")
+
+KINDS = (*CAPTIONED_KINDS, "solids")
 
 SPLITS = ("train", "held_out", "all")
 
 BASE_SIDE = 64
 
 HELD_OUT_SPRITES = (("rocket", "down"), ("owl", "up"), ("apple", "left"), ("car", "up"), ("fish", "right"), ("star", "still"))
+
+SOLIDS = ("cube", "pyramid", "prism", "cylinder", "cone", "torus")
+
+HELD_OUT_SOLIDS = (("cube", "cyan"), ("cone", "magenta"), ("torus", "yellow"))
+
+VIEWS = ((30, 30), (90, -20), (150, 30), (210, -20), (270, 30), (330, -20))
+"""The views of a solid after the input view, in degrees: azimuth from that of the input view on, and elevation."""
+
+NUM_VIEWS = 1 + len(VIEWS)
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,30 @@ class SceneObject:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The content of a clip: objects, background and caption, with the size of the clip."""
+class Solid:
+    """A solid object with the camera of its input view; `lumos.data.synthetic.solids` draws its views."""
 
-    objects: tuple[SceneObject, ...]
+    shape: str  # one of SOLIDS
+    colours: tuple[str, str]  # of its two halves, two different ones of COLOURS
+    radius: float  # of the sphere around it, above 0 up to 1; a sphere of radius 1 almost fills the picture
+    azimuth: float  # of the input view, in degrees; 0 sees the half of the first colour
+    elevation: float  # of the input view, in degrees
+    background: str  # one of BACKGROUNDS
+
+    @property
+    def title(self) -> str:
+        """A description for people, for example "cube, red and blue"; models never see it."""
+        return f"{self.shape}, {self.colours[0]} and {self.colours[1]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The content of a clip: objects, background and caption, with the size of the clip.
+
+    The frames of a solid are its views. They have no caption ("").
+    """
+
+    objects: tuple[SceneObject, ...] | tuple[Solid]
     background: str
     caption: str
     num_frames: int
@@ -86,12 +117,14 @@ class Scene:
     width: int
 
 
-def is_held_out(obj: SceneObject) -> bool:
+def is_held_out(obj: SceneObject | Solid) -> bool:
     """Return whether training never shows this combination of attributes, which tests composition.
 
-    Held out are magenta triangles, yellow pluses, growing blue squares and, for a few sprites, one
-    motion each (`HELD_OUT_SPRITES`).
+    Held out are magenta triangles, yellow pluses, growing blue squares, for a few sprites one motion
+    each (`HELD_OUT_SPRITES`), and for a few solids one colour each (`HELD_OUT_SOLIDS`).
     """
+    if isinstance(obj, Solid):
+        return any((obj.shape, colour) in HELD_OUT_SOLIDS for colour in obj.colours)
     if obj.shape == "sprite":
         return (obj.sprite, obj.motion) in HELD_OUT_SPRITES
     kind = (obj.colour, obj.shape)

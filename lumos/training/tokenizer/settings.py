@@ -24,7 +24,7 @@ MAY_CHANGE = {
     "validate_every", "export_dtype",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise than the run it goes on with."""
-WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two")
+WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two", "share_solids")
 """Fields of SyntheticScenes that decide what is drawn and are not set here. The other fields word captions, which a
 tokenizer never reads."""
 
@@ -140,7 +140,7 @@ class TokenizerTrainingSettings:
         check_processes(self.processes)
         self._allow("films", len(self.films) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
         self._allow("worlds", self.worlds.keys() <= {*WORLD_OPTIONS}, WORLDS_ALLOWED)
-        SyntheticScenes(**self.worlds)
+        SyntheticScenes(num_frames=self.num_frames, **self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
         self._allow("model", not config.is_continuous, "the config of a tokenizer with codes (name DV)")
         step, stride = config.temporal_compression, config.spatial_compression

@@ -50,6 +50,7 @@ from lumos.training.tokenizer.settings import load_settings, loop_settings
         ({"films": [1]}, r"films\[0\] must be text, not 1"),
         ({"films": None}, "films must be a list, not None"),
         ({"worlds": {"kinds": ["cats"]}}, "kinds \\['cats'\\] is not possible: take one or more of shapes, digits, sprites"),
+        ({"worlds": {"kinds": ["solids"]}, "num_frames": 9}, "num_frames 9 is not possible: a solid has 7 views"),
         ({"worlds": {"share_two": "half"}}, "share_two 'half' is not possible: take a number from 0 to 1"),
     ],
 )
@@ -103,6 +104,8 @@ def test_worlds_and_whole_numbers_from_a_file(tmp_path):
     assert settings.worlds == {"kinds": ["sprites"], "share_two": 1}
     assert (settings.foreground_weight, settings.muon_lr) == (13.0, 0.006)
     assert isinstance(settings.foreground_weight, float)
+    solids = load_settings(path, ["worlds.kinds=[solids]", "num_frames=5"])
+    assert (solids.worlds, solids.num_frames) == ({"kinds": ["solids"]}, 5)
 
 
 @pytest.mark.filterwarnings("error")
