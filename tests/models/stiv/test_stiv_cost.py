@@ -1,0 +1,128 @@
+"""The cost of STIV: memory against what autograd saves, FLOPs against those that run, and the plans of the published sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lumos.errors import UserError
+from lumos.models.stiv.configuration import StivConfig
+from lumos.models.stiv.cost import (
+    ClipTokens,
+    StivClipCost,
+    activation_bytes,
+    clip_tokens,
+    meta_model,
+    model_of,
+    out_of_memory_advice,
+    training_cost,
+)
+from lumos.models.stiv.modeling import StivForVideoGeneration
+from lumos.models.stiv.settings import StivOptions
+from lumos.pipeline.defaults import ClipDefaults
+from lumos.planning.gpus import GIB, Hardware
+from lumos.planning.sharding import Sharding
+from lumos.planning.training import TrainingPlan
+from lumos.training.settings import build_settings, load_settings
+
+
+def saved_bytes(model: nn.Module, half: bool, **inputs) -> int:
+    """Return the bytes that autograd saves in a forward pass, without the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(**inputs).sample.square().mean()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["clips", "pictures", "given", "masked"])
+def test_activations_are_what_autograd_saves(half, kind):
+    frames, side, words, batch = 1 if kind == "pictures" else 9, 8, 12, 4
+    config = StivConfig(hidden_size=128, num_hidden_layers=5, latent_channels=4, text_width=128, text_layers=1,
+                        temporal_attention=kind != "pictures")  # fmt: skip
+    torch.manual_seed(0)
+    model = StivForVideoGeneration(config).train()
+    given = torch.zeros(batch, frames, dtype=torch.bool)
+    given[:, 0] = kind == "given"
+    found = saved_bytes(
+        model, half, latents=torch.randn(batch, frames, 4, side, side), t=torch.rand(batch),
+        text_ids=torch.randint(99, (batch, words)), given=given if kind == "given" else None,
+        keep=torch.arange(8).expand(batch, -1) if kind == "masked" else None,
+    )  # fmt: skip
+    sharding = Sharding(None, half=half, on_gpu=False, checkpointing=False)
+    tokens = ClipTokens((frames, side, side), (frames, 4, 4), words)
+    planned = activation_bytes(config, 0.5 if kind == "masked" else 0.0, sharding, batch, tokens, kind == "given")
+    if half:  # the copies of the weights, which the plan counts with the weights
+        planned += 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert planned == pytest.approx(found, rel=0.06 if kind != "pictures" else 0.2)
+
+
+def test_training_flops_are_three_times_those_of_the_forward_pass():
+    raw = {"generator": "stiv", "model": {"preset": "stiv-nano"}, "data": {"height": 32, "width": 32, "num_frames": 4}}
+    cost = training_cost(build_settings(raw), 7)
+    sequence = cost.sequence(4, 32, 32)
+    model = meta_model(cost.config)
+    with FlopCounterMode(display=False) as counted:
+        model(torch.empty(1, 4, 5, 4, 4, device="meta"), torch.empty(1, device="meta"),
+              text_ids=torch.zeros(1, 7, dtype=torch.int64, device="meta"))  # fmt: skip
+    assert cost.training_flops(sequence, 4) == pytest.approx(3 * counted.get_total_flops(), rel=0.02)
+    assert cost.tokens(sequence) == 4 * 4 + 7 and cost.codes(sequence) == 4 * 16 and cost.supervised(sequence) == 4
+
+
+def test_supervised_frames_follow_the_shares():
+    raw = {"generator": "stiv", "model": {"preset": "stiv-nano"}, "data": {"height": 32, "width": 32, "num_frames": 8},
+           "patterns": {"none": 1, "interpolation": 3}, "dropout": {"image": 0.1, "joint": 0.2}}  # fmt: skip
+    cost = training_cost(build_settings(raw), 7)
+    assert cost.supervised(cost.sequence(8, 32, 32)) == pytest.approx(8 - 0.9 * 0.8 * 0.75 * 4)
+    assert cost.supervised(cost.sequence(1, 32, 32)) == 1
+
+
+@pytest.mark.parametrize(("recipe", "parameters"), [("xl-256", 767_730_112), ("xxl-256", 1_834_427_200), ("m-512", 8_831_572_288)])
+def test_published_recipes_have_their_plan(repo, monkeypatch, recipe, parameters):
+    monkeypatch.chdir(repo)
+    settings = load_settings(f"configs/stiv/{recipe}.yaml")
+    plan = TrainingPlan(settings, training_cost, Hardware("h100", 64, 80 * GIB, 1e15), utilisation=0.4, text_tokens=77)
+    report = plan.report()
+    fewer = (8 - 6) * 2 * 2 * 2 * (2 * settings_width(recipe)) + 2 * 8  # latents of 6 channels instead of 8, patches of 2 x 2 x 2
+    assert abs(report["parameters"] - parameters) <= fewer
+    side = 32 if "256" in recipe else 64
+    assert report["steps"][0]["tokens_of_a_clip"] == 10 * (side // 2) ** 2 + 77
+    assert plan.free(plan.configured) > 0
+
+
+def settings_width(recipe: str) -> int:
+    return {"xl-256": 1152, "xxl-256": 1536, "m-512": 3072}[recipe]
+
+
+def test_clip_cost_counts_calls_branches_and_passes():
+    config, options, clip = *model_of(None, "stiv-tiny")[:2], ClipDefaults(17, 64, 64, 8, None)
+    config = StivConfig(**config.to_dict() | {"trained_grid": {"time": 17, "rows": 4, "columns": 4}})
+
+    def total(**changes) -> float:
+        shape = ClipDefaults(changes.pop("num_frames", 17), 64, 64, 8, None)
+        return StivClipCost(config, shape, options.changed(**changes), 10, torch.float32).report(1e12, 0.5)["flops"]["total"]
+
+    assert total() == pytest.approx(2 * total(guidance_scale=1.0), rel=1e-3)
+    assert total(solver="heun") == pytest.approx(2 * total(), rel=1e-3)
+    assert total(num_inference_steps=25) == pytest.approx(total() / 2, rel=1e-3)
+    assert total(guidance_interval=(0.0, 0.5)) == pytest.approx(0.75 * total(), rel=1e-2)
+    assert total(num_frames=33) > 2 * total()
+    assert clip_tokens(config, 17, clip.height, clip.width, 10).tokens == 17 * 16
+    assert "--guidance-scale 1 needs" in out_of_memory_advice(config, clip, options, 10, torch.float32, clips=2)
+
+
+def test_a_clip_that_the_pipeline_refuses_has_no_cost():
+    config, options, _ = model_of(None, "stiv-tiny")
+    with pytest.raises(UserError, match="height"):
+        StivClipCost(config, ClipDefaults(17, 60, 64, 8, None), options, 10, torch.float32)
+    with pytest.raises(UserError, match="a prompt of 256 tokens is too long"):
+        StivClipCost(config, ClipDefaults(17, 64, 64, 8, None), StivOptions(), 256, torch.float32)
