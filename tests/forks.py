@@ -111,7 +111,7 @@ class Forks:
 
 
 def import_all() -> None:
-    """Nothing here computes anything: threads do not survive a fork."""
+    """Import also what would be imported at the first use. Nothing here computes: threads do not survive a fork."""
 
     import lumos.commands.bench
     import lumos.commands.generate_list
@@ -125,6 +125,7 @@ def import_all() -> None:
     import lumos.models.lumos1.benchmarks.loss
     import lumos.models.lumos1.benchmarks.train
     import lumos.models.lumos1.pipeline
+    import lumos.models.lumos1.training
     import lumos.training.samples
     import lumos.training.tokenizer.task
 
