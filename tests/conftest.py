@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from disk import Disk
+from forks import Forks
 from hypothesis import settings
 from micro import micro_config
 from ranks import Ranks
@@ -25,7 +26,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
-STARTS_PROCESSES = {"ranks", "measured", "everything"}
+STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
 
 
@@ -54,6 +55,14 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[Forks]:
+    """Starts Python programs in a tenth of a second."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture

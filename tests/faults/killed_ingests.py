@@ -93,6 +93,6 @@ def slow(source: str, folder: Path, tokenizer: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shards.parquet()
-    kills.share_forkserver("lumos.data.ingest.workers")
+    kills.share_forkserver("lumos.data.ingest.workers", "torch._dynamo")
     what, source, folder, tokenizer = sys.argv[1:]
     {"calls": calls, "times": times, "slow": slow}[what](source, Path(folder), tokenizer)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forks
 from PIL import Image
 
 pytest.importorskip("pyarrow")
@@ -48,11 +48,9 @@ def small(source, tmp_path_factory) -> Path:
     return folder
 
 
-def drive(what: str, source: Path, folder: Path, micro_folder: Path) -> str:
-    tokenizer = str(micro_folder / "video_tokenizer")
-    command = [sys.executable, str(HERE / "killed_ingests.py"), what, str(source), str(folder), tokenizer]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def drive(forks: Forks, what: str, source: Path, folder: Path, micro_folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    done = forks.run([HERE / "killed_ingests.py", what, source, folder, micro_folder / "video_tokenizer"], env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -75,15 +73,15 @@ def check(folder: Path, kind: str, least: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "kind", "least"), [("calls", "call", 6), ("times", "time", 2)])
-def test_a_killed_ingest_of_two_workers_is_resumed(small, micro_folder, tmp_path, what, kind, least):
-    out = drive(what, small, tmp_path, micro_folder)
+def test_a_killed_ingest_of_two_workers_is_resumed(small, micro_folder, tmp_path, forks, what, kind, least):
+    out = drive(forks, what, small, tmp_path, micro_folder)
     assert out.count(KILLED) >= least, out
     check(tmp_path, kind, least)
 
 
 @pytest.mark.slow
-def test_slow_items_are_waited_for_also_after_a_kill(source, micro_folder, tmp_path):
-    out = drive("slow", source, tmp_path, micro_folder)
+def test_slow_items_are_waited_for_also_after_a_kill(source, micro_folder, tmp_path, forks):
+    out = drive(forks, "slow", source, tmp_path, micro_folder)
     assert out.count(KILLED) == 4, out
     assert len(list(shards.read_shards(tmp_path / "whole"))) == 41
     check(tmp_path, "workers", 4)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +15,10 @@ from lumos.commands import bench_faults as faults
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_no_loss_and_lose_nothing(repo):
+def test_thirty_kills_change_no_loss_and_lose_nothing(forks):
     """Half of them at random moments, half at random file calls; trainings draw their clips in a process of its own."""
-    command = [sys.executable, "-m", "lumos", "bench", "faults", "--kills", "30", "--minutes", "60", "--kinds"]
-    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "training", "training", "list"], capture_output=True, text=True, env=environment)
+    command = ["-m", "lumos", "bench", "faults", "--kills", 30, "--minutes", 60, "--kinds", "training", "training", "list"]
+    done = forks.run(command, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["kills"], result["differing_losses"], result["lost_items"], result["failed_runs"]) == (30, 0, 0, 0)
