@@ -1,9 +1,9 @@
 """Ingests with several processes that are killed and resumed; writes a folder for each, which the tests compare.
 
-usage: killed_ingests.py calls|times|slow source folder tokenizer
+usage: killed_ingests.py source small folder tokenizer
 
-calls: 2 workers, killed before file calls of each kind; times: 2 workers, killed at random times; slow: 1 to 4 workers, some of
-whose items are slower than all others.
+Of the small source: 2 workers, killed before file calls of each kind (folder/calls) and at random times (folder/times). Of the
+other one: 1 to 4 workers, some of whose items are slower than all others (folder/slow).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def calls(source: str, folder: Path, tokenizer: str) -> None:
     for number in kills.spread(kills.first_of_each(found), POINTS):
         out = folder / f"call-{number}"
         do = partial(run, source, tokenizer, out, 2)
-        print(f"{found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
+        print(f"call: {found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
         resumed(out, do)
 
 
@@ -76,17 +76,17 @@ def times(source: str, folder: Path, tokenizer: str) -> None:
         while (code := kills.forked(do, seconds=draw.uniform(0.3, 0.9) * whole)) == 0:  # it ended before its time came
             shutil.rmtree(out)
             whole *= 0.7
-        print(f"ended with {code}", flush=True)
+        print(f"time: ended with {code}", flush=True)
         resumed(out, do)
 
 
 def slow(source: str, folder: Path, tokenizer: str) -> None:
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
-    engines.Encoder = SlowEncoder
+    engines.Encoder = SlowEncoder  # last, for it stays
     for workers in range(1, 5):
         out = folder / f"workers-{workers}"
         last = 5 * workers + 2  # after the first slow item
-        print(f"ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
+        print(f"slow: ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
         assert kills.forked(partial(run, source, tokenizer, out, workers)) == 0
 
 
@@ -94,5 +94,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shards.parquet()
     kills.share_forkserver("lumos.data.ingest.workers", "torch._dynamo")
-    what, source, folder, tokenizer = sys.argv[1:]
-    {"calls": calls, "times": times, "slow": slow}[what](source, Path(folder), tokenizer)
+    source, small, folder, tokenizer = sys.argv[1:]
+    for drive, items in ((calls, small), (times, small), (slow, source)):
+        place = Path(folder, drive.__name__)
+        place.mkdir()
+        drive(items, place, tokenizer)
