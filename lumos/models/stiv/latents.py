@@ -252,7 +252,9 @@ class LatentSpace:
                 raise UserError(f"latents {list(latents.shape)} cannot be decoded; give [frames, {self.channels}, rows, columns]")
             if not torch.isfinite(latents).all():
                 raise NotFinite("the latents hold values that are not finite; use dtype float32, or check the weights")
-            return np.concatenate([to_uint8(self._decode(piece, past)) for piece in latents.split(PIECE)])
+            # One frame at a time: with more, the last bit would depend on how a clip is cut into parts.
+            size = PIECE if self.is_causal else 1
+            return np.concatenate([to_uint8(self._decode(piece, past)) for piece in latents.split(size)])
 
         return push
 
