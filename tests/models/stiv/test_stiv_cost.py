@@ -75,7 +75,9 @@ def test_training_flops_are_three_times_those_of_the_forward_pass():
         model(torch.empty(1, 4, 5, 4, 4, device="meta"), torch.empty(1, device="meta"),
               text_ids=torch.zeros(1, 7, dtype=torch.int64, device="meta"))  # fmt: skip
     assert cost.training_flops(sequence, 4) == pytest.approx(3 * counted.get_total_flops(), rel=0.02)
-    assert cost.tokens(sequence) == 4 * 4 + 7 and cost.codes(sequence) == 4 * 16 and cost.supervised(sequence) == 4
+    assert cost.tokens(sequence) == 4 * 4 + 7
+    assert cost.codes(sequence) == 4 * 16
+    assert cost.supervised(sequence) == 4
 
 
 def test_supervised_frames_follow_the_shares():

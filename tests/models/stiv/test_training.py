@@ -28,7 +28,8 @@ from tokenizer.fsq import NoQuantizer
 from tokenizer.pictures import picture_encoder
 
 CPU = torch.device("cpu")
-TINY = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "latent_channels": 3, "text_width": 64, "text_layers": 1}
+TINY = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "latent_channels": 3, "text_width": 64,
+        "text_layers": 1}  # fmt: skip
 VIDEO = StepShape("video", 4)
 
 
@@ -82,7 +83,8 @@ def test_folded_encoder_gives_the_latents_of_single_frames(micro_folder, patch):
     assert torch.equal(picture_encoder(tokenizer)(video), tokenizer.encode_frames(video))
     tokenizer.quantizer = NoQuantizer()
     latents = picture_encoder(tokenizer)(video)
-    assert latents.shape == (2, 3, 3, 2, 3) and latents.std() > 0.01
+    assert latents.shape == (2, 3, 3, 2, 3)
+    assert latents.std() > 0.01
     assert torch.allclose(latents, tokenizer.encode_frames(video), atol=1e-6)
 
 
@@ -108,13 +110,18 @@ def test_dropout_has_its_shares_and_is_the_same_for_a_seed(make, micro_stiv_conf
 def test_a_draw_does_not_depend_on_other_settings(make, micro_stiv_config):
     plain, other = make(), make(patterns={"none": 1, "ends": 1}, given_noise=0.3, mask_ratio=0.5)
     first, second = (drawn_clip(settings, micro_stiv_config(), 3, 2, (5, 4, 4), True) for settings in (plain, other))
-    assert first.time == second.time and torch.equal(first.noise, second.noise) and first.no_text == second.no_text
-    assert first.keep is None and second.keep.tolist() == sorted(second.keep.tolist()) and len(second.keep) == 2
+    assert first.time == second.time
+    assert torch.equal(first.noise, second.noise)
+    assert first.no_text == second.no_text
+    assert first.keep is None
+    assert second.keep.tolist() == sorted(second.keep.tolist())
+    assert len(second.keep) == 2
 
 
 def test_dropped_images_are_supervised_and_given_ones_are_not(task):
     trained = task(patterns={"first": 1.0}, dropout={"image": 1.0})
-    assert trained.config.patterns == ["first", "none"] and trained.pattern_names == ["none", "first"]
+    assert trained.config.patterns == ["first", "none"]
+    assert trained.pattern_names == ["none", "first"]
     assert trained.batch(0, VIDEO, range(4)).supervised == 20
     assert trained.batch(0, VIDEO, range(4), dropout=False).supervised == 16
 
@@ -147,7 +154,8 @@ def test_losses_are_those_of_the_formula(task):
         expected += [(v[frame] - (x1 - eps)[frame]).square().mean() for frame in (1, 2, 3)]
         assert set(places["time"][3 * i : 3 * i + 3].tolist()) == {int(t * 10)}
     assert torch.allclose(losses, torch.stack(expected), atol=1e-5)
-    assert places["pattern"].tolist() == [0] * 12 and trained.pattern_names == ["ends"]
+    assert places["pattern"].tolist() == [0] * 12
+    assert trained.pattern_names == ["ends"]
 
 
 def test_nan_in_targets_of_given_frames_has_no_effect(task, monkeypatch):
@@ -266,7 +274,8 @@ def test_three_stages_each_begin_with_the_one_before(make, tmp_path):
                  data=larger)  # fmt: skip
     config = StivTask(third, CPU).config
     assert config.position_scale == {"time": 1.0, "rows": 0.5, "columns": 1.0}
-    assert config.trained_grid == {"time": 5, "rows": 2, "columns": 2} and config.patterns == ["ends", "first", "none"]
+    assert config.trained_grid == {"time": 5, "rows": 2, "columns": 2}
+    assert config.patterns == ["ends", "first", "none"]
     train(third)
     clip = VideoPipeline.from_pretrained(tmp_path / "stiv/export", device="cpu")("a red circle", seed=1, num_inference_steps=2)
     assert clip.frames.shape == (1, 5, 32, 32, 3)
@@ -356,7 +365,8 @@ def test_shards_need_latents_of_codes(make):
 def test_causal_latents_train_and_export(make, tmp_path):
     made = train(make(latents={"kind": "causal"}, patterns={"none": 1, "first": 1}))
     config = StivConfig.from_pretrained(made["export"])
-    assert config.latents == "causal" and config.trained_grid["time"] == 2
+    assert config.latents == "causal"
+    assert config.trained_grid["time"] == 2
     assert VideoPipeline.from_pretrained(made["export"], device="cpu")("x", seed=0, num_inference_steps=1).frames.shape[1] == 5
 
 
@@ -374,13 +384,15 @@ def test_muon_has_the_matrices_of_the_blocks(task):
     trained = task()
     model = trained.build_model()
     names = trained.muon_matrices(model)
-    assert "blocks.0.cross.o_proj.weight" in names and "text_encoder.blocks.0.up_proj.weight" in names
+    assert "blocks.0.cross.o_proj.weight" in names
+    assert "text_encoder.blocks.0.up_proj.weight" in names
     assert not any(part in name for name in names for part in ("modulation", "patch", "conditions", "embedding", "norm"))
     assert len(names) == 3 * 14 + 6
 
 
 def test_prediction_pattern_gives_what_its_name_says():
-    assert given_frames("prediction", 5) == {0, 1, 2, 3} and given_frames("prediction", 3, "causal") == {0, 1}
+    assert given_frames("prediction", 5) == {0, 1, 2, 3}
+    assert given_frames("prediction", 3, "causal") == {0, 1}
 
 
 def test_shipped_recipes_are_valid(repo, monkeypatch):
