@@ -6,8 +6,10 @@ Listing generators imports none of their parts: `Generator.load` imports a part 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,14 +104,31 @@ def generator(name: str | None = None) -> Generator:
     return known[name]
 
 
-def generator_with_preset(preset: str) -> Generator:
-    """Return the generator that has a model shape (preset) of this name. Raises UserError if none has."""
-    names: dict[str, Generator] = {}
-    for candidate in generators().values():
-        names |= {name: candidate for name in candidate.load("config").presets() if name not in names}
-    if preset not in names:
-        raise UserError(f"unknown preset {shown(preset)}; known presets: {', '.join(names)}")
-    return names[preset]
+def find_preset(text: str) -> tuple[Generator, str]:
+    """Return the generator that `text` names a model shape (preset) of, and the name of the shape.
+
+    `text` is GENERATOR-PRESET, such as lumos1-3b, or the name of a preset alone. A name alone means the
+    default generator if it has a preset of this name. Raises UserError if no generator has the preset,
+    or if several others have it.
+    """
+    known = generators()
+    presets = {name: candidate.load("config").presets() for name, candidate in known.items()}
+    for name, shapes in presets.items():
+        if text.startswith(f"{name}-") and text.removeprefix(f"{name}-") in shapes:
+            return known[name], text.removeprefix(f"{name}-")
+    owners = [name for name, shapes in presets.items() if text in shapes]
+    default = next(iter(known))
+    if not owners:
+        shared = {shape for shape, count in Counter(chain(*presets.values())).items() if count > 1}
+        lists = (
+            ", ".join(shape if name == default or shape not in shared else f"{name}-{shape}" for shape in shapes) + f" ({name})"
+            for name, shapes in presets.items()
+        )
+        raise UserError(f"unknown preset {shown(text)}; known presets: {', '.join(lists)}")
+    if len(owners) > 1 and owners[0] != default:
+        allowed = " or ".join(f"{name}-{text}" for name in owners)
+        raise UserError(f"preset {shown(text)} is one of several generators; give {allowed}")
+    return known[owners[0]], text
 
 
 def generator_of(folder: str | Path) -> Generator:

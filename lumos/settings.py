@@ -64,7 +64,7 @@ def setting(
     `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `allowed` describes the range
     in error messages, for ranges that the bounds alone do not explain. A field that is a number of things
     (steps, clips, pixels, processes) needs a `high`. `more` is added to the metadata of the field;
-    `lumos.pipeline.options` reads unit, step, pictures, given and trade from there.
+    `lumos.pipeline.options` reads step, slider_high, label, pictures, given, trade and cost from there.
     """
     metadata = {
         "meaning": meaning, "choices": choices, "low": low, "high": high, "above": above, "below": below, "allowed": allowed,

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from disk import Disk
+from forks import Forks
 from hypothesis import settings
 from micro import micro_config
+from ranks import Ranks
 
 from lumos import LumosConfig, LumosForVideoGeneration
 
@@ -23,7 +26,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
-STARTS_PROCESSES = {"ranks", "measured", "everything"}
+STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
 
 
@@ -35,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """A server that runs the training command in several processes."""
+    pytest.importorskip("deepspeed")
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden values: tests/golden, or another of the same form named by LUMOS_GOLDEN."""
     return Path(os.environ.get("LUMOS_GOLDEN", ROOT / "tests" / "golden"))
@@ -43,6 +55,14 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[Forks]:
+    """Starts Python programs in a tenth of a second."""
+    made = Forks(tmp_path_factory.mktemp("forks"))
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+
+from lumos.pipeline.options import Option
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +22,11 @@ def command_lines(page: str) -> list[str]:
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     parts = [part.strip() for line in text.splitlines() for part in line.split(" #")[0].split("&&")]
     return [part for part in parts if part and not part.startswith("#")]
+
+
+def option_rows(options: Iterable[Option]) -> dict[str, str]:
+    """The rows of a table of sampling options: flag -> meaning, as Markdown."""
+    return {f"`{option.flag}`": option.meaning for option in options}
 
 
 def verbs(page: str) -> list[list[str]]:

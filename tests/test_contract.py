@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import toy_generator
+import toy_options
 import yaml
 from micro_stiv import micro_pipeline
 from toy_generator import ToyConfig, ToyModel, ToyPipeline
@@ -22,7 +23,7 @@ from toy_generator import ToyConfig, ToyModel, ToyPipeline
 from lumos import VideoPipeline, registry
 from lumos.cli import main
 from lumos.errors import UserError
-from lumos.pipeline.options import all_options
+from lumos.pipeline.options import add_flags, all_options
 from lumos.pipeline.request import Request
 from lumos.settings import setting
 from lumos.training.loop import train
@@ -115,11 +116,14 @@ def test_registry_names_parts_that_exist(name):
 
 
 def test_unknown_generators_and_model_types_list_the_known(tmp_path):
-    with pytest.raises(UserError, match="generator 'x' is unknown; allowed: lumos1, stiv, toy"):
+    with pytest.raises(UserError, match=f"generator 'x' is unknown; allowed: {', '.join(registry.generators())}$"):
         registry.generator("x")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"'llama', .*; known: lumos \(lumos1\), chameleon \(lumos1\), stiv \(stiv\), toy \(toy\)"):
+    with pytest.raises(UserError, match="has model_type 'llama', which no generator here has") as error:
         registry.generator_of(tmp_path)
+    known = str(error.value).partition("; known: ")[2].split(", ")
+    assert {"lumos (lumos1)", "chameleon (lumos1)", "toy (toy)"} <= set(known)
+    assert len(known) == sum(len(generator.model_types) for generator in registry.generators().values())
 
 
 def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path):
@@ -218,10 +222,12 @@ def swirl(monkeypatch):
     """The toy with an option that it did not have: an option is one field."""
 
     @dataclass(frozen=True)
-    class MoreOptions(toy_generator.ToyOptions):
+    class MoreOptions(toy_options.ToyOptions):
         swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1, trade=True)
+        speckle: int = setting(0, "passes of speckle after the last step", low=0, high=9, cost=True)
 
-    monkeypatch.setattr(toy_generator, "ToyOptions", MoreOptions)
+    for module in (toy_options, toy_generator):
+        monkeypatch.setattr(module, "ToyOptions", MoreOptions)
     monkeypatch.setattr(ToyPipeline, "sampling", MoreOptions)
     monkeypatch.setattr(toy_generator.ToySettings, "sampling", MoreOptions)
     ToyPipeline.__init_subclass__()
@@ -229,11 +235,10 @@ def swirl(monkeypatch):
 
 
 def test_a_new_option_is_in_flags_lists_and_calls(swirl, toy_folder, capsys):
-    from lumos.commands.options import add_sampling
     from lumos.prompt_lists.rows import columns
 
     parser = argparse.ArgumentParser()
-    add_sampling(parser)
+    add_flags(parser, all_options())
     assert parser.parse_args(["--swirl", "1.5"]).swirl == 1.5
     assert columns()["swirl"].parse("0.7") == 0.7
     assert "swirl" in inspect.signature(VideoPipeline.from_pretrained(toy_folder, device="cpu").__call__).parameters
@@ -264,7 +269,9 @@ def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (0, 2, 0.1, 0.5)
     answers = {"prompt": "x", "negative_prompt": "", "given": None, "seed": "", "swirl": 1.5}
     assert request_of(answers, {"swirl": 0.5}, swirl).options == {"swirl": 1.5}
-    assert "swirl" in costly_options()
+    assert {"swirl", "speckle"} <= costly_options().keys()
+    assert {"num_inference_steps", "guidance_scale"} <= costly_options().keys()
+    assert "noise_scale" not in costly_options()
 
 
 def test_one_declaration_feeds_all_options(swirl):

@@ -10,11 +10,12 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
-from pages import ROOT, command_lines, verbs
+from pages import ROOT, blocks, command_lines, option_rows, verbs
 
 from lumos.cli import main
 from lumos.data.ingest import item, workers
 from lumos.demo.limits import Limits
+from lumos.models.lumos1.settings import GenerationSettings
 from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -109,6 +110,20 @@ def test_the_limits_of_the_demo():
     assert {flag: float(listed[flag]) for flag, default in limits.items() if default is not None} == {
         flag: default for flag, default in limits.items() if default is not None
     }
+
+
+def test_the_sampling_options_of_the_page():
+    """The table is what the declarations say; a failure shows the rows to write."""
+    options = GenerationSettings.declared().values()
+    listed = table("docs/generate/index.md", "### Sampling options of Lumos-1")
+    assert list(listed.items()) == list(option_rows(option for option in options if not option.is_trade).items())
+    listed = table("docs/generate/speed.md", "## Settings that trade quality for time")
+    assert [setting.split()[0].strip("`") for setting in listed] == [option.flag for option in options if option.is_trade]
+
+
+def test_the_example_of_a_sampling_option_is_the_code():
+    (example,) = blocks("docs/architecture.md", "python")
+    assert example.strip() in (ROOT / "lumos" / "models" / "lumos1" / "settings.py").read_text()
 
 
 def test_the_drawing_of_the_rooms_is_the_contract():

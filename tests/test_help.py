@@ -10,6 +10,8 @@ import contextlib, io, sys
 from lumos.cli import VERBS, main
 from lumos.commands.evaluate import measurements
 from lumos.benchmarks import targets
+sys.path.insert(0, 'tests')
+import toy_options  # what `--help` loads of a generator
 
 verbs = [[verb] for verb in VERBS] + [["evaluate", name] for name in measurements()] + [["bench", name] for name in targets()]
 for verb in verbs:

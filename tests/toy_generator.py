@@ -1,4 +1,6 @@
-"""A second generator for the contract tests: flow matching over latents, in one file, with every part that the registry names.
+"""A second generator for the contract tests: flow matching over latents, with every part that the registry names.
+
+The parts that `--help` loads are in `toy_options.py`, because this file imports torch.
 
 The velocity v(x, t) of a linear path from noise to latents is learned by a small convolution; sampling integrates it with Euler
 steps from noise at t = 0 to latents at t = 1. A whole clip is made at once.
@@ -6,7 +8,6 @@ steps from noise at t = 0 to latents at t = 1. A whole clip is made at once.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from toy_options import ToyOptions
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lumos.data.seeding import sample_generator
@@ -22,9 +24,8 @@ from lumos.files import read_json, write_json
 from lumos.pipeline.base import Encoded, VideoPipeline
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import override
-from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.request import Request, resolve
-from lumos.planning.memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS
 from lumos.registry import Benchmark, Generator
 from lumos.runtime import pick_device
@@ -41,9 +42,9 @@ from tokenizer import TextTokenizer, VideoTokenizer
 GENERATOR = Generator(
     name="toy", summary="flow matching by one convolution, for tests", model_types=("toy",),
     config="toy_generator:ToyConfig", model="toy_generator:ToyModel", pipeline="toy_generator:ToyPipeline",
-    task="toy_generator:ToyTask", settings="toy_generator:ToySettings", sampling="toy_generator:ToyOptions",
+    task="toy_generator:ToyTask", settings="toy_generator:ToySettings", sampling="toy_options:ToyOptions",
     cost={"training": "toy_generator", "clip": "toy_generator"},
-    benchmarks={"toy": Benchmark("seconds of one velocity", "toy_generator", "toy_generator:add_arguments")},
+    benchmarks={"toy": Benchmark("seconds of one velocity", "toy_generator", "toy_options:add_arguments")},
 )  # fmt: skip
 
 
@@ -77,13 +78,6 @@ class ToyModel(PreTrainedModel):
 def text_value(prompt: str | None) -> float:
     """What the toy reads of a prompt: a number in [-1, 1] that its words decide."""
     return 0.0 if prompt is None else int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:2], "little") / 32768 - 1
-
-
-@dataclass(frozen=True)
-class ToyOptions(SamplingOptions):
-    num_inference_steps: int = setting(2, "Euler steps", low=1, high=1000, step=1)
-    guidance_scale: float = setting(2.0, "classifier-free guidance; 1 is none", low=1, high=50, step=0.5)
-    noise_scale: float = setting(1.0, "standard deviation of the noise at the start", above=0, high=4, step=0.25)
 
 
 @dataclass
@@ -317,10 +311,6 @@ def out_of_memory_advice(config, clip, sampling, text_tokens, dtype, clips=1):
 
 
 # ---- benchmark
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clips", type=int, default=1)
-
 
 def settings_from(args):
     return args

@@ -38,6 +38,14 @@ class Chain(nn.Sequential):
         return x
 
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d that draws no initial weights on the meta device, where drawing takes longer than loading the real ones."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class CausalConv3d(nn.Module):
     """A 3-D convolution that pads with zeros in space and with copies of the first frame before the clip.
 
@@ -56,7 +64,7 @@ class CausalConv3d(nn.Module):
         spatial_padding = kernel[1] // 2 if stride[1] == 1 else 0
         self.frames_in_front = kernel[0] - stride[0]
         padding = (0, spatial_padding, spatial_padding)
-        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
+        self.conv3d = Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         if self.frames_in_front > 0:

@@ -171,7 +171,7 @@ class VideoTokenizer(nn.Module):
         self.quant_conv = point(config.z_factor * config.z_channels, config.encoder_outputs)
         self.post_quant_conv = point(config.value_channels, config.z_channels)
         self.quantizer = NoQuantizer() if config.is_continuous else FiniteScalarQuantizer(config.levels)
-        if not config.is_image:
+        if not config.is_image and not next(self.parameters()).is_meta:
             self._start_as_image_network()
 
     @property

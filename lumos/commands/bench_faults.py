@@ -112,14 +112,19 @@ def say(text: str) -> None:
 
 def import_all() -> None:
     """Import what the forked processes need. It must not compute anything, because threads do not survive a fork."""
+
     import lumos.commands.generate_list
     import lumos.data.ingest.ingest
     import lumos.data.shards.format
     import lumos.data.synthetic.digits
     import lumos.training.loop
     import lumos.training.samples
+    from lumos import registry
 
     lumos.data.shards.format.parquet()
+    generator = registry.generator()
+    for part in (generator.model, generator.pipeline, generator.task):
+        registry.load(part)
 
 
 def forked(work: Callable[[], object], out: Path, seconds: float, at_call: int | None = None) -> int:
@@ -215,7 +220,7 @@ def make_material(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from lumos.data.synthetic.render import captions
+    from lumos.data.synthetic.sampling import captions
     from lumos.video.io import write_video
     from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from lumos.commands.options import PLACES, add_loading
+from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
 from lumos.errors import UserError
 from lumos.files import read_text
 
@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
     examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
 
-    from lumos.commands.loading import circumstances, load, metadata
     from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve

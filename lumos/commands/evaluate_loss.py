@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.loading import load
-from lumos.commands.options import add_device
+from lumos.commands.loading import add_device, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos import registry
-    from lumos.data.synthetic.render import SyntheticScenes
+    from lumos.data.synthetic.sampling import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.pipeline.inputs import check_num_frames, override
@@ -58,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         codes = loss.shard_codes(args.data, args.count, clip.num_frames, pipe.video_tokenizer)
     else:
         shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
-        worlds = SyntheticScenes(seed=args.seed, **chosen, **shape)
-        data = {"worlds": vars(worlds)}
-        codes = loss.world_codes(worlds, args.count, pipe.video_tokenizer)
+        scenes = SyntheticScenes(seed=args.seed, **chosen, **shape)
+        data = {"worlds": vars(scenes)}
+        codes = loss.scene_codes(scenes, args.count, pipe.video_tokenizer)
     sequences = [loss.sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
     with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:

@@ -8,8 +8,8 @@ import sys
 import time
 
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
-from lumos.commands.loading import load, model_sha256
-from lumos.commands.options import add_acceleration, add_device, add_sampling, given_sampling
+from lumos.commands.loading import add_device, load, model_sha256
+from lumos.pipeline.options import add_acceleration, add_flags, all_options, given_options
 
 SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 """Keys of a verdict that follow from other keys."""
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; default: as the model generates")
     add("--image-to-video", action="store_true", help="begin each clip with the first frame of the rendered scene")
     add("--batch-size", type=int, help="clips in a batch; default: 10")
-    add_sampling(parser)
+    add_flags(parser, all_options())
     add("--reference", choices=("truth", "reconstruction"),
         help="check rendered clips (truth) or their reconstruction by the tokenizer, in place of generated clips")  # fmt: skip
     add("--sheet", help="PNG with the first clips of each kind, each with its prompt and the verdict")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.video.frames import animated_sheet, check_animated, contact_sheet
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
-    options = given_sampling(args)
+    options = given_options(args, all_options())
     given = [*options, *(name for name in ("image_to_video", "batch_size") if getattr(args, name))]
     if args.reference and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumos.commands.loading import (
+    add_loading,
     circumstances,
     ended_by_sigterm,
-    given_options,
+    given_arguments,
     load,
     metadata,
     model_sha256,
     out_of_memory_as,
     planned,
 )
-from lumos.commands.options import add_loading, add_sampling
 from lumos.errors import printable
 from lumos.pipeline.defaults import SHIPPED_MODEL
+from lumos.pipeline.options import add_flags, all_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
     add("--fps", type=int, help="frames per second")
-    add_sampling(parser)
+    add_flags(parser, all_options())
     add("--seed", type=int, nargs="+", help="several seeds make several clips; default: random (printed and stored), --prompts: 0")
     add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
     add("--batch-size", type=int, help="clips of the same size and length in a batch; default: 4")
@@ -126,7 +127,7 @@ def make_one(args: argparse.Namespace) -> None:
     pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     check_prompt_frames(args.prompt_frames, pipe.temporal_compression)
-    request = Request.of(**{**given_options(args), **over_time, "seed": seed})
+    request = Request.of(**{**given_arguments(args), **over_time, "seed": seed})
     resolved = pipe.resolve(request)
     output = checked_output(resolved.clip.num_frames, resolved.clip.fps)
     about = metadata(args, model, args.prompt[0], seed)

@@ -14,7 +14,7 @@ from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import (
     circumstances,
     ended_by_sigterm,
-    given_options,
+    given_arguments,
     hashed,
     load,
     metadata,
@@ -82,7 +82,7 @@ def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any],
     from lumos.pipeline.request import needs_words
     from lumos.prompt_lists.rows import Row, read_rows
 
-    defaults = given_options(args)
+    defaults = given_arguments(args)
     for name in ("num_videos_per_prompt", "prompt_frames"):
         defaults |= {name: value} if (value := getattr(args, name)) is not None else {}
     if args.prompts is not None:

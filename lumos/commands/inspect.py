@@ -29,17 +29,18 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from lumos.data.shards import format as shards
+    from lumos.data.shards.description import check_count, read_description
     from lumos.data.shards.remote import location
     from lumos.errors import RunError, UserError, printable
     from lumos.evaluation.quality import code_use
 
     folder = location(args.shards)
-    description = shards.read_description(folder)
+    description = read_description(folder)
     sheet_clips = 12 if args.sheet_clips is None else args.sheet_clips
     check_counts(args, sheet_clips=(1, MAX_CLIPS), captions=(0, MAX_CLIPS))
     sheet, why_none = _where(args, folder)
     total = sum(sum(shards.read_facts(path).rows) for path in shards.shard_paths(folder))
-    shards.check_count(folder, total)
+    check_count(folder, total)
     if not total:
         raise UserError(f"{folder} holds no clips yet; run `python -m lumos ingest` into it")
     counts = np.zeros(description["tokenizer"]["num_codes"], dtype=np.int64)
@@ -86,7 +87,7 @@ def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | No
 
     Raises UserError if the file --sheet cannot be written or an option has no effect.
     """
-    from lumos.data.shards.format import SHEET
+    from lumos.data.shards.description import SHEET
     from lumos.errors import UserError
     from lumos.files import check_outputs, check_writable
 
@@ -110,7 +111,7 @@ def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | No
 def _draw(rows: list[dict[str, Any]], tokenizer: str, description: dict[str, Any], sheet: Path) -> None:
     import torch
 
-    from lumos.data.shards.format import check_tokenizer
+    from lumos.data.shards.description import check_tokenizer
     from lumos.errors import printable
     from lumos.video.frames import contact_sheet, to_uint8
     from tokenizer import VideoTokenizer

@@ -1,4 +1,4 @@
-"""Functions that the verbs that make clips share: options, loading, records, hashes and out-of-memory messages."""
+"""What the verbs that make clips share: flags for loading a pipeline, loading, records, hashes, out-of-memory messages."""
 
 from __future__ import annotations
 
@@ -12,24 +12,52 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.options import LOADING, PLACES, given_sampling
 from lumos.errors import OutOfMemory, RunError, is_out_of_memory
+from lumos.pipeline.options import ACCELERATION, add_acceleration, all_options, given_options
 
 if TYPE_CHECKING:
     from lumos.pipeline.base import VideoPipeline
     from lumos.pipeline.defaults import ClipDefaults
     from lumos.pipeline.options import SamplingOptions
 
+PLACES = ("video_tokenizer", "text_tokenizer", "lora")
+LOADING = (*PLACES, "device", *ACCELERATION, "device_map")
+"""Arguments of a pipeline's from_pretrained whose values are those of the flags."""
 LOADING_NEEDS_LESS = "--dtype bfloat16 and --int8 need less, and --device-map auto leaves layers in host memory or in their files"
 HALF_NEEDS_LESS = "--dtype bfloat16 needs less"
 
 
-def given_options(args: argparse.Namespace) -> dict[str, Any]:
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for the places of the tokenizers."""
+    add = parser.add_argument
+    add("--video-tokenizer", help="folder of the video tokenizer; default: the one in the model folder")
+    add("--text-tokenizer", help="file or folder of the text tokenizer; default: the one in the model folder")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add all flags that say how a pipeline is loaded, except --model."""
+    add = parser.add_argument
+    add("--lora", help="adapter folder that a run with lora.rank exported; it is merged into the model")
+    add_parts(parser)
+    add_device(parser)
+    add_acceleration(parser)
+    add("--device-map", choices=("auto",), help="leave layers that do not fit on the device in host memory or in their files")
+    add("--max-memory", nargs="+", metavar="PLACE=SIZE",
+        help="memory limits for the weights with --device-map, for example 0=6GiB cpu=16GiB")  # fmt: skip
+
+
+def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a clip that the user gave, by their names in the call of a pipeline."""
     from lumos.pipeline.request import ARGUMENTS
 
     own = {name: value for name in ARGUMENTS if name != "seed" and (value := getattr(args, name, None)) is not None}
-    return own | given_sampling(args)
+    return own | given_options(args, all_options())
 
 
 def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:

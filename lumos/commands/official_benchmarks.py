@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lumos.commands.counts import MAX_BATCH, MAX_SEED, check_counts
-from lumos.commands.loading import ended_by_sigterm, hashed, load, metadata, model_sha256
-from lumos.commands.options import add_device, add_parts, add_sampling, given_sampling
+from lumos.commands.loading import add_device, add_parts, ended_by_sigterm, hashed, load, metadata, model_sha256
 from lumos.errors import printable
 from lumos.evaluation.prompt_lists import BENCHMARKS
+from lumos.pipeline.options import add_flags, all_options, given_options
 
 SHAPE = ("num_frames", "height", "width", "fps")
 SEED, BATCH_SIZE = 0, 5
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--fps", type=int, help="frames per second")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
-    add_sampling(parser, pictures=benchmark.pictures, given=benchmark.images)
+    add_flags(parser, all_options(), pictures=benchmark.pictures, given=benchmark.images)
     add_device(parser)
     results = "results.jsonl" if benchmark.pictures else "*_eval_results.json, folders or zips of them"
     add("--aggregate", nargs="+", metavar="RESULTS", help=f"only print the totals of official results: {results}")
@@ -105,11 +105,11 @@ def draw(args: argparse.Namespace, name: str) -> None:
     from lumos.video.io import write_video
 
     pipe, model = load(args)
-    options = given_sampling(args) | {key: getattr(args, key, None) for key in SHAPE}
+    options = given_options(args, all_options()) | {key: getattr(args, key, None) for key in SHAPE}
     if benchmark.pictures:
         options["num_frames"] = 1
     clip = override(pipe.clip, **{**{key: options[key] for key in SHAPE}, **({"fps": 1} if benchmark.pictures else {})})
-    settings = {**vars(pipe.settings.changed(**given_sampling(args))), **vars(clip)}
+    settings = {**vars(pipe.settings.changed(**given_options(args, all_options()))), **vars(clip)}
     check_num_frames(clip.num_frames, pipe.temporal_compression)
     for side in ("height", "width"):
         check_side(getattr(clip, side), side, pipe.size_unit, pipe.largest_side)

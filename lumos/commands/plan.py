@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 from lumos.commands.counts import check_counts
-from lumos.commands.options import add_device, given_sampling
+from lumos.commands.loading import add_device
 from lumos.errors import printable
-from lumos.pipeline.options import add_flags, all_options
+from lumos.pipeline.options import add_flags, all_options, given_options
 
 UTILISATION = 0.4
 MAX_GPUS = 10**6
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-tokens", type=int, help="tokens of a prompt; default: 16 for synthetic scenes, else 160")
     add("--generate", action="store_true", help="plan a clip in place of a training, with the options that follow")
     add("--model", help="model folder (only its config.json is read); default: the shipped one")
-    add("--preset", help="model shape in place of a folder: tiny, 0.5b, 1b, 3b")
+    add("--preset", help="model shape in place of a folder: NAME or GENERATOR-NAME; an unknown name lists the known ones")
     add("--height", type=int, help="pixels; the default of this option and all that follow is the model's own")
     add("--width", type=int, help="pixels")
     add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
@@ -43,12 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def costly_options() -> dict[str, Any]:
-    """Return the sampling options that affect the cost of a clip.
-
-    These are the number of steps, guidance, and all options that trade quality for time or memory.
-    """
-    return {name: option for name, option in all_options().items()
-            if option.is_trade or name in ("num_inference_steps", "guidance_scale")}  # fmt: skip
+    """Return the sampling options that affect the cost of a clip."""
+    return {name: option for name, option in all_options().items() if option.affects_cost}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,23 +92,27 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.pipeline.inputs import override
     from lumos.runtime import pick_device
 
-    if args.model and args.preset:
+    if args.model is not None and args.preset is not None:
         raise UserError(f"--model {args.model} and --preset {args.preset} are both given; give one of them")
-    name = args.preset or args.model or shipped_model()
-    if not args.preset and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is no model folder: it has no config.json; give one, or a --preset")
-    generator = registry.generator_with_preset(args.preset) if args.preset else registry.generator_of(name)
+    folder, preset = None, None
+    if args.preset is None:
+        folder = shipped_model() if args.model is None else args.model
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"{folder} is no model folder: it has no config.json; give one, or a --preset")
+        generator = registry.generator_of(folder)
+    else:
+        generator, preset = registry.find_preset(args.preset)
     cost = generator.load("cost", "clip")
-    config, settings, clip = cost.model_of(None if args.preset else name, args.preset)
+    config, settings, clip = cost.model_of(folder, preset)
     clip = override(clip, num_frames=args.num_frames, height=args.height, width=args.width)
-    settings = settings.changed(**given_sampling(args))
+    settings = settings.changed(**given_options(args, all_options()))
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     text_tokens = (16 if config.max_prompt_tokens < 512 else 160) if args.text_tokens is None else args.text_tokens
     plan = cost.clip_cost(config, clip, settings, text_tokens, dtype)
-    plan.warn_of_effects(given_sampling(args))
+    plan.warn_of_effects(given_options(args, all_options()))
     peak, known = peak_flops(device, dtype, args.peak_tflops)
-    report = {"model": str(name), **plan.report(peak, args.utilisation), "peak_from": known}
+    report = {"model": args.preset or str(folder), **plan.report(peak, args.utilisation), "peak_from": known}
     report |= {"settings": vars(settings), "text_tokens": text_tokens, "device": str(device), "dtype": str(dtype)[6:]}
     return report, render_clip(report)
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.data.synthetic import render as worlds
+    from lumos.data.synthetic.sampling import captions as scene_captions
     from lumos.data.synthetic.scene import CAPTIONED_KINDS
     from tokenizer import TextTokenizer
     from tokenizer.text import MAX_VOCABULARY
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     if args.captions and (args.worlds is not None or args.seed is not None):
         raise UserError("--worlds and --seed have no effect with --captions; leave them out")
     check_counts(args, worlds=(1, MAX_CAPTIONS), seed=(0, MAX_SEED), reserved=(0, MAX_RESERVED), vocab_size=(1, MAX_VOCABULARY))
-    captions = args.captions or worlds.captions(args.seed or 0, args.worlds or 20_000, kinds=CAPTIONED_KINDS, wording="varied")
+    captions = args.captions or scene_captions(args.seed or 0, args.worlds or 20_000, kinds=CAPTIONED_KINDS, wording="varied")
     symbols = [f"<reserved{i:03d}>" for i in range(1, args.reserved + 1)]
     text_tokenizer = TextTokenizer.train(captions, args.vocab_size, reserved_symbols=symbols)
     file = text_tokenizer.save_pretrained(args.out)

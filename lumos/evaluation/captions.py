@@ -1,6 +1,6 @@
 """Attributes that the captions of synthetic scenes name, in the form in which a clip is checked for them.
 
-A synthetic scene is one of `lumos.data.synthetic.render`: one or two objects that
+A synthetic scene is one of `lumos.data.synthetic.sampling`: one or two objects that
 stay, move, grow or shrink on a background.
 """
 
@@ -28,14 +28,14 @@ _GROUND = re.compile(rf"^(.*?)(?:\s+on\s+an?\s+({'|'.join((*BACKGROUNDS, *GRADIE
 def parse_caption(text: str) -> dict:
     """Return the attributes that a caption names.
 
-    The result is {"things": [{"colour", "shape", "digit", "sprite", "size", "motion"}],
-    "background"}, with an entry in "things" for each object. An attribute that the caption does not
+    The result is {"objects": [{"colour", "shape", "digit", "sprite", "size", "motion"}],
+    "background"}, with an entry in "objects" for each object. An attribute that the caption does not
     name is missing. UserError if the text does not have the form of the captions of
     `lumos.data.synthetic.captions`.
     """
     plain = " ".join(text.lower().replace("grey", "gray").split())
     rest, ground = _GROUND.match(plain).groups()
-    things = []
+    objects = []
     for part in rest.split(" and "):
         match = _OBJECT.fullmatch(part)
         if match is None:
@@ -49,23 +49,23 @@ def parse_caption(text: str) -> dict:
         ask = {key: named[key] for key in ("colour", "shape", "sprite", "size")} | {"motion": motion}
         if named["digit"] is not None:
             ask.update(shape="digit", digit=int(named["digit"]))
-        things.append({key: value for key, value in ask.items() if value is not None})
+        objects.append({key: value for key, value in ask.items() if value is not None})
     if _PLURAL.search(rest):  # "an apple and a banana move right": the motion belongs to all objects
-        for thing in things[:-1]:
-            thing.setdefault("motion", things[-1]["motion"])
-    return {"things": things, **({"background": ground} if ground else {})}
+        for obj in objects[:-1]:
+            obj.setdefault("motion", objects[-1]["motion"])
+    return {"objects": objects, **({"background": ground} if ground else {})}
 
 
 def scene_attributes(scene: Scene) -> dict:
     """Return all attributes of a scene in the form of `parse_caption`, also those that its caption does not name."""
-    things = []
-    for thing in scene.objects:
-        shape = None if thing.sprite else thing.shape
-        ask = {"colour": thing.colour, "shape": shape, "sprite": thing.sprite, "digit": thing.digit, "size": thing.size}
+    objects = []
+    for obj in scene.objects:
+        shape = None if obj.sprite else obj.shape
+        ask = {"colour": obj.colour, "shape": shape, "sprite": obj.sprite, "digit": obj.digit, "size": obj.size}
         if scene.num_frames > 1:
-            ask["motion"] = thing.motion
-        things.append({key: value for key, value in ask.items() if value not in (None, "")})
-    return {"things": things, "background": scene.background}
+            ask["motion"] = obj.motion
+        objects.append({key: value for key, value in ask.items() if value not in (None, "")})
+    return {"objects": objects, "background": scene.background}
 
 
 def named_attributes(scene: Scene) -> dict:
@@ -75,10 +75,10 @@ def named_attributes(scene: Scene) -> dict:
     never named; sizes and the background are left out if the caption does not hold their words.
     """
     wanted = scene_attributes(scene)
-    for thing, ask in zip(scene.objects, wanted["things"], strict=True):
+    for obj, ask in zip(scene.objects, wanted["objects"], strict=True):
         if "digit" in ask:
             del ask["colour"]
-        if "size" in ask and noun(thing, named_size=True) not in scene.caption:
+        if "size" in ask and noun(obj, named_size=True) not in scene.caption:
             del ask["size"]
     if f" {scene.background}" not in scene.caption:
         del wanted["background"]

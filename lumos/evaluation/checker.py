@@ -1,6 +1,6 @@
 """A checker that decides from the pixels of a clip whether it shows the synthetic scene that a caption describes.
 
-Synthetic scenes are those of `lumos.data.synthetic.render`. The checker knows their words and
+Synthetic scenes are those of `lumos.data.synthetic.sampling`. The checker knows their words and
 colours, but not how they are drawn: it measures background, objects, colour, shape, size and
 motion. So the same code judges rendered, reconstructed and generated clips. Objects are told apart
 by their colour. Two objects of one colour are measured as one object of unclear shape, and counted
@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from lumos.data.synthetic import digits
-from lumos.data.synthetic.render import DIGIT_PIXEL
+from lumos.data.synthetic.drawing import DIGIT_PIXEL
 from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, COLOURS, SHAPES, SIZES, Scene
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
@@ -80,7 +80,7 @@ class Observation:
     """The content of a clip: the number of its objects, and one `Seen` for each colour among them."""
 
     background: str
-    things: tuple[Seen, ...]
+    objects: tuple[Seen, ...]
     count: int
 
 
@@ -93,17 +93,17 @@ def inspect_clip(video: np.ndarray) -> Observation:
     scale = min(video.shape[1:3]) / BASE_SIDE
     name, ground = _background(video)
     difference = video.astype(np.float32) - ground  # [T, H, W, 3]
-    things, count = [], 0
+    objects, count = [], 0
     labels = _label_by_colour(difference, ground, scale)
     for colour in np.unique(labels[labels >= 0]):
         own, fragments = _without_small_patches(labels == colour)
         near = ndimage.binary_dilation(own, np.ones((1, 3, 3))) & ((labels < 0) | own)
-        thing = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
-        if thing is None:
+        obj = _measure(_coverage(difference, own, near), tuple(COLOURS)[colour], scale)
+        if obj is None:
             continue
-        things.append(thing)
-        count += 1 if thing.shape == "digit" else fragments
-    return Observation(name, tuple(things), count)
+        objects.append(obj)
+        count += 1 if obj.shape == "digit" else fragments
+    return Observation(name, tuple(objects), count)
 
 
 def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]:
@@ -119,11 +119,11 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
     elif isinstance(wanted, str):
         wanted = parse_caption(wanted)
     background, found, count = _look(video, wanted)
-    result = {"count": count == len(wanted["things"])}
-    things = [*found, *[None] * len(wanted["things"])]
+    result = {"count": count == len(wanted["objects"])}
+    objects = [*found, *[None] * len(wanted["objects"])]
     answers = [
-        [_compare(thing, ask) for thing, ask in zip(order, wanted["things"], strict=True)]
-        for order in permutations(things, len(wanted["things"]))
+        [_compare(obj, ask) for obj, ask in zip(order, wanted["objects"], strict=True)]
+        for order in permutations(objects, len(wanted["objects"]))
     ]
     best = max(answers, key=lambda answer: sum(sum(one.values()) for one in answer))
     for key in ("colour", "shape", "sprite", "size", "motion"):
@@ -137,32 +137,32 @@ def check_clip(video: np.ndarray, wanted: Scene | dict | str) -> dict[str, bool]
 
 def check_identity(frame: np.ndarray, wanted: dict) -> dict[str, bool]:
     """Compare one frame, uint8 [H, W, 3], with attributes as `check_clip` does, except for size, motion and background."""
-    things = [{key: value for key, value in thing.items() if key not in ("size", "motion")} for thing in wanted["things"]]
-    return check_clip(np.asarray(frame)[None], {"things": things})
+    objects = [{key: value for key, value in obj.items() if key not in ("size", "motion")} for obj in wanted["objects"]]
+    return check_clip(np.asarray(frame)[None], {"objects": objects})
 
 
 def identities(frame: np.ndarray, wanted: dict) -> list[tuple]:
     """Return the (colour, shape, digit or -1), or the (sprite,), of each object in a frame, uint8 [H, W, 3], sorted."""
-    _, things, _ = _look(as_clip(np.asarray(frame)[None]), wanted)
-    return sorted((t.sprite,) if isinstance(t, SeenSprite) else (t.colour, t.shape, t.digit or -1) for t in things)
+    _, objects, _ = _look(as_clip(np.asarray(frame)[None]), wanted)
+    return sorted((t.sprite,) if isinstance(t, SeenSprite) else (t.colour, t.shape, t.digit or -1) for t in objects)
 
 
 def _look(video: np.ndarray, wanted: dict) -> tuple[str, Sequence[Seen | SeenSprite], int]:
     """Return (background, objects, number of objects), measured as sprites if `wanted` names sprites."""
-    are_sprites = {"sprite" in thing for thing in wanted["things"]}
+    are_sprites = {"sprite" in obj for obj in wanted["objects"]}
     if len(are_sprites) > 1:
         raise UserError("a sprite beside a shape or digit cannot be checked: no scene shows them together; ask for one kind")
     if True in are_sprites:
         return inspect_sprites(video)
     seen = inspect_clip(video)
-    return seen.background, seen.things, seen.count
+    return seen.background, seen.objects, seen.count
 
 
-def _compare(thing: Seen | SeenSprite | None, ask: dict) -> dict[str, bool]:
+def _compare(obj: Seen | SeenSprite | None, ask: dict) -> dict[str, bool]:
     keys = [key for key in ("colour", "shape", "sprite", "size", "motion") if key in ask]
-    answer = {key: thing is not None and getattr(thing, key) == ask[key] for key in keys}
+    answer = {key: obj is not None and getattr(obj, key) == ask[key] for key in keys}
     if "digit" in ask:
-        answer["shape"] = thing is not None and thing.digit == ask["digit"]
+        answer["shape"] = obj is not None and obj.digit == ask["digit"]
     return answer
 
 

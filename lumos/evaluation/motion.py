@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lumos.data.synthetic.render import SPEED
+from lumos.data.synthetic.sampling import SPEED
 from lumos.data.synthetic.scene import DIRECTIONS, GROWTH
 from lumos.errors import UserError
 

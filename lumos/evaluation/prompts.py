@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.synthetic.render import SyntheticScenes, render
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities
@@ -76,10 +77,10 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
     """
     if kind not in KINDS:
         raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
-    worlds = SyntheticScenes(seed=seed, **shape, **KINDS[kind])
-    pixels = worlds.num_frames * worlds.height * worlds.width
-    check_memory(3 * count * pixels, f"{count:,} clips of {worlds.num_frames} frames of {worlds.width}x{worlds.height} pixels")
-    scenes = [worlds.scene(index) for index in range(count)]
+    source = SyntheticScenes(seed=seed, **shape, **KINDS[kind])
+    pixels = source.num_frames * source.height * source.width
+    check_memory(3 * count * pixels, f"{count:,} clips of {source.num_frames} frames of {source.width}x{source.height} pixels")
+    scenes = [source.scene(index) for index in range(count)]
     return [(scene.caption, render(scene), named_attributes(scene)) for scene in scenes]
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from lumos.data.ingest.encode import clip_starts
 from lumos.data.ingest.item import CLIPS, PICTURES
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
 from lumos.video.frames import fit
 from lumos.video.reading import read_image, read_video
 
-WORLDS: dict[str, dict[str, Any]] = {
+SYNTHETIC: dict[str, dict[str, Any]] = {
     "worlds": {"kinds": ("shapes", "digits"), "split": "held_out"},
     "sprites": {"kinds": ("sprites",), "split": "all"},
 }
@@ -25,7 +25,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 worlds   shapes in combinations of attributes that training never shows, and digits
 sprites  all sprites, in scenes of a seed that training does not use
 """
-KNOWN = (*WORLDS, "photographs", "films")
+KNOWN = (*SYNTHETIC, "photographs", "films")
 
 
 def check_source(source: str) -> None:
@@ -43,9 +43,9 @@ def read_source(
     the centre. A film keeps its frame rate, and only its first 30 s are used. UserError if there is
     no clip at all.
     """
-    if source in WORLDS:
-        worlds = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **WORLDS[source])
-        return [worlds[index][0] for index in range(count)], []
+    if source in SYNTHETIC:
+        synthetic = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **SYNTHETIC[source])
+        return [synthetic[index][0] for index in range(count)], []
     files = _files(source)
     if len(files) > count:
         files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SPRITE_RADIUS, ground_colours, sprite_pixels
+from lumos.data.synthetic.drawing import SPRITE_RADIUS, ground_colours, sprite_pixels
 from lumos.data.synthetic.scene import BACKGROUNDS, BASE_SIDE, GRADIENTS
 from lumos.evaluation.motion import MAX_BACKGROUND_DISTANCE, as_clip, line_ends, motion_word
 

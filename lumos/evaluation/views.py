@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.synthetic.render import SyntheticScenes, render
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import NUM_VIEWS, Solid
 from lumos.errors import UserError, shown
 from lumos.evaluation.quality import MAX_PSNR, psnr, ssim
@@ -33,10 +34,10 @@ def solid_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str,
     """
     if kind not in SOLID_KINDS:
         raise UserError(f"kind of solids {shown(kind)} is unknown; allowed: {', '.join(SOLID_KINDS)}")
-    worlds = SyntheticScenes(seed=seed, **{"num_frames": NUM_VIEWS} | shape, **SOLID_KINDS[kind])
-    pixels = worlds.num_frames * worlds.height * worlds.width
-    check_memory(3 * count * pixels, f"{count:,} times {worlds.num_frames} views of {worlds.width}x{worlds.height} pixels")
-    scenes = [worlds.scene(index) for index in range(count)]
+    source = SyntheticScenes(seed=seed, **{"num_frames": NUM_VIEWS} | shape, **SOLID_KINDS[kind])
+    pixels = source.num_frames * source.height * source.width
+    check_memory(3 * count * pixels, f"{count:,} times {source.num_frames} views of {source.width}x{source.height} pixels")
+    scenes = [source.scene(index) for index in range(count)]
     return [(scene.caption, render(scene), scene.objects[0]) for scene in scenes]
 
 

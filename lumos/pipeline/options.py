@@ -19,6 +19,7 @@ of the metadata's choices. The metadata are:
     pictures             False: the option has no effect on a single picture
     given                True: the option has an effect only on clips that begin with given frames
     trade                True: the option saves time or memory and changes the result
+    cost                 True: the option changes the time or the memory of a clip in another way, so that `plan` needs it
 
 `options_of` is the source of the command line flags, the columns of prompt lists, the fields of the
 HTTP API, the controls of the page, the inputs of the ComfyUI nodes and the options of `plan`.
@@ -84,6 +85,10 @@ class Option:
     @property
     def is_trade(self) -> bool:
         return self.metadata.get("trade", False)
+
+    @property
+    def affects_cost(self) -> bool:
+        return self.is_trade or self.metadata.get("cost", False)
 
     @property
     def flag(self) -> str:
@@ -179,7 +184,7 @@ class SamplingOptions:
     UserError for a wrong type and for a value out of range.
     """
 
-    num_inference_steps: int = setting(50, "steps of the sampler", low=1, high=1000, step=1)
+    num_inference_steps: int = setting(50, "steps of the sampler", low=1, high=1000, step=1, cost=True)
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -1,4 +1,8 @@
-"""How a training run is divided over processes."""
+"""How a training run is divided over processes.
+
+The memory that follows from it is computed in `fixed_memory.py` (weights, gradients, optimizer) and in the
+`memory_moments` of a generator (activations); `training.py` adds both.
+"""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ import torch
 from lumos.data.buckets import bucket_for, bucket_sizes
 from lumos.data.curriculum import Curriculum, StepShape, check_shares
 from lumos.data.ingest.encode import TARGET_SIZES, ClipSettings
-from lumos.data.shards import format as shards
+from lumos.data.shards.description import read_description
 from lumos.errors import RunError, UserError
 from lumos.planning.cost import TrainingCost
+from lumos.planning.fixed_memory import host_bytes
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.memory import host_bytes, sent_bytes
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.engine import pick_precision
@@ -47,7 +47,7 @@ class StepGroup:
     kind        "image" or "video", with the number of frames if only the first ones are used
     steps       number of steps
     clips       mean number of sequences in a step, over all processes
-    share       number of sequences of the process that has the most
+    share       largest number of sequences that one process has in a step
     sequence    the sequence of a usual clip
     longest     the sequence of a clip of the size with the most tokens
     supervised  mean number of losses of a sequence
@@ -106,7 +106,7 @@ def clip_sizes(data: DataSettings, unit: int) -> tuple[tuple[int, int], tuple[in
     size = data.size
     if size is None:
         try:
-            size = shards.read_description(Path(data.path))["settings"]["size"]
+            size = read_description(Path(data.path))["settings"]["size"]
         except (OSError, UserError, RunError, KeyError) as error:
             raise UserError(
                 f"data.size is null and no shards can be read in {data.path}; say how large clips will be, such as data.size=256p"
@@ -311,3 +311,20 @@ class TrainingPlan:
             "flops_computed_again": again if self.configured.sharding.checkpointing else 0.0, "seconds": flops / speed,
             "sent": sent_bytes(self.cost, self.configured.sharding, micro_batches),
         }  # fmt: skip
+
+
+def sent_bytes(cost: TrainingCost, sharding: Sharding, micro_batches: int) -> float:
+    """Return the bytes that a process sends in a step: gradients in float32, weights in their stored dtype.
+
+    Source: ZeRO, arXiv 1910.02054, section 7.
+    """
+    if sharding.stage is None:
+        return 0.0
+    gradients, weight = 4 * cost.trained, 2 if sharding.half else 4
+    if sharding.stage == 0:
+        volume = 2 * gradients
+    elif sharding.stage < 3:
+        volume = gradients * (micro_batches if sharding.stage == 2 else 1) + weight * cost.trained
+    else:
+        volume = micro_batches * (gradients + 2 * weight * cost.parameters)
+    return volume * (sharding.world - 1) / sharding.world

@@ -17,7 +17,7 @@ def learning_rate(
     schedule: str = "cosine",
     decay_steps: int | None = None,
 ) -> float:
-    """Return the learning rate of optimizer step `step`; the first of the `max_steps` steps is 0.
+    """Return the learning rate of optimizer step `step`. Steps are numbered from 0 to max_steps - 1.
 
     Every schedule begins with a linear warm-up from lr / warmup_steps to lr. After it,
     - `constant` stays at lr,

@@ -43,7 +43,11 @@ def world_size() -> int:
 
 @dataclass
 class ModelSettings:
-    preset: str | None = setting(None, "name of the model shape to train from random weights: tiny, 0.5b, 1b, 3b")
+    preset: str | None = setting(
+        None,
+        "name of the model shape to train from random weights, a preset of the generator, also as GENERATOR-PRESET; "
+        "an unknown name lists the known ones",
+    )
     overrides: dict[str, Any] = setting({}, "fields of the model config that differ from the preset")
     from_: str | None = setting(
         None, "model folder whose weights and config the run starts from; if preset is set too, the model must have that shape"
@@ -109,7 +113,7 @@ class DataSettings:
     size: str | None = setting(
         None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` computes with this size"
     )
-    options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.render.sample_scene")
+    options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.sampling.sample_scene")
     num_frames: int = setting(
         17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )
@@ -344,8 +348,20 @@ def build_settings(raw: dict[str, Any]) -> TrainingSettings:
     Raises UserError as `load_settings` does, except for missing files.
     """
     settings = build(registry.generator(raw.get("generator")).load("settings"), raw)
+    settings.model.preset = own_preset(settings)
     settings.check()
     return settings
+
+
+def own_preset(settings: TrainingSettings) -> str | None:
+    """Return model.preset without a leading GENERATOR-; raise UserError if it is the preset of another generator."""
+    preset = settings.model.preset
+    if preset is None or not any(preset.startswith(f"{name}-") for name in registry.generators()):
+        return preset
+    owner, name = registry.find_preset(preset)
+    if owner.name != settings.generator:
+        raise UserError(f"model.preset {shown(preset)} is one of the generator {owner.name}; set generator: {owner.name}")
+    return name
 
 
 def check_sampling(settings: TrainingSettings) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lumos.models.lumos1.benchmarks.attention as attention_bench
-from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
+from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline, device_peak
+from lumos.benchmarks import isolated
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
+from lumos.models.lumos1.benchmarks import roofline
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.defaults import ClipDefaults
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
@@ -51,12 +56,35 @@ def model_folder(tmp_path_factory):
     return folder / "model"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_products():
+    """Matrix products are measured for milliseconds: no test judges their speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_peak, "matrix_peak_gflops", partial(device_peak.matrix_peak_gflops, seconds=0.01, size=128))
+        patch.setattr(roofline, "PRODUCT_SECONDS", 0.001)
+        yield
+
+
+def forked(forks, command, *, input, env, **options):
+    return forks.run(command[1:], input=input, env=env)
+
+
 @pytest.fixture(scope="module")
-def everything(model_folder):
-    """(stdout, its last line parsed, the written file parsed) of `bench all`."""
+def everything(model_folder, forks):
+    """(stdout, its last line parsed, the written file parsed) of `bench all`.
+
+    Processes that measure memory are forked from one that has imported everything. The one that makes clips starts as for a user.
+    """
+
+    def run(command, *, input, env, **options):
+        if json.loads(input)["function"] == "make_clips":
+            return subprocess.run(command, input=input, env=env, **options)
+        return forked(forks, command, input=input, env=env)
+
     out, file = io.StringIO(), model_folder.parent / "result.json"
     threads = torch.get_num_threads()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolated, "subprocess", SimpleNamespace(run=run))
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN]
         code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
@@ -197,7 +225,7 @@ def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "TARGET"),
         (["attention", "--lengths", "50"], "holds no frame"),
-        (["attention", "--lengths", "4000000"], "give smaller --lengths"),
+        (["attention", "--lengths", "40000000"], "the mask of dense attention at --lengths 40000000 needs"),
         (["attention", "--frame-tokens", "5"], "at least 6"),
         (["attention", "--positions", "50"], "unrecognized arguments"),
         (["attention", "--threads", "0"], "--threads 0 is not allowed"),
@@ -207,7 +235,7 @@ def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
         (["generate", "--model", "no-such-folder"], "no model in no-such-folder"),
         (["generate", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["generate", "--shapes", "small", "--guidance-interval", "0.4", "0.6"], "holds none of 3 steps"),
-        (["train", "--codes", "16000000"], "smaller --tokens, --layers or --codes"),
+        (["train", "--codes", "16000000"], "the published form at --tokens 8192 --layers 8 --codes 16000000 needs"),
         (["train", "--tokens", "50"], "holds no frame"),
         (["train", "--text-ids", "2000"], "--text-ids 2000 --codes 64000 --channels 512: sep token has id 8710"),
         (["train", "--channels", "100"], "multiple of 64"),
@@ -221,7 +249,8 @@ def test_mistakes_are_told_before_anything_runs(options, message, capsys):
     assert printed.out == ""
 
 
-def test_a_damaged_model_is_one_line(tmp_path, capsys):
+def test_a_damaged_model_is_one_line(tmp_path, capsys, forks, monkeypatch):
+    monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=partial(forked, forks)))
     (tmp_path / "config.json").write_text("{")
     assert main(["bench", "generate", *COMMON, "--model", str(tmp_path)]) in (1, 2)
     assert capsys.readouterr().err.count("\n") == 1

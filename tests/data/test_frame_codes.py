@@ -21,6 +21,7 @@ from lumos.data.ingest.encode import ClipSettings
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.ray_executor import from_text, to_text
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import DESCRIPTION, read_description
 from lumos.data.shards.source import ShardSource
 from lumos.errors import RunError, UserError
 from lumos.files import write_json
@@ -62,8 +63,8 @@ def test_rows_hold_the_codes_of_each_frame_as_a_picture(with_frames, ingested, c
 
 
 def test_dataset_json_says_that_frames_have_codes(with_frames, ingested):
-    assert shards.read_description(with_frames)["settings"]["per_frame_codes"] is True
-    assert shards.read_description(ingested)["settings"]["per_frame_codes"] is False
+    assert read_description(with_frames)["settings"]["per_frame_codes"] is True
+    assert read_description(ingested)["settings"]["per_frame_codes"] is False
 
 
 def test_shards_without_frame_codes_have_the_earlier_version(with_frames, ingested):
@@ -88,9 +89,9 @@ def test_training_on_frames_refuses_shards_without_their_codes(ingested, model, 
         source(ingested, model, per_frame=True)
     old = tmp_path / "old"
     shutil.copytree(ingested, old)
-    description = json.loads((old / shards.DESCRIPTION).read_text())
+    description = json.loads((old / DESCRIPTION).read_text())
     del description["settings"]["per_frame_codes"]  # as an earlier version wrote it
-    write_json(old / shards.DESCRIPTION, description)
+    write_json(old / DESCRIPTION, description)
     assert source(old, model).clips(0, StepShape("video", 1), range(1))
     with pytest.raises(UserError, match="--per-frame-codes"):
         source(old, model, per_frame=True)
@@ -99,9 +100,9 @@ def test_training_on_frames_refuses_shards_without_their_codes(ingested, model, 
 def test_an_earlier_folder_is_continued_only_as_it_began(ingested, clips, tokenizer, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(ingested, old)
-    description = json.loads((old / shards.DESCRIPTION).read_text())
+    description = json.loads((old / DESCRIPTION).read_text())
     del description["settings"]["per_frame_codes"]
-    write_json(old / shards.DESCRIPTION, description)
+    write_json(old / DESCRIPTION, description)
     assert ingest([clips], old, tokenizer, SETTINGS, max_failure_rate=0.5)["new_items"] == 0
     with pytest.raises(UserError, match="per_frame_codes False, not True"):
         ingest([clips], old, tokenizer, WITH_FRAMES, max_failure_rate=0.5)
@@ -126,7 +127,7 @@ def damaged_copy(path: Path, to: Path, change) -> Path:
 )
 def test_other_frame_codes_are_damage(with_frames, tmp_path, change):
     path = damaged_copy(shards.shard_paths(with_frames)[0], tmp_path / "s.parquet", change)
-    made_by = shards.read_description(with_frames)["tokenizer"]
+    made_by = read_description(with_frames)["tokenizer"]
     with pytest.raises(RunError, match="is damaged or cut off"):
         shards.read_group(path, 0, made_by=made_by)
 

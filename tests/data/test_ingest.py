@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 import weakref
 from itertools import pairwise
@@ -157,7 +155,7 @@ def test_a_second_run_does_nothing_and_new_clips_are_added(ingested, clips, toke
     assert len(set(ids)) == len(ids)
 
 
-def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, tokenizer, tmp_path):
+def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, tokenizer, tmp_path, forks):
     out = tmp_path / "shards"
     script = (
         "import os, signal, sys; from lumos.data.ingest.encode import ClipSettings; from lumos.data.ingest.ingest import ingest\n"
@@ -166,7 +164,7 @@ def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, 
         "settings = ClipSettings(fps=12, size='16x24', num_frames=5)\n"
         "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], settings, shard_clips=3, max_failure_rate=0.5, on_item=on_item)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(clips), str(out), str(tokenizer)], capture_output=True, text=True)
+    killed = forks.run(["-c", script, clips, out, tokenizer])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     half = content(out)
     assert set(half) == {"shard-000000.parquet", "shard-000001.parquet", "shards.jsonl", "skipped.jsonl"}
@@ -177,11 +175,9 @@ def test_a_killed_ingest_continued_equals_an_uninterrupted_one(ingested, clips, 
     assert content(out) == content(ingested)
 
 
-def test_killed_at_random_lines_no_clip_is_lost_or_doubled(ingested, clips, tokenizer, tmp_path):
+def test_killed_at_random_lines_no_clip_is_lost_or_doubled(ingested, clips, tokenizer, tmp_path, forks):
     script = Path(__file__).with_name("killed_ingest.py")
-    command = [sys.executable, str(script), str(clips), str(tmp_path), str(tokenizer), "9", "3"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = forks.run([script, clips, tmp_path, tokenizer, 9, 3])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(f"ended with {-signal.SIGKILL}") >= 5, done.stdout
     whole = [row["id"] for row in shards.read_shards(ingested)]

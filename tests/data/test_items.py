@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pyarrow")
 
+from lumos.data.ingest import state as ingest_state
 from lumos.data.ingest.encode import Skip, ingest_item
 from lumos.data.ingest.fingerprint import CHANGED, SAME, compare, fingerprint
 from lumos.data.ingest.item import MAX_CAPTION_LENGTH, Item, as_text, problem_of, row_name
@@ -148,14 +149,64 @@ def test_which_errors_are_an_item_s_and_which_are_bugs():
     assert problem_of(TypeError("a bug")) is None
 
 
-@pytest.mark.parametrize("line", [b"[" * 100_000, b"3", b"{}", b'{"id": 3, "reason": "x", "detail": "x"}', b"\xff",
-    b'{"shard": "../x.parquet", '
-                                  b'"digest": "x", "items": {}}'])  # fmt: skip
-@pytest.mark.parametrize("name", ["skipped.jsonl", "shards.jsonl"])
-def test_a_damaged_journal_is_one_line(tmp_path, name, line):
-    (tmp_path / name).write_bytes(line + b"\n")
-    with pytest.raises(RunError, match=rf"{name}, line 1 .*use another --out"):
-        State(tmp_path, shard_clips=1, retry_skipped=False)
+SHARD_LINE = {"shard": "shard-000000.parquet", "digest": "x", "items": {"a": "mark"}}
+SKIP_LINE = {"id": "a", "reason": "unreadable", "detail": "x", "mark": "mark"}
+JOURNALS = {"shards.jsonl": SHARD_LINE, "skipped.jsonl": SKIP_LINE}
+
+
+@pytest.fixture(params=JOURNALS)
+def journal(tmp_path, request) -> Path:
+    return tmp_path / request.param
+
+
+def read_state(journal: Path) -> State:
+    return State(journal.parent, shard_clips=1, retry_skipped=False)
+
+
+@pytest.mark.parametrize("line", [
+    b"[" * 100_000, b"3", b"{}", b"\xff", *(json.dumps(entry).encode() for entry in (
+        {**SKIP_LINE, "id": 3}, {**SKIP_LINE, "mark": 3},
+        {**SHARD_LINE, "shard": "../x.parquet"}, {**SHARD_LINE, "items": {"a": 3}},
+    )),
+])  # fmt: skip
+def test_a_damaged_journal_is_one_line(journal, line):
+    journal.write_bytes(line + b"\n")
+    with pytest.raises(RunError, match=rf"{journal.name}, line 1 .*use another --out"):
+        read_state(journal)
+
+
+def test_a_line_of_the_other_journal_is_damage(journal):
+    (other,) = (entry for name, entry in JOURNALS.items() if name != journal.name)
+    journal.write_text(json.dumps(JOURNALS[journal.name]) + "\n" + json.dumps(other) + "\n")
+    with pytest.raises(RunError, match=rf"{journal.name}, line 2 is not a line that ingest writes"):
+        read_state(journal)
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_line_of_a_journal_is_bounded_and_a_journal_is_not(journal, monkeypatch, end):
+    line = json.dumps(JOURNALS[journal.name]).encode() + b"\n"
+    monkeypatch.setattr(ingest_state, "MAX_LINE", len(line))
+    journal.write_bytes(100 * line)
+    read_state(journal)
+    journal.write_bytes(100 * line + b"x" * len(line) + b"x" + end)
+    with pytest.raises(RunError, match=rf"{journal.name}, line 101 has more than the {len(line)} bytes"):
+        read_state(journal)
+    assert journal.stat().st_size == 101 * len(line) + 1 + len(end)
+    with pytest.raises(RunError, match="give a smaller --shard-clips"):
+        ingest_state._append(journal, {"id": "x" * len(line)})
+
+
+def test_an_incomplete_last_line_of_a_journal_is_removed(journal):
+    whole = json.dumps(JOURNALS[journal.name]).encode() + b"\n"
+    journal.write_bytes(whole + whole[:-1])
+    read_state(journal)
+    assert journal.read_bytes() == whole
+
+
+def test_a_journal_that_is_no_regular_file_is_refused(journal):
+    os.mkfifo(journal)
+    with pytest.raises(RunError, match=rf"cannot read .*{journal.name} as a journal"):
+        read_state(journal)
 
 
 def test_journals_are_plain_text_whatever_an_item_says(tmp_path):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -38,7 +37,7 @@ def cluster():
     ray.shutdown()
 
 
-def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, clips, tokenizer, tmp_path, monkeypatch):
+def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, clips, tokenizer, tmp_path, monkeypatch, forks):
     script = (
         "import os, signal, sys; from lumos.data.ingest.encode import ClipSettings; from lumos.data.ingest.ingest import ingest\n"
         "def on_item(done, skipped):\n"
@@ -48,8 +47,7 @@ def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, 
     )
     out = tmp_path / "shards"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster}
-    command = [sys.executable, "-c", script, str(clips), str(out), str(tokenizer)]
-    killed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    killed = forks.run(["-c", script, clips, out, tokenizer], env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert set(content(out)) == {"shard-000000.parquet", "shards.jsonl", "skipped.jsonl"}
     monkeypatch.chdir(tokenizer.parent)  # a relative path is meant from here on every node

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import check_count, read_description
 from lumos.errors import RunError, UserError
 
 MADE_BY = {"num_codes": 64, "spatial_compression": 8, "temporal_compression": 4}
@@ -134,15 +135,15 @@ def test_columns_of_other_types_are_damage(shard, tmp_path):
 def test_a_description_that_makes_no_sense_is_damage(tmp_path, text):
     (tmp_path / "dataset.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=r"dataset.json is damaged"):
-        shards.read_description(tmp_path)
+        read_description(tmp_path)
 
 
 def test_pipes_and_folders_in_place_of_files_are_damage(ingested, tmp_path):
     folder = shutil.copytree(ingested, tmp_path / "shards")
     shard = shards.shard_paths(folder)[0]
     for name, read in (
-        ("dataset.json", lambda: shards.read_description(folder)),
-        ("report.json", lambda: shards.check_count(folder, 10**6)),
+        ("dataset.json", lambda: read_description(folder)),
+        ("report.json", lambda: check_count(folder, 10**6)),
         (shard.name, lambda: shards.open_shard(shard)),
         (shard.name, lambda: shards.read_facts(shard)),
     ):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
+from lumos.data.synthetic.drawing import render
 from lumos.data.synthetic.raster import Camera, draw
-from lumos.data.synthetic.render import SyntheticScenes, render, sample_scene
+from lumos.data.synthetic.sampling import SyntheticScenes, sample_scene
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, HELD_OUT_SOLIDS, SOLIDS, Solid, is_held_out
 from lumos.data.synthetic.solids import DARKEST, LIGHT, cameras, mesh, shade, views
 from lumos.data.synthetic.source import SyntheticSource

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import (
-    GAP,
-    MARGIN,
-    SPEED,
-    SPRITE_MOTIONS,
-    SPRITE_RADIUS,
-    SyntheticScenes,
-    render,
-    sample_scene,
-    sprite_pixels,
-)
+from lumos.data.synthetic.drawing import SPRITE_RADIUS, render, sprite_pixels
+from lumos.data.synthetic.sampling import GAP, MARGIN, SPEED, SPRITE_MOTIONS, SyntheticScenes, sample_scene
 from lumos.data.synthetic.scene import BACKGROUNDS, DIRECTIONS, GRADIENTS, HELD_OUT_SPRITES, Scene, SceneObject
 from lumos.errors import UserError
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic.captions import UNSEEN_VERBS, VARIED_VERBS, VERBS, WORDINGS, base_form, gerund, noun
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, GRADIENTS, SHAPES, SIZES, Scene
 from lumos.data.synthetic.sprites import SPRITES
 from lumos.evaluation.captions import named_attributes, parse_caption
@@ -45,7 +45,7 @@ def test_plain_captions_are_parsed_back(index, num_frames):
 def test_every_sprite_is_understood(name):
     article = "an" if name[0] in "aeiou" else "a"
     assert parse_caption(f"{article} {name} slides up on a sky background") == {
-        "things": [{"sprite": name, "motion": "up"}],
+        "objects": [{"sprite": name, "motion": "up"}],
         "background": "sky",
     }
 
@@ -63,7 +63,7 @@ def test_every_sprite_is_understood(name):
 )
 def test_a_plural_verb_applies_to_all_objects(caption, things):
     wanted = [{"sprite": name} | ({"motion": motion} if motion else {}) for name, motion in things]
-    assert parse_caption(caption) == {"things": wanted}
+    assert parse_caption(caption) == {"objects": wanted}
 
 
 @pytest.mark.parametrize("num_frames", [1, 17])
@@ -95,7 +95,7 @@ def test_captions_name_attributes_at_the_set_shares(num_frames):
     for wording in WORDINGS:
         found = scenes(wording, 600, num_frames, kinds="shapes", share_two=0, share_size=0.6, share_background=0.3)
         named = [named_attributes(scene) for scene in found]
-        assert sum("size" in ask["things"][0] for ask in named) / 600 == pytest.approx(0.6, abs=0.06)
+        assert sum("size" in ask["objects"][0] for ask in named) / 600 == pytest.approx(0.6, abs=0.06)
         assert sum("background" in ask for ask in named) / 600 == pytest.approx(0.3, abs=0.06)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import closing
@@ -78,7 +77,7 @@ def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, 
         ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
 
 
-def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path):
+def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path, forks):
     (source / "0.txt").write_text("hang")
     script = (
         "import sys, pathlib, ingest_helpers, lumos.data.ingest.executors as engines; from lumos.data.ingest.ingest import ingest\n"
@@ -86,13 +85,11 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
         "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], ingest_helpers.SETTINGS, workers=1)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])}
-    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out"), str(tokenizer)]
-    with subprocess.Popen(command, env=environment) as process:
-        children = []
-        while len(children) < 3 and process.poll() is None:  # the server of processes, the tracker of resources, the worker
-            time.sleep(0.2)
-            children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+    process, children = forks.start(["-c", script, source, tmp_path / "out", tokenizer], env=environment), []
+    while len(children) < 3 and process.poll() is None:  # the server of processes, the tracker of resources, the worker
+        time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     assert len(children) == 3
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumos.data.synthetic import digits
-from lumos.data.synthetic.render import GAP, SyntheticScenes, captions, render, sample_scene
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import GAP, SyntheticScenes, captions, sample_scene
 from lumos.data.synthetic.scene import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, SceneObject, is_held_out
 from lumos.errors import UserError
 

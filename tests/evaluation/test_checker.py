@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from lumos.data.synthetic.render import SyntheticScenes, render, sample_scene
+from lumos.data.synthetic.drawing import render
+from lumos.data.synthetic.sampling import SyntheticScenes, sample_scene
 from lumos.data.synthetic.scene import Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption, scene_attributes
@@ -108,7 +109,7 @@ def test_no_object_is_wrong(noise):
 def test_an_object_that_is_mostly_absent_is_wrong():
     video = clip(RED_LEFT)
     video[:9] = clip(num_frames=9)
-    assert inspect_clip(video).things == ()
+    assert inspect_clip(video).objects == ()
 
 
 def test_random_pixels_are_wrong():
@@ -119,22 +120,22 @@ def test_random_pixels_are_wrong():
 def test_a_shape_of_another_kind_is_unclear():
     video = clip(num_frames=5)
     video[:, 20:24, 10:50] = (220, 40, 40)
-    assert inspect_clip(video).things[0].shape == "unclear"
+    assert inspect_clip(video).objects[0].shape == "unclear"
 
 
 def test_a_diagonal_way_is_unclear():
     right = clip(("circle", "red", "right", 7, 15, 15, 1.5))
     both = np.stack([np.roll(frame, round(1.5 * t), axis=0) for t, frame in enumerate(right)])
-    assert inspect_clip(right).things[0].motion == "right"
-    assert inspect_clip(both).things[0].motion == "unclear"
+    assert inspect_clip(right).objects[0].motion == "right"
+    assert inspect_clip(both).objects[0].motion == "unclear"
 
 
 def test_measures_are_in_pixels():
-    seen = inspect_clip(clip(("triangle", "cyan", "down", 12, 30, 20, 1.3))).things[0]
+    seen = inspect_clip(clip(("triangle", "cyan", "down", 12, 30, 20, 1.3))).objects[0]
     assert seen.radius == pytest.approx(12, abs=0.2)
     assert seen.way == pytest.approx((0, 16 * 1.3), abs=0.2)
     assert seen.growth == pytest.approx(1, abs=0.02)
-    grown = inspect_clip(clip(("triangle", "cyan", "grows", 12, 30, 30, 0))).things[0]
+    grown = inspect_clip(clip(("triangle", "cyan", "grows", 12, 30, 30, 0))).objects[0]
     assert grown.growth == pytest.approx(1.6, abs=0.03)
     assert grown.way == pytest.approx((0, 0), abs=0.2)
 
@@ -155,7 +156,7 @@ def test_captions_are_parsed_back(index, num_frames):
     parsed = parse_caption(scene.caption)
     assert ("background" in parsed) == ("background" in scene.caption)
     assert parsed.get("background", scene.background) == scene.background
-    for named, true, thing in zip(parsed["things"], full["things"], scene.objects, strict=True):
+    for named, true, thing in zip(parsed["objects"], full["objects"], scene.objects, strict=True):
         assert named.items() <= true.items()
         may_be_missing = {"size"} if thing.shape != "digit" else {"colour"}
         assert set(true) - set(named) <= may_be_missing
@@ -163,10 +164,10 @@ def test_captions_are_parsed_back(index, num_frames):
 
 def test_captions_by_hand():
     assert parse_caption("  The Digit 7 goes UP on a grey background. ") == {
-        "things": [{"shape": "digit", "digit": 7, "motion": "up"}],
+        "objects": [{"shape": "digit", "digit": 7, "motion": "up"}],
         "background": "gray",
     }
-    assert parse_caption("plus") == {"things": [{"shape": "plus"}]}
+    assert parse_caption("plus") == {"objects": [{"shape": "plus"}]}
     with pytest.raises(UserError, match="purple elephant"):
         parse_caption("a purple elephant dances")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lumos.cli import main
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.evaluation.quality import MAX_PSNR, psnr, ssim
 from lumos.evaluation.reconstruction import reconstruct

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lumos.data.synthetic.render import sample_scene
+from lumos.data.synthetic.sampling import sample_scene
 from lumos.data.synthetic.scene import is_held_out
 from lumos.errors import UserError
 from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved, prompt_set, score
@@ -23,7 +23,7 @@ def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
 def test_an_object_that_changes_into_another_is_not_steady(kind):
     """The second half of each clip is of another clip that shows another thing."""
     _, truth, wanted = zip(*prompt_set(kind, 12, seed=78), strict=True)
-    named = [tuple(ask["things"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]
+    named = [tuple(ask["objects"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]
     other = [next(j for j in range(12) if named[j] != mine) for mine in named]
     turned = [np.concatenate([truth[i][:9], truth[j][9:]]) for i, j in enumerate(other)]
     found, _ = score(turned, wanted)

@@ -10,7 +10,8 @@ from scipy.ndimage import gaussian_filter
 
 from lumos.cli import main
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SPRITE_RADIUS, SyntheticScenes, ground_colours, render, sprite_pixels
+from lumos.data.synthetic.drawing import SPRITE_RADIUS, ground_colours, render, sprite_pixels
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import BACKGROUNDS, GRADIENTS, Scene, SceneObject
 from lumos.errors import UserError
 from lumos.evaluation.checker import check_clip

@@ -1,9 +1,9 @@
 """Ingests with several processes that are killed and resumed; writes a folder for each, which the tests compare.
 
-usage: killed_ingests.py calls|times|slow source folder tokenizer
+usage: killed_ingests.py source small folder tokenizer
 
-calls: 2 workers, killed before file calls of each kind; times: 2 workers, killed at random times; slow: 1 to 4 workers, some of
-whose items are slower than all others.
+Of the small source: 2 workers, killed before file calls of each kind (folder/calls) and at random times (folder/times). Of the
+other one: 1 to 4 workers, some of whose items are slower than all others (folder/slow).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def run(source: str, tokenizer: str, out: Path, workers: int, last: int | None =
     ingest([source], out, tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=workers, on_item=on_item)
 
 
-def kept(out: Path, name: str) -> None:
-    """A copy of what a kill has left."""
+def resumed(out: Path, do: Callable[[], None]) -> None:
+    """Keep a copy of what a kill has left in `out`, then do the ingest again to its end."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(out, out.with_name(f"{out.name}.{name}"))
+    shutil.copytree(out, out.with_name(f"{out.name}.killed"))
+    assert kills.forked(do) == 0
 
 
 def calls(source: str, folder: Path, tokenizer: str) -> None:
@@ -60,9 +62,8 @@ def calls(source: str, folder: Path, tokenizer: str) -> None:
     for number in kills.spread(kills.first_of_each(found), POINTS):
         out = folder / f"call-{number}"
         do = partial(run, source, tokenizer, out, 2)
-        print(f"{found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
-        kept(out, "killed")
-        assert kills.forked(do) == 0
+        print(f"call: {found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
+        resumed(out, do)
 
 
 def times(source: str, folder: Path, tokenizer: str) -> None:
@@ -75,24 +76,26 @@ def times(source: str, folder: Path, tokenizer: str) -> None:
         while (code := kills.forked(do, seconds=draw.uniform(0.3, 0.9) * whole)) == 0:  # it ended before its time came
             shutil.rmtree(out)
             whole *= 0.7
-        print(f"ended with {code}", flush=True)
-        kept(out, "killed")
-        assert kills.forked(do) == 0
+        print(f"time: ended with {code}", flush=True)
+        resumed(out, do)
 
 
 def slow(source: str, folder: Path, tokenizer: str) -> None:
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
-    engines.Encoder = SlowEncoder
+    engines.Encoder = SlowEncoder  # last, for it stays
     for workers in range(1, 5):
         out = folder / f"workers-{workers}"
         last = 5 * workers + 2  # after the first slow item
-        print(f"ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
+        print(f"slow: ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
         assert kills.forked(partial(run, source, tokenizer, out, workers)) == 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shards.parquet()
-    kills.share_forkserver("lumos.data.ingest.workers")
-    what, source, folder, tokenizer = sys.argv[1:]
-    {"calls": calls, "times": times, "slow": slow}[what](source, Path(folder), tokenizer)
+    kills.share_forkserver("lumos.data.ingest.workers", "torch._dynamo")
+    source, small, folder, tokenizer = sys.argv[1:]
+    for drive, items in ((calls, small), (times, small), (slow, source)):
+        place = Path(folder, drive.__name__)
+        place.mkdir()
+        drive(items, place, tokenizer)

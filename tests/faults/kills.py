@@ -18,9 +18,9 @@ from pathlib import Path
 CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
-def share_forkserver(preload: str) -> None:
+def share_forkserver(*preload: str) -> None:
     """Start the server from which worker processes are forked once, for all forked processes: it imports for seconds."""
-    forkserver.set_forkserver_preload([preload])
+    forkserver.set_forkserver_preload(list(preload))
     forkserver.ensure_running()
 
 

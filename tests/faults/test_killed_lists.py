@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,11 +22,10 @@ def clips(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and kills by signal")
-def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path, forks):
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     environment.pop("WORLD_SIZE", None)
-    command = [sys.executable, str(HERE / "killed_lists.py"), str(tmp_path), str(micro_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = forks.run([HERE / "killed_lists.py", tmp_path, micro_folder], env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     assert done.stdout.count(KILLED) >= 6, done.stdout
     whole = clips(tmp_path / "whole")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +15,10 @@ from lumos.commands import bench_faults as faults
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_no_loss_and_lose_nothing(repo):
+def test_thirty_kills_change_no_loss_and_lose_nothing(forks):
     """Half of them at random moments, half at random file calls; trainings draw their clips in a process of its own."""
-    command = [sys.executable, "-m", "lumos", "bench", "faults", "--kills", "30", "--minutes", "60", "--kinds"]
-    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "training", "training", "list"], capture_output=True, text=True, env=environment)
+    command = ["-m", "lumos", "bench", "faults", "--kills", 30, "--minutes", 60, "--kinds", "training", "training", "list"]
+    done = forks.run(command, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["kills"], result["differing_losses"], result["lost_items"], result["failed_runs"]) == (30, 0, 0, 0)
@@ -30,17 +26,17 @@ def test_thirty_kills_change_no_loss_and_lose_nothing(repo):
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_killed_at_file_calls(two_processes: Ranks, material: Path, tmp_path: Path):
+def test_one_of_two_processes_killed_at_file_calls(ranks: Ranks, material: Path, tmp_path: Path):
     """With DeepSpeed, and with processes that draw the clips: in a save of each process, and as the first one puts it in place."""
     whole = faults.training_settings(material, tmp_path / "whole")
-    two_processes.finish(whole, "zero2")
+    ranks.finish(whole, "zero2")
     settings = faults.training_settings(material, tmp_path / "killed")
     for victim, step, call in ((1, 2, 1), (0, 2, 3), (0, 2, 8), (1, 4, 1)):
         faults_of = {victim: [["kill_at_file_call_after_step", step, call]]}
-        ended = two_processes.train(settings, "zero2", 2, faults_of, seconds=300)
+        ended = ranks.train(settings, "zero2", 2, faults_of, seconds=300)
         assert ended[victim].code == -9, ended[victim].err
         assert ended[1 - victim].code == 1, ended[1 - victim].err
-    two_processes.finish(settings, "zero2")
+    ranks.finish(settings, "zero2")
     assert faults.compare_training(settings.output_dir, whole.output_dir) == ([], [])
 
 

@@ -28,8 +28,8 @@ from lumos.lora import Lora, add_adapters
 from lumos.models.lumos1.attention import attention_for
 from lumos.models.lumos1.cache import Cache
 from lumos.models.lumos1.clip_cost import LumosClipCost, lighter, out_of_memory_advice
-from lumos.models.lumos1.engine import generate_frames
 from lumos.models.lumos1.flops import adapter_weights, training_flops
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import Frame, Layout, build_prefix
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_cost import mean_mask_ratio, meta_model, training_cost

@@ -21,7 +21,7 @@ from PIL import Image
 from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.errors import RunError
-from lumos.models.lumos1.engine import generate_frames
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.pipeline import request as pipeline_request
 from lumos.prompt_lists import clips, results
 from lumos.prompt_lists.clips import Recorded
@@ -197,9 +197,9 @@ def test_a_given_picture_that_changes_is_another_clip(generate):
         assert [generate(*args)[1].split("  ")[1] for _ in range(2)] == ["1 made now", "0 made now"]
 
 
-def test_a_killed_batch_goes_on(generate, micro_folder, repo):
+def test_a_killed_batch_goes_on(generate, micro_folder, repo, forks):
     args = ("--prompts", write_list(*({"prompt": f"x {n}"} for n in range(60))), "--batch-size", 3, "--output-dir")
-    run = subprocess.Popen(command(micro_folder, *args, "out"), stderr=subprocess.DEVNULL, env=environment(repo))
+    run = forks.start(command(micro_folder, *args, "out")[1:], env=environment(repo))
     while run.poll() is None and len(list(Path("out").glob("*.mp4"))) < 4:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -215,17 +215,14 @@ def test_a_killed_batch_goes_on(generate, micro_folder, repo):
     assert not Path("out/.unfinished").exists()
 
 
-def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo):
+def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo, forks):
     args = ("--prompts", write_list(*({"prompt": f"x {n}"} for n in range(60))), "--batch-size", 2, "--output-dir", "out")
-    run = subprocess.Popen(
-        command(micro_folder, *args), stderr=subprocess.PIPE, env=environment(repo),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    run = forks.start(command(micro_folder, *args)[1:], env=environment(repo))
     while run.poll() is None and len(list(Path("out").glob("*.mp4.json"))) < 3:
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    err = run.communicate(timeout=60)[1].decode()
-    assert run.returncode == 1, err[-500:]
+    code, err = run.wait(60), run.stderr
+    assert code == 1, err[-500:]
     done = len(list(Path("out").glob("*.mp4.json")))
     assert f"error: interrupted; {done} of 60 clips are in out; the same command makes the others" in err
     assert "Traceback" not in err

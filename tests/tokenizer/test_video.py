@@ -338,3 +338,9 @@ def test_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match=r"config\.json"):
         VideoTokenizer.from_pretrained(tmp_path)
+
+
+def test_loading_draws_no_weights(micro_folder, monkeypatch):
+    """Drawing takes longer than loading a small tokenizer, and every load would do it."""
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda *args, **named: pytest.fail("a weight was drawn"))
+    VideoTokenizer.from_pretrained(micro_folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks, Runs
 from shard_folder import MIXED, write_folder
 
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.training.settings import TrainingSettings, build_settings
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer, VideoTokenizerConfig
@@ -60,14 +60,6 @@ def build_micro(tokenizers: dict[str, str], output_dir: Path, **sections: dict) 
 @pytest.fixture
 def micro_settings(micro_tokenizers: dict[str, str], tmp_path: Path) -> Callable[..., TrainingSettings]:
     return lambda **sections: build_micro(micro_tokenizers, tmp_path / "run", **sections)
-
-
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    pytest.importorskip("deepspeed")
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")

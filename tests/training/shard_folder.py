@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import DESCRIPTION, FORMAT
 from lumos.files import write_json
+from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.video import VideoTokenizer
 
 
@@ -25,8 +27,8 @@ def write_folder(folder: Path, tokenizer: str, grids: list[tuple[int, int, int]]
     folder.mkdir()
     for start in range(0, len(rows), 5):
         shards.write_shard(shards.next_shard(folder), rows[start : start + 5])
-    facts = shards.tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
-    write_json(folder / shards.DESCRIPTION, {"format": shards.FORMAT, "tokenizer": facts, "settings": {"fps": 12}})
+    facts = tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
+    write_json(folder / DESCRIPTION, {"format": FORMAT, "tokenizer": facts, "settings": {"fps": 12}})
     return folder
 
 

@@ -26,7 +26,7 @@ from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 from lumos.models.lumos1.training import model_config
 from lumos.models.lumos1.training_cost import LumosTrainingCost, meta_model
-from lumos.planning.memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import Sharding, parameter_count
 from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import BUCKET, deepspeed_options

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lumos import LumosForVideoGeneration, LumosPipeline
 from lumos.cli import main
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.errors import UserError
 from lumos.lora import fingerprints, merge_adapter
 from lumos.models.lumos1.training import ArdfTask

@@ -19,12 +19,14 @@ from lumos.data.buckets import bucket_sizes
 from lumos.data.curriculum import Curriculum
 from lumos.data.ingest.encode import TARGET_SIZES
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import DESCRIPTION, FORMAT
 from lumos.errors import UserError
 from lumos.files import write_json
 from lumos.models.lumos1.sequence import num_latent_frames
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.loop import train
 from lumos.training.settings import load_settings
+from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.video import VideoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -123,8 +125,8 @@ def write_shards(folder: Path, tokenizer: str, size: str) -> str:
         rows.append(row | said | {"checksum": shards.checksum(row | said)})
     folder.mkdir()
     shards.write_shard(shards.next_shard(folder), rows)
-    facts = shards.tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
-    write_json(folder / shards.DESCRIPTION, {"format": shards.FORMAT, "tokenizer": facts, "settings": {"fps": 12, "size": size}})
+    facts = tokenizer_facts(VideoTokenizer.from_pretrained(tokenizer))
+    write_json(folder / DESCRIPTION, {"format": FORMAT, "tokenizer": facts, "settings": {"fps": 12, "size": size}})
     return str(folder)
 
 

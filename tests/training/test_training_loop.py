@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lumos import LumosForVideoGeneration
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import captions
+from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError, UserError
 from lumos.files import only_writer
 from lumos.models.lumos1.training import ArdfTask

@@ -23,11 +23,13 @@ from lumos.data.ingest.ray_executor import RayExecutor
 from lumos.data.ingest.state import JOURNAL, State
 from lumos.data.ingest.tally import Tally, missing_in_folder
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import DESCRIPTION, FORMAT, REPORT, read_description
 from lumos.durable import sweep_folder
 from lumos.errors import RunError, UserError, printable
 from lumos.files import only_writer, write_json
 from lumos.runtime import versions
 from tokenizer import VideoTokenizer
+from tokenizer.fingerprint import tokenizer_facts
 
 EXECUTORS: dict[str, type[Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
 RATE_FROM = 50
@@ -113,7 +115,7 @@ def ingest(
             "engine": engine,
             "seconds": round(time.perf_counter() - started, 1), "versions": versions(),
         }  # fmt: skip
-        write_json(out / shards.REPORT, report)
+        write_json(out / REPORT, report)
     if problem:
         raise RunError(problem)
     if not state.done and not state.skipped:
@@ -127,15 +129,15 @@ def _claim(out: Path, settings: ClipSettings, model: VideoTokenizer, tokenizer: 
     Raise UserError if the folder was made with another tokenizer or other settings.
     """
     description = {
-        "format": shards.FORMAT, "tokenizer": shards.tokenizer_facts(model) | {"folder": str(tokenizer)},
+        "format": FORMAT, "tokenizer": tokenizer_facts(model) | {"folder": str(tokenizer)},
         "settings": asdict(settings), "versions": versions(),
     }  # fmt: skip
-    if not (out / shards.DESCRIPTION).exists():
+    if not (out / DESCRIPTION).exists():
         if shards.shard_paths(out):
-            raise UserError(f"{out} holds shards, but no {shards.DESCRIPTION}; choose another folder")
-        write_json(out / shards.DESCRIPTION, description)
+            raise UserError(f"{out} holds shards, but no {DESCRIPTION}; choose another folder")
+        write_json(out / DESCRIPTION, description)
         return
-    old = shards.read_description(out)
+    old = read_description(out)
     if old["tokenizer"]["fingerprint"] != description["tokenizer"]["fingerprint"]:
         folder = old["tokenizer"].get("folder")
         raise UserError(f"{out} was made with another tokenizer ({folder}), not with {tokenizer}; use another folder")

@@ -36,7 +36,7 @@ from lumos.data.ingest.item import (
 )
 from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, Row, first, rows
 from lumos.data.ingest.tars import tar_items
-from lumos.data.shards.format import DESCRIPTION, SHEET
+from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
 from lumos.files import open_regular
 

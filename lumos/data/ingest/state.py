@@ -13,8 +13,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from lumos.data.ingest.item import Item
 from lumos.data.shards import format as shards
 from lumos.durable import sync_file, sync_folder
 from lumos.errors import RunError, UserError, printable
-from lumos.files import parse_json
+from lumos.files import MAX_DOCUMENT_BYTES, open_regular, parse_json
 
 JOURNAL, CONTENTS = "skipped.jsonl", "shards.jsonl"
+MAX_LINE = MAX_DOCUMENT_BYTES
+"""Largest number of bytes of a line of a journal. A line names all items of a shard: 100 bytes each, more for long paths."""
 DETAIL_LENGTH = 1000
 """Largest number of characters of the reason that the journal gives. A message can name a path of 4096 characters twice."""
 
@@ -206,30 +209,54 @@ class State:
         )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a journal; remove an incomplete last line, which a killed process leaves."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return [_entry(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a journal; remove an incomplete last line, which a killed process leaves.
+
+    A journal may be of any length, a line may not. Raise RunError for a file that ingest would not write.
+    """
+    if not path.exists():
+        return
+    end = 0  # of the whole lines
+    try:
+        with open_regular(path) as file:
+            for number in count(1):
+                line = file.readline(MAX_LINE + 1)
+                if len(line) > MAX_LINE:
+                    raise RunError(
+                        f"{path}, line {number} has more than the {MAX_LINE:,} bytes that ingest writes at most; delete that line, "
+                        "or use another --out"
+                    )
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                yield _entry(line, path.name == CONTENTS, f"{path}, line {number}")
+    except OSError as error:
+        raise RunError(f"cannot read {path} as a journal of ingest ({error.strerror}); delete it, or use another --out") from error
+    if line:
+        os.truncate(path, end)
 
 
-def _entry(line: bytes, where: str) -> dict[str, Any]:
-    """Return the entry of a line of either journal; raise RunError if ingest would not write such a line."""
+def _entry(line: bytes, is_shard: bool, where: str) -> dict[str, Any]:
+    """Return the entry of a line: of a shard, or of a skipped item. Raise RunError if ingest would not write such a line."""
     try:
         entry = parse_json(line.decode("utf-8", "replace"), where)
     except UserError as error:
         raise RunError(f"{error}; delete that line, or use another --out") from error
-    shard = isinstance(entry, dict) and "shard" in entry
-    fields = {"shard": str, "digest": str, "items": dict} if shard else {"id": str, "reason": str, "detail": str}
+    fields = {"shard": str, "digest": str, "items": dict} if is_shard else {"id": str, "reason": str, "detail": str}
     whole = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
-    if not whole or (shard and not re.fullmatch(r"shard-[0-9]{6,}\.parquet", entry["shard"])):
+    if whole and is_shard:
+        marks = entry["items"].values()
+        whole = bool(re.fullmatch(r"shard-[0-9]{6,}\.parquet", entry["shard"]))
+    elif whole:
+        marks = [entry["mark"]] if "mark" in entry else []
+    if not whole or not all(isinstance(mark, str) for mark in marks):
         raise RunError(f"{where} is not a line that ingest writes; delete it, or use another --out")
     return entry
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
+    line = json.dumps(entry) + "\n"
+    if len(line) > MAX_LINE:
+        raise RunError(f"a line of {path} would have {len(line):,} bytes, allowed are {MAX_LINE:,}; give a smaller --shard-clips")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(line)

@@ -45,7 +45,7 @@ class _Worker:
         # threads of torch. A new worker then starts at once; importing the modules takes seconds.
         context = get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload([__name__, "torch._dynamo"])  # torch imports the second one at the first use
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, threads, folder), daemon=True)
         self.process.start()

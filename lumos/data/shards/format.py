@@ -1,10 +1,11 @@
-"""The format of ingested data: a folder of Parquet shards, `dataset.json` and the journals of the ingest.
+"""The format of a shard, a Parquet file of clips: its columns and its footer, and how both are written, read and checked.
 
 A row of a shard is a clip: its codes (uint16, row-major), their grid [t, h, w], the size and frame rate
 of the clip, its caption, its source and a checksum. If the ingest was asked for them, a row also has
 the codes of each frame, encoded as a picture (uint16 [T, h, w], row-major). A shard is written completely or not at all, so the
 rows of the shards are the state of an ingest. The footer of a shard has the sizes of its clips and a
-digest of their content, so that training knows both without reading the rows.
+digest of their content, so that training knows both without reading the rows. The other files of a
+folder of shards are read in `description.py`, except for the journals, which belong to the ingest.
 
 Folders and shards are paths (`pathlib.Path`). For reading they can also be URLs (`remote.Remote`).
 """
@@ -24,15 +25,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lumos.data.shards.description import read_description
 from lumos.data.shards.remote import Remote
 from lumos.errors import RunError, UserError, shown
-from lumos.files import open_regular, parse_json, read_bytes, replacing
-from tokenizer.fingerprint import tokenizer_facts
+from lumos.files import open_regular, replacing
 
-FORMAT = 2
-DESCRIPTION, REPORT = "dataset.json", "report.json"
-SHEET = "sheet.png"
-"""Preview of the clips, drawn by the command `inspect`; it is not part of the data."""
 FACTS = "lumos.facts"
 """Key in the footer of a shard for the fields of :class:`ShardFacts` as JSON."""
 VERSION_KEY, VERSION, VERSION_WITH_FRAMES = "lumos.version", 2, 3
@@ -123,30 +120,6 @@ def shard_paths(folder: Path | Remote) -> list[Path] | list[Remote]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
-def check_count(folder: Path | Remote, clips: int) -> None:
-    """Raise RunError if the shards of a folder have fewer clips than the report of the last ingest counted.
-
-    `clips` is the number of clips of the shards. A folder without a report is not checked.
-    """
-    path = folder / REPORT
-    try:
-        report = parse_json(_document(path).decode("utf-8", "replace"), str(path))
-    except FileNotFoundError:
-        return
-    except UserError as error:
-        if isinstance(path, Remote):
-            raise
-        raise RunError(f"{path} is damaged ({error}); delete it and run the same ingest again, which writes it anew") from error
-    counted = report.get("clips") if isinstance(report, dict) else None
-    if not isinstance(counted, int):
-        raise RunError(f"{path} is damaged (it has no count of clips); run the same ingest again, which writes it anew")
-    if clips < counted:
-        raise RunError(
-            f"the shards of {folder} hold {clips} of the {counted} clips that its {REPORT} counts; run the same ingest again, "
-            f"which fills the gap, or delete {REPORT} if you removed some shards on purpose"
-        )
-
-
 def next_shard(folder: Path, reserved: Collection[str] = ()) -> Path:
     """Return the path of a new shard: the first name that is neither in the folder nor in `reserved`."""
     taken = {path.name for path in shard_paths(folder)} | set(reserved)
@@ -159,11 +132,6 @@ def content_digest(rows: list[dict[str, Any]]) -> str:
     It is the same in all versions of shards, so that training runs can be resumed.
     """
     return _digest(json.dumps([[row["id"], row["clip"], content_checksum(row)] for row in rows]).encode())
-
-
-def _document(path: Path | Remote) -> bytes:
-    """Return the bytes of a JSON file of a folder of shards; raise the errors of `read_bytes`."""
-    return path.read_bytes() if isinstance(path, Remote) else read_bytes(path, "a file of ingested data")
 
 
 def _regular(path: Path) -> Path:
@@ -292,7 +260,7 @@ def read_group(
     """Return the clips of a row group, with codes uint16 [t, h, w] and, if the shard has them, frame codes [T, h, w].
 
     `opened` is the result of :func:`open_shard` for the path, if the shard is already open. `made_by` is
-    the result of :func:`tokenizer_facts` for the tokenizer that made the codes. If it is given, codes
+    the result of :func:`tokenizer.fingerprint.tokenizer_facts` for the tokenizer that made the codes. If it is given, codes
     and sizes are checked against it. Raise RunError if a clip has a wrong checksum or impossible values.
     """
     import pyarrow as pa
@@ -364,64 +332,3 @@ def damaged(path: Path | Remote, why: object) -> RunError:
     if isinstance(path, Remote):
         remedy = "copy it again from the machine where it was ingested"
     return RunError(f"the shard {path} is damaged or cut off ({reason}); {remedy}")
-
-
-def read_description(folder: Path | Remote) -> dict[str, Any]:
-    """Return the content of dataset.json: the tokenizer and the settings that made the codes.
-
-    Raise UserError if the folder has no ingested data or another format, and RunError if the file is
-    damaged.
-    """
-    path = folder / DESCRIPTION
-    try:
-        text = _document(path)
-    except (FileNotFoundError, UserError) as error:
-        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, NotADirectoryError):
-            raise UserError(
-                f"{folder} holds no ingested clips (no {DESCRIPTION}); make them with `python -m lumos ingest`"
-            ) from error
-        if isinstance(path, Remote):  # for example an unknown protocol
-            raise
-        raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
-    try:
-        description = parse_json(text.decode("utf-8"), str(path))
-        facts, format_ = description["tokenizer"], description.get("format")
-        facts["fingerprint"]
-        if not 0 < float(fps := description["settings"]["fps"]) < math.inf:
-            raise ValueError(f"settings.fps is {shown(fps)}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); copy it again from a backup, or ingest into a new folder") from error
-    if format_ != FORMAT:
-        raise UserError(f"{path} has format {shown(format_)}, this version reads {FORMAT}; ingest again")
-    for name in ("num_codes", "spatial_compression", "temporal_compression"):
-        if not isinstance(value := facts.get(name), int) or value < 1:
-            raise RunError(
-                f"{path} is damaged ({name} {shown(value)}); copy it again from a backup, or ingest into a new folder"
-            )
-    return description
-
-
-def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> None:
-    """Raise UserError if another video tokenizer made the codes; `what` is the name of the setting of `tokenizer`."""
-    made, given = description["tokenizer"], tokenizer_facts(tokenizer)
-    if made["fingerprint"] != given["fingerprint"]:
-        raise UserError(
-            f"{what} is another video tokenizer than the one that made the shards ({made.get('folder')}, "
-            f"{made['num_codes']} codes; this one has {given['num_codes']}): give that one, or ingest again with this one"
-        )
-
-
-def check_frame_codes(description: dict[str, Any], path: str | Path | Remote) -> None:
-    """Raise UserError if the shards have no codes of single frames."""
-    if not description["settings"].get("per_frame_codes"):
-        raise UserError(
-            f"{path} holds the codes of clips only, and latents per_frame need those of single frames: ingest into a new folder "
-            "with --per-frame-codes, or use latents causal"
-        )
-
-
-def check_size(description: dict[str, Any], size: str | None, path: str | Path) -> None:
-    """Raise UserError if the shards were ingested with another --size; with None any size is allowed."""
-    made = description["settings"].get("size")
-    if size is not None and size != made:
-        raise UserError(f"data.size is {size}, but {path} was ingested with --size {made}; use other shards or leave data.size out")

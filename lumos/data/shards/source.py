@@ -13,8 +13,9 @@ import numpy as np
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.data.shards import format as shards
+from lumos.data.shards.cache import ShardReader
+from lumos.data.shards.description import check_count, check_frame_codes, check_size, check_tokenizer, read_description
 from lumos.data.shards.order import EpochOrder
-from lumos.data.shards.reader import ShardReader
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
 from lumos.errors import UserError
@@ -57,11 +58,11 @@ class ShardSource:
         per_frame: bool = False,
     ):  # fmt: skip
         self.folder, min_frames = location(path), min_frames or num_frames
-        description = shards.read_description(self.folder)
-        shards.check_tokenizer(description, tokenizer, "tokenizer.video")
-        shards.check_size(description, size, self.folder)
+        description = read_description(self.folder)
+        check_tokenizer(description, tokenizer, "tokenizer.video")
+        check_size(description, size, self.folder)
         if per_frame:
-            shards.check_frame_codes(description, self.folder)
+            check_frame_codes(description, self.folder)
         self.column, self.step = (shards.FRAME_CODES, 1) if per_frame else ("codes", tokenizer.temporal_compression)
         self.stride = tokenizer.spatial_compression
         self.index = ShardIndex(self.folder)
@@ -165,7 +166,7 @@ class ShardIndex:
             np.concatenate([np.zeros(0, np.int64), *(getattr(facts, name) for facts in found)])
             for name in ("num_frames", "height", "width", "item")
         )
-        shards.check_count(folder, len(self.places))
+        check_count(folder, len(self.places))
         names = [[path.name, digest] for path, digest in zip(self.paths, self.digests, strict=True)]
         total = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
         self.content = f"{len(names)} shards with {len(self.places)} clips (digest {total})"

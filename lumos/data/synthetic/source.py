@@ -8,7 +8,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
 from lumos.data.source import Clip
 from lumos.data.synthetic import sprites
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 
 SET_ELSEWHERE = {

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lumos.data.seeding import sample_generator
 from lumos.data.shards import format as shards
+from lumos.data.shards.description import check_tokenizer, read_description
 from lumos.data.shards.source import ShardIndex
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1.loss import chunks
 from lumos.models.lumos1.masking import mask_sequence
@@ -37,14 +38,14 @@ CHUNK = 1024
 """Positions whose logits exist at the same time."""
 
 
-def world_codes(worlds: SyntheticScenes, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
+def scene_codes(scenes: SyntheticScenes, count: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
     """Yield (codes [t, h, w], caption, fps) of the first `count` synthetic scenes."""
     parameter = next(tokenizer.parameters())
     for index in range(count):
-        frames, caption = worlds[index]
+        frames, caption = scenes[index]
         video = from_uint8(frames)[None].to(parameter.device, parameter.dtype)
         with torch.inference_mode():
-            yield tokenizer.encode(video)[0].cpu(), caption, worlds.fps
+            yield tokenizer.encode(video)[0].cpu(), caption, scenes.fps
 
 
 def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: VideoTokenizer) -> Iterator[tuple[Tensor, str, int]]:
@@ -54,8 +55,8 @@ def shard_codes(folder: str | Path, count: int, num_frames: int, tokenizer: Vide
     num_frames is 1 and the shards hold pictures, only pictures are used.
     Raises UserError if there are too few clips, or if another tokenizer made them.
     """
-    description = shards.read_description(Path(folder))
-    shards.check_tokenizer(description, tokenizer, "the one of --model")
+    description = read_description(Path(folder))
+    check_tokenizer(description, tokenizer, "the one of --model")
     index = ShardIndex(Path(folder))
     usable = index.usable(num_frames)
     if len(usable) < count:

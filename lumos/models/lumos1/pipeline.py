@@ -20,7 +20,6 @@ from lumos.lora import fingerprints, merge_adapter
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
-from lumos.models.lumos1.engine import generate_frames
 from lumos.models.lumos1.modeling import COMPILED, MODEL_FILES, LumosForVideoGeneration
 from lumos.models.lumos1.request import (
     LumosEncoded,
@@ -30,6 +29,7 @@ from lumos.models.lumos1.request import (
     prompt_ids,
     resolve,
 )
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import build_frames
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights

@@ -1,14 +1,199 @@
-"""Sampling of codes from logits: guidance, filtering, drawing, and the choice of codes by confidence.
+"""Sampling of latent frames: the loop over frames, the decoding steps of a frame, and the rules of a step.
 
-All functions are pure. Shapes: S samples, m masked positions, C channels, K codes.
+`generate_frames` samples one frame after the other, `decide_frame` the codes of a frame in parallel
+steps, `decide` the codes of a step. The rules (guidance, filtering, drawing, the choice of codes by
+confidence) are pure functions at the end. The network is asked through the `Engine`.
+
+Two things make a step cheap:
+
+- The head computes logits only for masked positions and visual codes, a piece at a time, so the full
+  logits never exist in memory.
+- Guidance is applied to hidden states, so the head runs once for both branches. This gives the same
+  logits, because the head is linear.
+
+Shapes: S samples, R rows, n tokens of a frame's span, m masked positions, C channels, K codes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from lumos.errors import NotFinite
+from lumos.models.lumos1.cache import PrefixCache
+from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
+from lumos.models.lumos1.masking import history_mask, unmasking_counts
+from lumos.models.lumos1.modeling import Head, LumosForVideoGeneration
+from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, build_frames, parse_layout
+from lumos.models.lumos1.settings import GenerationSettings
+
+LOGITS_BYTES = 2**24  # size of the logits that exist at a time; a GPU takes eight times as many, as it needs larger products
+
+
+def generate_frames(
+    model: LumosForVideoGeneration,
+    prefixes: Sequence[Tensor],
+    unconditional: Sequence[Tensor] | None,
+    *,
+    grid: tuple[int, int],
+    new_frames: int,
+    settings: GenerationSettings,
+    generators: Sequence[torch.Generator],
+    on_step: Callable[[int, int, Tensor], None] = lambda frame, step, ids: None,
+    prefix_cache: PrefixCache | None = None,
+    later: Mapping[int, Sequence[Tensor]] | None = None,
+) -> Iterator[Tensor]:
+    """Sample latent frames after the prefixes; yields the codes int64 [S, h, w] of each frame when it is finished.
+
+    Args:
+        model: the decoder.
+        prefixes: ids of the conditional branch of each sample.
+        unconditional: ids of the unconditional branch of each sample; None turns guidance off.
+        grid: rows and columns of codes in a latent frame.
+        new_frames: the number of latent frames to sample.
+        settings: the sampling options.
+        generators: one CPU generator per sample, so that a clip does not depend on its batch.
+        on_step: called after each step with (frame, step, ids [S, n] of the frame's span). It may change
+            the ids in place where codes are decided.
+        prefix_cache: the prefix cache, which saves the last unconditional prefix for the next call.
+        later: {new frame: prefixes} for prompts that change within the clip. From that frame on, the
+            conditional branch has the new prefix. The frames made so far are processed again after it,
+            so that they have the positions of a clip that began with this prefix.
+
+    Raises NotFinite if logits are NaN or infinite.
+    """
+    config, device = model.config, model.device
+    samples, (h, w) = len(prefixes), grid
+    starts = {0: prefixes, **(later or {})}
+    branches = 2 if unconditional else 1
+    blank = build_frames(torch.full((1, h, w), -1), config)  # [1, n]
+    offsets = code_offsets(Frame(0, h, w)).to(device)
+    hidden_later = torch.zeros(blank.shape[1], dtype=torch.bool)
+    hidden_later[FRAME_HEADER:-1] = history_mask(h * (w + 1), settings.history_mask_ratio)
+    hidden_later = hidden_later.to(device)
+    rows_from = {start: [*conditional, *(unconditional or ())] for start, conditional in starts.items()}
+    if settings.mask_given_frames:
+        rows_from = {start: [mask_given(row, hidden_later.cpu(), config) for row in rows] for start, rows in rows_from.items()}
+    span, given = blank.shape[1], len(parse_layout(rows_from[0][0][None], config)[0].frames)
+    longest = max(len(row) for rows in rows_from.values() for row in rows)
+    capacity = cache_tokens(longest - given * span, span, given + new_frames, settings.history_frames)
+
+    engine, finished, history = Engine(model), None, [[] for _ in range(branches * samples)]
+    for frame in range(new_frames):
+        if frame in rows_from:
+            rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
+            shared = prefix_cache if branches == 2 and frame == 0 else None
+            engine.prefill(rows, capacity, shared, settings.history_frames, settings.history_thinning)
+            finished = None
+        uniform = draw_uniform(generators, settings.steps_of(frame), h * w).to(device)
+        ids, masked = blank.to(device).repeat(samples, 1), offsets.repeat(samples, 1)
+        for step in decide_frame(engine, ids, masked, settings, uniform, branches, finished):
+            on_step(frame, step, ids)
+        finished = ids.masked_fill(hidden_later, config.mask_token_id).repeat(branches, 1)
+        if frame + 1 <= max(rows_from):  # a later prefill needs this frame
+            for made, row in zip(history, finished.cpu(), strict=True):
+                made.append(row)
+        yield (ids[:, offsets] - config.visual_token_start).view(samples, h, w)
+
+
+def decide_frame(
+    engine: Engine, ids: Tensor, masked: Tensor, settings: GenerationSettings, uniform: Tensor, branches: int,
+    finished: Tensor | None,
+) -> Iterator[int]:  # fmt: skip
+    """Decide the masked codes of a frame in place; yields the number of each step after it.
+
+    Args:
+        ids: [S, n] of the frame's span.
+        masked: int64 [S, m], the offsets of the codes that are masked.
+        uniform: uniform numbers from `draw_uniform`; their first dimension is the number of steps.
+        branches: 2 with guidance, else 1.
+        finished: ids [R, n] of the frame before, if it is not in the cache yet. The first step commits
+            it in the same forward pass. If that step runs only the conditional branch, a forward pass
+            of its own commits it, because the cache of every row needs it.
+
+    Raises NotFinite if the logits of a sample are NaN or infinite.
+    """
+    model, steps, total = engine.model, len(uniform), masked.shape[1]
+    broken = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for step, (before, after) in enumerate(pairwise([total, *unmasking_counts(total, steps)])):
+        active = branches if settings.guides(step, steps) else 1
+        if finished is not None and active < branches:
+            engine.commit(finished)
+            finished = None
+        hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
+        finished = None
+        if active == 2:
+            hidden = guide(hidden, settings.guidance_scale)
+        for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
+        codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
+        broken |= log_prob.isnan().any(dim=1)
+        temperature = settings.temperature * (1 - (step + 1) / steps)
+        put(ids, masked, codes + model.config.visual_token_start)
+        if settings.confidence_threshold is None:
+            masked = masked.gather(1, least_confident(log_prob, for_confidence, temperature, after))
+        else:  # samples may have different numbers of masked codes; offset 0 pads the shorter ones
+            masked = unsure(masked, log_prob, for_confidence, temperature, before - after, settings.confidence_threshold)
+        put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
+        if masked.shape[1] == 0:  # the check waits for the device, so it runs once per frame
+            check_finite(broken)
+        yield step
+        if masked.shape[1] == 0:
+            return
+
+
+def check_finite(broken: Tensor) -> None:
+    """Raise NotFinite, with the indices of the samples, if `broken`, bool [S], is True for any."""
+    if broken.any():
+        raise NotFinite(
+            "the model's numbers are not finite (NaN or infinity) where codes are drawn; check the weights and the adapter, or, "
+            "with dtype float16, whose largest number is 65504, take bfloat16 or float32",
+            broken.nonzero().flatten().tolist(),
+        )
+
+
+def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
+    """Write values [S, m] to ids [S, n] at the offsets `at` [S, m], in place.
+
+    Offset 0 is padding: it is the place of frame_start, which keeps its id.
+    """
+    ids.scatter_(1, at, torch.where(at > 0, values, ids[:, :1]))
+
+
+@torch.inference_mode()
+def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
+    """Sample a code at each position: hidden [S, m, C], uniform [S, m] -> codes [S, m], log-probabilities [S, m].
+
+    Logits are computed in pieces of about LOGITS_BYTES, so that the memory for them is bounded.
+    """
+    piece = max(1, LOGITS_BYTES * (1 if hidden.is_cpu else 8) // (4 * head.rows))
+    codes, log_probs = [], []
+    for states, numbers in zip(hidden.flatten(0, 1).split(piece), uniform.flatten().split(piece), strict=True):
+        logits = filter_logits(head(states, visual_only=True).float(), settings.top_k, settings.top_p)
+        drawn = sample_codes(logits, numbers)
+        codes.append(drawn[0])
+        log_probs.append(drawn[1])
+    return torch.cat(codes).view(uniform.shape), torch.cat(log_probs).view(uniform.shape)
+
+
+def draw_uniform(generators: Sequence[torch.Generator], steps: int, total: int) -> Tensor:
+    """Draw uniform numbers [steps, 2, S, total] for a frame: one for the code, one for the confidence.
+
+    Each step gets `total` numbers however many it uses, so that the numbers of a seed do not depend on
+    how many codes earlier steps decided.
+    """
+    return torch.stack([torch.rand(steps, 2, total, generator=g) for g in generators], dim=2)
+
+
+def mask_given(prefix: Tensor, hidden: Tensor, config) -> Tensor:
+    """Return a prefix, ids [L], with the history mask on each of its frames: hidden bool [n] over a frame's span."""
+    prefix = prefix.clone()
+    for frame in parse_layout(prefix[None], config)[0].frames:
+        prefix[frame.start : frame.end].masked_fill_(hidden, config.mask_token_id)
+    return prefix
 
 
 def guide(states: Tensor, scale: float) -> Tensor:

@@ -20,11 +20,13 @@ class GenerationSettings(SamplingOptions):
     """Sampling options of Lumos-1. The defaults are the published ones; a model folder's pipeline.json may set others."""
 
     num_inference_steps: int = setting(
-        50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, label="Steps of each latent frame"
-    )
+        50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, label="Steps of each latent frame",
+        cost=True,
+    )  # fmt: skip
     guidance_scale: float = setting(
         15.0, "classifier-free guidance: uncond + scale * (cond - uncond); 1 turns guidance off and runs one branch only",
         low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
+        cost=True,
     )  # fmt: skip
     temperature: float = setting(
         1.0, "scale of the Gumbel noise on the confidence, annealed to 0 within each frame", low=0, high=100, step=0.05,

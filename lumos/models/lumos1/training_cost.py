@@ -32,7 +32,7 @@ from lumos.models.lumos1.modeling import LumosForVideoGeneration, mlp_piece
 from lumos.models.lumos1.sequence import Frame, Layout, num_latent_frames
 from lumos.models.lumos1.training import check_clip_shape, model_config
 from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
-from lumos.planning.memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding, parameter_count
 from lumos.training.settings import LoraSettings
 

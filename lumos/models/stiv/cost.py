@@ -37,7 +37,7 @@ from lumos.models.stiv.solvers import field_calls
 from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.defaults import ClipDefaults, read_defaults
 from lumos.pipeline.request import check_side
-from lumos.planning.memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding, parameter_count
 from lumos.training.settings import LoraSettings
 

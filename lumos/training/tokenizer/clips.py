@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.textures import recoloured, texture
 from lumos.video.frames import fit, from_uint8

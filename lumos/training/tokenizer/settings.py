@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.data.prefetch import check_processes
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.settings import build, read_yaml, setting, to_plain
 from lumos.training.settings import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS, TrainingSettings, world_size
@@ -78,7 +78,7 @@ class TokenizerTrainingSettings:
     share_worlds: float = setting(
         0.75, "share of worlds among clips and among pictures; the rest is photographs and film", low=0, high=1
     )
-    worlds: dict[str, Any] = setting({}, "kinds and shares of lumos.data.synthetic.render.SyntheticScenes")
+    worlds: dict[str, Any] = setting({}, "kinds and shares of lumos.data.synthetic.sampling.SyntheticScenes")
     share_textures: float = setting(
         0.0, "share of drawn textures among what is not worlds, see lumos/training/tokenizer/textures.py", low=0, high=1
     )

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
 from lumos.models.lumos1.cache import PrefixCache
-from lumos.models.lumos1.engine import Engine, decide, draw_uniform, generate_frames
+from lumos.models.lumos1.engine import Engine
 from lumos.models.lumos1.masking import history_mask
+from lumos.models.lumos1.sampling import decide, draw_uniform, generate_frames
 from lumos.models.lumos1.sequence import build_frames, build_prefix
 from lumos.models.lumos1.settings import GenerationSettings
 
@@ -231,7 +232,7 @@ def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):
     at_once = decide(MODEL.lm_head, hidden, uniform, GenerationSettings(top_k=9))
     rows, head = [], MODEL.lm_head.forward
     monkeypatch.setattr(MODEL.lm_head, "forward", lambda x, **k: rows.append(len(x)) or head(x, **k))
-    monkeypatch.setattr("lumos.models.lumos1.engine.LOGITS_BYTES", 3 * 4 * CONFIG.visual_token_count)
+    monkeypatch.setattr("lumos.models.lumos1.sampling.LOGITS_BYTES", 3 * 4 * CONFIG.visual_token_count)
     by_piece = decide(MODEL.lm_head, hidden, uniform, GenerationSettings(top_k=9))
     assert rows == [3, 3, 3, 3, 2]
     assert torch.equal(at_once[0], by_piece[0])
@@ -249,11 +250,11 @@ def test_uniform_numbers_come_step_by_step():
 
 def test_temperature_is_annealed_within_each_frame_and_reset(monkeypatch):
     """T0 (1 - (step + 1) / steps) in every frame; the release lets it collapse to 0 after the first."""
-    import lumos.models.lumos1.engine as engine
+    import lumos.models.lumos1.sampling as sampling
 
     used = []
-    original = engine.least_confident
-    monkeypatch.setattr(engine, "least_confident", lambda lp, u, t, n: used.append(t) or original(lp, u, t, n))
+    original = sampling.least_confident
+    monkeypatch.setattr(sampling, "least_confident", lambda lp, u, t, n: used.append(t) or original(lp, u, t, n))
     run([prefix([600])], [prefix(None)], seeds=[1], new_frames=2, num_inference_steps=4, temperature=2.0)
     assert used == pytest.approx([1.5, 1.0, 0.5, 0.0] * 2)
 
@@ -298,7 +299,7 @@ def test_no_step_waits_for_the_device():
     def make(**options):
         checked = []
         with ExitStack() as watch, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lumos.models.lumos1.engine.check_finite", checked.append)
+            patch.setattr("lumos.models.lumos1.sampling.check_finite", checked.append)
 
             def started(frame, step, ids):
                 if (frame, step) == (0, 0):

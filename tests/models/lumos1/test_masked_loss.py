@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lumos import LumosPipeline
 from lumos.cli import main
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.models.lumos1 import masked_loss
 from lumos.models.lumos1.masked_loss import (
@@ -18,9 +18,9 @@ from lumos.models.lumos1.masked_loss import (
     code_scores,
     masked_code_loss,
     ratio_bins,
+    scene_codes,
     sequence_of,
     shard_codes,
-    world_codes,
 )
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.sequence import parse_layout
@@ -34,7 +34,7 @@ def pipe(micro_folder):
 @pytest.fixture(scope="module")
 def sequences(pipe):
     worlds = SyntheticScenes(seed=5, num_frames=9, height=16, width=24)
-    return [sequence_of(pipe, *found) for found in world_codes(worlds, 6, pipe.video_tokenizer)]
+    return [sequence_of(pipe, *found) for found in scene_codes(worlds, 6, pipe.video_tokenizer)]
 
 
 def test_scores_equal_those_of_whole_logits(pipe, sequences, monkeypatch):

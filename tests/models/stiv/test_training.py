@@ -28,8 +28,9 @@ from tokenizer.fsq import NoQuantizer
 from tokenizer.pictures import picture_encoder
 
 CPU = torch.device("cpu")
-TINY = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "latent_channels": 3, "text_width": 64,
-        "text_layers": 1}  # fmt: skip
+TINY = {
+    "hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "latent_channels": 3, "text_width": 64, "text_layers": 1,
+}  # fmt: skip
 VIDEO = StepShape("video", 4)
 
 

@@ -17,7 +17,7 @@ from small_training import MODEL, log_lines, small
 
 from lumos.cli import main
 from lumos.data.curriculum import StepShape
-from lumos.data.synthetic.render import SyntheticScenes
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import RunError, UserError
 from lumos.training.engine import make_optimizer, set_learning_rate
 from lumos.training.loop import Run

@@ -11,9 +11,10 @@ from torch import Tensor
 from lumos.models.lumos1.benchmarks.arguments import SHIPPED
 from lumos.models.lumos1.benchmarks.baseline import Watch, plain_frames
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets, generate_frames
+from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.request import prompt_ids
+from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames
 from lumos.models.lumos1.settings import GenerationSettings
 

@@ -6,6 +6,7 @@ and answers with how each process ended. Each is the command line's own `train`,
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import math
@@ -280,5 +281,10 @@ def import_all() -> None:
 if __name__ == "__main__":
     import_all()
     registry.PACKAGES.append("toy_task")
-    command = serve()
-    sys.exit(None if command is None else main(command))
+    gc.freeze()  # collections in the forked processes would go through, and copy, all that is imported
+    if (command := serve()) is not None:
+        code = main(command)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # to take all modules apart takes as long as some steps

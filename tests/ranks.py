@@ -14,7 +14,7 @@ import yaml
 
 from lumos.training.settings import TrainingSettings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Memory and network traffic of one training process that do not depend on its batches, in bytes, by arithmetic."""
+"""The fixed memory of one training process: weights, gradients and optimizer, whatever the batch. In bytes, by arithmetic."""
 
 from __future__ import annotations
 
@@ -56,20 +56,3 @@ def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
         "optimizer": on_device * (16 if sharding.averaged else 12) * share,  # float32 weights, two moments, averages
         "buffers": buffers,
     }
-
-
-def sent_bytes(cost: TrainingCost, sharding: Sharding, micro_batches: int) -> float:
-    """Return the bytes that a process sends in a step: gradients in float32, weights in their stored dtype.
-
-    Source: ZeRO, arXiv 1910.02054, section 7.
-    """
-    if sharding.stage is None:
-        return 0.0
-    gradients, weight = 4 * cost.trained, 2 if sharding.half else 4
-    if sharding.stage == 0:
-        volume = 2 * gradients
-    elif sharding.stage < 3:
-        volume = gradients * (micro_batches if sharding.stage == 2 else 1) + weight * cost.trained
-    else:
-        volume = micro_batches * (gradients + 2 * weight * cost.parameters)
-    return volume * (sharding.world - 1) / sharding.world

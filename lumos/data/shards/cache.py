@@ -1,4 +1,4 @@
-"""Reading of single clips from many shards, local or behind a URL.
+"""A cache of row groups, through which training reads single clips of many shards, local or behind a URL (`format.py`).
 
 The row groups that were used last are kept in memory, and remote shards that are needed next are
 downloaded ahead.
@@ -25,7 +25,7 @@ class ShardReader:
     """Reads clips from the shards at `paths`; `digests` are the digests of their content.
 
     Remote shards are read from local `copies`, which is None for local shards. `made_by` is the result
-    of `shards.tokenizer_facts` for the tokenizer that made the codes.
+    of `tokenizer.fingerprint.tokenizer_facts` for the tokenizer that made the codes.
     """
 
     def __init__(
