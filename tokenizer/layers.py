@@ -192,6 +192,13 @@ def attention_pair(channels: int, window: int | None) -> Chain:
     return Chain(SpatialAttention(channels), TemporalAttention(channels, window))
 
 
+def average_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Return the means of blocks of `size` of x [B, C, t, h, w]. PyTorch pools half precision on a GPU only."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        return F.avg_pool3d(x.float(), size).to(x.dtype)
+    return F.avg_pool3d(x, size)
+
+
 class Downsample(nn.Module):
     """Halve space, time, both or neither: a strided convolution plus average pooling, then a 1x1x1 convolution.
 
@@ -214,11 +221,11 @@ class Downsample(nn.Module):
             return x
         if self.spatial:
             x = F.pad(x, (0, 1, 0, 1))
-            x = self.conv1(x) + F.avg_pool3d(x, (1, 2, 2))
+            x = self.conv1(x) + average_pool(x, (1, 2, 2))
         if self.temporal:
             if not past or self.conv2 not in past:
                 x = torch.cat([x[:, :, :1], x], dim=2)
-            x = self.conv2(x, past) + F.avg_pool3d(x, (2, 1, 1))
+            x = self.conv2(x, past) + average_pool(x, (2, 1, 1))
         return self.conv3(x)
 
 

@@ -344,3 +344,15 @@ def test_loading_draws_no_weights(micro_folder, monkeypatch):
     """Drawing takes longer than loading a small tokenizer, and every load would do it."""
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda *args, **named: pytest.fail("a weight was drawn"))
     VideoTokenizer.from_pretrained(micro_folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_encodes_and_decodes_on_a_cpu(micro_folder, dtype):
+    whole = VideoTokenizer.from_pretrained(micro_folder)
+    half = VideoTokenizer.from_pretrained(micro_folder).to(dtype)
+    video = torch.rand(1, 3, 5, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        codes = whole.encode(video)
+        assert (half.encode(video.to(dtype)) == codes).float().mean() > 0.5
+        assert half.encode_frames(video.to(dtype)).shape == (1, 5, 2, 3)
+        assert (half.decode(codes).float() - whole.decode(codes)).abs().mean() < 0.05
