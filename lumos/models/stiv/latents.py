@@ -230,8 +230,9 @@ class LatentSpace:
     def decode(self, latents: Tensor) -> np.ndarray:
         """Decode latents [B, t, C, h, w] to frames uint8 [B, T, H, W, 3].
 
-        Values of codes are rounded to the nearest code first. The network takes one
-        latent frame of a clip at a time, or PIECE causal ones. Raises UserError for another shape, NotFinite for numbers that are not finite.
+        Values of codes are rounded to the nearest code first. The network takes one latent frame of a clip at
+        a time, or PIECE causal ones. Raises UserError for another shape, NotFinite for numbers that are not
+        finite.
         """
         if latents.dim() != 5 or not len(latents) or not latents.shape[1]:
             wanted = f"[batch, frames, {self.channels}, rows, columns]"
