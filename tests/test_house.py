@@ -50,3 +50,8 @@ def test_importing_the_package_loads_no_torch(repo):
     names = "import sys, lumos; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", names], cwd=repo, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_test_files_have_different_names(repo):
+    names = [path.name for path in (repo / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))  # without packages, pytest can import only one file of a name
