@@ -31,11 +31,12 @@ from lumos.durable import (
     sync_folder,
     temporary_name,
 )
-from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError
+from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError, shown
 from lumos.locks import LOCK, Busy, Lock
 
 CONFIG = "config.json"
 MAX_DOCUMENT_BYTES = 2**28  # for a JSON or text file
+MAX_CONFIG_BYTES = 2**20  # for a config of a model
 MAX_DOCUMENT_DEPTH = 64
 MAX_DOCUMENT_ENTRIES = 10_000_000
 MAX_YAML_LENGTH = 2**20
@@ -272,6 +273,16 @@ def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, p
 def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     """Return the value of a JSON file. Errors are those of `read_text` and `parse_json`."""
     return parse_json(read_text(path, what, limit), str(path))
+
+
+def check_model_config(place: Path) -> None:
+    """Raise UserError if a model's config, the file or config.json in the folder, is too large, no JSON, or holds no object.
+
+    Nothing is checked if there is no such file, because the name may be a repository on the hub.
+    """
+    file = place / "config.json" if place.is_dir() else place
+    if file.exists() and not isinstance(found := read_json(file, "a model's config", MAX_CONFIG_BYTES), dict):
+        raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from lumos.errors import UserError, shown
-from lumos.files import read_json
+from lumos.errors import shown
+from lumos.files import check_model_config
 
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
 SCALED_SCHEMES = ("mm_rope", "videorope")
@@ -24,7 +24,6 @@ PUBLISHED_TEMPLATE = (
 )
 
 MAX_PARAMETERS = 10**13
-MAX_CONFIG_BYTES = 2**20
 MAX_TEMPLATE_LENGTH = 10_000
 _SHARED_SIZES = {
     "vocab_size": 2**24,
@@ -168,12 +167,7 @@ class LumosConfig(PreTrainedConfig):
 
         Raises UserError if config.json is too large, is not valid JSON, or holds no object.
         """
-        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        file = place / "config.json" if place.is_dir() else place
-        if file.exists():  # otherwise the name may be a repository on the hub
-            found = read_json(file, "a model's config", MAX_CONFIG_BYTES)
-            if not isinstance(found, dict):
-                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
+        check_model_config(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "chameleon":
             config_dict = from_chameleon(config_dict)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from lumos.errors import UserError, shown
-from lumos.files import read_json
+from lumos.files import check_model_config
 from lumos.settings import is_number, is_whole
 
 HEAD_DIM = 64
@@ -35,7 +35,6 @@ EVERY_SECOND_FRAME = ("interpolation", "views")
 """The patterns that need latents of single frames."""
 
 MAX_PARAMETERS = 10**13
-MAX_CONFIG_BYTES = 2**20
 _SIZES = {
     "latent_channels": 4096, "patch_size": 64, "temporal_patch_size": 64, "hidden_size": 2**17, "num_hidden_layers": 2048,
     "num_attention_heads": 2048, "mlp_ratio": 64, "unmasked_layers": 2048, "text_width": 2**16, "text_layers": 2048,
@@ -148,12 +147,7 @@ class StivConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
         """Read a config as in transformers. Raises UserError if config.json is too large, no JSON, or no object."""
-        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        file = place / "config.json" if place.is_dir() else place
-        if file.exists():  # otherwise the name may be a repository on the hub
-            found = read_json(file, "a model's config", MAX_CONFIG_BYTES)
-            if not isinstance(found, dict):
-                raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
+        check_model_config(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @property

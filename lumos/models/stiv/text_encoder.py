@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumos.errors import UserError, reason_of, shown
-from lumos.files import read_json
+from lumos.files import MAX_CONFIG_BYTES, read_json
 from lumos.models.stiv.attention import Attention, RMSNorm
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
 from lumos.models.stiv.rope import rotary, temporal_angles
 
-MAX_CONFIG_BYTES = 2**20
 KINDS = {"clip_text_model": "CLIPTextModel", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}
 """Classes of transformers by the `model_type` of a text encoder's config."""
 
