@@ -22,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "held_out_sprites, paraphrased; default: one")  # fmt: skip
     add("--count", type=int, default=50, help="prompts of each kind; default: %(default)s")
     add("--seed", type=int, default=1_000_000, help="seed of the prompts and of the clips; training uses other seeds")
-    add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; default: as the model generates")
+    add("--num-frames", type=int, help="frames of a clip; default: as the model generates")
     add("--image-to-video", action="store_true", help="begin each clip with the first frame of the rendered scene")
+    add("--given", metavar="PATTERN", help="frames of the rendered scene that are given: first (as --image-to-video), the first "
+        "few (prediction), the first and the last (ends), every second one (interpolation)")  # fmt: skip
     add("--batch-size", type=int, help="clips in a batch; default: 10")
     add_flags(parser, all_options())
     add("--reference", choices=("truth", "reconstruction"),
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos.errors import UserError, printable
-    from lumos.evaluation.prompts import check_kinds, generate_in_batches, is_kept, moved, prompt_set, score, shares
+    from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality
+    from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.inputs import check_num_frames, override
     from lumos.runtime import versions
@@ -48,13 +51,16 @@ def run(args: argparse.Namespace) -> None:
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
     options = given_options(args, all_options())
-    given = [*options, *(name for name in ("image_to_video", "batch_size") if getattr(args, name))]
+    given = [*options, *(name for name in ("image_to_video", "given", "batch_size") if getattr(args, name))]
     if args.reference and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"{flags} has no effect with --reference {args.reference}; leave it out")
     if args.sheet_clips is not None and not args.sheet and not args.animation:
         raise UserError("--sheet-clips has no effect without --sheet or --animation; name one, or leave it out")
-    if args.mask_given_frames and not args.image_to_video:
+    if args.image_to_video and args.given not in (None, "first"):
+        raise UserError(f"--image-to-video is --given first, and --given {args.given} is asked for too; give one of them")
+    pattern = "first" if args.image_to_video else args.given
+    if args.mask_given_frames and not pattern:
         raise UserError("--mask-given-frames has no effect without --image-to-video; add it, or leave it out")
     check_outputs([args.sheet], [args.animation, args.output])
     if args.animation:
@@ -64,10 +70,12 @@ def run(args: argparse.Namespace) -> None:
     override(pipe.settings, **options)
     form = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(form.num_frames, pipe.temporal_compression)
+    numbers = given_numbers(pattern, form.num_frames, pipe.temporal_compression) if pattern else []
     shape = {name: getattr(form, name) for name in ("num_frames", "fps", "height", "width")}
 
-    def make(prompts: list[str], seeds: list[int], pictures: list | None) -> list:
-        return pipe(prompts, seed=seeds, image=pictures, num_frames=form.num_frames, output_type="uint8", **options).frames
+    def make(prompts: list[str], seeds: list[int], scenes: list | None) -> list:
+        given = {} if scenes is None else arguments_of(pattern, scenes, numbers)
+        return pipe(prompts, seed=seeds, num_frames=form.num_frames, output_type="uint8", **given, **options).frames
 
     results, clips_shown, labels = {}, [], []
     started = time.perf_counter()
@@ -78,13 +86,16 @@ def run(args: argparse.Namespace) -> None:
         elif args.reference == "reconstruction":
             clips = [pipe.reconstruct(clip) for clip in truth]
         else:
-            pictures = [frames[0] for frames in truth] if args.image_to_video else None
-            clips = generate_in_batches(make, args.seed, args.batch_size or 10, prompts, pictures)
+            clips = generate_in_batches(make, args.seed, args.batch_size or 10, prompts, list(truth) if pattern else None)
         _, verdicts = score(clips, wanted)
-        if args.image_to_video:
+        if pattern:
+            name = "first_frame" if pattern == "first" else "given_frames"
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
-                verdict["first_frame"] = is_kept(made[0], pipe.reconstruct(drawn[:1])[0])
+                seen = pipe.reconstruct(drawn[numbers])
+                verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
+        if pattern not in (None, "first"):
+            found |= made_quality(clips, truth, numbers)
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips or 12]:
             wrong = [name for name, right in verdict.items() if not right and name not in SUMS]
@@ -93,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
     summary = {
         "evaluate": "prompts", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
-        "count": args.count, "seed": args.seed, **shape, "image_to_video": args.image_to_video,
+        "count": args.count, "seed": args.seed, **shape, "image_to_video": pattern == "first",
+        "given": pattern,
         "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),

@@ -128,29 +128,21 @@ def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
     return round(float(ours / theirs), 4) if theirs else 0.0
 
 
-def is_kept(frame: np.ndarray, picture: np.ndarray) -> bool:
-    """Return whether the first frame of a clip equals the given picture as the tokenizer reconstructs it, both uint8 [H, W, 3].
-
-    They count as equal if their mean absolute difference is at most 2 of 255.
-    """
-    return float(np.abs(frame.astype(np.int16) - picture).mean()) <= 2
-
-
 def generate_in_batches(
     make: Callable[..., list[np.ndarray]],
     seed: int,
     batch_size: int,
     prompts: Sequence[str],
-    pictures: Sequence[np.ndarray] | None = None,
+    truth: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Return the clips of all prompts, made by `make(prompts, seeds, pictures or None)` batch by batch.
+    """Return the clips of all prompts, made by `make(prompts, seeds, truth or None)` batch by batch.
 
-    Prompt i has the seed `seed` + i, whatever the batch size. pictures: for each prompt the picture
-    that its clip begins with.
+    Prompt i has the seed `seed` + i, whatever the batch size. truth: for each prompt the clip that
+    frames are given from.
     """
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, min(start + batch_size, len(prompts)))
         seeds = [seed + i for i in range(part.start, part.stop)]
-        clips += make(list(prompts[part]), seeds, pictures and list(pictures[part]))
+        clips += make(list(prompts[part]), seeds, truth and list(truth[part]))
     return clips

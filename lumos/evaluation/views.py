@@ -25,6 +25,15 @@ held_out_solids  solids in combinations that training never shows
 """
 
 
+def check_solid_kinds(kinds: Sequence[str]) -> None:
+    """Raise UserError for a kind that is unknown or named twice."""
+    for kind in kinds:
+        if kind not in SOLID_KINDS:
+            raise UserError(f"kind of solids {shown(kind)} is unknown; allowed: {', '.join(SOLID_KINDS)}")
+        if list(kinds).count(kind) > 1:
+            raise UserError(f"kind {shown(kind)} is named twice; name it once")
+
+
 def solid_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str, np.ndarray, Solid]]:
     """Return (empty caption, true views uint8 [T, H, W, 3], solid) of `count` solids.
 
@@ -32,8 +41,7 @@ def solid_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str,
     height, width and fps; num_frames is the number of views, all by default. UserError for an unknown
     kind, and if the views do not fit into memory.
     """
-    if kind not in SOLID_KINDS:
-        raise UserError(f"kind of solids {shown(kind)} is unknown; allowed: {', '.join(SOLID_KINDS)}")
+    check_solid_kinds([kind])
     source = SyntheticScenes(seed=seed, **{"num_frames": NUM_VIEWS} | shape, **SOLID_KINDS[kind])
     pixels = source.num_frames * source.height * source.width
     check_memory(3 * count * pixels, f"{count:,} times {source.num_frames} views of {source.width}x{source.height} pixels")

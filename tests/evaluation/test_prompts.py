@@ -6,7 +6,7 @@ import pytest
 from lumos.data.synthetic.sampling import sample_scene
 from lumos.data.synthetic.scene import is_held_out
 from lumos.errors import UserError
-from lumos.evaluation.prompts import KINDS, generate_in_batches, is_kept, moved, prompt_set, score
+from lumos.evaluation.prompts import KINDS, generate_in_batches, moved, prompt_set, score
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,12 +37,6 @@ def test_motion_is_measured_relative_to_the_truth():
     assert moved(truth, truth) == 1.0
     assert moved([clip[:1].repeat(17, 0) for clip in truth], truth) == 0.0
     assert moved([clip[::2] for clip in truth], truth) > 1.2
-
-
-def test_a_given_picture_is_kept_or_not():
-    picture = np.full((8, 8, 3), 100, np.uint8)
-    assert is_kept(picture + 2, picture)
-    assert not is_kept(picture - 3, picture)
 
 
 def test_each_kind_of_prompt_has_its_scenes():
