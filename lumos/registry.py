@@ -112,10 +112,10 @@ def find_preset(text: str) -> tuple[Generator, str]:
     or if several others have it.
     """
     known = generators()
+    for name, candidate in known.items():
+        if text.startswith(f"{name}-") and (shape := text.removeprefix(f"{name}-")) in candidate.load("config").presets():
+            return candidate, shape
     presets = {name: candidate.load("config").presets() for name, candidate in known.items()}
-    for name, shapes in presets.items():
-        if text.startswith(f"{name}-") and text.removeprefix(f"{name}-") in shapes:
-            return known[name], text.removeprefix(f"{name}-")
     owners = [name for name, shapes in presets.items() if text in shapes]
     default = next(iter(known))
     if not owners:

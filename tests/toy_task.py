@@ -27,10 +27,18 @@ from lumos.training.task import Batch, TrainingTask
 CHANNELS, LONGEST, TIMES = 2, 6, 4
 
 GENERATOR = Generator(
-    name="toy", summary="flow matching over points of a circle", model_types=("toy",), config="", model="toy_task:Velocity",
-    pipeline="", task="toy_task:ToyTask", settings="toy_task:ToySettings", sampling="lumos.pipeline.options:SamplingOptions",
-    cost={},
+    name="toy", summary="flow matching over points of a circle", model_types=("toy",), config="toy_task:NoConfig",
+    model="toy_task:Velocity", pipeline="", task="toy_task:ToyTask", settings="toy_task:ToySettings",
+    sampling="lumos.pipeline.options:SamplingOptions", cost={},
 )  # fmt: skip
+
+
+class NoConfig:
+    """The configuration of a model without presets."""
+
+    @staticmethod
+    def presets() -> list[str]:
+        return []
 
 
 @dataclass

@@ -81,6 +81,11 @@ class VideoTask(TrainingTask):
         """The number of pixels of which the height and the width of clips are multiples."""
 
     @property
+    def compression(self) -> tuple[int, int]:
+        """The frames of a latent frame (the first one has a single frame), and the pixels of a side of a latent place."""
+        return 1 if self.per_frame_codes else self.video_tokenizer.temporal_compression, self.video_tokenizer.spatial_compression
+
+    @property
     def sample_shape(self) -> ClipDefaults:
         """The shape of sample clips: the usual shape of the data; one frame if the run trains on pictures only."""
         data = self.settings.data
@@ -134,9 +139,9 @@ class VideoTask(TrainingTask):
         data, training = self.settings.data, self.settings.training
         if data.source == "worlds":
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
-            tokenizer = self.video_tokenizer
-            picture = data.height * data.width // tokenizer.spatial_compression**2
-            latent_frames = 1 + (data.num_frames - 1) // (1 if self.per_frame_codes else tokenizer.temporal_compression)
+            temporal, spatial = self.compression
+            picture = data.height * data.width // spatial**2
+            latent_frames = 1 + (data.num_frames - 1) // temporal
             codes = {"image": picture, "video": picture * latent_frames}
             return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
@@ -155,12 +160,15 @@ class VideoTask(TrainingTask):
         )
 
 
-def video_tokenizer_sha256(tokenizer: VideoTokenizer) -> str:
-    """Return the SHA-256 of a tokenizer's config and float32 weights.
+def video_tokenizer_sha256(tokenizer: nn.Module) -> str:
+    """Return the SHA-256 of the config and float32 weights of a network that encodes clips.
 
     It does not depend on the files from which they were read.
     """
-    digest = hashlib.sha256(json.dumps(tokenizer.config.to_dict(), sort_keys=True).encode())
+    config = tokenizer.config
+    # The config of a diffusers network is a dict, and fields with a leading underscore say where it was read.
+    fields = config.to_dict() if hasattr(config, "to_dict") else {key: config[key] for key in config if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -114,6 +114,10 @@ class StivTask(VideoTask):
         return self.config.spatial_compression * self.config.patch_size
 
     @property
+    def compression(self) -> tuple[int, int]:
+        return self.space.temporal_compression if self.space.is_causal else 1, self.space.spatial_compression
+
+    @property
     def base_folders(self) -> list[str]:
         init = self.settings.init
         return [folder for folder in (self.settings.model.from_, init.image, init.temporal) if folder is not None]
@@ -372,7 +376,7 @@ class StivTask(VideoTask):
         if config.text_encoder == "small":
             text: TextTokenizer | FrozenTextEncoder = TextTokenizer.from_pretrained(tokenizers.text)
         else:
-            text = FrozenTextEncoder.from_pretrained(tokenizers.text, config.text_width, config.max_prompt_tokens).to(dtype)
+            text = frozen_text_encoder(tokenizers.text, config).to(dtype)
         space = LatentSpace.from_config(tokenizers.video, config, dtype)
         options, clip = StivOptions(**metadata["generation"]), ClipDefaults(**metadata["clip"], target_size=None)
         with no_progress_bar():
@@ -392,7 +396,7 @@ class StivTask(VideoTask):
         config, folder = self.config, self.places.text
         if config.text_encoder == "small":
             return TextTokenizer.from_pretrained(folder, limit=config.text_vocab_size)
-        return FrozenTextEncoder.from_pretrained(folder, config.text_width, config.max_prompt_tokens).to(self.device)
+        return frozen_text_encoder(folder, config).to(self.device)
 
     def _check_network(self) -> None:
         """Raise UserError if the network of the latents has other sizes than the model."""
@@ -468,6 +472,10 @@ def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:
 def pixels_or_codes(clip: Clip) -> Tensor:
     """Return the frames of a clip, uint8 [T, H, W, 3], or its codes, int64 [t, h, w]."""
     return torch.from_numpy(clip.frames if clip.codes is None else clip.codes.astype(np.int64))
+
+
+def frozen_text_encoder(folder: str | Path, config: StivConfig) -> FrozenTextEncoder:
+    return FrozenTextEncoder.from_pretrained(folder, width=config.text_width, max_tokens=config.max_prompt_tokens)
 
 
 def model_with(weights: dict[str, Tensor], config: StivConfig, dtype: torch.dtype) -> StivForVideoGeneration:

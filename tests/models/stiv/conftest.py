@@ -78,3 +78,23 @@ def pipe(stiv_folder) -> StivPipeline:
 def frames() -> np.ndarray:
     """Frames uint8 [6, 16, 32, 3]."""
     return np.random.default_rng(0).integers(0, 256, (6, 16, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clip_text(tmp_path_factory) -> Path:
+    """A frozen text encoder of width 64 and its tokenizer, as transformers writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    words = {word: n for n, word in enumerate(["<end>", "a", "red", "circle", "<unk>"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    marks = {"pad_token": "<end>", "eos_token": "<end>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=5, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+        eos_token_id=0, bos_token_id=0, pad_token_id=0,
+    )).save_pretrained(folder)  # fmt: skip
+    return folder

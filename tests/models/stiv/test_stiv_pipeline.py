@@ -73,28 +73,6 @@ def test_a_wrong_option_in_the_folder_names_the_file(stiv_folder, tmp_path):
         VideoPipeline.from_pretrained(tmp_path / "copy", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def clip_text(tmp_path_factory):
-    """A frozen text encoder of width 64 and its tokenizer, as transformers writes them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("text") / "clip"
-    words = {word: n for n, word in enumerate(["<end>", "a", "red", "circle", "<unk>"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
-    marks = {"pad_token": "<end>", "eos_token": "<end>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
-    CLIPTextModel(CLIPTextConfig(
-        vocab_size=5, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
-        eos_token_id=0, bos_token_id=0, pad_token_id=0,
-    )).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
 def test_a_frozen_text_encoder_is_saved_with_the_model(clip_text, tmp_path):
     from lumos.models.stiv.text_encoder import FrozenTextEncoder
 
