@@ -16,6 +16,7 @@ from lumos.cli import main
 from lumos.data.ingest import item, workers
 from lumos.demo.limits import Limits
 from lumos.models.lumos1.settings import GenerationSettings
+from lumos.models.stiv.settings import StivOptions
 from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -119,6 +120,14 @@ def test_the_sampling_options_of_the_page():
     assert list(listed.items()) == list(option_rows(option for option in options if not option.is_trade).items())
     listed = table("docs/generate/speed.md", "## Settings that trade quality for time")
     assert [setting.split()[0].strip("`") for setting in listed] == [option.flag for option in options if option.is_trade]
+
+
+def test_the_sampling_options_of_stiv():
+    options = StivOptions.declared().values()
+    listed = table("docs/stiv.md", "## Sampling options of STIV")
+    assert list(listed.items()) == list(option_rows(option for option in options if not option.is_trade).items())
+    listed = table("docs/stiv.md", "### Options that trade quality for time")
+    assert list(listed.items()) == list(option_rows(option for option in options if option.is_trade).items())
 
 
 def test_the_example_of_a_sampling_option_is_the_code():

@@ -90,11 +90,16 @@ def begin(root: Path, step: int) -> Path:
     Files and folders that interrupted saves left behind are removed first. Call on one process only.
     """
     make_folder(root)
-    for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
-        remove(left_over)
+    remove_left_overs(root)
     folder = writing_folder(root, step)
     folder.mkdir()
     return folder
+
+
+def remove_left_overs(root: Path) -> None:
+    """Remove what saves that were killed left in `root`. Call on one process only, which no other run shares the folder with."""
+    for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
+        remove(left_over)
 
 
 def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[int, int]:

@@ -71,6 +71,7 @@ def _own(folder: Path) -> Iterator[None]:
     with only_writer(folder, "training"):
         for place in (folder, folder / "samples"):
             sweep_folder(place)
+        checkpoint.remove_left_overs(folder / "checkpoints")
         put_back(folder / "export")
         yield
 
