@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured_steps import TEXT_TOKENS
-from planned_cases import CASES
+from planned_cases import CASES, MORE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,9 +59,10 @@ def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H10
 # ---- memory against real steps
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, int]:
+def measured(pytestconfig) -> dict[str, int]:
     """Name of a case -> bytes. Tensors go back to the system at once, so that no case lives in what the one before has left."""
     names = [name for name in CASES if "adapters" not in name or importlib.util.find_spec("peft")]
+    names = [name for name in names if name not in MORE or pytestconfig.getoption("thorough")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "measured_steps.py")],
         input=json.dumps([CASES[name][0] for name in names]), capture_output=True, text=True, check=False,
@@ -72,7 +73,9 @@ def measured() -> dict[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the high-water mark cannot be set back")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_peft if "adapters" in name else ()) for name in CASES])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[needs_peft] * ("adapters" in name) + [pytest.mark.thorough] * (name in MORE)) for name in CASES
+])  # fmt: skip
 def test_memory_is_that_of_a_real_step_within_15_percent(name: str, measured: dict[str, int]):
     raw, largest = CASES[name]
     cpu = Hardware("CPU process", 1, 8 * GIB, 1e11)
