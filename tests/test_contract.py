@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,7 +136,7 @@ def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path)
     assert losses(tmp_path / "again")[-1] == losses(tmp_path / "whole")[-1]
 
 
-def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
+def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path, forks):
     export = Path(train(settings_of(tmp_path / "run"))["export"])
     program = (
         "import sys, hashlib; sys.path[:0] = sys.argv[2:]\n"
@@ -148,9 +146,7 @@ def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
         "print(hashlib.sha256(clip.frames.tobytes()).hexdigest(), clip.frames.shape)"
     )
     tests = Path(__file__).parent  # the folder above comes first: tests/tokenizer would hide the package tokenizer
-    done = subprocess.run(
-        [sys.executable, "-c", program, export, tests.parent, tests], capture_output=True, text=True, check=False
-    )
+    done = forks.run(["-c", program, export, tests.parent, tests])
     assert done.returncode == 0, done.stderr[-2000:]
     again = VideoPipeline.from_pretrained(export, device="cpu")("a red circle", seed=3, num_inference_steps=1)
     assert done.stdout.split()[0] == hashlib.sha256(again.frames.tobytes()).hexdigest()

@@ -77,9 +77,17 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """What a browser keeps of one visitor: its cache spares all pages but the first the scripts of gradio."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser, server):
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
+def page(context, server):
+    page = context.new_page()
     page.set_default_timeout(LIMIT * 1000)
     elsewhere, errors = [], []
     page.on("request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else elsewhere.append(r.url))

@@ -144,10 +144,11 @@ def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_the_documented_commands_in_their_order(micro_settings, tmp_path: Path, monkeypatch):
+def test_the_documented_commands_in_their_order(micro_settings, ranks: Ranks, times, tmp_path: Path, monkeypatch):
     """`train.py --config ...`, then `deepspeed --num_gpus 2 train.py --config ...`, which goes on from there, without GPUs.
 
-    Between them the second is told to stop by SIGTERM to the deepspeed command, which passes nothing on.
+    The second is told to stop by SIGTERM to the deepspeed command, which passes nothing on, and goes on with the same engine, or
+    command if the test is thorough.
     """
     config = tmp_path / "micro.yaml"
     config.write_text(yaml.safe_dump(micro_settings(training={"max_steps": 2, "output_dir": None}).to_dict() | {"name": "micro"}))
@@ -180,11 +181,14 @@ def test_the_documented_commands_in_their_order(micro_settings, tmp_path: Path, 
     assert stopped["stopped_by"] == "a lost launcher"
     wait_for(lambda: not locked(folder))
     last = stopped["step"] + 2
-    done = subprocess.run(
-        [*command, f"deepspeed.config={zero}", f"training.max_steps={last}"],
-        env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    overrides = [f"deepspeed.config={zero}", f"training.max_steps={last}"]
+    if times(1, 2) > 1:
+        done = subprocess.run(
+            [*command, *overrides], env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        ranks.finish(load_settings(config, [*overrides, f"training.output_dir={folder}"]), "own")
     assert (folder / "export" / "model.safetensors").exists()
     assert sorted(read_log(folder)) == list(range(1, last + 1))
 

@@ -91,7 +91,8 @@ def test_flex_is_for_cuda(micro_settings):
 
 
 @pytest.mark.parametrize("training", [
-    {}, {"activation_checkpointing": True, "attention": "dense"}, {"activation_checkpointing": True},
+    {}, {"activation_checkpointing": True, "attention": "dense"},
+    pytest.param({"activation_checkpointing": True}, marks=pytest.mark.thorough),
 ])  # fmt: skip
 def test_compiled_parts(micro_settings, plain_run: Path, eager, training: dict):
     assert_close(train_folder(micro_settings(data=STAGES, training={"eval_every": 3, "compile": True, **training})), plain_run)

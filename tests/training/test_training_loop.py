@@ -134,7 +134,9 @@ def test_losses_do_not_depend_on_workers_or_validation(micro_settings, tmp_path:
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "other", key)
 
 
-@pytest.mark.parametrize(("step", "where"), [(4, "_report"), (4, "save"), (6, "_report"), (6, "export")])
+@pytest.mark.parametrize(("step", "where"), [
+    (4, "save"), (6, "export"), *(pytest.param(step, "_report", marks=pytest.mark.thorough) for step in (4, 6)),
+])  # fmt: skip
 def test_a_killed_run_continues_bitwise(micro_settings, tmp_path: Path, monkeypatch, step: int, where: str):
     options = {"max_steps": 6, "save_every_steps": 2, "ema_decay": 0.9, "log_every": 3, "eval_every": 3}
     train(micro_settings(data=JOINT, training=options))

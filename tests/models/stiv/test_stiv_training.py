@@ -292,13 +292,14 @@ def test_adapters_train_alone_and_load(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_clips_are_learned_and_sampled_back(make, tmp_path):
+def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
     made = train(make(
-        "four", {"max_steps": 400, "batch_size": 16, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
+        "four",
+        {"max_steps": times(200, 400), "batch_size": 16, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
         data={"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 4}, dropout={"text": 0.0, "image": 0.0},
         latents={"statistics_clips": 4},
     ))  # fmt: skip
-    assert logged(tmp_path / "four")[-1] < 0.1 * logged(tmp_path / "four")[0]
+    assert logged(tmp_path / "four")[-1] < 0.15 * logged(tmp_path / "four")[0]
     pipe = VideoPipeline.from_pretrained(made["export"], device="cpu")
     task = StivTask(make("look", data={"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 4}), CPU)
     for clip in task.source.clips(0, VIDEO, range(4)):
@@ -308,6 +309,7 @@ def test_four_clips_are_learned_and_sampled_back(make, tmp_path):
                          for x in (wanted, torch.as_tensor(found)[None]))  # fmt: skip
         digits = [pipe.space.network.values(codes) for codes in (wanted, found)]
         assert (digits[0] - digits[1]).abs().max() <= 0.5 + 1e-6  # neighbouring values of 4 levels
+        assert (digits[0] != digits[1]).float().mean() < 0.1
 
 
 # ---- settings
