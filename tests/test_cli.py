@@ -351,6 +351,7 @@ def test_a_preview_grows_and_is_whole_at_any_time(generate, monkeypatch):
     assert np.array_equal(read_video("p.mp4")[0], read_video("a.mp4")[0])
 
 
+@pytest.mark.slow
 def test_ten_times_the_training_length_is_written_as_it_is_made(micro_folder, generate, monkeypatch, tmp_path):
     """No frame outlives the writing of the next ones; the model is made for five latent frames and makes fifty."""
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")

@@ -124,6 +124,7 @@ def test_unknown_generators_and_model_types_list_the_known(tmp_path):
     assert len(known) == sum(len(generator.model_types) for generator in registry.generators().values())
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path):
     whole = train(settings_of(tmp_path / "whole"))
     train(settings_of(tmp_path / "parts", max_steps=1, schedule="constant"))
@@ -190,6 +191,7 @@ def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, c
     assert json.loads(capsys.readouterr().out)["flops"]["total"] > 0
 
 
+@pytest.mark.slow
 def test_bench_offers_the_benchmarks_of_all_generators(capsys):
     assert main(["bench", "--help"]) == 0
     said = capsys.readouterr().out

@@ -121,6 +121,7 @@ def phrases(found: list[Scene]) -> dict[str, set[str]]:
     return {name: found - {""} for name, found in parts.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_frames", [1, 17])
 def test_unseen_words_are_never_heard_in_training(num_frames, times):
     count = times(1600, 2500)

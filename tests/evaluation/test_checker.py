@@ -39,6 +39,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "blur", "noise"), [
     (64, 0, 0), (64, 0.8, 6), (128, 0, 0),
     *(pytest.param(64, *damage, marks=pytest.mark.thorough) for damage in ((0, 6), (0.8, 0))),
@@ -55,6 +56,7 @@ def test_truth_is_recognised(side, blur, noise, times):
     assert {key: right[key] / total[key] for key in total if right[key] < 0.99 * total[key]} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [{"num_frames": 1}, {"num_frames": 33}, {"height": 128, "width": 96}])
 def test_truth_is_recognised_at_other_sizes(size):
     scenes = [sample_scene(2, index, **size) for index in range(15)]

@@ -27,6 +27,7 @@ def commands(repo):
     return [shlex.split(line) for page in ("index", "benchmarks") for line in command_lines(f"docs/evaluate/{page}.md")]
 
 
+@pytest.mark.slow
 def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_folder, capsys):
     draws = [c for c in commands if "--prompts" in c]
     assert {c[c.index("evaluate") + 1] for c in draws} == {"vbench", "vbench-i2v", "geneval"}
@@ -47,6 +48,7 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_fol
     assert Path("loss.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_prompts_of_the_small_worlds(commands, clone, capsys):
     model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
     assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0

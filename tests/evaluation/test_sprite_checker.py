@@ -38,6 +38,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "blur", "noise"), [
     (64, 0, 0), (128, 1.6, 6), *(pytest.param(side, 0.8, 6, marks=pytest.mark.thorough) for side in (64, 128)),
 ])  # fmt: skip

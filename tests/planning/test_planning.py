@@ -216,6 +216,7 @@ def test_what_settings_change_in_memory():
     assert full.parts["activations"] > 1.5 * plain.parts["activations"]
 
 
+@pytest.mark.slow
 def test_the_plan_assumes_what_shipped_deepspeed_files_say():
     for file, sharding in SHIPPED.items():
         settings = load_settings("configs/lumos1/3b-stage2.yaml", [f"deepspeed.config={file}"])
@@ -371,6 +372,7 @@ def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_advice_is_the_largest_option_with_half_the_cache(config):
     clip = ClipDefaults(num_frames=33, height=64, width=96, fps=8, target_size=None)
     plan = LumosClipCost(config, clip, GenerationSettings(), 7, torch.float32)

@@ -70,6 +70,7 @@ def environment(repo):
     return {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
+@pytest.mark.slow
 def test_fifty_prompts_of_which_three_are_bad(generate):
     rows = [{"prompt": f"a red circle moves left {n}"} for n in range(50)]
     rows[6] = {"prompt": "x", "num_frames": 6}
@@ -100,6 +101,7 @@ def test_where_every_row_is_bad_nothing_is_made(generate):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_each_clip_is_the_one_made_alone(generate, monkeypatch):
     """Rows of one form share a batch, whatever lies between them; the model is loaded once."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("photo.png")
@@ -149,6 +151,7 @@ def test_texts_and_tables(generate):
     assert clips_in("a") == clips_in("b")
 
 
+@pytest.mark.slow
 def test_several_clips_of_one_prompt(generate):
     assert generate("--prompt", "x", "--seed", 1, 7, "--output-dir", "a")[:2] == (0, "a  2 made now  2 clips in all  1 rows")
     assert list(clips_in("a")) == ["x-1.mp4", "x-7.mp4"]
@@ -164,6 +167,7 @@ def test_several_clips_of_one_prompt(generate):
     assert sorted(clips_in("b")) == ["0002-y-1.mp4", "0002-y-2.mp4", "c/x-2.webp", "c/x-4.webp"]
 
 
+@pytest.mark.slow
 def test_only_missing_or_changed_clips_are_made(generate, micro_folder, tmp_path):
     rows = [{"prompt": f"a red circle {n}", "output": f"{n}.webp"} for n in range(5)]
     run = lambda *more: generate("--prompts", write_list(*rows), "--output-dir", "out", "--batch-size", 1, *more)  # noqa: E731
@@ -232,6 +236,7 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo, fork
     assert generate(*args)[:2] == (0, f"out  {24 - done} made now  24 clips in all  24 rows")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_done(generate):
     """A real write that fails half-way: no file may grow beyond a limit that the long clip needs more than."""
     rows = [{"prompt": "x", "output": "a.mp4"}, {"prompt": "x", "num_frames": 97, "height": 64, "width": 64, "output": "b.mp4"}]
@@ -316,6 +321,7 @@ def launch(launcher: str, python: str, port: int) -> list[str]:
     return [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["by hand", "torchrun", "deepspeed"])
 def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launcher):
     """A bad row does not stop the others, and the launcher hears of it when all is made."""
@@ -474,6 +480,7 @@ def test_notes_about_a_row_are_printed_once_before_the_work(generate):
     assert (code, err) == (0, ["list.jsonl line 1: note: mask_given_frames=True has no effect on a clip without image or video"])
 
 
+@pytest.mark.slow
 def test_an_output_cannot_also_be_a_folder_of_an_output(generate, monkeypatch):
     monkeypatch.setattr("lumos.commands.generate_list.make_clips", lambda *a: (1, 0))
     rows = ({"prompt": "x", "output": "a.mp4/b.mp4"}, {"prompt": "x", "output": "a.mp4"})

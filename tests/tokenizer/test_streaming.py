@@ -70,6 +70,7 @@ def cut(data, total: int, dim: int, whole: torch.Tensor) -> list[torch.Tensor]:
     return list(whole.tensor_split(cuts, dim=dim))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "window"), [
     pytest.param(name, window, marks=[pytest.mark.thorough] * (number % 2 == (window is None)))
     for number, name in enumerate((*FOLDERS, *OTHERS)) for window in (None, 3)
@@ -227,6 +228,7 @@ def test_a_thousand_frames_need_no_more_memory_than_forty(forks):
     assert whole < 4 * clip_bytes  # the frames twice and a piece; one forward of all frames needs 7 times the clip
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tokenizer/streaming.md").read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "import av" in block)

@@ -58,6 +58,7 @@ def weight(*sizes: object, **options: object) -> bytes:
     return with_structure(structure(module(text("weight") + tensor(*sizes, **options))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.thorough)])
 def test_published_layout_gives_what_torch_gives(tmp_path, dtype):
     config = VideoTokenizerConfig.from_dict(MODEL)

@@ -130,6 +130,7 @@ def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_not_taken_for_these(in_this_process, trained: str, tmp_path: Path, capsys):
     places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.v2")]
     assert main(["experiment", *places]) == 0
