@@ -450,7 +450,7 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_starts_from_another_one(tmp_path):
     """It begins at that one's quality, with all of its weights to be trained; another shape is refused."""
-    first = train(small(tmp_path / "first", steps=40, export_dtype="float32"))
+    first = train(small(tmp_path / "first", steps=12, export_dtype="float32"))
     folder = tmp_path / "first" / "video_tokenizer"
     again = {"start_from": str(folder), "steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "export_dtype": "float32"}
     second = train(small(tmp_path / "second", lr=1e-9, min_lr=0.0, **again))
@@ -477,7 +477,7 @@ def test_a_run_starts_from_another_one(tmp_path):
 def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch):
     """It starts from a tokenizer of the size; a run stopped in between ends with the same weights."""
     model = MODEL | {"pointwise_ends": True}
-    train(small(tmp_path / "first", steps=40, export_dtype="float32", model=model))
+    train(small(tmp_path / "first", steps=20, export_dtype="float32", model=model))
     start = VideoTokenizer.from_pretrained(tmp_path / "first")
     wide = {
         "model": model | {"spatial_patch_size": 2, "spatial_compression": 16, "resolution": 2048},
@@ -485,7 +485,7 @@ def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch
         "train_encoder": False,
         "height": 32,
         "width": 32,
-        "steps": 30,
+        "steps": 16,
         "ema_decay": 0.5,
         "export_dtype": "float32",
     }
@@ -497,8 +497,8 @@ def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch
     assert found.decoder.conv_out.conv3d.weight.unflatten(0, (64, 4, 3))[:, 1:].abs().max() > 1e-3
 
     with monkeypatch.context() as patch:
-        stop_in_step(patch, 10)
-        assert stopped_after(train(small(tmp_path / "again", **wide))) == 11
+        stop_in_step(patch, 6)
+        assert stopped_after(train(small(tmp_path / "again", **wide))) == 7
     train(small(tmp_path / "again", **wide))
     again = VideoTokenizer.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in found.state_dict().items())
