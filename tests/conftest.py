@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Workers that each take every core run many times slower than with a share of their own. Libraries read it when imported.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +22,18 @@ from lumos import LumosConfig, LumosForVideoGeneration
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LUMOS_SPRITES", None)  # the pictures are those of the repository
 ROOT = Path(__file__).parents[1]
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # Workers that each take every core run many times slower than with a share of their own.
-    share = max(1, (os.cpu_count() or 1) // int(workers))
-    torch.set_num_threads(share)
-    os.environ["OMP_NUM_THREADS"] = str(share)
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+settings.register_profile("quick", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="every variant of a test and every repetition; without it, some of them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("thorough" if config.getoption("thorough") else "quick")
 
 
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
@@ -31,10 +41,19 @@ STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if not STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    if not config.getoption("thorough") and (left_out := [item for item in items if item.get_closest_marker("thorough")]):
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def times(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """`times(few, many)` is how often a test repeats a claim: `many` times with --thorough."""
+    return lambda few, many: many if pytestconfig.getoption("thorough") else few
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,9 +71,13 @@ class Forks:
     """The server, which starts with the first program."""
 
     def __init__(self, folder: Path):
-        self.folder, self.numbers, self.server = folder, itertools.count(), None
+        self.folder, self.numbers, self.server, self.asked = folder, itertools.count(), None, threading.Lock()
 
     def ask(self, job: dict) -> int | None:
+        with self.asked:
+            return self._ask(job)
+
+    def _ask(self, job: dict) -> int | None:
         if self.server is None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -90,7 +95,8 @@ class Forks:
         """Start `python ARGS...`: `-m module`, `-c code` or a script, with arguments. env: the whole environment."""
         stem = self.folder / str(next(self.numbers))
         names = {name: str(stem.with_suffix(f".{name}")) for name in ("in", "out", "err")}
-        Path(names["in"]).write_text(input)
+        for name, text in (("in", input), ("out", ""), ("err", "")):
+            Path(names[name]).write_text(text)
         args = [str(a) for a in args]
         environment = {name: text for name, text in (os.environ if env is None else env).items() if name != "OMP_NUM_THREADS"}
         pid = self.ask({"args": args, "env": environment, "cwd": str(cwd or Path.cwd()), **names})

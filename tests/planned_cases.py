@@ -25,13 +25,15 @@ def case(model: dict, clips: int, *, side: int = 128, num_frames: int = 13, batc
 SMALL = {"side": 64, "num_frames": 1}
 CASES = {  # name -> settings, the part that takes most
     "activations": (case(DEEP, 3), "activations"),
-    "activations, bf16": (case(DEEP, 3, precision="bf16"), "activations"),
-    "checkpointing": (case(DEEP | {"num_hidden_layers": 12}, 6, activation_checkpointing=True), "activations"),
+    "activations, bf16": (case(DEEP, 2, precision="bf16"), "activations"),
+    "checkpointing": (case(DEEP | {"num_hidden_layers": 8}, 5, activation_checkpointing=True), "activations"),
     "logits": (case(CODES, 3), "logits"),
     "logits, bf16": (case(CODES, 3, precision="bf16"), "logits"),
     "weights": (case(WIDE, 1, **SMALL), "optimizer"),
     "micro-batches, averages": (case(WIDE, 1, **SMALL, batches=2, ema_decay=0.9), "optimizer"),
-    "muon": (case(WIDE, 1, **SMALL, optimizer="muon"), "optimizer"),
+    "muon": (case(WIDE | {"num_hidden_layers": 1}, 1, **SMALL, optimizer="muon"), "optimizer"),
     "adapters": (case(DEEP, 2, lora={"rank": 8, "dropout": 0.1}), "activations"),
     "few adapters": (case(DEEP, 3, lora={"rank": 8, "targets": ["q_proj", "v_proj"]}), "activations"),
 }
+MORE = {"activations", "logits, bf16", "weights", "few adapters"}
+"""Cases of which another one has each part."""

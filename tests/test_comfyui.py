@@ -148,6 +148,7 @@ def test_a_picture_or_a_clip_to_begin_with(nodes, comfy, model, micro_folder, fr
     assert len(comfy.seen) == 2 * (3 - 1 - frames // 4)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_model(nodes, model):
     node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
     base = {**widgets(node), "prompt": "x", "seed": 3, "num_inference_steps": 6, "num_frames": 17}

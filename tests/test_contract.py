@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,6 +124,7 @@ def test_unknown_generators_and_model_types_list_the_known(tmp_path):
     assert len(known) == sum(len(generator.model_types) for generator in registry.generators().values())
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path):
     whole = train(settings_of(tmp_path / "whole"))
     train(settings_of(tmp_path / "parts", max_steps=1, schedule="constant"))
@@ -138,7 +137,7 @@ def test_a_resumed_training_has_the_losses_of_a_whole_one(settings_of, tmp_path)
     assert losses(tmp_path / "again")[-1] == losses(tmp_path / "whole")[-1]
 
 
-def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
+def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path, forks):
     export = Path(train(settings_of(tmp_path / "run"))["export"])
     program = (
         "import sys, hashlib; sys.path[:0] = sys.argv[2:]\n"
@@ -148,9 +147,7 @@ def test_an_export_generates_in_a_fresh_process(name, settings_of, tmp_path):
         "print(hashlib.sha256(clip.frames.tobytes()).hexdigest(), clip.frames.shape)"
     )
     tests = Path(__file__).parent  # the folder above comes first: tests/tokenizer would hide the package tokenizer
-    done = subprocess.run(
-        [sys.executable, "-c", program, export, tests.parent, tests], capture_output=True, text=True, check=False
-    )
+    done = forks.run(["-c", program, export, tests.parent, tests])
     assert done.returncode == 0, done.stderr[-2000:]
     again = VideoPipeline.from_pretrained(export, device="cpu")("a red circle", seed=3, num_inference_steps=1)
     assert done.stdout.split()[0] == hashlib.sha256(again.frames.tobytes()).hexdigest()
@@ -194,6 +191,7 @@ def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, c
     assert json.loads(capsys.readouterr().out)["flops"]["total"] > 0
 
 
+@pytest.mark.slow
 def test_bench_offers_the_benchmarks_of_all_generators(capsys):
     assert main(["bench", "--help"]) == 0
     said = capsys.readouterr().out

@@ -82,6 +82,7 @@ def top_level_imports(path: Path) -> set[str]:
     return found - sys.stdlib_module_names - {"lumos", "tokenizer"}
 
 
+@pytest.mark.slow
 def test_a_plain_install_can_import_every_module(repo, project):
     """An extra's package is imported where it is used, never at the head of a file that others import."""
     core = names(project["dependencies"])

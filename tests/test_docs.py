@@ -160,6 +160,7 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_first_training_command(clone):
     shutil.copytree(ROOT / "configs", clone / "copy")
     command = verbs("docs/train/index.md")[0]
@@ -176,6 +177,7 @@ def test_the_page_shows_the_tested_deepspeed_command():
     assert "deepspeed --num_gpus 2 train.py --config configs/lumos1/tiny.yaml" in command_lines("docs/train/index.md")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_commands(clone):
     text, video = verbs("docs/tokenizer/training.md")
     (clone / "captions.txt").write_text("a red circle moves left\na small blue square grows\n" * 30)
@@ -186,6 +188,7 @@ def test_the_tokenizer_commands(clone):
     assert (clone / "tokenizer-run" / "video_tokenizer" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_measured(clone, capsys):
     command = next(command for command in verbs("docs/tokenizer/index.md") if "worlds" in command)
     assert main([*command, "--count", "3"]) == 0

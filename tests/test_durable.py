@@ -85,6 +85,7 @@ def test_a_disk_that_fails_is_told(tmp_path, disk, number: int, folders: bool):
 # -- kills -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_writer_always_leaves_a_folder(tmp_path):
     """Killed at each call of the system in turn, with and without a system that exchanges folders."""
     for exchanges in (True, False):
@@ -309,6 +310,7 @@ def model_in(folder: Path) -> set[str]:
     return {path.read_text() for path in ours if path.exists()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_killed_save_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, in_place: bool):
     if in_place:

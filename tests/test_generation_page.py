@@ -26,6 +26,7 @@ def commands():
     return [command for page in PAGES for command in verbs(page)]
 
 
+@pytest.mark.slow
 def test_every_generate_command(commands, micro_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "released").symlink_to(micro_folder)
@@ -40,6 +41,7 @@ def test_every_generate_command(commands, micro_folder, tmp_path, monkeypatch):
         assert main([*command, *model, "--num-inference-steps", "2", "--device", "cpu"]) == 0, command
 
 
+@pytest.mark.slow
 def test_the_python_examples(repo, monkeypatch):
     monkeypatch.chdir(repo)
     call, parts = blocks("docs/generate/index.md", "python")
@@ -65,6 +67,7 @@ def test_every_bench_command_is_understood(commands, micro_folder):
         assert bench.settings_from(parser.parse_args([*command[2:], "--model", str(micro_folder)])).shapes
 
 
+@pytest.mark.slow
 def test_the_table_of_what_fits_is_what_plan_says(repo, capsys):
     text = (repo / "docs" / "generate" / "memory.md").read_text()
     rows = re.findall(r"^\| (\S+) \| (\d+) x (\d+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)

@@ -59,6 +59,7 @@ def test_the_first_command_as_it_stands(clone):
     assert re.fullmatch(r"\d+  [\d.]+ s  peak memory \d+ MB", rest)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_command_line(clone):
     _, *examples = verbs("README.md")
     assert [command[0] for command in examples] == ["generate", "generate"]
@@ -68,6 +69,7 @@ def test_the_examples_of_the_command_line(clone):
         (clone / "out.mp4").unlink()
 
 
+@pytest.mark.slow
 def test_the_python_example(clone):
     (block,) = blocks("README.md", "python")
     scope: dict = {}
@@ -76,6 +78,7 @@ def test_the_python_example(clone):
     assert scope["clip"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_what_plan_says(repo, capsys):
     rows = [row.split(" | ") for row in re.findall(r"^\| (.* \| .*) \|$", (repo / "README.md").read_text(), re.MULTILINE)]
     sizes = {row[0]: row[1:] for row in rows if row[0] in ("0.5b", "1b", "3b")}

@@ -29,6 +29,7 @@ def test_widest_come_first():
     assert wide_first == sorted(wide_first, reverse=True)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12), st.sampled_from([8, 16, 32]), st.floats(1, 4))
 def test_sizes_are_maximal_rectangles(units: int, unit: int, max_aspect: float):
     """Slow twin: every rectangle of the walk is within the area, the aspect, and cannot take one more row or column."""

@@ -48,6 +48,7 @@ def source(folder: Path, model: VideoTokenizer, **options) -> ShardSource:
     return ShardSource(folder, model, kinds=["image", "video"], num_frames=5, size_unit=8, seed=0, held_out=0, **options)
 
 
+@pytest.mark.slow
 def test_rows_hold_the_codes_of_each_frame_as_a_picture(with_frames, ingested, clips, model):
     rows, without = list(shards.read_shards(with_frames)), list(shards.read_shards(ingested))
     assert [row["id"] for row in rows] == [row["id"] for row in without]

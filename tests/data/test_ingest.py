@@ -188,6 +188,7 @@ def test_killed_at_random_lines_no_clip_is_lost_or_doubled(ingested, clips, toke
         assert content(tmp_path / str(number) / "out") == content(ingested)
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_shards(ingested, clips, tokenizer, tmp_path):
     ingest([clips], tmp_path / "out", tokenizer, SETTINGS, shard_clips=3, max_failure_rate=0.5, workers=2)
     assert content(tmp_path / "out") == content(ingested)
@@ -319,6 +320,7 @@ def test_deleted_shards_are_filled_with_what_they_held(ingested, clips, tokenize
     assert all(content(out)[name] == data for name, data in before.items() if name.endswith("parquet"))
 
 
+@pytest.mark.slow
 def test_a_deleted_shard_keeps_its_number_for_its_own_items(ingested, clips, tokenizer, tmp_path):
     out, source = tmp_path / "shards", tmp_path / "a"
     shutil.copytree(ingested, out)

@@ -58,6 +58,7 @@ ROWS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | OD
                     | st.dictionaries(ODD_TEXT, inner, max_size=2), max_leaves=4)  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60)
 def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):

@@ -72,6 +72,7 @@ def ray_cast(triangles: np.ndarray, colours: np.ndarray, camera: Camera, height:
     return np.rint(picture / SAMPLES**2).astype(np.uint8)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     what=st.sampled_from((*SOLIDS, "triangles that cut each other")), azimuth=st.integers(0, 359), elevation=st.integers(-89, 88),

@@ -57,6 +57,7 @@ def test_killed_and_continued_on_ray_equals_the_local_engine(cluster, ingested, 
     assert (report["new_items"], report["engine"]) == (7, "ray")  # of the first six, those of the whole shard and the skipped one
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsys):
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("path,caption\n" + "".join(f"none-{n}.mp4,text\n" for n in range(90)))
@@ -68,6 +69,7 @@ def test_too_many_failures_stop_early_on_ray(cluster, tokenizer, tmp_path, capsy
         next(RayExecutor(EncoderSpec(str(tokenizer), SETTINGS, "cuda"), 1, None).results(items([manifest])))
 
 
+@pytest.mark.slow
 def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, tmp_path, monkeypatch, capsys):
     source = tmp_path / "clips"
     source.mkdir()
@@ -122,6 +124,7 @@ grids = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 rows = st.tuples(grids, st.integers(0, 1 << 32), st.text(), st.floats(0, 1e6))
 
 
+@pytest.mark.slow
 @given(st.lists(rows, min_size=1, max_size=3))
 def test_results_cross_as_text(made):
     result = [

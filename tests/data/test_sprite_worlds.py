@@ -58,6 +58,7 @@ def test_sprites_stay_inside_and_apart_and_move_straight(index, split, num_frame
         assert scene.objects[0].sprite != scene.objects[1].sprite
 
 
+@pytest.mark.slow
 def test_held_out_combinations_by_split():
     def shown(split: str, count: int, share_two: float) -> list[list[tuple[str, str]]]:
         scenes = (sample_scene(0, i, split=split, kinds=("sprites",), share_two=share_two) for i in range(count))
@@ -80,6 +81,7 @@ def test_a_picture_has_no_motion_that_could_be_held_out():
     assert counts["star"] > 0.75 * np.mean(list(counts.values()))
 
 
+@pytest.mark.slow
 def test_shares_of_kinds():
     def kinds(**options) -> Counter:
         shapes = (sample_scene(0, i, share_two=0, **options).objects[0].shape for i in range(1500))

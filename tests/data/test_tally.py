@@ -24,6 +24,7 @@ from lumos.data.shards.source import ShardIndex
 from lumos.errors import RunError
 
 
+@pytest.mark.slow
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12), st.integers(0, 12))
 def test_a_tally_misses_no_item(known, taken, answered):
     """Of items of which some are known an engine takes `taken` and answers the first `answered`."""

@@ -37,6 +37,7 @@ def source(clips, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_items_that_kill_or_hang_are_skipped(source, tokenizer, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Fragile)

@@ -191,6 +191,7 @@ def test_captions_say_what_is_shown(num_frames):
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_shares_are_kept():
     full = SyntheticScenes(0, kinds="shapes", share_two=1, share_size=1, share_background=1)
     assert all(

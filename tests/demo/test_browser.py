@@ -77,9 +77,17 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """What a browser keeps of one visitor: its cache spares all pages but the first the scripts of gradio."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser, server):
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
+def page(context, server):
+    page = context.new_page()
     page.set_default_timeout(LIMIT * 1000)
     elsewhere, errors = [], []
     page.on("request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else elsewhere.append(r.url))
@@ -108,6 +116,7 @@ def ask(page, prompt: str, **numbers: int) -> None:
     page.click("#generate")
 
 
+@pytest.mark.slow
 def test_a_prompt_becomes_a_playing_video(page, server):
     ask(page, "a red circle ${6*7} <b>bold</b>", frames=9, num_inference_steps=3, seed=5)
     page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('#stage video'))")
@@ -131,6 +140,7 @@ def test_a_prompt_becomes_a_playing_video(page, server):
     assert "Seed 5," not in page.inner_text("#line")
 
 
+@pytest.mark.slow
 def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     ask(page, "a red circle", frames=257, num_inference_steps=400)
     page.wait_for_selector("#stage img.preview")
@@ -147,6 +157,7 @@ def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     page.wait_for_function("!document.querySelector('#generate').disabled")
 
 
+@pytest.mark.slow
 def test_closing_the_page_ends_the_work(browser, server):
     page = browser.new_page()
     page.set_default_timeout(LIMIT * 1000)
@@ -158,6 +169,7 @@ def test_closing_the_page_ends_the_work(browser, server):
     server.wait_for("idle")
 
 
+@pytest.mark.slow
 def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     page.set_input_files("#upload input[type=file]", tmp_path / "notes.png")
@@ -177,6 +189,7 @@ def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     assert "photo.png" in page.locator("#gallery table").text_content()
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_too_large_becomes_a_message(page, server, tmp_path):
     (tmp_path / "large.mp4").write_bytes(bytes(2**21 + 9))
     page.set_input_files("#upload input[type=file]", tmp_path / "large.mp4")
@@ -184,6 +197,7 @@ def test_an_upload_that_is_too_large_becomes_a_message(page, server, tmp_path):
     assert not any(path.stat().st_size > 2**20 for path in (server.root / "visitors-uploads").rglob("*.mp4"))
 
 
+@pytest.mark.slow
 def test_examples_fill_the_prompt_and_an_empty_one_is_a_message(page):
     page.click("#generate")
     page.wait_for_selector("#line [role=alert]")
@@ -192,6 +206,7 @@ def test_examples_fill_the_prompt_and_an_empty_one_is_a_message(page):
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'the digit 7 <b>moves</b>'")
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     ask(page, "a red circle " * 10)
@@ -249,6 +264,7 @@ def test_the_documented_curl_line(server, repo, tmp_path):
         (tmp_path / "clip.mp4").unlink()
 
 
+@pytest.mark.slow
 def test_the_documented_snippet(server, repo, tmp_path, monkeypatch):
     (block,) = documented(repo, "python")
     monkeypatch.chdir(tmp_path)

@@ -92,6 +92,7 @@ def test_a_frame_larger_than_stated_is_refused(tmp_path):
         read_upload(growing_gif(tmp_path / "a.gif", 2000), never, Allowed(60, 1_000_000), (8, 9, 16, 24))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
 @pytest.mark.parametrize("name", ["large.png", "large.avi"])
 def test_reading_ends_at_its_memory(tmp_path, name):

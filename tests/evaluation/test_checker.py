@@ -39,11 +39,15 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0, 6), (64, 0.8, 0), (64, 0.8, 6), (128, 0, 0)])
-def test_truth_is_recognised(side, blur, noise):
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "blur", "noise"), [
+    (64, 0, 0), (64, 0.8, 6), (128, 0, 0),
+    *(pytest.param(64, *damage, marks=pytest.mark.thorough) for damage in ((0, 6), (0.8, 0))),
+])  # fmt: skip
+def test_truth_is_recognised(side, blur, noise, times):
     worlds = SyntheticScenes(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
     total, right = Counter(), Counter()
-    for index in range(200 if side == 64 and blur == noise == 0 else 100):
+    for index in range(times(50, 200 if side == 64 and blur == noise == 0 else 100)):
         scene = worlds.scene(index)
         for key, value in check_clip(damaged(render(scene), blur, noise, index), scene).items():
             total[key] += 1
@@ -52,6 +56,7 @@ def test_truth_is_recognised(side, blur, noise):
     assert {key: right[key] / total[key] for key in total if right[key] < 0.99 * total[key]} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [{"num_frames": 1}, {"num_frames": 33}, {"height": 128, "width": 96}])
 def test_truth_is_recognised_at_other_sizes(size):
     scenes = [sample_scene(2, index, **size) for index in range(15)]

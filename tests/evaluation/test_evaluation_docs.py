@@ -27,13 +27,14 @@ def commands(repo):
     return [shlex.split(line) for page in ("index", "benchmarks") for line in command_lines(f"docs/evaluate/{page}.md")]
 
 
-def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):
+@pytest.mark.slow
+def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_folder, capsys):
     draws = [c for c in commands if "--prompts" in c]
     assert {c[c.index("evaluate") + 1] for c in draws} == {"vbench", "vbench-i2v", "geneval"}
     for command in draws:
         start = command.index("evaluate")
         assert command[:start] in (["python", "-m", "lumos"], ["torchrun", "--nproc_per_node", "2", "-m", "lumos"])
-        assert main([*command[start:], "--samples", "1", "--num-inference-steps", "1"]) == 0, command
+        assert main([*command[start:], "--model", str(micro_folder), "--samples", "1", "--num-inference-steps", "1"]) == 0, command
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         out = Path(command[command.index("--out") + 1])
         assert (out / "manifest.json").is_file()
@@ -42,11 +43,12 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, capsys):
     losses = [c for c in commands if "loss" in c]
     assert len(losses) == 2
     for command in losses:
-        assert main([*command[3:], "--count", "2"]) == 0
+        assert main([*command[3:], "--count", "2", "--bins", "2"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["clips"] == 2
     assert Path("loss.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_prompts_of_the_small_worlds(commands, clone, capsys):
     model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
     assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0

@@ -80,6 +80,7 @@ def test_the_manifest_tells_how_each_clip_was_made(evaluate, micro_folder):
         np.testing.assert_array_equal(read_video("alone.mp4")[0], read_video(f"out/videos/{file}")[0])
 
 
+@pytest.mark.slow
 def test_shards_by_hand_make_the_files_of_one_run(evaluate):
     rest = ("--prompts", "list.json", "--samples", 5, "--batch-size", 2)
     evaluate("vbench", *rest, "--out", "whole")
@@ -123,6 +124,7 @@ def test_a_killed_run_goes_on(evaluate, micro_folder, repo, forks):
     assert before.items() <= contents(videos).items()
 
 
+@pytest.mark.slow
 def test_a_folder_holds_results_of_one_kind(evaluate, micro_folder):
     first = ("vbench", "--prompts", "list.json", "--samples", 1, "--out", "out")
     evaluate(*first)

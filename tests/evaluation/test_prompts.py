@@ -19,6 +19,7 @@ def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
     assert (shares["all"], shares["last_frame"]) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one", "digits", "sprites"])
 def test_an_object_that_changes_into_another_is_not_steady(kind):
     """The second half of each clip is of another clip that shows another thing."""

@@ -38,11 +38,14 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
     return np.clip(np.rint(soft), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("side", "blur", "noise"), [(64, 0, 0), (64, 0.8, 6), (128, 0.8, 6), (128, 1.6, 6)])
-def test_truth_is_recognised(side, blur, noise):
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "blur", "noise"), [
+    (64, 0, 0), (128, 1.6, 6), *(pytest.param(side, 0.8, 6, marks=pytest.mark.thorough) for side in (64, 128)),
+])  # fmt: skip
+def test_truth_is_recognised(side, blur, noise, times):
     worlds = SyntheticScenes(11, split="all", kinds="sprites", share_two=0.3, height=side, width=side)
     total, right = Counter(), Counter()
-    for index in range(100):
+    for index in range(times(25, 100)):
         scene = worlds.scene(index)
         for key, value in check_clip(damaged(render(scene), blur, noise, index), scene).items():
             total[key] += 1

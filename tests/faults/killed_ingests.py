@@ -1,9 +1,10 @@
 """Ingests with several processes that are killed and resumed; writes a folder for each, which the tests compare.
 
-usage: killed_ingests.py source small folder tokenizer
+usage: killed_ingests.py source small folder tokenizer calls times workers
 
-Of the small source: 2 workers, killed before file calls of each kind (folder/calls) and at random times (folder/times). Of the
-other one: 1 to 4 workers, some of whose items are slower than all others (folder/slow).
+Of the small source: 2 workers, killed before so many file calls of different kinds (folder/calls) and at so many random times
+(folder/times). Of the other one: for so many numbers of workers from 4 down, some of whose items are slower than all others
+(folder/slow).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lumos.data.ingest.ingest import ingest
 from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
-SLOW, POINTS = 0.25, 6
+SLOW = 0.25
 
 
 class SlowEncoder(Encoder):
@@ -56,21 +57,21 @@ def resumed(out: Path, do: Callable[[], None]) -> None:
     assert kills.forked(do) == 0
 
 
-def calls(source: str, folder: Path, tokenizer: str) -> None:
+def calls(source: str, folder: Path, tokenizer: str, count: int) -> None:
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
     found = kills.file_calls(partial(run, source, tokenizer, folder / "counted", 2), folder / "counted")
-    for number in kills.spread(kills.first_of_each(found), POINTS):
+    for number in kills.spread(kills.first_of_each(found), count):
         out = folder / f"call-{number}"
         do = partial(run, source, tokenizer, out, 2)
         print(f"call: {found[number]}: ended with {kills.killed_at(do, out, number)}", flush=True)
         resumed(out, do)
 
 
-def times(source: str, folder: Path, tokenizer: str) -> None:
+def times(source: str, folder: Path, tokenizer: str, count: int) -> None:
     started, draw = time.monotonic(), random.Random(0)
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 2)) == 0
     whole = time.monotonic() - started
-    for number in range(2):
+    for number in range(count):
         out = folder / f"time-{number}"
         do = partial(run, source, tokenizer, out, 2)
         while (code := kills.forked(do, seconds=draw.uniform(0.3, 0.9) * whole)) == 0:  # it ended before its time came
@@ -80,10 +81,10 @@ def times(source: str, folder: Path, tokenizer: str) -> None:
         resumed(out, do)
 
 
-def slow(source: str, folder: Path, tokenizer: str) -> None:
+def slow(source: str, folder: Path, tokenizer: str, count: int) -> None:
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
     engines.Encoder = SlowEncoder  # last, for it stays
-    for workers in range(1, 5):
+    for workers in range(4, 4 - count, -1):
         out = folder / f"workers-{workers}"
         last = 5 * workers + 2  # after the first slow item
         print(f"slow: ended with {kills.forked(partial(run, source, tokenizer, out, workers, last))}", flush=True)
@@ -94,8 +95,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     shards.parquet()
     kills.share_forkserver("lumos.data.ingest.workers", "torch._dynamo")
-    source, small, folder, tokenizer = sys.argv[1:]
-    for drive, items in ((calls, small), (times, small), (slow, source)):
+    source, small, folder, tokenizer, *counts = sys.argv[1:]
+    for drive, items, count in zip((calls, times, slow), (small, small, source), map(int, counts), strict=True):
         place = Path(folder, drive.__name__)
         place.mkdir()
-        drive(items, place, tokenizer)
+        drive(items, place, tokenizer, count)

@@ -22,12 +22,13 @@ def clips(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and kills by signal")
-def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path, forks):
+def test_a_killed_list_of_clips_is_resumed(micro_folder, tmp_path, forks, times):
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     environment.pop("WORLD_SIZE", None)
-    done = forks.run([HERE / "killed_lists.py", tmp_path, micro_folder], env=environment)
+    calls = times(3, 6)
+    done = forks.run([HERE / "killed_lists.py", tmp_path, micro_folder, calls, times(1, 2)], env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
-    assert done.stdout.count(KILLED) >= 6, done.stdout
+    assert done.stdout.count(KILLED) >= calls, done.stdout
     whole = clips(tmp_path / "whole")
     assert len(whole) == 5
     left = [clips(out) for out in tmp_path.glob("*.killed")]

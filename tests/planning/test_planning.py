@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured_steps import TEXT_TOKENS
-from planned_cases import CASES
+from planned_cases import CASES, MORE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,9 +59,10 @@ def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H10
 # ---- memory against real steps
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, int]:
+def measured(pytestconfig) -> dict[str, int]:
     """Name of a case -> bytes. Tensors go back to the system at once, so that no case lives in what the one before has left."""
     names = [name for name in CASES if "adapters" not in name or importlib.util.find_spec("peft")]
+    names = [name for name in names if name not in MORE or pytestconfig.getoption("thorough")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "measured_steps.py")],
         input=json.dumps([CASES[name][0] for name in names]), capture_output=True, text=True, check=False,
@@ -72,7 +73,9 @@ def measured() -> dict[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the high-water mark cannot be set back")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_peft if "adapters" in name else ()) for name in CASES])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[needs_peft] * ("adapters" in name) + [pytest.mark.thorough] * (name in MORE)) for name in CASES
+])  # fmt: skip
 def test_memory_is_that_of_a_real_step_within_15_percent(name: str, measured: dict[str, int]):
     raw, largest = CASES[name]
     cpu = Hardware("CPU process", 1, 8 * GIB, 1e11)
@@ -213,6 +216,7 @@ def test_what_settings_change_in_memory():
     assert full.parts["activations"] > 1.5 * plain.parts["activations"]
 
 
+@pytest.mark.slow
 def test_the_plan_assumes_what_shipped_deepspeed_files_say():
     for file, sharding in SHIPPED.items():
         settings = load_settings("configs/lumos1/3b-stage2.yaml", [f"deepspeed.config={file}"])
@@ -368,6 +372,7 @@ def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_advice_is_the_largest_option_with_half_the_cache(config):
     clip = ClipDefaults(num_frames=33, height=64, width=96, fps=8, target_size=None)
     plan = LumosClipCost(config, clip, GenerationSettings(), 7, torch.float32)

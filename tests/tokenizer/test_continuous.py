@@ -58,6 +58,7 @@ def sampled(model: VideoTokenizer, io: dict[str, torch.Tensor]) -> torch.Tensor:
     return mean + torch.exp(log_variance / 2) * io["noise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 @torch.inference_mode()
 def test_numbers_are_those_of_the_published_network(golden, models, name):
@@ -176,6 +177,7 @@ def test_archives_give_the_same_network(golden, models, tmp_path, name, parts):
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_saved_tokenizer_is_the_same(golden, models, tmp_path, name):
     model = models[name]

@@ -57,6 +57,7 @@ def test_a_doubled_tokenizer_has_the_codes_of_the_means():
     torch.testing.assert_close(big.decode(codes), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_halving_keeps_the_means_of_what_a_trained_one_draws():
     big = double(trained_like())
     torch.manual_seed(2)

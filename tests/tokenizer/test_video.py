@@ -191,6 +191,7 @@ def test_pointwise_ends_are_saved_and_loaded(tmp_path):
     assert model.decoder.conv_out.conv3d.weight.shape == (3 * 4**3, 4, 1, 1, 1)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_folder_from_before_pointwise_ends_loads_as_it_did(tmp_path):
     for name, model in (("usual", tiny()), ("pointwise", tiny(pointwise_ends=True))):
@@ -254,6 +255,7 @@ def write_config(folder: Path, model: VideoTokenizer) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
 
 
+@pytest.mark.slow
 def test_load_encoder_and_decoder_archives(tmp_path):
     model = tiny()
     write_config(tmp_path, model)
@@ -265,6 +267,7 @@ def test_load_encoder_and_decoder_archives(tmp_path):
     assert torch.equal(loaded.encode(clip()), model.encode(clip()))
 
 
+@pytest.mark.slow
 def test_load_the_whole_archive(tmp_path):
     model = tiny()
     write_config(tmp_path, model)

@@ -55,11 +55,13 @@ def test_film(tokenizer, height, width):
     assert likeness(tokenizer, clip) > LIKENESS
 
 
+@pytest.mark.slow
 def test_worlds_with_things_never_seen_together(tokenizer):
     values = psnr(tokenizer, held_out_worlds(12, 17, 128, 128))
     assert sum(values) / len(values) > WORLDS_PSNR
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_sharper_than_its_enlarged_half(tokenizer):
     video = held_out_worlds(12, 17, 128, 128)
     enlarged = psnr(double(halve(tokenizer)), video)

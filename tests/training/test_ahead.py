@@ -54,6 +54,7 @@ def test_a_killed_process_is_one_error_and_ends_the_others():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_too_little_shared_memory_says_what_to_do():
     """As torch says it in a container with 64 MB of it."""
 
@@ -94,7 +95,8 @@ def lora_folder(micro_settings, tmp_path: Path) -> dict:
     return {"model": {"from": base}, "tokenizer": {"video": None, "text": None}, "lora": {"rank": 2, "dropout": 0.3}}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_losses_are_bitwise_those_of_threads_also_resumed(micro_settings, tmp_path: Path, monkeypatch, workers: int):
     sections = lora_folder(micro_settings, tmp_path)
     options = {"save_every_steps": 2, "eval_every": 3, "ema_decay": 0.9}

@@ -158,6 +158,7 @@ def test_validation_clips_are_never_training_clips(micro_settings):
     assert not seen & held_back
 
 
+@pytest.mark.slow
 def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
     task = ArdfTask(micro_settings(masking={"text_dropout": 0.5}), CPU)
     start = task.config.video_start_token_id
@@ -168,6 +169,7 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
     assert (kept[:, 0] == task.config.bos_token_id).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -51,8 +51,20 @@ def in_this_process(monkeypatch) -> None:
     monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
 
-@pytest.mark.slow
-def test_variants_are_trained_judged_and_drawn_once(trained: str, tmp_path: Path, capsys):
+@pytest.fixture
+def forked(monkeypatch, forks) -> None:
+    """Jobs are processes of their own, but start without the seconds of their imports."""
+
+    def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "lumos"]
+        done = forks.run(command[1:])
+        stdout.write(done.stdout + done.stderr)
+        return done
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+def test_variants_are_trained_judged_and_drawn_once(forked, trained: str, tmp_path: Path, capsys):
     places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out" / "rates")]
     assert main(["experiment", *places, "--list"]) == 0
     commands = capsys.readouterr().out.splitlines()
@@ -118,6 +130,7 @@ def test_mistakes_in_the_file(change: dict, message: str, tmp_path: Path, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_of_other_settings_are_not_taken_for_these(in_this_process, trained: str, tmp_path: Path, capsys):
     places = [trained, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.v2")]
     assert main(["experiment", *places]) == 0
@@ -142,8 +155,7 @@ def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
     assert experiments.load(path).figures == ["all of two"]
 
 
-@pytest.mark.slow
-def test_curves_may_run_over_flops(trained: str, tmp_path: Path):
+def test_curves_may_run_over_flops(in_this_process, trained: str, tmp_path: Path):
     raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None, "over": "flops"}
     assert main(["experiment", write(Path(trained), **raw), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]) == 0
     run = json.loads((tmp_path / "x.json").read_text())["variants"]["slow"]["runs"][0]

@@ -99,6 +99,7 @@ def means_by(positions: list, column: int, size: int) -> list[float]:
     return [float(np.mean(lists[place])) if place in lists else None for place in range(size)]
 
 
+@pytest.mark.slow
 def test_every_loss_of_a_line_is_a_mean_over_positions(micro_settings, tmp_path):
     """Three steps a line, weights that stand still, micro-batches of one clip, pictures and clips of different sizes."""
     settings = micro_settings(data=JOINT, training={"lr": 0.0, "log_every": 3, "micro_batch_size": 1})
@@ -122,6 +123,7 @@ def test_every_loss_of_a_line_is_a_mean_over_positions(micro_settings, tmp_path)
         assert abs(expected["loss"] - means_of_means) > 1e-4
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_the_training_seed(micro_settings, tmp_path):
     settings = micro_settings(
         data={**JOINT, "validation_clips": 3}, training={"max_steps": 2, "eval_every": 2, "lr": 0.0, "micro_batch_size": 2}
@@ -147,6 +149,7 @@ def test_validation_does_not_depend_on_the_training_seed(micro_settings, tmp_pat
         assert not torch.equal(ours["targets"], theirs["targets"])
 
 
+@pytest.mark.slow
 def test_seconds_leave_out_validation_and_saving(micro_settings, tmp_path, monkeypatch):
     """A clock that only moves where something is done: 5 s a batch, 2 s a step, 100 s a validation, 1000 s a save."""
     clock = SimpleNamespace(now=0.0)
@@ -262,6 +265,7 @@ def test_gpus_are_known_by_name(name: str, entry: str | None):
     assert known_gpu(name) == entry
 
 
+@pytest.mark.slow
 def test_every_field_is_documented(micro_settings, tmp_path, repo):
     options = {"max_steps": 2, "eval_every": 2, "ema_decay": 0.9}
     samples = {"every": 2, "prompts": ["a circle"], "options": {"num_inference_steps": 1}}

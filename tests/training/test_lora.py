@@ -103,7 +103,7 @@ def test_samples_show_the_base_with_the_adapters(adapter: Path, base: Path, tmp_
         assert np.array_equal(shown, read_image(contact_sheet(frames, ["a red circle"], tmp_path / "again.png"))) == same
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("zero2", marks=pytest.mark.thorough)])
 def test_two_processes_train_the_same_adapters(runs: Runs, ranks: Ranks, adapter: Path, base: Path, engine: str):
     def settings(name: str) -> TrainingSettings:
         made = runs.make(runs.folder / f"adapter-{engine}{name}")

@@ -42,6 +42,7 @@ def test_each_run_and_loss_has_its_own_line_and_style(logs: list[str]):
     assert list(plot.lines_of(runs, "mfu")) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
     train(micro_settings(training={"max_steps": 2, "eval_every": 1}))
     picture = tmp_path / "pictures" / "curves.png"

@@ -140,6 +140,7 @@ def shrunk(tmp_path: Path, stage: str, tokenizers: dict[str, str] | None) -> lis
     return [*changed, "deepspeed.config=null", f"training.output_dir={tmp_path / stage}"]
 
 
+@pytest.mark.slow
 def test_stage_1_and_2_shrunk(micro_tokenizers, tmp_path: Path):
     path = f"data.path={write_shards(tmp_path / 'shards', micro_tokenizers['video'], '256p')}"
     first = train(load("3b-stage1", *shrunk(tmp_path, "stage1", micro_tokenizers), path))

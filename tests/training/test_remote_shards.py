@@ -62,6 +62,7 @@ def test_remote_shards_give_the_clips_of_the_local_folder(remote_settings, shard
     assert list((tmp_path / "cache").glob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_the_start_reads_footers_and_steps_read_what_they_need(
     remote_settings, micro_tokenizers, tmp_path, monkeypatch, bucket
 ):
@@ -170,6 +171,7 @@ def test_shards_enter_the_resume_fingerprint(shard_settings, folder, tmp_path, c
     assert [key for key in before if before[key] != after[key]] == [CONTENT] * (change != "another place")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_refuses_shards_that_changed(shard_settings, folder, tmp_path):
     path = tmp_path / "shards"
     shutil.copytree(folder, path)
@@ -186,6 +188,7 @@ def test_a_resumed_run_refuses_shards_that_changed(shard_settings, folder, tmp_p
         run()
 
 
+@pytest.mark.slow
 def test_processes_read_what_one_process_would(remote_settings, shard_settings, bucket, tmp_path):
     losses = {}
     for name, make, data in (("here", shard_settings, {"shuffle_shards": 2}), ("processes", remote_settings, {"processes": 2})):

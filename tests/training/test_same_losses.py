@@ -46,6 +46,7 @@ def assert_close(folder: Path, plain: Path) -> None:
             assert ours[step] == pytest.approx(value, abs=1e-4), (key, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "training"), [
     ({"pad_to": 16}, {}), ({"pad_to": 16}, {"micro_batch_size": 3}), ({}, {"attention": "dense"}),
     ({"pad_to": 8}, {"attention": "dense", "micro_batch_size": 1, "activation_checkpointing": True}),
@@ -72,6 +73,7 @@ def test_rows_are_padded_to_the_multiple_and_hold_the_same(micro_settings):
         assert (padded.tensors[name][:, length:] == nothing).all()
 
 
+@pytest.mark.slow
 def test_attention_is_of_the_run_not_of_the_model(micro_settings):
     """A checkpoint goes on with another one, and the export attends as its config says."""
     train(micro_settings(training={"max_steps": 2, "attention": "dense"}))
@@ -90,13 +92,16 @@ def test_flex_is_for_cuda(micro_settings):
     ArdfTask(settings, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [
-    {}, {"activation_checkpointing": True, "attention": "dense"}, {"activation_checkpointing": True},
+    {}, {"activation_checkpointing": True, "attention": "dense"},
+    pytest.param({"activation_checkpointing": True}, marks=pytest.mark.thorough),
 ])  # fmt: skip
 def test_compiled_parts(micro_settings, plain_run: Path, eager, training: dict):
     assert_close(train_folder(micro_settings(data=STAGES, training={"eval_every": 3, "compile": True, **training})), plain_run)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_names_of_any_other(micro_settings, tmp_path: Path, eager):
     """It goes on compiled or not, and its export is a model folder."""
     compiled = {"compile": True, "save_every_steps": 2, "ema_decay": 0.9, "schedule": "constant"}
@@ -112,6 +117,7 @@ def test_a_compiled_run_has_the_names_of_any_other(micro_settings, tmp_path: Pat
     LumosPipeline.from_pretrained(tmp_path / "run" / "export")
 
 
+@pytest.mark.slow
 def test_compiled_parts_with_adapters(micro_settings, tmp_path: Path, eager):
     base = train(micro_settings(training={"max_steps": 1, "output_dir": str(tmp_path / "base")}))["export"]
     sections = {"model": {"from": base}, "tokenizer": {"video": None, "text": None}, "lora": {"rank": 2}}

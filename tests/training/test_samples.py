@@ -41,6 +41,7 @@ def events(folder: Path) -> list[dict]:
     return [line for line in lines if line.get("event") == "samples"]
 
 
+@pytest.mark.slow
 def test_a_run_draws_what_its_averaged_weights_can_draw(micro_settings, tmp_path: Path, shown):
     summary = train(micro_settings(training={"ema_decay": 0.9}, samples=SAMPLES))
     folder = tmp_path / "run" / "samples"
@@ -62,6 +63,7 @@ def test_a_run_draws_what_its_averaged_weights_can_draw(micro_settings, tmp_path
     assert [event["clips"] for event in events(tmp_path / "run")] == [2, 2]
 
 
+@pytest.mark.slow
 def test_samples_do_not_change_the_training(micro_settings, tmp_path: Path):
     common = {"ema_decay": 0.9, "eval_every": 2}
     train(micro_settings(data={"workers": 1}, training=common))
@@ -124,6 +126,7 @@ def test_a_run_told_to_stop_does_not_go_on_rendering(tmp_path: Path):
     assert sorted(p.name for p in folder.iterdir()) == ["samples.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("too long"), torch.OutOfMemoryError("CUDA")])
 def test_samples_that_fail_do_not_end_the_training(micro_settings, tmp_path: Path, monkeypatch, capsys, error: Exception):
     def fail(*args, **kwargs):

@@ -101,6 +101,7 @@ def test_what_is_held_out_as_a_clip_is_no_training_picture(shard_settings, micro
         assert not held & seen
 
 
+@pytest.mark.slow
 def test_training_from_shards_and_resuming_gives_the_same_losses(shard_settings, tmp_path):
     def run(name, steps):
         settings = shard_settings(

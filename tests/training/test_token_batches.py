@@ -37,6 +37,7 @@ def token_settings(shard_settings, micro_tokenizers, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_step_has_about_so_many_codes_of_clips_of_all_lengths(token_settings):
     source = ArdfTask(token_settings(), CPU).source
     assert source.most_codes == {"video": 72, "image": 24}
@@ -53,6 +54,7 @@ def test_a_step_has_about_so_many_codes_of_clips_of_all_lengths(token_settings):
     assert shapes == set(LENGTHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_a_step_does_not_depend_on_processes_or_micro_batches(token_settings, kind: str):
     task = ArdfTask(token_settings(), CPU)
@@ -99,6 +101,7 @@ def test_worlds_by_tokens(micro_settings):
         assert 200 - frames * 16 < len(batch.names) * frames * 16 <= 200
 
 
+@pytest.mark.slow
 def test_a_run_by_tokens_resumes_bitwise(token_settings, tmp_path):
     def run(name: str, steps: int) -> dict:
         settings = token_settings(max_steps=steps, eval_every=2, schedule="constant", micro_batch_size=2)

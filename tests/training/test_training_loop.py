@@ -46,6 +46,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, where: str = "_report") 
     monkeypatch.setattr(Run, where, killed)
 
 
+@pytest.mark.slow
 def test_a_run_learns_logs_and_exports(micro_settings, tmp_path: Path):
     settings = micro_settings(
         data={"scenes": 2, **JOINT}, training={"max_steps": 60, "log_every": 1, "eval_every": 30, "ema_decay": 0.9}
@@ -103,6 +104,7 @@ def gradients(settings) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_micro_batches(micro_settings):
     whole, *others = (gradients(micro_settings(training={"micro_batch_size": size})) for size in (None, 3, 2, 1))
     for other in others:
@@ -124,6 +126,7 @@ def test_the_mean_is_over_positions_not_over_micro_batches(micro_settings):
     assert abs(logged - float(torch.stack([part.mean() for part in losses]).mean())) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [{"data": {"workers": 2, "prefetch": 3}}, {"training": {"eval_every": 1, "ema_decay": 0.9}}])
 def test_losses_do_not_depend_on_workers_or_validation(micro_settings, tmp_path: Path, variant: dict):
     train(micro_settings(data=JOINT))
@@ -134,7 +137,10 @@ def test_losses_do_not_depend_on_workers_or_validation(micro_settings, tmp_path:
         assert read_log(tmp_path / "run", key) == read_log(tmp_path / "other", key)
 
 
-@pytest.mark.parametrize(("step", "where"), [(4, "_report"), (4, "save"), (6, "_report"), (6, "export")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "where"), [
+    (4, "save"), (6, "export"), *(pytest.param(step, "_report", marks=pytest.mark.thorough) for step in (4, 6)),
+])  # fmt: skip
 def test_a_killed_run_continues_bitwise(micro_settings, tmp_path: Path, monkeypatch, step: int, where: str):
     options = {"max_steps": 6, "save_every_steps": 2, "ema_decay": 0.9, "log_every": 3, "eval_every": 3}
     train(micro_settings(data=JOINT, training=options))
@@ -181,6 +187,7 @@ def test_clips_that_the_model_could_not_generate(micro_settings):
         ArdfTask(micro_settings(model=model), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_finish_the_step_save_and_leave(micro_settings, tmp_path: Path, monkeypatch, number: signal.Signals):
     train(micro_settings())
@@ -219,6 +226,7 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> 
     monkeypatch.setattr(ArdfTask, "losses", losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "nan", "gradient"])
 def test_not_finite_stops_before_the_update(micro_settings, tmp_path: Path, monkeypatch, what: str):
     settings = micro_settings(training={"save_every_steps": 1, "micro_batch_size": 2})
@@ -236,6 +244,7 @@ def test_not_finite_stops_before_the_update(micro_settings, tmp_path: Path, monk
     assert checkpoint.latest(run.checkpoints)[1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path: Path, monkeypatch, capsys):
     """Two are allowed; the count is kept in checkpoints; weights, averages and AdamW do not move in them."""
     training = {"max_steps": 8, "save_every_steps": 1, "keep_last": 9, "skip_not_finite": 2, "ema_decay": 0.9, "log_every": 2}
@@ -257,12 +266,14 @@ def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path:
     assert sorted(read_log(tmp_path / "run")) == [2, 6, 8]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_kept(micro_settings, tmp_path: Path):
     train(micro_settings(training={"max_steps": 7, "save_every_steps": 1, "keep_last": 2, "keep_every": 3}))
     kept = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [checkpoint.step_of(folder) for folder in kept] == [3, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(micro_settings, tmp_path: Path, monkeypatch):
     settings = micro_settings(training={"save_every_steps": 2})
 
@@ -281,6 +292,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(micro_settings, tmp_path: Pa
     assert train(settings)["steps"] == 6
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_folder_and_its_tokenizers(micro_settings, tmp_path: Path):
     first = train(micro_settings())["export"]
     settings = micro_settings(
@@ -298,6 +310,7 @@ def test_fine_tuning_with_another_shape(micro_settings):
         train(settings)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(micro_settings):
     train(micro_settings(training={"max_steps": 2}))
     codes = {"vocab_size": 2024, "visual_token_count": 1000}
@@ -308,6 +321,7 @@ def test_a_checkpoint_of_another_run_is_refused(micro_settings):
         train(micro_settings(training={"max_steps": 1}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "change", "words"),
     [
@@ -326,6 +340,7 @@ def test_a_run_does_not_go_on_with_other_data(micro_settings, section: str, chan
         train(micro_settings(**{"training": {"max_steps": 2}, section: change}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_a_run_does_not_go_on_with_another_tokenizer(micro_settings, micro_tokenizers, tmp_path: Path, kind: str):
     """Of the same sizes, in the same place, with other content; a mere copy is the same tokenizer."""
@@ -355,6 +370,7 @@ def test_a_resume_prints_changed_settings(micro_settings, tmp_path: Path, capsys
     assert said.count("changed since") == 3
 
 
+@pytest.mark.slow
 def test_the_place_in_frame_loss_is_the_frame(micro_settings, tmp_path: Path, monkeypatch):
     """Frame 0 of the clip has no supervised position here, and a picture is no clip."""
     original = ArdfTask.losses
@@ -414,6 +430,7 @@ def test_precision_follows_the_device():
     assert pick_precision("bf16", CPU) == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_bf16_and_recomputation_run(micro_settings, tmp_path: Path):
     train(micro_settings(training={"max_steps": 2}))
     for name, options in {"recomputed": {"activation_checkpointing": True}, "bf16": {"precision": "bf16"}}.items():

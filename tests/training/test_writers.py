@@ -49,6 +49,7 @@ def trained_with_a_break(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_log_and_the_samples(micro_settings, tmp_path: Path, monkeypatch):
     settings = micro_settings(
         training={"eval_every": 3, "save_every_steps": 3}, logging={"to": ["tensorboard"]}, samples=SAMPLES
@@ -84,6 +85,7 @@ def tracker(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_are_told_everything_under_one_id(micro_settings, tmp_path: Path, monkeypatch, name: str):
     module = tracker(name)

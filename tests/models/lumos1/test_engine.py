@@ -43,6 +43,7 @@ def run(conditional, unconditional, seeds, new_frames=3, on_step=lambda *_: None
 rows = st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(rows, st.integers(1, 3), st.integers(0, 2), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_cached_logits_equal_those_of_the_whole_sequence(texts, frames, given_frames, seed):

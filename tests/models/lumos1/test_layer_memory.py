@@ -59,6 +59,7 @@ def kept_by_layer(model: LumosForVideoGeneration, number: int, forward: Callable
     return sum(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_peft if "adapters" in name else ()) for name in KEPT])
 def test_what_a_layer_keeps_is_what_torch_keeps(name: str):
     raw, dtype = KEPT[name]

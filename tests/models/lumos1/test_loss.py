@@ -128,7 +128,8 @@ def test_only_visual_rows_of_the_head_are_trained(model, config):
     assert moved[config.visual_token_start :].any()
 
 
-@pytest.mark.parametrize("scheme", ["mm_rope", "rope_3d"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["mm_rope", pytest.param("rope_3d", marks=pytest.mark.thorough)])
 def test_the_model_can_learn_a_clip_by_heart(scheme):
     config = micro_config(position_scheme=scheme)
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ class CountedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_mlp_compiles_to_one_graph_with_the_same_gradients(autocast: bool):
     torch.manual_seed(0)

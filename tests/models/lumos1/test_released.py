@@ -45,6 +45,7 @@ def weights(folder):
     return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_sharded_bf16_files_to_mp4(release, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert len(list((release / layout.DECODER).glob("model-0*.safetensors"))) > 2
@@ -58,6 +59,7 @@ def test_sharded_bf16_files_to_mp4(release, tmp_path, monkeypatch, capsys):
     assert (record["settings"]["guidance_scale"], record["dtype"]) == (15.0, "bfloat16")
 
 
+@pytest.mark.slow
 def test_weights_and_number_formats_are_kept(release, whole):
     before, after = weights(release / layout.DECODER), weights(whole)
     assert before.keys() == after.keys()
@@ -70,6 +72,7 @@ def test_weights_and_number_formats_are_kept(release, whole):
     assert record["parameters"] == sum(t.numel() for t in before.values())
 
 
+@pytest.mark.slow
 def test_one_folder_gives_the_clips_of_the_three(release, whole):
     call = {"num_frames": 5, "height": 32, "width": 64, "num_inference_steps": 2, "seed": 1, "fps": 8}
     apart = LumosPipeline.from_pretrained(
@@ -81,6 +84,7 @@ def test_one_folder_gives_the_clips_of_the_three(release, whole):
     assert (together.clip.height, together.clip.width, together.clip.target_size) == (256, 448, 352)
 
 
+@pytest.mark.slow
 def test_no_more_than_a_shard_is_in_memory(release, tmp_path, monkeypatch):
     written = []
 
@@ -101,6 +105,7 @@ def test_no_more_than_a_shard_is_in_memory(release, tmp_path, monkeypatch):
     LumosForVideoGeneration.from_pretrained(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_dtype_wrapped_names_flat_norms_and_vq_weights(copy, tmp_path):
     for file in (copy / layout.DECODER).glob("*.safetensors*"):
         if file.suffix == ".json":
@@ -191,6 +196,7 @@ def nothing(folder):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "options", "error", "message"),
     [
@@ -217,6 +223,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(copy, tmp_path, damage
     assert [p.name for p in tmp_path.iterdir()] == ["release"]
 
 
+@pytest.mark.slow
 def test_values_that_overflow_leave_nothing_behind(copy, tmp_path):
     change_weights(copy, lambda t: {k: torch.full_like(v, 1e30) for k, v in t.items()})
     with pytest.raises(RunError, match=r"not finite as torch\.float16"):
@@ -224,6 +231,7 @@ def test_values_that_overflow_leave_nothing_behind(copy, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["release"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_folder_that_exists(release, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists already"):
         convert(release / layout.DECODER, release / layout.COSMOS, tmp_path)
@@ -233,6 +241,7 @@ def test_a_full_disk_and_a_folder_that_exists(release, tmp_path, monkeypatch):
         convert(release / layout.DECODER, release / layout.COSMOS, tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_conversion_takes_a_tokenizer_folder_or_a_named_file(release, tmp_path):
     made = convert(release / layout.DECODER, release / layout.VIDEO_TOKENIZER, tmp_path / "a")
     assert made["text_tokenizer"].endswith("cosmos/tokenizer/text_tokenizer.json")

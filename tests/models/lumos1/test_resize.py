@@ -56,6 +56,7 @@ def frames(folder: Path) -> np.ndarray:
     return LumosPipeline.from_pretrained(folder, device="cpu")(PROMPT, seed=3, output_type="np").frames[0]
 
 
+@pytest.mark.slow
 def test_a_model_is_resized_and_back(small, wide, tmp_path, capsys):
     assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(tmp_path / "large")]) == 0
     assert "large  draws 48 x 32" in capsys.readouterr().out
@@ -80,6 +81,7 @@ def test_a_model_is_resized_and_back(small, wide, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     out = tmp_path / "out"
 

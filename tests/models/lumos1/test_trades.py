@@ -136,6 +136,7 @@ trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
 }))  # fmt: skip
 
 
+@pytest.mark.slow
 @given(trades, st.integers(0, 4), st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
 def test_combined_options_equal_the_slow_form(options, given_frames, seed):
@@ -154,6 +155,7 @@ def test_combined_options_equal_the_slow_form(options, given_frames, seed):
     assert [steps.count(frame) for frame in range(3)] == [max(of) for of in zip(*taken, strict=True)]
 
 
+@pytest.mark.slow
 @given(trades, st.integers(0, 3), st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
 def test_prompts_over_time_equal_the_slow_form(options, given_frames, seed):

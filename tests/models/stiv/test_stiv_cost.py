@@ -43,6 +43,7 @@ def saved_bytes(model: nn.Module, half: bool, **inputs) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", ["clips", "pictures", "given", "masked"])
 def test_activations_are_what_autograd_saves(half, kind):

@@ -60,6 +60,7 @@ def differ_by_rounding(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
 
 
+@pytest.mark.slow
 def test_each_kind_encodes_and_decodes_clips(space):
     frames = clip()
     found = space.encode(frames)

@@ -61,6 +61,7 @@ def test_weights_start_as_the_reference_says(micro_stiv_config):
     assert start["blocks.0.spatial.q_proj.weight"].abs().max() <= (6 / 256) ** 0.5  # Xavier uniform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pictures", "video"),
     [("xl", 618_855_840, 767_730_112), ("xxl", 1_475_419_168, 1_834_427_200), ("m", 7_094_221_344, 8_831_572_288)],

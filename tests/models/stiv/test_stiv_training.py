@@ -91,6 +91,7 @@ def test_folded_encoder_gives_the_latents_of_single_frames(micro_folder, patch):
 
 # ---- draws
 
+@pytest.mark.slow
 def test_dropout_has_its_shares_and_is_the_same_for_a_seed(make, micro_stiv_config):
     settings = make(patterns={"first": 1.0})
     config, count = micro_stiv_config(), 5_000
@@ -119,6 +120,7 @@ def test_a_draw_does_not_depend_on_other_settings(make, micro_stiv_config):
     assert len(second.keep) == 2
 
 
+@pytest.mark.slow
 def test_dropped_images_are_supervised_and_given_ones_are_not(task):
     trained = task(patterns={"first": 1.0}, dropout={"image": 1.0})
     assert trained.config.patterns == ["first", "none"]
@@ -225,6 +227,7 @@ def test_clips_of_two_sizes_have_the_losses_of_each_alone(task, monkeypatch):
 
 # ---- runs
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pictures", "clips", "patterns"])
 def test_killed_run_goes_on_bitwise(make, tmp_path, stage):
     sections = {
@@ -245,6 +248,7 @@ def test_killed_run_goes_on_bitwise(make, tmp_path, stage):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_measured_statistics_normalise_the_latents_and_stay(make, tmp_path, monkeypatch):
     settings = make(latents={"statistics_clips": 6}, training={"max_steps": 1})
     trained = StivTask(settings, CPU)
@@ -258,6 +262,7 @@ def test_measured_statistics_normalise_the_latents_and_stay(make, tmp_path, monk
     assert StivTask(settings, CPU).config.latent_mean == trained.config.latent_mean
 
 
+@pytest.mark.slow
 def test_three_stages_each_begin_with_the_one_before(make, tmp_path):
     pictures = {"num_frames": 5, "height": 16, "width": 32, "workers": 0, "stages": [{"image_share": 1.0}]}
     train(make("t2i", overrides={"temporal_attention": False}, data=pictures))
@@ -282,6 +287,7 @@ def test_three_stages_each_begin_with_the_one_before(make, tmp_path):
     assert clip.frames.shape == (1, 5, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_and_load(make, tmp_path):
     pytest.importorskip("peft")
     train(make("base"))
@@ -292,13 +298,14 @@ def test_adapters_train_alone_and_load(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_clips_are_learned_and_sampled_back(make, tmp_path):
+def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
     made = train(make(
-        "four", {"max_steps": 400, "batch_size": 16, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
+        "four",
+        {"max_steps": times(200, 400), "batch_size": 16, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
         data={"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 4}, dropout={"text": 0.0, "image": 0.0},
         latents={"statistics_clips": 4},
     ))  # fmt: skip
-    assert logged(tmp_path / "four")[-1] < 0.1 * logged(tmp_path / "four")[0]
+    assert logged(tmp_path / "four")[-1] < 0.15 * logged(tmp_path / "four")[0]
     pipe = VideoPipeline.from_pretrained(made["export"], device="cpu")
     task = StivTask(make("look", data={"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 4}), CPU)
     for clip in task.source.clips(0, VIDEO, range(4)):
@@ -308,6 +315,7 @@ def test_four_clips_are_learned_and_sampled_back(make, tmp_path):
                          for x in (wanted, torch.as_tensor(found)[None]))  # fmt: skip
         digits = [pipe.space.network.values(codes) for codes in (wanted, found)]
         assert (digits[0] - digits[1]).abs().max() <= 0.5 + 1e-6  # neighbouring values of 4 levels
+        assert (digits[0] != digits[1]).float().mean() < 0.1
 
 
 # ---- settings
@@ -363,6 +371,7 @@ def test_shards_need_latents_of_codes(make):
         StivTask(make(data=data, latents={"kind": "continuous"}), CPU)
 
 
+@pytest.mark.slow
 def test_causal_latents_train_and_export(make, tmp_path):
     made = train(make(latents={"kind": "causal"}, patterns={"none": 1, "first": 1}))
     config = StivConfig.from_pretrained(made["export"])

@@ -128,6 +128,7 @@ def test_a_longer_clip_of_one_pass_begins_with_the_same_noise():
 
 # ---- on the command line
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "count", "pattern"), [
     (["--prompt", "a red circle"], 5, "none"),
     (["--prompt", "x", "--image", "first.png"], 5, "first"),
@@ -167,6 +168,7 @@ def test_lists_have_all_uses(run, files):
     assert record(str(made[2]))["last_image"] == "last.png"
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_with_the_same_clip(run, pipe, monkeypatch, stiv_folder):
     arguments = ["--prompt", "x", "--num-frames", "14", "--seed", "1", "--num-inference-steps", "1"]
     assert run(*arguments, "--output", "whole.mp4") == 0

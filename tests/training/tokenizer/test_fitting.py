@@ -39,6 +39,7 @@ def settings(output_dir, folder, **changes) -> TokenizerTrainingSettings:
     )
 
 
+@pytest.mark.slow
 def test_the_fit_minimizes_the_weighted_pixel_error(start):
     """The weighted squared error of decoded pixels rises from the fit in whatever direction, for clips and pictures."""
     model = double(start)
@@ -87,6 +88,7 @@ def test_the_weight_of_pictures_changes_a_fit(start):
     assert change[0] < 0.1 < change[1]
 
 
+@pytest.mark.slow
 def test_a_fit_changes_the_differences_alone(start, tmp_path):
     start.save_pretrained(tmp_path / "start")
     assert train(settings(tmp_path / "wide", tmp_path / "start"))["steps"] == 0
@@ -97,6 +99,7 @@ def test_a_fit_changes_the_differences_alone(start, tmp_path):
         assert torch.equal(weight, start.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_steps_after_a_fit_use_new_clips_and_can_resume(start, tmp_path, monkeypatch):
     start.save_pretrained(tmp_path / "start")
     more = {"steps": 4, "warmup_steps": 1, "ema_decay": 0.5}
@@ -119,6 +122,7 @@ def test_steps_after_a_fit_use_new_clips_and_can_resume(start, tmp_path, monkeyp
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
 
+@pytest.mark.slow
 def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch):
     """max_minutes is that of the steps: a long fit before them takes nothing of their warm-up."""
     start.save_pretrained(tmp_path / "start")
@@ -130,6 +134,7 @@ def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch
     assert (done["steps"], record["metrics"]["minutes"]) == (3, 80.0)
 
 
+@pytest.mark.slow
 def test_only_a_finished_fit_is_kept_and_it_is_not_repeated(start, tmp_path, monkeypatch):
     start.save_pretrained(tmp_path / "start")
     add = DifferenceFit.add

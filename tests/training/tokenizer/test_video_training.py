@@ -30,6 +30,7 @@ from tokenizer import VideoTokenizer, VideoTokenizerConfig
 from tokenizer.resizing import double, same_codes
 
 
+@pytest.mark.slow
 def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
     metrics = train(small(tmp_path, steps=40, log_every=5, validate_every=20))
     losses = losses_of(tmp_path)
@@ -51,7 +52,10 @@ def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
     assert (tmp_path / "samples" / "worlds-000020.png").is_file()
 
 
-@pytest.mark.parametrize(("ema_decay", "muon_lr"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.02)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ema_decay", "muon_lr"), [(0.0, 0.0), (0.9, 0.02), pytest.param(0.9, 0.0, marks=pytest.mark.thorough)]
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, ema_decay, muon_lr):
     changes = {"ema_decay": ema_decay, "muon_lr": muon_lr, "model": MODEL | {"dropout": 0.1}, "export_dtype": "float32"}
     train(small(tmp_path / "whole", **changes))
@@ -69,6 +73,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("muon_lr", "ema_decay", "micro_batch_size"), [(0.0, 0.0, None), (0.02, 0.9, 2)])
 def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_batch_size):
     """Worlds, textures and photographs, clips and pictures; with gradients that are clipped and weights that decay."""
@@ -160,6 +165,7 @@ def stopped_after(summary: dict) -> int:
     return summary["steps"]
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_does_not_go_on(tmp_path):
     train(small(tmp_path, steps=2))
     with pytest.raises(ValueError, match=r"lr was 0.003, now 0.001"):
@@ -176,6 +182,7 @@ def rewrite_state(folder, change) -> None:
     file.write_text(json.dumps(state))
 
 
+@pytest.mark.slow
 def test_a_setting_that_an_old_checkpoint_lacks_is_default(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
@@ -185,6 +192,7 @@ def test_a_setting_that_an_old_checkpoint_lacks_is_default(tmp_path):
         train(small(tmp_path, steps=2, betas=[0.8, 0.99]))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_earlier_loop_is_refused(tmp_path):
     train(small(tmp_path, steps=2))
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
@@ -198,6 +206,7 @@ def test_a_checkpoint_of_the_earlier_loop_is_refused(tmp_path):
         train(small(tmp_path, steps=2))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_run_is_no_model_to_export(tmp_path, capsys):
     train(small(tmp_path, steps=2))
     for source in (tmp_path, tmp_path / "checkpoints" / "step-00000002"):
@@ -259,6 +268,7 @@ def test_only_matrices_decay(tmp_path, muon_lr, lr):
         torch.testing.assert_close(change, -kept * before[name], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_the_run(tmp_path):
     metrics = train(small(tmp_path, steps=100_000, max_minutes=0.01))
     assert metrics["export"]
@@ -358,6 +368,7 @@ def test_sprites_are_trained_on_where_asked():
     assert torch.equal(held_out[1], to_video([replace(worlds, seed=10_007, split="held_out")[1][0]])[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_sprites_goes_on_with_the_same_worlds_only(tmp_path):
     changes = {"worlds": {"kinds": ["sprites"]}, "steps": 2}
     assert train(small(tmp_path, **changes))["export"]
@@ -398,6 +409,7 @@ def test_films_shorter_than_a_clip_are_left_out(tmp_path):
     assert clips_of(film_sources=[str(tmp_path)]).films == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
 def test_processes_draw_what_the_run_itself_would(tmp_path, monkeypatch):
     """Also after a signal to all of them."""
@@ -420,6 +432,7 @@ def test_processes_draw_what_the_run_itself_would(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     report = Run._report
 
@@ -437,7 +450,7 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_starts_from_another_one(tmp_path):
     """It begins at that one's quality, with all of its weights to be trained; another shape is refused."""
-    first = train(small(tmp_path / "first", steps=40, export_dtype="float32"))
+    first = train(small(tmp_path / "first", steps=12, export_dtype="float32"))
     folder = tmp_path / "first" / "video_tokenizer"
     again = {"start_from": str(folder), "steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "export_dtype": "float32"}
     second = train(small(tmp_path / "second", lr=1e-9, min_lr=0.0, **again))
@@ -464,7 +477,7 @@ def test_a_run_starts_from_another_one(tmp_path):
 def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch):
     """It starts from a tokenizer of the size; a run stopped in between ends with the same weights."""
     model = MODEL | {"pointwise_ends": True}
-    train(small(tmp_path / "first", steps=40, export_dtype="float32", model=model))
+    train(small(tmp_path / "first", steps=20, export_dtype="float32", model=model))
     start = VideoTokenizer.from_pretrained(tmp_path / "first")
     wide = {
         "model": model | {"spatial_patch_size": 2, "spatial_compression": 16, "resolution": 2048},
@@ -472,7 +485,7 @@ def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch
         "train_encoder": False,
         "height": 32,
         "width": 32,
-        "steps": 30,
+        "steps": 16,
         "ema_decay": 0.5,
         "export_dtype": "float32",
     }
@@ -484,13 +497,14 @@ def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch
     assert found.decoder.conv_out.conv3d.weight.unflatten(0, (64, 4, 3))[:, 1:].abs().max() > 1e-3
 
     with monkeypatch.context() as patch:
-        stop_in_step(patch, 10)
-        assert stopped_after(train(small(tmp_path / "again", **wide))) == 11
+        stop_in_step(patch, 6)
+        assert stopped_after(train(small(tmp_path / "again", **wide))) == 7
     train(small(tmp_path / "again", **wide))
     again = VideoTokenizer.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in found.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_must_exist_and_have_no_dropout(tmp_path):
     train(small(tmp_path / "first", steps=2, model=MODEL | {"dropout": 0.1}))
     start = {"start_from": str(tmp_path / "first" / "video_tokenizer"), "model": MODEL | {"dropout": 0.1}}
@@ -528,6 +542,7 @@ def test_weights_in_half_precision_need_a_gpu(tmp_path):
         TokenizerTask(settings, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_time_budget_compresses_the_schedule(tmp_path, monkeypatch):
     """A step takes 6 s of the minute: each of the ten has the learning rate of its tenth of all steps, also in two parts."""
     clock, step = [0.0], Run._train_step
