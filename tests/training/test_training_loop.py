@@ -269,8 +269,14 @@ def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path:
 @pytest.mark.slow
 def test_checkpoints_that_are_kept(micro_settings, tmp_path: Path):
     train(micro_settings(training={"max_steps": 7, "save_every_steps": 1, "keep_last": 2, "keep_every": 3}))
-    kept = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    root = tmp_path / "run" / "checkpoints"
+    kept = checkpoint.list_checkpoints(root)
     assert [checkpoint.step_of(folder) for folder in kept] == [3, 6, 7]
+    left = [root / ".removing-step-00000005", root / ".writing-00000007"]  # of kills in a save; no other save follows
+    for folder in left:
+        folder.mkdir()
+    train(micro_settings(training={"max_steps": 7, "save_every_steps": 1, "keep_last": 2, "keep_every": 3}))
+    assert sorted(root.iterdir()) == kept
 
 
 @pytest.mark.slow

@@ -60,7 +60,9 @@ def plain(run_of, tmp_path_factory) -> Path:
 
 # ---- DeepSpeed
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [
+    *(pytest.param(engine, marks=pytest.mark.thorough) for engine in ("zero0", "zero2")), "zero1", "zero3",
+])  # fmt: skip
 def test_two_processes_train_as_one_and_go_on_after_a_kill(ranks: Ranks, run_of, plain: Path, tmp_path: Path, engine: str):
     made = run_of(tmp_path / "run")
     ended = ranks.train(made, engine, faults={0: [["kill_after_step", 2]]}, seconds=300)
@@ -102,6 +104,7 @@ def test_layers_on_disk_make_the_same_clip(stiv_folder, pipe):
 
 # ---- frozen parts
 
+@pytest.mark.slow
 def test_a_frozen_text_encoder_trains_the_transformer_alone(run_of, clip_text: Path, tmp_path: Path):
     made = run_of(tmp_path / "run")
     made.text_encoder = "folder"
@@ -120,6 +123,7 @@ def test_a_frozen_text_encoder_trains_the_transformer_alone(run_of, clip_text: P
     assert logged(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_pictures_gives_the_latents(micro_folder, tmp_path: Path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
