@@ -13,7 +13,7 @@ from torch import Tensor
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.flow import drawn_noise, drawn_times
-from lumos.models.stiv.patterns import Dropped, drawn_dropout, drawn_pattern, drawn_places, given_frames, given_mask
+from lumos.models.stiv.patterns import Dropped, drawn_dropout, drawn_name, drawn_places, given_frames, given_mask
 from lumos.models.stiv.training_settings import StivTrainingSettings
 
 
@@ -27,6 +27,7 @@ class Drawn(NamedTuple):
     level     noise in given frames
     noise     [T, C, h, w]
     keep      int64 [k], places that the main blocks see; None: all
+    stride    the sampling stride that the model is told; 1 for a picture
     """
 
     pattern: str
@@ -36,6 +37,7 @@ class Drawn(NamedTuple):
     level: float
     noise: Tensor
     keep: Tensor | None
+    stride: int
 
 
 def drawn_clip(
@@ -51,7 +53,7 @@ def drawn_clip(
     def generator(purpose: str) -> torch.Generator:
         return sample_generator(seed, step, position, purpose)
 
-    pattern = drawn_pattern(generator("pattern"), settings.patterns) if frames > 1 else "none"
+    pattern = drawn_name(generator("pattern"), settings.patterns) if frames > 1 else "none"
     dropped = Dropped(False, False)
     if dropout:
         shares = settings.dropout
@@ -65,4 +67,5 @@ def drawn_clip(
         keep = drawn_places(generator("places"), rows * columns // config.patch_size**2, settings.mask_ratio)
     noise = drawn_noise([generator("noise")], frames, config.latent_channels, rows, columns)[0]
     given = given_mask([given_frames(pattern, frames, config.latents)], frames)[0] if pattern != "none" else torch.zeros(frames) > 0
-    return Drawn(pattern, dropped.text, given, float(time), float(level), noise, keep)
+    stride = int(drawn_name(generator("stride"), settings.strides)) if frames > 1 else 1
+    return Drawn(pattern, dropped.text, given, float(time), float(level), noise, keep, stride)

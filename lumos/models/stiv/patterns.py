@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch import Tensor
 from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, EVERY_SECOND_FRAME, PATTERNS
 from lumos.settings import is_number
+
+N = TypeVar("N", str, int)
 
 
 def given_frames(pattern: str, frames: int, latents: str = "per_frame") -> frozenset[int]:
@@ -70,8 +72,11 @@ def check_shares(shares: Mapping[str, float], frames: int, latents: str = "per_f
         raise UserError(f"patterns {shown(dict(shares))} has no share above 0; give at least one")
 
 
-def drawn_pattern(generator: torch.Generator, shares: Mapping[str, float]) -> str:
-    """Return a pattern drawn by its share; the order of the names has no effect. Uses one draw of the generator."""
+def drawn_name(generator: torch.Generator, shares: Mapping[N, float]) -> N:
+    """Return a key of `shares`, such as the name of a pattern, drawn by its share.
+
+    The order of the names has no effect. Uses one draw of the generator.
+    """
     names = sorted(name for name, share in shares.items() if share > 0)
     ends = torch.tensor([shares[name] for name in names], dtype=torch.float64).cumsum(0)
     at = torch.rand((), generator=generator, dtype=torch.float64) * ends[-1]

@@ -64,7 +64,7 @@ from tokenizer.video import VideoTokenizer
 
 TIME_BINS = 10
 """Number of equal ranges of times by which the log sorts losses."""
-DRAWS = ("flow", "patterns", "dropout", "given_noise", "mask_ratio", "masked_loss_weight")
+DRAWS = ("flow", "patterns", "strides", "dropout", "given_noise", "mask_ratio", "masked_loss_weight")
 """Settings that decide the losses, beside the config, the data and the optimization."""
 NOT_OF_WEIGHTS = {"patterns", "max_prompt_tokens", "micro_stride"}
 """Fields of StivConfig in which two models may differ and still be mixed."""
@@ -185,7 +185,7 @@ class StivTask(VideoTask):
             "levels": torch.tensor([draws.level for draws in drawn]),
             "patterns": torch.tensor([self.pattern_names.index(draws.pattern) for draws in drawn]),
             "counts": torch.ones(len(drawn), dtype=torch.bool),
-            **self._micro(clips, sizes),
+            **self._micro(sizes, [draws.stride for draws in drawn]),
         }
         rows = {"noise": [draws.noise for draws in drawn], "given": [draws.given for draws in drawn],
                 "keep": [draws.keep for draws in drawn]}  # fmt: skip
@@ -268,17 +268,17 @@ class StivTask(VideoTask):
         unit = self.config.spatial_compression
         return self.config.latent_frames(frames), height // unit, width // unit
 
-    def _micro(self, clips: list[Clip], sizes: list[torch.Size]) -> dict[str, Tensor]:
-        """Return the micro conditions of clips, the fields of `Micro`.
+    def _micro(self, sizes: list[torch.Size], strides: list[int]) -> dict[str, Tensor]:
+        """Return the micro conditions of clips, the fields of `Micro`, for their latents' sizes and their drawn strides.
 
-        The sources know no original size, crop or stride: they are those of a clip that is used as it is.
+        The sources know no original size and no crop: they are those of a clip that is used as it is.
         """
         config, unit = self.config, self.config.spatial_compression
         frames = [config.pixel_frames(size[0]) for size in sizes]
         return {
             "original_size": torch.tensor([[float(h * unit), float(w * unit)] for *_, h, w in sizes]),
-            "crop": torch.zeros(len(clips), 2),
-            "stride": torch.tensor([float(config.micro_stride if n > 1 else 1) for n in frames]),
+            "crop": torch.zeros(len(sizes), 2),
+            "stride": torch.tensor([float(config.micro_stride * s if n > 1 else 1) for n, s in zip(frames, strides, strict=True)]),
             "num_frames": torch.tensor(frames, dtype=torch.float32),
         }
 

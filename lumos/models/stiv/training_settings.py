@@ -7,7 +7,7 @@ from typing import Any
 
 from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import LATENTS, PATTERNS, TEXT_ENCODERS
-from lumos.models.stiv.settings import StivOptions
+from lumos.models.stiv.settings import MAX_STRIDE, StivOptions
 from lumos.settings import is_number, setting
 from lumos.training.settings import LoraSettings, TrainingSettings
 
@@ -80,6 +80,11 @@ class StivTrainingSettings(TrainingSettings):
     patterns: dict[str, Any] = setting(
         {"none": 1.0}, f"shares of clips by the frames that are given, some of {', '.join(PATTERNS)} (published: first 1)"
     )
+    strides: dict[Any, Any] = setting(
+        {1: 1.0},
+        "shares of clips by the sampling stride that the model is told, for keyframes of long clips; a synthetic scene has no "
+        "frame rate of its own and stands for any (published: not stated)",
+    )
     dropout: DropoutSettings = setting(DropoutSettings, "conditions that are left out at random")
     given_noise: float = setting(
         0.0, "largest level of noise in given frames, drawn for each clip (published: none)", low=0, below=1
@@ -128,10 +133,24 @@ def check_patterns(settings: StivTrainingSettings) -> None:
         raise UserError(f"given_noise {settings.given_noise} has no effect, because patterns give no frames; leave it out")
 
 
+def check_strides(settings: StivTrainingSettings) -> None:
+    for stride, share in settings.strides.items():
+        if not isinstance(stride, int) or isinstance(stride, bool) or not 1 <= stride <= MAX_STRIDE:
+            raise UserError(
+                f"strides.{shown(stride)} is not allowed; give strides from 1 to {MAX_STRIDE}, for example {{1: 0.8, 16: 0.2}}"
+            )
+        if not is_number(share) or not 0 <= share <= 1e6:
+            raise UserError(f"strides.{stride} {shown(share)} is not allowed; give a share from 0")
+    if not sum(settings.strides.values()) > 0:
+        raise UserError(f"strides {shown(settings.strides)} has no share above 0; give at least one, such as 1: 1")
+    if settings.data.source != "worlds" and set(settings.strides) != {1}:
+        raise UserError("strides has no effect on ingested clips, which have the stride of their videos; leave it out")
+
+
 def check_latents(settings: StivTrainingSettings) -> None:
     latents = settings.latents
     if bool(latents.mean) != bool(latents.std):
         raise UserError("latents.mean and latents.std belong together; give both or none")
 
 
-STIV_CHECKS = (check_init, check_flow, check_patterns, check_latents)
+STIV_CHECKS = (check_init, check_flow, check_patterns, check_strides, check_latents)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lumos.errors import UserError
 from lumos.models.stiv.configuration import PATTERNS
-from lumos.models.stiv.patterns import check_shares, drawn_dropout, drawn_pattern, drawn_places, given_frames, given_mask
+from lumos.models.stiv.patterns import check_shares, drawn_dropout, drawn_name, drawn_places, given_frames, given_mask
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -59,12 +59,12 @@ def test_wrong_patterns_and_shares_are_refused():
 def test_patterns_are_drawn_by_their_shares():
     shares = {"none": 1.0, "first": 2.0, "ends": 0.0, "interpolation": 1.0}
     generator = seeded(0)
-    found = [drawn_pattern(generator, shares) for _ in range(8000)]
+    found = [drawn_name(generator, shares) for _ in range(8000)]
     for name, share in shares.items():
         p = share / 4
         assert abs(found.count(name) / 8000 - p) <= 4 * (p * (1 - p) / 8000) ** 0.5
     turned = dict(reversed(shares.items()))
-    assert [drawn_pattern(seeded(i), shares) for i in range(20)] == [drawn_pattern(seeded(i), turned) for i in range(20)]
+    assert [drawn_name(seeded(i), shares) for i in range(20)] == [drawn_name(seeded(i), turned) for i in range(20)]
 
 
 def shares_of(draws: int, **dropouts: float) -> dict[tuple[bool, bool], float]:

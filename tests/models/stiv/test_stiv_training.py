@@ -121,6 +121,19 @@ def test_a_draw_does_not_depend_on_other_settings(make, micro_stiv_config):
 
 
 @pytest.mark.slow
+def test_strides_have_their_shares_and_reach_the_network(task):
+    strided = task(strides={1: 1, 4: 3}, patterns={"none": 1, "ends": 1})
+    batch = strided.batch(0, StepShape("video", 64), range(64))
+    found = batch.tensors["stride"].tolist()
+    assert set(found) == {1.0, 4.0}
+    assert 36 <= found.count(4.0) <= 58
+    usual = task(patterns={"none": 1, "ends": 1}).batch(0, StepShape("video", 64), range(64))
+    assert usual.tensors["stride"].tolist() == [1.0] * 64
+    assert torch.equal(usual.tensors["patterns"], batch.tensors["patterns"])
+    pictures = strided.batch(0, StepShape("image", 4), range(4))
+    assert pictures.tensors["stride"].tolist() == [1.0] * 4
+
+
 def test_dropped_images_are_supervised_and_given_ones_are_not(task):
     trained = task(patterns={"first": 1.0}, dropout={"image": 1.0})
     assert trained.config.patterns == ["first", "none"]
@@ -327,6 +340,9 @@ def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
         ({"patterns": {"first": -1}}, r"patterns.first -1 is not allowed"),
         ({"patterns": {"first": 0}}, "no share above 0"),
         ({"patterns": {"first": True}}, "patterns.first True is not allowed"),
+        ({"strides": {0: 1}}, "strides.0 is not allowed; give strides from 1"),
+        ({"strides": {1: 0}}, "no share above 0"),
+        ({"strides": {"a": 1}}, "strides.'a' is not allowed"),
         ({"given_noise": 0.5}, "given_noise 0.5 has no effect"),
         ({"flow": {"gamma": 3.0}}, "flow.gamma has no effect with flow.weighting=none"),
         ({"flow": {"std": 2.0}}, "flow.std has no effect with flow.times=uniform"),
