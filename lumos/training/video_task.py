@@ -1,33 +1,42 @@
-"""The part that the training tasks of all generators share: tokenizers, clips, and the resume fingerprint."""
+"""The part that the training tasks of all generators share: tokenizers, clips, adapters, previews, and the resume fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum
 from lumos.data.shards.remote import LocalCopies, is_url
 from lumos.data.shards.source import ShardSource
 from lumos.data.source import Source
 from lumos.data.synthetic.source import SyntheticSource
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.files import user_cache
-from lumos.lora import text_fingerprint
-from lumos.pipeline.defaults import ClipDefaults
+from lumos.lora import Lora, add_adapters, sample, text_fingerprint
+from lumos.pipeline.base import VideoPipeline
+from lumos.pipeline.defaults import ClipDefaults, read_defaults
+from lumos.pipeline.options import SamplingOptions
+from lumos.runtime import no_progress_bar
 from lumos.settings import to_plain
-from lumos.training.export import Tokenizers
+from lumos.training import checkpoint
+from lumos.training.engine import pick_precision
+from lumos.training.export import Tokenizers, export_checkpoint
+from lumos.training.samples import Sampler
 from lumos.training.settings import TrainingSettings
 from lumos.training.task import TrainingTask
 from tokenizer.fingerprint import tokenizer_facts
 from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
+OF_THE_FILE = ("dtype", "transformers_version", "architectures")
+"""Fields of a config that say how a file was written, and nothing of the model."""
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
@@ -36,8 +45,18 @@ class VideoTask(TrainingTask):
 
     A video tokenizer encodes the clips on `device`. The subclass of a generator adds `size_unit`,
     the model and the losses.
+
+    model_class, config_class  the network and its config, both of transformers
+    not_of_weights             fields of the config in which two models may differ and still be mixed
+    config                     the config of the model that is trained
+    adapter                    with lora.rank: settings, base model and shapes of the adapters, for the checkpoint
     """
 
+    model_class: ClassVar[type]
+    config_class: ClassVar[type]
+    not_of_weights: ClassVar[Collection[str]] = ()
+    config: Any
+    adapter: dict[str, Any] | None = None
     source: Source
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
@@ -106,6 +125,95 @@ class VideoTask(TrainingTask):
             | self.source.identity
         )
 
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields of the config in the order of their names."""
+        config = self.config.to_dict()
+        return {key: config[key] for key in sorted(config) if key not in OF_THE_FILE}
+
+    def lora_fingerprint(self) -> dict[str, Any]:
+        """Return the part of the resume fingerprint that tells of adapters: their settings and the weights below them."""
+        found = {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
+        if self.adapter is not None:
+            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
+            found["model.from (sha256 of a sample)"] = weights
+        return found
+
+    def with_adapters(self, model: nn.Module) -> nn.Module:
+        """Return the model with adapters, if lora.rank asks for them; all other weights are then frozen."""
+        lora = self.settings.lora
+        if lora.rank is not None:
+            base = {"folder": self.settings.model.from_, "sample": sample(model)}
+            add_adapters(model, Lora(**to_plain(lora)))
+            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+            self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
+        return model
+
+    def sampling_options(self) -> SamplingOptions:
+        """Return the sampling options of the exported model: those of the base model, changed by the section generation."""
+        kind, folder = type(self.settings).sampling, next(iter(self.base_folders), None)
+        usual = kind() if folder is None else read_defaults(Path(folder), kind)[0]
+        return usual.changed(**self.settings.generation)
+
+    def export_metadata(self) -> dict[str, Any]:
+        """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
+        return {
+            "config": self.config_fields(),
+            "tokenizers": vars(self.places),
+            "fingerprints": self.fingerprints,
+            "generation": vars(self.sampling_options()),
+            "clip": {name: value for name, value in vars(self.sample_shape).items() if name != "target_size"},
+            "lora": self.adapter,
+        }
+
+    def export(self, folder: Path, target: Path) -> None:
+        """Write a checkpoint as a folder that `VideoPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
+        export_checkpoint(folder, checkpoint.read_state(folder), target)
+
+    def pipeline_of(self, model: nn.Module, settings: SamplingOptions) -> VideoPipeline:
+        """Return a pipeline of this model and the tokenizers of the run, whose clips have `sample_shape`."""
+        raise NotImplementedError
+
+    def preview(self, weights: dict[str, Tensor]) -> Sampler:
+        """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
+        dtype = pick_precision(self.settings.training.precision, self.device)
+        if self.adapter is None:
+            model = model_with(self.model_class, weights, self.config, dtype)
+        else:
+            model = self.model_class.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
+            add_adapters(model, Lora(**self.adapter["settings"]))
+            model.load_state_dict(weights, strict=False)
+        settings = self.sampling_options().changed(**self.settings.samples.options)
+        pipe = self.pipeline_of(model.to(self.device), settings)
+        return Sampler(
+            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
+            self.sample_shape.fps,
+            {**vars(settings), **vars(self.sample_shape)},
+        )
+
+    @classmethod
+    def parameter_shapes(cls, metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """Return the shapes of the model's parameters by name."""
+        with torch.device("meta"):
+            model = cls.model_class(cls.config_class(**metadata["config"]))
+        return {name: p.shape for name, p in model.named_parameters()}
+
+    @classmethod
+    def read_config(cls, folder: Path) -> Any:
+        """Return the config of a model folder. Raises UserError if it is damaged."""
+        return cls.config_class.from_pretrained(folder)
+
+    @classmethod
+    def weights_to_mix(cls, folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Return the parameters of a model folder by name, float32. Raises UserError for a model of another shape."""
+        theirs, config = cls.read_config(Path(folder)), cls.config_class(**metadata["config"])
+        for name in sorted(set(cls.config_class.__annotations__) - set(cls.not_of_weights) - {"model_type"}):
+            found, wanted = getattr(theirs, name), getattr(config, name)
+            if found != wanted:
+                said = f"its {name} is {shown(found)}, not {shown(wanted)}"
+                raise UserError(f"--mix {folder} is another model than the run's: {said}")
+        with no_progress_bar():
+            return dict(cls.model_class.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
     def tokenizer_folder(self, kind: str) -> str:
         """Return the folder of the tokenizer of a kind ("video", "text").
 
@@ -172,3 +280,12 @@ def video_tokenizer_sha256(tokenizer: nn.Module) -> str:
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_with(kind: type, weights: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> nn.Module:
+    """Return a model of a class of transformers with the given weights, complete and by name, in the number format `dtype`."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    model.config.dtype = dtype
+    return model

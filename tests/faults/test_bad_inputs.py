@@ -385,7 +385,7 @@ ROWS = [
     ("plot {inputs}/log.jsonl --out curves.png", 2, "{inputs}/log.jsonl is no log of a run: {{'step': 'x'}} has no step"),
     ("plot {inputs}/nan.jsonl --out curves.png", 2, "{inputs}/nan.jsonl: loss of step 1 is no number: 'x'"),
     ("plot {inputs}/log.jsonl --out curves.exe", 2, "--out curves.exe has no suffix of .png, .svg, .pdf"),
-    ("evaluate", 2, "the following arguments are required: geneval|loss|prompts|tokenizer|vbench|vbench-i2v; `lumos"),
+    ("evaluate", 2, "the following arguments are required: geneval|loss|prompts|tokenizer|vbench|vbench-i2v|views; `lumos"),
     ("evaluate loss --model {inputs}/micro --count 1000000000", 2, "--count 1000000000 is not allowed; give at most 1,000,000"),
     ("evaluate loss --model {inputs}/micro --bins 101", 2, "--bins 101 is not allowed; give at most 100"),
     ("evaluate prompts --model {inputs}/micro --count 1000000000", 2, "--count 1000000000 is not allowed; give at most 1,000,000"),

@@ -8,8 +8,6 @@ loop calls the methods that `TrainingTask` declares.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.data.source import Clip, cut
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
-from lumos.lora import Lora, add_adapters, sample
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
@@ -44,16 +41,13 @@ from lumos.models.lumos1.sequence import (
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_settings import LumosTrainingSettings
 from lumos.pipeline.acceleration import compile_parts
-from lumos.pipeline.defaults import ClipDefaults, read_defaults, write_defaults
+from lumos.pipeline.defaults import ClipDefaults, write_defaults
 from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
-from lumos.training import checkpoint
-from lumos.training.engine import pick_precision
-from lumos.training.export import Tokenizers, export_checkpoint
-from lumos.training.samples import Sampler
+from lumos.training.export import Tokenizers
 from lumos.training.settings import DataSettings, ModelSettings, world_size
 from lumos.training.task import IGNORED, Batch
-from lumos.training.video_task import VideoTask
+from lumos.training.video_task import VideoTask, model_with
 from lumos.video.frames import from_uint8
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
@@ -78,6 +72,8 @@ class ArdfTask(VideoTask):
     """Training of `LumosForVideoGeneration` on masked codes (AR-DF). Clips are encoded on `device`."""
 
     causal = True
+    model_class, config_class, not_of_weights = LumosForVideoGeneration, LumosConfig, NOT_OF_WEIGHTS
+    read_config = staticmethod(read_config)
 
     def __init__(self, settings: LumosTrainingSettings, device: torch.device):
         self.config = model_config(settings.model)
@@ -87,7 +83,6 @@ class ArdfTask(VideoTask):
         self.text_tokenizer = TextTokenizer.from_pretrained(self.places.text, limit=self.config.visual_token_start)
         check_text_tokenizer(self.config, self.text_tokenizer)
         self._check_sizes(self.places.video)
-        self.adapter: dict[str, Any] | None = None
         self.loss_groups = {
             "frame": num_latent_frames(settings.data.num_frames, self.config.temporal_compression),
             "mask_ratio": RATIO_BINS,
@@ -114,7 +109,7 @@ class ArdfTask(VideoTask):
         frozen, and the adapters are drawn with training.seed. The model is on the CPU, or on the
         device of the training with training.compile.
         """
-        folder, overrides, lora = self.settings.model.from_, self.settings.model.overrides, self.settings.lora
+        folder, overrides = self.settings.model.from_, self.settings.model.overrides
         config = copy.deepcopy(self.config)
         config.attention = self.attention
         if folder is not None:
@@ -127,11 +122,7 @@ class ArdfTask(VideoTask):
         torch.manual_seed(self.settings.training.seed)
         if folder is None:
             model = LumosForVideoGeneration(config)
-        if lora.rank is not None:
-            base = {"folder": folder, "sample": sample(model)}
-            add_adapters(model, Lora(**to_plain(lora)))
-            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-            self.adapter = {"settings": to_plain(lora), "base": base, "shapes": shapes}
+        self.with_adapters(model)
         if self.settings.training.activation_checkpointing:
             model.model.gradient_checkpointing = True
         if self.settings.training.compile:
@@ -200,87 +191,25 @@ class ArdfTask(VideoTask):
         return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
     def export_metadata(self) -> dict[str, Any]:
-        """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
-        return {
-            "config": self._config(),
-            "tokenizers": vars(self.places),
-            "fingerprints": self.fingerprints,
-            "generation": vars(self._generation()),
-            "clip": self.source.usual_shape,
-            "lora": self.adapter,
-        }
+        return super().export_metadata() | {"clip": self.source.usual_shape}
 
-    def export(self, folder: Path, target: Path) -> None:
-        """Write a checkpoint as a folder that `LumosPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
-        export_checkpoint(folder, checkpoint.read_state(folder), target)
-
-    def preview(self, weights: dict[str, Tensor]) -> Sampler:
-        """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
-        dtype = pick_precision(self.settings.training.precision, self.device)
-        if self.adapter is None:
-            model = model_with(weights, self.config, dtype)
-        else:
-            model = LumosForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
-            add_adapters(model, Lora(**self.adapter["settings"]))
-            model.load_state_dict(weights, strict=False)
-        settings = self._generation().changed(**self.settings.samples.options)
-        pipe = LumosPipeline(model.to(self.device), self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
-        return Sampler(
-            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
-            self.sample_shape.fps,
-            {**vars(settings), **vars(self.sample_shape)},
-        )
+    def pipeline_of(self, model: nn.Module, settings: GenerationSettings) -> LumosPipeline:
+        return LumosPipeline(model, self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        adapter = {}
-        if self.adapter is not None:
-            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
-            adapter = {"model.from (sha256 of a sample)": weights}
-        settings = self.settings
-        return (
-            self._config()
-            | {f"lora.{key}": value for key, value in to_plain(settings.lora).items()}
-            | adapter
-            | {f"masking.{key}": value for key, value in to_plain(settings.masking).items()}
-            | self.data_fingerprint()
-        )
-
-    @staticmethod
-    def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            model = LumosForVideoGeneration(LumosConfig(**metadata["config"]))
-        return {name: p.shape for name, p in model.named_parameters()}
-
-    @staticmethod
-    def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        theirs, config = read_config(Path(folder)), LumosConfig(**metadata["config"])
-        for name in sorted(set(LumosConfig.__annotations__) - NOT_OF_WEIGHTS):
-            found, wanted = getattr(theirs, name), getattr(config, name)
-            if found != wanted:
-                said = f"its {name} is {shown(found)}, not {shown(wanted)}"
-                raise UserError(f"--mix {folder} is another model than the run's: {said}")
-        with no_progress_bar():
-            return dict(LumosForVideoGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        masking = {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
+        return self.config_fields() | self.lora_fingerprint() | masking | self.data_fingerprint()
 
     @staticmethod
     def write_folder(
         folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
     ) -> None:
         with no_progress_bar():
-            model_with(weights, LumosConfig(**metadata["config"]), dtype).save_pretrained(folder)
+            model_with(LumosForVideoGeneration, weights, LumosConfig(**metadata["config"]), dtype).save_pretrained(folder)
         check_written(folder, {name: tuple(tensor.shape) for name, tensor in weights.items()})
         VideoTokenizer.from_pretrained(tokenizers.video).to(dtype).save_pretrained(folder / "video_tokenizer")
         TextTokenizer.from_pretrained(tokenizers.text).save_pretrained(folder / "text_tokenizer")
         write_defaults(folder, GenerationSettings(**metadata["generation"]), ClipDefaults(**metadata["clip"], target_size=None))
-
-    def _generation(self) -> GenerationSettings:
-        folder = self.settings.model.from_
-        usual = GenerationSettings() if folder is None else read_defaults(Path(folder), GenerationSettings)[0]
-        return usual.changed(**self.settings.generation)
-
-    def _config(self) -> dict[str, Any]:
-        config = self.config.to_dict()
-        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
 
     def _check_sizes(self, video: str) -> None:
         config = self.config
@@ -447,12 +376,3 @@ class UnencodedBatch:
     codes_at: Tensor
     supervised_at: Tensor
     batch: Batch
-
-
-def model_with(weights: dict[str, Tensor], config: LumosConfig, dtype: torch.dtype) -> LumosForVideoGeneration:
-    """Return a model with the given weights, complete and by name, in the number format `dtype`."""
-    with torch.device("meta"):
-        model = LumosForVideoGeneration(config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    model.config.dtype = dtype
-    return model

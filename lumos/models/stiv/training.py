@@ -7,8 +7,6 @@ clip's own generators, so losses do not depend on micro-batches or on the number
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,8 +20,7 @@ from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.source import Clip
-from lumos.errors import RunError, UserError, shown
-from lumos.lora import Lora, add_adapters, sample
+from lumos.errors import RunError, UserError
 from lumos.models.stiv.attention import RMSNorm
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
@@ -49,16 +46,14 @@ from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, text_ids
 from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.acceleration import compile_parts
-from lumos.pipeline.defaults import ClipDefaults, read_defaults
+from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
 from lumos.training import checkpoint
-from lumos.training.engine import pick_precision
-from lumos.training.export import Tokenizers, export_checkpoint
-from lumos.training.samples import Sampler
+from lumos.training.export import Tokenizers
 from lumos.training.settings import world_size
 from lumos.training.task import Batch
-from lumos.training.video_task import VideoTask
+from lumos.training.video_task import VideoTask, model_with
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
@@ -66,7 +61,7 @@ TIME_BINS = 10
 """Number of equal ranges of times by which the log sorts losses."""
 DRAWS = ("flow", "patterns", "strides", "dropout", "given_noise", "mask_ratio", "masked_loss_weight")
 """Settings that decide the losses, beside the config, the data and the optimization."""
-NOT_OF_WEIGHTS = {"patterns", "max_prompt_tokens", "micro_stride"}
+NOT_OF_WEIGHTS = ("patterns", "max_prompt_tokens", "micro_stride")
 """Fields of StivConfig in which two models may differ and still be mixed."""
 
 
@@ -88,6 +83,8 @@ class StivTask(VideoTask):
     """Training of `StivForVideoGeneration` by flow matching. Clips are encoded on `device`."""
 
     settings: StivTrainingSettings
+    model_class, config_class, not_of_weights = StivForVideoGeneration, StivConfig, NOT_OF_WEIGHTS
+    read_config = staticmethod(read_config)
 
     def __init__(self, settings: StivTrainingSettings, device: torch.device):
         self.config = model_config(settings)
@@ -103,7 +100,6 @@ class StivTask(VideoTask):
         self.config = with_clips(self.config, settings, shape.num_frames, shape.height, shape.width)
         self.config = StivConfig(**self.config.to_dict() | self._statistics())
         self.space = self.space.normalised(self.config.latent_mean, self.config.latent_std)
-        self.adapter: dict[str, Any] | None = None
         self.origin: dict[str, Any] | None = None
         self.pattern_names = [name for name in PATTERNS if name in trained_patterns(settings)]
         self.loss_groups = {"time": TIME_BINS, "pattern": len(self.pattern_names)}
@@ -153,11 +149,7 @@ class StivTask(VideoTask):
             model = StivForVideoGeneration.from_pretrained(settings.model.from_, config=config, dtype=torch.float32)
         else:
             model = StivForVideoGeneration(config)
-        if settings.lora.rank is not None:
-            base = {"folder": settings.model.from_, "sample": sample(model)}
-            add_adapters(model, Lora(**to_plain(settings.lora)))
-            shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-            self.adapter = {"settings": to_plain(settings.lora), "base": base, "shapes": shapes}
+        self.with_adapters(model)
         if settings.training.activation_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.training.compile:
@@ -307,66 +299,17 @@ class StivTask(VideoTask):
         return text_ids(self.text, prompts, self.config)
 
     def export_metadata(self) -> dict[str, Any]:
-        """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""
-        return {
-            "config": self._config(),
-            "tokenizers": vars(self.places),
-            "fingerprints": self.fingerprints,
-            "generation": vars(self._generation()),
-            "clip": {name: value for name, value in vars(self.sample_shape).items() if name != "target_size"},
-            "lora": self.adapter,
-            "init": self.origin,
-        }
+        return super().export_metadata() | {"init": self.origin}
 
-    def export(self, folder: Path, target: Path) -> None:
-        """Write a checkpoint as a folder that `StivPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
-        export_checkpoint(folder, checkpoint.read_state(folder), target)
-
-    def preview(self, weights: dict[str, Tensor]) -> Sampler:
-        """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
-        dtype = pick_precision(self.settings.training.precision, self.device)
-        if self.adapter is None:
-            model = model_with(weights, self.config, dtype)
-        else:
-            model = StivForVideoGeneration.from_pretrained(self.settings.model.from_, config=self.config, dtype=dtype)
-            add_adapters(model, Lora(**self.adapter["settings"]))
-            model.load_state_dict(weights, strict=False)
-        settings = self._generation().changed(**self.settings.samples.options)
-        pipe = StivPipeline(model.to(self.device), self.text, self.space, settings, self.sample_shape)
-        return Sampler(
-            lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
-            self.sample_shape.fps,
-            {**vars(settings), **vars(self.sample_shape)},
-        )
+    def pipeline_of(self, model: nn.Module, settings: StivOptions) -> StivPipeline:
+        return StivPipeline(model, self.text, self.space, settings, self.sample_shape)
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        adapter = {}
-        if self.adapter is not None:
-            weights = hashlib.sha256(json.dumps(self.adapter["base"]["sample"]).encode()).hexdigest()
-            adapter = {"model.from (sha256 of a sample)": weights}
         drawn: dict[str, Any] = {}
         for name in DRAWS:
             value = to_plain(getattr(self.settings, name))
             drawn |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-        lora = {f"lora.{key}": value for key, value in to_plain(self.settings.lora).items()}
-        return self._config() | drawn | lora | adapter | self.data_fingerprint()
-
-    @staticmethod
-    def parameter_shapes(metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            model = StivForVideoGeneration(StivConfig(**metadata["config"]))
-        return {name: p.shape for name, p in model.named_parameters()}
-
-    @staticmethod
-    def weights_to_mix(folder: str, metadata: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        theirs, config = read_config(Path(folder)), StivConfig(**metadata["config"])
-        for name in sorted(set(StivConfig.__annotations__) - NOT_OF_WEIGHTS - {"model_type"}):
-            found, wanted = getattr(theirs, name), getattr(config, name)
-            if found != wanted:
-                said = f"its {name} is {shown(found)}, not {shown(wanted)}"
-                raise UserError(f"--mix {folder} is another model than the run's: {said}")
-        with no_progress_bar():
-            return dict(StivForVideoGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        return self.config_fields() | drawn | self.lora_fingerprint() | self.data_fingerprint()
 
     @staticmethod
     def write_folder(
@@ -379,18 +322,10 @@ class StivTask(VideoTask):
             text = frozen_text_encoder(tokenizers.text, config).to(dtype)
         space = LatentSpace.from_config(tokenizers.video, config, dtype)
         options, clip = StivOptions(**metadata["generation"]), ClipDefaults(**metadata["clip"], target_size=None)
+        model = model_with(StivForVideoGeneration, weights, config, dtype)
         with no_progress_bar():
-            StivPipeline(model_with(weights, config, dtype), text, space, options, clip).save_pretrained(folder)
+            StivPipeline(model, text, space, options, clip).save_pretrained(folder)
         check_keys(str(folder), {name: tuple(value.shape) for name, value in weights.items()}, read_shapes(weight_files(folder)))
-
-    def _generation(self) -> StivOptions:
-        folder = next(iter(self.base_folders), None)
-        usual = StivOptions() if folder is None else read_defaults(Path(folder), StivOptions)[0]
-        return usual.changed(**self.settings.generation)
-
-    def _config(self) -> dict[str, Any]:
-        config = self.config.to_dict()
-        return {key: config[key] for key in sorted(config) if key not in ("dtype", "transformers_version", "architectures")}
 
     def _read_text(self) -> TextTokenizer | FrozenTextEncoder:
         config, folder = self.config, self.places.text
@@ -476,12 +411,3 @@ def pixels_or_codes(clip: Clip) -> Tensor:
 
 def frozen_text_encoder(folder: str | Path, config: StivConfig) -> FrozenTextEncoder:
     return FrozenTextEncoder.from_pretrained(folder, width=config.text_width, max_tokens=config.max_prompt_tokens)
-
-
-def model_with(weights: dict[str, Tensor], config: StivConfig, dtype: torch.dtype) -> StivForVideoGeneration:
-    """Return a model with the given weights, complete and by name, in the number format `dtype`."""
-    with torch.device("meta"):
-        model = StivForVideoGeneration(config)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    model.config.dtype = dtype
-    return model
