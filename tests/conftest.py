@@ -34,8 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("thorough" if config.getoption("thorough") else "quick")
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which else begins with the files of the most tests
+        config.option.loadscopereorder = False
 
 
+LONGEST = ("test_ray_engine.py", "test_deepspeed.py", "test_video_training.py", "test_faults.py", "test_lora.py", "test_browser.py")
+"""Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
 
@@ -48,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("thorough") and (left_out := [item for item in items if item.get_closest_marker("thorough")]):
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
