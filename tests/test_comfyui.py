@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from micro_stiv import micro_pipeline
 
 from lumos import LumosPipeline, registry
 from lumos.errors import UserError
@@ -222,7 +223,8 @@ def test_the_sample_request_runs(nodes, comfy, repo, monkeypatch):
         if kind == "SaveVideo":
             return saved.append(inputs["video"])
         cls = nodes.NODE_CLASS_MAPPINGS[kind]
-        assert inputs.keys() == {name for group in cls.INPUT_TYPES().values() for name in group}
+        groups = cls.INPUT_TYPES()
+        assert groups["required"].keys() <= inputs.keys() <= {name for group in groups.values() for name in group}
         return execute(nodes, kind, **inputs)
 
     graph["1"]["inputs"]["model"] = "micro"
@@ -235,9 +237,31 @@ def test_sampling_inputs_are_the_options_of_all_generators(nodes, monkeypatch):
     """An option that a second generator declares with a step is an input; left as it stands, it is not passed on."""
     monkeypatch.setattr(registry, "PACKAGES", [*registry.PACKAGES, "toy_generator"])
     node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
-    stepped = {name for name, option in all_options().items() if option.step is not None}
+    shown = {name for name, option in all_options().items() if option.has_control}
     inputs = {name: value for group in node.INPUT_TYPES().values() for name, value in group.items()}
-    assert "noise_scale" in stepped <= inputs.keys()
-    defaults = {name: inputs[name][1]["default"] for name in stepped}
-    arguments = sys.modules[node.__module__].pipeline_arguments(negative_prompt="", seed=1, **defaults)
-    assert all(arguments[name] is None for name in stepped)
+    assert {"noise_scale", "mask_given_frames", "solver"} <= shown <= inputs.keys()
+    defaults = {name: inputs[name][1]["default"] for name in shown}
+    made = sys.modules[node.__module__].pipeline_arguments
+    assert all(made(negative_prompt="", seed=1, **defaults)[name] is None for name in shown)
+    chosen = made(negative_prompt="", seed=1, **defaults | {"mask_given_frames": "false", "solver": "ab2"})
+    assert (chosen["mask_given_frames"], chosen["solver"]) == (False, "ab2")
+
+
+def test_the_image_node_makes_the_uses_of_stiv(nodes):
+    pipe = micro_pipeline()
+    clip = torch.rand(3, 16, 32, 3)
+    node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
+    usual = {name: value for name, value in widgets(node).items() if name not in ("model", "interpolate", "views")}
+    usual |= {"num_inference_steps": 1, "seed": 1}
+    for images, uses, count in (
+        (clip[:1], {"prompt": "x", "last_image": clip[1:2]}, 5), (clip, {"prompt": "", "interpolate": True}, 5),
+        (clip[:1], {"prompt": "", "views": True}, 7), (clip[:1], {"prompt": "x", "interpolate": False, "views": False}, 5),
+    ):  # fmt: skip
+        images, _ = execute(nodes, "LumosImageToVideo", model=pipe, images=images, **usual | uses)
+        assert images.shape == (count, 16, 32, 3)
+
+
+def test_the_image_node_refuses_uses_of_another_generator(nodes, model):
+    inputs = widgets(nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]) | {"prompt": "x", "views": True}
+    with pytest.raises(UserError, match="views is not possible with models of the generator lumos1"):
+        execute(nodes, "LumosImageToVideo", model=model, images=torch.rand(1, 16, 24, 3), **inputs)

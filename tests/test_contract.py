@@ -8,6 +8,7 @@ import inspect
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +223,8 @@ def swirl(monkeypatch):
     @dataclass(frozen=True)
     class MoreOptions(toy_options.ToyOptions):
         swirl: float = setting(0.5, "how much the clip swirls", low=0, high=2, step=0.1, trade=True)
+        mirror: bool = setting(False, "mirror every second frame")
+        weave: str = setting("plain", "how the clip is woven", choices=("plain", "twill"))
         speckle: int = setting(0, "passes of speckle after the last step", low=0, high=9, cost=True)
 
     for module in (toy_options, toy_generator):
@@ -259,14 +262,22 @@ def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
     from lumos.commands.plan import costly_options
     from lumos.demo.api import field_value
     from lumos.demo.limits import Limits
-    from lumos.demo.page import request_of, sampling_slider
+    from lumos.demo.page import request_of, sampling_control
 
-    option = all_options()["swirl"]
-    assert field_value("swirl", "0.7", swirl) == 0.7
-    slider = sampling_slider(option, 0.5, Limits())
+    options, pipe = all_options(), SimpleNamespace(sampling=swirl, takes=())
+    assert field_value("swirl", "0.7", pipe) == 0.7
+    assert field_value("mirror", "True", pipe) is True
+    assert field_value("weave", "twill", pipe) == "twill"
+    with pytest.raises(UserError, match="mirror 'perhaps' is not allowed; give true or false"):
+        field_value("mirror", "perhaps", pipe)
+    slider = sampling_control(options["swirl"], 0.5, Limits())
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (0, 2, 0.1, 0.5)
-    answers = {"prompt": "x", "negative_prompt": "", "given": None, "seed": "", "swirl": 1.5}
-    assert request_of(answers, {"swirl": 0.5}, swirl).options == {"swirl": 1.5}
+    assert sampling_control(options["mirror"], True, Limits()).value is True
+    names = sampling_control(options["weave"], "plain", Limits())
+    assert ([name for name, _ in names.choices], names.value) == (["plain", "twill"], "plain")
+    answers = {"prompt": "x", "negative_prompt": "", "given": None, "seed": "", "swirl": 1.5, "mirror": False, "weave": "twill"}
+    defaults = {"swirl": 0.5, "mirror": False, "weave": "plain"}
+    assert request_of(answers, defaults, pipe).options == {"swirl": 1.5, "weave": "twill"}
     assert {"swirl", "speckle"} <= costly_options().keys()
     assert {"num_inference_steps", "guidance_scale"} <= costly_options().keys()
     assert "noise_scale" not in costly_options()

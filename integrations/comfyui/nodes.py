@@ -22,7 +22,7 @@ from torch import Tensor
 from lumos import VideoPipeline
 from lumos.errors import UserError, shown
 from lumos.pipeline.inputs import MAX_SEED
-from lumos.pipeline.options import WHOLE, Option, all_options
+from lumos.pipeline.options import CHOICE, FLAG, WHOLE, Option, all_options
 from lumos.pipeline.request import Request
 
 KIND = "lumos"
@@ -72,13 +72,17 @@ class LumosTextToVideo:
     CATEGORY = "Lumos"
     DESCRIPTION = "Makes a clip, or a picture if num_frames is 1, from a prompt."
     GIVEN: ClassVar[dict[str, Any]] = {}
+    OPTIONAL: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         def whole(tooltip: str, step: int = 1, maximum: int = 8192) -> tuple:
             return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's default"})
 
-        sampling = {name: sampling_input(option) for name, option in all_options().items() if option.step is not None}
+        # Saved workflows hold values by place: inputs that came later stand behind the others.
+        shown = [option for option in all_options().values() if option.has_control]
+        options = sorted(shown, key=lambda option: option.step is None)
+        sampling = {option.name: sampling_input(option) for option in options}
         common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}
         return {
             "required": {
@@ -88,12 +92,12 @@ class LumosTextToVideo:
                 "negative_prompt": ("STRING", {"multiline": True, "default": "", "tooltip": "what the clip must not show"}),
                 "width": whole("pixels", 16),
                 "height": whole("pixels", 16),
-                "num_frames": whole("1 + a multiple of 4, given frames included"),
+                "num_frames": whole("given frames included; 1 makes a picture"),
                 "fps": whole("frames per second", maximum=120),
                 **common,
                 "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             },
-            "optional": sampling,
+            "optional": {**sampling, **cls.OPTIONAL},
         }
 
     def generate(self, model: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
@@ -106,30 +110,55 @@ class LumosImageToVideo(LumosTextToVideo):
         "images": ("IMAGE", {"tooltip": "one picture: the first frame; several pictures: a clip, which the result continues"})
     }
 
-    def generate(self, model: VideoPipeline, images: Tensor, prompt: str, **options: Any) -> tuple[Tensor, float]:
-        given = images[..., :3].clamp(0, 1).cpu().numpy()
-        begin = {"image": given[0]} if len(given) == 1 else {"video": given}
-        return make_clip(model, prompt, **begin, **pipeline_arguments(**options))
+    OPTIONAL: ClassVar[dict[str, Any]] = {
+        "last_image": ("IMAGE", {"tooltip": "the last frame of the clip, for models that take one"}),
+        "interpolate": ("BOOLEAN", {"default": False, "tooltip": "make the frames between those of the clip, for models that can"}),
+        "views": ("BOOLEAN", {"default": False, "tooltip": "make views of the object in the picture, for models that can"}),
+    }
+
+    def generate(
+        self, model: VideoPipeline, images: Tensor, prompt: str, last_image: Tensor | None = None, interpolate: bool = False,
+        views: bool = False, **options: Any,
+    ) -> tuple[Tensor, float]:  # fmt: skip
+        given = pixels(images)
+        uses = {"image": given[0]} if len(given) == 1 else {"video": given}
+        if last_image is not None:
+            uses["last_image"] = pixels(last_image)[0]
+        uses |= {"interpolate": 2 if interpolate else None, "views": views or None}
+        return make_clip(model, prompt, **uses, **pipeline_arguments(**options))
 
 
-def unset(option: Option) -> int:
+def pixels(images: Tensor) -> np.ndarray:
+    """Return an IMAGE as an array [B, H, W, 3] in [0, 1]."""
+    return images[..., :3].clamp(0, 1).cpu().numpy()
+
+
+DEFAULT = "default"
+
+
+def unset(option: Option) -> int | str:
     """Return the value of an input that stands for the model's default.
 
     The option itself does not allow this value.
     """
+    if option.kind in (FLAG, CHOICE):
+        return DEFAULT
     return 0 if option.slider[0] > 0 else -1
 
 
 def sampling_input(option: Option) -> tuple:
     """Return the ComfyUI input of a sampling option, as (type, properties)."""
     value, number = unset(option), int if option.kind == WHOLE else float
+    if value == DEFAULT:
+        names = option.choices if option.kind == CHOICE else ("true", "false")
+        return ([DEFAULT, *names], {"default": DEFAULT, "tooltip": f"{option.meaning}; {DEFAULT}: the model's default"})
     return ("INT" if number is int else "FLOAT", {
         "default": number(value), "min": number(value), "max": number(option.most), "step": option.step,
         "tooltip": f"{option.meaning}; {value}: the model's default",
     })  # fmt: skip
 
 
-def pipeline_arguments(*, negative_prompt: str, seed: int, **values: float) -> dict[str, Any]:
+def pipeline_arguments(*, negative_prompt: str, seed: int, **values: Any) -> dict[str, Any]:
     """Return the inputs of a node as arguments of the pipeline.
 
     An input with its unset value becomes None.
@@ -137,6 +166,8 @@ def pipeline_arguments(*, negative_prompt: str, seed: int, **values: float) -> d
     options = all_options()
     left = {name: unset(options[name]) if name in options else 0 for name in values}
     given = {name: None if value == left[name] else value for name, value in values.items()}
+    given |= {name: value == "true" for name, value in given.items()
+              if value is not None and name in options and options[name].kind == FLAG}  # fmt: skip
     return {"negative_prompt": negative_prompt, "seed": seed, **given}
 
 

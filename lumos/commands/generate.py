@@ -52,12 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last-image", help="picture that the clip ends with; for STIV models")
     add("--interpolate", type=int, metavar="2", help="make twice the frames a second of --video, which are kept; for STIV models")
     add("--views", action="store_true", default=None, help="make seven views of the object in --image; for STIV models")
-    add("--num-given-frames", type=int, help="frames of --video to use, 1 + a multiple of 4; default: up to half of the result")
+    add("--num-given-frames", type=int, help="last frames of --video to use; default: as many as the model usually gets")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
     add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
     add("--output-dir", help="folder for several clips, default: outputs; the same command continues an interrupted list")
     add("--preview", metavar="FILE", help=".mp4 .gif .webp file that is rewritten with all frames so far after each latent frame")
-    add("--num-frames", type=int, help="1 + a multiple of 4, given frames included; 1 makes a picture")
+    add("--num-frames", type=int, help="frames of the clip, given frames included; 1 makes a picture; "
+        "Lumos-1 makes 1 + a multiple of 4")
     add("--height", type=int, help="pixels")
     add("--width", type=int, help="pixels")
     add("--fps", type=int, help="frames per second")
@@ -158,7 +159,9 @@ def make_one(args: argparse.Namespace) -> None:
                         "total": round(total, 2)},
         },
     )  # fmt: skip
-    print(printable(f"{written}  seed {seed}  {total:.1f} s  peak memory {circumstance['peak_memory_mb']} MB"))
+    calls = resolved.settings.get("sampler", {}).get("model_calls")
+    spent = f"{total:.1f} s  " + (f"{calls} model calls  " if calls else "")
+    print(printable(f"{written}  seed {seed}  {spent}peak memory {circumstance['peak_memory_mb']} MB"))
 
 
 @contextmanager

@@ -20,19 +20,22 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from lumos.demo.limits import Busy, TooLarge
-from lumos.demo.service import Service
+from lumos.demo.service import FILES, Service
 from lumos.demo.store import Store
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError, shown
-from lumos.pipeline.options import WHOLE, SamplingOptions
+from lumos.pipeline.base import VideoPipeline
+from lumos.pipeline.options import FLAG, WHOLE, parsed_flag
 from lumos.pipeline.request import Request as ClipRequest
+from lumos.pipeline.request import needs_words
 from lumos.prompt_lists.clips import record_path
 
 FIELDS: dict[str, Callable[[str], Any]] = {
     "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "seed": int,
 }  # fmt: skip
 """The form fields that are neither files nor sampling options, each with the function that parses it."""
-FILES = ("image", "video")
+OF_SOME_MODELS: dict[str, Callable[[str], Any]] = {"interpolate": int, "views": parsed_flag}
+"""Further fields, which exist if the generator of the model takes them."""
 POLL_SECONDS = 0.1
 
 
@@ -41,8 +44,8 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate")
     async def generate(request: Request) -> Response:
-        form = await read_form(request, service.pipe.sampling)
-        async with request_from_form(form, service.store, service.pipe.sampling) as wanted:
+        form = await read_form(request, service.pipe)
+        async with request_from_form(form, service.store, service.pipe) as wanted:
             job = service.submit(Job(wanted))
             try:
                 async for _ in watch(job):
@@ -131,17 +134,29 @@ async def watch(job: Job) -> AsyncIterator[None]:
     yield
 
 
-async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[str, str | UploadFile]:
+def parsers(pipe: VideoPipeline) -> dict[str, Callable[[str], Any]]:
+    """Return the function that parses each field that is no file, by its name: for this pipeline's generator."""
+    more = {name: parse for name, parse in OF_SOME_MODELS.items() if name in pipe.takes}
+    return FIELDS | more | {name: option.parse for name, option in pipe.sampling.declared().items()}
+
+
+def files_of(pipe: VideoPipeline) -> list[str]:
+    """Return the names of the fields that are files."""
+    return [name for name in FILES if name != "last_image" or name in pipe.takes]
+
+
+async def read_form(request: Request, pipe: VideoPipeline) -> dict[str, str | UploadFile]:
     """Return the fields of a form by name.
 
-    sampling: the sampling options of the generator, each of which is a field too. UserError if the
-    request is not a form, and for a field that is unknown or given twice.
+    pipe: its generator decides which fields there are. UserError if the request is not a form, and
+    for a field that is unknown or given twice.
     """
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise UserError(f"the request's content type is {kind!r}; send a form (curl -F prompt=...)")
-    known = (*FIELDS, *sampling.declared(), *FILES)
-    form = await request.form(max_files=1, max_fields=len(known))
+    files = files_of(pipe)
+    known = (*parsers(pipe), *files)
+    form = await request.form(max_files=len(files), max_fields=len(known))
     given = form.multi_items()
     if unknown := [name for name, _ in given if name not in known]:
         raise UserError(f"unknown field {shown(unknown[0])}; known are {', '.join(known)}")
@@ -152,17 +167,17 @@ async def read_form(request: Request, sampling: type[SamplingOptions]) -> dict[s
 
 @contextlib.asynccontextmanager
 async def request_from_form(
-    form: dict[str, str | UploadFile], store: Store, sampling: type[SamplingOptions]
+    form: dict[str, str | UploadFile], store: Store, pipe: VideoPipeline
 ) -> AsyncIterator[ClipRequest]:
     """Yield the request that a form describes.
 
-    Its uploaded file exists until the end of the `with` block.
+    Its uploaded files exist until the end of the `with` block.
     """
-    values: dict[str, Any] = {
-        name: field_value(name, value, sampling) for name, value in form.items() if name not in FILES
-    }
+    values: dict[str, Any] = {name: field_value(name, value, pipe) for name, value in form.items() if name not in FILES}
     if "prompt" not in values:
-        raise UserError("prompt is missing; say in words what the clip shows")
+        if needs_words(values.get("interpolate"), values.get("views")):
+            raise UserError("prompt is missing; say in words what the clip shows")
+        values["prompt"] = ""
     folders: list[Path] = []
     try:
         for name in set(form) & set(FILES):
@@ -198,12 +213,13 @@ async def stored(upload: UploadFile, what: str, store: Store) -> Path:
     return path
 
 
-def field_value(name: str, value: str | UploadFile, sampling: type[SamplingOptions]) -> Any:
+def field_value(name: str, value: str | UploadFile, pipe: VideoPipeline) -> Any:
     """Return the value of a field, parsed from its text; UserError if the text cannot be parsed."""
     if not isinstance(value, str):
         raise UserError(f"{name} is a file; send it as text")
-    option = sampling.declared().get(name)
+    option = pipe.sampling.declared().get(name)
+    kind = option.kind if option else FLAG if name == "views" else WHOLE
     try:
-        return option.parse(value) if option else FIELDS[name](value)
+        return parsers(pipe)[name](value)
     except ValueError:
-        raise UserError(f"{name} {value[:40]!r} is not allowed; give {option.kind if option else WHOLE}") from None
+        raise UserError(f"{name} {value[:40]!r} is not allowed; give {kind}") from None

@@ -95,8 +95,9 @@ class Limits:
     def check(self, request: Request) -> None:
         """Raise UserError if a value of the request is out of bounds, TooLarge for an upload that is too large."""
         from lumos.pipeline.inputs import check_prompt
+        from lumos.pipeline.request import needs_words
 
-        check_prompt(request.prompt)
+        check_prompt(request.prompt, needs_words(request.interpolate, request.views))
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(request, name) or "")
             if length > self.max_prompt_length:
@@ -110,7 +111,7 @@ class Limits:
             value = request.options.get(name, getattr(request, name, None))
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"{name} {value} is not allowed here; give 1 to {most}")
-        for upload in (request.image, request.video):
+        for upload in (request.image, request.video, request.last_image):
             if upload is not None and (size := Path(upload).stat().st_size) > self.upload_bytes:
                 raise TooLarge(
                     f"{Path(upload).name} has {size / 2**20:.3g} MB; at most {self.max_upload_mb:g} MB are allowed: make it smaller"

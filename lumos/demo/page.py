@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from lumos.demo.service import Service
 from lumos.demo.store import Store
 from lumos.demo.worker import Job
 from lumos.errors import RunError, UserError
-from lumos.pipeline.options import Option, SamplingOptions
+from lumos.pipeline.base import VideoPipeline
+from lumos.pipeline.options import CHOICE, FLAG, Option
 from lumos.pipeline.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -45,9 +47,10 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                     if examples:
                         gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
-                    given.preprocess = lambda file: file and file.path  # gradio's own leaves an empty file behind at each call
+                    given.preprocess = path_of
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
-                        asked = {"prompt": prompt, "given": given, **sampling_controls(service)}
+                        asked = {"prompt": prompt, "given": given, **uses(service), **sampling_controls(service)}
+                    uploads = [asked[name] for name in ("given", "last_image") if name in asked]
             with gr.Column(scale=6, min_width=300, elem_id="right"):
                 stage = gr.HTML(views.stage_text(HELLO), elem_id="stage")
                 line = gr.HTML(views.status(""), elem_id="line")
@@ -55,19 +58,21 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
 
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
             try:
-                request = request_of({name: values[part] for name, part in asked.items()}, service.defaults, service.pipe.sampling)
+                request = request_of({name: values[part] for name, part in asked.items()}, service.defaults, service.pipe)
                 job = Job(request, owner=session.session_hash)
-                if values[given] and not service.store.holds_upload(values[given]):
+                files = [values[part] for part in uploads if values[part]]
+                if not all(map(service.store.holds_upload, files)):
                     raise UserError(NO_UPLOAD)
                 service.submit(job)
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
                 return
-            given_file = Path(values[given]) if values[given] else None
             # Every update holds the buttons, because a busy browser may show only the last of several updates.
             working = {start: gr.Button(interactive=False), cancel: gr.Button(interactive=True)}
             try:
-                with service.store.needing(given_file):
+                with contextlib.ExitStack() as needed:
+                    for file in files:
+                        needed.enter_context(service.store.needing(Path(file)))
                     yield working
                     async for update in shown_progress(service, job):
                         yield working | {part: update[name] for name, part in (("stage", stage), ("line", line)) if name in update}
@@ -120,34 +125,62 @@ def sampling_controls(service: Service) -> dict[str, Component]:
         height = gr.Slider(pipe.size_unit, limits.max_side, own.height, step=pipe.size_unit, label="Height", min_width=140)
     label = f"Frames, {own.fps} a second, given frames included; 1 makes a picture"
     frames = gr.Slider(1, limits.max_frames, own.num_frames, step=pipe.temporal_compression, label=label, elem_id="frames")
-    sliders = {option.name: sampling_slider(option, getattr(pipe.settings, option.name), limits)
-               for option in pipe.sampling.declared().values() if option.slider is not None}  # fmt: skip
+    options = {option.name: sampling_control(option, getattr(pipe.settings, option.name), limits)
+               for option in pipe.sampling.declared().values() if option.has_control}  # fmt: skip
     return {
-        "negative_prompt": negative, "width": width, "height": height, "num_frames": frames, **sliders,
+        "negative_prompt": negative, "width": width, "height": height, "num_frames": frames, **options,
         # A Textbox, because gradio turns an empty Number into 0.
         "seed": gr.Textbox("", label="Seed; empty: random", max_length=20, elem_id="seed"),
     }  # fmt: skip
 
 
-def sampling_slider(option: Option, own: float, limits: Limits) -> gr.Slider:
-    """Return the slider of a sampling option. It starts at the model's default `own`."""
+def uses(service: Service) -> dict[str, Component]:
+    """Return the controls of what only some generators take, by the names of the pipeline's arguments."""
+    takes, controls = service.pipe.takes, {}
+    if "last_image" in takes:
+        controls["last_image"] = gr.File(label="Picture to end with", height=140, elem_id="last_image")
+        controls["last_image"].preprocess = path_of
+    if "interpolate" in takes:
+        controls["interpolate"] = gr.Checkbox(False, label="Double the frame rate of the clip", elem_id="interpolate")
+    if "views" in takes:
+        controls["views"] = gr.Checkbox(False, label="Views of the object in the picture, from all sides", elem_id="views")
+    return controls
+
+
+def path_of(file: Any) -> str | None:
+    """Return the path of an uploaded file; gradio's own conversion leaves an empty file behind at each call."""
+    return file and file.path
+
+
+def sampling_control(option: Option, own: Any, limits: Limits) -> Component:
+    """Return the control of a sampling option. It starts at the model's default `own`."""
+    if option.kind == FLAG:
+        return gr.Checkbox(own, label=option.label, elem_id=option.name)
+    if option.kind == CHOICE:
+        return gr.Dropdown(list(option.choices), value=own, label=option.label, elem_id=option.name)
     low, high, step = option.slider
     high = limits.max_steps if option.name == "num_inference_steps" else max(high, own)
     return gr.Slider(low, high, own, step=step, label=option.label, elem_id=option.name)
 
 
-def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], sampling: type[SamplingOptions]) -> Request:
+def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], pipe: VideoPipeline) -> Request:
     """Return the request that the values of the controls describe.
 
     A value that equals the model's default is left out of the request. UserError for a seed that is
     not a number.
     """
-    names = [name for name in (*SHAPE, *sampling.declared()) if name in answers]
+    names = [name for name in (*SHAPE, *pipe.sampling.declared()) if name in answers]
     chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}
     if given := answers["given"]:
         chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
+    if last := answers.get("last_image"):
+        chosen["last_image"] = last
+    if answers.get("interpolate"):
+        chosen["interpolate"] = 2
+    if answers.get("views"):
+        chosen["views"] = True
     if seed := answers["seed"].strip():
-        chosen["seed"] = field_value("seed", seed, sampling)
+        chosen["seed"] = field_value("seed", seed, pipe)
     return Request.of(answers["prompt"], negative_prompt=answers["negative_prompt"], **chosen)
 
 

@@ -16,12 +16,15 @@ from lumos.demo.limits import Limits
 from lumos.demo.reading import read_upload
 from lumos.demo.store import Store
 from lumos.demo.worker import Job, Worker
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
 from lumos.files import write_json
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.request import Request, Resolved
 from lumos.prompt_lists.clips import default_name, record_path
 from lumos.video.io import write_video
+
+FILES = ("image", "video", "last_image")
+"""The arguments of a request that may be uploaded files."""
 
 
 class Service:
@@ -57,11 +60,20 @@ class Service:
         allowed, Busy if the queue does not take the job.
         """
         self.limits.check(job.request)
-        options = self.pipe.sampling.declared()
-        kept = {name: value for name, value in job.request.options.items()
-                if name not in options or not options[name].for_given_frames}  # fmt: skip
-        self._resolve(replace(job.request, image=None, video=None, options=kept))
+        self._resolve(self._without_files(job.request))
         return self.worker.submit(job)
+
+    def _without_files(self, request: Request) -> Request:
+        """Return the request with a blank picture in place of each picture, and without its clip, whose length is not known yet."""
+        height, width = request.height or self.pipe.clip.height, request.width or self.pipe.clip.width
+        blank = np.zeros((height, width, 3), np.uint8)
+        pictures = {name: blank for name in ("image", "last_image") if getattr(request, name) is not None}
+        if request.video is None or request.image is not None:  # both are an error, which `resolve` tells
+            return replace(request, video=request.video and blank[None], **pictures)
+        options = self.pipe.sampling.declared()
+        kept = {name: value for name, value in request.options.items()
+                if name not in options or not options[name].for_given_frames}  # fmt: skip
+        return replace(request, prompt=request.prompt or "a clip", video=None, interpolate=None, last_image=None, options=kept)
 
     def make(self, job: Job) -> None:
         """Make and write the clip of a job; `job.frames` and `job.progress` grow meanwhile."""
@@ -90,14 +102,21 @@ class Service:
         return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:
-        """Return the request with frames in place of its files; of a clip, only the last frames that the pipeline can use."""
+        """Return the request with frames in place of its files; of a clip, only the last frames that the pipeline can use.
+
+        UserError for a clip to interpolate that has more frames than can be doubled within the limits.
+        """
         request, allowed, own = job.request, self.limits.of_reading, self.pipe.clip
-        if request.image is not None:
-            return replace(request, image=read_upload(Path(request.image), job.check_stop, allowed))
+        frames = {name: read_upload(Path(path), job.check_stop, allowed)
+                  for name in ("image", "last_image") if (path := getattr(request, name)) is not None}  # fmt: skip
         if request.video is not None:
-            shape = own.fps, request.num_frames or own.num_frames, request.height or own.height, request.width or own.width
-            return replace(request, video=read_upload(Path(request.video), job.check_stop, allowed, shape))
-        return request
+            most = (self.limits.max_frames + 1) // 2
+            count = request.num_frames or own.num_frames if request.interpolate is None else most + 1
+            shape = own.fps, count, request.height or own.height, request.width or own.width
+            frames["video"] = read_upload(Path(request.video), job.check_stop, allowed, shape)
+            if request.interpolate is not None and len(frames["video"]) > most:
+                raise UserError(f"a clip to interpolate has at most {most} frames here, at {own.fps} a second; this one has more")
+        return replace(request, **frames)
 
     def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
         """Write the result and its record as `generate` does, and return the record."""
@@ -106,7 +125,7 @@ class Service:
         about = self.metadata(request.prompt, seed)
         record = {
             **about, "file": path.name, "negative_prompt": request.negative_prompt,
-            **{name: getattr(request, name) and Path(getattr(request, name)).name for name in ("image", "video")},
+            **{name: Path(getattr(request, name)).name if getattr(request, name) else None for name in FILES},
             "settings": resolved.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
         }  # fmt: skip
         try:

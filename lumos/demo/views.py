@@ -79,7 +79,7 @@ def card(record: dict[str, Any]) -> str:
 def shown_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the (name, value) pairs of a record that are shown: inputs, size and the sampling options that are not off."""
     settings = record["settings"]
-    given = [(name, record[name]) for name in ("negative_prompt", "image", "video") if record[name]]
+    given = [(name, record[name]) for name in ("negative_prompt", "image", "video", "last_image") if record.get(name)]
     of_clips = [name for name, option in all_options().items() if not option.for_pictures]
     left_out = HIDDEN if settings["num_frames"] > 1 else (*HIDDEN, *OF_A_CLIP, *of_clips)
     rest = [(key, value) for key, value in settings.items() if key not in left_out and value not in (None, False, 0, (0.0, 1.0))]

@@ -13,7 +13,7 @@ of the metadata's choices. The metadata are:
     above, below         exclusive bounds
     choices              the allowed names of a str
     allowed              the allowed range in words, for messages
-    step                 step of the option's slider in the page and of its input in ComfyUI; without it there is neither
+    step                 step of a number's slider in the page and of its input in ComfyUI; without it there is neither
     slider_high          the largest value of the slider, if it is less than `high`
     label                the label of the slider, if the option's name and meaning would be too long
     pictures             False: the option has no effect on a single picture
@@ -73,6 +73,11 @@ class Option:
     def choices(self) -> tuple[str, ...]:
         """The allowed names of an option of the kind CHOICE."""
         return self.metadata["choices"]
+
+    @property
+    def has_control(self) -> bool:
+        """Whether the option has a control in the page and an input in ComfyUI: numbers with a step, flags and choices."""
+        return self.step is not None or self.kind in (FLAG, CHOICE)
 
     @property
     def for_pictures(self) -> bool:
@@ -148,9 +153,7 @@ class Option:
         """Return the value of the text of a table's cell or a form's field; ValueError if the text cannot be parsed."""
         text = text.strip()
         if self.kind == FLAG:
-            if text.lower() not in ("true", "false"):
-                raise ValueError(text)
-            return text.lower() == "true"
+            return parsed_flag(text)
         if self.kind == INTERVAL:
             return [float(part) for part in text.split()]
         if self.kind == CHOICE:
@@ -213,6 +216,14 @@ class SamplingOptions:
     def changed(self, **given: Any) -> Self:
         """Return a copy in which the arguments that are not None replace fields."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def parsed_flag(text: str) -> bool:
+    """Return True for "true" and False for "false", in any case; ValueError for other texts."""
+    found = {"true": True, "false": False}.get(text.strip().lower())
+    if found is None:
+        raise ValueError(text)
+    return found
 
 
 def all_options() -> dict[str, Option]:

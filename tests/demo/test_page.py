@@ -8,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+from micro_stiv import micro_pipeline
 from PIL import Image, ImageSequence
 
+from lumos import LumosPipeline, StivPipeline
 from lumos.cli import main
 from lumos.demo import views
+from lumos.demo.limits import Limits
+from lumos.demo.service import Service
 from lumos.errors import UserError
-from lumos.models.lumos1.settings import GenerationSettings
+from lumos.models.stiv.settings import StivOptions
 from lumos.pipeline.request import Request
 
 RECORD = {
@@ -61,6 +65,11 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     assert len(error.splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def pipes(micro_folder):
+    return LumosPipeline.from_pretrained(micro_folder, device="cpu"), micro_pipeline()
+
+
 @pytest.fixture
 def gradio():
     return pytest.importorskip("gradio", reason="the page needs the extra [demo]")
@@ -84,14 +93,47 @@ UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "
 def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
     from lumos.demo.page import request_of
 
-    assert request_of({**UNTOUCHED, **answers}, DEFAULTS, GenerationSettings) == request_
+    assert request_of({**UNTOUCHED, **answers}, DEFAULTS, LumosPipeline) == request_
+
+
+@pytest.mark.parametrize(
+    ("answers", "request_"),
+    [
+        ({"interpolate": False, "views": False, "last_image": None}, Request.of("x")),
+        ({"given": "/u/a.png", "last_image": "/u/b.png"}, Request.of("x", image="/u/a.png", last_image="/u/b.png")),
+        ({"given": "/u/a.mp4", "interpolate": True}, Request.of("x", video="/u/a.mp4", interpolate=2)),
+        ({"given": "/u/a.png", "views": True, "prompt": ""}, Request.of("", image="/u/a.png", views=True)),
+        ({"solver": "ab2", "keep_given_pixels": True}, Request.of("x", solver="ab2", keep_given_pixels=True)),
+    ],
+)
+def test_the_controls_of_stiv_ask_for_its_uses(gradio, answers, request_):
+    from lumos.demo.page import request_of
+
+    defaults = {**vars(StivOptions()), **DEFAULTS}
+    untouched = {name: value for name, value in UNTOUCHED.items() if name != "history_mask_ratio"}
+    assert request_of({**untouched, **answers}, defaults, StivPipeline) == request_
+
+
+def test_the_page_has_the_controls_of_its_generator(gradio, pipes, tmp_path):
+    from lumos.demo.page import build_page
+
+    def controls(pipe):
+        service = Service(pipe, tmp_path / pipe.generator, Limits(), lambda prompt, seed: {})
+        page = build_page(service, [])
+        service.worker.close()
+        return {block.elem_id: type(block).__name__ for block in page.blocks.values() if getattr(block, "elem_id", None)}
+
+    lumos1, stiv = map(controls, pipes)
+    assert {"last_image", "interpolate", "views", "solver", "keep_given_pixels"} & lumos1.keys() == set()
+    assert (lumos1["mask_given_frames"], lumos1["history_mask_ratio"]) == ("Checkbox", "Slider")
+    assert (stiv["last_image"], stiv["interpolate"], stiv["views"], stiv["solver"]) == ("File", "Checkbox", "Checkbox", "Dropdown")
 
 
 def test_a_seed_is_a_number(gradio):
     from lumos.demo.page import request_of
 
     with pytest.raises(UserError, match="seed 'three' is not allowed; give a whole number"):
-        request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS, GenerationSettings)
+        request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS, LumosPipeline)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,5 @@ def test_the_rows_and_names_that_the_docs_show(repo, tmp_path):
     rows = rows_of(tmp_path, "a.jsonl", "\n".join(line for line in text.splitlines() if line.startswith('{"prompt"')))
     assert len(rows) == 3
     assert [request_of(row, {}, 0, 4).num_frames for row in rows] == [None, 33, 33]
-    trades = {"guidance_interval", "confidence_threshold", "later_steps", "history_frames", "history_thinning", "block_reuse"}
     paragraph = text[text.index("A row may contain") : text.index("Paths of pictures")]
-    assert {name for name in columns() if f"`{name}`" in paragraph} == columns().keys() - trades
+    assert {name for name in columns() if f"`{name}`" in paragraph} == columns().keys() - all_options().keys()

@@ -27,7 +27,7 @@ from lumos.models.stiv.guidance import Branch, Guidance, over_branches, sample
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace
 from lumos.models.stiv.modeling import MLP, MODEL_FILES, BlockReuse, Micro, StivForVideoGeneration
 from lumos.models.stiv.passes import InOrder, Pass
-from lumos.models.stiv.request import LARGEST_SIDE, StivResolved, resolve
+from lumos.models.stiv.request import LARGEST_SIDE, TAKES, StivResolved, resolve
 from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextStates, text_ids
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
@@ -68,6 +68,7 @@ class StivPipeline(VideoPipeline):
 
     generator = "stiv"
     sampling = StivOptions
+    takes = TAKES
     tensor_inputs = ("latents",)
 
     def __init__(

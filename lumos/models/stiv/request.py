@@ -24,6 +24,8 @@ from lumos.pipeline.request import resolve as resolve_request
 from lumos.video.frames import fit
 from lumos.video.io import MAX_FRAMES, read_video
 
+TAKES = ("last_image", "given_frames", "interpolate", "views")
+"""The arguments that STIV has beside those of all generators."""
 VIEWS = 7
 """Views of an object: the given one, then azimuths of 30 to 330 degrees."""
 OF_VIEWS = {"guidance_scale": 3.5, "null_image": "zeros"}
@@ -102,7 +104,7 @@ def resolve(
     common = resolve_request(
         request, settings, defaults, generator="stiv", size_unit=unit, largest_side=LARGEST_SIDE,
         temporal_compression=config.temporal_compression if config.latents_are_causal else 1,
-        takes=("given_frames", "interpolate", "views"),
+        takes=TAKES,
     )  # fmt: skip
     sampling, clip = common.sampling, common.clip
     if common.num_given_frames == 0 and sampling.image_guidance_scale is not None:
@@ -157,8 +159,8 @@ def check_uses(request: Request, config: StivConfig) -> None:
         if wrong := [name for name in others if is_asked(request, name)]:
             raise UserError(f"{wrong[0]} has no effect with {use}; leave one of them out")
     if config.latents_are_causal:
-        for name in ("last_image", "interpolate", "views"):
-            if is_asked(request, name):
+        for name in TAKES:
+            if name != "given_frames" and is_asked(request, name):
                 raise UserError(
                     f"{name} needs latents of single frames; this model has {config.latents} latents, of which a later one "
                     "depends on all frames before it"

@@ -318,3 +318,53 @@ def test_the_demo_makes_a_clip_from_a_picture_with_image_guidance(pipe, files, f
     service.worker.close()
     assert (job.state, job.error) == ("done", None)
     assert np.array_equal(job.frames[0], frames[0])
+
+
+@pytest.fixture
+def client(pipe, tmp_path):
+    fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [demo]")
+    from fastapi.testclient import TestClient
+
+    from lumos.demo.api import add_api
+    from lumos.demo.middleware import Middleware
+
+    service = Service(pipe, tmp_path / "root", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed})
+    app = fastapi.FastAPI()
+    add_api(app, service)
+    yield TestClient(Middleware(app, service.store, service.limits), raise_server_exceptions=False)
+    service.worker.close()
+
+
+@pytest.mark.parametrize(("data", "names", "count", "pattern"), [
+    ({"prompt": "x"}, {"image": "first.png", "last_image": "last.png"}, 5, "ends"),
+    ({"interpolate": "2"}, {"video": "short.webp"}, 5, "interpolation"),
+    ({"views": "true"}, {"image": "first.png"}, 7, "views"),
+    ({"prompt": "x", "solver": "ab2", "keep_given_pixels": "true"}, {"video": "clip.webp"}, 5, "prediction"),
+])  # fmt: skip
+def test_the_api_makes_each_use(client, files, frames, data, names, count, pattern):
+    write_video("short.webp", frames[:3], 8)
+    uploads = {field: (name, Path(name).read_bytes()) for field, name in names.items()}
+    answer = client.post("/api/generate", data={"seed": "1", "num_inference_steps": "1", **data}, files=uploads)
+    assert answer.status_code == 200, answer.text
+    made = client.get(f"/api/{answer.headers['x-lumos-record']}").json()
+    assert (made["settings"]["num_frames"], made["settings"]["sampler"]["pattern"]) == (count, pattern)
+    assert {field: made[field] for field in names} == names
+    chosen = {name: {"true": True}.get(value, value) for name, value in data.items() if name in ("solver", "keep_given_pixels")}
+    assert chosen.items() <= made["settings"].items()
+
+
+@pytest.mark.parametrize(("data", "names", "said"), [
+    ({"interpolate": "2"}, {"video": "long.webp"}, "at most 5 frames here"),
+    ({"interpolate": "3"}, {"video": "short.webp"}, "give 2"),
+    ({"views": "perhaps"}, {"image": "first.png"}, "give true or false"), ({"views": "true"}, {}, "views needs image"),
+    ({"interpolate": "2"}, {}, "interpolate needs video"), ({"seed": "1"}, {"image": "first.png"}, "prompt is missing"),
+    ({"views": "true", "prompt": "x"}, {"image": "first.png"}, "leave the prompt"),
+    ({"prompt": "x"}, {"last_image": "last.png"}, "is no pattern of this model"),
+])  # fmt: skip
+def test_a_wrong_use_of_the_api_says_why(client, files, frames, data, names, said):
+    write_video("long.webp", np.concatenate([frames] * 2), 8)
+    write_video("short.webp", frames[:3], 8)
+    uploads = {field: (name, Path(name).read_bytes()) for field, name in names.items()}
+    answer = client.post("/api/generate", data=data, files=uploads)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
