@@ -6,6 +6,7 @@ unpickles nothing and torch runs nothing.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lumos.errors import NotFound, RunError, UserError, as_text, reason_of, shown
-from lumos.files import read_json, updating_folder, write_json
+from lumos.files import folder_sha256, read_json, updating_folder, write_json
 from tokenizer.configuration import BOOKKEEPING_KEYS, VideoTokenizerConfig
 from tokenizer.torchscript import read_torchscript
 
 SUBFOLDER = "video_tokenizer"
+REFERENCE = f"{SUBFOLDER}.json"
+"""The file of a model folder that names the tokenizer of another folder: `folder`, relative to it, and `sha256` of its files."""
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 JIT_PAIR = ("encoder.jit", "decoder.jit")
@@ -32,19 +35,47 @@ _NOT_PARAMETERS = re.compile(r"(^|\.)(wavelets|_arange|patch_size_buffer)$|^(qua
 
 
 def find_tokenizer_folder(folder: Path) -> Path:
-    """Return the folder with the tokenizer's weights: the subfolder `video_tokenizer` or the folder itself.
+    """Return the folder with the tokenizer's weights.
 
-    Raises NotFound if neither holds weights.
+    It is the subfolder `video_tokenizer`, the folder that `video_tokenizer.json` names, or the folder itself. Raises
+    NotFound if none holds weights, and UserError for a reference that is wrong or names a tokenizer that has changed.
     """
     for candidate in (folder / SUBFOLDER, folder):
         if candidate.is_dir() and _weight_files(candidate):
             return candidate
+        if (folder / REFERENCE).is_file():
+            return _referenced(folder / REFERENCE)
     if not folder.is_dir():
         raise NotFound(f"no folder {folder}: give a video tokenizer folder, or a model folder with {SUBFOLDER}/")
     raise NotFound(
         f"no video tokenizer in {folder}: it needs config.json with {WEIGHTS}, or {' and '.join(JIT_PAIR)}, or {JIT_WHOLE}, "
         f"there or in its subfolder {SUBFOLDER}"
     )
+
+
+def _referenced(file: Path) -> Path:
+    """Return the folder that a reference names, whose files must have the SHA-256 of the reference."""
+    found = read_json(file, "the reference to a video tokenizer", MAX_CONFIG_BYTES)
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("folder", "sha256")):
+        raise UserError(f"{file} must hold a JSON object with the texts folder and sha256")
+    folder = file.parent / found["folder"]
+    if not (folder.is_dir() and _weight_files(folder)):
+        raise NotFound(
+            f"{file} names the video tokenizer {found['folder']}, and there is none in {folder}: copy that folder to this place, "
+            f"or copy a video tokenizer to {file.parent / SUBFOLDER}"
+        )
+    if folder_sha256(folder) != found["sha256"]:
+        raise UserError(
+            f"the video tokenizer in {folder} is another one than {file} names: its files have another SHA-256; take the two "
+            "model folders from the same release"
+        )
+    return folder
+
+
+def write_reference(folder: Path, tokenizer: Path) -> None:
+    """Write `video_tokenizer.json` into a model folder, which names the folder of a tokenizer in place of a copy of it."""
+    place = os.path.relpath(tokenizer.resolve(), folder.resolve())
+    write_json(folder / REFERENCE, {"folder": Path(place).as_posix(), "sha256": folder_sha256(tokenizer)})
 
 
 def _weight_files(folder: Path) -> list[Path]:

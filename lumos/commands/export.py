@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mix in a share (between 0 and 1) of another model's weights, usually the one that the run started from")  # fmt: skip
     add("--model", help="base model to merge into; default: the one that the adapter was trained on")
     add("--video-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
+    add("--link-video-tokenizer", action="store_true",
+        help="name the video tokenizer's folder in video_tokenizer.json in place of a copy; the folders must then move together")
     add("--text-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
 
 
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizers = Tokenizers(args.video_tokenizer, args.text_tokenizer) if args.video_tokenizer else None
     if args.mix and (args.merge or is_adapter(args.source)):
         raise UserError("--mix takes the run of a whole model; leave it out")
+    if args.link_video_tokenizer and (args.merge or is_adapter(args.source)):
+        raise UserError("--link-video-tokenizer takes the run of a whole model; leave it out")
     if is_adapter(args.source):
         if args.weights:
             raise UserError("--weights has no effect on an adapter folder, which holds one kind; leave it out")
@@ -52,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
         made = export_merged(folder, state, args.model, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers)
     else:
         mix = Mix.read(*args.mix) if args.mix else None
-        made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers, mix=mix)
+        made = export_checkpoint(folder, state, out, averaged=averaged, dtype=args.dtype, tokenizers=tokenizers, mix=mix,
+                                 link=args.link_video_tokenizer)  # fmt: skip
     what = "model" if args.merge or not state["task"]["lora"] else "adapter"
     weights = "averaged" if made["averaged"] else "trained"
     print(printable(f"{out}  {what} of step {made['steps']}, {weights} weights, {made['dtype']}"))

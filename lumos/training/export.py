@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from lumos.lora import Lora, read_record, write_adapter
 from lumos.pipeline.base import VideoPipeline
 from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
+from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, write_reference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -92,13 +94,15 @@ def export_checkpoint(
     dtype: str | None = None,
     tokenizers: Tokenizers | None = None,
     mix: Mix | None = None,
+    link: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint as a model folder, and return the content of its training.json.
 
     The folder `out` appears only when it is complete. A run with LoRA is written as an adapter
     folder, for which `mix` is not allowed. `averaged` selects the averaged weights instead of those
     of the last step; by default they are used if the run has them. `dtype` and `tokenizers` are by
-    default those of the run.
+    default those of the run. With `link` the model folder names the folder of the video tokenizer in
+    video_tokenizer.json in place of a copy.
 
     Raises UserError if averaged weights do not exist, and if the tokenizers are not those of the run.
     """
@@ -121,6 +125,8 @@ def export_checkpoint(
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
     with replacing_folder(out) as writing:
         if facts["lora"]:
+            if link:
+                raise UserError(f"{folder} holds adapters, which have no video tokenizer to link; leave --link-video-tokenizer out")
             shapes = {name: torch.Size(shape) for name, shape in facts["lora"]["shapes"].items()}
             weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in stored.read_whole(kind, shapes).items()}
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
@@ -131,6 +137,9 @@ def export_checkpoint(
         if mix is not None:
             weights = mix.into(weights, task.weights_to_mix(mix.folder, facts))
         task.write_folder(writing, weights, facts, tokenizers, DTYPES[dtype])
+        if link:
+            rmtree(writing / SUBFOLDER)
+            write_reference(writing, find_tokenizer_folder(Path(tokenizers.video)))
         write_json(writing / "training.json", made)
     return made
 

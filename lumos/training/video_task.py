@@ -32,6 +32,7 @@ from lumos.training.samples import Sampler
 from lumos.training.settings import TrainingSettings
 from lumos.training.task import TrainingTask
 from tokenizer.fingerprint import tokenizer_facts
+from tokenizer.loading import REFERENCE, find_tokenizer_folder
 from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
@@ -92,7 +93,8 @@ class VideoTask(TrainingTask):
     @staticmethod
     def part_of(folder: str, kind: str) -> Path:
         """Return where a model folder has its tokenizer of a kind ("video", "text")."""
-        return Path(folder) / f"{kind}_tokenizer"
+        place = Path(folder) / f"{kind}_tokenizer"
+        return find_tokenizer_folder(Path(folder)) if kind == "video" and (Path(folder) / REFERENCE).is_file() else place
 
     @property
     @abstractmethod

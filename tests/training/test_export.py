@@ -15,9 +15,11 @@ import torch
 from ranks import Runs
 from safetensors.torch import load_file
 
-from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline
+from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline, registry
 from lumos.cli import main
+from lumos.errors import NotFound, UserError
 from lumos.training.loop import train
+from tokenizer.loading import find_tokenizer_folder, write_reference
 
 ENGINES = ("plain", "zero1", "zero3")
 MORE = ("zero0", "zero2")
@@ -101,6 +103,7 @@ def test_what_cannot_be_exported(runs: Runs, tmp_path: Path, capsys):
         ([str(tmp_path), "--out", "x"], "is no run, checkpoint or adapter folder"),
         ([run, "--out", "x", "--merge"], "has no adapters to merge"),
         ([run, "--out", "x", "--model", "y"], "--model has an effect only with --merge"),
+        ([run, "--out", "x", "--merge", "--link-video-tokenizer"], "--link-video-tokenizer takes the run of a whole model"),
         ([run, "--out", "x", "--mix", "y", "0.3"], "--mix: there is no model folder y"),
         ([run, "--out", "x", "--mix", f"{run}/export", "1"], "--mix .* 1 is not allowed; give a share between 0 and 1"),
         ([run, "--out", "x", "--mix", f"{run}/export", "half"], "--mix .* half is not allowed"),
@@ -123,3 +126,41 @@ def test_no_averaged_weights(micro_settings, tmp_path: Path, capsys):
     assert "has no averaged weights (training.ema_decay was 0)" in capsys.readouterr().err
     assert main(["export", folder, "--out", str(tmp_path / "x")]) == 0
     assert "trained weights" in capsys.readouterr().out
+
+
+def test_a_linked_video_tokenizer(runs: Runs, tmp_path: Path, capsys):
+    """The model folder names the tokenizer's folder and works like one with a copy, as long as the tokenizer is the same."""
+    whole, run = runs.whole("plain") / "export", tmp_path / "release" / "run"
+    base, linked = tmp_path / "release" / "base", tmp_path / "release" / "linked"
+    shutil.copytree(whole, base)
+    shutil.copytree(runs.whole("plain"), run)
+    tokenizers = ["--video-tokenizer", str(base), "--text-tokenizer", str(base)]
+    assert main(["export", str(run), "--out", str(linked), "--link-video-tokenizer", *tokenizers]) == 0
+    assert not (linked / "video_tokenizer").exists()
+    assert json.loads((linked / "video_tokenizer.json").read_text())["folder"] == "../base/video_tokenizer"
+    moved = Path(shutil.move(tmp_path / "release", tmp_path / "moved"))
+    ours, theirs = (LumosPipeline.from_pretrained(folder) for folder in (moved / "linked", whole))
+    for name, tensor in theirs.video_tokenizer.state_dict().items():
+        assert torch.equal(tensor, ours.video_tokenizer.state_dict()[name]), name
+    task = registry.generator("lumos1").load("task")
+    assert task.part_of(str(moved / "linked"), "video").resolve() == (moved / "base" / "video_tokenizer").resolve()
+    ours.save_pretrained(moved / "linked")
+    assert (moved / "linked" / "video_tokenizer").is_dir()
+    assert not (moved / "linked" / "video_tokenizer.json").exists()
+
+
+def test_a_linked_video_tokenizer_that_is_wrong(runs: Runs, tmp_path: Path):
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    model.mkdir()
+    shutil.copytree(runs.whole("plain") / "export" / "video_tokenizer", tokenizer)
+    write_reference(model, tokenizer)
+    assert find_tokenizer_folder(model).resolve() == tokenizer.resolve()
+    (tokenizer / "config.json").write_text((tokenizer / "config.json").read_text() + "\n")
+    with pytest.raises(UserError, match=r"another one than .*video_tokenizer.json names"):
+        find_tokenizer_folder(model)
+    shutil.rmtree(tokenizer)
+    with pytest.raises(NotFound, match=r"names the video tokenizer ../tokenizer, and there is none"):
+        find_tokenizer_folder(model)
+    (model / "video_tokenizer.json").write_text('{"folder": 3}')
+    with pytest.raises(UserError, match="must hold a JSON object with the texts folder and sha256"):
+        find_tokenizer_folder(model)

@@ -42,6 +42,8 @@ from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
 
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
+
 
 class LumosPipeline(VideoPipeline):
     """The pipeline of Lumos-1: the decoder with its text tokenizer and its video tokenizer.
@@ -138,7 +140,7 @@ class LumosPipeline(VideoPipeline):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model.model.layers):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
-        with updating_folder(folder, re.compile(f"{MODEL_FILES}|{DEFAULTS_FILE}|(text|video)_tokenizer").fullmatch) as writing:
+        with updating_folder(folder, re.compile(PARTS_OF_FOLDER).fullmatch) as writing:
             self.model.save_pretrained(writing)
             check_written(writing, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})
             self.text_tokenizer.save_pretrained(writing / "text_tokenizer")

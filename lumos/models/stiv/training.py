@@ -122,7 +122,7 @@ class StivTask(VideoTask):
     def part_of(folder: str, kind: str) -> Path:
         names = ("autoencoder", "video_tokenizer") if kind == "video" else (TEXT_ENCODER, "text_tokenizer")
         places = [Path(folder) / name for name in names]
-        return next((place for place in places if place.is_dir()), places[-1])
+        return next((place for place in places if place.is_dir()), VideoTask.part_of(folder, kind))
 
     @staticmethod
     def fingerprint_of(folder: str, kind: str) -> str:
