@@ -131,7 +131,7 @@ def test_the_sampling_options_of_stiv():
 
 
 def test_the_example_of_a_sampling_option_is_the_code():
-    (example,) = blocks("docs/architecture.md", "python")
+    (example,) = blocks("docs/extend.md", "python")
     assert example.strip() in (ROOT / "lumos" / "models" / "lumos1" / "settings.py").read_text()
 
 
@@ -143,7 +143,7 @@ def test_the_drawing_of_the_rooms_is_the_contract():
 
 
 def test_the_parts_that_a_generator_names_are_those_of_the_registry():
-    listed = {name for cell in table("docs/architecture.md", "## Add a generator") for name in re.findall("`(.*?)`", cell)}
+    listed = {name for cell in table("docs/extend.md", "## Add a generator") for name in re.findall("`(.*?)`", cell)}
     assert listed <= {entry.name for entry in fields(Generator)}
     assert {entry.name for entry in fields(Generator) if entry.default_factory is MISSING} <= listed
 

@@ -27,6 +27,11 @@ from lumos.pipeline.request import Request
 
 KIND = "lumos"
 PREVIEW_PIXELS = 512
+SAVED_ORDER = (
+    "num_inference_steps", "guidance_scale", "temperature", "history_mask_ratio", "mask_given_frames", "history_thinning",
+    "guidance_renorm", "solver", "null_image", "keep_given_pixels",
+)  # fmt: skip
+"""The order of the sampling inputs. A saved workflow holds values by place, so new inputs come behind these."""
 
 folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
 
@@ -79,9 +84,9 @@ class LumosTextToVideo:
         def whole(tooltip: str, step: int = 1, maximum: int = 8192) -> tuple:
             return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's default"})
 
-        # Saved workflows hold values by place: inputs that came later stand behind the others.
         shown = [option for option in all_options().values() if option.has_control]
-        options = sorted(shown, key=lambda option: option.step is None)
+        place = {name: i for i, name in enumerate(SAVED_ORDER)}
+        options = sorted(shown, key=lambda option: place.get(option.name, len(place)))
         sampling = {option.name: sampling_input(option) for option in options}
         common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}
         return {

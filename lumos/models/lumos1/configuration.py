@@ -74,7 +74,7 @@ class LumosConfig(PreTrainedConfig):
             `model(input_ids)`: "segmented", "dense" or "flex". Generation has a cache and ignores it.
         max_position_embeddings: the longest sequence that the pipeline makes, in tokens.
         pixels_per_size_unit: pixels that one unit of a frame's two size tokens stands for.
-        position_scheme: the rotary positions, one of POSITION_SCHEMES (lumos/models/lumos1/positions.py).
+        position_scheme: the rotary positions, one of POSITION_SCHEMES (lumos/models/lumos1/rope.py).
         position_strides: distances of neighbouring codes along time, rows and columns. None: the
             compression of the video tokenizer. A model that was resized after training keeps its
             earlier distances here.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lumos.models.lumos1.cache import Cache, PrefixCache
 from lumos.models.lumos1.modeling import LumosForVideoGeneration, Rotary
-from lumos.models.lumos1.positions import frame_positions, position_ids
+from lumos.models.lumos1.rope import frame_positions, position_ids
 from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout, content_mask, parse_layout, read_frame
 from lumos.pipeline.placement import is_spread
 

@@ -3,7 +3,7 @@
 - It has Llama's blocks: RMSNorm before attention and MLP, SwiGLU, grouped-query attention, no biases,
   and a head that is not tied to the embedding.
 - QK-norm is a LayerNorm with weight and bias over the channels of a head, before RoPE (Chameleon).
-- MM-RoPE gives 3-D positions to video tokens and the original 1-D positions to text (positions.py).
+- MM-RoPE gives 3-D positions to video tokens and the original 1-D positions to text (rope.py).
 - Attention is frame-causal and needs no mask tensor (attention.py). It is an argument of the layers, so
   that generation can pass an attention with its cache.
 - The head computes the loss, from supervised positions only. Full logits exist only without targets.
@@ -32,7 +32,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
-from lumos.models.lumos1.positions import apply_rotary, position_ids, rotary_tables
+from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
 from lumos.models.lumos1.sequence import Layout, content_mask, frame_indices, parse_layout
 from lumos.pipeline.placement import working_device
 

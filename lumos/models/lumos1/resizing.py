@@ -15,7 +15,7 @@ from lumos.errors import UserError, shown
 from lumos.files import parse_json, read_text, replacing_folder, write_json
 from lumos.models.lumos1.configuration import SCALED_SCHEMES, LumosConfig
 from lumos.models.lumos1.pipeline import LumosPipeline
-from lumos.models.lumos1.positions import axis_strides
+from lumos.models.lumos1.rope import axis_strides
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import no_progress_bar, versions
 from tokenizer import VideoTokenizer

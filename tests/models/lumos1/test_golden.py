@@ -12,7 +12,7 @@ from lumos import LumosForVideoGeneration
 from lumos.models.lumos1.attention import dense_mask
 from lumos.models.lumos1.loss import frame_losses
 from lumos.models.lumos1.masking import mask_sequence
-from lumos.models.lumos1.positions import position_ids
+from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sequence import build_sequence, code_mask, content_mask, parse_layout, parse_sequence
 
 TOLERANCE = {"atol": 2e-4, "rtol": 0}

@@ -18,7 +18,7 @@ from lumos.models.lumos1.attention import dense_attention, dense_mask
 from lumos.models.lumos1.engine import Engine, cache_tokens
 from lumos.models.lumos1.history_thinning import leaving
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
-from lumos.models.lumos1.positions import position_ids
+from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sampling import generate_frames, gumbel, sample_codes
 from lumos.models.lumos1.sequence import build_frames, build_prefix, content_mask, parse_layout
 from lumos.models.lumos1.settings import GenerationSettings

@@ -26,7 +26,7 @@ from lumos.models.lumos1.attention import dense_mask, expand_heads
 from lumos.models.lumos1.engine import code_offsets
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
-from lumos.models.lumos1.positions import position_ids
+from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sampling import gumbel
 from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, build_frames, content_mask, parse_layout
 from lumos.models.lumos1.settings import GenerationSettings

@@ -42,7 +42,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import layer_flops_per_token, training_flops
 from lumos.models.lumos1.masking import mask_count, pattern
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
-from lumos.models.lumos1.positions import position_ids
+from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sequence import build_sequence, code_mask, content_mask, parse_layout
 from lumos.models.lumos1.training_cost import meta_model, sequence_layout
 from lumos.planning.sharding import parameter_count

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from micro import micro_config
 
 from lumos.models.lumos1.configuration import POSITION_SCHEMES
-from lumos.models.lumos1.positions import apply_rotary, frequency_axes, inverse_frequencies, position_ids, rotary_tables
+from lumos.models.lumos1.rope import apply_rotary, frequency_axes, inverse_frequencies, position_ids, rotary_tables
 from lumos.models.lumos1.sequence import build_sequence, content_mask, parse_layout
 
 
