@@ -70,20 +70,21 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        dtype = attention_dtype(v)
-        q, k, v = (part.to(dtype).flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape).to(x.dtype))
+        q, k, v = (part.to(v.dtype).flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
+        out = attend(q, k, v, mask, causal)
+        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
 
 
-def attention_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype to compute attention in: float32 for bfloat16 training on a CPU, else that of `values`.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Return the attention [N, H, L, D] of queries [N, H, L, D] to keys and values [N, H, M, D], in their dtype.
 
-    On a CPU the backward pass of attention takes about four times as long in bfloat16 as in float32, even where matrix products in
-    bfloat16 are the faster ones.
+    In bfloat16 training on a CPU it is computed in float32: the backward pass there takes about four times as long in
+    bfloat16, even where matrix products are faster in it.
     """
-    slow = values.device.type == "cpu" and values.dtype == torch.bfloat16 and values.requires_grad
-    return torch.float32 if slow else values.dtype
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):  # which would turn the operands into bfloat16 again
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal).to(v.dtype)
 
 
 def save_attention_outputs() -> tuple:

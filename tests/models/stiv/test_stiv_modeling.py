@@ -268,6 +268,25 @@ def test_tokens_stay_in_single_precision_under_autocast(micro_stiv, stiv_text):
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_attention_of_bfloat16_training_on_a_cpu_runs_in_float32(micro_stiv, stiv_text):
+    model, text, x, dtypes = micro_stiv(), stiv_text(2), clip(2, 4, 3, 4, 4), set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.name() in attention.KERNELS:
+                dtypes.add(args[0].dtype)
+            return op(*args, **(kwargs or {}))
+
+    plain = model(x, T, *text).sample
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        found = model(x, T, *text).sample
+        assert dtypes == {torch.float32}
+        with torch.no_grad():
+            model(x, T, *text)
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert (found - plain).norm() < 0.05 * plain.norm()
+
+
 def test_wrong_sizes_and_missing_text_are_refused(micro_stiv, stiv_text):
     model, text = micro_stiv(temporal_patch_size=2), stiv_text(2)
     for shape in ((2, 4, 3, 5, 4), (2, 4, 3, 4, 7), (2, 3, 3, 4, 4)):
