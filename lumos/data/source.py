@@ -28,6 +28,8 @@ class Clip:
     name: str
     codes: np.ndarray | None = None
     num_frames: int | None = None  # length of the whole clip if this is a part of it; prompt and header state it
+    original_size: tuple[int, int] | None = None  # height and width before it was scaled and cropped; None: not known
+    stride: float | None = None  # frames of its source from one of its frames to the next; None: not known
 
 
 def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:

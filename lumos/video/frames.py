@@ -36,6 +36,16 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([_fit_one(Image.fromarray(frame), height, width) for frame in frames])
 
 
+def crop_offset(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns that `fit` cuts off above and left, in pixels of the scaled frame.
+
+    original, size: (height, width) of the frames before and after.
+    """
+    (high, wide), (height, width) = original, size
+    scale = max(width / wide, height / high)
+    return (max(height, round(high * scale)) - height) // 2, (max(width, round(wide * scale)) - width) // 2
+
+
 def _fit_one(image: Image.Image, height: int, width: int) -> np.ndarray:
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

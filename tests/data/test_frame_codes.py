@@ -68,11 +68,22 @@ def test_dataset_json_says_that_frames_have_codes(with_frames, ingested):
     assert read_description(ingested)["settings"]["per_frame_codes"] is False
 
 
-def test_shards_without_frame_codes_have_the_earlier_version(with_frames, ingested):
-    for folder, version in ((ingested, b"2"), (with_frames, b"3")):
-        for path in shards.shard_paths(folder):
-            assert pq.read_metadata(path).metadata[shards.VERSION_KEY.encode()] == version
-    assert pq.read_schema(shards.shard_paths(ingested)[0]).names == shards.schema().names
+def test_earlier_versions_are_written_without_the_origin_and_read(with_frames, ingested, tmp_path):
+    for number, (folder, per_frame) in enumerate(((ingested, False), (with_frames, True))):
+        path = shards.shard_paths(folder)[0]
+        assert pq.read_metadata(path).metadata[shards.VERSION_KEY.encode()] == b"4"
+        assert pq.read_schema(path).names == shards.schema(per_frame).names
+        rows = shards.read_group(path, 0)
+        old = [{name: value for name, value in row.items() if name not in shards.ORIGIN} for row in rows]
+        old = [row | {"checksum": shards.checksum(row)} for row in old]
+        earlier = tmp_path / f"{number}.parquet"
+        shards.write_shard(earlier, old)
+        assert pq.read_metadata(earlier).metadata[shards.VERSION_KEY.encode()] == (b"3" if per_frame else b"2")
+        assert pq.read_schema(earlier).names == shards.schema(per_frame, origin=False).names
+        for row, back in zip(old, shards.read_group(earlier, 0), strict=True):
+            assert row.keys() == back.keys()
+            assert row["checksum"] == back["checksum"]
+        assert shards.read_facts(earlier).digest == shards.read_facts(path).digest
 
 
 def test_training_gets_the_codes_that_it_asks_for(with_frames, model):

@@ -37,13 +37,14 @@ def test_clips_at_30_fps_are_sampled_at_12_fps(tmp_path):
     item = Item("a.mp4", str(tmp_path / "a.mp4"))
     settings = ClipSettings(fps=12, size="16x24", num_frames=9, clips_per_video=2)
     found = list(_clips(item, tmp_path / "a.mp4", settings, 4))
-    assert [round(start * 12) for start, _ in found] == [2, 13]  # 24 frames: gaps of 2 before, between and after
-    for start, clip in found:
+    assert [round(start * 12) for start, *_ in found] == [2, 13]  # 24 frames: gaps of 2 before, between and after
+    assert [origin for *_, origin in found] == [(16, 24, 2.5)] * 2
+    for start, clip, _ in found:
         shown = clip.mean(axis=(1, 2, 3)) / 4
         expected = np.floor((start + np.arange(9) / 12) * 30 + 1e-6)
         assert np.abs(shown - expected).max() < 0.6
     part = list(_clips(Item("a", str(tmp_path / "a.mp4"), start=0.5, end=1.25), tmp_path / "a.mp4", settings, 4))
-    assert [start for start, _ in part] == [0.5]
+    assert [start for start, *_ in part] == [0.5]
     assert abs(part[0][1][0].mean() / 4 - 15) < 0.6
 
 
@@ -120,9 +121,11 @@ def test_rows_hold_codes_caption_and_source_of_a_clip(ingested, clips, tokenizer
     frames, _ = read_video(clips / "4.mp4", fps=12, num_frames=5, start=row["start"], size=(16, 24))
     assert np.array_equal(row["codes"], model.encode(from_uint8(frames[None]))[0].numpy())
     assert (row["caption"], row["fps"], row["grid"], row["num_frames"]) == ("caption 4", 12, [2, 2, 3], 5)
+    assert [row[name] for name in shards.ORIGIN] == [*read_video(clips / "4.mp4")[0].shape[1:3], 2.0]  # 24 fps
     picture = rows[-1]
     assert np.array_equal(picture["codes"], model.encode(from_uint8(read_image(clips / "picture.png")[None, None]))[0].numpy())
     assert (picture["num_frames"], picture["fps"], picture["grid"]) == (1, 1, [1, 2, 3])
+    assert [picture[name] for name in shards.ORIGIN] == [*read_image(clips / "picture.png").shape[:2], 1.0]
     report = json.loads((ingested / "report.json").read_text())
     assert report["reasons"] == {"unreadable": 1, "too short": 1, "no caption": 1}
     assert {entry["id"] for entry in report["skipped"]} == {"clips/3.mp4", "clips/8.mp4", "clips/9.mp4"}
@@ -356,4 +359,4 @@ def test_only_one_ingest_writes_into_a_folder(clips, tokenizer, tmp_path):
 def test_one_function_makes_shorter_clips_if_asked(clips, tokenizer):
     item = next(item for item in items([clips]) if item.id == "clips/8.mp4")
     found = list(_clips(item, Path(item.path), ClipSettings(fps=24, size="16x24", num_frames=5, min_frames=1), 4))
-    assert [frames.shape[0] for _, frames in found] == [1]
+    assert [frames.shape[0] for _, frames, _ in found] == [1]

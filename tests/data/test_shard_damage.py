@@ -21,7 +21,7 @@ from lumos.errors import RunError, UserError
 MADE_BY = {"num_codes": 64, "spatial_compression": 8, "temporal_compression": 4}
 
 
-def rewritten(path: Path, to: Path, version: int | None = 2, **cells: object) -> Path:
+def rewritten(path: Path, to: Path, version: int | None = 4, **cells: object) -> Path:
     """A copy of a shard with other values in its first row, and as an earlier version wrote it if `version` says so."""
     opened = pq.ParquetFile(path)
     table = opened.read().replace_schema_metadata()
@@ -49,7 +49,8 @@ def shard(ingested) -> Path:
 
 OTHER = {"id": "other", "clip": 1, "num_frames": 1, "height": 8, "width": 8, "fps": 13, "caption": "other", "source": "other",
     "start": 0.5,
-         "codes": [1] * 12, "grid": [2, 3, 2], "checksum": "other"}  # fmt: skip
+         "codes": [1] * 12, "grid": [2, 3, 2], "checksum": "other",
+         "original_height": 1, "original_width": 1, "stride": 0.7}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", shards.schema().names)
@@ -64,6 +65,8 @@ IMPOSSIBLE = [("num_frames", -5), ("num_frames", 0), ("height", 0), ("height", 2
               ("start", float("nan")), ("start", float("inf")), ("start", -1.0), ("clip", -1), ("grid", [2, 2, -3]), ("grid", [2,
               6]),
               ("grid", []), ("grid", [2, None, 3]), ("id", None), ("codes", None), ("codes", [1]), ("height", None)]  # fmt: skip
+IMPOSSIBLE_ORIGIN = [("original_height", 0), ("original_width", -1), ("original_height", None), ("stride", 0.0),
+                     ("stride", float("nan")), ("stride", float("inf"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
@@ -72,6 +75,12 @@ def test_impossible_values_are_damage_in_old_shards(shard, tmp_path, name, value
     for made_by in (None, MADE_BY):
         with pytest.raises(RunError, match=r"is damaged or cut off \(.* has "):
             shards.read_group(path, 0, made_by=made_by)
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE_ORIGIN)
+def test_impossible_origins_are_damage(shard, tmp_path, name, value):
+    with pytest.raises(RunError, match=r"is damaged or cut off \(.* has "):
+        shards.read_group(rewritten(shard, tmp_path / "s.parquet", **{name: value}), 0)
 
 
 def test_sizes_in_proportion_are_damage_for_another_tokenizer(shard, tmp_path):
@@ -87,7 +96,7 @@ def test_sizes_in_proportion_are_damage_for_another_tokenizer(shard, tmp_path):
 
 def test_shards_of_the_first_version_are_read(shard, tmp_path):
     old = rewritten(shard, tmp_path / "s.parquet", None)
-    without = lambda rows: [{k: v for k, v in row.items() if k not in ("codes", "checksum")} for row in rows]  # noqa: E731
+    without = lambda rows: [{k: v for k, v in row.items() if k not in ("codes", "checksum", *shards.ORIGIN)} for row in rows]  # noqa: E731
     assert without(shards.read_group(old, 0, made_by=MADE_BY)) == without(shards.read_group(shard, 0))
     assert shards.read_facts(old).digest == shards.read_facts(shard).digest == shards.content_digest(shards.read_group(old, 0))
     other = rewritten(shard, tmp_path / "t.parquet", None, caption="other")
@@ -96,9 +105,9 @@ def test_shards_of_the_first_version_are_read(shard, tmp_path):
 
 
 def test_a_shard_of_a_later_version_is_refused(shard, tmp_path):
-    later = rewritten(shard, tmp_path / "s.parquet", 4)
+    later = rewritten(shard, tmp_path / "s.parquet", 5)
     for read in (shards.read_facts, shards.read_ids, lambda path: shards.read_group(path, 0)):
-        with pytest.raises(UserError, match="reads up to 3; use a newer version"):
+        with pytest.raises(UserError, match="reads up to 4; use a newer version"):
             read(later)
 
 

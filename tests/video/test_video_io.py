@@ -11,12 +11,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from lumos import durable, files
 from lumos.errors import RunError, UserError
+from lumos.video.frames import crop_offset
 from lumos.video.io import (
     check_output,
     fit,
@@ -287,6 +288,19 @@ def test_fit_covers_any_size(height: int, width: int, new_height: int, new_width
     fitted = fit(np.full((2, height, width, 3), 77, np.uint8), new_height, new_width)
     assert fitted.shape == (2, new_height, new_width, 3)
     assert (fitted == 77).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(8, 40), st.integers(8, 40))
+def test_the_crop_is_where_the_frame_is_cut(high: int, wide: int, height: int, width: int):
+    assume(high < 2 * height or wide < 2 * width)  # else `fit` halves it first
+    frame = np.random.default_rng(0).integers(0, 255, (high, wide, 3)).astype(np.uint8)
+    top, left = crop_offset((high, wide), (height, width))
+    scale = max(height / high, width / wide)
+    size = max(width, round(wide * scale)), max(height, round(high * scale))
+    whole = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
+    expected = np.asarray(whole)[top : top + height, left : left + width]
+    assert np.array_equal(fit(frame[None], height, width)[0], frame if (high, wide) == (height, width) else expected)
 
 
 def test_fit_halves_by_averaging_and_cuts_the_centre():

@@ -140,9 +140,13 @@ def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -
 
 
 def _row(
-    item: Item, number: int, start: float, frames: np.ndarray, settings: ClipSettings, tokenizer: VideoTokenizer
-) -> dict[str, Any]:
-    """Return the row of a clip with frames uint8 [T, H, W, 3] that begins at `start` seconds of its video."""
+    item: Item, number: int, start: float, frames: np.ndarray, origin: tuple[int, int, float], settings: ClipSettings,
+    tokenizer: VideoTokenizer,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the row of a clip with frames uint8 [T, H, W, 3] that begins at `start` seconds of its video.
+
+    origin: the values of `shards.ORIGIN`.
+    """
     video = from_uint8(frames[None]).to(next(tokenizer.parameters()))  # [1, 3, T, H, W]
     codes = tokenizer.encode(video)[0].cpu().numpy().astype(np.uint16)  # [t, h, w]
     count, height, width = frames.shape[:3]
@@ -150,14 +154,17 @@ def _row(
         "id": item.id, "clip": number, "codes": codes, "num_frames": count, "height": height, "width": width,
         "fps": settings.fps if count > 1 else 1, "caption": item.caption,
         "source": as_text(f"{item.path}/{item.member}" if item.member else item.path), "start": start,
+        **dict(zip(shards.ORIGIN, origin, strict=True)),
     }  # fmt: skip
     if settings.per_frame_codes:
         row[shards.FRAME_CODES] = tokenizer.encode_frames(video)[0].cpu().numpy().astype(np.uint16)  # [T, h, w]
     return row | {"checksum": shards.checksum(row)}
 
 
-def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (start in seconds, frames uint8 [T, H, W, 3]) of each clip of an item.
+def _clips(
+    item: Item, file: Path, settings: ClipSettings, step: int
+) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
+    """Yield (start in seconds, frames uint8 [T, H, W, 3], original height, original width and stride) of each clip of an item.
 
     A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
     the temporal compression of the tokenizer. Raise Skip if the video is too short.
@@ -167,7 +174,7 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
         total = count_frames(file, settings.fps)
     if item.is_picture and total == 1:
         frames = read_image(file)[None]
-        yield 0.0, fit(frames, *settings.target(*frames.shape[1:3]))
+        yield 0.0, fit(frames, *settings.target(*frames.shape[1:3])), (*frames.shape[1:3], 1.0)
         return
     available = total - item.start * settings.fps
     if item.end is not None:
@@ -181,10 +188,12 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
             read_video(file, max_seconds=60, size=settings.target(1, 1))  # raises the right error if the file is cut off
             name = item.member or item.path
             raise Skip(TOO_SHORT, f"{name}: {available} frames at {settings.fps} fps, {least} are needed")
-    size = settings.target(*read_video(file, num_frames=1)[0].shape[1:3])
+    first_frame, rate = read_video(file, num_frames=1)
+    height, width = first_frame.shape[1:3]
+    size, origin = settings.target(height, width), (height, width, rate / settings.fps if count > 1 else 1.0)
     for first in clip_starts(available, count, settings.clips_per_video):
         start = item.start + first / settings.fps
-        yield start, read_video(file, fps=settings.fps, num_frames=count, start=start, size=size)[0]
+        yield start, read_video(file, fps=settings.fps, num_frames=count, start=start, size=size)[0], origin
 
 
 def clip_starts(available: int, num_frames: int, clips: int) -> list[int]:

@@ -32,10 +32,13 @@ from lumos.files import open_regular, replacing
 
 FACTS = "lumos.facts"
 """Key in the footer of a shard for the fields of :class:`ShardFacts` as JSON."""
-VERSION_KEY, VERSION, VERSION_WITH_FRAMES = "lumos.version", 2, 3
-"""Key in the footer for the version of a shard, and the versions that are written. Version 1 has no such key, and its
-checksum of a row covers codes and caption. In version 2 it covers all columns, and FACTS has its own checksum. Version
-3 has the column FRAME_CODES too."""
+VERSION_KEY, VERSION = "lumos.version", 4
+"""Key in the footer for the version of a shard, and the version of shards whose rows have the columns ORIGIN. Version 1 has no
+such key, and its checksum of a row covers codes and caption. In version 2 it covers all columns, and FACTS has its own
+checksum. Version 3 has the column FRAME_CODES too. In version 4 FRAME_CODES is optional."""
+ORIGIN = ("original_height", "original_width", "stride")
+"""Columns with the size of the frames that a clip was scaled and cropped from, and the number of frames of the source from one
+of its frames to the next. Either all rows of a shard have them, or none."""
 FRAME_CODES = "frame_codes"
 """Column of the codes of single frames, and key of a row for them, uint16 [T, h, w]."""
 FOOTER_BYTES = 1 << 18
@@ -54,8 +57,8 @@ def parquet() -> ModuleType:
     return module
 
 
-def schema(per_frame: bool = False) -> Any:
-    """Return the columns of a shard, with or without codes of single frames, as a pyarrow schema."""
+def schema(per_frame: bool = False, origin: bool = True) -> Any:
+    """Return the columns of a shard as a pyarrow schema, with or without codes of single frames and the columns ORIGIN."""
     parquet()
     import pyarrow as pa
 
@@ -73,13 +76,16 @@ def schema(per_frame: bool = False) -> Any:
         "start": pa.float64(),
         "checksum": pa.string(),
     }
+    if origin:
+        fields |= dict(zip(ORIGIN, (pa.int32(), pa.int32(), pa.float64()), strict=True))
     return pa.schema(fields | ({FRAME_CODES: pa.list_(pa.uint16())} if per_frame else {}))
 
 
 def checksum(row: dict[str, Any]) -> str:
     """Return the checksum of all columns of a row with codes [t, h, w] and, if it has them, frame codes [T, h, w]."""
     names = ("id", "clip", "num_frames", "height", "width", "fps", "caption", "source")
-    head = json.dumps([*(row[name] for name in names), float(row["start"]), *row["codes"].shape])
+    origin = [row[name] for name in ORIGIN if name in row]
+    head = json.dumps([*(row[name] for name in names), float(row["start"]), *row["codes"].shape, *origin])
     return _digest(head.encode() + _code_bytes(row))
 
 
@@ -143,11 +149,11 @@ def _regular(path: Path) -> Path:
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with codes [t, h, w] and checksums as a shard, which appears completely or not at all.
 
-    Either all rows have codes of single frames, or none.
+    Either all rows have codes of single frames, or none; likewise for the columns ORIGIN.
     """
     import pyarrow as pa
 
-    per_frame = FRAME_CODES in rows[0] if rows else False
+    per_frame, origin = (bool(rows) and name in rows[0] for name in (FRAME_CODES, ORIGIN[0]))
     columns = ["codes", FRAME_CODES] if per_frame else ["codes"]
     plain = [{**row, **{name: row[name].reshape(-1) for name in columns}, "grid": list(row["codes"].shape)} for row in rows]
     facts = {
@@ -155,12 +161,12 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
         **{name: [row[name] for row in rows] for name in ("num_frames", "height", "width")},
         "item": [item_number(row["id"]) for row in rows],
     }
-    version = VERSION_WITH_FRAMES if per_frame else VERSION
+    version = VERSION if origin else 3 if per_frame else 2
     metadata = {FACTS: json.dumps(facts | {"checksum": _facts_checksum(facts)}), VERSION_KEY: str(version)}
     # Codes hardly repeat, so a dictionary does not help. Splitting their bytes needs 2 bytes per code instead of 2.8.
     options = {"compression": "zstd", "use_dictionary": False}
     with replacing(path) as temporary:
-        table = pa.Table.from_pylist(plain, schema=schema(per_frame))
+        table = pa.Table.from_pylist(plain, schema=schema(per_frame, origin))
         split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in columns}
         with parquet().ParquetWriter(temporary, table.schema, column_encoding=split, **options) as writer:
             writer.write_table(table, row_group_size=ROWS_IN_GROUP)
@@ -184,19 +190,23 @@ def open_shard(path: Path | Remote, file: BinaryIO | None = None) -> Any:
         columns = opened.schema_arrow
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    version = _version(path, opened.metadata.metadata)
-    for field in schema(version == VERSION_WITH_FRAMES):
+    for field in _schema_of(path, opened):
         if field.name not in columns.names or columns.field(field.name).type != field.type:
             raise damaged(path, f"it has no column {field.name} of {field.type}")
     return opened
 
 
+def _schema_of(path: Path | Remote, opened: Any) -> Any:
+    """Return the columns that an open shard must have, by its version."""
+    version = _version(path, opened.metadata.metadata)
+    return schema(version == 3 or (version == VERSION and FRAME_CODES in opened.schema_arrow.names), version == VERSION)
+
+
 def _version(path: Path | Remote, metadata: dict[bytes, bytes] | None) -> int:
     """Return the version of a shard with this metadata; raise UserError if a later program wrote the shard."""
     given = (metadata or {}).get(VERSION_KEY.encode(), b"1")
-    if given not in (b"1", b"2", b"3"):
-        latest = VERSION_WITH_FRAMES
-        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {latest}; use a newer version")
+    if given not in (b"1", b"2", b"3", b"4"):
+        raise UserError(f"the shard {path} has version {shown(given)}, this program reads up to {VERSION}; use a newer version")
     return int(given)
 
 
@@ -268,9 +278,10 @@ def read_group(
     opened = opened or open_shard(path)
     version = _version(path, opened.metadata.metadata)
     check = checksum if version > 1 else content_checksum
-    names = ["codes", FRAME_CODES] if version == VERSION_WITH_FRAMES else ["codes"]
+    stored = _schema_of(path, opened).names
+    names = [name for name in ("codes", FRAME_CODES) if name in stored]
     try:
-        table = opened.read_row_group(group, columns=schema(len(names) > 1).names)
+        table = opened.read_row_group(group, columns=stored)
         columns = {name: table.column(name).combine_chunks() for name in names}
         parts = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in columns.items()}
         rows = table.drop(names).to_pylist()
@@ -296,9 +307,12 @@ def _impossible(row: dict[str, Any], made_by: dict[str, Any] | None) -> str | No
     codes, grid = row["codes"], row["grid"]
     if len(grid) != 3 or min(grid) < 1 or len(codes) != math.prod(grid):
         return f"{len(codes)} codes for the grid {grid}"
-    for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("fps", 1), ("clip", 0), ("start", 0)):
-        if not least <= row[name] < math.inf:
+    least = {"num_frames": 1, "height": 1, "width": 1, "fps": 1, "clip": 0, "start": 0} | dict.fromkeys(ORIGIN[:2], 1)
+    for name, lowest in least.items():
+        if name in row and not lowest <= row[name] < math.inf:
             return f"the {name} {row[name]}"
+    if "stride" in row and not 0 < row["stride"] < math.inf:
+        return f"the stride {row['stride']}"
     frames, height, width = row["num_frames"], row["height"], row["width"]
     of_frames = row.get(FRAME_CODES)
     if of_frames is not None and len(of_frames) != frames * grid[1] * grid[2]:

@@ -107,7 +107,11 @@ class ShardSource:
     def _clip(self, row: int, kind: str) -> Clip:
         found = self.reader.read(*self.index.place_of(row))
         codes = found[self.column][: self.latent_frames[kind]]
-        return Clip(None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes)
+        height, width, stride = (found.get(name) for name in shards.ORIGIN)
+        return Clip(
+            None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes,
+            original_size=height and (height, width), stride=stride,
+        )  # fmt: skip
 
     def _too_few(self, kind: str, found: int, num_frames: int, min_frames: int, held_out: int) -> UserError:
         frames = self.index.num_frames

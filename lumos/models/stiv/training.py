@@ -54,6 +54,7 @@ from lumos.training.export import Tokenizers
 from lumos.training.settings import world_size
 from lumos.training.task import Batch
 from lumos.training.video_task import VideoTask, model_with
+from lumos.video.frames import crop_offset
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
@@ -177,7 +178,7 @@ class StivTask(VideoTask):
             "levels": torch.tensor([draws.level for draws in drawn]),
             "patterns": torch.tensor([self.pattern_names.index(draws.pattern) for draws in drawn]),
             "counts": torch.ones(len(drawn), dtype=torch.bool),
-            **self._micro(sizes, [draws.stride for draws in drawn]),
+            **self._micro(sizes, clips, [draws.stride for draws in drawn]),
         }
         rows = {"noise": [draws.noise for draws in drawn], "given": [draws.given for draws in drawn],
                 "keep": [draws.keep for draws in drawn]}  # fmt: skip
@@ -260,17 +261,20 @@ class StivTask(VideoTask):
         unit = self.config.spatial_compression
         return self.config.latent_frames(frames), height // unit, width // unit
 
-    def _micro(self, sizes: list[torch.Size], strides: list[int]) -> dict[str, Tensor]:
+    def _micro(self, sizes: list[torch.Size], clips: list[Clip], strides: list[int]) -> dict[str, Tensor]:
         """Return the micro conditions of clips, the fields of `Micro`, for their latents' sizes and their drawn strides.
 
-        The sources know no original size and no crop: they are those of a clip that is used as it is.
+        A clip whose source does not tell its original size and stride has those of a generated clip.
         """
         config, unit = self.config, self.config.spatial_compression
         frames = [config.pixel_frames(size[0]) for size in sizes]
+        shapes = [(h * unit, w * unit) for *_, h, w in sizes]
+        originals = [clip.original_size or shape for clip, shape in zip(clips, shapes, strict=True)]
+        own = [config.micro_stride if clip.stride is None else clip.stride for clip in clips]
         return {
-            "original_size": torch.tensor([[float(h * unit), float(w * unit)] for *_, h, w in sizes]),
-            "crop": torch.zeros(len(sizes), 2),
-            "stride": torch.tensor([float(config.micro_stride * s if n > 1 else 1) for n, s in zip(frames, strides, strict=True)]),
+            "original_size": torch.tensor(originals, dtype=torch.float32),
+            "crop": torch.tensor([crop_offset(*sizes) for sizes in zip(originals, shapes, strict=True)], dtype=torch.float32),
+            "stride": torch.tensor([float(of * s if n > 1 else 1) for n, of, s in zip(frames, own, strides, strict=True)]),
             "num_frames": torch.tensor(frames, dtype=torch.float32),
         }
 

@@ -396,6 +396,25 @@ def test_causal_latents_train_and_export(make, tmp_path):
     assert VideoPipeline.from_pretrained(made["export"], device="cpu")("x", seed=0, num_inference_steps=1).frames.shape[1] == 5
 
 
+def test_what_shards_tell_of_the_source_reaches_the_network(task, monkeypatch):
+    """A source of 60 x 100 pixels is scaled to 32 x 53, of which 32 columns stay, 10 being cut off on the left."""
+    trained = task(data={"num_frames": 5, "height": 32, "width": 32, "workers": 0}, patterns={"none": 1, "first": 1})
+    plain, clips = trained.batch(0, VIDEO, range(2)), trained.source.clips(0, VIDEO, range(2))
+    told = [replace(clips[0], original_size=(60, 100), stride=2.5), clips[1]]
+    monkeypatch.setattr(trained.source, "clips", lambda *_: told)
+    batch = trained.batch(0, VIDEO, range(2))
+    assert plain.tensors["original_size"].tolist() == [[32, 32], [32, 32]]
+    assert batch.tensors["original_size"].tolist() == [[60, 100], [32, 32]]
+    assert batch.tensors["crop"].tolist() == [[0, 10], [0, 0]]
+    assert batch.tensors["stride"].tolist() == [2.5, trained.config.micro_stride]
+    model = trained.build_model()
+    for layer in (model.patch_out, model.final_modulation):
+        torch.nn.init.normal_(layer.weight)
+    losses = [trained.losses(model, found.whole)[0] for found in (plain, batch)]
+    same = torch.isclose(*losses).unflatten(0, (2, -1)).all(1)
+    assert same.tolist() == [False, True]
+
+
 def test_short_steps_train_on_the_first_frames(task):
     trained = task(data={"num_frames": 5, "height": 16, "width": 32, "workers": 0,
                          "stages": [{"first_frames": 3, "short_share": 0.5}]}, patterns={"none": 1, "first": 1})  # fmt: skip
