@@ -6,6 +6,7 @@ is complete or does not exist, even after a crash.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -263,11 +264,35 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, 
 
 
 def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
-    """Return the text of a UTF-8 file. Errors are those of `read_bytes`, and UserError for other bytes than UTF-8."""
+    """Return the text of a file. Errors are those of `read_bytes`, and UserError for bytes that `text_of` cannot decode."""
     try:
-        return read_bytes(path, what, limit, pipes=pipes).decode("utf-8")
+        return text_of(read_bytes(path, what, limit, pipes=pipes))
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path} as {what}: {error}") from error
+        raise UserError(f"cannot read {path} as {what}: {error}; save it as UTF-8") from error
+
+
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+"""Encodings by the bytes with which editors mark them; UTF-32 stands before UTF-16, whose mark is its beginning."""
+
+
+def encoding_of(data: bytes) -> tuple[str, int]:
+    """Return the encoding of a text that begins with these bytes, and the length of its byte order mark.
+
+    Without a mark it is UTF-8.
+    """
+    return next(((name, len(mark)) for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), ("utf-8", 0))
+
+
+def text_of(data: bytes, errors: str = "strict") -> str:
+    """Return the text of bytes in UTF-8, or in the encoding of their byte order mark, without the mark.
+
+    `errors` is that of `bytes.decode` for bytes that are not text; by default UnicodeDecodeError is raised.
+    """
+    name, mark = encoding_of(data)
+    return data[mark:].decode(name, errors if name == "utf-8" or errors != "surrogateescape" else "replace")
 
 
 def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:

@@ -134,8 +134,8 @@ class LumosImageToVideo(LumosTextToVideo):
 
 
 def pixels(images: Tensor) -> np.ndarray:
-    """Return an IMAGE as an array [B, H, W, 3] in [0, 1]."""
-    return images[..., :3].clamp(0, 1).cpu().numpy()
+    """Return an IMAGE as an array [B, H, W, 3], or [B, H, W, 4] with opacity, in [0, 1]."""
+    return images.clamp(0, 1).cpu().numpy()
 
 
 DEFAULT = "default"

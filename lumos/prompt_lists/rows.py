@@ -94,7 +94,7 @@ def read_rows(path: str | Path) -> list[Row]:
     readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} is no list of prompts; give a file that ends in {', '.join(readers)}")
-    text = read_text(path, "a list of prompts", MAX_LIST_BYTES, pipes=True).removeprefix("\ufeff")
+    text = read_text(path, "a list of prompts", MAX_LIST_BYTES, pipes=True)
     rows = []
     for line, read in readers[path.suffix.lower()](text, path):
         if len(rows) == MAX_ROWS:

@@ -5,6 +5,7 @@ Shapes: B batch, T frames, H W rows and columns. Arrays are uint8 [T, H, W, 3], 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
@@ -85,8 +86,8 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
     """Convert frames of any `output_type` of the pipeline to uint8 [T, H, W, 3].
 
     Frames can be an array [T, H, W, 3] or a tensor [T, 3, H, W], uint8 or floats in [0, 1], or a list of
-    PIL pictures. With `ndim` 3 the input is one picture: an array [H, W, 3], a tensor [3, H, W] or a PIL
-    picture. The result then is uint8 [H, W, 3].
+    PIL pictures. A fourth channel is opacity; transparent parts are put on white. With `ndim` 3 the input is one
+    picture: an array [H, W, 3], a tensor [3, H, W] or a PIL picture. The result then is uint8 [H, W, 3].
 
     Raise UserError for other inputs. Its message calls the input `name`; `also` names other inputs that
     the caller accepts, for example "a path, ".
@@ -94,6 +95,8 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
     array = _as_array(frames, name)
     if np.issubdtype(array.dtype, np.floating) and array.size and array.min() >= 0 and array.max() <= 1:
         array = (array * 255).round().astype(np.uint8)
+    if array.dtype == np.uint8 and array.ndim == ndim and array.shape[-1] == 4:
+        array = on_white(array)
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or 0 in array.shape:
         given = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "shape") else f"of type {type(frames).__name__}"
         array_form, tensor_form, pictures = (
@@ -113,26 +116,54 @@ def _as_array(frames: Any, name: str) -> np.ndarray:
     if isinstance(frames, Image.Image):
         return picture_rgb(ImageOps.exif_transpose(frames))
     if is_pictures(frames):
-        if len(sizes := {picture.size for picture in frames}) > 1:
+        pictures = [ImageOps.exif_transpose(picture) for picture in frames]
+        if len(sizes := {picture.size for picture in pictures}) > 1:
             raise UserError(f"{name} are pictures of different sizes {sorted(sizes)}; give one size")
-        return np.stack([picture_rgb(picture) for picture in frames])
+        return np.stack([picture_rgb(picture) for picture in pictures])
     if isinstance(frames, torch.Tensor) and frames.ndim >= 3:
         return np.moveaxis((frames.float() if frames.is_floating_point() else frames).numpy(force=True), -3, -1)
     return np.empty(0)
 
 
+def on_white(pictures: np.ndarray) -> np.ndarray:
+    """Return pictures uint8 [..., 4] with opacity as the last channel on a white ground, uint8 [..., 3]."""
+    opacity = pictures[..., 3:].astype(np.float32) / 255
+    return (pictures[..., :3] * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
+
+
 def picture_rgb(image: Image.Image) -> np.ndarray:
-    """Return a PIL picture of any mode as uint8 [H, W, 3]; transparent parts are put on white."""
+    """Return a PIL picture of any mode as uint8 [H, W, 3] in sRGB; transparent parts are put on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
         grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):  # the value that is transparent
+            grey[values == clear] = 255
         return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+    image = _in_srgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
+        white.alpha_composite((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
         image = white
     return np.array(image.convert("RGB"))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Return a picture with the colours of its ICC profile as sRGB; a picture without a usable profile as it is."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        mode = {"RGB": "RGBA" if image.has_transparency_data else "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+        if mode is None or (space == "GRAY" and image.mode not in ("L", "1")):
+            return image
+        target = mode if mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), outputMode=target)
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a profile that is damaged or of a device of another kind
+        return image
 
 
 def is_pictures(value: Any) -> bool:

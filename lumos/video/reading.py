@@ -1,8 +1,9 @@
 """Reading of pictures and clips from files, as uint8 RGB arrays.
 
 Frames are chosen by their time stamps and not by counting, so a clip of 30 fps or of variable rate that
-is read at 12 fps plays at its true speed. Rotation and EXIF orientation are applied, and transparent
-parts are put on white. A damaged file gives an error message of one line.
+is read at 12 fps plays at its true speed. A file is opened by its content, not by its name. Rotation, mirrors, EXIF
+orientation and pixels that are not square are applied, colour profiles are converted to sRGB, and transparent parts are put
+on white. A damaged file gives an error message of one line.
 
 Pixels, frames and bytes are limited. The limits are checked against the header and against each
 decoded frame. FFmpeg refuses a frame above the limit before it allocates memory for the frame.
@@ -12,21 +13,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, ImageOps
 
 from lumos.errors import UserError
+from lumos.video.av_clip import AvClip
 from lumos.video.frames import fit, picture_rgb
+from lumos.video.pillow_clip import PillowClip, is_picture_file, is_still_file, open_picture
 
 MAX_PIXELS = 40_000_000
 """Largest number of pixels of a picture or of a frame. An 8K frame has 33 million. The demo allows fewer."""
@@ -34,19 +31,6 @@ MAX_FRAMES = 2_000
 """Largest number of frames of a clip that is read."""
 MAX_CLIP_BYTES = 2 << 30
 """Largest number of bytes of the frames of a clip in memory."""
-MAX_ANIMATION_PIXELS = 20_000_000_000
-"""Largest number of pixels of all frames of an animated picture: about 10 000 frames of 1920 x 1080. A small file can
-have many frames, because a frame can take a few bytes."""
-_PADDING = 2**21  # extra pixels of a coded frame, whose sides are padded to whole blocks
-_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # without EPS, for which Pillow would start Ghostscript
-_PILLOW_CLIPS = (".gif", ".webp", ".png", ".apng")
-_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
-# Formats such as playlists, which make FFmpeg open other files or URLs, are not allowed, and the only protocol is "file".
-_AV_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,ogg,flv,"
-                        "asf,mxf,dv,nut,rm,mjpeg,yuv4mpegpipe,gif,apng",
-    "protocol_whitelist": "file",
-}
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -54,9 +38,27 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Raise UserError if the file is missing, cannot be read or has more than ``max_pixels`` pixels.
     """
-    with _reading(path, "picture", max_pixels), Image.open(path, formats=_PICTURE_FORMATS) as image:
-        _check_picture(path, image, max_pixels)
+    with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
         return picture_rgb(ImageOps.exif_transpose(image))
+
+
+def is_still(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Return whether a file holds a picture that does not move, by its content; False also for other files.
+
+    Raise UserError if the file is missing or too damaged to tell.
+    """
+    with _reading(path, _kind(path), max_pixels):
+        return is_still_file(Path(path))
+
+
+def can_read(path: str | Path) -> bool:
+    """Return whether a file holds a picture or a video, by its content, as far as its header tells."""
+    try:
+        with _reading(path, "video", MAX_PIXELS):
+            _open_clip(path, MAX_PIXELS)
+        return True
+    except UserError:
+        return False
 
 
 def read_video(
@@ -110,21 +112,12 @@ def count_frames(path: str | Path, fps: float, *, max_pixels: int = MAX_PIXELS) 
     Of a video only the time stamps are read; no frame is decoded.
     """
     with _reading(path, _kind(path), max_pixels):
-        return math.floor(max(_open_clip(path, max_pixels).times(), default=-1.0) * fps + 1e-3) + 1
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """A frame and the time that it is on screen, in seconds from the start of the clip."""
-
-    begin: float
-    end: float
-    rgb: Callable[[], np.ndarray]
+        return math.floor(max(_open_clip(path, max_pixels).times()) * fps + 1e-3) + 1
 
 
 def _collect(
     path: str | Path,
-    clip: _AvClip | _PillowClip,
+    clip: AvClip | PillowClip,
     fps: float | None,
     num_frames: int | None,
     start: float,
@@ -137,7 +130,7 @@ def _collect(
     span, held_bytes = 0.0, 0
     wanted = math.inf if num_frames is None else num_frames
     for shown in clip.frames(start):
-        if shown.begin >= stop - 1e-3:  # time stamps have about this error, see _AvClip
+        if shown.begin >= stop - 1e-3:  # time stamps have about this error, see AvClip
             break
         if fps is None:
             copies = int(shown.end > start)
@@ -179,135 +172,20 @@ def _start_of_last(path: str | Path, times: list[float], num_frames: int, fps: f
     return max(first, 0.0)
 
 
-class _AvClip:
-    """A clip that is read with FFmpeg.
-
-    A frame counts as on screen a little before its time stamp (half a clock tick, at least 0.6 ms),
-    because many files have time stamps that were rounded to milliseconds: the frame at 0.067 s is the
-    frame for 2/30 s.
-    """
-
-    def __init__(self, path: Path, max_pixels: int, threads: int):
-        self.path, self.max_pixels, self.threads = path, max_pixels, threads
-        with self._open() as (_, stream):
-            _check_pixels(path, stream.codec_context.width, stream.codec_context.height, max_pixels)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            self.fps = float(rate)
-            self.tick = float(stream.time_base)
-            self.early = max(self.tick / 2, 6e-4) + 1e-6
-            self.origin = (stream.start_time or 0) * self.tick
-            self.length = None if stream.duration is None else stream.duration * self.tick
-
-    @contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
-        # The options of `av.open` apply to the decoders with which FFmpeg probes a stream. The decoder of the
-        # stream has its own options, so the limit is set there as well.
-        limit = {"max_pixels": str(self.max_pixels + _PADDING)}
-        # The path is absolute, so that FFmpeg does not take a part of a name such as "concat:a" for a protocol.
-        with av.open(str(self.path.resolve()), metadata_errors="replace", options=_AV_OPTIONS | limit) as container:
-            if not container.streams.video:
-                raise UserError(f"{self.path} holds no video; give a file with a video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.options = limit
-            stream.thread_type, stream.codec_context.thread_count = "AUTO", self.threads
-            yield container, stream
-
-    def times(self) -> list[float]:
-        """Return the time stamp of each frame in seconds, read from the packets without decoding."""
-        with self._open() as (container, stream):
-            return [p.pts * self.tick - self.origin for p in container.demux(stream) if p.pts is not None]
-
-    def frames(self, start: float) -> Iterator[_Shown]:
-        """Yield the frames in order, beginning with the frame that is on screen at ``start`` or an earlier one."""
-        if start > 1:
-            near = self._decode(start)
-            first = next(near, None)
-            if first is not None and first.begin <= start:
-                yield first
-                yield from near
-                return
-        yield from self._decode(None)
-
-    def _decode(self, seek: float | None) -> Iterator[_Shown]:
-        """Yield the frames from a key frame at or before ``seek`` seconds; None: from the first frame."""
-        with self._open() as (container, stream):
-            if seek is not None:
-                container.seek(int((seek + self.origin) / self.tick), stream=stream)
-            held, held_begin = None, 0.0
-            for frame in self._decoded(container, stream):
-                if frame.time is None:
-                    begin = 0.0 if held is None else held_begin + 1 / self.fps
-                else:
-                    begin = frame.time - self.origin - self.early
-                if held is not None:
-                    yield _Shown(held_begin, begin, partial(_frame_rgb, held))
-                held, held_begin = frame, begin
-            if held is None:
-                raise UserError(f"{self.path} holds no frame that can be decoded; convert it to mp4 (H.264)")
-            end = held_begin + (held.duration * self.tick if held.duration else 1 / self.fps)
-            if self.length is not None and end < 0.9 * self.length - 0.1:
-                raise UserError(f"{self.path} is cut off: {end:.1f} s of {self.length:.1f} s are there; copy it again")
-            yield _Shown(held_begin, end, partial(_frame_rgb, held))
-
-    def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-        """Yield each decoded frame; raise UserError for a frame of more than ``max_pixels``."""
-        try:
-            for frame in container.decode(stream):
-                _check_pixels(self.path, frame.width, frame.height, self.max_pixels)
-                yield frame
-        except av.error.ArgumentError as error:  # the error of a decoder for a frame above `max_pixels`
-            raise UserError(
-                f"cannot read the video {self.path}: it holds a frame of more than {self.max_pixels / 1e6:g} megapixels, which is "
-                "the limit, or is damaged; make it smaller or convert it to mp4 (H.264)"
-            ) from error
+def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> AvClip | PillowClip:
+    """Open a clip by its content: a picture with Pillow, all else, and a film of single pictures, with FFmpeg."""
+    path = Path(path)
+    if path.suffix.lower() not in (".mjpeg", ".mjpg") and is_picture_file(path):
+        return PillowClip(path, max_pixels)
+    return AvClip(path, max_pixels, threads)
 
 
-class _PillowClip:
-    """An animated picture (GIF, WebP, PNG) that is read with Pillow; a still picture is a clip of one frame."""
-
-    fps = None  # `read_video` computes the rate, because each frame has its own duration
-
-    def __init__(self, path: Path, max_pixels: int):
-        self.path, self.max_pixels = path, max_pixels
-
-    def times(self) -> list[float]:
-        """Return the time in seconds at which each frame comes on screen."""
-        return [shown.begin for shown in self.frames(0.0)]
-
-    def frames(self, start: float) -> Iterator[_Shown]:
-        """Yield all frames in order; ``start`` is not used."""
-        with Image.open(self.path, formats=_PICTURE_FORMATS) as image:
-            begin = pixels = 0
-            for frame in ImageSequence.Iterator(image):
-                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows if a frame does not fit
-                pixels += frame.width * frame.height
-                if pixels > MAX_ANIMATION_PIXELS:
-                    raise UserError(
-                        f"{self.path} has over {MAX_ANIMATION_PIXELS / 1e6:g} megapixels in all its frames; convert it to mp4"
-                    )
-                frame.load()  # the duration of a WebP frame is known after decoding
-                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; 0 counts as 100, as in browsers
-                yield _Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(picture_rgb, frame))
-                begin = end
-
-
-def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> _AvClip | _PillowClip:
-    if Path(path).suffix.lower() in _PILLOW_CLIPS:
-        return _PillowClip(Path(path), max_pixels)
-    return _AvClip(Path(path), max_pixels, threads)
-
-
-def _frame_rgb(frame: av.VideoFrame) -> np.ndarray:
-    if any(component.is_alpha for component in frame.format.components):
-        rgb = picture_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
-    else:
-        rgb = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def _kind(path: str | Path) -> str:
     """Return "picture" or "video" for messages about a file; a .png or .webp file is rarely animated."""
-    return "picture" if Path(path).suffix.lower() in (".png", ".webp") else "video"
+    return "picture" if Path(path).suffix.lower() in _PICTURES else "video"
 
 
 @contextmanager
@@ -336,25 +214,6 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
             f"cannot read the {what} {path} ({reason}): it is damaged, cut off or of an unknown format; "
             f"copy it again or convert it to {better}"
         ) from error
-
-
-def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> None:
-    """Raise UserError if the picture, or a tile of a TIFF, has more than ``max_pixels`` pixels.
-
-    A tile can be larger than the picture.
-    """
-    _check_pixels(path, image.width, image.height, max_pixels)
-    if isinstance(image, TiffImageFile):
-        width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
-        _check_pixels(path, width, length, max_pixels, "tiles of ")
-
-
-def _check_pixels(path: str | Path, width: int, height: int, max_pixels: int, of: str = "") -> None:
-    if width * height > max_pixels:
-        raise UserError(
-            f"{path} has {of}{width}x{height} pixels ({width * height / 1e6:.1f} megapixels); the limit is "
-            f"{max_pixels / 1e6:g} megapixels: make it smaller"
-        )
 
 
 def _check_request(

@@ -35,7 +35,6 @@ def test_a_folder_in_a_fixed_order(clips):
     found = list(items([clips]))
     expected = [("clips/a/c.png", "a blue square", None), ("clips/b.mp4", "a red circle", None), ("clips/d.gif", "", "no caption")]
     assert facts(found) == expected
-    assert [item.is_picture for item in found] == [True, False, False]
     assert [Path(item.path).read_bytes() for item in found] == [b"a/c.png", b"b.mp4", b"d.gif"]
 
 

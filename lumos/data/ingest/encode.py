@@ -18,7 +18,7 @@ from lumos.data.shards import format as shards
 from lumos.errors import UserError
 from lumos.runtime import pick_device
 from lumos.video.frames import fit, from_uint8
-from lumos.video.reading import count_frames, read_image, read_video
+from lumos.video.reading import count_frames, is_still, read_image, read_video
 from tokenizer import VideoTokenizer
 
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
@@ -169,13 +169,11 @@ def _clips(
     A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
     the temporal compression of the tokenizer. Raise Skip if the video is too short.
     """
-    total = 1 if item.is_picture else count_frames(file, settings.fps)
-    if item.is_picture and file.suffix.lower() in (".png", ".webp"):  # these can be animated
-        total = count_frames(file, settings.fps)
-    if item.is_picture and total == 1:
+    if is_still(file):
         frames = read_image(file)[None]
         yield 0.0, fit(frames, *settings.target(*frames.shape[1:3])), (*frames.shape[1:3], 1.0)
         return
+    total = count_frames(file, settings.fps)
     available = total - item.start * settings.fps
     if item.end is not None:
         available = min(available, (item.end - item.start) * settings.fps)

@@ -77,7 +77,7 @@ def ingest(
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
     if engine not in EXECUTORS:
         raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(EXECUTORS)}")
-    todo = items(sources, captions)
+    todo = items(sources, captions, warn)
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)

@@ -7,13 +7,21 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from lumos.errors import is_out_of_memory
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-CLIPS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif", ".apng")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
+CLIPS = (
+    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ogv", ".gif", ".apng", ".wmv", ".asf", ".ts", ".mts",
+    ".m2ts", ".flv", ".f4v", ".3gp", ".3g2", ".mxf", ".dv", ".vob", ".y4m", ".ivf", ".mjpeg", ".qt", ".nut", ".h264", ".hevc",
+)  # fmt: skip
 MEDIA = PICTURES + CLIPS
+NOT_MEDIA = (
+    ".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".yaml", ".yml", ".xml", ".html", ".srt",
+    ".vtt", ".log", ".lock", ".py", ".tar", ".zip", ".gz", ".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".db", ".ini",
+    ".pdf", ".wav", ".mp3", ".flac", ".m4a", ".aac",
+)  # fmt: skip
+"""Suffixes of files in a folder that are not opened to see whether they are media. Files with other suffixes are."""
 
 BAD_ROW, DUPLICATE = "bad row", "duplicate"
 NO_CAPTION, BAD_CAPTION, LONG_CAPTION = "no caption", "bad caption", "long caption"
@@ -48,11 +56,6 @@ class Item:
     offset: int = 0
     size: int = 0
     problem: tuple[str, str] | None = None
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether the suffix is that of a picture. Only reading shows whether a .webp or .png is animated."""
-        return PurePosixPath(self.member or self.path).suffix.lower() in PICTURES
 
 
 def as_text(name: str) -> str:
@@ -129,6 +132,8 @@ def problem_of_caption(caption: str) -> tuple[str, str] | None:
         return NO_CAPTION, "no caption in the source, beside the file or in --captions"
     if re.search(_ODD, caption):
         return BAD_CAPTION, "the caption is not UTF-8 text; save it as UTF-8"
+    if "\ufffd" in caption:
+        return BAD_CAPTION, "the caption has the mark of characters that an earlier conversion lost (U+FFFD); write them again"
     if len(caption) > MAX_CAPTION_LENGTH:
         return LONG_CAPTION, f"the caption has {len(caption):,} characters; at most {MAX_CAPTION_LENGTH:,} are allowed"
     return None

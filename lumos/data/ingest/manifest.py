@@ -12,9 +12,10 @@ import hashlib
 import math
 import os
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,7 @@ from lumos.data.ingest.item import (
     DUPLICATE,
     LONG_CAPTION,
     MEDIA,
+    NOT_MEDIA,
     UNREADABLE,
     Item,
     as_text,
@@ -38,7 +40,8 @@ from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TA
 from lumos.data.ingest.tars import tar_items
 from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
-from lumos.files import open_regular
+from lumos.files import open_regular, text_of
+from lumos.video.reading import can_read
 
 MAX_PATH_LENGTH = 4096
 """Largest number of characters of a path in a table; no operating system opens a longer one."""
@@ -47,12 +50,14 @@ OF_CAPTIONS = "--captions"
 A table cannot have this name."""
 
 
-def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> Iterator[Item]:
+def items(
+    sources: Sequence[str | Path], captions: str | Path | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Iterator[Item]:
     """Return an iterator over the items of all sources, in order.
 
     `captions` is a table with columns path and caption. Its captions take precedence over those beside
-    the files. Raise UserError before the first item if a source is missing or of an unknown kind, or if
-    two sources have the same name.
+    the files. `warn` is called at the end if it has captions for files that are in no source. Raise UserError
+    before the first item if a source is missing or of an unknown kind, or if two sources have the same name.
     """
     paths = [Path(source) for source in sources]
     if not paths:
@@ -66,7 +71,7 @@ def items(sources: Sequence[str | Path], captions: str | Path | None = None) -> 
     table = Path(captions) if captions else None
     if table and (table.suffix.lower() not in TABLES or problem_of_file(table)):
         raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
-    return _checked(paths, table)
+    return _checked(paths, table, warn)
 
 
 def _check_source(path: Path) -> None:
@@ -84,17 +89,23 @@ def _check_source(path: Path) -> None:
         raise UserError(f"cannot read the source: {problem[1]}")
 
 
-def _checked(paths: list[Path], table: Path | None) -> Iterator[Item]:
+def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None]) -> Iterator[Item]:
     """Yield all items with their captions; an item whose id came before is a duplicate."""
     captions: dict[str, str] = {}
+    used: set[str] = set()
     seen: Counter[bytes] = Counter()
     for item in _all_items(paths, table, captions):
-        item = _with_caption(item, captions)
+        item = _with_caption(item, captions, used)
         key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # needs less memory than the id
         seen[key] += 1
         if seen[key] > 1:
             item = replace(item, id=f"{item.id} (again {seen[key] - 1})", problem=(DUPLICATE, f"{item.id} came before"))
         yield item
+    if unused := [name for name in captions if name not in used]:
+        warn(
+            f"{len(unused):,} of {len(captions):,} captions of {table} are for files that are in no source; the first is for "
+            f"{shown(unused[0])}"
+        )
 
 
 def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) -> Iterator[Item]:
@@ -105,15 +116,39 @@ def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) 
         yield from _items_of(path)
 
 
-def _with_caption(item: Item, captions: dict[str, str]) -> Item:
-    """Return the item with its caption as one line, or with a problem if it has no valid caption."""
-    name = PurePosixPath(item.id.partition("/")[2] or item.id)
-    given = next((captions[key] for key in (str(name), name.name, name.stem) if key in captions), None)
-    caption = " ".join((item.caption if given is None else given).split())
+def _with_caption(item: Item, captions: dict[str, str], used: set[str]) -> Item:
+    """Return the item with its caption as one line, or with a problem if it has no valid caption.
+
+    The name of the caption that it takes from `captions` is added to `used`.
+    """
+    name = PurePosixPath(_matching(item.id.partition("/")[2] or item.id))
+    key = next((key for key in (str(name), name.name, name.stem) if key in captions), None)
+    caption = " ".join((item.caption if key is None else captions[key]).replace("\ufeff", "").split())
     problem = item.problem
-    if given is not None and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
-        problem = None
+    if key is not None:
+        used.add(key)
+        if problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
+            problem = None
     return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
+
+
+def _matching(name: str) -> str:
+    """Return the form of a name in which names of tables and of files are compared.
+
+    Windows writes backslashes, and macOS writes accents as characters of their own.
+    """
+    return unicodedata.normalize("NFC", name).replace("\\", "/")
+
+
+def _existing(folder: Path, written: str) -> str:
+    """Return the path of a table's row below `folder`, in the form in which there is a file, else as it is written."""
+    for form in ("", "NFC", "NFD"):
+        for slashed in (written, written.replace("\\", "/")):
+            found = unicodedata.normalize(form, slashed) if form else slashed
+            with suppress(OSError, ValueError):
+                if (folder / found).exists():
+                    return str(folder / found)
+    return str(folder / written)
 
 
 def _items_of(path: Path) -> Iterator[Item]:
@@ -147,25 +182,44 @@ def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
 def _folder_items(root: Path, name: str) -> Iterator[Item]:
     """Yield the media files in a folder and its subfolders, the entries of each folder sorted by name.
 
-    Links to folders are not followed.
+    Hidden files and folders are left out. A link to a folder is followed, unless that folder is read anyway.
     """
     # A list as the stack instead of recursion, because folders can be nested deeper than Python's stack allows.
     todo = [("", True)]  # (path relative to the root, whether it is a folder); the last element is the next one
+    linked: set[tuple[int, int]] = set()
     while todo:
         below, is_folder = todo.pop()
         path, id_ = root / below, as_text(f"{name}/{below}" if below else name)
         if is_folder:
             try:
+                if below and path.is_symlink() and not _is_new(path, root, linked):
+                    yield Item(id_, str(path), problem=(DUPLICATE, f"{path} links to a folder that is read under its own name"))
+                    continue
                 with os.scandir(path) as entries:
-                    inside = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+                    inside = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
             except OSError as error:
                 yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
                 continue
             todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
             continue
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
-        if path.suffix.lower() in MEDIA and not path.name.startswith(".") and not drawn:
+        if not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
+
+
+def _is_new(link: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
+    """Return whether a link leads to a folder outside of the root to which no link led before; add it to `linked`."""
+    target, status = link.resolve(), link.stat()
+    if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target) or (status.st_dev, status.st_ino) in linked:
+        return False
+    linked.add((status.st_dev, status.st_ino))
+    return True
+
+
+def _is_media(path: Path) -> bool:
+    """Return whether a file of a folder is a picture or a clip: by its suffix, or by its content if the suffix is unknown."""
+    suffix = path.suffix.lower()
+    return suffix in MEDIA or (suffix not in NOT_MEDIA and path.is_file() and can_read(path))
 
 
 def _file_item(id_: str, file: Path) -> Item:
@@ -181,7 +235,7 @@ def _file_item(id_: str, file: Path) -> Item:
         return Item(id_, str(file), problem=(BAD_CAPTION, f"cannot read {text}: {getattr(error, 'strerror', None) or error}"))
     if len(data) > MAX_ROW_LENGTH:
         return Item(id_, str(file), problem=(LONG_CAPTION, f"{text} has more than {MAX_ROW_LENGTH:,} bytes"))
-    return Item(id_, str(file), data.decode("utf-8-sig", "surrogateescape"))
+    return Item(id_, str(file), text_of(data, "surrogateescape"))
 
 
 def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
@@ -193,7 +247,7 @@ def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
     if len(written) > MAX_PATH_LENGTH:
         why = f"its path has {len(written):,} characters; at most {MAX_PATH_LENGTH:,} are allowed"
         return Item(id_, str(manifest), problem=(BAD_ROW, why))
-    path = str(manifest.parent / written)
+    path = _existing(manifest.parent, written)
     try:
         start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
         if end is not None and math.isnan(end):  # tables use NaN for a missing value
@@ -224,7 +278,7 @@ def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
             why = row if isinstance(row, str) else f"no path; columns for it: {', '.join(PATH_KEYS)}"
             yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, why))
         else:
-            captions[as_text(PurePosixPath(path).as_posix())] = first(row, CAPTION_KEYS)
+            captions[_matching(as_text(PurePosixPath(path).as_posix()))] = first(row, CAPTION_KEYS)
 
 
 @contextmanager

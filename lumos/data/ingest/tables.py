@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from lumos.data.shards.format import parquet
 from lumos.errors import RunError, UserError
-from lumos.files import open_regular, parse_json
+from lumos.files import encoding_of, open_regular, parse_json
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
@@ -41,10 +41,15 @@ def rows(table: Path) -> Iterator[tuple[int, Row]]:
             if suffix == ".parquet":
                 yield from _parquet_rows(file)
                 return
-            newline = "" if suffix in (".csv", ".tsv") else None
-            lines = _lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline))
-            if newline == "":
-                yield from enumerate(_csv_rows(lines, "\t" if suffix == ".tsv" else ","), 1)
+            newline = "" if suffix == ".csv" else None
+            encoding, mark = encoding_of(file.read(4))
+            file.seek(mark)
+            errors = "surrogateescape" if encoding == "utf-8" else "replace"
+            lines = _lines(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline))
+            if suffix == ".csv":
+                yield from enumerate(_csv_rows(lines), 1)
+            elif suffix == ".tsv":
+                yield from enumerate(_tsv_rows(lines), 1)
             else:
                 yield from ((number, json_row(line)) for number, line in enumerate(lines, 1) if line.strip())
     except UserError:  # pyarrow is not installed
@@ -82,7 +87,21 @@ def _lines(text: TextIO) -> Iterator[str]:
             line = text.readline(MAX_ROW_LENGTH + 1)
 
 
-def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
+def _tsv_rows(lines: Iterator[str]) -> Iterator[Row]:
+    """Yield the rows of a tsv file, in which quotes are characters like others; the first row has the names of the columns."""
+    names = None
+    for line in lines:
+        if len(line) > MAX_ROW_LENGTH:
+            yield f"it has more than {MAX_ROW_LENGTH:,} characters"
+            continue
+        cells = line.rstrip("\r\n").split("\t")
+        if names is None:
+            names = cells if line.strip() else None
+        elif line.strip():
+            yield dict(zip(names, cells, strict=False))
+
+
+def _csv_rows(lines: Iterator[str]) -> Iterator[Row]:
     """Yield the rows of a csv file; the first row has the names of the columns.
 
     A quote that is not closed would join all later lines into one row. Such a row counts as invalid,
@@ -102,22 +121,18 @@ def _csv_rows(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
             yield line
         ended = True
 
-    names, reader = None, csv.reader(feed(), delimiter=delimiter, strict=True)
+    names, reader = None, csv.reader(feed(), strict=True)
     while True:
         record.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            cells = None
-            if len(record) == 1 and not ended and len(record[0]) <= MAX_ROW_LENGTH:
-                cells = next(csv.reader(record, delimiter=delimiter), None)  # a row of one line with text after a closing quote
-            if names is None and cells is None:
+            if names is None:
                 raise
             again.extendleft(reversed(record[1:]))
-            ended, reader = False, csv.reader(feed(), delimiter=delimiter, strict=True)
-            if cells is None:
-                yield f"it is not a row of comma-separated values: {error}"
-                continue
+            ended, reader = False, csv.reader(feed(), strict=True)
+            yield f"it is not a row of comma-separated values: {error}; a quote inside of quotes is written twice"
+            continue
         if cells is None:
             return
         if names is None:

@@ -8,13 +8,17 @@ from pathlib import Path, PurePosixPath
 
 from lumos.data.ingest.item import BAD_CAPTION, BROKEN_TAR, LONG_CAPTION, MEDIA, NO_END, NOT_A_FILE, Item, as_text
 from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, first, json_row
-from lumos.files import open_regular
+from lumos.files import open_regular, text_of
+
+TEXTS = (".txt", ".json")
+"""Suffixes of the captions of samples."""
 
 
 def tar_items(tar: Path, name: str) -> Iterator[Item]:
     """Yield the items of a tar.
 
-    Members with the same name up to the first dot of the file name form a sample: media, .txt and .json.
+    Members with the same name up to the first dot of the file name form a sample: media, .txt and .json. Media with dots in
+    their names have the caption with the same name up to the last dot, if there is one.
     If the tar is cut off, the samples with complete members come first, and then an item whose problem
     says what is wrong. Nothing is unpacked under the names of members, and links are not followed.
     """
@@ -63,8 +67,14 @@ def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[ta
 
 def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Iterator[Item]:
     media = [member for member in members if _suffix(member) in MEDIA]
-    caption, problem = _caption(archive, members) if media else ("", None)
+    captions: dict[str, tuple[str, tuple[str, str] | None]] = {}
     for member in media:
+        own = [other for other in members if _stem(other) == _stem(member) and _suffix(other) in TEXTS]
+        whole = [other for other in members if "." not in PurePosixPath(_stem(other)).name and _suffix(other) in TEXTS]
+        key = _stem(member) if own else ""
+        if key not in captions:
+            captions[key] = _caption(archive, own or whole)
+        caption, problem = captions[key]
         id_, place = as_text(f"{name}/{member.name}"), {"member": member.name, "offset": member.offset_data, "size": member.size}
         if not member.isfile() or member.issparse():
             kind = "a sparse file" if member.isfile() else "a link" if member.issym() or member.islnk() else "a device or pipe"
@@ -78,8 +88,6 @@ def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[
     problem = None
     for member in members:
         kind = _suffix(member)
-        if kind not in (".txt", ".json"):
-            continue
         if not member.isfile():
             problem = BAD_CAPTION, f"{member.name} is not a file in the tar"
             continue
@@ -87,7 +95,7 @@ def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[
             problem = LONG_CAPTION, f"{member.name} has {member.size:,} bytes; at most {MAX_ROW_LENGTH:,} are read"
             continue
         try:
-            text = archive.extractfile(member).read().decode("utf-8-sig", "surrogateescape")
+            text = text_of(archive.extractfile(member).read(), "surrogateescape")
         except Exception as error:  # whatever tarfile raises for an invalid member
             problem = BAD_CAPTION, f"cannot read {member.name}: {_line(error)}"
             continue
@@ -97,6 +105,10 @@ def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[
         elif first(row, CAPTION_KEYS):
             return first(row, CAPTION_KEYS), None
     return "", problem
+
+
+def _stem(member: tarfile.TarInfo) -> str:
+    return str(PurePosixPath(member.name).with_suffix(""))
 
 
 def _suffix(member: tarfile.TarInfo) -> str:

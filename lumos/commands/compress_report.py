@@ -1,0 +1,82 @@
+"""`compress report`: models before, after pruning and after recovery in one table: size, seconds of a clip, prompts followed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="MODEL", help="model folders; the first is the one to compare with")
+    add("--kinds", nargs="+", default=["one", "digits", "held_out", "two"],
+        help="kinds of prompts, as for `evaluate prompts`; default: one digits held_out two")  # fmt: skip
+    add("--count", type=int, default=50, help="prompts of each kind; default: %(default)s")
+    add("--seed", type=int, default=1_000_000, help="seed of the prompts and of the clips; training uses other seeds")
+    add("--batch-size", type=int, default=10, help="clips in a batch of the evaluation; default: %(default)s")
+    add("--repetitions", type=int, default=5, help="measured clips of each model, one at a time, the models in turn; default: 5")
+    add("--sheet", help="PNG of the shares over the seconds")
+    add("--output", help="JSON file for all figures")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from lumos.compression.report import draw, seconds_in_turn, size_of, table
+    from lumos.errors import UserError, printable, shown
+    from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score
+    from lumos.files import check_outputs, folder_sha256, write_json
+    from lumos.pipeline.base import VideoPipeline
+    from lumos.runtime import no_progress_bar, pick_device, versions
+
+    check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), repetitions=(1, 1000), seed=(0, MAX_SEED))
+    check_outputs([args.sheet], [args.output])
+    check_kinds(args.kinds)
+    if twice := [model for i, model in enumerate(args.models) if model in args.models[:i]]:
+        raise UserError(f"--models names {shown(twice[0])} twice; name it once")
+    device = pick_device(args.device)
+    with no_progress_bar():
+        pipes = [VideoPipeline.from_pretrained(model, device=device) for model in args.models]
+    shapes = {(pipe.clip.num_frames, pipe.clip.height, pipe.clip.width, pipe.clip.fps) for pipe in pipes}
+    if len(shapes) > 1:
+        raise UserError(f"the models make clips of {len(shapes)} shapes {sorted(shapes)}; compare models with clips of one shape")
+    shape = {name: getattr(pipes[0].clip, name) for name in ("num_frames", "fps", "height", "width")}
+    prompts = {kind: list(zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)) for kind in args.kinds}
+    first_prompt = prompts[args.kinds[0]][0][0]
+
+    with tqdm(total=len(pipes) * (args.repetitions + 1), desc="clips to measure", file=sys.stderr) as bar:
+        seconds = seconds_in_turn(pipes, first_prompt, args.repetitions, args.seed, bar.update)
+    rows = []
+    with tqdm(total=len(pipes) * len(args.kinds) * args.count, desc="clips to judge", file=sys.stderr) as bar:
+        for model, pipe, of in zip(args.models, pipes, seconds, strict=True):
+
+            def make(texts: list[str], seeds: list[int], _: None, pipe: VideoPipeline = pipe) -> list:
+                frames = pipe(texts, seed=seeds, output_type="uint8").frames
+                bar.update(len(texts))
+                return frames
+
+            shares = {}
+            for kind, (texts, truth, wanted) in prompts.items():
+                clips = generate_in_batches(make, args.seed, args.batch_size, texts)
+                shares[kind] = score(clips, wanted)[0] | {"moved": moved(clips, truth)}
+            facts = {"sha256": folder_sha256(Path(model)), **size_of(model, pipe)}
+            rows.append({"model": model, **facts, "seconds": of, "shares": shares})
+    cells = table(rows, args.kinds)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
+    summary = {
+        "compress": "report", "count": args.count, "seed": args.seed, **shape, "repetitions": args.repetitions,
+        "device": str(device), "models": rows, "versions": versions(),
+    }  # fmt: skip
+    if args.output:
+        write_json(args.output, summary)
+    if args.sheet:
+        draw(rows, args.kinds, Path(args.sheet))
+        print(printable(args.sheet))
+    print(json.dumps(summary))

@@ -1,0 +1,95 @@
+"""Clips that are read with Pillow: animated pictures, and still pictures as clips of one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
+
+from lumos.errors import UserError
+from lumos.video.av_clip import Shown, check_pixels
+from lumos.video.frames import picture_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+"""The formats that are read, without EPS, for which Pillow would start Ghostscript."""
+MAX_ANIMATION_PIXELS = 20_000_000_000
+"""Largest number of pixels of all frames of an animated picture: about 10 000 frames of 1920 x 1080. A small file can
+have many frames, because a frame can take a few bytes."""
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+
+
+def is_picture_file(path: Path) -> bool:
+    """Return whether the content of a file is that of a picture, still or animated, whatever its name."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except UnidentifiedImageError:
+        return False
+
+
+def is_still_file(path: Path) -> bool:
+    """Return whether the content of a file is that of a picture that does not move. No picture is decoded."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.format not in ANIMATED or getattr(image, "n_frames", 1) - bool(getattr(image, "default_image", False)) <= 1
+    except UnidentifiedImageError:
+        return False
+
+
+def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
+    """Open a picture; raise UserError if it, or a tile of a TIFF, which can be larger, has more than ``max_pixels`` pixels."""
+    image = Image.open(path, formats=FORMATS)
+    _check_picture(path, image, max_pixels)
+    return image
+
+
+class PillowClip:
+    """An animated picture (GIF, WebP, PNG, AVIF); a still picture is a clip of one frame.
+
+    The default picture of an animated PNG is no frame if the file says so.
+    """
+
+    fps = None  # `read_video` computes the rate, because each frame has its own duration
+
+    def __init__(self, path: Path, max_pixels: int):
+        self.path, self.max_pixels = path, max_pixels
+
+    def times(self) -> list[float]:
+        """Return the time in seconds at which each frame comes on screen."""
+        return [shown.begin for shown in self.frames(0.0)]
+
+    def frames(self, start: float) -> Iterator[Shown]:
+        """Yield all frames in order; ``start`` is not used."""
+        with open_picture(self.path, self.max_pixels) as image:
+            begin = pixels = 0
+            for number, frame in enumerate(ImageSequence.Iterator(image)):
+                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows if a frame does not fit
+                pixels += frame.width * frame.height
+                if pixels > MAX_ANIMATION_PIXELS:
+                    raise UserError(
+                        f"{self.path} has over {MAX_ANIMATION_PIXELS / 1e6:g} megapixels in all its frames; convert it to mp4"
+                    )
+                if image.format not in ANIMATED and number:
+                    return  # the other pictures of a TIFF or of a photograph are no frames
+                if number == 0 and getattr(image, "default_image", False):
+                    continue
+                frame.load()  # the duration of a WebP frame is known after decoding
+                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; 0 counts as 100, as in browsers
+                yield Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(_rgb, frame))
+                begin = end
+
+
+def _rgb(frame: Image.Image) -> np.ndarray:
+    return picture_rgb(ImageOps.exif_transpose(frame))
+
+
+def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> None:
+    check_pixels(path, image.width, image.height, max_pixels)
+    if isinstance(image, TiffImageFile):
+        width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        check_pixels(path, width, length, max_pixels, "tiles of ")

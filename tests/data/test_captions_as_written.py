@@ -1,0 +1,148 @@
+"""Captions, tables and folders as people have them: encodings, quotes, names from other systems, links, unknown suffixes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumos.data.ingest.item import BAD_CAPTION, BAD_ROW, DUPLICATE, MISSING
+from lumos.data.ingest.manifest import items
+from lumos.data.ingest.tables import rows
+from lumos.errors import UserError
+from lumos.files import read_json, read_text
+from lumos.video.io import write_video
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("clip") / "a.mp4"
+    write_video(path, np.zeros((2, 16, 24, 3), np.uint8), 8)
+    return path.read_bytes()
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def found(source: Path, **options) -> dict[str, str]:
+    """Caption, or reason of the problem, by the end of the item's name."""
+    return {item.id.partition("/")[2]: item.problem[0] if item.problem else item.caption for item in items([source], **options)}
+
+
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_captions_in_marked_encodings_are_read_right(clip, tmp_path, encoding):
+    text = "ein größerer Kreis \N{CAT FACE}"
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert found(tmp_path) == {"a.mp4": text}
+    record = json.dumps({"caption": text}, ensure_ascii=False).encode(encoding)
+    made = tar(tmp_path / "x.tar", {"1.mp4": clip, "1.txt": text.encode(encoding), "2.mp4": clip, "2.json": record})
+    assert list(found(made).values()) == [text, text]
+    for name, written in (("t.csv", f"path,caption\na.mp4,{text}\n"), ("t.tsv", f"path\tcaption\na.mp4\t{text}\n"),
+                          ("t.jsonl", json.dumps({"path": "a.mp4", "caption": text}, ensure_ascii=False) + "\n")):  # fmt: skip
+        (tmp_path / name).write_bytes(written.encode(encoding))
+        assert [row["caption"] for _, row in rows(tmp_path / name)] == [text]
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    assert read_text(tmp_path / "list.txt", "a list") == text
+    (tmp_path / "p.json").write_bytes(record)
+    assert read_json(tmp_path / "p.json", "a document") == {"caption": text}
+
+
+def test_captions_that_cannot_be_read_have_a_reason(clip, tmp_path):
+    for name, data in {"latin": "café".encode("latin-1"), "lost": "caf\ufffd".encode(), "inside": "a\ufeff cat".encode()}.items():
+        (tmp_path / f"{name}.mp4").write_bytes(clip)
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    assert found(tmp_path) == {"latin.mp4": BAD_CAPTION, "lost.mp4": BAD_CAPTION, "inside.mp4": "a cat"}
+    (tmp_path / "list.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        read_text(tmp_path / "list.txt", "a list")
+
+
+def test_members_of_a_tar_with_dots_have_their_own_captions(clip, tmp_path):
+    made = tar(tmp_path / "d.tar", {
+        "clip_1.5s.mp4": clip, "clip_1.5s.txt": b"first", "clip_1.7s.mp4": clip, "clip_1.7s.json": b'{"caption": "second"}',
+        "7.left.mp4": clip, "7.right.mp4": clip, "7.txt": b"both", "a.b/8.mp4": clip, "a.b/8.txt": b"in a folder", "9.x.mp4": clip,
+    })  # fmt: skip
+    assert found(made) == {
+        "clip_1.5s.mp4": "first", "clip_1.7s.mp4": "second", "7.left.mp4": "both", "7.right.mp4": "both",
+        "a.b/8.mp4": "in a folder", "9.x.mp4": "no caption",
+    }  # fmt: skip
+
+
+def test_quotes_are_text_in_tsv_and_strict_in_csv(tmp_path):
+    (tmp_path / "t.tsv").write_text('path\tcaption\na.mp4\t"quoted" text\nb.mp4\t5" wide\nc.mp4\t"open\nd.mp4\tlast\n')
+    assert [row["caption"] for _, row in rows(tmp_path / "t.tsv")] == ['"quoted" text', '5" wide', '"open', "last"]
+    (tmp_path / "t.csv").write_text('path,caption\na.mp4,"quoted, ""twice"""\nb.mp4,"wrong" text\nc.mp4,5" wide\n')
+    read = [row for _, row in rows(tmp_path / "t.csv")]
+    assert (read[0]["caption"], read[2]["caption"]) == ('quoted, "twice"', '5" wide')
+    assert "a quote inside of quotes is written twice" in read[1]
+
+
+def test_names_from_other_systems_find_their_files(clip, tmp_path):
+    composed = unicodedata.normalize("NFC", "grün.mp4")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / composed).write_bytes(clip)
+    (tmp_path / "plain.mp4").write_bytes(clip)
+    decomposed = unicodedata.normalize("NFD", composed)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"path": path, "caption": "x"}) + "\n" for path in (
+        f"sub\\{composed}", f"sub/{decomposed}", f"sub\\{decomposed}", "plain.mp4", "none.mp4")))  # fmt: skip
+    for item in list(items([tmp_path / "t.jsonl"]))[:4]:
+        assert Path(item.path).is_file()
+    (tmp_path / "captions.csv").write_text(f"path,caption\nsub\\{decomposed},green\nplain.mp4,plain\n")
+    assert found(tmp_path, captions=tmp_path / "captions.csv") == {f"sub/{composed}": "green", "plain.mp4": "plain"}
+
+
+def test_captions_without_a_file_are_said(clip, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "captions.csv").write_text("path,caption\na.mp4,here\nb.mp4,gone\nc.mp4,gone too\n")
+    said: list[str] = []
+    assert found(tmp_path, captions=tmp_path / "captions.csv", warn=said.append) == {"a.mp4": "here"}
+    assert len(said) == 1
+    assert said[0].startswith("2 of 3 captions of ")
+    assert "'b.mp4'" in said[0]
+
+
+def test_nothing_in_a_folder_vanishes(clip, tmp_path):
+    source, other = tmp_path / "src", tmp_path / "real"
+    source.mkdir()
+    other.mkdir()
+    names = ["a.wmv", "b.ts", "c.flv", "d.3gp", "e.mts", "f.unknown", "g"]
+    for name in names:
+        (source / name).write_bytes(clip)
+    Image.new("RGB", (24, 16)).save(source / "h.picture", "PNG")
+    (source / "notes.xyz").write_text("no media")
+    (source / "broken.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (other / "r.mp4").write_bytes(clip)
+    (other / "back").symlink_to(other)  # loops
+    (other / "home").symlink_to(source)
+    (source / "linked").symlink_to(other)
+    (source / "own").symlink_to(source)
+    (source / ".cache").mkdir()
+    for hidden in (".cache/old.mp4", "._a.mp4"):
+        (source / hidden).write_bytes(clip)
+    captions = tmp_path / "captions.csv"
+    captions.write_text("path,caption\n" + "".join(f"{name},x\n" for name in [*names, "h.picture", "r.mp4"]))
+    assert found(source, captions=captions) == {
+        **dict.fromkeys([*names, "h.picture", "linked/r.mp4"], "x"), "broken.mp4": MISSING,
+        "linked/back": DUPLICATE, "linked/home": DUPLICATE, "own": DUPLICATE,
+    }  # fmt: skip
+
+
+def test_a_row_without_a_path_is_still_a_bad_row(tmp_path):
+    (tmp_path / "t.tsv").write_text("path\tcaption\n\tnothing\n")
+    assert list(found(tmp_path / "t.tsv").values()) == [BAD_ROW]
