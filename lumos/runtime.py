@@ -7,9 +7,10 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -20,6 +21,8 @@ from lumos.errors import UserError
 from lumos.version import __version__
 
 MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)}  # malloc.h: parameter, value in bytes
+
+T = TypeVar("T")
 
 
 def versions() -> dict[str, str]:
@@ -100,6 +103,36 @@ def return_freed_memory(device: torch.device) -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, value) == 1 for parameter, value in MALLOPT.values())
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside, new tensors are float32 on the CPU, whatever `set_default_dtype` and `set_default_device` say outside.
+
+    A result then depends on its arguments alone. The default dtype is one for all threads of the process.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype == torch.float32 and device.type == "cpu":
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
+    """Yield from an iterator whose every step runs inside of `plain_defaults`; closing this one closes that one."""
+    with closing(made):
+        while True:
+            with plain_defaults():
+                try:
+                    item = next(made)
+                except StopIteration:
+                    return
+            yield item
 
 
 @contextmanager

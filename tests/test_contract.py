@@ -168,6 +168,39 @@ def test_a_clip_does_not_depend_on_its_batch(folder):
     assert np.allclose(alone, both, atol=1 / 255)
 
 
+def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
+    """Neither on torch's default dtype and device, nor on its random state."""
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    expected = pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames
+    again = pipe.reconstruct(expected[0])
+    for dtype, device in ((torch.float64, None), (torch.bfloat16, "meta")):
+        torch.manual_seed(int(1e6))
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        try:
+            found = pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames
+            parts = list(pipe.stream("a red circle", seed=3, num_inference_steps=1))
+            assert torch.get_default_dtype() == dtype
+            assert torch.get_default_device().type == (device or "cpu")
+            assert np.array_equal(pipe.reconstruct(expected[0]), again)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert np.array_equal(found, expected)
+        assert np.array_equal(np.concatenate([part[0] for part in parts]), expected[0])
+
+
+def test_all_64_bits_of_a_seed_count(folder):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    seeds = [3, 3 + 2**32, 3 + 2**63, 2**64 - 1]
+    latents = pipe(["a red circle"] * 4, seed=seeds, num_inference_steps=1, output_type="latent").frames
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(latents[i], latents[j]), (seeds[i], seeds[j])
+    with pytest.raises(UserError, match="seed 18446744073709551616 is not allowed"):
+        pipe("a red circle", seed=2**64)
+
+
 def test_a_stream_has_the_frames_of_a_call(folder):
     pipe = VideoPipeline.from_pretrained(folder, device="cpu")
     streamed = np.concatenate([part for (part,) in pipe.stream("a red circle", seed=2)])

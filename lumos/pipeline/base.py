@@ -19,7 +19,7 @@ import inspect
 import itertools
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from lumos import registry
 from lumos.errors import RunError, UserError
 from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.inputs import generator_of
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type
 from lumos.pipeline.parts import Parts
 from lumos.pipeline.placement import is_spread
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
-from lumos.runtime import pick_device
+from lumos.runtime import each_in_plain_defaults, pick_device, plain_defaults
 from lumos.video.frames import as_uint8
 
 OnStep = Callable[[int, int, int, int], None]
@@ -72,7 +73,7 @@ class Encoded:
 
     def generators(self) -> list[torch.Generator]:
         """Return a CPU generator for each clip, so that a clip does not depend on the others in its batch."""
-        return [torch.Generator().manual_seed(seed) for seed in self.resolved.seeds]
+        return [generator_of(seed) for seed in self.resolved.seeds]
 
 
 class VideoPipeline(ABC):
@@ -218,6 +219,7 @@ class VideoPipeline(ABC):
         self.video_tokenizer.to(device=target, dtype=dtype)
         return self
 
+    @plain_defaults()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -339,10 +341,15 @@ class VideoPipeline(ABC):
             request = self.request(prompt, arguments)
         except TypeError as error:
             raise UserError(f"stream: {error}") from error
-        return self.stream_encoded(self.encode(self.resolve(request)), on_step)
+        with plain_defaults():
+            encoded = self.encode(self.resolve(request))
+        return self.stream_encoded(encoded, on_step)
 
     def stream_encoded(self, encoded: Encoded, on_step: OnStep = lambda *_: None) -> Iterator[list[np.ndarray]]:
         """Do the same as `stream` for an encoded request."""
+        return each_in_plain_defaults(self._stream(encoded, on_step))
+
+    def _stream(self, encoded: Encoded, on_step: OnStep) -> Generator[list[np.ndarray], None, None]:
         resolved = encoded.resolved
         # Each clip has a decoder of its own, because a decoder keeps state.
         decoders = [with_pixels(self.decoder(), kept) for kept in resolved.kept_pixels]
@@ -359,7 +366,10 @@ class VideoPipeline(ABC):
 
         kept_pixels: pictures by frame number that take the place of decoded frames.
         """
-        decode = with_pixels(self.decoder(), kept_pixels or {})
+        return each_in_plain_defaults(self._decode(latents, kept_pixels or {}))
+
+    def _decode(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray]) -> Generator[np.ndarray, None, None]:
+        decode = with_pixels(self.decoder(), kept_pixels)
         for latent in latents.split(1):
             yield decode(latent)
 
@@ -367,6 +377,7 @@ class VideoPipeline(ABC):
         """Decode the latents [t, ...] of a clip as `decode` does and return all its frames, uint8 [T, H, W, 3]."""
         return np.concatenate(list(self.decode(latents, kept_pixels)))
 
+    @plain_defaults()
     def reconstruct(self, frames: Any) -> np.ndarray:
         """Encode and decode a clip with the video tokenizer, and return the result, uint8 [T, H, W, 3]."""
         return self.decode_clip(self.encode_frames(as_uint8(frames)))

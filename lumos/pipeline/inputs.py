@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import random
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lumos.data.buckets import bucket_for
 from lumos.errors import UserError, shown
@@ -19,7 +21,7 @@ from lumos.settings import is_whole
 from lumos.video.frames import as_uint8
 from lumos.video.io import MAX_FRAMES, count_frames, fit, read_image, read_video
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 
 
 def check_prompt(prompt: Any, needs_words: bool = True) -> str:
@@ -89,6 +91,16 @@ def whole_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not 0 <= value <= MAX_SEED:
         raise UserError(f"seed {shown(seed)} is not allowed; give a whole number from 0 to {MAX_SEED}")
     return value
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Return a CPU generator for the seed of a clip, from 0 to MAX_SEED.
+
+    Torch's generator reads 32 bits of a seed, so a larger one is replaced by a hash of all its bits.
+    """
+    if seed >= 1 << 32:
+        seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=4).digest(), "little")
+    return torch.Generator().manual_seed(seed)
 
 
 def without_effect(where: str, **options: Any) -> None:

@@ -220,7 +220,7 @@ ROWS = [
     (
         "generate --model {inputs}/micro --prompt x --seed 99999999999999999999999",
         2,
-        "seed 99999999999999999999999 is not allowed; give a whole number from 0 to 9223372036854775807",
+        "seed 99999999999999999999999 is not allowed; give a whole number from 0 to 18446744073709551615",
     ),
     (
         "generate --model {inputs}/micro --prompt x --batch-size 1000000000 --seed 1 2",
