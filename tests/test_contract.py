@@ -21,6 +21,7 @@ from toy_generator import ToyConfig, ToyModel, ToyPipeline
 
 from lumos import VideoPipeline, registry
 from lumos.cli import main
+from lumos.data.curriculum import Curriculum
 from lumos.errors import UserError
 from lumos.pipeline.options import add_flags, all_options
 from lumos.pipeline.request import Request
@@ -223,6 +224,28 @@ def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, c
     assert json.loads(capsys.readouterr().out)["parameters"] > 0
     assert main(["plan", "--generate", "--model", str(folder), "--peak-tflops", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["flops"]["total"] > 0
+
+
+def test_a_caption_is_cut_to_what_the_model_reads(name, settings_of, tmp_path, monkeypatch):
+    """Training reads no text that generation refuses, and needs no longer for it; one warning says so."""
+    if name == "toy":
+        pytest.skip("the toy has no limit of its own")
+    settings = settings_of(tmp_path)
+    settings.model.overrides["max_prompt_tokens"] = 60
+    task = registry.generator(name).load("task")(settings, torch.device("cpu"))
+    shape = Curriculum(settings.data.stages, 2)(0)
+    real = task.source.clips(0, shape, range(2))
+    for caption in ("a red circle moves left and " * 30, "\u7ea2\u5706" * 300):
+        long = [replace(clip, caption=caption, name=f"clip {i}") for i, clip in enumerate(real)]
+        monkeypatch.setattr(task.source, "clips", lambda *_, long=long: long)
+        task.caption_was_cut = False
+        with pytest.warns(UserWarning, match=r"the caption of clip 0 has \d+ tokens, and the model reads at most \d+") as said:
+            batch = task.prepare(0, shape, range(2), dropout=False)
+        assert len(said) == 1
+        lengths = batch.batch.lengths
+        short = replace(real[0], caption="a red circle")
+        monkeypatch.setattr(task.source, "clips", lambda *_, short=short: [short, short])
+        assert 0 < lengths[0] - task.prepare(0, shape, range(2), dropout=False).batch.lengths[0] <= 60
 
 
 @pytest.mark.slow

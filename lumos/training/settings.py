@@ -449,6 +449,11 @@ def check_optimization(settings: TrainingSettings) -> None:
         raise UserError("training.ema_decay must be below 1; for example 0.999, or 0 for no averaged weights")
     if training.decay_steps is not None and training.schedule != "wsd":
         raise UserError(f"training.decay_steps only has an effect with training.schedule=wsd, not {training.schedule}")
+    if training.warmup_steps > training.max_steps:
+        warnings.warn(
+            f"training.warmup_steps {training.warmup_steps} is above training.max_steps {training.max_steps}: the learning rate "
+            f"rises to {training.lr * training.max_steps / training.warmup_steps:.1e} only, not to training.lr {training.lr:g}"
+        )
 
 
 def check_deepspeed(settings: TrainingSettings) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
+import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +61,7 @@ class VideoTask(TrainingTask):
     config: Any
     adapter: dict[str, Any] | None = None
     source: Source
+    caption_was_cut = False
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
 
@@ -113,6 +116,26 @@ class VideoTask(TrainingTask):
         pictures_only = Curriculum(data.stages, self.settings.training.batch_size).kinds == ["image"]
         shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
         return ClipDefaults(**shape, target_size=None)
+
+    def fitting(self, caption: str, name: str, count: Callable[[str], int], limit: int) -> str:
+        """Return the longest beginning of a clip's caption that has at most `limit` tokens, in whole words if it has spaces.
+
+        The model is thus trained on no text that it refuses in generation. The first caption that is cut is said in a warning.
+        `count` returns the number of tokens of a text.
+        """
+        if (tokens := count(caption)) <= limit:
+            return caption
+        if not self.caption_was_cut:
+            self.caption_was_cut = True
+            warnings.warn(
+                f"the caption of {name} has {tokens} tokens, and the model reads at most {limit}: its beginning is used, for other "
+                "captions that are too long too"
+            )
+        most = bisect.bisect_right(range(1, len(caption)), limit, key=lambda n: count(caption[:n]))
+        beginning, next_character = caption[:most], caption[most]
+        if not next_character.isspace() and " " in beginning:
+            beginning = beginning.rpartition(" ")[0]
+        return beginning.strip()
 
     def data_fingerprint(self) -> dict[str, Any]:
         """Return the shared part of the resume fingerprint: data, tokenizers and optimization.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,13 @@ def test_every_setting_has_a_meaning():
     entries = list(describe(TrainingSettings))
     assert len({key for key, _, _ in entries}) == len(entries) > 40
     assert all(len(meaning) > 10 for _, _, meaning in entries if _)
+
+
+def test_a_warm_up_longer_than_the_run_is_said():
+    raw = {**SMALL, "training": {"max_steps": 20, "warmup_steps": 40, "lr": 1e-3}}
+    with pytest.warns(UserWarning, match=r"warmup_steps 40 is above .*max_steps 20: .* rises to 5.0e-04 only, not to .* 0.001"):
+        build_settings(raw)
+    raw["training"]["warmup_steps"] = 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_settings(raw)

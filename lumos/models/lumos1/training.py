@@ -286,7 +286,13 @@ class ArdfTask(VideoTask):
         text_ids = None
         if not (dropout and drop):
             size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
-            text_ids = self.text_tokenizer.encode(prompt_text(config, clip.caption, num_frames=num_frames, fps=clip.fps, **size))
+
+            def ids_of(caption: str) -> list[int]:
+                return self.text_tokenizer.encode(prompt_text(config, caption, num_frames=num_frames, fps=clip.fps, **size))
+
+            text_ids = ids_of(
+                self.fitting(clip.caption, clip.name, lambda caption: len(ids_of(caption)), config.max_prompt_tokens)
+            )
         duration, fps = clip_header(num_frames, clip.fps)
         ids = build_sequence(text_ids, torch.zeros(whole, dtype=torch.int64), fps=fps, duration=duration, config=config)
         masked = mask_sequence(

@@ -170,7 +170,7 @@ class StivTask(VideoTask):
         clips = [shortened(clip, shape.first_frames, self.config) for clip in self.source.clips(step, shape, positions)]
         drawn = [drawn_clip(self.settings, self.config, step, position, self._latent_size(clip), dropout)
                  for position, clip in zip(positions, clips, strict=True)]  # fmt: skip
-        text = self._text_ids(["" if draws.no_text else clip.caption for draws, clip in zip(drawn, clips, strict=True)])
+        text = self._text_ids(["" if draws.no_text else self._caption(clip) for draws, clip in zip(drawn, clips, strict=True)])
         sizes, supervised = [draws.noise.shape for draws in drawn], [int((~draws.given).sum()) for draws in drawn]
         tokens = [int(n) for n in text.mask.sum(1)]
         tensors = {
@@ -296,6 +296,14 @@ class StivTask(VideoTask):
                     "tokenizer"
                 )
         return self.space.from_codes(codes)
+
+    def _caption(self, clip: Clip) -> str:
+        """Return the caption of a clip, or the beginning of it that the text encoder reads."""
+        if isinstance(self.text, FrozenTextEncoder):
+            count, limit = lambda text: len(self.text.tokenizer(text)["input_ids"]), self.text.max_tokens
+            return self.fitting(clip.caption, clip.name, count, limit)
+        limit = self.config.max_prompt_tokens - 1  # the last one is the end mark
+        return self.fitting(clip.caption, clip.name, lambda text: len(self.text.encode(text)), limit)
 
     def _text_ids(self, prompts: list[str]) -> TextIds:
         if isinstance(self.text, FrozenTextEncoder):
