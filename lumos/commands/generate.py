@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--views", action="store_true", default=None, help="make seven views of the object in --image; for STIV models")
     add("--num-given-frames", type=int, help="last frames of --video to use; default: as many as the model usually gets")
     add("--model", default=None, help=f"model folder; default: {SHIPPED_MODEL}")
-    add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4")
+    add("--output", help="file to write: .mp4 .gif .webp .png; default: outputs/<prompt>-<seed>.mp4, or the next free name")
     add("--output-dir", help="folder for several clips, default: outputs; the same command continues an interrupted list")
     add("--preview", metavar="FILE", help=".mp4 .gif .webp file that is rewritten with all frames so far after each latent frame")
     add("--num-frames", type=int, help="frames of the clip, given frames included; 1 makes a picture; "
@@ -97,7 +97,7 @@ def make_one(args: argparse.Namespace) -> None:
     from lumos.files import check_writable, file_identity, write_json
     from lumos.pipeline.inputs import align, check_prompt
     from lumos.pipeline.request import needs_words
-    from lumos.prompt_lists.clips import check_prompt_frames, default_name, prompts_over_time, record_path
+    from lumos.prompt_lists.clips import check_prompt_frames, default_name, free_name, prompts_over_time, record_path
     from lumos.prompt_lists.rows import PATHS
     from lumos.video.io import check_output, write_frames
 
@@ -111,7 +111,7 @@ def make_one(args: argparse.Namespace) -> None:
     def checked_output(num_frames: int | None, fps: float = 1) -> Path:
         """Return the path of the result. Raises UserError if it, its JSON record or the preview cannot be written."""
         usual = f"outputs/{default_name(args.prompt[0], num_frames == 1, after=f'-{seed}')}"
-        output = Path(usual if args.output is None else args.output)
+        output = free_name(Path(usual)) if args.output is None else Path(args.output)
         check_output(output, num_frames, fps, keep=begins_with)
         check_writable(record_path(output))
         if args.preview is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -147,9 +148,20 @@ def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, A
 
 
 def default_name(prompt: str, picture: bool, before: str = "", after: str = "") -> str:
-    """Return a file name made of `before`, the words of the prompt and `after`."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "clip"
+    """Return a file name made of `before`, the words of the prompt, in any script, and `after`."""
+    letters = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", prompt).lower())
+    words = re.sub("-+", "-", "".join(letters)).strip("-")[:60]
+    words = words.encode()[:150].decode(errors="ignore").strip("-") or "clip"  # file systems limit names to 255 bytes
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or if there is a file or record of it, the first of NAME-2, NAME-3, ... without one."""
+    found, number = path, 1
+    while found.exists() or record_path(found).exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
 
 
 def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:

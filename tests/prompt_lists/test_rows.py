@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import pytest
 
 from lumos.errors import UserError
 from lumos.pipeline.options import all_options
 from lumos.pipeline.request import ARGUMENTS, Request
-from lumos.prompt_lists.clips import default_name, prompts_over_time, request_of
+from lumos.prompt_lists.clips import default_name, free_name, prompts_over_time, request_of
 from lumos.prompt_lists.rows import Row, columns, read_rows
 
 
 def rows_of(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     return read_rows(tmp_path / name)
+
+
+def test_a_default_name_is_never_taken_twice(tmp_path):
+    path = tmp_path / "a-7.mp4"
+    assert free_name(path) == path
+    path.touch()
+    assert free_name(path) == tmp_path / "a-7-2.mp4"
+    (tmp_path / "a-7-2.mp4.json").touch()  # the record of a clip that was moved away
+    assert free_name(path) == tmp_path / "a-7-3.mp4"
 
 
 def test_a_text_is_a_prompt_a_line(tmp_path):
@@ -147,7 +157,11 @@ def test_prompts_change_between_latent_frames(frames, stride, allowed):
 
 def test_names_are_made_of_words():
     assert default_name("A red circle, moving!", False, "0001-") == "0001-a-red-circle-moving.mp4"
-    assert default_name("кошка", True, after="-7") == "clip-7.png"
+    assert default_name("Кошка, бежит", True, after="-7") == "кошка-бежит-7.png"
+    assert default_name("हिन्दी है", False) == "हिन्दी-है.mp4"
+    assert default_name("!?", True, after="-7") == "clip-7.png"
+    assert default_name(unicodedata.normalize("NFD", "grün"), False) == default_name(unicodedata.normalize("NFC", "grün"), False)
+    assert len(default_name("红色的圆" * 40, False, after="-18446744073709551615").encode()) < 255
     assert len(default_name("word " * 100, False)) < 70
 
 
