@@ -14,13 +14,12 @@ import torch
 
 import lumos.models.lumos1.benchmarks.attention as attention_bench
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline, device_peak
-from lumos.benchmarks import isolated
+from lumos.benchmarks import isolated, roofline
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
 from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
-from lumos.models.lumos1.benchmarks import roofline
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.defaults import ClipDefaults
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
