@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lumos.models.stiv.configuration import HEAD_DIM
-from lumos.models.stiv.rope import Rotary, apply_rotary
+from lumos.models.stiv.fused import EPS, normed_rotary
+from lumos.models.stiv.rope import Rotary
 
-EPS = 1e-6
 KERNELS = frozenset((
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
@@ -36,6 +36,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of queries or keys, a head at a time, and then RoPE."""
+
+    def __init__(self):
+        super().__init__(HEAD_DIM)
+
+    def forward(self, x: Tensor, tables: Rotary | None, dtype: torch.dtype) -> Tensor:
+        """x [..., L, H, D], in any dtype -> [..., L, H, D] in `dtype`; tables None: no positions."""
+        return normed_rotary(x, self.weight, tables, dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys, a head at a time, before RoPE.
 
@@ -48,8 +59,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = (ZeroLinear if zero_out else nn.Linear)(width, width)
-        self.q_norm = RMSNorm(HEAD_DIM)
-        self.k_norm = RMSNorm(HEAD_DIM)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
 
     def forward(
         self, x: Tensor, source: Tensor | None = None, *, rotary: Rotary | None = None, mask: Tensor | None = None,
@@ -67,11 +78,9 @@ class Attention(nn.Module):
         q, k, v = (
             proj(of).unflatten(-1, (-1, HEAD_DIM)) for proj, of in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
         )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         dtype = attention_dtype(v)
-        q, k, v = (part.to(dtype).flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
+        q, k, v = self.q_norm(q, rotary, dtype), self.k_norm(k, rotary, dtype), v.to(dtype)
+        q, k, v = (part.flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).reshape(x.shape).to(x.dtype))
 

@@ -15,29 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumos.models.stiv.attention import EPS, Attention
+from lumos.models.stiv.attention import Attention
 from lumos.models.stiv.configuration import StivConfig
+from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.rope import Rotary
 
 PIECE_VALUES = 2**17
 """Values of a piece of the tokens for each thread: 0.5 MiB in float32. The MLP holds four times as many at once, which fits
 the second-level cache of most processors, or nearly."""
-
-
-def norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights over the last dimension, with statistics in float32.
-
-    Under autocast the output has the autocast dtype. Otherwise each of the matrix products that follow would cast it, and
-    keep a copy of its own for the backward pass. The tokens between the units stay in float32.
-    """
-    normed, device = F.layer_norm(x, x.shape[-1:], eps=EPS), x.device.type
-    cast = device != "meta" and torch.is_autocast_enabled(device)
-    return normed.to(torch.get_autocast_dtype(device)) if cast else normed
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return norm(x) * (1 + scale) + shift."""
-    return torch.addcmul(shift, norm(x), 1 + scale)
 
 
 class MLP(nn.Module):
@@ -106,19 +91,19 @@ class Block(nn.Module):
     def _over_frames(self, x: Tensor, modulation: Tensor, places: Rotary) -> Tensor:
         """Return x after spatial attention, which keeps frames apart."""
         shift, scale, gate = modulation[..., None, :3, :].unbind(-2)  # [B, f or 1, 1, d]
-        return torch.addcmul(x, gate, norm(self.spatial(modulated(x, shift, scale), rotary=places)))
+        return normed_sum(x, self.spatial(normed_sum(shift, x, 1 + scale), rotary=places), gate)
 
     def _over_places(self, x: Tensor, times: Rotary) -> Tensor:
         """Return x after temporal attention, which keeps places apart."""
         by_place = norm(x.transpose(1, 2).contiguous())  # [B, s, f, d], one copy instead of one each for q, k and v
-        attended = norm(self.temporal(by_place, rotary=times, causal=self.causal))
-        return torch.addcmul(x, self.temporal_gain.to(x.dtype), attended.transpose(1, 2))
+        attended = self.temporal(by_place, rotary=times, causal=self.causal)
+        return normed_sum(x, attended.transpose(1, 2), self.temporal_gain.to(x.dtype)[None, None, None])
 
     def _over_tokens(self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """Return x after cross-attention and MLP, which keep tokens apart."""
         shift, scale, gate = modulation[..., None, 3:, :].unbind(-2)
         x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
-        return torch.addcmul(x, gate, norm(self.mlp(modulated(x, shift, scale))))
+        return normed_sum(x, self.mlp(normed_sum(shift, x, 1 + scale)), gate)
 
 
 def piece_size(x: Tensor) -> int | None:

@@ -27,8 +27,9 @@ from transformers.utils import ModelOutput
 
 from lumos.files import updating_folder
 from lumos.models.stiv.attention import RMSNorm, ZeroLinear, save_attention_outputs
-from lumos.models.stiv.block import Block, modulated, norm
+from lumos.models.stiv.block import Block
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
+from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.loading import check_folder
 from lumos.models.stiv.rope import rotary, spatial_angles, temporal_angles
 from lumos.models.stiv.text_encoder import SmallTextEncoder, TextStates
@@ -305,7 +306,7 @@ class StivForVideoGeneration(PreTrainedModel):
             x = empty.scatter(2, at.expand(-1, f, -1, x.shape[-1]), x)
             x = self._run(late, x, (modulation, text, mask, places, times))
         shift, scale = self.final_modulation(conditions)[..., None, :].chunk(2, dim=-1)  # [B, f or 1, 1, d]
-        return StivOutput(sample=unpatched(self.patch_out(modulated(x, shift, scale)).float(), rows, config))
+        return StivOutput(sample=unpatched(self.patch_out(normed_sum(shift, x, 1 + scale)).float(), rows, config))
 
     def _times(self, t: Tensor, given: Tensor | None, given_time: float | Tensor) -> Tensor:
         """Return the time of each token frame, [B, f], or [B, 1] if all frames of a clip have the same."""
