@@ -1,9 +1,11 @@
-"""Attention with QK-norm, and the checkpoint policy that keeps the outputs of self-attention.
+"""Attention with QK-norm, and the policies of activation checkpointing.
 
 Shapes: N independent sequences, L queries, M keys, H heads, D = 64 channels of a head, d = H x D.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ KERNELS = frozenset((
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
 ))  # fmt: skip
 """Names of the operators that compute attention; the device and the dtype decide which one runs."""
+LINEAR = frozenset(("aten::mm", "aten::addmm"))
+"""Names of the operators that compute linear layers; their last two arguments are the input and the weight."""
 
 
 class ZeroLinear(nn.Linear):
@@ -101,9 +105,36 @@ def save_attention_outputs() -> tuple:
     The output has the size of a block's input, but its cost grows with the square of the sequence: it is cheap to
     save and expensive to recompute. Cross-attention has few keys and is recomputed.
     """
+    return saving(is_self_attention)
+
+
+def save_product_outputs() -> tuple:
+    """Return the contexts that also save the outputs of linear layers, except of those that are wider than their input.
+
+    What is recomputed is the first layer of the MLP, whose output has four times the size of a block's input, and all
+    that costs little.
+    """
+    return saving(lambda name, args: is_self_attention(name, args) or (name in LINEAR and is_no_wider(*args[-2:])))
+
+
+SAVED = {"attention": save_attention_outputs, "products": save_product_outputs}
+"""What activation checkpointing saves of a block beside its input, by the name in the settings (SAVED_OUTPUTS)."""
+
+
+def saving(is_saved: Callable[[str, tuple], bool]) -> tuple:
+    """Return contexts for `torch.utils.checkpoint` that save the outputs of those operators for which `is_saved` is true."""
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = op.name() in KERNELS and args[0].shape[-2] == args[1].shape[-2]
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if is_saved(op.name(), args) else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def is_self_attention(name: str, args: tuple) -> bool:
+    """Return whether an operator is attention with as many keys as queries."""
+    return name in KERNELS and args[0].shape[-2] == args[1].shape[-2]
+
+
+def is_no_wider(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the product of x [n, k] and weight [k, m] has at most as many channels as x."""
+    return weight.shape[1] <= x.shape[1]

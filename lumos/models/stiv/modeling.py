@@ -232,7 +232,8 @@ class StivForVideoGeneration(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         """Recompute the blocks in the backward pass, as in transformers.
 
-        The outputs of self-attention are saved; a context_fn of `torch.utils.checkpoint.noop_context_fn` recomputes them too.
+        The outputs of self-attention are saved. Another context_fn saves more (`save_product_outputs`) or nothing
+        (`torch.utils.checkpoint.noop_context_fn`).
         """
         chosen = {"use_reentrant": False, "context_fn": save_attention_outputs} | (gradient_checkpointing_kwargs or {})
         super().gradient_checkpointing_enable(chosen, **more)

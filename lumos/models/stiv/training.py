@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.source import Clip
 from lumos.errors import RunError, UserError
-from lumos.models.stiv.attention import RMSNorm
+from lumos.models.stiv.attention import SAVED, RMSNorm
 from lumos.models.stiv.block import MLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
@@ -152,7 +152,7 @@ class StivTask(VideoTask):
             model = StivForVideoGeneration(config)
         self.with_adapters(model)
         if settings.training.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"context_fn": SAVED[settings.saved_outputs]})
         if settings.training.compile:
             compile_parts(model.to(self.device), (MLP, RMSNorm))
         return model.train()
