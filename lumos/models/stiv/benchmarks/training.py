@@ -57,7 +57,7 @@ def drawn_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def use(form: str, model: StivForVideoGeneration) -> None:
     """Turn activation checkpointing of the model on or off, as the form says."""
-    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing = False
     if form in SAVED:
         model.gradient_checkpointing_enable({"context_fn": SAVED[form]})
 
