@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumos.device_peak import synchronize, timed
 from lumos.errors import RunError
@@ -147,6 +147,17 @@ def extra_peak_bytes(prepare: Callable[..., Step], arguments: dict[str, Any], wa
     peak = peak_memory_bytes(device)
     del kept
     return max(peak - before, 0)  # Linux counts pages for each CPU, so a tiny difference may come out below 0
+
+
+def with_optimizer(model: nn.Module, device: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return the model in training mode and an AdamW that has allocated its moments and never changes a weight."""
+    model = model.to(device, getattr(torch, dtype)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model, optimizer
 
 
 def lowered_peak(device: torch.device) -> int:

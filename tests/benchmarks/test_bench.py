@@ -14,13 +14,12 @@ import torch
 
 import lumos.models.lumos1.benchmarks.attention as attention_bench
 from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline, device_peak
-from lumos.benchmarks import isolated
+from lumos.benchmarks import isolated, roofline
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
 from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
-from lumos.models.lumos1.benchmarks import roofline
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.defaults import ClipDefaults
 from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
@@ -86,7 +85,7 @@ def everything(model_folder, forks):
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(isolated, "subprocess", SimpleNamespace(run=run))
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
-        sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN]
+        sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro"]
         code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
@@ -109,8 +108,8 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
     assert result["settings"]["threads"] == 1
     assert result["measured"]["matrix_product_gflops"]["float32"] > 0
     for part in ("settings", "measured", "ratios"):
-        assert {"attention", "loss", "train", "generate"} <= set(result[part])
-    for table in ("attention:", "loss:", "train:", "generate:"):
+        assert {"attention", "loss", "train", "generate", "stiv"} <= set(result[part])
+    for table in ("attention:", "loss:", "train:", "generate:", "stiv:"):
         assert any(line.startswith(table) for line in out.splitlines())
 
 
@@ -171,6 +170,15 @@ def test_generation_is_compared_with_the_baseline(everything):
         assert row["gflops_that_must_be_done"] == pytest.approx(sum(p["gflops"] for p in row["products"].values()), rel=1e-2)
         assert {"products", "attention", "no operation"} <= set(row["shares_of_time"])
     assert all(row[form]["extra_memory_mb"] >= 0 for row in rows for form in ("twin", "lumos"))
+
+
+def test_stiv_memory_and_ratios(everything):
+    _, result, _ = everything
+    made, of = (result[part]["stiv"]["training"] for part in ("measured", "ratios"))
+    assert [row["max_difference"] < 1e-4 for row in result["measured"]["stiv"]["sampling"]] == [True]
+    assert made["max_difference"] < 1e-4
+    assert made["plain"]["extra_memory_mb"] > 0
+    assert of["products_over_plain_time"] == pytest.approx(made["products"]["seconds"] / made["plain"]["seconds"], rel=1e-2)
 
 
 def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
@@ -237,6 +245,8 @@ def test_allowed_pairs_are_those_of_the_dense_mask(length, frame_tokens):
         (["generate", "--shapes", "small", "--guidance-interval", "0.4", "0.6"], "holds none of 3 steps"),
         (["train", "--codes", "16000000"], "the published form at --tokens 8192 --layers 8 --codes 16000000 needs"),
         (["train", "--tokens", "50"], "holds no frame"),
+        (["stiv", "--sizes", "huge"], "invalid choice: 'huge'"),
+        (["stiv", "--parts"], "--parts"),
         (["train", "--text-ids", "2000"], "--text-ids 2000 --codes 64000 --channels 512: sep token has id 8710"),
         (["train", "--channels", "100"], "multiple of 64"),
         (["all", *TINY_TRAIN, "--model", "no-such-folder"], "no model in no-such-folder"),

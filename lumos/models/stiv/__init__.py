@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumos.registry import Generator
+from lumos.registry import Benchmark, Generator
 
 _HERE = "lumos.models.stiv"
 
@@ -17,4 +17,10 @@ GENERATOR = Generator(
     settings=f"{_HERE}.training_settings:StivTrainingSettings",
     sampling=f"{_HERE}.settings:StivOptions",
     cost={"training": f"{_HERE}.cost", "clip": f"{_HERE}.cost"},
+    benchmarks={
+        "stiv": Benchmark(
+            "a sampling step against diffusers' transformer and the roofline; a training step, its time and memory",
+            f"{_HERE}.benchmarks.stiv", f"{_HERE}.benchmarks.arguments:stiv",
+        ),
+    },
 )

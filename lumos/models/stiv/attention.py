@@ -1,9 +1,11 @@
-"""Attention with QK-norm, and the checkpoint policy that keeps the outputs of self-attention.
+"""Attention with QK-norm, and the policies of activation checkpointing.
 
 Shapes: N independent sequences, L queries, M keys, H heads, D = 64 channels of a head, d = H x D.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lumos.models.stiv.configuration import HEAD_DIM
-from lumos.models.stiv.rope import Rotary, apply_rotary
+from lumos.models.stiv.fused import EPS, normed_rotary
+from lumos.models.stiv.rope import Rotary
 
-EPS = 1e-6
 KERNELS = frozenset((
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
 ))  # fmt: skip
 """Names of the operators that compute attention; the device and the dtype decide which one runs."""
+LINEAR = frozenset(("aten::mm", "aten::addmm"))
+"""Names of the operators that compute linear layers; their last two arguments are the input and the weight."""
 
 
 class ZeroLinear(nn.Linear):
@@ -36,6 +40,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of queries or keys, a head at a time, and then RoPE."""
+
+    def __init__(self):
+        super().__init__(HEAD_DIM)
+
+    def forward(self, x: Tensor, tables: Rotary | None, dtype: torch.dtype) -> Tensor:
+        """x [..., L, H, D], in any dtype -> [..., L, H, D] in `dtype`; tables None: no positions."""
+        return normed_rotary(x, self.weight, tables, dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys, a head at a time, before RoPE.
 
@@ -48,8 +63,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = (ZeroLinear if zero_out else nn.Linear)(width, width)
-        self.q_norm = RMSNorm(HEAD_DIM)
-        self.k_norm = RMSNorm(HEAD_DIM)
+        self.q_norm = HeadNorm()
+        self.k_norm = HeadNorm()
 
     def forward(
         self, x: Tensor, source: Tensor | None = None, *, rotary: Rotary | None = None, mask: Tensor | None = None,
@@ -67,24 +82,22 @@ class Attention(nn.Module):
         q, k, v = (
             proj(of).unflatten(-1, (-1, HEAD_DIM)) for proj, of in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
         )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        q, k, v = (part.to(v.dtype).flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
-        out = attend(q, k, v, mask, causal)
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
+        dtype = attention_dtype(v)
+        q, k, v = self.q_norm(q, rotary, dtype), self.k_norm(k, rotary, dtype), v.to(dtype)
+        q, k, v = (part.flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
+        with torch.autocast(q.device.type, enabled=False):  # which would turn the operands into its own dtype again
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(out.transpose(1, 2).reshape(x.shape).to(x.dtype))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Return the attention [N, H, L, D] of queries [N, H, L, D] to keys and values [N, H, M, D], in their dtype.
+def attention_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype to compute attention in: float32 for bfloat16 training on a CPU, else that of `values`.
 
-    In bfloat16 training on a CPU it is computed in float32: the backward pass there takes about four times as long in
-    bfloat16, even where matrix products are faster in it.
+    On a CPU the backward pass of attention takes about four times as long in bfloat16, even where matrix products are
+    faster in it.
     """
-    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):  # which would turn the operands into bfloat16 again
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal).to(v.dtype)
+    slow = values.device.type == "cpu" and values.dtype == torch.bfloat16 and values.requires_grad
+    return torch.float32 if slow else values.dtype
 
 
 def save_attention_outputs() -> tuple:
@@ -93,9 +106,36 @@ def save_attention_outputs() -> tuple:
     The output has the size of a block's input, but its cost grows with the square of the sequence: it is cheap to
     save and expensive to recompute. Cross-attention has few keys and is recomputed.
     """
+    return saving(is_self_attention)
+
+
+def save_product_outputs() -> tuple:
+    """Return the contexts that also save the outputs of linear layers, except of those that are wider than their input.
+
+    What is recomputed is the first layer of the MLP, whose output has four times the size of a block's input, and all
+    that costs little.
+    """
+    return saving(lambda name, args: is_self_attention(name, args) or (name in LINEAR and is_no_wider(*args[-2:])))
+
+
+SAVED = {"attention": save_attention_outputs, "products": save_product_outputs}
+"""What activation checkpointing saves of a block beside its input, by the name in the settings (SAVED_OUTPUTS)."""
+
+
+def saving(is_saved: Callable[[str, tuple], bool]) -> tuple:
+    """Return contexts for `torch.utils.checkpoint` that save the outputs of those operators for which `is_saved` is true."""
 
     def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = op.name() in KERNELS and args[0].shape[-2] == args[1].shape[-2]
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if is_saved(op.name(), args) else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def is_self_attention(name: str, args: tuple) -> bool:
+    """Return whether an operator is attention with as many keys as queries."""
+    return name in KERNELS and args[0].shape[-2] == args[1].shape[-2]
+
+
+def is_no_wider(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the product of x [n, k] and weight [k, m] has at most as many channels as x."""
+    return weight.shape[1] <= x.shape[1]

@@ -5,9 +5,6 @@ Memory is in bytes of one process (one GPU), at three moments of a step:
     start     every process holds the whole model in float32, before DeepSpeed shards it
     backward  the backward pass of the last block: all activations, and the gradients of its widest tensors
     update    all activations are freed, and all gradients exist
-
-What a block saves for its backward pass follows from its forward pass. In mixed precision the inputs and outputs of matrix
-products are in bf16 and the others in float32. tests/models/stiv/test_stiv_cost.py compares the sums with what autograd saves.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import torch
 from torch import nn
 
 from lumos.errors import UserError
+from lumos.models.stiv.activations import ClipTokens, activation_bytes, block_bytes
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
 from lumos.models.stiv.flops import block_flops, ends_flops, forward_flops, text_encoder_flops
 from lumos.models.stiv.loading import read_config
@@ -41,30 +39,8 @@ from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding, parameter_count
 from lumos.training.settings import LoraSettings
 
-PRODUCTS, KEPT = 23, 8
-TEMPORAL_PRODUCTS, TEMPORAL_KEPT = 7, 5
-"""Tensors [tokens, hidden_size] that a block saves for its backward pass: those that matrix products and attention read and
-write, and those of norms and residual connections; without temporal attention, and of temporal attention."""
-END_TENSORS = 3
-TEXT_BLOCK_TENSORS, TEXT_END_TENSORS = 22, 5
-"""Tensors [text tokens, width] of a block of the text encoder, and of the text in a block and at the ends of the transformer."""
-CONDITION_TENSORS = 40
-"""Tensors [hidden_size] that the conditions of a clip save."""
 RUNNING_TENSORS = 14
 """Tensors [tokens, hidden_size] that exist at once in a block without gradients, most of them in the MLP."""
-
-
-@dataclass(frozen=True)
-class ClipTokens:
-    """The input of the network for one clip: latents, tokens along each axis, and tokens of the text."""
-
-    latents: tuple[int, int, int]
-    grid: tuple[int, int, int]
-    text: int
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @dataclass(frozen=True)
@@ -167,11 +143,14 @@ class StivTrainingCost:
         places = rows * columns
         kept = max(1, places - round(places * self.settings.mask_ratio))
         late = min(config.unmasked_layers, config.num_hidden_layers) if self.settings.mask_ratio else 0
-        attention = 4 * config.hidden_size * frames  # of self-attention, whose outputs are saved
-        keys = frames * config.temporal_attention
+        blocks = ((config.num_hidden_layers - late, kept), (late, places))
+        width, keys = config.hidden_size, frames * config.temporal_attention
+        if self.settings.saved_outputs == "products":
+            of_token = 2 * config.mlp_ratio * width**2 + 4 * width * sequence.text  # first layer of the MLP, cross-attention
+            return float(sum(count * frames * n * of_token for count, n in blocks))
+        attention = 4 * width * frames  # of self-attention, whose outputs are saved
         return float(sum(
-            count * (block_flops(config, frames, n, sequence.text) - attention * n * (n + keys))
-            for count, n in ((config.num_hidden_layers - late, kept), (late, places))
+            count * (block_flops(config, frames, n, sequence.text) - attention * n * (n + keys)) for count, n in blocks
         ))  # fmt: skip
 
     def memory_moments(self, sharding: Sharding, rows: int, sequence: ClipTokens) -> dict[str, dict[str, int]]:
@@ -184,7 +163,10 @@ class StivTrainingCost:
         def at(**parts: int) -> dict[str, int]:
             return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
 
-        activations = activation_bytes(self.config, self.settings.mask_ratio, sharding, rows, sequence, self._has_given(sequence))
+        settings, given = self.settings, self._has_given(sequence)
+        activations = activation_bytes(
+            self.config, settings.mask_ratio, sharding, rows, sequence, given, settings.saved_outputs
+        )
         width = rows * sequence.tokens * self.config.hidden_size
         widest = width * (2 * self.config.mlp_ratio * sharding.product + 2 * sharding.residual)
         if sharding.checkpointing:
@@ -212,51 +194,6 @@ def clip_tokens(config: StivConfig, num_frames: int, height: int, width: int, te
     grid = grid_of(config, num_frames, height, width)
     latents = (config.latent_frames(num_frames), height // config.spatial_compression, width // config.spatial_compression)
     return ClipTokens(latents, (grid["time"], grid["rows"], grid["columns"]), text_tokens)
-
-
-def block_bytes(config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int) -> int:
-    """Return the bytes that one block saves for its backward pass, of `rows` clips of which it sees `places` a frame."""
-    d, heads, timed = config.hidden_size, config.num_attention_heads, config.temporal_attention
-    products = PRODUCTS + 2 * (config.mlp_ratio - 4) + timed * TEMPORAL_PRODUCTS
-    kept = KEPT + timed * TEMPORAL_KEPT
-    attentions = 2 + timed
-    statistics = 8 * (4 + 2 * timed) + 4 * heads * 3 * attentions  # of the norms, and the normalisers of the softmax
-    of_token = d * (products * sharding.product + kept * sharding.residual) + statistics
-    text = rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
-    return rows * sequence.grid[0] * places * of_token + text
-
-
-def checkpointed_bytes(config: StivConfig, sharding: Sharding) -> int:
-    """Return the bytes that a block saves with activation checkpointing, per token: its input, and outputs of self-attention."""
-    attentions = 1 + config.temporal_attention
-    return config.hidden_size * (sharding.residual + attentions * sharding.product) + 4 * config.num_attention_heads * attentions
-
-
-def activation_bytes(
-    config: StivConfig, mask_ratio: float, sharding: Sharding, rows: int, sequence: ClipTokens, has_given: bool = False
-) -> int:
-    """Return the bytes of all activations that `rows` clips save for the backward pass.
-
-    has_given: whether some frames are given, so that the modulation is a value a frame.
-    """
-    d, layers, (frames, r, c) = config.hidden_size, config.num_hidden_layers, sequence.grid
-    places = r * c
-    kept = max(1, places - round(places * mask_ratio))
-    late = min(config.unmasked_layers, layers) if mask_ratio else 0
-    total = 0
-    for count, seen in ((layers - late, kept), (late, places)):
-        saved = block_bytes(config, sharding, rows, sequence, seen)
-        if sharding.checkpointing:
-            saved = rows * frames * seen * checkpointed_bytes(config, sharding)
-        total += count * saved
-    modulations = rows * (frames if has_given else 1) * 6 * d * sharding.residual
-    total += modulations * (1 if sharding.checkpointing else 1 + layers * config.adaln_table)
-    total += rows * (frames if has_given else 1) * CONDITION_TENSORS * d * sharding.product
-    total += rows * frames * places * d * END_TENSORS * sharding.residual
-    text = sequence.text * rows
-    if config.text_encoder == "small":
-        total += text * config.text_layers * TEXT_BLOCK_TENSORS * config.text_width * sharding.residual
-    return total + text * TEXT_END_TENSORS * d * sharding.residual
 
 
 def training_cost(settings: StivTrainingSettings, text_tokens: int) -> StivTrainingCost:

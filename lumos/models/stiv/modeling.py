@@ -26,10 +26,12 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lumos.files import updating_folder
-from lumos.models.stiv.attention import EPS, Attention, RMSNorm, ZeroLinear, save_attention_outputs
+from lumos.models.stiv.attention import RMSNorm, ZeroLinear, save_attention_outputs
+from lumos.models.stiv.block import Block
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
+from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.loading import check_folder
-from lumos.models.stiv.rope import Rotary, rotary, spatial_angles, temporal_angles
+from lumos.models.stiv.rope import rotary, spatial_angles, temporal_angles
 from lumos.models.stiv.text_encoder import SmallTextEncoder, TextStates
 
 MODEL_FILES = r"config\.json|model.*\.safetensors(\.index\.json)?"  # files that `save_pretrained` writes
@@ -103,22 +105,6 @@ class BlockReuse:
         return not full
 
 
-def norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights over the last dimension, with statistics in float32.
-
-    Under autocast the output has the autocast dtype. Otherwise each of the matrix products that follow would cast it, and
-    keep a copy of its own for the backward pass. The tokens between the units stay in float32.
-    """
-    normed, device = F.layer_norm(x, x.shape[-1:], eps=EPS), x.device.type
-    cast = device != "meta" and torch.is_autocast_enabled(device)
-    return normed.to(torch.get_autocast_dtype(device)) if cast else normed
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return norm(x) * (1 + scale) + shift."""
-    return torch.addcmul(shift, norm(x), 1 + scale)
-
-
 def sinusoids(values: Tensor) -> Tensor:
     """Return cos and sin of scalars, float32: [..., k] -> [..., k * SINUSOIDS]; the longest period is 2 pi x 10,000."""
     half = SINUSOIDS // 2
@@ -171,53 +157,6 @@ class Conditions(nn.Module):
             values = getattr(micro, field.name).to(times.device).reshape(len(times), -1)
             of_clip = of_clip + norm(getattr(self, field.name)(sinusoids(values).to(dtype)))
         return c + of_clip[:, None]
-
-
-class MLP(nn.Module):
-    """d -> ratio x d -> d with GELU (tanh)."""
-
-    def __init__(self, width: int, ratio: int):
-        super().__init__()
-        self.up_proj = nn.Linear(width, ratio * width)
-        self.down_proj = nn.Linear(ratio * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """One block: spatial, temporal and cross-attention, and an MLP."""
-
-    def __init__(self, config: StivConfig):
-        super().__init__()
-        d = config.hidden_size
-        self.spatial = Attention(d)
-        self.temporal = Attention(d) if config.temporal_attention else None
-        self.temporal_gain = nn.Parameter(torch.ones(d)) if config.temporal_attention else None
-        self.cross = Attention(d, zero_out=True)
-        self.mlp = MLP(d, config.mlp_ratio)
-        self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
-        self.causal = config.causal_in_time
-
-    def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary
-    ) -> Tensor:
-        """x [B, f, s, d] -> [B, f, s, d].
-
-        Args:
-            modulation: [B, f or 1, 6, d], shift, scale and gate of spatial attention, then of the MLP.
-            text: [B, m, d]. text_mask: bool [B, 1, 1, m].
-            places, times: rotary tables of spatial and of temporal attention.
-        """
-        modulation = modulation if self.table is None else modulation + self.table.to(modulation.dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[..., None, :].unbind(2)  # [B, f or 1, 1, d]
-        x = torch.addcmul(x, gate1, norm(self.spatial(modulated(x, shift1, scale1), rotary=places)))
-        if self.temporal is not None:
-            by_place = norm(x.transpose(1, 2).contiguous())  # [B, s, f, d], one copy instead of one each for q, k and v
-            attended = norm(self.temporal(by_place, rotary=times, causal=self.causal))
-            x = torch.addcmul(x, self.temporal_gain.to(x.dtype), attended.transpose(1, 2))
-        x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
-        return torch.addcmul(x, gate2, norm(self.mlp(modulated(x, shift2, scale2))))
 
 
 class StivForVideoGeneration(PreTrainedModel):
@@ -293,7 +232,8 @@ class StivForVideoGeneration(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         """Recompute the blocks in the backward pass, as in transformers.
 
-        The outputs of self-attention are saved; a context_fn of `torch.utils.checkpoint.noop_context_fn` recomputes them too.
+        The outputs of self-attention are saved. Another context_fn saves more (`save_product_outputs`) or nothing
+        (`torch.utils.checkpoint.noop_context_fn`).
         """
         chosen = {"use_reentrant": False, "context_fn": save_attention_outputs} | (gradient_checkpointing_kwargs or {})
         super().gradient_checkpointing_enable(chosen, **more)
@@ -367,7 +307,7 @@ class StivForVideoGeneration(PreTrainedModel):
             x = empty.scatter(2, at.expand(-1, f, -1, x.shape[-1]), x)
             x = self._run(late, x, (modulation, text, mask, places, times))
         shift, scale = self.final_modulation(conditions)[..., None, :].chunk(2, dim=-1)  # [B, f or 1, 1, d]
-        return StivOutput(sample=unpatched(self.patch_out(modulated(x, shift, scale)).float(), rows, config))
+        return StivOutput(sample=unpatched(self.patch_out(normed_sum(shift, x, 1 + scale)).float(), rows, config))
 
     def _times(self, t: Tensor, given: Tensor | None, given_time: float | Tensor) -> Tensor:
         """Return the time of each token frame, [B, f], or [B, 1] if all frames of a clip have the same."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.source import Clip
 from lumos.errors import RunError, UserError
-from lumos.models.stiv.attention import RMSNorm
+from lumos.models.stiv.attention import SAVED, RMSNorm
+from lumos.models.stiv.block import MLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
 from lumos.models.stiv.fingerprints import load_network, network_fingerprint
@@ -39,7 +40,7 @@ from lumos.models.stiv.flow import (
 from lumos.models.stiv.initialization import initialized
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
 from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
-from lumos.models.stiv.modeling import MLP, Micro, StivForVideoGeneration
+from lumos.models.stiv.modeling import Micro, StivForVideoGeneration
 from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
 from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
 from lumos.models.stiv.settings import StivOptions
@@ -152,7 +153,7 @@ class StivTask(VideoTask):
             model = StivForVideoGeneration(config)
         self.with_adapters(model)
         if settings.training.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"context_fn": SAVED[settings.saved_outputs]})
         if settings.training.compile:
             compile_parts(model.to(self.device), (MLP, RMSNorm))
         return model.train()

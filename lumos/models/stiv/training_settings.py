@@ -14,6 +14,7 @@ from lumos.training.settings import LoraSettings, TrainingSettings
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 TIMES = ("uniform", "logit_normal")
 WEIGHTINGS = ("none", "min_snr")
+SAVED_OUTPUTS = ("attention", "products")
 
 
 @dataclass
@@ -93,6 +94,12 @@ class StivTrainingSettings(TrainingSettings):
         0.0, "share of the places of a frame that only the last blocks see, for speed (MaskDiT; published 0.5)", low=0, below=1
     )
     masked_loss_weight: float = setting(0.1, "weight of the reconstruction of these places (MaskDiT 0.1)", low=0, high=100)
+    saved_outputs: str = setting(
+        "attention",
+        "outputs that training.activation_checkpointing saves: attention, those of self-attention (published), or products, those "
+        "of linear layers too, but of the first one of the MLP: less is computed again, and more memory is needed",
+        choices=SAVED_OUTPUTS,
+    )
 
     def check(self) -> None:
         """Raise UserError if fields contradict each other."""
@@ -117,6 +124,11 @@ def check_flow(settings: StivTrainingSettings) -> None:
             raise UserError(f"flow.{name} has no effect with flow.{needed}={getattr(flow, needed)}; leave it out, or set {value}")
     if settings.mask_ratio == 0 and settings.masked_loss_weight != 0.1:
         raise UserError("masked_loss_weight has no effect with mask_ratio 0; set mask_ratio too, or leave it out")
+
+
+def check_checkpointing(settings: StivTrainingSettings) -> None:
+    if settings.saved_outputs != "attention" and not settings.training.activation_checkpointing:
+        raise UserError("saved_outputs has no effect without training.activation_checkpointing; set it too, or leave it out")
 
 
 def check_patterns(settings: StivTrainingSettings) -> None:
@@ -153,4 +165,4 @@ def check_latents(settings: StivTrainingSettings) -> None:
         raise UserError("latents.mean and latents.std belong together; give both or none")
 
 
-STIV_CHECKS = (check_init, check_flow, check_patterns, check_strides, check_latents)
+STIV_CHECKS = (check_init, check_flow, check_checkpointing, check_patterns, check_strides, check_latents)

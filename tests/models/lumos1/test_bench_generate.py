@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lumos.models.lumos1.benchmarks.generate as bench
 from lumos.benchmarks.measure import Bench
+from lumos.benchmarks.roofline import profiled
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.benchmarks.baseline import plain_frames
 from lumos.models.lumos1.benchmarks.decoding import Case, generate, generate_plainly, logits_difference, make_case
-from lumos.models.lumos1.benchmarks.roofline import products, profiled
+from lumos.models.lumos1.benchmarks.roofline import products
 from lumos.models.lumos1.engine import Engine
 from lumos.models.lumos1.modeling import COMPILED
 from lumos.pipeline.acceleration import compile_parts

@@ -31,11 +31,12 @@ import torch
 
 from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, TOLERANCE, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
+from lumos.benchmarks.roofline import product_gflops, profiled
 from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.benchmarks.arguments import FORMS, SHIPPED
 from lumos.models.lumos1.benchmarks.decoding import SHAPES, Case, generate, generate_plainly, logits_difference, make_case
-from lumos.models.lumos1.benchmarks.roofline import product_gflops, products, profiled
+from lumos.models.lumos1.benchmarks.roofline import products
 from lumos.models.lumos1.modeling import COMPILED
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, use_int8_weights

@@ -15,34 +15,13 @@ Softmax, norms and everything else that is not a matrix product count as zero.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from lumos.device_peak import timed
+from lumos.benchmarks.roofline import Product
 from lumos.models.lumos1.benchmarks.decoding import Case
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.masking import unmasking_counts
-
-PRODUCT_SECONDS, PRODUCT_RUNS = 0.3, 3
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
-ATTENTION = ("scaled_dot_product", "flash", "efficient_attention", "cudnn_attention")
-
-
-@dataclass(frozen=True)
-class Product:
-    """The FLOPs that the part `part` of the network spends in products [batch, m, k] x [batch, k, n]."""
-
-    part: str
-    flops: float
-    batch: int
-    m: int
-    k: int
-    n: int
 
 
 def products(case: Case) -> list[Product]:
@@ -74,51 +53,3 @@ def products(case: Case) -> list[Product]:
     head = 2 * config.hidden_size * config.visual_token_count * head_rows
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found
-
-
-def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
-    """Measure the GFLOP/s of a product of this shape: the fastest of several runs into an existing buffer."""
-    batch, m, k, n = product.batch, product.m, product.k, product.n
-    a, b = torch.rand(batch, m, k, device=device).to(dtype), torch.rand(batch, n, k, device=device).to(dtype)
-    out = torch.empty(batch, m, n, device=device, dtype=dtype)
-
-    def multiply() -> None:
-        if batch == 1:
-            torch.mm(a[0], b[0].T, out=out[0])
-        else:
-            torch.bmm(a, b.mT, out=out)
-
-    multiply()
-    times, until = [], time.perf_counter() + PRODUCT_SECONDS
-    while time.perf_counter() < until or len(times) < PRODUCT_RUNS:
-        times.append(timed(multiply, device)[0])
-    return 2 * batch * m * k * n / min(times) / 1e9
-
-
-def profiled(step: Callable[[], None], device: str) -> dict[str, float]:
-    """Profile one call of `step` and return the share of the wall time of each kind of operation.
-
-    The kinds are "products", "attention", the six costliest other operations, "other operations" for the rest,
-    and "no operation". On a CPU, times are those of the calling thread, without nested operations. On CUDA,
-    times are those of kernels, so "no operation" is the share of time in which the GPU is idle.
-    """
-    cuda = device.startswith("cuda")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
-        seconds, _ = timed(step, device)
-    spent: dict[str, float] = {}
-    others: dict[str, float] = {}
-    for event in profiler.key_averages():
-        micros = event.self_device_time_total if cuda else event.self_cpu_time_total
-        name = event.key.removeprefix("aten::").lstrip("_")
-        if any(word in name for word in ATTENTION):
-            spent["attention"] = spent.get("attention", 0.0) + micros
-        elif name in PRODUCTS or "gemm" in name:
-            spent["products"] = spent.get("products", 0.0) + micros
-        else:
-            others[name] = others.get(name, 0.0) + micros
-    costliest = sorted(others, key=others.get, reverse=True)
-    spent |= {name: others[name] for name in costliest[:6]}
-    spent["other operations"] = sum(others[name] for name in costliest[6:])
-    shares = {name: micros / 1e6 / seconds for name, micros in spent.items()}
-    return {**shares, "no operation": max(0.0, 1 - sum(shares.values()))}

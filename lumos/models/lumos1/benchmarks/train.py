@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lumos.benchmarks.isolated import run_isolated
-from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
+from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, with_optimizer
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask, expand_heads
 from lumos.models.lumos1.configuration import LumosConfig
@@ -196,17 +196,6 @@ def llama_loss(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES = {"lumos": lumos_loss, "published": published_loss, "llama": llama_loss}
-
-
-def with_optimizer(model: nn.Module, device: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the model in training mode and an AdamW that has allocated its moments and never changes a weight."""
-    model = model.to(device, getattr(torch, dtype)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return model, optimizer
 
 
 def step_of(form: str, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor) -> Step:

@@ -1,0 +1,1 @@
+"""Benchmark of the transformer of STIV: a sampling step and a training step."""

@@ -1,0 +1,114 @@
+"""The block of STIV's transformer.
+
+A block has spatial attention within a frame, temporal attention at a place, cross-attention to the text and an MLP.
+Spatial attention keeps frames apart, temporal attention keeps places apart, and the rest keeps tokens apart. So without
+gradients, on a CPU, a block computes a few frames or places at a time: the tensors of such a piece stay in the cache of the
+processor, where a whole clip would go through memory for every norm, rotation and GELU.
+
+Shapes: B batch, f frames, s places of a frame, d channels; m text tokens.
+Source: arXiv 2412.07730; the order of the units follows reference, section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumos.models.stiv.attention import Attention
+from lumos.models.stiv.configuration import StivConfig
+from lumos.models.stiv.fused import norm, normed_sum
+from lumos.models.stiv.rope import Rotary
+
+PIECE_VALUES = 2**17
+"""Values of a piece of the tokens for each thread: 0.5 MiB in float32. The MLP holds four times as many at once, which fits
+the second-level cache of most processors, or nearly."""
+
+
+class MLP(nn.Module):
+    """d -> ratio x d -> d with GELU (tanh)."""
+
+    def __init__(self, width: int, ratio: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, ratio * width)
+        self.down_proj = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One block: spatial, temporal and cross-attention, and an MLP."""
+
+    def __init__(self, config: StivConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.spatial = Attention(d)
+        self.temporal = Attention(d) if config.temporal_attention else None
+        self.temporal_gain = nn.Parameter(torch.ones(d)) if config.temporal_attention else None
+        self.cross = Attention(d, zero_out=True)
+        self.mlp = MLP(d, config.mlp_ratio)
+        self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
+        self.causal = config.causal_in_time
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary
+    ) -> Tensor:
+        """x [B, f, s, d] -> [B, f, s, d].
+
+        Args:
+            modulation: [B, f or 1, 6, d], shift, scale and gate of spatial attention, then of the MLP.
+            text: [B, m, d]. text_mask: bool [B, 1, 1, m].
+            places, times: rotary tables of spatial and of temporal attention.
+        """
+        modulation = modulation if self.table is None else modulation + self.table.to(modulation.dtype)
+        if (size := piece_size(x)) is None:
+            x = self._over_frames(x, modulation, places)
+            x = x if self.temporal is None else self._over_places(x, times)
+            return self._over_tokens(x, modulation, text, text_mask)
+        of_clips = modulation.expand(-1, x.shape[1], -1, -1)
+        return torch.cat([
+            self._in_pieces(
+                x[b : b + 1], of_clips[b : b + 1], text[b : b + 1], None if text_mask is None else text_mask[b : b + 1],
+                tuple(table[b : b + 1] if table.dim() == 5 else table for table in places), times, size,
+            )
+            for b in range(len(x))
+        ])  # fmt: skip
+
+    def _in_pieces(
+        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary, size: int
+    ) -> Tensor:
+        """Return what `forward` returns for one clip, about `size` tokens at a time; modulation [1, f, 6, d]."""
+        frames, count = max(1, size // x.shape[2]), max(1, size // x.shape[1])
+        modulations = modulation.split(frames, 1)
+        parts = zip(x.split(frames, 1), modulations, strict=True)
+        x = torch.cat([self._over_frames(part, of_part, places) for part, of_part in parts], 1)
+        if self.temporal is not None:
+            x = torch.cat([self._over_places(part, times) for part in x.split(count, 2)], 2)
+        parts = zip(x.split(frames, 1), modulations, strict=True)
+        return torch.cat([self._over_tokens(part, of_part, text, text_mask) for part, of_part in parts], 1)
+
+    def _over_frames(self, x: Tensor, modulation: Tensor, places: Rotary) -> Tensor:
+        """Return x after spatial attention, which keeps frames apart."""
+        shift, scale, gate = modulation[..., None, :3, :].unbind(-2)  # [B, f or 1, 1, d]
+        return normed_sum(x, self.spatial(normed_sum(shift, x, 1 + scale), rotary=places), gate)
+
+    def _over_places(self, x: Tensor, times: Rotary) -> Tensor:
+        """Return x after temporal attention, which keeps places apart."""
+        by_place = norm(x.transpose(1, 2).contiguous())  # [B, s, f, d], one copy instead of one each for q, k and v
+        attended = self.temporal(by_place, rotary=times, causal=self.causal)
+        return normed_sum(x, attended.transpose(1, 2), self.temporal_gain.to(x.dtype)[None, None, None])
+
+    def _over_tokens(self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        """Return x after cross-attention and MLP, which keep tokens apart."""
+        shift, scale, gate = modulation[..., None, 3:, :].unbind(-2)
+        x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
+        return normed_sum(x, self.mlp(normed_sum(shift, x, 1 + scale)), gate)
+
+
+def piece_size(x: Tensor) -> int | None:
+    """Return how many tokens of x [B, f, s, d] to compute at a time; None: all of them."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    size = max(1, torch.get_num_threads() * PIECE_VALUES // x.shape[-1])
+    return size if x[..., 0].numel() > size else None
