@@ -63,12 +63,40 @@ class Pruning:
         """The number of parameters of the pruned model."""
         return sum(after for _, _, after in self.rows)
 
+    def ends_removed(self) -> tuple[str, ...]:
+        """Return the removed units that are the first or the last of a transformer's list of blocks."""
+        blocks: dict[str, list[str]] = {}
+        for unit, _, _ in self.rows:
+            blocks.setdefault(unit.rpartition(".")[0], []).append(unit)
+        is_unet = "mid_block" in self.kept
+        ends = [] if is_unet else [unit for name, units in blocks.items() if name for unit in (units[0], units[-1])]
+        return tuple(unit for unit in dict.fromkeys(ends) if unit in self.remove)
+
     def record(self) -> dict[str, Any]:
         """Return the entries of compression.json that follow from the plan. The file is itself a plan that can be used again."""
         return {
             "class": self.class_name, "plan": self.plan, "remove": self.remove, "reduced": self.reduced, "kept": self.kept,
             "parameters": {"before": self.before, "after": self.after}, "taps": self.taps,
         }  # fmt: skip
+
+
+def on_meta(model_class: type, config: Mapping[str, Any]) -> Any:
+    """Return a model without memory for its weights. Raises UserError for a config that its class does not take."""
+    try:
+        import torch
+
+        with torch.device("meta"):
+            return model_class.from_config(dict(config))
+    except Exception as error:  # of many kinds: the classes of diffusers check little themselves
+        raise UserError(f"no {model_class.__name__} can be made with this config.json: {reason_of(error)}") from error
+
+
+def check_diffusers() -> None:
+    """Raise UserError if diffusers is not installed."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise UserError("models of diffusers need diffusers, which is not installed; pip install 'lumos-video[diffusers]'") from error
 
 
 def read_config(folder: str | Path, supported: Iterable[str]) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lumos.compression import transformers, unets
-from lumos.compression.diffusers_folder import Pruning, read_config, read_plan
-from lumos.errors import UserError, reason_of, shown
+from lumos.compression.diffusers_folder import Pruning, check_diffusers, read_config, read_plan
+from lumos.errors import UserError, shown
 
 SUPPORTED = (*unets.CLASSES, *transformers.CLASSES)
 
@@ -53,20 +52,3 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
     name = read_config(folder, SUPPORTED)["_class_name"]
     model_class = unets.model_class(name) if name in unets.CLASSES else getattr(diffusers, name)
     return model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
-
-
-def on_meta(model_class: type, config: Mapping[str, Any]) -> nn.Module:
-    """Return a model without memory for its weights. Raises UserError for a config that its class does not take."""
-    try:
-        with torch.device("meta"):
-            return model_class.from_config(dict(config))
-    except Exception as error:  # of many kinds: the classes of diffusers check little themselves
-        raise UserError(f"no {model_class.__name__} can be made with this config.json: {reason_of(error)}") from error
-
-
-def check_diffusers() -> None:
-    """Raise UserError if diffusers is not installed."""
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise UserError("models of diffusers need diffusers, which is not installed; pip install 'lumos-video[diffusers]'") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from lumos.compression.diffusers_folder import Pruning, check_units
+from lumos.compression.diffusers_folder import Pruning, check_units, on_meta
 from lumos.errors import UserError
 
 BLOCKS = {
@@ -74,8 +74,6 @@ def prune(config: Mapping[str, Any], plan: str, remove: Iterable[str] | None = N
 
     Raises UserError for a plan that does not fit the transformer, or that removes nothing or all of a list.
     """
-    from lumos.compression.diffusers_models import on_meta
-
     name = config["_class_name"]
     model_class = getattr(import_module("diffusers"), name)
     teacher = on_meta(model_class, config)

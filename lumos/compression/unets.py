@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from lumos.compression.diffusers_folder import Pruning, check_units
+from lumos.compression.diffusers_folder import Pruning, check_units, on_meta
 from lumos.errors import UserError
 
 PREFIX = "Pruned"
@@ -187,8 +187,6 @@ def prune(config: Mapping[str, Any], plan: str, remove: Iterable[str] | None = N
 
     Raises UserError for a plan that does not fit the U-Net.
     """
-    from lumos.compression.diffusers_models import on_meta
-
     name = config["_class_name"]
     teacher = on_meta(model_class(name), config)
     layout = _layout(teacher, config)
