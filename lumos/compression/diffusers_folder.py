@@ -96,7 +96,9 @@ def check_diffusers() -> None:
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
-        raise UserError("models of diffusers need diffusers, which is not installed; pip install 'lumos-video[diffusers]'") from error
+        raise UserError(
+            "models of diffusers need diffusers, which is not installed; pip install 'lumos-video[diffusers]'"
+        ) from error
 
 
 def read_config(folder: str | Path, supported: Iterable[str]) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def read_config(folder: str | Path, supported: Iterable[str]) -> dict[str, Any]:
     if name not in supported:
         raise UserError(f"{folder} holds {shown(name)}, which cannot be pruned; supported: {', '.join(supported)}")
     if config.get("quantization_config") is not None:
-        raise UserError(f"{folder} holds quantized weights; prune the model in float32, bfloat16 or float16, and quantize the result")
+        raise UserError(f"{folder} holds quantized weights; prune the model before it is quantized, and quantize the result")
     return config
 
 

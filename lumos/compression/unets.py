@@ -102,8 +102,8 @@ def plan_units(plan: str, layout: Layout) -> tuple[str, ...]:
     drops = plan.startswith("vdmini")
     cut = [s for s in range(layout.stages) if s != whole and not (drops and s == deepest)]
     if layout.stages < 2 or any(layout.layers[s] < 2 for s in cut) or not layout.mid:
-        raise UserError(f"plan {plan} needs two stages or more, two slots in each down block and a middle block; this U-Net has "
-                        f"{list(layout.layers)} slots{'' if layout.mid else ' and no middle block'}: give a list of units")  # fmt: skip
+        raise UserError(f"plan {plan} needs two stages, two slots in each down block and a middle block; this U-Net has the slots "
+                        f"{list(layout.layers)}{'' if layout.mid else ' and no middle block'}: give a list of units")  # fmt: skip
     if drops and layout.widths[deepest] != layout.widths[whole]:
         raise UserError(f"plan {plan} removes the deepest stage, which must have the width of the one before it; the widths are "
                         f"{list(layout.widths)}: use plan B, or give a list of units")  # fmt: skip
@@ -203,8 +203,8 @@ def prune(config: Mapping[str, Any], plan: str, remove: Iterable[str] | None = N
         kept={"down_blocks": kept.down, "up_blocks": kept.up, MID: kept.mid},
         config=student_config, tensors=tensors,
         shapes={tensor: tuple(value.shape) for tensor, value in student.state_dict().items()},
-        taps=_taps(student, kept, KINDS[stock_class(name)]), rows=_rows(teacher, layout, {tensors[n] for n, _ in student.named_parameters()}),
-        stock=stock,
+        taps=_taps(student, kept, KINDS[stock_class(name)]),
+        rows=_rows(teacher, layout, {tensors[parameter] for parameter, _ in student.named_parameters()}), stock=stock,
     )  # fmt: skip
 
 
@@ -290,14 +290,19 @@ def _taps(student: Any, kept: Kept, kinds: tuple[str, ...]) -> tuple[tuple[str, 
 
 def _rows(teacher: Any, layout: Layout, kept: set[str]) -> tuple[tuple[str, int, int], ...]:
     """Return for each unit, each sampler and the rest: name, parameters, parameters that are left."""
-    order = {unit: [0, 0] for unit in layout.units()}
+    rows: dict[str, list[int]] = {}
+    for unit in layout.units():
+        block, _, slot = unit.rpartition(".")
+        rows[unit] = [0, 0]
+        if block and int(slot) == len(teacher.get_submodule(block).resnets) - 1:
+            rows[f"{block}.sampler"] = [0, 0]
     for name, parameter in teacher.named_parameters():
         found = re.match(r"((?:down|up)_blocks\.\d+)\.(\w+)\.(\d+)\.", name)
         if found is not None:
             unit = f"{found[1]}.sampler" if found[2] in ("downsamplers", "upsamplers") else f"{found[1]}.{found[3]}"
         else:
             unit = MID if name.startswith(f"{MID}.") else "other"
-        row = order.setdefault(unit, [0, 0])
+        row = rows.setdefault(unit, [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() if name in kept else 0
-    return tuple((unit, before, after) for unit, (before, after) in order.items())
+    return tuple((unit, *row) for unit, row in rows.items() if row[0] or not unit.endswith(".sampler"))
