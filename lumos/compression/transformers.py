@@ -54,10 +54,10 @@ def plan_units(plan: str, counts: Mapping[str, int], keep: Sequence[int]) -> tup
     """
     have = " and ".join(f"{count} {name}" for name, count in counts.items())
     if len(keep) != len(counts):
-        raise UserError(f"plan {plan} needs --keep with the number of blocks to keep of each list; {len(keep)} given, and this model "
+        raise UserError(f"plan {plan} needs --keep with a number of blocks for each list; {len(keep)} given, and this model "
                         f"has {have}")  # fmt: skip
     if any(not 2 <= n <= count for n, count in zip(keep, counts.values(), strict=True)):
-        raise UserError(f"--keep {' '.join(map(str, keep))} is not allowed; this model has {have}, and at least 2 of each must stay")
+        raise UserError(f"--keep {' '.join(map(str, keep))} is not allowed; this model has {have}, and 2 or more of each must stay")
     kept = {name: RULES[plan](count, n) if n < count else range(count)
             for (name, count), n in zip(counts.items(), keep, strict=True)}  # fmt: skip
     return tuple(f"{name}.{i}" for name, count in counts.items() for i in range(count) if i not in kept[name])
