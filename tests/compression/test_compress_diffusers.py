@@ -54,7 +54,8 @@ def test_what_is_printed_and_written(made, tmp_path, capsys):
     assert f"{counts['before']:,}  {counts['after']:,}  " in row["parameters"]
     warned = [line for line in said if line.startswith("note: stock diffusers cannot load the result")]
     assert len(warned) == 1
-    assert said[-1] == f"{out}  is written; load it with lumos.compression.unets.PrunedUNetSpatioTemporalConditionModel.from_pretrained"
+    name = "lumos.compression.unets.PrunedUNetSpatioTemporalConditionModel"
+    assert said[-1] == f"{out}  is written; load it with {name}.from_pretrained"
     assert sorted(path.name for path in out.iterdir()) == [RECORD, "config.json", f"{STEM}.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["small"]
 
@@ -110,7 +111,8 @@ def test_risky_plans_are_noted(made, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shards_in_and_out_and_dtypes_stay(tmp_path, dtype):
     folder = saved(tmp_path / "whole", WAN)
-    diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     stored = list((tmp_path / "shards").glob("*.safetensors"))
     assert len(stored) > 3
     pruning = plan_folder(tmp_path / "shards", "deep", [3])

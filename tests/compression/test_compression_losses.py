@@ -35,7 +35,8 @@ def plain_icd(students, teachers, k):
                 for values in (own, real):
                     mean = sum(values) / len(values)
                     deviation.append(math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)))
-                pairs = [(x, y) for x, y in zip(own, real, strict=True) if abs(x) <= k * deviation[0] and abs(y) <= k * deviation[1]]
+                pairs = [(x, y) for x, y in zip(own, real, strict=True)
+                         if abs(x) <= k * deviation[0] and abs(y) <= k * deviation[1]]  # fmt: skip
                 frames.append(sum((x - y) ** 2 for x, y in pairs) / max(sum(y**2 for _, y in pairs), EPS))
         layers.append(sum(frames) / len(frames))
     return sum(layers) / len(layers)

@@ -112,7 +112,7 @@ def test_numbers_that_do_not_fit(tmp_path, name, keep, said):
 
 def test_lists_that_do_not_fit():
     config = json.loads(make("WanTransformer3DModel").to_json_string())
-    with pytest.raises(UserError, match="'blocks.6', which this model does not have; its units: blocks.0, blocks.1"):
+    with pytest.raises(UserError, match=r"'blocks.6', which this model does not have; its units: blocks.0, blocks.1"):
         transformers.prune(config, "plan.json", ["blocks.6"])
     with pytest.raises(UserError, match="leaves no blocks"):
         transformers.prune(config, "plan.json", [f"blocks.{i}" for i in range(6)])

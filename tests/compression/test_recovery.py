@@ -51,7 +51,7 @@ def test_the_taps_of_a_transformer(pairs):
     assert taps(folder, "last") == [("blocks.2", "blocks.5")]
     assert taps(folder, 2) == [("blocks.0", "blocks.0"), ("blocks.2", "blocks.5")]
     for layers in ("first", 0, -1, True, 1.5):
-        with pytest.raises(UserError, match="layers .* is not allowed"):
+        with pytest.raises(UserError, match=r"layers .* is not allowed"):
             taps(folder, layers)
 
 
@@ -61,7 +61,7 @@ def test_taps_of_a_damaged_record(tmp_path):
         taps(tmp_path)
 
 
-@pytest.mark.parametrize("name", (*UNETS, *TRANSFORMERS))
+@pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
 def test_features_are_clips_by_frames_by_places_by_channels(pairs, name):
     teacher, folder = pairs(name)
     student = load(folder)

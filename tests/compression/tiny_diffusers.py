@@ -14,35 +14,39 @@ from torch import Tensor, nn
 SVD = "UNetSpatioTemporalConditionModel"
 MODELSCOPE = "UNet3DConditionModel"
 UNETS = (SVD, MODELSCOPE)
-TRANSFORMERS = ("HunyuanVideoTransformer3DModel", "WanTransformer3DModel", "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel")
 COUNTS = {
     "HunyuanVideoTransformer3DModel": {"transformer_blocks": 4, "single_transformer_blocks": 5},
     "WanTransformer3DModel": {"blocks": 6},
     "CogVideoXTransformer3DModel": {"transformer_blocks": 6},
     "LTXVideoTransformer3DModel": {"transformer_blocks": 6},
 }
+TRANSFORMERS = tuple(COUNTS)
 CONFIGS: dict[str, dict[str, Any]] = {
-    SVD: dict(
-        block_out_channels=(32, 64, 96, 96), num_attention_heads=(2, 2, 4, 4), cross_attention_dim=16,
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
-    ),
-    MODELSCOPE: dict(block_out_channels=(16, 32, 48, 48), norm_num_groups=8, attention_head_dim=4, cross_attention_dim=16),
-    "HunyuanVideoTransformer3DModel": dict(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=4, num_single_layers=5,
-        num_refiner_layers=1, patch_size=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    ),
-    "WanTransformer3DModel": dict(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32,
-        num_layers=6, rope_max_seq_len=32,
-    ),
-    "CogVideoXTransformer3DModel": dict(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=6, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=5,
-    ),
-    "LTXVideoTransformer3DModel": dict(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=6,
-        caption_channels=16,
-    ),
+    SVD: {
+        "block_out_channels": (32, 64, 96, 96), "num_attention_heads": (2, 2, 4, 4), "cross_attention_dim": 16,
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
+    },
+    MODELSCOPE: {"block_out_channels": (16, 32, 48, 48), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 16},
+    "HunyuanVideoTransformer3DModel": {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10,
+        "num_layers": 4, "num_single_layers": 5,
+        "num_refiner_layers": 1, "patch_size": 1, "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4),
+    },
+    "WanTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+        "freq_dim": 32, "ffn_dim": 32,
+        "num_layers": 6, "rope_max_seq_len": 32,
+    },
+    "CogVideoXTransformer3DModel": {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
+        "text_embed_dim": 16,
+        "num_layers": 6, "sample_width": 8, "sample_height": 8, "sample_frames": 9, "max_text_seq_length": 5,
+    },
+    "LTXVideoTransformer3DModel": {
+        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8,
+        "cross_attention_dim": 16, "num_layers": 6,
+        "caption_channels": 16,
+    },
 }  # fmt: skip
 FRAMES = 3
 
