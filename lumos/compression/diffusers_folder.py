@@ -180,15 +180,22 @@ def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Pa
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise RunError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn an error of safetensors within the block into a RunError that names a file that is read."""
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except SafetensorError as error:
         raise RunError(f"cannot read {path}: {reason_of(error)}; copy it again") from error
+
+
+def opened(path: Path) -> Any:
+    """Return a safetensors file, open for reading, as a context manager; raise RunError if it is damaged."""
+    from safetensors import safe_open
+
+    with damage_of(path):
+        return safe_open(path, framework="pt")
 
 
 def check_out(out: str | Path) -> None:
@@ -252,9 +259,13 @@ class _Shards:
         self.total += tensor.nbytes
 
     def flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file(self.waiting, self.folder / f"{len(self.files)}", metadata={"format": "pt"})
+        try:
+            save_file(self.waiting, self.folder / f"{len(self.files)}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise RunError(f"cannot write the weights: {reason_of(error)}; check free space and permissions") from error
         self.files.append(list(self.waiting))
         self.waiting, self.size = {}, 0
 
@@ -279,7 +290,8 @@ def _write_weights(folder: str | Path, files: Mapping[str, Path], pruning: Pruni
     with ExitStack() as stack:
         handles = {path: stack.enter_context(opened(path)) for path in set(files.values())}
         for name, source in pruning.tensors.items():
-            tensor = handles[files[source]].get_tensor(source)
+            with damage_of(files[source]):
+                tensor = handles[files[source]].get_tensor(source)
             if tuple(tensor.shape) != pruning.shapes[name]:
                 raise RunError(f"{source} of {folder} has the shape {list(tensor.shape)}; its {CONFIG} implies "
                                f"{list(pruning.shapes[name])}")  # fmt: skip

@@ -181,6 +181,10 @@ def test_damaged_weights(wan, tmp_path, capsys):
     (wan / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": {"proj_out.bias": "../other/x.safetensors"}}))
     assert compress(wan, *options) == 1
     assert "does not say in which file" in capsys.readouterr().err
+    save_file({"proj_out.bias": tensors["proj_out.bias"]}, file := wan / "shard-1.safetensors")
+    (wan / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "shard-1.safetensors")}))
+    assert compress(wan, *options) == 1
+    assert f"cannot read {file}" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"wan"}
 
 
