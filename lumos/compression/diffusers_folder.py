@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import NotFound, RunError, UserError, reason_of, shown
+from lumos.errors import NotFound, RunError, UserError, cut, reason_of, shown
 from lumos.files import MAX_CONFIG_BYTES, check_writable, file_sha256, read_json, replacing_folder, write_json
 from lumos.runtime import versions
 
@@ -143,7 +143,7 @@ def check_units(remove: Iterable[str], known: Iterable[str], where: str) -> None
     known = list(known)
     for unit in remove:
         if unit not in known:
-            raise UserError(f"{where} removes {shown(unit)}, which this model does not have; its units: {', '.join(known)}")
+            raise UserError(f"{where} removes {shown(unit)}, which this model does not have; its units: {cut(', '.join(known))}")
 
 
 def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Path]:
@@ -172,7 +172,7 @@ def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Pa
             return dict.fromkeys(file.keys(), single)
     there = sorted(path.name for path in folder.iterdir() if path.name.startswith(STEM))
     if any(name.endswith(".safetensors") for name in there):
-        raise NotFound(f"{folder} has no {single.name}; give --variant for one of {', '.join(there)}")
+        raise NotFound(f"{folder} has no {single.name}; give --variant for one of {cut(', '.join(there))}")
     if any(name.endswith((".bin", ".bin.index.json")) for name in there):
         raise NotFound(f"{folder} has its weights as .bin only, which is not opened because it can run code; "
                        "write it again as safetensors (save_pretrained of diffusers does)")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def plan_folder(folder: str | Path, plan: str, keep: Sequence[int] = ()) -> Prun
 
     Raises UserError, among others for a model of another class and for a plan that does not fit.
     """
-    check_diffusers()
     config = read_config(folder, SUPPORTED)
+    check_diffusers()
     name = config["_class_name"]
     is_unet = name in unets.CLASSES
     known = unets.PLANS if is_unet else transformers.PLANS
@@ -46,9 +47,7 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
 
     `options` are those of `from_pretrained` of diffusers, for example torch_dtype.
     """
-    check_diffusers()
-    import diffusers
-
     name = read_config(folder, SUPPORTED)["_class_name"]
-    model_class = unets.model_class(name) if name in unets.CLASSES else getattr(diffusers, name)
+    check_diffusers()
+    model_class = unets.model_class(name) if name in unets.CLASSES else getattr(import_module("diffusers"), name)
     return model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
