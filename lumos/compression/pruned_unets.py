@@ -73,7 +73,18 @@ def arguments_of(stock: type[nn.Module]) -> Callable[[Callable], Callable]:
     return decorate
 
 
-class PrunedUNetSpatioTemporalConditionModel(UNetSpatioTemporalConditionModel):
+class _Pruned:
+    """What both classes below have: their middle block, although their config has an entry of that name.
+
+    A model of diffusers otherwise answers `unet.mid_block` with the entry of its config.
+    """
+
+    @property
+    def mid_block(self) -> nn.Module:
+        return self._modules["mid_block"]
+
+
+class PrunedUNetSpatioTemporalConditionModel(_Pruned, UNetSpatioTemporalConditionModel):
     """An SVD-type U-Net whose middle block or slots were removed. Calls and outputs are those of the stock class.
 
     Args:
@@ -91,7 +102,7 @@ class PrunedUNetSpatioTemporalConditionModel(UNetSpatioTemporalConditionModel):
         self.register_to_config(down_block_types=types)
 
 
-class PrunedUNet3DConditionModel(UNet3DConditionModel):
+class PrunedUNet3DConditionModel(_Pruned, UNet3DConditionModel):
     """A ModelScope-type U-Net whose middle block or slots were removed. Calls and outputs are those of the stock class.
 
     Args: see `PrunedUNetSpatioTemporalConditionModel`. `layers_per_block` is a list here; in the stock class

@@ -381,7 +381,7 @@ ROWS = [
         2,
         "--worlds 1000000000000 is not allowed; give at most 10,000,000",
     ),
-    ("compress diffusers --model nowhere --plan vdmini --dry-run", 2, "nowhere has no config.json; give the folder of a U-Net or tr"),
+    ("compress diffusers --model nowhere --plan vdmini --dry-run", 2, "nowhere has no config.json; give the folder of a U-Net or"),
     ("compress diffusers --model {inputs}/deep --plan vdmini --dry-run", 2, "{inputs}/deep/config.json is not valid JSON"),
     ("compress diffusers --model {inputs}/list --plan vdmini --out x", 2, "{inputs}/list holds None, which cannot be pruned; supp"),
     ("plot nowhere --out curves.png", 2, "there is no log nowhere; give the folder of a run, such as runs/tiny"),
