@@ -36,14 +36,25 @@ def full_config(name: str) -> dict:
     return json.loads(unet.to_json_string())
 
 
-def pruned(tmp_path, name: str, remove: str | list[str]):
-    """The folders of a tiny teacher and of its student, and what was written into compression.json."""
-    teacher, student = saved(tmp_path / "teacher", name), tmp_path / "student"
-    plan = remove
-    if not isinstance(remove, str):
-        plan = str(tmp_path / "plan.json")
-        (tmp_path / "plan.json").write_text(json.dumps(remove))
-    return teacher, student, write_pruned(teacher, plan_folder(teacher, plan), student)
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """name -> folder of a tiny teacher."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {name: saved(root / name, name) for name in UNETS}
+
+
+@pytest.fixture
+def pruned(teachers, tmp_path):
+    """Prunes a tiny teacher -> folders of teacher and student, and what was written into compression.json."""
+
+    def prune(name: str, remove: str | list[str]):
+        teacher, student, plan = teachers[name], tmp_path / "student", remove
+        if not isinstance(remove, str):
+            plan = str(tmp_path / "plan.json")
+            (tmp_path / "plan.json").write_text(json.dumps(remove))
+        return teacher, student, write_pruned(teacher, plan_folder(teacher, plan), student)
+
+    return prune
 
 
 # ---- section 2 of the specification: full size, on the meta device
@@ -107,8 +118,8 @@ def test_the_map_of_vdmini():
 
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_named_plan(tmp_path, name, plan):
-    folder, out, record = pruned(tmp_path, name, plan)
+def test_a_named_plan(pruned, name, plan):
+    folder, out, record = pruned(name, plan)
     teacher, student = load(folder), load(out)
     assert type(student).__name__ == json.loads((out / "config.json").read_text())["_class_name"]
     drops, mid = plan.startswith("vdmini"), plan.endswith("-mid")
@@ -124,13 +135,13 @@ def test_a_named_plan(tmp_path, name, plan):
     assert record["parameters"] == {"before": counted[0], "after": counted[1]}
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", [SVD, pytest.param(MODELSCOPE, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("units", CUSTOM.values(), ids=CUSTOM)
-def test_a_list_of_units(tmp_path, name, units):
-    folder, out, record = pruned(tmp_path, name, units)
+def test_a_list_of_units(pruned, name, units):
+    folder, out, record = pruned(name, units)
     teacher = load(folder)
     kept = len(record["kept"]["down_blocks"])
-    layout = unets.Layout((1, 2, 3, 3), (2, 2, 2, 2))
+    layout = unets.Layout((32, 64, 96, 96), (2, 2, 2, 2))
     twin = unet_skipping(teacher, layout.expanded(units, "test"), record["reduced"], kept)
     assert torch.equal(output(load(out), name), output(twin, name))
 
@@ -149,9 +160,9 @@ def test_lists_of_units_are_reduced_only_where_they_must():
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_a_reduced_unit_is_one_whose_branches_give_zero(tmp_path, name):
+def test_a_reduced_unit_is_one_whose_branches_give_zero(pruned, name):
     units = ["down_blocks.1.0", "down_blocks.2.1", "up_blocks.0.2", "up_blocks.3.0"]
-    folder, out, record = pruned(tmp_path, name, units)
+    folder, out, record = pruned(name, units)
     assert record["reduced"] == sorted(units)
     teacher = load(folder)
     for unit in units:
@@ -185,7 +196,7 @@ LAYOUTS = st.integers(1, 4).flatmap(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(LAYOUTS)
 def test_any_list_of_units_gives_tensors_of_the_parents_shapes(case):
     """The pruned class builds each slot with the width that the parent's slot has, and counts agree."""
@@ -207,8 +218,8 @@ def test_any_list_of_units_gives_tensors_of_the_parents_shapes(case):
         assert not any(name.startswith(f"{block}.resnets.{slot}." if block else "mid_block.") for name in left)
 
 
-def test_a_pruned_unet_can_be_pruned_again(tmp_path):
-    folder, out, _ = pruned(tmp_path, SVD, ["down_blocks.0.1", "mid_block"])
+def test_a_pruned_unet_can_be_pruned_again(pruned, tmp_path):
+    folder, out, _ = pruned(SVD, ["down_blocks.0.1", "mid_block"])
     (tmp_path / "again.json").write_text(json.dumps(["up_blocks.3.1", "down_blocks.2.1", "up_blocks.1.1"]))
     again = plan_folder(out, str(tmp_path / "again.json"))
     record = write_pruned(out, again, tmp_path / "again")
@@ -222,16 +233,16 @@ def test_a_pruned_unet_can_be_pruned_again(tmp_path):
 # ---- loading
 
 
-def test_stock_plans_load_in_stock_diffusers(tmp_path):
-    _, out, _ = pruned(tmp_path, SVD, "vdmini-mid")
+def test_stock_plans_load_in_stock_diffusers(pruned):
+    _, out, _ = pruned(SVD, "vdmini-mid")
     student, found = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(out, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert torch.equal(output(student, SVD), output(load(out), SVD))
 
 
-def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(tmp_path):
-    _, out, _ = pruned(tmp_path, MODELSCOPE, CUSTOM["second slots of all"])
+def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(pruned):
+    _, out, _ = pruned(MODELSCOPE, CUSTOM["second slots of all"])
     config = json.loads((out / "config.json").read_text())
     assert (config["_class_name"], config["layers_per_block"]) == (MODELSCOPE, 1)
     student = diffusers.UNet3DConditionModel.from_pretrained(out)
@@ -239,17 +250,17 @@ def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(tmp_path):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_stock_diffusers_refuses_what_it_cannot_load(tmp_path, name):
+def test_stock_diffusers_refuses_what_it_cannot_load(pruned, name):
     """Without the refusal, it would add a middle block of random numbers."""
-    _, out, _ = pruned(tmp_path, name, ["mid_block"])
+    _, out, _ = pruned(name, ["mid_block"])
     assert json.loads((out / "config.json").read_text())["mid_block"] is None
     with pytest.raises(ValueError, match=r"Pruned.* does not exist"):
         getattr(diffusers, name).from_pretrained(out)
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_a_pruned_class_saves_and_loads_itself(tmp_path, name):
-    _, out, _ = pruned(tmp_path, name, ["mid_block", "down_blocks.0.1", "down_blocks.2.1", "up_blocks.1.1"])
+def test_a_pruned_class_saves_and_loads_itself(pruned, tmp_path, name):
+    _, out, _ = pruned(name, ["mid_block", "down_blocks.0.1", "down_blocks.2.1", "up_blocks.1.1"])
     model_class = getattr(unets, f"Pruned{name}")
     student = model_class.from_pretrained(out)
     assert isinstance(student, getattr(diffusers, name))
@@ -261,10 +272,10 @@ def test_a_pruned_class_saves_and_loads_itself(tmp_path, name):
     assert torch.equal(output(model_class.from_pretrained(tmp_path / "again"), name), output(student, name))
 
 
-def test_a_pruned_unet_trains_with_gradient_checkpointing(tmp_path):
+def test_a_pruned_unet_trains_with_gradient_checkpointing(pruned):
     from tiny_diffusers import inputs
 
-    _, out, _ = pruned(tmp_path, SVD, ["mid_block", "down_blocks.0.1", "up_blocks.2.0"])
+    _, out, _ = pruned(SVD, ["mid_block", "down_blocks.0.1", "up_blocks.2.0"])
     gradients = []
     for checkpointing in (False, True):
         student = load(out).train()
@@ -277,10 +288,10 @@ def test_a_pruned_unet_trains_with_gradient_checkpointing(tmp_path):
         torch.testing.assert_close(gradients[1][name], grad)
 
 
-def test_the_record_names_its_parent_and_is_a_plan(tmp_path):
+def test_the_record_names_its_parent_and_is_a_plan(pruned):
     import hashlib
 
-    folder, out, _ = pruned(tmp_path, SVD, "vdmini")
+    folder, out, _ = pruned(SVD, "vdmini")
     record = json.loads((out / RECORD).read_text())
     file = folder / "diffusion_pytorch_model.safetensors"
     assert record["parent"]["sha256"][file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -295,7 +306,7 @@ def test_the_record_names_its_parent_and_is_a_plan(tmp_path):
 
 
 @pytest.mark.parametrize(("changed", "plan", "said"), [
-    ({"block_out_channels": [32, 64, 96, 128]}, "vdmini", "deepest stage, which must have the width"),
+    ({"block_out_channels": [32, 64, 64, 96]}, "vdmini", "deepest stage, which must have the width"),
     ({"layers_per_block": 1}, "B", "two slots in each down block"),
     ({"num_attention_heads": [2, 2, 4, 8]}, "vdmini-mid", "num_attention_heads"),
     ({"block_out_channels": [30]}, "vdmini", "no UNetSpatioTemporalConditionModel can be made"),

@@ -23,7 +23,7 @@ COUNTS = {
 TRANSFORMERS = tuple(COUNTS)
 CONFIGS: dict[str, dict[str, Any]] = {
     SVD: {
-        "block_out_channels": (32, 64, 96, 96), "num_attention_heads": (2, 2, 4, 4), "cross_attention_dim": 16,
+        "block_out_channels": (32, 64, 64, 64), "num_attention_heads": (2, 2, 4, 4), "cross_attention_dim": 16,
         "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
     },
     MODELSCOPE: {"block_out_channels": (16, 32, 48, 48), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 16},
@@ -70,7 +70,7 @@ def saved(folder: Path, name: str, **changed: Any) -> Path:
 
 
 def inputs(name: str, clips: int = 2) -> dict[str, Any]:
-    """Keyword arguments of a forward pass, for clips of FRAMES latent frames of 16 x 16 (8 x 8 for transformers)."""
+    """Keyword arguments of a forward pass, for clips of FRAMES latent frames of 8 x 8 (4 x 4 for LTX)."""
     g = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
@@ -78,10 +78,10 @@ def inputs(name: str, clips: int = 2) -> dict[str, Any]:
 
     text = noise(clips, 5, 16)
     if name == SVD:
-        return {"sample": noise(clips, FRAMES, 8, 16, 16), "timestep": 3, "encoder_hidden_states": noise(clips, 1, 16),
+        return {"sample": noise(clips, FRAMES, 8, 8, 8), "timestep": 3, "encoder_hidden_states": noise(clips, 1, 16),
                 "added_time_ids": noise(clips, 3).abs()}  # fmt: skip
     if name == MODELSCOPE:
-        return {"sample": noise(clips, 4, FRAMES, 16, 16), "timestep": 3, "encoder_hidden_states": text}
+        return {"sample": noise(clips, 4, FRAMES, 8, 8), "timestep": 3, "encoder_hidden_states": text}
     time = torch.tensor([3.0, 700.0][:clips])
     if name == "HunyuanVideoTransformer3DModel":
         return {"hidden_states": noise(clips, 4, FRAMES, 8, 8), "timestep": time, "encoder_hidden_states": text,
