@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Distributions whose module has another name."""
-NEEDS_EXTRA = {"lumos/demo": "demo", "lumos/data/ingest/ray_executor.py": "ray"}
+NEEDS_EXTRA = {"lumos/demo": "demo", "lumos/data/ingest/ray_executor.py": "ray", "lumos/compression/pruned_unets.py": "diffusers"}
 """Files that are only imported where their extra is installed."""
 
 
