@@ -6,17 +6,19 @@ The exit code is 0 for success, 1 if a correct request failed and 2 for a reques
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.version import __version__
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
@@ -60,15 +62,18 @@ def run_verb(argv: list[str]) -> int:
         print(f"usage: python -m lumos VERB [options]\n\n{verbs}\n\n`python -m lumos VERB --help` lists a verb's options")
         return 0 if argv else 2
     verb = argv[0]
+    if verb == "--version":
+        print(f"lumos {__version__}")
+        return 0
     if verb not in VERBS:
-        print(f"error: unknown verb {shown(verb)}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: unknown verb {shown(verb)}{meant(verb, VERBS)}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
         parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
         with warnings_as_notes():
-            command.run(parser.parse_args(argv[1:]))
+            command.run(parser.parse_all(argv[1:]))
     except BrokenPipeError:
         raise
     except SystemExit as stop:
@@ -107,8 +112,21 @@ def warnings_as_notes() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a wrong option in one line, without the usage."""
 
+    def parse_all(self, argv: list[str]) -> argparse.Namespace:
+        """Return the arguments. Overrides (section.key=value) may stand anywhere among the options."""
+        has_overrides = any(action.dest == "overrides" for action in self._actions)
+        return self.parse_intermixed_args(argv) if has_overrides else self.parse_args(argv)
+
     def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean X?" if a known word is close to this one, else an empty text."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def fail(error: object, code: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+from lumos.cli import main
+from lumos.version import __version__
 
 PROGRAM = """
 import contextlib, io, sys
@@ -36,3 +40,30 @@ def test_output_that_nobody_reads_ends_quietly(repo):
     program.stdout.close()
     assert program.stderr.read() == ""
     assert program.wait() in (0, 141)
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lumos {__version__}\n"
+
+
+def test_a_misspelled_word_is_answered_with_the_one_that_was_meant(capsys):
+    for words, answer in ((["trian"], "verb 'trian', did you mean train?"), (["generate", "--promt", "x"], "mean --prompt?")):
+        assert main(words) == 2
+        assert answer in capsys.readouterr().err
+    assert main(["generate", "--zzz", "x"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere(repo, capsys):
+    config, found = str(repo / "configs" / "lumos1" / "tiny.yaml"), []
+    overrides = ["training.batch_size=8", "training.device=cpu"]
+    for words in (
+        ["--config", config, *overrides, "--gpus", "1", "--json"],
+        ["--config", config, overrides[0], "--gpus", "1", "--json", overrides[1]],
+        [overrides[0], "--config", config, overrides[1], "--json", "--gpus", "1"],
+    ):
+        assert main(["plan", *words]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        found.append([planned["parameters"], planned["total"]["flops"], planned["total"]["tokens"]])
+    assert found[0] == found[1] == found[2]

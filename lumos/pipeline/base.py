@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lumos import registry
 from lumos.errors import RunError, UserError
+from lumos.pipeline.calls import Calls
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import generator_of
 from lumos.pipeline.options import SamplingOptions
@@ -95,9 +96,6 @@ class VideoPipeline(ABC):
     video_tokenizer: nn.Module
     settings: SamplingOptions
     clip: ClipDefaults
-    _interrupt: bool = False
-    _num_timesteps: int = 0
-
     def __init_subclass__(cls, **options: Any) -> None:
         """Give the `__call__` of each subclass a signature with its sampling options, for help() and editors."""
         super().__init_subclass__(**options)
@@ -190,8 +188,8 @@ class VideoPipeline(ABC):
 
     @property
     def num_timesteps(self) -> int:
-        """The steps of the running or the last call, summed over its new latent frames."""
-        return self._num_timesteps
+        """The steps of this thread's running call, or of the last call, summed over its new latent frames."""
+        return self._calls.current().num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -200,6 +198,19 @@ class VideoPipeline(ABC):
         The call then ends with the latent frames that are done.
         """
         return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._calls.current().interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        for call in self._calls.meant():
+            call.interrupt = value
+
+    @property
+    def _calls(self) -> Calls:
+        return self.__dict__.setdefault("_calls_of_threads", Calls())
 
     def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the network and the video tokenizer in place, and return the pipeline.
@@ -300,10 +311,11 @@ class VideoPipeline(ABC):
                 raise Interrupted
 
         try:
-            for part in self._begin(encoded, after_step):
-                done.append(part)
-                if self._interrupt:
-                    break
+            with self._calls.running(resolved.sampling.steps_before(resolved.new_frames)):
+                for part in self.latents(encoded, after_step):
+                    done.append(part)
+                    if self._interrupt:
+                        break
         except Interrupted:
             if not done:
                 raise RunError("the callback interrupted the call before its first latent frame was done") from None
@@ -358,7 +370,7 @@ class VideoPipeline(ABC):
         def after_step(frame: int, step: int, state: Tensor) -> None:
             on_step(frame, resolved.new_frames, step, resolved.sampling.steps_of(frame))
 
-        for part in itertools.chain(given, self._begin(encoded, after_step)):
+        for part in itertools.chain(given, self.latents(encoded, after_step)):
             yield [decode(clip) for decode, clip in zip(decoders, part, strict=True)]
 
     def decode(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray] | None = None) -> Iterator[np.ndarray]:
@@ -381,12 +393,6 @@ class VideoPipeline(ABC):
     def reconstruct(self, frames: Any) -> np.ndarray:
         """Encode and decode a clip with the video tokenizer, and return the result, uint8 [T, H, W, 3]."""
         return self.decode_clip(self.encode_frames(as_uint8(frames)))
-
-    def _begin(self, encoded: Encoded, after_step: AfterStep) -> Iterator[Tensor]:
-        """Reset the state of the last call and return the iterator of `latents`."""
-        resolved = encoded.resolved
-        self._interrupt, self._num_timesteps = False, resolved.sampling.steps_before(resolved.new_frames)
-        return self.latents(encoded, after_step)
 
 
 def with_pixels(decode: Callable[[Tensor], np.ndarray], pictures: Mapping[int, np.ndarray]) -> Callable[[Tensor], np.ndarray]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -222,6 +224,36 @@ def test_interrupting(pipe):
     with pytest.raises(RunError, match="before its first latent frame was done"):
         pipe("x", seed=1, callback_on_step_end=at(0))
     assert torch.equal(pipe("x", num_frames=13, seed=1).codes, whole.codes)
+
+
+def test_calls_of_several_threads_do_not_stop_each_other(pipe):
+    whole, both = pipe("x", num_frames=13, seed=1), threading.Barrier(2)
+
+    def call(stops: bool):
+        def callback(pipe, step, left, tensors):
+            if step == 0:
+                both.wait(timeout=60)  # both calls run now
+            pipe._interrupt = stops and step == 2 * whole.settings["num_inference_steps"]
+
+        return pipe("x", num_frames=13, seed=1, callback_on_step_end=callback).codes
+
+    with ThreadPoolExecutor(2) as pool:
+        part, other = pool.map(call, (True, False))
+    assert torch.equal(other, whole.codes)
+    assert torch.equal(part, whole.codes[:, :2])
+
+
+def test_another_thread_may_stop_a_call(pipe):
+    def callback(pipe, step, left, tensors):
+        if step == 4:
+            stop = threading.Thread(target=lambda: setattr(pipe, "_interrupt", True))
+            stop.start()
+            stop.join()
+
+    whole = pipe("x", num_frames=13, seed=1)
+    part = pipe("x", num_frames=13, seed=1, callback_on_step_end=callback)
+    assert part.codes.shape[1] < whole.codes.shape[1]
+    assert torch.equal(part.codes, whole.codes[:, : part.codes.shape[1]])
 
 
 def test_invalid_callbacks_are_refused(pipe):

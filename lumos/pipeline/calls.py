@@ -1,0 +1,42 @@
+"""The running calls of a pipeline: a call's state belongs to the call, as several threads may use one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import get_ident
+
+
+@dataclass
+class Call:
+    """What a running call and its callbacks tell each other."""
+
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
+class Calls:
+    """The calls of one pipeline, which may run in several threads at a time."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, Call] = {}
+        self._last = Call()
+
+    @contextmanager
+    def running(self, num_timesteps: int) -> Iterator[None]:
+        """Inside, this thread runs a call of so many steps."""
+        self._by_thread[get_ident()] = self._last = Call(num_timesteps)
+        try:
+            yield
+        finally:
+            del self._by_thread[get_ident()]
+
+    def current(self) -> Call:
+        """Return the call that runs in this thread; if there is none, the last one."""
+        return self._by_thread.get(get_ident(), self._last)
+
+    def meant(self) -> list[Call]:
+        """Return the call that runs in this thread; if there is none, as in the thread of a stop button, all that run."""
+        own = self._by_thread.get(get_ident())
+        return list(self._by_thread.values()) if own is None else [own]
