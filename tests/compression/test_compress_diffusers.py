@@ -10,7 +10,7 @@ import pytest
 import torch
 from pages import blocks, verbs
 from safetensors.torch import load_file, save_file
-from tiny_diffusers import MODELSCOPE, SVD, output, saved
+from tiny_diffusers import MODELSCOPE, SVD, loaded, output, saved
 
 from lumos.cli import main
 from lumos.compression import diffusers_folder
@@ -140,7 +140,7 @@ def test_one_file_and_shards_hold_the_same(tmp_path, made):
     write_pruned(made["svd"], pruning, tmp_path / "one")
     write_pruned(made["svd"], pruning, tmp_path / "shards", shard_bytes=4_000_000)
     assert not (tmp_path / "one" / f"{STEM}.safetensors.index.json").exists()
-    assert torch.equal(output(load(tmp_path / "one"), SVD), output(load(tmp_path / "shards"), SVD))
+    assert torch.equal(output(loaded(tmp_path / "one"), SVD), output(loaded(tmp_path / "shards"), SVD))
 
 
 def test_variants_are_read_by_name(wan, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_pickled_weights_are_refused(wan, tmp_path, capsys):
 
 def test_damaged_weights(wan, tmp_path, capsys):
     file, options = wan / f"{STEM}.safetensors", ("--plan", "deep", "--keep", 3, "--out", tmp_path / "small")
-    tensors = load_file(file)
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}  # not mapped to the file that is cut
     file.write_bytes(file.read_bytes()[:2000])
     assert compress(wan, *options) == 1
     assert f"cannot read {file}" in capsys.readouterr().err
@@ -319,4 +319,4 @@ def test_the_page_names_every_plan_and_class():
 def test_modelscope_by_the_command(tmp_path):
     folder = saved(tmp_path / "unet", MODELSCOPE)
     assert compress(folder, "--plan", "vdmini-mid", "--out", tmp_path / "small") == 0
-    assert load(tmp_path / "small").config["mid_block"] == "whole"
+    assert loaded(tmp_path / "small").config["mid_block"] == "whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_diffusers import MODELSCOPE, SVD, UNETS, make, output, saved, unet_skipping
+from tiny_diffusers import MODELSCOPE, SVD, UNETS, loaded, make, output, saved, unet_skipping
 
 from lumos.compression import unets
 from lumos.compression.diffusers_folder import RECORD, on_meta, write_pruned
-from lumos.compression.diffusers_models import load, plan_folder
+from lumos.compression.diffusers_models import plan_folder
 from lumos.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -120,7 +121,7 @@ def test_the_map_of_vdmini():
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_named_plan(pruned, name, plan):
     folder, out, record = pruned(name, plan)
-    teacher, student = load(folder), load(out)
+    teacher, student = loaded(folder), loaded(out)
     assert type(student).__name__ == json.loads((out / "config.json").read_text())["_class_name"]
     drops, mid = plan.startswith("vdmini"), plan.endswith("-mid")
     slots = {f"{side}_blocks.{b}.1" for side, blocks in (("down", (0, 1) if drops else (0, 1, 3)),
@@ -139,11 +140,11 @@ def test_a_named_plan(pruned, name, plan):
 @pytest.mark.parametrize("units", CUSTOM.values(), ids=CUSTOM)
 def test_a_list_of_units(pruned, name, units):
     folder, out, record = pruned(name, units)
-    teacher = load(folder)
+    teacher = loaded(folder)
     kept = len(record["kept"]["down_blocks"])
     layout = unets.Layout((32, 64, 96, 96), (2, 2, 2, 2))
     twin = unet_skipping(teacher, layout.expanded(units, "test"), record["reduced"], kept)
-    assert torch.equal(output(load(out), name), output(twin, name))
+    assert torch.equal(output(loaded(out), name), output(twin, name))
 
 
 def test_lists_of_units_are_reduced_only_where_they_must():
@@ -164,7 +165,7 @@ def test_a_reduced_unit_is_one_whose_branches_give_zero(pruned, name):
     units = ["down_blocks.1.0", "down_blocks.2.1", "up_blocks.0.2", "up_blocks.3.0"]
     folder, out, record = pruned(name, units)
     assert record["reduced"] == sorted(units)
-    teacher = load(folder)
+    teacher = loaded(folder)
     for unit in units:
         block, slot = unit.rsplit(".", 1)
         block, slot = teacher.get_submodule(block), int(slot)
@@ -180,8 +181,8 @@ def test_a_reduced_unit_is_one_whose_branches_give_zero(pruned, name):
         for layer in zero:
             for parameter in layer.parameters():
                 parameter.data.zero_()
-    torch.testing.assert_close(output(load(out), name), output(teacher, name), rtol=1e-4, atol=1e-4)
-    left = {key for key, _ in load(out).named_parameters()}
+    torch.testing.assert_close(output(loaded(out), name), output(teacher, name), rtol=1e-4, atol=1e-4)
+    left = {key for key, _ in loaded(out).named_parameters()}
     for unit in record["reduced"]:
         block, slot = unit.rsplit(".", 1)
         of_slot = re.compile(rf"{block}\.(resnets|temp_convs|attentions|temp_attentions)\.{slot}\.")
@@ -224,7 +225,7 @@ def test_a_pruned_unet_can_be_pruned_again(pruned, tmp_path):
     again = plan_folder(out, str(tmp_path / "again.json"))
     record = write_pruned(out, again, tmp_path / "again")
     assert record["reduced"] == ["up_blocks.3.1"]  # its partner is reduced already and stays
-    teacher, student = load(folder), load(tmp_path / "again")
+    teacher, student = loaded(folder), loaded(tmp_path / "again")
     units = {"down_blocks.2.1", "up_blocks.1.1", "mid_block"}
     twin = unet_skipping(teacher, units, {"down_blocks.0.1", "up_blocks.3.1"})
     assert torch.equal(output(student, SVD), output(twin, SVD))
@@ -238,7 +239,7 @@ def test_stock_plans_load_in_stock_diffusers(pruned):
     student, found = diffusers.UNetSpatioTemporalConditionModel.from_pretrained(out, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    assert torch.equal(output(student, SVD), output(load(out), SVD))
+    assert torch.equal(output(copy.deepcopy(student), SVD), output(loaded(out), SVD))
 
 
 def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(pruned):
@@ -246,7 +247,7 @@ def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(pruned):
     config = json.loads((out / "config.json").read_text())
     assert (config["_class_name"], config["layers_per_block"]) == (MODELSCOPE, 1)
     student = diffusers.UNet3DConditionModel.from_pretrained(out)
-    assert torch.equal(output(student, MODELSCOPE), output(load(out), MODELSCOPE))
+    assert torch.equal(output(copy.deepcopy(student), MODELSCOPE), output(loaded(out), MODELSCOPE))
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -269,7 +270,7 @@ def test_a_pruned_class_saves_and_loads_itself(pruned, tmp_path, name):
     assert {key: after[key] for key in before if not key.startswith("_")} == {
         key: value for key, value in before.items() if not key.startswith("_")
     }
-    assert torch.equal(output(model_class.from_pretrained(tmp_path / "again"), name), output(student, name))
+    assert torch.equal(output(loaded(tmp_path / "again"), name), output(loaded(out), name))
 
 
 def test_a_pruned_unet_trains_with_gradient_checkpointing(pruned):
@@ -278,7 +279,7 @@ def test_a_pruned_unet_trains_with_gradient_checkpointing(pruned):
     _, out, _ = pruned(SVD, ["mid_block", "down_blocks.0.1", "up_blocks.2.0"])
     gradients = []
     for checkpointing in (False, True):
-        student = load(out).train()
+        student = loaded(out).train()
         if checkpointing:
             student.enable_gradient_checkpointing()
         student(**inputs(SVD)).sample.square().mean().backward()

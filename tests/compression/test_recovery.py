@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny_diffusers import COUNTS, FRAMES, MODELSCOPE, SVD, TRANSFORMERS, UNETS, inputs, make, output, saved
+from tiny_diffusers import COUNTS, FRAMES, MODELSCOPE, SVD, TRANSFORMERS, UNETS, inputs, loaded, make, output, saved
 
 from lumos.compression.diffusers_folder import RECORD, write_pruned
-from lumos.compression.diffusers_models import load, plan_folder
+from lumos.compression.diffusers_models import plan_folder
 from lumos.compression.losses import icd, velocity_kd
 from lumos.compression.recovery import by_frame, compare, features, taps
 from lumos.errors import RunError, UserError
@@ -29,7 +29,7 @@ def pairs(tmp_path_factory):
             folder = saved(root / "teacher", name)
             keep = () if name in UNETS else [3] * len(COUNTS[name])
             write_pruned(folder, plan_folder(folder, "vdmini" if name in UNETS else "spaced", keep), root / "student")
-            made[name] = load(folder).requires_grad_(False).eval(), root / "student"
+            made[name] = loaded(folder).requires_grad_(False).eval(), root / "student"
         return made[name]
 
     return pair
@@ -64,7 +64,7 @@ def test_taps_of_a_damaged_record(tmp_path):
 @pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
 def test_features_are_clips_by_frames_by_places_by_channels(pairs, name):
     teacher, folder = pairs(name)
-    student = load(folder)
+    student = loaded(folder)
     own, theirs = zip(*taps(folder), strict=True)
     with features(student, own, FRAMES) as s, features(teacher, theirs, FRAMES) as h:
         output(student, name)
@@ -82,7 +82,7 @@ def test_features_are_clips_by_frames_by_places_by_channels(pairs, name):
 def test_features_before_the_first_removed_block_are_the_teachers(pairs, name):
     teacher, folder = pairs(name)
     own, theirs = taps(folder)[0]
-    student = load(folder)
+    student = loaded(folder)
     with features(student, [own], FRAMES) as s, features(teacher, [theirs], FRAMES) as h:
         output(student, name)
         output(teacher, name)
@@ -105,7 +105,7 @@ def test_by_frame_puts_each_place_where_it_belongs():
 @pytest.mark.parametrize("name", [SVD, "WanTransformer3DModel"])
 def test_compare_gives_the_losses_of_features_and_predictions(pairs, name):
     teacher, folder = pairs(name)
-    student, names = load(folder), taps(folder)
+    student, names = loaded(folder), taps(folder)
     found = compare(student, teacher, names, inputs(name), FRAMES)
     own, theirs = zip(*names, strict=True)
     with features(student, own, FRAMES) as s, features(teacher, theirs, FRAMES) as h:
@@ -134,7 +134,7 @@ def test_a_model_compared_with_an_equal_one_has_no_distance(pairs, name):
 def test_icd_reaches_nothing_behind_the_last_compared_unit(pairs, name):
     """Test 7: gradients of the student up to the last tap only, and none of the teacher."""
     teacher, folder = pairs(name)
-    student, names = load(folder), taps(folder)[:2]
+    student, names = loaded(folder), taps(folder)[:2]
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     compare(student, teacher, names, inputs(name), FRAMES, kd=False).icd.backward()
     reached = {key for key, parameter in student.named_parameters() if parameter.grad is not None}
@@ -149,7 +149,7 @@ def test_icd_reaches_nothing_behind_the_last_compared_unit(pairs, name):
 def test_no_loss_is_no_call_of_the_teacher(pairs):
     name = "WanTransformer3DModel"
     teacher, folder = pairs(name)
-    student, calls = load(folder), []
+    student, calls = loaded(folder), []
     hook = teacher.register_forward_hook(lambda *_: calls.append(1))
     found = compare(student, teacher, taps(folder), inputs(name), FRAMES, kd=False, icd=False)
     assert (found.kd, found.icd, calls) == (None, None, [])
@@ -167,7 +167,7 @@ def test_a_teacher_that_is_the_student(pairs):
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "CogVideoXTransformer3DModel"])
 def test_a_few_steps_bring_the_student_nearer(pairs, name):
     teacher, folder = pairs(name)
-    student, names = load(folder).train(), taps(folder)
+    student, names = loaded(folder).train(), taps(folder)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
     seen = []
     for _ in range(15):
@@ -184,7 +184,7 @@ def test_icd_with_gradient_checkpointing_gives_the_same_gradients(pairs):
     teacher, folder = pairs("WanTransformer3DModel")
     found = []
     for checkpointing in (False, True):
-        student = load(folder).train()
+        student = loaded(folder).train()
         if checkpointing:
             student.enable_gradient_checkpointing()
         compare(student, teacher, taps(folder), inputs("WanTransformer3DModel"), FRAMES, kd=False).icd.backward()

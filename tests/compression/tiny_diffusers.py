@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lumos.compression.diffusers_models import load
+
 SVD = "UNetSpatioTemporalConditionModel"
 MODELSCOPE = "UNet3DConditionModel"
 UNETS = (SVD, MODELSCOPE)
@@ -67,6 +69,15 @@ def saved(folder: Path, name: str, **changed: Any) -> Path:
     """The folder of such a model."""
     make(name, **changed).save_pretrained(folder)
     return folder
+
+
+def loaded(folder: Path) -> nn.Module:
+    """The model of a folder, with its weights copied to aligned memory.
+
+    `from_pretrained` leaves them in the mapped file, where kernels may round otherwise: by up to 2e-6 here,
+    also between a model and its own copy.
+    """
+    return copy.deepcopy(load(folder)).eval()
 
 
 def inputs(name: str, clips: int = 2) -> dict[str, Any]:
