@@ -13,7 +13,7 @@ products are in bf16 and the others in float32. tests/models/stiv/test_stiv_cost
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 
 from lumos.errors import UserError
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
-from lumos.models.stiv.flops import block_flops, ends_flops, forward_flops, text_encoder_flops
+from lumos.models.stiv.flops import block_flops, blocks_of, ends_flops, forward_flops, text_encoder_flops
 from lumos.models.stiv.loading import read_config
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.passes import Pass, passes_of
@@ -41,10 +41,9 @@ from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding, parameter_count
 from lumos.training.settings import LoraSettings
 
-PRODUCTS, KEPT = 23, 8
-TEMPORAL_PRODUCTS, TEMPORAL_KEPT = 7, 5
-"""Tensors [tokens, hidden_size] that a block saves for its backward pass: those that matrix products and attention read and
-write, and those of norms and residual connections; without temporal attention, and of temporal attention."""
+SAVED = {"spatial": (9, 4), "temporal": (7, 5), "cross": (2, 3), "mlp": (12, 1)}
+"""Tensors [tokens, hidden_size] that a part of a block saves for its backward pass: those that matrix products and attention
+read and write, and those of norms and residual connections."""
 END_TENSORS = 3
 TEXT_BLOCK_TENSORS, TEXT_END_TENSORS = 22, 5
 """Tensors [text tokens, width] of a block of the text encoder, and of the text in a block and at the ends of the transformer."""
@@ -164,14 +163,10 @@ class StivTrainingCost:
 
     def recomputed_flops(self, sequence: ClipTokens) -> float:
         config, (frames, rows, columns) = self.config, sequence.grid
-        places = rows * columns
-        kept = max(1, places - round(places * self.settings.mask_ratio))
-        late = min(config.unmasked_layers, config.num_hidden_layers) if self.settings.mask_ratio else 0
         attention = 4 * config.hidden_size * frames  # of self-attention, whose outputs are saved
-        keys = frames * config.temporal_attention
         return float(sum(
-            count * (block_flops(config, frames, n, sequence.text) - attention * n * (n + keys))
-            for count, n in ((config.num_hidden_layers - late, kept), (late, places))
+            block_flops(config, frames, n, sequence.text, parts) - attention * n * (n + frames * ("temporal" in parts))
+            for n, parts in blocks_of(config, rows * columns, self.settings.mask_ratio)
         ))  # fmt: skip
 
     def memory_moments(self, sharding: Sharding, rows: int, sequence: ClipTokens) -> dict[str, dict[str, int]]:
@@ -188,7 +183,8 @@ class StivTrainingCost:
         width = rows * sequence.tokens * self.config.hidden_size
         widest = width * (2 * self.config.mlp_ratio * sharding.product + 2 * sharding.residual)
         if sharding.checkpointing:
-            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2])
+            parts = self.config.parts_of(self.config.num_hidden_layers - 1)
+            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2], parts)
         largest = 0 if self.lora else (sharding.product if sharding.stage else 4) * self.largest_parameter
         return {
             "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * self.parameters},
@@ -214,21 +210,23 @@ def clip_tokens(config: StivConfig, num_frames: int, height: int, width: int, te
     return ClipTokens(latents, (grid["time"], grid["rows"], grid["columns"]), text_tokens)
 
 
-def block_bytes(config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int) -> int:
-    """Return the bytes that one block saves for its backward pass, of `rows` clips of which it sees `places` a frame."""
-    d, heads, timed = config.hidden_size, config.num_attention_heads, config.temporal_attention
-    products = PRODUCTS + 2 * (config.mlp_ratio - 4) + timed * TEMPORAL_PRODUCTS
-    kept = KEPT + timed * TEMPORAL_KEPT
-    attentions = 2 + timed
-    statistics = 8 * (4 + 2 * timed) + 4 * heads * 3 * attentions  # of the norms, and the normalisers of the softmax
+def block_bytes(
+    config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int, parts: Collection[str]
+) -> int:
+    """Return the bytes that a block with these parts saves for its backward pass, of `rows` clips of which it sees `places`."""
+    d, attentions = config.hidden_size, len(parts & {"spatial", "temporal", "cross"})
+    products = sum(SAVED[part][0] for part in parts) + ("mlp" in parts) * 2 * (config.mlp_ratio - 4)
+    kept = sum(SAVED[part][1] for part in parts)
+    # of the norms, and the normalisers of the softmax
+    statistics = 16 * len(parts - {"cross"}) + 12 * config.num_attention_heads * attentions
     of_token = d * (products * sharding.product + kept * sharding.residual) + statistics
-    text = rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
+    text = ("cross" in parts) * rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
     return rows * sequence.grid[0] * places * of_token + text
 
 
-def checkpointed_bytes(config: StivConfig, sharding: Sharding) -> int:
+def checkpointed_bytes(config: StivConfig, sharding: Sharding, parts: Collection[str]) -> int:
     """Return the bytes that a block saves with activation checkpointing, per token: its input, and outputs of self-attention."""
-    attentions = 1 + config.temporal_attention
+    attentions = len(parts & {"spatial", "temporal"})
     return config.hidden_size * (sharding.residual + attentions * sharding.product) + 4 * config.num_attention_heads * attentions
 
 
@@ -240,15 +238,12 @@ def activation_bytes(
     has_given: whether some frames are given, so that the modulation is a value a frame.
     """
     d, layers, (frames, r, c) = config.hidden_size, config.num_hidden_layers, sequence.grid
-    places = r * c
-    kept = max(1, places - round(places * mask_ratio))
-    late = min(config.unmasked_layers, layers) if mask_ratio else 0
-    total = 0
-    for count, seen in ((layers - late, kept), (late, places)):
-        saved = block_bytes(config, sharding, rows, sequence, seen)
+    places, total = r * c, 0
+    for seen, parts in blocks_of(config, places, mask_ratio):
         if sharding.checkpointing:
-            saved = rows * frames * seen * checkpointed_bytes(config, sharding)
-        total += count * saved
+            total += rows * frames * seen * checkpointed_bytes(config, sharding, parts)
+        else:
+            total += block_bytes(config, sharding, rows, sequence, seen, parts)
     modulations = rows * (frames if has_given else 1) * 6 * d * sharding.residual
     total += modulations * (1 if sharding.checkpointing else 1 + layers * config.adaln_table)
     total += rows * (frames if has_given else 1) * CONDITION_TENSORS * d * sharding.product
@@ -323,13 +318,14 @@ class StivClipCost:
         config, options, flops = self.config, self.settings, {"layers": 0.0, "ends": 0.0, "text": 0.0}
         low, high = options.guidance_interval
         branches = 1 + (self.branches - 1) * (high - low)  # mean over the calls, of a uniform grid
-        layers, last = config.num_hidden_layers, min(2, config.num_hidden_layers)
-        run = (last + (layers - last) / options.block_reuse) / layers  # share of the blocks that run, with one at each end
+        last = config.num_hidden_layers - 1
+        runs = [1 if i in (0, last) else 1 / options.block_reuse for i in range(last + 1)]  # share of the calls that run a block
         for part in self.passes:
             frames, rows, columns = (sequence := self._of_pass(part)).grid
             places = rows * columns
             of_calls = self.calls * branches
-            flops["layers"] += of_calls * run * layers * block_flops(config, frames, places, sequence.text)
+            of_blocks = (block_flops(config, frames, places, sequence.text, config.parts_of(i)) for i in range(last + 1))
+            flops["layers"] += of_calls * sum(run * block for run, block in zip(runs, of_blocks, strict=True))
             flops["ends"] += of_calls * ends_flops(config, frames, places, places, sequence.text)
         flops["text"] += 2 * text_encoder_flops(config, self.text_tokens + 1)
         total, parameters = sum(flops.values()), parameter_count(meta_model(config))

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from lumos.compression.prunable import PrunableStack
 from lumos.files import updating_folder
 from lumos.models.stiv.attention import EPS, Attention, RMSNorm, ZeroLinear, save_attention_outputs
-from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
+from lumos.models.stiv.block_reuse import BlockReuse
+from lumos.models.stiv.configuration import HEAD_DIM, PARTS, StivConfig
 from lumos.models.stiv.loading import check_folder
 from lumos.models.stiv.rope import Rotary, rotary, spatial_angles, temporal_angles
 from lumos.models.stiv.text_encoder import SmallTextEncoder, TextStates
@@ -77,30 +81,6 @@ class Micro:
     def repeated(self, times: int) -> Micro:
         """Return the conditions of a batch that holds the clips `times` times."""
         return Micro(*(torch.cat([getattr(self, f.name)] * times) for f in fields(self)))
-
-
-class BlockReuse:
-    """The memory of reuse between neighbouring sampling steps: what the middle blocks added to the tokens.
-
-    Every `every`-th call computes all blocks. In the calls between, the middle blocks are skipped and what they added
-    in the last full call is added again. A call of another batch shape computes all blocks. Use one object a clip.
-
-    every   calls from one full call to the next; 1 reuses nothing
-    first   blocks at the start that always run
-    last    blocks at the end that always run
-    """
-
-    def __init__(self, every: int = 2, first: int = 1, last: int = 1):
-        if every < 1 or first < 0 or last < 0:
-            raise ValueError(f"every {every}, first {first}, last {last}: every is at least 1, the others at least 0")
-        self.every, self.first, self.last = every, first, last
-        self.calls, self.added = 0, None
-
-    def may_skip(self, x: Tensor) -> bool:
-        """Return whether this call may skip the middle blocks, and count the call."""
-        full = self.calls % self.every == 0 or self.added is None or self.added.shape != x.shape
-        self.calls = 1 if full else self.calls + 1
-        return not full
 
 
 def norm(x: Tensor) -> Tensor:
@@ -186,16 +166,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One block: spatial, temporal and cross-attention, and an MLP."""
+    """One block: spatial, temporal and cross-attention, and an MLP; all but the first may be missing (`config.without`).
 
-    def __init__(self, config: StivConfig):
+    skipped: the parts that the forward pass leaves out.
+    """
+
+    skipped: frozenset[str] = frozenset()
+
+    def __init__(self, config: StivConfig, number: int):
         super().__init__()
-        d = config.hidden_size
+        d, parts = config.hidden_size, config.parts_of(number)
         self.spatial = Attention(d)
-        self.temporal = Attention(d) if config.temporal_attention else None
-        self.temporal_gain = nn.Parameter(torch.ones(d)) if config.temporal_attention else None
-        self.cross = Attention(d, zero_out=True)
-        self.mlp = MLP(d, config.mlp_ratio)
+        self.temporal = Attention(d) if "temporal" in parts else None
+        self.temporal_gain = nn.Parameter(torch.ones(d)) if "temporal" in parts else None
+        self.cross = Attention(d, zero_out=True) if "cross" in parts else None
+        self.mlp = MLP(d, config.mlp_ratio) if "mlp" in parts else None
         self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
         self.causal = config.causal_in_time
 
@@ -211,18 +196,29 @@ class Block(nn.Module):
         """
         modulation = modulation if self.table is None else modulation + self.table.to(modulation.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[..., None, :].unbind(2)  # [B, f or 1, 1, d]
-        x = torch.addcmul(x, gate1, norm(self.spatial(modulated(x, shift1, scale1), rotary=places)))
-        if self.temporal is not None:
+        if self._runs("spatial"):
+            x = torch.addcmul(x, gate1, norm(self.spatial(modulated(x, shift1, scale1), rotary=places)))
+        if self._runs("temporal"):
             by_place = norm(x.transpose(1, 2).contiguous())  # [B, s, f, d], one copy instead of one each for q, k and v
             attended = norm(self.temporal(by_place, rotary=times, causal=self.causal))
             x = torch.addcmul(x, self.temporal_gain.to(x.dtype), attended.transpose(1, 2))
-        x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
-        return torch.addcmul(x, gate2, norm(self.mlp(modulated(x, shift2, scale2))))
+        if self._runs("cross"):
+            x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
+        if self._runs("mlp"):
+            x = torch.addcmul(x, gate2, norm(self.mlp(modulated(x, shift2, scale2))))
+        return x
+
+    def _runs(self, part: str) -> bool:
+        return getattr(self, part) is not None and part not in self.skipped
 
 
-class StivForVideoGeneration(PreTrainedModel):
+class StivForVideoGeneration(PrunableStack, PreTrainedModel):
     """The transformer, and the small text encoder if the config asks for it (`text_encoder`)."""
 
+    stack, mlp_width = "blocks", "mlp_ratio"
+    unit_kinds: ClassVar[dict[str, bool]] = {"block": True, "temporal": True, "cross": True, "mlp": True, "spatial": False}
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {name: (name,) for name in PARTS} | {"temporal": ("temporal", "temporal_gain")}
+    mlp_channels: ClassVar[dict[str, int]] = {"up_proj.weight": 0, "up_proj.bias": 0, "down_proj.weight": 1}
     config_class = StivConfig
     base_model_prefix = ""
     main_input_name = "latents"
@@ -238,7 +234,7 @@ class StivForVideoGeneration(PreTrainedModel):
         self.modulation = ZeroLinear(d, 6 * d)
         self.text_in = nn.Sequential(nn.Linear(config.text_width, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
         self.mask_token = nn.Parameter(torch.zeros(d))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_modulation = ZeroLinear(d, 2 * d)
         self.patch_out = ZeroLinear(d, config.patch_channels)
         self.gradient_checkpointing = False
@@ -289,6 +285,13 @@ class StivForVideoGeneration(PreTrainedModel):
             return
         with updating_folder(save_directory, re.compile(MODEL_FILES).fullmatch) as writing:
             super().save_pretrained(writing, **kwargs)
+
+    def changes(self, kept: Sequence[int], lost: Sequence[str]) -> dict[str, Any]:
+        config, place = self.config, {str(before): after for after, before in enumerate(kept)}
+        earlier = [name.split(".") for name in config.without or ()]
+        without = [*lost, *(f"{place[index]}.{part}" for index, part in earlier if index in place)]
+        late = sum(i >= config.num_hidden_layers - config.unmasked_layers for i in kept)
+        return super().changes(kept, lost) | {"without": sorted(without) or None, "unmasked_layers": max(1, late)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         """Recompute the blocks in the backward pass, as in transformers.
@@ -377,7 +380,8 @@ class StivForVideoGeneration(PreTrainedModel):
         return torch.where(whole, torch.as_tensor(given_time, dtype=t.dtype, device=t.device).reshape(-1, 1), t[:, None])
 
     def _run(self, blocks: list[Block], x: Tensor, with_: tuple, reuse: BlockReuse | None = None) -> Tensor:
-        """Return x [B, f, s, d] after blocks."""
+        """Return x [B, f, s, d] after blocks. Blocks whose parts are all skipped do not run."""
+        blocks = [block for block in blocks if not block.skipped.issuperset(PARTS)]
         if reuse is not None and not torch.is_grad_enabled() and len(blocks) > reuse.first + reuse.last:
             last = len(blocks) - reuse.last
             x = self._run(blocks[: reuse.first], x, with_)
