@@ -27,6 +27,7 @@ class PrunableDecoder:
     """The part of `VideoTokenizer` that makes its decoder smaller."""
 
     unit_kinds: ClassVar[dict[str, bool]] = {"block": True, "idle": True}
+    stream_axis: ClassVar[int] = 1
 
     @property
     def width(self) -> dict[str, int]:

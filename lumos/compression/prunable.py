@@ -21,10 +21,12 @@ class Prunable(Protocol):
     """A network of which units can be skipped and removed.
 
     unit_kinds  {kind of unit: whether units of this kind can be removed}; the first kind is the usual one
+    stream_axis axis of the channels in the stream
     width       what `narrowed` can make smaller: {name of a size: its value}
     """
 
     unit_kinds: ClassVar[Mapping[str, bool]]
+    stream_axis: ClassVar[int]
     width: Mapping[str, int]
 
     def units(self, kind: str | None = None) -> dict[str, tuple[str, ...]]:
@@ -123,6 +125,7 @@ class PrunableStack:
     unit_kinds: ClassVar[Mapping[str, bool]]
     mlp_width: ClassVar[str]
     mlp_channels: ClassVar[Mapping[str, int]]
+    stream_axis: ClassVar[int] = -1
 
     @property
     def width(self) -> dict[str, int]:
