@@ -1,1 +1,1 @@
-"""Compression: how much each unit of a network matters, which units to remove, and the smaller network (VDMini)."""
+"""Compression: makes a generator smaller and faster, and says what that cost."""

@@ -193,7 +193,7 @@ def score(
         count = sum(weight.numel() for weight in parameters)
         scores[name] = {"parameters": count}
         if name in stages:
-            scores[name]["time_share"] = seconds[name] / total
+            scores[name]["time_share"] = seconds[name] / total if total else None
         if name in losses and {"loss", "elbo"} & set(measures):
             scores[name] |= loss_rise(losses[name], losses[WHOLE], probe.score_groups, "elbo" in measures)
         if "bi" in measures:
@@ -204,7 +204,8 @@ def score(
             scores[name]["magnitude"] = float(sum(weight.double().square().sum() for weight in parameters)) / count
         if gradients is not None:
             scores[name]["taylor"] = gradients.change(owned, losses[WHOLE].table[1, 0]) / count
-    return {"units": scores, "loss": losses[WHOLE].mean, "distances": streams.distances() if "bi" in measures else None}
+    loss = losses[WHOLE].mean if losses[WHOLE].table[1, 0] else None
+    return {"units": scores, "loss": loss, "distances": streams.distances() if "bi" in measures else None}
 
 
 def loss_rise(found: LossSums, whole: LossSums, groups: Mapping[str, Sequence[str]], elbo: bool) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class VideoTask(TrainingTask):
         shape = self.source.usual_shape | ({"num_frames": 1, "fps": 1} if pictures_only else {})
         return ClipDefaults(**shape, target_size=None)
 
+    @staticmethod
+    def score_settings(config: Any) -> dict[str, Any]:
+        """Return the sections of the settings with which compression scores a model of this config, beside the shared ones."""
+        return {}
+
     def data_fingerprint(self) -> dict[str, Any]:
         """Return the shared part of the resume fingerprint: data, tokenizers and optimization.
 

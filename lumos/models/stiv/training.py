@@ -134,6 +134,10 @@ class StivTask(VideoTask):
             return network_fingerprint(FrozenTextEncoder.from_pretrained(folder).model)
         return VideoTask.fingerprint_of(folder, kind)
 
+    @staticmethod
+    def score_settings(config: StivConfig) -> dict[str, Any]:
+        return {"patterns": {"none" if "none" in config.patterns else config.patterns[0]: 1.0}}
+
     def read_network(self, folder: str) -> nn.Module:
         return load_autoencoder(Path(folder)) if self.config.latents == AUTOENCODER else VideoTokenizer.from_pretrained(folder)
 
