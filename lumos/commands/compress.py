@@ -11,12 +11,14 @@ from lumos.commands import subcommands
 
 STEPS = """A model becomes smaller and faster in four steps:
 
-  1. score     say how much each layer matters: python -m lumos compress score --model checkpoints/lumos-tiny
-  2. prune     remove layers by a plan:         python -m lumos compress prune --model checkpoints/lumos-tiny --keep 6 --out runs/small
-  3. distill   train the smaller model with the larger one as its teacher
+  1. score     say how much each layer matters
+               python -m lumos compress score --model checkpoints/lumos-tiny
+  2. prune     write a smaller model, without the layers of a plan; it loads like any other
+               python -m lumos compress prune --model checkpoints/lumos-tiny --keep 6 --out runs/small
+  3. distill   train the smaller model with the larger one as its teacher, to win back what was lost
   4. report    compare the models: parameters, seconds of a clip, prompts followed
 
-A pruned model loads like any other. `python -m lumos compress STEP --help` lists the options of a step."""
+`python -m lumos compress STEP --help` lists the options of a step. Steps:"""
 
 
 def steps() -> dict[str, str]:
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.module is None:
-        print(f"{STEPS}\n")
+        print(STEPS)
         print("\n".join(f"  {name:12}{subcommands.summary(path)}" for name, path in steps().items()))
     else:
         args.module.run(args)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.scoring import add_clips
+from lumos.commands.scoring import add_clips, kind_of
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
@@ -83,46 +84,50 @@ def run(args: argparse.Namespace) -> None:
 
 def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
     """Return the plan that the options describe. Raises UserError for options that contradict each other."""
-    from dataclasses import replace
-
-    from lumos.commands.scoring import kind_of
-    from lumos.compression.plans import OF_SCORES, Plan, check_keep, read_plan
+    from lumos.compression.plans import read_plan
     from lumos.compression.prunable import check_known
-    from lumos.errors import UserError, shown
+    from lumos.errors import UserError
 
     whole, sizes = network.on_meta(), dict(map(size_of, args.size))
-    own = whole.named_plans()
     if args.plan is not None and args.plan.endswith(".json"):
         if args.keep is not None or args.units is not None:
             raise UserError("--keep and --units have no effect with a plan file, which names the units; leave them out")
         plan = read_plan(args.plan, network.sha256, network.part)
-        plan = replace(plan, remove=(*plan.remove, *args.remove), sizes=plan.sizes | sizes, units=kind_of(whole, plan.units or None))
     else:
-        kind = kind_of(whole, args.units)
-        units = list(whole.units(kind))
-        facts = {"parent": str(args.model), "sha256": network.sha256, "part": network.part, "units": kind, "seed": args.seed}
-        if args.plan in own and args.keep is None:
-            plan = Plan(args.plan, remove=(*own[args.plan], *args.remove), sizes=sizes, **facts)
-        elif args.keep is None:
-            if args.plan is not None or not (args.remove or sizes):
-                raise UserError("--keep is missing: say how many units stay" + (f", or name --plan {next(iter(own))}" if own else ""))
-            plan = Plan("file", remove=tuple(args.remove), sizes=sizes, **facts)
-        else:
-            ends = args.allow_ends or network.ends
-            is_stack = network.part == "model" and kind == next(iter(whole.unit_kinds))
-            check_keep(units, args.keep, 1 if is_stack else 0, ends)
-            rule = args.plan or ("spaced" if 1 - args.keep / len(units) >= SPACED_FROM else "least")
-            if rule not in RULES:
-                raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
-            for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
-                if given is not None and rule not in OF_SCORES:
-                    raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")
-            removed = removed_units(args, network, rule, kind, units, ends)
-            plan = Plan(rule, remove=(*removed, *args.remove), sizes=sizes, new=rule == "scratch", **facts)
+        plan = plan_by_rule(args, network, whole, bool(sizes))
+    kind = kind_of(whole, plan.units or None)
+    plan = replace(plan, units=kind, remove=(*plan.remove, *args.remove), sizes=plan.sizes | sizes)
     check_known(plan.remove, [name for kind in whole.unit_kinds for name in whole.units(kind)])
     if twice := [name for i, name in enumerate(plan.remove) if name in plan.remove[:i]]:
         raise UserError(f"--remove {twice[0]} is removed already; leave it out")
     return plan
+
+
+def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_sizes: bool) -> Plan:
+    """Return the plan of --plan and --keep, before --remove and --size."""
+    from lumos.compression.plans import OF_SCORES, Plan, check_keep
+    from lumos.errors import UserError, shown
+
+    kind, own, usual = kind_of(whole, args.units), whole.named_plans(), next(iter(whole.unit_kinds))
+    units = list(whole.units(kind))
+    facts = {"part": network.part, "units": kind, "seed": args.seed, "parent": str(args.model), "sha256": network.sha256}
+    if args.keep is None and args.plan in own:
+        return Plan(args.plan, remove=own[args.plan], **facts)
+    if args.keep is None and args.plan is None and (args.remove or has_sizes):
+        return Plan("file", remove=(), **facts)
+    if args.keep is None:
+        raise UserError(f"--keep is missing: say how many of the {len(units)} units stay"
+                        + (f", or name --plan {next(iter(own))}" if own else ""))  # fmt: skip
+    ends = args.allow_ends or network.ends
+    check_keep(units, args.keep, 1 if network.part == "model" and kind == usual else 0, ends)
+    rule = args.plan or ("spaced" if 1 - args.keep / len(units) >= SPACED_FROM else "least")
+    if rule not in RULES:
+        raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
+    for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
+        if given is not None and rule not in OF_SCORES:
+            raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")
+    removed = removed_units(args, network, rule, kind, units, ends)
+    return Plan(rule, remove=tuple(removed), new=rule == "scratch", **facts)
 
 
 def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: str, units: list[str], ends: bool) -> list[str]:
@@ -142,7 +147,7 @@ def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: s
     scores = Scorer(args, network, [measure]).score(kind) if args.scores is None else read_scores(args.scores, network, kind)
     if rule == "middle":
         if not (distances := scores.get("distances")):
-            raise UserError("the plan middle needs the distances that the measure bi of whole layers gives; score with --measures bi")
+            raise UserError("the plan middle needs the distances between whole layers; score them with --measures bi")
         return removed_by(rule, units, args.keep, ends=ends, distances=distances)
     return removed_by(rule, units, args.keep, ends=ends, scores=importance(scores, measure))
 

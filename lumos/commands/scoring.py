@@ -40,14 +40,8 @@ class Scorer:
         self.measures, self.device = list(measures), pick_device(args.device)
         self.model = network.load(torch.float32).to(self.device)
         self.data, self.probe, self.batches = {"worlds": "validation"}, None, []
-        if set(measures) == {"magnitude"}:
-            from types import SimpleNamespace
-
-            self.probe = SimpleNamespace(score_groups={"level": ()})
-        elif network.part == "decoder":
-            self._of_decoder(args, network)
-        else:
-            self._of_generator(args, network)
+        if set(measures) != {"magnitude"}:  # a measure of the weights alone
+            (self._of_decoder if network.part == "decoder" else self._of_generator)(args, network)
 
     def _of_generator(self, args: argparse.Namespace, network: Network) -> None:
         from lumos.data.curriculum import StepShape
@@ -138,9 +132,11 @@ def read_scores(path: str | Path, network: Network, kind: str) -> dict[str, Any]
 def importance(scores: dict[str, Any], measure: str) -> dict[str, float]:
     """Return {unit: importance by a measure}. Raises UserError if it was not measured, or is not defined for a unit."""
     from lumos.errors import UserError
+    from lumos.settings import is_number
 
     units = scores["scores"] if "scores" in scores else scores["units"]
-    missing = [name for name, entry in units.items() if not isinstance(entry, dict) or not isinstance(entry.get(measure), int | float)]
-    if missing or not units:
-        raise UserError(f"the scores have no {measure} of unit {missing[0] if missing else '0'}; score it with --measures {measure}")
-    return {name: float(entry[measure]) for name, entry in units.items()}
+    found = {name: entry.get(measure) for name, entry in units.items() if isinstance(entry, dict)}
+    for name in units:
+        if not is_number(found.get(name)):
+            raise UserError(f"the scores have no {measure} of unit {name}; score it with --measures {measure}")
+    return found

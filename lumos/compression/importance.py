@@ -138,7 +138,7 @@ class StreamSums:
 
 
 def score(
-    probe: Probe, model: Prunable, batches: Iterable[dict[str, Any]], units: Mapping[str, Sequence[str]],
+    probe: Probe | None, model: Prunable, batches: Iterable[dict[str, Any]], units: Mapping[str, Sequence[str]],
     measures: Sequence[str], on_pass: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return {"units": {name: scores}, "loss": of the network, "distances": see `plans.middle`, or None}.
@@ -147,13 +147,15 @@ def score(
     `output_by` by group, content, motion and motion_share of the output, parameters, and time_share of whole stages.
 
     Args:
+        probe: None if no measure needs clips (magnitude).
         model: in eval mode.
         batches: micro-batches of the probe.
         units: units to score and their parameters, as from `model.units()`.
         measures: some of MEASURES.
         on_pass: called after each forward pass.
     """
-    stages, groups = model.stages(), {group: len(names) for group, names in probe.score_groups.items()}
+    named = {} if probe is None else probe.score_groups
+    stages, groups = model.stages(), {group: len(names) for group, names in named.items()}
     if "bi" in measures and (parts := [name for name in units if name not in stages]):
         raise UserError(f"the measure bi compares the stream around a whole layer, which {parts[0]} is not; leave bi out")
     names = [WHOLE, *(units if SKIPPING & set(measures) else ())]
@@ -195,11 +197,11 @@ def score(
         if name in stages:
             scores[name]["time_share"] = seconds[name] / total if total else None
         if name in losses and {"loss", "elbo"} & set(measures):
-            scores[name] |= loss_rise(losses[name], losses[WHOLE], probe.score_groups, "elbo" in measures)
+            scores[name] |= loss_rise(losses[name], losses[WHOLE], named, "elbo" in measures)
         if "bi" in measures:
             scores[name] |= streams.results(name)
         if outputs:
-            scores[name] |= outputs[name].results(probe.score_groups[LEVEL])
+            scores[name] |= outputs[name].results(named[LEVEL])
         if "magnitude" in measures:
             scores[name]["magnitude"] = float(sum(weight.double().square().sum() for weight in parameters)) / count
         if gradients is not None:
