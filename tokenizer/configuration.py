@@ -54,6 +54,10 @@ CONTINUOUS_FIELDS = {"latent_channels": (0, 16), "formulation": ("", "AE")}
 """The fields that only a continuous tokenizer has: (value in a discrete tokenizer, default)."""
 DERIVED_FIELDS = ("decoder_channels_mult", "unused_samplers")
 """The fields that published configs lack, because the weights tell them (`loading.fitted`)."""
+PRUNED_FIELDS = {
+    "decoder_num_res_blocks": None, "decoder_mid": True, "decoder_idle": True, "decoder_channels": None, "codes_of": None,
+}  # fmt: skip
+"""The fields of a tokenizer whose decoder was made smaller, with their values in a complete one."""
 _VIDEO_ONLY = {
     "legacy_mode": False, "spatial_patch_size": 1, "pointwise_ends": False, "attention_window": None, "num_groups": 1,
     "temporal_compression": 1, "decoder_channels_mult": None, "unused_samplers": False,
@@ -109,6 +113,11 @@ class VideoTokenizerConfig:
     decoder_channels_mult: tuple[int, ...] | None = None  # width multipliers of the decoder; None: channels_mult
     unused_samplers: bool = True  # samplers have the convolutions that they do not use too (first generation)
     attention_window: int | None = None  # latest frames that temporal attention sees, incl. the current one; None: all (published)
+    decoder_num_res_blocks: tuple[int, ...] | None = None  # residual blocks per decoder level; None: num_res_blocks + 1 in each
+    decoder_mid: bool = True  # the decoder has a middle
+    decoder_idle: bool = True  # the decoder has the samplers and convolutions that no pixel depends on, if unused_samplers is set
+    decoder_channels: int | None = None  # width of the decoder's first level before its multiplier; None: channels
+    codes_of: tuple[str, str] | None = None  # fingerprints of the encoder, and of the tokenizer that makes the same codes
 
     def __post_init__(self) -> None:
         _require(self.name in ("DV", "CV", "CI"), "name", self.name, "'DV', 'CV' or 'CI'")
@@ -153,7 +162,7 @@ class VideoTokenizerConfig:
         _require(self.patch_method in PATCH_METHODS, "patch_method", self.patch_method, " or ".join(PATCH_METHODS))
         is_number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
         _require(is_number and 0 <= self.dropout < 1, "dropout", self.dropout, "0 up to, not including, 1")
-        for field in ("legacy_mode", "pointwise_ends", "unused_samplers"):
+        for field in ("legacy_mode", "pointwise_ends", "unused_samplers", "decoder_mid", "decoder_idle"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
         network = "Default" if self.is_image else "FACTORIZED"
         for field, only in {"num_groups": 1, "encoder": network, "decoder": network}.items():
@@ -164,6 +173,7 @@ class VideoTokenizerConfig:
             _require(is_power, field, value, f"a power of two, at most {MAX_COMPRESSION:,}")
         if self.is_image:
             self._check_image()
+        self._check_pruned()
         self._check_compression("spatial")
         self._check_compression("temporal")
 
@@ -204,6 +214,26 @@ class VideoTokenizerConfig:
             self.embedding_dim,
             f"{len(self.levels)}, the length of levels",
         )
+
+    def _check_pruned(self) -> None:
+        """Raise UserError for settings that a smaller decoder cannot have."""
+        width, counts, origin = self.decoder_channels, self.decoder_num_res_blocks, self.codes_of
+        fits = width is None or (_is_positive(width) and width <= self.channels and not self.is_image)
+        _require(fits, "decoder_channels", width, f"null, or for videos a whole number from 1 to channels {self.channels}")
+        if counts is not None:
+            widths = self.decoder_widths
+            least = [int(width != inner) for width, inner in zip(widths, (*widths[1:], widths[-1]), strict=True)]
+            most = self.num_res_blocks + 1
+            fits = isinstance(counts, (list, tuple)) and len(counts) == len(least) and all(
+                type(count) is int and low <= count <= most for count, low in zip(counts, least, strict=True)
+            )  # fmt: skip
+            allowed = f"null, or a whole number up to {most} for each level, at least {least}"
+            _require(fits, "decoder_num_res_blocks", counts, allowed)
+            object.__setattr__(self, "decoder_num_res_blocks", tuple(counts))
+        if origin is not None:
+            fits = isinstance(origin, (list, tuple)) and len(origin) == 2 and all(isinstance(part, str) for part in origin)
+            _require(fits, "codes_of", origin, "null, or two fingerprints")
+            object.__setattr__(self, "codes_of", tuple(origin))
 
     def _check_image(self) -> None:
         """Raise UserError for settings that the picture network does not have."""
@@ -259,6 +289,18 @@ class VideoTokenizerConfig:
         return self.channels_mult if self.decoder_channels_mult is None else self.decoder_channels_mult
 
     @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """The channels of the decoder's levels."""
+        return tuple((self.decoder_channels or self.channels) * mult for mult in self.decoder_mult)
+
+    @property
+    def decoder_blocks(self) -> tuple[int, ...]:
+        """The number of residual blocks of the decoder's levels."""
+        if self.decoder_num_res_blocks is not None:
+            return self.decoder_num_res_blocks
+        return (self.num_res_blocks + 1,) * len(self.decoder_mult)
+
+    @property
     def patch_channels(self) -> int:
         """The number of channels that one colour channel has after patching."""
         return self.spatial_patch_size**2 * self.patch_size ** (2 if self.is_image else 3)
@@ -303,11 +345,12 @@ class VideoTokenizerConfig:
         """Return what the sampler after each level of the decoder doubles; None: the level has no sampler."""
         if self.is_image:
             return self.encoder_samplers()[::-1]
-        return self._kept([None, *self.upsamplers()])
+        return self._kept([None, *self.upsamplers()], self.decoder_idle)
 
-    def _kept(self, samplers: list[Sampling | None]) -> list[Sampling | None]:
+    def _kept(self, samplers: list[Sampling | None], idle: bool = True) -> list[Sampling | None]:
         """Return the samplers that the network has: all of them, or only those in use."""
-        return [sampler if self.unused_samplers or (sampler and any(sampler)) else None for sampler in samplers]
+        unused = self.unused_samplers and idle
+        return [sampler if unused or (sampler and any(sampler)) else None for sampler in samplers]
 
     def attention_levels(self, count: int | None = None) -> list[bool]:
         """Return for each of `count` levels (None: those of the encoder) whether attention follows its residual blocks."""
@@ -338,6 +381,7 @@ class VideoTokenizerConfig:
         """
         values = dataclasses.asdict(self)
         left_out = {"attention_window": None, "spatial_patch_size": 1, "decoder_channels_mult": None, "unused_samplers": True}
+        left_out |= PRUNED_FIELDS
         left_out |= {field: values[field] for field in (DISCRETE_FIELDS if self.is_continuous else CONTINUOUS_FIELDS)}
         left_out |= _VIDEO_ONLY if self.is_image else {}
         values = {name: value for name, value in values.items() if name not in left_out or value != left_out[name]}

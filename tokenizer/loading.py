@@ -149,8 +149,8 @@ def fitted(config: VideoTokenizerConfig, shapes: Mapping[str, tuple[int, ...]]) 
     samplers have the convolutions that they do not use (the first generation of published networks).
     Other configurations are returned unchanged.
     """
-    if not config.is_continuous or config.is_image:
-        return config
+    if not config.is_continuous or config.is_image or config.decoder_num_res_blocks is not None or config.decoder_channels:
+        return config  # the config of a smaller decoder says all of this
     widths: list[int] = []
     while shape := shapes.get(f"decoder.up.{len(widths)}.block.0.conv1.0.conv3d.weight"):
         widths.append(shape[0] // config.channels)

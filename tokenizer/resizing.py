@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lumos.errors import UserError, shown
-from tokenizer.configuration import VideoTokenizerConfig
+from tokenizer.configuration import PRUNED_FIELDS, VideoTokenizerConfig
 from tokenizer.video import VideoTokenizer
 
 BANDS = 4
@@ -61,7 +61,8 @@ def same_codes(a: VideoTokenizer, b: VideoTokenizer) -> bool:
         {name: weight.float() for name, weight in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
         for model in (a, b)
     ]
-    same_network = dataclasses.replace(a.config, dropout=b.config.dropout) == b.config
+    not_of_codes = {name: getattr(b.config, name) for name in ("dropout", *PRUNED_FIELDS)}
+    same_network = dataclasses.replace(a.config, **not_of_codes) == b.config
     return same_network and any(
         all(torch.equal(weight.to(dtype), parts[1][name].to(dtype)) for name, weight in parts[0].items())
         for dtype in (torch.float16, torch.bfloat16)

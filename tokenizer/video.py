@@ -25,6 +25,7 @@ from tokenizer.configuration import VideoTokenizerConfig
 from tokenizer.fsq import FiniteScalarQuantizer, NoQuantizer
 from tokenizer.layers import VIDEO_LAYERS, CausalConv3d, Layers, Past, ResidualBlock
 from tokenizer.picture_layers import PICTURE_LAYERS
+from tokenizer.pruning import PrunableDecoder
 from tokenizer.wavelet import (
     patchify,
     picture_patchify,
@@ -65,7 +66,11 @@ class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention if `attention` is set.
 
     The encoder and the decoder add a sampler to it, as `downsample` or `upsample`.
+
+    skipped: numbers of blocks that the forward pass leaves out, each with its attention.
     """
+
+    skipped: frozenset[int] = frozenset()
 
     def __init__(
         self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, config: VideoTokenizerConfig
@@ -78,6 +83,8 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for index, block in enumerate(self.block):
+            if index in self.skipped:
+                continue
             x = block(x, past)
             if len(self.attn) > 0:
                 x = self.attn[index](x, past)
@@ -118,21 +125,26 @@ class Decoder(nn.Module):
     """The network from a latent [B, z, t, h, w] to patches [B, P C, T', H', W'] (P channels a patch).
 
     `up[i]` has the resolution of the encoder's level i, so the decoder runs from the last entry to the first.
+
+    skips_middle: the forward pass leaves out the middle.
     """
+
+    skips_middle: bool = False
 
     def __init__(self, config: VideoTokenizerConfig) -> None:
         super().__init__()
-        layers, widths = layers_of(config), [config.channels * mult for mult in config.decoder_mult]
+        layers, widths = layers_of(config), config.decoder_widths
         inner = [*widths[1:], widths[-1]]
         self.conv_in = layers.conv(config.z_channels, widths[-1])
-        self.mid = Middle(widths[-1], config)
+        if config.decoder_mid:
+            self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList()
         for index, (wanted_attention, sampler) in enumerate(
             zip(config.attention_levels(len(widths)), config.decoder_samplers(), strict=True)
         ):
-            level = Level(inner[index], widths[index], config.num_res_blocks + 1, wanted_attention, config)
+            level = Level(inner[index], widths[index], config.decoder_blocks[index], wanted_attention, config)
             if sampler is not None:
-                level.upsample = layers.upsample(widths[index], sampler, config.unused_samplers)
+                level.upsample = layers.upsample(widths[index], sampler, config.unused_samplers and config.decoder_idle)
             self.up.append(level)
         self.norm_out = layers.norm(widths[0])
         end_conv = layers.point if config.pointwise_ends else layers.conv
@@ -140,7 +152,9 @@ class Decoder(nn.Module):
 
     def features(self, z: Tensor, past: Past | None = None) -> Tensor:
         """Return the input [B, C, T', H', W'] of the last layer."""
-        h = self.mid(self.conv_in(z, past), past)
+        h = self.conv_in(z, past)
+        if hasattr(self, "mid") and not self.skips_middle:
+            h = self.mid(h, past)
         for level in reversed(self.up):
             h = level(h, past)
             if hasattr(level, "upsample"):
@@ -151,7 +165,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.features(z, past), past)
 
 
-class VideoTokenizer(nn.Module):
+class VideoTokenizer(PrunableDecoder, nn.Module):
     """Encode video [B, 3, T, H, W] in [-1, 1] to codes [B, t, h, w] and decode codes to video.
 
     T must be 1 + temporal_compression * k; H and W must be multiples of spatial_compression. `encode`

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor, full_like, nn
@@ -95,6 +95,32 @@ class Measured:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class Output(NamedTuple):
+    """A part of the output of a network for one clip, of T latent frames.
+
+    values  float32 [T, n]; a column is the same place and channel in all frames
+    frames  int64 [T], the number of each frame in its clip
+    levels  int64 [T], the place of each frame in the score group "level"
+    """
+
+    values: Tensor
+    frames: Tensor
+    levels: Tensor
+
+
+class Forward(NamedTuple):
+    """What a network makes of a micro-batch, for compression.
+
+    losses   [N], those of `TrainingTask.losses`
+    places   {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
+    outputs  yields the output part by part, in bounded memory, in the same order for every network
+    """
+
+    losses: Tensor
+    places: dict[str, Tensor]
+    outputs: Callable[[], Iterator[Output]]
+
+
 class TrainingTask(ABC):
     """What is trained, on what, with which losses.
 
@@ -103,6 +129,7 @@ class TrainingTask(ABC):
     causal          whether a latent frame of the network sees no later one
     export_folder   name of the folder in the run's folder that `export` writes
     measures        whether `measure` takes the place of losses on held-out clips in the validation
+    score_groups    {group: names of its places}: by what compression sorts losses, "frames" and "level" (of noise or masks)
     """
 
     loss_groups: dict[str, int]
@@ -110,6 +137,7 @@ class TrainingTask(ABC):
     causal: ClassVar[bool] = False
     export_folder: ClassVar[str] = "export"
     measures: ClassVar[bool] = False
+    score_groups: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -182,6 +210,14 @@ class TrainingTask(ABC):
         The model has already made its step, and has no gradient here.
         """
         raise TypeError(f"{type(self).__name__} has an auxiliary network, but no losses for it")
+
+    def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
+        """Return what the network makes of a micro-batch, for compression."""
+        raise TypeError(f"{type(self).__name__} has no scores for compression")
+
+    def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
+        """Return the latent frame of each token of a stream [..., C] of the network: int64 [...], -1 for text, -2 for padding."""
+        raise TypeError(f"{type(self).__name__} has no scores for compression")
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
         """`prepare` and `encode` in one."""

@@ -137,6 +137,11 @@ class VideoTask(TrainingTask):
             beginning = beginning.rpartition(" ")[0]
         return beginning.strip()
 
+    @staticmethod
+    def score_settings(config: Any) -> dict[str, Any]:
+        """Return the sections of the settings with which compression scores a model of this config, beside the shared ones."""
+        return {}
+
     def data_fingerprint(self) -> dict[str, Any]:
         """Return the shared part of the resume fingerprint: data, tokenizers and optimization.
 

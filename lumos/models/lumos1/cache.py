@@ -150,4 +150,5 @@ class PrefixCache:
             # Writes to an inference tensor are not counted. A new object equals nothing, so nothing is loaded.
             return object() if p.is_inference() else p._version
 
-        return tuple(prefix.tolist()), tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())
+        skipped = tuple(layer.skipped for layer in model.model.layers)
+        return tuple(prefix.tolist()), skipped, tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from lumos.compression.prunable import PrunableStack
 from lumos.files import updating_folder
 from lumos.models.lumos1.attention import Attend, attention_for, save_attention_outputs
 from lumos.models.lumos1.configuration import LumosConfig
@@ -34,11 +35,13 @@ from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
 from lumos.models.lumos1.sequence import Layout, content_mask, frame_indices, parse_layout
+from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 from lumos.pipeline.placement import working_device
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin [B, 1, L, D]
 MODEL_FILES = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?"  # files that `save_pretrained` writes
-MLP_TOKENS = 1024  # tokens that an MLP computes at a time, see `mlp_piece`
+PRUNED_PARTS = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+"""The parts of a layer that can be skipped, and their modules."""
 
 
 @dataclass
@@ -125,35 +128,6 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
 
 
-class SiluTimes(torch.autograd.Function):
-    """silu(gate) * up, which saves only its two arguments for the backward pass.
-
-    Autograd would also save silu(gate), one more of the widest tensors of a layer.
-    """
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (gate, up), (for_gate, for_up) = ctx.saved_tensors, ctx.needs_input_grad
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if for_gate else None
-        return grad_gate, F.silu(gate).mul_(grad) if for_up else None
-
-
-def mlp_piece(tokens: int, with_gradients: bool) -> int:
-    """Return how many of `tokens` tokens an MLP computes at a time.
-
-    The intermediates of the MLP are the widest tensors of a layer. The backward pass finishes one piece
-    before the next, so the gradients of the intermediates exist for one piece at a time. With gradients
-    four pieces are enough: smaller pieces would save little more memory.
-    """
-    return max(MLP_TOKENS, -(-tokens // 4)) if with_gradients else MLP_TOKENS
-
-
 class MLP(nn.Module):
     """The MLP of a layer: SwiGLU (arXiv 2002.05202), computed in pieces to save memory."""
 
@@ -176,7 +150,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer: attention and MLP, each after a norm and with a residual connection."""
+    """One layer: attention and MLP, each after a norm and with a residual connection.
+
+    skipped: the parts, "attention" or "mlp", that the forward pass leaves out.
+    """
+
+    skipped: frozenset[str] = frozenset()
 
     def __init__(self, config: LumosConfig, layer: int):
         super().__init__()
@@ -190,9 +169,10 @@ class DecoderLayer(nn.Module):
 
         at: int64 [B, m], the tokens to compute; the other tokens contribute keys and values only. None: all.
         """
-        attended = self.self_attn(self.input_layernorm(x), rotary, attend, at)
-        x = (x if at is None else take(x, at)) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        stream = x if at is None else take(x, at)
+        if "attention" not in self.skipped:
+            stream = stream + self.self_attn(self.input_layernorm(x), rotary, attend, at)
+        return stream if "mlp" in self.skipped else stream + self.mlp(self.post_attention_layernorm(stream))
 
 
 class Head(nn.Linear):
@@ -263,19 +243,26 @@ class LumosModel(LumosPreTrainedModel):
             attend: the attention of each layer.
             at: int64 [B, m], the tokens whose hidden states [B, m, C] are returned; None: all. The last
                 layer computes queries for these tokens only. Gradient checkpointing ignores it.
+
+        Layers whose parts are all skipped do not run.
         """
         x = self.embed_tokens(input_ids)
         contexts = save_attention_outputs if self.config.attention == "segmented" else noop_context_fn
-        for layer in self.layers:
+        layers = [layer for layer in self.layers if layer.skipped != PRUNED_PARTS.keys()]
+        for layer in layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, attend, use_reentrant=False, context_fn=contexts)
             else:
-                x = layer(x, rotary, attend, at if layer is self.layers[-1] else None)
-        return self.norm(x)
+                x = layer(x, rotary, attend, at if layer is layers[-1] else None)
+        return self.norm(x if layers or at is None else take(x, at))
 
 
-class LumosForVideoGeneration(LumosPreTrainedModel):
+class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
     """The decoder with its head. `from_pretrained` reads saved folders and released Lumos-1 folders."""
+
+    stack, parts, mlp_width = "model.layers", PRUNED_PARTS, "intermediate_size"
+    unit_kinds: ClassVar[dict[str, bool]] = {"layer": True, "attention": False, "mlp": False}
+    mlp_channels: ClassVar[dict[str, int]] = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 
     def __init__(self, config: LumosConfig):
         super().__init__(config)

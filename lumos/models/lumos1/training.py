@@ -21,6 +21,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.data.source import Clip, cut
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
+from lumos.models.lumos1 import scoring
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
@@ -28,6 +29,7 @@ from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
 from lumos.models.lumos1.pipeline import LumosPipeline
 from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
+from lumos.models.lumos1.scoring import RATIO_BINS, ratio_bins
 from lumos.models.lumos1.sequence import (
     Frame,
     build_sequence,
@@ -46,7 +48,7 @@ from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
 from lumos.training.export import Tokenizers
 from lumos.training.settings import DataSettings, ModelSettings, world_size
-from lumos.training.task import IGNORED, Batch
+from lumos.training.task import IGNORED, Batch, Forward
 from lumos.training.video_task import VideoTask, model_with
 from lumos.video.frames import from_uint8
 from tokenizer.text import TextTokenizer
@@ -57,8 +59,6 @@ SHAPE = (
     "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 """Fields of LumosConfig that a model folder and model.preset must have in common."""
-RATIO_BINS = 10
-"""Number of equal ranges of mask ratios by which the log sorts losses."""
 ID_TENSORS = 4
 """Number of int64 tensors that a batch has at least, with one value per token: ids, codes, targets, places."""
 NOT_OF_WEIGHTS = {
@@ -72,6 +72,7 @@ class ArdfTask(VideoTask):
     """Training of `LumosForVideoGeneration` on masked codes (AR-DF). Clips are encoded on `device`."""
 
     causal = True
+    score_groups = scoring.GROUPS
     model_class, config_class, not_of_weights = LumosForVideoGeneration, LumosConfig, NOT_OF_WEIGHTS
     read_config = staticmethod(read_config)
 
@@ -190,6 +191,12 @@ class ArdfTask(VideoTask):
         places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
         return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
+    def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
+        return scoring.forward(self.config, model, micro)
+
+    def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
+        return scoring.stream_frames(self.config, micro, stream)
+
     def export_metadata(self) -> dict[str, Any]:
         return super().export_metadata() | {"clip": self.source.usual_shape}
 
@@ -300,14 +307,6 @@ class ArdfTask(VideoTask):
         )
         end = len(ids) if grid == whole else parse_layout(ids[None], config)[0].frames[grid[0] - 1].end
         return masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: grid[0]])
-
-
-def ratio_bins(ratios: Tensor) -> Tensor:
-    """Return the bin 0 to 9 of each ratio in [0, 1].
-
-    Bin i holds i / 10 <= ratio < (i + 1) / 10; the last bin also holds 1.
-    """
-    return ((ratios * RATIO_BINS + 1e-4).long()).clamp(max=RATIO_BINS - 1)  # 0.7 in float32 is slightly below 0.7
 
 
 def model_config(model: ModelSettings) -> LumosConfig:

@@ -28,8 +28,9 @@ import torch
 
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import adapter_weights, layer_flops_per_token, training_flops
-from lumos.models.lumos1.modeling import LumosForVideoGeneration, mlp_piece
+from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.sequence import Frame, Layout, num_latent_frames
+from lumos.models.lumos1.swiglu import mlp_piece
 from lumos.models.lumos1.training import check_clip_shape, model_config
 from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
 from lumos.planning.fixed_memory import fixed_bytes

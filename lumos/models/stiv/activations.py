@@ -6,15 +6,20 @@ the others in float32. tests/models/stiv/test_stiv_cost.py compares the sums wit
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lumos.models.stiv.configuration import StivConfig
+from lumos.models.stiv.flops import blocks_of
 from lumos.planning.sharding import Sharding
 
-TENSORS = {"cpu": ((22, 2), (8, 1)), "gpu": ((23, 8), (7, 5))}
-"""Tensors [tokens, hidden_size] that a block saves for its backward pass: without temporal attention, and of temporal attention.
-Of each the first number is of those that matrix products and attention read and write, the second of those of norms and
-residual connections. On a CPU the operators of `lumos.models.stiv.fused` save fewer than the plain forms."""
+TENSORS = {
+    "cpu": {"spatial": (8, 1), "temporal": (8, 1), "cross": (4, 0), "mlp": (10, 1)},
+    "gpu": {"spatial": (9, 4), "temporal": (7, 5), "cross": (2, 3), "mlp": (12, 1)},
+}
+"""Tensors [tokens, hidden_size] that a part of a block saves for its backward pass: the first number is of those that matrix
+products and attention read and write, the second of those of norms and residual connections. On a CPU the operators of
+`lumos.models.stiv.fused` save fewer than the plain forms."""
 END_TENSORS = 3
 TEXT_BLOCK_TENSORS, TEXT_END_TENSORS = 22, 5
 """Tensors [text tokens, width] of a block of the text encoder, and of the text in a block and at the ends of the transformer."""
@@ -35,27 +40,30 @@ class ClipTokens:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
-def block_bytes(config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int) -> int:
-    """Return the bytes that one block saves for its backward pass, of `rows` clips of which it sees `places` a frame."""
-    d, heads, timed = config.hidden_size, config.num_attention_heads, config.temporal_attention
-    block, temporal = TENSORS["gpu" if sharding.on_gpu else "cpu"]
-    products = block[0] + 2 * (config.mlp_ratio - 4) + timed * temporal[0]
-    kept = block[1] + timed * temporal[1]
-    attentions = 2 + timed
-    statistics = 8 * (4 + 2 * timed) + 4 * heads * 3 * attentions  # of the norms, and the normalisers of the softmax
+def block_bytes(
+    config: StivConfig, sharding: Sharding, rows: int, sequence: ClipTokens, places: int, parts: Collection[str]
+) -> int:
+    """Return the bytes that a block with these parts saves for its backward pass, of `rows` clips of which it sees `places`."""
+    d, attentions = config.hidden_size, len(parts & {"spatial", "temporal", "cross"})
+    tensors = TENSORS["gpu" if sharding.on_gpu else "cpu"]
+    products = sum(tensors[part][0] for part in parts) + ("mlp" in parts) * 2 * (config.mlp_ratio - 4)
+    kept = sum(tensors[part][1] for part in parts)
+    # of the norms, and the normalisers of the softmax
+    statistics = 16 * len(parts - {"cross"}) + 12 * config.num_attention_heads * attentions
     of_token = d * (products * sharding.product + kept * sharding.residual) + statistics
-    text = rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
+    text = ("cross" in parts) * rows * sequence.text * d * TEXT_END_TENSORS * sharding.product
     return rows * sequence.grid[0] * places * of_token + text
 
 
-def checkpointed_bytes(config: StivConfig, sharding: Sharding, saved: str) -> int:
-    """Return the bytes that a block saves with activation checkpointing, per token.
+def checkpointed_bytes(config: StivConfig, sharding: Sharding, saved: str, parts: Collection[str]) -> int:
+    """Return the bytes that a block with these parts saves with activation checkpointing, per token.
 
     They are its input, outputs of self-attention, and with `saved` "products" outputs of matrix products; see
     `lumos.models.stiv.attention.SAVED`.
     """
-    attentions = 1 + config.temporal_attention
-    outputs = attentions + (3 + 4 * attentions if saved == "products" else 0)
+    attentions = len(parts & {"spatial", "temporal"})
+    products = 4 * attentions + 2 * ("cross" in parts) + ("mlp" in parts)
+    outputs = attentions + (products if saved == "products" else 0)
     return config.hidden_size * (sharding.residual + outputs * sharding.product) + 4 * config.num_attention_heads * attentions
 
 
@@ -69,15 +77,12 @@ def activation_bytes(
     saved_outputs: what activation checkpointing saves, a name in `lumos.models.stiv.attention.SAVED`.
     """
     d, layers, (frames, r, c) = config.hidden_size, config.num_hidden_layers, sequence.grid
-    places = r * c
-    kept = max(1, places - round(places * mask_ratio))
-    late = min(config.unmasked_layers, layers) if mask_ratio else 0
-    total = 0
-    for count, seen in ((layers - late, kept), (late, places)):
-        saved = block_bytes(config, sharding, rows, sequence, seen)
+    places, total = r * c, 0
+    for seen, parts in blocks_of(config, places, mask_ratio):
         if sharding.checkpointing:
-            saved = rows * frames * seen * checkpointed_bytes(config, sharding, saved_outputs)
-        total += count * saved
+            total += rows * frames * seen * checkpointed_bytes(config, sharding, saved_outputs, parts)
+        else:
+            total += block_bytes(config, sharding, rows, sequence, seen, parts)
     modulations = rows * (frames if has_given else 1) * 6 * d * sharding.residual
     total += modulations * (1 if sharding.checkpointing else 1 + layers * config.adaln_table)
     total += rows * (frames if has_given else 1) * CONDITION_TENSORS * d * sharding.product

@@ -38,16 +38,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One block: spatial, temporal and cross-attention, and an MLP."""
+    """One block: spatial, temporal and cross-attention, and an MLP; all but the first may be missing (`config.without`).
 
-    def __init__(self, config: StivConfig):
+    skipped: the parts that the forward pass leaves out.
+    """
+
+    skipped: frozenset[str] = frozenset()
+
+    def __init__(self, config: StivConfig, number: int):
         super().__init__()
-        d = config.hidden_size
+        d, parts = config.hidden_size, config.parts_of(number)
         self.spatial = Attention(d)
-        self.temporal = Attention(d) if config.temporal_attention else None
-        self.temporal_gain = nn.Parameter(torch.ones(d)) if config.temporal_attention else None
-        self.cross = Attention(d, zero_out=True)
-        self.mlp = MLP(d, config.mlp_ratio)
+        self.temporal = Attention(d) if "temporal" in parts else None
+        self.temporal_gain = nn.Parameter(torch.ones(d)) if "temporal" in parts else None
+        self.cross = Attention(d, zero_out=True) if "cross" in parts else None
+        self.mlp = MLP(d, config.mlp_ratio) if "mlp" in parts else None
         self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
         self.causal = config.causal_in_time
 
@@ -64,7 +69,7 @@ class Block(nn.Module):
         modulation = modulation if self.table is None else modulation + self.table.to(modulation.dtype)
         if (size := piece_size(x)) is None:
             x = self._over_frames(x, modulation, places)
-            x = x if self.temporal is None else self._over_places(x, times)
+            x = self._over_places(x, times) if self._runs("temporal") else x
             return self._over_tokens(x, modulation, text, text_mask)
         of_clips = modulation.expand(-1, x.shape[1], -1, -1)
         return torch.cat([
@@ -83,13 +88,15 @@ class Block(nn.Module):
         modulations = modulation.split(frames, 1)
         parts = zip(x.split(frames, 1), modulations, strict=True)
         x = torch.cat([self._over_frames(part, of_part, places) for part, of_part in parts], 1)
-        if self.temporal is not None:
+        if self._runs("temporal"):
             x = torch.cat([self._over_places(part, times) for part in x.split(count, 2)], 2)
         parts = zip(x.split(frames, 1), modulations, strict=True)
         return torch.cat([self._over_tokens(part, of_part, text, text_mask) for part, of_part in parts], 1)
 
     def _over_frames(self, x: Tensor, modulation: Tensor, places: Rotary) -> Tensor:
         """Return x after spatial attention, which keeps frames apart."""
+        if not self._runs("spatial"):
+            return x
         shift, scale, gate = modulation[..., None, :3, :].unbind(-2)  # [B, f or 1, 1, d]
         return normed_sum(x, self.spatial(normed_sum(shift, x, 1 + scale), rotary=places), gate)
 
@@ -101,9 +108,15 @@ class Block(nn.Module):
 
     def _over_tokens(self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """Return x after cross-attention and MLP, which keep tokens apart."""
+        if self._runs("cross"):
+            x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
+        if not self._runs("mlp"):
+            return x
         shift, scale, gate = modulation[..., None, 3:, :].unbind(-2)
-        x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
         return normed_sum(x, self.mlp(normed_sum(shift, x, 1 + scale)), gate)
+
+    def _runs(self, part: str) -> bool:
+        return getattr(self, part) is not None and part not in self.skipped
 
 
 def piece_size(x: Tensor) -> int | None:

@@ -43,6 +43,8 @@ _SIZES = {
 }  # fmt: skip
 """The largest value of each field of whole numbers; the smallest is 1."""
 _SWITCHES = ("temporal_attention", "causal_in_time", "adaln_table")
+PARTS = ("spatial", "temporal", "cross", "mlp")
+"""The parts of a block, in their order; all but the first can be removed."""
 
 
 class StivConfig(PreTrainedConfig):
@@ -57,6 +59,8 @@ class StivConfig(PreTrainedConfig):
 
     Kinds:
         temporal_attention: false is a stack for pictures only.
+        without: parts that blocks lack, such as "3.temporal" for block 3; each is one of temporal, cross and mlp. None:
+            every block is complete. Compression removes parts.
         causal_in_time: a frame attends to itself and to earlier frames only.
         adaln_table: each block adds a table of its own to the shared modulation.
         given_time: "clean" gives the frames of a condition their own time, "same" the time of the clip.
@@ -91,6 +95,7 @@ class StivConfig(PreTrainedConfig):
     temporal_attention: bool = True
     causal_in_time: bool = False
     adaln_table: bool = True
+    without: list[str] | None = None
     unmasked_layers: int = 2
     given_time: str = "clean"
     position_scale: dict[str, float] | None = None
@@ -150,6 +155,18 @@ class StivConfig(PreTrainedConfig):
         check_model_config(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; `without` is left out of the config of a complete model."""
+        values = super().to_dict()
+        if not values.get("without"):
+            values.pop("without", None)
+        return values
+
+    def parts_of(self, block: int) -> frozenset[str]:
+        """Return the parts of a block, some of PARTS."""
+        missing = {name.partition(".")[2] for name in self.without or () if name.partition(".")[0] == str(block)}
+        return frozenset(PARTS) - missing - (set() if self.temporal_attention else {"temporal"})
+
     @property
     def patch_channels(self) -> int:
         """Values of a token: latent channels x patch_size^2 x temporal_patch_size."""
@@ -205,6 +222,16 @@ class StivConfig(PreTrainedConfig):
             if values is not None and not _are_finite(values, self.latent_channels, above=0 if name == "latent_std" else None):
                 raise ValueError(f"{name} {shown(values)} is not allowed; give null, or {self.latent_channels} finite numbers"
                                  + (" above 0" if name == "latent_std" else ""))  # fmt: skip
+        known = {f"{i}.{part}" for i in range(self.num_hidden_layers) for part in PARTS[1:]}
+        removed = self.without
+        if removed is not None and (
+            not isinstance(removed, list | tuple) or not all(isinstance(name, str) and name in known for name in removed)
+            or len(set(removed)) < len(removed)
+        ):  # fmt: skip
+            raise ValueError(
+                f"without {shown(removed)} is not allowed; give null, or different parts such as 3.temporal: one of "
+                f"{', '.join(PARTS[1:])} of a block from 0 to {self.num_hidden_layers - 1}"
+            )
         patterns = self.patterns
         if not isinstance(patterns, list | tuple) or not patterns or any(p not in PATTERNS for p in patterns):
             raise ValueError(f"patterns {shown(patterns)} is not allowed; give some of {', '.join(PATTERNS)}")
@@ -224,6 +251,8 @@ class StivConfig(PreTrainedConfig):
             )
         if self.latents_are_causal and (wrong := [p for p in self.patterns if p in EVERY_SECOND_FRAME]):
             raise ValueError(f"pattern {wrong[0]} needs latents of single frames; it does not work with {self.latents} latents")
+        if not self.temporal_attention and (wrong := [name for name in self.without or () if name.endswith(".temporal")]):
+            raise ValueError(f"without {wrong[0]} has no effect without temporal_attention; leave it out")
         if not self.temporal_attention and self.causal_in_time:
             raise ValueError("causal_in_time has no effect without temporal_attention; leave it out")
         if not self.temporal_attention and self.temporal_patch_size != 1:
@@ -235,11 +264,14 @@ class StivConfig(PreTrainedConfig):
     def num_parameters(self) -> int:
         """The number of parameters of the transformer, without those of the text encoder."""
         d, e, p = self.hidden_size, self.text_width, self.patch_channels
+        attention = 4 * d * d + 4 * d + 2 * HEAD_DIM
         mlp = 2 * self.mlp_ratio * d * d + (self.mlp_ratio + 1) * d
-        attentions = 3 if self.temporal_attention else 2
-        block = attentions * (4 * d * d + 4 * d + 2 * HEAD_DIM) + mlp + 6 * d * self.adaln_table + d * self.temporal_attention
+        sizes = {"spatial": attention, "temporal": attention + d, "cross": attention, "mlp": mlp}
+        missing = [name.partition(".")[2] for name in self.without or ()]
+        missing += ["temporal"] * (0 if self.temporal_attention else self.num_hidden_layers)
+        blocks = sum(size * (self.num_hidden_layers - missing.count(part)) for part, size in sizes.items())
         ends = 8 * d * d + 8 * d + 5 * d * d + 1802 * d + 2 * (e + 1) * d + d * d + d + (p + 1) * d + (d + 1) * p + d
-        return self.num_hidden_layers * block + ends
+        return blocks + self.num_hidden_layers * 6 * d * self.adaln_table + ends
 
 
 def _is_by_axis(value: object) -> bool:

@@ -10,7 +10,7 @@ Memory is in bytes of one process (one GPU), at three moments of a step:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 from lumos.errors import UserError
 from lumos.models.stiv.activations import ClipTokens, activation_bytes, block_bytes
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
-from lumos.models.stiv.flops import block_flops, ends_flops, forward_flops, text_encoder_flops
+from lumos.models.stiv.flops import block_flops, blocks_of, ends_flops, forward_flops, text_encoder_flops
 from lumos.models.stiv.loading import read_config
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.passes import Pass, passes_of
@@ -140,18 +140,17 @@ class StivTrainingCost:
 
     def recomputed_flops(self, sequence: ClipTokens) -> float:
         config, (frames, rows, columns) = self.config, sequence.grid
-        places = rows * columns
-        kept = max(1, places - round(places * self.settings.mask_ratio))
-        late = min(config.unmasked_layers, config.num_hidden_layers) if self.settings.mask_ratio else 0
-        blocks = ((config.num_hidden_layers - late, kept), (late, places))
-        width, keys = config.hidden_size, frames * config.temporal_attention
-        if self.settings.saved_outputs == "products":
-            of_token = 2 * config.mlp_ratio * width**2 + 4 * width * sequence.text  # first layer of the MLP, cross-attention
-            return float(sum(count * frames * n * of_token for count, n in blocks))
-        attention = 4 * width * frames  # of self-attention, whose outputs are saved
-        return float(sum(
-            count * (block_flops(config, frames, n, sequence.text) - attention * n * (n + keys)) for count, n in blocks
-        ))  # fmt: skip
+        width, saves_products = config.hidden_size, self.settings.saved_outputs == "products"
+
+        def of_block(places: int, parts: Collection[str]) -> float:
+            tokens = frames * places
+            if saves_products:  # the first layer of the MLP, and cross-attention
+                of_token = 2 * config.mlp_ratio * width**2 * ("mlp" in parts) + 4 * width * sequence.text * ("cross" in parts)
+                return tokens * of_token
+            kept = 4 * width * tokens * (places + frames * ("temporal" in parts))  # self-attention, whose outputs are saved
+            return block_flops(config, frames, places, sequence.text, parts) - kept
+
+        return float(sum(of_block(*block) for block in blocks_of(config, rows * columns, self.settings.mask_ratio)))
 
     def memory_moments(self, sharding: Sharding, rows: int, sequence: ClipTokens) -> dict[str, dict[str, int]]:
         fixed = dict.fromkeys(PARTS, 0) | fixed_bytes(self, sharding)
@@ -170,7 +169,8 @@ class StivTrainingCost:
         width = rows * sequence.tokens * self.config.hidden_size
         widest = width * (2 * self.config.mlp_ratio * sharding.product + 2 * sharding.residual)
         if sharding.checkpointing:
-            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2])
+            parts = self.config.parts_of(self.config.num_hidden_layers - 1)
+            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2], parts)
         largest = 0 if self.lora else (sharding.product if sharding.stage else 4) * self.largest_parameter
         return {
             "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * self.parameters},
@@ -260,13 +260,14 @@ class StivClipCost:
         config, options, flops = self.config, self.settings, {"layers": 0.0, "ends": 0.0, "text": 0.0}
         low, high = options.guidance_interval
         branches = 1 + (self.branches - 1) * (high - low)  # mean over the calls, of a uniform grid
-        layers, last = config.num_hidden_layers, min(2, config.num_hidden_layers)
-        run = (last + (layers - last) / options.block_reuse) / layers  # share of the blocks that run, with one at each end
+        last = config.num_hidden_layers - 1
+        runs = [1 if i in (0, last) else 1 / options.block_reuse for i in range(last + 1)]  # share of the calls that run a block
         for part in self.passes:
             frames, rows, columns = (sequence := self._of_pass(part)).grid
             places = rows * columns
             of_calls = self.calls * branches
-            flops["layers"] += of_calls * run * layers * block_flops(config, frames, places, sequence.text)
+            of_blocks = (block_flops(config, frames, places, sequence.text, config.parts_of(i)) for i in range(last + 1))
+            flops["layers"] += of_calls * sum(run * block for run, block in zip(runs, of_blocks, strict=True))
             flops["ends"] += of_calls * ends_flops(config, frames, places, places, sequence.text)
         flops["text"] += 2 * text_encoder_flops(config, self.text_tokens + 1)
         total, parameters = sum(flops.values()), parameter_count(meta_model(config))

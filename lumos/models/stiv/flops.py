@@ -7,21 +7,31 @@ Source: reference, section 1.
 
 from __future__ import annotations
 
-from lumos.models.stiv.configuration import StivConfig
+from collections.abc import Collection, Iterator
+
+from lumos.models.stiv.configuration import PARTS, StivConfig
 from lumos.models.stiv.modeling import SINUSOIDS
 
 SCALARS = 7
 """Scalar conditions: time, original height and width, crop top and left, stride, number of frames."""
 
 
-def block_flops(config: StivConfig, frames: int, places: int, text_tokens: int) -> int:
-    """Return the FLOPs of one block for a clip of frames x places tokens."""
-    d, n, causal = config.hidden_size, frames * places, config.causal_in_time
-    attentions = 3 if config.temporal_attention else 2
-    weights = (4 * attentions + 2 * config.mlp_ratio) * d * d
-    seen = (frames + 1) / 2 if causal else frames  # keys of temporal attention, mean over the queries
-    keys = places + text_tokens + (seen if config.temporal_attention else 0)
-    return round(2 * n * (weights - 2 * d * d) + 2 * text_tokens * 2 * d * d + 4 * n * d * keys)
+def block_flops(config: StivConfig, frames: int, places: int, text_tokens: int, parts: Collection[str] | None = None) -> int:
+    """Return the FLOPs of one block for a clip of frames x places tokens.
+
+    parts: the parts that the block has; None: those of a complete block.
+    """
+    d, n = config.hidden_size, frames * places
+    seen = (frames + 1) / 2 if config.causal_in_time else frames  # keys of temporal attention, mean over the queries
+    flops = {
+        "spatial": 2 * n * 4 * d * d + 4 * n * d * places,
+        "temporal": 2 * n * 4 * d * d + 4 * n * d * seen,
+        "cross": 2 * n * 2 * d * d + 2 * text_tokens * 2 * d * d + 4 * n * d * text_tokens,
+        "mlp": 2 * n * 2 * config.mlp_ratio * d * d,
+    }
+    if parts is None:
+        parts = set(PARTS) - (set() if config.temporal_attention else {"temporal"})
+    return round(sum(flops[part] for part in parts))
 
 
 def forward_flops(config: StivConfig, frames: int, rows: int, columns: int, text_tokens: int, dropped: float = 0.0) -> int:
@@ -31,10 +41,21 @@ def forward_flops(config: StivConfig, frames: int, rows: int, columns: int, text
     not see (MaskDiT). Times are counted as one a clip; a clip with given frames has one a frame, which is below 1 % more.
     """
     places = rows * columns
-    kept = max(1, places - round(places * dropped))
-    late = min(config.unmasked_layers, config.num_hidden_layers) if dropped else 0
-    main = (config.num_hidden_layers - late) * block_flops(config, frames, kept, text_tokens)
-    return main + late * block_flops(config, frames, places, text_tokens) + ends_flops(config, frames, places, kept, text_tokens)
+    blocks = sum(block_flops(config, frames, seen, text_tokens, parts) for seen, parts in blocks_of(config, places, dropped))
+    return blocks + ends_flops(config, frames, places, kept_places(places, dropped), text_tokens)
+
+
+def kept_places(places: int, dropped: float) -> int:
+    """Return how many of the places of a frame the main blocks see."""
+    return max(1, places - round(places * dropped))
+
+
+def blocks_of(config: StivConfig, places: int, dropped: float) -> Iterator[tuple[int, frozenset[str]]]:
+    """Yield (places of a frame that it sees, its parts) of each block."""
+    late = config.unmasked_layers if dropped else 0
+    for block in range(config.num_hidden_layers):
+        main = block < config.num_hidden_layers - late
+        yield kept_places(places, dropped) if main else places, config.parts_of(block)
 
 
 def ends_flops(config: StivConfig, frames: int, places: int, kept: int, text_tokens: int) -> int:

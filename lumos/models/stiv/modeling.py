@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from lumos.compression.prunable import PrunableStack
 from lumos.files import updating_folder
 from lumos.models.stiv.attention import RMSNorm, ZeroLinear, save_attention_outputs
 from lumos.models.stiv.block import Block
-from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
+from lumos.models.stiv.block_reuse import BlockReuse
+from lumos.models.stiv.configuration import HEAD_DIM, PARTS, StivConfig
 from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.loading import check_folder
 from lumos.models.stiv.rope import rotary, spatial_angles, temporal_angles
@@ -81,28 +85,6 @@ class Micro:
         return Micro(*(torch.cat([getattr(self, f.name)] * times) for f in fields(self)))
 
 
-class BlockReuse:
-    """The memory of reuse between neighbouring sampling steps: what the middle blocks added to the tokens.
-
-    Every `every`-th call computes all blocks. In the calls between, the middle blocks are skipped and what they added
-    in the last full call is added again. A call of another batch shape computes all blocks. Use one object a clip.
-
-    every   calls from one full call to the next; 1 reuses nothing
-    first   blocks at the start that always run
-    last    blocks at the end that always run
-    """
-
-    def __init__(self, every: int = 2, first: int = 1, last: int = 1):
-        if every < 1 or first < 0 or last < 0:
-            raise ValueError(f"every {every}, first {first}, last {last}: every is at least 1, the others at least 0")
-        self.every, self.first, self.last = every, first, last
-        self.calls, self.added = 0, None
-
-    def may_skip(self, x: Tensor) -> bool:
-        """Return whether this call may skip the middle blocks, and count the call."""
-        full = self.calls % self.every == 0 or self.added is None or self.added.shape != x.shape
-        self.calls = 1 if full else self.calls + 1
-        return not full
 
 
 def sinusoids(values: Tensor) -> Tensor:
@@ -159,9 +141,13 @@ class Conditions(nn.Module):
         return c + of_clip[:, None]
 
 
-class StivForVideoGeneration(PreTrainedModel):
+class StivForVideoGeneration(PrunableStack, PreTrainedModel):
     """The transformer, and the small text encoder if the config asks for it (`text_encoder`)."""
 
+    stack, mlp_width = "blocks", "mlp_ratio"
+    unit_kinds: ClassVar[dict[str, bool]] = {"block": True, "temporal": True, "cross": True, "mlp": True, "spatial": False}
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {name: (name,) for name in PARTS} | {"temporal": ("temporal", "temporal_gain")}
+    mlp_channels: ClassVar[dict[str, int]] = {"up_proj.weight": 0, "up_proj.bias": 0, "down_proj.weight": 1}
     config_class = StivConfig
     base_model_prefix = ""
     main_input_name = "latents"
@@ -177,7 +163,7 @@ class StivForVideoGeneration(PreTrainedModel):
         self.modulation = ZeroLinear(d, 6 * d)
         self.text_in = nn.Sequential(nn.Linear(config.text_width, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
         self.mask_token = nn.Parameter(torch.zeros(d))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_modulation = ZeroLinear(d, 2 * d)
         self.patch_out = ZeroLinear(d, config.patch_channels)
         self.gradient_checkpointing = False
@@ -228,6 +214,13 @@ class StivForVideoGeneration(PreTrainedModel):
             return
         with updating_folder(save_directory, re.compile(MODEL_FILES).fullmatch) as writing:
             super().save_pretrained(writing, **kwargs)
+
+    def changes(self, kept: Sequence[int], lost: Sequence[str]) -> dict[str, Any]:
+        config, place = self.config, {str(before): after for after, before in enumerate(kept)}
+        earlier = [name.split(".") for name in config.without or ()]
+        without = [*lost, *(f"{place[index]}.{part}" for index, part in earlier if index in place)]
+        late = sum(i >= config.num_hidden_layers - config.unmasked_layers for i in kept)
+        return super().changes(kept, lost) | {"without": sorted(without) or None, "unmasked_layers": max(1, late)}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         """Recompute the blocks in the backward pass, as in transformers.
@@ -317,7 +310,8 @@ class StivForVideoGeneration(PreTrainedModel):
         return torch.where(whole, torch.as_tensor(given_time, dtype=t.dtype, device=t.device).reshape(-1, 1), t[:, None])
 
     def _run(self, blocks: list[Block], x: Tensor, with_: tuple, reuse: BlockReuse | None = None) -> Tensor:
-        """Return x [B, f, s, d] after blocks."""
+        """Return x [B, f, s, d] after blocks. Blocks whose parts are all skipped do not run."""
+        blocks = [block for block in blocks if not block.skipped.issuperset(PARTS)]
         if reuse is not None and not torch.is_grad_enabled() and len(blocks) > reuse.first + reuse.last:
             last = len(blocks) - reuse.last
             x = self._run(blocks[: reuse.first], x, with_)

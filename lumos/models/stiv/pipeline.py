@@ -23,10 +23,11 @@ from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
 from lumos.models.stiv.attention import RMSNorm
 from lumos.models.stiv.block import MLP
+from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.flow import drawn_noise, time_grid
 from lumos.models.stiv.guidance import Branch, Guidance, over_branches, sample
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace
-from lumos.models.stiv.modeling import MODEL_FILES, BlockReuse, Micro, StivForVideoGeneration
+from lumos.models.stiv.modeling import MODEL_FILES, Micro, StivForVideoGeneration
 from lumos.models.stiv.passes import InOrder, Pass
 from lumos.models.stiv.request import LARGEST_SIDE, TAKES, StivResolved, resolve
 from lumos.models.stiv.settings import StivOptions

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.source import Clip
 from lumos.errors import RunError, UserError
+from lumos.models.stiv import scoring
 from lumos.models.stiv.attention import SAVED, RMSNorm
 from lumos.models.stiv.block import MLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
@@ -43,6 +45,7 @@ from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weig
 from lumos.models.stiv.modeling import Micro, StivForVideoGeneration
 from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
 from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
+from lumos.models.stiv.scoring import TIME_BINS, alike, time_bins
 from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, text_ids
 from lumos.models.stiv.training_settings import StivTrainingSettings
@@ -53,14 +56,12 @@ from lumos.settings import to_plain
 from lumos.training import checkpoint
 from lumos.training.export import Tokenizers
 from lumos.training.settings import world_size
-from lumos.training.task import Batch
+from lumos.training.task import Batch, Forward
 from lumos.training.video_task import VideoTask, model_with
 from lumos.video.frames import crop_offset
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
-TIME_BINS = 10
-"""Number of equal ranges of times by which the log sorts losses."""
 DRAWS = ("flow", "patterns", "strides", "dropout", "given_noise", "mask_ratio", "masked_loss_weight")
 """Settings that decide the losses, beside the config, the data and the optimization."""
 NOT_OF_WEIGHTS = ("patterns", "max_prompt_tokens", "micro_stride")
@@ -85,6 +86,7 @@ class StivTask(VideoTask):
     """Training of `StivForVideoGeneration` by flow matching. Clips are encoded on `device`."""
 
     settings: StivTrainingSettings
+    score_groups = scoring.GROUPS
     model_class, config_class, not_of_weights = StivForVideoGeneration, StivConfig, NOT_OF_WEIGHTS
     read_config = staticmethod(read_config)
 
@@ -133,6 +135,10 @@ class StivTask(VideoTask):
         if (Path(folder) / "config.json").is_file():  # a frozen encoder, with its tokenizer
             return network_fingerprint(FrozenTextEncoder.from_pretrained(folder).model)
         return VideoTask.fingerprint_of(folder, kind)
+
+    @staticmethod
+    def score_settings(config: StivConfig) -> dict[str, Any]:
+        return {"patterns": {"none" if "none" in config.patterns else config.patterns[0]: 1.0}}
 
     def read_network(self, folder: str) -> nn.Module:
         return load_autoencoder(Path(folder)) if self.config.latents == AUTOENCODER else VideoTokenizer.from_pretrained(folder)
@@ -222,17 +228,26 @@ class StivTask(VideoTask):
         """
         losses, places = [], defaultdict(list)
         for at in alike([latents.shape for latents in micro["latents"]]):
-            found = self._frame_losses(model, micro, at)  # [B, T]
+            found, _ = self._frame_losses(model, micro, at)  # [B, T]
             given = torch.stack([micro["given"][i] for i in at])
             supervised = ~given & micro["counts"][at, None]
             losses.append(found[supervised])
-            of_clips = {"time": (micro["times"][at] * TIME_BINS).long().clamp(max=TIME_BINS - 1), "pattern": micro["patterns"][at]}
+            of_clips = {"time": time_bins(micro["times"][at]), "pattern": micro["patterns"][at]}
             for group, place in of_clips.items():
                 places[group].append(place[:, None].expand_as(found)[supervised])
         return torch.cat(losses), {group: torch.cat(parts) for group, parts in places.items()}
 
-    def _frame_losses(self, model: nn.Module, micro: dict[str, Any], at: list[int]) -> Tensor:
-        """Return the weighted loss of each frame [B, T] of the clips `at`, which have one size; 0 at given frames."""
+    def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
+        return scoring.forward(partial(self._frame_losses, model, micro), micro)
+
+    def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
+        return torch.arange(stream.shape[1], device=stream.device)[:, None].expand(stream.shape[:-1])
+
+    def _frame_losses(self, model: nn.Module, micro: dict[str, Any], at: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss of each frame [B, T] of the clips `at`, 0 at given frames, and the velocity [B, T, C, h, w].
+
+        The clips have one size.
+        """
         config, settings = self.config, self.settings
         latents, noise, given = (torch.stack([micro[name][i] for i in at]) for name in ("latents", "noise", "given"))
         keep = None if micro["keep"][at[0]] is None else torch.stack([micro["keep"][i] for i in at])
@@ -252,7 +267,7 @@ class StivTask(VideoTask):
             losses = masked_frame_losses(prediction, target, noisy, kept, given, settings.masked_loss_weight)
         if settings.flow.weighting == "min_snr":
             losses = losses * min_snr_weights(times, settings.flow.gamma)[:, None]
-        return losses
+        return losses, prediction
 
     def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
         """Return the latent frames, rows and columns of a clip."""
@@ -398,14 +413,6 @@ class StivTask(VideoTask):
         pictures = max([stage.image_batch_size or 0 for stage in settings.data.stages], default=0)
         largest = max(clips * num_frames, pictures) * (3 * height * width + latent)
         check_memory(largest // world_size(), "a process's share of the clips of a step")
-
-
-def alike(keys: list[Any]) -> list[list[int]]:
-    """Return the indices of equal keys, group by group, in the order of their first places."""
-    groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
 
 
 def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:

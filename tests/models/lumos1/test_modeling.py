@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosConfig
-from lumos.models.lumos1.modeling import MLP, SiluTimes, mlp_piece
+from lumos.models.lumos1.modeling import MLP
+from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

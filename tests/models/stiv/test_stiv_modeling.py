@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumos.errors import UserError
 from lumos.models.stiv import attention
 from lumos.models.stiv.attention import Attention
+from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
 from lumos.models.stiv.flops import block_flops, forward_flops
-from lumos.models.stiv.modeling import BlockReuse, Micro, StivForVideoGeneration, patches, unpatched
+from lumos.models.stiv.modeling import Micro, StivForVideoGeneration, patches, unpatched
 from lumos.models.stiv.rope import apply_rotary, rotary, spatial_angles, temporal_angles
 
 T = torch.tensor([0.3, 0.8])

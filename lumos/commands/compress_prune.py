@@ -1,0 +1,174 @@
+"""`compress prune`: write a smaller model, without the layers of a plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lumos.commands.scoring import add_clips, kind_of
+
+if TYPE_CHECKING:
+    from lumos.compression.networks import Network
+    from lumos.compression.plans import Plan
+
+RULES = ("spaced", "least", "magnitude", "taylor", "middle", "bk", "shallow", "deep", "random", "scratch")
+MEASURES = ("loss", "bi", "output", "magnitude", "taylor", "elbo")
+SPACED_FROM = 0.3
+"""The share of removed units from which `spaced` is the default plan; below it is `least`."""
+UNITS = (("parameters", 1, ""), ("weight_bytes", 2**20, " MiB"), ("flops", 1e9, " GFLOP"), ("kv_bytes", 2**20, " MiB"),
+         ("seconds", 1, " s"))  # fmt: skip
+NAMES = {
+    "units": "units", "parameters": "parameters", "weight_bytes": "weights", "flops": "FLOPs of a clip", "kv_bytes": "KV cache",
+    "seconds": "predicted seconds of a clip",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="model folder, or the folder of a video tokenizer")
+    add("--part", choices=("model", "decoder"), help="model, or decoder: that of the video tokenizer of the folder; "
+        "default: model, decoder for the folder of a tokenizer")  # fmt: skip
+    add("--keep", type=int, help="number of units that stay")
+    add("--plan", help=f"rule ({', '.join(RULES)}), a plan of the network's own (shallow of a decoder), or a JSON file of a plan; "
+        f"default: spaced if at least {SPACED_FROM:.0%} of the units go, else least")  # fmt: skip
+    add("--units", help="kind of units: layer or block for whole ones (default), temporal, cross, mlp, idle")
+    add("--remove", nargs="+", default=[], metavar="UNIT", help="units to remove beside those of the plan, or in place of a plan")
+    add("--size", nargs="+", default=[], metavar="NAME=VALUE", help="sizes of the network to make smaller, for example "
+        "intermediate_size=640 (Lumos-1), mlp_ratio=3 (STIV), decoder_channels=64 (decoder)")  # fmt: skip
+    add("--measure", choices=MEASURES, help="importance for the plan least; default: loss")
+    add("--scores", help="file of `compress score`: score once; default: score again after each removal")
+    add("--allow-ends", action="store_true", help="let the plan remove the first and the last unit too")
+    add("--seed", type=int, default=0, help="seed of the plan random, and of the new weights of scratch; default: %(default)s")
+    add("--out", help="folder to write; it must not exist yet")
+    add("--plan-out", help="JSON file for the plan, to read or edit it and to give it as --plan")
+    add("--dry-run", action="store_true", help="print the table only")
+    add_clips(parser, 16)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from lumos.compression.networks import network_of
+    from lumos.compression.pruning import predict, prune
+    from lumos.device_peak import peak_flops
+    from lumos.errors import UserError, printable
+    from lumos.files import check_new, check_writable
+    from lumos.runtime import pick_device
+
+    if args.dry_run == (args.out is not None):
+        raise UserError("give --out FOLDER to write the smaller model, or --dry-run to see the table only")
+    if args.out is not None:
+        check_new(args.out)
+    if args.plan_out is not None:
+        check_writable(args.plan_out)
+    network = network_of(args.model, args.part)
+    plan = chosen_plan(args, network)
+    device = pick_device(args.device)
+    predicted = predict(network, plan, peak_flops(device, torch.float32 if device.type == "cpu" else torch.bfloat16, None)[0])
+    print(printable(f"plan {plan.plan}: removes {', '.join(plan.remove) or 'no unit'}"
+                    + "".join(f", {name} becomes {size}" for name, size in plan.sizes.items())))  # fmt: skip
+    print("\n".join(table(predicted.before, predicted.after, plan.units)))
+    for warning in predicted.warnings:
+        print(printable(f"warning: {warning}"))
+    if args.plan_out is not None:
+        plan.write(args.plan_out)
+        print(printable(args.plan_out))
+    if args.out is None:
+        return
+    record = prune(network, plan, args.out, args.scores)
+    print(printable(f"{args.out}  is written; next: python -m lumos compress report --models {args.model} {args.out}"))
+    print(json.dumps({name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}))
+
+
+def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
+    """Return the plan that the options describe. Raises UserError for options that contradict each other."""
+    from lumos.compression.plans import read_plan
+    from lumos.compression.prunable import check_known
+    from lumos.errors import UserError
+
+    whole, sizes = network.on_meta(), dict(map(size_of, args.size))
+    if args.plan is not None and args.plan.endswith(".json"):
+        if args.keep is not None or args.units is not None:
+            raise UserError("--keep and --units have no effect with a plan file, which names the units; leave them out")
+        plan = read_plan(args.plan, network.sha256, network.part)
+    else:
+        plan = plan_by_rule(args, network, whole, bool(sizes))
+    kind = kind_of(whole, plan.units or None)
+    plan = replace(plan, units=kind, remove=(*plan.remove, *args.remove), sizes=plan.sizes | sizes)
+    check_known(plan.remove, [name for kind in whole.unit_kinds for name in whole.units(kind)])
+    if twice := [name for i, name in enumerate(plan.remove) if name in plan.remove[:i]]:
+        raise UserError(f"--remove {twice[0]} is removed already; leave it out")
+    return plan
+
+
+def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_sizes: bool) -> Plan:
+    """Return the plan of --plan and --keep, before --remove and --size."""
+    from lumos.compression.plans import OF_SCORES, Plan, check_keep
+    from lumos.errors import UserError, shown
+
+    kind, own, usual = kind_of(whole, args.units), whole.named_plans(), next(iter(whole.unit_kinds))
+    units = list(whole.units(kind))
+    facts = {"part": network.part, "units": kind, "seed": args.seed, "parent": str(args.model), "sha256": network.sha256}
+    if args.keep is None and args.plan in own:
+        return Plan(args.plan, remove=own[args.plan], **facts)
+    if args.keep is None and args.plan is None and (args.remove or has_sizes):
+        return Plan("file", remove=(), **facts)
+    if args.keep is None:
+        raise UserError(f"--keep is missing: say how many of the {len(units)} units stay"
+                        + (f", or name --plan {next(iter(own))}" if own else ""))  # fmt: skip
+    ends = args.allow_ends or network.ends
+    check_keep(units, args.keep, 1 if network.part == "model" and kind == usual else 0, ends)
+    rule = args.plan or ("spaced" if 1 - args.keep / len(units) >= SPACED_FROM else "least")
+    if rule not in RULES:
+        raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
+    for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
+        if given is not None and rule not in OF_SCORES:
+            raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")
+    removed = removed_units(args, network, rule, kind, units, ends)
+    return Plan(rule, remove=tuple(removed), new=rule == "scratch", **facts)
+
+
+def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: str, units: list[str], ends: bool) -> list[str]:
+    """Return the units that a rule removes; scores are read or made if the rule needs them."""
+    from lumos.commands.scoring import Scorer, importance, read_scores
+    from lumos.compression.plans import OF_SCORES, greedy, removed_by
+    from lumos.errors import UserError
+
+    if rule not in OF_SCORES:
+        return removed_by(rule, units, args.keep, seed=args.seed, ends=ends)
+    measure = {"middle": "bi", "magnitude": "magnitude", "taylor": "taylor"}.get(rule) or args.measure or "loss"
+    if args.measure not in (None, measure):
+        raise UserError(f"--measure {args.measure} has no effect with the plan {rule}; leave it out")
+    if args.scores is None and rule == "least":
+        scorer = Scorer(args, network, [measure])
+        return greedy(units, args.keep, lambda removed: importance(scorer.score(kind, removed), measure), ends)
+    scores = Scorer(args, network, [measure]).score(kind) if args.scores is None else read_scores(args.scores, network, kind)
+    if rule == "middle":
+        if not (distances := scores.get("distances")):
+            raise UserError("the plan middle needs the distances between whole layers; score them with --measures bi")
+        return removed_by(rule, units, args.keep, ends=ends, distances=distances)
+    return removed_by(rule, units, args.keep, ends=ends, scores=importance(scores, measure))
+
+
+def size_of(text: str) -> tuple[str, int]:
+    """Return the name and the value in NAME=VALUE. Raises UserError for another form."""
+    from lumos.errors import UserError, shown
+
+    name, equals, value = text.partition("=")
+    if not equals or not value.isdecimal():
+        raise UserError(f"--size {shown(text)} is not of the form NAME=VALUE, for example intermediate_size=640")
+    return name, int(value)
+
+
+def table(before: dict[str, Any], after: dict[str, Any], kind: str) -> list[str]:
+    """Return the lines of the table: what the network has and costs, before and after."""
+    rows = [[f"units ({kind})", f"{before['units']:,}", f"{after['units']:,}", ""]]
+    for name, scale, unit in UNITS:
+        if name in before:
+            cells = [f"{value / scale:,.4g}{unit}" if unit else f"{value:,}" for value in (before[name], after[name])]
+            share = 1 - after[name] / before[name] if before[name] else 0
+            rows.append([NAMES[name], *cells, f"-{share:.1%}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}} -> {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]

@@ -1,0 +1,142 @@
+"""What the steps of `compress` that need scores share: clips to score on, scores, and the file of scores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lumos.compression.networks import Network
+
+BATCH_SIZE = 4
+MAX_SCORES_BYTES = 2**26
+
+
+def add_clips(parser: argparse.ArgumentParser, count: int) -> None:
+    """Add the flags for the clips that units are scored on."""
+    add = parser.add_argument
+    add("--data", help="folder of shards that `ingest` wrote; default: synthetic scenes")
+    add("--clips", type=int, default=count, help="clips to score on; they are the same in every run; default: %(default)s")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="clips in a forward pass; default: %(default)s")
+    add("--device", help="cpu, cuda, ...; default: cuda if there is one")
+
+
+class Scorer:
+    """Scores units of a network on fixed clips, which are made once.
+
+    measures  what is scored, see `lumos.compression.importance`
+    """
+
+    def __init__(self, args: argparse.Namespace, network: Network, measures: Sequence[str]):
+        import torch
+
+        from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, check_counts
+        from lumos.runtime import pick_device
+
+        check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH))
+        self.measures, self.device = list(measures), pick_device(args.device)
+        self.model = network.load(torch.float32).to(self.device)
+        self.data, self.probe, self.batches = {"worlds": "validation"}, None, []
+        if set(measures) != {"magnitude"}:  # a measure of the weights alone
+            (self._of_decoder if network.part == "decoder" else self._of_generator)(args, network)
+
+    def _of_generator(self, args: argparse.Namespace, network: Network) -> None:
+        from lumos.data.curriculum import StepShape
+        from lumos.data.seeding import VALIDATION_STEP
+        from lumos.training.settings import build_settings
+
+        clip, kind = network.clip, "image" if network.clip.num_frames == 1 else "video"
+        data: dict[str, Any] = {"num_frames": clip.num_frames, "validation_clips": args.clips, "workers": 0}
+        if args.data:
+            self.data = {"shards": args.data}
+            data |= {"source": "shards", "path": args.data}
+        else:
+            data |= {"height": clip.height, "width": clip.width, "fps": clip.fps}
+        if kind == "image":
+            data["stages"] = [{"image_share": 1.0}]
+        task_class = network.generator.load("task")
+        settings = build_settings({
+            "generator": network.generator.name, "model": {"from": str(network.folder)}, "data": data,
+            "training": {"eval_every": 1, "device": self.device.type}, **task_class.score_settings(network.config),
+        })  # fmt: skip
+        self.probe = task_class(settings, self.device)
+        shape = StepShape(kind, args.clips)
+        for start in range(0, args.clips, args.batch_size):
+            positions = range(start, min(start + args.batch_size, args.clips))
+            self.batches.append(self.probe.batch(VALIDATION_STEP, shape, positions, dropout=False).whole)
+
+    def _of_decoder(self, args: argparse.Namespace, network: Network) -> None:
+        from lumos.compression.decoder_probe import DecoderProbe
+        from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
+        from lumos.data.synthetic.sampling import SyntheticScenes
+        from lumos.errors import UserError
+
+        if args.data:
+            raise UserError(f"--data {args.data} has no effect on a decoder, whose pixels are compared with clips that shards lack")
+        clip = network.clip
+        shape = {name: getattr(clip, name) for name in ("num_frames", "fps", "height", "width")}
+        scenes = SyntheticScenes(seed=VALIDATION_SEED, **shape)
+        self.probe = DecoderProbe(self.model)
+        clips = (scenes[sample_index(VALIDATION_STEP, position)][0] for position in range(args.clips))
+        self.batches = list(self.probe.batches(clips, args.batch_size))
+
+    def score(self, kind: str, removed: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`."""
+        from tqdm import tqdm
+
+        from lumos.compression.importance import SKIPPING, score
+
+        units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
+        passes = 1 + len(units) * bool(SKIPPING & set(self.measures))
+        with (
+            tqdm(total=len(self.batches) * passes, unit="pass", file=sys.stderr, leave=False) as bar,
+            self.model.skipping(removed),
+        ):
+            return score(self.probe, self.model, self.batches, units, self.measures, bar.update)
+
+
+def kind_of(network: Any, kind: str | None) -> str:
+    """Return the kind of units that is meant; None is the usual one. Raises UserError for an unknown kind."""
+    from lumos.errors import UserError, shown
+
+    known = network.unit_kinds
+    if kind is not None and kind not in known:
+        raise UserError(f"--units {shown(kind)} is unknown; allowed: {', '.join(known)}")
+    return next(iter(known)) if kind is None else kind
+
+
+def read_scores(path: str | Path, network: Network, kind: str) -> dict[str, Any]:
+    """Return the content of a file that `compress score` wrote.
+
+    Raises UserError for a file of another kind, and for scores of another checkpoint, part or kind of units.
+    """
+    from lumos.errors import UserError, shown
+    from lumos.files import read_json
+
+    found = read_json(path, "scores of `compress score`", MAX_SCORES_BYTES)
+    if not isinstance(found, dict) or not isinstance(found.get("scores"), dict) or "sha256" not in found:
+        raise UserError(f"{path} holds no scores; give a file that `python -m lumos compress score` wrote")
+    if found["sha256"] != (own := network.sha256):
+        raise UserError(
+            f"{path} has the scores of another checkpoint, {shown(found.get('model'))} (sha256 {shown(str(found['sha256'])[:12])}, "
+            f"not {own[:12]}); score this one"
+        )
+    if (of := (found.get("part"), found.get("units"))) != (network.part, kind):
+        raise UserError(f"{path} has scores of {' '.join(map(str, of))}, and {network.part} {kind} is asked for; score these units")
+    return found
+
+
+def importance(scores: dict[str, Any], measure: str) -> dict[str, float]:
+    """Return {unit: importance by a measure}. Raises UserError if it was not measured, or is not defined for a unit."""
+    from lumos.errors import UserError
+    from lumos.settings import is_number
+
+    units = scores["scores"] if "scores" in scores else scores["units"]
+    found = {name: entry.get(measure) for name, entry in units.items() if isinstance(entry, dict)}
+    for name in units:
+        if not is_number(found.get(name)):
+            raise UserError(f"the scores have no {measure} of unit {name}; score it with --measures {measure}")
+    return found

@@ -1,0 +1,40 @@
+"""The figure of scores: importance against depth, with content and motion as two curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lumos.errors import UserError, drawable
+from lumos.files import replacing
+
+
+def draw(scores: Mapping[str, Mapping[str, Any]], measures: list[str], title: str, path: str | Path) -> None:
+    """Write a picture (PNG, SVG or PDF by its suffix) of the scores of units by name, in the order of execution.
+
+    The first panel has the content and the motion of the output's error, if it was measured; the others a measure each.
+    Raises UserError if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"the picture needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
+    names = list(scores)
+    panels = (["content and motion"] if "output" in measures else []) + [name for name in measures if name != "output"]
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure.suptitle(drawable(title), fontsize=10)
+    for n, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), n)
+        curves = ("content", "motion") if panel == "content and motion" else (panel,)
+        for k, curve in enumerate(curves):
+            points = [(i, scores[name][curve]) for i, name in enumerate(names) if scores[name].get(curve) is not None]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "-o", color=f"C{k}", ms=3, lw=1, label=curve)
+        axes.set_title("error of the output without the unit" if len(curves) > 1 else panel, fontsize=9)
+        axes.set_xticks(range(len(names)), map(drawable, names), fontsize=6, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_xlabel("unit, in the order of execution", fontsize=8)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=110)
