@@ -29,6 +29,7 @@ VERBS = {
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "resize": "make a model that decodes the same codes to clips of another size",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",
+    "compress": "make a model smaller and faster, and measure what that costs",
     "train-tokenizer": "train a video tokenizer",
     "train-text-tokenizer": "train a text tokenizer from captions",
     "plot": "draw the curves of runs from their logs",
