@@ -105,7 +105,9 @@ class Critic(nn.Module):
         return self.condition(known.to(self.condition[0].weight.dtype))
 
 
-def with_penalty(critic: nn.Module, features: Sequence[Tensor], level: Tensor, pooled: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def with_penalty(
+    critic: nn.Module, features: Sequence[Tensor], level: Tensor, pooled: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
     """Return D of real clips, and gamma / 2 times the squared norm of its gradient for the features (R1), both [B].
 
     The penalty has a gradient for the critic. Source: arXiv 1801.04406.

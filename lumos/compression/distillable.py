@@ -81,6 +81,8 @@ class Draws:
 class Distillable(ABC):
     """What recovery asks of a generator, for the training task of the student.
 
+    The constructor raises UserError for settings of the task with which a student cannot be compared with a teacher.
+
     same  fields of the config that student and teacher must have in common
     """
 
@@ -88,10 +90,6 @@ class Distillable(ABC):
 
     def __init__(self, task: VideoTask):
         self.task = task
-        self.check()
-
-    def check(self) -> None:
-        """Raise UserError for settings of the task with which a student cannot be compared with a teacher."""
 
     def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """Return the network of a model folder, frozen and in evaluation mode, on the device of the training."""

@@ -142,9 +142,9 @@ class DistillationTask(TrainingTask):
 
     def auxiliary_optimization(self) -> dict[str, Any]:
         training = self.inner.settings.training
-        factor = 10.0 if self.settings.critic_lr is None else self.settings.critic_lr / training.lr
-        return {"optimizer": "adamw", "lr": factor * training.lr, "min_lr": factor * training.min_lr, "betas": (0.0, 0.99),
-                "weight_decay": 0.0}  # fmt: skip
+        lr = 10 * training.lr if self.settings.critic_lr is None else self.settings.critic_lr
+        least = lr * training.min_lr / training.lr if training.lr else 0.0
+        return {"optimizer": "adamw", "lr": lr, "min_lr": least, "betas": (0.0, 0.99), "weight_decay": 0.0}
 
     # ---- batches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def kept_blocks(folder: str | None, stated: Sequence[int], student: int, teacher
             f"{RECORD}; set distill.kept to {student} numbers, such as [0, 2, 5], or distill.icd=0 and no distill.motion=difference"
         )
     whole = isinstance(kept, list) and all(is_whole(i) and 0 <= i < teacher for i in kept)
-    if not whole or len(kept) != student or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if not whole or len(kept) != student or any(a >= b for a, b in pairwise(kept)):
         raise UserError(
             f"{where} {shown(kept)} does not fit; it must be {student} ascending numbers, one for each layer of the student, "
             f"from 0 to {teacher - 1}, the teacher's last layer"

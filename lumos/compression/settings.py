@@ -125,11 +125,13 @@ def check_distill(settings: Any) -> None:
         warnings.warn(f"without effect: {reasons}")
 
 
-@functools.cache
 def settings_of(generator: Generator) -> type[TrainingSettings]:
     """Return the class of a generator's training settings with the section distill."""
-    base = generator.load("settings")
+    return _with_distill(generator.load("settings"))
 
+
+@functools.cache
+def _with_distill(base: type[TrainingSettings]) -> type[TrainingSettings]:
     def check(settings: Any) -> None:
         base.check(settings)
         check_distill(settings)

@@ -102,8 +102,8 @@ def export_checkpoint(
     folder, for which `mix` is not allowed. `averaged` selects the averaged weights instead of those
     of the last step; by default they are used if the run has them. `dtype` and `tokenizers` are by
     default those of the run. The entry "records" of the task's metadata holds the contents of further
-    JSON files by name, to which the number of steps is added. With `link` the model folder names the folder of the video tokenizer in
-    video_tokenizer.json in place of a copy.
+    JSON files by name, to which the number of steps is added. With `link` the model folder names the
+    folder of the video tokenizer in video_tokenizer.json in place of a copy.
 
     Raises UserError if averaged weights do not exist, and if the tokenizers are not those of the run.
     """

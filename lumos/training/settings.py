@@ -347,7 +347,8 @@ def load_settings(
 ) -> TrainingSettings:
     """Read a YAML file, apply overrides in order (for example `training.max_steps=200`), return the settings.
 
-    `settings_of` gives the class of the settings for the generator that the file names. Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    `settings_of` gives the class of the settings for the generator that the file names.
+    Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
     raw = read_yaml(path, overrides or [])
     raw.setdefault("name", Path(path).stem)

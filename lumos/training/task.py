@@ -204,7 +204,7 @@ class TrainingTask(ABC):
         """What a checkpoint keeps of the task beside the networks, as JSON, for `load_state`: no function of the step."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027, a task without a state does nothing
         """Take over what `state` returned; {} in checkpoints of earlier versions."""
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:

@@ -25,7 +25,7 @@ from lumos.models.stiv.attention import RMSNorm
 from lumos.models.stiv.flow import drawn_noise, interpolated, replaced
 from lumos.models.stiv.losses import Inputs, inputs_by_size, places_of, weighted_losses
 from lumos.models.stiv.modeling import MLP, StivForVideoGeneration
-from lumos.models.stiv.training import UnencodedBatch
+from lumos.models.stiv.training import StivTask, UnencodedBatch
 from lumos.pipeline.acceleration import compile_parts
 
 NOISE = "critic_noise"
@@ -49,11 +49,10 @@ class DistillableStiv(Distillable):
         "temporal_compression", "text_encoder", "given_time",
     )  # fmt: skip
 
-    def check(self) -> None:
-        if self.task.settings.mask_ratio:
-            raise UserError(
-                f"mask_ratio is {self.task.settings.mask_ratio}, but distillation compares all places of a frame; set mask_ratio=0"
-            )
+    def __init__(self, task: StivTask):
+        super().__init__(task)
+        if ratio := task.settings.mask_ratio:
+            raise UserError(f"mask_ratio is {ratio}, but distillation compares all places of a frame; set mask_ratio=0")
 
     def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         teacher = super().read_teacher(folder, dtype)
