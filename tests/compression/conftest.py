@@ -91,8 +91,11 @@ def distilling(pairs, tmp_path) -> Callable[..., Any]:
             "training": {"max_steps": 4, "batch_size": 4, "warmup_steps": 1, "lr": 1e-3, "log_every": 1, "save_every_minutes": 0,
                          "device": "cpu", "output_dir": str(tmp_path / run)},
             "logging": {"peak_tflops": 0.1},
-            "distill": {"teacher": folders["teacher"], "critic_warmup": 0, "critic_width": 16},
+            "distill": {"teacher": folders["teacher"]},
         }  # fmt: skip
+        asked = sections.get("distill", {})
+        if asked.get("mca", 1) and asked.get("motion") != "difference":
+            raw["distill"] |= {"critic_warmup": 0, "critic_width": 16}
         for name, values in sections.items():
             raw[name] = {**raw.get(name, {}), **values} if isinstance(values, dict) else values
         return build_settings(raw)

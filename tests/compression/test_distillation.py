@@ -70,7 +70,7 @@ def test_task_and_output_losses_of_the_decoder(task):
 
 
 def test_task_and_output_losses_of_the_transformer(task):
-    made = task("stiv", distill=only(task=0.1, kd=1.0), patterns={"none": 1, "first": 2})
+    made = task("stiv", distill=only(task=0.1, kd=1.0), patterns={"first": 1.0}, dropout={"image": 0.3})
     model, micro = made.build_model(), batch_of(made)
     total, places = made.losses(model, micro)
     (inputs,) = inputs_by_size(micro)
@@ -189,7 +189,8 @@ def test_the_critic_of_the_decoder_sees_soft_embeddings_behind_a_new_mask(task):
 
 
 def test_the_critic_of_the_transformer_sees_new_noise_on_the_one_step_result(task):
-    made = task("stiv", distill=only(task=1.0, mca=0.1, generator="log"), patterns={"none": 1, "first": 1}, given_noise=0.3)
+    given = {"patterns": {"first": 1.0}, "dropout": {"image": 0.3}, "given_noise": 0.3}
+    made = task("stiv", distill=only(task=1.0, mca=0.1, generator="log"), **given)
     model, micro = made.build_model(), batch_of(made)
     made.build_auxiliary()
     total, _ = made.losses(model, micro)
@@ -361,11 +362,11 @@ def test_an_idle_micro_batch_has_no_losses_but_keeps_step(task, generator):
 # ---- settings that cannot be
 
 def test_one_warning_names_all_settings_without_effect(distilling):
-    with pytest.warns(UserWarning) as found:
+    with pytest.warns(UserWarning, match="without effect") as found:
         distilling(distill={"icd": 0, "icd_raw": True, "icd_k": 3, "mca": 0, "gamma": 1.0})
     (said,) = [str(w.message) for w in found if "without effect" in str(w.message)]
-    for part in ("distill.icd_raw, because icd is 0", "distill.icd_k, because no features", "distill.gamma", "no critic is trained"):
-        assert part in said
+    for why in ("icd_raw, because icd is 0", "icd_k, because no features", "distill.gamma", "no critic is trained"):
+        assert why in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         distilling(distill={"gamma": 1.0, "icd_layers": 2})
