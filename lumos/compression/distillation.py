@@ -96,6 +96,7 @@ class DistillationTask(TrainingTask):
         self.teacher_sha256: str | None = None
         self.kept: list[int] = []
         self.low_steps = 0
+        self.last: dict[str, float] = {}  # means of the last step
         self.sums: dict[str, Tensor] = {}
         if settings.needs_teacher:
             folder = Path(settings.teacher)
@@ -254,6 +255,7 @@ class DistillationTask(TrainingTask):
 
     def fault_after(self, means: dict[str, float]) -> str | None:
         """Count the steps in which the critic tells the student's clips from the teacher's with ease."""
+        self.last = {name: round(mean, 6) for name, mean in means.items()}
         self.low_steps = self.low_steps + 1 if means.get("critic_fake", 0.0) < LOST_BELOW else 0
         if self.low_steps < LOST_STEPS:
             return None
@@ -280,7 +282,7 @@ class DistillationTask(TrainingTask):
 
     def export_metadata(self) -> dict[str, Any]:
         metadata, folder = self.inner.export_metadata(), self.inner.settings.model.from_
-        recovery = {"distill": to_plain(self.settings), "teacher_sha256": self.teacher_sha256}
+        recovery = {"distill": to_plain(self.settings), "teacher_sha256": self.teacher_sha256, "losses": self.last}
         record = {**(read_record(folder) if folder else {}), "recovery": recovery}
         return {**metadata, "records": {**metadata.get("records", {}), RECORD: record}}
 

@@ -8,7 +8,9 @@ from run_log import read_log
 
 from lumos.compression.distillation import distill
 
-KEYS = ("loss", "grad_norm", "auxiliary_loss", "auxiliary_grad_norm", "kd_loss", "icd_loss", "mca_loss", "critic_real", "critic_fake")
+KEYS = (
+    "loss", "grad_norm", "auxiliary_loss", "auxiliary_grad_norm", "kd_loss", "icd_loss", "mca_loss", "critic_real", "critic_fake",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [0, 2, pytest.param(1, marks=pytest.mark.thorough)])
