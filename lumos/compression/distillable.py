@@ -102,6 +102,10 @@ class Distillable(ABC):
         """Return the blocks of a network in the order of execution; `model` may be wrapped by an engine."""
 
     @abstractmethod
+    def pooled_width(self, teacher: nn.Module) -> int:
+        """Return the channels of pooled prompts, see `Judged`."""
+
+    @abstractmethod
     def draws(self, step: int, positions: range, prepared: Any) -> Draws:
         """Return the draws for the clips at `positions` of a step. `prepared` is what the task's `prepare` returned."""
 

@@ -136,9 +136,8 @@ class DistillationTask(TrainingTask):
     def build_auxiliary(self) -> nn.Module | None:
         if self.settings.adversarial:
             torch.manual_seed(self.inner.settings.training.seed + 1)
-            config = self.teacher.config
-            pooled = getattr(config, "text_width", config.hidden_size)
-            self.critic = Critic(config.hidden_size, len(self.taps), pooled, self.settings.critic_width).train()
+            sizes = self.teacher.config.hidden_size, len(self.taps), self.kind.pooled_width(self.teacher)
+            self.critic = Critic(*sizes, self.settings.critic_width).train()
         return self.critic
 
     def auxiliary_optimization(self) -> dict[str, Any]:
@@ -275,7 +274,8 @@ class DistillationTask(TrainingTask):
 
     def resume_fingerprint(self) -> dict[str, Any]:
         decisive = {f"distill.{key}": value for key, value in to_plain(self.settings).items() if key != "teacher"}
-        return {**self.inner.resume_fingerprint(), **decisive, "distill.teacher (sha256)": self.teacher_sha256}
+        decisive |= {"distill.kept": self.kept, "distill.teacher (sha256)": self.teacher_sha256}
+        return {**self.inner.resume_fingerprint(), **decisive}
 
     def fingerprint_defaults(self) -> dict[str, Any]:
         return self.inner.fingerprint_defaults()

@@ -226,6 +226,37 @@ def test_draws_are_functions_of_step_and_position(task, generator):
     assert "critic_level" not in task(generator, distill={"mca": 0}).batch(3, VIDEO, range(4)).tensors
 
 
+def together(first: dict, second: dict, pad: int) -> dict:
+    """One micro-batch of the clips of two."""
+    fills, merged = {"input_ids": pad, "targets": -100}, {}
+    for name, x in first.items():
+        y = second[name]
+        if isinstance(x, list):
+            merged[name] = x + y
+            continue
+        if x.dim() > 1:
+            size = max(x.shape[1], y.shape[1])
+            x, y = (F.pad(part, (0, size - part.shape[1]), value=fills.get(name, 0)) for part in (x, y))
+        merged[name] = torch.cat([x, y])
+    return merged
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_clips_of_different_sizes_do_not_mix(task, generator):
+    made = task(generator, distill={"icd": 1.0, "mca": 1.0})
+    model = made.build_model()
+    made.build_auxiliary()
+    parts = [batch_of(made, shape=shape) for shape in (VIDEO, StepShape("image", 3))]
+    merged = together(*parts, pad=getattr(made.inner.config, "pad_token_id", 0))
+    expected = torch.cat([made.losses(model, part)[0] for part in parts])
+    assert torch.allclose(made.losses(model, merged)[0], expected, atol=1e-4)
+    critic = made.critic
+    assert torch.allclose(
+        made.auxiliary_losses(model, critic, merged),
+        torch.cat([made.auxiliary_losses(model, critic, part) for part in parts]), atol=1e-4,
+    )  # fmt: skip
+
+
 # ---- gradients
 
 def gradients(module: torch.nn.Module) -> dict[str, float]:

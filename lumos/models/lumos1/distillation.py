@@ -59,6 +59,9 @@ class DistillableLumos(Distillable):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         return bare(model).model.layers
 
+    def pooled_width(self, teacher: LumosForVideoGeneration) -> int:
+        return teacher.config.hidden_size
+
     def draws(self, step: int, positions: range, prepared: UnencodedBatch) -> Draws:
         masking, length = self.task.settings.masking, prepared.ids.shape[1]
         masks, levels = [], []

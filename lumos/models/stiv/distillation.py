@@ -63,6 +63,9 @@ class DistillableStiv(Distillable):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         return bare(model).blocks
 
+    def pooled_width(self, teacher: StivForVideoGeneration) -> int:
+        return teacher.config.text_width
+
     def draws(self, step: int, positions: range, prepared: UnencodedBatch) -> Draws:
         seed, noise, levels = self.task.settings.training.seed, [], []
         for position, of_batch in zip(positions, prepared.batch.rows["noise"], strict=True):
