@@ -281,7 +281,8 @@ def test_the_adversarial_loss_reaches_the_student_only(task, generator):
     assert losses.shape == (4,)
     losses.sum().backward()
     assert all(p.grad is None for p in (*made.teacher.parameters(), *model.parameters()))
-    assert min(gradients(critic).values()) > 0
+    # The gradients of real and fake clips for the bias of a score cancel out.
+    assert min(value for name, value in gradients(critic).items() if not name.endswith("score.bias")) > 0
     assert all(torch.equal(x, before[name]) for name, x in made.teacher.state_dict().items())
 
 
@@ -290,6 +291,9 @@ def test_content_losses_reach_no_layer_behind_the_last_one_compared(task, genera
     made = task(generator, distill=only(icd=1.0))
     monkeypatch.setattr(type(made.settings), "layers", lambda settings, count: [0])
     model = made.build_model()
+    with torch.no_grad():  # the first layer is still that of the teacher
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     made.losses(model, batch_of(made))[0].sum().backward()
     found = gradients(model)
     stack = "model.layers" if generator == "lumos1" else "blocks"
