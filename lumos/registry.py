@@ -46,6 +46,7 @@ class Generator:
     task         a `lumos.training.task.TrainingTask`
     settings     dataclass of its training settings, a `lumos.training.settings.TrainingSettings`
     sampling     dataclass of its sampling options, a `lumos.pipeline.options.SamplingOptions`
+    distillation a `lumos.compression.distillable.Distillable`, for models that learn from a teacher; "": there is none
     cost         modules that count parameters, FLOPs and bytes: "training" and "clip", see `lumos.planning.cost`
     benchmarks   targets of `python -m lumos bench`, by name
     evaluations  modules of the measurements of `python -m lumos evaluate` that only this generator has, by name
@@ -62,6 +63,7 @@ class Generator:
     settings: str
     sampling: str
     cost: dict[str, str]
+    distillation: str = ""
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     evaluations: dict[str, str] = field(default_factory=dict)
     verbs: dict[str, str] = field(default_factory=dict)

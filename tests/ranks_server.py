@@ -240,7 +240,7 @@ def become(rank: int, port: int, job: dict) -> list[str]:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     for name, *arguments in job["faults"].get(str(rank), []):
         globals()[name](*arguments)
-    return [job["verb"], "--config", job["config"], *job["overrides"]]
+    return [*job["verb"].split(), "--config", job["config"], *job["overrides"]]
 
 
 def wait(children: list[int], job: dict) -> list[dict]:
@@ -268,6 +268,7 @@ def import_all() -> None:
     import deepspeed.runtime.zero.muon.original_muon
     import peft  # noqa: F401
 
+    import lumos.commands.compress_distill
     import lumos.commands.train
     import lumos.commands.train_tokenizer
     import lumos.data.synthetic.digits

@@ -102,3 +102,29 @@ def logits_kd(student: Tensor, teacher: Tensor, places: Tensor | None = None, te
     q = torch.log_softmax(student.float() / temperature, -1)
     p = torch.log_softmax(teacher.detach().float() / temperature, -1)
     return (p.exp() * (p - q)).sum(-1).mean() * temperature**2
+
+
+def icd_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, raw: bool = False) -> Tensor:
+    """Return the content loss of each clip, float32 [B]; the arguments are those of `icd`, which is the mean of it."""
+    errors = []
+    for s, h in zip(student, teacher, strict=True):
+        s, h = s.float(), h.detach().float()
+        error, norm = (s - h).square(), h.square()
+        if raw:
+            errors.append(error.mean((1, 2, 3)))
+            continue
+        if math.isfinite(k):
+            inside = _inside(h, k) & _inside(s.detach(), k)
+            error, norm = torch.where(inside, error, 0.0), torch.where(inside, norm, 0.0)
+        errors.append((error.sum((2, 3)) / norm.sum((2, 3)).clamp(min=EPS)).mean(1))
+    return torch.stack(errors).sum(0) if raw else torch.stack(errors).mean(0)
+
+
+def motion_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0) -> Tensor:
+    """Return the relative error of the change from each frame to the next, a motion loss of each clip, float32 [B].
+
+    It is `icd_by_clip` of s[t + 1] - s[t] and h[t + 1] - h[t]. It is 0, with a gradient of 0, for clips of one frame.
+    """
+    if student[0].shape[1] == 1:
+        return torch.stack([s.float().sum((1, 2, 3)) for s in student]).sum(0) * 0.0
+    return icd_by_clip([s.float().diff(dim=1) for s in student], [h.float().diff(dim=1) for h in teacher], k)

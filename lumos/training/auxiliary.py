@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from lumos.errors import UserError
+from lumos.training.checkpoint import AUXILIARY
 from lumos.training.engine import Engine
 from lumos.training.launch import make_engine
 from lumos.training.loss_sums import LossSums
 from lumos.training.settings import TrainingSettings
 from lumos.training.task import TrainingTask
-
-PREFIX = "auxiliary."
-"""Of the names of its weights in checkpoints."""
 
 
 class Auxiliary:
@@ -33,7 +31,7 @@ class Auxiliary:
         self.task = task
         self.settings = replace(settings, training=replace(settings.training, **task.auxiliary_optimization()))
         self.engine = make_engine(network, self.settings, device)
-        self.engine.prefix = PREFIX
+        self.engine.prefix = AUXILIARY
 
     def step(self, model: Engine, micro_batches: list[dict[str, Any]], clips: int, lr: float) -> tuple[LossSums, float]:
         """One update, for the mean loss of the `clips` of all processes: (sums of the losses, norm of the gradient).

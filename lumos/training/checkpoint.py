@@ -54,6 +54,8 @@ RUN_FIELDS: dict[str, type] = {
 }  # fmt: skip
 """Names and types of the fields in the state of a generator's training run."""
 WEIGHT, AVERAGE = "weight", "average"
+AUXILIARY = "auxiliary."
+"""Beginning of the names of the weights of a second network, see `lumos.training.auxiliary`."""
 
 
 class Damaged(RunError):
@@ -140,8 +142,8 @@ class Stored:
                     self.parts[kind, name].append((int(start), values.get_shape()[0], values))
 
     def names(self, kind: str) -> list[str]:
-        """Return the names of the parameters that have tensors of this kind."""
-        return [name for found, name in self.parts if found == kind]
+        """Return the names of the parameters of the model that have tensors of this kind."""
+        return [name for found, name in self.parts if found == kind and not name.startswith(AUXILIARY)]
 
     def has(self, kind: str, name: str) -> bool:
         """Return whether a parameter has tensors of this kind."""

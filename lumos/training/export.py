@@ -101,8 +101,9 @@ def export_checkpoint(
     The folder `out` appears only when it is complete. A run with LoRA is written as an adapter
     folder, for which `mix` is not allowed. `averaged` selects the averaged weights instead of those
     of the last step; by default they are used if the run has them. `dtype` and `tokenizers` are by
-    default those of the run. With `link` the model folder names the folder of the video tokenizer in
-    video_tokenizer.json in place of a copy.
+    default those of the run. The entry "records" of the task's metadata holds the contents of further
+    JSON files by name, to which the number of steps is added. With `link` the model folder names the
+    folder of the video tokenizer in video_tokenizer.json in place of a copy.
 
     Raises UserError if averaged weights do not exist, and if the tokenizers are not those of the run.
     """
@@ -141,6 +142,8 @@ def export_checkpoint(
             rmtree(writing / SUBFOLDER)
             write_reference(writing, find_tokenizer_folder(Path(tokenizers.video)))
         write_json(writing / "training.json", made)
+        for name, record in facts.get("records", {}).items():
+            write_json(writing / name, {**record, "steps": state["step"]})
     return made
 
 

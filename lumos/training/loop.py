@@ -104,6 +104,7 @@ class Run:
         self.loss = math.nan
         self.skipped = 0
         self.changed: list[str] = []
+        self.fault: str | None = None
         self.seconds = self.first_seconds = 0.0  # of all steps, and of the weights before them
         self.time_share = 0.0  # of training.max_minutes
         self.resumed = False
@@ -195,11 +196,14 @@ class Run:
                 if stop or due or (training.save_every_steps and self.step % training.save_every_steps == 0):
                     self.save(export=training.export_every_save and not stop)
                     saved, saved_at = self.step, time.monotonic()
-                if stop:
+                if stop or self.fault:
                     break
                 tick = time.monotonic()
             if saved < self.step:
                 self.save(export=False)
+        if self.fault:
+            self.log.write(event="fault", step=self.step, error=self.fault)
+            raise RunError(f"step {self.step}: {self.fault}; the checkpoint of this step is kept in {self.checkpoints}")
 
     def _is_over(self) -> bool:
         """Return whether training.max_minutes has passed, by the clock of the first process, which all processes follow."""
@@ -247,6 +251,7 @@ class Run:
         norm = engine.step(lr)
         self.step += 1
         if not math.isfinite(norm):
+            self.task.step_values()  # of a step that is left out
             self._not_finite(self.loss, norm)
             return stops > 0, dues > 0
         if self.ema:
@@ -257,8 +262,17 @@ class Run:
         self.meter.add_parts(sums.parts(batch.kind))
         for name, value in {"grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops}.items():
             self.meter.add(name, value)
+        self._add_values(self.task.step_values())
         self.log.progress(self.loss, lr)
         return stops > 0, dues > 0
+
+    def _add_values(self, values: dict[str, tuple[float, float]]) -> None:
+        """Add further values of the step, over all processes, to what is logged, and show the task their means."""
+        if values:
+            table = self.engine.all_sum(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
+            for name, (total, weight) in zip(values, table, strict=True):
+                self.meter.add(name, total, weight)
+            self.fault = self.task.fault_after({n: t / w for n, (t, w) in zip(values, table, strict=True) if w})
 
     def _auxiliary_step(self, micro_batches: list[dict[str, Any]], clips: int) -> None:
         """Train the auxiliary network on what the model was trained on; `self.step` counts the step already."""
@@ -371,6 +385,7 @@ class Run:
             "skipped": self.skipped,
             "averaged": self.ema is not None,
             "meter": self.meter.sums,
+            "task_state": self.task.state(),
             "seconds": self.seconds,
             "first_seconds": self.first_seconds,
             **second,
@@ -488,5 +503,6 @@ class Run:
                 engine.fill(stored, checkpoint.AVERAGE, self.ema.average)
         checkpoint.set_random_state(stored.own(engine.rank))
         self.meter, self.skipped = Meter(state["meter"]), state["skipped"]
+        self.task.load_state(state.get("task_state", {}))
         self.seconds, self.first_seconds = state.get("seconds", 0.0), state.get("first_seconds", 0.0)
         return step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -332,22 +333,34 @@ class TrainingSettings:
             check(self)
 
 
-def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainingSettings:
+SettingsOf = Callable[[registry.Generator], type[TrainingSettings]]
+"""The class of the settings of a generator's training."""
+
+
+def training_settings_of(generator: registry.Generator) -> type[TrainingSettings]:
+    """Return the class of a generator's own training settings."""
+    return generator.load("settings")
+
+
+def load_settings(
+    path: str | Path, overrides: list[str] | None = None, settings_of: SettingsOf = training_settings_of
+) -> TrainingSettings:
     """Read a YAML file, apply overrides in order (for example `training.max_steps=200`), return the settings.
 
+    `settings_of` gives the class of the settings for the generator that the file names.
     Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
     raw = read_yaml(path, overrides or [])
     raw.setdefault("name", Path(path).stem)
-    return build_settings(raw)
+    return build_settings(raw, settings_of)
 
 
-def build_settings(raw: dict[str, Any]) -> TrainingSettings:
+def build_settings(raw: dict[str, Any], settings_of: SettingsOf = training_settings_of) -> TrainingSettings:
     """Return the settings from nested dicts, in the class of the generator that `raw` names.
 
     Raises UserError as `load_settings` does, except for missing files.
     """
-    settings = build(registry.generator(raw.get("generator")).load("settings"), raw)
+    settings = build(settings_of(registry.generator(raw.get("generator"))), raw)
     settings.model.preset = own_preset(settings)
     settings.check()
     return settings

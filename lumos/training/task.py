@@ -153,7 +153,10 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [N] of a micro-batch with gradient, and {group of `loss_groups`: the place of each loss, [N]}."""
+        """Losses [N] of a micro-batch with gradient, and {group of `loss_groups`: the place of each loss, [N]}.
+
+        It may add entries to `micro` for `auxiliary_losses` of the same micro-batch.
+        """
 
     @abstractmethod
     def resume_fingerprint(self) -> dict[str, Any]:
@@ -218,6 +221,27 @@ class TrainingTask(ABC):
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
         """Return the latent frame of each token of a stream [..., C] of the network: int64 [...], -1 for text, -2 for padding."""
         raise TypeError(f"{type(self).__name__} has no scores for compression")
+
+    def step_values(self) -> dict[str, tuple[float, float]]:
+        """Further values of the step that is done, as {name: (sum, number of values)}, which the log shows as means.
+
+        They are those of this process, and are forgotten. All processes have the same names, in the same order.
+        """
+        return {}
+
+    def fault_after(self, means: dict[str, float]) -> str | None:
+        """Say why the run cannot go on, which then saves and ends with this line; None: it can.
+
+        means: those of `step_values` of the step over all processes. Called after each step, in all processes.
+        """
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the task beside the networks, as JSON, for `load_state`: no function of the step."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027, a task without a state does nothing
+        """Take over what `state` returned; {} in checkpoints of earlier versions."""
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
         """`prepare` and `encode` in one."""

@@ -16,6 +16,7 @@ GENERATOR = Generator(
     task=f"{_HERE}.training:ArdfTask",
     settings=f"{_HERE}.training_settings:LumosTrainingSettings",
     sampling=f"{_HERE}.settings:GenerationSettings",
+    distillation=f"{_HERE}.distillation:DistillableLumos",
     cost={"training": f"{_HERE}.training_cost", "clip": f"{_HERE}.clip_cost"},
     benchmarks={
         name: Benchmark(summary, f"{_HERE}.benchmarks.{name}", f"{_HERE}.benchmarks.arguments:{name}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumos.errors import shown
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import code_mask, parse_layout
+from lumos.models.lumos1.sequence import Layout, code_mask, parse_layout
 from lumos.models.lumos1.settings import MASK_KINDS
 
 MIN_RATIO = 0.7
@@ -107,15 +107,21 @@ def mask_sequence(
         raise ValueError("the sequence has no frames to mask")
     t, n = len(layout.frames), layout.frames[0].content_length
     mask, ratios = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
-    hidden = torch.zeros(len(input_ids), dtype=torch.bool)
-    for frame, row in zip(layout.frames, mask, strict=True):
-        hidden[frame.content_start : frame.end - 1] = row
+    hidden = masked_tokens(layout, mask, len(input_ids))
     is_code = code_mask([layout], len(input_ids))[0]
     return MaskedSequence(
         input_ids=input_ids.masked_fill(hidden, config.mask_token_id),
         targets=torch.where(hidden & is_code, input_ids - config.visual_token_start, -100),
         ratios=ratios,
     )
+
+
+def masked_tokens(layout: Layout, mask: Tensor, length: int) -> Tensor:
+    """Return bool [length], True for the tokens of a sequence that a mask [t, n] of the frames' contents hides."""
+    hidden = torch.zeros(length, dtype=torch.bool)
+    for frame, row in zip(layout.frames, mask, strict=True):
+        hidden[frame.content_start : frame.end - 1] = row
+    return hidden
 
 
 def history_mask(n: int, ratio: float) -> Tensor:

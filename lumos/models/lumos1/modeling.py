@@ -49,12 +49,13 @@ class LumosOutput(ModelOutput):
     """The output of `LumosForVideoGeneration`.
 
     Without targets it holds logits [B, L, V]. With targets it holds the loss of each supervised position,
-    in row-major order, and the mean of these losses.
+    in row-major order, and the mean of these losses; or the hidden states of these positions before the head.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     position_loss: Tensor | None = None  # fp32 [N]
+    hidden: Tensor | None = None  # [N, C]
     row_index: Tensor | None = None  # int64 [N], row of each supervised position
     frame_index: Tensor | None = None  # int64 [N], latent frame of each supervised position
 
@@ -303,6 +304,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
         layouts: list[Layout] | None = None,
+        with_loss: bool = True,
     ) -> LumosOutput:
         """Return logits [B, L, V], or the loss if there are targets.
 
@@ -315,6 +317,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
             targets: [B, L], the visual code of a supervised position, else -100.
             layouts: the frame spans of each row, if they are known. Reading them from the ids makes the
                 host wait for the GPU.
+            with_loss: False returns the hidden states of the positions with a target, in place of their losses.
 
         Raises ValueError for incomplete frames, for padding on the left, and for targets out of range.
         """
@@ -328,8 +331,10 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
                 f"{self.config.visual_token_count - 1}, and -100"
             )
         hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
-        loss = self.lm_head(hidden[rows, columns], targets=wanted)
         frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
+        if not with_loss:
+            return LumosOutput(hidden=hidden[rows, columns], row_index=rows, frame_index=frames)
+        loss = self.lm_head(hidden[rows, columns], targets=wanted)
         return LumosOutput(loss=loss.mean(), position_loss=loss, row_index=rows, frame_index=frames)
 
     def hidden_states(

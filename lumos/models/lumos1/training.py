@@ -26,7 +26,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.masking import mask_sequence
-from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
+from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration, LumosOutput
 from lumos.models.lumos1.pipeline import LumosPipeline
 from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
 from lumos.models.lumos1.scoring import RATIO_BINS, ratio_bins
@@ -187,9 +187,7 @@ class ArdfTask(VideoTask):
         `ratio_bins`.
         """
         out = model(input_ids=micro["input_ids"], targets=micro["targets"], layouts=micro.get("layouts"))
-        ratios = micro["mask_ratios"]
-        places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
-        return out.position_loss, places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
+        return out.position_loss, places_of(out, micro)
 
     def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
         return scoring.forward(self.config, model, micro)
@@ -307,6 +305,13 @@ class ArdfTask(VideoTask):
         )
         end = len(ids) if grid == whole else parse_layout(ids[None], config)[0].frames[grid[0] - 1].end
         return masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: grid[0]])
+
+
+def places_of(out: LumosOutput, micro: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the places [N] by group of the losses of an output, see `ArdfTask.losses`."""
+    ratios = micro["mask_ratios"]
+    places = {"mask_ratio": ratio_bins(ratios[out.row_index, out.frame_index])}
+    return places | ({"frame": out.frame_index} if ratios.shape[1] > 1 else {})
 
 
 def model_config(model: ModelSettings) -> LumosConfig:

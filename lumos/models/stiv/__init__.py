@@ -16,6 +16,7 @@ GENERATOR = Generator(
     task=f"{_HERE}.training:StivTask",
     settings=f"{_HERE}.training_settings:StivTrainingSettings",
     sampling=f"{_HERE}.settings:StivOptions",
+    distillation=f"{_HERE}.distillation:DistillableStiv",
     cost={"training": f"{_HERE}.cost", "clip": f"{_HERE}.cost"},
     benchmarks={
         "stiv": Benchmark(

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,13 @@ from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
 from lumos.models.stiv.fingerprints import load_network, network_fingerprint
 from lumos.models.stiv.flops import forward_flops, text_encoder_flops
-from lumos.models.stiv.flow import (
-    frame_losses,
-    given_latents,
-    interpolated,
-    kept_values,
-    masked_frame_losses,
-    min_snr_weights,
-    replaced,
-    target_velocity,
-)
 from lumos.models.stiv.initialization import initialized
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
 from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
-from lumos.models.stiv.modeling import Micro, StivForVideoGeneration
+from lumos.models.stiv.losses import TIME_BINS, alike, inputs_by_size, places_of, weighted_losses
+from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
 from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
-from lumos.models.stiv.scoring import TIME_BINS, alike, time_bins
 from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, text_ids
 from lumos.models.stiv.training_settings import StivTrainingSettings
@@ -227,47 +216,18 @@ class StivTask(VideoTask):
         order of `pattern_names`. Clips of different sizes go through the network one size after the other.
         """
         losses, places = [], defaultdict(list)
-        for at in alike([latents.shape for latents in micro["latents"]]):
-            found, _ = self._frame_losses(model, micro, at)  # [B, T]
-            given = torch.stack([micro["given"][i] for i in at])
-            supervised = ~given & micro["counts"][at, None]
-            losses.append(found[supervised])
-            of_clips = {"time": time_bins(micro["times"][at]), "pattern": micro["patterns"][at]}
-            for group, place in of_clips.items():
-                places[group].append(place[:, None].expand_as(found)[supervised])
+        for inputs in inputs_by_size(micro):
+            found = weighted_losses(inputs.velocity(model), inputs, self.config, self.settings)
+            losses.append(found[inputs.supervised])
+            for group, place in places_of(inputs, micro).items():
+                places[group].append(place)
         return torch.cat(losses), {group: torch.cat(parts) for group, parts in places.items()}
 
     def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
-        return scoring.forward(partial(self._frame_losses, model, micro), micro)
+        return scoring.forward(self.config, self.settings, model, micro)
 
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
         return torch.arange(stream.shape[1], device=stream.device)[:, None].expand(stream.shape[:-1])
-
-    def _frame_losses(self, model: nn.Module, micro: dict[str, Any], at: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of each frame [B, T] of the clips `at`, 0 at given frames, and the velocity [B, T, C, h, w].
-
-        The clips have one size.
-        """
-        config, settings = self.config, self.settings
-        latents, noise, given = (torch.stack([micro[name][i] for i in at]) for name in ("latents", "noise", "given"))
-        keep = None if micro["keep"][at[0]] is None else torch.stack([micro["keep"][i] for i in at])
-        times, levels = micro["times"][at], micro["levels"][at]
-        given = given if given.any() else None
-        noisy = interpolated(latents, noise, times)
-        seen = noisy if given is None else replaced(noisy, given_latents(latents, noise, levels), given)
-        text = {name: micro[name][at] for name in ("text_states", "text_mask", "pooled", "text_ids") if name in micro}
-        conditions = Micro(*(micro[name][at] for name in ("original_size", "crop", "stride", "num_frames")))
-        prediction = model(seen, times, **text, given=given, given_time=1 - levels, micro=conditions, keep=keep).sample
-        target = target_velocity(latents, noise)
-        if keep is None:
-            losses = frame_losses(prediction, target, given)
-        else:
-            _, rows, columns = config.grid(latents.shape[1], *latents.shape[3:])
-            kept = kept_values(keep, rows, columns, config.patch_size)
-            losses = masked_frame_losses(prediction, target, noisy, kept, given, settings.masked_loss_weight)
-        if settings.flow.weighting == "min_snr":
-            losses = losses * min_snr_weights(times, settings.flow.gamma)[:, None]
-        return losses, prediction
 
     def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
         """Return the latent frames, rows and columns of a clip."""

@@ -185,7 +185,7 @@ def test_nan_in_targets_of_given_frames_has_no_effect(task, monkeypatch):
         target[:, 0] = torch.nan
         return target
 
-    monkeypatch.setattr("lumos.models.stiv.training.target_velocity", with_nan)
+    monkeypatch.setattr("lumos.models.stiv.losses.target_velocity", with_nan)
     after, _ = trained.losses(model, batch.whole)
     assert torch.equal(before, after)
 

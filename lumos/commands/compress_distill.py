@@ -1,0 +1,18 @@
+"""`compress distill`: train a pruned model with what it was pruned from; `section.key=value` arguments override the config."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file, for example configs/compression/lumos-tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, for example distill.icd=0.2")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lumos.compression.distillation import distill
+    from lumos.compression.settings import load_settings
+
+    distill(load_settings(args.config, args.overrides))

@@ -1,0 +1,157 @@
+"""The interface between recovery by distillation and a generator.
+
+A student is trained with what its teacher computes from the same input. The training loop asks a task for losses;
+recovery asks for more: features of blocks, the distance of two predictions, and what a network that judges motion sees.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lumos.runtime import no_progress_bar
+from lumos.training.video_task import VideoTask
+
+LEVEL = "critic_level"
+"""Name of the tensor [B] of a batch that says how much is left of a re-noised clip: a time, or a mask ratio."""
+
+
+class Features(NamedTuple):
+    """Features of the clips of one size.
+
+    at      indices of the B' clips in the micro-batch
+    blocks  for each block that was asked for, in that order: [B', T, h, w, C]
+    """
+
+    at: list[int]
+    blocks: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a network computed from a micro-batch of B clips with N losses.
+
+    clips       int64 [N], the clip of each loss
+    places      {loss group of the task: the place of each loss, [N]}
+    features    the features of all clips
+    prediction  what the losses and the one-step result are computed from; each generator has a form of its own
+    """
+
+    clips: Tensor
+    places: dict[str, Tensor]
+    features: list[Features]
+    prediction: Any
+
+
+class Losses(NamedTuple):
+    """Losses [N]: the weighted sum with gradient; its parts without, None for a part that was not computed."""
+
+    total: Tensor
+    task: Tensor
+    kd: Tensor | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a critic sees of B clips: features of the frozen teacher [B', T, h, w, C], and pooled prompts [B, E]."""
+
+    features: list[Features]
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random draws of clips for re-noising, each a pure function of the seed, the step and the clip's position in it.
+
+    The fields are those of `lumos.training.task.Batch`. One of the tensors is LEVEL.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    padded: tuple[str, ...] = ()
+
+
+class Distillable(ABC):
+    """What recovery asks of a generator, for the training task of the student.
+
+    The constructor raises UserError for settings of the task with which a student cannot be compared with a teacher.
+
+    same  fields of the config that student and teacher must have in common
+    """
+
+    same: ClassVar[Collection[str]]
+
+    def __init__(self, task: VideoTask):
+        self.task = task
+
+    def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """Return the network of a model folder, frozen and in evaluation mode, on the device of the training."""
+        with no_progress_bar():
+            model = self.task.model_class.from_pretrained(folder, dtype=dtype)
+        return model.to(self.task.device).eval().requires_grad_(False)
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return the blocks of a network in the order of execution; `model` may be wrapped by an engine."""
+
+    @abstractmethod
+    def pooled_width(self, teacher: nn.Module) -> int:
+        """Return the channels of pooled prompts, see `Judged`."""
+
+    @abstractmethod
+    def draws(self, step: int, positions: range, prepared: Any) -> Draws:
+        """Return the draws for the clips at `positions` of a step. `prepared` is what the task's `prepare` returned."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+        """Run a network on a micro-batch. taps: the numbers, ascending, of the blocks whose features are returned."""
+
+    @abstractmethod
+    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+        """Return `task` times the task's own losses plus `kd` times the distances of two predictions.
+
+        Memory beyond the predictions is bounded. Without a teacher there are no distances.
+        """
+
+    @abstractmethod
+    def judged(self, teacher: nn.Module, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+        """Return the teacher's features of a network's one-step result after re-noising.
+
+        The one-step result is the clean clip that follows from one prediction. Gradients reach the prediction.
+        """
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside the wrapper of an engine, or the network itself."""
+    return getattr(model, "module", model)
+
+
+@contextmanager
+def tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that a forward pass within the block fills: {number of a block in `taps`: its output}."""
+    found: dict[int, Tensor] = {}
+
+    def hook(tap: int) -> Any:
+        return lambda module, args, output: found.__setitem__(tap, output)
+
+    hooks = [blocks[tap].register_forward_hook(hook(tap)) for tap in taps]
+    try:
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Return the values [B] of all clips from those of groups of clips, (indices of the clips, values)."""
+    order = [i for at, _ in parts for i in at]
+    values = torch.cat([values for _, values in parts])
+    place = sorted(range(len(order)), key=order.__getitem__)
+    return values if place == order else values[place]
