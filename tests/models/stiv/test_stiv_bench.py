@@ -132,7 +132,8 @@ def test_training_forms_agree_and_are_compared(monkeypatch):
     assert (of["products_over_plain_memory"], of["attention_over_kept_memory"]) == (0.5, 0.3333)
     assert of["kept_over_plain_time"] == pytest.approx(row["kept"]["seconds"] / row["plain"]["seconds"], rel=1e-2)
     assert of["kept_over_masked_time"] == pytest.approx(row["kept"]["seconds"] / row["masked"]["seconds"], rel=1e-2)
-    assert row["masked"]["gflops_needed"] < 0.8 * row["kept"]["gflops_needed"] == pytest.approx(0.8 * row["plain"]["gflops_needed"])
+    assert row["masked"]["gflops_needed"] < 0.9 * row["kept"]["gflops_needed"]  # one of three blocks sees half of the places
+    assert row["kept"]["gflops_needed"] == row["plain"]["gflops_needed"]
     assert [len(line) for line in table] == [8] * 6
     row, of, _ = training.run_training("micro", ("memory",), MEASURE)
     assert row["plain"]["seconds"] is row["max_difference"] is None

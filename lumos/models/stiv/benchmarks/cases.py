@@ -108,6 +108,6 @@ def latte_of(size: str, device: str, dtype: str) -> nn.Module:
         activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False,
         norm_eps=1e-6, caption_channels=of.width, video_length=frames,
     )  # fmt: skip
-    return model.to(device, getattr(torch, dtype)).eval()
+    return nn.Module.to(model, device, getattr(torch, dtype)).eval()  # its own `to` warns of any dtype
 
 
