@@ -75,8 +75,9 @@ class Pruning:
     def record(self) -> dict[str, Any]:
         """Return the entries of compression.json that follow from the plan. The file is itself a plan that can be used again."""
         return {
-            "class": self.class_name, "plan": self.plan, "remove": self.remove, "reduced": self.reduced, "kept": self.kept,
-            "parameters": {"before": self.before, "after": self.after}, "taps": self.taps,
+            "class": self.class_name, "plan": self.plan, "remove": list(self.remove), "reduced": list(self.reduced),
+            "kept": self.kept, "parameters": {"before": self.before, "after": self.after},
+            "taps": [list(pair) for pair in self.taps],
         }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusers import MODELSCOPE, SVD, loaded, output, saved
 
 from lumos.cli import main
-from lumos.compression import diffusers_folder
+from lumos.compression import diffusers_folder, unets
 from lumos.compression.diffusers_folder import RECORD, STEM, write_pruned
 from lumos.compression.diffusers_models import SUPPORTED, load, plan_folder
 from lumos.errors import RunError
@@ -309,7 +309,7 @@ def test_the_python_of_the_page(folders):
 def test_the_page_names_every_plan_and_class():
     from pages import ROOT
 
-    from lumos.compression import transformers, unets
+    from lumos.compression import transformers
 
     text = (ROOT / PAGE).read_text()
     for name in (*unets.PLANS, *transformers.PLANS, *unets.KINDS, *transformers.CLASSES):
@@ -320,3 +320,25 @@ def test_modelscope_by_the_command(tmp_path):
     folder = saved(tmp_path / "unet", MODELSCOPE)
     assert compress(folder, "--plan", "vdmini-mid", "--out", tmp_path / "small") == 0
     assert loaded(tmp_path / "small").config["mid_block"] == "whole"
+
+
+def test_a_pruned_unet_in_the_pipeline_of_its_parent(made, tmp_path):
+    """As the page says: the pipeline of the parent, opened with another U-Net."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vision = CLIPVisionConfig(hidden_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                              intermediate_size=16, patch_size=16)  # fmt: skip
+    decoder = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2)
+    diffusers.StableVideoDiffusionPipeline(
+        vae=decoder, image_encoder=CLIPVisionModelWithProjection(vision), unet=loaded(made["svd"]),
+        scheduler=diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True),
+        feature_extractor=CLIPImageProcessor(crop_size=32, size=32),
+    ).save_pretrained(tmp_path / "whole")  # fmt: skip
+    write_pruned(tmp_path / "whole" / "unet", plan_folder(tmp_path / "whole" / "unet", "vdmini"), tmp_path / "small")
+    unet = unets.PrunedUNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "small")
+    pipe = diffusers.StableVideoDiffusionPipeline.from_pretrained(tmp_path / "whole", unet=unet)
+    assert pipe.unet is unet
+    pipe.set_progress_bar_config(disable=True)
+    clip = pipe(torch.rand(1, 3, 32, 32), height=32, width=32, num_frames=2, num_inference_steps=1, output_type="pt").frames
+    assert clip.shape == (1, 2, 3, 32, 32)
+    assert clip.isfinite().all()
