@@ -17,7 +17,7 @@ from tokenizer import TextTokenizer, VideoTokenizer, VideoTokenizerConfig
 
 DECODER = {
     "channels": 8, "channels_mult": (1, 2), "num_res_blocks": 1, "spatial_compression": 8, "temporal_compression": 4,
-    "embedding_dim": 3, "levels": (4, 4, 4), "attn_resolutions": (256,),
+    "embedding_dim": 3, "levels": (4, 4, 4), "attn_resolutions": (128,),
 }  # fmt: skip
 
 

@@ -75,14 +75,14 @@ def test_dropping_the_idle_sampler_changes_nothing(whole):
         small.without(["idle"])
 
 
-@pytest.mark.parametrize("smaller", [["mid", "up.1.0"], ["idle", "up.0.1"], []])
+@pytest.mark.parametrize("smaller", [["mid", "up.1.1"], ["idle", "up.0.1"], []])
 def test_the_codes_are_those_of_the_parent(whole, smaller):
     video = torch.rand(1, 3, 9, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     small = whole.without(smaller) if smaller else whole.narrowed({"decoder_channels": 5})
     assert small.encode(video).equal(whole.encode(video))
     assert tokenizer_facts(small) == tokenizer_facts(whole)
     assert same_codes(small, whole)
-    other = small.without(["up.1.1"])
+    other = small.without(["up.1.0"])
     changed = {name: tensor + name.startswith("quant_conv") for name, tensor in other.state_dict().items()}
     other.load_state_dict(changed, assign=True)
     assert tokenizer_facts(other)["fingerprint"] != tokenizer_facts(whole)["fingerprint"]

@@ -175,7 +175,8 @@ def test_scores_are_those_of_whole_forward_passes(case):
 
 def test_layers_below_a_skipped_one_are_not_run_again(case):
     model, runs = network(case), []
-    handles = [block.mlp.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, (block,) in enumerate(model.stages().values())]
+    blocks = [block for (block,) in model.stages().values()]
+    handles = [block.mlp.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, block in enumerate(blocks)]
     score(case.task, model, case.batches[:1], model.units(), ["loss"])
     for handle in handles:
         handle.remove()
