@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lumos.errors import UserError, shown
 from tokenizer.fingerprint import same_codes_as
+from tokenizer.narrowing import Walk, check_narrower
 
 
 class PrunableDecoder:
@@ -120,6 +121,19 @@ class PrunableDecoder:
         if tuple(counts) != self.config.decoder_blocks:
             changes["decoder_num_res_blocks"] = tuple(counts)
         return self._rebuilt(changes, state)
+
+    def narrowed(self, sizes: Mapping[str, int]) -> Self:
+        """Return a tokenizer whose decoder has fewer channels, sizes {"decoder_channels": n}; see `tokenizer.narrowing`.
+
+        Raises UserError for another size, and for one that is not smaller.
+        """
+        check_narrower(sizes, self.width)
+        if not sizes:
+            return self
+        state = {name.removeprefix("decoder."): weight for name, weight in self.decoder.state_dict().items()}
+        widths = tuple(sizes["decoder_channels"] * mult for mult in self.config.decoder_mult)
+        cut = {f"decoder.{name}": weight for name, weight in Walk(self.decoder, state, widths).narrowed().items()}
+        return self._rebuilt(sizes, self.state_dict() | cut)
 
     def _check(self, names: Collection[str]) -> None:
         known = [name for kind in self.unit_kinds for name in self.units(kind)]

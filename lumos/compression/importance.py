@@ -237,6 +237,8 @@ class Gradients:
                 weight.requires_grad_(name in self.weights)
             with torch.enable_grad():
                 losses = probe.forward(self.model, micro).losses
+                if not losses.requires_grad:  # no loss depends on these weights
+                    return
                 found = torch.autograd.grad(losses.sum(), list(self.weights.values()), allow_unused=True)
         finally:
             for name, weight in self.model.named_parameters():

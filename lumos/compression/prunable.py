@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.errors import UserError, shown
+from tokenizer.narrowing import check_narrower, strongest
 
 
 class Prunable(Protocol):
@@ -72,27 +73,6 @@ def rebuilt(model: Any, changes: Mapping[str, Any], state: Mapping[str, Tensor])
         made = type(model)(config)
     made.load_state_dict(state, assign=True)
     return made.train(model.training)
-
-
-def strongest(weights: Sequence[tuple[Tensor, int]], count: int) -> Tensor:
-    """Return which `count` channels have the largest L2 norm over all weights, ascending, int64 [count].
-
-    weights: pairs of a weight and the axis of the channels in it. On the meta device the first channels are returned.
-    """
-    if weights[0][0].is_meta:
-        return torch.arange(count)
-    total = sum(weight.double().movedim(along, 0).flatten(1).square().sum(1) for weight, along in weights)
-    return total.topk(count).indices.sort().values
-
-
-def check_narrower(sizes: Mapping[str, int], width: Mapping[str, int]) -> None:
-    """Raise UserError unless each size is known and is a whole number from 1 to below that in `width`."""
-    for name, size in sizes.items():
-        if name not in width:
-            allowed = f"allowed: {', '.join(width)}" if width else "this network has none"
-            raise UserError(f"size {shown(name)} cannot be made smaller; {allowed}")
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < width[name]:
-            raise UserError(f"{name} {shown(size)} is not allowed; give a whole number from 1 to {width[name] - 1}")
 
 
 def check_known(names: Collection[str], known: Collection[str]) -> None:

@@ -73,5 +73,6 @@ class Trace:
                 del module.forward
 
     def stage_of(self, unit: str) -> str:
-        """Return the stage that a unit is, or is a part of."""
-        return next(name for name in self.stages if unit == name or unit.startswith(f"{name}."))
+        """Return the stage that a unit is, or is a part of; the first one for a unit outside of the stream."""
+        inside = (name for name in self.stages if unit == name or unit.startswith(f"{name}."))
+        return next(inside, next(iter(self.stages)))

@@ -1,0 +1,319 @@
+"""Scores against plain forms of their formulas, and planted truths that every measure must find."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_networks import decoder, lumos_folder, stiv_folder, tokenizer, transformer
+
+from lumos import registry
+from lumos.compression import importance
+from lumos.compression.decoder_probe import DecoderProbe
+from lumos.compression.importance import MEASURES, direction_change, score, split
+from lumos.compression.plans import removed_by
+from lumos.compression.trace import Trace
+from lumos.data.curriculum import StepShape
+from lumos.data.seeding import VALIDATION_STEP
+from lumos.errors import UserError
+from lumos.training.settings import build_settings
+from lumos.training.task import IGNORED
+
+SIZES = {"lumos1": {"height": 16, "width": 24}, "stiv": {"height": 16, "width": 32}}
+
+
+def made(generator: str, folder, **sections) -> SimpleNamespace:
+    """The task, the network, and two micro-batches of two clips."""
+    settings = build_settings({
+        "generator": generator, "model": {"from": str(folder)}, "data": {"num_frames": 5, "workers": 0, **SIZES[generator]},
+        "training": {"device": "cpu"}, **sections,
+    })  # fmt: skip
+    task = registry.generator(generator).load("task")(settings, torch.device("cpu"))
+    shape = StepShape("video", 4)
+    batches = [task.batch(VALIDATION_STEP, shape, range(i, i + 2), dropout=False).whole for i in (0, 2)]
+    return SimpleNamespace(task=task, batches=batches, name=generator)
+
+
+@pytest.fixture(scope="module")
+def lumos(tmp_path_factory):
+    return made("lumos1", lumos_folder(tmp_path_factory.mktemp("models") / "lumos"))
+
+
+@pytest.fixture(scope="module")
+def stiv(tmp_path_factory):
+    return made("stiv", stiv_folder(tmp_path_factory.mktemp("models") / "stiv"), patterns={"none": 1, "first": 1})
+
+
+@pytest.fixture(params=["lumos", "stiv"])
+def case(request, lumos, stiv):
+    return {"lumos": lumos, "stiv": stiv}[request.param]
+
+
+def network(case):
+    return decoder() if case.name == "lumos1" else transformer()
+
+
+# ---- the split
+
+
+@given(frames=st.integers(1, 6), width=st.integers(1, 9), seed=st.integers(0, 99))
+def test_content_and_motion_add_up(frames, width, seed):
+    error = torch.randn(frames, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    content, motion = split(error)
+    assert float(content + motion) == pytest.approx(float(error.square().sum()), rel=1e-12)
+    assert float(split(error[:1].expand(frames, -1))[1]) == pytest.approx(0, abs=1e-24)
+    assert float(split(error - error.mean(0))[0]) == pytest.approx(0, abs=1e-24)
+    plain = sum(float((row - error.mean(0)).square().sum()) for row in error)
+    assert float(motion) == pytest.approx(plain, rel=1e-12, abs=1e-24)
+
+
+def test_direction_change_is_one_minus_the_cosine():
+    a, b = torch.randn(5, 7), torch.randn(5, 7)
+    assert torch.allclose(direction_change(a, b), 1 - torch.nn.functional.cosine_similarity(a, b), atol=1e-6)
+    assert direction_change(a, a).eq(0).all()
+    assert torch.allclose(direction_change(a, -3 * a), torch.full((5,), 2.0))
+
+
+# ---- what a task gives
+
+
+def test_forward_gives_the_losses_of_training(case):
+    model, micro = network(case), case.batches[0]
+    with torch.no_grad():
+        found, (losses, places) = case.task.forward(model, micro), case.task.losses(model, micro)
+    assert torch.equal(found.losses, losses)
+    level = places["mask_ratio" if case.name == "lumos1" else "time"]
+    assert torch.equal(found.places["level"], level)
+    assert int(found.places["level"].max()) < len(case.task.score_groups["level"])
+
+
+def test_codes_are_sorted_into_first_copied_and_changed(lumos):
+    """By the true codes of the clips, frame by frame."""
+    micro = lumos.batches[0]
+    with torch.no_grad():
+        found = lumos.task.forward(decoder(), micro)
+    first, wanted = lumos.task.config.visual_token_start, []
+    for ids, targets, layout in zip(micro["input_ids"], micro["targets"], micro["layouts"], strict=True):
+        truth = torch.where(targets != IGNORED, targets + first, ids)
+        for k, frame in enumerate(layout.frames):
+            for at in range(frame.content_start, frame.end - 1):
+                if targets[at] != IGNORED:
+                    before = truth[at - (frame.end - frame.start)] if k else None
+                    wanted.append(0 if k == 0 else 1 if truth[at] == before else 2)
+    assert found.places["frames"].tolist() == wanted
+
+
+def test_outputs_are_logits_at_places_masked_in_all_frames(lumos, monkeypatch):
+    from lumos.models.lumos1 import scoring
+
+    model, micro = decoder(), lumos.batches[0]
+    with torch.no_grad():
+        whole = list(lumos.task.forward(model, micro).outputs())
+        logits = model(micro["input_ids"]).logits[..., lumos.task.config.visual_token_start :][..., :64]
+        monkeypatch.setattr(scoring, "OUTPUT_VALUES", 3 * 64 * 2)  # pieces of three places
+        parts = list(lumos.task.forward(model, micro).outputs())
+    assert len(whole) == 2
+    assert len(parts) > 2
+    assert torch.allclose(torch.cat([part.values for part in parts[: len(parts) // 2]], dim=1), whole[0].values, atol=1e-6)
+    (layout,), masked = {id(x): x for x in micro["layouts"][:1]}.values(), micro["targets"][0] != IGNORED
+    frames = [torch.arange(frame.start, frame.end) for frame in layout.frames]
+    places = [i for i in range(len(frames[0])) if all(masked[frame[i]] for frame in frames)]
+    plain = torch.stack([logits[0, frame[places]] for frame in frames])
+    assert torch.allclose(whole[0].values, (plain - plain.mean(-1, keepdim=True)).flatten(1), atol=1e-5)
+
+
+def test_stream_frames_of_the_decoder(lumos):
+    micro = lumos.batches[0]
+    frames = lumos.task.stream_frames(micro, torch.empty(*micro["input_ids"].shape, 8))
+    for row, layout in zip(frames, micro["layouts"], strict=True):
+        assert row[layout.length :].eq(-2).all()
+        assert row[: layout.frames[0].start].eq(-1).all()
+        for k, frame in enumerate(layout.frames):
+            assert row[frame.start : frame.end].eq(k).all()
+
+
+# ---- scores
+
+
+def plain_scores(case, model, names):
+    """The loss's rise and the output's error, each from whole forward passes without any record."""
+    def run(skipped):
+        losses, outputs = [], []
+        with torch.no_grad(), model.skipping(skipped):
+            for micro in case.batches:
+                found = case.task.forward(model, micro)
+                losses.append(found.losses)
+                outputs += [part.values for part in found.outputs()]
+        return torch.cat(losses).double().mean(), outputs
+
+    loss, outputs = run([])
+    scores = {}
+    for name in names:
+        without, changed = run([name])
+        errors = [a - b for a, b in zip(changed, outputs, strict=True)]
+        power = sum(float(b.double().square().sum()) for b in outputs)
+        content = sum(len(e) * float(e.mean(0).double().square().sum()) for e in errors)
+        scores[name] = {"loss": float(without - loss), "output": sum(float(e.double().square().sum()) for e in errors) / power,
+                        "content": content / power}  # fmt: skip
+    return scores
+
+
+def test_scores_are_those_of_whole_forward_passes(case):
+    model = network(case)
+    for kind in model.unit_kinds:
+        units = model.units(kind)
+        found = score(case.task, model, case.batches, units, ["loss", "output"])["units"]
+        for name, wanted in plain_scores(case, model, units).items():
+            for measure, value in wanted.items():
+                assert found[name][measure] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, measure)
+            assert found[name]["motion"] == pytest.approx(found[name]["output"] - found[name]["content"], rel=1e-4, abs=1e-9)
+
+
+def test_layers_below_a_skipped_one_are_not_run_again(case):
+    model, runs = network(case), []
+    blocks = [block for (block,) in model.stages().values()]
+    handles = [block.mlp.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, block in enumerate(blocks)]
+    score(case.task, model, case.batches[:1], model.units(), ["loss"])
+    for handle in handles:
+        handle.remove()
+    assert [runs.count(i) for i in range(4)] == [1, 2, 3, 4]  # a full pass, and those without an earlier layer
+
+
+def test_a_recorded_pass_leaves_no_trace(case):
+    model, micro = network(case), case.batches[0]
+    with torch.no_grad():
+        before = case.task.forward(model, micro).losses
+        trace = Trace(model)
+        with trace.recording():
+            case.task.forward(model, micro)
+        with trace.replaying("2"), model.skipping(["2.mlp"]):
+            case.task.forward(model, micro)
+        assert case.task.forward(model, micro).losses.equal(before)
+    stages = [module for modules in model.stages().values() for module in modules]
+    assert not any("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in stages)
+
+
+def test_bi_by_kind_of_token(lumos):
+    model, micro = decoder(), lumos.batches[0]
+    found = score(lumos.task, model, [micro], model.units(), ["bi"])
+    streams = []
+    handles = [layer.register_forward_hook(lambda _, args, out: streams.append((args[0], out))) for layer in model.model.layers]
+    with torch.no_grad():
+        lumos.task.forward(model, micro)
+    for handle in handles:
+        handle.remove()
+    frames = lumos.task.stream_frames(micro, streams[0][0])
+    for i, (before, behind) in enumerate(streams):
+        change = 1 - torch.nn.functional.cosine_similarity(before, behind, dim=-1)
+        assert found["units"][str(i)]["bi"] == pytest.approx(float(change[frames > -2].mean()), rel=1e-4)
+        for name, at in (("text", frames == -1), ("first frame", frames == 0), ("later frames", frames > 0)):
+            assert found["units"][str(i)]["bi_by"][name] == pytest.approx(float(change[at].mean()), rel=1e-4)
+    points = [before for before, _ in streams] + [streams[-1][1]]
+    for i in range(5):
+        for j in range(5):
+            wanted = 1 - torch.nn.functional.cosine_similarity(points[i], points[j], dim=-1)[frames > -2].mean()
+            assert found["distances"][i][j] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_magnitude_and_taylor_are_their_formulas(case):
+    model = network(case)
+    found = score(case.task, model, case.batches, model.units(), ["magnitude", "taylor"])["units"]
+    sums = [case.task.losses(model, micro)[0] for micro in case.batches]
+    (sum(s.sum() for s in sums) / sum(len(s) for s in sums)).backward()
+    weights = dict(model.named_parameters())
+    for name, owned in model.units().items():
+        count = sum(weights[p].numel() for p in owned)
+        square = sum(float(weights[p].detach().square().sum()) for p in owned) / count
+        change = sum(float((weights[p].detach() * weights[p].grad).abs().sum()) for p in owned) / count
+        assert found[name]["magnitude"] == pytest.approx(square, rel=1e-4)
+        assert found[name]["taylor"] == pytest.approx(change, rel=1e-3)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_elbo_weighs_levels_equally(stiv):
+    model = transformer()
+    found = score(stiv.task, model, stiv.batches, model.units(), ["elbo"])["units"]
+    by = found["1"]["loss_by"]["level"]
+    assert len(by) >= 2
+    assert found["1"]["elbo"] == pytest.approx(np.mean(list(by.values())))
+
+
+def test_bi_is_no_measure_of_parts(case):
+    model = network(case)
+    with pytest.raises(UserError, match=r"the measure bi compares the stream around a whole layer, which 0\.mlp is not"):
+        score(case.task, model, case.batches, model.units("mlp"), ["bi"])
+
+
+# ---- planted truths
+
+
+def idle_layer(model, number: int) -> None:
+    """Make a layer an identity: its output projections give 0."""
+    block = model.get_submodule(f"{model.stack}.{number}")
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+
+
+def test_two_identity_layers_are_found_by_every_measure(case):
+    model = network(case)
+    for number in (1, 2):
+        idle_layer(model, number)
+    found = score(case.task, model, case.batches, model.units(), MEASURES)
+    for name in ("1", "2"):
+        scores = found["units"][name]
+        assert scores["bi"] == scores["loss"] == scores["output"] == scores["elbo"] == 0
+        assert scores["motion_share"] is None
+        assert scores["taylor"] == 0
+    for measure in MEASURES:
+        scores = {name: entry[measure] for name, entry in found["units"].items()}
+        assert removed_by("least", list(scores), 2, scores=scores, ends=measure not in ("loss", "elbo")) == ["1", "2"], measure
+    assert removed_by("middle", ["0", "1", "2", "3"], 2, distances=found["distances"]) == ["1", "2"]
+
+
+def test_a_temporal_unit_that_gives_nothing_has_no_motion_share(stiv):
+    model = transformer()
+    with torch.no_grad():
+        model.blocks[2].temporal_gain.zero_()
+    found = score(stiv.task, model, stiv.batches, model.units("temporal"), ["loss", "output", "taylor", "magnitude"])["units"]
+    assert found["2.temporal"]["output"] == found["2.temporal"]["loss"] == 0
+    assert found["2.temporal"]["motion_share"] is None
+    assert all(0 < found[f"{i}.temporal"]["motion_share"] <= 1 for i in (0, 1, 3))
+
+
+def test_pictures_have_no_motion():
+    sums = importance.OutputSums(1)
+    zero = torch.zeros(1, dtype=torch.int64)
+    values = torch.ones(1, 6)
+    sums.add(importance.Output(2 * values, zero, zero), importance.Output(values, zero, zero))
+    found = sums.results(["all"])
+    assert (found["output"], found["content"], found["motion"], found["motion_share"]) == (1.0, 1.0, None, None)
+
+
+# ---- the decoder of pixels
+
+
+def test_scores_of_a_tokenizer_decoder():
+    model = tokenizer()
+    probe = DecoderProbe(model)
+    clips = np.random.default_rng(0).integers(0, 256, (3, 5, 16, 24, 3), dtype=np.uint8)
+    batches = list(probe.batches(clips, 2))
+    found = score(probe, model, batches, model.units(), ["loss", "output", "bi", "magnitude", "taylor"])["units"]
+    assert list(found) == list(model.units())
+    with torch.no_grad():
+        plain = torch.cat([model.decode_latent(micro["values"]) for micro in batches])
+        with model.skipping(["up.1.1"]):
+            changed = torch.cat([model.decode_latent(micro["values"]) for micro in batches])
+        video = torch.cat([micro["video"] for micro in batches])
+    rise = (changed - video).square().mean() - (plain - video).square().mean()
+    assert found["up.1.1"]["loss"] == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
+    assert found["up.1.1"]["output"] == pytest.approx(float((changed - plain).square().sum() / plain.square().sum()), rel=1e-4)
+    assert all(0 < entry["bi"] < 2 for entry in found.values())
+    idle = score(probe, model, batches, model.units("idle"), ["magnitude", "taylor"])["units"]["idle"]
+    assert idle["taylor"] == 0
+    assert not any(p.requires_grad for p in model.parameters())
