@@ -62,18 +62,18 @@ def test_a_killed_run_goes_on_bit_by_bit(distilling, tmp_path, monkeypatch, gene
 
 @pytest.mark.slow
 def test_the_log_names_all_terms_and_the_student_learns(distilling, tmp_path):
-    settings = distilling(data={"scenes": 2}, training={"max_steps": 30, "lr": 3e-3, "eval_every": 30})
-    distill(settings)
+    """The teacher is not trained, so the data would teach the student something else."""
+    weights = {"task": 0.0, "mca": 0.01, "icd_decay": False}
+    distill(distilling(data={"scenes": 2}, training={"max_steps": 30, "lr": 3e-3, "eval_every": 30}, distill=weights))
     for key in TERMS:
         assert sorted(read_log(tmp_path / "run", key)) == list(range(1, 31)), key
     kd = read_log(tmp_path / "run", "kd_loss")
     icd = read_log(tmp_path / "run", "icd_loss")
     assert kd[30] < 0.9 * kd[1]
     assert icd[30] < 0.9 * icd[1]
-    losses, task = (read_log(tmp_path / "run", key) for key in ("loss", "task_loss"))
-    mca = read_log(tmp_path / "run", "mca_loss")
-    # Clips have equally many codes here only on average, so the total is near this sum.
-    assert losses[1] == pytest.approx(0.1 * task[1] + kd[1] + 0.1 * icd[1] + 0.1 * mca[1], abs=0.02)
+    losses, mca = (read_log(tmp_path / "run", key) for key in ("loss", "mca_loss"))
+    # Clips have equally many masked codes only on average, so the total is near this sum.
+    assert losses[1] == pytest.approx(kd[1] + 0.1 * icd[1] + 0.01 * mca[1], rel=0.1)
     assert list(read_log(tmp_path / "run", "val_loss_video")) == [30]
 
 
@@ -261,7 +261,7 @@ def test_a_student_from_random_weights_of_another_width(distilling, pairs):
     """The plan scratch: no features to compare, but the output and the critic teach it."""
     tokenizers = {kind: f"{pairs('lumos1')['teacher']}/{kind}_tokenizer" for kind in ("video", "text")}
     overrides = {"vocab_size": 1024 + 64, "visual_token_count": 64, "hidden_size": 32, "intermediate_size": 48,
-                 "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+                 "num_hidden_layers": 3, "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
     model = {"from": None, "preset": "tiny", "overrides": overrides}
     with pytest.raises(UserError, match=r"the student has hidden_size 32, the teacher 64.*set distill\.icd=0"):
         make_task(distilling(model=model, tokenizer=tokenizers), CPU)
