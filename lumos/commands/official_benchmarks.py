@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, name: str) -> None:
     from lumos.errors import UserError
 
     own = {"aggregate", "output"}
-    given = {key: value for key, value in vars(args).items() if value is not None and key not in ("what", "measure")}
+    given = {key: value for key, value in vars(args).items() if value is not None and key not in ("what", "module")}
     if args.aggregate:
         if other := [f"--{key.replace('_', '-')}" for key in given if key not in own]:
             raise UserError(f"{', '.join(other)} have no effect with --aggregate, which draws nothing; leave them out")

@@ -205,7 +205,7 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
             f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; the limit is "
             f"{max_pixels / 1e6:g} megapixels: make it smaller"
         ) from error
-    except MemoryError as error:
+    except (MemoryError, BlockingIOError) as error:  # the second one if a decoder gets no memory for its threads
         raise UserError(f"reading the {what} {path} takes more memory than there is; make it smaller or shorter") from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

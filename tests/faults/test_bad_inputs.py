@@ -22,7 +22,7 @@ TEXTS = {
     "long.yaml": "# " + "x" * 2**21, "odd.yaml": "? {a: 1}\n: 2\n", "tabs.yaml": "a:\n\t- b", "key.yaml": f"{'k' * 5000}: 1",
     "control.yaml": '"\\e[2Jname": 1', "variants.yaml": f"prompts: []\nvariants: {{{'v' * 300}: {{}}}}",
     "deep.json": DEEP, "null.json": "null", "list.json": "[1]", "digits.json": '{"a": ' + "9" * 5000 + "}", "cut.json": '{"a": ',
-    "deep.jsonl": DEEP, "log.jsonl": '{"step": "x"}\n', "number.jsonl": "5\n", "empty.txt": "", "latin.txt": b"\xff\xfe\x00",
+    "deep.jsonl": DEEP, "log.jsonl": '{"step": "x"}\n', "number.jsonl": "5\n", "empty.txt": "", "latin.txt": b"\xff\xe9\x00",
     "control.csv": "prompt,\x1b[31mred\nx,1\n", "nan.jsonl": '{"step": 1, "loss": "x"}\n', "scores.json": '{"color": []}',
     "prompts.json": '[{"prompt_en": 5, "dimension": []}]', "report.json": "{}", "sound.mp4": b"no clip",
 }  # fmt: skip

@@ -22,9 +22,10 @@ from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, J
 from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
 from lumos.models.stiv.attention import RMSNorm
+from lumos.models.stiv.block import MLP
 from lumos.models.stiv.flow import drawn_noise, interpolated, replaced
 from lumos.models.stiv.losses import Inputs, inputs_by_size, places_of, weighted_losses
-from lumos.models.stiv.modeling import MLP, StivForVideoGeneration
+from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.training import StivTask, UnencodedBatch
 from lumos.pipeline.acceleration import compile_parts
 
