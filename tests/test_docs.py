@@ -20,8 +20,8 @@ from lumos.models.stiv.settings import StivOptions
 from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-CARD = "checkpoints/lumos-tiny/README.md"
-OUTSIDE = [ROOT / path for path in ("README.md", CARD, "integrations/comfyui/README.md", "tests/golden/README.md")]
+CARD, STIV_CARD = "checkpoints/lumos-tiny/README.md", "checkpoints/stiv-tiny/README.md"
+OUTSIDE = [ROOT / path for path in ("README.md", CARD, STIV_CARD, "integrations/comfyui/README.md", "tests/golden/README.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -62,7 +62,8 @@ def test_every_result_is_shown_on_a_page():
 def test_the_site_has_every_page_in_its_menu():
     menu = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
     listed = set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE))
-    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES} | {"model-card.md", "comfyui.md"}
+    generated = {"model-card.md", "model-card-stiv.md", "comfyui.md"}
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES} | generated
 
 
 def test_every_section_that_code_cites_is_in_the_reference():

@@ -14,6 +14,7 @@ from pages import blocks, command_lines, verbs
 from PIL import Image
 
 from lumos.cli import main
+from lumos.video.io import write_video
 
 
 @pytest.fixture
@@ -62,9 +63,13 @@ def test_the_first_command_as_it_stands(clone):
 @pytest.mark.slow
 def test_the_examples_of_the_command_line(clone):
     _, *examples = verbs("README.md")
-    assert [command[0] for command in examples] == ["generate", "generate"]
+    assert [command[0] for command in examples] == ["generate"] * 5
+    for name in ("first.png", "last.png"):
+        (clone / name).write_bytes((clone / "photo.png").read_bytes())
+    write_video(clone / "clip.mp4", np.random.default_rng(0).integers(0, 255, (9, 60, 80, 3), dtype=np.uint8), 4)
     for command in examples:
-        assert main([*command, "--num-inference-steps", "2"]) == 0, command
+        output = [] if "--output" in command else ["--output", "out.mp4"]
+        assert main([*command, "--num-inference-steps", "2", *output]) == 0, command
         assert (clone / "out.mp4").is_file()
         (clone / "out.mp4").unlink()
 

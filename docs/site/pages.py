@@ -1,4 +1,4 @@
-"""MkDocs hook: the model card and the ComfyUI README, which lie outside of docs/, become pages of the site.
+"""MkDocs hook: the model cards and the ComfyUI README, which lie outside of docs/, become pages of the site.
 
 Links between them and the pages of docs/ are relative to the repository, as GitHub reads them; the hook rewrites them for the site.
 """
@@ -10,7 +10,11 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = {"checkpoints/lumos-tiny/README.md": "model-card.md", "integrations/comfyui/README.md": "comfyui.md"}
+OUTSIDE = {
+    "checkpoints/lumos-tiny/README.md": "model-card.md",
+    "checkpoints/stiv-tiny/README.md": "model-card-stiv.md",
+    "integrations/comfyui/README.md": "comfyui.md",
+}
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
