@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -134,7 +135,8 @@ def test_everything_else_of_a_folder_is_copied(folders, tmp_path):
         (source / name).write_text("{}")
     record = prune(network_of(source), plan_of(network_of(source), ["1"]), tmp_path / "small")
     assert {path.name for path in (tmp_path / "small").iterdir()} == {
-        "config.json", "model.safetensors", "compression.json", "pipeline.json", "training.json", "text_tokenizer", "video_tokenizer",
+        "config.json", "model.safetensors", "compression.json", "pipeline.json", "training.json", "text_tokenizer",
+        "video_tokenizer",
     }  # fmt: skip
     assert record["earlier"] == {}
     for part in ("text_tokenizer/tokenizer.model", "video_tokenizer/model.safetensors", "pipeline.json"):
@@ -264,10 +266,12 @@ def test_units_that_do_not_fit_leave_nothing(folders, kind, tmp_path):
 
 def test_weights_that_are_not_the_predicted_ones_are_not_kept(folders, monkeypatch, tmp_path):
     parent = network(folders, "lumos")
-    monkeypatch.setattr(GeneratorNetwork, "write", lambda self, network, folder: (
-        copy_others(self.folder, folder, __import__("re").compile("nothing")))
-    )  # fmt: skip
-    with pytest.raises(RunError, match="the written network has .* was predicted; nothing is written"):
+
+    def write_the_parent(self, network, folder):
+        copy_others(self.folder, folder, re.compile("nothing"))
+
+    monkeypatch.setattr(GeneratorNetwork, "write", write_the_parent)
+    with pytest.raises(RunError, match=r"the written network has .* was predicted; nothing is written"):
         prune(parent, plan_of(parent, ["1"]), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
