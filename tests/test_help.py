@@ -12,12 +12,14 @@ from lumos.version import __version__
 PROGRAM = """
 import contextlib, io, sys
 from lumos.cli import VERBS, main
+from lumos.commands.compress import steps
 from lumos.commands.evaluate import measurements
 from lumos.benchmarks import targets
 sys.path.insert(0, 'tests')
 import toy_options  # what `--help` loads of a generator
 
 verbs = [[verb] for verb in VERBS] + [["evaluate", name] for name in measurements()] + [["bench", name] for name in targets()]
+verbs += [["compress", name] for name in steps()]
 for verb in verbs:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -265,9 +266,11 @@ def test_units_that_do_not_fit_leave_nothing(folders, kind, tmp_path):
 
 def test_weights_that_are_not_the_predicted_ones_are_not_kept(folders, monkeypatch, tmp_path):
     parent = network(folders, "lumos")
-    monkeypatch.setattr(GeneratorNetwork, "write", lambda self, network, folder: (
-        copy_others(self.folder, folder, __import__("re").compile("nothing")))
-    )  # fmt: skip
+
+    def write_the_parent(self, network, folder):
+        copy_others(self.folder, folder, re.compile("nothing"))
+
+    monkeypatch.setattr(GeneratorNetwork, "write", write_the_parent)
     with pytest.raises(RunError, match=r"the written network has .* was predicted; nothing is written"):
         prune(parent, plan_of(parent, ["1"]), tmp_path / "small")
     assert not (tmp_path / "small").exists()
