@@ -282,8 +282,8 @@ class DistillationTask(TrainingTask):
 
     def export_metadata(self) -> dict[str, Any]:
         metadata, folder = self.inner.export_metadata(), self.inner.settings.model.from_
-        recovery = {"distill": to_plain(self.settings), "teacher_sha256": self.teacher_sha256, "losses": self.last}
-        record = {**(read_record(folder) if folder else {}), "recovery": recovery}
+        recovery = {"distill": to_plain(self.settings), "teacher_sha256": self.teacher_sha256}
+        record = {**(read_record(folder) if folder else {}), "recovery": recovery, "losses": self.last}
         return {**metadata, "records": {**metadata.get("records", {}), RECORD: record}}
 
     def export(self, folder: Path, target: Path) -> Measured | None:
