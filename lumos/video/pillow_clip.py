@@ -44,7 +44,11 @@ def is_still_file(path: Path) -> bool:
 def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
     """Open a picture; raise UserError if it, or a tile of a TIFF, which can be larger, has more than ``max_pixels`` pixels."""
     image = Image.open(path, formats=FORMATS)
-    _check_picture(path, image, max_pixels)
+    try:
+        _check_picture(path, image, max_pixels)
+    except UserError:
+        image.close()
+        raise
     return image
 
 

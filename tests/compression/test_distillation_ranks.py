@@ -29,7 +29,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(distilling, tmp_path,
         assert read_log(tmp_path / "spread", key) == pytest.approx(read_log(tmp_path / "plain", key), rel=2e-3, abs=1e-4), key
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_processes_with_unequal_numbers_of_clips_stay_in_step(distilling, tmp_path, ranks: Ranks):
     training = {"max_steps": 3, "batch_size": None, "tokens_per_batch": 80, "micro_batch_size": 1}
     raw = distilling(training=training).to_dict()

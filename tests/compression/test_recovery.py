@@ -126,8 +126,8 @@ def test_a_model_compared_with_an_equal_one_has_no_distance(pairs, name):
     names = [(x, x) for x in (["down_blocks.0", "up_blocks.3"] if name == SVD else ["transformer_blocks.1"])]
     found = compare(student, teacher, names, inputs(name), FRAMES)
     (found.kd + found.icd).backward()
-    assert (found.kd.item(), found.icd.item()) == (0, 0)
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in student.parameters())
+    assert (found.kd.item(), found.icd.item()) == pytest.approx((0, 0), abs=1e-9)  # float rounding of weights in other places
+    assert all(p.grad is None or p.grad.abs().max() < 1e-5 for p in student.parameters())
 
 
 @pytest.mark.parametrize("name", [SVD, "WanTransformer3DModel"])

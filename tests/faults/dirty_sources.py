@@ -90,7 +90,7 @@ def folder(made: Sources) -> None:
         add(name, TAKEN, made.png, id_=id_)
 
     captions = {
-        "latin1": (b"caf\xe9", "bad caption"), "utf16": ("a cat".encode("utf-16"), "bad caption"), "surrogate": (b"\xed\xa0\x80",
+        "latin1": (b"caf\xe9", "bad caption"), "utf16": ("a cat".encode("utf-16"), TAKEN), "surrogate": (b"\xed\xa0\x80",
             "bad caption"),
         "empty": (b"", "no caption"), "blank": (b" \n\t ", "no caption"), "only-bom": (b"\xef\xbb\xbf", "no caption"),
         "bom": (b"\xef\xbb\xbfa cat", TAKEN), "nul": (b"a\0cat", TAKEN), "escape": (b"\x1b[2Ja cat", TAKEN),
@@ -109,7 +109,7 @@ def folder(made: Sources) -> None:
 
     for name, data in (("empty", b""), ("text", b"no picture"), ("half", made.png[: len(made.png) // 2]), ("mp4", made.mp4),
                        ("svg", b"<svg/>"), ("zeros", bytes(1000)), ("playlist", b"#EXTM3U\n/etc/passwd\n")):  # fmt: skip
-        add(f"media-{name}.png", "unreadable", data)
+        add(f"media-{name}.png", TAKEN if name == "mp4" else "unreadable", data)
     for name, data in (("half", made.mp4[: len(made.mp4) // 2]), ("empty", b""), ("zeros", bytes(5000)), ("text",
         b"ffconcat version 1.0")):
         add(f"media-{name}.mp4", "unreadable", data)
@@ -122,12 +122,13 @@ def folder(made: Sources) -> None:
     add("media-nowhere.png", "missing file").symlink_to("nowhere")
     add("media-loop.png", "unreadable").symlink_to("media-loop.png")
     add("media-device.png", "not a file").symlink_to("/dev/zero")
-    add("media-to-folder.png", "not a file").symlink_to("inner.png")
+    add("media-to-folder.png", "duplicate").symlink_to("inner.png")
     add("media-to-pipe.png", "not a file").symlink_to("media-pipe.png")
     add("media-link.png", TAKEN).symlink_to("good0.png")
     (root / "inner.png").mkdir()
     add("inner.png/inside.png", TAKEN, made.png)
     (root / "inner.png" / "circle").symlink_to(root)
+    made.expect("dirty/inner.png/circle", "duplicate")
     (root / ".hidden.png").write_bytes(made.png)  # no item
     deepest = root / "deep"
     deepest.mkdir()
@@ -181,7 +182,7 @@ def csv_table(made: Sources) -> None:
     add(b"pool/v.mp4@0.25-0.75,a name like times", r"pool/v.mp4\x400.25-0.75", "missing file")
     add(b'pool/14.png,"with ""quotes"" and, a comma"', "pool/14.png", TAKEN)
     add(b'pool/15.png,"two\nlines"', "pool/15.png", TAKEN)
-    add(b'pool/16.png,"closed" too early', "pool/16.png", TAKEN)
+    add(b'pool/16.png,"closed" too early', None, "bad row")
     add(b'pool/17.png,"never closed', None, "bad row")
     add(b'pool/18.png,"good after it"', "pool/18.png", TAKEN)
     add(b"pool/19.png," + LONGEST.encode() + b"ab", "pool/19.png", "long caption")
@@ -208,7 +209,7 @@ def jsonl_table(made: Sources) -> None:
         made.expect(f"odd.jsonl/row {len(lines)}" if id_ is None else f"odd.jsonl/{id_}", verdict)
 
     add(b'\xef\xbb\xbf{"path": "pool/0.png", "caption": "after a mark"}', "pool/0.png", TAKEN)
-    for n in range(1, 12):
+    for n in range(1, 11):
         add({"path": f"pool/{n}.png", "text": "a caption"}, f"pool/{n}.png", TAKEN)
     nested = b'{"path": "pool/1.png", "caption": "x", "more": %s}'
     for line in (b'{"path": ', b"[1]", b"3", b"null", b'"text"', b"{}", b"\xff\xfe{\x00", b"{'path': 'pool/1.png'}", b"[" * 100_000,
@@ -235,7 +236,7 @@ def jsonl_table(made: Sources) -> None:
     add({"path": "pool/16.png", "caption": 3}, "pool/16.png", "no caption")
     add({"path": "pool/17.png", "caption": LONGEST + "ab"}, "pool/17.png", "long caption")
     add({"path": "pool/\0.png", "caption": "x"}, "pool/\0.png", "missing file")
-    add({"path": "pool\\18.png", "caption": "x"}, "pool\\18.png", "missing file")
+    add({"path": "pool\\18.png", "caption": "x"}, "pool\\18.png", TAKEN)
     add(b'{"path": "pool/18.png", "path": "pool/19.png", "caption": "x"}\r', "pool/19.png", TAKEN)
     add({"path": "", "file_name": "pool/20.png", "caption": "", "prompt": "x"}, "pool/20.png", TAKEN)
     made.source("odd.jsonl").write_bytes(b"\n".join(lines))

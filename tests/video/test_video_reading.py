@@ -16,7 +16,9 @@ from hostile_media import growing_gif, lying_avi, tiled_tiff, wide_webp
 from PIL import Image
 
 from lumos.errors import UserError
+from lumos.video import pillow_clip
 from lumos.video import reading as video_reading
+from lumos.video.av_clip import AvClip
 from lumos.video.io import count_frames, read_image, read_video, write_video
 
 
@@ -350,9 +352,9 @@ def test_pictures_are_checked_for_what_they_hold(make, read, name, tmp_path):
 def test_animated_frames_are_bounded_together(tmp_path, monkeypatch):
     frames = [Image.new("RGB", (32, 32), (n, 0, 0)) for n in range(20)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    monkeypatch.setattr(video_reading, "MAX_ANIMATION_PIXELS", 20 * 32 * 32)
+    monkeypatch.setattr(pillow_clip, "MAX_ANIMATION_PIXELS", 20 * 32 * 32)
     assert count_frames(tmp_path / "a.gif", 10) == 20
-    monkeypatch.setattr(video_reading, "MAX_ANIMATION_PIXELS", 20 * 32 * 32 - 1)
+    monkeypatch.setattr(pillow_clip, "MAX_ANIMATION_PIXELS", 20 * 32 * 32 - 1)
     for read in (read_video, lambda path: count_frames(path, 10)):
         with pytest.raises(UserError, match="megapixels in all its frames"):
             read(tmp_path / "a.gif")
@@ -362,6 +364,6 @@ def test_no_memory_is_one_line(thirty: Path, monkeypatch):
     def none_left(*_):
         raise MemoryError
 
-    monkeypatch.setattr(video_reading, "_frame_rgb", none_left)
+    monkeypatch.setattr(AvClip, "_rgb", none_left)
     with pytest.raises(UserError, match="takes more memory than there is"):
         read_video(thirty)

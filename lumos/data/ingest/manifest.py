@@ -196,7 +196,7 @@ def _folder_items(root: Path, name: str) -> Iterator[Item]:
                     yield Item(id_, str(path), problem=(DUPLICATE, f"{path} links to a folder that is read under its own name"))
                     continue
                 with os.scandir(path) as entries:
-                    inside = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+                    inside = sorted((entry.name, _leads_to_folder(entry)) for entry in entries if not entry.name.startswith("."))
             except OSError as error:
                 yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
                 continue
@@ -205,6 +205,14 @@ def _folder_items(root: Path, name: str) -> Iterator[Item]:
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
         if not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; False for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_new(link: Path, root: Path, linked: set[tuple[int, int]]) -> bool:

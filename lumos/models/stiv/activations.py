@@ -20,6 +20,8 @@ TENSORS = {
 """Tensors [tokens, hidden_size] that a part of a block saves for its backward pass: the first number is of those that matrix
 products and attention read and write, the second of those of norms and residual connections. On a CPU the operators of
 `lumos.models.stiv.fused` save fewer than the plain forms."""
+FLOAT_ATTENTION = {"spatial": 4, "temporal": 4, "cross": 3}
+"""Tensors that attention in mixed precision saves in float32 on a CPU (`attention_dtype`), so that they count twice."""
 END_TENSORS = 3
 TEXT_BLOCK_TENSORS, TEXT_END_TENSORS = 22, 5
 """Tensors [text tokens, width] of a block of the text encoder, and of the text in a block and at the ends of the transformer."""
@@ -47,6 +49,8 @@ def block_bytes(
     d, attentions = config.hidden_size, len(parts & {"spatial", "temporal", "cross"})
     tensors = TENSORS["gpu" if sharding.on_gpu else "cpu"]
     products = sum(tensors[part][0] for part in parts) + ("mlp" in parts) * 2 * (config.mlp_ratio - 4)
+    if sharding.half and not sharding.on_gpu:
+        products += sum(FLOAT_ATTENTION.get(part, 0) for part in parts)
     kept = sum(tensors[part][1] for part in parts)
     # of the norms, and the normalisers of the softmax
     statistics = 16 * len(parts - {"cross"}) + 12 * config.num_attention_heads * attentions

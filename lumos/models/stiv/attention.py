@@ -6,6 +6,7 @@ Shapes: N independent sequences, L queries, M keys, H heads, D = 64 channels of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +86,15 @@ class Attention(nn.Module):
         dtype = attention_dtype(v)
         q, k, v = self.q_norm(q, rotary, dtype), self.k_norm(k, rotary, dtype), v.to(dtype)
         q, k, v = (part.flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
-        with torch.autocast(q.device.type, enabled=False):  # which would turn the operands into its own dtype again
+        with without_autocast(q.device.type):  # which would turn the operands into its own dtype again
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).reshape(x.shape).to(x.dtype))
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Return a context in which autocast leaves the dtypes of operands on a type of device as they are."""
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def attention_dtype(values: Tensor) -> torch.dtype:

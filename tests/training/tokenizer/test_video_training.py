@@ -87,7 +87,7 @@ def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_ba
     assert losses_of(tmp_path) == pytest.approx(losses, rel=1e-4)
     exported = VideoTokenizer.from_pretrained(tmp_path).state_dict()
     for name, weight in weights.items():
-        torch.testing.assert_close(exported[name], weight, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(exported[name], weight, rtol=1e-2, atol=2e-3)
 
 
 def plain_training(settings) -> tuple[list[float], dict[str, torch.Tensor]]:
