@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default: model, decoder for the folder of a tokenizer")  # fmt: skip
     add("--keep", type=int, help="number of units that stay")
     add("--plan", help=f"rule ({', '.join(RULES)}), a plan of the network's own (shallow of a decoder), or a JSON file of a plan; "
-        f"default: spaced if at least {SPACED_FROM:.0%} of the units go, else least")  # fmt: skip
+        f"default: spaced if at least {SPACED_FROM:.0%}% of the units go, else least")  # fmt: skip
     add("--units", help="kind of units: layer or block for whole ones (default), temporal, cross, mlp, idle")
     add("--remove", nargs="+", default=[], metavar="UNIT", help="units to remove beside those of the plan, or in place of a plan")
     add("--size", nargs="+", default=[], metavar="NAME=VALUE", help="sizes of the network to make smaller, for example "

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     measures = [name for name in MEASURES if name in args.measures]
     if "bi" in measures and args.measures == list(USUAL) and kind != next(iter(whole.unit_kinds)):
         measures.remove("bi")  # it is a measure of whole layers only
-    keep = round(0.75 * len(units)) if args.keep is None else args.keep
+    keep = min(len(units) - 1, round(0.75 * len(units))) if args.keep is None else args.keep
     if not 1 <= keep < len(units):
         raise UserError(f"--keep {keep} is not allowed; there are {len(units)} units: give 1 to {len(units) - 1}")
     scorer = Scorer(args, network, measures)
