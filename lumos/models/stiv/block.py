@@ -20,9 +20,8 @@ from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.rope import Rotary
 
-PIECE_VALUES = 2**17
-"""Values of a piece of the tokens for each thread: 0.5 MiB in float32. The MLP holds four times as many at once, which fits
-the second-level cache of most processors, or nearly."""
+PIECE_VALUES = 2**18
+"""Values of a piece of the tokens for each thread: 1 MiB in float32. The MLP holds four times as many at once."""
 
 
 class MLP(nn.Module):
@@ -71,27 +70,30 @@ class Block(nn.Module):
             x = self._over_frames(x, modulation, places)
             x = self._over_places(x, times) if self._runs("temporal") else x
             return self._over_tokens(x, modulation, text, text_mask)
-        of_clips = modulation.expand(-1, x.shape[1], -1, -1)
-        return torch.cat([
+        of_clips, out = modulation.expand(-1, x.shape[1], -1, -1), torch.empty_like(x)
+        for b in range(len(x)):
             self._in_pieces(
                 x[b : b + 1], of_clips[b : b + 1], text[b : b + 1], None if text_mask is None else text_mask[b : b + 1],
-                tuple(table[b : b + 1] if table.dim() == 5 else table for table in places), times, size,
-            )
-            for b in range(len(x))
-        ])  # fmt: skip
+                tuple(table[b : b + 1] if table.dim() == 5 else table for table in places), times, size, out[b : b + 1],
+            )  # fmt: skip
+        return out
 
     def _in_pieces(
-        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary, size: int
-    ) -> Tensor:
-        """Return what `forward` returns for one clip, about `size` tokens at a time; modulation [1, f, 6, d]."""
+        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary, size: int,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """Write what `forward` returns for one clip to `out`, computed about `size` tokens at a time; modulation [1, f, 6, d].
+
+        Each part of the block reads a piece of the tokens and writes the same piece.
+        """
         frames, count = max(1, size // x.shape[2]), max(1, size // x.shape[1])
-        modulations = modulation.split(frames, 1)
-        parts = zip(x.split(frames, 1), modulations, strict=True)
-        x = torch.cat([self._over_frames(part, of_part, places) for part, of_part in parts], 1)
-        if self._runs("temporal"):
-            x = torch.cat([self._over_places(part, times) for part in x.split(count, 2)], 2)
-        parts = zip(x.split(frames, 1), modulations, strict=True)
-        return torch.cat([self._over_tokens(part, of_part, text, text_mask) for part, of_part in parts], 1)
+        pieces, modulations = out.split(frames, 1), modulation.split(frames, 1)
+        for part, of_part, to in zip(x.split(frames, 1), modulations, pieces, strict=True):
+            to.copy_(self._over_frames(part, of_part, places))
+        for part in out.split(count, 2) if self._runs("temporal") else ():
+            part.copy_(self._over_places(part, times))
+        for part, of_part in zip(pieces, modulations, strict=True):
+            part.copy_(self._over_tokens(part, of_part, text, text_mask))
 
     def _over_frames(self, x: Tensor, modulation: Tensor, places: Rotary) -> Tensor:
         """Return x after spatial attention, which keeps frames apart."""

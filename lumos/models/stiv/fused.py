@@ -39,9 +39,9 @@ def normed_sum(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     x: [B, f, s, d]. base, factor: of four dimensions, each of the size of x or 1.
     """
     dtype = torch.promote_types(base.dtype, normed_dtype(x))
-    if uses_pieces(x):
-        return NormedSum.apply(base, x, factor, dtype)
-    return torch.addcmul(base, norm(x), factor).to(dtype)
+    if not uses_pieces(x):
+        return torch.addcmul(base, norm(x), factor).to(dtype)
+    return (NormedSum.apply if torch.is_grad_enabled() else summed)(base, x, factor, dtype)
 
 
 def normed_rotary(x: Tensor, weight: Tensor, tables: Rotary | None, dtype: torch.dtype) -> Tensor:
@@ -50,7 +50,8 @@ def normed_rotary(x: Tensor, weight: Tensor, tables: Rotary | None, dtype: torch
     weight: [D]. tables: None: nothing is turned. Statistics are in float32.
     """
     if uses_pieces(x):
-        return NormedRotary.apply(x, weight, *(tables or (None, None)), dtype)
+        form = NormedRotary.apply if torch.is_grad_enabled() else normed_and_turned
+        return form(x, weight, *(tables or (None, None)), dtype)
     normed = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
     return (normed if tables is None else apply_rotary(normed, tables)).to(dtype)
 
@@ -89,6 +90,29 @@ def piece(x: Tensor, place: Place) -> Tensor:
     return x[first, second]
 
 
+def summed(base: Tensor, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the result of `normed_sum`, computed piece by piece."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for place in places(x.shape):
+        normed = F.layer_norm(widened(piece(x, place)), x.shape[-1:], eps=EPS)
+        torch.addcmul(piece(base, place), normed, piece(factor, place), out=piece(out, place))
+    return out
+
+
+def normed_and_turned(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the result of `normed_rotary`, computed piece by piece."""
+    source, tables = by_clips(x, cos, sin)
+    wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
+    weight = weight.to(wide)
+    tables = tables and (tables[0] * weight, tables[1] * weight.roll(half))
+    out = torch.empty(source.shape, dtype=dtype, device=x.device)
+    for place in places(source.shape):
+        part = piece(source, place).to(wide)
+        scaled = part * weight if tables is None else turned(part, *(piece(table, place) for table in tables))
+        torch.mul(scaled, inverse_rms(part), out=piece(out, place))
+    return out.view(x.shape)
+
+
 class NormedSum(torch.autograd.Function):
     """See `normed_sum`."""
 
@@ -96,11 +120,7 @@ class NormedSum(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.shape, ctx.dtype = base.shape, base.dtype
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        for place in places(x.shape):
-            normed = F.layer_norm(widened(piece(x, place)), x.shape[-1:], eps=EPS)
-            torch.addcmul(piece(base, place), normed, piece(factor, place), out=piece(out, place))
-        return out
+        return summed(base, x, factor, dtype)
 
     @staticmethod
     @once_differentiable
@@ -139,19 +159,7 @@ class NormedRotary(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(x, weight, cos, sin)
-        source, tables = by_clips(x, cos, sin)
-        wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
-        weight = weight.to(wide)
-        tables = tables and (tables[0] * weight, tables[1] * weight.roll(half))
-        out = torch.empty(source.shape, dtype=dtype, device=x.device)
-        for place in places(source.shape):
-            part = piece(source, place).to(wide)
-            scale = inverse_rms(part)
-            if tables is None:
-                torch.mul(part * weight, scale, out=piece(out, place))
-            else:
-                torch.mul(turned(part, *(piece(table, place) for table in tables)), scale, out=piece(out, place))
-        return out.view(x.shape)
+        return normed_and_turned(x, weight, cos, sin, dtype)
 
     @staticmethod
     @once_differentiable
