@@ -74,10 +74,13 @@ def recorded_products(step: Callable[[], Any]) -> list[Product]:
     ]
 
 
-def counted_flops(step: Callable[[], Any]) -> int:
-    """Return the FLOPs of one call of `step` as torch counts them (`torch.utils.flop_counter`), attention on a CPU included."""
+def counted_flops(step: Callable[[], Any], gradients: bool = False) -> int:
+    """Return the FLOPs of one call of `step` as torch counts them (`torch.utils.flop_counter`), attention on a CPU included.
+
+    gradients: whether the step has a backward pass, in which attention on a CPU does not count.
+    """
     flash = {FLASH_ON_CPU: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flash) as counter:
+    with torch.set_grad_enabled(gradients), FlopCounterMode(display=False, custom_mapping=flash) as counter:
         step()
     return counter.get_total_flops()
 

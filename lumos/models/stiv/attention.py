@@ -67,24 +67,26 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm()
         self.k_norm = HeadNorm()
 
+    def keys_and_values(self, source: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of source [..., M, d], each [..., M, H, D]; rotary: tables for keys."""
+        k, v = (proj(source).unflatten(-1, (-1, HEAD_DIM)) for proj in (self.k_proj, self.v_proj))
+        dtype = attention_dtype(v)
+        return self.k_norm(k, rotary, dtype), v.to(dtype)
+
     def forward(
-        self, x: Tensor, source: Tensor | None = None, *, rotary: Rotary | None = None, mask: Tensor | None = None,
-        causal: bool = False,
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None, *, rotary: Rotary | None = None,
+        mask: Tensor | None = None, causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """x [..., L, d] -> [..., L, d]; the leading dimensions are independent sequences.
 
         Args:
-            source: [..., M, d], what keys and values are made of. None: x.
-            rotary: tables for queries and keys. None: no positions.
+            keys_values: see `keys_and_values`. None: those of x.
+            rotary: tables for queries, and for the keys of x. None: no positions.
             mask: bool [N, 1, 1, M], False where a key is padding. Each sequence needs one True.
             causal: query i attends to the keys up to i.
         """
-        source = x if source is None else source
-        q, k, v = (
-            proj(of).unflatten(-1, (-1, HEAD_DIM)) for proj, of in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
-        )
-        dtype = attention_dtype(v)
-        q, k, v = self.q_norm(q, rotary, dtype), self.k_norm(k, rotary, dtype), v.to(dtype)
+        k, v = self.keys_and_values(x, rotary) if keys_values is None else keys_values
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, HEAD_DIM)), rotary, v.dtype)
         q, k, v = (part.flatten(0, -4).transpose(1, 2) for part in (q, k, v))  # [N, H, L or M, D]
         with without_autocast(q.device.type):  # which would turn the operands into its own dtype again
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -66,21 +66,23 @@ class Block(nn.Module):
             places, times: rotary tables of spatial and of temporal attention.
         """
         modulation = modulation if self.table is None else modulation + self.table.to(modulation.dtype)
+        words = self.cross.keys_and_values(text) if self._runs("cross") else ()
         if (size := piece_size(x)) is None:
             x = self._over_frames(x, modulation, places)
             x = self._over_places(x, times) if self._runs("temporal") else x
-            return self._over_tokens(x, modulation, text, text_mask)
+            return self._over_tokens(x, modulation, words, text_mask)
         of_clips, out = modulation.expand(-1, x.shape[1], -1, -1), torch.empty_like(x)
         for b in range(len(x)):
             self._in_pieces(
-                x[b : b + 1], of_clips[b : b + 1], text[b : b + 1], None if text_mask is None else text_mask[b : b + 1],
+                x[b : b + 1], of_clips[b : b + 1], tuple(part[b : b + 1] for part in words),
+                None if text_mask is None else text_mask[b : b + 1],
                 tuple(table[b : b + 1] if table.dim() == 5 else table for table in places), times, size, out[b : b + 1],
             )  # fmt: skip
         return out
 
     def _in_pieces(
-        self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary, size: int,
-        out: Tensor,
+        self, x: Tensor, modulation: Tensor, words: tuple[Tensor, ...], text_mask: Tensor | None, places: Rotary, times: Rotary,
+        size: int, out: Tensor,
     ) -> None:  # fmt: skip
         """Write what `forward` returns for one clip to `out`, computed about `size` tokens at a time; modulation [1, f, 6, d].
 
@@ -93,7 +95,7 @@ class Block(nn.Module):
         for part in out.split(count, 2) if self._runs("temporal") else ():
             part.copy_(self._over_places(part, times))
         for part, of_part in zip(pieces, modulations, strict=True):
-            part.copy_(self._over_tokens(part, of_part, text, text_mask))
+            part.copy_(self._over_tokens(part, of_part, words, text_mask))
 
     def _over_frames(self, x: Tensor, modulation: Tensor, places: Rotary) -> Tensor:
         """Return x after spatial attention, which keeps frames apart."""
@@ -108,10 +110,10 @@ class Block(nn.Module):
         attended = self.temporal(by_place, rotary=times, causal=self.causal)
         return normed_sum(x, attended.transpose(1, 2), self.temporal_gain.to(x.dtype)[None, None, None])
 
-    def _over_tokens(self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
-        """Return x after cross-attention and MLP, which keep tokens apart."""
+    def _over_tokens(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, ...], text_mask: Tensor | None) -> Tensor:
+        """Return x after cross-attention and MLP, which keep tokens apart; words: keys and values of the text."""
         if self._runs("cross"):
-            x = x + self.cross(x.flatten(1, 2), text, mask=text_mask).view(x.shape)
+            x = x + self.cross(x.flatten(1, 2), words, mask=text_mask).view(x.shape)
         if not self._runs("mlp"):
             return x
         shift, scale, gate = modulation[..., None, 3:, :].unbind(-2)

@@ -117,7 +117,7 @@ def test_a_wrong_form_is_not_reported(monkeypatch):
     right = Block._in_pieces
     monkeypatch.setattr("lumos.models.stiv.block.PIECE_VALUES", 64)
     assert sampling.run_size("micro", MEASURE)[0]["max_difference"] < 1e-4
-    monkeypatch.setattr(Block, "_in_pieces", lambda self, x, *others: right(self, x, *others) * 1.01)
+    monkeypatch.setattr(Block, "_in_pieces", lambda self, x, *others: right(self, x * 1.01, *others))
     with pytest.raises(RunError, match="plain and lumos differ"):
         sampling.run_size("micro", MEASURE)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumos.benchmarks.roofline import counted_flops
 from lumos.errors import UserError
+from lumos.models.stiv import fused
+from lumos.models.stiv.activations import ClipTokens, activation_bytes, checkpointed_bytes
+from lumos.models.stiv.attention import SAVED
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.cost import (
-    ClipTokens,
     StivClipCost,
-    activation_bytes,
     clip_tokens,
     meta_model,
     model_of,
@@ -46,7 +50,11 @@ def saved_bytes(model: nn.Module, half: bool, **inputs) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", ["clips", "pictures", "given", "masked"])
-def test_activations_are_what_autograd_saves(half, kind):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_activations_are_what_autograd_saves(monkeypatch, half, kind, on_gpu):
+    """On a CPU with the operators that keep fewer; on a GPU with the plain forms, which run here as they do there."""
+    if on_gpu:
+        monkeypatch.setattr(fused, "DEVICES", set())
     frames, side, words, batch = 1 if kind == "pictures" else 9, 8, 12, 4
     config = StivConfig(hidden_size=128, num_hidden_layers=5, latent_channels=4, text_width=128, text_layers=1,
                         temporal_attention=kind != "pictures")  # fmt: skip
@@ -59,12 +67,65 @@ def test_activations_are_what_autograd_saves(half, kind):
         text_ids=torch.randint(99, (batch, words)), given=given if kind == "given" else None,
         keep=torch.arange(8).expand(batch, -1) if kind == "masked" else None,
     )  # fmt: skip
-    sharding = Sharding(None, half=half, on_gpu=False, checkpointing=False)
+    sharding = Sharding(None, half=half, on_gpu=on_gpu, checkpointing=False)
     tokens = ClipTokens((frames, side, side), (frames, 4, 4), words)
     planned = activation_bytes(config, 0.5 if kind == "masked" else 0.0, sharding, batch, tokens, kind == "given")
     if half:  # the copies of the weights, which the plan counts with the weights
         planned += 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     assert planned == pytest.approx(found, rel=0.06 if kind != "pictures" else 0.2)
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python holds."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("temporal", [True, False])
+def test_checkpointing_saves_what_the_plan_says(saved, temporal):
+    """Three more blocks hold three times the bytes of a block."""
+    d, frames, batch, held = 128, 4 if temporal else 1, 6, {}
+    for layers in (2, 5):
+        config = StivConfig(hidden_size=d, num_hidden_layers=layers, latent_channels=4, text_encoder="folder", text_width=d,
+                            temporal_attention=temporal)  # fmt: skip
+        model = StivForVideoGeneration(config).train()
+        model.gradient_checkpointing_enable({"context_fn": SAVED[saved]})
+        inputs = torch.randn(batch, frames, 4, 16, 16), torch.rand(batch), torch.randn(batch, 2, d), None, torch.randn(batch, d)
+        before = live_bytes()
+        loss = model(*inputs).sample.square().mean()
+        held[layers] = live_bytes() - before
+        del loss
+    sharding = Sharding(None, half=False, on_gpu=False, checkpointing=True)
+    planned = batch * frames * 64 * checkpointed_bytes(config, sharding, saved, config.parts_of(0))
+    assert (held[5] - held[2]) / 3 == pytest.approx(planned, rel=0.03)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("more", [{}, {"mask_ratio": 0.5}])
+def test_flops_that_are_computed_again_are_those_of_the_plan(saved, more):
+    raw = {"generator": "stiv", "model": {"preset": "stiv-nano", "overrides": {"num_hidden_layers": 4}},
+           "data": {"height": 64, "width": 64, "num_frames": 4}, "saved_outputs": saved,
+           "training": {"activation_checkpointing": True}, **more}  # fmt: skip
+    cost = training_cost(build_settings(raw), 7)
+    model = StivForVideoGeneration(cost.config).train()
+    keep = torch.arange(8)[None] if more else None
+    x, t, ids = torch.randn(1, 4, 5, 8, 8), torch.rand(1), torch.zeros(1, 7, dtype=torch.int64)
+    counted = {}
+    for switch in (False, True):
+        if switch:
+            model.gradient_checkpointing_enable({"context_fn": SAVED[saved]})
+        counted[switch] = counted_flops(
+            lambda: model(x, t, text_ids=ids, keep=keep).sample.square().mean().backward(), gradients=True
+        )
+    again = counted[True] - counted[False]
+    assert again == pytest.approx(cost.recomputed_flops(cost.sequence(4, 64, 64)), rel=0.03)
+
+
+def test_saved_outputs_need_checkpointing():
+    with pytest.raises(UserError, match=r"saved_outputs has no effect without training\.activation_checkpointing"):
+        build_settings({"generator": "stiv", "model": {"preset": "stiv-nano"}, "saved_outputs": "products"})
 
 
 def test_training_flops_are_three_times_those_of_the_forward_pass():
