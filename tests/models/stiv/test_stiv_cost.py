@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lumos.benchmarks.roofline import counted_flops
 from lumos.errors import UserError
-from lumos.models.stiv import fused
+from lumos.models.stiv import attention, fused
 from lumos.models.stiv.activations import ClipTokens, activation_bytes, checkpointed_bytes
 from lumos.models.stiv.attention import SAVED
 from lumos.models.stiv.configuration import StivConfig
@@ -55,6 +55,7 @@ def test_activations_are_what_autograd_saves(monkeypatch, half, kind, on_gpu):
     """On a CPU with the operators that keep fewer; on a GPU with the plain forms, which run here as they do there."""
     if on_gpu:
         monkeypatch.setattr(fused, "DEVICES", set())
+        monkeypatch.setattr(attention, "attention_dtype", lambda values: values.dtype)
     frames, side, words, batch = 1 if kind == "pictures" else 9, 8, 12, 4
     config = StivConfig(hidden_size=128, num_hidden_layers=5, latent_channels=4, text_width=128, text_layers=1,
                         temporal_attention=kind != "pictures")  # fmt: skip
