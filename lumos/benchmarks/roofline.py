@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lumos.device_peak import timed
 
-PRODUCT_SECONDS, PRODUCT_RUNS = 0.3, 3
+PRODUCT_SECONDS, PRODUCT_RUNS, SMALLEST_SHARE = 0.3, 3, 1e-3
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
 ATTENTION = ("scaled_dot_product", "flash", "efficient_attention", "cudnn_attention")
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -85,9 +85,13 @@ def counted_flops(step: Callable[[], Any], gradients: bool = False) -> int:
     return counter.get_total_flops()
 
 
-def roofline_seconds(products: Iterable[Product], device: str, dtype: torch.dtype) -> float:
-    """Return the time that the products take alone, each at the measured speed of its shape."""
-    return sum(p.flops / product_gflops(p, device, dtype) / 1e9 for p in products)
+def roofline_seconds(products: Sequence[Product], device: str, dtype: torch.dtype) -> float:
+    """Return the time that the products take alone, each at the measured speed of its shape.
+
+    Shapes with less than a thousandth of the FLOPs are left out: measuring their speed takes longer than they are worth.
+    """
+    total = sum(p.flops for p in products)
+    return sum(p.flops / product_gflops(p, device, dtype) / 1e9 for p in products if p.flops >= SMALLEST_SHARE * total)
 
 
 def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:

@@ -66,14 +66,14 @@ def test_recorded_products_are_those_that_run():
 def test_the_roofline_is_the_sum_over_shapes(monkeypatch):
     speeds = {5: 2.0, 9: 4.0}
     monkeypatch.setattr(roofline, "product_gflops", lambda product, device, dtype: speeds[product.n])
-    products = [roofline.Product("a", 8e9, 1, 1, 1, 5), roofline.Product("b", 2e9, 1, 1, 1, 9)]
-    assert roofline_seconds(products, "cpu", torch.float32) == 8 / 2 + 2 / 4
+    products = [roofline.Product(*given) for given in (("a", 8e9, 1, 1, 1, 5), ("b", 2e9, 1, 1, 1, 9), ("c", 9e6, 1, 1, 1, 1))]
+    assert roofline_seconds(products, "cpu", torch.float32) == 8 / 2 + 2 / 4  # the last one is too small to count
 
 
 @pytest.mark.parametrize("form", ["lumos", "latte"])
 def test_all_flops_of_both_networks_are_in_the_roofline(case, form):
     step = sampling.lumos_step(case) if form == "lumos" else sampling.latte_step(latte_of("micro", "cpu", "float32"), case)
-    assert sum(p.flops for p in recorded_products(step)) == counted_flops(step)
+    assert sum(p.flops for p in recorded_products(step)) == counted_flops(step) == sampling.work_of(step, MEASURE)["flops"]
 
 
 def test_flops_of_a_sampling_step_are_those_of_both_branches(case):
