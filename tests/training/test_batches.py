@@ -149,11 +149,23 @@ def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypa
         assert length == (frames[1].end if len(frames) > 1 else whole.lengths[i])
 
 
+def names_of(source, shape: StepShape, steps: range) -> list[str]:
+    return [clip.name for step in steps for clip in source.clips(step, shape, range(shape.batch_size))]
+
+
+@pytest.mark.parametrize("scenes", [3, 64, 100])
+def test_every_scene_is_seen_before_one_repeats(micro_settings, scenes):
+    shape = StepShape("image", 5)
+    source = ArdfTask(micro_settings(data={"scenes": scenes}), CPU).source
+    names = names_of(source, shape, range(2 * scenes))
+    assert len(set(names[:scenes])) == len(set(names)) == scenes
+
+
 def test_validation_clips_are_never_training_clips(micro_settings):
+    shape = StepShape("image", 5)
     source = ArdfTask(micro_settings(data={"scenes": 3}), CPU).source
-    seen = {source.clip(sample_index(step, position), 1).name for step in range(5) for position in range(5)}
-    assert len(seen) == 3
-    held_back = {source.clip(sample_index(VALIDATION_STEP, position), 1).name for position in range(8)}
+    seen = set(names_of(source, shape, range(5)))
+    held_back = {clip.name for clip in source.clips(VALIDATION_STEP, shape, range(8))}
     assert len(held_back) == 8
     assert not seen & held_back
 

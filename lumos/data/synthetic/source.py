@@ -55,14 +55,19 @@ class SyntheticSource:
 
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
         num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
-        return [self.clip(sample_index(step, position), num_frames) for position in positions]
+        return [self.clip(self._number(step, shape, position), num_frames) for position in positions]
+
+    def _number(self, step: int, shape: StepShape, position: int) -> int:
+        """Return the number of a clip; with `scenes`, steps take these one after the other, so that all of them are seen."""
+        index = sample_index(step, position)
+        if self.scenes is None or step >= VALIDATION_STEP:
+            return index
+        return (step * self.clips_in(shape) + position) % self.scenes
 
     def clip(self, index: int, num_frames: int) -> Clip:
         """Return the clip with number `index` (see `lumos.data.seeding.sample_index`) and `num_frames` frames."""
         scenes = replace(self.videos, num_frames=num_frames)
         if index >= sample_index(VALIDATION_STEP, 0):
             scenes = replace(scenes, seed=VALIDATION_SEED)
-        elif self.scenes:
-            index %= self.scenes
         frames, caption = scenes[index]
         return Clip(frames, caption, scenes.fps, f"worlds/{scenes.seed}/{index}")

@@ -94,6 +94,7 @@ class StivTask(VideoTask):
         self.config = StivConfig(**self.config.to_dict() | self._statistics())
         self.space = self.space.normalised(self.config.latent_mean, self.config.latent_std)
         self.origin: dict[str, Any] | None = None
+        self.kept_latents: dict[tuple[str, int], Tensor] = {}
         self.pattern_names = [name for name in PATTERNS if name in trained_patterns(settings)]
         self.loss_groups = {"time": TIME_BINS, "pattern": len(self.pattern_names)}
         self._text_ids(settings.samples.prompts)
@@ -193,9 +194,8 @@ class StivTask(VideoTask):
         batch, device = prepared.batch, self.device
         latents: list[Tensor] = [torch.empty(0)] * len(prepared.clips)
         for at in alike([(clip.shape, clip.dtype) for clip in prepared.clips]):
-            clips = torch.stack([prepared.clips[i] for i in at]).to(device, non_blocking=True)
-            names = [batch.names[i] for i in at]
-            encoded = self.space.encode(clips) if clips.dtype == torch.uint8 else self._of_codes(clips, names)
+            clips, names = [prepared.clips[i] for i in at], [batch.names[i] for i in at]
+            encoded = self._of_pixels(clips, names) if clips[0].dtype == torch.uint8 else self._of_codes(clips, names)
             for i, clip in zip(at, encoded, strict=True):
                 latents[i] = clip
         rows = {name: [x if x is None else x.to(device, non_blocking=True) for x in of_clips]
@@ -263,7 +263,25 @@ class StivTask(VideoTask):
         grid = config.grid(size[0], size[2], size[3])
         return 3.0 * (forward_flops(config, *grid, text_tokens, ratio) + text_encoder_flops(config, text_tokens))
 
-    def _of_codes(self, codes: Tensor, names: list[str]) -> Tensor:
+    def _of_pixels(self, clips: list[Tensor], names: list[str]) -> list[Tensor] | Tensor:
+        """Return the latents of clips of one size, some of them from earlier steps with latents.kept_clips.
+
+        Clips to be kept are encoded one by one: the last bit can depend on the clips beside, which differ after a resume.
+        """
+        limit, kept = self.settings.latents.kept_clips, self.kept_latents
+        if not limit:
+            return self.space.encode(torch.stack(clips).to(self.device, non_blocking=True))
+        latents = []
+        for clip, name in zip(clips, names, strict=True):
+            key = (name, len(clip))
+            found = kept[key] if key in kept else self.space.encode(clip[None].to(self.device, non_blocking=True))[0]
+            if len(kept) < limit:
+                kept[key] = found
+            latents.append(found)
+        return latents
+
+    def _of_codes(self, clips: list[Tensor], names: list[str]) -> Tensor:
+        codes = torch.stack(clips).to(self.device, non_blocking=True)
         highest = codes.flatten(1).max(1).values
         for name, code in zip(names, highest.tolist(), strict=True):
             if code >= self.video_tokenizer.num_codes:
@@ -358,7 +376,7 @@ class StivTask(VideoTask):
             clips = self.source.clips(step, shape, range(min(count, self.source.clips_in(shape))))
             for clip in clips:
                 made = pixels_or_codes(clip)[None].to(self.device)
-                yield self.space.encode(made) if made.dtype == torch.uint8 else self._of_codes(made, [clip.name])
+                yield self.space.encode(made) if made.dtype == torch.uint8 else self._of_codes([made[0]], [clip.name])
             count, step = count - len(clips), step + 1
 
     def _check_memory(self, num_frames: int, height: int, width: int) -> None:

@@ -55,6 +55,9 @@ class LatentSettings:
     statistics_clips: int = setting(
         64, "clips of the first steps from which mean and standard deviation are measured", low=1, high=2**16
     )
+    kept_clips: int = setting(
+        0, "clips of pixels whose latents stay in memory once they are encoded, for data that repeat (data.scenes)", low=0, high=2**24
+    )
 
 
 @dataclass
