@@ -22,7 +22,7 @@ from lumos.compression.prunable import Prunable
 from lumos.errors import NotFound, UserError, shown
 from lumos.files import folder_sha256
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.runtime import no_progress_bar
+from lumos.runtime import no_progress_bar, parameter_count
 from tokenizer import VideoTokenizer
 from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, read_config, stored_dtype
 
@@ -88,7 +88,7 @@ class Network(ABC):
     def costs(self, network: Prunable, peak: float) -> dict[str, Any]:
         """Return what the network costs: parameters, bytes of weights, FLOPs, and seconds of a clip at a device's peak FLOP/s."""
         flops, sizes = self.flops(network)
-        parameters = sum(p.numel() for p in network.parameters())
+        parameters = parameter_count(network)
         seconds = flops / (peak * UTILISATION)
         return {"parameters": parameters, "weight_bytes": parameters * self.dtype.itemsize, "flops": flops, **sizes,
                 "seconds": seconds}  # fmt: skip
