@@ -62,7 +62,8 @@ class OutputSums:
     """Sums of squares of errors, and of the outputs that they are errors of; by frame and by level."""
 
     def __init__(self, levels: int):
-        self.error, self.power = ({"frames": torch.zeros(len(FRAMES)).double(), LEVEL: torch.zeros(levels).double()} for _ in "ab")
+        self.error = {"frames": torch.zeros(len(FRAMES)).double(), LEVEL: torch.zeros(levels).double()}
+        self.power = {group: torch.zeros_like(sums) for group, sums in self.error.items()}
         self.content = self.motion = 0.0
         self.has_motion = False
 
@@ -107,18 +108,17 @@ class StreamSums:
 
     def add(self, probe: Probe, micro: dict[str, Any], trace: Trace, axis: int) -> None:
         for call in range(len(next(iter(trace.before.values())))):
-            points = [trace.before[name][call] for name in self.stages if name in trace.before]
             ran = [name for name in self.stages if name in trace.before]
-            ends = [trace.behind[name][call] for name in ran]
-            for name, before, behind in zip(ran, points, ends, strict=True):
-                before, behind = before.movedim(axis, -1), behind.movedim(axis, -1)
+            for name in ran:
+                before, behind = (streams[name][call].movedim(axis, -1) for streams in (trace.before, trace.behind))
                 frames = probe.stream_frames(micro, before).flatten()
                 kind = frames.clamp(-1, 1) + 1
                 change = direction_change(before, behind).flatten().double()
                 for at, values in ((0, change), (1, torch.ones_like(change))):
                     self.change[name][at].index_add_(0, kind[frames > -2].cpu(), values[frames > -2].cpu())
-            if ran == self.stages and len({point.shape for point in (*points, ends[-1])}) == 1:
-                self._add_pairs([*points, ends[-1]], frames > -2, axis)
+            points = [*(trace.before[name][call] for name in ran), trace.behind[ran[-1]][call]]
+            if ran == self.stages and len({point.shape for point in points}) == 1:
+                self._add_pairs(points, frames > -2, axis)
 
     def _add_pairs(self, points: list[Tensor], used: Tensor, axis: int) -> None:
         units = [F.normalize(point.movedim(axis, -1).flatten(0, -2)[used].float(), dim=-1) for point in points]

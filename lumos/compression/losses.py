@@ -46,7 +46,8 @@ def icd(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, ra
     for s, h in zip(student, teacher, strict=True):
         if s.shape != h.shape or s.ndim != 4:
             raise UserError(f"icd compares features [B, T, n, C]; given {list(s.shape)} and {list(h.shape)}")
-    return icd_by_clip(student, teacher, k, raw).mean()
+    errors = torch.stack([icd_by_clip([s], [h], k, raw).mean() for s, h in zip(student, teacher, strict=True)])
+    return errors.sum() if raw else errors.mean()
 
 
 def icd_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, raw: bool = False) -> Tensor:
