@@ -21,10 +21,10 @@ def clip_seconds(pipe: VideoPipeline, prompt: str, seed: int) -> dict[str, float
     """Return the seconds of one clip: `sampling`, from the prompt to the latents, and `pixels`, from the latents to the frames."""
     started = time.perf_counter()
     latents = pipe(prompt, seed=seed, output_type="latent").frames
-    synchronize(pipe.device)
+    synchronize(str(pipe.device))
     sampled = time.perf_counter()
     pipe.decode_clip(latents[0])
-    synchronize(pipe.device)
+    synchronize(str(pipe.device))
     return {"sampling": sampled - started, "pixels": time.perf_counter() - sampled}
 
 
