@@ -58,6 +58,11 @@ def direction_change(before: Tensor, behind: Tensor) -> Tensor:
     return (F.normalize(before.float(), dim=-1) - F.normalize(behind.float(), dim=-1)).square().sum(-1) / 2
 
 
+def squares(values: Tensor) -> Tensor:
+    """Return the sum of squares of each frame of values [T, n], float64 [T], on the CPU."""
+    return values.square().sum(dim=1, dtype=torch.float64).cpu()
+
+
 class OutputSums:
     """Sums of squares of errors, and of the outputs that they are errors of; by frame and by level."""
 
@@ -67,15 +72,15 @@ class OutputSums:
         self.content = self.motion = 0.0
         self.has_motion = False
 
-    def add(self, found: Output, whole: Output) -> None:
+    def add(self, found: Output, whole: Output, power: Tensor) -> None:
+        """Add a part of the output without the unit, and of the whole one, of which `power` has the squares."""
         error = found.values - whole.values
         content, motion = split(error)
         self.content, self.motion = self.content + float(content), self.motion + float(motion)
         self.has_motion |= len(error) > 1
-        for sums, values in ((self.error, error), (self.power, whole.values)):
-            squares = values.square().sum(dim=1, dtype=torch.float64).cpu()
-            sums["frames"].index_add_(0, whole.frames.clamp(max=1).cpu(), squares)
-            sums[LEVEL].index_add_(0, whole.levels.cpu(), squares)
+        for sums, values in ((self.error, squares(error)), (self.power, power)):
+            sums["frames"].index_add_(0, whole.frames.clamp(max=1).cpu(), values)
+            sums[LEVEL].index_add_(0, whole.levels.cpu(), values)
 
     def results(self, levels: Sequence[str]) -> dict[str, Any]:
         """Return output, output_by, content, motion and motion_share; shares of 0 are None.
@@ -170,6 +175,8 @@ def score(
             started = time.perf_counter()
             with trace.recording():
                 found[WHOLE] = probe.forward(model, micro)
+                # For the time of a pass. With outputs, all losses come from their logits, so that equal networks have equal losses.
+                _ = found[WHOLE].find_losses() if outputs else found[WHOLE].losses
             total += time.perf_counter() - started
             for name in seconds:
                 seconds[name] += trace.seconds.get(name, 0.0)
@@ -180,12 +187,13 @@ def score(
                 with trace.replaying(trace.stage_of(name)), model.skipping([name]):
                     found[name] = probe.forward(model, micro)
                 on_pass()
-            for name, made in found.items():
-                losses[name].add(made.losses, made.places)
             if outputs:
                 for whole, *parts in zip(*(made.outputs() for made in found.values()), strict=True):
+                    power = squares(whole.values)
                     for name, part in zip(units, parts, strict=True):
-                        outputs[name].add(part, whole)
+                        outputs[name].add(part, whole, power)
+            for name, made in found.items():
+                losses[name].add(made.losses, made.places)
             if gradients is not None:
                 gradients.add(probe, micro)
     weights = dict(model.named_parameters())

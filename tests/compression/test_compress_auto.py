@@ -75,7 +75,7 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     ("--models {lumos1} {stiv}", "the models make clips of 2 shapes"),
     ("--models nowhere", "there is no model folder nowhere"),
     ("--models {lumos1} --count 0", "--count 0 is not allowed"),
-    ("--models {lumos1} --kinds three", "--kinds"),
+    ("--models {lumos1} --kinds three", "prompt kind 'three' is unknown"),
 ])  # fmt: skip
 def test_what_report_refuses(folders, run, words, message):
     _, error = run("report", *words.format(**folders).split(), "--device", "cpu", code=2)
