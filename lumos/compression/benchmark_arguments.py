@@ -14,4 +14,4 @@ def compress(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=int, help="layers of the smaller model; default: three quarters")
     add("--clips", type=int, default=4, help="clips in a forward pass and in a training step; default: %(default)s")
     add("--of-compression", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-        help="what to measure of compression: scoring, steps (time of a distillation step), memory; default: all three")  # fmt: skip
+        help="what to measure of compression: scoring, steps (of distillation, their time), memory; default: all")  # fmt: skip
