@@ -84,8 +84,8 @@ def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = No
         "kept": predicted.kept, "scores": scores, "before": predicted.before, "after": predicted.after, "losses": [], "steps": 0,
         **versions(),
     }  # fmt: skip
-    if earlier := read_record(network.place):
-        record["earlier"] = earlier
+    if (network.place / RECORD).is_file():
+        record["earlier"] = read_record(network.place)
     with replacing_folder(out) as writing:
         network.write(left, writing)
         made = network.written_at(writing)

@@ -43,7 +43,7 @@ def study(model, tmp_path, monkeypatch) -> dict:
 
 
 def run(study: dict, *more: str) -> int:
-    Path("study.yaml").write_text(yaml.safe_dump(study))
+    Path("study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return main(["experiment", "study.yaml", "--runs", "runs", "--out", "out", *more])
 
 

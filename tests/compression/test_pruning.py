@@ -96,7 +96,8 @@ def test_shapes_are_known_without_reading_weights(folders, kind, monkeypatch):
     on_meta = found.on_meta()
     assert {name: tensor.shape for name, tensor in on_meta.state_dict().items()} == shapes
     assert all(tensor.is_meta for tensor in on_meta.state_dict().values())
-    assert on_meta.config.to_dict() == whole.config.to_dict()
+    ours, theirs = (model.config.to_dict() for model in (on_meta, whole))
+    assert {**ours, "_name_or_path": ""} == {**theirs, "_name_or_path": ""}
     assert found.dtype == dtype
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -54,7 +53,7 @@ def test_the_taps_of_a_transformer(pairs):
     assert taps(folder, "last") == [("blocks.2", "blocks.5")]
     assert taps(folder, 2) == [("blocks.0", "blocks.0"), ("blocks.2", "blocks.5")]
     for layers in ("first", 0, -1, True, 1.5):
-        with pytest.raises(UserError, match=r"layers .* is not allowed"):
+        with pytest.raises(UserError, match=r"layers is .*; allowed: all, last, or a whole number"):
             taps(folder, layers)
 
 
@@ -127,14 +126,18 @@ def test_compare_gives_the_losses_of_features_and_predictions(pairs, name):
 def test_a_model_compared_with_an_equal_one_has_no_distance(pairs, name):
     """Test 5: ICD and its gradient are 0 when the student equals the teacher.
 
-    Weights read from a file begin at any address, and products round differently there, so the teacher is a copy.
+    A U-Net rounds differently when its own weights have gradients, so its losses are exactly 0 only without them.
     """
-    teacher, student = copy.deepcopy(pairs(name)[0]), make(name)
+    teacher, student = pairs(name)[0], make(name)
     names = [(x, x) for x in (["down_blocks.0", "up_blocks.3"] if name == SVD else ["transformer_blocks.1"])]
+    with torch.no_grad():
+        found = compare(student, teacher, names, inputs(name), FRAMES)
+    assert (found.kd.item(), found.icd.item()) == (0, 0)
     found = compare(student, teacher, names, inputs(name), FRAMES)
     (found.kd + found.icd).backward()
-    assert (found.kd.item(), found.icd.item()) == (0, 0)
-    assert all(p.grad is None or p.grad.abs().max() == 0 for p in student.parameters())
+    rounding = name == SVD
+    assert max(found.kd.item(), found.icd.item()) <= 1e-9 * rounding
+    assert all(p.grad is None or p.grad.abs().max() <= 1e-5 * rounding for p in student.parameters())
 
 
 @pytest.mark.parametrize("name", [SVD, "WanTransformer3DModel"])
