@@ -18,7 +18,8 @@ from lumos.errors import UserError
 
 FEW = ["--count", "2", "--kinds", "one", "--device", "cpu"]
 QUICK = [
-    "training.batch_size=2", "training.save_every_steps=1", "data.validation_clips=1", "data.workers=0", "logging.peak_tflops=0.1",
+    "training.batch_size=2", "training.save_every_steps=1", "training.log_every=1", "data.validation_clips=1", "data.workers=0",
+    "logging.peak_tflops=0.1",
 ]
 
 
