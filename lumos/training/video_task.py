@@ -199,9 +199,9 @@ class VideoTask(TrainingTask):
         """Write a checkpoint as a folder that `VideoPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
         export_checkpoint(folder, checkpoint.read_state(folder), target)
 
+    @abstractmethod
     def pipeline_of(self, model: nn.Module, settings: SamplingOptions) -> VideoPipeline:
         """Return a pipeline of this model and the tokenizers of the run, whose clips have `sample_shape`."""
-        raise NotImplementedError
 
     def preview(self, weights: dict[str, Tensor]) -> Sampler:
         """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
