@@ -220,6 +220,13 @@ class VideoTask(TrainingTask):
             {**vars(settings), **vars(self.sample_shape)},
         )
 
+    @staticmethod
+    @abstractmethod
+    def write_folder(
+        folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
+    ) -> None:
+        """Write a complete model folder, tokenizers included, that the generator's pipeline opens."""
+
     @classmethod
     def parameter_shapes(cls, metadata: Mapping[str, Any]) -> dict[str, torch.Size]:
         """Return the shapes of the model's parameters by name."""
