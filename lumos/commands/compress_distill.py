@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.compression.distillation import distill
-    from lumos.compression.settings import load_settings
+    from lumos.compression.recipes import read_recipe
 
-    distill(load_settings(args.config, args.overrides))
+    settings, train = read_recipe(args.config, args.overrides)
+    train(settings)

@@ -156,7 +156,11 @@ class TokenizerTask(TrainingTask):
         """Return the error [B] of each video [B, 3, T, H, W]; all have the same length."""
         settings = self.settings
         weights = foreground_weight(video, is_world, settings.foreground_weight)
-        error = model(video.to(next(model.parameters()).dtype)) - video
+        return self._pixel_errors(model(video.to(next(model.parameters()).dtype)) - video, weights)
+
+    def _pixel_errors(self, error: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted mean absolute and squared error [B] of differences [B, 3, T, H, W]."""
+        settings = self.settings
         return (weights * (settings.l1_weight * error.abs() + settings.mse_weight * error.square())).mean(dim=(1, 2, 3, 4))
 
     @torch.inference_mode()
