@@ -65,7 +65,7 @@ class Head(nn.Module):
 
 
 class Critic(nn.Module):
-    """A spatial and a temporal head behind each of `taps` blocks of a network of `channels` channels.
+    """A spatial and a temporal head behind each of several blocks of a network; `channels` has the channels behind each.
 
     The spatial head judges each frame by a 3 x 3 convolution of stride 2 (1 along a side below 4), the temporal head each
     place by a convolution over 3 frames. The score D of a clip is the mean over blocks of (spatial + temporal) / 2.
@@ -73,10 +73,10 @@ class Critic(nn.Module):
     (arXiv 1802.05637).
     """
 
-    def __init__(self, channels: int, taps: int, pooled: int, width: int = 64):
+    def __init__(self, channels: Sequence[int], pooled: int, width: int = 64):
         super().__init__()
-        self.spatial = nn.ModuleList(Head(nn.Conv2d(channels, width, 3), width) for _ in range(taps))
-        self.temporal = nn.ModuleList(Head(nn.Conv1d(channels, width, 3), width) for _ in range(taps))
+        self.spatial = nn.ModuleList(Head(nn.Conv2d(count, width, 3), width) for count in channels)
+        self.temporal = nn.ModuleList(Head(nn.Conv1d(count, width, 3), width) for count in channels)
         self.pooled_norm = nn.LayerNorm(pooled, elementwise_affine=False)
         self.condition = nn.Sequential(nn.Linear(SINUSOIDS + pooled, width), nn.SiLU(), nn.Linear(width, width))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,17 @@ def plan_folder(folder: str | Path, plan: str, keep: Sequence[int] = ()) -> Prun
     return unets.prune(config, plan, remove) if is_unet else transformers.prune(config, plan, remove, keep)
 
 
+def model_class_of(config: Mapping[str, Any]) -> type:
+    """Return the class that loads a model with this config.json: of diffusers, or of `lumos.compression.unets`."""
+    name = config["_class_name"]
+    check_diffusers()
+    return unets.model_class(name) if name in unets.CLASSES else getattr(import_module("diffusers"), name)
+
+
 def load(folder: str | Path, **options: Any) -> nn.Module:
     """Return the model in a folder, of a stock class or of a class of `lumos.compression.unets`.
 
     `options` are those of `from_pretrained` of diffusers, for example torch_dtype.
     """
-    name = read_config(folder, SUPPORTED)["_class_name"]
-    check_diffusers()
-    model_class = unets.model_class(name) if name in unets.CLASSES else getattr(import_module("diffusers"), name)
+    model_class = model_class_of(read_config(folder, SUPPORTED))
     return model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)

@@ -15,6 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lumos.compression.critic import critic_taps
+from lumos.compression.networks import weights_sha256
+from lumos.compression.record import kept_blocks
+from lumos.compression.teacher import check_teacher
+from lumos.errors import UserError
 from lumos.runtime import no_progress_bar
 from lumos.training.video_task import VideoTask
 
@@ -89,6 +94,32 @@ class Distillable(ABC):
 
     def __init__(self, task: VideoTask):
         self.task = task
+
+    def check_teacher(self, folder: Path) -> None:
+        """Raise UserError unless the model in a folder can teach the student."""
+        check_teacher(folder, self.task, self.same)
+
+    def sha256(self, folder: Path) -> str:
+        """Return the hash of the config and the weights in a folder."""
+        return weights_sha256(folder)
+
+    def kept(self, teacher: nn.Module, stated: Sequence[int]) -> list[int]:
+        """Return the teacher's block for each block of the student. stated: the setting distill.kept."""
+        config, theirs = self.task.config, teacher.config
+        if config.hidden_size != theirs.hidden_size:
+            raise UserError(
+                f"the student has hidden_size {config.hidden_size}, the teacher {theirs.hidden_size}, so their features "
+                "cannot be compared; set distill.icd=0, and distill.mca=0 or distill.motion=adversarial"
+            )
+        return kept_blocks(self.task.settings.model.from_, stated, config.num_hidden_layers, theirs.num_hidden_layers)
+
+    def critic_taps(self, teacher: nn.Module, count: int) -> list[int]:
+        """Return the numbers, ascending, of the teacher's blocks behind which heads of a critic stand: about `count`."""
+        return critic_taps(len(self.blocks(teacher)), count)
+
+    def critic_channels(self, teacher: nn.Module, taps: Sequence[int]) -> list[int]:
+        """Return the channels behind each of these blocks."""
+        return [teacher.config.hidden_size] * len(taps)
 
     def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """Return the network of a model folder, frozen and in evaluation mode, on the device of the training."""

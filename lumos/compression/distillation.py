@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from lumos import registry
-from lumos.compression.critic import Critic, critic_losses, critic_taps, generator_losses, with_penalty
+from lumos.compression.critic import Critic, critic_losses, generator_losses, with_penalty
 from lumos.compression.distillable import LEVEL, Distillable, Draws, Pass, in_order
 from lumos.compression.losses import icd_by_clip, motion_by_clip
-from lumos.compression.networks import weights_sha256
-from lumos.compression.record import RECORD, kept_blocks, read_record
+from lumos.compression.record import RECORD, read_record
 from lumos.compression.settings import DistillSettings
-from lumos.compression.teacher import check_teacher, refuse_same_weights
+from lumos.compression.teacher import refuse_same_weights
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.errors import UserError
@@ -36,7 +35,6 @@ from lumos.training.loop import train
 from lumos.training.samples import Sampler
 from lumos.training.settings import TrainingSettings
 from lumos.training.task import Batch, Measured, TrainingTask
-from lumos.training.video_task import VideoTask
 
 WEIGHTS, COUNTS, KEPT = "distill_weights", "distill_counts", "distill_kept"
 """Entries of a micro-batch: weights of the losses, which clips count, and what the critic saw of the clips."""
@@ -85,7 +83,7 @@ class DistillationTask(TrainingTask):
     kind     what distillation asks of the generator
     """
 
-    def __init__(self, inner: VideoTask, kind: Distillable, settings: DistillSettings):
+    def __init__(self, inner: TrainingTask, kind: Distillable, settings: DistillSettings):
         self.inner, self.kind, self.settings = inner, kind, settings
         self.loss_groups, self.source, self.causal, self.export_folder = (
             inner.loss_groups, inner.source, inner.causal, inner.export_folder,
@@ -101,24 +99,12 @@ class DistillationTask(TrainingTask):
         self.sums: dict[str, Tensor] = {}
         if settings.needs_teacher:
             folder = Path(settings.teacher)
-            check_teacher(folder, inner, kind.same)
-            self.teacher_sha256 = weights_sha256(folder)
+            kind.check_teacher(folder)
+            self.teacher_sha256 = kind.sha256(folder)
             self.teacher = kind.read_teacher(folder, self.precision)
         if settings.compares_features:
-            self.kept = self._kept()
-        blocks = 0 if self.teacher is None else len(kind.blocks(self.teacher))
-        self.taps = critic_taps(blocks, settings.critic_taps) if settings.adversarial else []
-
-    def _kept(self) -> list[int]:
-        """Return the teacher's block for each block of the student."""
-        inner, config = self.inner, self.teacher.config
-        if inner.config.hidden_size != config.hidden_size:
-            raise UserError(
-                f"the student has hidden_size {inner.config.hidden_size}, the teacher {config.hidden_size}, so their features "
-                "cannot be compared; set distill.icd=0, and distill.mca=0 or distill.motion=adversarial"
-            )
-        counts = inner.config.num_hidden_layers, config.num_hidden_layers
-        return kept_blocks(inner.settings.model.from_, self.settings.kept, *counts)
+            self.kept = kind.kept(self.teacher, settings.kept)
+        self.taps = kind.critic_taps(self.teacher, settings.critic_taps) if settings.adversarial else []
 
     # ---- networks
 
@@ -137,8 +123,8 @@ class DistillationTask(TrainingTask):
     def build_auxiliary(self) -> nn.Module | None:
         if self.settings.adversarial:
             torch.manual_seed(self.inner.settings.training.seed + 1)
-            sizes = self.teacher.config.hidden_size, len(self.taps), self.kind.pooled_width(self.teacher)
-            self.critic = Critic(*sizes, self.settings.critic_width).train()
+            channels = self.kind.critic_channels(self.teacher, self.taps)
+            self.critic = Critic(channels, self.kind.pooled_width(self.teacher), self.settings.critic_width).train()
         return self.critic
 
     def auxiliary_optimization(self) -> dict[str, Any]:

@@ -96,7 +96,8 @@ CRITIC = ("generator", "gamma", "critic_taps", "critic_width", "critic_lr", "cri
 
 def check_distill(settings: Any) -> None:
     """Raise UserError if settings of the section distill cannot work; warn once of those without effect."""
-    distill, usual = settings.distill, DistillSettings()
+    distill = settings.distill
+    usual = type(distill)()
     if distill.needs_teacher and distill.teacher is None:
         raise UserError("distill.teacher is missing: name the folder of the model that the student learns from")
     if distill.task == 0 and not distill.needs_teacher:

@@ -17,7 +17,7 @@ CHANNELS, POOLED = 12, 6
 
 def critic(taps: int = 2, seed: int = 0) -> Critic:
     torch.manual_seed(seed)
-    return Critic(CHANNELS, taps, POOLED, width=16)
+    return Critic([CHANNELS] * taps, POOLED, width=16)
 
 
 def features(batch: int, frames: int, rows: int, columns: int, taps: int = 2) -> list[torch.Tensor]:

@@ -25,8 +25,9 @@ from tokenizer import VideoTokenizer
 from tokenizer.fingerprint import tokenizer_facts
 
 SMALL = {
-    "height": 16, "width": 24, "num_frames": 5, "batch_size": 2, "pictures_per_batch": 1, "share_worlds": 1.0, "validation_clips": 2,
-    "warmup_steps": 1, "log_every": 1, "validate_every": 100, "steps": 4, "lr": 3e-3, "export_dtype": "float32", "device": "cpu",
+    "height": 16, "width": 24, "num_frames": 5, "batch_size": 2, "pictures_per_batch": 1, "share_worlds": 1.0,
+    "validation_clips": 2, "warmup_steps": 1, "log_every": 1, "validate_every": 100, "steps": 4, "lr": 3e-3,
+    "export_dtype": "float32", "device": "cpu",
 }  # fmt: skip
 REMOVED = ("mid", "up.0.1")
 

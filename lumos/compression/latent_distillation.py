@@ -1,0 +1,154 @@
+"""Recovery of a pruned model of diffusers on a folder of latents: what distillation asks of networks of diffusers.
+
+The one-step result is the clean clip that follows from a prediction. To judge it, it is mixed with new noise, and the frozen
+teacher reads the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lumos.compression.critic import critic_taps, time_of_noise
+from lumos.compression.diffusers_calls import Calls
+from lumos.compression.diffusers_folder import CONFIG, read_config, weight_files
+from lumos.compression.diffusers_models import SUPPORTED, load
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, in_order
+from lumos.compression.distillation import DistillationTask
+from lumos.compression.features import tapped
+from lumos.compression.latent_folder import TEXT
+from lumos.compression.latent_settings import LatentSettings
+from lumos.compression.latent_task import COUNTS, NOISE, Group, LatentTask, Unencoded, squared
+from lumos.compression.noising import with_noise
+from lumos.compression.recovery import taps as taps_of
+from lumos.data.seeding import sample_generator
+from lumos.errors import UserError
+from lumos.files import folder_sha256
+from lumos.training.loop import train
+
+NEW_NOISE = "critic_noise"
+"""Name of the rows of a batch with new noise [C, T, h, w] for the critic."""
+MEAN, STD = -1.0, 1.0
+"""Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
+
+
+def distill_latents(settings: LatentSettings) -> dict[str, Any]:
+    """Train a pruned model of diffusers with its teacher; returns the summary of `lumos.training.loop.train`."""
+    return train(settings, make_latent_task)
+
+
+def make_latent_task(settings: LatentSettings, device: torch.device) -> DistillationTask:
+    """Return the task of a run."""
+    inner = LatentTask(settings, device)
+    asked = settings.distill
+    raw = inner.calls.is_unet if asked.icd_raw is None else asked.icd_raw
+    return DistillationTask(inner, DistillableLatents(inner), replace(asked, icd_raw=raw))
+
+
+class Prediction(NamedTuple):
+    """What a network saw of clips of one size, and what it predicted [B, C, T, h, w]."""
+
+    group: Group
+    values: Tensor
+
+
+class DistillableLatents(Distillable):
+    """Distillation of networks of diffusers. Their blocks are the modules that the student's compression.json pairs."""
+
+    same = ()
+    task: LatentTask
+
+    def __init__(self, task: LatentTask):
+        super().__init__(task)
+        self.teacher: nn.Module | None = None
+        self.teacher_calls: Calls | None = None
+        self.pairs: list[tuple[str, str]] = []
+
+    def check_teacher(self, folder: Path) -> None:
+        config, own = read_config(folder, SUPPORTED), self.task.config
+        calls = Calls.of(config)
+        if folder.resolve() == self.task.folder.resolve():
+            raise UserError(f"distill.teacher {folder} is the student itself (model.from); name the model that it was pruned from")
+        if calls.name != self.task.calls.name:
+            raise UserError(f"distill.teacher {folder} is a {calls.name}, the student a {self.task.calls.name}; name its parent")
+        for name in ("in_channels", "out_channels", "cross_attention_dim", "patch_size", "patch_size_t", "attention_head_dim"):
+            if not calls.is_unet and config.get(name) != own.get(name):
+                raise UserError(f"distill.teacher {folder} has another {name} than the student; name the student's parent")
+
+    def sha256(self, folder: Path) -> str:
+        return folder_sha256(folder, [folder / CONFIG, *weight_files(folder).values()])
+
+    def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        self.teacher = load(folder, torch_dtype=dtype).to(self.task.device).eval().requires_grad_(False)
+        self.teacher_calls = Calls.of(read_config(folder, SUPPORTED))
+        return self.teacher
+
+    def kept(self, teacher: nn.Module, stated: Sequence[int]) -> list[int]:
+        self.pairs = taps_of(self.task.folder)
+        return list(range(len(self.pairs)))
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return the modules that are compared."""
+        model = bare(model)
+        return [model.get_submodule(pair[model is self.teacher]) for pair in self.pairs]
+
+    def critic_taps(self, teacher: nn.Module, count: int) -> list[int]:
+        """Return numbers of blocks of `Calls.blocks`: all down blocks of a U-Net, some of the first half of a transformer."""
+        blocks = self.teacher_calls.blocks()
+        return list(range(len(blocks))) if self.teacher_calls.is_unet else critic_taps(len(blocks), count)
+
+    def critic_channels(self, teacher: nn.Module, taps: Sequence[int]) -> list[int]:
+        blocks = self.teacher_calls.blocks()
+        return [self.teacher_calls.channels(blocks[tap]) for tap in taps]
+
+    def pooled_width(self, teacher: nn.Module) -> int:
+        return self.task.source.shapes[TEXT][1]
+
+    def draws(self, step: int, positions: range, prepared: Unencoded) -> Draws:
+        seed, levels, noise = self.task.settings.training.seed, [], []
+        for position, of_clip in zip(positions, prepared.noise, strict=True):
+            level, new = (sample_generator(seed, step, position, f"critic {what}") for what in ("level", "noise"))
+            levels.append(time_of_noise(torch.exp(MEAN + STD * torch.randn((), generator=level))))
+            noise.append(torch.randn(of_clip.shape, generator=new))
+        return Draws({LEVEL: torch.stack(levels)}, {NEW_NOISE: noise})
+
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+        features, predictions, calls = [], [], self.task.calls
+        modules = self.blocks(model) if taps else []
+        for group in self.task.groups(micro):
+            shape = group.clean.shape
+            with tapped({tap: modules[tap] for tap in taps}, lambda output, shape=shape: calls.features(output, shape)) as found:
+                predictions.append(Prediction(group, group.predicted(model, calls)))
+            features.append(Features(group.at, [found[tap] for tap in taps]))
+        clips = torch.arange(len(micro[NOISE]), device=micro[COUNTS].device)
+        return Pass(clips, {}, features, predictions)
+
+    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+        found = in_order([(group.at, self.task.errors(values, group)) for group, values in student.prediction])
+        if teacher is None or kd == 0:
+            return Losses(task * found, found.detach(), None)
+        apart = in_order([
+            (group.at, squared(values, theirs.values.detach()))
+            for (group, values), theirs in zip(student.prediction, teacher.prediction, strict=True)
+        ])
+        return Losses(task * found + kd * apart, found.detach(), apart.detach())
+
+    def judged(self, teacher: nn.Module, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+        calls, features, pooled = self.teacher_calls, [], []
+        names = calls.blocks()
+        for group, values in passed.prediction:
+            level = self.task.objective.near(micro[LEVEL][group.at])
+            noise = torch.stack([micro[NEW_NOISE][i] for i in group.at])
+            clean = self.task.objective.clean(group.noisy, values.float(), group.level)
+            shape = clean.shape
+            modules = {tap: teacher.get_submodule(names[tap]) for tap in taps}
+            with tapped(modules, lambda output, shape=shape: calls.features(output, shape)) as found:
+                group.predicted(teacher, calls, with_noise(clean, noise, level), level.time)
+            features.append(Features(group.at, [found[tap] for tap in taps]))
+            pooled.append((group.at, group.tensors[TEXT].mean(1)))
+        return Judged(features, in_order(pooled))
