@@ -20,8 +20,9 @@ PACKED = ("LTXVideoTransformer3DModel",)
 MASKED = ("LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel")
 """Classes that need a mask of the text; without one in the folder all text counts."""
 MASK = "encoder_attention_mask"
-OWN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states", "num_frames", "height", "width", "return_dict")
-"""Arguments that are made here."""
+OWN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states", "num_frames", "height", "width", "return_dict",
+       "attention_kwargs", "cross_attention_kwargs")
+"""Arguments that are made here, or are no tensors."""
 
 
 @dataclass(frozen=True)
