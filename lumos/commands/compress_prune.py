@@ -7,14 +7,14 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lumos.commands.scoring import add_clips, kind_of
+from lumos.commands.scoring import add_clips, add_measures, kind_of
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
     from lumos.compression.plans import Plan
 
-RULES = ("spaced", "least", "magnitude", "taylor", "middle", "bk", "shallow", "deep", "random", "scratch")
-MEASURES = ("loss", "bi", "output", "magnitude", "taylor", "elbo")
+RULES = ("spaced", "least", "magnitude", "taylor", "learned", "middle", "bk", "shallow", "deep", "random", "scratch")
+MEASURES = ("loss", "bi", "output", "magnitude", "taylor", "elbo", "learned", "frechet")
 SPACED_FROM = 0.3
 """The share of removed units from which `spaced` is the default plan; below it is `least`."""
 UNITS = (("parameters", 1, ""), ("weight_bytes", 2**20, " MiB"), ("flops", 1e9, " GFLOP"), ("kv_bytes", 2**20, " MiB"),
@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--measure", choices=MEASURES, help="importance for the plan least; default: loss")
     add("--scores", help="file of `compress score`: score once; default: score again after each removal")
     add("--allow-ends", action="store_true", help="let the plan remove the first and the last unit too")
-    add("--seed", type=int, default=0, help="seed of the plan random, and of the new weights of scratch; default: %(default)s")
+    add("--seed", type=int, default=0, help="seed of the plans random and learned, of the first clip of frechet, "
+        "and of the new weights of scratch; default: %(default)s")  # fmt: skip
     add("--out", help="folder to write; it must not exist yet")
     add("--plan-out", help="JSON file for the plan, to read or edit it and to give it as --plan")
     add("--dry-run", action="store_true", help="print the table only")
+    add_measures(parser)
     add_clips(parser, 16)
 
 
@@ -143,7 +145,8 @@ def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: s
 
     if rule not in OF_SCORES:
         return removed_by(rule, units, args.keep, seed=args.seed, ends=ends)
-    measure = {"middle": "bi", "magnitude": "magnitude", "taylor": "taylor"}.get(rule) or args.measure or "loss"
+    own = {"middle": "bi", "magnitude": "magnitude", "taylor": "taylor", "learned": "learned"}
+    measure = own.get(rule) or args.measure or "loss"
     if args.measure not in (None, measure):
         raise UserError(f"--measure {args.measure} has no effect with the plan {rule}; leave it out")
     if args.scores is None and rule == "least":

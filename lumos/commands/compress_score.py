@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lumos.commands.scoring import add_clips
+from lumos.commands.scoring import add_clips, add_measures
 
 USUAL = ("loss", "bi", "output")
-ALL = ("loss", "bi", "output", "magnitude", "taylor", "elbo")
+ALL = ("loss", "bi", "output", "magnitude", "taylor", "elbo", "learned", "frechet")
 PICTURES = (".png", ".svg", ".pdf")
 MARKED = ("spaced", "shallow", "middle")
 """Plans whose removals the table marks, beside least by each measure."""
@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=int, help="units that the marked plans keep; default: three quarters")
     add("--output", default="scores.json", help="JSON file for all scores; default: %(default)s")
     add("--picture", help=f"picture of importance over depth ({', '.join(PICTURES)}); default: beside --output, as .png")
+    add("--seed", type=int, default=0, help="learned, frechet: seed of draws and of the first clip; default: %(default)s")
+    add_measures(parser)
     add_clips(parser, 64)
 
 
 def run(args: argparse.Namespace) -> None:
     from lumos.commands.scoring import Scorer, kind_of
     from lumos.compression.figure import draw
-    from lumos.compression.importance import MEASURES
     from lumos.compression.networks import in_one_place, network_of
     from lumos.errors import UserError, printable
     from lumos.files import check_outputs, write_json
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     units = whole.units(kind)
     if len(units) < 2:
         raise UserError(f"{args.model} has {len(units)} units of the kind {kind}; there is nothing to compare")
-    measures = [name for name in MEASURES if name in args.measures]
+    measures = [name for name in ALL if name in args.measures]
     if "bi" in measures and args.measures == list(USUAL) and kind != next(iter(whole.unit_kinds)):
         measures.remove("bi")  # it is a measure of whole layers only
     keep = min(len(units) - 1, round(0.75 * len(units))) if args.keep is None else args.keep
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     result = {
         "compress": "score", "model": in_one_place(args.model), "sha256": network.sha256, "part": network.part, "units": kind,
         "measures": measures, "data": scorer.data, "clips": args.clips, "loss": found["loss"], "scores": found["units"],
-        "distances": found["distances"], **versions(),
+        "distances": found["distances"], **scorer.facts, **versions(),
     }  # fmt: skip
     write_json(args.output, result)
     print(printable(args.output))

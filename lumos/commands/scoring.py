@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from lumos.compression.networks import Network
 
 BATCH_SIZE = 4
+MAX_STEPS = 10**6
+LEARNED, FRECHET = "learned", "frechet"
+"""Measures beside those of `lumos.compression.importance`."""
 MAX_SCORES_BYTES = 2**26
 
 
@@ -24,23 +27,45 @@ def add_clips(parser: argparse.ArgumentParser, count: int) -> None:
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
+def add_measures(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the measures that train gates and that generate clips."""
+    add = parser.add_argument
+    add("--gate-steps", type=int, default=200, help="learned: steps in which the gates are trained; default: %(default)s")
+    add("--sparsity", type=float, default=1.0, help="learned: a unit is worth its gate if it lowers the loss by more than this "
+        "number times the mean share of a unit; default: %(default)s")  # fmt: skip
+    add("--frechet-clips", type=int, default=16, help="frechet: clips of synthetic scenes to generate without each unit, at least "
+        "2; default: %(default)s")  # fmt: skip
+
+
 class Scorer:
     """Scores units of a network on fixed clips, which are made once.
 
-    measures  what is scored, see `lumos.compression.importance`
+    measures  what is scored, see `lumos.compression.importance`, and LEARNED and FRECHET
+    facts     how LEARNED and FRECHET are measured, for the record
     """
 
     def __init__(self, args: argparse.Namespace, network: Network, measures: Sequence[str]):
         import torch
 
         from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, check_counts
+        from lumos.compression.frechet import FEATURES
+        from lumos.errors import UserError
         from lumos.runtime import pick_device
 
-        check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH))
+        check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), gate_steps=(1, MAX_STEPS), frechet_clips=(2, MAX_CLIPS))
+        if not 0 <= args.sparsity < float("inf"):
+            raise UserError(f"--sparsity {args.sparsity:g} is not allowed; give 0 or a number above")
+        if FRECHET in measures and network.part == "decoder":
+            raise UserError("the measure frechet generates clips with a whole model; leave it out for a decoder")
         self.measures, self.device = list(measures), pick_device(args.device)
+        self.args, self.network, self.facts = args, network, {}
+        if LEARNED in measures:
+            self.facts["gates"] = {"steps": args.gate_steps, "sparsity": args.sparsity, "seed": args.seed}
+        if FRECHET in measures:
+            self.facts |= {"frechet_clips": args.frechet_clips, "frechet_features": FEATURES}
         self.model = network.load(torch.float32).to(self.device)
         self.data, self.probe, self.batches = {"worlds": "validation"}, None, []
-        if set(measures) != {"magnitude"}:  # a measure of the weights alone
+        if set(measures) - {"magnitude", FRECHET}:  # measures of the weights alone, and of generated clips
             (self._of_decoder if network.part == "decoder" else self._of_generator)(args, network)
 
     def _of_generator(self, args: argparse.Namespace, network: Network) -> None:
@@ -87,15 +112,46 @@ class Scorer:
         """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`."""
         from tqdm import tqdm
 
-        from lumos.compression.importance import SKIPPING, score
+        from lumos.compression.gates import GateSettings, learned_gates
+        from lumos.compression.importance import MEASURES, SKIPPING, score
 
         units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
-        passes = 1 + len(units) * bool(SKIPPING & set(self.measures))
-        with (
-            tqdm(total=len(self.batches) * passes, unit="pass", file=sys.stderr, leave=False) as bar,
-            self.model.skipping(removed),
-        ):
-            return score(self.probe, self.model, self.batches, units, self.measures, bar.update)
+        usual, args, more = [name for name in self.measures if name in MEASURES], self.args, {}
+        passes = (1 + len(units) * bool(SKIPPING & set(usual))) * bool(usual)
+        total = len(self.batches) * passes + args.gate_steps * (LEARNED in self.measures)
+        with tqdm(total=total, unit="pass", file=sys.stderr, leave=False) as bar, self.model.skipping(removed):
+            found = score(self.probe, self.model, self.batches if usual else [], units, usual, bar.update)
+            if LEARNED in self.measures:
+                gates = GateSettings(args.gate_steps, args.sparsity, seed=args.seed)
+                more[LEARNED] = learned_gates(self.probe, self.model, self.batches, list(units), gates, bar.update)
+        if FRECHET in self.measures:
+            more[FRECHET] = self._frechet(kind, list(units), removed)
+        for name, entry in found["units"].items():
+            entry |= {measure: values[name] for measure, values in more.items()}
+        return found
+
+    def _frechet(self, kind: str, units: Sequence[str], removed: Sequence[str]) -> dict[str, float]:
+        from tqdm import tqdm
+
+        from lumos.compression.frechet import frechet_scores
+        from lumos.data.seeding import VALIDATION_SEED
+        from lumos.data.synthetic.sampling import SyntheticScenes
+        from lumos.errors import UserError
+        from lumos.pipeline.base import VideoPipeline
+        from lumos.runtime import no_progress_bar
+
+        if not self.model.unit_kinds[kind]:
+            raise UserError(f"no clips can be generated without units of the kind {kind}, which always stay; leave frechet out")
+        count, clip = self.args.frechet_clips, self.network.clip
+        scenes = SyntheticScenes(
+            seed=VALIDATION_SEED, num_frames=clip.num_frames, fps=clip.fps, height=clip.height, width=clip.width
+        )
+        with no_progress_bar():
+            pipe = VideoPipeline.from_pretrained(self.network.folder, device=self.device)
+        pipe.model = self.model
+        prompts = [scenes.scene(i).caption for i in range(count)]
+        with tqdm(total=count * (len(units) + 1), unit="clip", file=sys.stderr, leave=False) as bar:
+            return frechet_scores(pipe, units, prompts, bar.update, removed=removed, seed=self.args.seed)
 
 
 def kind_of(network: Any, kind: str | None) -> str:

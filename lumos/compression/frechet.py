@@ -35,8 +35,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     m and S are means and sample covariances.
     """
     a, b = a.double(), b.double()
-    root = _root(torch.cov(a.T))
-    cross = torch.linalg.eigvalsh(root @ torch.cov(b.T) @ root).clamp(min=0).sqrt().sum()
+    covariances = [torch.atleast_2d(torch.cov(x.T)) for x in (a, b)]
+    root = _root(covariances[0])
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
     total = a.var(0).sum() + b.var(0).sum() - 2 * cross
     return float((a.mean(0) - b.mean(0)).square().sum() + total.clamp(min=0))
 
@@ -47,16 +48,19 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def frechet_scores(
-    pipe: VideoPipeline, units: Sequence[str], prompts: Sequence[str], on_clip: Callable[[], object] = lambda: None, seed: int = 0,
-    **options: Any,
+    pipe: VideoPipeline, units: Sequence[str], prompts: Sequence[str], on_clip: Callable[[], object] = lambda: None,
+    *, removed: Sequence[str] = (), seed: int = 0, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Return {unit: the distance between the clips of the network and those of the network without the unit}.
+
+    The network is the one without the units `removed`.
 
     Args:
         pipe: a pipeline whose network is `Prunable`.
         units: names of units that can be removed.
         prompts: of at least two clips.
         on_clip: called after each clip.
+        removed: further units that are left out.
         seed: of the first clip; each further clip adds 1.
         options: sampling options of the pipeline, such as num_inference_steps.
 
@@ -66,8 +70,8 @@ def frechet_scores(
         raise UserError(f"the measure frechet needs at least 2 clips, not {len(prompts)}; give a larger --frechet-clips")
     whole, features = pipe.model, []
     try:
-        for removed in ([], *([name] for name in units)):
-            pipe.model = whole.without(removed) if removed else whole
+        for one in ([], *([name] for name in units)):
+            pipe.model = whole.without([*removed, *one]) if removed or one else whole
             clips = []
             for i, prompt in enumerate(prompts):
                 latents = pipe(prompt, seed=seed + i, output_type="latent", **options).frames[0]

