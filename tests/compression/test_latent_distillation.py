@@ -17,9 +17,11 @@ from lumos.compression.critic import critic_losses
 from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import load, plan_folder
 from lumos.compression.latent_distillation import distill_latents, make_latent_task
-from lumos.compression.latent_folder import LatentFolder
+from lumos.compression.latent_folder import RANKS, LatentFolder
 from lumos.compression.latent_settings import LatentSettings, build_latent_settings
 from lumos.compression.latent_task import LatentTask
+from lumos.compression.noising import OBJECTIVES
+from lumos.compression.recipes import read_recipe
 from lumos.compression.recovery import compare, taps
 from lumos.data.curriculum import StepShape
 from lumos.errors import NotFound, RunError, UserError
@@ -194,6 +196,18 @@ def test_the_command_reads_a_recipe(made, tmp_path):
     assert load(tmp_path / "run" / "export").config["_class_name"] == "PrunedUNet3DConditionModel"
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len([line for line in log if "val_loss_video" in line]) == 2
+
+
+def test_the_page(tmp_path):
+    """The settings of the page are allowed, and it names every tensor of a clip."""
+    from pages import ROOT, blocks
+
+    page = "docs/compression-latents.md"
+    config = tmp_path / "recover.yaml"
+    config.write_text(blocks(page, "yaml")[0])
+    found, train = read_recipe(config)
+    assert (found.name, train, found.distill.mca) == ("recover", distill_latents, 0.1)
+    assert all(f"`{name}`" in (ROOT / page).read_text() for name in (*RANKS, *OBJECTIVES))
 
 
 def test_the_order_of_clips_is_a_pure_function_of_the_seed(made):
