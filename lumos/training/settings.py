@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from lumos.data.shards.remote import is_url
 from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, read_json
 from lumos.pipeline.options import SamplingOptions
-from lumos.settings import build, read_yaml, setting, to_plain
+from lumos.settings import build, is_number, read_yaml, setting, to_plain
 
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
@@ -496,3 +496,14 @@ def check_model(settings: TrainingSettings) -> None:
 
 
 CHECKS = (check_sampling, check_logging, check_data, check_stages, check_optimization, check_deepspeed, check_model)
+
+
+def check_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raise UserError unless the setting `name` holds shares from 0 by allowed names, with a sum above 0."""
+    for key, share in shares.items():
+        if key not in allowed:
+            raise UserError(f"{name}.{shown(key)} is unknown; allowed: {', '.join(allowed)}")
+        if not is_number(share) or not 0 <= share <= 1e6:
+            raise UserError(f"{name}.{key} {shown(share)} is not allowed; give a share from 0")
+    if not sum(shares.values()) > 0:
+        raise UserError(f"{name} {shown(shares)} has no share above 0; give at least one, such as {allowed[0]}: 1")

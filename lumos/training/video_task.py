@@ -64,6 +64,8 @@ class VideoTask(TrainingTask):
     caption_was_cut = False
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
+    needs_last_frame: bool = False
+    """Whether clips have their last frame as a picture too."""
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -286,7 +288,7 @@ class VideoTask(TrainingTask):
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
             temporal, spatial = self.compression
             picture = data.height * data.width // spatial**2
-            latent_frames = 1 + (data.num_frames - 1) // temporal
+            latent_frames = 1 + (data.num_frames - 1) // temporal + self.needs_last_frame
             codes = {"image": picture, "video": picture * latent_frames}
             return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
@@ -298,6 +300,7 @@ class VideoTask(TrainingTask):
             size_unit=self.size_unit,
             size=data.size,
             per_frame=self.per_frame_codes,
+            last_frame=self.needs_last_frame,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
             shuffle_shards=data.shuffle_shards,

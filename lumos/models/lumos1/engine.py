@@ -54,21 +54,25 @@ class Engine:
 
         Args:
             prefixes: ids [L_r] of each row, ending before a frame. All rows must have the same number of
-                given frames, the frames that the clip continues.
+                given frames, the frames that the clip continues, at the same times. The first may be followed
+                by a picture of the last frame, whose time is stated.
             capacity: the most tokens that a row of the cache will hold.
             prefix_cache: the prefix cache; the last row is loaded from it if possible, else saved in it.
             history, thinning: history_frames and history_thinning of GenerationSettings. If `history` is
                 set, given frames after the first are committed one by one, so that evictions happen as
                 they do in generation.
 
-        Raises ValueError for rows with different numbers of given frames.
+        Raises ValueError for rows with different numbers of given frames, and for a frame with a stated time
+        and a bounded history.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
         layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
-        frames = {len(layout.frames) for layout in layouts}
-        if len(frames) > 1:
-            raise ValueError(f"rows with different numbers of given frames: {sorted(frames)}")
-        self.frames_done = frames.pop()
+        times = {layout.times for layout in layouts}
+        if len(times) > 1:
+            raise ValueError(f"rows with different numbers of given frames, or at different times: {sorted(times)}")
+        self.frames_done = layouts[0].num_latent_frames
+        if history is not None and len(layouts[0].frames) > self.frames_done:
+            raise ValueError("a bounded history does not work with a frame whose time is stated")
         if history is not None and self.frames_done > 1:
             spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
             begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]

@@ -34,7 +34,7 @@ from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
-from lumos.models.lumos1.sequence import Layout, content_mask, frame_indices, parse_layout
+from lumos.models.lumos1.sequence import Layout, content_mask, frame_times, parse_layout
 from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 from lumos.pipeline.placement import working_device
 
@@ -331,7 +331,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
                 f"{self.config.visual_token_count - 1}, and -100"
             )
         hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
-        frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
+        frames = frame_times(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
         if not with_loss:
             return LumosOutput(hidden=hidden[rows, columns], row_index=rows, frame_index=frames)
         loss = self.lm_head(hidden[rows, columns], targets=wanted)
