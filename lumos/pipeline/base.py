@@ -87,8 +87,8 @@ class VideoPipeline(ABC):
     """The generator's name in the registry."""
     sampling: ClassVar[type[SamplingOptions]]
     """The generator's sampling options."""
-    takes: ClassVar[tuple[str, ...]] = ()
-    """The arguments of a call that the generator has beside those of all: some of last_image, given_frames, interpolate, views."""
+    takes: tuple[str, ...] = ()
+    """The arguments of a call that the model has beside those of all: some of last_image, given_frames, interpolate, views."""
     tensor_inputs: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that a step callback may ask for."""
 

@@ -23,8 +23,9 @@ from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.masking import masked_tokens, training_mask
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
 from lumos.models.lumos1.rope import position_ids
+from lumos.models.lumos1.rows import UnencodedBatch
 from lumos.models.lumos1.sequence import Layout, code_mask, content_mask
-from lumos.models.lumos1.training import UnencodedBatch, places_of
+from lumos.models.lumos1.training import places_of
 from lumos.pipeline.acceleration import compile_parts
 from lumos.training.task import IGNORED
 

@@ -64,5 +64,7 @@ def trained_patterns(shares: Mapping[str, float]) -> list[str]:
 def check_long_enough(shares: Mapping[str, float], frames: int, num_frames: int) -> None:
     """Raise UserError for a pattern that gives all frames of clips of `frames` latent frames, `num_frames` frames."""
     for name in trained_patterns(shares):
-        if BEGINS[name] >= max(frames, 1) and name != "none":
-            raise UserError(f"patterns.{name} needs clips of more frames: data.num_frames is {num_frames}; raise it, or leave it out")
+        if name != "none" and BEGINS[name] >= frames:
+            raise UserError(
+                f"patterns.{name} gives all frames of a clip: data.num_frames is {num_frames}; raise it, or leave the pattern out"
+            )

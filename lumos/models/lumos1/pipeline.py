@@ -1,7 +1,8 @@
 """The pipeline of Lumos-1.
 
 It encodes prompts and given frames as ids, samples the codes of one latent frame after the other, and
-turns codes into pixels. Given frames are the frames of an image or a video that the clip begins with.
+turns codes into pixels. Given frames are the frames of an image or a video that the clip begins with, and
+the last frame for a model that was trained with it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from lumos.models.lumos1.request import (
     largest_side,
     prompt_ids,
     resolve,
+    takes_of,
 )
 from lumos.models.lumos1.sampling import generate_frames
-from lumos.models.lumos1.sequence import build_frames
+from lumos.models.lumos1.sequence import build_frames, build_last, num_latent_frames
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
@@ -67,6 +69,7 @@ class LumosPipeline(VideoPipeline):
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
         self._prefix_cache = PrefixCache()
+        self.takes = takes_of(model.config)
 
     @classmethod
     def from_pretrained(
@@ -163,20 +166,27 @@ class LumosPipeline(VideoPipeline):
         return resolve(request, self.model.config, self.text_tokenizer, self.settings, self.clip)
 
     def encode(self, resolved: LumosResolved) -> LumosEncoded:
-        """Encode the given frames and append their codes to each prefix.
+        """Encode the given frames and append their codes to each prefix; a given last frame is encoded as a picture.
 
         image_guidance_scale compares with prefixes whose given frames are masked. If it equals guidance_scale, the frames
         between cancel out and only two branches are left.
         """
-        given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
+        pictures = [list(frames.values()) for frames in resolved.given if frames]
+        ends = [self.encode_frames(frames[-1][None]) for frames in pictures if resolved.has_last]
+        given = [self.encode_frames(np.stack(frames[: len(frames) - resolved.has_last])) for frames in pictures]
+        last_time = num_latent_frames(resolved.clip.num_frames, self.temporal_compression) - 1
         sampling, text_free = resolved.sampling, resolved.unconditional
         has_own_scale = text_free is not None and sampling.image_guidance_scale not in (None, 1)
         is_joint = has_own_scale and sampling.image_guidance_scale == sampling.guidance_scale
 
         def behind(prefixes: list[Tensor], *, masked: bool = False) -> list[Tensor]:
-            frames = [torch.full_like(codes, -1) if masked else codes for codes in given]
-            begin = [build_frames(codes, self.model.config).flatten() for codes in frames]
-            return [torch.cat(parts) for parts in zip(prefixes, begin, strict=True)] if begin else prefixes
+            if not given:
+                return prefixes
+            shown, shown_ends = ([torch.full_like(x, -1) if masked else x for x in codes] for codes in (given, ends))
+            parts = [prefixes, [build_frames(codes, self.model.config).flatten() for codes in shown]]
+            if ends:
+                parts.append([build_last(codes[0], last_time, self.model.config) for codes in shown_ends])
+            return [torch.cat(row) for row in zip(*parts, strict=True)]
 
         return LumosEncoded(
             resolved=resolved,

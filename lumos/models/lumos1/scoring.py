@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import frame_indices, parse_layout
+from lumos.models.lumos1.sequence import Layout, frame_indices, frame_times, pad_sequences, parse_layout
 from lumos.training.task import IGNORED, Forward, Output
 
 RATIO_BINS = 10
@@ -40,29 +40,37 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     hidden, layouts = model.hidden_states(ids, layouts=micro.get("layouts"))
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
     losses = model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
-    frames = frame_indices(layouts, ids.shape[1]).to(ids.device)[rows, columns]
+    frames, places = (find(layouts, ids.shape[1]).to(ids.device)[rows, columns] for find in (frame_times, frame_indices))
     codes = torch.where(targets != IGNORED, targets, ids - config.visual_token_start)
-    spans = torch.tensor([layout.frames[0].end - layout.frames[0].start for layout in layouts], device=ids.device)[rows]
-    is_copied = codes[rows, columns] == codes[rows, (columns - spans).clamp(min=0)]
+    back = pad_sequences([torch.tensor(steps_back(layout)) for layout in layouts], 0).to(ids.device)[rows, places]
+    is_copied = codes[rows, columns] == codes[rows, columns - back]
     of_frame = torch.where(frames == 0, 0, torch.where(is_copied, 1, 2))
 
     def outputs() -> Iterator[Output]:
         for row, layout in enumerate(layouts):
-            number = torch.arange(len(layout.frames), device=ids.device)
+            number, starts = torch.tensor([layout.times, [frame.start for frame in layout.frames]], device=ids.device)
             span = layout.frames[0].end - layout.frames[0].start
-            at = layout.frames[0].start + number[:, None] * span + torch.arange(span, device=ids.device)  # [T, span]
+            at = starts[:, None] + torch.arange(span, device=ids.device)
+            has_loss = (targets[row, at] != IGNORED).any(1)  # not in given frames
+            number, at = number[has_loss], at[has_loss]  # [T], [T, span]
             at = at[:, (targets[row, at] != IGNORED).all(0)]
-            for part in at.split(max(1, OUTPUT_VALUES // (len(at) * config.visual_token_count)), dim=1):
+            for part in at.split(max(1, OUTPUT_VALUES // (max(1, len(at)) * config.visual_token_count)), dim=1):
                 if part.numel():
                     logits = model.lm_head(hidden[row, part], visual_only=True).float()  # [T, places, codes]
-                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), number, bins[row, : len(number)])
+                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), number, bins[row, number])
 
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
+
+
+def steps_back(layout: Layout) -> list[int]:
+    """Return for each frame how many tokens before it the latent frame before it in time begins; 0 for the first."""
+    starts = {time: frame.start for frame, time in zip(layout.frames, layout.times, strict=True) if frame.stated_time is None}
+    return [frame.start - starts.get(time - 1, frame.start) for frame, time in zip(layout.frames, layout.times, strict=True)]
 
 
 def stream_frames(config: LumosConfig, micro: dict[str, Any], stream: Tensor) -> Tensor:
     """Return the latent frame of each token of a stream [B, L, C]: int64 [B, L], -1 for text, -2 for padding."""
     layouts = micro.get("layouts") or parse_layout(micro["input_ids"], config)
     lengths = torch.tensor([layout.length for layout in layouts])[:, None]
-    found = frame_indices(layouts, stream.shape[1])
+    found = frame_times(layouts, stream.shape[1])
     return found.masked_fill(torch.arange(stream.shape[1]) >= lengths, -2).to(stream.device)
