@@ -63,9 +63,15 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
 
 
 def steps_back(layout: Layout) -> list[int]:
-    """Return for each frame how many tokens before it the latent frame before it in time begins; 0 for the first."""
-    starts = {time: frame.start for frame, time in zip(layout.frames, layout.times, strict=True) if frame.stated_time is None}
-    return [frame.start - starts.get(time - 1, frame.start) for frame, time in zip(layout.frames, layout.times, strict=True)]
+    """Return for each frame how many tokens before it the latent frame before it in time begins.
+
+    The result is 0 for the first frame, and for a picture of the last one.
+    """
+    steps, before = [], layout.frames[0].start
+    for frame in layout.frames:
+        steps.append(frame.start - before if frame.stated_time is None else 0)
+        before = frame.start if frame.stated_time is None else before
+    return steps
 
 
 def stream_frames(config: LumosConfig, micro: dict[str, Any], stream: Tensor) -> Tensor:
