@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from lumos.errors import UserError, printable
-    from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality
+    from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality, reconstructed
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.inputs import check_num_frames, override
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         if pattern:
             name = "first_frame" if pattern == "first" else "given_frames"
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
-                seen = pipe.reconstruct(drawn[numbers])
+                seen = reconstructed(pipe.reconstruct, drawn, numbers)
                 verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
         if pattern not in (None, "first"):

@@ -16,7 +16,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import drawn_name, sample_generator, sample_index
 from lumos.data.source import Clip
 from lumos.errors import UserError
-from lumos.models.lumos1.sequence import code_mask, parse_layout, parse_sequence
+from lumos.models.lumos1.sequence import code_mask, parse_layout
 from lumos.models.lumos1.settings import MASK_KINDS
 from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
@@ -33,7 +33,10 @@ NINE = {"num_frames": 9}
 def test_rows_are_those_without_given_frames_but_for_these(micro_settings, kind: str):
     """Against a twin: the row of the same clip in a run without patterns, changed code by code as the pattern says."""
     task, plain = (ArdfTask(micro_settings(data=NINE, masking={"kind": kind}, **more), CPU) for more in (GIVEN, {}))
-    config, seen = task.config, Counter()
+    with torch.no_grad():
+        task.video_tokenizer.quant_conv.conv3d.weight.mul_(10)  # different codes for different pictures
+    plain.video_tokenizer = task.video_tokenizer
+    config, seen, differ = task.config, Counter(), 0
     for step in range(4):
         batch, twin = (of.batch(step, VIDEO, range(8)) for of in (task, plain))
         assert batch.supervised == int((batch.tensors["targets"] != IGNORED).sum())
@@ -49,6 +52,7 @@ def test_rows_are_those_without_given_frames_but_for_these(micro_settings, kind:
             assert batch.lengths[i] == twin.lengths[i] + (layout.frames[0].end - layout.frames[0].start + 1) * (pattern == "ends")
             clip = torch.from_numpy(task.source.clip(sample_index(step, i), 9).frames)
             codes, picture = task._encode(clip[None])[0], task._encode(clip[None, -1:])[0]
+            differ += not torch.equal(codes[-1], picture[0])
             given = {"none": 0, "first": 1, "prediction": 2, "ends": 2}[pattern]
             places = [codes[0], picture[0], *codes[1:]] if pattern == "ends" else codes
             assert len(layout.frames) == len(places)
@@ -67,6 +71,7 @@ def test_rows_are_those_without_given_frames_but_for_these(micro_settings, kind:
                     assert torch.equal(targets[content], twin_targets[there])
             assert (targets[~is_code] == IGNORED).all()
     assert len(seen) >= 7
+    assert differ >= 16
 
 
 def test_validation_keeps_given_frames(micro_settings):
@@ -148,6 +153,25 @@ def test_older_runs_had_no_given_frames(micro_settings):
     found, added = task.resume_fingerprint(), task.fingerprint_defaults()
     assert added == {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": 0.08}
     assert found == found | added
+
+
+@pytest.mark.slow
+def test_an_export_takes_the_frames_that_it_was_trained_on(micro_settings, tmp_path: Path):
+    """Also a fine-tune of it, which takes those of its own patterns; adapters leave the config as it is."""
+    ends = {"data": NINE, "patterns": {"none": 0.5, "ends": 0.5}}
+    samples = {"every": 2, "prompts": ["a red circle"], "options": {"num_inference_steps": 2}}
+    folder = train(micro_settings(**ends, samples=samples, training={"max_steps": 2}))["export"]
+    pipe = LumosPipeline.from_pretrained(folder, device="cpu")
+    assert pipe.model.config.patterns == ["none", "ends"]
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    clip = pipe("a red circle", image=pictures[0], last_image=pictures[1], seed=1, num_inference_steps=2)
+    assert clip.frames[0].shape == (9, 32, 32, 3)
+    base = {"model": {"from": folder}, "tokenizer": {"video": None, "text": None}, "data": NINE}
+    training = {"max_steps": 1, "output_dir": str(tmp_path / "again")}
+    again = train(micro_settings(**base, patterns={"first": 1.0}, training=training))["export"]
+    assert LumosPipeline.from_pretrained(again, device="cpu").takes == ()
+    task = ArdfTask(micro_settings(**base, patterns={"first": 1.0}, lora={"rank": 2}), CPU)
+    assert task.config.patterns == ["none", "ends"]
 
 
 @pytest.mark.parametrize(("sections", "words"), [
