@@ -498,7 +498,7 @@ def check_model(settings: TrainingSettings) -> None:
 CHECKS = (check_sampling, check_logging, check_data, check_stages, check_optimization, check_deepspeed, check_model)
 
 
-def check_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]) -> None:
+def check_named_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]) -> None:
     """Raise UserError unless the setting `name` holds shares from 0 by allowed names, with a sum above 0."""
     for key, share in shares.items():
         if key not in allowed:

@@ -16,6 +16,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import drawn_name, sample_generator, sample_index
 from lumos.data.source import Clip
 from lumos.errors import UserError
+from lumos.models.lumos1.distillation import MASK, DistillableLumos, visual_features
 from lumos.models.lumos1.sequence import code_mask, parse_layout
 from lumos.models.lumos1.settings import MASK_KINDS
 from lumos.models.lumos1.training import ArdfTask
@@ -153,6 +154,33 @@ def test_older_runs_had_no_given_frames(micro_settings):
     found, added = task.resume_fingerprint(), task.fingerprint_defaults()
     assert added == {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": 0.08}
     assert found == found | added
+
+
+def test_compression_compares_what_the_model_makes(micro_settings):
+    """Given frames have no output and stay as they are for the critic, which sees no picture of the last frame."""
+    task = ArdfTask(micro_settings(data={"num_frames": 13}, **GIVEN), CPU)
+    prepared, model = task.prepare(1, VIDEO, range(8)), task.build_model().eval()
+    batch = task.encode(prepared)
+    found = task.forward(model, batch.whole)
+    losses, by_group = task.losses(model, batch.whole)
+    torch.testing.assert_close(found.losses, losses)
+    outputs = iter(found.outputs())
+    for layout, targets in zip(batch.rows["layouts"], batch.tensors["targets"], strict=True):
+        made = [n for n, f in zip(layout.times, layout.frames, strict=True) if (targets[f.start : f.end] != IGNORED).any()]
+        assert next(outputs).frames.tolist() == made
+    assert ((found.places["frames"] == 0) == (by_group["frame"] == 0)).all()
+
+    hidden = DistillableLumos(task).draws(1, range(8), prepared).tensors[MASK]
+    for row, layout, targets in zip(hidden, batch.rows["layouts"], batch.tensors["targets"], strict=True):
+        for frame in layout.frames:
+            span = slice(frame.start, frame.end)
+            assert row[span].any() == (targets[span] != IGNORED).any()
+    states = torch.arange(batch.tensors["input_ids"].numel()).view(8, -1, 1)
+    (features,) = visual_features([states], batch.rows["layouts"])
+    assert features.blocks[0].shape == (8, 4, 4, 4, 1)
+    for number, layout in enumerate(batch.rows["layouts"]):
+        starts = [frame.content_start for frame in layout.frames if frame.stated_time is None]
+        assert (features.blocks[0][number, :, 0, 0, 0] - states[number, 0, 0]).tolist() == starts
 
 
 @pytest.mark.slow

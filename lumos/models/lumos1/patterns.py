@@ -61,6 +61,16 @@ def trained_patterns(shares: Mapping[str, float]) -> list[str]:
     return [name for name in PATTERNS if shares.get(name, 0) > 0]
 
 
+def share_of(pattern: str, shares: Mapping[str, float]) -> float:
+    """Return the share of clips that a pattern has, as a part of all shares."""
+    return shares.get(pattern, 0) / sum(shares.values())
+
+
+def given_share(shares: Mapping[str, float], frames: int) -> float:
+    """Return the expected share of the latent frames of clips of `frames` latent frames that is given."""
+    return sum(share_of(name, shares) * BEGINS[name] / frames for name in trained_patterns(shares) if BEGINS[name] < frames)
+
+
 def check_long_enough(shares: Mapping[str, float], frames: int, num_frames: int) -> None:
     """Raise UserError for a pattern that gives all frames of clips of `frames` latent frames, `num_frames` frames."""
     for name in trained_patterns(shares):

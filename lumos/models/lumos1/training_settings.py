@@ -13,7 +13,7 @@ from lumos.models.lumos1.configuration import ATTENTION_IMPLEMENTATIONS, PATTERN
 from lumos.models.lumos1.patterns import trained_patterns
 from lumos.models.lumos1.settings import MASK_KINDS, GenerationSettings
 from lumos.settings import setting
-from lumos.training.settings import LoraSettings, OptimizationSettings, TrainingSettings, check_shares
+from lumos.training.settings import LoraSettings, OptimizationSettings, TrainingSettings, check_named_shares
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -69,7 +69,7 @@ class LumosTrainingSettings(TrainingSettings):
     def check(self) -> None:
         """Raise UserError if fields contradict each other."""
         super().check()
-        check_shares("patterns", self.patterns, PATTERNS)
+        check_named_shares("patterns", self.patterns, PATTERNS)
         named = trained_patterns(self.patterns)
         if named == ["none"] and self.dropout.image != DropoutSettings().image:
             raise UserError("dropout.image has no effect, because patterns give no frames; leave it out, or set patterns")

@@ -9,7 +9,7 @@ from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import LATENTS, PATTERNS, TEXT_ENCODERS
 from lumos.models.stiv.settings import MAX_STRIDE, StivOptions
 from lumos.settings import is_number, setting
-from lumos.training.settings import LoraSettings, TrainingSettings, check_shares
+from lumos.training.settings import LoraSettings, TrainingSettings, check_named_shares
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 TIMES = ("uniform", "logit_normal")
@@ -135,7 +135,7 @@ def check_checkpointing(settings: StivTrainingSettings) -> None:
 
 
 def check_patterns(settings: StivTrainingSettings) -> None:
-    check_shares("patterns", settings.patterns, PATTERNS)
+    check_named_shares("patterns", settings.patterns, PATTERNS)
     given = [name for name, share in settings.patterns.items() if share > 0 and name != "none"]
     if settings.given_noise and not given:
         raise UserError(f"given_noise {settings.given_noise} has no effect, because patterns give no frames; leave it out")

@@ -13,6 +13,7 @@ from lumos import LumosForVideoGeneration
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask
 from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.flops import training_flops
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.patterns import BEGINS, PATTERNS, Given, drawn_given, trained_patterns
 from lumos.models.lumos1.rope import position_ids
@@ -29,6 +30,7 @@ from lumos.models.lumos1.sequence import (
     parse_sequence,
 )
 from lumos.models.lumos1.settings import MASK_KINDS
+from lumos.models.lumos1.training_cost import LumosTrainingCost, without_last
 
 CONFIG = micro_config()
 torch.manual_seed(0)
@@ -214,3 +216,18 @@ def test_configs_know_their_patterns():
     assert micro_config(patterns=["first", "ends"]).patterns == ["first", "ends"]
     with pytest.raises(ValueError, match=r"patterns \['views'\] is not allowed; give some of none, first, prediction, ends"):
         micro_config(patterns=["views"])
+
+
+def test_costs_count_the_last_picture_and_what_is_given():
+    """Against layouts of real sequences; expected FLOPs and losses are means over the patterns."""
+    shares = {"none": 1, "first": 1, "prediction": 1, "ends": 1}
+    cost, plain = (LumosTrainingCost.of(CONFIG, text_tokens=3, **more) for more in ({"patterns": shares}, {}))
+    with_last, without = (parse_layout(sequence(0, 4, 2, 3, with_last=last)[0][None], CONFIG)[0] for last in (True, False))
+    longest = cost.sequence(13, 16, 24)
+    assert longest == with_last
+    assert plain.sequence(13, 16, 24) == without_last(longest) == without
+    assert cost.sequence(1, 16, 24) == plain.sequence(1, 16, 24)
+    assert cost.supervised(longest) == pytest.approx(plain.supervised(without) * (4 + 3 + 2 + 3) / 16)
+    assert cost.training_flops(longest, 10) == pytest.approx(
+        training_flops(CONFIG, with_last, 10) / 4 + training_flops(CONFIG, without, 10) * 3 / 4
+    )
