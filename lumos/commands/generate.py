@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", help="what the clip must not show; default: no text")
     add("--image", help="picture that the clip begins with")
     add("--video", help="clip to continue; the result begins with its last frames")
-    add("--last-image", help="picture that the clip ends with; for STIV models")
+    add("--last-image", help="picture that the clip ends with; for models that were trained on it")
     add("--interpolate", type=int, metavar="2", help="make twice the frames a second of --video, which are kept; for STIV models")
     add("--views", action="store_true", default=None, help="make seven views of the object in --image; for STIV models")
     add("--num-given-frames", type=int, help="last frames of --video to use; default: as many as the model usually gets")

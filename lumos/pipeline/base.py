@@ -254,7 +254,7 @@ class VideoPipeline(ABC):
                 form that `lumos.video.frames.as_uint8` takes.
             video: a path or the frames of a clip. The new clip begins with its last
                 num_given_frames frames. A list of PIL pictures is one clip.
-            last_image: a path or picture, which becomes the last frame, for generators that support
+            last_image: a path or picture, which becomes the last frame, for models that support
                 it.
             given_frames: a picture or path for each frame number, counted from 0, for generators
                 that support it; or a list with such a dict for each clip.
