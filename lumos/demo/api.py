@@ -11,6 +11,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -58,7 +59,7 @@ def add_api(app: FastAPI, service: Service) -> None:
         if job.record is None:
             raise Busy("the request was cancelled")
         name = job.record["file"]
-        headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{record_path(Path(name))}"}
+        headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{quote(str(record_path(Path(name))))}"}
         return Delivery(service.store, service.store.results / name, headers=headers, filename=name)
 
     @app.get("/api/status")

@@ -17,7 +17,8 @@ from lumos.demo.limits import FORM_BYTES, Busy, Limits
 from lumos.durable import sweep_dead
 from lumos.prompt_lists.clips import record_path
 
-RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")
+RESULT = re.compile(r"[^/\\\0-\x1f.]+-[0-9a-f]{12}\.(mp4|png)")
+"""The names of results. They begin with words of the prompt in any script, see `lumos.prompt_lists.clips.default_name`."""
 FRESH_SECONDS = 120  # an upload is never removed in this time: its visitor is about to press Generate
 UNUSED_SECONDS = 3600  # after this time an upload that no job needs is removed
 UNDELIVERED_SECONDS = 300  # a result is never removed in this time: its client is about to fetch it

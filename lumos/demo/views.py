@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -40,14 +41,19 @@ def stage_result(record: dict[str, Any]) -> str:
     return f'<div class="stage">{player(record["file"], "autoplay")}</div>'
 
 
+def address(name: str) -> str:
+    """Return the address of a result or a record, relative to the page."""
+    return f"api/results/{quote(name)}"
+
+
 def player(name: str, how: str) -> str:
     """Return a result as a video or picture element.
 
     Its address is relative, so that it works behind a proxy.
     """
     if name.endswith(".png"):
-        return f'<img class="result" alt="the picture" src="api/results/{name}">'
-    return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'
+        return f'<img class="result" alt="the picture" src="{address(name)}">'
+    return f'<video class="result" src="{address(name)}" {how} controls loop muted playsinline></video>'
 
 
 def status(text: str, progress: float | None = None) -> str:
@@ -69,7 +75,8 @@ def gallery(records: Sequence[dict[str, Any]]) -> str:
 def card(record: dict[str, Any]) -> str:
     name = record["file"]
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in shown_settings(record))
-    links = f'<a href="api/results/{name}" download>file</a> · <a href="api/results/{record_path(Path(name))}" download>record</a>'
+    record_address = address(record_path(Path(name)).name)
+    links = f'<a href="{address(name)}" download>file</a> · <a href="{record_address}" download>record</a>'
     return (
         f'<figure>{player(name, "preload=auto")}<figcaption><p>{escape(record["prompt"])}</p>{links}'
         f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details></figcaption></figure>"
