@@ -23,6 +23,7 @@ from lumos.version import __version__
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
     "demo": "open a page in the browser, and an HTTP API, that make clips",
+    "serve": "serve the HTTP API without the page, for programs",
     "render": "write clips of synthetic scenes as mp4 with captions, to try ingest and training",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",

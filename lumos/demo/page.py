@@ -12,7 +12,8 @@ import gradio as gr
 from gradio.components import Component
 
 from lumos.demo import views
-from lumos.demo.api import field_value, watch
+from lumos.demo.answers import watch
+from lumos.demo.api import field_value
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
 from lumos.demo.store import Store
@@ -192,9 +193,10 @@ async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, 
         text = progress_line(service, job)
         if text != said:
             said = update["line"] = text
-        if job.state == "working" and len(job.frames) > frames:
-            frames = len(job.frames)
-            update["stage"] = await asyncio.to_thread(views.stage_preview, job.frames[:frames], job.fps)
+        made = job.frames  # a job that ends gets another, empty list
+        if job.state == "working" and len(made) > frames:
+            frames = len(made)
+            update["stage"] = await asyncio.to_thread(views.stage_preview, made[:frames], job.fps)
         if update:
             yield update
 

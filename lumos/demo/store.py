@@ -62,11 +62,16 @@ class Store:
             kept = oldest_first([path for path in self.results.iterdir() if RESULT.fullmatch(path.name)])
             surplus = max(0, len(kept) + 1 - self._keep_results)
             for old in [path for path in kept if not self._is_awaited(path.name)][:surplus]:
-                record_path(old).unlink(missing_ok=True)
-                old.unlink(missing_ok=True)
-                self._stays.pop(old.name, None)
+                self.remove(old.name)
         path = self.results / name
         return path.with_stem(f"{path.stem}-{uuid.uuid4().hex[:12]}")
+
+    def remove(self, name: str) -> None:
+        """Remove a result and its record."""
+        with self._lock:
+            record_path(self.results / name).unlink(missing_ok=True)
+            (self.results / name).unlink(missing_ok=True)
+            self._stays.pop(name, None)
 
     def stay(self, name: str, seconds: float = UNDELIVERED_SECONDS) -> None:
         """Keep a result from being removed for so many seconds from now."""
