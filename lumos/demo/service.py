@@ -134,6 +134,13 @@ class Service:
                 raise UserError(f"a clip to interpolate has at most {most} frames here, at {own.fps} a second; this one has more")
         return replace(request, **frames)
 
+    def look(self, path: Path, is_picture: bool) -> np.ndarray:
+        """Return the picture of an upload, or the last frame of a clip, as uint8 [H, W, 3]; errors as of `read_upload`."""
+        own = self.pipe.clip
+        clip = None if is_picture else (own.fps, 1, own.height, own.width)
+        frames = read_upload(path, lambda: None, self.limits.of_reading, clip)
+        return frames if is_picture else frames[-1]
+
     def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
         """Write the result and its record as `generate` does, and return the record."""
         request, seed = job.request, resolved.seeds[0]

@@ -21,6 +21,7 @@ from lumos.prompt_lists.clips import record_path
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
+THUMBNAIL = 240  # pixels of the longer side
 HIDDEN = ("target_size", "height", "width", "sampler")
 
 
@@ -65,21 +66,25 @@ def wrong(message: str) -> str:
     return f'<div class="status wrong" role="alert">{escape(message)}</div>'
 
 
-def gallery(records: Sequence[dict[str, Any]]) -> str:
-    """Return the results of a session, the newest first, each with its settings."""
-    if not records:
-        return ""
-    return f'<h3>Made in this session</h3><div class="results">{"".join(map(card, reversed(records)))}</div>'
+def thumbnail(frame: np.ndarray) -> str:
+    """Return a frame uint8 [H, W, 3] as a small picture in a data URL."""
+    picture = Image.fromarray(frame)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=85)
+    return f'<img alt="the upload" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def card(record: dict[str, Any]) -> str:
+    """Return a result with its settings and a button that the gallery listens to."""
     name = record["file"]
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in shown_settings(record))
     record_address = address(record_path(Path(name)).name)
     links = f'<a href="{address(name)}" download>file</a> · <a href="{record_address}" download>record</a>'
     return (
         f'<figure>{player(name, "preload=auto")}<figcaption><p>{escape(record["prompt"])}</p>{links}'
-        f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details></figcaption></figure>"
+        f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details>"
+        f'<button type="button" class="reuse">Use these settings</button></figcaption></figure>'
     )
 
 
