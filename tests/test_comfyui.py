@@ -265,7 +265,7 @@ def test_the_image_node_makes_the_uses_of_stiv(nodes):
     clip = torch.rand(3, 16, 32, 3)
     node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
     usual = {name: value for name, value in widgets(node).items() if name not in ("model", "interpolate", "views")}
-    usual |= {"num_inference_steps": 1, "seed": 1}
+    usual |= {"num_inference_steps": 1, "seed": 1, "num_frames": 5}
     for images, uses, count in (
         (clip[:1], {"prompt": "x", "last_image": clip[1:2]}, 5), (clip, {"prompt": "", "interpolate": True}, 5),
         (clip[:1], {"prompt": "", "views": True}, 7), (clip[:1], {"prompt": "x", "interpolate": False, "views": False}, 5),
@@ -305,7 +305,7 @@ def adapter(comfy, tmp_path, micro_folder):
 
     network = LumosForVideoGeneration.from_pretrained(micro_folder)
     drawn = torch.Generator().manual_seed(0)
-    lora = Lora(rank=2, alpha=4.0)
+    lora = Lora(rank=2, alpha=4.0, dropout=0.0, targets=["q_proj", "down_proj"])
     base = {"folder": str(micro_folder), "sample": sample(network)}
     record = {"base": base, "tokenizers": fingerprints(micro_folder, micro_folder)}
     wrapped = peft.get_peft_model(network, _peft_config(lora))

@@ -179,8 +179,8 @@ class LumosImageToVideo(LumosTextToVideo):
 
     OPTIONAL: ClassVar[dict[str, Any]] = {
         "last_image": ("IMAGE", {"tooltip": "the last frame of the clip, for models that take one"}),
-        "interpolate": ("BOOLEAN", {"default": False, "tooltip": "make the frames between those of the clip, for models that can"}),
-        "views": ("BOOLEAN", {"default": False, "tooltip": "make views of the object in the picture, for models that can"}),
+        "interpolate": ("BOOLEAN", {"default": False, "tooltip": "make the frames between those of the clip, for models that can; num_frames has no effect"}),
+        "views": ("BOOLEAN", {"default": False, "tooltip": "make views of the object in the picture, for models that can; num_frames has no effect"}),
     }
 
     def generate(
@@ -192,6 +192,8 @@ class LumosImageToVideo(LumosTextToVideo):
         if last_image is not None:
             uses["last_image"] = pixels(last_image)[0]
         uses |= {"interpolate": 2 if interpolate else None, "views": views or None}
+        if interpolate or views:
+            options["num_frames"] = 0
         return make_clip(model, prompt, **uses, **pipeline_arguments(**options))
 
 

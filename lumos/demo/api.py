@@ -92,8 +92,8 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
     async def status() -> dict[str, Any]:
         return {**service.worker.status(), "defaults": service.defaults, "limits": vars(service.limits)}
 
-    @api.api_route("/api/results/{name}", methods=["GET", "HEAD"], tags=["clips"], summary="A result, or its record",
-                   responses=FILE)  # fmt: skip
+    @api.head("/api/results/{name}", operation_id="result_head", tags=["clips"], summary="The size of a result", responses=FILE)
+    @api.get("/api/results/{name}", tags=["clips"], summary="A result, or its record", responses=FILE)
     async def result(name: str) -> Response:
         path = service.store.find(name)
         if path is None:

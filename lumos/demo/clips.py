@@ -52,10 +52,10 @@ class Clips:
         try:
             for number, body in enumerate(bodies, start=1):
                 try:
-                    jobs.append(self._job(body, client))
+                    jobs.append(job := self._job(body, client))
+                    self.service.check(job)
                 except UserError as error:
                     raise type(error)(f"clip {number}: {error}" if len(bodies) > 1 else str(error)) from error
-            self.service.check(*jobs)
             with keys.counted(client, len(jobs)):
                 self.service.worker.submit(*jobs, most=client.queue_length)
             self._keep(jobs)

@@ -73,8 +73,10 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no cache, and no proxy that collects events
         return StreamingResponse(stream(clips, job_of(clip_id, request)), media_type="text/event-stream", headers=headers)
 
-    @api.api_route("/api/clips/{clip_id}/content", methods=["GET", "HEAD"], tags=["clips"], summary="The mp4 or png file of a clip",
-                   responses={**FILE, **errors(401, 404, 409, 410)})  # fmt: skip
+    of_content = {"tags": ["clips"], "responses": {**FILE, **errors(401, 404, 409, 410)}}
+
+    @api.head("/api/clips/{clip_id}/content", operation_id="content_head", summary="The size of that file", **of_content)
+    @api.get("/api/clips/{clip_id}/content", summary="The mp4 or png file of a clip", **of_content)
     async def content(clip_id: str, request: Request) -> Response:
         return Delivery(clips.service.store, clips.result(job_of(clip_id, request)), headers=KEEP)
 
