@@ -179,9 +179,13 @@ class LumosImageToVideo(LumosTextToVideo):
 
     OPTIONAL: ClassVar[dict[str, Any]] = {
         "last_image": ("IMAGE", {"tooltip": "the last frame of the clip, for models that take one"}),
-        "interpolate": ("BOOLEAN", {"default": False, "tooltip": "make the frames between those of the clip, for models that can; num_frames has no effect"}),
-        "views": ("BOOLEAN", {"default": False, "tooltip": "make views of the object in the picture, for models that can; num_frames has no effect"}),
-    }
+        "interpolate": ("BOOLEAN", {
+            "default": False, "tooltip": "make the frames between those of the clip, for models that can; num_frames has no effect"
+        }),
+        "views": ("BOOLEAN", {
+            "default": False, "tooltip": "make views of the object in the picture, for models that can; num_frames has no effect"
+        }),
+    }  # fmt: skip
 
     def generate(
         self, model: VideoPipeline, images: Tensor, prompt: str, last_image: Tensor | None = None, interpolate: bool = False,

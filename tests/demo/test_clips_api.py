@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from micro_stiv import micro_pipeline
+from pages import blocks
 from PIL import Image
 
 from lumos import LumosPipeline
@@ -22,6 +23,7 @@ from lumos.demo.limits import Busy, Limits
 from lumos.demo.service import Service
 from lumos.errors import UserError
 from lumos.pipeline.options import CHOICE, Option, all_options
+from lumos.video.io import read_video
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
 testclient = pytest.importorskip("fastapi.testclient")
@@ -532,3 +534,50 @@ def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path
     assert lines[0].startswith("http://127.0.0.1:")
     assert re.fullmatch(r"event: (waiting|working) False", lines[1])
     assert lines[2:] == ["1", "0"]
+
+
+@pytest.fixture
+def address(service):
+    """The address of a real server, which runs in a thread."""
+    from lumos.demo.hosts import Hosts
+    from lumos.demo.server import Server, listen
+
+    uvicorn = pytest.importorskip("uvicorn")
+    with listen("127.0.0.1", 0) as listener:
+        server = Server(uvicorn.Config(build_app(service, None, Hosts()), log_level="warning", ws="none"), service)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_documented_client(address, repo, tmp_path, monkeypatch):
+    (block,) = blocks("docs/http-api.md", "python")
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("http://127.0.0.1:8000", address), {})
+    assert read_video(tmp_path / "clip.mp4")[0].shape == (5, 16, 24, 3)
+    with pytest.raises(RuntimeError, match="prompt has 80 characters; at most 50 are allowed"):
+        exec(block.replace("http://127.0.0.1:8000", address).replace("a large red circle moves left", "x" * 80), {})
+
+
+def test_the_documented_curl_line(address, tmp_path):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    (tmp_path / "photo.png").write_bytes(png())
+    command = next(block for block in blocks("docs/http-api.md", "bash") if block.startswith("curl"))
+    done = subprocess.run(["bash", "-c", command.replace("http://127.0.0.1:8000", address)], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    jsonschema.validate(json.loads(done.stdout), CLIP)
+
+
+def test_the_documented_keys_and_routes(client, tmp_path):
+    (block,) = blocks("docs/http-api.md", "yaml")
+    (tmp_path / "keys.yaml").write_text(block)
+    assert [(key.name, key.queue_length, key.clips_per_hour) for key in read_keys(tmp_path / "keys.yaml").keys] == [
+        ("alice", None, None), ("bob", 4, 100)
+    ]  # fmt: skip
+    text = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+    listed = {re.sub("ID", "{clip_id}", re.sub("NAME", "{name}", path)).partition("?")[0]
+              for path in re.findall(r"^\| `.*?(/[\w/.]+[^`]*)` \|", text, re.MULTILINE)}  # fmt: skip
+    assert listed - {"/api/openapi.json"} == set(client.get("/api/openapi.json").json()["paths"])
