@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lumos.pipeline.request import Resolved
 
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
-OF_LISTS = ("output_dir", "batch_size", "shard")
+OF_LISTS = ("output_dir", "batch_size", "shard", "engine", "workers")
 OTHER_USES = ("last_image", "interpolate", "views")
 """The arguments that are in the record of a clip only if they are given."""
 
@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
     add("--batch-size", type=int, help="clips of the same size and length in a batch; default: 4")
     add("--shard", metavar="I/N", help="make only part I of N of several clips; torchrun and deepspeed set it for their processes")
+    add("--engine", choices=("local", "ray"), help="where several clips are made: here, or in tasks of a Ray cluster (extra [ray])")
+    add("--workers", type=int, help="tasks with --engine ray, each with its part of the clips; default: one for each GPU, or one")
     add_loading(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 

@@ -6,7 +6,11 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
+import threading
 import time
+from pathlib import Path
 
 import jsonschema
 import numpy as np
