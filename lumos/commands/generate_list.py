@@ -112,7 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.prompts is not None and len(args.seed or ()) > 1:
         raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
                         "row adds its number, or a seed in each row")  # fmt: skip
-    if args.prompts is None and args.seed is None and (args.shard or args.engine == "ray" or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    shares = args.shard is not None or args.engine == "ray" or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if args.prompts is None and args.seed is None and shares:
         raise UserError("several processes need one --seed to agree on; give it")
 
 
@@ -146,7 +147,7 @@ def check_rows(
     """
     from lumos.errors import RunError, UserError
     from lumos.files import file_identity
-    from lumos.prompt_lists.clips import check_file, clips_of, request_of
+    from lumos.prompt_lists.clips import check_file, clips_of, request_of, with_free_name
     from lumos.prompt_lists.rows import PATHS
 
     hashes = model_sha256(model, args)
@@ -165,6 +166,8 @@ def check_rows(
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
             if not found:
                 raise UserError("the row asks for no clip")
+            if args.prompts is None and args.output_dir is None:
+                found = [with_free_name(out, clip) for clip in found]
             for clip in found:
                 check_file(out, clip, keep)
                 name = clip.file.casefold()

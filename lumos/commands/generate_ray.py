@@ -33,7 +33,8 @@ def make_on_ray(args: argparse.Namespace) -> Share:
 
     ray = import_ray()
     if args.device not in DEVICES:
-        raise UserError(f"device '{args.device}' is not allowed with --engine ray, which assigns the GPUs; allowed: auto, cpu, cuda")
+        allowed = "which assigns the GPUs; allowed: auto, cpu, cuda"
+        raise UserError(f"device '{args.device}' is not allowed with --engine ray, {allowed}")
     own = not ray.is_initialized()
     if own:
         try:

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from contrast import contrast
 from micro_stiv import micro_pipeline
 from PIL import Image, ImageSequence
 
@@ -157,9 +158,9 @@ def test_wrong_flags_are_one_line(gradio, flags, message, tmp_path, capsys):
 def test_a_folder_has_one_demo(gradio, tmp_path, capsys):
     from lumos.files import only_writer
 
-    with only_writer(tmp_path, "demo"):
+    with only_writer(tmp_path, "server"):
         assert main(["demo", "--root", str(tmp_path)]) == 1
-    assert "another demo is writing into" in capsys.readouterr().err
+    assert "another server is writing into" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(gradio, tmp_path, capsys):
@@ -213,18 +214,6 @@ def test_the_settings_of_a_result_ask_for_it_again(gradio, pipes):
     assert answers.keys() == set(names) - {"given"}
     again = pipes[0].resolve(request_of({**answers, "given": None}, defaults, pipes[0]))
     assert (again.settings, again.seeds) == (resolved.settings, resolved.seeds)
-
-
-def luminance(colour: str) -> float:
-    """The relative luminance of #rrggbb as WCAG 2 defines it."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(first: str, second: str) -> float:
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_text_has_enough_contrast(repo):
