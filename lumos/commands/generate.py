@@ -85,7 +85,12 @@ def run(args: argparse.Namespace) -> None:
     if several:
         from lumos.commands.generate_list import make_list
 
-        make_list(args)
+        if args.engine == "ray":
+            from lumos.commands.generate_ray import make_on_ray
+
+            make_list(args, make_on_ray)
+        else:
+            make_list(args)
         return
     if given := [name for name in OF_LISTS if getattr(args, name) is not None]:
         option = given[0].replace("_", "-")

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -46,20 +47,15 @@ class Share:
     bad_rows: int
 
 
-def make_list(args: argparse.Namespace) -> None:
+def make_list(args: argparse.Namespace, everywhere: Callable[[argparse.Namespace], Share] | None = None) -> None:
+    """Make several clips and print how many. everywhere: makes all shares; None makes that of this process."""
     from lumos.errors import RunError, printable
     from lumos.prompt_lists.results import sum_over_processes
 
     check_arguments(args)
     out = Path(args.output_dir or OUTPUT_DIR)
-    if args.engine == "ray":
-        from lumos.commands.generate_ray import make_on_ray
-
-        share = make_on_ray(args)
-        made, failed = share.made, share.failed
-    else:
-        share = make_share(args)
-        made, failed = sum_over_processes(share.made, share.failed)
+    share = make_share(args) if everywhere is None else everywhere(args)
+    made, failed = sum_over_processes(share.made, share.failed)
     if speaks(args):
         print(printable(f"{out}  {made} made now  {share.clips} clips in all  {share.rows} rows"))
     if failed or share.bad_rows:

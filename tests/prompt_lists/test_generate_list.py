@@ -503,7 +503,7 @@ def test_an_empty_negative_prompt_counts_as_no_prompt(generate):
 
 
 def test_several_seeds_never_write_over_a_default_name(generate):
-    """The clips of one prompt have names of their own; with other settings, or of a prompt with the same words, they get new ones."""
+    """Clips with other settings, or of another prompt with the same words, get new names; the same command makes nothing again."""
     ask = lambda prompt, *more: generate("--prompt", prompt, "--seed", 1, 2, "--num-frames", 1, *more)  # noqa: E731
     assert ask("красный круг")[1].startswith("outputs  2 made now")
     first = clips_in("outputs")
