@@ -12,7 +12,7 @@ import sys
 from lumos import registry
 from lumos.benchmarks import targets
 from lumos.commands import bench_faults
-from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
+from lumos.commands.counts import MAX_CLIPS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in {**{name: benchmark.summary for name, benchmark in known.items()}, "all": "all of them"}.items():
         sub = names.add_parser(name, description=text, help=text)
         add = sub.add_argument
-        add("--threads", type=int, help="CPU threads; default: torch's own choice")
         add("--repetitions", type=int, default=3, help="number of timed runs (the median counts) or clips; default: %(default)s")
         add("--device", help="cpu or cuda; default: cuda if there is one")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.files import check_writable, write_json
     from lumos.runtime import pick_device
 
-    check_counts(args, threads=(1, MAX_THREADS), repetitions=(1, MAX_CLIPS))
+    check_counts(args, repetitions=(1, MAX_CLIPS))
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device {device} cannot be measured here; give cpu{' or cuda' if torch.cuda.is_available() else ''}")
@@ -54,12 +53,7 @@ def run(args: argparse.Namespace) -> None:
     names = known if args.target == "all" else (args.target,)
     chosen = {name: registry.load(known[name].module).settings_from(args) for name in names}
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
-    try:
-        result = measure(args, str(device), chosen)
-    finally:
-        torch.set_num_threads(threads)
+    result = measure(args, str(device), chosen)
     if args.output:
         write_json(args.output, result)
     print(json.dumps(result))

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lumos.commands.counts import MAX_THREADS, check_counts
+from lumos.commands.counts import check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
