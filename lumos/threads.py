@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables of the number of threads, which torch's libraries read; the first that is set counts."""
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """Settings with which a waiting thread sleeps: of every OpenMP runtime, of GCC's (in torch for Linux), of LLVM's and Intel's."""
+LOOKS = 5
+"""Looks at the number of running threads, a hundredth of a second apart."""
 WATCH_SECONDS = 10.0
 """Seconds between two looks at the waiting times of the threads."""
 
@@ -94,21 +98,24 @@ def _quota_of(group: Path) -> float:
     return time / period if time > 0 and period > 0 else math.inf
 
 
-def load(root: Path = Path("/")) -> float:
+def load(root: Path = Path("/"), pause: Callable[[float], None] = time.sleep) -> float:
     """Return how many threads of other programs run or want to run; 0 where the system does not say.
 
-    The smaller one of two figures counts. The mean of the last minute still holds the last command of the same user, and the
-    number at this moment may be an accident.
+    On Linux it is the median of a few looks at the number of running threads. The load average of the last minute counts only
+    elsewhere: it still holds the last command of the same user, and does not hold a job that has just begun.
     """
-    words = " ".join(_lines(root / "proc/loadavg")).split()
-    if len(words) >= 4:
-        with suppress(ValueError):
-            return max(0.0, min(float(words[0]), int(words[3].split("/")[0]) - 1))  # this thread is one of them
-    if (root / "proc").is_dir() or not hasattr(os, "getloadavg"):
+    if not (root / "proc").is_dir():
+        with suppress(AttributeError, OSError):
+            return os.getloadavg()[0]
         return 0.0
-    with suppress(OSError):
-        return os.getloadavg()[0]
-    return 0.0
+    seen = []
+    for look in range(LOOKS):
+        if look:
+            pause(0.01)
+        words = " ".join(_lines(root / "proc/loadavg")).split()
+        running = words[3].partition("/")[0] if len(words) > 3 else ""
+        seen.append(max(0, int(running) - 1) if running.isdecimal() else 0)  # this thread is one of them
+    return float(statistics.median(seen))
 
 
 def _lines(path: Path) -> list[str]:

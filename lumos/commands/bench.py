@@ -1,6 +1,7 @@
 """`bench`: measure speed and memory on this machine.
 
-The forms of a comparison are measured in the same run. The last line of the output is JSON.
+The forms of a comparison are measured in the same run. The last line of the output is JSON. A target that measures whole processes,
+not parts of a generator, is a module bench_NAME.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib import import_module
 
 from lumos import registry
 from lumos.benchmarks import targets
-from lumos.commands import bench_faults
+from lumos.commands import subcommands
 from lumos.commands.counts import MAX_CLIPS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = targets()
-    told = f"{', '.join(known)}, all of these, or faults"
+    whole = subcommands.found("bench")
+    told = f"{', '.join(known)}, all of these, or {', '.join(whole)}"
     names = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=told)
     for name, text in {**{name: benchmark.summary for name, benchmark in known.items()}, "all": "all of them"}.items():
         sub = names.add_parser(name, description=text, help=text)
@@ -28,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--output", help="also write the result to this JSON file")
         for target in known if name == "all" else (name,):
             registry.load(known[target].arguments)(sub)
-    kills = "kill trainings, ingests and lists of clips at random, and compare their results with uninterrupted ones"
-    bench_faults.add_arguments(names.add_parser("faults", description=kills, help=kills))
+    for name, path in whole.items():
+        module, text = import_module(path), subcommands.summary(path)
+        sub = names.add_parser(name, description=text, help=text)
+        module.add_arguments(sub)
+        sub.set_defaults(whole=module)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.target == "faults":  # this process must not compute anything before it forks: threads do not survive a fork
-        bench_faults.run(args)
+    if hasattr(args, "whole"):  # it measures whole processes, and must not compute before it forks: threads do not survive a fork
+        args.whole.run(args)
         return
     import torch
 

@@ -39,12 +39,13 @@ def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth
     if workers == 0:
         yield from map(make, steps)
         return
-    torch.get_num_threads()  # this thread keeps its number, which it would otherwise take from the last call of `_compute_alone`
+    count = torch.get_num_threads()  # from now on, this thread keeps its number in spite of `_compute_alone`
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batches", initializer=_compute_alone)
     try:
         yield from _in_order(lambda step: pool.submit(make, step), steps, depth)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(count)  # for threads that begin later
 
 
 def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -> Iterator[T_co]:
