@@ -99,13 +99,17 @@ class AvClip:
         else:
             container, stream = self._kept
             container.seek(BEFORE_ALL, stream=stream)
-        self._in_use, done = True, False
+        self._in_use = True
         try:
             yield self._kept
-            done = True
+        except GeneratorExit:  # the reader of the frames needs no more of them
+            raise
+        except BaseException:
+            self.close()
+            raise
         finally:
             self._in_use = False
-            if not done or self._kept[0].format.name not in INDEXED:
+            if self._kept is not None and self._kept[0].format.name not in INDEXED:
                 self.close()
 
     def close(self) -> None:
@@ -140,10 +144,11 @@ class AvClip:
         Where the file has an index, only the packets from the last key frame on are read. No frame before that one is shown
         later, as the frames between two key frames are shown between them. UserError as for `times`.
         """
-        if self.stamped and self.length is not None:
+        if self.stamped:
             with self._open() as (container, stream):
-                if container.format.name in INDEXED:
-                    container.seek(int(self.origin / self.tick + self.length / self.tick), stream=stream)
+                length = (container.duration or 0) / av.time_base if self.length is None else self.length
+                if container.format.name in INDEXED and length > 0:
+                    container.seek(int((self.origin + length) / self.tick), stream=stream)
                     if found := self._stamped_times(container, stream):
                         return max(found)
         return max(self.times())

@@ -91,8 +91,9 @@ def read_video(
     """
     with open_video(path, max_pixels=max_pixels, threads=threads) as video:
         return video.read(
-            fps=fps, num_frames=num_frames, start=start, from_end=from_end, max_seconds=max_seconds, size=size, max_frames=max_frames
-        )
+            fps=fps, num_frames=num_frames, start=start, from_end=from_end, max_seconds=max_seconds, size=size,
+            max_frames=max_frames,
+        )  # fmt: skip
 
 
 def count_frames(path: str | Path, fps: float, *, max_pixels: int = MAX_PIXELS) -> int:
