@@ -110,7 +110,7 @@ def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> I
 
     watch: print a note if the threads of a process of its own wait long for a core.
     """
-    args.threads = getattr(args, "threads", None)
+    args.threads, args.own_process = getattr(args, "threads", None), own_process
     if not own_process:
         with threads.threads_of_a_call(args.threads):
             yield
