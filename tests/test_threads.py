@@ -80,7 +80,10 @@ def test_free_threads(state, count):
     assert state.free_threads() == count
 
 
-@given(allowed=st.integers(1, 256), limit=st.floats(0.01, 300) | st.just(math.inf), busy=st.floats(0, 500), cores=st.integers(1, 256))
+CORES = st.integers(1, 256)
+
+
+@given(allowed=CORES, limit=st.floats(0.01, 300) | st.just(math.inf), busy=st.floats(0, 500), cores=CORES)
 def test_there_is_always_a_thread_and_never_more_than_allowed(allowed, limit, busy, cores):
     count = Machine(allowed, limit, busy, cores).free_threads()
     assert 1 <= count <= max(1, min(allowed, limit))
@@ -227,8 +230,8 @@ def test_threads_that_make_batches_compute_alone():
 
 @pytest.mark.slow
 def test_a_process_of_its_own_is_prepared_before_torch(repo, tmp_path, micro_folder):
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ("LUMOS_THREADS", *threads.COUNT_VARIABLES, *threads.PASSIVE)} | {"PYTHONPATH": str(repo)}  # fmt: skip
+    own = ("LUMOS_THREADS", *threads.COUNT_VARIABLES, *threads.PASSIVE)
+    environment = {**{name: value for name, value in os.environ.items() if name not in own}, "PYTHONPATH": str(repo)}
     output = tmp_path / "a.mp4"
     words = ["--model", str(micro_folder), "--prompt", "a red circle", "--seed", "1", "--output", str(output), "--threads", "2"]
     program_text = (

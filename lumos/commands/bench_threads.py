@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from lumos.benchmarks.measure import hardware, render_table, rounded, shown
     from lumos.files import check_writable, write_json
     from lumos.pipeline.defaults import shipped_model
@@ -47,18 +49,21 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output)
     model = Path(args.model) if args.model is not None else shipped_model()
-    if not (model / "video_tokenizer").is_dir():
-        raise UserError(f"{model} is no model folder with a video tokenizer; give the folder of a saved model")
+    if not (model / "pipeline.json").is_file():
+        raise UserError(f"{model} is no model folder with a pipeline.json; give the folder of a saved model")
     cores = args.threads or Machine.now().allowed
     busy = cores if args.busy is None else args.busy
     ways = choices(cores)
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory(prefix="lumos-threads-") as folder:
-        for state, others in [("alone", 0), *([("busy", busy)] if busy else [])]:
+    states = {"alone": 0, **({"busy": busy} if busy else {})}
+    bar = tqdm(desc="threads", total=len(states) * len(ways) * args.repetitions, disable=None, leave=False)
+    with tempfile.TemporaryDirectory(prefix="lumos-threads-") as folder, bar:
+        for state, others in states.items():
             made: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
             for _ in range(args.repetitions):
                 for name, variables in ways.items():  # in turn, so that a disturbance of the machine affects all
                     made[name].append(measure(args, model, Path(folder), variables, others))
+                    bar.update()
             found[state] = {name: medians(runs) for name, runs in made.items()}
     headers = ["threads", *(f"{what}, {state}" for state in found for what in ("clip s", "training step s"))]
     rows = [[name, *(shown(of[name][key]) for of in found.values() for key in ("clip_seconds", "step_seconds"))] for name in ways]
@@ -115,11 +120,18 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def training(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a training of the small preset on synthetic scenes, with a thread that makes batches ahead."""
+    """Return the settings of a training of the model on synthetic scenes of the size of its clips.
+
+    A thread makes the batches ahead.
+    """
+    from lumos.files import read_json
+
+    defaults = read_json(model / "pipeline.json", "a model's defaults")
+    clip = {name: defaults[name] for name in ("num_frames", "height", "width", "fps")}
+    if args.num_frames is not None:
+        clip["num_frames"] = args.num_frames
     return {
-        "model": {"preset": "tiny", "overrides": {"spatial_compression": 16, "pixels_per_size_unit": 16}},
-        "tokenizer": {"video": str(model / "video_tokenizer"), "text": str(model / "text_tokenizer")},
-        "data": {"source": "worlds", "num_frames": 17, "height": 128, "width": 128, "fps": 8, "workers": 1},
+        "model": {"from": str(model)}, "data": {"source": "worlds", "workers": 1, **clip},
         "training": {
             "max_steps": args.steps, "batch_size": args.batch_size, "warmup_steps": 1, "log_every": 1, "save_every_minutes": 0,
             "device": "cpu", "output_dir": str(folder),
