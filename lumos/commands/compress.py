@@ -18,6 +18,9 @@ STEPS = """A model becomes smaller and faster in four steps:
   3. distill   train the smaller model with the larger one as its teacher, to win back what was lost
   4. report    compare the models: parameters, seconds of a clip, prompts followed
 
+  `auto` does all four for a wanted speed:
+               python -m lumos compress auto --model checkpoints/lumos-tiny --target-speedup 1.5 --out runs/faster
+
 `python -m lumos compress STEP --help` lists the options of a step. Steps:"""
 
 

@@ -120,7 +120,7 @@ def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_siz
                         + (f", or name --plan {next(iter(own))}" if own else ""))  # fmt: skip
     ends = args.allow_ends or network.ends
     check_keep(units, args.keep, 1 if network.part == "model" and kind == usual else 0, ends)
-    rule = args.plan or ("spaced" if 1 - args.keep / len(units) >= SPACED_FROM else "least")
+    rule = args.plan or usual_rule(args.keep, len(units))
     if rule not in RULES:
         raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
     for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
@@ -128,6 +128,11 @@ def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_siz
             raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")
     removed = removed_units(args, network, rule, kind, units, ends)
     return Plan(rule, remove=tuple(removed), new=rule == "scratch", **facts)
+
+
+def usual_rule(keep: int, count: int) -> str:
+    """Return the rule of the default plan that keeps `keep` of `count` units."""
+    return "spaced" if 1 - keep / count >= SPACED_FROM else "least"
 
 
 def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: str, units: list[str], ends: bool) -> list[str]:

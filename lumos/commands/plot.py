@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from lumos.errors import as_text, drawable, printable, shown
+from lumos.errors import as_text, drawable, needing_matplotlib, printable, shown
 
 SUFFIXES = (".png", ".svg", ".pdf")
 Curves = dict[str, list[tuple[int, float | list[float | None]]]]  # field: [(step, value)]
@@ -80,13 +80,10 @@ def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, st
 
 def draw(runs: dict[str, Curves], panels: list[str], out: str) -> None:
     """Write a picture with one panel for each field; each run has its own colour."""
-    from lumos.errors import UserError
     from lumos.files import replacing
 
-    try:
+    with needing_matplotlib("plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"plot needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5.5 * across, 3.2 * down), layout="constrained")

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, drawable
+from lumos.errors import drawable, needing_matplotlib
 from lumos.files import replacing
 
 MOTION = "moved"  # the amount of motion has a panel of its own, because it is not a share and may be above 1
@@ -24,11 +24,9 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     result: the return value of `experiments.gather`. figures: names of the shares to draw. seconds:
     whether to draw the time panel.
     """
-    try:
+    with needing_matplotlib("experiment"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    except ImportError as error:
-        raise UserError(f"experiment needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     variants = result["variants"]
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -12,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from experiment_jobs import run_in_this_process
 
 from lumos.cli import main
+from lumos.compression.settings import load_settings as compression_settings
 from lumos.evaluation import experiments
 from lumos.models.lumos1.training import model_config
 from lumos.training.settings import load_settings
@@ -40,15 +41,7 @@ def trained(micro_settings, tmp_path: Path) -> str:
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> None:
-    """Jobs run here, one after another: an interpreter for each would take most of their time."""
-
-    def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
-        assert command[:3] == [sys.executable, "-m", "lumos"]
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return subprocess.CompletedProcess(command, main(command[3:]))
-
-    monkeypatch.setattr(experiments, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(SimpleNamespace(map=map)))
-    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    run_in_this_process(monkeypatch)
 
 
 @pytest.fixture
@@ -186,5 +179,7 @@ def test_every_shipped_experiment_can_be_planned(repo: Path):
             assert len(found) >= 2, path
             assert len({job.folder for job in found}) == len(found)
             for job in found:
-                if job.train:
+                if job.prune:
+                    compression_settings(repo / job.train[3], list(job.train[4:]))
+                elif job.train:
                     model_config(load_settings(repo / job.train[2], list(job.train[3:])).model)

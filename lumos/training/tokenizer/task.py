@@ -25,6 +25,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.prefetch import in_processes
 from lumos.errors import RunError, UserError
 from lumos.files import replacing_folder, write_json
+from lumos.runtime import parameter_count
 from lumos.training import checkpoint, loop
 from lumos.training.task import Batch, Measured, TrainingTask
 from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_photographs, held_out_worlds
@@ -205,7 +206,7 @@ class TokenizerTask(TrainingTask):
                 "finished": True,
                 "step": state["step"],
                 "minutes": round((state["seconds"] + state["first_seconds"]) / 60, 1),
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": parameter_count(model),
                 "codes": model.num_codes,
             }
             record = {
