@@ -13,10 +13,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lumos import threads
 from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
 from lumos.version import __version__
 
@@ -41,14 +42,24 @@ VERBS = {
     "bench": "measure speed and memory on this machine",
 }
 
+LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
+"""Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code. A user's mistake gives one line on stderr, never a traceback."""
+def program(argv: list[str] | None = None) -> int:
+    """Do the same as `main` in a process of its own, whose threads are set up before torch is imported; see `lumos.threads`."""
+    return main(argv, own_process="torch" not in sys.modules)
+
+
+def main(argv: list[str] | None = None, *, own_process: bool = False) -> int:
+    """Run one verb and return the exit code. A user's mistake gives one line on stderr, never a traceback.
+
+    own_process: the environment of this process may be changed for the verb.
+    """
     try:
-        code = run_verb(sys.argv[1:] if argv is None else argv)
+        code = run_verb(sys.argv[1:] if argv is None else argv, own_process)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as in `lumos --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def run_verb(argv: list[str]) -> int:
+def run_verb(argv: list[str], own_process: bool = False) -> int:
     """Run the verb `argv[0]` with its options and return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {name:22}{text}" for name, text in VERBS.items())
@@ -71,10 +82,12 @@ def run_verb(argv: list[str]) -> int:
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
-        parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
+        kind = Parser if verb in LIGHT_VERBS else ComputingParser
+        parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
-        with warnings_as_notes():
-            command.run(parser.parse_all(argv[1:]))
+        args = parser.parse_all(argv[1:])
+        with warnings_as_notes(), using_threads(args, own_process, watch=verb != "bench"):
+            command.run(args)
     except BrokenPipeError:
         raise
     except SystemExit as stop:
@@ -90,6 +103,22 @@ def run_verb(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 1)
     return 0
+
+
+@contextmanager
+def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> Iterator[None]:
+    """Inside, torch uses `args.threads` threads; in a process of its own, also by default as many as there are free cores.
+
+    watch: print a note if the threads of a process of its own wait long for a core.
+    """
+    args.threads, args.own_process = getattr(args, "threads", None), own_process
+    if not own_process:
+        with threads.threads_of_a_call(args.threads):
+            yield
+        return
+    threads.prepare_process(args.threads)
+    with threads.watched() if watch else nullcontext():
+        yield
 
 
 @contextmanager
@@ -122,6 +151,17 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
+
+
+class ComputingParser(Parser):
+    """The parser of a verb that computes. It has `--threads`, and so have the parsers of the verb's parts."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.add_argument(
+            "--threads", type=int, metavar="N", default=argparse.SUPPRESS,  # a part's default would hide what is before it
+            help="CPU threads; default: LUMOS_THREADS or OMP_NUM_THREADS, else as many as there are free cores",
+        )  # fmt: skip
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lumos.commands.counts import MAX_THREADS, check_counts
+from lumos.commands.counts import check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.errors import printable
     from lumos.evaluation import experiments
     from lumos.files import check_outputs
+    from lumos.threads import MAX_THREADS
 
     check_counts(args, parallel=(1, MAX_THREADS))
     experiment = experiments.load(args.config)

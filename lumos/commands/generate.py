@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 OF_LISTS = ("output_dir", "batch_size", "shard", "engine", "workers")
+NEED_ALL = ("compile", "int8", "device_map", "lora")
+"""The options whose work needs packages that `lumos.lean_imports` leaves out, or may need them."""
 OTHER_USES = ("last_image", "interpolate", "views")
 """The arguments that are in the record of a clip only if they are given."""
 
@@ -129,9 +131,12 @@ def make_one(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from lumos.lean_imports import import_lean
     from lumos.pipeline.request import Request
     from lumos.runtime import seconds_since_start
 
+    if args.own_process and not any(getattr(args, name) for name in NEED_ALL):
+        import_lean()
     pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     check_prompt_frames(args.prompt_frames, pipe.temporal_compression)

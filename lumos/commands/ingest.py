@@ -6,6 +6,18 @@ import argparse
 import json
 import sys
 
+MOST_USUAL_WORKERS = 8
+"""Worker processes at most if the user gives no number. Each holds a tokenizer and the frames of a clip."""
+
+
+def usual_workers(device: str | None) -> int:
+    """Return how many workers an ingest has if the user gives no number."""
+    import torch
+
+    from lumos.runtime import pick_device
+
+    return 1 if pick_device(device).type != "cpu" else min(torch.get_num_threads(), MOST_USUAL_WORKERS)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -23,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also store the codes of each frame as a picture, for models with per_frame latents; shards are then about twice "
              "as large or more")  # fmt: skip
     add("--engine", default="local", help="local: processes of this machine; ray: actors on a Ray cluster; default: local")
-    add("--workers", type=int, default=1, help="processes, or maximum number of actors; 0: no other process; default: 1")
+    add("--workers", type=int, help="processes, each with one thread, or maximum number of actors; 0: no other process; "
+        f"default: one for each thread (--threads), at most {MOST_USUAL_WORKERS}, and 1 on a GPU")
     add("--item-timeout", type=float, metavar="SECONDS", help="skip an item that takes longer; default: half an hour")
     add("--max-failure-rate", type=float, default=0.1,
         help="stop if a larger share of the items gives no clip; default: %(default)s")  # fmt: skip
@@ -40,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.data.ingest.ingest import ingest
 
     names = ("fps", "size", "num_frames", "min_frames", "clips_per_video", "per_frame_codes")
+    workers = usual_workers(args.device) if args.workers is None else args.workers
     settings = ClipSettings(**{name: getattr(args, name) for name in names})
     with tqdm(unit="item", desc="ingesting", file=sys.stderr, disable=None) as bar:
 
@@ -48,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             bar.update()
 
         report = ingest(
-            args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=args.workers,
+            args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=workers,
             item_timeout=args.item_timeout, max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips,
             retry_skipped=args.retry_skipped, device=args.device, on_item=on_item,
             warn=lambda text: bar.write(f"warning: {text}", file=sys.stderr),

@@ -86,11 +86,14 @@ def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> di
 
 def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:
     """Return the part of a clip's JSON record that says where and how it was made: dtype, device, versions, memory."""
+    import torch
+
     from lumos.runtime import peak_memory_bytes, versions
 
     return {
         "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer,
         "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
+        "threads": torch.get_num_threads(),
         "int8": args.int8, "compile": args.compile, "device_map": args.device_map, "max_memory": args.max_memory,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),

@@ -27,6 +27,7 @@ from lumos.evaluation.prompts import KINDS
 from lumos.files import read_json, read_text, write_bytes, write_json
 from lumos.runtime import versions
 from lumos.settings import build, is_number, read_yaml, setting
+from lumos.threads import cores_in_use
 from lumos.training.logging import read_lines
 
 OVER = ("step", "flops")
@@ -210,11 +211,11 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
 
 
 def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
-    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the cores.
+    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
     RunError after all have ended, with the first failure.
     """
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    threads = max(1, cores_in_use() // parallel)
 
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
