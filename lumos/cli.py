@@ -22,6 +22,7 @@ from lumos.version import __version__
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "info": "show what a model folder is, and what it was trained on",
     "demo": "open a page in the browser, and an HTTP API, that make clips",
     "render": "write clips of synthetic scenes as mp4 with captions, to try ingest and training",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",

@@ -45,12 +45,13 @@ def make_list(args: argparse.Namespace) -> None:
     if len(rows) == len(problems) == 1:
         raise UserError(next(iter(problems.values())))
     speaks = shard[0] == 1 or args.shard is not None  # processes of a launcher share a terminal, so only the first one prints
-    for line, said in [*problems.items(), *notes] if speaks else ():
+    told = [*problems.items(), *((line, f"note: {text}") for line, text in notes)]
+    for line, said in told if speaks else ():
         print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
-        made, failed = make_clips(args, pipe, model, clips, shard, out)
+        made, failed = make_clips(args, pipe, model, clips, shard, out, notes)
     made, failed = sum_over_processes(made, failed)
     if speaks:
         print(printable(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows"))
@@ -120,6 +121,7 @@ def check_rows(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 resolved = pipe.resolve(request)
+                pipe.check_pictures(resolved)
             begins_with = {key: path for key in PATHS if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
@@ -144,12 +146,13 @@ def check_rows(
         if len(clips) + len(found) > MAX_CLIPS:
             raise UserError(f"the list asks for more than {MAX_CLIPS:,} clips; make several lists of it")
         clips += found
-        notes += [(row.line, f"note: {warning.message}") for warning in said]
+        notes += [(row.line, " ".join(str(warning.message).split())) for warning in said]
     return clips, problems, notes
 
 
 def make_clips(
-    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path,
+    notes: list[tuple[int, str]],
 ) -> tuple[int, int]:
     """Make the missing clips of this process's share; return the number of clips made and of clips that failed.
 
@@ -167,7 +170,8 @@ def make_clips(
         begins_with = {key: clip.given.get(key) for key in ("image", "video")}
         begins_with |= {key: clip.given[key] for key in ("last_image",) if key in clip.given}
         run = {**circumstances(args, pipe), "seconds": {"since_loaded": round(time.perf_counter() - started, 2)}}
-        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
+        said = [text for line, text in notes if line == clip.line]
+        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs, "notes": said}
 
     def make(batch: list[Clip]) -> list[tuple[Tensor, Any]]:
         return make_latents(pipe, batch, on_step)

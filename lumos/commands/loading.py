@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -95,6 +96,24 @@ def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, An
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
     }  # fmt: skip
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """Yield a list that gets the text of each warning of the block, which is shown as usual too."""
+    notes: list[str] = []
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if category is UserWarning:
+            notes.append(" ".join(str(message).split()))
+        usual(message, category, *where)
+
+    warnings.showwarning = show
+    try:
+        yield notes
+    finally:
+        warnings.showwarning = usual
 
 
 @contextmanager

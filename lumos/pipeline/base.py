@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from lumos import registry
+from lumos.data.trained_on import TrainedOn
 from lumos.errors import RunError, UserError
 from lumos.pipeline.calls import Calls
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import generator_of
+from lumos.pipeline.notes import given_pictures, picture_note, size_note
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type
 from lumos.pipeline.parts import Parts
@@ -96,6 +99,9 @@ class VideoPipeline(ABC):
     video_tokenizer: nn.Module
     settings: SamplingOptions
     clip: ClipDefaults
+    trained_on: TrainedOn | None = None
+    """What the model was trained on; None if its folder does not say."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Give the `__call__` of each subclass a signature with its sampling options, for help() and editors."""
         super().__init_subclass__(**options)
@@ -121,15 +127,37 @@ class VideoPipeline(ABC):
         """Write the whole pipeline into a folder that `from_pretrained` reads."""
 
     @abstractmethod
-    def resolve(self, request: Request) -> Resolved:
-        """Check a request, replace missing values by defaults, and return the result. No network runs.
+    def resolved(self, request: Request) -> Resolved:
+        """Return a request with missing values replaced by defaults and all values checked. No network runs.
 
         UserError if the clips of the request cannot be made.
         """
 
     @abstractmethod
-    def encode(self, resolved: Resolved) -> Encoded:
+    def encoded(self, resolved: Resolved) -> Encoded:
         """Encode a resolved request: given frames by the video tokenizer, and prompts by the text encoder if there is one."""
+
+    def resolve(self, request: Request) -> Resolved:
+        """Do the same as `resolved`, and warn of what may make the clips poor: words and a size that training never had."""
+        resolved = self.resolved(request)
+        prompts = [*resolved.prompts, *(text for _, texts in resolved.later for text in texts)]
+        words = self.trained_on and self.trained_on.note(prompts)
+        for note in (words, size_note(resolved.clip, self.clip)):
+            if note:
+                warnings.warn(note, stacklevel=1)
+        return resolved
+
+    def encode(self, resolved: Resolved) -> Encoded:
+        """Do the same as `encoded`, and warn if a given picture is of another kind than those of the training."""
+        self.check_pictures(resolved)
+        return self.encoded(resolved)
+
+    def check_pictures(self, resolved: Resolved) -> None:
+        """Warn if a given picture loses more in the video tokenizer than pictures of the training do."""
+        if self.trained_on and self.trained_on.picture_psnr is not None:
+            note = picture_note(given_pictures(resolved), self.trained_on.picture_psnr, self.reconstruct)
+            if note:
+                warnings.warn(note, stacklevel=1)
 
     @abstractmethod
     def latents(self, encoded: Encoded, after_step: AfterStep) -> Iterator[Tensor]:

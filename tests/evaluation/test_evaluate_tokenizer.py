@@ -16,7 +16,8 @@ from lumos.cli import main
 from lumos.data.synthetic import sprites
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
-from lumos.evaluation.quality import MAX_PSNR, psnr, ssim
+from lumos.evaluation.quality import MAX_PSNR, ssim
+from lumos.video.frames import psnr
 from lumos.evaluation.reconstruction import reconstruct
 from lumos.evaluation.sources import check_source, read_source
 from lumos.training.tokenizer.clips import held_out_photographs

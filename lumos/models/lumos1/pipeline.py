@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
@@ -42,7 +43,7 @@ from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
 
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
 
 
 class LumosPipeline(VideoPipeline):
@@ -126,7 +127,9 @@ class LumosPipeline(VideoPipeline):
             use_int8_weights(model.model.layers)
         if compile:
             compile_parts(model, COMPILED)
-        return cls(model, text, video, settings, clip)
+        pipe = cls(model, text, video, settings, clip)
+        pipe.trained_on = trained_on_of(folder, lora)
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the decoder, both tokenizers and the defaults into one folder, which `from_pretrained` reads.
@@ -146,6 +149,7 @@ class LumosPipeline(VideoPipeline):
             self.text_tokenizer.save_pretrained(writing / "text_tokenizer")
             self.video_tokenizer.save_pretrained(writing / "video_tokenizer")
             write_defaults(writing, self.settings, self.clip)
+            write_trained_on(writing, self.trained_on)
 
     @property
     def temporal_compression(self) -> int:
@@ -159,10 +163,10 @@ class LumosPipeline(VideoPipeline):
     def largest_side(self) -> int:
         return largest_side(self.model.config)
 
-    def resolve(self, request: Request) -> LumosResolved:
+    def resolved(self, request: Request) -> LumosResolved:
         return resolve(request, self.model.config, self.text_tokenizer, self.settings, self.clip)
 
-    def encode(self, resolved: LumosResolved) -> LumosEncoded:
+    def encoded(self, resolved: LumosResolved) -> LumosEncoded:
         """Encode the given frames and append their codes to each prefix."""
         given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
         begin = [build_frames(codes, self.model.config).flatten() for codes in given]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lumos.data.seeding import sample_generator
+from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, NotFound, UserError, shown
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
@@ -45,7 +46,7 @@ USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_si
 """The shape of a clip of a model folder without pipeline.json."""
 TEXT_ENCODER = "text_encoder"
 """The folder of a frozen text encoder in a model folder."""
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,9 @@ class StivPipeline(VideoPipeline):
             use_int8_weights(model.blocks)
         if compile:
             compile_parts(model, (MLP, RMSNorm))
-        return cls(model, text, space, settings, clip)
+        pipe = cls(model, text, space, settings, clip)
+        pipe.trained_on = trained_on_of(folder, lora)
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, its text encoder, the network of its latents and the defaults into one folder.
@@ -172,6 +175,7 @@ class StivPipeline(VideoPipeline):
                 self.text.save_pretrained(writing / "text_tokenizer")
             self.space.save_pretrained(writing)
             write_defaults(writing, self.settings, self.clip)
+            write_trained_on(writing, self.trained_on)
 
     @property
     def video_tokenizer(self) -> torch.nn.Module:
@@ -196,7 +200,7 @@ class StivPipeline(VideoPipeline):
             self.text.to(self.device, self.dtype)
         return self
 
-    def resolve(self, request: Request) -> StivResolved:
+    def resolved(self, request: Request) -> StivResolved:
         return resolve(request, self.model.config, self.settings, self.clip, self._text_ids)
 
     def _text_ids(self, texts: Sequence[str]) -> TextIds:
@@ -205,7 +209,7 @@ class StivPipeline(VideoPipeline):
         return text_ids(self.text, texts, self.model.config)
 
     @torch.inference_mode()
-    def encode(self, resolved: StivResolved) -> StivEncoded:
+    def encoded(self, resolved: StivResolved) -> StivEncoded:
         """Encode the prompts and the given frames. Raises NotFinite if the numbers of a network are NaN or infinite."""
         ids, mask = (part.to(self.device) for part in resolved.ids)
         encoder = self.text if isinstance(self.text, FrozenTextEncoder) else self.model.text_encoder
