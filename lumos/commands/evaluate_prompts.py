@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         return pipe(prompts, seed=seeds, num_frames=form.num_frames, output_type="uint8", **given, **options).frames
 
     results, clips_shown, labels = {}, [], []
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for kind in tqdm(args.kinds, desc="kinds", file=sys.stderr):
         prompts, truth, wanted = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
         if args.reference == "truth":
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         "given": pattern,
         "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip
     if args.output:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lumos.data.trained_on import TrainedOn
 from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
+SHOWN_WORDS = 200
 HIDDEN = ("target_size", "height", "width", "sampler")
 
 
@@ -48,6 +50,13 @@ def player(name: str, how: str) -> str:
     if name.endswith(".png"):
         return f'<img class="result" alt="the picture" src="api/results/{name}">'
     return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'
+
+
+def known(trained_on: TrainedOn) -> str:
+    """Return a table of what a model was trained on: its lists, or some words of its captions if it has no lists."""
+    lists = trained_on.lists or {"words": sorted(trained_on.words)[:SHOWN_WORDS]}
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(', '.join(values))}</td></tr>" for name, values in lists.items())
+    return f"<table>{rows}</table>"
 
 
 def status(text: str, progress: float | None = None) -> str:

@@ -206,7 +206,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
 
     The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
     `evaluate prompts`, kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the
-    kinds}, seconds and clips. UserError for a curve that is not in the log.
+    kinds}, seconds, cpu_seconds and clips. UserError for a curve that is not in the log.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -222,6 +222,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
     if job.prompts:
         judged = read_judged(job.folder / "prompts.json")
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
+        found |= {"cpu_seconds": judged["cpu_seconds"]} if "cpu_seconds" in judged else {}
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
@@ -238,7 +239,7 @@ def read_judged(file: Path) -> dict[str, Any]:
     """Return the content of a file that `evaluate prompts --output` wrote; RunError if it is damaged."""
     try:
         judged = read_json(file, "what `evaluate prompts` wrote")
-        numbers = [judged["seconds"], judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
+        numbers = [judged["seconds"], judged["count"], judged.get("cpu_seconds", 0.0), *(s for shares in judged["shares"].values() for s in shares.values())]
         if not judged["shares"] or not all(map(is_number, numbers)):
             raise TypeError("shares, seconds and count must be numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
