@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", help="model folder; default: the shipped one")
     add("--json", action="store_true", help="print JSON")
     add("--write-trained-on", action="store_true",
-        help="write trained_on.json into the folder, from the settings in its training.json; for models of synthetic scenes")  # fmt: skip
+        help="write trained_on.json into the folder, from the settings in its training.json; for models of scenes")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +53,8 @@ def facts(folder: Path) -> dict[str, Any]:
     record = folder / "training.json"
     made = read_json(record, "a record of training") if record.is_file() else {}
     return {
-        "model": str(folder), "generator": generator.name, "what": generator.summary, "parameters": parameters, "dtype": ", ".join(dtypes),
+        "model": str(folder), "generator": generator.name, "what": generator.summary,
+        "parameters": parameters, "dtype": ", ".join(dtypes),
         "steps": made.get("steps") if isinstance(made, dict) else None,
         "clip": vars(clip), "sampling": vars(settings),
     }  # fmt: skip

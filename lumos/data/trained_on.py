@@ -76,7 +76,7 @@ class TrainedOn:
             return None
         said = ", ".join(shown(word, 40) for word in unknown[:MAX_SHOWN])
         said += f" and {len(unknown) - MAX_SHOWN} more" if len(unknown) > MAX_SHOWN else ""
-        return f"no caption of this model's training had {said}; the clip may show something else (`lumos info` lists what it knows)"
+        return f"no caption of this model's training had {said}; the clip may show something else (`lumos info` lists its words)"
 
     def as_json(self) -> dict[str, Any]:
         return {

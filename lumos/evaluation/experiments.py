@@ -239,7 +239,8 @@ def read_judged(file: Path) -> dict[str, Any]:
     """Return the content of a file that `evaluate prompts --output` wrote; RunError if it is damaged."""
     try:
         judged = read_json(file, "what `evaluate prompts` wrote")
-        numbers = [judged["seconds"], judged["count"], judged.get("cpu_seconds", 0.0), *(s for shares in judged["shares"].values() for s in shares.values())]
+        times = [judged["seconds"], judged.get("cpu_seconds", 0.0)]
+        numbers = [*times, judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
         if not judged["shares"] or not all(map(is_number, numbers)):
             raise TypeError("shares, seconds and count must be numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

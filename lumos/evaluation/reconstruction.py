@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lumos.evaluation.lpips import Lpips
 from lumos.evaluation.quality import MAX_PSNR, code_use, ssim
-from lumos.video.frames import psnr
-from lumos.video.frames import from_uint8, to_uint8
+from lumos.video.frames import from_uint8, psnr, to_uint8
 from tokenizer import VideoTokenizer
 
 

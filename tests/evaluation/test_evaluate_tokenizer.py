@@ -17,11 +17,10 @@ from lumos.data.synthetic import sprites
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.evaluation.quality import MAX_PSNR, ssim
-from lumos.video.frames import psnr
 from lumos.evaluation.reconstruction import reconstruct
 from lumos.evaluation.sources import check_source, read_source
 from lumos.training.tokenizer.clips import held_out_photographs
-from lumos.video.frames import from_uint8, to_uint8
+from lumos.video.frames import from_uint8, psnr, to_uint8
 from lumos.video.io import write_video
 from tokenizer import VideoTokenizer
 

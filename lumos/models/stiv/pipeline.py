@@ -46,7 +46,9 @@ USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_si
 """The shape of a clip of a model folder without pipeline.json."""
 TEXT_ENCODER = "text_encoder"
 """The folder of a frozen text encoder in a model folder."""
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+PARTS_OF_FOLDER = (
+    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
