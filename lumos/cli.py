@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.progress import LOGGER, BesideBars
 from lumos.version import __version__
 
 VERBS = {
@@ -73,8 +76,12 @@ def run_verb(argv: list[str]) -> int:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
         parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
-        with warnings_as_notes():
-            command.run(parser.parse_all(argv[1:]))
+        args = parser.parse_all(argv[1:])
+        only_json = getattr(args, "json", False)
+        with messages(getattr(args, "quiet", False)), redirect_stdout(sys.stderr) if only_json else nullcontext():
+            result = command.run(args)
+        if only_json:
+            print(json.dumps(result))
     except BrokenPipeError:
         raise
     except SystemExit as stop:
@@ -93,13 +100,27 @@ def run_verb(argv: list[str]) -> int:
 
 
 @contextmanager
+def messages(quiet: bool) -> Iterator[None]:
+    """Print the messages of the logger "lumos" on stderr during the block, errors only if `quiet`, and warnings as notes."""
+    handler, level = BesideBars(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings_as_notes():
+            yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
+
+@contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Print warnings of this package as one line on stderr, like errors. Warnings of libraries are printed as usual."""
     usual, here = warnings.showwarning, Path(__file__).parent
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(here):
-            print(f"note: {one_line(str(message))}", file=sys.stderr)
+            LOGGER.warning(f"note: {one_line(str(message))}")
         else:
             usual(message, category, filename, *where)
 
@@ -111,7 +132,11 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong option in one line, without the usage."""
+    """An ArgumentParser that reports a wrong option in one line, without the usage. Every verb has --quiet."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print no notes and no progress")
 
     def parse_all(self, argv: list[str]) -> argparse.Namespace:
         """Return the arguments. Overrides (section.key=value) may stand anywhere among the options."""
@@ -122,6 +147,11 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON; text goes to stderr."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -6,16 +6,17 @@ The forms of a comparison are measured in the same run. The last line of the out
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from typing import Any
 
 from lumos import registry
 from lumos.benchmarks import targets
+from lumos.cli import add_json
 from lumos.commands import bench_faults
 from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     known = targets()
     told = f"{', '.join(known)}, all of these, or faults"
     names = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=told)
@@ -33,10 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_faults.add_arguments(names.add_parser("faults", description=kills, help=kills))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.target == "faults":  # this process must not compute anything before it forks: threads do not survive a fork
-        bench_faults.run(args)
-        return
+        return bench_faults.run(args)
     import torch
 
     from lumos.errors import UserError
@@ -62,16 +62,16 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    return result
 
 
 def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
     """Run the chosen targets (name -> settings) one after the other, print a table for each and return all results."""
     import torch
-    from tqdm import tqdm
 
     from lumos.benchmarks.measure import Bench, hardware, render_table, rounded
     from lumos.device_peak import matrix_peak_gflops
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
 
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
     }  # fmt: skip
     for name, settings in chosen.items():
         module = registry.load(targets()[name].module)
-        with tqdm(desc=name, file=sys.stderr, disable=None, leave=False) as bar:
+        with progress_bar(desc=name, leave=False) as bar:
             bench = Bench(**common, peak_gflops=peaks, step=bar.update)
             bar.reset(module.steps(settings, bench))
             report = module.run(settings, bench)

@@ -121,9 +121,8 @@ def make_one(args: argparse.Namespace) -> None:
 
     checked_output(over_time["num_frames"])
 
-    from tqdm import tqdm
-
     from lumos.pipeline.request import Request
+    from lumos.progress import progress_bar
     from lumos.runtime import seconds_since_start
 
     pipe, model = load(args)
@@ -137,7 +136,7 @@ def make_one(args: argparse.Namespace) -> None:
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, resolved.clip, resolved.sampling, args.prompt[0])
     bar_of = {"total": resolved.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
-    with ended_by_sigterm(), out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
+    with ended_by_sigterm(), out_of_memory_as(advice), progress_bar(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)

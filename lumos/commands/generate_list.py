@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 import time
 import warnings
 from pathlib import Path, PurePosixPath
@@ -35,6 +35,7 @@ BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
 
 def make_list(args: argparse.Namespace) -> None:
     from lumos.errors import RunError, UserError, printable
+    from lumos.progress import LOGGER
     from lumos.prompt_lists.results import only_shard, parse_shard, sum_over_processes
 
     check_arguments(args)
@@ -47,7 +48,7 @@ def make_list(args: argparse.Namespace) -> None:
     speaks = shard[0] == 1 or args.shard is not None  # processes of a launcher share a terminal, so only the first one prints
     told = [*problems.items(), *((line, f"note: {text}") for line, text in notes)]
     for line, said in told if speaks else ():
-        print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
+        LOGGER.log(logging.ERROR if line in problems else logging.WARNING, printable(f"{where(args, line)}: {said}"))
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
@@ -158,9 +159,8 @@ def make_clips(
 
     Raises RunError if a clip of the share is neither in the folder nor reported as failed at the end.
     """
-    from tqdm import tqdm
-
     from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
+    from lumos.progress import LOGGER, progress_bar
     from lumos.prompt_lists.clips import Recorded, batches_of, make_latents
     from lumos.prompt_lists.results import check_made, render
     from lumos.video.io import write_frames
@@ -189,8 +189,8 @@ def make_clips(
     results = Recorded(out, shard, clips, describe)
     if stale := results.stale(mine):
         said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made with other inputs and are made again"
-        print(printable(said), file=sys.stderr)
-    with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
+        LOGGER.warning(printable(said))
+    with progress_bar(total=len(mine), unit="clip", disable=shard[0] > 1) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # already printed when the rows were checked
         try:
             while batches:
@@ -206,7 +206,7 @@ def make_clips(
                         continue
                     failed |= {clip.file for clip in batch if not results.has(clip.file)}
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
-                    bar.write(printable(f"{lines}: {' '.join(str(error).split())}"), file=sys.stderr)
+                    LOGGER.error(printable(f"{lines}: {' '.join(str(error).split())}"))
                 bar.update(len(batch))
         except KeyboardInterrupt:
             done = sum(results.has(clip.file) for clip in clips)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumos.cli import add_json
 from lumos.errors import as_text, printable
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ WIDTH = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="model folder; default: the shipped one")
-    add("--json", action="store_true", help="print JSON")
+    add_json(parser)
     add("--write-trained-on", action="store_true",
         help="write trained_on.json into the folder, from the settings in its training.json; for models of scenes")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.data.trained_on import read_trained_on, write_trained_on
     from lumos.pipeline.defaults import shipped_model
 
@@ -35,11 +35,9 @@ def run(args: argparse.Namespace) -> None:
         write_trained_on(folder, trained_on_scenes(folder))
     found = facts(folder)
     trained_on = read_trained_on(folder)
-    if args.json:
-        print(json.dumps({**found, "trained_on": trained_on and trained_on.as_json()}))
-        return
     print("\n".join(line(name, shown_value(value)) for name, value in found.items() if value is not None))
     print("\n".join(lines_on(trained_on)))
+    return {**found, "trained_on": trained_on and trained_on.as_json()}
 
 
 def facts(folder: Path) -> dict[str, Any]:

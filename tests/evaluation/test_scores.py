@@ -133,7 +133,7 @@ def test_files_folders_and_zips_are_read_alike(results, tmp_path, capsys):
 
 def test_a_missing_dimension_leaves_its_part_and_the_total_open(results, capsys):
     (results / "scene_eval_results.json").unlink()
-    assert main(["evaluate", "vbench", "--aggregate", str(results)]) == 0
+    assert main(["evaluate", "vbench", "--aggregate", str(results), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["semantic"], found["total"], found["missing"]) == (None, None, ["scene"])
     assert found["quality"] is not None
