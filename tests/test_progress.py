@@ -64,8 +64,9 @@ def test_quiet_shows_no_bar_and_no_note(known_words: Path, tmp_path: Path, capsy
     assert capsys.readouterr().err == ""
     assert main(["generate", "--model", "nowhere", "--prompt", "x", "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    command[-1] = "an orange circle"  # Python shows the same warning of a process once
     assert main([*command, "--output", str(tmp_path / "b.mp4")]) == 0
-    assert "purple" in capsys.readouterr().err
+    assert "orange" in capsys.readouterr().err
     assert LOGGER.level == logging.NOTSET  # the settings of a verb end with it
     assert LOGGER.handlers == []
 
@@ -84,7 +85,7 @@ def known_words(micro_folder: Path, tmp_path: Path) -> Path:
 def test_json_is_printed_only_if_asked_for(micro_folder: Path, capsys):
     command = ["plan", "--generate", "--model", str(micro_folder), "--device", "cpu"]
     assert main(command) == 0
-    with pytest.raises(ValueError, match="Expecting value|Extra data"):
+    with pytest.raises(ValueError, match="Expecting value: line 1"):
         json.loads(capsys.readouterr().out)
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] > 0

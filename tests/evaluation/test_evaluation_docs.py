@@ -34,7 +34,8 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_fol
     for command in draws:
         start = command.index("evaluate")
         assert command[:start] in (["python", "-m", "lumos"], ["torchrun", "--nproc_per_node", "2", "-m", "lumos"])
-        assert main([*command[start:], "--model", str(micro_folder), "--samples", "1", "--num-inference-steps", "1", "--json"]) == 0, command
+        small = ["--model", str(micro_folder), "--samples", "1", "--num-inference-steps", "1", "--json"]
+        assert main([*command[start:], *small]) == 0, command
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         out = Path(command[command.index("--out") + 1])
         assert (out / "manifest.json").is_file()
