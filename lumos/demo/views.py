@@ -5,19 +5,17 @@ The stage is the large area that shows the clip.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lumos.data.trained_on import TrainedOn
 from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
+from lumos.video.animation import data_url
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
@@ -31,11 +29,8 @@ def stage_text(text: str) -> str:
 
 def stage_preview(frames: Sequence[np.ndarray], fps: int) -> str:
     """Return the last of the frames made so far, uint8 [H, W, 3] each, as an animated picture in a data URL."""
-    first, *rest = (Image.fromarray(frame) for frame in frames[-PREVIEW_FRAMES:])
-    file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="data:image/webp;base64,{data}"></div>'
+    url = data_url(frames[-PREVIEW_FRAMES:], fps)
+    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="{url}"></div>'
 
 
 def stage_result(record: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
-from lumos.pipeline.placement import is_spread, loading_arguments
+from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
 from lumos.video.frames import from_uint8, to_uint8
@@ -55,6 +55,7 @@ class LumosPipeline(VideoPipeline):
     generator = "lumos1"
     sampling = GenerationSettings
     tensor_inputs = TENSOR_INPUTS
+    component_names = ("model", "text_tokenizer", "video_tokenizer")
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ class LumosPipeline(VideoPipeline):
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         int8: bool = False,
         compile: bool = False,
@@ -91,7 +93,7 @@ class LumosPipeline(VideoPipeline):
             video_tokenizer, text_tokenizer: other folders of the tokenizers. By default they are
                 `video_tokenizer/` and `text_tokenizer/` in `folder`.
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
-            dtype: default bfloat16 on CUDA, float32 on a CPU.
+            dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the decoder layers to int8 weights, see `lumos.pipeline.acceleration`. The
                 pipeline can then not be saved.
@@ -105,7 +107,7 @@ class LumosPipeline(VideoPipeline):
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = pick_dtype(dtype, torch_dtype, device)
         placement = loading_arguments(device, device_map, max_memory)
         model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype, **placement)
         if not is_spread(model):
@@ -129,6 +131,7 @@ class LumosPipeline(VideoPipeline):
             compile_parts(model, COMPILED)
         pipe = cls(model, text, video, settings, clip)
         pipe.trained_on = trained_on_of(folder, lora)
+        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:

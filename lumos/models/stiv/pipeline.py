@@ -37,7 +37,7 @@ from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int
 from lumos.pipeline.base import AfterStep, Encoded, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
 from lumos.pipeline.inputs import check_prompt
-from lumos.pipeline.placement import is_spread, loading_arguments
+from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
 from tokenizer import TextTokenizer
@@ -75,6 +75,7 @@ class StivPipeline(VideoPipeline):
     sampling = StivOptions
     takes = TAKES
     tensor_inputs = ("latents",)
+    component_names = ("model", "text", "space")
 
     def __init__(
         self,
@@ -97,7 +98,8 @@ class StivPipeline(VideoPipeline):
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         int8: bool = False,
         compile: bool = False,
@@ -113,7 +115,7 @@ class StivPipeline(VideoPipeline):
             text_tokenizer: another folder of the text tokenizer, or of the frozen text encoder with its tokenizer. By
                 default it is `text_tokenizer/` or `text_encoder/` in `folder`.
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
-            dtype: default bfloat16 on CUDA, float32 on a CPU.
+            dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the blocks to int8 weights. The pipeline can then not be saved.
             compile: compile norms and MLPs.
@@ -126,7 +128,7 @@ class StivPipeline(VideoPipeline):
         if not folder.is_dir():
             raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
         device = pick_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = pick_dtype(dtype, torch_dtype, device)
         placement = loading_arguments(device, device_map, max_memory)
         model = StivForVideoGeneration.from_pretrained(folder, dtype=dtype, **placement)
         if not is_spread(model):
@@ -156,6 +158,7 @@ class StivPipeline(VideoPipeline):
             compile_parts(model, (MLP, RMSNorm))
         pipe = cls(model, text, space, settings, clip)
         pipe.trained_on = trained_on_of(folder, lora)
+        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -183,6 +186,13 @@ class StivPipeline(VideoPipeline):
     def video_tokenizer(self) -> torch.nn.Module:
         """The network of the latents."""
         return self.space.network
+
+    def networks(self) -> list[torch.nn.Module]:
+        return [*super().networks(), *self.text_encoders[:1 if isinstance(self.text, FrozenTextEncoder) else 0]]
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        return [self.text.model if isinstance(self.text, FrozenTextEncoder) else self.model.text_encoder]
 
     @property
     def temporal_compression(self) -> int:
