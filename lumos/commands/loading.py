@@ -68,10 +68,11 @@ def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
 
     from lumos.pipeline.base import VideoPipeline
     from lumos.pipeline.defaults import shipped_model
+    from lumos.pipeline.hub import local_folder
     from lumos.pipeline.placement import parse_max_memory
 
     transformers.utils.logging.disable_progress_bar()
-    model = str(shipped_model() if args.model is None else args.model)
+    model = str(shipped_model() if args.model is None else local_folder(args.model))
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
     with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):

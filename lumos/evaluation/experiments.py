@@ -67,7 +67,7 @@ class Experiment:
 
 def load(path: str | Path) -> Experiment:
     """Return the experiment of a YAML file; UserError for settings that are unknown, wrong or without effect."""
-    experiment = build(Experiment, read_yaml(path, []))
+    experiment = build(Experiment, read_yaml(path, [], ("experiments",)))
     if not experiment.variants:
         raise UserError(f"{path} has no variants; name at least one")
     experiment.variants = {str(name): build(Variant, raw, f"variants.{as_text(name)}") for name, raw in experiment.variants.items()}

@@ -36,6 +36,7 @@ from lumos.errors import RunError, UserError
 from lumos.pipeline.adapters import HasAdapters
 from lumos.pipeline.calls import Calls
 from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.hub import local_folder, model_card, upload
 from lumos.pipeline.inputs import generator_of
 from lumos.pipeline.notes import given_pictures, picture_note, size_note
 from lumos.pipeline.offload import HasOffload
@@ -122,16 +123,29 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             cls.__call__ = call
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> VideoPipeline:
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, **options: Any) -> VideoPipeline:
         """Load a model folder and return the pipeline of its generator; `options` are passed on to that pipeline.
 
-        NotFound if there is no such folder, UserError if the model type belongs to no generator.
+        The folder may be a repository ORG/NAME on the Hugging Face hub (see `lumos.pipeline.hub`); `revision` is then a
+        branch, a tag or a commit of it. NotFound if there is no such folder or repository, UserError if the model type
+        belongs to no generator.
         """
+        folder = local_folder(folder, revision)
         return registry.generator_of(folder).load("pipeline").from_pretrained(folder, **options)
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline into a folder that `from_pretrained` reads."""
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload model", token: str | None = None
+    ) -> str:
+        """Upload the whole pipeline folder, with a short card, to the repository ORG/NAME on the hub, which is created if needed.
+
+        Returns the address of the commit. token: default the one of `hf auth login`. RunError if the hub refuses.
+        """
+        card = model_card(repo_id, self.generator, self.trained_on)
+        return upload(repo_id, self.save_pretrained, card, private=private, message=commit_message, token=token)
 
     @abstractmethod
     def resolved(self, request: Request) -> Resolved:

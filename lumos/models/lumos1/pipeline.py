@@ -36,6 +36,7 @@ from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
+from lumos.pipeline.hub import local_folder
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
@@ -75,6 +76,7 @@ class LumosPipeline(VideoPipeline):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
@@ -89,7 +91,8 @@ class LumosPipeline(VideoPipeline):
         """Load a pipeline from a model folder.
 
         Args:
-            folder: a saved or released model folder.
+            folder: a saved or released model folder, or a repository ORG/NAME on the Hugging Face hub.
+            revision: a branch, a tag or a commit of that repository.
             video_tokenizer, text_tokenizer: other folders of the tokenizers. By default they are
                 `video_tokenizer/` and `text_tokenizer/` in `folder`.
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
@@ -104,6 +107,7 @@ class LumosPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for
         options that cannot be combined.
         """
+        folder = local_folder(folder, revision)
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)

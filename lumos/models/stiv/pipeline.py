@@ -36,6 +36,7 @@ from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextState
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, Encoded, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
+from lumos.pipeline.hub import local_folder
 from lumos.pipeline.inputs import check_prompt
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
@@ -95,6 +96,7 @@ class StivPipeline(VideoPipeline):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
@@ -109,7 +111,8 @@ class StivPipeline(VideoPipeline):
         """Load a pipeline from a model folder.
 
         Args:
-            folder: a saved model folder.
+            folder: a saved model folder, or a repository ORG/NAME on the Hugging Face hub.
+            revision: a branch, a tag or a commit of that repository.
             video_tokenizer: another folder of the network of the latents, a video tokenizer or an image autoencoder. By
                 default it is `video_tokenizer/` or `autoencoder/` in `folder`.
             text_tokenizer: another folder of the text tokenizer, or of the frozen text encoder with its tokenizer. By
@@ -124,7 +127,7 @@ class StivPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for options that cannot be
         combined.
         """
-        folder = Path(folder)
+        folder = local_folder(folder, revision)
         if not folder.is_dir():
             raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
         device = pick_device(device)
