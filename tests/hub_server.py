@@ -10,6 +10,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+def sha1(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
 class Hub:
     """Repositories by name, each a dict of files; `requests` are the lines of all requests. Use it as a context manager."""
 
@@ -29,8 +33,8 @@ class Hub:
 
     def commit(self, name: str) -> str:
         """The commit of a repository: a hash of its files."""
-        files = self.repositories[name]
-        return hashlib.sha1(repr(sorted((path, hashlib.sha1(data).hexdigest()) for path, data in files.items())).encode()).hexdigest()
+        files = sorted((path, sha1(data)) for path, data in self.repositories[name].items())
+        return sha1(repr(files).encode())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,15 +59,16 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self.reply({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/models/(.+/.+)/preupload/main", path):
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in json.loads(body)["files"]]
-            self.reply({"files": files})
+            mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self.reply({"files": [{"path": file["path"], **mode} for file in json.loads(body)["files"]]})
         elif found := re.fullmatch(r"/api/models/(.+/.+)/commit/main", path):
             name = found[1]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     hub.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             commit = hub.commit(name)
-            self.reply({"commitUrl": f"{hub.address}/{name}/commit/{commit}", "commitOid": commit, "success": True, "hookOutput": ""})
+            url = f"{hub.address}/{name}/commit/{commit}"
+            self.reply({"commitUrl": url, "commitOid": commit, "success": True, "hookOutput": ""})
         else:
             self.reply({"error": "no such route"}, 404)
 
@@ -76,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             if data is None:
                 self.reply({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
                 return
-            headers = {"X-Repo-Commit": hub.commit(name), "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+            headers = {"X-Repo-Commit": hub.commit(name), "ETag": f'"{sha1(data)}"', "Accept-Ranges": "bytes"}
             self.send(data, 200, headers)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision|tree)/[^/]+)?", path):
             name = found[1]
@@ -86,10 +91,10 @@ class Handler(BaseHTTPRequestHandler):
             files = hub.repositories[name]
             if "/tree/" in path:
                 self.reply([
-                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for p, d in files.items()
+                    {"type": "file", "path": p, "size": len(d), "oid": sha1(d)} for p, d in files.items()
                 ])
                 return
-            siblings = [{"rfilename": p, "size": len(d), "blobId": hashlib.sha1(d).hexdigest()} for p, d in files.items()]
+            siblings = [{"rfilename": p, "size": len(d), "blobId": sha1(d)} for p, d in files.items()]
             self.reply({"id": name, "modelId": name, "sha": hub.commit(name), "siblings": siblings, "private": False, "tags": []})
         else:
             self.reply({"error": "no such route"}, 404)

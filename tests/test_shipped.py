@@ -59,8 +59,9 @@ def test_every_recipe_and_model_file_is_in_the_wheel(repo: Path):
     packed = {file.relative_to(repo) for patterns in data.values() for pattern in patterns for file in repo.glob(pattern)}
     for place, patterns in data.items():
         assert all(Path(pattern).parent == Path(place).relative_to("share/lumos") for pattern in patterns)
-    tracked = subprocess.run(["git", "ls-files", "configs", "checkpoints"], cwd=repo, capture_output=True, text=True).stdout.split("\n")
-    files = {Path(name) for name in tracked if name and "vbench_i2v_images" not in name}
+    command = ["git", "ls-files", "configs", "checkpoints"]
+    tracked = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = {Path(name) for name in tracked if "vbench_i2v_images" not in name}
     assert files <= packed
 
 
@@ -95,13 +96,15 @@ def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]
     source = tmp_path / "source"
     tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
-    for name in (name for name in tracked if name.split("/")[0] in ("lumos", "tokenizer", "configs", "checkpoints") or "/" not in name):
+    of_wheel = ("lumos", "tokenizer", "configs", "checkpoints")
+    for name in (name for name in tracked if name.split("/")[0] in of_wheel or "/" not in name):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(repo / name, source / name)
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for file in ("configs/lumos1/tiny.yaml", "checkpoints/lumos-tiny/model.safetensors", "checkpoints/lumos-tiny/text_tokenizer/tokenizer.model"):
+    model = "checkpoints/lumos-tiny"
+    for file in ("configs/lumos1/tiny.yaml", f"{model}/model.safetensors", f"{model}/text_tokenizer/tokenizer.model"):
         assert any(name.endswith(f"data/share/lumos/{file}") for name in names), file
     assert {"lumos/py.typed", "tokenizer/py.typed"} <= set(names)

@@ -77,7 +77,7 @@ def test_dtypes_by_name_and_by_the_name_of_diffusers(folder: Path):
         VideoPipeline.from_pretrained(folder, device="cpu", dtype="float32", torch_dtype="float32")
 
 
-@pytest.mark.parametrize("given", ["float", "int8", "nn", torch.int8, 3])
+@pytest.mark.parametrize("given", ["floats", "int8", "nn", torch.int8, 3])
 def test_other_dtypes_are_refused(given):
     with pytest.raises(UserError, match="give one of float32, bfloat16, float16"):
         pick_dtype(given, None, torch.device("cpu"))
