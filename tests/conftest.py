@@ -82,6 +82,15 @@ def repo() -> Path:
     return ROOT
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors so small that threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory) -> Iterator[Forks]:
     """Starts Python programs in a tenth of a second."""

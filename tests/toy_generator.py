@@ -212,10 +212,13 @@ class ToyTask(VideoTask):
     def export(self, folder, target):
         export_checkpoint(folder, checkpoint.read_state(folder), target)
 
+    def pipeline_of(self, model, settings):
+        return ToyPipeline(model, None, self.video_tokenizer, settings, self.sample_shape)
+
     def preview(self, weights):
         model = ToyModel(self.config)
         model.load_state_dict(weights)
-        pipe = ToyPipeline(model, None, self.video_tokenizer, ToyOptions(), self.sample_shape)
+        pipe = self.pipeline_of(model, ToyOptions())
         return Sampler(lambda prompt, seed, on_step: pipe(prompt, seed=seed, output_type="uint8", on_step=on_step).frames[0],
                        self.sample_shape.fps, {})  # fmt: skip
 

@@ -88,6 +88,8 @@ class Request:
 
 ARGUMENTS = tuple(entry.name for entry in fields(Request) if entry.name not in ("prompt", "options"))
 """The arguments of a call that decide its result, except the prompt and the sampling options."""
+GIVE_FRAMES = ("image", "video", "last_image", "given_frames")
+"""The arguments that give frames of the clip."""
 OF_SOME_GENERATORS = ("given_frames", "interpolate", "views")
 """The arguments that only some generators take."""
 
@@ -278,6 +280,12 @@ def options_of_clips(request: Request, sampling: SamplingOptions) -> dict[str, A
     """Return the sampling options of a request that have no effect on a single picture."""
     return {name: request.options[name] for name, option in sampling.declared().items()
             if name in request.options and not option.for_pictures and not option.is_trade}  # fmt: skip
+
+
+def check_needs_given(request: Request, name: str) -> None:
+    """Raise UserError if the sampling option `name` is asked for, which a clip without a given frame cannot have."""
+    if request.options.get(name) is not None and all(getattr(request, given) is None for given in GIVE_FRAMES):
+        raise UserError(f"{name} {shown(request.options[name])} needs a given frame; give an image, or leave it out")
 
 
 def options_of_given_frames(request: Request, sampling: SamplingOptions) -> dict[str, Any]:

@@ -210,9 +210,9 @@ class VideoTask(TrainingTask):
         """Write a checkpoint as a folder that `VideoPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
         export_checkpoint(folder, checkpoint.read_state(folder), target)
 
+    @abstractmethod
     def pipeline_of(self, model: nn.Module, settings: SamplingOptions) -> VideoPipeline:
         """Return a pipeline of this model and the tokenizers of the run, whose clips have `sample_shape`."""
-        raise NotImplementedError
 
     def preview(self, weights: dict[str, Tensor]) -> Sampler:
         """Return a sampler that generates clips of `sample_shape` with the trained `weights`."""
@@ -230,6 +230,13 @@ class VideoTask(TrainingTask):
             self.sample_shape.fps,
             {**vars(settings), **vars(self.sample_shape)},
         )
+
+    @staticmethod
+    @abstractmethod
+    def write_folder(
+        folder: Path, weights: dict[str, Tensor], metadata: Mapping[str, Any], tokenizers: Tokenizers, dtype: torch.dtype
+    ) -> None:
+        """Write a complete model folder, tokenizers included, that the generator's pipeline opens."""
 
     @classmethod
     def parameter_shapes(cls, metadata: Mapping[str, Any]) -> dict[str, torch.Size]:

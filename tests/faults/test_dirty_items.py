@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("pyarrow")
 
@@ -17,6 +16,7 @@ from lumos.data.ingest.ingest import ingest
 from lumos.data.shards import format as shards
 
 SETTINGS = ClipSettings(fps=12, size="8x8", num_frames=5)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,6 @@ def dirty(tmp_path_factory) -> Sources:
     root = tmp_path_factory.mktemp("sources")
     yield build(root)
     remove_deep(root)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than free cores only wait for each other with clips this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

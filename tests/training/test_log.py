@@ -17,7 +17,7 @@ from run_log import flat, read_log
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumos.data.curriculum import StepShape
+from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.seeding import VALIDATION_STEP, sample_generator
 from lumos.device_peak import known_gpu, peak_flops
 from lumos.models.lumos1.attention import allowed_pairs, attention_for
@@ -104,7 +104,7 @@ def test_every_loss_of_a_line_is_a_mean_over_positions(micro_settings, tmp_path)
     """Three steps a line, weights that stand still, micro-batches of one clip, pictures and clips of different sizes."""
     settings = micro_settings(data=JOINT, training={"lr": 0.0, "log_every": 3, "micro_batch_size": 1})
     task = ArdfTask(settings, CPU)
-    model, shape_of = task.build_model(), loop.Curriculum(settings.data.stages, 4)
+    model, shape_of = task.build_model(), Curriculum(settings.data.stages, 4)
     train(settings)
     for line, steps in ((3, range(3)), (6, range(3, 6))):
         all_of_them = {"image": [], "video": []}

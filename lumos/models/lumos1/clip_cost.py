@@ -57,7 +57,7 @@ class LumosClipCost:
         header = 3  # video_start, duration, fps
         conditional, unconditional = (torch.empty(n, device="meta") for n in (self.text_tokens + 2 + header, header))
         return Case(
-            meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.guidance_scale != 1 else None,
+            meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.is_guided else None,
             (rows, cols), num_latent_frames(self.clip.num_frames, self.config.temporal_compression), self.settings,
         )  # fmt: skip
 

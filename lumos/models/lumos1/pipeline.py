@@ -174,18 +174,27 @@ class LumosPipeline(VideoPipeline):
         return resolve(request, self.model.config, self.text_tokenizer, self.settings, self.clip)
 
     def encoded(self, resolved: LumosResolved) -> LumosEncoded:
-        """Encode the given frames and append their codes to each prefix."""
-        given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
-        begin = [build_frames(codes, self.model.config).flatten() for codes in given]
+        """Encode the given frames and append their codes to each prefix.
 
-        def behind(prefixes: list[Tensor]) -> list[Tensor]:
+        image_guidance_scale compares with prefixes whose given frames are masked. If it equals guidance_scale, the frames
+        between cancel out and only two branches are left.
+        """
+        given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
+        sampling, text_free = resolved.sampling, resolved.unconditional
+        has_own_scale = text_free is not None and sampling.image_guidance_scale not in (None, 1)
+        is_joint = has_own_scale and sampling.image_guidance_scale == sampling.guidance_scale
+
+        def behind(prefixes: list[Tensor], *, masked: bool = False) -> list[Tensor]:
+            frames = [torch.full_like(codes, -1) if masked else codes for codes in given]
+            begin = [build_frames(codes, self.model.config).flatten() for codes in frames]
             return [torch.cat(parts) for parts in zip(prefixes, begin, strict=True)] if begin else prefixes
 
         return LumosEncoded(
             resolved=resolved,
             given=given,
             conditional=behind(resolved.conditional),
-            unconditional=None if resolved.unconditional is None else behind(resolved.unconditional),
+            unconditional=None if text_free is None else behind(text_free, masked=is_joint),
+            without_given=behind(text_free, masked=True) if has_own_scale and not is_joint else None,
             later={frame: behind(prefixes) for frame, prefixes in resolved.later_prefixes.items()},
         )
 
@@ -193,8 +202,8 @@ class LumosPipeline(VideoPipeline):
         """Yield the codes, int64 [B, 1, h, w], of each new latent frame."""
         resolved = encoded.resolved
         for codes in generate_frames(
-            self.model, encoded.conditional, encoded.unconditional, grid=resolved.grid, new_frames=resolved.new_frames,
-            settings=resolved.sampling, generators=encoded.generators(), on_step=after_step,
+            self.model, encoded.conditional, encoded.unconditional, without_given=encoded.without_given, grid=resolved.grid,
+            new_frames=resolved.new_frames, settings=resolved.sampling, generators=encoded.generators(), on_step=after_step,
             prefix_cache=self._prefix_cache, later=encoded.later,
         ):  # fmt: skip
             yield codes.cpu()[:, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.base import Encoded
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.inputs import check_prompt, override, without_effect
-from lumos.pipeline.request import Request, Resolved
+from lumos.pipeline.request import Request, Resolved, check_needs_given
 from lumos.pipeline.request import resolve as resolve_request
 from tokenizer import TextTokenizer, VideoTokenizer
 
@@ -135,12 +135,15 @@ def resolve(
             "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
             "last one or one in between; give the first frame as image, or the first frames as video"
         )
+    check_needs_given(request, "image_guidance_scale")
     stride = config.temporal_compression
     common = resolve_request(
         request, settings, defaults, generator="lumos1", size_unit=config.pixels_per_size_unit, largest_side=largest_side(config),
         temporal_compression=stride,
     )  # fmt: skip
     sampling, clip = common.sampling, common.clip
+    if common.num_given_frames == 0 and sampling.image_guidance_scale is not None:
+        sampling = replace(sampling, image_guidance_scale=None)  # the model's default, which holds for clips with an image
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
 
     # 2. the ids of both branches before the frames
@@ -152,7 +155,7 @@ def resolve(
         return [prefix_ids(text, told, config, tokenizer) for text in texts]
 
     conditional, unconditional = read(common.prompts), None
-    if sampling.guidance_scale != 1:
+    if sampling.is_guided:
         unconditional = read(common.negative_prompts)
     elif common.negative_prompts[0] is not None:
         raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
@@ -165,7 +168,7 @@ def resolve(
     longest = max(len(ids) for prefixes in (conditional, unconditional or (), *later.values()) for ids in prefixes)
     check_length(longest, Frame(0, *grid).end, latents, sampling, config)
     return LumosResolved(
-        **vars(common) | {"new_frames": latents - given_latents}, grid=grid, conditional=conditional,
+        **vars(common) | {"new_frames": latents - given_latents, "sampling": sampling}, grid=grid, conditional=conditional,
         unconditional=unconditional, later_prefixes=later,
     )  # fmt: skip
 
@@ -179,9 +182,13 @@ def prefix_ids(prompt: str | None, clip: ClipDefaults, config: LumosConfig, toke
 
 @dataclass(frozen=True, kw_only=True)
 class LumosEncoded(Encoded):
-    """A resolved request whose prefixes end with the codes of the given frames, as `generate_frames` takes them."""
+    """A resolved request whose prefixes end with the codes of the given frames, as `generate_frames` takes them.
+
+    without_given   the third branch, see `generate_frames`; None without it
+    """
 
     resolved: LumosResolved
     conditional: list[Tensor]
     unconditional: list[Tensor] | None
+    without_given: list[Tensor] | None
     later: dict[int, list[Tensor]]

@@ -39,6 +39,7 @@ def generate_frames(
     prefixes: Sequence[Tensor],
     unconditional: Sequence[Tensor] | None,
     *,
+    without_given: Sequence[Tensor] | None = None,
     grid: tuple[int, int],
     new_frames: int,
     settings: GenerationSettings,
@@ -53,6 +54,8 @@ def generate_frames(
         model: the decoder.
         prefixes: ids of the conditional branch of each sample.
         unconditional: ids of the unconditional branch of each sample; None turns guidance off.
+        without_given: ids of a third branch of each sample, the unconditional ones with masked given frames. With it,
+            settings.image_guidance_scale guides by the given frames. Frames made so far are in every branch.
         grid: rows and columns of codes in a latent frame.
         new_frames: the number of latent frames to sample.
         settings: the sampling options.
@@ -69,13 +72,14 @@ def generate_frames(
     config, device = model.config, model.device
     samples, (h, w) = len(prefixes), grid
     starts = {0: prefixes, **(later or {})}
-    branches = 2 if unconditional else 1
+    others = [*(unconditional or ()), *(without_given or ())]
+    branches = 1 + len(others) // samples
     blank = build_frames(torch.full((1, h, w), -1), config)  # [1, n]
     offsets = code_offsets(Frame(0, h, w)).to(device)
     hidden_later = torch.zeros(blank.shape[1], dtype=torch.bool)
     hidden_later[FRAME_HEADER:-1] = history_mask(h * (w + 1), settings.history_mask_ratio)
     hidden_later = hidden_later.to(device)
-    rows_from = {start: [*conditional, *(unconditional or ())] for start, conditional in starts.items()}
+    rows_from = {start: [*conditional, *others] for start, conditional in starts.items()}
     if settings.mask_given_frames:
         rows_from = {start: [mask_given(row, hidden_later.cpu(), config) for row in rows] for start, rows in rows_from.items()}
     span, given = blank.shape[1], len(parse_layout(rows_from[0][0][None], config)[0].frames)
@@ -86,7 +90,7 @@ def generate_frames(
     for frame in range(new_frames):
         if frame in rows_from:
             rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
-            shared = prefix_cache if branches == 2 and frame == 0 else None
+            shared = prefix_cache if others and frame == 0 else None
             engine.prefill(rows, capacity, shared, settings.history_frames, settings.history_thinning)
             finished = None
         uniform = draw_uniform(generators, settings.steps_of(frame), h * w).to(device)
@@ -110,7 +114,7 @@ def decide_frame(
         ids: [S, n] of the frame's span.
         masked: int64 [S, m], the offsets of the codes that are masked.
         uniform: uniform numbers from `draw_uniform`; their first dimension is the number of steps.
-        branches: 2 with guidance, else 1.
+        branches: 2 with guidance, 3 with a branch without given frames, else 1.
         finished: ids [R, n] of the frame before, if it is not in the cache yet. The first step commits
             it in the same forward pass. If that step runs only the conditional branch, a forward pass
             of its own commits it, because the cache of every row needs it.
@@ -126,8 +130,8 @@ def decide_frame(
             finished = None
         hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
         finished = None
-        if active == 2:
-            hidden = guide(hidden, settings.guidance_scale)
+        if active > 1:
+            hidden = guide(hidden, settings.guidance_scale, settings.image_guidance_scale if active == 3 else None)
         for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
         codes, log_prob = decide(model.lm_head, hidden, for_codes, settings)
         broken |= log_prob.isnan().any(dim=1)
@@ -196,13 +200,18 @@ def mask_given(prefix: Tensor, hidden: Tensor, config) -> Tensor:
     return prefix
 
 
-def guide(states: Tensor, scale: float) -> Tensor:
+def guide(states: Tensor, scale: float, image_scale: float | None = None) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): states [2 S, m, C], conditional rows first -> [S, m, C].
 
+    With `image_scale` there are three branches [3 S, m, C]: text and given frames, given frames alone, and neither. Text and
+    frames then have a scale each (arXiv 2412.07730, separate guidance).
     states: logits, or the hidden states before the head. Both give the same logits, as the head is linear.
     """
-    conditional, unconditional = states.chunk(2)
-    return torch.lerp(unconditional, conditional, scale)
+    if image_scale is None:
+        conditional, unconditional = states.chunk(2)
+        return torch.lerp(unconditional, conditional, scale)
+    full, frames, nothing = states.chunk(3)
+    return torch.lerp(nothing, frames, image_scale) + scale * (full - frames)
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

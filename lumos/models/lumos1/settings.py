@@ -28,6 +28,12 @@ class GenerationSettings(SamplingOptions):
         low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
         cost=True,
     )  # fmt: skip
+    image_guidance_scale: float | None = setting(
+        None,
+        "guidance by the given frames on their own, with a third branch in which they are masked; if it equals guidance_scale, "
+        "two branches are enough; default: given frames are in both branches",
+        low=0, high=100, given=True,
+    )  # fmt: skip
     temperature: float = setting(
         1.0, "scale of the Gumbel noise on the confidence, annealed to 0 within each frame", low=0, high=100, step=0.05,
         slider_high=5, label="Temperature: noise on the confidence",
@@ -72,7 +78,7 @@ class GenerationSettings(SamplingOptions):
                     f"guidance_interval {self.guidance_interval} holds none of {steps} steps (step k is at k / {steps}); "
                     "widen it, or turn guidance off with guidance_scale 1"
                 )
-        if self.guidance_scale == 1 and self.guidance_interval != (0.0, 1.0):
+        if not self.is_guided and self.guidance_interval != (0.0, 1.0):
             raise UserError(
                 f"guidance_interval {self.guidance_interval} has no effect with guidance_scale 1; raise guidance_scale or give 0 1"
             )
@@ -84,6 +90,11 @@ class GenerationSettings(SamplingOptions):
                 "and each frame would end after one step; leave one of them out"
             )
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the decoder runs on more than one branch."""
+        return self.guidance_scale != 1 or self.image_guidance_scale not in (None, 1)
+
     def changed(self, **given: Any) -> GenerationSettings:
         """Return a copy with the options that are not None replaced.
 
@@ -94,7 +105,7 @@ class GenerationSettings(SamplingOptions):
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("num_inference_steps", self.num_inference_steps) != self.num_inference_steps:
             given.setdefault("later_steps", None)
-        if given.get("guidance_scale") == 1:
+        if given.get("guidance_scale") == 1 and given.get("image_guidance_scale", 1) == 1:
             given.setdefault("guidance_interval", GenerationSettings.guidance_interval)
         return replace(self, **given)
 

@@ -19,7 +19,7 @@ from lumos.models.stiv.solvers import field_calls
 from lumos.models.stiv.text_encoder import TextIds
 from lumos.pipeline.defaults import CLIP_LIMITS, ClipDefaults
 from lumos.pipeline.inputs import each_once, path_or_frames, without_effect
-from lumos.pipeline.request import Request, Resolved, check_side
+from lumos.pipeline.request import GIVE_FRAMES, Request, Resolved, check_needs_given, check_side
 from lumos.pipeline.request import resolve as resolve_request
 from lumos.video.frames import fit
 from lumos.video.io import MAX_FRAMES, read_video
@@ -146,16 +146,13 @@ def check_uses(request: Request, config: StivConfig) -> None:
     """Raise UserError for arguments that this kind of model does not take, or that exclude each other."""
     if request.later_prompts:
         raise UserError("later_prompts are not possible: this kind of model makes all frames of a clip at once; give one prompt")
-    inputs = ("image", "video", "last_image", "given_frames")
-    if request.options.get("image_guidance_scale") is not None and all(getattr(request, name) is None for name in inputs):
-        scale = shown(request.options["image_guidance_scale"])
-        raise UserError(f"image_guidance_scale {scale} needs a given frame; give an image, or leave it out")
+    check_needs_given(request, "image_guidance_scale")
     for use, own in (("interpolate", "video"), ("views", "image")):
         if not is_asked(request, use):
             continue
         if getattr(request, own) is None:
             raise UserError(f"{use} needs {own}; give it too, or leave {use} out")
-        others = [*(name for name in inputs if name != own), "num_given_frames", *{"interpolate", "views"} - {use}]
+        others = [*(name for name in GIVE_FRAMES if name != own), "num_given_frames", *{"interpolate", "views"} - {use}]
         if wrong := [name for name in others if is_asked(request, name)]:
             raise UserError(f"{wrong[0]} has no effect with {use}; leave one of them out")
     if config.latents_are_causal:

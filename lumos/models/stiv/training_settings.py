@@ -56,7 +56,7 @@ class LatentSettings:
         64, "clips of the first steps from which mean and standard deviation are measured", low=1, high=2**16
     )
     kept_clips: int = setting(
-        0, "clips of pixels whose latents stay in memory once they are encoded, for data that repeat (data.scenes)", low=0, high=2**24
+        0, "clips of pixels whose latents stay in memory, for data that repeat (data.scenes)", low=0, high=2**24
     )
 
 
@@ -166,6 +166,8 @@ def check_latents(settings: StivTrainingSettings) -> None:
     latents = settings.latents
     if bool(latents.mean) != bool(latents.std):
         raise UserError("latents.mean and latents.std belong together; give both or none")
+    if latents.kept_clips and settings.data.source != "worlds":
+        raise UserError("latents.kept_clips has no effect on ingested clips, which hold codes; leave it out")
 
 
 STIV_CHECKS = (check_init, check_flow, check_checkpointing, check_patterns, check_strides, check_latents)

@@ -219,6 +219,39 @@ def test_options_without_effect_are_said(pipe):
         assert pipe("x", num_frames=1, fps=8, history_mask_ratio=0.7, seed=1).settings["fps"] == 1
 
 
+def branches_of(pipe, monkeypatch, **options) -> list[tuple[int, int]]:
+    """(rows, masked codes before the first new frame) of each prefill."""
+    from lumos.models.lumos1.engine import Engine
+
+    seen, prefill, mask = [], Engine.prefill, pipe.model.config.mask_token_id
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "prefill", lambda self, rows, *rest: seen.append(
+            (len(rows), int(sum((row == mask).sum() for row in rows)))) or prefill(self, rows, *rest))  # fmt: skip
+        pipe("x", seed=1, num_frames=9, **options)
+    return seen
+
+
+def test_image_guidance_adds_the_branch_that_it_needs(pipe, monkeypatch):
+    """A given picture has 6 codes."""
+    given = {"image": picture(), "guidance_scale": 4.0}
+    assert branches_of(pipe, monkeypatch, **given) == [(2, 0)]
+    assert branches_of(pipe, monkeypatch, image_guidance_scale=1.0, **given) == [(2, 0)]
+    assert branches_of(pipe, monkeypatch, image_guidance_scale=4.0, **given) == [(2, 6)]
+    assert branches_of(pipe, monkeypatch, image_guidance_scale=2.0, **given) == [(3, 6)]
+    assert branches_of(pipe, monkeypatch, image_guidance_scale=2.0, **given | {"guidance_scale": 1.0}) == [(3, 6)]
+
+
+def test_image_guidance_needs_a_given_frame(pipe, monkeypatch):
+    with pytest.raises(UserError, match=r"image_guidance_scale 2\.0 needs a given frame; give an image, or leave it out"):
+        pipe("x", image_guidance_scale=2.0, seed=1)
+    plain = pipe("x", seed=1, guidance_scale=4.0).frames[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "settings", pipe.settings.changed(image_guidance_scale=2.0))  # the model's default
+        result = pipe("x", seed=1, guidance_scale=4.0)
+    assert np.array_equal(result.frames[0], plain)
+    assert result.settings["image_guidance_scale"] is None
+
+
 def test_negative_prompts_may_be_a_list(pipe):
     both = pipe(["x", "x"], negative_prompt=["a", "b"], seed=[1, 1], guidance_scale=9.0)
     alone = pipe("x", negative_prompt="b", seed=1, guidance_scale=9.0)

@@ -18,6 +18,15 @@ def test_guidance_is_the_published_formula():
         torch.testing.assert_close(guide(logits, scale), logits[2:] + scale * (logits[:2] - logits[2:]), atol=1e-5, rtol=1e-5)
 
 
+def test_separate_guidance_of_text_and_frames():
+    full, frames, nothing = logits = torch.randn(3, 2, 5)
+    for scale, image_scale in ((7.5, 1.5), (1.0, 3.0), (4.0, 0.0)):
+        wanted = nothing + image_scale * (frames - nothing) + scale * (full - frames)
+        torch.testing.assert_close(guide(logits, scale, image_scale)[0], wanted)
+    torch.testing.assert_close(guide(logits, 3.0, 3.0), guide(torch.stack([full, nothing]), 3.0))  # joint guidance
+    torch.testing.assert_close(guide(logits, 3.0, 1.0), guide(logits[:2], 3.0))  # guidance by text alone
+
+
 @given(st.integers(1, 12), st.integers(0, 1000))
 @settings(deadline=None)
 def test_top_k_keeps_the_k_likeliest(k, seed):

@@ -37,9 +37,9 @@ def prefix(text, codes=None):
     return ids if codes is None else torch.cat([ids, build_frames(codes, CONFIG).flatten()])
 
 
-def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *_: None, later=None):
+def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *_: None, later=None, without_given=None):
     frames = generate_frames(
-        MODEL, conditional, unconditional, grid=GRID, new_frames=new_frames, settings=options,
+        MODEL, conditional, unconditional, without_given=without_given, grid=GRID, new_frames=new_frames, settings=options,
         generators=[torch.Generator().manual_seed(s) for s in seeds], on_step=on_step, later=later,
     )  # fmt: skip
     return torch.stack(list(frames), dim=1)
@@ -83,8 +83,11 @@ def plain_keys_and_values(sequence, history, thinning):
     return [torch.stack(of) for of in zip(*found, strict=True)]
 
 
-def plain_clip(conditional, unconditional, seed, new_frames, options, later=None):
-    """(codes [t, h, w], steps taken in each frame) of one clip; later: new frame -> prefix that it and those after it read."""
+def plain_clip(conditional, unconditional, seed, new_frames, options, later=None, nothing=None):
+    """(codes [t, h, w], steps taken in each frame) of one clip; later: new frame -> prefix that it and those after it read.
+
+    nothing: the prefix of the branch without given frames.
+    """
     generator, total = torch.Generator().manual_seed(seed), GRID[0] * GRID[1]
     hidden_later = history_mask(GRID[0] * (GRID[1] + 1), options.history_mask_ratio)
     made, taken, done = [], [], []
@@ -103,7 +106,11 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
             start, stop = options.guidance_interval
             if unconditional is not None and start <= step / n < stop:
                 without = plain_logits(torch.cat([unconditional, current]), *bound)
-                logits = without + options.guidance_scale * (logits - without)
+                text = options.guidance_scale * (logits - without)
+                if nothing is not None:
+                    least = plain_logits(torch.cat([nothing, current]), *bound)
+                    without = least + options.image_guidance_scale * (without - least)
+                logits = without + text
             masked = [i for i in range(total) if codes[i] < 0]
             drawn, log_prob = sample_codes(logits[masked], numbers[step, 0, : len(masked)])
             temperature = options.temperature * (1 - (step + 1) / n)
@@ -123,6 +130,7 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
         done.append(finished)
         conditional = torch.cat([conditional, finished])
         unconditional = None if unconditional is None else torch.cat([unconditional, finished])
+        nothing = None if nothing is None else torch.cat([nothing, finished])
     return torch.stack(made), taken
 
 
@@ -137,19 +145,21 @@ trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
 
 
 @pytest.mark.slow
-@given(trades, st.integers(0, 4), st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
-def test_combined_options_equal_the_slow_form(options, given_frames, seed):
+@given(trades, st.integers(0, 4), st.none() | st.sampled_from([0.0, 0.5, 3.0]), st.integers(0, 99))
+@settings(max_examples=16, deadline=None)
+def test_combined_options_equal_the_slow_form(options, given_frames, image_scale, seed):
     """Two clips in a batch, each against the twin that makes it alone; given frames may be more than the history holds."""
-    options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
+    options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, image_guidance_scale=image_scale, **options)
     g = torch.Generator().manual_seed(seed)
     begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
     conditional, without = [prefix([600, 601], begin), prefix([602], begin)], prefix(None, begin)
     steps = []
-    codes = run(conditional, [without] * 2, [seed, seed + 1], 3, options, lambda frame, step, ids: steps.append(frame))
+    nothing = None if image_scale is None else prefix(None, None if begin is None else torch.full_like(begin, -1))
+    codes = run(conditional, [without] * 2, [seed, seed + 1], 3, options, lambda frame, step, ids: steps.append(frame),
+                without_given=None if nothing is None else [nothing] * 2)  # fmt: skip
     taken = []
     for sample in range(2):
-        plain, counts = plain_clip(conditional[sample], without, seed + sample, 3, options)
+        plain, counts = plain_clip(conditional[sample], without, seed + sample, 3, options, nothing=nothing)
         assert torch.equal(codes[sample], plain)
         taken.append(counts)
     assert [steps.count(frame) for frame in range(3)] == [max(of) for of in zip(*taken, strict=True)]

@@ -20,12 +20,8 @@ SMALLEST = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of these tests are so small that threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_tensors(one_thread):
+    """All tests of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -180,9 +180,10 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own(forks, monkeypatch
 
     monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=lambda command, *, input, env, **_: forks.run(
         command[1:], input=input, env=env)))  # fmt: skip
-    found = training.memory_of("micro", MEASURE)
+    found = training.memory_of("tiny", MEASURE)
     assert list(found) == list(training.COMPARED)
-    assert found["plain"] > 0
+    assert found["attention"] < found["products"] < found["kept"] < found["plain"]
+    assert found["plain"] > 2**29
 
 
 # ---- settings

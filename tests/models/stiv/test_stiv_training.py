@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 TINY = {
     "hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "latent_channels": 3, "text_width": 64, "text_layers": 1,
 }  # fmt: skip
+LATENTS = {"mean": [0.0, 0.1, 0.2], "std": [0.5, 0.6, 0.7]}
 VIDEO = StepShape("video", 4)
 
 
@@ -43,7 +44,7 @@ def make(micro_folder, tmp_path):
         stated = {
             "generator": "stiv", "model": {"preset": "stiv-nano", "overrides": TINY | (overrides or {})}, "tokenizer": tokenizers,
             "data": {"num_frames": 5, "height": 16, "width": 32, "workers": 0, "validation_clips": 2},
-            "latents": {"mean": [0.0, 0.1, 0.2], "std": [0.5, 0.6, 0.7]},
+            "latents": LATENTS,
             "training": {"max_steps": 2, "batch_size": 4, "warmup_steps": 1, "lr": 1e-3, "log_every": 1, "save_every_steps": 1,
                          "device": "cpu", "output_dir": str(tmp_path / run), **(training or {})},
             "logging": {"peak_tflops": 0.1},
@@ -423,6 +424,23 @@ def test_short_steps_train_on_the_first_frames(task):
     assert short.tensors["num_frames"].tolist() == [3.0] * 4
     whole = trained.batch(0, VIDEO, range(4))
     assert torch.equal(short.rows["latents"][0], whole.rows["latents"][0][:3])
+
+
+def test_kept_latents_are_those_of_a_new_run_and_are_made_once(task, monkeypatch):
+    data = {"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 6}
+    kept, resumed, plain = (task(data=data, latents=LATENTS | {"kept_clips": n}) for n in (5, 5, 0))
+    first, second = (kept.batch(step, VIDEO, range(4)) for step in (0, 1))  # scenes 0 to 3, then 4, 5, 0, 1
+    assert len(kept.kept_latents) == 5
+    again = resumed.batch(1, VIDEO, range(4))
+    assert all(torch.equal(a, b) for a, b in zip(second.rows["latents"], again.rows["latents"], strict=True))
+    for step, batch in enumerate((first, second)):
+        wanted = plain.batch(step, VIDEO, range(4)).rows["latents"]
+        for latents, want in zip(batch.rows["latents"], wanted, strict=True):
+            torch.testing.assert_close(latents, want)
+    encoded = []
+    monkeypatch.setattr(kept.space, "encode", lambda clip: encoded.append(len(clip)) or torch.zeros(1, 5, 3, 4, 8))
+    kept.batch(2, VIDEO, range(4))  # scenes 2 to 5, of which the last had no room
+    assert encoded == [1]
 
 
 def test_muon_has_the_matrices_of_the_blocks(task):

@@ -88,6 +88,8 @@ def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_ba
     exported = VideoTokenizer.from_pretrained(tmp_path).state_dict()
     for name, weight in weights.items():
         torch.testing.assert_close(exported[name], weight, rtol=1e-2, atol=2e-3)
+        far = ((exported[name] - weight).abs() > 1e-3 + 1e-2 * weight.abs()).sum()
+        assert far <= 1 + weight.numel() // 1000, name  # AdamW divides a gradient that is nearly zero by its own size
 
 
 def plain_training(settings) -> tuple[list[float], dict[str, torch.Tensor]]:
