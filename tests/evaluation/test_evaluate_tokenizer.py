@@ -169,10 +169,9 @@ def test_the_command(micro_folder, own, tmp_path, capsys):
     sheet, output = tmp_path / "sheet.png", tmp_path / "out.json"
     sources = ["worlds", "photographs", own]
     args = ["--tokenizer", micro_folder, "--data", *sources, "--count", 4, *FLAGS, "--sheet", sheet, "--output", output]
-    assert evaluate(*args, "--sheet-clips", 2) == 0
+    assert evaluate(*args, "--sheet-clips", 2, "--json") == 0
     out, err = capsys.readouterr()
-    lines = out.splitlines()
-    summary = json.loads(lines[-1])
+    lines, summary = err.splitlines(), json.loads(out)
     assert list(summary["data"]) == ["worlds", "photographs", str(own)]
     assert [row["clips"] for row in summary["data"].values()] == [4, 3, 3]
     assert summary["union"]["codes"] == sum(row["codes"] for row in summary["data"].values()) == 6 * (2 * 6 + 4)
