@@ -8,21 +8,25 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lumos import threads
 from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.progress import LOGGER, BesideBars
 from lumos.version import __version__
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "info": "show what a model folder is, and what it was trained on",
     "demo": "open a page in the browser, and an HTTP API, that make clips",
     "serve": "serve the HTTP API without the page, for programs",
     "render": "write clips of synthetic scenes as mp4 with captions, to try ingest and training",
@@ -86,8 +90,15 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
         args = parser.parse_all(argv[1:])
-        with warnings_as_notes(), using_threads(args, own_process, watch=verb != "bench"):
-            command.run(args)
+        only_json = getattr(args, "json", False)
+        with (
+            messages(getattr(args, "quiet", False)),
+            redirect_stdout(sys.stderr) if only_json else nullcontext(),
+            using_threads(args, own_process, watch=verb != "bench"),
+        ):
+            result = command.run(args)
+        if only_json:
+            print(json.dumps(result))
     except BrokenPipeError:
         raise
     except SystemExit as stop:
@@ -122,13 +133,27 @@ def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> I
 
 
 @contextmanager
+def messages(quiet: bool) -> Iterator[None]:
+    """Print the messages of the logger "lumos" on stderr during the block, errors only if `quiet`, and warnings as notes."""
+    handler, level = BesideBars(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings_as_notes():
+            yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
+
+@contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Print warnings of this package as one line on stderr, like errors. Warnings of libraries are printed as usual."""
     usual, here = warnings.showwarning, Path(__file__).parent
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(here):
-            print(f"note: {one_line(str(message))}", file=sys.stderr)
+            LOGGER.warning(f"note: {one_line(str(message))}")
         else:
             usual(message, category, filename, *where)
 
@@ -140,7 +165,11 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong option in one line, without the usage."""
+    """An ArgumentParser that reports a wrong option in one line, without the usage. Every verb has --quiet."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print no notes and no progress")
 
     def parse_all(self, argv: list[str]) -> argparse.Namespace:
         """Return the arguments. Overrides (section.key=value) may stand anywhere among the options."""
@@ -162,6 +191,9 @@ class ComputingParser(Parser):
             "--threads", type=int, metavar="N", default=argparse.SUPPRESS,  # a part's default would hide what is before it
             help="CPU threads; default: LUMOS_THREADS or OMP_NUM_THREADS, else as many as there are free cores",
         )  # fmt: skip
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON; text goes to stderr."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from importlib import import_module
+from typing import Any
 
 from lumos import registry
 from lumos.benchmarks import targets
+from lumos.cli import add_json
 from lumos.commands import subcommands
 from lumos.commands.counts import MAX_CLIPS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     known = targets()
     whole = subcommands.found("bench")
     told = f"{', '.join(known)}, all of these, or {', '.join(whole)}"
@@ -38,10 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.set_defaults(whole=module)
 
 
-def run(args: argparse.Namespace) -> None:
-    if hasattr(args, "whole"):  # it measures whole processes, and must not compute before it forks: threads do not survive a fork
-        args.whole.run(args)
-        return
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    # What measures whole processes must not compute before it forks: threads do not survive a fork.
+    result = args.whole.run(args) if hasattr(args, "whole") else run_targets(args)
+    if not getattr(args, "json", False):  # the last line of a bench is its result, with the tables or without
+        print(json.dumps(result))
+    return result
+
+
+def run_targets(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lumos.errors import UserError
@@ -62,16 +69,16 @@ def run(args: argparse.Namespace) -> None:
     result = measure(args, str(device), chosen)
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    return result
 
 
 def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
     """Run the chosen targets (name -> settings) one after the other, print a table for each and return all results."""
     import torch
-    from tqdm import tqdm
 
     from lumos.benchmarks.measure import Bench, hardware, render_table, rounded
     from lumos.device_peak import matrix_peak_gflops
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
 
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -86,7 +93,7 @@ def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
     }  # fmt: skip
     for name, settings in chosen.items():
         module = registry.load(targets()[name].module)
-        with tqdm(desc=name, file=sys.stderr, disable=None, leave=False) as bar:
+        with progress_bar(desc=name, leave=False) as bar:
             bench = Bench(**common, peak_gflops=peaks, step=bar.update)
             bar.reset(module.steps(settings, bench))
             report = module.run(settings, bench)

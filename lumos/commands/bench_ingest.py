@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", help="also write the result to this JSON file")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.benchmarks.measure import hardware, render_table, rounded, shown
     from lumos.commands.ingest import usual_workers
     from lumos.files import check_writable, write_json
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    return result
 
 
 def write_clips(folder: Path, count: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lumos.commands.counts import MAX_CLIPS, check_counts
 from lumos.pipeline.defaults import SHIPPED_MODEL
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", help="also write the result to this JSON file")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from lumos.benchmarks.measure import hardware, ratio, render_table, rounded, shown
@@ -60,4 +60,4 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    return result

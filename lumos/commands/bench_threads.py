@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", help="also write the result to this JSON file")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from lumos.benchmarks.measure import hardware, render_table, rounded, shown
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    return result
 
 
 def choices(cores: int) -> dict[str, dict[str, str]]:

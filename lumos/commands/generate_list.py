@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -75,6 +75,7 @@ def speaks(args: argparse.Namespace) -> bool:
 def make_share(args: argparse.Namespace, bars: bool = True) -> Share:
     """Make the clips of this process's share. bars: show a progress bar."""
     from lumos.errors import UserError, printable
+    from lumos.progress import LOGGER
     from lumos.prompt_lists.results import only_shard, parse_shard
 
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
@@ -83,12 +84,13 @@ def make_share(args: argparse.Namespace, bars: bool = True) -> Share:
     clips, problems, notes = check_rows(args, pipe, model, rows, defaults, seed, out)
     if len(rows) == len(problems) == 1:
         raise UserError(next(iter(problems.values())))
-    for line, said in [*problems.items(), *notes] if speaks(args) else ():
-        print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
+    told = [*problems.items(), *((line, f"note: {text}") for line, text in notes)]
+    for line, said in told if speaks(args) else ():
+        LOGGER.log(logging.ERROR if line in problems else logging.WARNING, printable(f"{where(args, line)}: {said}"))
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
-        made, failed = make_clips(args, pipe, model, clips, shard, out, bars)
+        made, failed = make_clips(args, pipe, model, clips, shard, out, notes, bars)
     return Share(made, failed, len(clips), len(rows), len(problems))
 
 
@@ -157,6 +159,7 @@ def check_rows(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 resolved = pipe.resolve(request)
+                pipe.check_pictures(resolved)
             begins_with = {key: path for key in PATHS if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
@@ -183,21 +186,20 @@ def check_rows(
         if len(clips) + len(found) > MAX_CLIPS:
             raise UserError(f"the list asks for more than {MAX_CLIPS:,} clips; make several lists of it")
         clips += found
-        notes += [(row.line, f"note: {warning.message}") for warning in said]
+        notes += [(row.line, " ".join(str(warning.message).split())) for warning in said]
     return clips, problems, notes
 
 
 def make_clips(
     args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path,
-    bars: bool = True,
+    notes: list[tuple[int, str]], bars: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """Make the missing clips of this process's share; return the number of clips made and of clips that failed.
 
     Raises RunError if a clip of the share is neither in the folder nor reported as failed at the end.
     """
-    from tqdm import tqdm
-
     from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
+    from lumos.progress import LOGGER, progress_bar
     from lumos.prompt_lists.clips import Recorded, batches_of, make_latents
     from lumos.prompt_lists.results import check_made, render
     from lumos.video.io import write_frames
@@ -207,7 +209,8 @@ def make_clips(
         begins_with = {key: clip.given.get(key) for key in ("image", "video")}
         begins_with |= {key: clip.given[key] for key in ("last_image",) if key in clip.given}
         run = {**circumstances(args, pipe), "seconds": {"since_loaded": round(time.perf_counter() - started, 2)}}
-        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
+        said = [text for line, text in notes if line == clip.line]
+        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs, "notes": said}
 
     def make(batch: list[Clip]) -> list[tuple[Tensor, Any]]:
         return make_latents(pipe, batch, on_step)
@@ -225,8 +228,8 @@ def make_clips(
     results = Recorded(out, shard, clips, describe)
     if stale := results.stale(mine):
         said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made with other inputs and are made again"
-        print(printable(said), file=sys.stderr)
-    with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1 or not bars) as bar, warnings.catch_warnings():
+        LOGGER.warning(printable(said))
+    with progress_bar(total=len(mine), unit="clip", disable=shard[0] > 1 or not bars) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # already printed when the rows were checked
         try:
             while batches:
@@ -242,7 +245,7 @@ def make_clips(
                         continue
                     failed |= {clip.file for clip in batch if not results.has(clip.file)}
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
-                    bar.write(printable(f"{lines}: {' '.join(str(error).split())}"), file=sys.stderr)
+                    LOGGER.error(printable(f"{lines}: {' '.join(str(error).split())}"))
                 bar.update(len(batch))
         except KeyboardInterrupt:
             done = sum(results.has(clip.file) for clip in clips)

@@ -55,6 +55,9 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
                     given.preprocess = path_of
                     thumbnail = gr.HTML("", elem_id="thumbnail")
+                    if service.pipe.trained_on is not None:
+                        with gr.Accordion("What this model knows", open=False, elem_id="knows"):
+                            gr.HTML(views.known(service.pipe.trained_on))
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
                         asked = {"prompt": prompt, "given": given, **uses(service), **sampling_controls(service)}
                     uploads = [asked[name] for name in ("given", "last_image") if name in asked]

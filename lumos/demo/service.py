@@ -95,26 +95,29 @@ class Service:
         """Make and write the clip of a job; `job.frames` and `job.progress` grow meanwhile."""
         began = time.perf_counter()
         request = self._read_uploads(job)
-        resolved, job.notes = self._resolve(request)
+        resolved, job.notes = self._resolve(request, self.pipe.check_pictures)
         job.fps = resolved.clip.fps
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             job.progress = (frame + (step + 1) / steps) / frames
             job.check_stop()
 
-        for (frames,) in self.pipe.stream_encoded(self.pipe.encode(resolved), on_step):
+        for (frames,) in self.pipe.stream_encoded(self.pipe.encoded(resolved), on_step):
             job.frames.extend(frames)
             job.check_stop()
         job.record = self._write(job, resolved, time.perf_counter() - began)
 
-    def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
-        """Return the resolved request and the warnings about it.
+    def _resolve(
+        self, request: Request, check: Callable[[Resolved], None] = lambda resolved: None
+    ) -> tuple[Resolved, list[str]]:
+        """Return the resolved request and the warnings about it, those of `check` included.
 
         A lock keeps other threads out, because `warnings.catch_warnings` acts on the whole process.
         """
         with self.resolving, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resolved = self.pipe.resolve(request)
+            check(resolved)
         return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:

@@ -5,8 +5,6 @@ The stage is the large area that shows the clip.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,12 +14,15 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from lumos.data.trained_on import TrainedOn
 from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
+from lumos.video.animation import data_url
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
 THUMBNAIL = 240  # pixels of the longer side
+SHOWN_WORDS = 200
 HIDDEN = ("target_size", "height", "width", "sampler")
 
 
@@ -31,11 +32,8 @@ def stage_text(text: str) -> str:
 
 def stage_preview(frames: Sequence[np.ndarray], fps: int) -> str:
     """Return the last of the frames made so far, uint8 [H, W, 3] each, as an animated picture in a data URL."""
-    first, *rest = (Image.fromarray(frame) for frame in frames[-PREVIEW_FRAMES:])
-    file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="data:image/webp;base64,{data}"></div>'
+    url = data_url(frames[-PREVIEW_FRAMES:], fps)
+    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="{url}"></div>'
 
 
 def stage_result(record: dict[str, Any]) -> str:
@@ -57,6 +55,13 @@ def player(name: str, how: str) -> str:
     return f'<video class="result" src="{address(name)}" {how} controls loop muted playsinline></video>'
 
 
+def known(trained_on: TrainedOn) -> str:
+    """Return a table of what a model was trained on: its lists, or some words of its captions if it has no lists."""
+    lists = trained_on.lists or {"words": sorted(trained_on.words)[:SHOWN_WORDS]}
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(', '.join(values))}</td></tr>" for name, values in lists.items())
+    return f"<table>{rows}</table>"
+
+
 def status(text: str, progress: float | None = None) -> str:
     bar = "" if progress is None else f'<progress value="{progress:.3f}" max="1"></progress>'
     return f'<div class="status" role="status">{bar}<span>{escape(text)}</span></div>'
@@ -70,9 +75,7 @@ def thumbnail(frame: np.ndarray) -> str:
     """Return a frame uint8 [H, W, 3] as a small picture in a data URL."""
     picture = Image.fromarray(frame)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=85)
-    return f'<img alt="the upload" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<img alt="the upload" src="{data_url([np.asarray(picture)], 1)}">'
 
 
 def card(record: dict[str, Any]) -> str:

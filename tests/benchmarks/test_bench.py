@@ -91,7 +91,7 @@ def everything(model_folder, forks):
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         deep = ["--teacher", str(model_folder.parent / "deep"), "--keep", "2", "--clips", "2"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro", *deep]
-        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
+        code = main(["bench", "all", "--json", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())
@@ -219,7 +219,7 @@ def test_stiv_memory_and_ratios(everything):
 
 
 def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
-    assert main(["bench", "attention", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
+    assert main(["bench", "attention", "--json", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result) == KEYS
     assert result["target"] == "attention"

@@ -231,7 +231,7 @@ def test_too_many_failures_exit_with_1_and_keep_good_clips(clips, tokenizer, tmp
     assert "3 of 11 items gave no clip (" in capsys.readouterr().err
     assert len(list(shards.read_shards(tmp_path / "out"))) == 8
     assert json.loads((tmp_path / "out" / "report.json").read_text())["stopped"].startswith("3 of 11")
-    assert main([*command, "--max-failure-rate", "0.3"]) == 0
+    assert main([*command, "--max-failure-rate", "0.3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_items"] == 0
 
 
