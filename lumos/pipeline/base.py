@@ -41,7 +41,7 @@ from lumos.pipeline.inputs import generator_of
 from lumos.pipeline.notes import given_pictures, picture_note, size_note
 from lumos.pipeline.offload import HasOffload
 from lumos.pipeline.options import SamplingOptions
-from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type
+from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type, with_pixels
 from lumos.pipeline.parts import Parts
 from lumos.pipeline.placement import is_spread
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
@@ -477,22 +477,6 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         with self.stage(self.video_tokenizer):
             latents = self.encode_frames(as_uint8(frames))
         return self.decode_clip(latents)
-
-
-def with_pixels(decode: Callable[[Tensor], np.ndarray], pictures: Mapping[int, np.ndarray]) -> Callable[[Tensor], np.ndarray]:
-    """Return the function of `VideoPipeline.decoder` with pictures, by frame number, in place of decoded frames."""
-    done = 0
-
-    def push(latents: Tensor) -> np.ndarray:
-        nonlocal done
-        frames, begin = decode(latents), done
-        done += len(frames)
-        for number, picture in pictures.items():
-            if begin <= number < done:
-                frames[number - begin] = picture
-        return frames
-
-    return push if pictures else decode
 
 
 def signature_with(sampling: type[SamplingOptions]) -> inspect.Signature:

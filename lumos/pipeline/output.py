@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -101,3 +102,19 @@ def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:
         return [[Image.fromarray(frame) for frame in clip] for clip in clips]
     frames = np.stack(clips).astype(np.float32) / 255
     return torch.from_numpy(frames).movedim(-1, 2).contiguous() if output_type == "pt" else frames
+
+
+def with_pixels(decode: Callable[[Tensor], np.ndarray], pictures: Mapping[int, np.ndarray]) -> Callable[[Tensor], np.ndarray]:
+    """Return the function of `VideoPipeline.decoder` with pictures, by frame number, in place of decoded frames."""
+    done = 0
+
+    def push(latents: Tensor) -> np.ndarray:
+        nonlocal done
+        frames, begin = decode(latents), done
+        done += len(frames)
+        for number, picture in pictures.items():
+            if begin <= number < done:
+                frames[number - begin] = picture
+        return frames
+
+    return push if pictures else decode
