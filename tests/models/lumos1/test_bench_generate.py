@@ -91,7 +91,9 @@ def test_flops_are_those_of_the_formula(case):
 TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1, "history_thinning": True}
 
 
-@pytest.mark.parametrize("options", [{}, TRADED, {"guidance_interval": (0.5, 1.0)}])
+@pytest.mark.parametrize("options", [
+    {}, TRADED, {"guidance_interval": (0.5, 1.0)}, {"step_reuse": 2}, {"step_reuse": 3, "guidance_interval": (0.5, 1.0)},
+])  # fmt: skip
 def test_the_engine_spends_these_flops_and_no_more(case, options):
     """Counted by torch while it runs: the products of layers and head, and attention, where a prompt's is not counted here."""
     case = bench.with_options(replace(case, frames=4), options)
@@ -100,7 +102,8 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
     counted = {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     parts = {p.part: p.flops for p in products(case)}
     attention = parts.pop("attention scores") + parts.pop("attention values")
-    passes = sum(1 + case.settings.guides(s, n) for f in range(4) for n in [case.settings.steps_of(f)] for s in range(n)) + 2 * 3
+    steps = [(s, n) for f in range(4) for n in [case.settings.steps_of(f)] for s in range(n)]
+    passes = sum(1 + case.settings.guides(s, n) for s, n in steps if case.settings.runs_all(s, n)) + 2 * 3
     prompt = (len(case.conditional) + len(case.unconditional)) / (32 * passes)
     products_counted = counted["mm"] + counted.get("addmm", 0)
     assert sum(parts.values()) <= products_counted <= (1 + prompt) * sum(parts.values())
