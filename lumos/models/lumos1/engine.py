@@ -130,14 +130,16 @@ class Engine:
         return hidden
 
     @torch.inference_mode()
-    def denoise(self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None, only: Tensor | None = None
+    ) -> Tensor:
         """Return logits fp32 [R, m, K] in place of hidden states; the arguments are those of `hidden`.
 
         at: None stands for all codes of the frame, in row-major order.
         """
         if at is None:
             at = code_offsets(self._read_frame(frame_ids)).to(self.model.device).expand(len(frame_ids), -1)
-        return self.model.lm_head(self.hidden(frame_ids, at, committing), visual_only=True).float()
+        return self.model.lm_head(self.hidden(frame_ids, at, committing, only), visual_only=True).float()
 
     @torch.inference_mode()
     def commit(self, frame_ids: Tensor) -> None:

@@ -124,14 +124,14 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
         counts = [total, *unmasking_counts(total, n)]
         numbers = torch.rand(n, 2, total, generator=generator)
         taken.append(0)
-        content = build_frames(torch.arange(total).view(1, *GRID), CONFIG).flatten() - CONFIG.visual_token_start  # code at each token
+        code_of_token = build_frames(torch.arange(total).view(1, *GRID), CONFIG).flatten() - CONFIG.visual_token_start
         memories, was_masked, was_guided = [Remembered() for _ in range(3)], None, True
         for step in range(n):
             start, stop = options.guidance_interval
             guided = unconditional is not None and start <= step / n < stop
             runs = torch.ones(SPAN, dtype=torch.bool)
             if step % options.step_reuse and not (guided and not was_guided):
-                runs = torch.tensor([code in was_masked for code in content.tolist()])
+                runs = torch.tensor([code in was_masked for code in code_of_token.tolist()])
             was_masked, was_guided = {i for i in range(total) if codes[i] < 0}, guided
             current = build_frames(codes.view(1, *GRID), CONFIG).flatten()
             bound = options.history_frames, options.history_thinning
@@ -366,8 +366,7 @@ def test_logits_of_steps_between_are_those_of_the_slow_form(history, thinning):
             ids = build_frames(codes.view(2, *GRID), CONFIG)
             padded = [torch.nn.utils.rnn.pad_sequence([at[m] for m in of], batch_first=True) for of in (masked, before)]
             finished = build_frames(frames[:, number - 1].view(2, *GRID), CONFIG) if number and not step else None
-            hidden = engine.hidden(ids, padded[0], finished, padded[1] if step else None)
-            logits = MODEL.lm_head(hidden, visual_only=True)
+            logits = engine.denoise(ids, padded[0], finished, padded[1] if step else None)
             for row in range(2):
                 runs = torch.ones(SPAN, dtype=torch.bool)
                 if step:
