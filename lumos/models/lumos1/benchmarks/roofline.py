@@ -1,4 +1,4 @@
-"""The roofline of a case: the least time that its matrix products take at this machine's speed for their shapes.
+"""The roofline of a case: the least time that its matrix products and attention take at this machine's speed for their shapes.
 
 A multiply-add is two FLOPs. The FLOPs are those that every implementation of the method needs:
 
@@ -9,7 +9,7 @@ A multiply-add is two FLOPs. The FLOPs are those that every implementation of th
   values at the other positions.
 
 The head counts once for both branches: guidance is linear, so it can be applied to the hidden states.
-Softmax, norms and everything else that is not a matrix product count as zero.
+Norms and everything else that is neither a matrix product nor attention count as zero.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import statistics
 
 from torch import nn
 
-from lumos.benchmarks.roofline import Product
+from lumos.benchmarks.roofline import Attention, Product
 from lumos.models.lumos1.benchmarks.decoding import Case
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.masking import unmasking_counts
 
 
 def products(case: Case) -> list[Product]:
-    """Return all matrix products of the case. With a confidence threshold, the FLOPs are upper bounds."""
+    """Return all matrix products and the attention of the case. With a confidence threshold, the FLOPs are upper bounds."""
     config, settings, lengths = case.model.config, case.settings, case.prefix_lengths
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
     passes: list[tuple[int, int, int]] = []  # (context, tokens, positions whose output is needed) of a frame in one branch
@@ -50,10 +50,9 @@ def products(case: Case) -> list[Product]:
             flops = 2 * layer.weight.numel() * (tokens * (layers - 1) + last)
             found.append(Product(name, flops, 1, len(lengths) * usual, layer.in_features, layer.out_features))
     pairs = sum(context * (n * (layers - 1) + m) for context, n, m in passes)
-    half, mean = 2 * config.hidden_size * pairs, round(statistics.mean(context for context, _, _ in passes))
-    heads = len(lengths) * config.num_attention_heads
-    found.append(Product("attention scores", half, heads, usual, config.head_dim, mean))
-    found.append(Product("attention values", half, heads, usual, mean, config.head_dim))
+    mean, shared = round(statistics.mean(context for context, _, _ in passes)), config.num_key_value_heads
+    heads, queries = len(lengths) * shared, config.num_attention_heads // shared * usual  # heads of a group share keys
+    found.append(Attention("attention", 4 * config.hidden_size * pairs, heads, queries, config.head_dim, mean))
     head = 2 * config.hidden_size * config.visual_token_count * head_rows
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found
