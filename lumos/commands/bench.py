@@ -17,7 +17,7 @@ from lumos.commands.counts import MAX_CLIPS, MAX_THREADS, check_counts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = targets()
-    told = f"{', '.join(known)}, all of these, or faults"
+    told = f"{', '.join(known)}, all of these, faults, or compare"
     names = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=told)
     for name, text in {**{name: benchmark.summary for name, benchmark in known.items()}, "all": "all of them"}.items():
         sub = names.add_parser(name, description=text, help=text)
@@ -31,11 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             registry.load(known[target].arguments)(sub)
     kills = "kill trainings, ingests and lists of clips at random, and compare their results with uninterrupted ones"
     bench_faults.add_arguments(names.add_parser("faults", description=kills, help=kills))
+    beside = "show the times of several results side by side; they must be of one machine"
+    compare = names.add_parser("compare", description=beside, help=beside)
+    compare.add_argument("results", nargs="+", metavar="FILE", help="two or more JSON files that --output wrote")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.target == "faults":  # this process must not compute anything before it forks: threads do not survive a fork
         bench_faults.run(args)
+        return
+    if args.target == "compare":
+        compare(args.results)
         return
     import torch
 
@@ -63,6 +69,21 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         write_json(args.output, result)
     print(json.dumps(result))
+
+
+def compare(paths: list[str]) -> None:
+    """Print the times of several results side by side. Raises UserError for results of different machines."""
+    from lumos.benchmarks.compare import comparison, different_settings, read_result
+    from lumos.benchmarks.measure import render_table
+    from lumos.errors import UserError
+
+    if len(set(paths)) < 2:
+        raise UserError("bench compare needs two different files or more")
+    results = {path: read_result(path) for path in paths}
+    table = comparison(results)
+    for target in different_settings(results):
+        print(f"note: {target} was measured with different settings", file=sys.stderr)
+    print(render_table(table))
 
 
 def measure(args: argparse.Namespace, device: str, chosen: dict) -> dict:
