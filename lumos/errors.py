@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 SHOWN_LENGTH = 200
@@ -53,6 +54,15 @@ def printable(text: str) -> str:
 def drawable(text: str) -> str:
     """Return `printable(text)` with dollar signs escaped, because a dollar sign begins a formula in matplotlib."""
     return printable(text).replace("$", r"\$")
+
+
+@contextmanager
+def needing_matplotlib(what: str) -> Iterator[None]:
+    """Turn an ImportError within the block into a UserError which says that `what` needs matplotlib."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
 
 
 def cut(text: str, length: int = SHOWN_LENGTH) -> str:

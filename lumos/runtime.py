@@ -80,6 +80,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def parameter_count(model: torch.nn.Module) -> int:
+    """Return the number of parameters of a model; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def check_memory(needed: int, what: str) -> None:
     """Raise UserError if `what` needs more bytes than the total memory and swap of this machine."""
     has = psutil.virtual_memory().total + psutil.swap_memory().total

@@ -207,7 +207,7 @@ def test_the_tokenizer_commands(clone):
 @pytest.mark.slow
 def test_the_tokenizer_is_measured(clone, capsys):
     command = next(command for command in verbs("docs/tokenizer/index.md") if "worlds" in command)
-    assert main([*command, "--count", "3"]) == 0
+    assert main([*command, "--count", "3", "--json"]) == 0
     assert (clone / "sheet.png").is_file()
     assert '"union"' in capsys.readouterr().out.splitlines()[-1]
 

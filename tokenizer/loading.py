@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +27,11 @@ REFERENCE = f"{SUBFOLDER}.json"
 """The file of a model folder that names the tokenizer of another folder: `folder`, relative to it, and `sha256` of its files."""
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 2**20
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Number formats of safetensors files."""
 JIT_PAIR = ("encoder.jit", "decoder.jit")
 JIT_WHOLE = "autoencoder.jit"
 
@@ -182,10 +187,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     The constants that published files store beside the weights are left out. Raises RunError for a
     damaged file.
     """
+    return _of_files(folder, load_file)
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Return `read_tensors(folder)` on the meta device. Of safetensors files only the headers are read."""
+    return {name: tensor.to("meta") for name, tensor in _of_files(folder, header).items()}
+
+
+def _of_files(folder: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the weights of the folder; `read` reads a safetensors file."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            found = load_file(path) if path.suffix == ".safetensors" else read_torchscript(path)
+            found = read(path) if path.suffix == ".safetensors" else read_torchscript(path)
         except RunError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -194,9 +209,24 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if not _NOT_PARAMETERS.search(key)}
 
 
+def header(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file on the meta device, from its header.
+
+    Raises RunError for a number format that is not in DTYPES.
+    """
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_slice(name)
+            if (dtype := DTYPES.get(tensor.get_dtype())) is None:
+                raise RunError(f"{path} holds numbers of the format {shown(tensor.get_dtype())}; known: {', '.join(DTYPES)}")
+            found[name] = torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
+    return found
+
+
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """Return the dtype of the stored weights of a tokenizer folder, or of the tokenizer in a model folder."""
-    return next(iter(read_tensors(find_tokenizer_folder(Path(folder))).values())).dtype
+    return next(iter(read_headers(find_tokenizer_folder(Path(folder))).values())).dtype
 
 
 def check_layout(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:

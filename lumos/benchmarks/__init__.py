@@ -1,4 +1,4 @@
-"""The targets of `python -m lumos bench`: the benchmarks of all generators in the registry.
+"""The targets of `python -m lumos bench`: the benchmarks of all generators in the registry, and those that work on any of them.
 
 The module of a benchmark has three functions:
 
@@ -11,6 +11,14 @@ from __future__ import annotations
 
 from lumos import registry
 
+SHARED = {
+    "compress": registry.Benchmark(
+        "scores of layers against whole forward passes; steps of distillation against a training step, time and memory",
+        "lumos.compression.benchmark", "lumos.compression.benchmark_arguments:compress",
+    ),
+}  # fmt: skip
+"""Benchmarks that work on models of any generator."""
+
 
 def targets() -> dict[str, registry.Benchmark]:
     """Return the benchmarks by name.
@@ -22,4 +30,4 @@ def targets() -> dict[str, registry.Benchmark]:
     for generator in registry.generators().values():
         for name, benchmark in generator.benchmarks.items():
             found[f"{generator.name}-{name}" if name in found else name] = benchmark
-    return found
+    return found | SHARED

@@ -57,23 +57,17 @@ def times(measured: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, flo
             yield from times(item, (*place, *(names[:1] or [str(index)])))
 
 
-def comparison(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table [headers, *rows] of the times that all results, by file, have; the last column is first / last.
+def common_times(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the times that all results, by file, have: {place: seconds in each result}.
 
     Raises UserError for results of different machines, and if they have no time in common.
     """
     check_one_machine(results)
     columns = [dict(times(result["measured"])) for result in results.values()]
-    common = [place for place in columns[0] if all(place in column for column in columns)]
+    common = {place: [column[place] for column in columns] for place in columns[0] if all(place in column for column in columns)}
     if not common:
         raise UserError(f"{' and '.join(results)} have no time in common; give results of the same target")
-    rows = [[place, *(f"{column[place]:.3g}" for column in columns), ratio(columns, place)] for place in common]
-    return [["seconds", *(Path(path).name for path in results), "first / last"], *rows]
-
-
-def ratio(columns: Sequence[Mapping[str, float]], place: str) -> str:
-    last = columns[-1][place]
-    return f"{columns[0][place] / last:.3g}" if last else "-"
+    return common
 
 
 def different_settings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

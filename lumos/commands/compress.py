@@ -6,6 +6,7 @@ Each step is a file `compress_NAME.py` in this folder, see `lumos.commands.subco
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lumos.commands import subcommands
 
@@ -17,6 +18,9 @@ STEPS = """A model becomes smaller and faster in four steps:
                python -m lumos compress prune --model checkpoints/lumos-tiny --keep 6 --out runs/small
   3. distill   train the smaller model with the larger one as its teacher, to win back what was lost
   4. report    compare the models: parameters, seconds of a clip, prompts followed
+
+  `auto` does all four for a wanted speed:
+               python -m lumos compress auto --model checkpoints/lumos-tiny --target-speedup 1.5 --out runs/faster
 
 `python -m lumos compress STEP --help` lists the options of a step. Steps:"""
 
@@ -30,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands.add(parser, steps(), required=False)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Any:
     if args.module is None:
         print(STEPS)
         print("\n".join(f"  {name:12}{subcommands.summary(path)}" for name, path in steps().items()))
     else:
-        args.module.run(args)
+        return args.module.run(args)

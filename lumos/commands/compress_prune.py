@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lumos.cli import add_json
 from lumos.commands.scoring import add_clips, kind_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ NAMES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="model folder, or the folder of a video tokenizer")
     add("--part", choices=("model", "decoder"), help="model, or decoder: that of the video tokenizer of the folder; "
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clips(parser, 16)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lumos.compression.networks import network_of
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         return
     record = prune(network, plan, args.out, args.scores)
     print(printable(f"{args.out}  is written; next: python -m lumos compress report --models {args.model} {args.out}"))
-    print(json.dumps({name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}))
+    return {name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}
 
 
 def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
@@ -120,7 +121,7 @@ def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_siz
                         + (f", or name --plan {next(iter(own))}" if own else ""))  # fmt: skip
     ends = args.allow_ends or network.ends
     check_keep(units, args.keep, 1 if network.part == "model" and kind == usual else 0, ends)
-    rule = args.plan or ("spaced" if 1 - args.keep / len(units) >= SPACED_FROM else "least")
+    rule = args.plan or usual_rule(args.keep, len(units))
     if rule not in RULES:
         raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
     for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
@@ -128,6 +129,11 @@ def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_siz
             raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")
     removed = removed_units(args, network, rule, kind, units, ends)
     return Plan(rule, remove=tuple(removed), new=rule == "scratch", **facts)
+
+
+def usual_rule(keep: int, count: int) -> str:
+    """Return the rule of the default plan that keeps `keep` of `count` units."""
+    return "spaced" if 1 - keep / count >= SPACED_FROM else "least"
 
 
 def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: str, units: list[str], ends: bool) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,14 +84,13 @@ class Scorer:
 
     def score(self, kind: str, removed: Sequence[str] = ()) -> dict[str, Any]:
         """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`."""
-        from tqdm import tqdm
-
         from lumos.compression.importance import SKIPPING, score
+        from lumos.progress import progress_bar
 
         units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
         passes = 1 + len(units) * bool(SKIPPING & set(self.measures))
         with (
-            tqdm(total=len(self.batches) * passes, unit="pass", file=sys.stderr, leave=False) as bar,
+            progress_bar(total=len(self.batches) * passes, unit="pass", leave=False) as bar,
             self.model.skipping(removed),
         ):
             return score(self.probe, self.model, self.batches, units, self.measures, bar.update)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lumos.compression.record import RECORD
 from lumos.errors import NotFound, RunError, UserError, cut, reason_of, shown
 from lumos.files import MAX_CONFIG_BYTES, check_writable, file_sha256, read_json, replacing_folder, write_json
 from lumos.runtime import versions
 
 CONFIG = "config.json"
-RECORD = "compression.json"
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 10**9
 

@@ -7,8 +7,7 @@ recovery asks for more: features of blocks, the distance of two predictions, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -131,22 +130,6 @@ class Distillable(ABC):
 def bare(model: nn.Module) -> nn.Module:
     """Return the network inside the wrapper of an engine, or the network itself."""
     return getattr(model, "module", model)
-
-
-@contextmanager
-def tapped(blocks: Sequence[nn.Module], taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Yield a dict that a forward pass within the block fills: {number of a block in `taps`: its output}."""
-    found: dict[int, Tensor] = {}
-
-    def hook(tap: int) -> Any:
-        return lambda module, args, output: found.__setitem__(tap, output)
-
-    hooks = [blocks[tap].register_forward_hook(hook(tap)) for tap in taps]
-    try:
-        yield found
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:

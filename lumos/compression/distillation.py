@@ -23,9 +23,10 @@ from lumos import registry
 from lumos.compression.critic import Critic, critic_losses, critic_taps, generator_losses, with_penalty
 from lumos.compression.distillable import LEVEL, Distillable, Draws, Pass, in_order
 from lumos.compression.losses import icd_by_clip, motion_by_clip
+from lumos.compression.networks import weights_sha256
 from lumos.compression.record import RECORD, kept_blocks, read_record
 from lumos.compression.settings import DistillSettings
-from lumos.compression.teacher import check_teacher, refuse_same_weights, weights_sha256
+from lumos.compression.teacher import check_teacher, refuse_same_weights
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, drawable
+from lumos.errors import drawable, needing_matplotlib
 from lumos.files import replacing
 
 
@@ -16,10 +16,8 @@ def draw(scores: Mapping[str, Mapping[str, Any]], measures: list[str], title: st
     The first panel has the content and the motion of the output's error, if it was measured; the others a measure each.
     Raises UserError if matplotlib is not installed.
     """
-    try:
+    with needing_matplotlib("the picture"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the picture needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     names = list(scores)
     panels = (["content and motion"] if "output" in measures else []) + [name for name in measures if name != "output"]
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")

@@ -58,23 +58,29 @@ def direction_change(before: Tensor, behind: Tensor) -> Tensor:
     return (F.normalize(before.float(), dim=-1) - F.normalize(behind.float(), dim=-1)).square().sum(-1) / 2
 
 
+def squares(values: Tensor) -> Tensor:
+    """Return the sum of squares of each frame of values [T, n], float64 [T], on the CPU."""
+    return values.square().sum(dim=1, dtype=torch.float64).cpu()
+
+
 class OutputSums:
     """Sums of squares of errors, and of the outputs that they are errors of; by frame and by level."""
 
     def __init__(self, levels: int):
-        self.error, self.power = ({"frames": torch.zeros(len(FRAMES)).double(), LEVEL: torch.zeros(levels).double()} for _ in "ab")
+        self.error = {"frames": torch.zeros(len(FRAMES)).double(), LEVEL: torch.zeros(levels).double()}
+        self.power = {group: torch.zeros_like(sums) for group, sums in self.error.items()}
         self.content = self.motion = 0.0
         self.has_motion = False
 
-    def add(self, found: Output, whole: Output) -> None:
+    def add(self, found: Output, whole: Output, power: Tensor) -> None:
+        """Add a part of the output without the unit, and of the whole one, of which `power` has the squares."""
         error = found.values - whole.values
         content, motion = split(error)
         self.content, self.motion = self.content + float(content), self.motion + float(motion)
         self.has_motion |= len(error) > 1
-        for sums, values in ((self.error, error), (self.power, whole.values)):
-            squares = values.square().sum(dim=1, dtype=torch.float64).cpu()
-            sums["frames"].index_add_(0, whole.frames.clamp(max=1).cpu(), squares)
-            sums[LEVEL].index_add_(0, whole.levels.cpu(), squares)
+        for sums, values in ((self.error, squares(error)), (self.power, power)):
+            sums["frames"].index_add_(0, whole.frames.clamp(max=1).cpu(), values)
+            sums[LEVEL].index_add_(0, whole.levels.cpu(), values)
 
     def results(self, levels: Sequence[str]) -> dict[str, Any]:
         """Return output, output_by, content, motion and motion_share; shares of 0 are None.
@@ -107,18 +113,17 @@ class StreamSums:
 
     def add(self, probe: Probe, micro: dict[str, Any], trace: Trace, axis: int) -> None:
         for call in range(len(next(iter(trace.before.values())))):
-            points = [trace.before[name][call] for name in self.stages if name in trace.before]
             ran = [name for name in self.stages if name in trace.before]
-            ends = [trace.behind[name][call] for name in ran]
-            for name, before, behind in zip(ran, points, ends, strict=True):
-                before, behind = before.movedim(axis, -1), behind.movedim(axis, -1)
+            for name in ran:
+                before, behind = (streams[name][call].movedim(axis, -1) for streams in (trace.before, trace.behind))
                 frames = probe.stream_frames(micro, before).flatten()
                 kind = frames.clamp(-1, 1) + 1
                 change = direction_change(before, behind).flatten().double()
                 for at, values in ((0, change), (1, torch.ones_like(change))):
                     self.change[name][at].index_add_(0, kind[frames > -2].cpu(), values[frames > -2].cpu())
-            if ran == self.stages and len({point.shape for point in (*points, ends[-1])}) == 1:
-                self._add_pairs([*points, ends[-1]], frames > -2, axis)
+            points = [*(trace.before[name][call] for name in ran), trace.behind[ran[-1]][call]]
+            if ran == self.stages and len({point.shape for point in points}) == 1:
+                self._add_pairs(points, frames > -2, axis)
 
     def _add_pairs(self, points: list[Tensor], used: Tensor, axis: int) -> None:
         units = [F.normalize(point.movedim(axis, -1).flatten(0, -2)[used].float(), dim=-1) for point in points]
@@ -170,6 +175,8 @@ def score(
             started = time.perf_counter()
             with trace.recording():
                 found[WHOLE] = probe.forward(model, micro)
+                # For the time of a pass. With outputs, all losses come from their logits, so that equal networks have equal losses.
+                _ = found[WHOLE].find_losses() if outputs else found[WHOLE].losses
             total += time.perf_counter() - started
             for name in seconds:
                 seconds[name] += trace.seconds.get(name, 0.0)
@@ -180,12 +187,13 @@ def score(
                 with trace.replaying(trace.stage_of(name)), model.skipping([name]):
                     found[name] = probe.forward(model, micro)
                 on_pass()
-            for name, made in found.items():
-                losses[name].add(made.losses, made.places)
             if outputs:
                 for whole, *parts in zip(*(made.outputs() for made in found.values()), strict=True):
+                    power = squares(whole.values)
                     for name, part in zip(units, parts, strict=True):
-                        outputs[name].add(part, whole)
+                        outputs[name].add(part, whole, power)
+            for name, made in found.items():
+                losses[name].add(made.losses, made.places)
             if gradients is not None:
                 gradients.add(probe, micro)
     weights = dict(model.named_parameters())

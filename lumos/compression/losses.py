@@ -46,21 +46,26 @@ def icd(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, ra
     for s, h in zip(student, teacher, strict=True):
         if s.shape != h.shape or s.ndim != 4:
             raise UserError(f"icd compares features [B, T, n, C]; given {list(s.shape)} and {list(h.shape)}")
-    errors = [_raw(s.float(), h.detach().float()) if raw else _relative(s.float(), h.detach().float(), k)
-              for s, h in zip(student, teacher, strict=True)]  # fmt: skip
-    return torch.stack(errors).sum() if raw else torch.stack(errors).mean()
+    errors = torch.stack([errors_by_frame(s, h, k, raw).mean() for s, h in zip(student, teacher, strict=True)])
+    return errors.sum() if raw else errors.mean()
 
 
-def _raw(s: Tensor, h: Tensor) -> Tensor:
-    return (s - h).square().mean()
+def icd_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, raw: bool = False) -> Tensor:
+    """Return the content loss of each clip, float32 [B]; the arguments are those of `icd`, which is the mean of it."""
+    errors = torch.stack([errors_by_frame(s, h, k, raw).mean(1) for s, h in zip(student, teacher, strict=True)])
+    return errors.sum(0) if raw else errors.mean(0)
 
 
-def _relative(s: Tensor, h: Tensor, k: float) -> Tensor:
+def errors_by_frame(s: Tensor, h: Tensor, k: float, raw: bool) -> Tensor:
+    """Return e of one layer as `icd` defines it, float32 [B, T]; the mean squared error if it is `raw`."""
+    s, h = s.float(), h.detach().float()
     error, norm = (s - h).square(), h.square()
+    if raw:
+        return error.mean((2, 3))
     if math.isfinite(k):
         inside = _inside(h, k) & _inside(s.detach(), k)
         error, norm = torch.where(inside, error, 0.0), torch.where(inside, norm, 0.0)
-    return (error.sum((2, 3)) / norm.sum((2, 3)).clamp(min=EPS)).mean()
+    return error.sum((2, 3)) / norm.sum((2, 3)).clamp(min=EPS)
 
 
 def _inside(x: Tensor, k: float) -> Tensor:
@@ -102,22 +107,6 @@ def logits_kd(student: Tensor, teacher: Tensor, places: Tensor | None = None, te
     q = torch.log_softmax(student.float() / temperature, -1)
     p = torch.log_softmax(teacher.detach().float() / temperature, -1)
     return (p.exp() * (p - q)).sum(-1).mean() * temperature**2
-
-
-def icd_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0, raw: bool = False) -> Tensor:
-    """Return the content loss of each clip, float32 [B]; the arguments are those of `icd`, which is the mean of it."""
-    errors = []
-    for s, h in zip(student, teacher, strict=True):
-        s, h = s.float(), h.detach().float()
-        error, norm = (s - h).square(), h.square()
-        if raw:
-            errors.append(error.mean((1, 2, 3)))
-            continue
-        if math.isfinite(k):
-            inside = _inside(h, k) & _inside(s.detach(), k)
-            error, norm = torch.where(inside, error, 0.0), torch.where(inside, norm, 0.0)
-        errors.append((error.sum((2, 3)) / norm.sum((2, 3)).clamp(min=EPS)).mean(1))
-    return torch.stack(errors).sum(0) if raw else torch.stack(errors).mean(0)
 
 
 def motion_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float = 2.0) -> Tensor:

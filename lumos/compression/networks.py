@@ -14,19 +14,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from lumos import registry
 from lumos.compression.prunable import Prunable
-from lumos.errors import NotFound, UserError, shown
+from lumos.compression.record import RECORD
+from lumos.errors import NotFound, UserError
 from lumos.files import folder_sha256
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.runtime import no_progress_bar
+from lumos.runtime import no_progress_bar, parameter_count
 from tokenizer import VideoTokenizer
-from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, read_config, stored_dtype
+from tokenizer.loading import (
+    SUBFOLDER,
+    check_layout,
+    find_tokenizer_folder,
+    fitted,
+    header,
+    read_config,
+    read_headers,
+    stored_dtype,
+)
 
-RECORD = "compression.json"
 PARTS = ("model", "decoder")
 UTILISATION = 0.4
 """The share of a device's peak FLOP/s that is assumed in seconds, as in `python -m lumos plan`."""
@@ -54,7 +62,7 @@ class Network(ABC):
     @property
     def sha256(self) -> str:
         """The hash of the config and the weights."""
-        return folder_sha256(self.place, [path for path in self.place.iterdir() if WEIGHTS.fullmatch(path.name)])
+        return weights_sha256(self.place)
 
     @abstractmethod
     def on_meta(self) -> Prunable:
@@ -88,7 +96,7 @@ class Network(ABC):
     def costs(self, network: Prunable, peak: float) -> dict[str, Any]:
         """Return what the network costs: parameters, bytes of weights, FLOPs, and seconds of a clip at a device's peak FLOP/s."""
         flops, sizes = self.flops(network)
-        parameters = sum(p.numel() for p in network.parameters())
+        parameters = parameter_count(network)
         seconds = flops / (peak * UTILISATION)
         return {"parameters": parameters, "weight_bytes": parameters * self.dtype.itemsize, "flops": flops, **sizes,
                 "seconds": seconds}  # fmt: skip
@@ -164,9 +172,12 @@ class DecoderNetwork(Network):
         return stored_dtype(self.place)
 
     def on_meta(self) -> Prunable:
-        config = self.load().config
+        found = read_headers(self.place)
+        config = fitted(read_config(self.place), {name: tuple(tensor.shape) for name, tensor in found.items()})
         with torch.device("meta"):
-            return VideoTokenizer(config)
+            network = VideoTokenizer(config)
+        check_layout(network.state_dict(), found, self.place)
+        return network.eval().requires_grad_(False)
 
     def load(self, dtype: torch.dtype | None = None) -> Prunable:
         return VideoTokenizer.from_pretrained(self.place, dtype=dtype or self.dtype)
@@ -216,10 +227,15 @@ def is_model_folder(folder: Path) -> bool:
     return True
 
 
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the config and the weights of a network's folder, without the tokenizers beside them."""
+    return folder_sha256(folder, [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)])
+
+
 def copy_others(source: Path, target: Path, own: re.Pattern[str]) -> None:
     """Copy the entries of a model folder but those whose names match `own`, and but those that say nothing of a smaller model.
 
-    A tokenizer that the folder only refers to is copied too. Large files are hard-linked where that is possible.
+    A tokenizer that the folder only refers to is copied too.
     """
     target.mkdir(parents=True, exist_ok=True)
     for entry in source.iterdir():
@@ -243,17 +259,8 @@ def copy(source: Path, target: Path) -> None:
 
 def written_counts(folder: Path) -> tuple[int, int]:
     """Return the numbers and the bytes of all tensors in the safetensors files of a folder, from their headers."""
-    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
-    numbers = total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_slice(name)
-                if (kind := tensor.get_dtype()) not in sizes:
-                    raise UserError(f"{path} holds numbers of the format {shown(kind)}, which are not counted here")
-                count = torch.Size(tensor.get_shape()).numel()
-                numbers, total = numbers + count, total + count * sizes[kind]
-    return numbers, total
+    tensors = [tensor for path in folder.glob("*.safetensors") for tensor in header(path).values()]
+    return sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
 
 
 def kept_stages(network: Prunable, removed: Collection[str]) -> list[int] | list[str]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumos.compression.networks import RECORD, Network, in_one_place, kept_stages, written_counts
+from lumos.compression.networks import Network, in_one_place, kept_stages, written_counts
 from lumos.compression.plans import Plan
 from lumos.compression.prunable import Prunable
+from lumos.compression.record import RECORD, read_record
 from lumos.errors import RunError
-from lumos.files import check_new, read_json, replacing_folder, write_json
+from lumos.files import check_new, replacing_folder, write_json
 from lumos.runtime import versions
 
 SHARE_TO_WARN = 0.5
@@ -84,7 +85,7 @@ def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = No
         **versions(),
     }  # fmt: skip
     if (network.place / RECORD).is_file():
-        record["earlier"] = read_json(network.place / RECORD, "the record of a smaller network")
+        record["earlier"] = read_record(network.place)
     with replacing_folder(out) as writing:
         network.write(left, writing)
         made = network.written_at(writing)

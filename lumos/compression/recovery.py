@@ -11,8 +11,8 @@ A step calls both models with the same input and compares their features and pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lumos.compression.diffusers_folder import RECORD
+from lumos.compression.features import chosen_layers, tapped
 from lumos.compression.losses import icd as icd_loss
 from lumos.compression.losses import velocity_kd
+from lumos.compression.record import RECORD, read_record
 from lumos.errors import RunError, UserError, shown
-from lumos.files import read_json
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -48,20 +48,16 @@ def taps(folder: str | Path, layers: str | int = "all") -> list[tuple[str, str]]
         folder: folder of the pruned model.
         layers: "all"; "last"; or n for every n-th, so that the last one is among them.
     """
-    found = read_json(Path(folder) / RECORD, "the record of a pruned model")
-    pairs = found.get("taps") if isinstance(found, dict) else None
+    pairs = read_record(folder).get("taps")
     if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RunError(f"{Path(folder) / RECORD} names no modules to compare; prune the model again")
-    every = {"all": 1, "last": len(pairs)}.get(layers, layers)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise UserError(f"layers {shown(layers)} is not allowed; give all, last, or a number above 0")
-    return [tuple(pair) for pair in pairs[::-1][::every][::-1]]
+        raise RunError(f"{Path(folder) / RECORD} is missing or names no modules to compare; prune the model again")
+    return [tuple(pairs[i]) for i in chosen_layers(len(pairs), layers)]
 
 
-@contextmanager
-def features(model: nn.Module, names: Iterable[str], num_frames: int) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that each forward pass of a model fills with the outputs of some of its modules.
+def features(model: nn.Module, names: Iterable[str], num_frames: int) -> AbstractContextManager[dict[str, Tensor]]:
+    """Return a context manager that gives a dictionary, which each forward pass of a model within the block fills.
 
+    It has the outputs of some of the model's modules by their names.
     A value is [B, T, n, C]: clips, frames, places of a frame, channels. Of a block with several outputs it
     is the one of the visual places.
 
@@ -70,16 +66,10 @@ def features(model: nn.Module, names: Iterable[str], num_frames: int) -> Iterato
         names: names of modules, as in `model.get_submodule`.
         num_frames: T, the number of latent frames; for a transformer with temporal patches, of patches.
     """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Any) -> None:
-        seen[name] = by_frame(output[0] if isinstance(output, tuple) else output, num_frames)
-
-    with ExitStack() as stack:
-        for name in names:
-            hook = model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-            stack.callback(hook.remove)
-        yield seen
+    return tapped(
+        {name: model.get_submodule(name) for name in names},
+        lambda output: by_frame(output[0] if isinstance(output, tuple) else output, num_frames),
+    )
 
 
 def by_frame(output: Tensor, num_frames: int) -> Tensor:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lumos.device_peak import synchronize
-from lumos.errors import UserError, drawable
+from lumos.errors import drawable, needing_matplotlib
 from lumos.files import replacing
 from lumos.pipeline.base import VideoPipeline
+from lumos.runtime import parameter_count
 
 PARTS = ("sampling", "pixels")
 
@@ -22,10 +21,10 @@ def clip_seconds(pipe: VideoPipeline, prompt: str, seed: int) -> dict[str, float
     """Return the seconds of one clip: `sampling`, from the prompt to the latents, and `pixels`, from the latents to the frames."""
     started = time.perf_counter()
     latents = pipe(prompt, seed=seed, output_type="latent").frames
-    synchronize(pipe.device)
+    synchronize(str(pipe.device))
     sampled = time.perf_counter()
     pipe.decode_clip(latents[0])
-    synchronize(pipe.device)
+    synchronize(str(pipe.device))
     return {"sampling": sampled - started, "pixels": time.perf_counter() - sampled}
 
 
@@ -52,15 +51,10 @@ def size_of(folder: str | Path, pipe: VideoPipeline) -> dict[str, int]:
     """Return the parameters of the network and of the decoder of pixels, and the bytes of the folder's weights."""
     decoder = getattr(pipe.video_tokenizer, "decoder", None)
     return {
-        "parameters": count_parameters(pipe.model),
-        "decoder_parameters": 0 if decoder is None else count_parameters(decoder),
+        "parameters": parameter_count(pipe.model),
+        "decoder_parameters": 0 if decoder is None else parameter_count(decoder),
         "bytes": sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")),
     }
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Return the number of parameters of a module; shared ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def table(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[list[str]]:
@@ -91,10 +85,8 @@ def draw(rows: Sequence[dict[str, Any]], kinds: Sequence[str], path: Path) -> No
 
     Raises UserError if matplotlib is not installed.
     """
-    try:
+    with needing_matplotlib("the picture"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"the picture needs matplotlib ({error}); install it with pip install 'lumos-video[plot]'") from error
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     seconds = [row["seconds"]["sampling"] for row in rows]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lumos.compression.critic import GROUPS
-from lumos.errors import UserError, shown
+from lumos.compression.features import chosen_layers
+from lumos.errors import UserError
 from lumos.registry import Generator
-from lumos.settings import is_whole, setting
+from lumos.settings import setting
 from lumos.training import settings as training
 from lumos.training.settings import TrainingSettings
 
@@ -86,8 +87,7 @@ class DistillSettings:
 
     def layers(self, count: int) -> list[int]:
         """Return which of `count` layers are compared, ascending."""
-        every = {"all": 1, "last": count}.get(self.icd_layers, self.icd_layers)
-        return list(range(count))[::-1][::every][::-1]
+        return chosen_layers(count, self.icd_layers)
 
 
 CRITIC = ("generator", "gamma", "critic_taps", "critic_width", "critic_lr", "critic_warmup")
@@ -101,12 +101,7 @@ def check_distill(settings: Any) -> None:
         raise UserError("distill.teacher is missing: name the folder of the model that the student learns from")
     if distill.task == 0 and not distill.needs_teacher:
         raise UserError("distill.task, kd, icd and mca are all 0, so there is nothing to learn; set at least one above 0")
-    if isinstance(every := distill.icd_layers, str):
-        wrong = every not in ("all", "last")
-    else:
-        wrong = not is_whole(every) or not 1 <= every <= 2**16
-    if wrong:
-        raise UserError(f"distill.icd_layers is {shown(every)}; allowed: all, last, or a whole number above 0")
+    chosen_layers(1, distill.icd_layers, "distill.icd_layers")
     if distill.critic_width % GROUPS:
         raise UserError(f"distill.critic_width is {distill.critic_width}; it must be a multiple of {GROUPS}")
     if distill.needs_teacher and settings.zero_stage == 3:

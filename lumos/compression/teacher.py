@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,7 @@ from torch import nn
 
 from lumos import registry
 from lumos.errors import UserError, shown
-from lumos.files import folder_sha256
 from lumos.training.video_task import VideoTask
-
-WEIGHTS = re.compile(r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?")
-"""Files of a network in a model folder."""
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the config and the weights of a model folder, without its tokenizers."""
-    return folder_sha256(folder, [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)])
 
 
 def check_teacher(folder: Path, student: VideoTask, same: Collection[str]) -> None:

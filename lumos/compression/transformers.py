@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from lumos.compression.diffusers_folder import Pruning, check_units, on_meta
+from lumos.compression.plans import removed_by
 from lumos.errors import UserError
 
 BLOCKS = {
@@ -19,27 +20,6 @@ BLOCKS = {
 """Class -> list of blocks, in order of execution -> the entry of its config that says how many there are."""
 CLASSES = tuple(BLOCKS)
 PLANS = ("spaced", "shallow", "deep")
-
-
-def spaced(count: int, keep: int) -> list[int]:
-    """Return `keep` of `count` blocks, the first and the last among them and the others evenly between.
-
-    Block i of those kept is floor(i (count - 1) / (keep - 1) + 1/2).
-    """
-    return [(2 * i * (count - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]
-
-
-def shallow(count: int, keep: int) -> list[int]:
-    """Return `keep` of `count` blocks: those left when the first ones after block 0 are removed."""
-    return [0, *range(count - keep + 1, count)]
-
-
-def deep(count: int, keep: int) -> list[int]:
-    """Return `keep` of `count` blocks: those left when the last ones before the last block are removed."""
-    return [*range(keep - 1), count - 1]
-
-
-RULES = {"spaced": spaced, "shallow": shallow, "deep": deep}
 
 
 def plan_units(plan: str, counts: Mapping[str, int], keep: Sequence[int]) -> tuple[str, ...]:
@@ -58,9 +38,8 @@ def plan_units(plan: str, counts: Mapping[str, int], keep: Sequence[int]) -> tup
                         f"has {have}")  # fmt: skip
     if any(not 2 <= n <= count for n, count in zip(keep, counts.values(), strict=True)):
         raise UserError(f"--keep {' '.join(map(str, keep))} is not allowed; this model has {have}, and 2 or more of each must stay")
-    kept = {name: RULES[plan](count, n) if n < count else range(count)
-            for (name, count), n in zip(counts.items(), keep, strict=True)}  # fmt: skip
-    return tuple(f"{name}.{i}" for name, count in counts.items() for i in range(count) if i not in kept[name])
+    return tuple(unit for (name, count), n in zip(counts.items(), keep, strict=True)
+                 for unit in removed_by(plan, [f"{name}.{i}" for i in range(count)], n))  # fmt: skip
 
 
 def prune(config: Mapping[str, Any], plan: str, remove: Iterable[str] | None = None, keep: Sequence[int] = ()) -> Pruning:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lumos.data.curriculum import StepShape
+from lumos.data.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Source(StepSource, Protocol):
 
         Every call with the same arguments returns the same clips.
         """
+        ...
+
+    def trained_on(self) -> TrainedOn:
+        """Return the words of the captions of all clips, and what the clips show if it is known."""
         ...
 
 

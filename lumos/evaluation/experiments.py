@@ -1,6 +1,7 @@
 """Experiments, which compare variants of settings.
 
-Each variant is trained, evaluated with `evaluate prompts`, or both, once with each seed. The
+Each variant is trained, evaluated with `evaluate prompts`, or both, once with each seed. In a study
+of compression, a model is made smaller for each variant before, and training is its recovery. The
 results are one JSON file and one picture. A run is one variant with one seed. Its commands run in
 processes of their own, so a user can also type them. Runs that are done are not repeated: an
 experiment that was stopped goes on, and an experiment with new variants runs only those.
@@ -26,6 +27,7 @@ from lumos.evaluation.prompts import KINDS
 from lumos.files import read_json, read_text, write_bytes, write_json
 from lumos.runtime import versions
 from lumos.settings import build, is_number, read_yaml, setting
+from lumos.threads import cores_in_use
 from lumos.training.logging import read_lines
 
 OVER = ("step", "flops")
@@ -35,16 +37,25 @@ FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
 MORE_FIGURES = ("background", "colour_and_motion", "count", "first_frame", "size", "sprite")
 OWN_OPTIONS = ("--seed", "--output")
 """Options of `evaluate prompts` that an experiment sets itself for each run."""
+OWN_OF_PRUNE = ("--model", "--out", "--seed", "--dry-run")
+"""Options of `compress prune` that an experiment sets itself for each run."""
 
 
 @dataclass
 class Training:
-    config: str | None = setting(None, "config of `train` for all variants; null: nothing is trained")
+    config: str | None = setting(None, "config of `train` or `compress distill` for all variants; null: nothing is trained")
     overrides: list[str] = setting([], "section.key=value for all variants")
 
 
 @dataclass
+class Compression:
+    model: str | None = setting(None, "model that `compress prune` makes smaller, and that teaches; null: nothing is pruned")
+    prune: list[str] = setting([], "options of `compress prune` for all variants")
+
+
+@dataclass
 class Variant:
+    prune: list[str] = setting([], "options of `compress prune` for this variant")
     train: list[str] = setting([], "section.key=value for this variant")
     prompts: list[str] = setting([], "options of `evaluate prompts` for this variant")
     x: float | None = setting(None, "position of the variant on the x axis; null: variants have names only")
@@ -54,6 +65,7 @@ class Variant:
 class Experiment:
     question: str = setting("", "the question that the experiment answers")
     train: Training = setting(Training, "the training that all variants share")
+    compress: Compression = setting(Compression, "the model that is pruned; train.config is then one of `compress distill`")
     model: str | None = setting(None, "model folder to evaluate if nothing is trained; null: the model of the repository")
     prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: it does not run")
     curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
@@ -67,7 +79,7 @@ class Experiment:
 
 def load(path: str | Path) -> Experiment:
     """Return the experiment of a YAML file; UserError for settings that are unknown, wrong or without effect."""
-    experiment = build(Experiment, read_yaml(path, []))
+    experiment = build(Experiment, read_yaml(path, [], ("experiments",)))
     if not experiment.variants:
         raise UserError(f"{path} has no variants; name at least one")
     experiment.variants = {str(name): build(Variant, raw, f"variants.{as_text(name)}") for name, raw in experiment.variants.items()}
@@ -84,6 +96,16 @@ def load(path: str | Path) -> Experiment:
                 f"variant {shown(name)} cannot name a folder; give it a name without / that does not begin with a dot, of at most "
                 f"{LONGEST_NAME} bytes"
             )
+    prunes = experiment.compress.model is not None
+    pruned = [("compress.prune", experiment.compress.prune)]
+    pruned += [(f"variants.{as_text(name)}.prune", variant.prune) for name, variant in experiment.variants.items()]
+    for where, options in pruned:
+        if options and not prunes:
+            raise UserError(f"{where} has no effect without compress.model; leave it out")
+        if own := [option for option in OWN_OF_PRUNE if option in [part for text in options for part in text.split("=")]]:
+            raise UserError(f"{where}: the experiment sets {own[0]} itself for each run; leave it out")
+    if prunes and experiment.model:
+        raise UserError("model has no effect where compress.model is pruned; leave it out")
     if trains and experiment.model:
         raise UserError("model has no effect where variants are trained; leave it out")
     if experiment.train.overrides and not trains:
@@ -94,8 +116,8 @@ def load(path: str | Path) -> Experiment:
     options = [part for option in told for part in option.split("=")]
     if own := [option for option in OWN_OPTIONS if option in options]:
         raise UserError(f"prompts: the experiment sets {own[0]} itself for each run; leave it out")
-    if trains and "--model" in options:
-        raise UserError("prompts: --model has no effect where variants are trained; leave it out")
+    if (trains or prunes) and "--model" in options:
+        raise UserError(f"prompts: --model has no effect where variants are {'trained' if trains else 'pruned'}; leave it out")
     for name in experiment.figures:
         figure, of, kind = name.partition(" of ")
         if figure not in (*FIGURES, *MORE_FIGURES):
@@ -112,13 +134,17 @@ def load(path: str | Path) -> Experiment:
 
 @dataclass(frozen=True)
 class Job:
-    """One run, which is one variant with one seed: the commands that make `folder/train` and `folder/prompts.json`."""
+    """One run, which is one variant with one seed.
+
+    Its commands make `folder/pruned`, `folder/train` and `folder/prompts.json`.
+    """
 
     name: str
     seed: int
     folder: Path
     train: tuple[str, ...] | None
     prompts: tuple[str, ...] | None
+    prune: tuple[str, ...] | None = None
 
     @property
     def log(self) -> Path:
@@ -130,7 +156,8 @@ class Job:
         UserError if the folder holds the result of another command, or if another command was begun
         in it.
         """
-        for command, made in ((self.train, self.folder / "train" / "export" / "config.json"),
+        for command, made in ((self.prune, self.folder / "pruned" / "config.json"),
+                              (self.train, self.folder / "train" / "export" / "config.json"),
                               (self.prompts, self.folder / "prompts.json")):  # fmt: skip
             if not command:
                 continue
@@ -147,7 +174,12 @@ class Job:
 
     def command_file(self, command: tuple[str, ...]) -> Path:
         """Return the file that holds the text of a command, by which a result of another command is recognized."""
-        return self.folder / f"{command[0]}.command"
+        return self.folder / f"{name_of(command)}.command"
+
+
+def name_of(command: tuple[str, ...]) -> str:
+    """Return the name of a command's files: its verb, or the step of `compress`."""
+    return command[1] if command[0] == "compress" else command[0]
 
 
 def jobs(experiment: Experiment, root: Path) -> list[Job]:
@@ -156,33 +188,40 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
     for name, variant in experiment.variants.items():
         for seed in experiment.seeds:
             folder = root / f"{name}-{seed}"
-            train = prompts = None
+            prune = train = prompts = None
+            verb: tuple[str, ...] = ("train",)
+            places: list[str] = []
+            if teacher := experiment.compress.model:
+                prune = ("compress", "prune", "--model", teacher, "--out", str(folder / "pruned"), f"--seed={seed}",
+                         *experiment.compress.prune, *variant.prune)  # fmt: skip
+                verb, places = ("compress", "distill"), [f"model.from={folder / 'pruned'}", f"distill.teacher={teacher}"]
             if experiment.train.config:
-                train = ("train", "--config", experiment.train.config, *experiment.train.overrides, *variant.train,
+                train = (*verb, "--config", experiment.train.config, *places, *experiment.train.overrides, *variant.train,
                          f"training.seed={seed}", f"training.output_dir={folder / 'train'}")  # fmt: skip
             if experiment.prompts is not None:
-                model = [str(folder / "train" / "export")] if train else [experiment.model] if experiment.model else []
+                made = folder / "train" / "export" if train else folder / "pruned" if prune else experiment.model
+                model = [str(made)] if made else []
                 # The seed differs from the default of `evaluate prompts`, with which default options were chosen. Otherwise the
                 # shares would be measured on the same prompts.
                 options = [f"--seed={10_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
                 prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
                            *variant.prompts)  # fmt: skip
-            found.append(Job(name, seed, folder, train, prompts))
+            found.append(Job(name, seed, folder, train, prompts, prune))
     return found
 
 
 def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
-    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the cores.
+    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
     RunError after all have ended, with the first failure.
     """
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    threads = max(1, cores_in_use() // parallel)
 
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for command in job.missing():
             write_bytes(job.command_file(command), shlex.join(command).encode())
-            with open(job.folder / f"{command[0]}.log", "w") as log:
+            with open(job.folder / f"{name_of(command)}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(
                     [sys.executable, "-m", "lumos", *command], stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
@@ -206,7 +245,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
 
     The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
     `evaluate prompts`, kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the
-    kinds}, seconds and clips. UserError for a curve that is not in the log.
+    kinds}, seconds, cpu_seconds and clips. UserError for a curve that is not in the log.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -222,6 +261,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
     if job.prompts:
         judged = read_judged(job.folder / "prompts.json")
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
+        found |= {"cpu_seconds": judged["cpu_seconds"]} if "cpu_seconds" in judged else {}
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
@@ -238,7 +278,8 @@ def read_judged(file: Path) -> dict[str, Any]:
     """Return the content of a file that `evaluate prompts --output` wrote; RunError if it is damaged."""
     try:
         judged = read_json(file, "what `evaluate prompts` wrote")
-        numbers = [judged["seconds"], judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
+        times = [judged["seconds"], judged.get("cpu_seconds", 0.0)]
+        numbers = [*times, judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
         if not judged["shares"] or not all(map(is_number, numbers)):
             raise TypeError("shares, seconds and count must be numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -264,12 +305,13 @@ def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
     variants: dict[str, Any] = {}
     for job in done:
         variant = experiment.variants[job.name]
-        row = variants.setdefault(job.name, {"train": variant.train, "prompts": variant.prompts, "x": variant.x, "runs": []})
+        row = variants.setdefault(job.name, {**vars(variant), "runs": []})
         row["runs"].append(results_of(job, experiment))
     for row in variants.values():
         row["summary"] = summary(row["runs"])
     return {
-        "question": experiment.question, "train": vars(experiment.train), "prompts": experiment.prompts,
+        "question": experiment.question, "compress": vars(experiment.compress), "train": vars(experiment.train),
+        "prompts": experiment.prompts,
         "axis": experiment.axis, "over": experiment.over, "seeds": experiment.seeds, "variants": variants, "versions": versions(),
     }  # fmt: skip
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lumos.errors import UserError, shown
-from lumos.evaluation.quality import MAX_PSNR, psnr
+from lumos.evaluation.quality import MAX_PSNR
+from lumos.video.frames import psnr
 
 GIVEN = ("first", "prediction", "ends", "interpolation")
 """The names of the patterns of given frames.

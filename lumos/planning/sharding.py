@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
@@ -69,7 +67,3 @@ class Sharding:
         if self.stage is None:
             return "no DeepSpeed"
         return f"ZeRO {self.stage}" + (f", {' and '.join(self.offloaded)} on CPU" if self.offloaded else "")
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -22,6 +22,8 @@ from lumos.files import MAX_YAML_LENGTH, read_json
 from lumos.pipeline.options import SamplingOptions
 from lumos.settings import build, read_yaml, setting, to_plain
 
+RECIPES = ("lumos1", "stiv", "compression")
+"""The folders of configs with recipes of training, in the order in which a name alone is looked for."""
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
 """Largest number of clips in an optimizer step, which is laid out in host memory, and in a validation set."""
@@ -350,7 +352,7 @@ def load_settings(
     `settings_of` gives the class of the settings for the generator that the file names.
     Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
-    raw = read_yaml(path, overrides or [])
+    raw = read_yaml(path, overrides or [], RECIPES)
     raw.setdefault("name", Path(path).stem)
     return build_settings(raw, settings_of)
 

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -108,17 +109,23 @@ class Output(NamedTuple):
     levels: Tensor
 
 
-class Forward(NamedTuple):
+@dataclass(frozen=True)
+class Forward:
     """What a network makes of a micro-batch, for compression.
 
-    losses   [N], those of `TrainingTask.losses`
-    places   {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
-    outputs  yields the output part by part, in bounded memory, in the same order for every network
+    find_losses  returns `losses`; it may use what `outputs` has computed before
+    places       {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
+    outputs      yields the output part by part, in bounded memory, in the same order for every network
     """
 
-    losses: Tensor
+    find_losses: Callable[[], Tensor]
     places: dict[str, Tensor]
     outputs: Callable[[], Iterator[Output]]
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """Those of `TrainingTask.losses`, [N]."""
+        return self.find_losses()
 
 
 class TrainingTask(ABC):

@@ -8,6 +8,7 @@ import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from lumos.data.shards.remote import LocalCopies, is_url
 from lumos.data.shards.source import ShardSource
 from lumos.data.source import Source
 from lumos.data.synthetic.source import SyntheticSource
+from lumos.data.trained_on import TRAINED_ON_FILE, TrainedOn, read_trained_on
 from lumos.errors import UserError, shown
 from lumos.files import user_cache
 from lumos.lora import Lora, add_adapters, sample, text_fingerprint
@@ -193,7 +195,16 @@ class VideoTask(TrainingTask):
             "generation": vars(self.sampling_options()),
             "clip": {name: value for name, value in vars(self.sample_shape).items() if name != "target_size"},
             "lora": self.adapter,
+            "records": {TRAINED_ON_FILE: self.trained_on.as_json()},
         }
+
+    @cached_property
+    def trained_on(self) -> TrainedOn:
+        """What the model was trained on at the end of the run, with what its base models were trained on."""
+        found = self.source.trained_on()
+        for base in self.base_folders:
+            found = found.joined(read_trained_on(base))
+        return found
 
     def export(self, folder: Path, target: Path) -> None:
         """Write a checkpoint as a folder that `VideoPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""

@@ -17,6 +17,7 @@ from lumos import LumosConfig, LumosForVideoGeneration, LumosPipeline, device_pe
 from lumos.benchmarks import isolated, roofline
 from lumos.benchmarks.measure import Bench, interleaved, largest_difference
 from lumos.cli import main
+from lumos.compression import benchmark as compression_bench
 from lumos.data.synthetic.sampling import captions
 from lumos.errors import RunError
 from lumos.models.lumos1.attention import dense_mask
@@ -51,7 +52,10 @@ def model_folder(tmp_path_factory):
     TextTokenizer.train(captions(0, 200), 900, reserved_symbols=symbols).save_pretrained(text_folder)
     text = TextTokenizer.from_pretrained(text_folder)
     clip = ClipDefaults(num_frames=5, height=32, width=32, fps=8, target_size=None)
-    LumosPipeline(model, text, video, GenerationSettings(num_inference_steps=2), clip).save_pretrained(folder / "model")
+    pipe_settings = GenerationSettings(num_inference_steps=2)
+    LumosPipeline(model, text, video, pipe_settings, clip).save_pretrained(folder / "model")
+    config = model.config.to_dict() | {"num_hidden_layers": 4}
+    LumosPipeline(LumosForVideoGeneration(LumosConfig(**config)), text, video, pipe_settings, clip).save_pretrained(folder / "deep")
     return folder / "model"
 
 
@@ -85,8 +89,9 @@ def everything(model_folder, forks):
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(isolated, "subprocess", SimpleNamespace(run=run))
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
-        sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro"]
-        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
+        deep = ["--teacher", str(model_folder.parent / "deep"), "--keep", "2", "--clips", "2"]
+        sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro", *deep]
+        code = main(["bench", "all", "--json", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())
@@ -108,9 +113,41 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
     assert result["settings"]["threads"] == 1
     assert result["measured"]["matrix_product_gflops"]["float32"] > 0
     for part in ("settings", "measured", "ratios"):
-        assert {"attention", "loss", "train", "generate", "stiv"} <= set(result[part])
-    for table in ("attention:", "loss:", "train:", "generate:", "stiv:"):
+        assert {"attention", "loss", "train", "generate", "stiv", "compress"} <= set(result[part])
+    for table in ("attention:", "loss:", "train:", "generate:", "stiv:", "compress:"):
         assert any(line.startswith(table) for line in out.splitlines())
+
+
+def test_scoring_and_distillation_are_measured_beside_plain_forms(everything):
+    _, result, _ = everything
+    measured, ratios = result["measured"]["compress"], result["ratios"]["compress"]
+    assert measured["scoring"]["layers"] == 4
+    scoring = measured["scoring"]
+    assert ratios["scoring"]["scores_over_forwards_time"] == pytest.approx(
+        scoring["seconds"] / scoring["seconds_of_forwards"], rel=1e-2
+    )
+    assert scoring["seconds_per_layer"] == pytest.approx(scoring["seconds"] / 4, rel=1e-2)
+    steps = measured["steps"]
+    assert list(steps) == [*compression_bench.FORMS, "scores"]
+    for form in compression_bench.FORMS:
+        expected = steps[form]["seconds"] / steps["training"]["seconds"]
+        assert ratios["steps"][f"{form}_over_training_time"] == pytest.approx(expected, rel=1e-2)
+        assert steps[form]["extra_memory_mb"] > 0
+    assert steps["all"]["extra_memory_mb"] > steps["training"]["extra_memory_mb"]
+    assert steps["scores"].keys() == {"seconds", "extra_memory_mb"}
+    assert result["settings"]["compress"]["keep"] == 2
+
+
+def test_a_form_of_a_step_computes_its_losses_only(model_folder, tmp_path):
+    """Against the settings of the form: the teacher and the critic exist only where a loss needs them."""
+    teacher = str(model_folder.parent / "deep")
+    settings = compression_bench.Settings(teacher, 2, 1, ("steps",))
+    with compression_bench.student_of(settings) as student:
+        for form, off in compression_bench.FORMS.items():
+            task = compression_bench.task_of(student, teacher, 1, "cpu", "float32", off)
+            assert (task.teacher is None) == (form == "training")
+            assert (task.build_auxiliary() is None) == (form not in ("mca", "all"))
+            assert bool(task.kept) == (form not in ("training", "kd", "mca"))
 
 
 def test_attention_memory_and_ratios(everything):
@@ -190,7 +227,7 @@ def test_stiv_memory_and_ratios(everything):
 
 
 def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
-    assert main(["bench", "attention", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
+    assert main(["bench", "attention", "--json", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result) == KEYS
     assert result["target"] == "attention"

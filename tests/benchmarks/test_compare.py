@@ -32,7 +32,8 @@ def compare(tmp_path, capsys):
             paths.append(tmp_path / f"{i}.json")
             paths[-1].write_text(json.dumps(made))
         code = main(["bench", "compare", *map(str, paths)])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return run
 
@@ -44,10 +45,13 @@ def test_times_are_named_by_the_keys_that_lead_to_them():
 def test_results_of_one_machine_are_a_table(compare):
     code, out, err = compare(result(), result(seconds=1.0))
     assert (code, err) == (0, "")
-    lines = [line.split() for line in out.splitlines()]
+    *lines, last = [line.split() for line in out.splitlines()]
+    last = json.loads(" ".join(last))
     assert lines[0] == ["seconds", "0.json", "1.json", "first", "/", "last"]
     assert lines[1:] == [["generate", "clip_seconds", "2", "1", "2"],
                          ["generate", "shapes", "small", "lumos", "seconds", "4", "2", "2"]]  # fmt: skip
+    assert last["seconds"] == {"generate clip_seconds": [2.0, 1.0], "generate shapes small lumos seconds": [4.0, 2.0]}
+    assert last["machine"]["cpu"] == "A"
 
 
 @pytest.mark.parametrize(

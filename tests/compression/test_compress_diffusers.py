@@ -14,8 +14,9 @@ from tiny_diffusers import MODELSCOPE, SVD, loaded, output, saved
 
 from lumos.cli import main
 from lumos.compression import diffusers_folder, unets
-from lumos.compression.diffusers_folder import RECORD, STEM, write_pruned
+from lumos.compression.diffusers_folder import STEM, write_pruned
 from lumos.compression.diffusers_models import SUPPORTED, load, plan_folder
+from lumos.compression.record import RECORD
 from lumos.errors import RunError
 
 diffusers = pytest.importorskip("diffusers")

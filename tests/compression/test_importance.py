@@ -286,11 +286,33 @@ def test_a_temporal_unit_that_gives_nothing_has_no_motion_share(stiv):
     assert all(0 < found[f"{i}.temporal"]["motion_share"] <= 1 for i in (0, 1, 3))
 
 
+def test_losses_behind_outputs_are_those_of_the_head_without_its_product(lumos, monkeypatch):
+    """Places whose logits were computed for the output need no second product with the head."""
+    model = decoder()
+    head, rows = type(model.lm_head).forward, []
+
+    def counted(self, hidden, targets=None, visual_only=False):
+        rows.append((targets is not None, hidden.flatten(0, -2).shape[0]))
+        return head(self, hidden, targets, visual_only)
+
+    monkeypatch.setattr(type(model.lm_head), "forward", counted)
+    with torch.no_grad():
+        for micro in lumos.batches:
+            found, alone = (lumos.task.forward(model, micro) for _ in "ab")
+            list(found.outputs())
+            assert torch.allclose(found.losses, alone.losses, rtol=1e-5, atol=1e-5)
+            assert found.losses is found.losses
+    behind, plain = (sum(n for has, n in rows if has == wanted) for wanted in (False, True))
+    total = sum(len(lumos.task.forward(model, micro).losses) for micro in lumos.batches)
+    assert behind > 0
+    assert plain == total + (total - behind)
+
+
 def test_pictures_have_no_motion():
     sums = importance.OutputSums(1)
     zero = torch.zeros(1, dtype=torch.int64)
     values = torch.ones(1, 6)
-    sums.add(importance.Output(2 * values, zero, zero), importance.Output(values, zero, zero))
+    sums.add(importance.Output(2 * values, zero, zero), importance.Output(values, zero, zero), importance.squares(values))
     found = sums.results(["all"])
     assert (found["output"], found["content"], found["motion"], found["motion_share"]) == (1.0, 1.0, None, None)
 

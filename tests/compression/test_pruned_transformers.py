@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_diffusers import COUNTS, TRANSFORMERS, blocks_skipped, loaded, make, output, saved
 
-from lumos.compression import transformers
+from lumos.compression import plans, transformers
 from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import plan_folder
 from lumos.errors import UserError
@@ -19,26 +19,22 @@ from lumos.errors import UserError
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.slow
+RULES = {name: getattr(plans, name) for name in transformers.PLANS}
 FIRST = {name: next(iter(counts)) for name, counts in COUNTS.items()}
-
-
-def test_spaced_is_the_published_rule():
-    assert transformers.spaced(8, 6) == [0, 1, 3, 4, 6, 7]
-    assert transformers.spaced(16, 12) == [0, 1, 3, 4, 5, 7, 8, 10, 11, 12, 14, 15]
 
 
 @given(st.integers(2, 60).flatmap(lambda count: st.tuples(st.just(count), st.integers(2, count))))
 def test_every_plan_keeps_both_ends_and_as_many_blocks_as_asked(case):
     count, keep = case
-    for rule in transformers.RULES.values():
+    for rule in RULES.values():
         kept = rule(count, keep)
         assert len(kept) == keep
         assert kept == sorted(set(kept))
         assert (kept[0], kept[-1]) == (0, count - 1)
-    assert transformers.spaced(count, keep) == [int(i * (count - 1) / (keep - 1) + 0.5 + 1e-9) for i in range(keep)]
-    assert transformers.shallow(count, keep)[1:] == list(range(count - keep + 1, count))
-    assert transformers.deep(count, keep)[:-1] == list(range(keep - 1))
-    for rule in transformers.RULES.values():
+    assert plans.spaced(count, keep) == [int(i * (count - 1) / (keep - 1) + 0.5 + 1e-9) for i in range(keep)]
+    assert plans.shallow(count, keep)[1:] == list(range(count - keep + 1, count))
+    assert plans.deep(count, keep)[:-1] == list(range(keep - 1))
+    for rule in RULES.values():
         assert rule(count, count) == list(range(count))
 
 
@@ -52,7 +48,7 @@ def test_the_student_is_the_teacher_with_blocks_skipped(tmp_path, name, plan):
         (tmp_path / "plan.json").write_text(json.dumps({"remove": removed}))
         pruning = plan_folder(folder, str(tmp_path / "plan.json"))
     else:
-        rule = transformers.RULES[plan]
+        rule = RULES[plan]
         removed = [f"{blocks}.{i}" for (blocks, count), n in zip(COUNTS[name].items(), keep, strict=True)
                    for i in range(count) if i not in rule(count, n)]  # fmt: skip
         pruning = plan_folder(folder, plan, keep)

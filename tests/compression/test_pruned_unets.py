@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny_diffusers import MODELSCOPE, SVD, UNETS, loaded, make, output, saved, unet_skipping
 
 from lumos.compression import unets
-from lumos.compression.diffusers_folder import RECORD, on_meta, write_pruned
+from lumos.compression.diffusers_folder import on_meta, write_pruned
 from lumos.compression.diffusers_models import plan_folder
+from lumos.compression.record import RECORD
 from lumos.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")

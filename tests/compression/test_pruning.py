@@ -82,6 +82,25 @@ def test_a_clip_of_the_small_model_is_that_of_the_parent_that_skips(folders, kin
     assert not torch.from_numpy(pipe("a red circle moves left", seed=3, output_type="uint8").frames[0]).equal(wanted)
 
 
+def test_shapes_are_known_without_reading_weights(folders, kind, monkeypatch):
+    found = network(folders, kind)
+    whole, dtype = found.load(), found.dtype
+    shapes = {name: tensor.shape for name, tensor in whole.state_dict().items()}
+
+    def refuse(*args, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr("tokenizer.loading.load_file", refuse)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", refuse)
+    on_meta = found.on_meta()
+    assert {name: tensor.shape for name, tensor in on_meta.state_dict().items()} == shapes
+    assert all(tensor.is_meta for tensor in on_meta.state_dict().values())
+    ours, theirs = (model.config.to_dict() for model in (on_meta, whole))
+    assert {**ours, "_name_or_path": ""} == {**theirs, "_name_or_path": ""}
+    assert found.dtype == dtype
+
+
 LOADS = """
 import sys
 from pathlib import Path

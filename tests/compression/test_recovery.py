@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_diffusers import COUNTS, FRAMES, MODELSCOPE, SVD, TRANSFORMERS, UNETS, inputs, loaded, make, output, saved
 
-from lumos.compression.diffusers_folder import RECORD, write_pruned
+from lumos.compression import recovery
+from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import plan_folder
 from lumos.compression.losses import icd, velocity_kd
+from lumos.compression.record import RECORD
 from lumos.compression.recovery import by_frame, compare, features, taps
 from lumos.errors import RunError, UserError
 
@@ -51,7 +53,7 @@ def test_the_taps_of_a_transformer(pairs):
     assert taps(folder, "last") == [("blocks.2", "blocks.5")]
     assert taps(folder, 2) == [("blocks.0", "blocks.0"), ("blocks.2", "blocks.5")]
     for layers in ("first", 0, -1, True, 1.5):
-        with pytest.raises(UserError, match=r"layers .* is not allowed"):
+        with pytest.raises(UserError, match=r"layers is .*; allowed: all, last, or a whole number"):
             taps(folder, layers)
 
 
@@ -59,6 +61,8 @@ def test_taps_of_a_damaged_record(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({"taps": [["a"]]}))
     with pytest.raises(RunError, match="names no modules"):
         taps(tmp_path)
+    with pytest.raises(RunError, match="is missing"):
+        taps(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
@@ -120,14 +124,19 @@ def test_compare_gives_the_losses_of_features_and_predictions(pairs, name):
 
 @pytest.mark.parametrize("name", [SVD, "HunyuanVideoTransformer3DModel"])
 def test_a_model_compared_with_an_equal_one_has_no_distance(pairs, name):
-    """Test 5: ICD and its gradient are 0 when the student equals the teacher."""
-    teacher, _ = pairs(name)
-    student = make(name)
+    """Test 5: ICD and its gradient are 0 when the student equals the teacher.
+
+    A U-Net whose weights need gradients rounds differently, so its losses are exactly 0 only if they need none, like the teacher's.
+    """
+    teacher, student = pairs(name)[0], make(name)
     names = [(x, x) for x in (["down_blocks.0", "up_blocks.3"] if name == SVD else ["transformer_blocks.1"])]
-    found = compare(student, teacher, names, inputs(name), FRAMES)
+    found = compare(student.requires_grad_(False), teacher, names, inputs(name), FRAMES)
+    assert (found.kd.item(), found.icd.item()) == (0, 0)
+    found = compare(student.requires_grad_(True), teacher, names, inputs(name), FRAMES)
     (found.kd + found.icd).backward()
-    assert (found.kd.item(), found.icd.item()) == pytest.approx((0, 0), abs=1e-9)  # float rounding of weights in other places
-    assert all(p.grad is None or p.grad.abs().max() < 1e-5 for p in student.parameters())
+    rounding = name == SVD
+    assert max(found.kd.item(), found.icd.item()) <= 1e-9 * rounding
+    assert all(p.grad is None or p.grad.abs().max() <= 1e-5 * rounding for p in student.parameters())
 
 
 @pytest.mark.parametrize("name", [SVD, "WanTransformer3DModel"])
@@ -156,6 +165,15 @@ def test_no_loss_is_no_call_of_the_teacher(pairs):
     assert compare(student, teacher, [], inputs(name), FRAMES, icd=False).kd > 0
     assert calls == [1]
     hook.remove()
+
+
+def test_features_that_nobody_compares_are_not_recorded(pairs, monkeypatch):
+    name = "WanTransformer3DModel"
+    teacher, folder = pairs(name)
+    student, recorded = loaded(folder), []
+    monkeypatch.setattr(recovery, "by_frame", lambda output, frames: recorded.append(output))
+    compare(student, teacher, taps(folder), inputs(name), FRAMES, icd=False)
+    assert recorded == []
 
 
 def test_a_teacher_that_is_the_student(pairs):

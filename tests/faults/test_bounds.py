@@ -13,8 +13,7 @@ from lumos.errors import SHOWN_LENGTH, UserError
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_cost import meta_model
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.planning.sharding import parameter_count
-from lumos.runtime import check_memory
+from lumos.runtime import check_memory, parameter_count
 from lumos.training.settings import TrainingSettings, build_settings, load_settings
 from lumos.training.tokenizer.settings import TokenizerTrainingSettings
 from tokenizer import VideoTokenizerConfig

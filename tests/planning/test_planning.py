@@ -36,8 +36,8 @@ from lumos.models.lumos1.training_cost import mean_mask_ratio, meta_model, train
 from lumos.models.lumos1.training_settings import LORA_TARGETS, MaskingSettings
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.gpus import GIB, RESERVED, Hardware
-from lumos.planning.sharding import parameter_count
 from lumos.planning.training import SHIPPED, TrainingPlan
+from lumos.runtime import parameter_count
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.settings import StageSettings, build_settings, load_settings
 

@@ -27,7 +27,8 @@ from lumos.files import only_writer
 from lumos.models.lumos1.training import model_config
 from lumos.models.lumos1.training_cost import LumosTrainingCost, meta_model
 from lumos.planning.fixed_memory import fixed_bytes
-from lumos.planning.sharding import Sharding, parameter_count
+from lumos.planning.sharding import Sharding
+from lumos.runtime import parameter_count
 from lumos.training.checkpoint import Stored
 from lumos.training.deepspeed_engine import BUCKET, deepspeed_options
 from lumos.training.loop import train

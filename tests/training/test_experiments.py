@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -12,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from experiment_jobs import run_in_this_process
 
 from lumos.cli import main
+from lumos.compression.settings import load_settings as compression_settings
 from lumos.evaluation import experiments
 from lumos.models.lumos1.training import model_config
 from lumos.training.settings import load_settings
@@ -40,15 +41,7 @@ def trained(micro_settings, tmp_path: Path) -> str:
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> None:
-    """Jobs run here, one after another: an interpreter for each would take most of their time."""
-
-    def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
-        assert command[:3] == [sys.executable, "-m", "lumos"]
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return subprocess.CompletedProcess(command, main(command[3:]))
-
-    monkeypatch.setattr(experiments, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(SimpleNamespace(map=map)))
-    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    run_in_this_process(monkeypatch)
 
 
 @pytest.fixture
@@ -174,6 +167,19 @@ def test_a_figure_may_be_of_one_kind(tmp_path: Path):
     assert found["shares"] == {"all": 0.375, "all of two": 0.25}
 
 
+def test_a_busy_seed_does_not_move_the_time_of_a_clip():
+    from lumos.evaluation.experiment_plots import times_of
+
+    def row(x: float, **times: list[float]) -> dict:
+        named = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
+        return {"x": x, "runs": [{"clips": 2, **run} for run in named]}
+
+    rows = [row(2.0, seconds=[2, 2, 2]), row(1.0, seconds=[1, 1, 90])]
+    assert times_of(rows) == ([(1.0, 0.5, 0.0), (2.0, 1.0, 0.0)], "seconds")
+    rows = [row(1.0, seconds=[1, 90, 90], cpu_seconds=[2, 2, 2]), row(2.0, seconds=[2, 2, 2], cpu_seconds=[4, 4, 4])]
+    assert times_of(rows) == ([(1.0, 1.0, 0.0), (2.0, 2.0, 0.0)], "CPU seconds")
+
+
 def test_means_and_spread_over_seeds():
     runs = [{"curves": {"loss": [[1, 3.0], [2, value]]}, "shares": {"all": share}} for value, share in ((1.0, 0.5), (2.0, 0.7))]
     assert experiments.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}
@@ -186,5 +192,7 @@ def test_every_shipped_experiment_can_be_planned(repo: Path):
             assert len(found) >= 2, path
             assert len({job.folder for job in found}) == len(found)
             for job in found:
-                if job.train:
+                if job.prune:
+                    compression_settings(repo / job.train[3], list(job.train[4:]))
+                elif job.train:
                     model_config(load_settings(repo / job.train[2], list(job.train[3:])).model)

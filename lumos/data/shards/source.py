@@ -18,9 +18,12 @@ from lumos.data.shards.description import check_count, check_frame_codes, check_
 from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
-from lumos.errors import UserError
+from lumos.data.trained_on import MAX_WORDS, TrainedOn, words_of
+from lumos.errors import RunError, UserError
 
 FOOTERS_AT_ONCE = 16
+MAX_CAPTIONS = 200_000
+"""The most captions whose words are collected."""
 BYTES_PER_CODE = 2.1
 """Bytes of a shard per code, including the other columns."""
 
@@ -103,6 +106,28 @@ class ShardSource:
             if self.reader.copies:
                 self.reader.ask_for(pool.order.next_shards(shape), shape.kind)
         return [self._clip(int(row), shape.kind) for row in rows]
+
+    def trained_on(self) -> TrainedOn:
+        """Return the words of the captions.
+
+        They are not complete if the shards have more than MAX_CAPTIONS captions, if a shard cannot be read, and for shards
+        behind a URL, of which none is read.
+        """
+        words: dict[str, None] = {}
+        left, is_complete = MAX_CAPTIONS, not self.reader.copies
+        for path in self.index.paths if is_complete else ():
+            try:
+                captions = shards.read_texts(path, "caption")
+            except RunError:  # training tells it when it reads the shard
+                is_complete = False
+                continue
+            words |= dict.fromkeys(word for caption in dict.fromkeys(captions[:left]) for word in words_of(caption))
+            is_complete &= len(captions) <= left and len(words) <= MAX_WORDS
+            left -= len(captions)
+            if left <= 0 or len(words) > MAX_WORDS:
+                is_complete &= path == self.index.paths[-1]
+                break
+        return TrainedOn(frozenset(list(words)[:MAX_WORDS]), is_complete)
 
     def _clip(self, row: int, kind: str) -> Clip:
         found = self.reader.read(*self.index.place_of(row))

@@ -24,7 +24,7 @@ from lumos.models.lumos1.training_cost import meta_model
 from lumos.pipeline.defaults import ClipDefaults, read_defaults
 from lumos.pipeline.inputs import check_num_frames
 from lumos.pipeline.request import check_side
-from lumos.planning.sharding import parameter_count
+from lumos.runtime import parameter_count
 
 
 @dataclass(frozen=True)

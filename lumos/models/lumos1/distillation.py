@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, tapped
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare
+from lumos.compression.features import tapped
 from lumos.data.seeding import sample_generator
 from lumos.models.lumos1.attention import attention_for
 from lumos.models.lumos1.distillation_loss import distilled_losses, soft_embeddings
@@ -75,8 +76,8 @@ class DistillableLumos(Distillable):
         return Draws({MASK: torch.stack(masks), LEVEL: torch.tensor(levels)}, padded=(MASK,))
 
     def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
-        layouts, targets = micro["layouts"], micro["targets"]
-        with tapped(self.blocks(model), taps) as found:
+        layouts, targets, blocks = micro["layouts"], micro["targets"], self.blocks(model)
+        with tapped({tap: blocks[tap] for tap in taps}) as found:
             out = model(input_ids=micro["input_ids"], targets=targets, layouts=layouts, with_loss=False)
         prediction = Prediction(out.hidden, bare(model).lm_head.weight, targets[targets != IGNORED])
         return Pass(out.row_index, places_of(out, micro), visual_features([found[tap] for tap in taps], layouts), prediction)

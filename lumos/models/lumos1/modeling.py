@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoModel, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack
@@ -278,7 +279,8 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         Raises UserError, which names missing files and tensors, if the folder is incomplete or damaged.
         """
         name, kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
-        return super().from_pretrained(name, *args, **kwargs)
+        with no_init_weights():  # every tensor is in the folder; random values of the meta device import torch's compiler
+            return super().from_pretrained(name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Write a model folder as in transformers.

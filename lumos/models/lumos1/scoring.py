@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumos.models.lumos1.configuration import LumosConfig
@@ -39,7 +40,9 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     ids, targets, bins = micro["input_ids"], micro["targets"], ratio_bins(micro["mask_ratios"])
     hidden, layouts = model.hidden_states(ids, layouts=micro.get("layouts"))
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-    losses = model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
+    number = torch.full_like(ids, -1)  # of the loss of each place
+    number[rows, columns] = torch.arange(len(rows), device=ids.device)
+    known: dict[str, Tensor] = {}  # losses and, at places whose logits were needed for outputs, True
     frames = frame_indices(layouts, ids.shape[1]).to(ids.device)[rows, columns]
     codes = torch.where(targets != IGNORED, targets, ids - config.visual_token_start)
     spans = torch.tensor([layout.frames[0].end - layout.frames[0].start for layout in layouts], device=ids.device)[rows]
@@ -47,15 +50,31 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     of_frame = torch.where(frames == 0, 0, torch.where(is_copied, 1, 2))
 
     def outputs() -> Iterator[Output]:
+        if not torch.is_grad_enabled():
+            known.update(losses=hidden.new_zeros(len(rows), dtype=torch.float32), has=torch.zeros_like(rows, dtype=torch.bool))
         for row, layout in enumerate(layouts):
-            number = torch.arange(len(layout.frames), device=ids.device)
+            frame = torch.arange(len(layout.frames), device=ids.device)
             span = layout.frames[0].end - layout.frames[0].start
-            at = layout.frames[0].start + number[:, None] * span + torch.arange(span, device=ids.device)  # [T, span]
+            at = layout.frames[0].start + frame[:, None] * span + torch.arange(span, device=ids.device)  # [T, span]
             at = at[:, (targets[row, at] != IGNORED).all(0)]
             for part in at.split(max(1, OUTPUT_VALUES // (len(at) * config.visual_token_count)), dim=1):
                 if part.numel():
                     logits = model.lm_head(hidden[row, part], visual_only=True).float()  # [T, places, codes]
-                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), number, bins[row, : len(number)])
+                    if known:
+                        at_loss = number[row, part].flatten()
+                        found = F.cross_entropy(logits.flatten(0, 1), targets[row, part].flatten(), reduction="none")
+                        known["losses"][at_loss] = found
+                        known["has"][at_loss] = True
+                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), frame, bins[row, : len(frame)])
+
+    def losses() -> Tensor:
+        """The head is by far the largest matrix of a small model: places with known losses need no second product with it."""
+        if not known:
+            return model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
+        (left,) = (~known["has"]).nonzero(as_tuple=True)
+        if len(left):
+            known["losses"][left] = model.lm_head(hidden[rows[left], columns[left]], targets=targets[rows[left], columns[left]])
+        return known["losses"]
 
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
 

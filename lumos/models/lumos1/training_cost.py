@@ -34,7 +34,8 @@ from lumos.models.lumos1.swiglu import mlp_piece
 from lumos.models.lumos1.training import check_clip_shape, model_config
 from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
 from lumos.planning.fixed_memory import fixed_bytes
-from lumos.planning.sharding import PARTS, Sharding, parameter_count
+from lumos.planning.sharding import PARTS, Sharding
+from lumos.runtime import parameter_count
 from lumos.training.settings import LoraSettings
 
 

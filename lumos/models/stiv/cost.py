@@ -36,7 +36,8 @@ from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.defaults import ClipDefaults, read_defaults
 from lumos.pipeline.request import check_side
 from lumos.planning.fixed_memory import fixed_bytes
-from lumos.planning.sharding import PARTS, Sharding, parameter_count
+from lumos.planning.sharding import PARTS, Sharding
+from lumos.runtime import parameter_count
 from lumos.training.settings import LoraSettings
 
 RUNNING_TENSORS = 14

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lumos.compression.critic import time_of_noise
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, in_order, tapped
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, in_order
+from lumos.compression.features import tapped
 from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
 from lumos.models.stiv.attention import RMSNorm
@@ -78,7 +79,8 @@ class DistillableStiv(Distillable):
     def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
         clips, places, features, predictions = [], defaultdict(list), [], []
         for inputs in inputs_by_size(micro):
-            with tapped(self.blocks(model), taps) as found:
+            blocks = self.blocks(model)
+            with tapped({tap: blocks[tap] for tap in taps}) as found:
                 predictions.append(Prediction(inputs, inputs.velocity(model)))
             features.append(self._features(inputs, [found[tap] for tap in taps]))
             at = torch.tensor(inputs.at, device=inputs.times.device)
@@ -106,7 +108,7 @@ class DistillableStiv(Distillable):
             times = micro[LEVEL][inputs.at]
             noise = torch.stack([micro[NOISE][i] for i in inputs.at])
             x = renoised(one_step_result(velocity, inputs), noise, times, inputs)
-            with tapped(first.blocks, taps) as found:
+            with tapped({tap: first.blocks[tap] for tap in taps}) as found:
                 first(x, times, **inputs.conditions)
             features.append(self._features(inputs, [found[tap] for tap in taps]))
             pooled.append((inputs.at, self._pooled(teacher, inputs)))

@@ -122,9 +122,11 @@ class StivTask(VideoTask):
     def fingerprint_of(folder: str, kind: str) -> str:
         if kind == "video":
             return network_fingerprint(load_network(folder))
-        if (Path(folder) / "config.json").is_file():  # a frozen encoder, with its tokenizer
-            return network_fingerprint(FrozenTextEncoder.from_pretrained(folder).model)
-        return VideoTask.fingerprint_of(folder, kind)
+        place = StivTask.part_of(folder, kind)  # of a whole model folder
+        place = place if place.is_dir() else Path(folder)
+        if (place / "config.json").is_file():  # a frozen encoder, with its tokenizer
+            return network_fingerprint(FrozenTextEncoder.from_pretrained(place).model)
+        return VideoTask.fingerprint_of(str(place), kind)
 
     @staticmethod
     def score_settings(config: StivConfig) -> dict[str, Any]:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lumos.data.curriculum import StepShape
 from lumos.data.prefetch import in_processes
 from lumos.errors import RunError, UserError
 from lumos.files import replacing_folder, write_json
+from lumos.progress import progress_bar
+from lumos.runtime import parameter_count
 from lumos.training import checkpoint, loop
 from lumos.training.task import Batch, Measured, TrainingTask
 from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_photographs, held_out_worlds
@@ -97,7 +98,7 @@ class TokenizerTask(TrainingTask):
         model = self.build_model().to(self.device).eval()
         fit, steps = DifferenceFit(model), range(settings.steps, settings.steps + settings.fit_batches)
         with closing(self._drawn(steps)) as batches:
-            for batch in tqdm(batches, total=len(steps), desc="fit", unit="batch"):
+            for batch in progress_bar(batches, total=len(steps), desc="fit", unit="batch"):
                 for weight, (video, is_world) in zip((1.0, settings.picture_weight), batch.videos(self.device), strict=False):
                     fit.add(video, weight / video[:, :1].numel() * foreground_weight(video, is_world, settings.foreground_weight))
                 if stop():
@@ -205,7 +206,7 @@ class TokenizerTask(TrainingTask):
                 "finished": True,
                 "step": state["step"],
                 "minutes": round((state["seconds"] + state["first_seconds"]) / 60, 1),
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": parameter_count(model),
                 "codes": model.num_codes,
             }
             record = {

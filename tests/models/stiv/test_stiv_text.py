@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from lumos.errors import UserError
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, padded, text_ids
+from lumos.models.stiv.training import StivTask
 
 
 class Letters:
@@ -22,6 +24,15 @@ def test_prompts_end_with_an_end_mark_and_the_null_text_is_one(micro_stiv_config
     found = text_ids(Letters(), ["abc", "", "z"], micro_stiv_config())
     assert found.ids.tolist() == [[0, 1, 2, 32], [32, 32, 32, 32], [25, 32, 32, 32]]
     assert found.mask.sum(1).tolist() == [4, 1, 2]
+
+
+def test_a_whole_model_folder_has_the_fingerprint_of_its_text_tokenizer(micro_folder, clip_text, tmp_path):
+    """Of a model of another generator too: its config.json says nothing of text."""
+    of = StivTask.fingerprint_of
+    assert of(str(micro_folder), "text") == of(str(micro_folder / "text_tokenizer"), "text")
+    shutil.copytree(clip_text, tmp_path / "whole" / "text_encoder")
+    (tmp_path / "whole" / "config.json").write_text('{"model_type": "stiv"}')
+    assert of(str(tmp_path / "whole"), "text") == of(str(clip_text), "text") != of(str(micro_folder), "text")
 
 
 def test_prompts_that_do_not_fit_are_refused(micro_stiv_config):

@@ -43,7 +43,7 @@ from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, use_int8_weights
 from lumos.pipeline.defaults import read_defaults, shipped_model
 from lumos.pipeline.options import ACCELERATION, given_options
-from lumos.runtime import peak_memory_bytes
+from lumos.runtime import parameter_count, peak_memory_bytes
 
 LOGITS_TOLERANCE = 1e-3  # largest difference of two fp32 logits that count as equal
 MAKERS = dict(zip(FORMS, (generate, generate_plainly), strict=True))
@@ -204,7 +204,7 @@ def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, A
         bench.step()
     config, figures = case.model.config, form_figures(case, seconds["lumos"], bench)
     row = {
-        "shape": shape, "parameters": sum(p.numel() for p in case.model.parameters()), "layers": config.num_hidden_layers,
+        "shape": shape, "parameters": parameter_count(case.model), "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "visual_codes": config.visual_token_count, "tokens_a_frame": case.span,
         "latent_frames": case.frames, "logits_max_difference": rounded(difference),
         **{form: {"seconds": rounded(seconds[form]), "extra_memory_mb": megabytes[form]} for form in FORMS},

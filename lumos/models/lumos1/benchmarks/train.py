@@ -49,8 +49,7 @@ from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sequence import build_sequence, code_mask, content_mask, parse_layout
 from lumos.models.lumos1.training_cost import meta_model, sequence_layout
-from lumos.planning.sharding import parameter_count
-from lumos.runtime import check_memory, pick_device, return_freed_memory
+from lumos.runtime import check_memory, parameter_count, pick_device, return_freed_memory
 
 KEPT = "_without_checkpointing"
 FORMS = ("lumos", "published", f"lumos{KEPT}", f"published{KEPT}", "llama")

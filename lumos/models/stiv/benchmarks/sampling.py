@@ -22,6 +22,7 @@ from lumos.benchmarks.roofline import counted_flops, profiled, recorded_products
 from lumos.models.stiv.benchmarks.cases import SIZES, Case, latte_of, make_case, plain_operators
 from lumos.models.stiv.guidance import Branch, Guidance, over_branches, sample
 from lumos.models.stiv.text_encoder import TextStates
+from lumos.runtime import parameter_count
 
 FORMS = ("lumos", "plain", "latte")
 TIMES = (0.5, 0.52)
@@ -84,7 +85,7 @@ def run_size(size: str, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], l
     frames, rows, columns = case.model.config.grid(*SIZES[size].latents)
     row: dict[str, Any] = {
         "size": size, "layers": SIZES[size].layers, "width": SIZES[size].width, "tokens": frames * rows * columns,
-        "parameters": {form: sum(p.numel() for p in m.parameters()) for form, m in (("lumos", case.model), ("latte", latte))},
+        "parameters": {form: parameter_count(m) for form, m in (("lumos", case.model), ("latte", latte))},
         "max_difference": rounded(difference), "shares_of_time": {name: rounded(share, 3) for name, share in shares.items()},
     }  # fmt: skip
     table = []

@@ -1,0 +1,46 @@
+"""Which blocks of two networks are compared, and what they give in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lumos.errors import UserError, shown
+from lumos.settings import is_whole
+
+Key = TypeVar("Key", bound=Hashable)
+MOST = 2**16
+
+
+def chosen_layers(count: int, layers: Any, name: str = "layers") -> list[int]:
+    """Return the numbers, ascending, of the layers out of `count` that are compared.
+
+    layers: "all"; "last"; or n for every n-th, so that the last one is among them. name: what it is called in the message.
+
+    Raises UserError for other values.
+    """
+    every = {"all": 1, "last": max(1, count)}.get(layers) if isinstance(layers, str) else layers
+    if not is_whole(every) or not 1 <= every <= MOST:
+        raise UserError(f"{name} is {shown(layers)}; allowed: all, last, or a whole number from 1 to {MOST}")
+    return list(range(count))[::-1][::every][::-1]
+
+
+@contextmanager
+def tapped(
+    modules: Mapping[Key, nn.Module], form: Callable[[Any], Tensor] = lambda output: output
+) -> Iterator[dict[Key, Tensor]]:
+    """Yield a dict that each forward pass within the block fills: {key of a module: form(its output)}."""
+    found: dict[Key, Tensor] = {}
+
+    def hook(key: Key) -> Any:
+        return lambda module, args, output: found.__setitem__(key, form(output))
+
+    hooks = [module.register_forward_hook(hook(key)) for key, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
