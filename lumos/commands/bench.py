@@ -19,13 +19,13 @@ from lumos.commands.counts import MAX_CLIPS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
     known = targets()
     whole = subcommands.found("bench")
     told = f"{', '.join(known)}, all of these, or {', '.join(whole)}"
     names = parser.add_subparsers(dest="target", metavar="TARGET", required=True, help=told)
     for name, text in {**{name: benchmark.summary for name, benchmark in known.items()}, "all": "all of them"}.items():
         sub = names.add_parser(name, description=text, help=text)
+        add_json(sub)
         add = sub.add_argument
         add("--repetitions", type=int, default=3, help="number of timed runs (the median counts) or clips; default: %(default)s")
         add("--device", help="cpu or cuda; default: cuda if there is one")
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, path in whole.items():
         module, text = import_module(path), subcommands.summary(path)
         sub = names.add_parser(name, description=text, help=text)
+        add_json(sub)
         module.add_arguments(sub)
         sub.set_defaults(whole=module)
 

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.progress import LOGGER, progress_bar
 
     names = ("fps", "size", "num_frames", "min_frames", "clips_per_video", "per_frame_codes")
-    workers = usual_workers(args.device) if args.workers is None else args.workers
+    device = "cpu" if args.engine == "ray" else args.device  # Ray has its own devices, which `ingest` checks
+    workers = usual_workers(device) if args.workers is None else args.workers
     settings = ClipSettings(**{name: getattr(args, name) for name in names})
     with progress_bar(unit="item", desc="ingesting") as bar:
 

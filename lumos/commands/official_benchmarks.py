@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from lumos.errors import UserError
 
-    own, shared = {"aggregate", "output"}, {"what", "module", "json", "quiet"}
+    own, shared = {"aggregate", "output"}, {"what", "module", "json", "quiet", "threads", "own_process"}
     given = {key: value for key, value in vars(args).items() if value is not None and key not in shared}
     if args.aggregate:
         if other := [f"--{key.replace('_', '-')}" for key in given if key not in own]:

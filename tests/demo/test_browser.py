@@ -293,7 +293,7 @@ def test_the_documented_curl_line(server, repo, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     lines = [line for block in documented(repo, "bash") for line in block.splitlines() if line.startswith("curl")]
-    Image.new("RGB", (60, 40)).save(tmp_path / "photo.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "first.png")
     assert len(lines) == 2
     for line in lines:
         subprocess.run(shlex.split(line.replace("http://127.0.0.1:7860", server.url)), cwd=tmp_path, check=True)
