@@ -93,6 +93,8 @@ def check_effect(latents: int, new_frames: int, given: Mapping[str, Any], settin
     clip, history = f"a clip of {latents} latent frames", settings.history_frames
     if new_frames == 1:
         without_effect("a single new latent frame", later_steps=asked["later_steps"])
+    if max(map(settings.steps_of, range(min(new_frames, 2)))) == 1:
+        without_effect("latent frames of one step", step_reuse=given.get("step_reuse"))
     if history is None:
         return
     if latents <= 2 + history:

@@ -62,6 +62,11 @@ class GenerationSettings(SamplingOptions):
     later_steps: int | None = setting(
         None, "num_inference_steps of each latent frame after the first", low=1, high=1000, pictures=False, trade=True
     )
+    step_reuse: int = setting(
+        1, "only every n-th step of a latent frame runs all of its codes; the others run the codes that the step before ran "
+        "masked, and reuse keys and values of the rest",
+        low=1, high=1000, trade=True,
+    )  # fmt: skip
     history_frames: int | None = setting(
         None, "a frame sees the first latent frame and this number of frames before it, so that memory stays bounded",
         low=1, high=MAX_FRAMES, allowed=f"at least 1, at most {MAX_FRAMES:,}", pictures=False, trade=True,
@@ -118,3 +123,12 @@ class GenerationSettings(SamplingOptions):
         """Return whether step number `step` of the `steps` of a frame uses guidance, and so both branches."""
         start, stop = self.guidance_interval
         return start <= step / steps < stop
+
+    def runs_all(self, step: int, steps: int) -> bool:
+        """Return whether step number `step` of the `steps` of a frame runs all tokens of the frame.
+
+        These are the steps that step_reuse divides, and the step that begins guidance: its other branches have not
+        run in this frame yet. Every other step runs the codes that were masked in the step before it.
+        """
+        begins_guidance = step > 0 and self.guides(step, steps) and not self.guides(step - 1, steps)
+        return step % self.step_reuse == 0 or begins_guidance
