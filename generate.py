@@ -7,7 +7,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from lumos.cli import main
+        from lumos.cli import program
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    sys.exit(program(["generate", *sys.argv[1:]]))

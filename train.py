@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from lumos.cli import main
+        from lumos.cli import program
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(program(["train", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 import sys
 
-from lumos.cli import main
+from lumos.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -8,21 +8,27 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lumos import threads
 from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.progress import LOGGER, BesideBars
 from lumos.version import __version__
 
 VERBS = {
     "generate": "make a clip or a picture from a prompt, a picture or a clip",
+    "info": "show what a model folder is, and what it was trained on",
     "demo": "open a page in the browser, and an HTTP API, that make clips",
+    "serve": "serve the HTTP API without the page, for programs",
     "render": "write clips of synthetic scenes as mp4 with captions, to try ingest and training",
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",
@@ -40,14 +46,24 @@ VERBS = {
     "bench": "measure speed and memory on this machine",
 }
 
+LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
+"""Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code. A user's mistake gives one line on stderr, never a traceback."""
+def program(argv: list[str] | None = None) -> int:
+    """Do the same as `main` in a process of its own, whose threads are set up before torch is imported; see `lumos.threads`."""
+    return main(argv, own_process="torch" not in sys.modules)
+
+
+def main(argv: list[str] | None = None, *, own_process: bool = False) -> int:
+    """Run one verb and return the exit code. A user's mistake gives one line on stderr, never a traceback.
+
+    own_process: the environment of this process may be changed for the verb.
+    """
     try:
-        code = run_verb(sys.argv[1:] if argv is None else argv)
+        code = run_verb(sys.argv[1:] if argv is None else argv, own_process)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as in `lumos --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def run_verb(argv: list[str]) -> int:
+def run_verb(argv: list[str], own_process: bool = False) -> int:
     """Run the verb `argv[0]` with its options and return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         verbs = "\n".join(f"  {name:22}{text}" for name, text in VERBS.items())
@@ -70,10 +86,19 @@ def run_verb(argv: list[str]) -> int:
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
-        parser = Parser(prog=f"lumos {verb}", description=VERBS[verb])
+        kind = Parser if verb in LIGHT_VERBS else ComputingParser
+        parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
-        with warnings_as_notes():
-            command.run(parser.parse_all(argv[1:]))
+        args = parser.parse_all(argv[1:])
+        only_json = getattr(args, "json", False)
+        with (
+            messages(getattr(args, "quiet", False)),
+            redirect_stdout(sys.stderr) if only_json else nullcontext(),
+            using_threads(args, own_process, watch=verb != "bench"),
+        ):
+            result = command.run(args)
+        if only_json:
+            print(json.dumps(result))
     except BrokenPipeError:
         raise
     except SystemExit as stop:
@@ -92,13 +117,43 @@ def run_verb(argv: list[str]) -> int:
 
 
 @contextmanager
+def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> Iterator[None]:
+    """Inside, torch uses `args.threads` threads; in a process of its own, also by default as many as there are free cores.
+
+    watch: print a note if the threads of a process of its own wait long for a core.
+    """
+    args.threads, args.own_process = getattr(args, "threads", None), own_process
+    if not own_process:
+        with threads.threads_of_a_call(args.threads):
+            yield
+        return
+    threads.prepare_process(args.threads)
+    with threads.watched() if watch else nullcontext():
+        yield
+
+
+@contextmanager
+def messages(quiet: bool) -> Iterator[None]:
+    """Print the messages of the logger "lumos" on stderr during the block, errors only if `quiet`, and warnings as notes."""
+    handler, level = BesideBars(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings_as_notes():
+            yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+
+
+@contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Print warnings of this package as one line on stderr, like errors. Warnings of libraries are printed as usual."""
     usual, here = warnings.showwarning, Path(__file__).parent
 
     def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
         if category is UserWarning and Path(filename).is_relative_to(here):
-            print(f"note: {one_line(str(message))}", file=sys.stderr)
+            LOGGER.warning(f"note: {one_line(str(message))}")
         else:
             usual(message, category, filename, *where)
 
@@ -110,7 +165,11 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong option in one line, without the usage."""
+    """An ArgumentParser that reports a wrong option in one line, without the usage. Every verb has --quiet."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="print no notes and no progress")
 
     def parse_all(self, argv: list[str]) -> argparse.Namespace:
         """Return the arguments. Overrides (section.key=value) may stand anywhere among the options."""
@@ -121,6 +180,20 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
+
+
+class ComputingParser(Parser):
+    """The parser of a verb that computes. It has `--threads`, and so have the parsers of the verb's parts."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.add_argument(
+            "--threads", type=int, metavar="N", default=argparse.SUPPRESS,  # a part's default would hide what is before it
+            help="CPU threads; default: LUMOS_THREADS or OMP_NUM_THREADS, else as many as there are free cores",
+        )  # fmt: skip
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON; text goes to stderr."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -11,13 +11,14 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
+from lumos.shipped import find_config
 
 MAX_WHOLE = 2**63 - 1
 """The largest whole number of a setting without `high`, for example a seed."""
@@ -76,13 +77,13 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
+def read_yaml(path: str | Path, overrides: list[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Return the nested dict in a YAML file after the overrides.
 
+    The file may be the name of a shipped recipe; `kinds` are the folders of recipes, see `lumos.shipped.find_config`.
     Raises UserError for a missing or malformed file and for a malformed override.
     """
-    if not Path(path).exists():
-        raise UserError(f"there is no config file {path}; the shipped ones are in configs/")
+    path = find_config(path, kinds)
     raw = parse_yaml(read_text(path, "a config in YAML", 4 * MAX_YAML_LENGTH), str(path))
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):

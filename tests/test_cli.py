@@ -72,13 +72,13 @@ def test_a_record_is_enough_to_make_the_clip_again(generate):
 
 
 def test_settings_that_trade_are_taken_and_recorded(generate):
-    trades = ["--guidance-interval", 0, 0.5, "--confidence-threshold", 0.9, "--later-steps", 1,
+    trades = ["--guidance-interval", 0, 0.5, "--confidence-threshold", 0.9, "--later-steps", 1, "--step-reuse", 2,
               "--history-frames", 2, "--history-thinning"]  # fmt: skip
     assert generate("--prompt", "x", "--num-frames", 21, *trades, "--output", "a.webp")[0] == 0
     settings = json.loads(Path("a.webp.json").read_text())["settings"]
     assert settings["guidance_interval"] == [0.0, 0.5]
-    names = ("confidence_threshold", "later_steps", "history_frames", "history_thinning")
-    assert [settings[name] for name in names] == [0.9, 1, 2, True]
+    names = ("confidence_threshold", "later_steps", "step_reuse", "history_frames", "history_thinning")
+    assert [settings[name] for name in names] == [0.9, 1, 2, 2, True]
     code, _, err = generate("--prompt", "x", "--guidance-interval", 0.6, 0.9, "--output", "b.webp")
     assert (code, len(err)) == (2, 1)
     assert "holds none of 2 steps" in err[0]

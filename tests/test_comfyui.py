@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import shutil
 import sys
+import tomllib
 import types
 from dataclasses import replace
 
@@ -52,7 +54,7 @@ def comfy(monkeypatch, tmp_path, micro_folder):
             "get_torch_device": lambda: torch.device("cpu"), "throw_exception_if_processing_interrupted": stop,
         },
         "folder_paths": {
-            "models_dir": str(tmp_path / "models"), "get_folder_paths": lambda name: places[name][:],
+            "models_dir": str(tmp_path / "models"), "get_folder_paths": lambda name: places.get(name, [])[:],
             "add_model_folder_path": lambda name, path, is_default=False: places.setdefault(name, []).append(path),
         },
     }  # fmt: skip
@@ -263,7 +265,7 @@ def test_the_image_node_makes_the_uses_of_stiv(nodes):
     clip = torch.rand(3, 16, 32, 3)
     node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
     usual = {name: value for name, value in widgets(node).items() if name not in ("model", "interpolate", "views")}
-    usual |= {"num_inference_steps": 1, "seed": 1}
+    usual |= {"num_inference_steps": 1, "seed": 1, "num_frames": 5}
     for images, uses, count in (
         (clip[:1], {"prompt": "x", "last_image": clip[1:2]}, 5), (clip, {"prompt": "", "interpolate": True}, 5),
         (clip[:1], {"prompt": "", "views": True}, 7), (clip[:1], {"prompt": "x", "interpolate": False, "views": False}, 5),
@@ -276,3 +278,82 @@ def test_the_image_node_refuses_uses_of_another_generator(nodes, model):
     inputs = widgets(nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]) | {"prompt": "x", "views": True}
     with pytest.raises(UserError, match="views is not possible with models of the generator lumos1"):
         execute(nodes, "LumosImageToVideo", model=model, images=torch.rand(1, 16, 24, 3), **inputs)
+
+
+def test_steps_and_bounds_of_frames(nodes, model):
+    """ComfyUI's arrows and its check go from 1 in steps of a latent frame; workflows of earlier versions hold 0, the default."""
+    for name in ("LumosTextToVideo", "LumosImageToVideo"):
+        node = nodes.NODE_CLASS_MAPPINGS[name]
+        kind, how = node.INPUT_TYPES()["required"]["num_frames"]
+        assert (kind, how["min"], how["step"]) == ("INT", 1, model.temporal_compression)
+        assert how["default"] % how["step"] == how["max"] % how["step"] == 1
+        for value in (None, 0, how["min"], how["default"], how["max"]):
+            assert node.VALIDATE_INPUTS(num_frames=value) is True
+        for value in (-3, 2, 6, how["max"] + how["step"]):
+            assert f"num_frames {value} is not possible; give 1 + a multiple of 4" in node.VALIDATE_INPUTS(num_frames=value)
+    assert "for example 17" in node.VALIDATE_INPUTS(num_frames=18)
+    fps = node.INPUT_TYPES()["required"]["fps"][1]
+    assert (fps["min"], fps["max"]) == (0, 120)
+
+
+@pytest.fixture
+def adapter(comfy, tmp_path, micro_folder):
+    """An adapter of the micro model in models/loras, with weights drawn at random."""
+    peft = pytest.importorskip("peft", reason="adapters need the extra [lora]")
+    from lumos import LumosForVideoGeneration
+    from lumos.lora import Lora, _peft_config, fingerprints, sample, write_adapter
+
+    network = LumosForVideoGeneration.from_pretrained(micro_folder)
+    drawn = torch.Generator().manual_seed(0)
+    lora = Lora(rank=2, alpha=4.0, dropout=0.0, targets=["q_proj", "down_proj"])
+    base = {"folder": str(micro_folder), "sample": sample(network)}
+    record = {"base": base, "tokenizers": fingerprints(micro_folder, micro_folder)}
+    wrapped = peft.get_peft_model(network, _peft_config(lora))
+    weights = {name.removeprefix("base_model.model."): torch.randn(p.shape, generator=drawn) * 0.2
+               for name, p in wrapped.named_parameters() if "lora_" in name}  # fmt: skip
+    places = sys.modules["folder_paths"]
+    places.add_model_folder_path("loras", str(tmp_path / "models" / "loras"))
+    folder = tmp_path / "models" / "loras" / "mine"
+    folder.mkdir(parents=True)
+    write_adapter(folder, weights, lora, str(micro_folder), record)
+    (tmp_path / "models" / "loras" / "other.safetensors").touch()  # of another program
+    return folder
+
+
+def test_a_lora_changes_a_copy_of_the_model(nodes, model, adapter, micro_folder):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosLoraLoader"]
+    assert node.INPUT_TYPES()["required"]["lora"][0] == ["mine"]
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    found = {strength: execute(nodes, "LumosLoraLoader", model=model, lora="mine", strength=strength)[0]
+             for strength in (0.0, 0.5, 1.0)}  # fmt: skip
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    whole = LumosPipeline.from_pretrained(micro_folder, lora=adapter, device="cpu").model.state_dict()
+    assert any(not torch.equal(whole[name], before[name]) for name in before)
+    for name, tensor in found[0.5].model.state_dict().items():
+        assert torch.equal(found[0.0].model.state_dict()[name], before[name])
+        assert torch.allclose(found[1.0].model.state_dict()[name], whole[name], atol=1e-6)
+        assert torch.allclose(tensor, (before[name] + whole[name]) / 2, atol=1e-6)
+    clips = [execute(nodes, "LumosTextToVideo", model=pipe, **{**widgets(nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]),
+                                                              "prompt": "x", "seed": 1, "num_frames": 5})[0]
+             for pipe in (model, found[0.0], found[1.0])]  # fmt: skip
+    assert torch.equal(clips[0], clips[1])
+    assert not torch.equal(clips[0], clips[2])
+
+
+def test_mistakes_with_a_lora(nodes, model, adapter):
+    with pytest.raises(UserError, match="there is no adapter 'none' in models/loras; found: mine"):
+        execute(nodes, "LumosLoraLoader", model=model, lora="none", strength=1.0)
+    changed = execute(nodes, "LumosLoraLoader", model=model, lora="mine", strength=1.0)[0]
+    with pytest.raises(UserError, match="the model has the adapter 'mine' already"):
+        execute(nodes, "LumosLoraLoader", model=changed, lora="mine", strength=1.0)
+
+
+def test_the_manager_can_read_what_the_nodes_are(repo):
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    node = tomllib.loads((repo / "integrations/comfyui/pyproject.toml").read_text())
+    assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName", "Icon"}
+    assert (node["project"]["version"], node["project"]["requires-python"]) == (project["version"], project["requires-python"])
+    (needed,) = node["project"]["dependencies"]
+    name, extra = re.fullmatch(r"([\w-]+)\[(\w+)\]", needed).groups()
+    assert (name, extra in project["optional-dependencies"]) == (project["name"], True)
+    assert re.fullmatch(r"[a-z0-9-]+", node["project"]["name"])

@@ -96,7 +96,8 @@ def test_a_plain_install_can_import_every_module(repo, project):
 def test_data_files_are_packaged(repo):
     globs = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packaged = {path for room, kinds in globs.items() for kind in kinds for path in (repo / room.replace(".", "/")).glob(kind)}
-    files = {path for path in (repo / "lumos").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    rooms = [path for room in ("lumos", "tokenizer") for path in (repo / room).rglob("*")]
+    files = {path for path in rooms if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert packaged == files
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pages import ROOT, blocks, command_lines, option_rows, verbs
 
+from lumos.benchmarks.compare import check_one_machine, machine_of, read_result
 from lumos.cli import main
 from lumos.data.ingest import item, workers
 from lumos.demo.limits import Limits
@@ -52,6 +53,20 @@ def test_every_link_leads_somewhere(page: Path):
         file = (page.parent / target).resolve() if target else page
         assert file.is_file(), link
         assert not anchor or anchor in anchors(file), link
+
+
+def test_a_table_of_a_benchmark_is_of_one_machine():
+    """The heading over a table of results of `bench` names the processor of all its files."""
+    page = ROOT / "docs" / "generate" / "benchmarks.md"
+    headings = 0
+    for section in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE):
+        rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        results = [read_result(page.parent / file) for file in re.findall(r"\((\.\./results/bench-.*?\.json)\)", rows)]
+        if results:
+            assert {machine_of(result)["cpu"] for result in results} == {section.splitlines()[0].split(": ")[-1]}
+            check_one_machine(dict(enumerate(results)))
+            headings += 1
+    assert headings == 4
 
 
 def test_every_result_is_shown_on_a_page():
@@ -192,7 +207,7 @@ def test_the_tokenizer_commands(clone):
 @pytest.mark.slow
 def test_the_tokenizer_is_measured(clone, capsys):
     command = next(command for command in verbs("docs/tokenizer/index.md") if "worlds" in command)
-    assert main([*command, "--count", "3"]) == 0
+    assert main([*command, "--count", "3", "--json"]) == 0
     assert (clone / "sheet.png").is_file()
     assert '"union"' in capsys.readouterr().out.splitlines()[-1]
 

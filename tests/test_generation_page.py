@@ -31,7 +31,7 @@ def test_every_generate_command(commands, micro_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "released").symlink_to(micro_folder)
     (tmp_path / "prompts.txt").write_text("a red circle moves left\na small blue square moves up\n")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save("photo.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save("first.png")
     write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8), 8)
     asked = [command for command in commands if command[0] == "generate"]
     assert len(asked) >= 13

@@ -111,11 +111,11 @@ class ToyPipeline(VideoPipeline):
     def size_unit(self):
         return self.video_tokenizer.spatial_compression
 
-    def resolve(self, request: Request):
+    def resolved(self, request: Request):
         return resolve(request, self.settings, self.clip, generator="toy", size_unit=self.size_unit,
                        largest_side=self.largest_side, temporal_compression=self.temporal_compression)  # fmt: skip
 
-    def encode(self, resolved):
+    def encoded(self, resolved):
         return Encoded(resolved=resolved, given=[])
 
     @torch.inference_mode()

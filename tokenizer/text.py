@@ -19,7 +19,7 @@ import sentencepiece
 import tokenizers
 
 from lumos.errors import UserError, as_text, reason_of, shown
-from lumos.files import parse_json, read_bytes, read_text, write_bytes
+from lumos.files import parse_json, read_bytes, read_text, updating_folder
 
 FILE_NAMES = ("text_tokenizer.json", "tokenizer.json", "text_tokenizer.model", "tokenizer.model")
 SUBFOLDER = "text_tokenizer"
@@ -92,9 +92,15 @@ class TextTokenizer:
         return self._backend.token_to_id(token)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the tokenizer file, unchanged, into ``folder`` and return its path."""
+        """Write the tokenizer file, unchanged, into ``folder`` and return its path.
+
+        It replaces a tokenizer file of another name, which `from_pretrained` could find first. Other
+        files of the folder stay.
+        """
         name = "tokenizer.model" if self.kind == "sentencepiece" else "tokenizer.json"
-        return write_bytes(Path(folder) / name, self._data)
+        with updating_folder(folder, FILE_NAMES.__contains__) as writing:
+            (writing / name).write_bytes(self._data)
+        return Path(folder) / name
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, limit: int | None = None) -> TextTokenizer:

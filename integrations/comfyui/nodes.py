@@ -1,4 +1,4 @@
-"""Three ComfyUI nodes: one loads a model, one makes a video from text, one makes a video from an image or a clip.
+"""Four ComfyUI nodes: two load a model and a LoRA adapter, two make a video from text, and from an image or a clip.
 
 ComfyUI's IMAGE is a float tensor [B, H, W, C] in [0, 1]; in a clip, B is the number of frames. The
 frames of a latent frame are decoded as soon as it is done, and the last of them is shown as a
@@ -8,7 +8,10 @@ model.
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -21,12 +24,17 @@ from torch import Tensor
 
 from lumos import VideoPipeline
 from lumos.errors import UserError, shown
+from lumos.lora import fingerprints, is_adapter, merge_adapter
 from lumos.pipeline.inputs import MAX_SEED
 from lumos.pipeline.options import CHOICE, FLAG, WHOLE, Option, all_options
 from lumos.pipeline.request import Request
 
 KIND = "lumos"
+ADAPTERS = "loras"
 PREVIEW_PIXELS = 512
+STRIDE = 4
+"""Frames of a latent frame, of all models that there are; the pipeline checks a model's own."""
+MAX_FRAMES = 1 + 2047 * STRIDE
 SAVED_ORDER = (
     "num_inference_steps", "guidance_scale", "temperature", "history_mask_ratio", "mask_given_frames", "history_thinning",
     "guidance_renorm", "solver", "null_image", "keep_given_pixels",
@@ -38,10 +46,19 @@ folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, K
 
 def model_folders() -> dict[str, str]:
     """Return the paths of the model folders by name, from models/lumos and from the folders in extra_model_paths.yaml."""
-    found = {}
-    for place in folder_paths.get_folder_paths(KIND):
+    return folders_in(KIND, lambda path: (path / "config.json").is_file())
+
+
+def adapter_folders() -> dict[str, str]:
+    """Return the paths of the adapter folders by name, from models/loras and from the folders in extra_model_paths.yaml."""
+    return folders_in(ADAPTERS, is_adapter)
+
+
+def folders_in(kind: str, is_wanted: Callable[[Path], bool]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for place in folder_paths.get_folder_paths(kind):
         for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-            if os.path.isfile(os.path.join(place, name, "config.json")):
+            if is_wanted(Path(place, name)):
                 found.setdefault(name, os.path.join(place, name))
     return found
 
@@ -68,6 +85,38 @@ class LumosLoader:
             raise UserError(f"there is no model {shown(model)} in models/{KIND}; found: {', '.join(folders) or 'none'}")
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         return (VideoPipeline.from_pretrained(folders[model], dtype=wanted, device=comfy.model_management.get_torch_device()),)
+
+
+class LumosLoraLoader:
+    RETURN_TYPES = ("LUMOS_MODEL",)
+    RETURN_NAMES = ("model",)
+    FUNCTION = "load"
+    CATEGORY = "Lumos"
+    DESCRIPTION = "Adds a LoRA adapter, the export of a fine-tuning run with lora.rank, to a copy of a model."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("LUMOS_MODEL",),
+                "lora": (sorted(adapter_folders()), {"tooltip": "an adapter folder in models/loras"}),
+                "strength": ("FLOAT", {"default": 1.0, "min": -4.0, "max": 4.0, "step": 0.05,
+                                       "tooltip": "factor of what the adapter adds to the weights; 0: the model as it is"}),
+            }
+        }  # fmt: skip
+
+    def load(self, model: VideoPipeline, lora: str, strength: float) -> tuple[VideoPipeline]:
+        folders = adapter_folders()
+        if lora not in folders:
+            raise UserError(f"there is no adapter {shown(lora)} in models/{ADAPTERS}; found: {', '.join(folders) or 'none'}")
+        if getattr(model, "adapter", None) is not None:
+            raise UserError(f"the model has the adapter {shown(model.adapter)} already; connect the loader's model, one LoRA each")
+        changed = copy.copy(model)  # the tokenizers are shared; ComfyUI may go on using the model as it came
+        vars(changed).pop("_calls_of_threads", None)
+        folder = model.model.name_or_path
+        changed.model = merge_adapter(copy.deepcopy(model.model), folders[lora], fingerprints(folder, folder), strength)
+        changed.adapter = lora
+        return (changed,)
 
 
 class LumosTextToVideo:
@@ -97,13 +146,26 @@ class LumosTextToVideo:
                 "negative_prompt": ("STRING", {"multiline": True, "default": "", "tooltip": "what the clip must not show"}),
                 "width": whole("pixels", 16),
                 "height": whole("pixels", 16),
-                "num_frames": whole("given frames included; 1 makes a picture"),
+                "num_frames": ("INT", {"default": 17, "min": 1, "max": MAX_FRAMES, "step": STRIDE,
+                                       "tooltip": f"1 + a multiple of {STRIDE}, given frames included; 1 makes a picture"}),
                 "fps": whole("frames per second", maximum=120),
                 **common,
                 "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             },
             "optional": {**sampling, **cls.OPTIONAL},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, num_frames: int | None = None) -> bool | str:
+        """Return True for frame counts that can be made, else a message. ComfyUI then leaves out its own check of the bounds.
+
+        None stands for a value that another node makes. 0 is the model's default, which workflows of
+        earlier versions hold.
+        """
+        if num_frames in (None, 0) or (1 <= num_frames <= MAX_FRAMES and num_frames % STRIDE == 1):
+            return True
+        below = max(1, min(MAX_FRAMES, num_frames - (num_frames - 1) % STRIDE))
+        return f"num_frames {num_frames} is not possible; give 1 + a multiple of {STRIDE}, for example {below}"
 
     def generate(self, model: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
         return make_clip(model, prompt, **pipeline_arguments(**options))
@@ -117,9 +179,13 @@ class LumosImageToVideo(LumosTextToVideo):
 
     OPTIONAL: ClassVar[dict[str, Any]] = {
         "last_image": ("IMAGE", {"tooltip": "the last frame of the clip, for models that take one"}),
-        "interpolate": ("BOOLEAN", {"default": False, "tooltip": "make the frames between those of the clip, for models that can"}),
-        "views": ("BOOLEAN", {"default": False, "tooltip": "make views of the object in the picture, for models that can"}),
-    }
+        "interpolate": ("BOOLEAN", {
+            "default": False, "tooltip": "make the frames between those of the clip, for models that can; num_frames has no effect"
+        }),
+        "views": ("BOOLEAN", {
+            "default": False, "tooltip": "make views of the object in the picture, for models that can; num_frames has no effect"
+        }),
+    }  # fmt: skip
 
     def generate(
         self, model: VideoPipeline, images: Tensor, prompt: str, last_image: Tensor | None = None, interpolate: bool = False,
@@ -130,6 +196,8 @@ class LumosImageToVideo(LumosTextToVideo):
         if last_image is not None:
             uses["last_image"] = pixels(last_image)[0]
         uses |= {"interpolate": 2 if interpolate else None, "views": views or None}
+        if interpolate or views:
+            options["num_frames"] = 0
         return make_clip(model, prompt, **uses, **pipeline_arguments(**options))
 
 
@@ -201,11 +269,13 @@ def make_clip(pipe: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor,
 
 NODE_CLASS_MAPPINGS = {
     "LumosLoader": LumosLoader,
+    "LumosLoraLoader": LumosLoraLoader,
     "LumosTextToVideo": LumosTextToVideo,
     "LumosImageToVideo": LumosImageToVideo,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "LumosLoader": "Load Lumos Model",
+    "LumosLoraLoader": "Load Lumos LoRA",
     "LumosTextToVideo": "Lumos Text to Video",
     "LumosImageToVideo": "Lumos Image to Video",
 }

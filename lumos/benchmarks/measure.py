@@ -79,12 +79,13 @@ class Report:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """Return a description of the machine: CPU, cores, memory in GiB and GPU."""
+    """Return a description of the machine: CPU, cores, memory in GiB, GPU, and the version of torch, whose kernels run."""
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": rounded(psutil.virtual_memory().total / 2**30),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "torch": torch.__version__,
     }
 
 

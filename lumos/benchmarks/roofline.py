@@ -1,6 +1,8 @@
-"""The roofline: the least time that matrix products take at this machine's speed for their shapes.
+"""The roofline: the least time that matrix products and attention take at this machine's speed for their shapes.
 
-A multiply-add is two FLOPs. Softmax, norms and everything else that is not a matrix product count as zero.
+A multiply-add is two FLOPs. Norms and everything else that is neither a matrix product nor attention count as zero.
+Attention counts at its own best speed, that of a fused kernel or of its two products, whichever is faster: a fused
+kernel never writes the scores, so the products alone would be no bound.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -37,10 +40,18 @@ class Product:
     n: int
 
 
+@dataclass(frozen=True)
+class Attention(Product):
+    """The FLOPs that the part `part` of a network spends in attention: `batch` heads of m queries and n keys of k channels.
+
+    A head has two products: [m, k] x [k, n], queries by keys, and [m, n] x [n, k], weights by values.
+    """
+
+
 class ProductRecorder(TorchDispatchMode):
     """Counts the matrix products that run within it, by operator and shape (batch, m, k, n).
 
-    Attention counts as two products for each head: queries by keys, and weights by values. A convolution counts as the
+    Attention counts under "attention", with the shape (heads, queries, channels, keys). A convolution counts as the
     product of its patches with its weights.
     """
 
@@ -55,9 +66,8 @@ class ProductRecorder(TorchDispatchMode):
             (*batch, m, k), n = args[-2].shape, args[-1].shape[-1]
             self.counts[name, math.prod(batch), m, k, n] += 1
         elif name.startswith("_scaled_dot_product") and "backward" not in name:
-            (*batch, queries, k), keys, n = args[0].shape, args[1].shape[-2], args[2].shape[-1]
-            self.counts["attention scores", math.prod(batch), queries, k, keys] += 1
-            self.counts["attention values", math.prod(batch), queries, keys, n] += 1
+            *heads, queries, k = args[0].shape
+            self.counts["attention", math.prod(heads), queries, k, args[1].shape[-2]] += 1
         elif name in ("convolution", "_convolution"):
             weight, places = args[1], out.numel() // out.shape[1]
             self.counts["convolution", 1, places, weight[0].numel(), len(weight)] += 1
@@ -65,13 +75,14 @@ class ProductRecorder(TorchDispatchMode):
 
 
 def recorded_products(step: Callable[[], Any]) -> list[Product]:
-    """Return the matrix products of one call of `step`, those of one shape as one `Product`."""
+    """Return the matrix products of one call of `step`, those of one shape as one `Product`, and attention as `Attention`."""
     with torch.no_grad(), ProductRecorder() as recorder:
         step()
-    return [
-        Product(f"{name} {count} x [{batch} x {m} x {k} x {n}]", 2.0 * count * batch * m * k * n, batch, m, k, n)
-        for (name, batch, m, k, n), count in recorder.counts.items()
-    ]
+    found = []
+    for (name, batch, m, k, n), count in recorder.counts.items():
+        kind, flops = (Attention, 4.0) if name == "attention" else (Product, 2.0)
+        found.append(kind(f"{name} {count} x [{batch} x {m} x {k} x {n}]", flops * count * batch * m * k * n, batch, m, k, n))
+    return found
 
 
 def counted_flops(step: Callable[[], Any], gradients: bool = False) -> int:
@@ -95,8 +106,18 @@ def roofline_seconds(products: Sequence[Product], device: str, dtype: torch.dtyp
 
 
 def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
-    """Measure the GFLOP/s of a product of this shape: the fastest of several runs into an existing buffer."""
+    """Measure the GFLOP/s of a product of this shape: the fastest of several runs into an existing buffer.
+
+    Attention is measured fused and as its two products without a softmax; the faster of both counts.
+    """
     batch, m, k, n = product.batch, product.m, product.k, product.n
+    flops = 2 * batch * m * k * n
+    if isinstance(product, Attention):
+        q, keys, values = (torch.rand(1, batch, length, k, device=device).to(dtype) for length in (m, n, n))
+        fused = 2 * flops / fastest(lambda: F.scaled_dot_product_attention(q, keys, values), device) / 1e9
+        scores, weighted = Product("scores", flops, batch, m, k, n), Product("values", flops, batch, m, n, k)
+        apart = 2 / sum(1 / product_gflops(p, device, dtype) for p in (scores, weighted))
+        return max(fused, apart)
     a, b = torch.rand(batch, m, k, device=device).to(dtype), torch.rand(batch, n, k, device=device).to(dtype)
     out = torch.empty(batch, m, n, device=device, dtype=dtype)
 
@@ -106,11 +127,16 @@ def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
         else:
             torch.bmm(a, b.mT, out=out)
 
-    multiply()
+    return flops / fastest(multiply, device) / 1e9
+
+
+def fastest(run: Callable[[], Any], device: str) -> float:
+    """Return the seconds of the fastest of several runs, after one that is not timed."""
+    run()
     times, until = [], time.perf_counter() + PRODUCT_SECONDS
     while time.perf_counter() < until or len(times) < PRODUCT_RUNS:
-        times.append(timed(multiply, device)[0])
-    return 2 * batch * m * k * n / min(times) / 1e9
+        times.append(timed(run, device)[0])
+    return min(times)
 
 
 def profiled(step: Callable[[], None], device: str) -> dict[str, float]:

@@ -9,7 +9,6 @@ end. Its result must be the same as that of a run without a kill.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -45,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the random moments; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure and print one JSON line. Raises RunError if a result differs, an item is lost or a run failed."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and return the counts. Raises RunError if a result differs, an item is lost or a run failed."""
     if not 0 < args.minutes < float("inf"):
         raise UserError(f"--minutes {args.minutes} is not allowed; give a number above 0")
     if args.kills is not None and args.kills < 1:
@@ -56,9 +55,10 @@ def run(args: argparse.Namespace) -> None:
     import_all()
     with tempfile.TemporaryDirectory(prefix="lumos-faults-") as folder:
         result = measure(Path(folder), args.minutes * 60, args.kills, args.kinds, random.Random(args.seed))
-    print(json.dumps({"bench": "faults", "seed": args.seed, **result}), flush=True)
+    print("\n".join(f"{name:18}{value}" for name, value in result.items()), flush=True)
     if faults := [name for name in ("differing_losses", "lost_items", "failed_runs") if result[name]]:
         raise RunError(f"kills did harm: {', '.join(f'{name} {result[name]}' for name in faults)}")
+    return {"bench": "faults", "seed": args.seed, **result}
 
 
 def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str], draw: random.Random) -> dict[str, Any]:

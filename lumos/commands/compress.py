@@ -6,6 +6,7 @@ Each step is a file `compress_NAME.py` in this folder, see `lumos.commands.subco
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lumos.commands import subcommands
 
@@ -33,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands.add(parser, steps(), required=False)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Any:
     if args.module is None:
         print(STEPS)
         print("\n".join(f"  {name:12}{subcommands.summary(path)}" for name, path in steps().items()))
     else:
-        args.module.run(args)
+        return args.module.run(args)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lumos.cli import add_json
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
@@ -18,6 +19,7 @@ MAX_STEPS = 10**8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="model folder")
     add("--target-speedup", type=float, default=1.5, metavar="X", help="how many times as fast sampling a clip must be, by its "
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="section.key=value", help="settings of the recovery, for example training.lr=1e-3")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     from lumos.commands.counts import MAX_CLIPS, check_counts
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     write_json(out / "summary.json", summary)
     print(printable(f"{recovered}  is the smaller model"))
-    print(json.dumps(summary))
+    return summary
 
 
 def step(name: str, words: list[str]) -> None:

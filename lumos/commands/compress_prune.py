@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lumos.cli import add_json
 from lumos.commands.scoring import add_clips, add_measures, kind_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ NAMES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="model folder, or the folder of a video tokenizer")
     add("--part", choices=("model", "decoder"), help="model, or decoder: that of the video tokenizer of the folder; "
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clips(parser, 16)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lumos.compression.networks import network_of
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         return
     record = prune(network, plan, args.out, args.scores)
     print(printable(f"{args.out}  is written; next: python -m lumos compress report --models {args.model} {args.out}"))
-    print(json.dumps({name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}))
+    return {name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}
 
 
 def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:

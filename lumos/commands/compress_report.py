@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="MODEL", help="model folders; the first is the one to compare with")
     add("--kinds", nargs="+", default=["one", "digits", "held_out", "two"],
@@ -24,14 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
-def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.compression.report import draw, seconds_in_turn, size_of, table
     from lumos.errors import UserError, printable, shown
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score
     from lumos.files import check_outputs, folder_sha256, write_json
     from lumos.pipeline.base import VideoPipeline
+    from lumos.progress import progress_bar
     from lumos.runtime import no_progress_bar, pick_device, versions
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), repetitions=(1, 1000), seed=(0, MAX_SEED))
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
     prompts = {kind: list(zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)) for kind in args.kinds}
     first_prompt = prompts[args.kinds[0]][0][0]
 
-    with tqdm(total=len(pipes) * (args.repetitions + 1), desc="clips to measure", file=sys.stderr) as bar:
+    with progress_bar(total=len(pipes) * (args.repetitions + 1), desc="clips to measure") as bar:
         seconds = seconds_in_turn(pipes, first_prompt, args.repetitions, args.seed, bar.update)
     rows = []
-    with tqdm(total=len(pipes) * len(args.kinds) * args.count, desc="clips to judge", file=sys.stderr) as bar:
+    with progress_bar(total=len(pipes) * len(args.kinds) * args.count, desc="clips to judge") as bar:
         for model, pipe, of in zip(args.models, pipes, seconds, strict=True):
 
             def make(texts: list[str], seeds: list[int], _: None, pipe: VideoPipeline = pipe) -> list:
@@ -79,4 +79,4 @@ def run(args: argparse.Namespace) -> None:
     if args.sheet:
         draw(rows, args.kinds, Path(args.sheet))
         print(printable(args.sheet))
-    print(json.dumps(summary))
+    return summary

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.scoring import add_clips, add_measures
 
 USUAL = ("loss", "bi", "output")
@@ -18,6 +18,7 @@ MARKED = ("spaced", "shallow", "middle")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="model folder, or the folder of a video tokenizer")
     add("--part", choices=("model", "decoder"), help="model, or decoder: that of the video tokenizer of the folder; "
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clips(parser, 64)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.commands.scoring import Scorer, kind_of
     from lumos.compression.figure import draw
     from lumos.compression.networks import in_one_place, network_of
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         print(printable(picture))
     else:
         print("no picture: it needs matplotlib; pip install 'lumos-video[plot]'")
-    print(json.dumps({key: result[key] for key in ("compress", "model", "sha256", "part", "units", "clips", "loss")}))
+    return {key: result[key] for key in ("compress", "model", "sha256", "part", "units", "clips", "loss")}
 
 
 def removed_by_plans(found: dict[str, Any], measures: list[str], keep: int, ends: bool) -> dict[str, list[str]]:

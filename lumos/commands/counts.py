@@ -9,7 +9,6 @@ from lumos.errors import UserError, shown
 MAX_CLIPS = 1_000_000
 MAX_BATCH = 2**17
 MAX_SEED = 2**63 - 1
-MAX_THREADS = 1024
 
 
 def check_counts(args: argparse.Namespace, **bounds: tuple[int, int]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
 from lumos.errors import UserError
 from lumos.files import read_text
+
+if TYPE_CHECKING:
+    from lumos.demo.keys import Keys
 
 MAX_EXAMPLES_BYTES = 2**20
 EXAMPLES = (
@@ -18,12 +23,22 @@ EXAMPLES = (
     "a small blue square moves up",
     "the digit 7 moves up",
     "a large green triangle grows",
-    "a small yellow circle moves right on a white background",
+    "a rocket moves up on a navy background",
+    "an owl stays still on a sunset background",
+    "a red plus moves right and a white square stays still",
 )
-"""Prompts like those that the shipped model was trained on."""
+"""Prompts like those that the shipped model was trained on; tests/demo/test_examples.py holds them to what it was trained on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_server(parser, port=7860, root="outputs/demo")
+    parser.add_argument(
+        "--examples", type=Path, help="text file with one prompt a line; default: examples for the shipped model, none for others"
+    )
+
+
+def add_server(parser: argparse.ArgumentParser, port: int, root: str) -> None:
+    """Add the flags of a server: model, address, folder and limits. port, root: the defaults."""
     from lumos.demo.limits import Limits
 
     add = parser.add_argument
@@ -33,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allowed-host", action="append", default=[], metavar="NAME",
         help="another host name of this server, for example that of a proxy; may be given several times. Always allowed are "
              "localhost, --host, and the address that a request comes to")  # fmt: skip
-    add("--port", type=int, default=7860, help="port to listen on; default: %(default)s")
-    add("--root", type=Path, default=Path("outputs/demo"), help="folder of results and uploads; no other folder is served")
-    add("--examples", type=Path, help="text file with one prompt a line; default: examples for the shipped model, none for others")
+    add("--port", type=int, default=port, help="port to listen on; default: %(default)s")
+    add("--root", type=Path, default=Path(root), help="folder of results and uploads; no other folder is served")
     for entry in fields(Limits):
         shown = "" if entry.default is None else f"; default: {entry.default:g}"
         add(f"--{entry.name.replace('_', '-')}", type=float if entry.type == "float" else int, default=entry.default,
@@ -45,8 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:  # find_spec is fast; importing gradio takes seconds
         raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
-    examples = read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ()
+    start(args, read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ())
 
+
+def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys | None = None) -> None:
+    """Load the model and serve until Ctrl-C. The arguments are those of `lumos.demo.server.build_app`."""
     from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
@@ -55,13 +72,13 @@ def run(args: argparse.Namespace) -> None:
 
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     hosts = Hosts(args.allowed_host, args.host)
-    with only_writer(args.root, "demo"), listen(args.host, args.port) as listener:
+    with only_writer(args.root, "server"), listen(args.host, args.port) as listener:
         pipe, model = load(args)
         named = without_folders(args)
         service = Service(
             pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
         )
-        serve(service, examples, listener, hosts)
+        serve(service, examples, listener, hosts, keys)
 
 
 def without_folders(args: argparse.Namespace) -> argparse.Namespace:

@@ -6,6 +6,7 @@ Each measurement is a file `evaluate_NAME.py` in this folder, see `lumos.command
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lumos.commands import subcommands
 
@@ -19,5 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands.add(parser, measurements())
 
 
-def run(args: argparse.Namespace) -> None:
-    args.module.run(args)
+def run(args: argparse.Namespace) -> Any:
+    return args.module.run(args)

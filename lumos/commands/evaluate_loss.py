@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import add_device, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     from lumos.data.synthetic.scene import CAPTIONED_KINDS, SPLITS
     from lumos.models.lumos1.settings import MASK_KINDS
 
@@ -31,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos import registry
     from lumos.data.synthetic.sampling import SyntheticScenes
     from lumos.errors import UserError
     from lumos.files import check_writable, folder_sha256, write_json
     from lumos.pipeline.inputs import check_num_frames, override
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
 
     check_counts(args, count=(1, MAX_CLIPS), bins=(1, 100), batch_size=(1, MAX_BATCH), seed=(0, MAX_SEED))
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         codes = loss.scene_codes(scenes, args.count, pipe.video_tokenizer)
     sequences = [loss.sequence_of(pipe, *found) for found in codes]
     total = (args.bins + 1) * -(-len(sequences) // args.batch_size)
-    with tqdm(total=total, unit="batch", file=sys.stderr, leave=False) as bar:
+    with progress_bar(total=total, unit="batch", leave=False) as bar:
         results = loss.masked_code_loss(
             pipe.model, sequences, kind=args.mask, num_bins=args.bins, seed=args.seed, batch_size=args.batch_size,
             on_batch=bar.update,
@@ -75,4 +75,4 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, summary)
-    print(json.dumps(summary))
+    return summary

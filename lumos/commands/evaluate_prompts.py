@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import add_device, load, model_sha256
 from lumos.pipeline.options import add_acceleration, add_flags, all_options, given_options
@@ -16,6 +16,7 @@ SUMS = ("all", "colour_and_motion", "last_frame", "steady")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
     add("--kinds", nargs="+", default=["one"], help="kinds of prompts: one, two, two_ways, digits, sprites, two_sprites, held_out, "
@@ -38,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_acceleration(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError, printable
-    from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality
+    from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality, reconstructed
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.inputs import check_num_frames, override
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
     from lumos.video.frames import animated_sheet, check_animated, contact_sheet
 
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
         return pipe(prompts, seed=seeds, num_frames=form.num_frames, output_type="uint8", **given, **options).frames
 
     results, clips_shown, labels = {}, [], []
-    started = time.perf_counter()
-    for kind in tqdm(args.kinds, desc="kinds", file=sys.stderr):
+    started, cpu_started = time.perf_counter(), time.process_time()
+    for kind in progress_bar(args.kinds, desc="kinds"):
         prompts, truth, wanted = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
         if args.reference == "truth":
             clips = list(truth)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         if pattern:
             name = "first_frame" if pattern == "first" else "given_frames"
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
-                seen = pipe.reconstruct(drawn[numbers])
+                seen = reconstructed(pipe.reconstruct, drawn, numbers)
                 verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
         if pattern not in (None, "first"):
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         "given": pattern,
         "settings": {**vars(pipe.settings), **options}, "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "int8": args.int8, "compile": args.compile, "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip
     if args.output:
@@ -117,4 +118,4 @@ def run(args: argparse.Namespace) -> None:
     if args.animation:
         captions = [label.partition(" | ")[2] for label in labels]
         print(printable(str(animated_sheet(clips_shown, captions, args.animation, form.fps))))
-    print(json.dumps(summary))
+    return summary

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--tokenizer", help="tokenizer folder, or a model folder that holds one; default: the shipped model")
     add("--data", nargs="+", required=True, metavar="SOURCE",
@@ -30,10 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from lumos import registry
     from lumos.errors import UserError, printable
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from lumos.evaluation.sources import check_source, read_source
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.defaults import MAX_FRAMES, MAX_SIDE, shipped_model
+    from lumos.progress import LOGGER, progress_bar
     from lumos.runtime import peak_memory_bytes, pick_device, versions
     from lumos.video.io import contact_sheet
     from tokenizer import VideoTokenizer
@@ -76,13 +77,13 @@ def run(args: argparse.Namespace) -> None:
     for source in args.data:
         data[source], left_out = read_source(source, count=args.count, seed=args.seed, **shape)
         for why in left_out:
-            print(printable(f"left out of {source}: {why}"), file=sys.stderr)
+            LOGGER.warning(printable(f"note: left out of {source}: {why}"))
     if not_measured:
         print(printable(f"LPIPS not measured: {not_measured}"))
     rows, quality, shown, labels = {}, {}, [], []
     counts = np.zeros(tokenizer.num_codes, dtype=np.int64)
     started = time.perf_counter()
-    with tqdm(total=sum(map(len, data.values())), unit="clip", desc="measuring", file=sys.stderr, leave=False) as bar:
+    with progress_bar(total=sum(map(len, data.values())), unit="clip", desc="measuring", leave=False) as bar:
         for source, clips in data.items():
             back = reconstruct(tokenizer, clips, args.batch_size, None if not_measured else perceived, bar.update)
             rows[source], quality[source] = back.figures, back.psnr
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.output:
         write_json(args.output, {**summary, "psnr_of_each_clip": {k: [round(v, 3) for v in vs] for k, vs in quality.items()}})
-    print(json.dumps(summary))
+    return summary
 
 
 def line(row: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lumos.commands import official_benchmarks
 
@@ -13,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     official_benchmarks.add_arguments(parser, NAME)
 
 
-def run(args: argparse.Namespace) -> None:
-    official_benchmarks.run(args, NAME)
+def run(args: argparse.Namespace) -> Any:
+    return official_benchmarks.run(args, NAME)

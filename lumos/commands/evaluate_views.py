@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import add_device, load, model_sha256
 from lumos.pipeline.options import add_acceleration, add_flags, all_options, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="folder of a model that was trained on views")
     add("--kinds", nargs="+", default=["solids", "held_out_solids"],
@@ -29,14 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_acceleration(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError, printable
     from lumos.evaluation.prompts import generate_in_batches
     from lumos.evaluation.views import check_solid_kinds, solid_set, view_quality
     from lumos.files import check_outputs, write_json
     from lumos.pipeline.inputs import override
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
     from lumos.video.frames import contact_sheet
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
     figures, shown_views, labels = {}, [], []
     started = time.perf_counter()
-    for kind in tqdm(args.kinds, desc="kinds", file=sys.stderr):
+    for kind in progress_bar(args.kinds, desc="kinds"):
         captions, truth, solids = zip(*solid_set(kind, args.count, args.seed, **shape), strict=True)
         if args.reference:
             made = [pipe.reconstruct(views) for views in truth]
@@ -80,4 +80,4 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.output, summary)
     if args.sheet:
         print(printable(str(contact_sheet(shown_views, labels, args.sheet, cell=80, across=1, columns=7))))
-    print(json.dumps(summary))
+    return summary

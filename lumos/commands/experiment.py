@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
-from lumos.commands.counts import MAX_THREADS, check_counts
+from lumos.commands.counts import check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from lumos.errors import printable
     from lumos.evaluation import experiments
     from lumos.files import check_outputs
+    from lumos.progress import progress_bar
+    from lumos.threads import MAX_THREADS
 
     check_counts(args, parallel=(1, MAX_THREADS))
     experiment = experiments.load(args.config)
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(others=places)
     for job in jobs:
         list(job.missing())  # raises an error for a folder of another command before the first run starts
-    with tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar:
+    with progress_bar(total=len(jobs), unit="run") as bar:
         experiments.run(jobs, args.parallel, bar.update)
     result = experiments.gather(experiment, jobs)
     experiments.write(experiment, result, out)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lumos.commands.loading import (
     add_loading,
     circumstances,
+    collected_notes,
     ended_by_sigterm,
     given_arguments,
     load,
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from lumos.pipeline.request import Resolved
 
 BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
-OF_LISTS = ("output_dir", "batch_size", "shard")
+OF_LISTS = ("output_dir", "batch_size", "shard", "engine", "workers")
+NEED_ALL = ("compile", "int8", "device_map", "lora")
+"""The options whose work needs packages that `lumos.lean_imports` leaves out, or may need them."""
 OTHER_USES = ("last_image", "interpolate", "views")
 """The arguments that are in the record of a clip only if they are given."""
 
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", help="what the clip must not show; default: no text")
     add("--image", help="picture that the clip begins with")
     add("--video", help="clip to continue; the result begins with its last frames")
-    add("--last-image", help="picture that the clip ends with; for STIV models")
+    add("--last-image", help="picture that the clip ends with; for models that were trained on it")
     add("--interpolate", type=int, metavar="2", help="make twice the frames a second of --video, which are kept; for STIV models")
     add("--views", action="store_true", default=None, help="make seven views of the object in --image; for STIV models")
     add("--num-given-frames", type=int, help="last frames of --video to use; default: as many as the model usually gets")
@@ -67,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-videos-per-prompt", type=int, help="clips of each prompt, with seed, seed + 1, ...; default: 1")
     add("--batch-size", type=int, help="clips of the same size and length in a batch; default: 4")
     add("--shard", metavar="I/N", help="make only part I of N of several clips; torchrun and deepspeed set it for their processes")
+    add("--engine", choices=("local", "ray"), help="where several clips are made: here, or in tasks of a Ray cluster (extra [ray])")
+    add("--workers", type=int, help="tasks with --engine ray, each with its part of the clips; default: one for each GPU, or one")
     add_loading(parser)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 
@@ -83,7 +88,12 @@ def run(args: argparse.Namespace) -> None:
     if several:
         from lumos.commands.generate_list import make_list
 
-        make_list(args)
+        if args.engine == "ray":
+            from lumos.commands.generate_ray import make_on_ray
+
+            make_list(args, make_on_ray)
+        else:
+            make_list(args)
         return
     if given := [name for name in OF_LISTS if getattr(args, name) is not None]:
         option = given[0].replace("_", "-")
@@ -120,28 +130,32 @@ def make_one(args: argparse.Namespace) -> None:
 
     checked_output(over_time["num_frames"])
 
-    from tqdm import tqdm
-
+    from lumos.lean_imports import import_lean
     from lumos.pipeline.request import Request
+    from lumos.progress import progress_bar
     from lumos.runtime import seconds_since_start
 
+    if args.own_process and not any(getattr(args, name) for name in NEED_ALL):
+        import_lean()
     pipe, model = load(args)
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     check_prompt_frames(args.prompt_frames, pipe.temporal_compression)
     request = Request.of(**{**given_arguments(args), **over_time, "seed": seed})
-    resolved = pipe.resolve(request)
+    with collected_notes() as notes:
+        resolved = pipe.resolve(request)
+        pipe.check_pictures(resolved)
     output = checked_output(resolved.clip.num_frames, resolved.clip.fps)
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, resolved.clip, resolved.sampling, args.prompt[0])
     bar_of = {"total": resolved.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
-    with ended_by_sigterm(), out_of_memory_as(advice), tqdm(desc="generating", **bar_of) as bar:
+    with ended_by_sigterm(), out_of_memory_as(advice), progress_bar(desc="generating", **bar_of) as bar:
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             bar.set_postfix_str(f"step {step + 1}/{steps}", refresh=False)
             bar.update(frame + (step + 1) / steps - bar.n)
 
         with continued(args, pipe, model, resolved, output) as stored:
-            encoded = replace(pipe.encode(resolved), parts=stored)
+            encoded = replace(pipe.encoded(resolved), parts=stored)
             parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_encoded(encoded, on_step))
             if args.preview is not None:
                 parts = previewed(parts, Path(args.preview), resolved.clip.fps)
@@ -154,7 +168,7 @@ def make_one(args: argparse.Namespace) -> None:
             **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
             "image": args.image, "video": args.video,
             **{name: value for name in OTHER_USES if (value := getattr(args, name)) is not None},
-            "settings": resolved.settings, **circumstance,
+            "settings": resolved.settings, "notes": notes, **circumstance,
             "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
                         "total": round(total, 2)},
         },

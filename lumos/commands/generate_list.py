@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -31,48 +33,85 @@ if TYPE_CHECKING:
     from lumos.prompt_lists.rows import Row
 
 BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
+MAX_WORKERS = 10_000
 
 
-def make_list(args: argparse.Namespace) -> None:
-    from lumos.errors import RunError, UserError, printable
-    from lumos.prompt_lists.results import only_shard, parse_shard, sum_over_processes
+@dataclass(frozen=True)
+class Share:
+    """What a process has made of its share of the clips: numbers of clips and of rows."""
+
+    made: int
+    failed: int
+    clips: int
+    rows: int
+    bad_rows: int
+
+
+def make_list(args: argparse.Namespace, everywhere: Callable[[argparse.Namespace], Share] | None = None) -> None:
+    """Make several clips and print how many. everywhere: makes all shares; None makes that of this process."""
+    from lumos.errors import RunError, printable
+    from lumos.prompt_lists.results import sum_over_processes
 
     check_arguments(args)
+    out = Path(args.output_dir or OUTPUT_DIR)
+    share = make_share(args) if everywhere is None else everywhere(args)
+    made, failed = sum_over_processes(share.made, share.failed)
+    if speaks(args):
+        print(printable(f"{out}  {made} made now  {share.clips} clips in all  {share.rows} rows"))
+    if failed or share.bad_rows:
+        bad = [f"{share.bad_rows} of {share.rows} rows are bad"] if share.bad_rows else []
+        lacking = [f"{failed} clips could not be made"] if failed else []
+        others = f"the other clips are in {out}" if failed < share.clips else "there are no others"
+        raise RunError(f"{' and '.join(bad + lacking)}, as said above; {others}")
+
+
+def speaks(args: argparse.Namespace) -> bool:
+    """Return whether this process prints: of those of a launcher, which share a terminal, only the first one does."""
+    from lumos.prompt_lists.results import parse_shard
+
+    return parse_shard(args.shard)[0] == 1 or args.shard is not None
+
+
+def make_share(args: argparse.Namespace, bars: bool = True) -> Share:
+    """Make the clips of this process's share. bars: show a progress bar."""
+    from lumos.errors import UserError, printable
+    from lumos.progress import LOGGER
+    from lumos.prompt_lists.results import only_shard, parse_shard
+
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
     rows, defaults, seed = requested_rows(args)
     pipe, model = load(args)
     clips, problems, notes = check_rows(args, pipe, model, rows, defaults, seed, out)
     if len(rows) == len(problems) == 1:
         raise UserError(next(iter(problems.values())))
-    speaks = shard[0] == 1 or args.shard is not None  # processes of a launcher share a terminal, so only the first one prints
-    for line, said in [*problems.items(), *notes] if speaks else ():
-        print(printable(f"{where(args, line)}: {said}"), file=sys.stderr)
+    told = [*problems.items(), *((line, f"note: {text}") for line, text in notes)]
+    for line, said in told if speaks(args) else ():
+        LOGGER.log(logging.ERROR if line in problems else logging.WARNING, printable(f"{where(args, line)}: {said}"))
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
-        made, failed = make_clips(args, pipe, model, clips, shard, out)
-    made, failed = sum_over_processes(made, failed)
-    if speaks:
-        print(printable(f"{out}  {made} made now  {len(clips)} clips in all  {len(rows)} rows"))
-    if failed or problems:
-        bad = [f"{len(problems)} of {len(rows)} rows are bad"] if problems else []
-        lacking = [f"{failed} clips could not be made"] if failed else []
-        others = f"the other clips are in {out}" if failed < len(clips) else "there are no others"
-        raise RunError(f"{' and '.join(bad + lacking)}, as said above; {others}")
+        made, failed = make_clips(args, pipe, model, clips, shard, out, notes, bars)
+    return Share(made, failed, len(clips), len(rows), len(problems))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
     from lumos.pipeline.request import MAX_VIDEOS_PER_PROMPT
 
+    if args.engine == "ray" and (args.shard is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UserError("--engine ray makes the shares itself; leave out --shard and the launcher")
+    if args.engine != "ray" and args.workers is not None:
+        raise UserError("--workers has no effect without --engine ray; leave it out, or share the list with --shard")
     for name, instead in (("output", "--output-dir names the folder for several"), ("preview", "it shows a single clip")):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} has no effect on several clips: {instead}; leave it out")
-    check_counts(args, batch_size=(1, MAX_BATCH), num_videos_per_prompt=(1, MAX_VIDEOS_PER_PROMPT), seed=(0, MAX_SEED))
+    check_counts(args, batch_size=(1, MAX_BATCH), num_videos_per_prompt=(1, MAX_VIDEOS_PER_PROMPT), seed=(0, MAX_SEED),
+                 workers=(1, MAX_WORKERS))  # fmt: skip
     if args.prompts is not None and len(args.seed or ()) > 1:
         raise UserError(f"--seed {' '.join(map(str, args.seed))} gives {len(args.seed)} seeds for a list; give one, to which each "
                         "row adds its number, or a seed in each row")  # fmt: skip
-    if args.prompts is None and args.seed is None and (args.shard or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    shares = args.shard is not None or args.engine == "ray" or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if args.prompts is None and args.seed is None and shares:
         raise UserError("several processes need one --seed to agree on; give it")
 
 
@@ -106,7 +145,7 @@ def check_rows(
     """
     from lumos.errors import RunError, UserError
     from lumos.files import file_identity
-    from lumos.prompt_lists.clips import check_file, clips_of, request_of
+    from lumos.prompt_lists.clips import check_file, clips_of, request_of, with_free_name
     from lumos.prompt_lists.rows import PATHS
 
     hashes = model_sha256(model, args)
@@ -120,11 +159,14 @@ def check_rows(
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 resolved = pipe.resolve(request)
+                pipe.check_pictures(resolved)
             begins_with = {key: path for key in PATHS if (path := getattr(request, key)) is not None}
             inputs = {**loaded, "sha256": {**hashes, **{key: hashed(path) for key, path in begins_with.items()}}}
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
             if not found:
                 raise UserError("the row asks for no clip")
+            if args.prompts is None and args.output_dir is None:
+                found = [with_free_name(out, clip) for clip in found]
             for clip in found:
                 check_file(out, clip, keep)
                 name = clip.file.casefold()
@@ -144,20 +186,20 @@ def check_rows(
         if len(clips) + len(found) > MAX_CLIPS:
             raise UserError(f"the list asks for more than {MAX_CLIPS:,} clips; make several lists of it")
         clips += found
-        notes += [(row.line, f"note: {warning.message}") for warning in said]
+        notes += [(row.line, " ".join(str(warning.message).split())) for warning in said]
     return clips, problems, notes
 
 
 def make_clips(
-    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path
-) -> tuple[int, int]:
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path,
+    notes: list[tuple[int, str]], bars: bool = True,
+) -> tuple[int, int]:  # fmt: skip
     """Make the missing clips of this process's share; return the number of clips made and of clips that failed.
 
     Raises RunError if a clip of the share is neither in the folder nor reported as failed at the end.
     """
-    from tqdm import tqdm
-
     from lumos.errors import NotFinite, OutOfMemory, RunError, UserError, printable
+    from lumos.progress import LOGGER, progress_bar
     from lumos.prompt_lists.clips import Recorded, batches_of, make_latents
     from lumos.prompt_lists.results import check_made, render
     from lumos.video.io import write_frames
@@ -167,7 +209,8 @@ def make_clips(
         begins_with = {key: clip.given.get(key) for key in ("image", "video")}
         begins_with |= {key: clip.given[key] for key in ("last_image",) if key in clip.given}
         run = {**circumstances(args, pipe), "seconds": {"since_loaded": round(time.perf_counter() - started, 2)}}
-        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs}
+        said = [text for line, text in notes if line == clip.line]
+        return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs, "notes": said}
 
     def make(batch: list[Clip]) -> list[tuple[Tensor, Any]]:
         return make_latents(pipe, batch, on_step)
@@ -185,8 +228,8 @@ def make_clips(
     results = Recorded(out, shard, clips, describe)
     if stale := results.stale(mine):
         said = f"note: {len(stale)} clips in {out}, {stale[0]} first, were made with other inputs and are made again"
-        print(printable(said), file=sys.stderr)
-    with tqdm(total=len(mine), unit="clip", file=sys.stderr, disable=shard[0] > 1) as bar, warnings.catch_warnings():
+        LOGGER.warning(printable(said))
+    with progress_bar(total=len(mine), unit="clip", disable=shard[0] > 1 or not bars) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # already printed when the rows were checked
         try:
             while batches:
@@ -202,7 +245,7 @@ def make_clips(
                         continue
                     failed |= {clip.file for clip in batch if not results.has(clip.file)}
                     lines = ", ".join(dict.fromkeys(where(args, clip.line) for clip in batch))
-                    bar.write(printable(f"{lines}: {' '.join(str(error).split())}"), file=sys.stderr)
+                    LOGGER.error(printable(f"{lines}: {' '.join(str(error).split())}"))
                 bar.update(len(batch))
         except KeyboardInterrupt:
             done = sum(results.has(clip.file) for clip in clips)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_CLIPS, check_counts
 
 LABEL_LENGTH = 300
@@ -16,6 +16,7 @@ LABEL_LENGTH = 300
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("shards", help="folder that `ingest` wrote, or its URL")
     add("--sheet", help="PNG with evenly spaced clips, decoded by the tokenizer; default: sheet.png in a local folder")
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--captions", type=int, default=5, help="number of captions to print; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from lumos.data.shards import format as shards
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             why_none = f"{error}; give --tokenizer"  # no error: the sheet is a default, and shards may come without the tokenizer
     if why_none:
         print(printable(f"no sheet: {' '.join(why_none.split())}"), file=sys.stderr)
-    print(json.dumps(summary))
+    return summary
 
 
 def _where(args: argparse.Namespace, folder: Any) -> tuple[Path | None, str | None]:

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -67,10 +68,11 @@ def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
 
     from lumos.pipeline.base import VideoPipeline
     from lumos.pipeline.defaults import shipped_model
+    from lumos.pipeline.hub import local_folder
     from lumos.pipeline.placement import parse_max_memory
 
     transformers.utils.logging.disable_progress_bar()
-    model = str(shipped_model() if args.model is None else args.model)
+    model = str(shipped_model() if args.model is None else local_folder(args.model))
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
     with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):
@@ -86,15 +88,36 @@ def metadata(args: argparse.Namespace, model: str, prompt: str, seed: int) -> di
 
 def circumstances(args: argparse.Namespace, pipe: VideoPipeline) -> dict[str, Any]:
     """Return the part of a clip's JSON record that says where and how it was made: dtype, device, versions, memory."""
+    import torch
+
     from lumos.runtime import peak_memory_bytes, versions
 
     return {
         "video_tokenizer": args.video_tokenizer, "text_tokenizer": args.text_tokenizer,
         "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": str(pipe.model.device),
+        "threads": torch.get_num_threads(),
         "int8": args.int8, "compile": args.compile, "device_map": args.device_map, "max_memory": args.max_memory,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "peak_memory_mb": round(peak_memory_bytes(pipe.model.device) / 2**20), "versions": versions(),
     }  # fmt: skip
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """Yield a list that gets the text of each warning of the block, which is shown as usual too."""
+    notes: list[str] = []
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if category is UserWarning:
+            notes.append(" ".join(str(message).split()))
+        usual(message, category, *where)
+
+    warnings.showwarning = show
+    try:
+        yield notes
+    finally:
+        warnings.showwarning = usual
 
 
 @contextmanager

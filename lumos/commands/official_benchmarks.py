@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_SEED, check_counts
 from lumos.commands.loading import add_device, add_parts, ended_by_sigterm, hashed, load, metadata, model_sha256
 from lumos.errors import printable
@@ -22,6 +21,7 @@ MAX_SAMPLES = 10_000
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     benchmark, add = BENCHMARKS[name], parser.add_argument
+    add_json(parser)
     add("--prompts", help=f"the official list, {benchmark.list_file}, or a list of the same format")
     if benchmark.images:
         add("--images", help="folder of the pictures in the list, for example vbench2_beta_i2v/data/crop/7-4")
@@ -46,25 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--output", help="JSON file for the totals of --aggregate")
 
 
-def run(args: argparse.Namespace, name: str) -> None:
+def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from lumos.errors import UserError
 
-    own = {"aggregate", "output"}
-    given = {key: value for key, value in vars(args).items() if value is not None and key not in ("what", "module")}
+    own, shared = {"aggregate", "output"}, {"what", "module", "json", "quiet", "threads", "own_process"}
+    given = {key: value for key, value in vars(args).items() if value is not None and key not in shared}
     if args.aggregate:
         if other := [f"--{key.replace('_', '-')}" for key in given if key not in own]:
             raise UserError(f"{', '.join(other)} have no effect with --aggregate, which draws nothing; leave them out")
-        aggregate(args.aggregate, name, args.output)
-        return
+        return aggregate(args.aggregate, name, args.output)
     if args.output:
         raise UserError("--output has no effect without --aggregate; --out names the folder for what is drawn")
     needed = ["prompts", "out", *(["images"] if BENCHMARKS[name].images else [])]
     if missing := [f"--{key}" for key in needed if key not in given]:
         raise UserError(f"{', '.join(missing)} missing; give --{' and --'.join(needed)}, or --aggregate to sum up results")
-    draw(args, name)
+    return draw(args, name)
 
 
-def aggregate(paths: list[str], name: str, output: str | None) -> None:
+def aggregate(paths: list[str], name: str, output: str | None) -> dict[str, Any]:
     from lumos.evaluation.scores import summarize, table
     from lumos.files import check_writable, write_json
 
@@ -74,10 +73,10 @@ def aggregate(paths: list[str], name: str, output: str | None) -> None:
     print(table(summary))
     if output:
         write_json(output, summary)
-    print(json.dumps(summary))
+    return summary
 
 
-def draw(args: argparse.Namespace, name: str) -> None:
+def draw(args: argparse.Namespace, name: str) -> dict[str, Any]:
     from lumos.evaluation.manifest import keep_manifest
     from lumos.evaluation.prompt_lists import read_list
     from lumos.evaluation.rendering import batches_of
@@ -97,10 +96,10 @@ def draw(args: argparse.Namespace, name: str) -> None:
 
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from lumos.pipeline.inputs import check_num_frames, override
     from lumos.pipeline.request import check_side
+    from lumos.progress import LOGGER, progress_bar
     from lumos.runtime import versions
     from lumos.video.io import write_video
 
@@ -139,13 +138,13 @@ def draw(args: argparse.Namespace, name: str) -> None:
     bar_of = {"total": len(mine), "unit": "batch", "desc": f"shard {shard[0]}/{shard[1]}", "disable": shard[0] > 1}
     with ended_by_sigterm(), only_shard(out, shard):
         for change in keep_manifest(out, out / benchmark.folder, inputs, environment):
-            print(printable(f"note: the files already in {out} were made with other inputs: {change}"), file=sys.stderr)
+            LOGGER.warning(printable(f"note: the files already in {out} were made with other inputs: {change}"))
         results = Results(out, benchmark.folder, shard)
         results.check_case([sample.file for sample in samples])
         for file, text in notes if shard[0] == 1 else []:
             if not results.has(file):
                 results.put(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-        with tqdm(file=sys.stderr, **bar_of) as bar:
+        with progress_bar(**bar_of) as bar:
             made = render(results, mine, make, save, bar.update)
         check_made(results, [*(s.file for batch in mine for s in batch), *(file for file, _ in notes if shard[0] == 1)])
         missing = results.tidy([*(sample.file for sample in samples), *(file for file, _ in notes)])
@@ -153,7 +152,8 @@ def draw(args: argparse.Namespace, name: str) -> None:
         "evaluate": name, "folder": str(results.folder), "shard": "{}/{}".format(*shard), "files": len(samples), "made": made,
         "missing": missing, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
-    print(json.dumps(summary))
+    print(printable(f"{results.folder}  {made} files made now  {missing} of {len(samples)} missing  {summary['seconds']} s"))
+    return summary
 
 
 def check_images(entries: list, folder: Path) -> list[Path]:

@@ -6,10 +6,10 @@ The estimate is pure arithmetic: it loads no weights and no data.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import check_counts
 from lumos.commands.loading import add_device
 from lumos.errors import printable
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
     add_flags(parser, costly_options())
     add_device(parser)
-    add("--json", action="store_true", help="print one JSON line in place of tables")
+    add_json(parser)
 
 
 def costly_options() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def costly_options() -> dict[str, Any]:
     return {name: option for name, option in all_options().items() if option.affects_cost}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError
 
     if not 0 < args.utilisation <= 1:
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
     report, text = generation(args) if args.generate else training(args)
-    print(json.dumps(report) if args.json else "\n".join(map(printable, text.split("\n"))))
+    if not getattr(args, "json", False):
+        print("\n".join(map(printable, text.split("\n"))))
+    return report
 
 
 def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

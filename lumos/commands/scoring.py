@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,16 +109,15 @@ class Scorer:
 
     def score(self, kind: str, removed: Sequence[str] = ()) -> dict[str, Any]:
         """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`."""
-        from tqdm import tqdm
-
         from lumos.compression.gates import GateSettings, learned_gates
         from lumos.compression.importance import MEASURES, SKIPPING, score
+        from lumos.progress import progress_bar
 
         units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
         usual, args, more = [name for name in self.measures if name in MEASURES], self.args, {}
         passes = (1 + len(units) * bool(SKIPPING & set(usual))) * bool(usual)
         total = len(self.batches) * passes + args.gate_steps * (LEARNED in self.measures)
-        with tqdm(total=total, unit="pass", file=sys.stderr, leave=False) as bar, self.model.skipping(removed):
+        with progress_bar(total=total, unit="pass", leave=False) as bar, self.model.skipping(removed):
             found = score(self.probe, self.model, self.batches if usual else [], units, usual, bar.update)
             if LEARNED in self.measures:
                 gates = GateSettings(args.gate_steps, args.sparsity, seed=args.seed)
@@ -131,13 +129,12 @@ class Scorer:
         return found
 
     def _frechet(self, kind: str, units: Sequence[str], removed: Sequence[str]) -> dict[str, float]:
-        from tqdm import tqdm
-
         from lumos.compression.frechet import frechet_scores
         from lumos.data.seeding import VALIDATION_SEED
         from lumos.data.synthetic.sampling import SyntheticScenes
         from lumos.errors import UserError
         from lumos.pipeline.base import VideoPipeline
+        from lumos.progress import progress_bar
         from lumos.runtime import no_progress_bar
 
         if not self.model.unit_kinds[kind]:
@@ -150,7 +147,7 @@ class Scorer:
             pipe = VideoPipeline.from_pretrained(self.network.folder, device=self.device)
         pipe.model = self.model
         prompts = [scenes.scene(i).caption for i in range(count)]
-        with tqdm(total=count * (len(units) + 1), unit="clip", file=sys.stderr, leave=False) as bar:
+        with progress_bar(total=count * (len(units) + 1), unit="clip", leave=False) as bar:
             return frechet_scores(pipe, units, prompts, bar.update, removed=removed, seed=self.args.seed)
 
 

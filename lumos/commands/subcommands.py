@@ -1,4 +1,5 @@
-"""Verbs whose first argument names a module: `evaluate NAME` is in evaluate_name.py, `compress NAME` in compress_name.py.
+"""Verbs whose first argument names a module: `evaluate NAME` is in evaluate_name.py, `compress NAME` in
+compress_name.py, and some of `bench NAME` in bench_name.py.
 
 Such a module has `add_arguments(parser)` and `run(args)`, like a verb, and a docstring "`verb name`: what it does", which is
 its help text.

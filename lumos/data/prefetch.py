@@ -30,17 +30,22 @@ _make: Callable[[int], Any]
 def prefetched(make: Callable[[int], T_co], steps: range, *, workers: int, depth: int) -> Iterator[T_co]:
     """Yield `make(step)` for each step in order; `workers` threads make up to `depth` batches ahead.
 
+    Each of the threads computes alone. Otherwise each would start as many threads of torch as the
+    training step has, for the same cores.
+
     With 0 workers each batch is made when the iterator is advanced. An error in `make` is raised at
     its step. When the iterator is closed, the threads stop after the batches that they are making.
     """
     if workers == 0:
         yield from map(make, steps)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    count = torch.get_num_threads()  # from now on, this thread keeps its number in spite of `_compute_alone`
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches", initializer=_compute_alone)
     try:
         yield from _in_order(lambda step: pool.submit(make, step), steps, depth)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(count)  # for threads that begin later
 
 
 def in_processes(make: Callable[[int], T_co], steps: range, *, processes: int) -> Iterator[T_co]:
@@ -100,6 +105,12 @@ def _in_order(submit: Callable[[int], Future[T_co]], steps: range, depth: int) -
         yield done
     while waiting:
         yield waiting.popleft().result()
+
+
+def _compute_alone() -> None:
+    """Make torch use one thread for what this thread computes. Threads that have computed before keep their numbers."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # else the first product would set the number again
 
 
 def _make_in_process(step: int) -> Any:

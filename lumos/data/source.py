@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lumos.data.curriculum import StepShape
+from lumos.data.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,17 @@ class Clip:
     num_frames: int | None = None  # length of the whole clip if this is a part of it; prompt and header state it
     original_size: tuple[int, int] | None = None  # height and width before it was scaled and cropped; None: not known
     stride: float | None = None  # frames of its source from one of its frames to the next; None: not known
+    last: np.ndarray | None = None  # its last frame as a picture: uint8 [H, W, 3] with frames, uint16 [h, w] with codes
 
 
 def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
     """Return a clip with only the first `first_frames` frames of `clip`.
 
-    The field `num_frames` of the result is the length of the whole clip. A shorter clip keeps all its frames.
+    The fields `num_frames` and `last` of the result are those of the whole clip. A shorter clip keeps all its frames.
     """
     codes = clip.codes
     if codes is None:
-        return replace(clip, frames=clip.frames[:first_frames], num_frames=len(clip.frames))
+        return replace(clip, frames=clip.frames[:first_frames], num_frames=len(clip.frames), last=clip.frames[-1])
     latent = (first_frames - 1) // temporal_compression + 1
     return replace(clip, codes=codes[:latent], num_frames=(len(codes) - 1) * temporal_compression + 1)
 
@@ -73,6 +75,10 @@ class Source(StepSource, Protocol):
 
         Every call with the same arguments returns the same clips.
         """
+        ...
+
+    def trained_on(self) -> TrainedOn:
+        """Return the words of the captions of all clips, and what the clips show if it is known."""
         ...
 
 

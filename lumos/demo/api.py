@@ -1,6 +1,8 @@
-"""The HTTP API. `POST /api/generate` makes a clip and answers with its mp4 or png file.
+"""The routes of the HTTP API that answer with a result, and what all routes share.
 
-The API has the same limits and the same queue as the page. Errors are JSON.
+`POST /api/generate` takes a form and answers with the mp4 or png file when it is made. The routes
+for clips by id are in `lumos.demo.clips_api`. The API has the same limits and the same queue as the
+page. Errors are JSON.
 """
 
 from __future__ import annotations
@@ -10,16 +12,23 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import quote
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from lumos.demo.limits import Busy, TooLarge
+from lumos.demo.answers import FILE, KEEP, Delivery, failure, no_result, watch
+from lumos.demo.clips import Clips
+from lumos.demo.clips_api import add_clips
+from lumos.demo.keys import Key, Keys
+from lumos.demo.limits import Busy
+from lumos.demo.metrics import CONTENT_TYPE as METRICS_TYPE
 from lumos.demo.service import FILES, Service
 from lumos.demo.store import Store
 from lumos.demo.worker import Job
@@ -29,24 +38,41 @@ from lumos.pipeline.options import FLAG, WHOLE, parsed_flag
 from lumos.pipeline.request import Request as ClipRequest
 from lumos.pipeline.request import needs_words
 from lumos.prompt_lists.clips import record_path
+from lumos.version import __version__
 
 FIELDS: dict[str, Callable[[str], Any]] = {
-    "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "seed": int,
+    "prompt": str, "negative_prompt": str, "num_frames": int, "height": int, "width": int, "fps": int, "seed": int,
 }  # fmt: skip
 """The form fields that are neither files nor sampling options, each with the function that parses it."""
 OF_SOME_MODELS: dict[str, Callable[[str], Any]] = {"interpolate": int, "views": parsed_flag}
 """Further fields, which exist if the generator of the model takes them."""
-POLL_SECONDS = 0.1
 
 
-def add_api(app: FastAPI, service: Service) -> None:
-    """Add the routes under /api, and those of gradio's uploads, to an app."""
+def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_lists: bool = True) -> None:
+    """Add the routes of the API and of metrics to an app.
 
-    @app.post("/api/generate")
+    keys: the clients that may use them; by default everyone may. open_lists: on a server without
+    keys, list the clips of all clients.
+    """
+    keys = keys or Keys()
+
+    def client_of(
+        request: Request, token: Annotated[Any, Depends(HTTPBearer(auto_error=False, description="a key of the server"))]
+    ) -> Key:
+        return keys.client(request.headers.get("authorization"))
+
+    api = APIRouter(dependencies=[Depends(client_of)] if keys.keys else [])
+    add_clips(api, Clips(service), keys, open_lists=open_lists or bool(keys.keys))
+
+    @api.post("/api/generate", tags=["forms"], summary="Make a clip from a form, and answer with its file", responses=FILE)
     async def generate(request: Request) -> Response:
+        client = keys.client(request.headers.get("authorization"))
         form = await read_form(request, service.pipe)
         async with request_from_form(form, service.store, service.pipe) as wanted:
-            job = service.submit(Job(wanted))
+            job = Job(wanted, owner=client.name) if client.name else Job(wanted)
+            service.check(job)
+            with keys.counted(client, 1):
+                service.worker.submit(job, most=client.queue_length)
             try:
                 async for _ in watch(job):
                     if await request.is_disconnected():
@@ -58,21 +84,45 @@ def add_api(app: FastAPI, service: Service) -> None:
         if job.record is None:
             raise Busy("the request was cancelled")
         name = job.record["file"]
-        headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{record_path(Path(name))}"}
+        address = quote(record_path(Path(name)).name)  # headers and addresses are ASCII
+        headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{address}"}
         return Delivery(service.store, service.store.results / name, headers=headers, filename=name)
 
-    @app.get("/api/status")
+    @api.get("/api/status", tags=["server"], summary="State, defaults and limits of the server")
     async def status() -> dict[str, Any]:
         return {**service.worker.status(), "defaults": service.defaults, "limits": vars(service.limits)}
 
-    @app.get("/api/results/{name}")
+    @api.head("/api/results/{name}", operation_id="result_head", tags=["clips"], summary="The size of a result", responses=FILE)
+    @api.get("/api/results/{name}", tags=["clips"], summary="A result, or its record", responses=FILE)
     async def result(name: str) -> Response:
         path = service.store.find(name)
         if path is None:
             raise no_result(name)
-        return Delivery(service.store, path)
+        return Delivery(service.store, path, headers=KEEP)
 
-    @app.post("/gradio_api/upload")
+    @api.get("/metrics", tags=["server"], summary="Metrics in the text format of Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(), media_type=METRICS_TYPE)
+
+    @app.get("/health", tags=["server"], summary="Whether the server takes requests; needs no key")
+    async def health() -> JSONResponse:
+        is_alive = service.worker.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "closing", "lumos": __version__}, 200 if is_alive else 503)
+
+    app.include_router(api)
+
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"], include_in_schema=False)
+    async def unknown(rest: str) -> Response:
+        raise HTTPException(404, "unknown; GET /api/openapi.json lists what there is, POST /api/clips and /api/generate make clips")
+
+    for kind in (UserError, RunError, HTTPException, ClientDisconnect, RequestValidationError):
+        app.add_exception_handler(kind, lambda request, error: failure(error))
+
+
+def add_uploads(app: FastAPI, service: Service) -> None:
+    """Add the routes of gradio's uploads, which the page needs, to an app."""
+
+    @app.post("/gradio_api/upload", include_in_schema=False)
     async def upload(request: Request) -> Response:
         """Store one file in a folder of its own and return its name.
 
@@ -88,50 +138,9 @@ def add_api(app: FastAPI, service: Service) -> None:
             path = await stored(file, "file", service.store)
         return JSONResponse([service.store.keep(path)])
 
-    @app.get("/gradio_api/upload_progress")
+    @app.get("/gradio_api/upload_progress", include_in_schema=False)
     async def upload_progress() -> Response:
         return Response(status_code=204)  # the page then shows no progress of an upload
-
-    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"])
-    async def unknown(rest: str) -> Response:
-        raise HTTPException(404, "unknown; there are POST /api/generate, GET /api/status and GET /api/results/NAME")
-
-    for kind in (UserError, RunError, HTTPException, ClientDisconnect):
-        app.add_exception_handler(kind, lambda request, error: failure(error))
-
-
-class Delivery(FileResponse):
-    """A response that sends a result, or the record of a result, and keeps both from being removed meanwhile."""
-
-    def __init__(self, store: Store, path: Path, **options: Any):
-        super().__init__(path, **options)
-        self.store, self.name = store, path.name.removesuffix(".json")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.store.delivering(self.name):
-            # The store may have removed the result between the look-up and this moment.
-            there = Path(self.path).is_file()
-            await (super().__call__(scope, receive, send) if there else failure(no_result(self.name))(scope, receive, send))
-
-
-def no_result(name: str) -> HTTPException:
-    return HTTPException(404, f"there is no result {shown(name)}; old results are removed to make room for new ones")
-
-
-def failure(error: Exception) -> JSONResponse:
-    """Return {"error": message}: status 400, 413 or 429 for the client's errors, 500 for the server's."""
-    if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code)
-    statuses = ((TooLarge, 413), (Busy, 429), (UserError, 400))
-    return JSONResponse({"error": str(error)}, next((status for kind, status in statuses if isinstance(error, kind)), 500))
-
-
-async def watch(job: Job) -> AsyncIterator[None]:
-    """Yield every POLL_SECONDS while the job runs, and once more when it has ended."""
-    while not job.ended:
-        yield
-        await asyncio.sleep(POLL_SECONDS)
-    yield
 
 
 def parsers(pipe: VideoPipeline) -> dict[str, Callable[[str], Any]]:

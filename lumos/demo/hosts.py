@@ -38,6 +38,11 @@ class Hosts:
                 raise UserError(f"--allowed-host {shown(text)} is not a host; give a name or an address, without http:// and path")
             self.allowed.add(host)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the server listens to this machine only, and under no other name."""
+        return all(host == "localhost" or is_loopback(host) for host in self.allowed)
+
     def takes(self, scope: Scope) -> bool:
         """Return whether the request has exactly one Host header and that header holds an allowed name."""
         headers = [value for name, value in scope["headers"] if name == b"host"]

@@ -27,7 +27,14 @@ class TooLarge(UserError):
 
 
 class Busy(RunError):
-    """The server cannot take the request now, for example because the queue is full."""
+    """The server cannot take the request now, for example because the queue is full.
+
+    seconds: when the client may try again.
+    """
+
+    def __init__(self, message: str, seconds: int = 5):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def bound(default: Any, text: str) -> Any:

@@ -14,17 +14,19 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lumos.demo.api import failure
+from lumos.demo.answers import failure
 from lumos.demo.hosts import Hosts
 from lumos.demo.limits import FORM_BYTES, Busy, Limits, TooLarge
+from lumos.demo.metrics import Metrics
 from lumos.demo.store import Reservation, Store
 
 OPEN = re.compile(
-    r"/(api/.*|assets/.*|static/.*|svelte/.*|config|theme\.css|favicon\.ico|manifest\.json)?"
+    r"/(api/.*|health|metrics|assets/.*|static/.*|svelte/.*|config|theme\.css|favicon\.ico|manifest\.json)?"
     r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/[^/]*|startup-events|cancel|reset)/?"
 )
 """The paths that the page and the API use. gradio has other routes, one of which reads files by their path; they are closed."""
-UPLOADS = re.compile(r"/gradio_api/upload/?|/api/generate")
+UPLOADS = re.compile(r"/gradio_api/upload/?|/api/generate|/api/clips")
+IN_JSON = "/api/clips"  # the path to which uploads come as base64, of four characters for three bytes
 RESERVED_AT_ONCE = 2**20  # bytes, for a body that does not state its length
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -55,8 +57,10 @@ class Middleware:
     length before it is read, and by its true length while it arrives.
     """
 
-    def __init__(self, app: ASGIApp, store: Store, limits: Limits, hosts: Hosts | None = None):
-        self.app, self.store, self.limits, self.hosts = app, store, limits, hosts or Hosts()
+    def __init__(
+        self, app: ASGIApp, store: Store, limits: Limits, hosts: Hosts | None = None, metrics: Metrics | None = None
+    ):
+        self.app, self.store, self.limits, self.hosts, self.metrics = app, store, limits, hosts or Hosts(), metrics
         self.message = f"the request is too large; at most {limits.max_upload_mb:g} MB are allowed: make it smaller"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,13 +74,16 @@ class Middleware:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(SAFE_HEADERS)
+                if self.metrics is not None:
+                    self.metrics.request(scope["method"], message["status"])
             await send(message)
 
         if (refusal := self._refusal(scope)) is not None:
             await failure(refusal)(scope, receive, guarded)
-        elif UPLOADS.fullmatch(scope["path"]):
+        elif UPLOADS.fullmatch(scope["path"]) and scope["method"] == "POST":
+            of_file = self.limits.upload_bytes * 4 // 3 if scope["path"] == IN_JSON else self.limits.upload_bytes
             with self.store.reservation() as reservation:
-                await self._bounded(scope, receive, guarded, self.limits.upload_bytes + FORM_BYTES, reservation)
+                await self._bounded(scope, receive, guarded, of_file + FORM_BYTES, reservation)
         else:
             await self._bounded(scope, receive, guarded, FORM_BYTES)
 
@@ -85,7 +92,7 @@ class Middleware:
             return HTTPException(400, "this server is not known by the name in the Host header; --allowed-host adds names")
         if not OPEN.fullmatch(scope["path"]):
             return HTTPException(404, "there is nothing here")
-        if scope["method"] != "GET" and is_foreign(dict(scope["headers"])):
+        if scope["method"] not in ("GET", "HEAD") and is_foreign(dict(scope["headers"])):
             return HTTPException(403, "a page of another site sent this; open the demo itself")
         return None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import gradio as gr
 from gradio.components import Component
 
 from lumos.demo import views
-from lumos.demo.api import field_value, watch
+from lumos.demo.answers import watch
+from lumos.demo.api import field_value
+from lumos.demo.gallery import Gallery
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
 from lumos.demo.store import Store
@@ -24,9 +27,10 @@ from lumos.pipeline.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SHAPE = ("width", "height", "num_frames")
-SHOWN_RESULTS = 24  # most results of a session that the gallery shows
 CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
+NOT_REUSED = ("given", "last_image", "interpolate", "views")
+"""The controls that the button of a result leaves as they are."""
 HELLO = "Say what the clip shows, then press Generate."
 
 
@@ -35,11 +39,13 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
     longest = service.limits.max_prompt_length
     with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
         gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
-        results = gr.State([])
         with gr.Row():
             with gr.Column(scale=4, min_width=300, elem_id="left"):
                 with gr.Column(elem_id="ask"):
-                    prompt = gr.Textbox("", label="Prompt", lines=2, max_length=longest, autofocus=True, elem_id="prompt")
+                    # Of a box with one line, Enter submits; it grows with its text.
+                    prompt = gr.Textbox(
+                        "", label="Prompt", lines=1, max_lines=6, max_length=longest, autofocus=True, elem_id="prompt"
+                    )
                     with gr.Row():
                         start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
                         cancel = gr.Button("Cancel", min_width=120, interactive=False, elem_id="cancel")
@@ -48,13 +54,17 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                         gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
                     given.preprocess = path_of
+                    thumbnail = gr.HTML("", elem_id="thumbnail")
+                    if service.pipe.trained_on is not None:
+                        with gr.Accordion("What this model knows", open=False, elem_id="knows"):
+                            gr.HTML(views.known(service.pipe.trained_on))
                     with gr.Accordion("Size, length and sampling", open=False, elem_id="settings"):
                         asked = {"prompt": prompt, "given": given, **uses(service), **sampling_controls(service)}
                     uploads = [asked[name] for name in ("given", "last_image") if name in asked]
             with gr.Column(scale=6, min_width=300, elem_id="right"):
                 stage = gr.HTML(views.stage_text(HELLO), elem_id="stage")
                 line = gr.HTML(views.status(""), elem_id="line")
-        gallery = gr.HTML("", elem_id="gallery")
+        gallery = Gallery()
 
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
             try:
@@ -80,20 +90,47 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                 service.worker.cancel(job)  # has an effect only if the visitor has left
             ended = {start: gr.Button(interactive=True), cancel: gr.Button(interactive=False), line: outcome(job)}
             if job.record is not None:
-                shown = [*values[results], job.record][-SHOWN_RESULTS:]
-                ended |= {stage: views.stage_result(job.record), gallery: views.gallery(shown), results: shown}
+                ended |= {stage: views.stage_result(job.record), **gallery.add(values[gallery.made], job.record)}
             yield ended
 
         def give_up(session: gr.Request) -> None:
             service.worker.cancel_of(session.session_hash)
 
         gr.on(
-            [start.click, prompt.submit], generate, {results, *asked.values()}, [stage, line, gallery, results, start, cancel],
+            [start.click, prompt.submit], generate, {gallery.made, *asked.values()}, [stage, line, start, cancel, *gallery.parts],
             show_progress="hidden", concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         cancel.click(give_up, None, None, queue=False, api_visibility="private")
+        given.change(partial(look, service), given, thumbnail, show_progress="hidden", concurrency_limit=1,
+                     api_visibility="private")  # fmt: skip
+        filled = {name: part for name, part in asked.items() if name not in NOT_REUSED}
+        gallery.on_reuse(
+            [*filled.values()], lambda record: {filled[name]: value for name, value in answers_of(record, filled).items()}
+        )
     allow_uploads_only(page, service.store)
     return page
+
+
+async def look(service: Service, file: str | None) -> str:
+    """Return the HTML of what an upload shows, or of the message why it cannot be read."""
+    if file is None:
+        return ""
+    path = Path(file)
+    try:
+        if not service.store.holds_upload(path):
+            raise UserError(NO_UPLOAD)
+        with service.store.needing(path):
+            frame = await asyncio.to_thread(service.look, path, path.suffix.lower() in PICTURES)
+        return views.thumbnail(frame)
+    except (UserError, RunError) as error:
+        return views.wrong(str(error))
+
+
+def answers_of(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the values of the controls of these names that ask for the result of a record; uploads stay as they are."""
+    known = {**record["settings"], "prompt": record["prompt"], "negative_prompt": record.get("negative_prompt") or "",
+             "seed": str(record["seed"])}  # fmt: skip
+    return {name: known[name] for name in names if name in known}
 
 
 def allow_uploads_only(page: gr.Blocks, store: Store) -> None:
@@ -192,9 +229,10 @@ async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, 
         text = progress_line(service, job)
         if text != said:
             said = update["line"] = text
-        if job.state == "working" and len(job.frames) > frames:
-            frames = len(job.frames)
-            update["stage"] = await asyncio.to_thread(views.stage_preview, job.frames[:frames], job.fps)
+        made = job.frames  # a job that ends gets another, empty list
+        if job.state == "working" and len(made) > frames:
+            frames = len(made)
+            update["stage"] = await asyncio.to_thread(views.stage_preview, made[:frames], job.fps)
         if update:
             yield update
 

@@ -1,4 +1,4 @@
-"""The web server of the demo: the page at / and the API under /api."""
+"""The web server of `demo` and `serve`: the API under /api, and for `demo` the page at /."""
 
 from __future__ import annotations
 
@@ -6,33 +6,48 @@ import os
 import socket
 from collections.abc import Sequence
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from lumos.demo.api import add_api
+from lumos.demo.api import add_api, add_uploads
 from lumos.demo.connections import MOST, Connection
 from lumos.demo.hosts import Hosts
+from lumos.demo.keys import Keys
 from lumos.demo.middleware import Middleware
-from lumos.demo.page import CSS, build_page
 from lumos.demo.reading import prepare_reading
 from lumos.demo.service import Service
-from lumos.demo.sessions import Sessions
 from lumos.errors import UserError, printable
+from lumos.version import __version__
 
 CLOSING_SECONDS = 3  # time for open connections to finish when the server stops
 
 
-def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIApp:
+def build_app(service: Service, examples: Sequence[str] | None, hosts: Hosts, keys: Keys | None = None) -> ASGIApp:
     """Return the ASGI app of the whole site.
+
+    examples: prompts for the page; None leaves the page out. keys: the clients of the API; by default
+    everyone may use it.
+    """
+    app = FastAPI(title="Lumos", version=__version__, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
+    add_api(app, service, keys, open_lists=hosts.is_local)
+    whole = app if examples is None else with_page(app, service, examples)
+    return Middleware(whole, service.store, service.limits, hosts, service.metrics)
+
+
+def with_page(app: FastAPI, service: Service, examples: Sequence[str]) -> ASGIApp:
+    """Return an app with the page at /.
 
     gradio keeps its uploads in the folder of the service. Only the routes of gradio that the page
     needs are reachable.
     """
+    import gradio as gr
+
+    from lumos.demo.page import CSS, build_page
+    from lumos.demo.sessions import Sessions
+
     os.environ["GRADIO_TEMP_DIR"] = str(service.store.uploads)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    add_api(app, service)
+    add_uploads(app, service)
     page = build_page(service, examples)
     fonts = ["system-ui", "sans-serif"]
     gr.mount_gradio_app(
@@ -40,7 +55,7 @@ def build_app(service: Service, examples: Sequence[str], hosts: Hosts) -> ASGIAp
         css_paths=[CSS], max_file_size=service.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
         show_error=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip
-    return Middleware(Sessions(app, page, service), service.store, service.limits, hosts)
+    return Sessions(app, page, service)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,11 +91,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(service: Service, examples: Sequence[str], listener: socket.socket, hosts: Hosts) -> None:
-    """Serve until Ctrl-C, then cancel all jobs and remove the uploads."""
+def serve(
+    service: Service, examples: Sequence[str] | None, listener: socket.socket, hosts: Hosts, keys: Keys | None = None
+) -> None:
+    """Serve until Ctrl-C, then cancel all jobs and remove the uploads. The arguments are those of `build_app`."""
     prepare_reading()
     config = uvicorn.Config(
-        build_app(service, examples, hosts), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
+        build_app(service, examples, hosts, keys), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
         http=Connection, ws="none", limit_concurrency=MOST,
     )  # fmt: skip
     listener.listen()  # before the address is printed, so that a client that reads it can connect

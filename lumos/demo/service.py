@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lumos.demo.limits import Limits
+from lumos.demo.metrics import Metrics
 from lumos.demo.reading import read_upload
 from lumos.demo.store import Store
 from lumos.demo.worker import Job, Worker
@@ -46,22 +47,37 @@ class Service:
         self.limits = limits.of_model(pipe.clip, pipe.settings)
         self.store = Store(root, self.limits)
         self.resolving = threading.Lock()
-        self.worker = Worker(self.make, self.limits.queue_length)
+        self.worker = Worker(self.make, self.limits.queue_length, self._ended)
+        self.metrics = Metrics({
+            "lumos_queue_waiting": ("clips that wait", lambda: self.worker.status()["waiting"]),
+            "lumos_working": ("1 while a clip is made, else 0", lambda: self.worker.status()["state"] == "working"),
+        })  # fmt: skip
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The model's default sampling options and shape of a clip, by name."""
         return {**vars(self.pipe.settings), **vars(self.pipe.clip)}
 
-    def submit(self, job: Job) -> Job:
-        """Check the request of a job and put the job into the queue.
+    def submit(self, *jobs: Job, most: int | None = 1) -> Job:
+        """Check the requests of jobs of one owner, put the jobs into the queue, all or none, and return the first.
 
-        The content of an upload is checked later, in `make`. UserError if the request is not
-        allowed, Busy if the queue does not take the job.
+        most: how many jobs that have not ended the owner may have. UserError if a request is not
+        allowed, Busy if the queue does not take the jobs.
         """
-        self.limits.check(job.request)
-        self._resolve(self._without_files(job.request))
-        return self.worker.submit(job)
+        self.check(*jobs)
+        return self.worker.submit(*jobs, most=most)
+
+    def check(self, *jobs: Job) -> None:
+        """Raise UserError if a request is not allowed. The content of an upload is checked later, in `make`."""
+        for job in jobs:
+            self.limits.check(job.request)
+            self._resolve(self._without_files(job.request))
+
+    def _ended(self, job: Job) -> None:
+        seconds = job.record["seconds"] if job.record else None
+        self.metrics.clip(job.state, seconds, job.made if job.record else 0)
+        if job.is_unwanted and job.record:
+            self.store.remove(job.record["file"])
 
     def _without_files(self, request: Request) -> Request:
         """Return the request with a blank picture in place of each picture, and without its clip, whose length is not known yet."""
@@ -79,26 +95,29 @@ class Service:
         """Make and write the clip of a job; `job.frames` and `job.progress` grow meanwhile."""
         began = time.perf_counter()
         request = self._read_uploads(job)
-        resolved, job.notes = self._resolve(request)
+        resolved, job.notes = self._resolve(request, self.pipe.check_pictures)
         job.fps = resolved.clip.fps
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             job.progress = (frame + (step + 1) / steps) / frames
             job.check_stop()
 
-        for (frames,) in self.pipe.stream_encoded(self.pipe.encode(resolved), on_step):
+        for (frames,) in self.pipe.stream_encoded(self.pipe.encoded(resolved), on_step):
             job.frames.extend(frames)
             job.check_stop()
         job.record = self._write(job, resolved, time.perf_counter() - began)
 
-    def _resolve(self, request: Request) -> tuple[Resolved, list[str]]:
-        """Return the resolved request and the warnings about it.
+    def _resolve(
+        self, request: Request, check: Callable[[Resolved], None] = lambda resolved: None
+    ) -> tuple[Resolved, list[str]]:
+        """Return the resolved request and the warnings about it, those of `check` included.
 
         A lock keeps other threads out, because `warnings.catch_warnings` acts on the whole process.
         """
         with self.resolving, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resolved = self.pipe.resolve(request)
+            check(resolved)
         return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _read_uploads(self, job: Job) -> Request:
@@ -112,11 +131,18 @@ class Service:
         if request.video is not None:
             most = (self.limits.max_frames + 1) // 2
             count = request.num_frames or own.num_frames if request.interpolate is None else most + 1
-            shape = own.fps, count, request.height or own.height, request.width or own.width
+            shape = request.fps or own.fps, count, request.height or own.height, request.width or own.width
             frames["video"] = read_upload(Path(request.video), job.check_stop, allowed, shape)
             if request.interpolate is not None and len(frames["video"]) > most:
                 raise UserError(f"a clip to interpolate has at most {most} frames here, at {own.fps} a second; this one has more")
         return replace(request, **frames)
+
+    def look(self, path: Path, is_picture: bool) -> np.ndarray:
+        """Return the picture of an upload, or the last frame of a clip, as uint8 [H, W, 3]; errors as of `read_upload`."""
+        own = self.pipe.clip
+        clip = None if is_picture else (own.fps, 1, own.height, own.width)
+        frames = read_upload(path, lambda: None, self.limits.of_reading, clip)
+        return frames if is_picture else frames[-1]
 
     def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
         """Write the result and its record as `generate` does, and return the record."""

@@ -15,7 +15,7 @@ from gradio.server_messages import HeartbeatMessage
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lumos.demo.api import failure
+from lumos.demo.answers import failure
 from lumos.demo.limits import Busy
 from lumos.demo.service import Service
 from lumos.errors import UserError, shown

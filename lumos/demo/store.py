@@ -17,7 +17,8 @@ from lumos.demo.limits import FORM_BYTES, Busy, Limits
 from lumos.durable import sweep_dead
 from lumos.prompt_lists.clips import record_path
 
-RESULT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.(mp4|png)")
+RESULT = re.compile(r"[^/\\\0-\x1f.]+-[0-9a-f]{12}\.(mp4|png)")
+"""The names of results. They begin with words of the prompt in any script, see `lumos.prompt_lists.clips.default_name`."""
 FRESH_SECONDS = 120  # an upload is never removed in this time: its visitor is about to press Generate
 UNUSED_SECONDS = 3600  # after this time an upload that no job needs is removed
 UNDELIVERED_SECONDS = 300  # a result is never removed in this time: its client is about to fetch it
@@ -61,11 +62,16 @@ class Store:
             kept = oldest_first([path for path in self.results.iterdir() if RESULT.fullmatch(path.name)])
             surplus = max(0, len(kept) + 1 - self._keep_results)
             for old in [path for path in kept if not self._is_awaited(path.name)][:surplus]:
-                record_path(old).unlink(missing_ok=True)
-                old.unlink(missing_ok=True)
-                self._stays.pop(old.name, None)
+                self.remove(old.name)
         path = self.results / name
         return path.with_stem(f"{path.stem}-{uuid.uuid4().hex[:12]}")
+
+    def remove(self, name: str) -> None:
+        """Remove a result and its record."""
+        with self._lock:
+            record_path(self.results / name).unlink(missing_ok=True)
+            (self.results / name).unlink(missing_ok=True)
+            self._stays.pop(name, None)
 
     def stay(self, name: str, seconds: float = UNDELIVERED_SECONDS) -> None:
         """Keep a result from being removed for so many seconds from now."""

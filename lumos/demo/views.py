@@ -5,21 +5,24 @@ The stage is the large area that shows the clip.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
+from lumos.data.trained_on import TrainedOn
 from lumos.pipeline.options import all_options
 from lumos.prompt_lists.clips import record_path
+from lumos.video.animation import data_url
 
 PREVIEW_FRAMES = 32  # a preview shows only the last frames, so that its cost does not grow with the clip
 OF_A_CLIP = ("num_frames", "num_given_frames", "fps")  # settings without a meaning for a picture
+THUMBNAIL = 240  # pixels of the longer side
+SHOWN_WORDS = 200
 HIDDEN = ("target_size", "height", "width", "sampler")
 
 
@@ -29,15 +32,17 @@ def stage_text(text: str) -> str:
 
 def stage_preview(frames: Sequence[np.ndarray], fps: int) -> str:
     """Return the last of the frames made so far, uint8 [H, W, 3] each, as an animated picture in a data URL."""
-    first, *rest = (Image.fromarray(frame) for frame in frames[-PREVIEW_FRAMES:])
-    file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="data:image/webp;base64,{data}"></div>'
+    url = data_url(frames[-PREVIEW_FRAMES:], fps)
+    return f'<div class="stage"><img class="preview" alt="the frames made so far" src="{url}"></div>'
 
 
 def stage_result(record: dict[str, Any]) -> str:
     return f'<div class="stage">{player(record["file"], "autoplay")}</div>'
+
+
+def address(name: str) -> str:
+    """Return the address of a result or a record, relative to the page."""
+    return f"api/results/{quote(name)}"
 
 
 def player(name: str, how: str) -> str:
@@ -46,8 +51,15 @@ def player(name: str, how: str) -> str:
     Its address is relative, so that it works behind a proxy.
     """
     if name.endswith(".png"):
-        return f'<img class="result" alt="the picture" src="api/results/{name}">'
-    return f'<video class="result" src="api/results/{name}" {how} controls loop muted playsinline></video>'
+        return f'<img class="result" alt="the picture" src="{address(name)}">'
+    return f'<video class="result" src="{address(name)}" {how} controls loop muted playsinline></video>'
+
+
+def known(trained_on: TrainedOn) -> str:
+    """Return a table of what a model was trained on: its lists, or some words of its captions if it has no lists."""
+    lists = trained_on.lists or {"words": sorted(trained_on.words)[:SHOWN_WORDS]}
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(', '.join(values))}</td></tr>" for name, values in lists.items())
+    return f"<table>{rows}</table>"
 
 
 def status(text: str, progress: float | None = None) -> str:
@@ -59,20 +71,23 @@ def wrong(message: str) -> str:
     return f'<div class="status wrong" role="alert">{escape(message)}</div>'
 
 
-def gallery(records: Sequence[dict[str, Any]]) -> str:
-    """Return the results of a session, the newest first, each with its settings."""
-    if not records:
-        return ""
-    return f'<h3>Made in this session</h3><div class="results">{"".join(map(card, reversed(records)))}</div>'
+def thumbnail(frame: np.ndarray) -> str:
+    """Return a frame uint8 [H, W, 3] as a small picture in a data URL."""
+    picture = Image.fromarray(frame)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return f'<img alt="the upload" src="{data_url([np.asarray(picture)], 1)}">'
 
 
 def card(record: dict[str, Any]) -> str:
+    """Return a result with its settings and a button that the gallery listens to."""
     name = record["file"]
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in shown_settings(record))
-    links = f'<a href="api/results/{name}" download>file</a> · <a href="api/results/{record_path(Path(name))}" download>record</a>'
+    record_address = address(record_path(Path(name)).name)
+    links = f'<a href="{address(name)}" download>file</a> · <a href="{record_address}" download>record</a>'
     return (
         f'<figure>{player(name, "preload=auto")}<figcaption><p>{escape(record["prompt"])}</p>{links}'
-        f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details></figcaption></figure>"
+        f"<details><summary>seed {record['seed']}, settings</summary><table>{rows}</table></details>"
+        f'<button type="button" class="reuse">Use these settings</button></figcaption></figure>'
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 import uuid
 from collections import deque
@@ -40,6 +41,11 @@ class Job:
     notes: list[str] = field(default_factory=list)  # warnings, for example of settings without effect
     error: Exception | None = None
     record: dict[str, Any] | None = None  # the record of the written result; its "file" is the name of the result
+    made: int = 0  # how many frames are made
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: float = field(default_factory=time.time)  # seconds since 1970
+    clean: Callable[[], None] = lambda: None  # removes what only this job needs; called when the job ends
+    is_unwanted: bool = False  # the result is removed when the job ends
     stop: threading.Event = field(default_factory=threading.Event)  # set to cancel the job
 
     @property
@@ -56,11 +62,11 @@ class Worker:
     """A thread that runs `make(job)` for one job after the other.
 
     `make` must raise Cancelled soon after `job.stop` is set. queue_length: the most jobs that may
-    wait.
+    wait. `ended(job)` is called after each job, also after one that was cancelled while it waited.
     """
 
-    def __init__(self, make: Callable[[Job], None], queue_length: int):
-        self._make, self._queue_length = make, queue_length
+    def __init__(self, make: Callable[[Job], None], queue_length: int, ended: Callable[[Job], None] = lambda job: None):
+        self._make, self._queue_length, self._ended = make, queue_length, ended
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
@@ -68,22 +74,28 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="lumos-demo", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Job:
-        """Put a job into the queue and return it.
+    def submit(self, *jobs: Job, most: int | None = 1) -> Job:
+        """Put jobs of one owner into the queue, all or none, and return the first.
 
-        Busy if the queue is full, if the owner has another job that has not ended, or if the worker
-        is closed.
+        most: how many jobs that have not ended the owner may have; None is any number. Busy if the
+        queue is full, if the owner has too many jobs, or if the worker is closed.
         """
         with self._changed:
             if self._closed:
                 raise Busy("the server is closing; try again later")
-            if any(other.owner == job.owner for other in self._all()):
-                raise Busy("your last clip is still being made; wait for it or cancel it")
-            if len(self._all()) > self._queue_length:
+            others = sum(other.owner == jobs[0].owner for other in self._all())
+            if most is not None and others + len(jobs) > most:
+                if most == 1 and others:
+                    raise Busy("your last clip is still being made; wait for it or cancel it")
+                raise Busy(f"you have {others} clips that wait or are being made, and may have {most}; wait for one or cancel one")
+            room = self._queue_length + 1 - len(self._all())  # one more is being made
+            if room < 1:
                 raise Busy(f"{self._queue_length} requests are waiting already, no more are taken; try again later")
-            self._waiting.append(job)
+            if len(jobs) > room:
+                raise Busy(f"{len(jobs)} clips do not fit into the queue, which has room for {room} now; try again later")
+            self._waiting.extend(jobs)
             self._changed.notify_all()
-        return job
+        return jobs[0]
 
     def cancel(self, job: Job) -> None:
         """Cancel a job: a waiting job at once, a running job after its current step.
@@ -94,7 +106,7 @@ class Worker:
             job.stop.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.state = "cancelled"
+                self._end(job, "cancelled")
 
     def cancel_of(self, owner: str) -> None:
         with self._changed:
@@ -121,6 +133,19 @@ class Worker:
         if wait:
             self._thread.join()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs and takes jobs."""
+        return self._thread.is_alive() and not self._closed
+
+    def _end(self, job: Job, state: str) -> None:
+        try:
+            job.clean()
+        finally:
+            job.made, job.frames = len(job.frames), []  # a job that is kept for its status keeps no pixels
+            job.state = state
+            self._ended(job)
+
     def _all(self) -> list[Job]:
         return [*([self._running] if self._running else []), *self._waiting]
 
@@ -134,7 +159,8 @@ class Worker:
                 job.state = "working"
             state = self._outcome(job)
             with self._changed:
-                self._running, job.state = None, state
+                self._running = None
+                self._end(job, state)
 
     def _outcome(self, job: Job) -> str:
         """Run a job and return its last state.

@@ -34,7 +34,7 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     shares = {"share of prompts": [name for name in shown if name not in motions], "motion, over the truth's": motions}
     shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
-    times = sorted((row["x"], statistics.mean(run["seconds"] / run["clips"] for run in row["runs"]), 0.0) for row in judged)
+    times, clock = times_of(judged)
     panels = len(fields) + len(shares) + bool(times)
     figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
     figure.suptitle(result["question"], fontsize=11)
@@ -54,11 +54,21 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
         _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
     if times:
         axes = figure.add_subplot(1, panels, panels)
-        _band(axes, times, "C0", "a clip, on the cores of the run", "-o")
+        _band(axes, times, "C0", "a clip, median of the seeds", "-o")
         axes.set_ylim(bottom=0)
-        _finish(axes, "seconds", result["axis"])
+        _finish(axes, clock, result["axis"])
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def times_of(rows: list[dict[str, Any]]) -> tuple[Points, str]:
+    """Return the median time of a clip for each variant, as points over x, and what kind of time it is.
+
+    A median does not follow a seed that ran beside other work. Nor do CPU seconds, which older results do not have.
+    """
+    known = all("cpu_seconds" in run for row in rows for run in row["runs"])
+    name, title = ("cpu_seconds", "CPU seconds") if known else ("seconds", "seconds")
+    return sorted((row["x"], statistics.median(run[name] / run["clips"] for run in row["runs"]), 0.0) for row in rows), title
 
 
 def curve(runs: list[dict[str, Any]], field: str) -> Points:

@@ -27,6 +27,7 @@ from lumos.evaluation.prompts import KINDS
 from lumos.files import read_json, read_text, write_bytes, write_json
 from lumos.runtime import versions
 from lumos.settings import build, is_number, read_yaml, setting
+from lumos.threads import cores_in_use
 from lumos.training.logging import read_lines
 
 OVER = ("step", "flops")
@@ -78,7 +79,7 @@ class Experiment:
 
 def load(path: str | Path) -> Experiment:
     """Return the experiment of a YAML file; UserError for settings that are unknown, wrong or without effect."""
-    experiment = build(Experiment, read_yaml(path, []))
+    experiment = build(Experiment, read_yaml(path, [], ("experiments",)))
     if not experiment.variants:
         raise UserError(f"{path} has no variants; name at least one")
     experiment.variants = {str(name): build(Variant, raw, f"variants.{as_text(name)}") for name, raw in experiment.variants.items()}
@@ -210,11 +211,11 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
 
 
 def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
-    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the cores.
+    """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
     RunError after all have ended, with the first failure.
     """
-    threads = max(1, (os.cpu_count() or 1) // parallel)
+    threads = max(1, cores_in_use() // parallel)
 
     def one(job: Job) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +245,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
 
     The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
     `evaluate prompts`, kinds: {prompt kind: {figure: share}}, shares: {figure: mean over the
-    kinds}, seconds and clips. UserError for a curve that is not in the log.
+    kinds}, seconds, cpu_seconds and clips. UserError for a curve that is not in the log.
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
@@ -260,6 +261,7 @@ def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
     if job.prompts:
         judged = read_judged(job.folder / "prompts.json")
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
+        found |= {"cpu_seconds": judged["cpu_seconds"]} if "cpu_seconds" in judged else {}
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
@@ -276,7 +278,8 @@ def read_judged(file: Path) -> dict[str, Any]:
     """Return the content of a file that `evaluate prompts --output` wrote; RunError if it is damaged."""
     try:
         judged = read_json(file, "what `evaluate prompts` wrote")
-        numbers = [judged["seconds"], judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
+        times = [judged["seconds"], judged.get("cpu_seconds", 0.0)]
+        numbers = [*times, judged["count"], *(s for shares in judged["shares"].values() for s in shares.values())]
         if not judged["shares"] or not all(map(is_number, numbers)):
             raise TypeError("shares, seconds and count must be numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

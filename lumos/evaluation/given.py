@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from lumos.errors import UserError, shown
-from lumos.evaluation.quality import MAX_PSNR, psnr
+from lumos.evaluation.quality import MAX_PSNR
+from lumos.video.frames import psnr
 
 GIVEN = ("first", "prediction", "ends", "interpolation")
 """The names of the patterns of given frames.
@@ -46,6 +47,16 @@ def arguments_of(pattern: str, clips: Sequence[np.ndarray], numbers: Sequence[in
     if pattern == "prediction":
         return {"video": [clip[: len(numbers)] for clip in clips]}
     return {"given_frames": [{number: clip[number] for number in numbers} for clip in clips]}
+
+
+def reconstructed(reconstruct: Callable[[np.ndarray], np.ndarray], clip: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Return the frames `numbers` of a clip, uint8 [T, H, W, 3], as the tokenizer reconstructs them: uint8 [n, H, W, 3].
+
+    reconstruct: returns the reconstruction of a clip. Frames at the beginning are one clip, other frames are pictures.
+    """
+    if list(numbers) == list(range(len(numbers))):
+        return reconstruct(clip[: len(numbers)])
+    return np.concatenate([reconstruct(clip[n : n + 1]) for n in numbers])
 
 
 def is_kept(frame: np.ndarray, picture: np.ndarray) -> bool:

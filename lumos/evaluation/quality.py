@@ -19,15 +19,6 @@ Their true PSNR is infinite, which has no mean.
 _SIGMA, _C1, _C2 = 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio in dB of two clips, uint8 [T, H, W, 3]; infinity for equal clips.
-
-    The ratio is that of 255^2 to the mean squared error over all values of the clips.
-    """
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Return the structural similarity of two clips, uint8 [T, H, W, 3] (Wang et al. 2004), averaged over frames and channels.
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lumos.evaluation.lpips import Lpips
-from lumos.evaluation.quality import MAX_PSNR, code_use, psnr, ssim
-from lumos.video.frames import from_uint8, to_uint8
+from lumos.evaluation.quality import MAX_PSNR, code_use, ssim
+from lumos.video.frames import from_uint8, psnr, to_uint8
 from tokenizer import VideoTokenizer
 
 

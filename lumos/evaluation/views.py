@@ -11,8 +11,9 @@ from lumos.data.synthetic.drawing import render
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import NUM_VIEWS, Solid
 from lumos.errors import UserError, shown
-from lumos.evaluation.quality import MAX_PSNR, psnr, ssim
+from lumos.evaluation.quality import MAX_PSNR, ssim
 from lumos.runtime import check_memory
+from lumos.video.frames import psnr
 
 SOLID_KINDS: dict[str, dict[str, Any]] = {
     "solids": {"kinds": ("solids",)},

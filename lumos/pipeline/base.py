@@ -18,10 +18,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -29,15 +31,21 @@ import torch
 from torch import Tensor, nn
 
 from lumos import registry
+from lumos.data.trained_on import TrainedOn
 from lumos.errors import RunError, UserError
+from lumos.pipeline.adapters import HasAdapters
 from lumos.pipeline.calls import Calls
 from lumos.pipeline.defaults import ClipDefaults
+from lumos.pipeline.hub import local_folder, model_card, upload
 from lumos.pipeline.inputs import generator_of
+from lumos.pipeline.notes import given_pictures, picture_note, size_note
+from lumos.pipeline.offload import HasOffload
 from lumos.pipeline.options import SamplingOptions
-from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type
+from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type, with_pixels
 from lumos.pipeline.parts import Parts
 from lumos.pipeline.placement import is_spread
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
+from lumos.progress import progress_bar
 from lumos.runtime import each_in_plain_defaults, pick_device, plain_defaults
 from lumos.video.frames import as_uint8
 
@@ -77,7 +85,7 @@ class Encoded:
         return [generator_of(seed) for seed in self.resolved.seeds]
 
 
-class VideoPipeline(ABC):
+class VideoPipeline(HasAdapters, HasOffload, ABC):
     """The base class of every generator's pipeline: a network with its tokenizers.
 
     `settings` holds the model's default sampling options, `clip` the default shape of its clips.
@@ -87,15 +95,21 @@ class VideoPipeline(ABC):
     """The generator's name in the registry."""
     sampling: ClassVar[type[SamplingOptions]]
     """The generator's sampling options."""
-    takes: ClassVar[tuple[str, ...]] = ()
-    """The arguments of a call that the generator has beside those of all: some of last_image, given_frames, interpolate, views."""
+    takes: tuple[str, ...] = ()
+    """The arguments of a call that the model has beside those of all: some of last_image, given_frames, interpolate, views."""
     tensor_inputs: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that a step callback may ask for."""
+    component_names: ClassVar[tuple[str, ...]] = ()
+    """The parts of the pipeline: attributes that are arguments of the class too."""
 
     model: nn.Module
     video_tokenizer: nn.Module
     settings: SamplingOptions
     clip: ClipDefaults
+    _progress_bar_config: Mapping[str, Any] = MappingProxyType({"disable": True})
+    trained_on: TrainedOn | None = None
+    """What the model was trained on; None if its folder does not say."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Give the `__call__` of each subclass a signature with its sampling options, for help() and editors."""
         super().__init_subclass__(**options)
@@ -109,27 +123,63 @@ class VideoPipeline(ABC):
             cls.__call__ = call
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> VideoPipeline:
+    def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, **options: Any) -> VideoPipeline:
         """Load a model folder and return the pipeline of its generator; `options` are passed on to that pipeline.
 
-        NotFound if there is no such folder, UserError if the model type belongs to no generator.
+        The folder may be a repository ORG/NAME on the Hugging Face hub (see `lumos.pipeline.hub`); `revision` is then a
+        branch, a tag or a commit of it. NotFound if there is no such folder or repository, UserError if the model type
+        belongs to no generator.
         """
+        folder = local_folder(folder, revision)
         return registry.generator_of(folder).load("pipeline").from_pretrained(folder, **options)
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline into a folder that `from_pretrained` reads."""
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Upload model", token: str | None = None
+    ) -> str:
+        """Upload the whole pipeline folder, with a short card, to the repository ORG/NAME on the hub, which is created if needed.
+
+        Returns the address of the commit. token: default the one of `hf auth login`. RunError if the hub refuses.
+        """
+        card = model_card(repo_id, self.generator, self.trained_on)
+        return upload(repo_id, self.save_pretrained, card, private=private, message=commit_message, token=token)
+
     @abstractmethod
-    def resolve(self, request: Request) -> Resolved:
-        """Check a request, replace missing values by defaults, and return the result. No network runs.
+    def resolved(self, request: Request) -> Resolved:
+        """Return a request with missing values replaced by defaults and all values checked. No network runs.
 
         UserError if the clips of the request cannot be made.
         """
 
     @abstractmethod
-    def encode(self, resolved: Resolved) -> Encoded:
+    def encoded(self, resolved: Resolved) -> Encoded:
         """Encode a resolved request: given frames by the video tokenizer, and prompts by the text encoder if there is one."""
+
+    def resolve(self, request: Request) -> Resolved:
+        """Do the same as `resolved`, and warn of what may make the clips poor: words and a size that training never had."""
+        resolved = self.resolved(request)
+        prompts = [*resolved.prompts, *(text for _, texts in resolved.later for text in texts)]
+        words = self.trained_on and self.trained_on.note(prompts)
+        for note in (words, size_note(resolved.clip, self.clip)):
+            if note:
+                warnings.warn(note, stacklevel=1)
+        return resolved
+
+    def encode(self, resolved: Resolved) -> Encoded:
+        """Do the same as `encoded`, and warn if a given picture is of another kind than those of the training."""
+        self.check_pictures(resolved)
+        with self.stage(self.video_tokenizer, *self.text_encoders):
+            return self.encoded(resolved)
+
+    def check_pictures(self, resolved: Resolved) -> None:
+        """Warn if a given picture loses more in the video tokenizer than pictures of the training do."""
+        if self.trained_on and self.trained_on.picture_psnr is not None:
+            note = picture_note(given_pictures(resolved), self.trained_on.picture_psnr, self.reconstruct)
+            if note:
+                warnings.warn(note, stacklevel=1)
 
     @abstractmethod
     def latents(self, encoded: Encoded, after_step: AfterStep) -> Iterator[Tensor]:
@@ -180,7 +230,32 @@ class VideoPipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """The device on which the network works."""
+        return self.offload_device or self.model.device
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
+        return {name: getattr(self, name) for name in self.component_names}
+
+    def networks(self) -> list[nn.Module]:
+        return [self.model, self.video_tokenizer]
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """The networks, beside the video tokenizer, that run when a request is encoded."""
+        return []
+
+    def __repr__(self) -> str:
+        count, clip = sum(p.numel() for p in self.model.parameters()), self.clip
+        parts = "".join(f"\n  {name}: {type(part).__name__}" for name, part in self.components.items())
+        what = f"{count / 1e6:.1f} M parameters, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        usual = f"clips of {clip.num_frames} frames of {clip.width} x {clip.height} at {clip.fps} fps"
+        return f"{type(self).__name__}({what}, {usual}){parts}"
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Show a progress bar in calls, with these arguments of tqdm; `disable=True` hides it, which is the default."""
+        self._progress_bar_config = {**self._progress_bar_config, "disable": False, **config}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,6 +300,8 @@ class VideoPipeline(ABC):
                 device = value
         if is_spread(self.model):
             raise UserError("a decoder with a device_map stays where it is; load it again with another device or dtype")
+        if self.offload_device is not None and device is not None:
+            raise UserError("the pipeline has CPU offload, which places its parts; load it again to place it yourself")
         target = None if device is None else pick_device(device)
         self.model.to(device=target, dtype=dtype)
         self.video_tokenizer.to(device=target, dtype=dtype)
@@ -254,7 +331,7 @@ class VideoPipeline(ABC):
                 form that `lumos.video.frames.as_uint8` takes.
             video: a path or the frames of a clip. The new clip begins with its last
                 num_given_frames frames. A list of PIL pictures is one clip.
-            last_image: a path or picture, which becomes the last frame, for generators that support
+            last_image: a path or picture, which becomes the last frame, for models that support
                 it.
             given_frames: a picture or path for each frame number, counted from 0, for generators
                 that support it; or a list with such a dict for each clip.
@@ -305,13 +382,16 @@ class VideoPipeline(ABC):
 
         def after_step(frame: int, step: int, state: Tensor) -> None:
             on_step(frame, resolved.new_frames, step, resolved.sampling.steps_of(frame))
+            bar.update()
             if hook is not None:
                 hook(frame, step, state)
             if self._interrupt and self.is_open(state):
                 raise Interrupted
 
+        steps = resolved.sampling.steps_before(resolved.new_frames)
+        bar = progress_bar(total=steps, **{"desc": "generating", "unit": "step", **self._progress_bar_config})
         try:
-            with self._calls.running(resolved.sampling.steps_before(resolved.new_frames)):
+            with bar, self.stage(self.model), self._calls.running(steps):
                 for part in self.latents(encoded, after_step):
                     done.append(part)
                     if self._interrupt:
@@ -370,8 +450,9 @@ class VideoPipeline(ABC):
         def after_step(frame: int, step: int, state: Tensor) -> None:
             on_step(frame, resolved.new_frames, step, resolved.sampling.steps_of(frame))
 
-        for part in itertools.chain(given, self.latents(encoded, after_step)):
-            yield [decode(clip) for decode, clip in zip(decoders, part, strict=True)]
+        with self.stage(self.model, self.video_tokenizer):
+            for part in itertools.chain(given, self.latents(encoded, after_step)):
+                yield [decode(clip) for decode, clip in zip(decoders, part, strict=True)]
 
     def decode(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray] | None = None) -> Iterator[np.ndarray]:
         """Decode the latents [t, ...] of a clip and yield the frames of each latent frame, uint8 [n, H, W, 3].
@@ -381,9 +462,10 @@ class VideoPipeline(ABC):
         return each_in_plain_defaults(self._decode(latents, kept_pixels or {}))
 
     def _decode(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray]) -> Generator[np.ndarray, None, None]:
-        decode = with_pixels(self.decoder(), kept_pixels)
-        for latent in latents.split(1):
-            yield decode(latent)
+        with self.stage(self.video_tokenizer):
+            decode = with_pixels(self.decoder(), kept_pixels)
+            for latent in latents.split(1):
+                yield decode(latent)
 
     def decode_clip(self, latents: Tensor, kept_pixels: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
         """Decode the latents [t, ...] of a clip as `decode` does and return all its frames, uint8 [T, H, W, 3]."""
@@ -392,23 +474,9 @@ class VideoPipeline(ABC):
     @plain_defaults()
     def reconstruct(self, frames: Any) -> np.ndarray:
         """Encode and decode a clip with the video tokenizer, and return the result, uint8 [T, H, W, 3]."""
-        return self.decode_clip(self.encode_frames(as_uint8(frames)))
-
-
-def with_pixels(decode: Callable[[Tensor], np.ndarray], pictures: Mapping[int, np.ndarray]) -> Callable[[Tensor], np.ndarray]:
-    """Return the function of `VideoPipeline.decoder` with pictures, by frame number, in place of decoded frames."""
-    done = 0
-
-    def push(latents: Tensor) -> np.ndarray:
-        nonlocal done
-        frames, begin = decode(latents), done
-        done += len(frames)
-        for number, picture in pictures.items():
-            if begin <= number < done:
-                frames[number - begin] = picture
-        return frames
-
-    return push if pictures else decode
+        with self.stage(self.video_tokenizer):
+            latents = self.encode_frames(as_uint8(frames))
+        return self.decode_clip(latents)
 
 
 def signature_with(sampling: type[SamplingOptions]) -> inspect.Signature:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lumos.errors import UserError, shown
 from lumos.files import read_json, write_json
 from lumos.settings import is_whole
+from lumos.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from lumos.pipeline.options import SamplingOptions
@@ -83,10 +84,8 @@ def write_defaults(folder: Path, settings: SamplingOptions, clip: ClipDefaults) 
 
 
 def shipped_model() -> Path:
-    """Return the path of the model in the repository.
+    """Return the path of the model that comes with Lumos.
 
-    The path is relative if the working directory is the root of the repository, else absolute,
-    which works for an installation in place (`pip install -e`).
+    The path is relative if the working directory is the root of the repository, else absolute.
     """
-    here = Path(SHIPPED_MODEL)
-    return here if here.is_dir() else Path(__file__).parents[2] / SHIPPED_MODEL
+    return shipped_folder(SHIPPED_MODEL)

@@ -17,6 +17,7 @@ import torch
 
 from lumos.errors import UserError, shown
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # The share of the free memory that weights may take by default. The cache, hidden states and the video tokenizer need the rest.
 FOR_WEIGHTS = 0.8
@@ -47,6 +48,26 @@ def loading_arguments(
         limits[here] = int(FOR_WEIGHTS * torch.cuda.mem_get_info(device)[0])
     limits |= {place: size_in_bytes(size) for place, size in (max_memory or {}).items()}
     return {"device_map": "auto", "max_memory": limits}
+
+
+def pick_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, device: torch.device
+) -> torch.dtype:
+    """Return the dtype of weights: a torch.dtype or its name; `torch_dtype` is the name of diffusers for the same argument.
+
+    None and "auto" mean bfloat16 on CUDA, else float32. UserError if both are given, and for an unknown dtype.
+    """
+    if dtype is not None and torch_dtype is not None:
+        raise UserError(f"both dtype {shown(dtype)} and torch_dtype {shown(torch_dtype)} are given; give one of them")
+    found = torch_dtype if dtype is None else dtype
+    if found is None or found == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    if found not in DTYPES:
+        allowed = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES)
+        raise UserError(f"dtype {shown(dtype if torch_dtype is None else torch_dtype)} is not allowed; give one of {allowed}")
+    return found
 
 
 def size_in_bytes(size: int | str) -> int:

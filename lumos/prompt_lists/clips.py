@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,25 @@ def free_name(path: Path) -> Path:
     return found
 
 
+def with_free_name(out: Path, clip: Clip) -> Clip:
+    """Return the clip under the first of its names NAME, NAME-2, NAME-3, ... that no clip of other inputs has."""
+    path, number = out / clip.file, 1
+    while (path.exists() or record_path(path).exists()) and not is_made(path, clip.inputs):
+        number += 1
+        path = (out / clip.file).with_stem(f"{Path(clip.file).stem}-{number}")
+    return replace(clip, file=path.relative_to(out).as_posix())
+
+
+def is_made(path: Path, inputs: Mapping[str, Any]) -> bool:
+    """Return whether a file is whole, and its record holds these inputs."""
+    try:
+        record = read_json(record_path(path), "a clip's record")
+        whole = path.is_file() and path.stat().st_size == record.get("bytes", path.stat().st_size)
+        return whole and all(record[name] == value for name, value in inputs.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
     """Raise UserError if the file of a clip cannot be written, or if it would replace a file in `keep`."""
     path = PurePosixPath(clip.file)
@@ -217,13 +236,7 @@ class Recorded(Results):
         self.clips, self.describe = {clip.file: clip for clip in clips}, describe
 
     def has(self, file: str) -> bool:
-        path = self.folder / file
-        try:
-            record = read_json(record_path(path), "a clip's record")
-            whole = path.is_file() and path.stat().st_size == record.get("bytes", path.stat().st_size)
-            return whole and all(record[name] == value for name, value in self.clips[file].inputs.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
+        return is_made(self.folder / file, self.clips[file].inputs)
 
     def stale(self, files: Iterable[str]) -> list[str]:
         """Return the files that exist but were made from other inputs."""

@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -39,6 +38,7 @@ from torch import Tensor
 from lumos.durable import make_folder, put_folder, remove, settle
 from lumos.errors import RunError, UserError, printable, shown
 from lumos.files import read_json
+from lumos.progress import LOGGER
 from lumos.settings import to_plain
 from lumos.training.settings import StageSettings
 
@@ -233,7 +233,7 @@ def finish(
             try:
                 os.replace(old, gone)
             except OSError as error:  # the new checkpoint is complete even so
-                print(f"warning: cannot remove {printable(str(old))}: {error.strerror}", file=sys.stderr, flush=True)
+                LOGGER.warning(f"warning: cannot remove {printable(str(old))}: {error.strerror}")
             remove(gone)
     return target
 
@@ -347,7 +347,7 @@ def latest(
         try:
             state = read_state(folder, rank, world, fields)
         except RunError as error:
-            print(f"warning: {printable(str(error))}; trying the checkpoint before it", file=sys.stderr, flush=True)
+            LOGGER.warning(f"warning: {printable(str(error))}; trying the checkpoint before it")
         if not any_of(state is None):
             return folder, state
     if folders:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.errors import UserError
+from lumos.threads import processes_here
 from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, set_learning_rate, whole_slots
 from lumos.training.settings import TrainingSettings
 
@@ -61,8 +62,7 @@ def connect(device: torch.device, timeout_minutes: float) -> None:
     # DeepSpeed still calls torch functions by their old names, which gives these warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(here)))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

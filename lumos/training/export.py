@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lumos import registry
+from lumos.data.trained_on import TRAINED_ON_FILE, from_json, read_trained_on
 from lumos.errors import UserError
 from lumos.files import file_sha256, replacing_folder, write_json
 from lumos.lora import Lora, read_record, write_adapter
@@ -115,6 +116,7 @@ def export_checkpoint(
     tokenizers = tokenizers or Tokenizers(**facts["tokenizers"])
     task = task_class(settings)
     _check_tokenizers(folder, task, facts, tokenizers)
+    records = dict(facts.get("records", {}))
     made = {"steps": state["step"], "averaged": averaged, "dtype": dtype, "settings": settings, **versions()}
     if mix is not None:
         if facts["lora"]:
@@ -122,6 +124,9 @@ def export_checkpoint(
         own = Tokenizers(*(str(task.part_of(mix.folder, kind)) for kind in ("video", "text")))
         _check_tokenizers(folder, task, facts, own, "--mix takes a model folder with the run's tokenizers in it")
         files = sorted(Path(mix.folder).glob("*.safetensors"))
+        if TRAINED_ON_FILE in records:
+            own_words = from_json(records[TRAINED_ON_FILE], folder)
+            records[TRAINED_ON_FILE] = own_words.joined(read_trained_on(mix.folder)).as_json()
         made["mix"] = {**vars(mix), "sha256": {file.name: file_sha256(file) for file in files}}
     stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if averaged else checkpoint.WEIGHT
     with replacing_folder(out) as writing:
@@ -132,6 +137,7 @@ def export_checkpoint(
             weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in stored.read_whole(kind, shapes).items()}
             record = {"base": facts["lora"]["base"], "tokenizers": facts["fingerprints"], **made}
             write_adapter(writing, weights, Lora(**facts["lora"]["settings"]), facts["lora"]["base"]["folder"], record)
+            write_records(writing, records, state["step"])
             return made
         shapes = task.parameter_shapes(facts)
         weights = stored.read_whole(kind, shapes)
@@ -142,9 +148,13 @@ def export_checkpoint(
             rmtree(writing / SUBFOLDER)
             write_reference(writing, find_tokenizer_folder(Path(tokenizers.video)))
         write_json(writing / "training.json", made)
-        for name, record in facts.get("records", {}).items():
-            write_json(writing / name, {**record, "steps": state["step"]})
+        write_records(writing, records, state["step"])
     return made
+
+
+def write_records(folder: Path, records: Mapping[str, Any], steps: int) -> None:
+    for name, record in records.items():
+        write_json(folder / name, {**record, "steps": steps})
 
 
 def task_class(settings: Mapping[str, Any]) -> type[TrainableGenerator]:

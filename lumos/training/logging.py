@@ -6,18 +6,18 @@ The progress line is that of tqdm. `lumos.training.trackers` has the dashboards.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lumos.durable import make_folder, sync_file, sync_folder
 from lumos.files import open_regular, write_bytes
+from lumos.progress import LOGGER, progress_bar
 from lumos.training.trackers import Writer
 
 
@@ -83,7 +83,7 @@ class RunLog:
         if self.path.exists():
             _forget_after(self.path, first_step)
         shown = {"unit": "step", "dynamic_ncols": True, "mininterval": 1.0, "disable": max_steps == 0}
-        self.bar = tqdm(total=max_steps, initial=first_step, **shown)
+        self.bar = progress_bar(total=max_steps, initial=first_step, **shown)
 
     def write(self, **values: Any) -> None:
         """Append a line to the log file, and send it to the dashboards unless it describes an event.
@@ -125,10 +125,10 @@ class RunLog:
             self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
             self.bar.update()
 
-    def say(self, text: str) -> None:
-        """Print a line of text above the progress line."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Give a line of text to the logger "lumos"; the command line prints it above the progress line."""
+        if self.enabled:
+            LOGGER.log(level, text)
 
     def close(self) -> None:
         """Close the dashboards and the progress line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -278,7 +279,8 @@ class Run(RunState):
                 f"resume with a lower {key('training.lr')} or {key('training.clip_grad')}, or let "
                 f"{key('training.skip_not_finite')} leave such updates out"
             )
-        self.log.say(f"step {self.step}: {what}; update left out, {self.skipped} of {allowed} allowed; clips in {self.log.path}")
+        left_out = f"update left out, {self.skipped} of {allowed} allowed; clips in {self.log.path}"
+        self.log.say(f"step {self.step}: {what}; {left_out}", logging.WARNING)
 
     def _report(self) -> None:
         if self.step % self.settings.training.log_every:

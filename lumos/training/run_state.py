@@ -63,7 +63,8 @@ class RunState:
         self._together(lambda: None)  # a device is measured while all are, as they share what they run on
         peak, known = peak_flops(device, pick_precision(training.precision, device), settings.logging.peak_tflops)
         self.peak_flops = float(self.engine.all_sum(torch.tensor(peak, dtype=torch.float64)))
-        facts = {"world": self.engine.world, "peak_flops": self.peak_flops, "peak_flops_from": known}
+        facts = {"world": self.engine.world, "threads": torch.get_num_threads()}
+        facts |= {"peak_flops": self.peak_flops, "peak_flops_from": known}
         self.log.write(event="start", step=self.step, settings=settings.to_dict(), **facts, **versions())
         self.log.say(f"checkpoints, log and export go to {settings.output_dir}")
         if self.resumed:

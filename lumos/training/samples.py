@@ -11,6 +11,7 @@ the weights, and the states of the random generators are restored afterwards.
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -92,14 +93,15 @@ def render(
             file = sample.file(number)
             log.clip(step, f"samples/{Path(file).stem}", folder / file, sample.frames, sampler.fps)
     except (UserError, RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        log.say(f"warning: there are no samples of step {step} ({error}); the training goes on")
+        log.say(f"warning: there are no samples of step {step} ({error}); the training goes on", logging.WARNING)
         log.write(event="samples", step=step, error=str(error))
         return
     log.write(event="samples", step=step, folder=str(folder), clips=len(samples), seconds=seconds)
     if len(samples) < len(settings.prompts):
         log.say(
             f"warning: {len(samples)} of {len(settings.prompts)} samples of step {step} were finished in {seconds} s; "
-            "raise samples.max_seconds, or name fewer prompts or a lower num_inference_steps in samples.options"
+            "raise samples.max_seconds, or name fewer prompts or a lower num_inference_steps in samples.options",
+            logging.WARNING,
         )
 
 

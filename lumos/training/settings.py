@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +20,10 @@ from lumos.data.shards.remote import is_url
 from lumos.errors import UserError, as_text, shown
 from lumos.files import MAX_YAML_LENGTH, read_json
 from lumos.pipeline.options import SamplingOptions
-from lumos.settings import build, read_yaml, setting, to_plain
+from lumos.settings import build, is_number, read_yaml, setting, to_plain
 
+RECIPES = ("lumos1", "stiv", "compression")
+"""The folders of configs with recipes of training, in the order in which a name alone is looked for."""
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
 """Largest number of clips in an optimizer step, which is laid out in host memory, and in a validation set."""
@@ -350,7 +352,7 @@ def load_settings(
     `settings_of` gives the class of the settings for the generator that the file names.
     Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
-    raw = read_yaml(path, overrides or [])
+    raw = read_yaml(path, overrides or [], RECIPES)
     raw.setdefault("name", Path(path).stem)
     return build_settings(raw, settings_of)
 
@@ -496,3 +498,14 @@ def check_model(settings: TrainingSettings) -> None:
 
 
 CHECKS = (check_sampling, check_logging, check_data, check_stages, check_optimization, check_deepspeed, check_model)
+
+
+def check_named_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raise UserError unless the setting `name` holds shares from 0 by allowed names, with a sum above 0."""
+    for key, share in shares.items():
+        if key not in allowed:
+            raise UserError(f"{name}.{shown(key)} is unknown; allowed: {', '.join(allowed)}")
+        if not is_number(share) or not 0 <= share <= 1e6:
+            raise UserError(f"{name}.{key} {shown(share)} is not allowed; give a share from 0")
+    if not sum(shares.values()) > 0:
+        raise UserError(f"{name} {shown(shares)} has no share above 0; give at least one, such as {allowed[0]}: 1")

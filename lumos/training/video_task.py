@@ -8,6 +8,7 @@ import json
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from lumos.data.shards.remote import LocalCopies, is_url
 from lumos.data.shards.source import ShardSource
 from lumos.data.source import Source
 from lumos.data.synthetic.source import SyntheticSource
+from lumos.data.trained_on import TRAINED_ON_FILE, TrainedOn, read_trained_on
 from lumos.errors import UserError, shown
 from lumos.files import user_cache
 from lumos.lora import Lora, add_adapters, sample, text_fingerprint
@@ -64,6 +66,8 @@ class VideoTask(TrainingTask):
     caption_was_cut = False
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
+    needs_last_frame: bool = False
+    """Whether clips have their last frame as a picture too."""
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -193,7 +197,16 @@ class VideoTask(TrainingTask):
             "generation": vars(self.sampling_options()),
             "clip": {name: value for name, value in vars(self.sample_shape).items() if name != "target_size"},
             "lora": self.adapter,
+            "records": {TRAINED_ON_FILE: self.trained_on.as_json()},
         }
+
+    @cached_property
+    def trained_on(self) -> TrainedOn:
+        """What the model was trained on at the end of the run, with what its base models were trained on."""
+        found = self.source.trained_on()
+        for base in self.base_folders:
+            found = found.joined(read_trained_on(base))
+        return found
 
     def export(self, folder: Path, target: Path) -> None:
         """Write a checkpoint as a folder that `VideoPipeline.from_pretrained` opens, or as an adapter folder (LoRA)."""
@@ -286,7 +299,7 @@ class VideoTask(TrainingTask):
             shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
             temporal, spatial = self.compression
             picture = data.height * data.width // spatial**2
-            latent_frames = 1 + (data.num_frames - 1) // temporal
+            latent_frames = 1 + (data.num_frames - 1) // temporal + self.needs_last_frame
             codes = {"image": picture, "video": picture * latent_frames}
             return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
         return ShardSource(
@@ -298,6 +311,7 @@ class VideoTask(TrainingTask):
             size_unit=self.size_unit,
             size=data.size,
             per_frame=self.per_frame_codes,
+            last_frame=self.needs_last_frame,
             seed=training.seed,
             held_out=data.validation_clips if training.eval_every else 0,
             shuffle_shards=data.shuffle_shards,

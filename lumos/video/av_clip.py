@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -38,6 +38,10 @@ PROBED_PACKETS = 64
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders that read the alpha channel, which FFmpeg's own decoders of these codecs ignore."""
+INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Containers with an index of their frames, by which FFmpeg finds a place without reading the file up to it."""
+BEFORE_ALL = -(2**40)
+"""A time stamp before that of every frame."""
 HDR = {16: "PQ", 18: "HLG"}
 """Names of transfer functions of HDR video (ITU-T H.273, table 3)."""
 
@@ -61,6 +65,8 @@ class AvClip:
 
     def __init__(self, path: Path, max_pixels: int, threads: int):
         self.path, self.max_pixels, self.threads = path, max_pixels, threads
+        self._kept: tuple[Any, Any] | None = None
+        self._in_use = False
         with self._open() as (container, stream):
             aspect = stream.sample_aspect_ratio or Fraction(1)
             self.aspect = aspect if aspect > 0 else Fraction(1)
@@ -78,18 +84,79 @@ class AvClip:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the container and the stream of the film, at its begin.
+
+        A file that is read by its index is opened once and kept until `close`. Other files are opened anew each time, and so is
+        one that is in use.
+        """
+        if self._in_use:
+            with closing(self._new_container()) as container:
+                yield container, self._film(container)
+            return
+        if self._kept is None:
+            container = self._new_container()
+            self._kept = container, self._film(container)
+        else:
+            container, stream = self._kept
+            container.seek(BEFORE_ALL, stream=stream)
+        self._in_use = True
+        try:
+            yield self._kept
+        except GeneratorExit:  # the reader of the frames needs no more of them
+            raise
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._in_use = False
+            if self._kept is not None and self._kept[0].format.name not in INDEXED:
+                self.close()
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._kept is not None:
+            self._kept[0].close()
+            self._kept = None
+
+    def _new_container(self) -> Any:
         # The options of `av.open` apply to the decoders with which FFmpeg probes a stream. The decoder of the
         # stream has its own options, so the limit is set there as well.
-        limit = {"max_pixels": str(self.max_pixels + PADDING)}
         # The path is absolute, so that FFmpeg does not take a part of a name such as "concat:a" for a protocol.
-        with av.open(str(self.path.resolve()), metadata_errors="replace", options=AV_OPTIONS | limit) as container:
-            films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
-            if not films:
-                raise UserError(f"{self.path} holds no video; give a file with a video stream")
-            stream = next((stream for stream in films if stream.disposition & Disposition.default), films[0])
-            stream.codec_context.options = limit
-            stream.thread_type, stream.codec_context.thread_count = "AUTO", self.threads
-            yield container, stream
+        return av.open(str(self.path.resolve()), metadata_errors="replace", options=AV_OPTIONS | self._limit)
+
+    @property
+    def _limit(self) -> dict[str, str]:
+        return {"max_pixels": str(self.max_pixels + PADDING)}
+
+    def _film(self, container: Any) -> Any:
+        films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
+        if not films:
+            container.close()
+            raise UserError(f"{self.path} holds no video; give a file with a video stream")
+        stream = next((stream for stream in films if stream.disposition & Disposition.default), films[0])
+        stream.codec_context.options = self._limit
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", self.threads
+        return stream
+
+    def last_time(self) -> float:
+        """Return the time in seconds at which the last frame comes on screen: the largest one of `times`.
+
+        Where the file has an index, only the packets from the last key frame on are read. No frame before that one is shown
+        later, as the frames between two key frames are shown between them. UserError as for `times`.
+        """
+        if self.stamped:
+            with self._open() as (container, stream):
+                length = (container.duration or 0) / av.time_base if self.length is None else self.length
+                if container.format.name in INDEXED and length > 0:
+                    container.seek(int((self.origin + length) / self.tick), stream=stream)
+                    if found := self._stamped_times(container, stream):
+                        return max(found)
+        return max(self.times())
+
+    def _stamped_times(self, container: Any, stream: Any) -> list[float]:
+        """Return the times of the packets that are shown, from the present place in the file on."""
+        shown = (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
+        return [max(packet.pts * self.tick - self.origin, 0.0) for packet in shown]
 
     def times(self) -> list[float]:
         """Return the time in seconds at which each frame comes on screen, in no particular order.
@@ -98,8 +165,7 @@ class AvClip:
         """
         with self._open() as (container, stream):
             if self.stamped:
-                shown = (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
-                found = [max(packet.pts * self.tick - self.origin, 0.0) for packet in shown]
+                found = self._stamped_times(container, stream)
             else:
                 found = self._times_in_order(container, stream)
         if not found:

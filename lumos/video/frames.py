@@ -288,3 +288,12 @@ def _shortened(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
     while label and font.getlength(label + "...") > width:
         label = label[:-1]
     return label + "..."
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of two clips or pictures, uint8 [..., H, W, 3]; infinity for equal clips.
+
+    The ratio is that of 255^2 to the mean squared error over all values.
+    """
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf

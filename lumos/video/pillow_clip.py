@@ -67,6 +67,13 @@ class PillowClip:
         """Return the time in seconds at which each frame comes on screen."""
         return [shown.begin for shown in self.frames(0.0)]
 
+    def last_time(self) -> float:
+        """Return the time in seconds at which the last frame comes on screen."""
+        return max(self.times())
+
+    def close(self) -> None:
+        """Do nothing: the file is open only while frames are read."""
+
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield all frames in order; ``start`` is not used."""
         with open_picture(self.path, self.max_pixels) as image:

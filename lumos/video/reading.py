@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,8 @@ def is_still(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
 def can_read(path: str | Path) -> bool:
     """Return whether a file holds a picture or a video, by its content, as far as its header tells."""
     try:
-        with _reading(path, "video", MAX_PIXELS):
-            _open_clip(path, MAX_PIXELS)
-        return True
+        with open_video(path):
+            return True
     except UserError:
         return False
 
@@ -90,29 +89,72 @@ def read_video(
     Raise UserError if the file is missing or damaged, if the clip is shorter than ``num_frames``, if it
     has more than ``max_frames`` frames or 2 GiB of frames, or if a frame has more than ``max_pixels``.
     """
-    _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
-    with _reading(path, _kind(path), max_pixels):
-        clip = _open_clip(path, max_pixels, threads)
-        if from_end:
-            start = _start_of_last(path, clip.times(), num_frames, fps)
-        stop = math.inf if max_seconds is None else start + max_seconds
-        frames, span = _collect(path, clip, fps, num_frames, start, stop, size, max_frames)
-    rate = fps or clip.fps or len(frames) / max(span, 1e-3)
-    if not frames or (num_frames is not None and len(frames) < num_frames):
-        raise UserError(
-            f"{path} has only {len(frames)} frames at {rate:g} fps from {start:g} s on, {num_frames or 1} are needed; "
-            f"ask for fewer frames, start earlier or raise fps"
-        )
-    return np.stack(frames), float(rate)
+    with open_video(path, max_pixels=max_pixels, threads=threads) as video:
+        return video.read(
+            fps=fps, num_frames=num_frames, start=start, from_end=from_end, max_seconds=max_seconds, size=size,
+            max_frames=max_frames,
+        )  # fmt: skip
 
 
 def count_frames(path: str | Path, fps: float, *, max_pixels: int = MAX_PIXELS) -> int:
     """Return the largest ``num_frames`` for :func:`read_video` at ``fps`` with ``from_end``.
 
-    Of a video only the time stamps are read; no frame is decoded.
+    Of a video only time stamps are read, of mp4 and matroska files only those at the end; no frame is decoded.
     """
-    with _reading(path, _kind(path), max_pixels):
-        return math.floor(max(_open_clip(path, max_pixels).times()) * fps + 1e-3) + 1
+    with open_video(path, max_pixels=max_pixels) as video:
+        return video.count_frames(fps)
+
+
+class OpenVideo:
+    """A file from which several parts are read, see :func:`open_video`. An error of its methods is a UserError of one line."""
+
+    def __init__(self, path: str | Path, clip: AvClip | PillowClip, max_pixels: int):
+        self.path, self.clip, self.max_pixels = path, clip, max_pixels
+
+    def count_frames(self, fps: float) -> int:
+        """Do the same as :func:`count_frames`."""
+        with _reading(self.path, _kind(self.path), self.max_pixels):
+            return math.floor(self.clip.last_time() * fps + 1e-3) + 1
+
+    def read(
+        self,
+        *,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        start: float = 0.0,
+        from_end: bool = False,
+        max_seconds: float | None = None,
+        size: tuple[int, int] | None = None,
+        max_frames: int = MAX_FRAMES,
+    ) -> tuple[np.ndarray, float]:
+        """Do the same as :func:`read_video`."""
+        path, clip = self.path, self.clip
+        _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
+        with _reading(path, _kind(path), self.max_pixels):
+            if from_end:
+                start = _start_of_last(path, clip.times(), num_frames, fps)
+            stop = math.inf if max_seconds is None else start + max_seconds
+            frames, span = _collect(path, clip, fps, num_frames, start, stop, size, max_frames)
+        rate = fps or clip.fps or len(frames) / max(span, 1e-3)
+        if not frames or (num_frames is not None and len(frames) < num_frames):
+            raise UserError(
+                f"{path} has only {len(frames)} frames at {rate:g} fps from {start:g} s on, {num_frames or 1} are needed; "
+                f"ask for fewer frames, start earlier or raise fps"
+            )
+        return np.stack(frames), float(rate)
+
+
+@contextmanager
+def open_video(path: str | Path, *, max_pixels: int = MAX_PIXELS, threads: int = 0) -> Iterator[OpenVideo]:
+    """Open a file to read several parts of it; mp4 and matroska files are opened once for all parts.
+
+    Raise UserError if the file is missing or cannot be opened; for the arguments see :func:`read_video`.
+    """
+    with ExitStack() as held:
+        with _reading(path, _kind(path), max_pixels):
+            clip = _open_clip(path, max_pixels, threads)
+        held.callback(clip.close)
+        yield OpenVideo(path, clip, max_pixels)
 
 
 def _collect(

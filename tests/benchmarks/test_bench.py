@@ -91,7 +91,7 @@ def everything(model_folder, forks):
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         deep = ["--teacher", str(model_folder.parent / "deep"), "--keep", "2", "--clips", "2"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro", *deep]
-        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
+        code = main(["bench", "all", "--json", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())
@@ -108,7 +108,7 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
     assert result == written
     assert list(result) == KEYS
     assert result["target"] == "all"
-    assert {"cpu", "cores", "memory_gb", "gpu"} == set(result["hardware"])
+    assert {"cpu", "cores", "memory_gb", "gpu", "torch"} == set(result["hardware"])
     assert {"python", "torch", "lumos"} <= set(result["versions"])
     assert result["settings"]["threads"] == 1
     assert result["measured"]["matrix_product_gflops"]["float32"] > 0
@@ -173,8 +173,11 @@ def test_loss_memory_and_ratios(everything):
 
 
 def test_training_memory_and_ratios(everything):
-    """The published form holds logits of 600 positions over 12,100 rows, 28 MB, and their gradient."""
-    _, result, _ = everything
+    """The published form holds logits of 600 positions over 12,100 rows, 28 MB, and their gradient.
+
+    Each form with activation checkpointing is compared with the other with it, and each without with the other without.
+    """
+    out, result, _ = everything
     made, of = result["measured"]["train"], result["ratios"]["train"]
     assert (made["frames"], made["text_tokens"]) == (7, 61)
     assert 0 < made["supervised"] < 7 * 64
@@ -183,6 +186,11 @@ def test_training_memory_and_ratios(everything):
     assert published["extra_memory_beyond_gradients_mb"] > 29 > ours["extra_memory_beyond_gradients_mb"]
     assert made["max_difference"] < 1e-4
     assert of["published_over_lumos_memory"] > of["lumos_over_llama_memory"]
+    for way in ("", "_without_checkpointing"):
+        seconds = [made[f"{form}{way}"]["seconds"] for form in ("published", "lumos")]
+        assert of[f"published_over_lumos_time{way}"] == pytest.approx(seconds[0] / seconds[1], rel=1e-2)
+    assert result["settings"]["train"]["forms"]["published"] == "published method, written plainly"
+    assert "published method, written plainly, without checkpointing" in out
     assert of["lumos_over_llama_time"] == pytest.approx(ours["seconds"] / made["llama"]["seconds"], rel=1e-2)
 
 
@@ -202,11 +210,11 @@ def test_generation_is_compared_with_the_baseline(everything):
     assert [row["shape"] for row in rows] == [of["shape"] for of in ratios] == ["shipped", "small"]
     for row, of in zip(rows, ratios, strict=True):
         assert row["logits_max_difference"] < 1e-4
-        assert of["twin_over_lumos_time"] == pytest.approx(row["twin"]["seconds"] / row["lumos"]["seconds"], rel=1e-2)
+        assert of["published_over_lumos_time"] == pytest.approx(row["published"]["seconds"] / row["lumos"]["seconds"], rel=1e-2)
         assert row["share_of_bound"] == pytest.approx(row["bound_seconds"] / row["lumos"]["seconds"], rel=1e-2)
         assert row["gflops_that_must_be_done"] == pytest.approx(sum(p["gflops"] for p in row["products"].values()), rel=1e-2)
         assert {"products", "attention", "no operation"} <= set(row["shares_of_time"])
-    assert all(row[form]["extra_memory_mb"] >= 0 for row in rows for form in ("twin", "lumos"))
+    assert all(row[form]["extra_memory_mb"] >= 0 for row in rows for form in ("published", "lumos"))
 
 
 def test_stiv_memory_and_ratios(everything):
@@ -219,7 +227,7 @@ def test_stiv_memory_and_ratios(everything):
 
 
 def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
-    assert main(["bench", "attention", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
+    assert main(["bench", "attention", "--json", *COMMON, *TINY_ATTENTION, "--forward-only"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result) == KEYS
     assert result["target"] == "attention"

@@ -67,7 +67,6 @@ def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     assert head.split()[:4] == ["unit", "parameters", "time", "loss"]
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
     assert any("spaced" in row and "shallow" in row for row in rows)
-    assert json.loads(said[-1])["compress"] == "score"
 
 
 def test_learned_gates_and_the_frechet_distance(lumos, run, tmp_path):
@@ -129,8 +128,7 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     made = LumosForVideoGeneration.from_pretrained(tmp_path / "small")
     parameters = next(line for line in said if line.startswith("parameters"))
     assert f"{sum(p.numel() for p in made.parameters()):,}" in parameters
-    assert f"next: python -m lumos compress report --models {lumos} small" in again[-2]
-    assert json.loads(again[-1])["kept"] == [0, 3]
+    assert f"next: python -m lumos compress report --models {lumos} small" in again[-1]
 
 
 def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):

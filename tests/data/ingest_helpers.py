@@ -68,7 +68,7 @@ class Greedy(Encoder):
         if item.caption != "greedy":
             return super().__call__(item)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
-        with patch("lumos.data.ingest.encode.count_frames", lambda *file: mmap.mmap(-1, 1 << 46, flags=flags)):
+        with patch("lumos.data.ingest.encode.OpenVideo.count_frames", lambda *file: mmap.mmap(-1, 1 << 46, flags=flags)):
             return super().__call__(item)
 
 

@@ -96,6 +96,18 @@ def test_training_gets_the_codes_that_it_asks_for(with_frames, model):
             assert found.most_codes[kind] == count * 6
 
 
+def test_training_gets_the_last_frame_as_a_picture(with_frames, ingested, model):
+    """Beside the codes of the clip; codes are counted with those of the picture."""
+    rows = {f"{row['id']}#{row['clip']}": row for row in shards.read_shards(with_frames)}
+    found = source(with_frames, model, last_frame=True)
+    for clip in found.clips(0, StepShape("video", 2), range(2)):
+        assert np.array_equal(clip.codes, rows[clip.name]["codes"])
+        assert np.array_equal(clip.last, rows[clip.name][shards.FRAME_CODES][4])
+    assert found.most_codes == {"image": 6, "video": 18}
+    with pytest.raises(UserError, match=r"codes of clips only, and patterns\.ends need those of single.*leave patterns\.ends out"):
+        source(ingested, model, last_frame=True)
+
+
 def test_training_on_frames_refuses_shards_without_their_codes(ingested, model, tmp_path):
     with pytest.raises(UserError, match=r"holds the codes of clips only.*--per-frame-codes"):
         source(ingested, model, per_frame=True)

@@ -15,7 +15,7 @@ from lumos.cli import main
 
 def test_inspect_prints_and_draws(ingested, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    assert main(["inspect", str(ingested), "--sheet", str(sheet), "--sheet-clips", "4"]) == 0
+    assert main(["inspect", str(ingested), "--sheet", str(sheet), "--sheet-clips", "4", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["clips"], summary["pictures"], summary["sizes"]) == (7, 1, {"24x16": 8})
     assert summary["codes"] == 7 * 12 + 6
@@ -40,7 +40,7 @@ def test_a_sheet_beside_the_shards_by_default(ingested, tmp_path, capsys):
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr()
     assert f"sheet: {out / 'sheet.png'}" in shown.out.splitlines()
-    assert json.loads(shown.out.splitlines()[-1])["clips"] == 7
+    assert "clips             7" in shown.out.splitlines()
     assert Image.open(out / "sheet.png").width > 200
     assert {path.name for path in out.iterdir()} == before | {"sheet.png"}
 
@@ -51,10 +51,10 @@ def test_without_tokenizer_or_place_only_the_sheet_is_missing(ingested, tmp_path
     description = json.loads((out / "dataset.json").read_text())
     description["tokenizer"]["folder"] = str(tmp_path / "gone")
     (out / "dataset.json").write_text(json.dumps(description))
-    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out), "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out.splitlines()[-1])["clips"] == 7
-    assert shown.err.startswith("no sheet: ")
+    assert "no sheet: " in shown.err
     assert "gone" in shown.err
     assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png")]) == 2
     (out / "sheet.png").mkdir()  # a place that cannot be written to

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import threading
 import time
 
@@ -14,10 +15,12 @@ import pytest
 from PIL import Image
 
 from lumos import LumosPipeline
+from lumos.demo import views
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
 from lumos.demo.worker import Job
 from lumos.pipeline.request import Request
+from lumos.prompt_lists.clips import default_name
 from lumos.video.io import read_image, read_video, write_video
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [demo]")
@@ -87,6 +90,22 @@ def test_a_picture_notes_options_without_effect(client, tmp_path):
     assert read_image(tmp_path / "a.png").shape == (16, 24, 3)
     notes = client.get(f"/api/{answer.headers['x-lumos-record']}").json()["notes"]
     assert notes == ["history_mask_ratio=0.5 has no effect on a picture (num_frames 1)"]
+
+
+@pytest.mark.parametrize("prompt", ["красный круг", "红色的圆", "a red circle", "हिन्दी है", "!?"])
+def test_a_prompt_of_any_script_names_a_result_that_can_be_had(client, service, prompt):
+    answer = client.post("/api/generate", data={"prompt": prompt, "num_frames": "1", "seed": "7"})
+    assert answer.status_code == 200, answer.text
+    record = client.get(f"/api/{answer.headers['x-lumos-record']}").json()
+    assert record["prompt"] == prompt
+    assert record["file"].startswith(default_name(prompt, True, after="-7").removesuffix(".png"))
+    assert client.get(f"/api/results/{record['file']}").content == answer.content
+    html = views.card({**record, "settings": dict(record["settings"])})
+    assert client.get("/" + re.search(r'src="(.*?)"', html)[1]).content == answer.content
+    service.store._stays.clear()
+    service.store._keep_results = 1  # the next result removes this one, whatever its script
+    service.store.new_result("b.png")
+    assert list(service.store.results.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contrast import contrast
 from PIL import Image
 
 from lumos.video.io import read_video
@@ -141,6 +142,40 @@ def test_a_prompt_becomes_a_playing_video(page, server):
 
 
 @pytest.mark.slow
+def test_results_stay_and_their_settings_come_back(page, server):
+    """A second result neither loads the first again nor stops it; its button fills the form with the settings of the first."""
+    loads = []
+    page.on("request", lambda request: loads.append(request.url) if "/api/results/" in request.url else None)
+    ask(page, "a red circle", frames=9, num_inference_steps=3, seed=5)
+    page.wait_for_selector("#gallery figure video")
+    first = page.get_attribute("#gallery video", "src").rpartition("/")[2]
+    page.evaluate("document.querySelector('#gallery video').mark = 'same'")
+    page.fill("#prompt textarea", "a blue square")
+    page.fill(f"#seed {FIELD}", "6")
+    loads.clear()
+    page.press("#prompt textarea", "Enter")  # as the button does
+    page.wait_for_function("document.querySelectorAll('#gallery figure').length == 2")
+    page.wait_for_function("!document.querySelector('#generate').disabled")
+    assert page.evaluate("[...document.querySelectorAll('#gallery video')].filter(video => video.mark == 'same').length") == 1
+    assert not [url for url in loads if first in url]
+    top = page.evaluate("[...document.querySelectorAll('#gallery figure')].map(f => [f.innerText, f.getBoundingClientRect()])"
+                        ".sort((a, b) => a[1].top - b[1].top || a[1].left - b[1].left)[0][0]")  # fmt: skip
+    assert top.startswith("a blue square")
+    page.locator("#gallery figure", has_text="a red circle").locator(".reuse").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a red circle'")
+    page.wait_for_function(f"document.querySelector('#seed {FIELD}').value == '5'")
+    assert {field.input_value() for field in page.locator("#frames input").all()} == {"9"}
+
+
+@pytest.mark.slow
+def test_the_button_can_be_read(page):
+    """Its contrast as the browser draws it: 4.5 to 1 at least (WCAG 2, level AA)."""
+    style = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.querySelector('#generate')))")
+    text, ground = ("#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3]) for colour in style)
+    assert contrast(text, ground) >= 4.5
+
+
+@pytest.mark.slow
 def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     ask(page, "a red circle", frames=257, num_inference_steps=400)
     page.wait_for_selector("#stage img.preview")
@@ -174,6 +209,7 @@ def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     page.set_input_files("#upload input[type=file]", tmp_path / "notes.png")
     page.wait_for_function("document.querySelector('#upload').innerText.includes('notes')")
+    page.wait_for_function("document.querySelector('#thumbnail').innerText.includes('cannot read the picture notes.png')")
     ask(page, "a red circle")
     page.wait_for_selector("#line [role=alert]")
     message = page.inner_text("#line [role=alert]")
@@ -184,6 +220,7 @@ def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     page.set_input_files("#upload input[type=file]", tmp_path / "photo.png")
     page.wait_for_function("document.querySelector('#upload').innerText.includes('photo')")
+    page.wait_for_function("(i => i && i.naturalWidth == 60 && i.naturalHeight == 40)(document.querySelector('#thumbnail img'))")
     page.click("#generate")
     page.wait_for_selector("#stage video")
     assert "photo.png" in page.locator("#gallery table").text_content()
@@ -256,7 +293,7 @@ def test_the_documented_curl_line(server, repo, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     lines = [line for block in documented(repo, "bash") for line in block.splitlines() if line.startswith("curl")]
-    Image.new("RGB", (60, 40)).save(tmp_path / "photo.png")
+    Image.new("RGB", (60, 40)).save(tmp_path / "first.png")
     assert len(lines) == 2
     for line in lines:
         subprocess.run(shlex.split(line.replace("http://127.0.0.1:7860", server.url)), cwd=tmp_path, check=True)

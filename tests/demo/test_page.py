@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sys
 
 import numpy as np
 import pytest
+from contrast import contrast
 from micro_stiv import micro_pipeline
 from PIL import Image, ImageSequence
 
@@ -29,9 +31,9 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_the_gallery_is_newest_first_and_escapes_html():
-    html = views.gallery([RECORD, {**RECORD, "file": "y-4-0123456789ab.png", "settings": {**RECORD["settings"], "num_frames": 1}}])
-    assert html.index("y-4-") < html.index("x-3-")
+def test_a_card_escapes_html():
+    picture = {**RECORD, "file": "y-4-0123456789ab.png", "settings": {**RECORD["settings"], "num_frames": 1}}
+    html = views.card(RECORD) + views.card(picture)
     assert '<video class="result" src="api/results/x-3-0123456789ab.mp4"' in html
     assert '<img class="result" alt="the picture" src="api/results/y-4-0123456789ab.png">' in html
     assert "<img src=x" not in html
@@ -156,9 +158,9 @@ def test_wrong_flags_are_one_line(gradio, flags, message, tmp_path, capsys):
 def test_a_folder_has_one_demo(gradio, tmp_path, capsys):
     from lumos.files import only_writer
 
-    with only_writer(tmp_path, "demo"):
+    with only_writer(tmp_path, "server"):
         assert main(["demo", "--root", str(tmp_path)]) == 1
-    assert "another demo is writing into" in capsys.readouterr().err
+    assert "another server is writing into" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(gradio, tmp_path, capsys):
@@ -169,3 +171,72 @@ def test_a_port_that_is_taken(gradio, tmp_path, capsys):
         port = taken.getsockname()[1]
         assert main(["demo", "--root", str(tmp_path), "--port", str(port)]) == 2
     assert f"port {port} (Address already in use)" in capsys.readouterr().err
+
+
+def shown_order(gallery, html: dict) -> list[str]:
+    """The prompts in the order in which the page shows them: by the style `order` of each slot."""
+    order = {}
+    for place, slot in enumerate(gallery.slots):
+        if slot in html:
+            found = re.fullmatch(rf"<style>#card-{place} {{ order: (-?\d+); }}</style>(.*)", html[slot], re.DOTALL)
+            order[int(found[1])] = re.search(r"<p>(.*?)</p>", found[2])[1]
+    return [order[number] for number in sorted(order)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 24, 60])
+def test_a_new_result_changes_one_slot_and_the_newest_is_first(gradio, count):
+    from lumos.demo.gallery import SHOWN_RESULTS, Gallery
+
+    with gradio.Blocks():
+        gallery = Gallery()
+    made, html = [], {}
+    for number in range(count):
+        updates = gallery.add(made, {**RECORD, "prompt": f"clip {number}"})
+        changed = [part for part in updates if part in gallery.slots]
+        assert len(changed) == 1
+        html[changed[0]] = updates[changed[0]]["value"]
+        made = updates[gallery.made]
+        assert len(made) == number + 1
+    assert shown_order(gallery, html) == [f"clip {number}" for number in range(count)][::-1][:SHOWN_RESULTS]
+    assert sum(bool(record) for record in made) == min(count, SHOWN_RESULTS)  # memory does not grow with the session
+
+
+def test_the_settings_of_a_result_ask_for_it_again(gradio, pipes):
+    """The values of a record, put into the controls, make the request of that record."""
+    from lumos.demo.page import answers_of, request_of
+
+    chosen = {"guidance_scale": 3.5, "history_mask_ratio": 0.2, "num_inference_steps": 7}
+    resolved = pipes[0].resolve(Request.of("a cat", negative_prompt="a dog", num_frames=9, seed=2**40, **chosen))
+    record = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 2**40, "settings": resolved.settings}
+    defaults = {**vars(pipes[0].settings), **vars(pipes[0].clip)}
+    names = ["prompt", "negative_prompt", "width", "height", "num_frames", "seed", *chosen, "given"]
+    answers = answers_of(record, names)
+    assert answers.keys() == set(names) - {"given"}
+    again = pipes[0].resolve(request_of({**answers, "given": None}, defaults, pipes[0]))
+    assert (again.settings, again.seeds) == (resolved.settings, resolved.seeds)
+
+
+def test_text_has_enough_contrast(repo):
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # the usual example of just too little
+    css = (repo / "lumos" / "demo" / "page.css").read_text()
+    rules = {name.strip(): dict(re.findall(r"([\w-]+): *(#[0-9a-f]{6})\b", body))
+             for name, body in re.findall(r"([^{}]+){([^{}]*)}", css)}  # fmt: skip
+    button, hover, stage = rules["#generate"], rules["#generate:hover"], rules[".stage"]
+    for text, ground in ((button["color"], button["background"]), (button["color"], hover["background"]),
+                         (stage["color"], stage["background"])):  # fmt: skip
+        assert contrast(text, ground) >= 4.5, (text, ground)
+
+
+def test_labels_are_words_of_everyday(gradio, pipes, tmp_path):
+    """No control is named by a term of the method, and none by the name of the argument."""
+    from lumos.demo.page import sampling_controls
+
+    for number, pipe in enumerate(pipes):
+        service = Service(pipe, tmp_path / str(number), Limits(max_steps=1000), lambda prompt, seed: {})
+        with gradio.Blocks():
+            controls = sampling_controls(service)
+        service.worker.close()
+        for name, control in controls.items():
+            assert control.label
+            assert not re.search(r"history mask|latent|confidence|gumbel|renorm|solver|null|_", control.label, re.IGNORECASE), name

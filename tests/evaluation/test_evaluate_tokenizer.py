@@ -16,11 +16,11 @@ from lumos.cli import main
 from lumos.data.synthetic import sprites
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
-from lumos.evaluation.quality import MAX_PSNR, psnr, ssim
+from lumos.evaluation.quality import MAX_PSNR, ssim
 from lumos.evaluation.reconstruction import reconstruct
 from lumos.evaluation.sources import check_source, read_source
 from lumos.training.tokenizer.clips import held_out_photographs
-from lumos.video.frames import from_uint8, to_uint8
+from lumos.video.frames import from_uint8, psnr, to_uint8
 from lumos.video.io import write_video
 from tokenizer import VideoTokenizer
 
@@ -169,10 +169,9 @@ def test_the_command(micro_folder, own, tmp_path, capsys):
     sheet, output = tmp_path / "sheet.png", tmp_path / "out.json"
     sources = ["worlds", "photographs", own]
     args = ["--tokenizer", micro_folder, "--data", *sources, "--count", 4, *FLAGS, "--sheet", sheet, "--output", output]
-    assert evaluate(*args, "--sheet-clips", 2) == 0
+    assert evaluate(*args, "--sheet-clips", 2, "--json") == 0
     out, err = capsys.readouterr()
-    lines = out.splitlines()
-    summary = json.loads(lines[-1])
+    lines, summary = err.splitlines(), json.loads(out)
     assert list(summary["data"]) == ["worlds", "photographs", str(own)]
     assert [row["clips"] for row in summary["data"].values()] == [4, 3, 3]
     assert summary["union"]["codes"] == sum(row["codes"] for row in summary["data"].values()) == 6 * (2 * 6 + 4)

@@ -34,7 +34,8 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_fol
     for command in draws:
         start = command.index("evaluate")
         assert command[:start] in (["python", "-m", "lumos"], ["torchrun", "--nproc_per_node", "2", "-m", "lumos"])
-        assert main([*command[start:], "--model", str(micro_folder), "--samples", "1", "--num-inference-steps", "1"]) == 0, command
+        small = ["--model", str(micro_folder), "--samples", "1", "--num-inference-steps", "1", "--json"]
+        assert main([*command[start:], *small]) == 0, command
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         out = Path(command[command.index("--out") + 1])
         assert (out / "manifest.json").is_file()
@@ -43,7 +44,7 @@ def test_every_list_is_drawn_and_the_loss_is_measured(commands, clone, micro_fol
     losses = [c for c in commands if "loss" in c]
     assert len(losses) == 2
     for command in losses:
-        assert main([*command[3:], "--count", "2", "--bins", "2"]) == 0
+        assert main([*command[3:], "--count", "2", "--bins", "2", "--json"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["clips"] == 2
     assert Path("loss.json").is_file()
 
@@ -53,7 +54,7 @@ def test_the_prompts_of_the_small_worlds(commands, clone, capsys):
     model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
     assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0
     assert Path("sheet.png").is_file()
-    assert main([*truth, "--count", "8"]) == 0
+    assert main([*truth, "--count", "8", "--json"]) == 0
     shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
     assert {kind: share["all"] for kind, share in shares.items()} == {"sprites": 1, "two_sprites": 1, "paraphrased": 1}
 
@@ -69,6 +70,6 @@ def test_the_results_are_summed_up(commands, clone, capsys):
     sums = [c for c in commands if "--aggregate" in c]
     assert [c[4] for c in sums] == ["vbench", "vbench-i2v", "geneval"]
     for command in sums:
-        assert main(command[3:]) == 0
+        assert main([*command[3:], "--json"]) == 0
         assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["total"] < 1
     assert json.loads(Path("vbench.json").read_text())["evaluate"] == "vbench"

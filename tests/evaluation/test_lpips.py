@@ -69,9 +69,9 @@ def photographs(folder, *options) -> None:
 
 
 def test_lpips_is_measured_when_its_weights_exist(micro_folder, weights, capsys):
-    photographs(micro_folder, "--lpips", str(weights))
-    lines = capsys.readouterr().out.splitlines()
-    summary = json.loads(lines[-1])
+    photographs(micro_folder, "--lpips", str(weights), "--json", "--quiet")
+    said = capsys.readouterr()
+    lines, summary = said.err.splitlines(), json.loads(said.out)
     assert summary["lpips"] == "measured"
     assert f"LPIPS {summary['data']['photographs']['lpips']:.3f}" in lines[0]
     assert summary["data"]["photographs"]["lpips"] > 0
@@ -79,7 +79,8 @@ def test_lpips_is_measured_when_its_weights_exist(micro_folder, weights, capsys)
 
 def test_lpips_says_what_is_missing(micro_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    photographs(micro_folder)
-    lines = capsys.readouterr().out.splitlines()
+    photographs(micro_folder, "--json", "--quiet")
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
     assert lines[0].startswith(f"LPIPS not measured: there is no alexnet-owt-7be5be79.pth in {tmp_path}")
-    assert json.loads(lines[-1])["data"]["photographs"]["lpips"] is None
+    assert json.loads(said.out)["data"]["photographs"]["lpips"] is None

@@ -40,7 +40,7 @@ def evaluate(micro_folder, capsys):
 
     def call(*args):
         capsys.readouterr()
-        code = main(["evaluate", args[0], "--model", str(micro_folder), *map(str, args[1:])])
+        code = main(["evaluate", args[0], "--json", "--model", str(micro_folder), *map(str, args[1:])])
         out, err = capsys.readouterr()
         return code, json.loads(out.splitlines()[-1]) if out else None, err.splitlines()
 
@@ -96,7 +96,7 @@ def test_torchrun_shares_the_work(evaluate, micro_folder, repo):
     rest = ["--prompts", "list.json", "--samples", "2", "--batch-size", "2"]
     evaluate("vbench", *rest, "--out", "whole")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lumos", "evaluate",
-               "vbench", "--model", str(micro_folder), *rest, "--out", "parts"]  # fmt: skip
+               "vbench", "--json", "--model", str(micro_folder), *rest, "--out", "parts"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from lumos.evaluation.quality import code_use, psnr, ssim
+from lumos.evaluation.quality import code_use, ssim
+from lumos.video.frames import psnr
 
 
 def pair(frames: int, height: int, width: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

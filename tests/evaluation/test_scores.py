@@ -122,10 +122,10 @@ def test_files_folders_and_zips_are_read_alike(results, tmp_path, capsys):
     totals = []
     for given in (files, [str(results)], [str(archive)]):
         out = tmp_path / "totals.json"
-        assert main(["evaluate", "vbench", "--aggregate", *given, "--output", str(out)]) == 0
-        printed = capsys.readouterr().out.splitlines()
-        assert json.loads(printed[-1]) == json.loads(out.read_text())
-        assert any(line.split()[:1] == ["total"] for line in printed)
+        assert main(["evaluate", "vbench", "--aggregate", *given, "--output", str(out), "--json"]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out) == json.loads(out.read_text())
+        assert any(line.split()[:1] == ["total"] for line in said.err.splitlines())
         totals.append(json.loads(out.read_text())["total"])
     half = vbench_totals("vbench", dict.fromkeys(DIMENSIONS["vbench"], 0.5))["total"]
     assert totals == [half] * 3
@@ -133,7 +133,7 @@ def test_files_folders_and_zips_are_read_alike(results, tmp_path, capsys):
 
 def test_a_missing_dimension_leaves_its_part_and_the_total_open(results, capsys):
     (results / "scene_eval_results.json").unlink()
-    assert main(["evaluate", "vbench", "--aggregate", str(results)]) == 0
+    assert main(["evaluate", "vbench", "--aggregate", str(results), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["semantic"], found["total"], found["missing"]) == (None, None, ["scene"])
     assert found["quality"] is not None

@@ -19,7 +19,7 @@ from lumos.commands import bench_faults as faults
 def test_kills_change_no_loss_and_lose_nothing(forks, times, kind):
     """Half of them at random moments, half at random file calls; trainings draw their clips in a process of its own."""
     kills = times(3, 20)
-    done = forks.run(["-m", "lumos", "bench", "faults", "--kills", kills, "--minutes", 60, "--kinds", kind], timeout=3600)
+    done = forks.run(["-m", "lumos", "bench", "faults", "--json", "--kills", kills, "--minutes", 60, "--kinds", kind], timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["kills"], result["differing_losses"], result["lost_items"], result["failed_runs"]) == (kills, 0, 0, 0)

@@ -342,7 +342,8 @@ CLIP = ["plan", "--generate", "--peak-tflops", "0.1"]
 @pytest.mark.parametrize(
     ("guidance", "frames", "options"),
     [(1.0, 1, {}), (1.0, 3, {}), (3.0, 1, {}), (3.0, 3, {}), (3.0, 4, {"later_steps": 2, "history_frames": 1}),
-     (3.0, 3, {"guidance_interval": (0.0, 0.5)})],
+     (3.0, 3, {"guidance_interval": (0.0, 0.5)}), (1.0, 3, {"step_reuse": 2}), (3.0, 3, {"step_reuse": 3}),
+     (3.0, 3, {"step_reuse": 3, "guidance_interval": (0.5, 1.0), "history_frames": 1})],
 )  # fmt: skip
 def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance: float, frames: int, options: dict):
     """The plan leaves out what a prefix needs beside its keys and values: attention to itself, and the rest of the last layer."""
@@ -415,6 +416,7 @@ def test_a_clip_of_the_shipped_model(capsys):
 def test_options_without_effect_are_noted_in_the_plan(capsys):
     for options, note in (
         (["--num-frames", "1", "--later-steps", "3"], "later_steps=3 has no effect on a single new latent frame"),
+        (["--num-inference-steps", "1", "--step-reuse", "2"], "step_reuse=2 has no effect on latent frames of one step"),
         (["--num-frames", "17", "--history-frames", "3"], "history_frames=3 has no effect on a clip of 5 latent frames"),
         (["--num-frames", "17", "--history-frames", "3", "--history-thinning"],
          "history_frames=3, history_thinning=True has no effect on a clip of 5 latent frames"),

@@ -500,3 +500,19 @@ def test_an_empty_negative_prompt_counts_as_no_prompt(generate):
     assert np.array_equal(blank, none)
     assert np.array_equal(empty, none)
     assert not np.array_equal(told, none)
+
+
+def test_several_seeds_never_write_over_a_default_name(generate):
+    """Clips with other settings, or of another prompt with the same words, get new names; the same command makes nothing again."""
+    ask = lambda prompt, *more: generate("--prompt", prompt, "--seed", 1, 2, "--num-frames", 1, *more)  # noqa: E731
+    assert ask("красный круг")[1].startswith("outputs  2 made now")
+    first = clips_in("outputs")
+    assert first.keys() == {"красный-круг-1.png", "красный-круг-2.png"}
+    assert ask("красный круг")[1].startswith("outputs  0 made now")
+    assert ask("красный круг!")[1].startswith("outputs  2 made now")
+    assert ask("красный круг", "--guidance-scale", 3)[1].startswith("outputs  2 made now")
+    found = clips_in("outputs")
+    assert found.items() >= first.items()
+    assert found.keys() == {f"красный-круг-{seed}{more}.png" for seed in (1, 2) for more in ("", "-2", "-3")}
+    assert ask("красный круг", "--guidance-scale", 3)[1].startswith("outputs  0 made now")
+    assert clips_in("outputs") == found

@@ -227,3 +227,13 @@ def test_other_faults_are_named(tmp_path, trained: TextTokenizer):
         trained.encode("broken \udc80")
     with pytest.raises(UserError, match="0 to 419"):
         trained.decode([420])
+
+
+def test_a_saved_tokenizer_replaces_one_of_another_kind(tmp_path, trained: TextTokenizer, published: TextTokenizer):
+    """`from_pretrained` would otherwise go on finding the older file."""
+    (tmp_path / "README.md").write_text("mine")
+    for kind in (published, trained, published, trained):
+        file = kind.save_pretrained(tmp_path)
+        found = TextTokenizer.from_pretrained(tmp_path)
+        assert (found.kind, found.encode("a red circle")) == (kind.kind, kind.encode("a red circle"))
+        assert {path.name for path in tmp_path.iterdir()} == {"README.md", file.name}

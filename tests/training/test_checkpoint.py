@@ -98,14 +98,14 @@ MISFITS = [
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("misfit", MISFITS, ids=str)
-def test_a_state_that_does_not_fit_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str], misfit: dict, old: bool):
+def test_a_state_that_does_not_fit_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture, misfit: dict, old: bool):
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
     if old:
         make_old(folder)
     rewrite(folder, **misfit)
     assert checkpoint.latest(tmp_path)[0].name == "step-00000001"
-    assert "warning: checkpoint" in capsys.readouterr().err
+    assert "warning: checkpoint" in caplog.text
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path):
@@ -214,12 +214,12 @@ def test_checkpoints_at_multiples_of_keep_every_stay(tmp_path: Path):
     truncate, flip_a_bit, remove_a_file, spoil_the_state, empty_the_state, change_the_note, drop_the_checksum, add_a_file,
     make_a_pipe,
 ])  # fmt: skip
-def test_a_damaged_one_falls_back_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage):
+def test_a_damaged_one_falls_back_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage):
     write(tmp_path, 1)
     damage(write(tmp_path, 2))
     folder, state = checkpoint.latest(tmp_path)
     assert (folder.name, state["step"]) == ("step-00000001", 1)
-    assert "step-00000002" in capsys.readouterr().err
+    assert "step-00000002" in caplog.text
     damage(folder)
     with pytest.raises(RunError, match="move the folder away"):
         checkpoint.latest(tmp_path)
@@ -328,11 +328,11 @@ def test_checkpoints_of_later_versions_and_unreadable_ones_are_never_renamed(tmp
     assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [10, 11, 20, 30]
 
 
-def test_warnings_about_checkpoints_escape_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_warnings_about_checkpoints_escape_control_characters(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     root = tmp_path / "\x1b[31mrun"
     write(root, 1)
     truncate(write(root, 2))
     checkpoint.latest(root)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "trying the checkpoint before it" in said
     assert "\x1b" not in said

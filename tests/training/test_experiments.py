@@ -167,6 +167,19 @@ def test_a_figure_may_be_of_one_kind(tmp_path: Path):
     assert found["shares"] == {"all": 0.375, "all of two": 0.25}
 
 
+def test_a_busy_seed_does_not_move_the_time_of_a_clip():
+    from lumos.evaluation.experiment_plots import times_of
+
+    def row(x: float, **times: list[float]) -> dict:
+        named = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
+        return {"x": x, "runs": [{"clips": 2, **run} for run in named]}
+
+    rows = [row(2.0, seconds=[2, 2, 2]), row(1.0, seconds=[1, 1, 90])]
+    assert times_of(rows) == ([(1.0, 0.5, 0.0), (2.0, 1.0, 0.0)], "seconds")
+    rows = [row(1.0, seconds=[1, 90, 90], cpu_seconds=[2, 2, 2]), row(2.0, seconds=[2, 2, 2], cpu_seconds=[4, 4, 4])]
+    assert times_of(rows) == ([(1.0, 1.0, 0.0), (2.0, 2.0, 0.0)], "CPU seconds")
+
+
 def test_means_and_spread_over_seeds():
     runs = [{"curves": {"loss": [[1, 3.0], [2, value]]}, "shares": {"all": share}} for value, share in ((1.0, 0.5), (2.0, 0.7))]
     assert experiments.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}

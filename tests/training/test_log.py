@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -278,9 +280,15 @@ def test_every_field_is_documented(micro_settings, tmp_path, repo):
         assert f"`{name}`" in text, field
 
 
-def test_the_terminal_shows_step_loss_and_rate(micro_settings, tmp_path, capsys):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_terminal_shows_step_loss_and_rate(micro_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     train(micro_settings(training={"max_steps": 2}))
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = sys.stderr.getvalue().splitlines()[-1]
     loss, lr = (read_log(tmp_path / "run", key)[2] for key in ("loss", "lr"))
     assert re.search(rf"2/2 .*step.*loss={loss:.4f}, lr={re.escape(f'{lr:.2e}')}", line), line
 

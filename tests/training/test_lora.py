@@ -124,7 +124,8 @@ def test_two_processes_train_the_same_adapters(runs: Runs, ranks: Ranks, adapter
 
 
 def test_the_export_is_a_peft_folder_that_says_how_it_was_made(adapter: Path, base: Path):
-    assert sorted(p.name for p in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "lumos_adapter.json"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "lumos_adapter.json", "trained_on.json"]
+    assert sorted(p.name for p in adapter.iterdir()) == files
     record = json.loads((adapter / "lumos_adapter.json").read_text())
     assert (record["steps"], record["averaged"], record["base"]["folder"]) == (5, True, str(base))
     assert record["settings"]["lora"]["rank"] == 4

@@ -42,6 +42,56 @@ def test_each_run_and_loss_has_its_own_line_and_style(logs: list[str]):
     assert list(plot.lines_of(runs, "mfu")) == []
 
 
+def axes_of(monkeypatch, runs: dict, panels: list[str], out: Path) -> list:
+    """The axes of the picture that `draw` writes."""
+    from matplotlib.figure import Figure
+
+    seen = []
+    usual = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (seen.append(self), usual(self, *args, **named))[1])
+    plot.draw(runs, panels, str(out))
+    return seen[0].axes
+
+
+def test_a_curve_of_one_point_is_a_marker_whatever_its_style(monkeypatch, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    runs = {"a": {"loss": [(1, 3.0)], "val_loss": [(1, 2.0)], "val_loss_ema": [(1, 1.0)]}}
+    (axes,) = axes_of(monkeypatch, runs, ["loss"], tmp_path / "c.png")
+    assert [(line.get_marker(), line.get_linestyle()) for line in axes.lines] == [("o", "None")] * 3
+    runs = {"a": {"loss": [(1, 3.0), (2, 4.0)]}}
+    (axes,) = axes_of(monkeypatch, runs, ["loss"], tmp_path / "d.png")
+    assert [(line.get_marker(), line.get_linestyle()) for line in axes.lines] == [("None", "-")]
+
+
+def test_a_panel_has_a_unit_the_best_value_and_readable_text(monkeypatch, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    runs = {"a": {"tokens_per_second": [(1, 3.0), (20, 9.0), (30, 5.0)]}}
+    (axes,) = axes_of(monkeypatch, runs, ["tokens_per_second"], tmp_path / "c.png")
+    assert axes.get_title() == "tokens_per_second\nbest: 9 at step 20"
+    assert axes.get_ylabel() == "tokens a second"
+    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts(), *axes.get_xticklabels()]
+    assert min(text.get_fontsize() for text in texts) >= 9
+
+
+def test_the_best_value_is_of_averaged_validation():
+    curves = {"loss": [(1, 0.5)], "val_loss": [(1, 3.0), (2, 1.0)], "val_loss_ema": [(1, 2.0), (2, 4.0)]}
+    assert plot.best_of(curves, "loss") == ("val_loss_ema", 2.0, 1)
+    assert plot.best_of({"frame_loss": [(1, [1.0, None])]}, "frame_loss") is None
+
+
+@pytest.mark.parametrize("width", [1, 3, 10])
+def test_smoothing_is_the_mean_of_the_last_values(width):
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
+    slow = [sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1]) for n in range(6)]
+    assert [value for _, value in plot.smoothed(list(enumerate(values)), width)] == pytest.approx(slow)
+
+
+def test_four_panels_are_drawn_unless_all_are_asked_for():
+    known = ["mfu", "loss", "flops", "grad_norm", "tokens", "tokens_per_second", "loss_video"]
+    assert plot.most_important(known) == ["loss", "loss_video", "grad_norm", "tokens_per_second"]
+    assert plot.most_important(["mfu", "loss"]) == ["loss", "mfu"]
+
+
 @pytest.mark.slow
 def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
     train(micro_settings(training={"max_steps": 2, "eval_every": 1}))
@@ -51,6 +101,8 @@ def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
     whole = Image.open(picture)
     assert main(["plot", str(tmp_path / "run"), "--out", str(picture), "--fields", "loss_video"]) == 0
     assert Image.open(picture).size < whole.size
+    assert main(["plot", str(tmp_path / "run"), "--out", str(picture), "--all"]) == 0
+    assert Image.open(picture).size > whole.size
 
 
 @pytest.mark.parametrize(
@@ -62,6 +114,7 @@ def test_a_run_is_plotted(micro_settings, tmp_path: Path, capsys):
         (["list.jsonl"], ["list.jsonl has no line of a step yet"]),
         (["text.jsonl"], ["loss of step 1 is no number: 'high'"]),
         (["a", "--fields", "los"], ["no log has los", "loss_video, frame_loss_video"]),
+        (["a", "--fields", "loss_video", "--all"], ["--fields and --all exclude each other"]),
         (["a", "--out", "curves.bmp"], ["curves.bmp", ".png, .svg, .pdf"]),
     ],
 )

@@ -99,7 +99,7 @@ def test_the_random_states_are_put_back(tmp_path: Path):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
-def test_what_is_not_done_in_time_is_left_out(tmp_path: Path, monkeypatch, capsys):
+def test_what_is_not_done_in_time_is_left_out(tmp_path: Path, monkeypatch, caplog):
     """30 s a step of two steps a clip, on a clock that only moves there."""
     clock = [0.0]
 
@@ -117,7 +117,7 @@ def test_what_is_not_done_in_time_is_left_out(tmp_path: Path, monkeypatch, capsy
         assert clock[0] <= seconds + 30
         left_out = json.loads((folder / "samples.json").read_text())["left_out"]
         assert left_out == PROMPTS[len(done) // 3 :]
-        assert f"{2 - len(left_out)} of 2 samples of step 7 were finished" in capsys.readouterr().err
+        assert f"{2 - len(left_out)} of 2 samples of step 7 were finished" in caplog.text
     assert [event["clips"] for event in events(tmp_path)] == [1, 0]
 
 
@@ -128,14 +128,14 @@ def test_a_run_told_to_stop_does_not_go_on_rendering(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("too long"), torch.OutOfMemoryError("CUDA")])
-def test_samples_that_fail_do_not_end_the_training(micro_settings, tmp_path: Path, monkeypatch, capsys, error: Exception):
+def test_samples_that_fail_do_not_end_the_training(micro_settings, tmp_path: Path, monkeypatch, caplog, error: Exception):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(samples, "write_video", fail)
     assert train(micro_settings(samples=SAMPLES))["steps"] == 6
     assert len(read_log(tmp_path / "run")) == 6
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("there are no samples of step") == 2
     assert str(error).split()[-1] in said
     assert [sorted(event) for event in events(tmp_path / "run")] == [["error", "event", "step"]] * 2

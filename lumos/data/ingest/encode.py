@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +20,10 @@ from lumos.data.shards import format as shards
 from lumos.errors import UserError
 from lumos.runtime import pick_device
 from lumos.video.frames import fit, from_uint8
-from lumos.video.reading import count_frames, is_still, read_image, read_video
+from lumos.video.reading import OpenVideo, is_still, open_video, read_image
 from tokenizer import VideoTokenizer
 
+T = TypeVar("T")
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
 
 
@@ -128,6 +131,8 @@ def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -
             return Skip(*problem)
         with as_file(item) as file:
             clips = _clips(item, file, settings, tokenizer.temporal_compression)
+            if settings.clips_per_video > 1:
+                clips = one_ahead(clips)
             # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
             return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
     except Skip as skip:
@@ -173,7 +178,15 @@ def _clips(
         frames = read_image(file)[None]
         yield 0.0, fit(frames, *settings.target(*frames.shape[1:3])), (*frames.shape[1:3], 1.0)
         return
-    total = count_frames(file, settings.fps)
+    with open_video(file, threads=1) as video:  # each worker has one core
+        yield from _clips_of_video(item, video, settings, step)
+
+
+def _clips_of_video(
+    item: Item, video: OpenVideo, settings: ClipSettings, step: int
+) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
+    """Do the same as `_clips` for an open video."""
+    total = video.count_frames(settings.fps)
     available = total - item.start * settings.fps
     if item.end is not None:
         available = min(available, (item.end - item.start) * settings.fps)
@@ -183,15 +196,25 @@ def _clips(
         count = (available - 1) // step * step + 1  # below 1 if there is no frame
         least = settings.min_frames or settings.num_frames
         if count < max(least, 1):
-            read_video(file, max_seconds=60, size=settings.target(1, 1))  # raises the right error if the file is cut off
+            video.read(max_seconds=60, size=settings.target(1, 1))  # raises the right error if the file is cut off
             name = item.member or item.path
             raise Skip(TOO_SHORT, f"{name}: {available} frames at {settings.fps} fps, {least} are needed")
-    first_frame, rate = read_video(file, num_frames=1)
+    first_frame, rate = video.read(num_frames=1)
     height, width = first_frame.shape[1:3]
     size, origin = settings.target(height, width), (height, width, rate / settings.fps if count > 1 else 1.0)
     for first in clip_starts(available, count, settings.clips_per_video):
         start = item.start + first / settings.fps
-        yield start, read_video(file, fps=settings.fps, num_frames=count, start=start, size=size)[0], origin
+        yield start, video.read(fps=settings.fps, num_frames=count, start=start, size=size)[0], origin
+
+
+def one_ahead(made: Iterator[T]) -> Iterator[T]:
+    """Yield the items of an iterator that a thread advances, so that the next item is made while the caller works on one."""
+    end = object()
+    with closing(made), ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        due = pool.submit(next, made, end)
+        while (item := due.result()) is not end:
+            due = pool.submit(next, made, end)
+            yield item
 
 
 def clip_starts(available: int, num_frames: int, clips: int) -> list[int]:

@@ -6,7 +6,6 @@ therefore gives the same shards.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -36,7 +35,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs items in `workers` processes of this machine.
+    """Runs items in `workers` processes of this machine. Each computes with one thread, so that codes do not depend on `workers`.
 
     With 0 workers the items run in this process, where an item that crashes or hangs does the same to
     the whole ingest.
@@ -50,8 +49,7 @@ class LocalExecutor:
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         if self.workers:
-            threads = max(1, (os.cpu_count() or 1) // self.workers)
-            with closing(WorkerPool(partial(Encoder, self.spec), self.workers, threads, self.item_timeout)) as pool:
+            with closing(WorkerPool(partial(Encoder, self.spec), self.workers, 1, self.item_timeout)) as pool:
                 yield from pool.results(todo)
         else:
             encoder = Encoder(self.spec)

@@ -65,12 +65,13 @@ def check_tokenizer(description: dict[str, Any], tokenizer: Any, what: str) -> N
         )
 
 
-def check_frame_codes(description: dict[str, Any], path: str | Path | Remote) -> None:
-    """Raise UserError if the shards have no codes of single frames."""
+def check_frame_codes(description: dict[str, Any], path: str | Path | Remote, what: str = "latents per_frame") -> None:
+    """Raise UserError if the shards have no codes of single frames, which the setting `what` needs."""
     if not description["settings"].get("per_frame_codes"):
+        other = "use latents causal" if what == "latents per_frame" else f"leave {what} out"
         raise UserError(
-            f"{path} holds the codes of clips only, and latents per_frame need those of single frames: ingest into a new folder "
-            "with --per-frame-codes, or use latents causal"
+            f"{path} holds the codes of clips only, and {what} need those of single frames: ingest into a new folder "
+            f"with --per-frame-codes, or {other}"
         )
 
 

@@ -252,16 +252,21 @@ def _footer(path: Remote) -> Any:
 
 def read_ids(path: Path) -> list[str]:
     """Return the item id of each clip of a shard; raise the errors of :func:`open_shard`."""
+    return read_texts(path, "id")
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """Return the values of a column of texts of a shard; raise the errors of :func:`open_shard`."""
     import pyarrow as pa
 
     opened = open_shard(path)
     try:
-        ids = opened.read(columns=["id"]).column("id").to_pylist()
+        values = opened.read(columns=[column]).column(column).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise damaged(path, error) from error
-    if None in ids:
-        raise damaged(path, "a clip has no id")
-    return ids
+    if None in values:
+        raise damaged(path, f"a clip has no {column}")
+    return values
 
 
 def read_group(

@@ -18,9 +18,12 @@ from lumos.data.shards.description import check_count, check_frame_codes, check_
 from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.remote import LocalCopies, Remote, location
 from lumos.data.source import Clip
-from lumos.errors import UserError
+from lumos.data.trained_on import MAX_WORDS, TrainedOn, words_of
+from lumos.errors import RunError, UserError
 
 FOOTERS_AT_ONCE = 16
+MAX_CAPTIONS = 200_000
+"""The most captions whose words are collected."""
 BYTES_PER_CODE = 2.1
 """Bytes of a shard per code, including the other columns."""
 
@@ -39,7 +42,8 @@ class ShardSource:
 
     A video step uses clips of at least `min_frames` frames. Of a longer clip it uses the codes of the
     first `num_frames` frames, which are exactly the codes of the cut clip because the tokenizer is
-    causal. With `per_frame` it uses the codes of single frames instead. A picture step uses the clips of
+    causal. With `per_frame` it uses the codes of single frames instead. With `last_frame` each clip has the
+    codes of its last frame as a picture too. A picture step uses the clips of
     one frame or, if there are none, the first frames of all clips. Clips of different sizes are mixed,
     in the order of :class:`EpochOrder`.
 
@@ -47,7 +51,7 @@ class ShardSource:
     same items. Shards behind a URL need `copies`; for local shards it is None.
 
     Raise UserError if another tokenizer made the shards, if they lack the codes of single frames that
-    `per_frame` needs, if they were ingested with another `size`, if too few clips of a kind are left, if
+    `per_frame` and `last_frame` need, if they were ingested with another `size`, if too few clips of a kind are left, if
     a height or width is not a multiple of `size_unit`, or if the limit of `copies` is too small for the
     shards that are in use at a time.
     """
@@ -55,14 +59,15 @@ class ShardSource:
     def __init__(
         self, path: str | Path, tokenizer: Any, *, kinds: list[str], num_frames: int, min_frames: int | None = None, size_unit: int,
         seed: int, held_out: int, shuffle_shards: int = 16, copies: LocalCopies | None = None, size: str | None = None,
-        per_frame: bool = False,
+        per_frame: bool = False, last_frame: bool = False,
     ):  # fmt: skip
         self.folder, min_frames = location(path), min_frames or num_frames
         description = read_description(self.folder)
         check_tokenizer(description, tokenizer, "tokenizer.video")
         check_size(description, size, self.folder)
-        if per_frame:
-            check_frame_codes(description, self.folder)
+        if per_frame or last_frame:
+            check_frame_codes(description, self.folder, "patterns.ends" if last_frame else "latents per_frame")
+        self.last_frame = last_frame
         self.column, self.step = (shards.FRAME_CODES, 1) if per_frame else ("codes", tokenizer.temporal_compression)
         self.stride = tokenizer.spatial_compression
         self.index = ShardIndex(self.folder)
@@ -76,6 +81,8 @@ class ShardSource:
             if not len(rows) or len(validation[kind]) < held_out:
                 raise self._too_few(kind, len(usable[kind]), num_frames, min_frames, held_out)
             codes = self.index.codes(rows, self.step, self.stride, self.latent_frames[kind])
+            if last_frame and kind == "video":
+                codes = codes + self.index.codes(rows, self.step, self.stride, 1)
             order = EpochOrder(self.index.places[rows, 0], codes, shuffle_shards=shuffle_shards, seed=seed)
             self.pools[kind] = ClipPool(rows, order, validation[kind])
         self.most_codes = {kind: int(pool.order.codes.max()) for kind, pool in self.pools.items()}
@@ -88,7 +95,8 @@ class ShardSource:
         fps = int(description["settings"]["fps"])
         self.usual_shape = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
         if copies:
-            self._check_room({tokenizer.temporal_compression, self.step}, shuffle_shards, copies.limit)
+            steps = {tokenizer.temporal_compression, self.step} | ({1} if last_frame else set())
+            self._check_room(steps, shuffle_shards, copies.limit)
         self.reader = ShardReader(self.index.paths, self.index.digests, copies, description["tokenizer"])
 
     def clips_in(self, shape: StepShape) -> int:
@@ -104,13 +112,36 @@ class ShardSource:
                 self.reader.ask_for(pool.order.next_shards(shape), shape.kind)
         return [self._clip(int(row), shape.kind) for row in rows]
 
+    def trained_on(self) -> TrainedOn:
+        """Return the words of the captions.
+
+        They are not complete if the shards have more than MAX_CAPTIONS captions, if a shard cannot be read, and for shards
+        behind a URL, of which none is read.
+        """
+        words: dict[str, None] = {}
+        left, is_complete = MAX_CAPTIONS, not self.reader.copies
+        for path in self.index.paths if is_complete else ():
+            try:
+                captions = shards.read_texts(path, "caption")
+            except RunError:  # training tells it when it reads the shard
+                is_complete = False
+                continue
+            words |= dict.fromkeys(word for caption in dict.fromkeys(captions[:left]) for word in words_of(caption))
+            is_complete &= len(captions) <= left and len(words) <= MAX_WORDS
+            left -= len(captions)
+            if left <= 0 or len(words) > MAX_WORDS:
+                is_complete &= path == self.index.paths[-1]
+                break
+        return TrainedOn(frozenset(list(words)[:MAX_WORDS]), is_complete)
+
     def _clip(self, row: int, kind: str) -> Clip:
         found = self.reader.read(*self.index.place_of(row))
         codes = found[self.column][: self.latent_frames[kind]]
         height, width, stride = (found.get(name) for name in shards.ORIGIN)
+        last = found[shards.FRAME_CODES][(len(codes) - 1) * self.step] if self.last_frame else None
         return Clip(
             None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes,
-            original_size=height and (height, width), stride=stride,
+            original_size=height and (height, width), stride=stride, last=last,
         )  # fmt: skip
 
     def _too_few(self, kind: str, found: int, num_frames: int, min_frames: int, held_out: int) -> UserError:

@@ -10,7 +10,8 @@ attributes, so a model that was trained on `varied` can be tested with prompts i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +72,7 @@ def caption(
     named_sizes = rng.random(len(objects)) < share_size
     if len(objects) == 2 and objects[0].shape == "sprite" and objects[0].motion == objects[1].motion:
         both = " and ".join(noun(obj, named_size=False) for obj in objects)
-        said = f"{both} {_plural(_motion(objects[0].motion, rng, wording))}" if moving else both
+        said = f"{both} {plural(_motion(objects[0].motion, rng, wording))}" if moving else both
     else:
         said = " and ".join(
             noun(obj, named_size) + (f" {_motion(obj.motion, rng, wording)}" if moving else "")
@@ -137,9 +138,34 @@ def gerund(verb: str) -> str:
     return base_form(verb).removesuffix("e") + "ing"
 
 
-def _plural(motion: str) -> str:
+def plural(motion: str) -> str:
+    """Return the phrase of a motion for two objects: "fly to the left" for "flies to the left"."""
     verb, space, rest = motion.partition(" ")
     return f"{base_form(verb)}{space}{rest}"
+
+
+def motion_phrases(wording: str, motions: Iterable[str], directions: Iterable[str]) -> Iterator[str]:
+    """Yield all phrases of these motions in a wording: `motions` are still, grows and shrinks; `directions` are moved in."""
+    for motion in motions:
+        yield from {"plain": _PLAIN, "varied": _VARIED, "unseen": _UNSEEN}[wording][motion]
+    for direction in directions:
+        sideways = direction in ("left", "right")
+        verbs = {"plain": VERBS, "varied": (*VERBS, *VARIED_VERBS), "unseen": UNSEEN_VERBS}[wording]
+        yield from (f"{verb} {direction}" for verb in verbs)
+        if wording == "plain":
+            continue
+        far = f"to the {direction}" if sideways else f"{direction}wards"
+        if wording == "varied":
+            yield from (f"{verb} {far}" for verb in verbs)
+            yield from (f"is {doing} {direction}" for doing in ("moving", *map(gerund, VARIED_VERBS)))
+        else:
+            yield from (f"is sliding {direction}" if sideways else f"is going {direction}", f"is moving {far}")
+
+
+def frames_of_captions(wording: str, named_background: bool) -> Iterator[str]:
+    """Yield the words around the objects of captions in a wording, of clips and of pictures."""
+    templates = [*_OPENINGS[wording], *_PICTURE_OPENINGS[wording], *(_GROUNDS[wording] if named_background else ())]
+    yield from (re.sub(r"{\d?}", " ", template) for template in templates)
 
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:

@@ -9,6 +9,8 @@ from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
 from lumos.data.source import Clip
 from lumos.data.synthetic import sprites
 from lumos.data.synthetic.sampling import SyntheticScenes
+from lumos.data.synthetic.vocabulary import caption_words, drawn_things
+from lumos.data.trained_on import TrainedOn
 from lumos.errors import UserError
 
 SET_ELSEWHERE = {
@@ -56,6 +58,9 @@ class SyntheticSource:
     def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
         num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
         return [self.clip(self._number(step, shape, position), num_frames) for position in positions]
+
+    def trained_on(self) -> TrainedOn:
+        return TrainedOn.of(sorted(caption_words(self.videos)), drawn_things(self.videos))
 
     def _number(self, step: int, shape: StepShape, position: int) -> int:
         """Return the number of a clip; with `scenes`, steps take these one after the other, so that all of them are seen."""

@@ -23,8 +23,8 @@ GENERATOR = Generator(
         for name, summary in (
             ("attention", "segmented against dense frame-causal attention, time and extra memory"),
             ("loss", "chunked visual loss against full logits, time and extra memory of forward and backward"),
-            ("train", "a training step against the published method and transformers' Llama, tokens per second and memory"),
-            ("generate", "a model from loading to clip; its decoder against a plain baseline and the roofline"),
+            ("train", "a training step against the published method, written plainly, and transformers' Llama, speed and memory"),
+            ("generate", "a model from loading to clip; its decoder against the published method, written plainly, and a roofline"),
         )
     },
     evaluations={"loss": f"{_HERE}.masked_loss"},

@@ -109,6 +109,30 @@ class Cache:
 
         return attend
 
+    def refresh(self, n: int, rows: range, at: Tensor) -> Attend:
+        """Return the attention of some tokens of the frame of n tokens after the cache, for these rows.
+
+        The tokens attend to the cache and to their whole frame. The attention writes their keys and values; those of
+        the frame's other tokens are what earlier calls of this frame wrote (`extend` first, which writes all of them).
+
+        at: int64 [len(rows), p], the offsets of the tokens in the frame.
+        """
+        here = slice(rows.start, rows.stop)
+        lengths = self.lengths[here]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = []
+            for start, stop in equal_runs(lengths):
+                begin, some = lengths[start], slice(start, stop)
+                places = (begin + at[some])[:, None, :, None].expand_as(k[some])
+                keys, values = (x[layer, here][some][:, :, : begin + n] for x in (self.keys, self.values))
+                keys.scatter_(2, places, k[some])
+                values.scatter_(2, places, v[some])
+                parts.append(prefix_attention(q[some], keys, values, causal=False))
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        return attend
+
     def advance(self, n: int) -> None:
         """Record that a frame of n tokens was added to every row, and which frame was evicted for it."""
         place, new = self._leaving(), self.frames[-1] + 1 if self.frames else 0

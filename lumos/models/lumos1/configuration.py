@@ -17,6 +17,8 @@ from lumos.files import check_model_config
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
 SCALED_SCHEMES = ("mm_rope", "videorope")
 """The schemes in which neighbouring codes are several positions apart; neighbouring text tokens are one apart."""
+PATTERNS = ("none", "first", "prediction", "ends")
+"""The names of the patterns of given frames, see `lumos.models.lumos1.patterns`."""
 ATTENTION_IMPLEMENTATIONS = ("segmented", "dense", "flex")
 PUBLISHED_TEMPLATE = (
     "Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at {fps} frames per "
@@ -81,6 +83,8 @@ class LumosConfig(PreTrainedConfig):
         prompt_template: the text that the decoder reads. It may use {width} {height} {num_frames} {fps}
             and must contain {prompt}.
         loss_chunk_size: positions whose logits exist at the same time in the loss.
+        patterns: the patterns of given frames that the model was trained on, some of PATTERNS; None:
+            ["none"]. Every model makes clips from their first frames. A last frame needs "ends".
 
     Raises ValueError for values of a wrong type and for sizes that cannot work: a head dimension that
     is not a multiple of 32, ids outside the vocabulary, or more than MAX_PARAMETERS weights.
@@ -106,6 +110,7 @@ class LumosConfig(PreTrainedConfig):
     position_strides: list[int] | None = None
     attention: str = "segmented"
     loss_chunk_size: int = 256
+    patterns: list[str] | None = None
 
     bos_token_id: int | None = 0
     pad_token_id: int | None = 0
@@ -133,6 +138,8 @@ class LumosConfig(PreTrainedConfig):
             raise ValueError("more than 1,000 unknown fields, or num_labels over 1,000: that is no config of this model")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.patterns is None:
+            self.patterns = ["none"]
         for key in kwargs:
             if close := difflib.get_close_matches(key, [f.name for f in fields(self)], n=1, cutoff=0.9):
                 raise ValueError(f"unknown config field {shown(key)}; did you mean {shown(close[0])}?")
@@ -240,6 +247,9 @@ class LumosConfig(PreTrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {shown(value)} is unknown; allowed: {', '.join(allowed)}")
+        patterns = self.patterns
+        if not isinstance(patterns, list | tuple) or not patterns or any(p not in PATTERNS for p in patterns):
+            raise ValueError(f"patterns {shown(patterns)} is not allowed; give some of {', '.join(PATTERNS)}")
         strides = self.position_strides
         if strides is not None:
             if not isinstance(strides, list | tuple) or len(strides) != 3 or not all(_is_whole(s, 1, 2**16) for s in strides):

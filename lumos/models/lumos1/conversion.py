@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.initialization import no_init_weights
 
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.files import read_json
@@ -72,7 +73,7 @@ def match_layout(
     if config.num_hidden_layers > len(shapes):  # checked first: building a model of very many layers takes long
         raise UserError(f"{path} has {len(shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.json")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             expected = {key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     except (TypeError, RuntimeError) as error:
         raise UserError(

@@ -24,8 +24,9 @@ from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.masking import masked_tokens, training_mask
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
 from lumos.models.lumos1.rope import position_ids
+from lumos.models.lumos1.rows import UnencodedBatch
 from lumos.models.lumos1.sequence import Layout, code_mask, content_mask
-from lumos.models.lumos1.training import UnencodedBatch, places_of
+from lumos.models.lumos1.training import places_of
 from lumos.pipeline.acceleration import compile_parts
 from lumos.training.task import IGNORED
 
@@ -66,12 +67,13 @@ class DistillableLumos(Distillable):
     def draws(self, step: int, positions: range, prepared: UnencodedBatch) -> Draws:
         masking, length = self.task.settings.masking, prepared.ids.shape[1]
         masks, levels = [], []
-        for position, layout in zip(positions, prepared.batch.rows["layouts"], strict=True):
+        for position, layout, supervised in zip(positions, prepared.batch.rows["layouts"], prepared.supervised_at, strict=True):
             mask, ratios = training_mask(
-                masking.kind, len(layout.frames), layout.frames[0].content_length, min_ratio=masking.min_ratio,
+                masking.kind, layout.num_latent_frames, layout.frames[0].content_length, min_ratio=masking.min_ratio,
                 generator=sample_generator(self.task.settings.training.seed, step, position, "critic mask"),
             )  # fmt: skip
-            masks.append(masked_tokens(layout, mask, length))
+            made = torch.tensor([bool(supervised[frame.start : frame.end].any()) for frame in layout.frames])
+            masks.append(masked_tokens(layout, mask[list(layout.times)] & made[:, None], length))  # given frames stay as they are
             levels.append(sum(ratios) / len(ratios))
         return Draws({MASK: torch.stack(masks), LEVEL: torch.tensor(levels)}, padded=(MASK,))
 
@@ -129,10 +131,14 @@ class DistillableLumos(Distillable):
 
 
 def visual_features(blocks: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Features]:
-    """Return what layers give at the codes of the frames, [B', t, h, w, C] for each layer [B, L, C], by the clips' sizes."""
+    """Return what layers give at the codes of the frames, [B', t, h, w, C] for each layer [B, L, C], by the clips' sizes.
+
+    A picture of the last frame is left out.
+    """
     if not blocks:
         return []
-    codes, sizes = code_mask(list(layouts), blocks[0].shape[1]).to(blocks[0].device), {}
+    layouts = [Layout(x.length, tuple(frame for frame in x.frames if frame.stated_time is None)) for x in layouts]
+    codes, sizes = code_mask(layouts, blocks[0].shape[1]).to(blocks[0].device), {}
     for i, layout in enumerate(layouts):
         sizes.setdefault((len(layout.frames), layout.frames[0].rows, layout.frames[0].cols), []).append(i)
     whole = len(sizes) == 1

@@ -11,13 +11,14 @@ Shapes: R rows, n tokens of a frame's span, m positions, C channels, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lumos.models.lumos1.attention import Attend
 from lumos.models.lumos1.cache import Cache, PrefixCache
-from lumos.models.lumos1.modeling import LumosForVideoGeneration, Rotary
+from lumos.models.lumos1.modeling import LumosForVideoGeneration, Rotary, take
 from lumos.models.lumos1.rope import frame_positions, position_ids
 from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout, content_mask, parse_layout, read_frame
 from lumos.pipeline.placement import is_spread
@@ -54,21 +55,25 @@ class Engine:
 
         Args:
             prefixes: ids [L_r] of each row, ending before a frame. All rows must have the same number of
-                given frames, the frames that the clip continues.
+                given frames, the frames that the clip continues, at the same times. The first may be followed
+                by a picture of the last frame, whose time is stated.
             capacity: the most tokens that a row of the cache will hold.
             prefix_cache: the prefix cache; the last row is loaded from it if possible, else saved in it.
             history, thinning: history_frames and history_thinning of GenerationSettings. If `history` is
                 set, given frames after the first are committed one by one, so that evictions happen as
                 they do in generation.
 
-        Raises ValueError for rows with different numbers of given frames.
+        Raises ValueError for rows with different numbers of given frames, and for a frame with a stated time
+        and a bounded history.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
         layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
-        frames = {len(layout.frames) for layout in layouts}
-        if len(frames) > 1:
-            raise ValueError(f"rows with different numbers of given frames: {sorted(frames)}")
-        self.frames_done = frames.pop()
+        times = {layout.times for layout in layouts}
+        if len(times) > 1:
+            raise ValueError(f"rows with different numbers of given frames, or at different times: {sorted(times)}")
+        self.frames_done = layouts[0].num_latent_frames
+        if history is not None and len(layouts[0].frames) > self.frames_done:
+            raise ValueError("a bounded history does not work with a frame whose time is stated")
         if history is not None and self.frames_done > 1:
             spans = [[p[f.start : f.end] for f in layout.frames] for p, layout in zip(prefixes, layouts, strict=True)]
             begin = [p[: layout.frames[0].end] for p, layout in zip(prefixes, layouts, strict=True)]
@@ -105,7 +110,7 @@ class Engine:
             prefix_cache.save(self.model, prefixes[-1], self.cache.read(len(prefixes) - 1))
 
     @torch.inference_mode()
-    def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None) -> Tensor:
+    def hidden(self, frame_ids: Tensor, at: Tensor, committing: Tensor | None = None, only: Tensor | None = None) -> Tensor:
         """Run one step on the frame after the cache and return hidden states [R, m, C].
 
         The cache does not change, except by `committing`.
@@ -115,8 +120,13 @@ class Engine:
             at: int64 [R, m], the offsets in the span whose hidden states are returned.
             committing: ids [R, n] of the finished frame before this one, with the history mask on it.
                 The same forward pass appends it to the cache.
+            only: int64 [R, p], the offsets of the tokens that run, padded with 0 at the end; None stands for all.
+                `at` is among them. The keys and values of the frame's other tokens are those of the last step that
+                ran them, so the first step of a frame, and the first step of a row, must run all.
         """
         n = frame_ids.shape[1]
+        if only is not None:
+            return self._run_some(frame_ids, at, only)
         if committing is None:
             return self._forward(frame_ids, n, at)
         hidden = self._forward(torch.cat([committing, frame_ids], dim=1), n, at + n, stay=1)
@@ -124,14 +134,16 @@ class Engine:
         return hidden
 
     @torch.inference_mode()
-    def denoise(self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, frame_ids: Tensor, at: Tensor | None = None, committing: Tensor | None = None, only: Tensor | None = None
+    ) -> Tensor:
         """Return logits fp32 [R, m, K] in place of hidden states; the arguments are those of `hidden`.
 
         at: None stands for all codes of the frame, in row-major order.
         """
         if at is None:
             at = code_offsets(self._read_frame(frame_ids)).to(self.model.device).expand(len(frame_ids), -1)
-        return self.model.lm_head(self.hidden(frame_ids, at, committing), visual_only=True).float()
+        return self.model.lm_head(self.hidden(frame_ids, at, committing, only), visual_only=True).float()
 
     @torch.inference_mode()
     def commit(self, frame_ids: Tensor) -> None:
@@ -147,14 +159,30 @@ class Engine:
         """
         tables = [self._frame_rotary(ids[:, :n], ahead) for ahead in range(ids.shape[1] // n)]
         rotary = tables[0] if len(tables) == 1 else tuple(torch.cat(t, dim=2) for t in zip(*tables, strict=True))
+        return self._run(ids, rotary, at, lambda rows: self.cache.extend(n, rows, stay))
+
+    def _run_some(self, frame_ids: Tensor, at: Tensor, only: Tensor) -> Tensor:
+        """Run the tokens `only`, int64 [R, p], of the frame [R, n] after the cache; `hidden` explains the arguments."""
+        rows, n = frame_ids.shape
+        only = torch.where(only > 0, only, only[:, :1])  # padding repeats a token, which writes the same keys and values twice
+        index = torch.arange(only.shape[1], device=only.device).expand_as(only)
+        places = torch.zeros_like(frame_ids).scatter_(1, only, index).gather(1, at)  # of `at` among `only`
+        rotary = tuple(take(table[:rows, 0], only)[:, None] for table in self._frame_rotary(frame_ids, 0))
+        ids = frame_ids.gather(1, only)
+        return self._run(ids, rotary, places, lambda rows: self.cache.refresh(n, rows, only[rows.start : rows.stop]))
+
+    def _run(self, ids: Tensor, rotary: Rotary, at: Tensor, attention: Callable[[range], Attend]) -> Tensor:
+        """Run the decoder on ids [R, L], as many rows at a time as pay; returns hidden states [R, m, C] of the places `at`.
+
+        attention: returns the attention of a range of rows.
+        """
         row_bytes = ids.shape[1] * self.model.config.hidden_size * self.model.dtype.itemsize
         # With a device_map, layers move to the device in every forward pass, so all rows go through in one.
         size = len(ids) if is_spread(self.model) else max(1, STATES_BYTES // row_bytes)
         ids, hidden = ids.to(self.model.device), []
         for rows in (range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)):
             some = slice(rows.start, rows.stop)
-            attend = self.cache.extend(n, rows, stay)
-            hidden.append(self.model.model(ids[some], tuple(table[some] for table in rotary), attend, at[some]))
+            hidden.append(self.model.model(ids[some], tuple(table[some] for table in rotary), attention(rows), at[some]))
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def _advance(self, n: int) -> None:

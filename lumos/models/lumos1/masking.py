@@ -96,22 +96,33 @@ def mask_sequence(
     min_ratio: float = MIN_RATIO,
     fixed_ratio: float | None = None,
     generator: torch.Generator,
+    given: int = 0,
+    hide_given: bool = False,
 ) -> MaskedSequence:
     """Return a clip, ids [L], with a training mask, and the targets of the decoder.
 
     Newlines are masked like codes, but they are never supervised.
+
+    given: the number of frames at the beginning of the sequence that are given, with the picture of the last
+    frame. They are never supervised. Their content is visible, or with `hide_given` their codes are masked and
+    their newlines are not, as in the branch of guidance without given frames. The mask of the others is the
+    one that they have without given frames.
     Raises ValueError for a sequence without frames and for an unknown kind.
     """
     (layout,) = parse_layout(input_ids[None], config)
     if not layout.frames:
         raise ValueError("the sequence has no frames to mask")
-    t, n = len(layout.frames), layout.frames[0].content_length
+    t, n = layout.num_latent_frames, layout.frames[0].content_length
     mask, ratios = training_mask(kind, t, n, min_ratio=min_ratio, fixed_ratio=fixed_ratio, generator=generator)
-    hidden = masked_tokens(layout, mask, len(input_ids))
+    hidden = masked_tokens(layout, mask[list(layout.times)], len(input_ids))
     is_code = code_mask([layout], len(input_ids))[0]
+    supervised = hidden & is_code
+    if given:
+        end = layout.frames[given - 1].end
+        hidden[:end], supervised[:end] = is_code[:end] & hide_given, False
     return MaskedSequence(
         input_ids=input_ids.masked_fill(hidden, config.mask_token_id),
-        targets=torch.where(hidden & is_code, input_ids - config.visual_token_start, -100),
+        targets=torch.where(supervised, input_ids - config.visual_token_start, -100),
         ratios=ratios,
     )
 

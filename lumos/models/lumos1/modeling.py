@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import AutoModel, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack
@@ -34,7 +35,7 @@ from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
-from lumos.models.lumos1.sequence import Layout, content_mask, frame_indices, parse_layout
+from lumos.models.lumos1.sequence import Layout, content_mask, frame_times, parse_layout
 from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 from lumos.pipeline.placement import working_device
 
@@ -278,7 +279,8 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         Raises UserError, which names missing files and tensors, if the folder is incomplete or damaged.
         """
         name, kwargs = prepare_checkpoint(pretrained_model_name_or_path, cls, kwargs)
-        return super().from_pretrained(name, *args, **kwargs)
+        with no_init_weights():  # every tensor is in the folder; random values of the meta device import torch's compiler
+            return super().from_pretrained(name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Write a model folder as in transformers.
@@ -331,7 +333,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
                 f"{self.config.visual_token_count - 1}, and -100"
             )
         hidden, layouts = self.hidden_states(input_ids, attention_mask, layouts)
-        frames = frame_indices(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
+        frames = frame_times(layouts, input_ids.shape[1]).to(input_ids.device)[rows, columns]
         if not with_loss:
             return LumosOutput(hidden=hidden[rows, columns], row_index=rows, frame_index=frames)
         loss = self.lm_head(hidden[rows, columns], targets=wanted)

@@ -1,7 +1,8 @@
 """The pipeline of Lumos-1.
 
 It encodes prompts and given frames as ids, samples the codes of one latent frame after the other, and
-turns codes into pixels. Given frames are the frames of an image or a video that the clip begins with.
+turns codes into pixels. Given frames are the frames of an image or a video that the clip begins with, and
+the last frame for a model that was trained with it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
@@ -28,21 +30,23 @@ from lumos.models.lumos1.request import (
     largest_side,
     prompt_ids,
     resolve,
+    takes_of,
 )
 from lumos.models.lumos1.sampling import generate_frames
-from lumos.models.lumos1.sequence import build_frames
+from lumos.models.lumos1.sequence import build_frames, build_last, num_latent_frames
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
-from lumos.pipeline.placement import is_spread, loading_arguments
+from lumos.pipeline.hub import local_folder
+from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
 
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
 
 
 class LumosPipeline(VideoPipeline):
@@ -54,6 +58,7 @@ class LumosPipeline(VideoPipeline):
     generator = "lumos1"
     sampling = GenerationSettings
     tensor_inputs = TENSOR_INPUTS
+    component_names = ("model", "text_tokenizer", "video_tokenizer")
 
     def __init__(
         self,
@@ -67,16 +72,19 @@ class LumosPipeline(VideoPipeline):
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
         self._prefix_cache = PrefixCache()
+        self.takes = takes_of(model.config)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         int8: bool = False,
         compile: bool = False,
@@ -86,11 +94,12 @@ class LumosPipeline(VideoPipeline):
         """Load a pipeline from a model folder.
 
         Args:
-            folder: a saved or released model folder.
+            folder: a saved or released model folder, or a repository ORG/NAME on the Hugging Face hub.
+            revision: a branch, a tag or a commit of that repository.
             video_tokenizer, text_tokenizer: other folders of the tokenizers. By default they are
                 `video_tokenizer/` and `text_tokenizer/` in `folder`.
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
-            dtype: default bfloat16 on CUDA, float32 on a CPU.
+            dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the decoder layers to int8 weights, see `lumos.pipeline.acceleration`. The
                 pipeline can then not be saved.
@@ -101,10 +110,11 @@ class LumosPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for
         options that cannot be combined.
         """
+        folder = local_folder(folder, revision)
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = pick_dtype(dtype, torch_dtype, device)
         placement = loading_arguments(device, device_map, max_memory)
         model = LumosForVideoGeneration.from_pretrained(folder, dtype=dtype, **placement)
         if not is_spread(model):
@@ -126,7 +136,10 @@ class LumosPipeline(VideoPipeline):
             use_int8_weights(model.model.layers)
         if compile:
             compile_parts(model, COMPILED)
-        return cls(model, text, video, settings, clip)
+        pipe = cls(model, text, video, settings, clip)
+        pipe.trained_on = trained_on_of(folder, lora)
+        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the decoder, both tokenizers and the defaults into one folder, which `from_pretrained` reads.
@@ -146,6 +159,7 @@ class LumosPipeline(VideoPipeline):
             self.text_tokenizer.save_pretrained(writing / "text_tokenizer")
             self.video_tokenizer.save_pretrained(writing / "video_tokenizer")
             write_defaults(writing, self.settings, self.clip)
+            write_trained_on(writing, self.trained_on)
 
     @property
     def temporal_compression(self) -> int:
@@ -159,24 +173,31 @@ class LumosPipeline(VideoPipeline):
     def largest_side(self) -> int:
         return largest_side(self.model.config)
 
-    def resolve(self, request: Request) -> LumosResolved:
+    def resolved(self, request: Request) -> LumosResolved:
         return resolve(request, self.model.config, self.text_tokenizer, self.settings, self.clip)
 
-    def encode(self, resolved: LumosResolved) -> LumosEncoded:
-        """Encode the given frames and append their codes to each prefix.
+    def encoded(self, resolved: LumosResolved) -> LumosEncoded:
+        """Encode the given frames and append their codes to each prefix; a given last frame is encoded as a picture.
 
         image_guidance_scale compares with prefixes whose given frames are masked. If it equals guidance_scale, the frames
         between cancel out and only two branches are left.
         """
-        given = [self.encode_frames(np.stack(list(frames.values()))) for frames in resolved.given if frames]
+        pictures = [list(frames.values()) for frames in resolved.given if frames]
+        ends = [self.encode_frames(frames[-1][None]) for frames in pictures if resolved.has_last]
+        given = [self.encode_frames(np.stack(frames[: len(frames) - resolved.has_last])) for frames in pictures]
+        last_time = num_latent_frames(resolved.clip.num_frames, self.temporal_compression) - 1
         sampling, text_free = resolved.sampling, resolved.unconditional
         has_own_scale = text_free is not None and sampling.image_guidance_scale not in (None, 1)
         is_joint = has_own_scale and sampling.image_guidance_scale == sampling.guidance_scale
 
         def behind(prefixes: list[Tensor], *, masked: bool = False) -> list[Tensor]:
-            frames = [torch.full_like(codes, -1) if masked else codes for codes in given]
-            begin = [build_frames(codes, self.model.config).flatten() for codes in frames]
-            return [torch.cat(parts) for parts in zip(prefixes, begin, strict=True)] if begin else prefixes
+            if not given:
+                return prefixes
+            shown, shown_ends = ([torch.full_like(x, -1) if masked else x for x in codes] for codes in (given, ends))
+            parts = [prefixes, [build_frames(codes, self.model.config).flatten() for codes in shown]]
+            if ends:
+                parts.append([build_last(codes[0], last_time, self.model.config) for codes in shown_ends])
+            return [torch.cat(row) for row in zip(*parts, strict=True)]
 
         return LumosEncoded(
             resolved=resolved,

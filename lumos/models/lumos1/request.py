@@ -1,13 +1,14 @@
 """Requests for Lumos-1.
 
 A request is first resolved into the ids that the decoder reads, and then encoded: the codes of given
-frames, the frames that the clip begins with, are appended to these ids.
+frames are appended to these ids. Given frames are those that the clip begins with. For a model that was
+trained on the pattern "ends" they may also be the first and the last frame.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,6 +93,8 @@ def check_effect(latents: int, new_frames: int, given: Mapping[str, Any], settin
     clip, history = f"a clip of {latents} latent frames", settings.history_frames
     if new_frames == 1:
         without_effect("a single new latent frame", later_steps=asked["later_steps"])
+    if max(map(settings.steps_of, range(min(new_frames, 2)))) == 1:
+        without_effect("latent frames of one step", step_reuse=given.get("step_reuse"))
     if history is None:
         return
     if latents <= 2 + history:
@@ -113,12 +116,40 @@ class LumosResolved(Resolved):
     conditional      the ids before the frames of each clip
     unconditional    the same with the negative prompt or without text; None if guidance is off
     later_prefixes   {new latent frame, from 0: ids of each clip that replace `conditional` from that frame on}
+    has_last         whether the last frame is given
     """
 
     grid: tuple[int, int]
     conditional: list[Tensor]
     unconditional: list[Tensor] | None
     later_prefixes: dict[int, list[Tensor]]
+    has_last: bool = False
+
+
+def takes_of(config: LumosConfig) -> tuple[str, ...]:
+    """Return the arguments of a call that this model has beside those of all models."""
+    return ("last_image", "given_frames") if "ends" in config.patterns else ()
+
+
+def check_given(numbers: Collection[int], num_frames: int, stride: int, settings: GenerationSettings) -> bool:
+    """Return whether the last of the frames `numbers`, those that are given, is the clip's last frame.
+
+    Raises UserError unless they are the frames that the clip begins with, 1 + a multiple of `stride`, or the first and
+    the last one, and for a last frame together with history_frames.
+    """
+    count = len(numbers)
+    if set(numbers) == set(range(count)) and (count == 0 or (count - 1) % stride == 0):
+        return False
+    if set(numbers) != {0, num_frames - 1}:
+        raise UserError(
+            f"frames {', '.join(map(str, sorted(numbers)))} are given; this model makes clips from their first 1 + {stride} k "
+            "frames, or from the first and the last one: give an image for the first, and last_image for the last"
+        )
+    if settings.history_frames is not None:
+        raise UserError(
+            f"history_frames {settings.history_frames} does not work with a given last frame, which every frame sees; leave one out"
+        )
+    return True
 
 
 def resolve(
@@ -130,7 +161,8 @@ def resolve(
     Raises UserError for a request that the model cannot fulfil.
     """
     # 1. what every generator needs
-    if request.last_image is not None:
+    takes = takes_of(config)
+    if request.last_image is not None and "last_image" not in takes:
         raise UserError(
             "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
             "last one or one in between; give the first frame as image, or the first frames as video"
@@ -139,9 +171,10 @@ def resolve(
     stride = config.temporal_compression
     common = resolve_request(
         request, settings, defaults, generator="lumos1", size_unit=config.pixels_per_size_unit, largest_side=largest_side(config),
-        temporal_compression=stride,
+        temporal_compression=stride, takes=takes,
     )  # fmt: skip
     sampling, clip = common.sampling, common.clip
+    has_last = check_given(common.given[0], clip.num_frames, stride, sampling)
     if common.num_given_frames == 0 and sampling.image_guidance_scale is not None:
         sampling = replace(sampling, image_guidance_scale=None)  # the model's default, which holds for clips with an image
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
@@ -161,15 +194,16 @@ def resolve(
         raise UserError("negative_prompt has no effect with guidance_scale 1; raise guidance_scale or leave it out")
 
     # 3. latent frames
-    given_latents = num_latent_frames(common.num_given_frames, stride) if common.num_given_frames else 0
+    begins = common.num_given_frames - has_last
+    given_latents = num_latent_frames(begins, stride) if begins else 0
     latents = num_latent_frames(clip.num_frames, stride)
     check_effect(latents, latents - given_latents, request.options, sampling)
     later = {num_latent_frames(start, stride) - given_latents: read(prompts) for start, prompts in common.later}
     longest = max(len(ids) for prefixes in (conditional, unconditional or (), *later.values()) for ids in prefixes)
-    check_length(longest, Frame(0, *grid).end, latents, sampling, config)
+    check_length(longest + has_last, Frame(0, *grid).end, latents + has_last, sampling, config)
     return LumosResolved(
         **vars(common) | {"new_frames": latents - given_latents, "sampling": sampling}, grid=grid, conditional=conditional,
-        unconditional=unconditional, later_prefixes=later,
+        unconditional=unconditional, later_prefixes=later, has_last=has_last,
     )  # fmt: skip
 
 

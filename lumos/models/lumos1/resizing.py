@@ -53,6 +53,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     _set_compression(config, after.spatial_compression)
     clip = pipe.clip.scaled(after.spatial_compression, before.spatial_compression)
     resized = LumosPipeline(pipe.model.to(dtype), pipe.text_tokenizer, after.to(stored_dtype(source)), pipe.settings, clip)
+    resized.trained_on = pipe.trained_on
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
         write_json(writing / "training.json", record)

@@ -71,7 +71,7 @@ def axis_strides(config: LumosConfig) -> tuple[int, int, int]:
 def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) -> Tensor:
     """Return the positions of a latent frame, int64 [3, n] for the n tokens of its span.
 
-    index: the number of the frame in the clip, from 0. origin: P0. The four tokens around the content have
+    index: the time of the frame, which is its number in the clip, from 0. origin: P0. The four tokens around the content have
     their index in the sequence as position.
     """
     positions = torch.arange(frame.start, frame.end).repeat(3, 1)
@@ -89,8 +89,8 @@ def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Ten
 
     def row(layout: Layout) -> Tensor:
         positions = torch.arange(length).repeat(3, 1)
-        for k, frame in enumerate(layout.frames):
-            positions[:, frame.start : frame.end] = frame_positions(frame, k, layout.origin, config)
+        for frame, time in zip(layout.frames, layout.times, strict=True):
+            positions[:, frame.start : frame.end] = frame_positions(frame, time, layout.origin, config)
         return positions
 
     return by_layout(layouts, row)

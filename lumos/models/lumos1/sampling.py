@@ -123,13 +123,18 @@ def decide_frame(
     """
     model, steps, total = engine.model, len(uniform), masked.shape[1]
     broken = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    only = None  # the offsets that the next step runs, if it does not run all
     for step, (before, after) in enumerate(pairwise([total, *unmasking_counts(total, steps)])):
         active = branches if settings.guides(step, steps) else 1
         if finished is not None and active < branches:
             engine.commit(finished)
             finished = None
-        hidden = engine.hidden(ids.repeat(active, 1), masked.repeat(active, 1), finished)
-        finished = None
+        if settings.runs_all(step, steps):
+            only = None
+        hidden = engine.hidden(
+            ids.repeat(active, 1), masked.repeat(active, 1), finished, None if only is None else only.repeat(active, 1)
+        )
+        finished, only = None, masked
         if active > 1:
             hidden = guide(hidden, settings.guidance_scale, settings.image_guidance_scale if active == 3 else None)
         for_codes, for_confidence = uniform[step, :, :, : masked.shape[1]]
@@ -144,9 +149,12 @@ def decide_frame(
         put(ids, masked, torch.full_like(masked, model.config.mask_token_id))
         if masked.shape[1] == 0:  # the check waits for the device, so it runs once per frame
             check_finite(broken)
+        before_callback = ids.clone() if settings.step_reuse > 1 else ids
         yield step
         if masked.shape[1] == 0:
             return
+        if before_callback is not ids and not torch.equal(before_callback, ids):
+            only = None  # the caller changed decided codes, whose keys and values are no longer right
 
 
 def check_finite(broken: Tensor) -> None:

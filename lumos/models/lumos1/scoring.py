@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import frame_indices, parse_layout
+from lumos.models.lumos1.sequence import Layout, frame_indices, frame_times, pad_sequences, parse_layout
 from lumos.training.task import IGNORED, Forward, Output
 
 RATIO_BINS = 10
@@ -43,21 +43,23 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     number = torch.full_like(ids, -1)  # of the loss of each place
     number[rows, columns] = torch.arange(len(rows), device=ids.device)
     known: dict[str, Tensor] = {}  # losses and, at places whose logits were needed for outputs, True
-    frames = frame_indices(layouts, ids.shape[1]).to(ids.device)[rows, columns]
+    frames, places = (find(layouts, ids.shape[1]).to(ids.device)[rows, columns] for find in (frame_times, frame_indices))
     codes = torch.where(targets != IGNORED, targets, ids - config.visual_token_start)
-    spans = torch.tensor([layout.frames[0].end - layout.frames[0].start for layout in layouts], device=ids.device)[rows]
-    is_copied = codes[rows, columns] == codes[rows, (columns - spans).clamp(min=0)]
+    back = pad_sequences([torch.tensor(steps_back(layout)) for layout in layouts], 0).to(ids.device)[rows, places]
+    is_copied = codes[rows, columns] == codes[rows, columns - back]
     of_frame = torch.where(frames == 0, 0, torch.where(is_copied, 1, 2))
 
     def outputs() -> Iterator[Output]:
         if not torch.is_grad_enabled():
             known.update(losses=hidden.new_zeros(len(rows), dtype=torch.float32), has=torch.zeros_like(rows, dtype=torch.bool))
         for row, layout in enumerate(layouts):
-            frame = torch.arange(len(layout.frames), device=ids.device)
+            frame, starts = torch.tensor([layout.times, [frame.start for frame in layout.frames]], device=ids.device)
             span = layout.frames[0].end - layout.frames[0].start
-            at = layout.frames[0].start + frame[:, None] * span + torch.arange(span, device=ids.device)  # [T, span]
+            at = starts[:, None] + torch.arange(span, device=ids.device)
+            has_loss = (targets[row, at] != IGNORED).any(1)  # not in given frames
+            frame, at = frame[has_loss], at[has_loss]  # [T], [T, span]
             at = at[:, (targets[row, at] != IGNORED).all(0)]
-            for part in at.split(max(1, OUTPUT_VALUES // (len(at) * config.visual_token_count)), dim=1):
+            for part in at.split(max(1, OUTPUT_VALUES // (max(1, len(at)) * config.visual_token_count)), dim=1):
                 if part.numel():
                     logits = model.lm_head(hidden[row, part], visual_only=True).float()  # [T, places, codes]
                     if known:
@@ -65,7 +67,7 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
                         found = F.cross_entropy(logits.flatten(0, 1), targets[row, part].flatten(), reduction="none")
                         known["losses"][at_loss] = found
                         known["has"][at_loss] = True
-                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), frame, bins[row, : len(frame)])
+                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), frame, bins[row, frame])
 
     def losses() -> Tensor:
         """The head is by far the largest matrix of a small model: places with known losses need no second product with it."""
@@ -79,9 +81,21 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
 
 
+def steps_back(layout: Layout) -> list[int]:
+    """Return for each frame how many tokens before it the latent frame before it in time begins.
+
+    The result is 0 for the first frame, and for a picture of the last one.
+    """
+    steps, before = [], layout.frames[0].start
+    for frame in layout.frames:
+        steps.append(frame.start - before if frame.stated_time is None else 0)
+        before = frame.start if frame.stated_time is None else before
+    return steps
+
+
 def stream_frames(config: LumosConfig, micro: dict[str, Any], stream: Tensor) -> Tensor:
     """Return the latent frame of each token of a stream [B, L, C]: int64 [B, L], -1 for text, -2 for padding."""
     layouts = micro.get("layouts") or parse_layout(micro["input_ids"], config)
     lengths = torch.tensor([layout.length for layout in layouts])[:, None]
-    found = frame_indices(layouts, stream.shape[1])
+    found = frame_times(layouts, stream.shape[1])
     return found.masked_fill(torch.arange(stream.shape[1]) >= lengths, -2).to(stream.device)

@@ -5,6 +5,10 @@
     per latent frame: [frame_start] [number: H / unit] [number: W / unit]  h rows of (w codes, [newline])  [frame_end]
     [video_end] [sep]
 
+A frame may follow the one before it with [number: time] between them: it then stands at the time of that
+latent frame. So the picture of the last frame of a clip of t latent frames, with the time t - 1, can stand
+behind the first latent frame, where all others see it. The other frames have the times 0, 1, 2, ... in order.
+
 Without a prompt (unconditional branch, text dropout) a sequence begins at video_start. The span of a frame
 is all its tokens from frame_start to frame_end, and its content is the codes and newlines.
 `parse_layout` reads from the ids all that the decoder needs to know of a sequence: the spans of the frames,
@@ -14,8 +18,8 @@ from which the positions follow. Source: reference, section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,11 +33,15 @@ FRAME_HEADER = 3  # frame_start and the two size tokens
 
 @dataclass(frozen=True)
 class Frame:
-    """The place of a latent frame in a sequence: its span [start, end) with `rows` x `cols` codes."""
+    """The place of a latent frame in a sequence: its span [start, end) with `rows` x `cols` codes.
+
+    stated_time: the time that a number token before the span states; None without one.
+    """
 
     start: int
     rows: int
     cols: int
+    stated_time: int | None = None
 
     @property
     def content_length(self) -> int:
@@ -57,6 +65,20 @@ class Layout:
 
     length: int
     frames: tuple[Frame, ...]
+
+    @cached_property
+    def times(self) -> tuple[int, ...]:
+        """The time of each frame, in latent frames: the stated one, else its number among frames without one."""
+        times, count = [], 0
+        for frame in self.frames:
+            times.append(count if frame.stated_time is None else frame.stated_time)
+            count += frame.stated_time is None
+        return tuple(times)
+
+    @property
+    def num_latent_frames(self) -> int:
+        """The number of latent frames of the clip, without a picture of its last frame."""
+        return sum(frame.stated_time is None for frame in self.frames)
 
     @cached_property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
@@ -85,12 +107,14 @@ class Parsed:
     """The parts of a sequence.
 
     text_ids: None if the sequence has no text. duration: in seconds. codes: [t, h, w], -1 for the mask token.
+    last: codes [h, w] of the picture of the last frame, None without one.
     """
 
     text_ids: list[int] | None
     duration: int
     fps: int
     codes: Tensor
+    last: Tensor | None = None
 
 
 def num_latent_frames(num_frames: int, temporal_compression: int = 4) -> int:
@@ -177,16 +201,30 @@ def build_frames(codes: Tensor, config: LumosConfig) -> Tensor:
     return torch.cat([head, content, ids.new_full((t, 1), config.frame_end_token_id)], dim=1)
 
 
+def build_last(codes: Tensor, time: int, config: LumosConfig) -> Tensor:
+    """Return the ids [1 + n] of the picture of a clip's last frame, codes [h, w], behind the number of its time.
+
+    time: the number of the last latent frame. Raises UserError if there is no token for it.
+    """
+    frame = build_frames(codes[None], config)[0]
+    return torch.cat([frame.new_tensor([number_token(time, "the last latent frame", config)]), frame])
+
+
 def build_sequence(
-    text_ids: list[int] | None, codes: Tensor, *, fps: int, duration: int, config: LumosConfig
+    text_ids: list[int] | None, codes: Tensor, *, fps: int, duration: int, config: LumosConfig, last: Tensor | None = None
 ) -> Tensor:
     """Return the ids [L] of a whole clip in the published layout, from text ids and codes [t, h, w].
 
-    text_ids: None leaves the text part out. The errors are those of `build_prefix` and `build_frames`.
+    text_ids: None leaves the text part out. last: codes [h, w] of the picture of the last frame, which then
+    stands behind the first latent frame. The errors are those of `build_prefix` and `build_frames`.
     """
     prefix = build_prefix(text_ids, fps=fps, duration=duration, config=config)
     tail = [config.video_end_token_id, config.sep_token_id]
-    frames = build_frames(codes, config).flatten()
+    frames = build_frames(codes, config)
+    if last is None:
+        frames = frames.flatten()
+    else:
+        frames = torch.cat([frames[0], build_last(last, len(codes) - 1, config), frames[1:].flatten()])
     return torch.cat([frames.new_tensor(prefix), frames, frames.new_tensor(tail)])
 
 
@@ -210,15 +248,20 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
         [ids[f.content_start : f.end - 1].view(rows, cols + 1)[:, :cols] for f in layout.frames]
     ) if layout.frames else ids.new_zeros(0, 0, 0)
     codes = torch.where(codes == config.mask_token_id, -1, codes - config.visual_token_start)
+    stated = torch.tensor([frame.stated_time is not None for frame in layout.frames], dtype=torch.bool)
+    if stated.sum() > 1:
+        raise ValueError("the sequence has several frames with a stated time; allowed: one, the picture of the last frame")
+    last, codes = (codes[stated][0] if stated.any() else None), codes[~stated]
     parsed = Parsed(
         text_ids=row[1 : at - 1] if at > 0 else None,
         duration=row[at + 1] - config.number_token_start,
         fps=row[at + 2] - config.number_token_start,
         codes=codes,
+        last=last,
     )
     if not layout.frames:
         raise ValueError("the sequence has no frames")
-    again = build_sequence(parsed.text_ids, codes, fps=parsed.fps, duration=parsed.duration, config=config)
+    again = build_sequence(parsed.text_ids, codes, fps=parsed.fps, duration=parsed.duration, config=config, last=last)
     length = min(len(ids), len(again))
     differs = (ids[:length] != again[:length]) & (ids[:length] != config.mask_token_id)
     if len(ids) != len(again) or differs.any():
@@ -250,6 +293,9 @@ def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
             if mark < at:
                 continue
             frame = read_frame(row[:length], mark, config, f"frame {len(frames)} of sample {sample}")
+            number = int(row[mark - 1]) - config.number_token_start
+            if frames and mark == at + 1 and 0 <= number < config.number_token_count:
+                frame = replace(frame, stated_time=number)
             frames.append(frame)
             at = frame.end
     return Layout(length, tuple(frames))
@@ -319,12 +365,21 @@ def code_mask(layouts: list[Layout], length: int) -> Tensor:
 
 
 def frame_indices(layouts: list[Layout], length: int) -> Tensor:
-    """Return int64 [B, L], the number of the latent frame whose span holds the token, -1 outside of frames."""
+    """Return int64 [B, L], the place in the sequence of the frame whose span holds the token, -1 outside of frames."""
+    return by_layout(layouts, lambda layout: _by_frame(layout, range(len(layout.frames)), length))
 
-    def row(layout: Layout) -> Tensor:
-        index = torch.full((length,), -1)
-        for k, frame in enumerate(layout.frames):
-            index[frame.start : frame.end] = k
-        return index
 
-    return by_layout(layouts, row)
+def frame_times(layouts: list[Layout], length: int) -> Tensor:
+    """Return int64 [B, L], the time of the frame whose span holds the token, -1 outside of frames.
+
+    It is the number of the latent frame. It differs from `frame_indices` only with a picture of the last frame.
+    """
+    return by_layout(layouts, lambda layout: _by_frame(layout, layout.times, length))
+
+
+def _by_frame(layout: Layout, values: Sequence[int], length: int) -> Tensor:
+    """Return int64 [length], the value of the frame whose span holds the token, -1 outside of frames."""
+    found = torch.full((length,), -1)
+    for frame, value in zip(layout.frames, values, strict=True):
+        found[frame.start : frame.end] = value
+    return found

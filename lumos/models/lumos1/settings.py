@@ -20,13 +20,13 @@ class GenerationSettings(SamplingOptions):
     """Sampling options of Lumos-1. The defaults are the published ones; a model folder's pipeline.json may set others."""
 
     num_inference_steps: int = setting(
-        50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, label="Steps of each latent frame",
-        cost=True,
+        50, "parallel decoding steps of each latent frame", low=1, high=1000, step=1, cost=True,
+        label="Steps: more take longer and look better, up to a point",
     )  # fmt: skip
     guidance_scale: float = setting(
         15.0, "classifier-free guidance: uncond + scale * (cond - uncond); 1 turns guidance off and runs one branch only",
-        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
-        cost=True,
+        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", cost=True,
+        label="How closely to follow the prompt; 1 is least",
     )  # fmt: skip
     image_guidance_scale: float | None = setting(
         None,
@@ -36,7 +36,7 @@ class GenerationSettings(SamplingOptions):
     )  # fmt: skip
     temperature: float = setting(
         1.0, "scale of the Gumbel noise on the confidence, annealed to 0 within each frame", low=0, high=100, step=0.05,
-        slider_high=5, label="Temperature: noise on the confidence",
+        slider_high=5, label="Chance in the choice of what is drawn first",
     )
     top_k: int | None = setting(
         None, "sample only among this number of the most likely codes", low=1, high=MAX_TOP_K, allowed=f"1 to {MAX_TOP_K:,}"
@@ -45,10 +45,11 @@ class GenerationSettings(SamplingOptions):
     history_mask_ratio: float = setting(
         0.7, "history mask: the share of each finished frame that is hidden from later frames",
         low=0, below=1, step=0.05, pictures=False,
-        allowed="0 (nothing is hidden) to below 1", label="History mask: share of past frames that is hidden",
+        allowed="0 (nothing is hidden) to below 1", label="Share of each earlier frame that later frames do not see",
     )  # fmt: skip
     mask_given_frames: bool = setting(
-        False, "apply the history mask to given frames too; by default nothing of them is hidden", given=True
+        False, "apply the history mask to given frames too; by default nothing of them is hidden", given=True,
+        label="Do not see that share of the given picture or clip either",
     )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "use guidance only at steps k of n with START <= k / n < STOP; 0 0.5 is the first half (arXiv 2404.07724)",
@@ -61,13 +62,18 @@ class GenerationSettings(SamplingOptions):
     later_steps: int | None = setting(
         None, "num_inference_steps of each latent frame after the first", low=1, high=1000, pictures=False, trade=True
     )
+    step_reuse: int = setting(
+        1, "only every n-th step of a latent frame runs all of its codes; the others run the codes that the step before ran "
+        "masked, and reuse keys and values of the rest",
+        low=1, high=1000, trade=True,
+    )  # fmt: skip
     history_frames: int | None = setting(
         None, "a frame sees the first latent frame and this number of frames before it, so that memory stays bounded",
         low=1, high=MAX_FRAMES, allowed=f"at least 1, at most {MAX_FRAMES:,}", pictures=False, trade=True,
     )  # fmt: skip
     history_thinning: bool = setting(
         False, "spread the history_frames over the whole clip: the older they are, the farther apart",
-        pictures=False, trade=True,
+        pictures=False, trade=True, label="Long clips: see frames spread over the whole clip, not only the last ones",
     )  # fmt: skip
 
     def check_combinations(self) -> None:
@@ -117,3 +123,12 @@ class GenerationSettings(SamplingOptions):
         """Return whether step number `step` of the `steps` of a frame uses guidance, and so both branches."""
         start, stop = self.guidance_interval
         return start <= step / steps < stop
+
+    def runs_all(self, step: int, steps: int) -> bool:
+        """Return whether step number `step` of the `steps` of a frame runs all tokens of the frame.
+
+        These are the steps that step_reuse divides, and the step that begins guidance: its other branches have not
+        run in this frame yet. Every other step runs the codes that were masked in the step before it.
+        """
+        begins_guidance = step > 0 and self.guides(step, steps) and not self.guides(step - 1, steps)
+        return step % self.step_reuse == 0 or begins_guidance

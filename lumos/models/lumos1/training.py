@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ from lumos.models.lumos1 import scoring
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
 from lumos.models.lumos1.flops import adapter_weights, training_flops
-from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration, LumosOutput
+from lumos.models.lumos1.patterns import check_long_enough, trained_patterns
 from lumos.models.lumos1.pipeline import LumosPipeline
 from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
+from lumos.models.lumos1.rows import ClipSize, Row, UnencodedBatch, drawn_row, in_sequence, stored_codes
 from lumos.models.lumos1.scoring import RATIO_BINS, ratio_bins
 from lumos.models.lumos1.sequence import (
     Frame,
-    build_sequence,
-    clip_header,
     code_mask,
     num_latent_frames,
     pad_sequences,
@@ -41,7 +40,7 @@ from lumos.models.lumos1.sequence import (
     prompt_text,
 )
 from lumos.models.lumos1.settings import GenerationSettings
-from lumos.models.lumos1.training_settings import LumosTrainingSettings
+from lumos.models.lumos1.training_settings import DropoutSettings, LumosTrainingSettings
 from lumos.pipeline.acceleration import compile_parts
 from lumos.pipeline.defaults import ClipDefaults, write_defaults
 from lumos.runtime import check_memory, no_progress_bar
@@ -63,7 +62,7 @@ ID_TENSORS = 4
 """Number of int64 tensors that a batch has at least, with one value per token: ids, codes, targets, places."""
 NOT_OF_WEIGHTS = {
     "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
-    "initializer_range", "eos_token_id",
+    "initializer_range", "eos_token_id", "patterns",
 }  # fmt: skip
 """Fields of LumosConfig in which two models may differ and still be mixed."""
 
@@ -78,14 +77,19 @@ class ArdfTask(VideoTask):
 
     def __init__(self, settings: LumosTrainingSettings, device: torch.device):
         self.config = model_config(settings.model)
+        if settings.lora.rank is None:  # an adapter leaves the config of its model as it is
+            self.config.patterns = trained_patterns(settings.patterns)
+        self.needs_last_frame = settings.patterns.get("ends", 0) > 0
         if (settings.training.attention or self.config.attention) == "flex" and device.type != "cuda":
             raise UserError(f"attention flex trains on CUDA only, not on {device.type}; set training.attention=segmented")
         super().__init__(settings, device)
         self.text_tokenizer = TextTokenizer.from_pretrained(self.places.text, limit=self.config.visual_token_start)
         check_text_tokenizer(self.config, self.text_tokenizer)
         self._check_sizes(self.places.video)
+        latents = num_latent_frames(settings.data.num_frames, self.config.temporal_compression)
+        check_long_enough(settings.patterns, latents, settings.data.num_frames)
         self.loss_groups = {
-            "frame": num_latent_frames(settings.data.num_frames, self.config.temporal_compression),
+            "frame": latents,
             "mask_ratio": RATIO_BINS,
         }
         self.source = self.make_source()
@@ -133,14 +137,15 @@ class ArdfTask(VideoTask):
     def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
         """Return the masked sequences of the clips at `positions` of a step, without their codes.
 
-        `dropout` False keeps the text of every clip. Raises RunError if a clip of the source has a
+        `dropout` False keeps the text and the given frames of every clip. Raises RunError if a clip of the source has a
         code that the model does not know.
         """
         config, clips = self.config, self.source.clips(step, shape, positions)
         if shape.first_frames is not None:
             clips = [cut(clip, shape.first_frames, config.temporal_compression) for clip in clips]
         rows = [self._row(step, position, clip, dropout) for position, clip in zip(positions, clips, strict=True)]
-        ids, supervised_at, ratios = zip(*rows, strict=True)
+        ids, supervised_at, ratios, given = zip(*rows, strict=True)
+        with_last, last = tuple(number for number, frames in enumerate(given) if frames.has_last), None
         pad_to = self.settings.data.pad_to
         input_ids = pad_sequences(list(ids), config.pad_token_id, pad_to)
         layouts = parse_layout(input_ids, config)
@@ -155,22 +160,29 @@ class ArdfTask(VideoTask):
         )  # fmt: skip
         if clips[0].codes is None:
             made = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+            pictures = [clips[number].frames[-1] if clips[number].last is None else clips[number].last for number in with_last]
+            last = torch.from_numpy(np.stack(pictures)[:, None]) if pictures else None
         else:
-            made = torch.cat([torch.from_numpy(clip.codes.astype(np.int64)).flatten() for clip in clips])
+            codes = [stored_codes(clip, number in with_last) for number, clip in enumerate(clips)]
+            made = torch.cat(codes)
             if int(made.max()) >= config.visual_token_count:
-                name = next(clip.name for clip in clips if clip.codes.max() >= config.visual_token_count)
+                name = next(clip.name for clip, of in zip(clips, codes, strict=True) if of.max() >= config.visual_token_count)
                 raise RunError(
                     f"{name} has the code {int(made.max())}; allowed: 0 to {config.visual_token_count - 1}; ingest it again with "
                     "this tokenizer"
                 )
         codes_at = code_mask(layouts, input_ids.shape[1])
-        return UnencodedBatch(made, input_ids, codes_at, pad_sequences(list(supervised_at), False, pad_to), batch)
+        supervised_at = pad_sequences(list(supervised_at), False, pad_to)
+        return UnencodedBatch(made, input_ids, codes_at, supervised_at, batch, last, with_last)
 
     def encode(self, prepared: UnencodedBatch) -> Batch:
         """Return the batch with its codes, on the device where clips are encoded."""
-        inputs = (x for x in vars(prepared).values() if isinstance(x, Tensor))
+        inputs = (prepared.clips, prepared.ids, prepared.codes_at, prepared.supervised_at)
         clips, ids, codes_at, supervised_at = (x.to(self.device, non_blocking=True) for x in inputs)
         codes = self._encode(clips) if clips.dtype == torch.uint8 else clips
+        if prepared.last is not None:
+            pictures = self._encode(prepared.last.to(self.device, non_blocking=True))[:, 0]
+            codes = in_sequence(codes, pictures, prepared.with_last)
         code = torch.zeros_like(ids).masked_scatter(codes_at, codes.flatten())
         tensors = {
             "input_ids": torch.where(codes_at & (ids != self.config.mask_token_id), ids + code, ids),
@@ -202,8 +214,14 @@ class ArdfTask(VideoTask):
         return LumosPipeline(model, self.text_tokenizer, self.video_tokenizer, settings, self.sample_shape)
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        masking = {f"masking.{key}": value for key, value in to_plain(self.settings.masking).items()}
-        return self.config_fields() | self.lora_fingerprint() | masking | self.data_fingerprint()
+        settings, drawn = self.settings, {}
+        for name, values in (("masking", settings.masking), ("patterns", settings.patterns), ("dropout", settings.dropout)):
+            drawn |= {f"{name}.{key}": value for key, value in to_plain(values).items()}
+        return self.config_fields() | self.lora_fingerprint() | drawn | self.data_fingerprint()
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Return what runs had before given frames were a choice."""
+        return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": DropoutSettings().image}
 
     @staticmethod
     def write_folder(
@@ -238,7 +256,8 @@ class ArdfTask(VideoTask):
         """
         shape, config = self.source.usual_shape, self.config
         grid = (shape[side] // config.spatial_compression for side in ("height", "width"))
-        tokens = num_latent_frames(shape["num_frames"], config.temporal_compression) * Frame(0, *grid).end
+        latents = num_latent_frames(shape["num_frames"], config.temporal_compression)
+        tokens = (latents + self.needs_last_frame) * Frame(0, *grid).end
         if tokens > config.max_position_embeddings:
             size = f"{shape['num_frames']} frames of {shape['width']}x{shape['height']} pixels"
             raise UserError(
@@ -251,7 +270,7 @@ class ArdfTask(VideoTask):
         training, shape, config = self.settings.training, self.source.usual_shape, self.config
         drawn = 3 * shape["height"] * shape["width"] if self.settings.data.source == "worlds" else 0  # bytes of a frame
         codes = shape["height"] * shape["width"] // config.spatial_compression**2
-        latents = num_latent_frames(shape["num_frames"], config.temporal_compression)
+        latents = num_latent_frames(shape["num_frames"], config.temporal_compression) + self.needs_last_frame
         clip, picture = (
             frames * drawn + ID_TENSORS * 8 * max(t * codes, self.settings.data.pad_to)
             for frames, t in ((shape["num_frames"], latents), (1, 1))
@@ -270,41 +289,24 @@ class ArdfTask(VideoTask):
         """Return the codes [B, t, h, w] of frames uint8 [B, T, H, W, 3]."""
         return self.video_tokenizer.encode(from_uint8(frames))
 
-    def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (ids [L], supervised [L], mask ratios [t]) of a clip.
-
-        `ids` has code 0 at each visible code, because the codes are not known yet. `supervised` is
-        True at each masked code. The row of a shortened clip is the beginning of the row of the
-        whole clip, with the same masks.
-        """
-        masking, config = self.settings.masking, self.config
+    def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> Row:
+        """Return the masked sequence of a clip, see `drawn_row`."""
+        config, size = self.config, ClipSize.of(clip, self.config)
         seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed
-        if clip.codes is None:
-            frames, height, width = clip.frames.shape[:3]
-            t = num_latent_frames(frames, config.temporal_compression)
-            grid = (t, height // config.spatial_compression, width // config.spatial_compression)
-        else:
-            grid = clip.codes.shape
-        num_frames = clip.num_frames or (grid[0] - 1) * config.temporal_compression + 1
-        whole = (num_latent_frames(num_frames, config.temporal_compression), *grid[1:])
-        drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < masking.text_dropout
+        drop = torch.rand((), generator=sample_generator(seed, step, position, "text")) < self.settings.masking.text_dropout
         text_ids = None
         if not (dropout and drop):
-            size = {"height": grid[1] * config.spatial_compression, "width": grid[2] * config.spatial_compression}
+            shape = {"height": size.rows * config.spatial_compression, "width": size.cols * config.spatial_compression}
 
             def ids_of(caption: str) -> list[int]:
-                return self.text_tokenizer.encode(prompt_text(config, caption, num_frames=num_frames, fps=clip.fps, **size))
+                return self.text_tokenizer.encode(
+                    prompt_text(config, caption, num_frames=size.num_frames, fps=clip.fps, **shape)
+                )
 
             text_ids = ids_of(
                 self.fitting(clip.caption, clip.name, lambda caption: len(ids_of(caption)), config.max_prompt_tokens)
             )
-        duration, fps = clip_header(num_frames, clip.fps)
-        ids = build_sequence(text_ids, torch.zeros(whole, dtype=torch.int64), fps=fps, duration=duration, config=config)
-        masked = mask_sequence(
-            ids, config, kind=masking.kind, min_ratio=masking.min_ratio, generator=sample_generator(seed, step, position, "mask")
-        )
-        end = len(ids) if grid == whole else parse_layout(ids[None], config)[0].frames[grid[0] - 1].end
-        return masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: grid[0]])
+        return drawn_row(self.settings, config, step, position, size, clip.fps, text_ids, dropout)
 
 
 def places_of(out: LumosOutput, micro: dict[str, Any]) -> dict[str, Tensor]:
@@ -363,26 +365,9 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
 
     The configs of transformers accept any keyword, so a misspelled field would have no effect.
     """
+    if "patterns" in overrides:
+        raise UserError("model.overrides.patterns has no effect; leave it out: the setting patterns says what is trained")
     known = set(LumosConfig().to_dict())
     for key in overrides:
         if key not in known:
             raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known))}")
-
-
-@dataclass(frozen=True)
-class UnencodedBatch:
-    """A batch whose clips are not encoded yet. Any process can make it without the tokenizer.
-
-    clips            uint8 frames [B, T, H, W, 3]; or int64 codes of all clips in one dimension, if
-                     the source holds codes
-    ids              [B, L]; each visible code has the placeholder code 0
-    codes_at         bool [B, L], True where the sequence holds a code, visible or masked
-    supervised_at    bool [B, L], True at the masked codes, which have a loss
-    batch            the batch, whose tensors still lack input_ids and targets
-    """
-
-    clips: Tensor
-    ids: Tensor
-    codes_at: Tensor
-    supervised_at: Tensor
-    batch: Batch

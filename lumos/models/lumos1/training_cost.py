@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import adapter_weights, layer_flops_per_token, training_flops
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
+from lumos.models.lumos1.patterns import check_long_enough, given_share, share_of
 from lumos.models.lumos1.sequence import Frame, Layout, num_latent_frames
 from lumos.models.lumos1.swiglu import mlp_piece
 from lumos.models.lumos1.training import check_clip_shape, model_config
@@ -50,6 +52,7 @@ class LumosTrainingCost:
     parameters: int
     lora: LoraSettings | None = None
     masking: MaskingSettings = field(default_factory=MaskingSettings)
+    patterns: Mapping[str, float] = field(default_factory=lambda: {"none": 1.0})
     text_tokens: int = 0
     assumed: tuple[str, ...] = ()
 
@@ -89,8 +92,10 @@ class LumosTrainingCost:
         return self.config.pixels_per_size_unit
 
     def sequence(self, num_frames: int, height: int, width: int) -> Layout:
+        """Return the layout of a clip: the longest, with a picture of the last frame if any clip has one."""
         t = num_latent_frames(num_frames, self.config.temporal_compression)
-        return sequence_layout(self.config, self.text_tokens, t, height, width)
+        has_last = t > 1 and share_of("ends", self.patterns) > 0
+        return sequence_layout(self.config, self.text_tokens, t, height, width, has_last)
 
     def tokens(self, sequence: Layout) -> int:
         return sequence.length
@@ -99,10 +104,19 @@ class LumosTrainingCost:
         return code_count(sequence)
 
     def supervised(self, sequence: Layout) -> float:
-        return mean_mask_ratio(self.masking, len(sequence.frames)) * code_count(sequence)
+        t, frame = sequence.num_latent_frames, sequence.frames[0]
+        open_codes = (1 - given_share(self.patterns, t)) * t * frame.rows * frame.cols
+        return mean_mask_ratio(self.masking, t) * open_codes
 
     def training_flops(self, sequence: Layout, supervised: float) -> float:
-        return training_flops(self.config, sequence, supervised, self.trained if self.lora else None)
+        """Return the expected FLOPs of a clip: some have the picture of the last frame that the layout has, and some do not."""
+        adapters = self.trained if self.lora else None
+        if len(sequence.frames) == sequence.num_latent_frames:
+            return training_flops(self.config, sequence, supervised, adapters)
+        share = share_of("ends", self.patterns)
+        return share * training_flops(self.config, sequence, supervised, adapters) + (1 - share) * training_flops(
+            self.config, without_last(sequence), supervised, adapters
+        )
 
     def recomputed_flops(self, sequence: Layout) -> float:
         return sequence.length * layer_flops_per_token(self.config, 0)  # attention is not recomputed
@@ -127,14 +141,26 @@ def meta_model(config: LumosConfig) -> LumosForVideoGeneration:
         return LumosForVideoGeneration(config)
 
 
-def sequence_layout(config: LumosConfig, text_tokens: int, t: int, height: int, width: int) -> Layout:
-    """Return the layout of `t` latent frames of height x width pixels after a prompt of `text_tokens` tokens."""
+def sequence_layout(
+    config: LumosConfig, text_tokens: int, t: int, height: int, width: int, has_last: bool = False
+) -> Layout:
+    """Return the layout of `t` latent frames of height x width pixels after a prompt of `text_tokens` tokens.
+
+    has_last: whether a picture of the last frame stands behind the first one, with the number of its time.
+    """
     rows, cols = height // config.spatial_compression, width // config.spatial_compression
     frames, at = [], text_tokens + 5  # bos, sep, video_start, duration, fps
-    for _ in range(t):
-        frames.append(Frame(at, rows, cols))
+    for time in (None, t - 1, *[None] * (t - 1)) if has_last else [None] * t:
+        frames.append(Frame(at + (time is not None), rows, cols, time))
         at = frames[-1].end
     return Layout(at + 2, tuple(frames))  # video_end, sep
+
+
+def without_last(layout: Layout) -> Layout:
+    """Return the layout of the same clip without the picture of its last frame."""
+    first, last, *others = layout.frames
+    shift = last.end - first.end
+    return Layout(layout.length - shift, (first, *(replace(frame, start=frame.start - shift) for frame in others)))
 
 
 def code_count(layout: Layout) -> int:
@@ -279,7 +305,10 @@ def training_cost(settings: LumosTrainingSettings, text_tokens: int) -> LumosTra
     """Return the cost of the training run of these settings. Raises UserError for settings that cannot work."""
     config, about_model = planned_config(settings)
     check_clip_shape(config, settings.data)
+    num_frames = settings.data.num_frames
+    check_long_enough(settings.patterns, num_latent_frames(num_frames, config.temporal_compression), num_frames)
     return LumosTrainingCost.of(
-        config, settings.lora if settings.lora.rank else None, masking=settings.masking, text_tokens=text_tokens,
+        config, settings.lora if settings.lora.rank else None, masking=settings.masking, patterns=settings.patterns,
+        text_tokens=text_tokens,
         assumed=(about_model,) if about_model else (),
     )  # fmt: skip

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
+from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, drawn_name, sample_generator
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.flow import drawn_noise, drawn_times
-from lumos.models.stiv.patterns import Dropped, drawn_dropout, drawn_name, drawn_places, given_frames, given_mask
+from lumos.models.stiv.patterns import Dropped, drawn_dropout, drawn_places, given_frames, given_mask
 from lumos.models.stiv.training_settings import StivTrainingSettings
 
 

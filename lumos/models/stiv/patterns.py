@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from torch import Tensor
 from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, EVERY_SECOND_FRAME, PATTERNS
 from lumos.settings import is_number
-
-N = TypeVar("N", str, int)
 
 
 def given_frames(pattern: str, frames: int, latents: str = "per_frame") -> frozenset[int]:
@@ -70,17 +68,6 @@ def check_shares(shares: Mapping[str, float], frames: int, latents: str = "per_f
         given_frames(name, frames, latents)
     if not sum(shares.values()) > 0:
         raise UserError(f"patterns {shown(dict(shares))} has no share above 0; give at least one")
-
-
-def drawn_name(generator: torch.Generator, shares: Mapping[N, float]) -> N:
-    """Return a key of `shares`, such as the name of a pattern, drawn by its share.
-
-    The order of the names has no effect. Uses one draw of the generator.
-    """
-    names = sorted(name for name, share in shares.items() if share > 0)
-    ends = torch.tensor([shares[name] for name in names], dtype=torch.float64).cumsum(0)
-    at = torch.rand((), generator=generator, dtype=torch.float64) * ends[-1]
-    return names[min(int(torch.searchsorted(ends, at, right=True)), len(names) - 1)]
 
 
 class Dropped(NamedTuple):

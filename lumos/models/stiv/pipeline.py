@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lumos.data.seeding import sample_generator
+from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, NotFound, UserError, shown
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
@@ -35,8 +36,9 @@ from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextState
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, Encoded, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
+from lumos.pipeline.hub import local_folder
 from lumos.pipeline.inputs import check_prompt
-from lumos.pipeline.placement import is_spread, loading_arguments
+from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import pick_device
 from tokenizer import TextTokenizer
@@ -45,7 +47,9 @@ USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_si
 """The shape of a clip of a model folder without pipeline.json."""
 TEXT_ENCODER = "text_encoder"
 """The folder of a frozen text encoder in a model folder."""
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+PARTS_OF_FOLDER = (
+    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,7 @@ class StivPipeline(VideoPipeline):
     sampling = StivOptions
     takes = TAKES
     tensor_inputs = ("latents",)
+    component_names = ("model", "text", "space")
 
     def __init__(
         self,
@@ -91,10 +96,12 @@ class StivPipeline(VideoPipeline):
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
         video_tokenizer: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         lora: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         int8: bool = False,
         compile: bool = False,
@@ -104,13 +111,14 @@ class StivPipeline(VideoPipeline):
         """Load a pipeline from a model folder.
 
         Args:
-            folder: a saved model folder.
+            folder: a saved model folder, or a repository ORG/NAME on the Hugging Face hub.
+            revision: a branch, a tag or a commit of that repository.
             video_tokenizer: another folder of the network of the latents, a video tokenizer or an image autoencoder. By
                 default it is `video_tokenizer/` or `autoencoder/` in `folder`.
             text_tokenizer: another folder of the text tokenizer, or of the frozen text encoder with its tokenizer. By
                 default it is `text_tokenizer/` or `text_encoder/` in `folder`.
             lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
-            dtype: default bfloat16 on CUDA, float32 on a CPU.
+            dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the blocks to int8 weights. The pipeline can then not be saved.
             compile: compile norms and MLPs.
@@ -119,11 +127,11 @@ class StivPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for options that cannot be
         combined.
         """
-        folder = Path(folder)
+        folder = local_folder(folder, revision)
         if not folder.is_dir():
             raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
         device = pick_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = pick_dtype(dtype, torch_dtype, device)
         placement = loading_arguments(device, device_map, max_memory)
         model = StivForVideoGeneration.from_pretrained(folder, dtype=dtype, **placement)
         if not is_spread(model):
@@ -151,7 +159,10 @@ class StivPipeline(VideoPipeline):
             use_int8_weights(model.blocks)
         if compile:
             compile_parts(model, (MLP, RMSNorm))
-        return cls(model, text, space, settings, clip)
+        pipe = cls(model, text, space, settings, clip)
+        pipe.trained_on = trained_on_of(folder, lora)
+        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, its text encoder, the network of its latents and the defaults into one folder.
@@ -172,11 +183,19 @@ class StivPipeline(VideoPipeline):
                 self.text.save_pretrained(writing / "text_tokenizer")
             self.space.save_pretrained(writing)
             write_defaults(writing, self.settings, self.clip)
+            write_trained_on(writing, self.trained_on)
 
     @property
     def video_tokenizer(self) -> torch.nn.Module:
         """The network of the latents."""
         return self.space.network
+
+    def networks(self) -> list[torch.nn.Module]:
+        return [*super().networks(), *self.text_encoders[:1 if isinstance(self.text, FrozenTextEncoder) else 0]]
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        return [self.text.model if isinstance(self.text, FrozenTextEncoder) else self.model.text_encoder]
 
     @property
     def temporal_compression(self) -> int:
@@ -196,7 +215,7 @@ class StivPipeline(VideoPipeline):
             self.text.to(self.device, self.dtype)
         return self
 
-    def resolve(self, request: Request) -> StivResolved:
+    def resolved(self, request: Request) -> StivResolved:
         return resolve(request, self.model.config, self.settings, self.clip, self._text_ids)
 
     def _text_ids(self, texts: Sequence[str]) -> TextIds:
@@ -205,7 +224,7 @@ class StivPipeline(VideoPipeline):
         return text_ids(self.text, texts, self.model.config)
 
     @torch.inference_mode()
-    def encode(self, resolved: StivResolved) -> StivEncoded:
+    def encoded(self, resolved: StivResolved) -> StivEncoded:
         """Encode the prompts and the given frames. Raises NotFinite if the numbers of a network are NaN or infinite."""
         ids, mask = (part.to(self.device) for part in resolved.ids)
         encoder = self.text if isinstance(self.text, FrozenTextEncoder) else self.model.text_encoder

@@ -23,34 +23,39 @@ class StivOptions(SamplingOptions):
     """Sampling options of STIV. A model folder's pipeline.json may set other defaults."""
 
     num_inference_steps: int = setting(
-        50, "steps of the solver; midpoint and heun run the network twice in each", low=1, high=1000, step=1, label="Steps"
+        50, "steps of the solver; midpoint and heun run the network twice in each", low=1, high=1000, step=1,
+        label="Steps: more take longer and look better, up to a point",
     )
     guidance_scale: float = setting(
         7.5, "guidance by the text, and by the image with it: null + scale * (full - null); 1 turns guidance off",
-        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", label="Guidance; 1 is none",
+        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100",
+        label="How closely to follow the prompt; 1 is least",
     )  # fmt: skip
     image_guidance_scale: float | None = setting(
         None, "guidance by the image on its own, with a third branch; default: the image is guided with the text",
         low=0, high=100, given=True,
     )  # fmt: skip
     guidance_renorm: str = setting(
-        "sample", "scale the guided prediction to the norm of the one with text and image, for each of these", choices=RENORMS
+        "sample", "scale the guided prediction to the norm of the one with text and image, for each of these", choices=RENORMS,
+        label="Keep strong guidance from too much contrast, measured for each",
     )
     solver: str = setting("euler", "solver of the sampling equation; ab2 has order 2 with one run of the network a step",
-                          choices=SOLVERS)  # fmt: skip
+                          choices=SOLVERS, label="Way of computing the steps")  # fmt: skip
     shift: float = setting(1.0, "above 1, more of the steps are near the noise; 1 is a uniform grid", above=0, high=100)
     guidance_interval: tuple[float, float] = setting(
         WHOLE_INTERVAL, "use guidance only at times from START to STOP; 0 is noise, 1 is the clip (arXiv 2404.07724)",
         low=0, high=1, allowed="two numbers, 0 <= start < stop <= 1", trade=True,
     )  # fmt: skip
     null_image: str = setting(
-        "renoise", "what stands in the given frames of the branch without image", choices=NULL_IMAGES, given=True
+        "renoise", "what stands in the given frames of the branch without image", choices=NULL_IMAGES, given=True,
+        label="What the given picture is compared with, when it guides",
     )
     given_noise: float = setting(
         0.0, "noise in the given frames that the network sees, against clips that stand still", low=0, below=1, given=True
     )
     keep_given_pixels: bool = setting(
-        False, "put the pixels of given frames into the clip, in place of what the latents make of them", given=True
+        False, "put the pixels of given frames into the clip, in place of what the latents make of them", given=True,
+        label="Show the given pictures unchanged in the clip",
     )
     block_reuse: int = setting(
         1, "run the middle blocks of the network only at every n-th call, and reuse what they added; 1 reuses nothing",

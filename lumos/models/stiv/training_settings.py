@@ -9,7 +9,7 @@ from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import LATENTS, PATTERNS, TEXT_ENCODERS
 from lumos.models.stiv.settings import MAX_STRIDE, StivOptions
 from lumos.settings import is_number, setting
-from lumos.training.settings import LoraSettings, TrainingSettings
+from lumos.training.settings import LoraSettings, TrainingSettings, check_named_shares
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 TIMES = ("uniform", "logit_normal")
@@ -135,15 +135,8 @@ def check_checkpointing(settings: StivTrainingSettings) -> None:
 
 
 def check_patterns(settings: StivTrainingSettings) -> None:
-    shares = settings.patterns
-    for name, share in shares.items():
-        if name not in PATTERNS:
-            raise UserError(f"patterns.{shown(name)} is unknown; allowed: {', '.join(PATTERNS)}")
-        if not is_number(share) or not 0 <= share <= 1e6:
-            raise UserError(f"patterns.{name} {shown(share)} is not allowed; give a share from 0")
-    if not sum(shares.values()) > 0:
-        raise UserError(f"patterns {shown(shares)} has no share above 0; give at least one, such as none: 1")
-    given = [name for name, share in shares.items() if share > 0 and name != "none"]
+    check_named_shares("patterns", settings.patterns, PATTERNS)
+    given = [name for name, share in settings.patterns.items() if share > 0 and name != "none"]
     if settings.given_noise and not given:
         raise UserError(f"given_noise {settings.given_noise} has no effect, because patterns give no frames; leave it out")
 

@@ -216,4 +216,4 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TokenizerT
 
     Raises UserError for a missing or malformed file, an unknown key or a value that is not allowed.
     """
-    return TokenizerTrainingSettings.from_dict(read_yaml(path, list(overrides)))
+    return TokenizerTrainingSettings.from_dict(read_yaml(path, list(overrides), ("tokenizer",)))

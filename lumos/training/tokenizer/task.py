@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lumos.data.curriculum import StepShape
 from lumos.data.prefetch import in_processes
 from lumos.errors import RunError, UserError
 from lumos.files import replacing_folder, write_json
+from lumos.progress import progress_bar
 from lumos.runtime import parameter_count
 from lumos.training import checkpoint, loop
 from lumos.training.task import Batch, Measured, TrainingTask
@@ -98,7 +98,7 @@ class TokenizerTask(TrainingTask):
         model = self.build_model().to(self.device).eval()
         fit, steps = DifferenceFit(model), range(settings.steps, settings.steps + settings.fit_batches)
         with closing(self._drawn(steps)) as batches:
-            for batch in tqdm(batches, total=len(steps), desc="fit", unit="batch"):
+            for batch in progress_bar(batches, total=len(steps), desc="fit", unit="batch"):
                 for weight, (video, is_world) in zip((1.0, settings.picture_weight), batch.videos(self.device), strict=False):
                     fit.add(video, weight / video[:, :1].numel() * foreground_weight(video, is_world, settings.foreground_weight))
                 if stop():

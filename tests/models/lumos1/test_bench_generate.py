@@ -38,7 +38,7 @@ def test_a_difference_ends_the_bench(case, monkeypatch):
     assert bench.check_logits(case, "small", "float32") < 1e-5
     right = Engine.frame_position_ids
     monkeypatch.setattr(Engine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
-    with pytest.raises(RunError, match="logits of engine and baseline differ"):
+    with pytest.raises(RunError, match="logits of engine and of the published method differ"):
         bench.check_logits(case, "small", "float32")
 
 
@@ -85,13 +85,15 @@ def test_flops_are_those_of_the_formula(case):
     assert parts["head"] == wanted * c.hidden_size * c.visual_token_count
     steps = [(f, m) for f in range(3) for m in (24, 20, 12, 0)][:-1]
     pairs = sum((len(p) + 32 * (f + 1)) * (32 + m) for p in (case.conditional, case.unconditional) for f, m in steps)
-    assert parts["attention scores"] == parts["attention values"] == 2 * pairs * c.hidden_size
+    assert parts["attention"] == 2 * 2 * pairs * c.hidden_size
 
 
 TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1, "history_thinning": True}
 
 
-@pytest.mark.parametrize("options", [{}, TRADED, {"guidance_interval": (0.5, 1.0)}])
+@pytest.mark.parametrize("options", [
+    {}, TRADED, {"guidance_interval": (0.5, 1.0)}, {"step_reuse": 2}, {"step_reuse": 3, "guidance_interval": (0.5, 1.0)},
+])  # fmt: skip
 def test_the_engine_spends_these_flops_and_no_more(case, options):
     """Counted by torch while it runs: the products of layers and head, and attention, where a prompt's is not counted here."""
     case = bench.with_options(replace(case, frames=4), options)
@@ -99,13 +101,23 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
         generate(case)
     counted = {str(name).removeprefix("aten."): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     parts = {p.part: p.flops for p in products(case)}
-    attention = parts.pop("attention scores") + parts.pop("attention values")
-    passes = sum(1 + case.settings.guides(s, n) for f in range(4) for n in [case.settings.steps_of(f)] for s in range(n)) + 2 * 3
+    attention = parts.pop("attention")
+    steps = [(s, n) for f in range(4) for n in [case.settings.steps_of(f)] for s in range(n)]
+    passes = sum(1 + case.settings.guides(s, n) for s, n in steps if case.settings.runs_all(s, n)) + 2 * 3
     prompt = (len(case.conditional) + len(case.unconditional)) / (32 * passes)
     products_counted = counted["mm"] + counted.get("addmm", 0)
     assert sum(parts.values()) <= products_counted <= (1 + prompt) * sum(parts.values())
     if len(counted) > 1:
         assert attention <= sum(counted.values()) - products_counted <= (1 + prompt) * attention
+
+
+def steps_taken(step):
+    """How many decoding steps one call of `step` takes."""
+    steps, hidden = [], Engine.hidden
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "hidden", lambda *args: steps.append(1) or hidden(*args))
+        step()
+    return len(steps)
 
 
 @pytest.mark.slow
@@ -116,11 +128,14 @@ def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
     options = {"later_steps": 1, "history_frames": 1, "guidance_interval": (0.0, 0.5)}
     settings = bench.Settings("", "", ("small",), options, ("bfloat16",))
+    profiles, profiled = [], bench.profiled
+    monkeypatch.setattr(bench, "profiled", lambda step, device: profiles.append(steps_taken(step)) or profiled(step, device))
     row, of, table = bench.run_shape("small", settings, measure)
+    assert profiles == [3 * 3]  # the whole clip: three frames of three steps
     changed = row["lumos_with_options"]
     assert changed["gflops_that_must_be_done"] < 0.7 * row["gflops_that_must_be_done"]
     assert changed["later_steps"] == 1
-    assert of["twin_over_lumos_with_options_time"] == pytest.approx(row["twin"]["seconds"] / changed["seconds"], rel=1e-2)
+    assert of["published_over_lumos_with_options_time"] == pytest.approx(row["published"]["seconds"] / changed["seconds"], rel=1e-2)
     assert [line[0] for line in table] == ["small", "small, options"]
     assert len({len(line) for line in table}) == 1
     found = row["precision_differences"]["bfloat16"]
@@ -129,7 +144,8 @@ def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     row, of, _ = bench.run_shape("small", replace(settings, options={"dtype": "bfloat16"}, memory=("lumos",)), measure)
     assert row["lumos_with_options"]["dtype"] == "bfloat16"
     assert row["lumos_with_options"]["cache_mb"] == pytest.approx(row["cache_mb"] / 2, rel=1e-2)
-    assert (row["lumos"]["extra_memory_mb"], row["twin"]["extra_memory_mb"], of["twin_over_lumos_memory"]) == (1.0, None, None)
+    assert [row[form]["extra_memory_mb"] for form in ("lumos", "published")] == [1.0, None]
+    assert of["published_over_lumos_memory"] is None
     unknown = bench.form_figures(bench.with_options(case, {"confidence_threshold": 0.9}), 1.0, measure)
     assert unknown["bound_seconds"] is None
 

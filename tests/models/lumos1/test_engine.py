@@ -143,9 +143,9 @@ def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given
     forward, hidden = MODEL.model.forward, Engine.hidden
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
 
-    def watched(self, ids, at, committing=None):
+    def watched(self, ids, at, committing=None, only=None):
         committed.extend([] if committing is None else [committing])
-        return hidden(self, ids, at, committing)
+        return hidden(self, ids, at, committing, only)
 
     monkeypatch.setattr(Engine, "hidden", watched)
     given = torch.zeros(1, *GRID, dtype=torch.long)
@@ -169,7 +169,7 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
     fused = [run(conditional, unconditional, seeds=[s, s + 1]) for s in range(4)]
     hidden, largest = Engine.hidden, []
 
-    def apart(self, ids, at, committing=None):
+    def apart(self, ids, at, committing=None, only=None):
         if committing is None:
             return hidden(self, ids, at)
         inside = copy.deepcopy(self.cache), self.frames_done, self._lengths
@@ -264,10 +264,10 @@ def test_steps_unmask_on_schedule_and_report():
     steps, masked = [], []
     original = Engine.hidden
 
-    def hidden(self, ids, at, committing=None):
+    def hidden(self, ids, at, committing=None, only=None):
         masked.append(int((ids[0] == CONFIG.mask_token_id).sum()))
         assert at.shape == (len(ids), masked[-1])
-        return original(self, ids, at, committing)
+        return original(self, ids, at, committing, only)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "hidden", hidden)

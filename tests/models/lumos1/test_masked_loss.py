@@ -130,18 +130,16 @@ def test_random_weights_have_a_loss_of_log_64(pipe, sequences):
 def test_the_worlds_from_the_command_line(micro_folder, tmp_path, capsys):
     args = ["evaluate", "loss", "--model", str(micro_folder), "--count", "3", "--bins", "2", "--num-frames", "9"]
     assert main([*args, "--output", str(tmp_path / "loss.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    summary = json.loads(lines[-1])
-    assert json.loads((tmp_path / "loss.json").read_text()) == summary
+    lines, summary = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "loss.json").read_text())
     assert lines[0].split() == ["hidden", "codes", "loss", "right", "frame", "0", "frame", "1", "frame", "2"]
     assert [line.split()[0] for line in lines[1:4]] == ["0.00-0.50", "0.50-1.00", "as"]
     assert f"{summary['results']['0.50-1.00']['loss']:.3f}" in lines[2].split()
     assert (summary["clips"], summary["num_frames"], summary["mask"]) == (3, 9, "tube")
     assert summary["data"]["worlds"]["seed"] == summary["seed"] == 1_000_000
-    assert main(args) == 0
+    assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == summary["results"]
     for other in (["--split", "held_out"], ["--kinds", "digits"]):
-        assert main([*args, *other]) == 0
+        assert main([*args, *other, "--json"]) == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["results"] != summary["results"]
         assert other[-1] in str(found["data"]["worlds"])
@@ -177,7 +175,7 @@ def test_shards_give_clips_that_are_long_enough_cut_to_length(shards, pipe, caps
     with pytest.raises(UserError, match="has 3 clips of at least 9 frames, 4 are asked for"):
         list(shard_codes(shards, 4, 9, pipe.video_tokenizer))
     args = ["--data", str(shards), "--num-frames", "13", "--count", "2", "--bins", "1"]
-    assert main(["evaluate", "loss", "--model", str(micro_folder), *args]) == 0
+    assert main(["evaluate", "loss", "--model", str(micro_folder), *args, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["data"] == {"shards": str(shards)}
     assert len(summary["results"][AS_TRAINED]["by_frame"]["codes"]) == 4

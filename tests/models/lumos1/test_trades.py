@@ -15,12 +15,12 @@ from micro import micro_config
 from lumos import LumosForVideoGeneration
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_attention, dense_mask
-from lumos.models.lumos1.engine import Engine, cache_tokens
+from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
 from lumos.models.lumos1.history_thinning import leaving
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.rope import position_ids
 from lumos.models.lumos1.sampling import generate_frames, gumbel, sample_codes
-from lumos.models.lumos1.sequence import build_frames, build_prefix, content_mask, parse_layout
+from lumos.models.lumos1.sequence import Frame, build_frames, build_prefix, content_mask, parse_layout
 from lumos.models.lumos1.settings import GenerationSettings
 
 CONFIG = micro_config()
@@ -62,13 +62,38 @@ def plain_mask(layout, history, thinning=False):
     return allowed
 
 
+class Remembered:
+    """The keys and values of a frame's tokens in every layer, each as it was when the token last ran."""
+
+    def __init__(self):
+        self.of_layer = {}
+
+    def mixed(self, layer, runs, k, v):
+        """k, v [1, Hkv, L, D] of a sequence that ends with the frame, with those remembered where `runs`, bool [n], is False."""
+        for kind, new in (("k", k), ("v", v)):
+            old = self.of_layer.get((layer, kind), new[:, :, -SPAN:])
+            frame = torch.where(runs[:, None], new[:, :, -SPAN:], old)
+            self.of_layer[layer, kind] = frame
+            new = torch.cat([new[:, :, :-SPAN], frame], dim=2)
+            k, v = (new, v) if kind == "k" else (k, new)
+        return k, v
+
+
 @torch.no_grad()
-def plain_logits(sequence, history, thinning=False):
-    """Visual logits [6, K] of the codes of the last frame, by one forward over the whole sequence."""
+def plain_logits(sequence, history, thinning=False, remembered=None, runs=None):
+    """Visual logits [6, K] of the codes of the last frame, by one forward over the whole sequence.
+
+    runs: bool [SPAN], the tokens of the frame that run; what others give to attention is what is `remembered` of them.
+    """
     (layout,) = parse_layout(sequence[None], CONFIG)
     mask = plain_mask(layout, history, thinning)[None, None]
     rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
-    hidden = MODEL.model(sequence[None], rotary, lambda layer, q, k, v: dense_attention(q, k, v, mask))[0, -SPAN:]
+
+    def attend(layer, q, k, v):
+        k, v = (k, v) if remembered is None else remembered.mixed(layer, runs, k, v)
+        return dense_attention(q, k, v, mask)
+
+    hidden = MODEL.model(sequence[None], rotary, attend)[0, -SPAN:]
     content = hidden[3:-1].view(GRID[0], GRID[1] + 1, -1)[:, :-1].flatten(0, 1)
     return MODEL.lm_head(content)[:, CONFIG.visual_token_start :]
 
@@ -99,16 +124,23 @@ def plain_clip(conditional, unconditional, seed, new_frames, options, later=None
         counts = [total, *unmasking_counts(total, n)]
         numbers = torch.rand(n, 2, total, generator=generator)
         taken.append(0)
+        code_of_token = build_frames(torch.arange(total).view(1, *GRID), CONFIG).flatten() - CONFIG.visual_token_start
+        memories, was_masked, was_guided = [Remembered() for _ in range(3)], None, True
         for step in range(n):
+            start, stop = options.guidance_interval
+            guided = unconditional is not None and start <= step / n < stop
+            runs = torch.ones(SPAN, dtype=torch.bool)
+            if step % options.step_reuse and not (guided and not was_guided):
+                runs = torch.tensor([code in was_masked for code in code_of_token.tolist()])
+            was_masked, was_guided = {i for i in range(total) if codes[i] < 0}, guided
             current = build_frames(codes.view(1, *GRID), CONFIG).flatten()
             bound = options.history_frames, options.history_thinning
-            logits = plain_logits(torch.cat([conditional, current]), *bound)
-            start, stop = options.guidance_interval
-            if unconditional is not None and start <= step / n < stop:
-                without = plain_logits(torch.cat([unconditional, current]), *bound)
+            logits = plain_logits(torch.cat([conditional, current]), *bound, memories[0], runs)
+            if guided:
+                without = plain_logits(torch.cat([unconditional, current]), *bound, memories[1], runs)
                 text = options.guidance_scale * (logits - without)
                 if nothing is not None:
-                    least = plain_logits(torch.cat([nothing, current]), *bound)
+                    least = plain_logits(torch.cat([nothing, current]), *bound, memories[2], runs)
                     without = least + options.image_guidance_scale * (without - least)
                 logits = without + text
             masked = [i for i in range(total) if codes[i] < 0]
@@ -141,6 +173,7 @@ trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
     "guidance_interval": st.sampled_from([(0.0, 1.0), (0.0, 0.3), (0.5, 1.0), (0.25, 0.6)]),
     "confidence_threshold": st.none() | st.floats(0.05, 1.0),
     "later_steps": st.none() | st.integers(2, 4),
+    "step_reuse": st.integers(1, 5),
 }))  # fmt: skip
 
 
@@ -301,6 +334,63 @@ def test_steps_without_guidance_run_one_branch(monkeypatch):
     assert fed[2:] == [(1, SPAN), (2, SPAN), (2, SPAN), (1, SPAN), (2, SPAN)]  # the finished frame is committed alone
 
 
+def test_steps_between_run_the_codes_that_were_masked(monkeypatch):
+    """Six codes, of which 5, 4, 3, 1 and 0 stay masked; the step that begins guidance runs all tokens of both branches."""
+    fed, forward = [], MODEL.model.forward
+    monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(tuple(ids.shape)) or forward(ids, *a))
+    options = GenerationSettings(num_inference_steps=5, step_reuse=3)
+    run([prefix([600])], [prefix(None)], [0], 1, options)
+    assert fed[2:] == [(2, SPAN), (2, 6), (2, 5), (2, SPAN), (2, 3)]
+    fed.clear()
+    run([prefix([600])], [prefix(None)], [0], 1, replace(options, step_reuse=9, guidance_interval=(0.4, 1.0)))
+    assert fed[2:] == [(1, SPAN), (1, 6), (2, SPAN), (2, 4), (2, 3)]
+    fed.clear()
+    run([prefix([600])], [prefix(None)], [0], 1, replace(options, step_reuse=1))
+    assert fed[2:] == [(2, SPAN)] * 5
+
+
+@pytest.mark.parametrize(("history", "thinning"), [(None, False), (1, False), (2, True)])
+def test_logits_of_steps_between_are_those_of_the_slow_form(history, thinning):
+    """Two rows with texts of different lengths, the second with fewer codes to run: padding leaves it what it is alone."""
+    g, texts = torch.Generator().manual_seed(1), [prefix([600, 601]), prefix([602])]
+    frames = torch.randint(0, 64, (2, 5, 6), generator=g)
+    engine = Engine(MODEL)
+    engine.prefill(texts, cache_tokens(len(texts[0]), SPAN, 5, history), history=history, thinning=thinning)
+    at = code_offsets(Frame(0, *GRID))
+    masked_after = [[[0, 1, 3, 4, 5], [0, 2, 5]], [[0, 3, 5], [2, 5]], [[3, 5], []]]  # of both rows
+    for number in range(5):
+        memories, before = [Remembered(), Remembered()], [list(range(6))] * 2
+        for step, masked in enumerate([before, *masked_after]):
+            hidden_codes = [torch.tensor(of, dtype=torch.int64) for of in masked]
+            codes = torch.stack([row.scatter(0, m, -1) for row, m in zip(frames[:, number], hidden_codes, strict=True)])
+            ids = build_frames(codes.view(2, *GRID), CONFIG)
+            padded = [torch.nn.utils.rnn.pad_sequence([at[m] for m in of], batch_first=True) for of in (masked, before)]
+            finished = build_frames(frames[:, number - 1].view(2, *GRID), CONFIG) if number and not step else None
+            logits = engine.denoise(ids, padded[0], finished, padded[1] if step else None)
+            for row in range(2):
+                runs = torch.ones(SPAN, dtype=torch.bool)
+                if step:
+                    runs = torch.zeros(SPAN, dtype=torch.bool).index_fill(0, at[before[row]], True)
+                done = build_frames(frames[row, :number].view(-1, *GRID), CONFIG).flatten()
+                sequence = torch.cat([texts[row], done, ids[row]])
+                plain = plain_logits(sequence, history, thinning, memories[row], runs)[masked[row]]
+                torch.testing.assert_close(logits[row, : len(plain)], plain, atol=2e-4, rtol=1e-4)
+                if step > 1 and len(plain):
+                    assert (plain - plain_logits(sequence, history, thinning)[masked[row]]).abs().max() > 1e-2
+            before = masked
+
+
+def test_codes_that_a_callback_changes_are_run_again():
+    """If every step changes decided codes, every step runs all tokens, as without reuse."""
+    def shift(frame, step, ids):
+        ids[(ids >= CONFIG.visual_token_start) & (ids < CONFIG.vocab_size - 1)] += 1
+
+    options = GenerationSettings(num_inference_steps=6, guidance_scale=2.0)
+    plain, reusing = (run([prefix([600])], [prefix(None)], [0], 2, replace(options, step_reuse=n), shift) for n in (1, 6))
+    assert torch.equal(plain, reusing)
+    assert not torch.equal(plain, run([prefix([600])], [prefix(None)], [0], 2, options))
+
+
 def test_a_threshold_never_takes_more_steps_and_ends_early():
     def steps(threshold):
         seen = []
@@ -328,6 +418,8 @@ def test_a_threshold_never_takes_more_steps_and_ends_early():
         ({"confidence_threshold": 0.9, "top_k": 1}, "cannot work with top_k 1"),
         ({"later_steps": 0}, "later_steps 0 is not allowed; give 1 to 1000"),
         ({"later_steps": 2.5}, "give a whole number"),
+        ({"step_reuse": 0}, "step_reuse 0 is not allowed; give 1 to 1000"),
+        ({"step_reuse": None}, "step_reuse None is not allowed"),
         ({"history_frames": 0}, "history_frames 0 is not allowed; give at least 1"),
         ({"history_frames": 2, "history_thinning": 1}, "history_thinning 1 is not allowed; give true or false"),
         ({"history_thinning": True}, "history_thinning has no effect without history_frames"),

@@ -55,11 +55,13 @@ def test_recorded_products_are_those_that_run():
         F.conv2d(torch.randn(2, 3, 4, 6), torch.randn(9, 3, 2, 2), stride=2)
         torch.bmm(torch.randn(2, 3, 4), torch.randn(2, 4, 5))
 
-    found = {(p.batch, p.m, p.k, p.n): p.flops for p in recorded_products(step)}
+    products = recorded_products(step)
+    found = {(p.batch, p.m, p.k, p.n): p.flops for p in products}
     assert found == {
-        (1, 6, 4, 5): 3 * 2 * 6 * 4 * 5, (6, 7, 8, 4): 2 * 6 * 7 * 8 * 4, (6, 7, 4, 8): 2 * 6 * 7 * 8 * 4,
+        (1, 6, 4, 5): 3 * 2 * 6 * 4 * 5, (6, 7, 8, 4): 2 * 2 * 6 * 7 * 8 * 4,
         (1, 2 * 2 * 3, 3 * 2 * 2, 9): 2 * 12 * 12 * 9, (2, 3, 4, 5): 2 * 2 * 3 * 4 * 5,
     }  # fmt: skip
+    assert [isinstance(p, roofline.Attention) for p in products] == [False, True, False, False]
     assert counted_flops(step) == sum(found.values())
 
 
@@ -68,6 +70,16 @@ def test_the_roofline_is_the_sum_over_shapes(monkeypatch):
     monkeypatch.setattr(roofline, "product_gflops", lambda product, device, dtype: speeds[product.n])
     products = [roofline.Product(*given) for given in (("a", 8e9, 1, 1, 1, 5), ("b", 2e9, 1, 1, 1, 9), ("c", 9e6, 1, 1, 1, 1))]
     assert roofline_seconds(products, "cpu", torch.float32) == 8 / 2 + 2 / 4  # the last one is too small to count
+
+
+@pytest.mark.parametrize(("fused", "scores", "values"), [(4.0, 1.0, 2.0), (1.0, 1.0, 2.0)])
+def test_attention_counts_at_its_own_best_speed(monkeypatch, fused, scores, values):
+    """1 GFLOP in the given seconds of a fused kernel or of its two products, whichever are fewer."""
+    seconds = iter((fused, scores, values))
+    monkeypatch.setattr(roofline, "fastest", lambda run, device: next(seconds))
+    attention = roofline.Attention("attention", 1e9, 5, 100, 100, 5000)
+    assert roofline.product_gflops(attention, "cpu", torch.float32) == pytest.approx(1 / min(fused, scores + values))
+    assert next(seconds, None) is None
 
 
 @pytest.mark.parametrize("form", ["lumos", "latte"])

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given as over
 from hypothesis import strategies as st
 
+from lumos.data.seeding import drawn_name
 from lumos.errors import UserError
 from lumos.models.stiv.configuration import PATTERNS
-from lumos.models.stiv.patterns import check_shares, drawn_dropout, drawn_name, drawn_places, given_frames, given_mask
+from lumos.models.stiv.patterns import check_shares, drawn_dropout, drawn_places, given_frames, given_mask
 
 
 def seeded(seed: int) -> torch.Generator:

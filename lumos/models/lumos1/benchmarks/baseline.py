@@ -1,6 +1,7 @@
-"""The baseline of the generation benchmark: plain generation as in the published release.
+"""The baseline of the generation benchmark: the published method, written plainly.
 
-Source: reference, sections 6.1 and 12.2. The baseline makes one clip at a time. It has two branches, with
+It is written for the benchmark after the release (reference, sections 6.1 and 12.2); it is not the release itself, whose
+own code may be slower. The baseline makes one clip at a time. It has two branches, with
 and without the prompt (classifier-free guidance). It does the following, which the engine avoids:
 
 - Each branch has its own cache, which grows by concatenation and is cropped after each step.

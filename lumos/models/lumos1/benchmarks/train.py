@@ -1,16 +1,18 @@
-"""Benchmark of a training step of the decoder (forward, backward, AdamW) in three forms.
+"""Benchmark of a training step of the decoder (forward, backward, AdamW) in three forms, two of them in two ways.
 
     lumos      as `train.py` runs it with activation_checkpointing: attention by frames, loss of the
                supervised positions over the codes only; each layer stores its input and attention output
-    published  the same model as in the published release (arXiv 2507.08801, its training code), in its
-               simplest form: a dense floating-point mask [L, L], logits of all positions over the whole
-               vocabulary, no recomputation
+    published  the published method, written plainly by us after the release (arXiv 2507.08801, its training
+               code), not the release itself: a dense floating-point mask [L, L], logits of all positions over
+               the whole vocabulary. As in the release's scripts, each layer stores its input and recomputes
+               the rest
     llama      transformers' LlamaForCausalLM with the same layers, heads, widths and length, for
-               comparison: a causal mask without a mask tensor, a next-token loss at all L - 1 positions.
-               Its vocabulary has the size of the codes, so that both losses have the same number of
-               classes; its embedding and head therefore have fewer rows than ours
+               comparison: a causal mask without a mask tensor, a next-token loss at all L - 1 positions,
+               without activation checkpointing. Its vocabulary has the size of the codes, so that both losses
+               have the same number of classes; its embedding and head therefore have fewer rows than ours
 
-lumos and published share one model. Their losses and all gradients must agree. AdamW runs with a learning
+`<form>_without_checkpointing` is lumos or published without activation checkpointing: nothing is recomputed.
+Ratios compare like with like. All of these share one model. Their losses and all gradients must agree. AdamW runs with a learning
 rate of 0: it does all of its work, but the weights stay the same for the next repetition. A sequence
 consists of as many whole frames as fit, with a prompt before them. `mask_ratio` of the content of each
 frame is masked in a tube; the default is the mean of the published schedule.
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, with_optimizer
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask, expand_heads
+from lumos.models.lumos1.benchmarks.arguments import PLAIN
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import layer_flops_per_token, training_flops
 from lumos.models.lumos1.masking import mask_count, pattern
@@ -47,7 +51,13 @@ from lumos.models.lumos1.sequence import build_sequence, code_mask, content_mask
 from lumos.models.lumos1.training_cost import meta_model, sequence_layout
 from lumos.runtime import check_memory, parameter_count, pick_device, return_freed_memory
 
-FORMS = ("lumos", "published", "llama")
+KEPT = "_without_checkpointing"
+FORMS = ("lumos", "published", f"lumos{KEPT}", f"published{KEPT}", "llama")
+NAMES = {
+    form: form.replace("published", PLAIN).replace(KEPT, ", without checkpointing").replace("llama", "Llama of transformers")
+    for form in FORMS
+}
+"""What the forms are called in tables."""
 HEAD_DIM = 64
 WARM_UP = {"tokens": 64, "frame_height": 32, "frame_width": 32, "channels": 64, "layers": 1, "text_ids": 9100, "codes": 64}
 
@@ -136,7 +146,7 @@ def memory_needed(settings: Settings) -> int:
     """Return a rough estimate of the memory of the timed part in bytes.
 
     It counts the weights, gradients and moments of lumos and llama, and the activations of published. As
-    measured on a CPU, published holds the logits of all positions and their gradient, and three times the
+    measured on a CPU, published without checkpointing holds the logits of all positions and their gradient, and three times the
     logits of the supervised positions over the codes.
     """
     rows, c = settings.text_ids + settings.codes, settings.channels
@@ -167,14 +177,17 @@ def batch(config: LumosConfig, settings: Settings) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(hidden, config.mask_token_id), torch.where(asked, ids - config.visual_token_start, -100)
 
 
-def lumos_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor) -> Tensor:
-    model.model.gradient_checkpointing = True
+def lumos_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor, checkpointing: bool = True) -> Tensor:
+    model.model.gradient_checkpointing, model.config.attention = checkpointing, "segmented"
     return model(ids, targets=targets).loss
 
 
-def published_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor) -> Tensor:
-    """Return the same loss as `lumos_loss`, computed plainly: one mask [L, L] for all layers, logits [L, V]."""
-    model.model.gradient_checkpointing = False
+def published_loss(model: LumosForVideoGeneration, ids: Tensor, targets: Tensor, checkpointing: bool = True) -> Tensor:
+    """Return the same loss as `lumos_loss`, computed plainly: one mask [L, L] for all layers, logits [L, V].
+
+    With checkpointing, a layer recomputes all of itself, its attention too.
+    """
+    model.model.gradient_checkpointing, model.config.attention = checkpointing, "dense"
     layouts, length = model.layouts(ids), ids.shape[1]
     allowed = dense_mask(layouts, length).to(ids.device)[:, None]
     mask = torch.zeros(allowed.shape, dtype=model.dtype, device=ids.device).masked_fill_(~allowed, -torch.inf)
@@ -194,7 +207,10 @@ def llama_loss(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-LOSSES = {"lumos": lumos_loss, "published": published_loss, "llama": llama_loss}
+LOSSES = {
+    "lumos": lumos_loss, "published": published_loss, "llama": llama_loss,
+    f"lumos{KEPT}": partial(lumos_loss, checkpointing=False), f"published{KEPT}": partial(published_loss, checkpointing=False),
+}  # fmt: skip
 
 
 def step_of(form: str, model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, targets: Tensor) -> Step:
@@ -265,25 +281,26 @@ def run(settings: Settings, bench: Bench) -> Report:
         }  # fmt: skip
         times, bytes_, more = (ratio(figure[form], figure["lumos"]) for figure in (seconds, memory, beyond))
         table.append([
-            form, shown(length / seconds[form]), shown(seconds[form]), shown(times), shown(memory[form] / MB), shown(bytes_),
+            NAMES[form], shown(length / seconds[form]), shown(seconds[form]), shown(times), shown(memory[form] / MB), shown(bytes_),
             shown(beyond[form] / MB), shown(more), f"{share:.0%}",
         ])  # fmt: skip
     full = {form: memory[form] + 2 * weights[form] for form in FORMS}
+    figures = {"memory": memory, "memory_beyond_gradients": beyond, "memory_with_optimizer": full, "time": seconds}
     ratios = {
-        "published_over_lumos_memory": ratio(memory["published"], memory["lumos"]),
-        "published_over_lumos_memory_beyond_gradients": ratio(beyond["published"], beyond["lumos"]),
-        "published_over_lumos_memory_with_optimizer": ratio(full["published"], full["lumos"]),
-        "published_over_lumos_time": ratio(seconds["published"], seconds["lumos"]),
+        f"published_over_lumos_{name}{way}": ratio(figure[f"published{way}"], figure[f"lumos{way}"])
+        for way in ("", KEPT)
+        for name, figure in figures.items()
+    } | {
         "lumos_over_llama_time": ratio(seconds["lumos"], seconds["llama"]),
         "lumos_over_llama_memory": ratio(memory["lumos"], memory["llama"]),
     }
-    return Report(asdict(settings), row, ratios, [table])
+    return Report({**asdict(settings), "forms": NAMES}, row, ratios, [table])
 
 
 def timed_forms(config: LumosConfig, settings: Settings, bench: Bench) -> tuple[dict[str, float], float, int]:
     """Time the forms in turn.
 
-    Returns (fastest seconds of each form, largest difference between lumos and published, number of
+    Returns (fastest seconds of each form, largest difference between the forms of lumos and published, number of
     supervised positions).
     """
     return_freed_memory(torch.device(bench.device))

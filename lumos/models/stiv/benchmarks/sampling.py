@@ -4,8 +4,8 @@
     plain   the same with plain operators, a whole batch at a time; its result must agree
     latte   diffusers' LatteTransformer3DModel of the same width and depth: both branches in one batch, guidance, an Euler step
 
-FLOPs are those that run, as torch counts them. The roofline of a form is the time that its own matrix products take alone, each
-at the speed of its shape. Latte is another network with more FLOPs, so its time is also compared at equal FLOPs.
+FLOPs are those that run, as torch counts them. The roofline of a form is the time that its own matrix products and attention
+take alone, each at the speed of its shape. Latte is another network with more FLOPs, so its time is also compared at equal FLOPs.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run_size(size: str, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], l
 
 
 def work_of(step: Step, bench: Bench) -> dict[str, float]:
-    """Return the FLOPs of a step, and the roofline of its matrix products in seconds."""
+    """Return the FLOPs of a step, and the roofline of its matrix products and attention in seconds."""
     flops: list[int] = []
     products = recorded_products(lambda: flops.append(counted_flops(step)))  # both in one run
     return {"flops": flops[0], "bound": roofline_seconds(products, bench.device, getattr(torch, bench.dtype))}

@@ -1,0 +1,97 @@
+"""`generate --engine ray`: the shares of a list of clips as tasks of a Ray cluster.
+
+Each task does what a process with --shard I/N does, and writes its clips into the same folder, which
+every node must reach under the same path. A task whose node dies is started anew and makes what is
+missing, so the clips are those of a single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any
+
+from lumos.commands.generate_list import Share, make_share
+from lumos.errors import RunError, UserError, printable, reason_of
+
+ATTEMPTS = 3  # how often Ray starts a task anew whose process or node has died
+DEVICES = (None, "auto", "cpu", "cuda")
+
+
+def make_on_ray(args: argparse.Namespace) -> Share:
+    """Make all clips in tasks and return the sum of their shares.
+
+    UserError if Ray is not installed or has no GPU that is asked for, and for rows that cannot be
+    made; RunError if a task fails.
+    """
+    from tqdm import tqdm
+
+    ray = import_ray()
+    if args.device not in DEVICES:
+        allowed = "which assigns the GPUs; allowed: auto, cpu, cuda"
+        raise UserError(f"device '{args.device}' is not allowed with --engine ray, {allowed}")
+    own = not ray.is_initialized()
+    if own:
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except OSError as error:
+            raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if args.device == "cuda" and not gpus:
+            raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
+        on_gpu = int(args.device != "cpu" and gpus > 0)
+        workers = args.workers or (int(gpus) if on_gpu else 1)
+        task = ray.remote(num_cpus=1, num_gpus=on_gpu, max_retries=ATTEMPTS)(share_in_task)
+        waiting = [task.remote(vars(args), number, workers, os.getcwd()) for number in range(1, workers + 1)]
+        shares, said = [], set()
+        with tqdm(total=workers, unit="share", file=sys.stderr) as bar:
+            while waiting:
+                (done,), waiting = ray.wait(waiting)
+                answer = ray.get(done)
+                for line in answer["lines"]:
+                    if line not in said:  # every share says what is wrong with the rows
+                        said.add(line)
+                        bar.write(printable(line), file=sys.stderr)
+                if "error" in answer:
+                    raise (UserError if answer["is_users"] else RunError)(answer["error"])
+                shares.append(Share(**answer["share"]))
+                bar.update(1)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a Ray task failed ({reason_of(error)}); run the same command again: it makes what is missing") from error
+    except KeyboardInterrupt:
+        raise RunError("interrupted; the same command makes what is missing") from None
+    finally:
+        if own:
+            ray.shutdown()
+    made, failed = (sum(getattr(share, name) for share in shares) for name in ("made", "failed"))
+    return Share(made, failed, shares[0].clips, shares[0].rows, shares[0].bad_rows)
+
+
+def share_in_task(values: dict[str, Any], number: int, workers: int, folder: str) -> dict[str, Any]:
+    """Make one share and return it with what it says on stderr. Plain values only, which every version of Ray can send."""
+    os.chdir(folder)
+    args = argparse.Namespace(**{**values, "engine": None, "workers": None, "shard": f"{number}/{workers}"})
+    said = io.StringIO()
+    answer: dict[str, Any] = {}
+    with contextlib.redirect_stderr(said):
+        try:
+            answer["share"] = asdict(make_share(args, bars=False))
+        except (UserError, RunError) as error:
+            answer |= {"error": str(error), "is_users": isinstance(error, UserError)}
+    return {**answer, "lines": [line for line in said.getvalue().splitlines() if line.strip()]}
+
+
+def import_ray() -> ModuleType:
+    """Import ray; UserError if it is not installed."""
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise UserError(f"--engine ray needs Ray ({error}); pip install 'lumos-video[ray]', or leave --engine out") from error
+    return ray

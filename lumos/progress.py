@@ -1,0 +1,62 @@
+"""Progress bars, and the logger "lumos" that carries the library's messages.
+
+On a terminal a bar is that of tqdm. Elsewhere, as in the log file of a cluster, a line is printed each minute instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LOGGER = logging.getLogger("lumos")
+SECONDS_BETWEEN_LINES = 60.0
+
+
+class ProgressLines(tqdm):
+    """A progress bar that prints its state as a line each minute, and nothing before the first minute has passed."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.printed = time.monotonic()
+        super().__init__(*args, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        now = time.monotonic()
+        if now - self.printed < SECONDS_BETWEEN_LINES:
+            return False
+        self.printed = now
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+        return True
+
+    def clear(self, *args: Any, **options: Any) -> None:
+        """Do nothing, because a line that is printed stays."""
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+
+
+def progress_bar(*args: Any, **options: Any) -> tqdm:
+    """Return a progress bar on stderr, with the arguments of tqdm; no bar if the logger "lumos" is below WARNING (--quiet)."""
+    file = options.setdefault("file", sys.stderr)
+    if options.pop("disable", None) or not LOGGER.isEnabledFor(logging.WARNING):
+        return tqdm(*args, **{**options, "disable": True})
+    if file.isatty():
+        return tqdm(*args, **options)
+    return ProgressLines(*args, **{**options, "mininterval": 1.0})
+
+
+class BesideBars(logging.Handler):
+    """A handler that prints messages on stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            self.handleError(record)

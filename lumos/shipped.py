@@ -1,0 +1,47 @@
+"""Files that come with Lumos beside its packages: recipes and models. They are in the repository, and in an installed wheel."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lumos.errors import UserError, shown
+
+SHARE = Path("share", "lumos")
+"""Where an installation has the files, below the folder of its scripts and data."""
+
+
+def roots() -> Iterator[Path]:
+    """Yield the folders that can hold `configs` and `checkpoints`: the working folder, the repository, and an installation."""
+    packages = Path(__file__).parents[1]
+    yield Path()
+    yield packages
+    yield packages / SHARE  # pip install --target
+    yield Path(sysconfig.get_path("data")) / SHARE
+
+
+def shipped_folder(name: str) -> Path:
+    """Return a folder that comes with Lumos, such as checkpoints/lumos-tiny; the path in the repository if there is none."""
+    places = [root / name for root in roots()]
+    return next((place for place in places if place.is_dir()), places[1])
+
+
+def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
+    """Return the file of a config: `path` itself if it is a file, else the shipped recipe of this name.
+
+    Names are like those of files in configs, without suffix: "lumos1/tiny" and "tiny". `kinds` are the folders that are looked
+    through for a name alone, in this order. UserError, with the names of the recipes, if there is no such file and no such recipe.
+    """
+    if Path(path).exists():
+        return Path(path)
+    name = Path(path).with_suffix("") if str(path).endswith(".yaml") else Path(path)
+    parts = name.parts[1:] if name.parts[:1] == ("configs",) else name.parts
+    folder = shipped_folder("configs")
+    candidates = [folder.joinpath(*parts)] if len(parts) > 1 else [folder / kind / name.name for kind in kinds]
+    files = [candidate.with_name(f"{candidate.name}.yaml") for candidate in candidates]
+    for file in files:
+        if file.is_file() and ".." not in parts:
+            return file
+    known = [f"{kind}/{file.stem}" for kind in kinds for file in sorted((folder / kind).glob("*.yaml"))]
+    raise UserError(f"there is no config file {path}; the shipped ones are in configs/: {shown(', '.join(known), 600)[1:-1]}")

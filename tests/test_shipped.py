@@ -1,0 +1,110 @@
+"""Recipes by name and the shipped model, from the repository and from an installation elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lumos import shipped
+from lumos.errors import UserError
+from lumos.pipeline.defaults import shipped_model
+from lumos.shipped import find_config
+from lumos.training.settings import load_settings
+from lumos.training.tokenizer.settings import load_settings as load_tokenizer_settings
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "file"),
+    [
+        ("tiny", ("lumos1", "stiv"), "lumos1/tiny.yaml"),
+        ("tiny", ("tokenizer",), "tokenizer/tiny.yaml"),
+        ("tiny.yaml", ("stiv",), "stiv/tiny.yaml"),
+        ("stiv/tiny", ("lumos1", "stiv"), "stiv/tiny.yaml"),
+        ("configs/lumos1/3b-384p.yaml", ("lumos1",), "lumos1/3b-384p.yaml"),
+        ("m-512", ("lumos1", "stiv"), "stiv/m-512.yaml"),
+        ("0.5b-stage1", ("lumos1",), "lumos1/0.5b-stage1.yaml"),
+    ],
+)
+def test_recipes_are_found_by_name_from_any_folder(name, kinds, file, repo: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name, kinds) == repo / "configs" / file
+
+
+def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").write_text("x: 1")
+    assert find_config("tiny", ("lumos1",)) == Path("tiny")
+
+
+@pytest.mark.parametrize("name", ["tinny", "stiv/none", "../lumos1/tiny", "lumos1/../stiv/tiny"])
+def test_an_unknown_name_lists_the_recipes(name, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no config file .*lumos1/tiny"):
+        find_config(name, ("lumos1", "stiv"))
+
+
+def test_settings_are_loaded_by_name(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("lumos1/tiny").name == "tiny"
+    assert load_tokenizer_settings("tiny") == load_tokenizer_settings("configs/tokenizer/tiny.yaml")
+
+
+def test_every_recipe_and_model_file_is_in_the_wheel(repo: Path):
+    data = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    packed = {file.relative_to(repo) for patterns in data.values() for pattern in patterns for file in repo.glob(pattern)}
+    for place, patterns in data.items():
+        assert all(Path(pattern).parent == Path(place).relative_to("share/lumos") for pattern in patterns)
+    command = ["git", "ls-files", "configs", "checkpoints"]
+    tracked = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = {Path(name) for name in tracked if "vbench_i2v_images" not in name}
+    assert files <= packed
+
+
+def test_an_installation_elsewhere_has_the_recipes_and_the_model(repo: Path, tmp_path: Path, monkeypatch):
+    """The layout of a wheel: packages in one folder, share/lumos in the folder of the environment's data."""
+    packages, data = tmp_path / "lib", tmp_path / "data"
+    packages.mkdir()
+    (data / "share").mkdir(parents=True)
+    (data / "share" / "lumos").mkdir()
+    for name in ("configs", "checkpoints"):
+        (data / "share" / "lumos" / name).symlink_to(repo / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shipped, "__file__", str(packages / "lumos" / "shipped.py"))
+    monkeypatch.setattr(shipped.sysconfig, "get_path", lambda name: str(data))
+    assert shipped_model() == data / "share" / "lumos" / "checkpoints" / "lumos-tiny"
+    assert find_config("stiv/tiny", ()) == data / "share" / "lumos" / "configs" / "stiv" / "tiny.yaml"
+    (data / "share" / "lumos" / "configs").unlink()
+    with pytest.raises(UserError, match="no config file"):
+        find_config("stiv/tiny", ())
+
+
+def test_the_packages_are_typed(repo: Path):
+    assert (repo / "lumos" / "py.typed").is_file()
+    assert (repo / "tokenizer" / "py.typed").is_file()
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
+    """`pip wheel` without the network, from the repository; the model and a recipe are at their places in it."""
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
+    of_wheel = ("lumos", "tokenizer", "configs", "checkpoints")
+    for name in (name for name in tracked if name.split("/")[0] in of_wheel or "/" not in name):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(repo / name, source / name)
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    model = "checkpoints/lumos-tiny"
+    for file in ("configs/lumos1/tiny.yaml", f"{model}/model.safetensors", f"{model}/text_tokenizer/tokenizer.model"):
+        assert any(name.endswith(f"data/share/lumos/{file}") for name in names), file
+    assert {"lumos/py.typed", "tokenizer/py.typed"} <= set(names)
