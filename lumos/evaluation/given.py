@@ -83,17 +83,21 @@ def blended(clip: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
 
 
 def made_quality(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], numbers: Sequence[int]) -> dict[str, float]:
-    """Return the PSNR in dB of the frames that are not given, {"psnr", "psnr_blend"}; the mean over clips.
+    """Return the PSNR in dB of the frames that are not given, {"psnr", "psnr_blend"}.
 
     psnr_blend is that of `blended`, which a model must exceed.
     """
     open_ = [t for t in range(len(truth[0])) if t not in set(numbers)]
     blends = [blended(clip, numbers) for clip in truth]
-    return {name: mean_psnr(made, truth, open_) for name, made in (("psnr", clips), ("psnr_blend", blends))}
+    return {name: pooled_psnr(made, truth, open_) for name, made in (("psnr", clips), ("psnr_blend", blends))}
 
 
-def mean_psnr(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], frames: Collection[int]) -> float:
-    """Return the mean over clips of the PSNR in dB of some frames; equal frames count as MAX_PSNR."""
+def pooled_psnr(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], frames: Collection[int]) -> float:
+    """Return the PSNR in dB of some frames of all clips together, at most MAX_PSNR.
+
+    The squared errors are averaged, not the decibels: a clip that stands still, of which a mixture of given frames is exact,
+    would outweigh all others.
+    """
     numbers = list(frames)
-    pairs = zip(clips, truth, strict=True)
-    return round(float(np.mean([min(psnr(ours[numbers], theirs[numbers]), MAX_PSNR) for ours, theirs in pairs])), 3)
+    ours, theirs = (np.concatenate([clip[numbers] for clip in of]) for of in (clips, truth))
+    return round(min(psnr(ours, theirs), MAX_PSNR), 3)

@@ -57,6 +57,13 @@ def test_quality_counts_only_frames_that_are_made():
     assert made_quality(off, truth, [0, 2, 4])["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=1e-3)
 
 
+def test_a_clip_that_stands_still_does_not_outweigh_the_others():
+    still, moving = clip(5, 5, 5), clip(0, 90, 0)
+    found = made_quality([still + 6, moving], [still, moving], [0, 2])
+    assert found["psnr"] == pytest.approx(20 * np.log10(255 / 6) + 10 * np.log10(2), abs=1e-3)
+    assert found["psnr_blend"] == pytest.approx(20 * np.log10(255 / 90) + 10 * np.log10(2), abs=1e-3)
+
+
 def test_a_given_picture_is_kept_or_not():
     picture = np.full((8, 8, 3), 100, np.uint8)
     assert is_kept(picture + 2, picture)
