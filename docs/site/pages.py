@@ -1,4 +1,4 @@
-"""MkDocs hook: the model cards and the ComfyUI README, which lie outside of docs/, become pages of the site.
+"""MkDocs hook: files outside of docs/, such as the model cards and the ComfyUI README, become files of the site.
 
 Links between them and the pages of docs/ are relative to the repository, as GitHub reads them; the hook rewrites them for the site.
 """
@@ -12,7 +12,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {
     "checkpoints/lumos-tiny/README.md": "model-card.md",
+    "checkpoints/lumos-tiny/trained_on.json": "trained-on.json",
     "checkpoints/stiv-tiny/README.md": "model-card-stiv.md",
+    "checkpoints/stiv-tiny/trained_on.json": "trained-on-stiv.json",
     "integrations/comfyui/README.md": "comfyui.md",
 }
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
