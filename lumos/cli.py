@@ -33,7 +33,7 @@ VERBS = {
     "ingest": "turn videos and pictures with captions into shards of codes to train on",
     "inspect": "show what a folder of shards holds",
     "plan": "estimate what a training run or a clip will need: steps, FLOPs, memory, time",
-    "train": "train the decoder",
+    "train": "train a generator",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "resize": "make a model that decodes the same codes to clips of another size",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",

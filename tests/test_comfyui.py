@@ -213,8 +213,9 @@ def test_sample_workflows_fit_the_nodes(nodes, repo, name):
         assert [type(v) for v in saved] == [type(v) for v in expected[: len(saved)]]
 
 
-def test_new_options_stand_behind_saved_inputs(nodes, monkeypatch):
-    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+@pytest.mark.parametrize("name", ["LumosTextToVideo", "LumosImageToVideo"])
+def test_new_options_stand_behind_saved_inputs(nodes, monkeypatch, name):
+    node = nodes.NODE_CLASS_MAPPINGS[name]
     names = list(node.INPUT_TYPES()["optional"])
     options = {"new": replace(all_options()["solver"], name="new"), **all_options()}
     monkeypatch.setitem(node.INPUT_TYPES.__func__.__globals__, "all_options", lambda: options)

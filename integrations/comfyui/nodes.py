@@ -138,6 +138,7 @@ class LumosTextToVideo:
         options = sorted(shown, key=lambda option: place.get(option.name, len(place)))
         sampling = {option.name: sampling_input(option) for option in options}
         common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}
+        saved = {name: sampling.pop(name) for name in SAVED_ORDER if name in sampling}
         return {
             "required": {
                 "model": ("LUMOS_MODEL",),
@@ -152,7 +153,7 @@ class LumosTextToVideo:
                 **common,
                 "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             },
-            "optional": {**sampling, **cls.OPTIONAL},
+            "optional": {**saved, **cls.OPTIONAL, **sampling},
         }
 
     @classmethod

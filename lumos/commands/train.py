@@ -1,4 +1,4 @@
-"""`train`: train or fine-tune the decoder from a YAML config; `section.key=value` arguments override it."""
+"""`train`: train or fine-tune a generator from a YAML config; `section.key=value` arguments override it."""
 
 from __future__ import annotations
 

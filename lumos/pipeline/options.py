@@ -227,23 +227,41 @@ def parsed_flag(text: str) -> bool:
 
 
 def all_options() -> dict[str, Option]:
-    """Return the options of all generators by name, for flags and columns that are needed before a model is loaded."""
-    return options_of(*(generator.load("sampling") for generator in registry.generators().values()))
+    """Return the options of all generators by name, for flags and columns that are needed before a model is loaded.
+
+    An option of several generators has the meanings of all and the choices of all; the model checks a value once it is
+    loaded. Raises TypeError if generators declare one name with different types.
+    """
+    found: dict[str, Option] = {}
+    for name, generator in registry.generators().items():
+        for option in options_of(generator.load("sampling")).values():
+            found[option.name] = joined(found[option.name], option, name) if option.name in found else option
+    return found
 
 
 @cache
-def options_of(*classes: type[SamplingOptions]) -> dict[str, Option]:
-    """Return the options that these classes declare, by name, in order.
-
-    The first declaration of a name counts.
-    """
-    found: dict[str, Option] = {}
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        for field in fields(cls):
-            kind, is_optional = _kind_of(hints[field.name], field.name)
-            found.setdefault(field.name, Option(field.name, kind, is_optional, field.default, field.metadata))
+def options_of(cls: type[SamplingOptions]) -> dict[str, Option]:
+    """Return the options that a class declares, by name, in order."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in fields(cls):
+        kind, is_optional = _kind_of(hints[field.name], field.name)
+        found[field.name] = Option(field.name, kind, is_optional, field.default, field.metadata)
     return found
+
+
+def joined(option: Option, other: Option, generator: str) -> Option:
+    """Return an option that stands for both declarations of one name; `other` is that of `generator`."""
+    if option.kind != other.kind:
+        raise TypeError(
+            f"the sampling option {option.name} is {option.kind} and, in {generator}, {other.kind}; give one of them another name"
+        )
+    metadata = dict(option.metadata)
+    if other.meaning != option.meaning:
+        metadata["meaning"] = f"{option.meaning}; {generator}: {other.meaning}"
+        metadata["label"] = metadata.get("label") or option.label
+    if option.kind == CHOICE:
+        metadata["choices"] = tuple(dict.fromkeys((*option.choices, *other.choices)))
+    return replace(option, metadata=types.MappingProxyType(metadata))
 
 
 def _kind_of(hint: Any, name: str) -> tuple[str, bool]:
