@@ -170,7 +170,7 @@ def test_a_clip_does_not_depend_on_its_batch(folder):
 
 
 def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
-    """Neither on torch's default dtype and device, nor on its random state."""
+    """A clip depends neither on torch's default dtype and device, nor on its random state."""
     pipe = VideoPipeline.from_pretrained(folder, device="cpu")
     expected = pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames
     again = pipe.reconstruct(expected[0])

@@ -158,7 +158,7 @@ def test_the_drawing_of_the_rooms_is_the_contract():
     assert lines == [layer for layer in contract["layers"] if layer != "__main__"]
 
 
-def test_the_parts_that_a_generator_names_are_those_of_the_registry():
+def test_parts_named_in_the_docs_are_those_of_the_registry():
     listed = {name for cell in table("docs/extend.md", "## Add a generator") for name in re.findall("`(.*?)`", cell)}
     assert listed <= {entry.name for entry in fields(Generator)}
     assert {entry.name for entry in fields(Generator) if entry.default_factory is MISSING} <= listed

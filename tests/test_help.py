@@ -49,7 +49,7 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"lumos {__version__}\n"
 
 
-def test_a_misspelled_word_is_answered_with_the_one_that_was_meant(capsys):
+def test_a_misspelled_word_gets_the_one_that_was_meant(capsys):
     for words, answer in ((["trian"], "verb 'trian', did you mean train?"), (["generate", "--promt", "x"], "mean --prompt?")):
         assert main(words) == 2
         assert answer in capsys.readouterr().err

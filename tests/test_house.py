@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -55,3 +56,9 @@ def test_importing_the_package_loads_no_torch(repo):
 def test_test_files_have_different_names(repo):
     names = [path.name for path in (repo / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))  # without packages, pytest can import only one file of a name
+
+
+def test_names_of_tests_are_short(repo):
+    files = (repo / "tests").rglob("test_*.py")
+    names = [name for path in files for name in re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8"))]
+    assert [name for name in names if len(name) >= 60] == []

@@ -65,7 +65,7 @@ def test_every_recipe_and_model_file_is_in_the_wheel(repo: Path):
     assert files <= packed
 
 
-def test_an_installation_elsewhere_has_the_recipes_and_the_model(repo: Path, tmp_path: Path, monkeypatch):
+def test_an_installation_has_the_recipes_and_the_model(repo: Path, tmp_path: Path, monkeypatch):
     """The layout of a wheel: packages in one folder, share/lumos in the folder of the environment's data."""
     packages, data = tmp_path / "lib", tmp_path / "data"
     packages.mkdir()

@@ -54,7 +54,7 @@ def test_quota_of_control_groups(tmp_path, contents, cores):
     assert quota(files(tmp_path, **contents)) == cores
 
 
-def test_the_load_is_the_median_of_the_running_threads_of_others(tmp_path):
+def test_the_load_is_the_median_of_running_threads(tmp_path):
     seen = iter(["5/99", "3/99", "1/99", "4/99", "40/99"])
 
     def look(seconds: float = 0) -> None:
@@ -185,7 +185,7 @@ def test_times_of_threads_are_read(tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Instead of what `plan` and `resize` do: the number of torch's threads and the arguments."""
+    """The verbs `plan` and `resize` do nothing but note the number of torch's threads and their arguments."""
     found = []
     from lumos.commands import resize
 
@@ -194,7 +194,7 @@ def seen(monkeypatch):
     return found
 
 
-def test_in_a_process_of_others_only_torch_is_told_and_only_for_the_call(seen, monkeypatch):
+def test_in_a_foreign_process_threads_hold_for_the_call(seen, monkeypatch):
     before, environment = torch.get_num_threads(), dict(os.environ)
     assert main(["resize", "--threads", "3"]) == 0
     assert main(["resize"]) == 0
@@ -204,7 +204,7 @@ def test_in_a_process_of_others_only_torch_is_told_and_only_for_the_call(seen, m
     assert dict(os.environ) == environment
 
 
-def test_the_option_is_known_to_all_verbs_that_compute_and_to_their_parts(capsys):
+def test_all_verbs_that_compute_have_the_option(capsys):
     for words in (*([verb] for verb in cli.VERBS if verb not in cli.LIGHT_VERBS), ["evaluate", "prompts"], ["compress", "prune"],
                   ["bench", "attention"], ["bench", "threads"]):  # fmt: skip
         assert main([*words, "--help"]) == 0

@@ -175,7 +175,7 @@ def score(
             started = time.perf_counter()
             with trace.recording():
                 found[WHOLE] = probe.forward(model, micro)
-                # For the time of a pass. With outputs, all losses come from their logits, so that equal networks have equal losses.
+                # Outputs are kept for one pass only. Losses come from the same logits, so that equal networks have equal losses.
                 _ = found[WHOLE].find_losses() if outputs else found[WHOLE].losses
             total += time.perf_counter() - started
             for name in seconds:

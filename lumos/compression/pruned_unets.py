@@ -74,7 +74,7 @@ def arguments_of(stock: type[nn.Module]) -> Callable[[Callable], Callable]:
 
 
 class _Pruned:
-    """What both classes below have: their middle block, although their config has an entry of that name.
+    """Part of both classes below: it finds the middle block, although the config has an entry of that name.
 
     A model of diffusers otherwise answers `unet.mid_block` with the entry of its config.
     """

@@ -1,4 +1,4 @@
-"""The training loop: batches in, optimizer steps and log lines out, with what is due between them."""
+"""The training loop: optimizer steps, and between them log lines, validation, samples and checkpoints."""
 
 from __future__ import annotations
 

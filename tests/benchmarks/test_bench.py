@@ -118,7 +118,7 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
         assert any(line.startswith(table) for line in out.splitlines())
 
 
-def test_scoring_and_distillation_are_measured_beside_plain_forms(everything):
+def test_scores_and_distillation_stand_beside_plain_forms(everything):
     _, result, _ = everything
     measured, ratios = result["measured"]["compress"], result["ratios"]["compress"]
     assert measured["scoring"]["layers"] == 4

@@ -92,7 +92,7 @@ def auto(model: str, *more: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["lumos1", "stiv"])
-def test_auto_does_all_four_steps_and_goes_on_where_it_was_stopped(folders, run, tmp_path, monkeypatch, generator):
+def test_auto_does_all_four_steps_and_resumes(folders, run, tmp_path, monkeypatch, generator):
     from lumos.commands import compress_report
 
     def killed(args) -> None:
@@ -168,7 +168,7 @@ def test_as_many_layers_stay_as_the_speed_allows(folders, generator):
         least_pruning(network, whole / flops[2] + 1e-6, plan_of)
 
 
-def test_the_recovery_has_the_settings_of_the_training_with_half_of_its_rate(folders, tmp_path):
+def test_recovery_has_the_settings_of_training_at_half_lr(folders, tmp_path):
     network = network_of(folders["lumos1"])
     before = {
         "name": "x", "model": {"preset": "tiny"}, "masking": {"kind": "tube", "min_ratio": 0.4},

@@ -101,7 +101,7 @@ def test_scores_of_parts_and_of_a_decoder(stiv, run, tmp_path):
     assert (found["part"], list(found["scores"])) == ("decoder", ["mid", "up.1.0", "up.1.1", "up.0.1"][: len(found["scores"])])
 
 
-def test_without_matplotlib_there_is_a_note_in_place_of_a_picture(lumos, run, monkeypatch, tmp_path):
+def test_without_matplotlib_a_note_replaces_the_picture(lumos, run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("lumos.commands.compress_score.find_spec", lambda name: None)
     said, _ = run("score", "--model", lumos, "--measures", "magnitude", *FEW)

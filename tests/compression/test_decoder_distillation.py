@@ -111,7 +111,7 @@ def behind_levels(model: VideoTokenizer, values: torch.Tensor) -> list[torch.Ten
 
 
 @pytest.mark.slow
-def test_a_student_comes_nearer_keeps_the_codes_and_goes_on_after_a_stop(folders, tmp_path, monkeypatch):
+def test_a_student_comes_nearer_keeps_codes_and_resumes(folders, tmp_path, monkeypatch):
     whole, small = folders
     made = distill_decoder(settings(folders, tmp_path / "whole", steps=30, lr=1e-2))
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]

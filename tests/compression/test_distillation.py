@@ -103,7 +103,7 @@ def plain_content_losses(made: DistillationTask, model, micro, generator: str, l
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize(("layers", "numbers"), [("all", [0, 1]), ("last", [1])])
-def test_content_losses_compare_a_layer_with_the_one_that_it_came_from(task, generator, layers, numbers):
+def test_content_losses_compare_a_layer_with_its_origin(task, generator, layers, numbers):
     made = task(generator, distill=only(icd=2.0, icd_layers=layers))
     model, micro = made.build_model(), batch_of(made)
     assert made.kept == [0, 3]
@@ -142,7 +142,7 @@ def test_pictures_have_content_but_no_motion(task):
 
 # ---- what the critic sees
 
-def test_the_critic_of_the_decoder_sees_soft_embeddings_behind_a_new_mask(task):
+def test_critic_of_the_decoder_sees_embeddings_and_a_new_mask(task):
     made = task(distill=only(task=1.0, mca=0.1))
     model, micro = made.build_model(), batch_of(made)
     made.build_auxiliary()
@@ -188,7 +188,7 @@ def test_the_critic_of_the_decoder_sees_soft_embeddings_behind_a_new_mask(task):
     assert not fake[0].requires_grad
 
 
-def test_the_critic_of_the_transformer_sees_new_noise_on_the_one_step_result(task):
+def test_critic_of_the_transformer_sees_a_renoised_result(task):
     given = {"patterns": {"first": 1.0}, "dropout": {"image": 0.3}, "given_noise": 0.3}
     made = task("stiv", distill=only(task=1.0, mca=0.1, generator="log"), **given)
     model, micro = made.build_model(), batch_of(made)
@@ -287,7 +287,7 @@ def test_the_adversarial_loss_reaches_the_student_only(task, generator):
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_content_losses_reach_no_layer_behind_the_last_one_compared(task, generator, monkeypatch):
+def test_content_losses_end_at_the_last_compared_layer(task, generator, monkeypatch):
     made = task(generator, distill=only(icd=1.0))
     monkeypatch.setattr(type(made.settings), "layers", lambda settings, count: [0])
     model = made.build_model()
@@ -358,7 +358,7 @@ def test_content_weight_falls_and_the_critic_warms_up(task):
     assert made.weights(3) == (0.1, 0.1)
 
 
-def test_while_the_critic_warms_up_it_learns_and_the_student_does_not_see_it(task):
+def test_a_warming_critic_learns_without_the_student(task):
     made, plain = (task(distill={"critic_warmup": 10, **more}) for more in ({}, {"mca": 0}))
     model, critic = made.build_model(), made.build_auxiliary()
     micro = batch_of(made)

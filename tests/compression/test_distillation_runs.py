@@ -135,7 +135,7 @@ def losing(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(distillation, "LOST_BELOW", 1e6)
 
 
-def test_a_run_whose_critic_has_won_ends_with_one_line_and_a_checkpoint(distilling, tmp_path, monkeypatch):
+def test_a_run_whose_critic_has_won_keeps_a_checkpoint(distilling, tmp_path, monkeypatch):
     losing(monkeypatch, 3)
     settings = distilling(training={"max_steps": 9})
     with pytest.raises(RunError, match=r"step 3: the critic has won: D of the student's clips was below .* for 3 steps") as error:
@@ -174,7 +174,7 @@ def test_a_critic_that_is_not_finite_stops_the_run(distilling, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_a_critic_with_a_weight_that_is_not_finite_spoils_no_student(distilling, tmp_path, monkeypatch):
+def test_a_critic_that_is_not_finite_spoils_no_student(distilling, tmp_path, monkeypatch):
     def spoiled(task: DistillationTask, *rest):
         if task.critic is not None:
             torch.nn.init.constant_(task.critic.spatial[0].score.weight, math.nan)
@@ -252,7 +252,7 @@ def test_a_student_that_does_not_say_where_it_came_from(distilling, tmp_path, pa
         make_task(distilling(model=model), CPU)
 
 
-def test_places_that_the_network_does_not_see_cannot_be_compared(distilling):
+def test_places_that_are_not_seen_cannot_be_compared(distilling):
     with pytest.raises(UserError, match=r"mask_ratio is 0\.5, but distillation compares all places.*set mask_ratio=0"):
         make_task(distilling("stiv", mask_ratio=0.5), CPU)
 

@@ -279,7 +279,7 @@ def test_two_identity_layers_are_found_by_every_measure(case):
 
 
 @pytest.mark.parametrize("units", [["0", "2"], ["0", "1", "2", "3"]])
-def test_closed_gates_are_skipped_units_and_open_ones_change_nothing(case, units):
+def test_closed_gates_skip_units_and_open_ones_do_nothing(case, units):
     model, micro = network(case).requires_grad_(False), case.batches[0]
     whole = case.task.forward(model, micro).losses
     with gated(model, units, torch.ones(len(units))):
@@ -333,7 +333,7 @@ class Added(torch.nn.Module):
         return x + self.size * torch.tanh(self.map(x))
 
 
-def test_gates_find_the_units_that_add_nothing_and_are_reproduced_by_their_seed():
+def test_gates_find_idle_units_and_seeds_reproduce_them():
     model = Stack([1.0, 0.0, 1.0, 0.05, 1.0, 1.0])
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     target = model(x).detach()
@@ -369,7 +369,7 @@ def test_a_temporal_unit_that_gives_nothing_has_no_motion_share(stiv):
     assert all(0 < found[f"{i}.temporal"]["motion_share"] <= 1 for i in (0, 1, 3))
 
 
-def test_losses_behind_outputs_are_those_of_the_head_without_its_product(lumos, monkeypatch):
+def test_losses_of_outputs_need_no_second_product_of_the_head(lumos, monkeypatch):
     """Places whose logits were computed for the output need no second product with the head."""
     model = decoder()
     head, rows = type(model.lm_head).forward, []

@@ -122,7 +122,7 @@ def test_losses_are_those_of_the_library_call(made, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
-def test_the_motion_loss_reaches_the_student_only_and_the_critic_learns(made, tmp_path, name):
+def test_motion_loss_reaches_the_student_and_the_critic_learns(made, tmp_path, name):
     task = make_latent_task(settings(made, name, tmp_path, distill={"task": 0, "kd": 0, "icd": 0, "mca": 1.0}), CPU)
     student, critic = task.build_model(), task.build_auxiliary()
     for parameter in critic.parameters():
@@ -143,7 +143,7 @@ def test_the_motion_loss_reaches_the_student_only_and_the_critic_learns(made, tm
 
 
 @pytest.mark.parametrize("name", [SVD, WAN])
-def test_a_run_ends_in_a_folder_that_stock_diffusers_loads_and_goes_on_after_a_stop(made, tmp_path, name, monkeypatch):
+def test_a_run_resumes_and_stock_diffusers_loads_its_result(made, tmp_path, name, monkeypatch):
     distill = {"kd": 1.0, "icd": 0.1, "mca": 0.1}
     changes = {"distill": distill, "training": {"max_steps": 4, "ema_decay": 0.5}}
     whole = distill_latents(settings(made, name, tmp_path / "whole", **changes))

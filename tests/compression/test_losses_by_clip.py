@@ -65,7 +65,7 @@ def test_without_a_limit_it_is_the_relative_squared_error():
     assert torch.allclose(icd_by_clip(student, teacher, math.inf), expected.mean(1), rtol=1e-5)
 
 
-def test_the_motion_loss_is_that_of_the_formula_and_sees_no_still_error():
+def test_the_motion_loss_is_the_formula_and_sees_no_still_error():
     student, teacher = pair(layers=1)
     ds, dh = ((x[0][:, 1:] - x[0][:, :-1]) for x in (student, teacher))
     expected = ((ds - dh) ** 2).sum((2, 3)) / (dh**2).sum((2, 3))

@@ -50,7 +50,7 @@ def test_levels_are_those_of_the_scheduler(kind, tmp_path):
     torch.testing.assert_close(ratios, torch.tensor([0.3 / 0.7, 4.0]), rtol=1e-2, atol=0)
 
 
-def test_the_level_of_stable_video_diffusion_is_its_preconditioning():
+def test_the_level_of_svd_is_its_preconditioning():
     """x / sqrt(e^2 + 1) at the time log(e) / 4; the clean clip is x c_skip + c_out F."""
     form, e = Objective("edm"), torch.tensor([2.0, 0.3])
     level = form.near(1 / (1 + e))

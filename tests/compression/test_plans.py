@@ -55,7 +55,7 @@ def names_of(count: int) -> list[str]:
 
 
 @given(count=st.integers(3, 12), data=st.data())
-def test_every_rule_removes_as_many_as_it_should_and_keeps_the_ends(count, data):
+def test_every_rule_removes_the_number_and_keeps_the_ends(count, data):
     keep = data.draw(st.integers(2, count - 1))
     scores = {name: data.draw(st.integers(0, 5)) for name in names_of(count)}
     distances = [[abs(i - j) for j in range(count + 1)] for i in range(count + 1)]

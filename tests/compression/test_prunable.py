@@ -273,7 +273,7 @@ def test_flops_of_smaller_transformers_are_those_that_run(stiv, names):
 # ---- narrower
 
 
-def test_narrower_decoder_is_the_one_whose_weakest_channels_give_nothing(lumos):
+def test_a_narrower_decoder_lacks_its_weakest_channels(lumos):
     small = lumos.narrowed({"intermediate_size": 60})
     masked = decoder()
     for layer, narrow in zip(masked.model.layers, small.model.layers, strict=True):

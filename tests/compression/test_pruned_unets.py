@@ -243,7 +243,7 @@ def test_stock_plans_load_in_stock_diffusers(pruned):
     assert torch.equal(output(copy.deepcopy(student), SVD), output(loaded(out), SVD))
 
 
-def test_modelscope_loads_in_stock_diffusers_if_all_blocks_are_alike(pruned):
+def test_modelscope_with_equal_blocks_loads_in_diffusers(pruned):
     _, out, _ = pruned(MODELSCOPE, CUSTOM["second slots of all"])
     config = json.loads((out / "config.json").read_text())
     assert (config["_class_name"], config["layers_per_block"]) == (MODELSCOPE, 1)
@@ -325,7 +325,7 @@ def test_a_list_of_unknown_units():
         unets.prune(config, "plan.json", ["down_blocks.4"])
 
 
-def test_the_module_gives_its_classes_without_importing_diffusers_before(repo):
+def test_the_module_imports_diffusers_late(repo):
     import subprocess
     import sys
 

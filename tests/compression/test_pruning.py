@@ -70,7 +70,7 @@ def test_what_is_written_is_what_was_predicted(folders, kind, narrow, tmp_path):
     assert record["plan"]["remove"] == REMOVED[kind]
 
 
-def test_a_clip_of_the_small_model_is_that_of_the_parent_that_skips(folders, kind, tmp_path):
+def test_a_small_model_makes_the_clip_of_a_parent_that_skips(folders, kind, tmp_path):
     """Through the whole pipeline, with the cache of generation."""
     parent = network(folders, kind)
     prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")

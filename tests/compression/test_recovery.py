@@ -83,7 +83,7 @@ def test_features_are_clips_by_frames_by_places_by_channels(pairs, name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_features_before_the_first_removed_block_are_the_teachers(pairs, name):
+def test_features_before_the_first_cut_are_the_teachers(pairs, name):
     teacher, folder = pairs(name)
     own, theirs = taps(folder)[0]
     student = loaded(folder)
@@ -198,7 +198,7 @@ def test_a_few_steps_bring_the_student_nearer(pairs, name):
     assert seen[-1][1] < seen[0][1]
 
 
-def test_icd_with_gradient_checkpointing_gives_the_same_gradients(pairs):
+def test_icd_has_equal_gradients_with_checkpointing(pairs):
     teacher, folder = pairs("WanTransformer3DModel")
     found = []
     for checkpointing in (False, True):

@@ -68,7 +68,7 @@ def test_dataset_json_says_that_frames_have_codes(with_frames, ingested):
     assert read_description(ingested)["settings"]["per_frame_codes"] is False
 
 
-def test_earlier_versions_are_written_without_the_origin_and_read(with_frames, ingested, tmp_path):
+def test_earlier_versions_are_read_without_the_origin(with_frames, ingested, tmp_path):
     for number, (folder, per_frame) in enumerate(((ingested, False), (with_frames, True))):
         path = shards.shard_paths(folder)[0]
         assert pq.read_metadata(path).metadata[shards.VERSION_KEY.encode()] == b"4"

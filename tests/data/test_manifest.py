@@ -101,7 +101,7 @@ def test_manifests_agree(clips, tmp_path, kind):
     assert Path(found[0].path).read_bytes() == b"b.mp4"
 
 
-def test_a_line_that_is_not_json_is_counted_and_the_rest_goes_on(clips, tmp_path):
+def test_a_line_that_is_not_json_is_counted_and_left_out(clips, tmp_path):
     table = tmp_path / "m.jsonl"
     table.write_text('{"path": "clips/b.mp4", "caption": "x"}\n{"path": \n\n[1]\n{"path": "clips/d.gif", "caption": "y"}\n')
     assert [problem for _, _, problem in facts(items([table]))] == [None, "bad row", "bad row", None]

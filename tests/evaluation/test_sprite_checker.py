@@ -210,7 +210,7 @@ def test_likeness_is_the_best_correlation_with_a_drawn_picture(background):
 
 
 def test_tolerance_of_a_sprite_place_scales_with_the_frame():
-    """By so much of the frame, not by so many pixels."""
+    """The size of a motion counts as a share of the frame, not in pixels."""
     for scale in (1, 2):
         radius = SPRITE_RADIUS * scale
         thing = SceneObject("sprite", "", "", "still", radius, radius, 30 * scale, 33 * scale, 0, sprite="owl")

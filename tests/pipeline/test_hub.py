@@ -42,7 +42,7 @@ def clip(pipe: VideoPipeline) -> np.ndarray:
     return pipe("a red circle", seed=1, output_type="uint8").frames[0]
 
 
-def test_a_model_is_downloaded_once_and_then_read_from_the_cache(filled: Hub, micro_folder: Path):
+def test_a_model_is_downloaded_once_and_then_cached(filled: Hub, micro_folder: Path):
     whole = clip(VideoPipeline.from_pretrained(micro_folder, device="cpu"))
     np.testing.assert_array_equal(clip(VideoPipeline.from_pretrained(NAME, device="cpu")), whole)
     assert not any("training_state.bin" in line for line in filled.requests)
@@ -52,7 +52,7 @@ def test_a_model_is_downloaded_once_and_then_read_from_the_cache(filled: Hub, mi
     assert not any(line.startswith("GET") and "/resolve/" in line for line in filled.requests)
 
 
-def test_without_a_connection_the_cache_serves_and_else_one_line_says_what_to_do(filled: Hub, monkeypatch, capsys):
+def test_without_a_connection_the_cache_serves(filled: Hub, monkeypatch, capsys):
     folder = local_folder(NAME)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert local_folder(NAME) == folder

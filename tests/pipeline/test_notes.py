@@ -82,7 +82,7 @@ def test_sizes_far_from_the_training_are_said(size, usual, is_far):
     assert note is None or f"{size[1]} x {size[0]}" in note
 
 
-def test_a_picture_that_loses_more_than_those_of_the_training_gets_a_note():
+def test_a_picture_unlike_those_of_training_gets_a_note():
     picture = np.full((8, 8, 3), 100, np.uint8)
     shifted = {2: 42.1, 20: 22.1}  # error of each value -> PSNR in dB
     for error, expected in shifted.items():

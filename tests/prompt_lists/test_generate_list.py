@@ -395,7 +395,7 @@ def test_a_launcher_needs_clips_to_share_and_a_seed(generate, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a launcher started 2 processes for one clip" in generate("--prompt", "x")[2][0]
     assert "several processes need one --seed" in generate("--prompt", "x", "--num-videos-per-prompt", 4)[2][0]
-    assert generate("--prompt", "x", "--local_rank=0")[0] == 2  # deepspeed's own argument is no mistake of its own
+    assert generate("--prompt", "x", "--local_rank=0")[0] == 2  # not because of --local_rank, which deepspeed adds
 
 
 def test_a_second_process_on_the_same_share_is_refused(generate):

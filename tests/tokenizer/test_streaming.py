@@ -106,7 +106,7 @@ def test_how_a_clip_is_cut_does_not_change_one_bit(models):
 
 
 @torch.inference_mode()
-def test_iterators_give_each_latent_frame_as_soon_as_it_is_whole(models):
+def test_iterators_give_each_latent_frame_when_it_is_whole(models):
     model = models["shipped", None]
     video = clip(13, 2 * model.spatial_compression)
     taken = 0

@@ -57,7 +57,7 @@ def test_curriculum_spreads_short_steps_among_those_of_clips():
     assert only.shapes == {only(0)} == {replace(VIDEO, first_frames=5)}
 
 
-def test_every_sample_of_a_run_has_its_own_number_and_randomness():
+def test_every_sample_has_its_own_number_and_randomness():
     pairs = [(step, position) for step in range(50) for position in range(20)]
     assert len({sample_index(*pair) for pair in pairs}) == len(pairs)
     draws = {
@@ -78,7 +78,7 @@ def test_prefetched_keeps_order(workers: int, depth: int, steps: int):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_prefetching_raises_at_the_failing_step_and_ends_threads(workers: int):
+def test_prefetching_raises_at_its_step_and_ends_threads(workers: int):
     def make(step: int) -> int:
         if step == 3:
             raise UserError("broken clip")

@@ -318,7 +318,7 @@ def test_a_stage_field_that_an_old_checkpoint_lacks_is_default():
         check(first_frames=5)
 
 
-def test_checkpoints_of_later_versions_and_unreadable_ones_are_never_renamed(tmp_path: Path, monkeypatch):
+def test_later_and_unreadable_checkpoints_are_never_renamed(tmp_path: Path, monkeypatch):
     for step in (10, 20, 30):
         write(tmp_path, step)
     rewrite(checkpoint.checkpoint_folder(tmp_path, 20), format=checkpoint.FORMAT + 1)

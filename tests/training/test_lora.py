@@ -246,7 +246,7 @@ def test_a_text_tokenizer_that_uses_the_models_own_ids(micro_settings, tmp_path:
 
 @pytest.mark.slow
 def test_without_peft(adapter: Path, base: Path, tmp_path: Path):
-    """Everything else works; adapters name the extra."""
+    """Without peft everything but adapters works, and the error for adapters names the extra."""
     code = (
         "import sys; sys.modules['peft'] = None\n"
         "from lumos.cli import main\n"

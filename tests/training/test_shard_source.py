@@ -102,7 +102,7 @@ def test_what_is_held_out_as_a_clip_is_no_training_picture(shard_settings, micro
 
 
 @pytest.mark.slow
-def test_training_from_shards_and_resuming_gives_the_same_losses(shard_settings, tmp_path):
+def test_resumed_training_from_shards_has_the_same_losses(shard_settings, tmp_path):
     def run(name, steps):
         settings = shard_settings(
             data=HALF | {"validation_clips": 3},

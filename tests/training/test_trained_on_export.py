@@ -15,7 +15,7 @@ from lumos.training.loop import train
 
 
 @pytest.mark.slow
-def test_a_training_on_scenes_says_what_they_show_and_the_next_one_keeps_it(micro_settings, tmp_path: Path):
+def test_a_training_on_scenes_says_what_they_show(micro_settings, tmp_path: Path):
     first = train(micro_settings(training={"max_steps": 1}))
     found = read_trained_on(first["export"])
     assert found.is_complete

@@ -81,7 +81,7 @@ def test_the_last_time_leaves_out_what_an_edit_list_hides(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_a_file_with_an_index_is_opened_once_and_its_frames_are_not_counted_one_by_one(tmp_path, name, opened, monkeypatch):
+def test_a_file_with_an_index_is_opened_once(tmp_path, name, opened, monkeypatch):
     path, read = film(tmp_path / name, "libx264", 600), []
     times = AvClip._stamped_times
     monkeypatch.setattr(AvClip, "_stamped_times", lambda self, *at: read.append(times(self, *at)) or read[-1])

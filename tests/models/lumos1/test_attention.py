@@ -156,7 +156,7 @@ def test_model_takes_every_implementation():
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
 
 
-def test_no_attention_tensor_grows_with_the_square_of_the_length():
+def test_no_attention_tensor_is_quadratic_in_the_length():
     """Bytes that autograd keeps for a long clip grow in line with its length."""
 
     def kept(frames):

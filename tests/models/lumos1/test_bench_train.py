@@ -46,7 +46,7 @@ def test_a_form_recomputes_what_it_says(form, layers, kernels, monkeypatch):
     assert (len(ran), counted.attention) == (layers, kernels)
 
 
-def test_all_forms_of_the_model_have_the_same_loss_and_gradients():
+def test_all_forms_have_the_same_loss_and_gradients():
     forms = [form for form in bench.FORMS if form != "llama"]
     assert len(forms) == 4
     first, *others = (bench.prepare(form, "cpu", "float32", **SIZES)() for form in forms)

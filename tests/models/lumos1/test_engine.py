@@ -89,7 +89,7 @@ def test_a_clip_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"history_frames": 1}, {"guidance_interval": (0.0, 0.5)}])
-def test_rows_that_are_too_large_together_go_one_after_the_other(monkeypatch, rows, options):
+def test_rows_too_large_together_go_one_by_one(monkeypatch, rows, options):
     """A forward takes as many rows as its states may take bytes, one at least; the codes are the same."""
     sizes, forward = [], MODEL.model.forward
     args = [prefix([600, 601]), prefix([602]), prefix([603, 604, 605])], [prefix(None)] * 3, [5, 6, 7]
@@ -276,7 +276,7 @@ def test_steps_unmask_on_schedule_and_report():
     assert steps == [(f, s) for f in range(2) for s in range(3)]
 
 
-def test_rows_with_different_numbers_of_given_frames_are_refused():
+def test_rows_with_unequal_given_frames_are_refused():
     with pytest.raises(ValueError, match="different numbers of given frames"):
         Engine(MODEL).prefill([prefix([600]), prefix(None, torch.zeros(1, *GRID, dtype=torch.long))], 60)
 

@@ -57,7 +57,7 @@ sizes = {
 
 @over(seed=st.integers(0, 99), **sizes)
 @settings(max_examples=30, deadline=None)
-def test_the_last_picture_stands_behind_the_first_frame_at_its_own_time(seed, t, h, w, text):
+def test_the_last_picture_has_its_own_time(seed, t, h, w, text):
     """Against the rule written out: the first frame, the number of the last latent frame, its picture, the others."""
     ids, codes, last = sequence(seed, t, h, w, text)
     spans = build_frames(torch.cat([codes, last[None]]), CONFIG)
@@ -123,7 +123,7 @@ def test_grammar_of_the_last_picture(number: int):
     seed=st.integers(0, 99), kind=st.sampled_from(MASK_KINDS), pattern=st.sampled_from(PATTERNS), hide=st.booleans(), **sizes
 )
 @settings(max_examples=60, deadline=None)
-def test_given_frames_are_whole_or_without_codes_and_have_no_loss(seed, kind, pattern, hide, t, h, w, text):
+def test_given_frames_are_whole_or_masked_without_loss(seed, kind, pattern, hide, t, h, w, text):
     """Against a plain loop over the tokens; the other frames have the masks of a clip without given frames."""
     given = Given(pattern, hide)
     if BEGINS[pattern] >= t:

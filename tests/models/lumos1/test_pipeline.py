@@ -318,7 +318,7 @@ def test_a_too_long_negative_prompt_is_refused(micro_folder):
         pipe.resolve(Request.of("x", num_frames=5, negative_prompt="word " * 30))
 
 
-def test_transparency_and_rotation_of_a_picture_are_as_in_a_file(micro_folder, tmp_path):
+def test_alpha_and_rotation_of_a_picture_are_as_in_a_file(micro_folder, tmp_path):
     pipe = LumosPipeline.from_pretrained(micro_folder)
     clear = Image.new("RGBA", (24, 16), (0, 0, 0, 0))
     turned = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype=np.uint8))

@@ -137,7 +137,7 @@ def test_steps_of_one_branch_leave_the_other_as_it_is(model, trace):
         torch.testing.assert_close(engine.denoise(ids[:rows], committing=finished), trace.logits(call)[:rows], **TOLERANCE)
 
 
-def test_guided_states_at_masked_positions_are_the_guided_logits(model, trace):
+def test_guided_states_are_the_guided_logits(model, trace):
     """What a step computes: the head once, of the guided states, where codes are still masked."""
     engine, scale, offsets = Engine(model), trace.settings["guidance_scale"], code_offsets(Frame(0, *trace.grid))
     for call, ids, finished in steps(trace, engine):

@@ -234,7 +234,7 @@ def test_another_prompt_changes_what_comes_after_it_only(monkeypatch):
 @pytest.mark.parametrize(("history", "thinning"), [(None, False), (1, False), (2, False), (1, True), (2, True), (3, True)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning, fused):
-    """The same frames through the engine and through one forward with a dense mask, all positions those of the whole sequence."""
+    """The engine gives the logits of one forward pass over the whole sequence with a dense mask."""
     g = torch.Generator().manual_seed(1)
     frames = build_frames(torch.randint(0, 64, (9, *GRID), generator=g), CONFIG)
     engine, sequence = Engine(MODEL), prefix([600, 601])

@@ -129,7 +129,7 @@ def test_saved_outputs_need_checkpointing():
         build_settings({"generator": "stiv", "model": {"preset": "stiv-nano"}, "saved_outputs": "products"})
 
 
-def test_training_flops_are_three_times_those_of_the_forward_pass():
+def test_training_flops_are_three_forward_passes():
     raw = {"generator": "stiv", "model": {"preset": "stiv-nano"}, "data": {"height": 32, "width": 32, "num_frames": 4}}
     cost = training_cost(build_settings(raw), 7)
     sequence = cost.sequence(4, 32, 32)

@@ -35,7 +35,7 @@ def one_frame(config: StivConfig, batch: int) -> Micro:
     return Micro.default(config, batch, 1, 4, 4)
 
 
-def test_image_weights_with_temporal_patches_act_on_repeated_frames(micro_stiv, micro_stiv_config, stiv_text):
+def test_image_weights_act_on_repeated_frames(micro_stiv, micro_stiv_config, stiv_text):
     image, text = micro_stiv(**PICTURES), stiv_text(2)
     video = StivForVideoGeneration(micro_stiv_config(temporal_patch_size=2)).eval()
     video.load_state_dict(inherited(video, image))

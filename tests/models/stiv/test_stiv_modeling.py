@@ -181,7 +181,7 @@ def test_a_position_scale_of_one_half_puts_place_2k_where_k_was():
     assert halved.flatten(0, 1).equal(spatial_angles(2, 3, 1.0, 1.0, HEAD_DIM, device))
 
 
-def test_rotary_positions_keep_the_norm_and_start_at_the_identity():
+def test_rotary_positions_keep_norms_and_start_as_identity():
     x = torch.randn(3, 5, 2, HEAD_DIM)
     tables = rotary(temporal_angles(5, 1.0, HEAD_DIM, x.device), x.dtype)
     turned = apply_rotary(x, tables)
@@ -200,7 +200,7 @@ def test_patches_are_put_together_again(micro_stiv_config, size):
     assert unpatched(patches(x, config), 2, config).equal(x)
 
 
-def test_permuting_clips_permutes_results_and_a_clip_stands_alone(micro_stiv, stiv_text):
+def test_clips_of_a_batch_do_not_see_each_other(micro_stiv, stiv_text):
     model, text, x = micro_stiv(), stiv_text(3), clip(3, 4, 3, 4, 4)
     t, given, order = torch.tensor([0.1, 0.5, 0.9]), torch.eye(3, 4).bool(), torch.tensor([2, 0, 1])
     whole = model(x, t, *text, given=given).sample
@@ -210,7 +210,7 @@ def test_permuting_clips_permutes_results_and_a_clip_stands_alone(micro_stiv, st
     assert torch.allclose(alone, whole[1:2], atol=1e-5)
 
 
-def test_the_time_of_given_frames_matters_only_if_frames_are_given(micro_stiv, stiv_text):
+def test_given_time_matters_only_with_given_frames(micro_stiv, stiv_text):
     clean, same, text, x = micro_stiv(), micro_stiv(given_time="same"), stiv_text(2), clip(2, 4, 3, 4, 4)
     none, first = torch.zeros(2, 4, dtype=torch.bool), torch.tensor([[True, False, False, False]] * 2)
     assert torch.allclose(clean(x, T, *text, given=none).sample, same(x, T, *text, given=none).sample, atol=1e-6)
@@ -269,7 +269,7 @@ def test_tokens_stay_in_single_precision_under_autocast(micro_stiv, stiv_text):
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
-def test_attention_of_bfloat16_training_on_a_cpu_runs_in_float32(micro_stiv, stiv_text):
+def test_bfloat16_training_on_a_cpu_attends_in_float32(micro_stiv, stiv_text):
     model, text, x, dtypes = micro_stiv(), stiv_text(2), clip(2, 4, 3, 4, 4), set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -216,7 +216,7 @@ def test_a_clip_of_given_frames_only_needs_no_call():
     assert counted.branches == []
 
 
-def test_null_images_agree_at_the_start_and_renoise_ends_at_the_image():
+def test_null_images_start_alike_and_renoise_ends_at_the_image():
     noise, values, state = drawn(1), drawn(2), drawn(1)  # "own" starts as the noise
     renoise, own, constant = (guidance.null_latents(kind, state, values, noise, 0.0) for kind in ("renoise", "own", "noise"))
     assert renoise.equal(noise)
@@ -254,7 +254,7 @@ def test_own_null_frames_are_what_the_null_branch_alone_makes():
     assert still[:, 0].eq(0).all()
 
 
-def test_a_longer_clip_and_another_batch_begin_with_the_same_noise():
+def test_longer_clips_and_other_batches_begin_with_equal_noise():
     def noise(seeds, frames):
         return flow.drawn_noise([torch.Generator().manual_seed(seed) for seed in seeds], frames, 3, 4, 4)
 
@@ -346,7 +346,7 @@ def test_the_scale_of_the_loss_does_not_depend_on_the_pattern():
     assert flow.flow_loss(flow.frame_losses(drawn(1), target, everything), everything) == 0
 
 
-def test_the_masked_loss_is_that_of_kept_values_and_of_the_input():
+def test_the_masked_loss_is_of_kept_values_and_the_input():
     prediction, target, noisy, given = drawn(1), drawn(2), drawn(3), given_mask([{0}, set()], 6)
     keep = torch.tensor([[0, 3], [1, 2]])
     kept = flow.kept_values(keep, 2, 2, 2)

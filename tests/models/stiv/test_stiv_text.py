@@ -26,7 +26,7 @@ def test_prompts_end_with_an_end_mark_and_the_null_text_is_one(micro_stiv_config
     assert found.mask.sum(1).tolist() == [4, 1, 2]
 
 
-def test_a_whole_model_folder_has_the_fingerprint_of_its_text_tokenizer(micro_folder, clip_text, tmp_path):
+def test_a_model_folder_has_the_print_of_its_text_tokenizer(micro_folder, clip_text, tmp_path):
     """Of a model of another generator too: its config.json says nothing of text."""
     of = StivTask.fingerprint_of
     assert of(str(micro_folder), "text") == of(str(micro_folder / "text_tokenizer"), "text")

@@ -309,7 +309,7 @@ def test_generate_needs_words_except_where_pictures_say_all(run, capsys):
     assert list(Path().iterdir()) == []
 
 
-def test_the_demo_makes_a_clip_from_a_picture_with_image_guidance(pipe, files, frames, tmp_path):
+def test_the_demo_guides_by_a_given_picture(pipe, files, frames, tmp_path):
     service = Service(pipe, tmp_path / "root", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
     options = {"image_guidance_scale": 1.5, "keep_given_pixels": True, "num_inference_steps": 1}
     job = service.submit(Job(Request.of("x", image=tmp_path / "first.png", seed=1, **options), owner="me"))

@@ -31,7 +31,7 @@ from tokenizer.resizing import double, same_codes
 
 
 @pytest.mark.slow
-def test_a_short_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path):
+def test_a_short_training_lowers_the_loss(tmp_path):
     metrics = train(small(tmp_path, steps=40, log_every=5, validate_every=20))
     losses = losses_of(tmp_path)
     assert np.mean(losses[-2:]) < 0.7 * losses[0]
@@ -519,7 +519,7 @@ def test_a_frozen_encoder_must_exist_and_have_no_dropout(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_trains_on_a_cpu_and_leaves_whole_weights(tmp_path, monkeypatch):
+def test_half_precision_trains_and_leaves_whole_weights(tmp_path, monkeypatch):
     formats = set()
     decode = VideoTokenizer.decode_latent
 
