@@ -165,7 +165,7 @@ def become(job: dict) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", flags), ("err", flags))):
         os.dup2(os.open(job[name], mode, 0o600), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT, and its children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT, and so do its children
     # What the server has read ahead is not the program's.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.path[:0] = [path for path in job["env"].get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]

@@ -207,7 +207,7 @@ def adapter_bytes(config: LumosConfig, sharding: Sharding, lora: LoraSettings) -
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         width = config.intermediate_size if names == ("down_proj",) else config.hidden_size
         adapted = sum(name in lora.targets for name in names)
-        kept = adapted if sharding.autocast or lora.dropout else min(1, adapted)  # a cast or dropout gives each adapter an input of its own
+        kept = adapted if sharding.autocast or lora.dropout else min(1, adapted)  # a cast or dropout makes inputs anew
         more += (kept - 1) * width * s
         more += adapted * lora.rank * s
         if lora.dropout:
