@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError
 
 SHARE = Path("share", "lumos")
 """Where an installation has the files, below the folder of its scripts and data."""
@@ -44,4 +45,5 @@ def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
         if file.is_file() and ".." not in parts:
             return file
     known = [f"{kind}/{file.stem}" for kind in kinds for file in sorted((folder / kind).glob("*.yaml"))]
-    raise UserError(f"there is no config file {path}; the shipped ones are in configs/: {shown(', '.join(known), 600)[1:-1]}")
+    near = difflib.get_close_matches(name.name, [place.split("/")[1] for place in known], 3) or known[:3]
+    raise UserError(f"there is no config file {path}; the shipped ones are in configs/, for example {', '.join(near)}")

@@ -253,7 +253,7 @@ def test_bench_offers_the_benchmarks_of_all_generators(capsys):
     assert main(["bench", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(target in said for generator in registry.generators().values() for target in generator.benchmarks)
-    assert main(["bench", "toy", "--clips", "3", "--threads", "1", "--json"]) == 0
+    assert main(["bench", "toy", "--toy-clips", "3", "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["toy"] == {"clips": 3}
 
 

@@ -327,4 +327,4 @@ def run(settings, bench):
     from lumos.benchmarks.measure import Report
 
     bench.step()
-    return Report({"clips": settings.clips}, {"seconds": 0.0}, {}, [[["toy"]]])
+    return Report({"clips": settings.toy_clips}, {"seconds": 0.0}, {}, [[["toy"]]])

@@ -17,4 +17,4 @@ class ToyOptions(SamplingOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clips", type=int, default=1)
+    parser.add_argument("--toy-clips", type=int, default=1)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lumos import registry
 from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
 from lumos.errors import UserError
 from lumos.files import read_text
@@ -69,7 +70,10 @@ def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys |
     from lumos.demo.server import listen, serve
     from lumos.demo.service import Service
     from lumos.files import only_writer
+    from lumos.pipeline.hub import local_folder
 
+    if args.model is not None:
+        registry.generator_of(local_folder(args.model))  # a wrong folder is refused before anything is written
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     hosts = Hosts(args.allowed_host, args.host)
     with only_writer(args.root, "server"), listen(args.host, args.port) as listener:

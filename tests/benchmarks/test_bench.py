@@ -91,7 +91,7 @@ def everything(model_folder, forks):
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         deep = ["--teacher", str(model_folder.parent / "deep"), "--keep", "2", "--clips", "2"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro", *deep]
-        code = main(["bench", "all", "--json", *COMMON, *sizes, *shapes, "--output", str(file)])
+        code = main(["bench", "all", *COMMON, *sizes, *shapes, "--output", str(file)])
     assert code == 0
     assert torch.get_num_threads() == threads
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), json.loads(file.read_text())

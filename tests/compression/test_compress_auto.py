@@ -57,7 +57,6 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     assert [row.split()[0] for row in rows] == [model, "small"]
     assert "1.00 x" in rows[0]
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found == json.loads(said[-1])
     whole, small = found["models"]
     for row, folder in ((whole, model), (small, "small")):
         network = VideoPipeline.from_pretrained(folder, device="cpu").model
@@ -105,8 +104,8 @@ def test_auto_does_all_four_steps_and_resumes(folders, run, tmp_path, monkeypatc
     made = {name: (out / name).stat().st_mtime_ns for name in ("scores.json", "pruned", "distill/export", "distill.yaml")}
     said, _ = run(*auto(folders[generator]))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made
-    summary = json.loads(said[-1])
-    assert summary == json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    assert any("is the smaller model" in line for line in said)
     assert summary["predicted_speedup"] >= 1.3
     assert [row["model"] for row in summary["models"]] == [folders[generator], "out/pruned", "out/distill/export"]
     assert summary["models"][0]["parameters"] > summary["models"][1]["parameters"] == summary["models"][2]["parameters"]

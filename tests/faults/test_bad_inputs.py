@@ -82,7 +82,7 @@ def inputs(micro_folder, tmp_path_factory) -> Path:
 
 
 ROWS = [
-    ("nothing", 2, "unknown verb 'nothing'; known verbs: generate, demo, render, ingest, inspect, plan, train, export,"),
+    ("nothing", 2, "unknown verb 'nothing'; known verbs: generate, info, demo, serve, render, ingest, inspect, plan,"),
     ("generate", 2, "one of the arguments --prompt --prompts is required; `lumos generate --help` lists the options"),
     ("generate --model nowhere --prompt x", 2, "there is no model folder nowhere; give the folder of a saved or released model"),
     (
@@ -422,6 +422,8 @@ ROWS = [
     ("experiment {inputs}/bomb.yaml", 2, "{inputs}/bomb.yaml is not valid YAML here: it stands for more than 1,048,576"),
     ("experiment {inputs}/variants.yaml", 2, "variant"),
     ("experiment {inputs}/list.yaml --parallel 100000", 2, "--parallel 100000 is not allowed; give at most 1,024"),
+    ("info {inputs}/nowhere", 2, "there is no model folder {inputs}/nowhere"),
+    ("serve --model {inputs}/nowhere", 2, "there is no model folder {inputs}/nowhere"),
     ("bench", 2, "the following arguments are required: TARGET; `lumos bench --help` lists the options"),
     ("bench loss --hidden-size 1000000000 --vocab-size 1000000000", 2, "a head of 1,000,000,000 rows and 1,000,000,000 channels"),
     ("bench train --tokens 1000000000000", 2, "--tokens 1,000,000,000,000 is not allowed; give 1 to 16,777,216"),

@@ -245,7 +245,7 @@ def test_not_finite_stops_before_the_update(micro_settings, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path: Path, monkeypatch, capsys):
+def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path: Path, monkeypatch, caplog):
     """Two are allowed; the count is kept in checkpoints; weights, averages and AdamW do not move in them."""
     training = {"max_steps": 8, "save_every_steps": 1, "keep_last": 9, "skip_not_finite": 2, "ema_decay": 0.9, "log_every": 2}
     spoil_steps(monkeypatch, {1, 3, 4}, "loss")
@@ -261,7 +261,7 @@ def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path:
     assert [(s["updates"], s["skipped"]) for s in (first, second, third)] == [(0, 1), (1, 1), (1, 2)]
     before, after = (load_file(checkpoint.tensor_file(folder, 0)) for folder in folders[1:])
     assert all(torch.equal(before[key], after[key]) for key in before if "/" in key)
-    assert "step 3: the loss is inf; update left out, 2 of 2 allowed" in capsys.readouterr().err
+    assert "step 3: the loss is inf; update left out, 2 of 2 allowed" in caplog.text
     train(micro_settings(training={**training, "skip_not_finite": 3}))
     assert sorted(read_log(tmp_path / "run")) == [2, 6, 8]
 
@@ -366,11 +366,13 @@ def test_a_run_does_not_go_on_with_another_tokenizer(micro_settings, micro_token
         train(settings)
 
 
-def test_a_resume_prints_changed_settings(micro_settings, tmp_path: Path, capsys):
+def test_a_resume_prints_changed_settings(micro_settings, tmp_path: Path, caplog):
+    caplog.set_level("INFO", "lumos")
     train(micro_settings(training={"max_steps": 1}))
-    assert f"checkpoints, log and export go to {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"checkpoints, log and export go to {tmp_path / 'run'}" in caplog.text
+    caplog.clear()
     train(micro_settings(training={"max_steps": 2, "lr": 1e-3, "ema_decay": 0.9}))
-    said = capsys.readouterr().err
+    said = caplog.text
     for change in ("max_steps was 1, now 2", "lr was 0.003, now 0.001", "ema_decay was 0.0, now 0.9"):
         assert f"changed since that checkpoint: training.{change}" in said
     assert said.count("changed since") == 3

@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_saves(monkeypatch, half, kind, on_gpu):
 def live_bytes() -> int:
     """Return the bytes of all tensors that Python holds."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
