@@ -45,5 +45,6 @@ def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
         if file.is_file() and ".." not in parts:
             return file
     known = [f"{kind}/{file.stem}" for kind in kinds for file in sorted((folder / kind).glob("*.yaml"))]
-    near = difflib.get_close_matches(name.name, [place.split("/")[1] for place in known], 3) or known[:3]
+    stems = difflib.get_close_matches(name.name, {Path(place).name for place in known}, 3)
+    near = [place for place in known if Path(place).name in stems][:5] or known[:3]
     raise UserError(f"there is no config file {path}; the shipped ones are in configs/, for example {', '.join(near)}")

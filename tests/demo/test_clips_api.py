@@ -558,6 +558,8 @@ def address(service):
         server = Server(uvicorn.Config(build_app(service, None, Hosts()), log_level="warning", ws="none"), service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
