@@ -116,8 +116,8 @@ class PrunableDecoder:
                     state |= {f"{prefix}{after}.{name.removeprefix(f'{prefix}{before}.')}": tensor
                               for name, tensor in old.items() if name.startswith(f"{prefix}{before}.")}  # fmt: skip
         if "idle" in names:
-            changes["decoder_idle"] = False
-            state = {name: tensor for name, tensor in state.items() if name not in self.units("idle")["idle"]}
+            changes["decoder_idle"], idle = False, set(self.units("idle")["idle"])
+            state = {name: tensor for name, tensor in state.items() if name not in idle}
         if tuple(counts) != self.config.decoder_blocks:
             changes["decoder_num_res_blocks"] = tuple(counts)
         return self._rebuilt(changes, state)
