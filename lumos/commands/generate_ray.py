@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from lumos.commands.generate_list import Share, make_share
+from lumos.data.ingest.ray_executor import connect_to_ray
 from lumos.errors import RunError, UserError, printable, reason_of
 
 ATTEMPTS = 3  # how often Ray starts a task anew whose process or node has died
@@ -35,12 +36,7 @@ def make_on_ray(args: argparse.Namespace) -> Share:
     if args.device not in DEVICES:
         allowed = "which assigns the GPUs; allowed: auto, cpu, cuda"
         raise UserError(f"device '{args.device}' is not allowed with --engine ray, {allowed}")
-    own = not ray.is_initialized()
-    if own:
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except OSError as error:
-            raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
+    own = connect_to_ray(ray)
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         if args.device == "cuda" and not gpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
@@ -37,9 +38,9 @@ class HasOffload:
         self.offload_device = found
         return self
 
+    @abstractmethod
     def networks(self) -> Sequence[nn.Module]:
         """Return all networks of the pipeline."""
-        raise NotImplementedError
 
     @contextmanager
     def stage(self, *parts: nn.Module) -> Iterator[None]:

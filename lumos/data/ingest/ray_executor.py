@@ -57,12 +57,7 @@ class RayExecutor:
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         ray = _ray()
-        own = not ray.is_initialized()
-        if own:
-            try:
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except OSError as error:
-                raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
+        own = connect_to_ray(ray)
         item = None
         try:
             while some := list(islice(todo, ITEMS_A_WORKER * self.workers)):
@@ -148,6 +143,20 @@ def from_text(text: str) -> Result:
                 packed, *shape = row[name]
                 row[name] = np.frombuffer(base64.b64decode(packed), "<u2").astype(np.uint16).reshape(shape)
     return fields["rows"]
+
+
+def connect_to_ray(ray: ModuleType) -> bool:
+    """Connect to the Ray cluster, or start one on this machine, unless this process has one; return whether it was done now.
+
+    Whoever connects calls ray.shutdown. Raise RunError if the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except OSError as error:
+        raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
+    return True
 
 
 def _ray() -> ModuleType:
