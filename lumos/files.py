@@ -33,7 +33,7 @@ from lumos.durable import (
     temporary_name,
 )
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError, shown
-from lumos.locks import LOCK, Busy, Lock
+from lumos.locks import LOCK, Lock, LockHeld
 
 CONFIG = "config.json"
 MAX_DOCUMENT_BYTES = 2**28  # for a JSON or text file
@@ -158,7 +158,7 @@ def only_writer(folder: str | Path, what: str) -> Iterator[None]:
     try:
         make_folder(folder)
         lock = Lock(folder)
-    except Busy as busy:
+    except LockHeld as busy:
         raise RunError(f"another {what} is writing into {folder}{busy}; wait for it, stop it, or use another folder") from busy
     except OSError as error:
         why = f"{LOCK} in it is a link" if error.errno == errno.ELOOP else _reason(error)

@@ -37,14 +37,14 @@ A process writes its name into the file right after it has created it.
 _held: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
 
 
-class Busy(Exception):
+class LockHeld(Exception):
     """Another process holds the lock. The message says which one, if that is known, and is else empty."""
 
 
 class Lock:
     """A lock that is held from its construction to `release`.
 
-    Raises Busy if another process holds it, OSError if the folder cannot be locked.
+    Raises LockHeld if another process holds it, OSError if the folder cannot be locked.
     """
 
     def __init__(self, folder: Path):
@@ -81,12 +81,12 @@ def _lock_file(folder: Path) -> IO[bytes] | None:
         except OSError as error:
             file.close()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Busy("") from error
+                raise LockHeld("") from error
             if error.errno in NO_LOCKS and stat.S_ISREG(path.lstat().st_mode):
                 return None
             raise
         file.close()  # the file was replaced between open and lock; try again with the new one
-    raise Busy("")
+    raise LockHeld("")
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
@@ -109,11 +109,11 @@ def _own_by_name(path: Path) -> Path:
         sync_file(path)
         sync_folder(path.parent)
         return path
-    raise Busy("")
+    raise LockHeld("")
 
 
 def _check_gone(path: Path) -> None:
-    """Remove the `.lock-owner` of a process that no longer runs. Raises Busy if the process may still run."""
+    """Remove the `.lock-owner` of a process that no longer runs. Raises LockHeld if the process may still run."""
     try:
         text = path.read_bytes()
         age = time.time() - path.lstat().st_mtime
@@ -126,7 +126,7 @@ def _check_gone(path: Path) -> None:
         alive, who = age < UNREADABLE_AFTER, "a process"
     if alive is not False:
         doubt = "" if alive else f"; if that process is gone, delete {path}"
-        raise Busy(f" ({who}, as {path.name} says: this file system has no locks{doubt})")
+        raise LockHeld(f" ({who}, as {path.name} says: this file system has no locks{doubt})")
     gone = temporary_name(path)
     try:
         os.rename(path, gone)
@@ -134,7 +134,7 @@ def _check_gone(path: Path) -> None:
         return
     if gone.read_bytes() != text:  # another process has taken the lock since, and this is its file
         os.rename(gone, path)
-        raise Busy("")
+        raise LockHeld("")
     remove(gone)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +47,16 @@ def test_tokenizer_imports_errors_and_files_only(graph):
 def test_nothing_imports_the_commands(graph):
     others = [m for m in graph.modules if not m.startswith("lumos.commands")]
     assert {m for m in others for i in graph.find_modules_directly_imported_by(m) if i.startswith("lumos.commands")} == set()
+
+
+def test_public_classes_have_different_names(repo):
+    """A class is found by its name alone: no name stands for two classes, nested ones included."""
+    places = defaultdict(list)
+    for path in (file for package in ("lumos", "tokenizer") for file in (repo / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(f"{path.relative_to(repo)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_importing_the_package_loads_no_torch(repo):

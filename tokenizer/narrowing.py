@@ -36,7 +36,7 @@ def check_narrower(sizes: Mapping[str, int], width: Mapping[str, int]) -> None:
             raise UserError(f"{name} {shown(size)} is not allowed; give a whole number from 1 to {width[name] - 1}")
 
 
-class Group:
+class ChannelGroup:
     """Channels that several layers share, of which `count` stay."""
 
     def __init__(self, count: int):
@@ -56,9 +56,10 @@ class Walk:
 
     def __init__(self, decoder: Any, state: Mapping[str, Tensor], widths: Sequence[int]):
         self.state = state
-        self.convolutions: list[tuple[str, Group | None, Group | None]] = []  # prefix, channels read and written; None: all stay
-        self.norms: list[tuple[str, Group]] = []
-        stream = Group(widths[-1])
+        # prefix, channels read and written; None: all stay
+        self.convolutions: list[tuple[str, ChannelGroup | None, ChannelGroup | None]] = []
+        self.norms: list[tuple[str, ChannelGroup]] = []
+        stream = ChannelGroup(widths[-1])
         self.conv("conv_in", None, stream)
         if hasattr(decoder, "mid"):
             self.block("mid.block_1", stream, stream)
@@ -68,7 +69,7 @@ class Walk:
             for j in range(len(level.block)):
                 before = stream
                 if f"up.{i}.block.{j}.nin_shortcut.conv3d.weight" in state:
-                    stream = Group(widths[i])
+                    stream = ChannelGroup(widths[i])
                 self.block(f"up.{i}.block.{j}", before, stream)
                 if len(level.attn):
                     self.attention(f"up.{i}.attn.{j}", stream)
@@ -77,41 +78,41 @@ class Walk:
         self.norms.append(("norm_out", stream))
         self.conv("conv_out", stream, None)
 
-    def conv(self, prefix: str, read: Group | None, written: Group | None) -> None:
+    def conv(self, prefix: str, read: ChannelGroup | None, written: ChannelGroup | None) -> None:
         """Add a convolution, or a spatial and a temporal one behind each other."""
         if f"{prefix}.1.conv3d.weight" not in self.state:
             self.point(prefix, read, written)
             return
-        inner = None if written is None else Group(written.count)
+        inner = None if written is None else ChannelGroup(written.count)
         self.point(f"{prefix}.0", read, inner)
         self.point(f"{prefix}.1", inner, written)
 
-    def point(self, prefix: str, read: Group | None, written: Group | None) -> None:
+    def point(self, prefix: str, read: ChannelGroup | None, written: ChannelGroup | None) -> None:
         """Add a single convolution, if the network has it."""
         if f"{prefix}.conv3d.weight" in self.state:
             self.convolutions.append((prefix, read, written))
             if written is not None:
                 written.writers.append(self.state[f"{prefix}.conv3d.weight"])
 
-    def block(self, prefix: str, read: Group, written: Group) -> None:
-        inner = Group(written.count)
+    def block(self, prefix: str, read: ChannelGroup, written: ChannelGroup) -> None:
+        inner = ChannelGroup(written.count)
         self.norms += [(f"{prefix}.norm1", read), (f"{prefix}.norm2", inner)]
         self.conv(f"{prefix}.conv1", read, inner)
         self.conv(f"{prefix}.conv2", inner, written)
         self.point(f"{prefix}.nin_shortcut", read, written)
 
-    def attention(self, prefix: str, stream: Group) -> None:
+    def attention(self, prefix: str, stream: ChannelGroup) -> None:
         for part in (f"{prefix}.0", f"{prefix}.1"):
-            compared, passed = Group(stream.count), Group(stream.count)
+            compared, passed = ChannelGroup(stream.count), ChannelGroup(stream.count)
             self.norms.append((f"{part}.norm", stream))
             for name, read, written in (
                 ("q", stream, compared), ("k", stream, compared), ("v", stream, passed), ("proj_out", passed, stream),
             ):  # fmt: skip
                 self.point(f"{part}.{name}", read, written)
 
-    def sampler(self, prefix: str, sampler: Any, stream: Group, width: int) -> Group:
+    def sampler(self, prefix: str, sampler: Any, stream: ChannelGroup, width: int) -> ChannelGroup:
         """Add a sampler, and return the group behind it. An idle one writes nothing that anything reads."""
-        behind = Group(width)
+        behind = ChannelGroup(width)
         idle = not (sampler.spatial or sampler.temporal)
         for name, written in (("conv1", stream), ("conv2", stream), ("conv3", behind)):
             self.point(f"{prefix}.{name}", stream, behind if idle else written)
@@ -119,9 +120,9 @@ class Walk:
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return the weights with the channels that stay."""
-        kept: dict[Group, Tensor] = {}
+        kept: dict[ChannelGroup, Tensor] = {}
 
-        def cut(tensor: Tensor, axis: int, group: Group | None) -> Tensor:
+        def cut(tensor: Tensor, axis: int, group: ChannelGroup | None) -> Tensor:
             if group is None:
                 return tensor
             if group not in kept:

@@ -62,7 +62,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x, past), past), past)
 
 
-class Level(nn.Module):
+class ResolutionLevel(nn.Module):
     """The residual blocks of one resolution, each followed by attention if `attention` is set.
 
     The encoder and the decoder add a sampler to it, as `downsample` or `upsample`.
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         for index, (wanted_attention, sampler) in enumerate(
             zip(config.attention_levels(), config.encoder_samplers(), strict=True)
         ):
-            level = Level(widths[index], widths[index + 1], config.num_res_blocks, wanted_attention, config)
+            level = ResolutionLevel(widths[index], widths[index + 1], config.num_res_blocks, wanted_attention, config)
             if sampler is not None:
                 level.downsample = layers.downsample(widths[index + 1], sampler, config.unused_samplers)
             self.down.append(level)
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         for index, (wanted_attention, sampler) in enumerate(
             zip(config.attention_levels(len(widths)), config.decoder_samplers(), strict=True)
         ):
-            level = Level(inner[index], widths[index], config.decoder_blocks[index], wanted_attention, config)
+            level = ResolutionLevel(inner[index], widths[index], config.decoder_blocks[index], wanted_attention, config)
             if sampler is not None:
                 level.upsample = layers.upsample(widths[index], sampler, config.unused_samplers and config.decoder_idle)
             self.up.append(level)

@@ -41,7 +41,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Attention(Product):
+class AttentionProduct(Product):
     """The FLOPs that the part `part` of a network spends in attention: `batch` heads of m queries and n keys of k channels.
 
     A head has two products: [m, k] x [k, n], queries by keys, and [m, n] x [n, k], weights by values.
@@ -75,12 +75,12 @@ class ProductRecorder(TorchDispatchMode):
 
 
 def recorded_products(step: Callable[[], Any]) -> list[Product]:
-    """Return the matrix products of one call of `step`, those of one shape as one `Product`, and attention as `Attention`."""
+    """Return the matrix products of one call of `step`: one `Product` for each shape, an `AttentionProduct` for attention."""
     with torch.no_grad(), ProductRecorder() as recorder:
         step()
     found = []
     for (name, batch, m, k, n), count in recorder.counts.items():
-        kind, flops = (Attention, 4.0) if name == "attention" else (Product, 2.0)
+        kind, flops = (AttentionProduct, 4.0) if name == "attention" else (Product, 2.0)
         found.append(kind(f"{name} {count} x [{batch} x {m} x {k} x {n}]", flops * count * batch * m * k * n, batch, m, k, n))
     return found
 
@@ -112,7 +112,7 @@ def product_gflops(product: Product, device: str, dtype: torch.dtype) -> float:
     """
     batch, m, k, n = product.batch, product.m, product.k, product.n
     flops = 2 * batch * m * k * n
-    if isinstance(product, Attention):
+    if isinstance(product, AttentionProduct):
         q, keys, values = (torch.rand(1, batch, length, k, device=device).to(dtype) for length in (m, n, n))
         fused = 2 * flops / fastest(lambda: F.scaled_dot_product_attention(q, keys, values), device) / 1e9
         scores, weighted = Product("scores", flops, batch, m, k, n), Product("values", flops, batch, m, n, k)

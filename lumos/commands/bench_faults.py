@@ -204,7 +204,7 @@ def kill_at_file_call(number: int) -> None:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RunKind:
     """A kind of run.
 
     make     `make(folder, out)` starts or continues a run that writes into `out`
@@ -324,7 +324,7 @@ def _left_over(out: Path) -> list[str]:
 
 
 KINDS = {
-    "training": Kind(train, compare_training),
-    "ingest": Kind(ingest_clips, compare_ingest),
-    "list": Kind(make_list, compare_list),
+    "training": RunKind(train, compare_training),
+    "ingest": RunKind(ingest_clips, compare_ingest),
+    "list": RunKind(make_list, compare_list),
 }

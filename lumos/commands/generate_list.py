@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumos.pipeline.base import VideoPipeline
-    from lumos.prompt_lists.clips import Clip
-    from lumos.prompt_lists.rows import Row
+    from lumos.prompt_lists.clips import ListedClip
+    from lumos.prompt_lists.rows import PromptRow
 
 BATCH_SIZE, SEED, OUTPUT_DIR = 4, 0, "outputs"
 MAX_WORKERS = 10_000
@@ -115,11 +115,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("several processes need one --seed to agree on; give it")
 
 
-def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], int]:
+def requested_rows(args: argparse.Namespace) -> tuple[list[PromptRow], dict[str, Any], int]:
     """Return (rows, options for rows without their own value, seed to which each row adds its number)."""
     from lumos.pipeline.inputs import check_prompt, whole_seed
     from lumos.pipeline.request import needs_words
-    from lumos.prompt_lists.rows import Row, read_rows
+    from lumos.prompt_lists.rows import PromptRow, read_rows
 
     defaults = given_arguments(args)
     for name in ("num_videos_per_prompt", "prompt_frames"):
@@ -129,7 +129,7 @@ def requested_rows(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any],
     for prompt in args.prompt:
         check_prompt(prompt, needs_words(args.interpolate, args.views))
     defaults["seed"] = args.seed[0] if len(args.seed or ()) == 1 else args.seed
-    return [Row(0, 0, {"prompt": args.prompt})], defaults, SEED
+    return [PromptRow(0, 0, {"prompt": args.prompt})], defaults, SEED
 
 
 def where(args: argparse.Namespace, line: int) -> str:
@@ -137,8 +137,8 @@ def where(args: argparse.Namespace, line: int) -> str:
 
 
 def check_rows(
-    args: argparse.Namespace, pipe: VideoPipeline, model: str, rows: list[Row], defaults: dict[str, Any], seed: int, out: Path
-) -> tuple[list[Clip], dict[int, str], list[tuple[int, str]]]:
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, rows: list[PromptRow], defaults: dict[str, Any], seed: int, out: Path
+) -> tuple[list[ListedClip], dict[int, str], list[tuple[int, str]]]:
     """Check all rows before a clip is made.
 
     Returns (clips of the good rows, message for each bad row by its line, notes as (line, text)).
@@ -191,7 +191,7 @@ def check_rows(
 
 
 def make_clips(
-    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[Clip], shard: tuple[int, int], out: Path,
+    args: argparse.Namespace, pipe: VideoPipeline, model: str, clips: list[ListedClip], shard: tuple[int, int], out: Path,
     notes: list[tuple[int, str]], bars: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """Make the missing clips of this process's share; return the number of clips made and of clips that failed.
@@ -204,7 +204,7 @@ def make_clips(
     from lumos.prompt_lists.results import check_made, render
     from lumos.video.io import write_frames
 
-    def describe(clip: Clip) -> dict[str, Any]:
+    def describe(clip: ListedClip) -> dict[str, Any]:
         about = metadata(args, model, clip.prompt, clip.seed)
         begins_with = {key: clip.given.get(key) for key in ("image", "video")}
         begins_with |= {key: clip.given[key] for key in ("last_image",) if key in clip.given}
@@ -212,14 +212,14 @@ def make_clips(
         said = [text for line, text in notes if line == clip.line]
         return {**about, "output": str(out / clip.file), **begins_with, **run, **clip.inputs, "notes": said}
 
-    def make(batch: list[Clip]) -> list[tuple[Tensor, Any]]:
+    def make(batch: list[ListedClip]) -> list[tuple[Tensor, Any]]:
         return make_latents(pipe, batch, on_step)
 
     def on_step(frame: int, frames: int, step: int, steps: int) -> None:
         bar.set_postfix_str(f"frame {frame + 1}/{frames}", refresh=False)
         bar.update(0)
 
-    def save(path: Path, clip: Clip, made: tuple[Tensor, Any]) -> None:
+    def save(path: Path, clip: ListedClip, made: tuple[Tensor, Any]) -> None:
         write_frames(path, pipe.decode(*made), clip.form.clip.fps, metadata(args, model, clip.prompt, clip.seed))
 
     started, made, failed = time.perf_counter(), 0, set()

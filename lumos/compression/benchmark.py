@@ -51,7 +51,7 @@ STEP = 1  # of the run: icd has not fallen to 0
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompressionBenchmarkSettings:
     """The settings of the benchmark of compression.
 
     teacher  model folder
@@ -66,22 +66,22 @@ class Settings:
     parts: tuple[str, ...]
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> CompressionBenchmarkSettings:
     teacher = args.teacher or str(shipped_model())
     units = list(GeneratorNetwork(teacher).on_meta().units())
     keep = max(2, round(0.75 * len(units))) if args.keep is None else args.keep
     check_keep(units, keep, 2, ends=False)
     if not 1 <= args.clips <= 4096:
         raise UserError(f"--clips {args.clips} is not allowed; give 1 to 4096")
-    return Settings(teacher, keep, args.clips, tuple(dict.fromkeys(args.of_compression)))
+    return CompressionBenchmarkSettings(teacher, keep, args.clips, tuple(dict.fromkeys(args.of_compression)))
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: CompressionBenchmarkSettings, bench: Bench) -> int:
     of_parts = {"scoring": 2 * bench.repetitions, "steps": len(FORMS) * bench.repetitions, "memory": len(FORMS) + 1}
     return sum(of_parts[part] for part in settings.parts)
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: CompressionBenchmarkSettings, bench: Bench) -> Report:
     measured: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     tables = []
@@ -110,7 +110,7 @@ def run(settings: Settings, bench: Bench) -> Report:
 
 
 @contextmanager
-def student_of(settings: Settings) -> Iterator[str]:
+def student_of(settings: CompressionBenchmarkSettings) -> Iterator[str]:
     """Give the folder of a student with evenly spaced layers of the teacher, within the block."""
     network = GeneratorNetwork(settings.teacher)
     removed = removed_by("spaced", list(network.on_meta().units()), settings.keep)
@@ -170,7 +170,7 @@ def scoring_steps(teacher: str, clips: int, device: str, dtype: str) -> dict[str
     return {WHOLE: forwards, SCORES: scores}
 
 
-def run_scoring(settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
+def run_scoring(settings: CompressionBenchmarkSettings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
     """Measure scoring and return (figures, ratios, table)."""
     return_freed_memory(torch.device(bench.device))
     forms = scoring_steps(settings.teacher, settings.clips, **bench.place)
@@ -217,7 +217,7 @@ def prepare_step(form: str, student: str, teacher: str, clips: int, device: str,
     return step
 
 
-def times_of_steps(settings: Settings, student: str, bench: Bench) -> dict[str, float]:
+def times_of_steps(settings: CompressionBenchmarkSettings, student: str, bench: Bench) -> dict[str, float]:
     """Return the fastest seconds of a step of each form."""
     return_freed_memory(torch.device(bench.device))
     forms = {form: prepare_step(form, student, settings.teacher, settings.clips, **bench.place) for form in FORMS}
@@ -233,7 +233,7 @@ def extra_memory(of: str, **arguments: Any) -> int:
     return extra_peak_bytes({"prepare_step": prepare_step, "prepare_scoring": prepare_scoring}[of], arguments, {"clips": 1})
 
 
-def memory_of(settings: Settings, student: str, bench: Bench) -> dict[str, int]:
+def memory_of(settings: CompressionBenchmarkSettings, student: str, bench: Bench) -> dict[str, int]:
     """Return the peak memory of each form in bytes, each in its own process."""
     common = {"teacher": settings.teacher, "clips": settings.clips, **bench.place}
     calls = {form: {"of": "prepare_step", "form": form, "student": student, **common} for form in FORMS}

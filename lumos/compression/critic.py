@@ -45,7 +45,7 @@ def critic_taps(blocks: int, count: int = 4) -> list[int]:
     return [math.ceil((i + 1) * half / count) - 1 for i in range(count)]
 
 
-class Head(nn.Module):
+class CriticHead(nn.Module):
     """Convolution, GroupNorm, LeakyReLU, and a score of each place; the condition is projected on the normed features."""
 
     def __init__(self, convolution: nn.Module, width: int):
@@ -75,8 +75,8 @@ class Critic(nn.Module):
 
     def __init__(self, channels: Sequence[int], pooled: int, width: int = 64):
         super().__init__()
-        self.spatial = nn.ModuleList(Head(nn.Conv2d(count, width, 3), width) for count in channels)
-        self.temporal = nn.ModuleList(Head(nn.Conv1d(count, width, 3), width) for count in channels)
+        self.spatial = nn.ModuleList(CriticHead(nn.Conv2d(count, width, 3), width) for count in channels)
+        self.temporal = nn.ModuleList(CriticHead(nn.Conv1d(count, width, 3), width) for count in channels)
         self.pooled_norm = nn.LayerNorm(pooled, elementwise_affine=False)
         self.condition = nn.Sequential(nn.Linear(SINUSOIDS + pooled, width), nn.SiLU(), nn.Linear(width, width))
 

@@ -26,7 +26,7 @@ OWN = ("self", "sample", "hidden_states", "timestep", "encoder_hidden_states", "
 
 
 @dataclass(frozen=True)
-class Calls:
+class NetworkCalls:
     """The calls of networks of one class.
 
     name    the class of diffusers; for a pruned class of `lumos.compression.unets` the one that it was made of
@@ -37,7 +37,7 @@ class Calls:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Calls:
+    def of(cls, config: Mapping[str, Any]) -> NetworkCalls:
         """Return the calls of the network with this config.json."""
         return cls(config["_class_name"].removeprefix(unets.PREFIX), config)
 

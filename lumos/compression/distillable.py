@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """What a network computed from a micro-batch of B clips with N losses.
 
     clips       int64 [N], the clip of each loss
@@ -140,18 +140,18 @@ class Distillable(ABC):
         """Return the draws for the clips at `positions` of a step. `prepared` is what the task's `prepare` returned."""
 
     @abstractmethod
-    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> ForwardPass:
         """Run a network on a micro-batch. taps: the numbers, ascending, of the blocks whose features are returned."""
 
     @abstractmethod
-    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+    def losses(self, student: ForwardPass, teacher: ForwardPass | None, task: float, kd: float) -> Losses:
         """Return `task` times the task's own losses plus `kd` times the distances of two predictions.
 
         Memory beyond the predictions is bounded. Without a teacher there are no distances.
         """
 
     @abstractmethod
-    def judged(self, teacher: nn.Module, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+    def judged(self, teacher: nn.Module, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         """Return the teacher's features of a network's one-step result after re-noising.
 
         The one-step result is the clean clip that follows from one prediction. Gradients reach the prediction.

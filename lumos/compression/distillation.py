@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lumos import registry
 from lumos.compression.critic import Critic, critic_losses, generator_losses, with_penalty
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Pass, in_order
+from lumos.compression.distillable import LEVEL, Distillable, Draws, ForwardPass, in_order
 from lumos.compression.losses import icd_by_clip, motion_by_clip
 from lumos.compression.record import RECORD, read_record
 from lumos.compression.settings import DistillSettings
@@ -194,7 +194,7 @@ class DistillationTask(TrainingTask):
             self._add(mca_loss=mca)
         return total, student.places
 
-    def _judge(self, student: Pass, teacher: Pass, micro: dict[str, Any], counts: bool) -> Tensor:
+    def _judge(self, student: ForwardPass, teacher: ForwardPass, micro: dict[str, Any], counts: bool) -> Tensor:
         """Return the student's adversarial loss of each clip, [B], and keep what the critic sees for its own losses."""
         judged = []
         for passed, graded in ((teacher, False), (student, counts)):
@@ -280,7 +280,7 @@ class DistillationTask(TrainingTask):
         return self.inner.preview(weights)
 
 
-def compared(student: Pass, teacher: Pass, loss: Any) -> Tensor:
+def compared(student: ForwardPass, teacher: ForwardPass, loss: Any) -> Tensor:
     """Return loss(features of the student, of the teacher) of each clip, [B], for features [B', T, n, C] of one layer each."""
     return in_order([
         (ours.at, loss(*([x.flatten(2, 3) for x in side.blocks] for side in (ours, theirs))))

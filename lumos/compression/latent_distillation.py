@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lumos.compression.critic import critic_taps, time_of_noise
-from lumos.compression.diffusers_calls import Calls
+from lumos.compression.diffusers_calls import NetworkCalls
 from lumos.compression.diffusers_folder import CONFIG, read_config, weight_files
 from lumos.compression.diffusers_models import SUPPORTED, load
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, in_order
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, ForwardPass, Judged, Losses, bare, in_order
 from lumos.compression.distillation import DistillationTask
 from lumos.compression.features import tapped
 from lumos.compression.latent_folder import TEXT
-from lumos.compression.latent_settings import LatentSettings
-from lumos.compression.latent_task import COUNTS, NOISE, Group, LatentTask, Unencoded, squared
+from lumos.compression.latent_settings import LatentDistillationSettings
+from lumos.compression.latent_task import COUNTS, NOISE, ClipGroup, LatentTask, Unencoded, squared
 from lumos.compression.noising import with_noise
 from lumos.compression.recovery import taps as taps_of
 from lumos.data.seeding import sample_generator
@@ -37,12 +37,12 @@ MEAN, STD = -1.0, 1.0
 """Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
 
 
-def distill_latents(settings: LatentSettings) -> dict[str, Any]:
+def distill_latents(settings: LatentDistillationSettings) -> dict[str, Any]:
     """Train a pruned model of diffusers with its teacher; returns the summary of `lumos.training.loop.train`."""
     return train(settings, make_latent_task)
 
 
-def make_latent_task(settings: LatentSettings, device: torch.device) -> DistillationTask:
+def make_latent_task(settings: LatentDistillationSettings, device: torch.device) -> DistillationTask:
     """Return the task of a run."""
     inner = LatentTask(settings, device)
     asked = settings.distill
@@ -50,10 +50,10 @@ def make_latent_task(settings: LatentSettings, device: torch.device) -> Distilla
     return DistillationTask(inner, DistillableLatents(inner), replace(asked, icd_raw=raw))
 
 
-class Prediction(NamedTuple):
+class LatentPrediction(NamedTuple):
     """What a network saw of clips of one size, and what it predicted [B, C, T, h, w]."""
 
-    group: Group
+    group: ClipGroup
     values: Tensor
 
 
@@ -66,12 +66,12 @@ class DistillableLatents(Distillable):
     def __init__(self, task: LatentTask):
         super().__init__(task)
         self.teacher: nn.Module | None = None
-        self.teacher_calls: Calls | None = None
+        self.teacher_calls: NetworkCalls | None = None
         self.pairs: list[tuple[str, str]] = []
 
     def check_teacher(self, folder: Path) -> None:
         config, own = read_config(folder, SUPPORTED), self.task.config
-        calls = Calls.of(config)
+        calls = NetworkCalls.of(config)
         if folder.resolve() == self.task.folder.resolve():
             raise UserError(f"distill.teacher {folder} is the student itself (model.from); name the model that it was pruned from")
         if calls.name != self.task.calls.name:
@@ -85,7 +85,7 @@ class DistillableLatents(Distillable):
 
     def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         self.teacher = load(folder, torch_dtype=dtype).to(self.task.device).eval().requires_grad_(False)
-        self.teacher_calls = Calls.of(read_config(folder, SUPPORTED))
+        self.teacher_calls = NetworkCalls.of(read_config(folder, SUPPORTED))
         return self.teacher
 
     def kept(self, teacher: nn.Module, stated: Sequence[int]) -> list[int]:
@@ -98,7 +98,7 @@ class DistillableLatents(Distillable):
         return [model.get_submodule(pair[model is self.teacher]) for pair in self.pairs]
 
     def critic_taps(self, teacher: nn.Module, count: int) -> list[int]:
-        """Return numbers of blocks of `Calls.blocks`: all down blocks of a U-Net, some of the first half of a transformer."""
+        """Return numbers of `NetworkCalls.blocks`: all down blocks of a U-Net, some of the first half of a transformer."""
         blocks = self.teacher_calls.blocks()
         return list(range(len(blocks))) if self.teacher_calls.is_unet else critic_taps(len(blocks), count)
 
@@ -117,18 +117,18 @@ class DistillableLatents(Distillable):
             noise.append(torch.randn(of_clip.shape, generator=new))
         return Draws({LEVEL: torch.stack(levels)}, {NEW_NOISE: noise})
 
-    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> ForwardPass:
         features, predictions, calls = [], [], self.task.calls
         modules = self.blocks(model) if taps else []
         for group in self.task.groups(micro):
             shape = group.clean.shape
             with tapped({tap: modules[tap] for tap in taps}, lambda output, shape=shape: calls.features(output, shape)) as found:
-                predictions.append(Prediction(group, group.predicted(model, calls)))
+                predictions.append(LatentPrediction(group, group.predicted(model, calls)))
             features.append(Features(group.at, [found[tap] for tap in taps]))
         clips = torch.arange(len(micro[NOISE]), device=micro[COUNTS].device)
-        return Pass(clips, {}, features, predictions)
+        return ForwardPass(clips, {}, features, predictions)
 
-    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+    def losses(self, student: ForwardPass, teacher: ForwardPass | None, task: float, kd: float) -> Losses:
         found = in_order([(group.at, self.task.errors(values, group)) for group, values in student.prediction])
         if teacher is None or kd == 0:
             return Losses(task * found, found.detach(), None)
@@ -138,7 +138,7 @@ class DistillableLatents(Distillable):
         ])
         return Losses(task * found + kd * apart, found.detach(), apart.detach())
 
-    def judged(self, teacher: nn.Module, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+    def judged(self, teacher: nn.Module, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         calls, features, pooled = self.teacher_calls, [], []
         names = calls.blocks()
         for group, values in passed.prediction:

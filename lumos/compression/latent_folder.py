@@ -35,7 +35,7 @@ LATENTS, TEXT, CONDITION, INPUT = "latents", "text", "condition", "inputs."
 RANKS = {LATENTS: 4, TEXT: 2, CONDITION: 4}
 WAYS = {"format", "inputs"}
 
-Clip = dict[str, Tensor]
+LatentClip = dict[str, Tensor]
 """The tensors of a clip by name."""
 
 
@@ -87,7 +87,7 @@ class LatentFolder:
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.names), generator=sample_generator(self.seed, epoch, 0, "order of latents"))
 
-    def read(self, index: int) -> Clip:
+    def read(self, index: int) -> LatentClip:
         """Return the tensors of a clip. Raises RunError if its file cannot be read."""
         path = self.folder / self.names[index]
         try:

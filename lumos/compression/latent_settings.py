@@ -52,7 +52,7 @@ class LatentDistillSettings(DistillSettings):
 
 
 @dataclass
-class LatentSettings(TrainingSettings):
+class LatentDistillationSettings(TrainingSettings):
     """Settings of a run on latents. Sections of generators, such as lora and samples, have no effect and are refused."""
 
     generator: str = setting(GENERATOR, "a model of diffusers", choices=(GENERATOR,))
@@ -61,7 +61,7 @@ class LatentSettings(TrainingSettings):
     distill: LatentDistillSettings = setting(LatentDistillSettings, "what the student learns from its teacher")
 
     def check(self) -> None:
-        usual, training = LatentSettings(), self.training
+        usual, training = LatentDistillationSettings(), self.training
         for check in (check_logging, check_optimization, check_deepspeed):
             check(self)
         if self.model.from_ is None or self.data.path is None:
@@ -92,8 +92,8 @@ class LatentSettings(TrainingSettings):
                 raise UserError(f"noise.{key} has no effect with noise.objective={noise.objective}; leave it out")
 
 
-def build_latent_settings(raw: dict[str, Any]) -> LatentSettings:
+def build_latent_settings(raw: dict[str, Any]) -> LatentDistillationSettings:
     """Return the settings from nested dicts. Raises UserError as `lumos.training.settings.build_settings` does."""
-    settings = build(LatentSettings, raw)
+    settings = build(LatentDistillationSettings, raw)
     settings.check()
     return settings

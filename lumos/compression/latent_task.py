@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumos.compression.diffusers_calls import Calls
+from lumos.compression.diffusers_calls import NetworkCalls
 from lumos.compression.diffusers_folder import check_diffusers, on_meta, read_config
 from lumos.compression.diffusers_models import SUPPORTED, load, model_class_of
 from lumos.compression.distillable import in_order
-from lumos.compression.latent_folder import CONDITION, INPUT, LATENTS, TEXT, Clip, LatentFolder, groups_of
-from lumos.compression.latent_settings import LatentSettings
-from lumos.compression.noising import OF_CLASS, SCHEDULED, Level, Objective, read_schedule, with_noise
+from lumos.compression.latent_folder import CONDITION, INPUT, LATENTS, TEXT, LatentClip, LatentFolder, groups_of
+from lumos.compression.latent_settings import LatentDistillationSettings
+from lumos.compression.noising import OF_CLASS, SCHEDULED, NoiseLevel, Objective, read_schedule, with_noise
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.files import replacing_folder, write_json
@@ -25,7 +25,7 @@ from lumos.training.export import DTYPES
 from lumos.training.task import Batch, TrainingTask
 
 CLIPS, NOISE, LEVELS, COUNTS = "clips", "noise", "levels", "counts"
-"""Entries of a micro-batch: tensors of clips, noise [C, T, h, w], the `Level` of each [B, 3], and which clips count."""
+"""Entries of a micro-batch: tensors of clips, noise [C, T, h, w], the `NoiseLevel` of each [B, 3], and which clips count."""
 
 
 class Unencoded(NamedTuple):
@@ -33,13 +33,13 @@ class Unencoded(NamedTuple):
 
     step: int
     names: list[str]
-    clips: list[Clip]
+    clips: list[LatentClip]
     noise: list[Tensor]
-    levels: list[Level]
+    levels: list[NoiseLevel]
 
 
 @dataclass(frozen=True)
-class Group:
+class ClipGroup:
     """Clips of a micro-batch whose tensors have equal shapes, as a network reads them.
 
     at            their indices in the micro-batch
@@ -51,11 +51,11 @@ class Group:
     clean: Tensor
     noise: Tensor
     noisy: Tensor
-    level: Level
-    tensors: Clip
+    level: NoiseLevel
+    tensors: LatentClip
     inputs: dict[str, Tensor | float]
 
-    def predicted(self, model: nn.Module, calls: Calls, noisy: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+    def predicted(self, model: nn.Module, calls: NetworkCalls, noisy: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """Return what a network predicts from the noisy clips, or from others, [B, C, T, h, w]."""
         noisy, time = (self.noisy, self.level.time) if noisy is None else (noisy, time)
         dtype = next(model.parameters()).dtype
@@ -67,12 +67,12 @@ class Group:
 class LatentTask(TrainingTask):
     """Train a network of diffusers on the mean squared error of its prediction; a loss a clip."""
 
-    def __init__(self, settings: LatentSettings, device: torch.device):
+    def __init__(self, settings: LatentDistillationSettings, device: torch.device):
         check_diffusers()
         self.settings, self.device, self.loss_groups = settings, device, {}
         self.folder = Path(settings.model.from_)
         self.config = read_config(self.folder, SUPPORTED)
-        self.calls = Calls.of(self.config)
+        self.calls = NetworkCalls.of(self.config)
         self.source = LatentFolder(settings.data.path, settings.training.seed)
         self.held_out = LatentFolder(settings.data.validation_path, VALIDATION_SEED) if settings.data.validation_path else None
         self.model_class = model_class_of(self.config)
@@ -126,15 +126,16 @@ class LatentTask(TrainingTask):
             rows={CLIPS: clips, NOISE: [noise.to(self.device) for noise in prepared.noise]}, padded=(), idle={COUNTS: False},
         )  # fmt: skip
 
-    def _flops(self, clip: Clip) -> float:
+    def _flops(self, clip: LatentClip) -> float:
         """Return the FLOPs of forward and backward of a clip, counted on a network without values."""
         shape = tuple(clip[LATENTS].shape)
         if shape not in self.flops_by_shape:
             meta = torch.device("meta")
             group = self._group([0], [clip], [clip[LATENTS]], torch.zeros(1, 3))
             model = on_meta(self.model_class, self.config).to(meta)
-            moved = Group(
-                [0], group.clean.to(meta), group.noise.to(meta), group.noisy.to(meta), Level(*(x.to(meta) for x in group.level)),
+            moved = ClipGroup(
+                [0], group.clean.to(meta), group.noise.to(meta), group.noisy.to(meta),
+                NoiseLevel(*(x.to(meta) for x in group.level)),
                 {name: tensor.to(meta) for name, tensor in group.tensors.items()},
                 {name: x.to(meta) if isinstance(x, Tensor) else x for name, x in group.inputs.items()},
             )  # fmt: skip
@@ -143,26 +144,26 @@ class LatentTask(TrainingTask):
             self.flops_by_shape[shape] = 3.0 * counted.get_total_flops()
         return self.flops_by_shape[shape]
 
-    def groups(self, micro: dict[str, Any]) -> list[Group]:
+    def groups(self, micro: dict[str, Any]) -> list[ClipGroup]:
         """Return the clips of a micro-batch in groups of equal shapes."""
         return [
             self._group(at, [micro[CLIPS][i] for i in at], [micro[NOISE][i] for i in at], micro[LEVELS][at])
             for at in groups_of(micro[CLIPS])
         ]
 
-    def _group(self, at: list[int], clips: list[Clip], noise: list[Tensor], levels: Tensor) -> Group:
+    def _group(self, at: list[int], clips: list[LatentClip], noise: list[Tensor], levels: Tensor) -> ClipGroup:
         tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
         tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-        level, noise = Level(*levels.unbind(1)), torch.stack(noise).float()
+        level, noise = NoiseLevel(*levels.unbind(1)), torch.stack(noise).float()
         inputs = {name.removeprefix(INPUT): x for name, x in tensors.items() if name.startswith(INPUT)}
         clean = tensors[LATENTS]
-        return Group(at, clean, noise, with_noise(clean, noise, level), level, tensors, {**self.source.inputs, **inputs})
+        return ClipGroup(at, clean, noise, with_noise(clean, noise, level), level, tensors, {**self.source.inputs, **inputs})
 
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         parts = [(group.at, self.errors(group.predicted(model, self.calls), group)) for group in self.groups(micro)]
         return in_order(parts)[micro[COUNTS]], {}
 
-    def errors(self, prediction: Tensor, group: Group) -> Tensor:
+    def errors(self, prediction: Tensor, group: ClipGroup) -> Tensor:
         """Return the mean squared error of the prediction of each clip, float32 [B]."""
         return squared(prediction, self.objective.target(group.clean, group.noise, group.level))
 

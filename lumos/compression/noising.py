@@ -40,7 +40,7 @@ TIMES = 1000.0
 SCHEDULER = "scheduler_config.json"
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """The levels of noise of B clips, each [B]: factors of the clip and of the noise, and the time that the network reads."""
 
     alpha: Tensor
@@ -64,7 +64,7 @@ class Objective:
     std: float = 1.0
     kept: Tensor | None = None
 
-    def drawn(self, generator: torch.Generator) -> Level:
+    def drawn(self, generator: torch.Generator) -> NoiseLevel:
         """Return a random level, three scalars."""
         if self.kept is not None:
             return self._of_step(torch.randint(0, len(self.kept), (), generator=generator))
@@ -74,7 +74,7 @@ class Objective:
         u = torch.sigmoid(normal)
         return self._of_share(self.shift * u / (1 + (self.shift - 1) * u))
 
-    def near(self, left: Tensor) -> Level:
+    def near(self, left: Tensor) -> NoiseLevel:
         """Return the levels (of a scheduler: the nearest) at which the noise is 1 / left - 1 times as strong as the clip.
 
         left: [B], between 0 and 1.
@@ -85,26 +85,26 @@ class Objective:
         ratios = ((1 - kept) / kept).sqrt().log()
         return self._of_step((ratios[None] - (1 / left - 1).log()[:, None]).abs().argmin(dim=1))
 
-    def _of_step(self, step: Tensor) -> Level:
+    def _of_step(self, step: Tensor) -> NoiseLevel:
         kept = self.kept.to(step.device)[step]
-        return Level(kept.sqrt(), (1 - kept).sqrt(), step)
+        return NoiseLevel(kept.sqrt(), (1 - kept).sqrt(), step)
 
     @staticmethod
-    def _of_share(share: Tensor) -> Level:
-        return Level(1 - share, share, TIMES * share)
+    def _of_share(share: Tensor) -> NoiseLevel:
+        return NoiseLevel(1 - share, share, TIMES * share)
 
     @staticmethod
-    def _of_ratio(ratio: Tensor) -> Level:
+    def _of_ratio(ratio: Tensor) -> NoiseLevel:
         alpha = (ratio.square() + 1).rsqrt()
-        return Level(alpha, ratio * alpha, ratio.log() / 4)
+        return NoiseLevel(alpha, ratio * alpha, ratio.log() / 4)
 
-    def target(self, clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         """Return what the network should predict, [B, C, T, h, w] as the clips."""
         if self.kind == "flow":
             return noise - clean
         return noise if self.kind == "epsilon" else wide(level.alpha) * noise - wide(level.sigma) * clean
 
-    def clean(self, noisy: Tensor, prediction: Tensor, level: Level) -> Tensor:
+    def clean(self, noisy: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
         """Return the clean clips that follow from a prediction for noisy ones."""
         alpha, sigma = wide(level.alpha), wide(level.sigma)
         if self.kind == "flow":
@@ -112,7 +112,7 @@ class Objective:
         return (noisy - sigma * prediction) / alpha if self.kind == "epsilon" else alpha * noisy - sigma * prediction
 
 
-def with_noise(clean: Tensor, noise: Tensor, level: Level) -> Tensor:
+def with_noise(clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
     """Return a x0 + s n for clips x0 [B, C, T, h, w]."""
     return wide(level.alpha) * clean + wide(level.sigma) * noise
 

@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Layout:
+class UNetLayout:
     """The blocks of a U-Net. `widths` and `layers` have one entry a stage: channels, and slots of the down block."""
 
     widths: tuple[int, ...]
@@ -95,7 +95,7 @@ class Kept:
     reduced: frozenset[str]
 
 
-def plan_units(plan: str, layout: Layout) -> tuple[str, ...]:
+def plan_units(plan: str, layout: UNetLayout) -> tuple[str, ...]:
     """Return the units that a named plan removes. Raises UserError for a U-Net that the plan does not fit."""
     whole = layout.stages - 2
     deepest = layout.stages - 1
@@ -112,7 +112,7 @@ def plan_units(plan: str, layout: Layout) -> tuple[str, ...]:
     return (*sorted(slots), *stage, *([] if plan.endswith("-mid") else [MID]))
 
 
-def resolve(layout: Layout, remove: set[str]) -> Kept:
+def resolve(layout: UNetLayout, remove: set[str]) -> Kept:
     """Return what is left when units are removed.
 
     The deepest stage goes as a whole if all of its slots are removed and the next one has its width. Other
@@ -141,12 +141,12 @@ def resolve(layout: Layout, remove: set[str]) -> Kept:
     return Kept(layout.stages - stages, tuple(down), tuple(up), layout.mid and MID not in remove, frozenset(reduced))
 
 
-def _is_removed(layout: Layout, stage: int, remove: set[str]) -> bool:
+def _is_removed(layout: UNetLayout, stage: int, remove: set[str]) -> bool:
     blocks = (f"down_blocks.{stage}", layout.up(stage))
     return all(unit in remove for unit in layout.units() if unit.rpartition(".")[0] in blocks)
 
 
-def _fits(layout: Layout, stage: int, deepest: bool, down: list[int], up: list[int]) -> bool:
+def _fits(layout: UNetLayout, stage: int, deepest: bool, down: list[int], up: list[int]) -> bool:
     """Return whether slots of a stage read the widths that they were made for. `deepest`: it is the last stage left."""
     width, last = layout.widths[stage], layout.layers[stage]
     entry = layout.widths[max(stage - 1, 0)]
@@ -208,9 +208,9 @@ def prune(config: Mapping[str, Any], plan: str, remove: Iterable[str] | None = N
     )  # fmt: skip
 
 
-def _layout(unet: Any, config: Mapping[str, Any]) -> Layout:
+def _layout(unet: Any, config: Mapping[str, Any]) -> UNetLayout:
     layers = [len(block.resnets) for block in unet.down_blocks]
-    return Layout(tuple(unet.config["block_out_channels"]), tuple(layers), config.get(MID, "whole") is not None)
+    return UNetLayout(tuple(unet.config["block_out_channels"]), tuple(layers), config.get(MID, "whole") is not None)
 
 
 def _check_middle(config: Mapping[str, Any], kept: Kept, stages: int) -> None:
@@ -223,7 +223,7 @@ def _check_middle(config: Mapping[str, Any], kept: Kept, stages: int) -> None:
 
 
 def _config(
-    config: Mapping[str, Any], full: Mapping[str, Any], layout: Layout, kept: Kept, before: frozenset[str]
+    config: Mapping[str, Any], full: Mapping[str, Any], layout: UNetLayout, kept: Kept, before: frozenset[str]
 ) -> tuple[dict[str, Any], bool]:
     """Return the config of the pruned U-Net, and whether a stock class loads it. `full` has the values of defaults too."""
     stages, name = layout.stages - kept.dropped, stock_class(config["_class_name"])
@@ -288,7 +288,7 @@ def _taps(student: Any, kept: Kept, kinds: tuple[str, ...]) -> tuple[tuple[str, 
     return (*down, *((f"up_blocks.{b}", f"up_blocks.{b + kept.dropped}") for b in range(len(kept.up))))
 
 
-def _rows(teacher: Any, layout: Layout, kept: set[str]) -> tuple[tuple[str, int, int], ...]:
+def _rows(teacher: Any, layout: UNetLayout, kept: set[str]) -> tuple[tuple[str, int, int], ...]:
     """Return for each unit, each sampler and the rest: name, parameters, parameters that are left."""
     rows: dict[str, list[int]] = {}
     for unit in layout.units():

@@ -17,7 +17,7 @@ from lumos.data.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
-class Clip:
+class TrainingClip:
     """A training clip: either `frames` uint8 [T, H, W, 3], or `codes` uint16 [t, h, w] encoded earlier.
 
     `fps` is in frames per second. `name` identifies the clip within its source.
@@ -34,7 +34,7 @@ class Clip:
     last: np.ndarray | None = None  # its last frame as a picture: uint8 [H, W, 3] with frames, uint16 [h, w] with codes
 
 
-def cut(clip: Clip, first_frames: int, temporal_compression: int) -> Clip:
+def cut(clip: TrainingClip, first_frames: int, temporal_compression: int) -> TrainingClip:
     """Return a clip with only the first `first_frames` frames of `clip`.
 
     The fields `num_frames` and `last` of the result are those of the whole clip. A shorter clip keeps all its frames.
@@ -70,7 +70,7 @@ class Source(StepSource, Protocol):
     usual_shape: dict[str, int]
     identity: dict[str, Any]
 
-    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[TrainingClip]:
         """Return the clips at `positions` of a step: all with frames, or all with codes.
 
         Every call with the same arguments returns the same clips.

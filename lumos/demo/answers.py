@@ -12,10 +12,10 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from lumos.demo.limits import Busy, TooLarge
+from lumos.demo.limits import ServerBusy, TooLarge
 from lumos.demo.schema import ERROR
 from lumos.demo.store import Store
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import UserError, shown
 
 POLL_SECONDS = 0.1
@@ -65,13 +65,13 @@ def failure(error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):  # a wrong value in the query
         wrong = error.errors()[0]
         return JSONResponse({"error": f"{wrong['loc'][-1]}: {wrong['msg']}"}, 422)
-    headers = {"Retry-After": str(error.seconds)} if isinstance(error, Busy) else None
-    statuses = ((TooLarge, 413), (Busy, 429), (UserError, 400))
+    headers = {"Retry-After": str(error.seconds)} if isinstance(error, ServerBusy) else None
+    statuses = ((TooLarge, 413), (ServerBusy, 429), (UserError, 400))
     status = next((status for kind, status in statuses if isinstance(error, kind)), 500)
     return JSONResponse({"error": str(error)}, status, headers)
 
 
-async def watch(job: Job) -> AsyncIterator[None]:
+async def watch(job: ClipJob) -> AsyncIterator[None]:
     """Yield every POLL_SECONDS while the job runs, and once more when it has ended."""
     while not job.ended:
         yield

@@ -27,11 +27,11 @@ from lumos.demo.answers import FILE, KEEP, Delivery, failure, no_result, watch
 from lumos.demo.clips import Clips
 from lumos.demo.clips_api import add_clips
 from lumos.demo.keys import Key, Keys
-from lumos.demo.limits import Busy
+from lumos.demo.limits import ServerBusy
 from lumos.demo.metrics import CONTENT_TYPE as METRICS_TYPE
 from lumos.demo.service import FILES, Service
 from lumos.demo.store import Store
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import RunError, UserError, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.options import FLAG, WHOLE, parsed_flag
@@ -69,7 +69,7 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
         client = keys.client(request.headers.get("authorization"))
         form = await read_form(request, service.pipe)
         async with request_from_form(form, service.store, service.pipe) as wanted:
-            job = Job(wanted, owner=client.name) if client.name else Job(wanted)
+            job = ClipJob(wanted, owner=client.name) if client.name else ClipJob(wanted)
             service.check(job)
             with keys.counted(client, 1):
                 service.worker.submit(job, most=client.queue_length)
@@ -82,7 +82,7 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
         if job.error is not None:
             raise job.error
         if job.record is None:
-            raise Busy("the request was cancelled")
+            raise ServerBusy("the request was cancelled")
         name = job.record["file"]
         address = quote(record_path(Path(name)).name)  # headers and addresses are ASCII
         headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{address}"}

@@ -19,7 +19,7 @@ from lumos.demo.keys import Key, Keys
 from lumos.demo.limits import TooLarge
 from lumos.demo.schema import check_types, request_schema
 from lumos.demo.service import FILES, Service
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import RunError, UserError, shown
 from lumos.pipeline.request import Request, needs_words
 from lumos.prompt_lists.clips import record_path
@@ -37,10 +37,10 @@ class Clips:
 
     def __init__(self, service: Service):
         self.service, self.schema = service, request_schema(service.pipe, service.limits)
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, ClipJob] = {}
         self._lock = threading.Lock()
 
-    def add(self, bodies: Sequence[Any], client: Key, keys: Keys) -> list[Job]:
+    def add(self, bodies: Sequence[Any], client: Key, keys: Keys) -> list[ClipJob]:
         """Put a job for each JSON object into the queue, all or none, and return the jobs.
 
         UserError if a request is not allowed, Busy if the queue or the client's limits do not allow them.
@@ -48,7 +48,7 @@ class Clips:
         most = self.service.limits.queue_length + 1
         if not 1 <= len(bodies) <= most:
             raise UserError(f"the list has {len(bodies)} clips; give 1 to {most}")
-        jobs: list[Job] = []
+        jobs: list[ClipJob] = []
         try:
             for number, body in enumerate(bodies, start=1):
                 try:
@@ -65,14 +65,14 @@ class Clips:
                 job.clean()
             raise
 
-    def _keep(self, jobs: Sequence[Job]) -> None:
+    def _keep(self, jobs: Sequence[ClipJob]) -> None:
         with self._lock:
             self._jobs |= {job.id: job for job in jobs}
             ended = [job.id for job in self._jobs.values() if job.ended]
             for old in ended[: max(0, len(ended) - self.service.limits.keep_results)]:
                 del self._jobs[old]
 
-    def _job(self, body: Any, client: Key) -> Job:
+    def _job(self, body: Any, client: Key) -> ClipJob:
         if not isinstance(body, dict):
             raise UserError(f"the clip is {shown(body, 40)}; give an object, for example {{\"prompt\": \"a red circle\"}}")
         values = {name: value for name, value in body.items() if value is not None}
@@ -93,7 +93,7 @@ class Clips:
         except BaseException:
             clean()
             raise
-        return Job(request, owner=client.name or LOCAL, clean=clean)
+        return ClipJob(request, owner=client.name or LOCAL, clean=clean)
 
     def _file(self, name: str, text: str) -> Path:
         """Write a file that is in a request as base64 into the store, and return its path."""
@@ -114,7 +114,7 @@ class Clips:
             raise RunError(f"the server cannot keep the {name} ({error.strerror}); try again later") from error
         return path
 
-    def find(self, called: str, client: Key) -> Job:
+    def find(self, called: str, client: Key) -> ClipJob:
         """Return the job of an id; HTTPException with status 404 if the client has none of it."""
         job = self._jobs.get(called)
         if job is None or job.owner != (client.name or LOCAL):
@@ -134,13 +134,13 @@ class Clips:
         found = jobs[:limit]
         return {"clips": [self.told(job) for job in found], "next": found[-1].id if len(jobs) > limit else None}
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ClipJob) -> None:
         """Cancel a job; HTTPException with status 409 if it has ended."""
         if job.ended:
             raise HTTPException(409, f"the clip has ended ({job.state}) and cannot be cancelled; DELETE removes it")
         self.service.worker.cancel(job)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: ClipJob) -> None:
         """Cancel a job if it has not ended, and forget it with its files."""
         with self._lock:
             self._jobs.pop(job.id, None)
@@ -149,7 +149,7 @@ class Clips:
         if job.ended and job.record is not None:
             self.service.store.remove(job.record["file"])
 
-    def result(self, job: Job) -> Path:
+    def result(self, job: ClipJob) -> Path:
         """Return the file of a job that is done; HTTPException with status 409 or 410 if there is none."""
         if job.state != "done" or job.record is None:
             why = f" ({job.error})" if job.error else ""
@@ -159,7 +159,7 @@ class Clips:
             raise HTTPException(410, "the clip was removed to make room for new ones; ask for it again with the same seed")
         return path
 
-    def told(self, job: Job) -> dict[str, Any]:
+    def told(self, job: ClipJob) -> dict[str, Any]:
         """Return the status of a job, as `lumos.demo.schema.CLIP` has it."""
         state, record = job.state, job.record  # the state first: it is written last
         done = state == "done" and record is not None

@@ -21,7 +21,7 @@ from lumos.demo.clips import Clips, bodies_of
 from lumos.demo.keys import Key, Keys
 from lumos.demo.limits import TooLarge
 from lumos.demo.schema import CLIP, CLIPS
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
 from lumos.files import parse_json
 
@@ -35,7 +35,7 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
     def client_of(request: Request) -> Key:
         return keys.client(request.headers.get("authorization"))
 
-    def job_of(clip_id: str, request: Request) -> Job:
+    def job_of(clip_id: str, request: Request) -> ClipJob:
         return clips.find(clip_id, client_of(request))
 
     one_or_more = {"oneOf": [clips.schema, {"type": "array", "items": clips.schema, "minItems": 1}]}
@@ -120,7 +120,7 @@ def as_unprocessable() -> Iterator[None]:
         raise HTTPException(422, str(error)) from error
 
 
-async def stream(clips: Clips, job: Job) -> AsyncIterator[str]:
+async def stream(clips: Clips, job: ClipJob) -> AsyncIterator[str]:
     """Yield the status of a job as server-sent events, at the begin and at each change, until the job has ended."""
     last, at = "", time.monotonic()
     async for _ in watch(job):

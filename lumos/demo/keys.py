@@ -23,7 +23,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from lumos.demo.limits import Busy
+from lumos.demo.limits import ServerBusy
 from lumos.errors import UserError, shown
 from lumos.files import parse_yaml, read_text
 from lumos.settings import is_whole
@@ -79,7 +79,7 @@ class Keys:
     def counted(self, key: Key, clips: int) -> Iterator[None]:
         """Count clips that a client asks for in the block; an error in the block takes them back.
 
-        Busy if they exceed what is left of its clips_per_hour, UserError if they never fit.
+        ServerBusy if they exceed what is left of its clips_per_hour, UserError if they never fit.
         """
         if key.clips_per_hour is None:
             yield
@@ -102,7 +102,7 @@ class Keys:
                 asked.popleft()
             if (surplus := len(asked) + clips - key.clips_per_hour) > 0:
                 wait = math.ceil(asked[surplus - 1] + HOUR - now)
-                raise Busy(f"this key may have {key.clips_per_hour} clips in an hour; try again in {wait} s", wait)
+                raise ServerBusy(f"this key may have {key.clips_per_hour} clips in an hour; try again in {wait} s", wait)
             asked.extend([now] * clips)
             return asked
 

@@ -26,7 +26,7 @@ class TooLarge(UserError):
     """An upload is larger than its limit."""
 
 
-class Busy(RunError):
+class ServerBusy(RunError):
     """The server cannot take the request now, for example because the queue is full.
 
     seconds: when the client may try again.

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.demo.answers import failure
 from lumos.demo.hosts import Hosts
-from lumos.demo.limits import FORM_BYTES, Busy, Limits, TooLarge
+from lumos.demo.limits import FORM_BYTES, Limits, ServerBusy, TooLarge
 from lumos.demo.metrics import Metrics
 from lumos.demo.store import Reservation, Store
 
@@ -114,7 +114,7 @@ class Middleware:
             try:
                 if received > limit or (reservation is not None and received > reservation.size):
                     await hold(received if received > limit else min(received + RESERVED_AT_ONCE, limit))
-            except (TooLarge, Busy) as error:
+            except (TooLarge, ServerBusy) as error:
                 refusal = error
                 raise
             return message
@@ -129,7 +129,7 @@ class Middleware:
         try:
             await hold(int(stated) if stated.isdigit() and len(stated) < 20 else 0)
             await self.app(scope, counted, answer)
-        except (TooLarge, Busy) as error:
+        except (TooLarge, ServerBusy) as error:
             refusal = error
         if refusal is not None and not started:
             await failure(refusal)(scope, receive, send)

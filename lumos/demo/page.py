@@ -19,7 +19,7 @@ from lumos.demo.gallery import Gallery
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
 from lumos.demo.store import Store
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import RunError, UserError
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.options import CHOICE, FLAG, Option
@@ -69,7 +69,7 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
             try:
                 request = request_of({name: values[part] for name, part in asked.items()}, service.defaults, service.pipe)
-                job = Job(request, owner=session.session_hash)
+                job = ClipJob(request, owner=session.session_hash)
                 files = [values[part] for part in uploads if values[part]]
                 if not all(map(service.store.holds_upload, files)):
                     raise UserError(NO_UPLOAD)
@@ -221,7 +221,7 @@ def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], pipe: Vi
     return Request.of(answers["prompt"], negative_prompt=answers["negative_prompt"], **chosen)
 
 
-async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, str]]:
+async def shown_progress(service: Service, job: ClipJob) -> AsyncIterator[dict[str, str]]:
     """Yield the HTML of the parts of the page that have changed, by name ("stage", "line"), until the job has ended."""
     frames, said = 0, ""
     async for _ in watch(job):
@@ -237,13 +237,13 @@ async def shown_progress(service: Service, job: Job) -> AsyncIterator[dict[str, 
             yield update
 
 
-def progress_line(service: Service, job: Job) -> str:
+def progress_line(service: Service, job: ClipJob) -> str:
     if job.state == "waiting":
         return views.status(f"Waiting, {service.worker.ahead(job)} before you")
     return views.status(f"{len(job.frames)} frames, {job.progress:.0%}", job.progress)
 
 
-def outcome(job: Job) -> str:
+def outcome(job: ClipJob) -> str:
     """Return the HTML of the line under the stage after the job has ended."""
     if job.error is not None:
         return views.wrong(str(job.error))

@@ -16,7 +16,7 @@ from lumos.demo.limits import Limits
 from lumos.demo.metrics import Metrics
 from lumos.demo.reading import read_upload
 from lumos.demo.store import Store
-from lumos.demo.worker import Job, Worker
+from lumos.demo.worker import ClipJob, Worker
 from lumos.errors import RunError, UserError
 from lumos.files import write_json
 from lumos.pipeline.base import VideoPipeline
@@ -58,7 +58,7 @@ class Service:
         """The model's default sampling options and shape of a clip, by name."""
         return {**vars(self.pipe.settings), **vars(self.pipe.clip)}
 
-    def submit(self, *jobs: Job, most: int | None = 1) -> Job:
+    def submit(self, *jobs: ClipJob, most: int | None = 1) -> ClipJob:
         """Check the requests of jobs of one owner, put the jobs into the queue, all or none, and return the first.
 
         most: how many jobs that have not ended the owner may have. UserError if a request is not
@@ -67,13 +67,13 @@ class Service:
         self.check(*jobs)
         return self.worker.submit(*jobs, most=most)
 
-    def check(self, *jobs: Job) -> None:
+    def check(self, *jobs: ClipJob) -> None:
         """Raise UserError if a request is not allowed. The content of an upload is checked later, in `make`."""
         for job in jobs:
             self.limits.check(job.request)
             self._resolve(self._without_files(job.request))
 
-    def _ended(self, job: Job) -> None:
+    def _ended(self, job: ClipJob) -> None:
         seconds = job.record["seconds"] if job.record else None
         self.metrics.clip(job.state, seconds, job.made if job.record else 0)
         if job.is_unwanted and job.record:
@@ -91,7 +91,7 @@ class Service:
                 if name not in options or not options[name].for_given_frames}  # fmt: skip
         return replace(request, prompt=request.prompt or "a clip", video=None, interpolate=None, last_image=None, options=kept)
 
-    def make(self, job: Job) -> None:
+    def make(self, job: ClipJob) -> None:
         """Make and write the clip of a job; `job.frames` and `job.progress` grow meanwhile."""
         began = time.perf_counter()
         request = self._read_uploads(job)
@@ -120,7 +120,7 @@ class Service:
             check(resolved)
         return resolved, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
-    def _read_uploads(self, job: Job) -> Request:
+    def _read_uploads(self, job: ClipJob) -> Request:
         """Return the request with frames in place of its files; of a clip, only the last frames that the pipeline can use.
 
         UserError for a clip to interpolate that has more frames than can be doubled within the limits.
@@ -144,7 +144,7 @@ class Service:
         frames = read_upload(path, lambda: None, self.limits.of_reading, clip)
         return frames if is_picture else frames[-1]
 
-    def _write(self, job: Job, resolved: Resolved, seconds: float) -> dict[str, Any]:
+    def _write(self, job: ClipJob, resolved: Resolved, seconds: float) -> dict[str, Any]:
         """Write the result and its record as `generate` does, and return the record."""
         request, seed = job.request, resolved.seeds[0]
         path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))

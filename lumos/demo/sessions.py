@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.demo.answers import failure
-from lumos.demo.limits import Busy
+from lumos.demo.limits import ServerBusy
 from lumos.demo.service import Service
 from lumos.errors import UserError, shown
 from lumos.files import parse_json
@@ -52,7 +52,7 @@ class Sessions:
                 await self._heartbeat(path.rpartition("/")[2], scope, receive, send)
             else:
                 await self.app(scope, receive, send)
-        except (UserError, Busy, HTTPException) as error:  # raised by this class; gradio answers its own errors itself
+        except (UserError, ServerBusy, HTTPException) as error:  # raised by this class; gradio answers its own errors itself
             await failure(error)(scope, receive, send)
 
     async def _message(self, queued: bool, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,10 +175,10 @@ class Sessions:
                 self._touch(session, 0)
 
     def _stay(self, session: str) -> None:
-        """Stop the timer that would end the session; Busy if the session is new and there are too many."""
+        """Stop the timer that would end the session; ServerBusy if the session is new and there are too many."""
         known = self.streams | self.pages.keys() | self.ends.keys()
         if session not in known and len(known) >= MOST:
-            raise Busy(f"{MOST} visitors are here already; try again later")
+            raise ServerBusy(f"{MOST} visitors are here already; try again later")
         if (timer := self.ends.pop(session, None)) is not None:
             timer.cancel()
 

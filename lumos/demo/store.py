@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumos.demo.limits import FORM_BYTES, Busy, Limits
+from lumos.demo.limits import FORM_BYTES, Limits, ServerBusy
 from lumos.durable import sweep_dead
 from lumos.prompt_lists.clips import record_path
 
@@ -169,7 +169,7 @@ class Store:
         self._kept.clear()
 
     def _make_room(self, more: int) -> None:
-        """Remove old uploads until `more` bytes fit; Busy if they do not fit beside the uploads that must stay."""
+        """Remove old uploads until `more` bytes fit; ServerBusy if they do not fit beside the uploads that must stay."""
         now = time.monotonic()
         for path, upload in list(self._kept.items()):
             if not upload.needed:
@@ -177,7 +177,7 @@ class Store:
                 if now - upload.since > (FRESH_SECONDS if full else UNUSED_SECONDS):
                     self._remove(path)
         if self._total() + more > self._keep_bytes:
-            raise Busy("the server has no room for more uploads now; try again later")
+            raise ServerBusy("the server has no room for more uploads now; try again later")
 
     def _total(self) -> int:
         return self._reserved + sum(upload.size for upload in self._kept.values())
@@ -194,7 +194,7 @@ class Reservation:
         self.size, self._store = 0, store
 
     def grow(self, size: int) -> None:
-        """Raise the reservation to `size` bytes in all; Busy if they do not fit beside the other uploads and reservations."""
+        """Raise the reservation to `size` bytes in all; ServerBusy if they do not fit beside the other uploads and reservations."""
         with self._store._lock:
             self._store._make_room(size - self.size)
             self._store._reserved += size - self.size

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.demo.limits import Busy
+from lumos.demo.limits import ServerBusy
 from lumos.errors import RunError, UserError, is_out_of_memory
 from lumos.pipeline.request import Request
 
@@ -25,7 +25,7 @@ class Cancelled(Exception):
 
 
 @dataclass(eq=False)
-class Job:
+class ClipJob:
     """A request and its progress.
 
     `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the
@@ -65,39 +65,41 @@ class Worker:
     wait. `ended(job)` is called after each job, also after one that was cancelled while it waited.
     """
 
-    def __init__(self, make: Callable[[Job], None], queue_length: int, ended: Callable[[Job], None] = lambda job: None):
+    def __init__(self, make: Callable[[ClipJob], None], queue_length: int, ended: Callable[[ClipJob], None] = lambda job: None):
         self._make, self._queue_length, self._ended = make, queue_length, ended
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._waiting: deque[ClipJob] = deque()
+        self._running: ClipJob | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="lumos-demo", daemon=True)
         self._thread.start()
 
-    def submit(self, *jobs: Job, most: int | None = 1) -> Job:
+    def submit(self, *jobs: ClipJob, most: int | None = 1) -> ClipJob:
         """Put jobs of one owner into the queue, all or none, and return the first.
 
-        most: how many jobs that have not ended the owner may have; None is any number. Busy if the
+        most: how many jobs that have not ended the owner may have; None is any number. ServerBusy if the
         queue is full, if the owner has too many jobs, or if the worker is closed.
         """
         with self._changed:
             if self._closed:
-                raise Busy("the server is closing; try again later")
+                raise ServerBusy("the server is closing; try again later")
             others = sum(other.owner == jobs[0].owner for other in self._all())
             if most is not None and others + len(jobs) > most:
                 if most == 1 and others:
-                    raise Busy("your last clip is still being made; wait for it or cancel it")
-                raise Busy(f"you have {others} clips that wait or are being made, and may have {most}; wait for one or cancel one")
+                    raise ServerBusy("your last clip is still being made; wait for it or cancel it")
+                raise ServerBusy(
+                    f"you have {others} clips that wait or are being made, and may have {most}; wait for one or cancel one"
+                )
             room = self._queue_length + 1 - len(self._all())  # one more is being made
             if room < 1:
-                raise Busy(f"{self._queue_length} requests are waiting already, no more are taken; try again later")
+                raise ServerBusy(f"{self._queue_length} requests are waiting already, no more are taken; try again later")
             if len(jobs) > room:
-                raise Busy(f"{len(jobs)} clips do not fit into the queue, which has room for {room} now; try again later")
+                raise ServerBusy(f"{len(jobs)} clips do not fit into the queue, which has room for {room} now; try again later")
             self._waiting.extend(jobs)
             self._changed.notify_all()
         return jobs[0]
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ClipJob) -> None:
         """Cancel a job: a waiting job at once, a running job after its current step.
 
         A job that has ended stays as it is.
@@ -113,7 +115,7 @@ class Worker:
             for job in [job for job in self._all() if job.owner == owner]:
                 self.cancel(job)
 
-    def ahead(self, job: Job) -> int:
+    def ahead(self, job: ClipJob) -> int:
         """Return how many jobs come before this waiting job."""
         with self._changed:
             everyone = self._all()
@@ -138,7 +140,7 @@ class Worker:
         """Whether the thread runs and takes jobs."""
         return self._thread.is_alive() and not self._closed
 
-    def _end(self, job: Job, state: str) -> None:
+    def _end(self, job: ClipJob, state: str) -> None:
         try:
             job.clean()
         finally:
@@ -146,7 +148,7 @@ class Worker:
             job.state = state
             self._ended(job)
 
-    def _all(self) -> list[Job]:
+    def _all(self) -> list[ClipJob]:
         return [*([self._running] if self._running else []), *self._waiting]
 
     def _work(self) -> None:
@@ -162,7 +164,7 @@ class Worker:
                 self._running = None
                 self._end(job, state)
 
-    def _outcome(self, job: Job) -> str:
+    def _outcome(self, job: ClipJob) -> str:
         """Run a job and return its last state.
 
         An error is stored in `job.error`, so that the worker goes on.

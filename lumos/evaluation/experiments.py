@@ -133,7 +133,7 @@ def load(path: str | Path) -> Experiment:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExperimentJob:
     """One run, which is one variant with one seed.
 
     Its commands make `folder/pruned`, `folder/train` and `folder/prompts.json`.
@@ -182,7 +182,7 @@ def name_of(command: tuple[str, ...]) -> str:
     return command[1] if command[0] == "compress" else command[0]
 
 
-def jobs(experiment: Experiment, root: Path) -> list[Job]:
+def jobs(experiment: Experiment, root: Path) -> list[ExperimentJob]:
     """Return the runs of an experiment, each with a folder of its own below `root`."""
     found = []
     for name, variant in experiment.variants.items():
@@ -206,18 +206,18 @@ def jobs(experiment: Experiment, root: Path) -> list[Job]:
                 options = [f"--seed={10_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
                 prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
                            *variant.prompts)  # fmt: skip
-            found.append(Job(name, seed, folder, train, prompts, prune))
+            found.append(ExperimentJob(name, seed, folder, train, prompts, prune))
     return found
 
 
-def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
+def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -> None:
     """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
     RunError after all have ended, with the first failure.
     """
     threads = max(1, cores_in_use() // parallel)
 
-    def one(job: Job) -> str | None:
+    def one(job: ExperimentJob) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         for command in job.missing():
             write_bytes(job.command_file(command), shlex.join(command).encode())
@@ -240,7 +240,7 @@ def run(todo: list[Job], parallel: int, on_done: Callable[[], None]) -> None:
         raise RunError(failures[0] + (f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""))
 
 
-def results_of(job: Job, experiment: Experiment) -> dict[str, Any]:
+def results_of(job: ExperimentJob, experiment: Experiment) -> dict[str, Any]:
     """Return the results of a job that is done.
 
     The keys are: seed; after training, curves: {field: [[step or FLOPs, value], ...]}; after
@@ -300,7 +300,7 @@ def flops_until(step: int, lines: list[dict[str, Any]]) -> float:
     return spent + (step - last) * rate
 
 
-def gather(experiment: Experiment, done: list[Job]) -> dict[str, Any]:
+def gather(experiment: Experiment, done: list[ExperimentJob]) -> dict[str, Any]:
     """Return the settings of an experiment with the results of all its runs, by variant."""
     variants: dict[str, Any] = {}
     for job in done:

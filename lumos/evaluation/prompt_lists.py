@@ -45,7 +45,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class PromptBenchmark:
     """A benchmark and the form of its prompt list."""
 
     title: str
@@ -57,7 +57,7 @@ class Benchmark:
 
 
 def read_list(
-    benchmark: Benchmark,
+    benchmark: PromptBenchmark,
     path: str | Path,
     *,
     samples: int | None = None,
@@ -150,9 +150,9 @@ def read_geneval(text: str, samples: int | None) -> list[Entry]:
 
 
 BENCHMARKS = {
-    "vbench": Benchmark("VBench", "VBench_full_info.json", "videos", read_vbench),
-    "vbench-i2v": Benchmark("VBench-I2V", "vbench2_i2v_full_info.json", "videos", read_vbench_i2v, images=True),
-    "geneval": Benchmark("GenEval", "evaluation_metadata.jsonl", "images", read_geneval, pictures=True),
+    "vbench": PromptBenchmark("VBench", "VBench_full_info.json", "videos", read_vbench),
+    "vbench-i2v": PromptBenchmark("VBench-I2V", "vbench2_i2v_full_info.json", "videos", read_vbench_i2v, images=True),
+    "geneval": PromptBenchmark("GenEval", "evaluation_metadata.jsonl", "images", read_geneval, pictures=True),
 }
 
 

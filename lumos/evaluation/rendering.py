@@ -13,7 +13,7 @@ from lumos.evaluation.prompt_lists import Entry
 
 
 @dataclass(frozen=True)
-class Sample:
+class RenderedSample:
     """One clip or picture to make.
 
     Its seed depends only on the seed of the whole list and on its file name, so the same file in
@@ -26,13 +26,13 @@ class Sample:
     seed: int
 
 
-def batches_of(entries: Sequence[Entry], seed: int, size: int) -> list[list[Sample]]:
+def batches_of(entries: Sequence[Entry], seed: int, size: int) -> list[list[RenderedSample]]:
     """Return all samples in order, in batches of at most `size`.
 
     Samples of different entries never share a batch if entries have pictures, because the pictures
     may differ in size.
     """
-    groups = [[Sample(file, e.caption, e.image, seed_of(seed, file)) for file in e.files] for e in entries]
+    groups = [[RenderedSample(file, e.caption, e.image, seed_of(seed, file)) for file in e.files] for e in entries]
     if not any(entry.image for entry in entries):
         groups = [[sample for group in groups for sample in group]]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]

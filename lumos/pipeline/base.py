@@ -34,7 +34,7 @@ from lumos import registry
 from lumos.data.trained_on import TrainedOn
 from lumos.errors import RunError, UserError
 from lumos.pipeline.adapters import HasAdapters
-from lumos.pipeline.calls import Calls
+from lumos.pipeline.calls import PipelineCalls
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.hub import local_folder, model_card, upload
 from lumos.pipeline.inputs import generator_of
@@ -284,8 +284,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             call.interrupt = value
 
     @property
-    def _calls(self) -> Calls:
-        return self.__dict__.setdefault("_calls_of_threads", Calls())
+    def _calls(self) -> PipelineCalls:
+        return self.__dict__.setdefault("_calls_of_threads", PipelineCalls())
 
     def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the network and the video tokenizer in place, and return the pipeline.

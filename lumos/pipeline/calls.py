@@ -16,7 +16,7 @@ class Call:
     interrupt: bool = False
 
 
-class Calls:
+class PipelineCalls:
     """The calls of one pipeline, which may run in several threads at a time."""
 
     def __init__(self) -> None:

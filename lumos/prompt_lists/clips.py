@@ -19,7 +19,7 @@ from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.request import Request, Resolved, needs_words
 from lumos.prompt_lists.results import UNFINISHED, Results
-from lumos.prompt_lists.rows import Row
+from lumos.prompt_lists.rows import PromptRow
 from lumos.video.io import check_output
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ListedClip:
     """One clip to make."""
 
     file: str  # path below the folder of results
@@ -90,7 +90,7 @@ def check_prompt_frames(frames: Sequence[int] | None, stride: int) -> None:
         )
 
 
-def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
+def request_of(row: PromptRow, defaults: Mapping[str, Any], seed: int, stride: int) -> Request:
     """Return the request of a row.
 
     defaults: options of the command line, which hold where the row has no value. seed: a row
@@ -119,7 +119,7 @@ def request_of(row: Row, defaults: Mapping[str, Any], seed: int, stride: int) ->
     return Request.of(**options, **over_time)
 
 
-def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, Any], numbered: bool) -> list[Clip]:
+def clips_of(row: PromptRow, request: Request, resolved: Resolved, inputs: dict[str, Any], numbered: bool) -> list[ListedClip]:
     """Return the clips of a row.
 
     inputs: further values that decide what a clip shows, for example the model. numbered: name the
@@ -143,7 +143,7 @@ def clips_of(row: Row, request: Request, resolved: Resolved, inputs: dict[str, A
             "prompt": request.prompt, "later_prompts": request.later_prompts, "negative_prompt": request.negative_prompt,
             "seed": seed, "settings": resolved.settings, **inputs,
         }  # fmt: skip
-        clips.append(Clip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
+        clips.append(ListedClip(file, row.line, form, request.prompt, later, given, seed, json.loads(json.dumps(decides))))
     return clips
 
 
@@ -164,7 +164,7 @@ def free_name(path: Path) -> Path:
     return found
 
 
-def with_free_name(out: Path, clip: Clip) -> Clip:
+def with_free_name(out: Path, clip: ListedClip) -> ListedClip:
     """Return the clip under the first of its names NAME, NAME-2, NAME-3, ... that no clip of other inputs has."""
     path, number = out / clip.file, 1
     while (path.exists() or record_path(path).exists()) and not is_made(path, clip.inputs):
@@ -183,7 +183,7 @@ def is_made(path: Path, inputs: Mapping[str, Any]) -> bool:
         return False
 
 
-def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
+def check_file(out: Path, clip: ListedClip, keep: Container[Hashable] = ()) -> None:
     """Raise UserError if the file of a clip cannot be written, or if it would replace a file in `keep`."""
     path = PurePosixPath(clip.file)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), (UNFINISHED,)):
@@ -197,16 +197,16 @@ def check_file(out: Path, clip: Clip, keep: Container[Hashable] = ()) -> None:
     check_writable(record_path(out / clip.file))
 
 
-def batches_of(clips: Sequence[Clip], size: int) -> list[list[Clip]]:
+def batches_of(clips: Sequence[ListedClip], size: int) -> list[list[ListedClip]]:
     """Group the clips by their form, in order, into batches of at most `size` clips."""
-    groups: dict[Form, list[Clip]] = {}
+    groups: dict[Form, list[ListedClip]] = {}
     for clip in clips:
         groups.setdefault(clip.form, []).append(clip)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 def make_latents(
-    pipe: VideoPipeline, clips: Sequence[Clip], on_step: OnStep
+    pipe: VideoPipeline, clips: Sequence[ListedClip], on_step: OnStep
 ) -> list[tuple[Tensor, Mapping[int, np.ndarray]]]:
     """Make the clips of a batch and return the arguments of `VideoPipeline.decode` for each: latents and kept pixels."""
     form = clips[0].form
@@ -231,7 +231,9 @@ class Recorded(Results):
     in the record. describe(clip) returns the content of a record.
     """
 
-    def __init__(self, out: Path, shard: tuple[int, int], clips: Sequence[Clip], describe: Callable[[Clip], dict[str, Any]]):
+    def __init__(
+        self, out: Path, shard: tuple[int, int], clips: Sequence[ListedClip], describe: Callable[[ListedClip], dict[str, Any]]
+    ):
         super().__init__(out, "", shard)
         self.clips, self.describe = {clip.file: clip for clip in clips}, describe
 

@@ -1,6 +1,6 @@
 """Reading of prompt lists: one prompt per line (.txt), one JSON object per line (.jsonl), or a table with column names (.csv).
 
-A row that cannot be read becomes a `Row` with an error message, so that the other rows can still be
+A row that cannot be read becomes a `PromptRow` with an error message, so that the other rows can still be
 made.
 """
 
@@ -23,7 +23,7 @@ MAX_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueType:
     """A type of values: its name, a check of a value, and a function that parses a cell of a table."""
 
     name: str
@@ -51,12 +51,12 @@ def true_or_false(cell: str) -> bool:
     return cell.strip().lower() == "true"
 
 
-TEXT = Kind("text", is_text, str)
-PROMPT = Kind("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
-WHOLE = Kind("a whole number", is_whole, int)
-WHOLES = Kind("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), whole_numbers)
-SWITCH = Kind("true or false", lambda v: isinstance(v, bool), true_or_false)
-COUNTS = Kind("a list of whole numbers", lambda v: is_list_of(is_whole, v), lambda cell: [int(part) for part in cell.split()])
+TEXT = ValueType("text", is_text, str)
+PROMPT = ValueType("text, or a list of texts", lambda v: is_text(v) or is_list_of(is_text, v), str)
+WHOLE = ValueType("a whole number", is_whole, int)
+WHOLES = ValueType("a whole number, or a list of them", lambda v: is_whole(v) or is_list_of(is_whole, v), whole_numbers)
+SWITCH = ValueType("true or false", lambda v: isinstance(v, bool), true_or_false)
+COUNTS = ValueType("a list of whole numbers", lambda v: is_list_of(is_whole, v), lambda cell: [int(part) for part in cell.split()])
 
 ARGUMENTS = {
     "prompt": PROMPT, "prompt_frames": COUNTS, "negative_prompt": TEXT, "image": TEXT, "video": TEXT, "last_image": TEXT,
@@ -69,13 +69,13 @@ PATHS = ("image", "video", "last_image")
 """The keys whose values are paths, relative to the folder of the list."""
 
 
-def columns() -> dict[str, Kind]:
+def columns() -> dict[str, ValueType]:
     """Return the kind of each key that a row may have: the arguments, and the sampling options of all generators."""
-    return ARGUMENTS | {name: Kind(option.kind, option.holds, option.parse) for name, option in all_options().items()}
+    return ARGUMENTS | {name: ValueType(option.kind, option.holds, option.parse) for name, option in all_options().items()}
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One entry of a prompt list."""
 
     line: int  # line of the file, from 1, on which the entry ends
@@ -84,7 +84,7 @@ class Row:
     problem: str | None = None  # why the entry cannot be read
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[PromptRow]:
     """Return the rows of a list. Paths of pictures and clips in a row are relative to the folder of the list.
 
     UserError for a file that cannot be read, for a file of another form, and for a file without
@@ -100,9 +100,9 @@ def read_rows(path: str | Path) -> list[Row]:
         if len(rows) == MAX_ROWS:
             raise UserError(f"{path} has more than {MAX_ROWS:,} rows; make several lists of it")
         try:
-            rows.append(Row(line, len(rows), checked(read(), path.parent)))
+            rows.append(PromptRow(line, len(rows), checked(read(), path.parent)))
         except UserError as error:
-            rows.append(Row(line, len(rows), problem=str(error)))
+            rows.append(PromptRow(line, len(rows), problem=str(error)))
     if not rows:
         raise UserError(f"{path} holds no prompts")
     return rows

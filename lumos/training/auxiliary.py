@@ -13,7 +13,7 @@ from torch import nn
 
 from lumos.errors import UserError
 from lumos.training.checkpoint import AUXILIARY
-from lumos.training.engine import Engine
+from lumos.training.engine import TrainingEngine
 from lumos.training.launch import make_engine
 from lumos.training.loss_sums import LossSums
 from lumos.training.settings import TrainingSettings
@@ -33,7 +33,7 @@ class Auxiliary:
         self.engine = make_engine(network, self.settings, device)
         self.engine.prefix = AUXILIARY
 
-    def step(self, model: Engine, micro_batches: list[dict[str, Any]], clips: int, lr: float) -> tuple[LossSums, float]:
+    def step(self, model: TrainingEngine, micro_batches: list[dict[str, Any]], clips: int, lr: float) -> tuple[LossSums, float]:
         """One update, for the mean loss of the `clips` of all processes: (sums of the losses, norm of the gradient).
 
         If the norm is not finite, nothing was updated.

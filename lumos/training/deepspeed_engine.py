@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lumos.errors import UserError
 from lumos.threads import processes_here
-from lumos.training.engine import Engine, Slot, make_optimizer, pick_precision, set_learning_rate, whole_slots
+from lumos.training.engine import Slot, TrainingEngine, make_optimizer, pick_precision, set_learning_rate, whole_slots
 from lumos.training.settings import TrainingSettings
 
 OWN_KEYS = {
@@ -123,7 +123,7 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     }
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(TrainingEngine):
     """The part of a DeepSpeed run that one process computes.
 
     With bf16 and a stage above 0 the model has bf16 weights, and the optimizer keeps fp32 copies of

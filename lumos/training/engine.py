@@ -109,7 +109,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-class Engine:
+class TrainingEngine:
     """What the loop needs of an engine. Both kinds have `slots`, from which their state is stored and loaded alike."""
 
     rank: int
@@ -227,7 +227,7 @@ class Engine:
         self.weights_changed()
 
 
-class PlainEngine(Engine):
+class PlainEngine(TrainingEngine):
     """One process, one device. Weights stay fp32; bf16 is autocast."""
 
     rank, world, kind = 0, 1, "plain PyTorch"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lumos.training.engine import Engine, PlainEngine
+from lumos.training.engine import PlainEngine, TrainingEngine
 from lumos.training.settings import TrainingSettings
 
 
@@ -25,7 +25,7 @@ def start_processes(settings: TrainingSettings, device: torch.device) -> None:
 
 def make_engine(
     model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
-) -> Engine:
+) -> TrainingEngine:
     """Return the engine for the ZeRO stage of the settings and for the number of launched processes.
 
     `matrices` is the argument of `make_optimizer`.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lumos.training.engine import Engine
+from lumos.training.engine import TrainingEngine
 
 
 class LossSums:
@@ -42,7 +42,7 @@ class LossSums:
             start += size
         self.table += table.cpu()
 
-    def over_processes(self, engine: Engine) -> LossSums:
+    def over_processes(self, engine: TrainingEngine) -> LossSums:
         """Return the totals over all processes."""
         whole = LossSums(self.groups)
         whole.table = engine.all_sum(self.table)
@@ -64,7 +64,7 @@ class LossSums:
             yield f"{group}_loss_{kind}", table
 
 
-def of_all_processes(engine: Engine, *values: float) -> list[list[float]]:
+def of_all_processes(engine: TrainingEngine, *values: float) -> list[list[float]]:
     """Return, for each value, the list of its values on all processes, in the order of ranks."""
     table = torch.zeros(len(values), engine.world, dtype=torch.float64)
     table[:, engine.rank] = torch.tensor(values, dtype=torch.float64)

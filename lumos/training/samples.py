@@ -47,7 +47,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Sample:
+class FinishedSample:
     """A finished clip: frames uint8 [T, H, W, 3], and the seconds that it took."""
 
     prompt: str
@@ -105,7 +105,7 @@ def render(
         )
 
 
-def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callable[[], bool]) -> list[Sample]:
+def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callable[[], bool]) -> list[FinishedSample]:
     """Return the samples that are finished by `until`, a time of time.monotonic, in the order of prompts.
 
     Prompt i of `settings.prompts` has the seed `settings.seed` + i.
@@ -123,11 +123,11 @@ def draw(settings: SampleSettings, sampler: Sampler, until: float, stop: Callabl
             frames = sampler.draw(prompt, seed, on_step)
         except Ended:
             break
-        samples.append(Sample(prompt, seed, frames, round(time.monotonic() - started, 2)))
+        samples.append(FinishedSample(prompt, seed, frames, round(time.monotonic() - started, 2)))
     return samples
 
 
-def write(folder: Path, samples: list[Sample], fps: float, record: dict[str, Any]) -> None:
+def write(folder: Path, samples: list[FinishedSample], fps: float, record: dict[str, Any]) -> None:
     """Write all files of one step; an older folder of the same step is replaced."""
     with replacing_folder(folder) as writing:
         clips = []

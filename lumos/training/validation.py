@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
-from lumos.training.engine import Engine
+from lumos.training.engine import TrainingEngine
 from lumos.training.logging import Meter
 from lumos.training.loss_sums import LossSums
 from lumos.training.settings import TrainingSettings
@@ -37,7 +37,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(
-        self, engine: Engine, losses: Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+        self, engine: TrainingEngine, losses: Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
     ) -> dict[str, Any]:
         """Return the validation losses of all processes together, without text dropout.
 

@@ -141,7 +141,7 @@ def test_scores_and_distillation_stand_beside_plain_forms(everything):
 def test_a_form_of_a_step_computes_its_losses_only(model_folder, tmp_path):
     """Against the settings of the form: the teacher and the critic exist only where a loss needs them."""
     teacher = str(model_folder.parent / "deep")
-    settings = compression_bench.Settings(teacher, 2, 1, ("steps",))
+    settings = compression_bench.CompressionBenchmarkSettings(teacher, 2, 1, ("steps",))
     with compression_bench.student_of(settings) as student:
         for form, off in compression_bench.FORMS.items():
             task = compression_bench.task_of(student, teacher, 1, "cpu", "float32", off)

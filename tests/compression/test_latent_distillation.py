@@ -18,7 +18,7 @@ from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import load, plan_folder
 from lumos.compression.latent_distillation import distill_latents, make_latent_task
 from lumos.compression.latent_folder import RANKS, LatentFolder
-from lumos.compression.latent_settings import LatentSettings, build_latent_settings
+from lumos.compression.latent_settings import LatentDistillationSettings, build_latent_settings
 from lumos.compression.latent_task import LatentTask
 from lumos.compression.noising import OBJECTIVES
 from lumos.compression.recipes import read_recipe
@@ -77,7 +77,7 @@ def made(tmp_path_factory):
     return folders
 
 
-def settings(made, name: str, run: Path, **sections: Any) -> LatentSettings:
+def settings(made, name: str, run: Path, **sections: Any) -> LatentDistillationSettings:
     teacher, student, latents = made(name)
     raw: dict[str, Any] = {
         "generator": "diffusers", "model": {"from": str(student)}, "data": {"path": str(latents), "workers": 0},

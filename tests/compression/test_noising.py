@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumos.compression.noising import OBJECTIVES, Level, Objective, read_schedule, with_noise
+from lumos.compression.noising import OBJECTIVES, NoiseLevel, Objective, read_schedule, with_noise
 from lumos.errors import NotFound, UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -28,7 +28,7 @@ def clips(seed: int) -> torch.Tensor:
 @given(kind=st.sampled_from(OBJECTIVES), seed=st.integers(0, 999))
 def test_the_clean_clip_follows_from_what_should_be_predicted(kind, seed):
     form, generator = objective(kind), torch.Generator().manual_seed(seed)
-    level = Level(*(torch.stack(x).double() for x in zip(*(form.drawn(generator) for _ in range(2)), strict=True)))
+    level = NoiseLevel(*(torch.stack(x).double() for x in zip(*(form.drawn(generator) for _ in range(2)), strict=True)))
     clean, noise = clips(0), clips(1)
     found = form.clean(with_noise(clean, noise, level), form.target(clean, noise, level), level)
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)

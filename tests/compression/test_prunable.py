@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumos.compression.plans import spaced
 from lumos.errors import UserError
 from lumos.models.lumos1.cache import Cache, PrefixCache
-from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.sequence import build_frames, build_prefix
 from lumos.models.stiv.block_reuse import BlockReuse
@@ -44,7 +44,7 @@ def logits(model) -> torch.Tensor:
 
 def generated(model, prefix_cache: PrefixCache | None = None) -> torch.Tensor:
     """Logits of two frames through the cache: a step of the first, and a step of the second that commits the first."""
-    engine, config = Engine(model), model.config
+    engine, config = DecodingEngine(model), model.config
     prefixes = [torch.tensor(build_prefix(text, fps=8, duration=1, config=config)) for text in ([300, 301], None)]
     draws = torch.Generator().manual_seed(4)
     frames = build_frames(torch.randint(-1, 64, (2, 2, 3), generator=draws), config)

@@ -143,13 +143,13 @@ def test_a_list_of_units(pruned, name, units):
     folder, out, record = pruned(name, units)
     teacher = loaded(folder)
     kept = len(record["kept"]["down_blocks"])
-    layout = unets.Layout((32, 64, 96, 96), (2, 2, 2, 2))
+    layout = unets.UNetLayout((32, 64, 96, 96), (2, 2, 2, 2))
     twin = unet_skipping(teacher, layout.expanded(units, "test"), record["reduced"], kept)
     assert torch.equal(output(loaded(out), name), output(twin, name))
 
 
 def test_lists_of_units_are_reduced_only_where_they_must():
-    layout = unets.Layout((32, 64, 96, 96), (2, 2, 2, 2))
+    layout = unets.UNetLayout((32, 64, 96, 96), (2, 2, 2, 2))
     reduced = {name: unets.resolve(layout, layout.expanded(units, name)).reduced for name, units in CUSTOM.items()}
     assert reduced == {
         "a pair": set(),
@@ -207,7 +207,7 @@ def test_any_list_of_units_gives_tensors_of_the_parents_shapes(case):
     config = {"_class_name": MODELSCOPE, "block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": 8,
               "attention_head_dim": 4, "cross_attention_dim": 8, "down_block_types": ["DownBlock3D"] * stages,
               "up_block_types": ["UpBlock3D"] * stages}  # fmt: skip
-    units = unets.Layout(tuple(widths), (layers,) * stages).units()
+    units = unets.UNetLayout(tuple(widths), (layers,) * stages).units()
     drawn = torch.rand(len(units), generator=torch.Generator().manual_seed(seed)) < 0.5
     remove = [unit for unit, draw in zip(units, drawn, strict=True) if draw] or [units[0]]
     found = unets.prune(config, "test", remove)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from lumos.data.ingest.encode import ClipSettings, Encoder
+from lumos.data.ingest.encode import ClipSettings, ItemEncoder
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 FLAGS = ["--fps", "12", "--size", "16x24", "--frames", "5"]
@@ -26,7 +26,7 @@ def content(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix in (".parquet", ".jsonl")}
 
 
-class Fragile(Encoder):
+class Fragile(ItemEncoder):
     """Ends its process or hangs as the caption says."""
 
     def __call__(self, item):
@@ -61,7 +61,7 @@ class Late:
         return []
 
 
-class Greedy(Encoder):
+class Greedy(ItemEncoder):
     """Asks for 64 TiB of address space where the caption says so; a system that is not limited gives it."""
 
     def __call__(self, item):

@@ -76,7 +76,7 @@ def test_items_that_kill_or_hang_on_ray_are_skipped(cluster, clips, tokenizer, t
     for n, caption in enumerate(("good", "kill", f"once {tmp_path / 'flag'}", "hang", "good")):
         shutil.copy(clips / "0.mp4", source / f"{n}.mp4")
         (source / f"{n}.txt").write_text(caption)
-    monkeypatch.setattr("lumos.data.ingest.ray_executor.Encoder", Fragile)
+    monkeypatch.setattr("lumos.data.ingest.ray_executor.ItemEncoder", Fragile)
     command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS, "--engine", "ray"]
     assert main([*command, "--item-timeout", "3", "--max-failure-rate", "0.5"]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -105,7 +105,7 @@ def test_an_item_missing_from_shards_and_journals_is_an_error(clips, tokenizer, 
 
 
 def test_an_encoder_that_returns_no_clip_is_an_error(clips, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", lambda work: lambda item: [])
+    monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", lambda work: lambda item: [])
     with pytest.raises(RunError, match="should hold 11 items and hold 0"):
         ingest([clips], tmp_path / "out", tokenizer, SETTINGS)
 

@@ -40,7 +40,7 @@ def source(clips, tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_items_that_kill_or_hang_are_skipped(source, tokenizer, tmp_path, monkeypatch, capsys, workers):
-    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Fragile)
+    monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", Fragile)
     command = ["ingest", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer), *FLAGS]
     options = ["--workers", str(workers), "--item-timeout", "3", "--max-failure-rate"]
     assert main([*command, *options, "0.5"]) == 0
@@ -62,18 +62,18 @@ def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path
         (source / f"{n}.txt").write_text(caption)
     for n in (3, 4, 5):
         (source / f"{n}.mp4").unlink()
-    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Greedy)
+    monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", Greedy)
     report = ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1, max_failure_rate=0.5)
     assert (report["encoded"], report["reasons"]) == (2, {"out of memory": 1})
     assert "GiB in a worker; --workers 0 has no such limit" in report["skipped"][0]["detail"]
 
 
 def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Unstartable)
+    monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", Unstartable)
     with pytest.raises(RunError, match=r"a worker process ended while it was starting \(exit code 7"):
         ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
     (source / "0.txt").write_text("bug")
-    monkeypatch.setattr("lumos.data.ingest.executors.Encoder", Fragile)
+    monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", Fragile)
     with pytest.raises(OSError, match="a bug"):
         ingest([source], tmp_path / "out", tokenizer, SETTINGS, workers=1)
 
@@ -82,7 +82,7 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
     (source / "0.txt").write_text("hang")
     script = (
         "import sys, pathlib, ingest_helpers, lumos.data.ingest.executors as engines; from lumos.data.ingest.ingest import ingest\n"
-        "engines.Encoder = ingest_helpers.Fragile\n"
+        "engines.ItemEncoder = ingest_helpers.Fragile\n"
         "ingest([sys.argv[1]], sys.argv[2], sys.argv[3], ingest_helpers.SETTINGS, workers=1)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])}

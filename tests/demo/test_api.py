@@ -18,7 +18,7 @@ from lumos import LumosPipeline
 from lumos.demo import views
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.pipeline.request import Request
 from lumos.prompt_lists.clips import default_name
 from lumos.video.io import read_image, read_video, write_video
@@ -233,7 +233,7 @@ LONG = Request.of("x", num_frames=257, num_inference_steps=1000)
 
 
 def test_a_full_queue_is_status_429_for_page_and_api_alike(client, service):
-    jobs = [service.submit(Job(LONG)) for _ in range(2)]
+    jobs = [service.submit(ClipJob(LONG)) for _ in range(2)]
     answer = client.post("/api/generate", data={"prompt": "x"})
     assert (answer.status_code, "try again later" in answer.json()["error"]) == (429, True)
     status = client.get("/api/status").json()
@@ -271,7 +271,7 @@ def test_a_full_disk_is_status_500_and_leaves_nothing(client, service, monkeypat
 def test_a_mistake_is_told_before_it_waits(client, service, data):
     """All but what an upload holds: also where nobody may wait any more."""
     for _ in range(2):
-        service.submit(Job(LONG))
+        service.submit(ClipJob(LONG))
     assert client.post("/api/generate", data={"prompt": "x"}).status_code == 429
     answer = client.post("/api/generate", data={"prompt": "x", **data})
     assert answer.status_code == 400, answer.text

@@ -24,7 +24,7 @@ from PIL import Image
 
 from lumos import LumosPipeline
 from lumos.cli import main
-from lumos.demo.limits import Busy, Limits
+from lumos.demo.limits import Limits, ServerBusy
 from lumos.demo.service import Service
 from lumos.errors import UserError
 from lumos.pipeline.options import CHOICE, Option, all_options
@@ -351,7 +351,7 @@ def test_no_hour_has_more_clips_than_a_key_may_have(asked, most):
             assert recent + clips <= most
         except UserError:
             assert clips > most
-        except Busy as busy:
+        except ServerBusy as busy:
             assert recent + clips > most
             free = sum(when > now + busy.seconds - HOUR for when in taken)
             assert free + clips <= most  # as it says, there is room then
@@ -361,8 +361,8 @@ def test_clips_that_the_queue_refuses_do_not_count():
     key = Key("a", b"", clips_per_hour=1)
     keys = Keys([key])
     for _ in range(3):
-        with pytest.raises(Busy, match="full"), keys.counted(key, 1):
-            raise Busy("full")
+        with pytest.raises(ServerBusy, match="full"), keys.counted(key, 1):
+            raise ServerBusy("full")
     with keys.counted(key, 1):
         pass
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lumos.demo.limits import Busy, Limits
+from lumos.demo.limits import Limits, ServerBusy
 from lumos.demo.store import Store
 from lumos.errors import UserError
 
@@ -115,7 +115,7 @@ def test_the_number_of_sessions_is_limited(sessions, monkeypatch):
     async def scenario():
         for name in "aba":
             sessions._touch(name)
-        with pytest.raises(Busy, match="2 visitors are here already"):
+        with pytest.raises(ServerBusy, match="2 visitors are here already"):
             sessions._touch("c")
         for timer in sessions.ends.values():
             timer.cancel()

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lumos.demo.limits import Busy, Limits
+from lumos.demo.limits import Limits, ServerBusy
 from lumos.demo.store import FRESH_SECONDS, UNDELIVERED_SECONDS, UNUSED_SECONDS, Store
 from lumos.durable import owner
 
@@ -126,7 +126,7 @@ def test_uploads_that_are_needed_or_fresh_stay(store, later):
     with store.needing(needed):
         later(UNUSED_SECONDS + 1)
         fresh = [upload(store)[0] for _ in range(3)]
-        with store.reservation() as room, pytest.raises(Busy, match="no room for more uploads now"):
+        with store.reservation() as room, pytest.raises(ServerBusy, match="no room for more uploads now"):
             room.grow(1)
         assert needed.exists()
         assert all(path.exists() for path in fresh)
@@ -141,7 +141,7 @@ def test_bytes_on_their_way_count_before_they_arrive(store):
         one.grow(3 * MB)
         with store.reservation() as two:
             two.grow(MB)
-            with pytest.raises(Busy):
+            with pytest.raises(ServerBusy):
                 two.grow(MB + 1)
             assert two.size == MB
     with store.reservation() as three:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lumos.demo.limits import Busy
-from lumos.demo.worker import Job, Worker
+from lumos.demo.limits import ServerBusy
+from lumos.demo.worker import ClipJob, Worker
 from lumos.errors import RunError, UserError
 from lumos.pipeline.request import Request
 
@@ -23,7 +23,7 @@ class Bench:
         self.error: Exception | None = None
         self.worker = Worker(self.make, queue_length)
 
-    def make(self, job: Job) -> None:
+    def make(self, job: ClipJob) -> None:
         self.begun.append(job.request.prompt)
         while not self.go.is_set():
             job.check_stop()
@@ -32,8 +32,8 @@ class Bench:
             raise self.error
         self.ended.append(job.request.prompt)
 
-    def submit(self, prompt: str, **options) -> Job:
-        return self.worker.submit(Job(Request.of(prompt), **options))
+    def submit(self, prompt: str, **options) -> ClipJob:
+        return self.worker.submit(ClipJob(Request.of(prompt), **options))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_jobs_are_made_in_order_one_at_a_time(bench):
 def test_the_queue_is_bounded_and_has_room_again(bench):
     bench.submit("a")
     waiting = [bench.submit(name) for name in "bc"]
-    with pytest.raises(Busy, match="2 requests are waiting already"):
+    with pytest.raises(ServerBusy, match="2 requests are waiting already"):
         bench.submit("d")
     bench.worker.cancel(waiting[0])
     assert waiting[0].state == "cancelled"
@@ -75,7 +75,7 @@ def test_the_queue_is_bounded_and_has_room_again(bench):
 
 def test_a_visitor_has_one_clip_in_the_queue(bench):
     first = bench.submit("a", owner="visitor")
-    with pytest.raises(Busy, match="your last clip is still being made"):
+    with pytest.raises(ServerBusy, match="your last clip is still being made"):
         bench.submit("b", owner="visitor")
     bench.submit("c", owner="other")
     bench.worker.cancel_of("visitor")
@@ -134,5 +134,5 @@ def test_closing_cancels_everything_and_takes_no_more(bench):
     jobs = [bench.submit(name) for name in "ab"]
     bench.worker.close()
     assert {job.state for job in jobs} == {"cancelled"}
-    with pytest.raises(Busy, match="closing"):
+    with pytest.raises(ServerBusy, match="closing"):
         bench.submit("c")

@@ -23,7 +23,7 @@ import kills
 import torch
 
 from lumos.data.ingest import executors as engines
-from lumos.data.ingest.encode import ClipSettings, Encoder
+from lumos.data.ingest.encode import ClipSettings, ItemEncoder
 from lumos.data.ingest.ingest import ingest
 from lumos.data.shards import format as shards
 
@@ -31,7 +31,7 @@ SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 SLOW = 0.25
 
 
-class SlowEncoder(Encoder):
+class SlowEncoder(ItemEncoder):
     """Takes longer for items of which the caption says so than for all others that may be begun meanwhile."""
 
     def __call__(self, item):
@@ -83,7 +83,7 @@ def times(source: str, folder: Path, tokenizer: str, count: int) -> None:
 
 def slow(source: str, folder: Path, tokenizer: str, count: int) -> None:
     assert kills.forked(partial(run, source, tokenizer, folder / "whole", 0)) == 0
-    engines.Encoder = SlowEncoder  # last, for it stays
+    engines.ItemEncoder = SlowEncoder  # last, for it stays
     for workers in range(4, 4 - count, -1):
         out = folder / f"workers-{workers}"
         last = 5 * workers + 2  # after the first slow item

@@ -30,7 +30,7 @@ from lumos.models.lumos1.cache import Cache
 from lumos.models.lumos1.clip_cost import LumosClipCost, lighter, out_of_memory_advice
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.sampling import generate_frames
-from lumos.models.lumos1.sequence import Frame, Layout, build_prefix
+from lumos.models.lumos1.sequence import Frame, SequenceLayout, build_prefix
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.lumos1.training_cost import mean_mask_ratio, meta_model, training_cost
 from lumos.models.lumos1.training_settings import LORA_TARGETS, MaskingSettings
@@ -146,7 +146,7 @@ def test_flops_with_adapters_are_those_that_torch_counts():
     bare = parameter_count(model)
     add_adapters(model, Lora(4, 8.0, 0.0, list(LORA_TARGETS)))
     assert adapter_weights(config, 4, LORA_TARGETS) == parameter_count(model) - bare
-    layout = Layout(3 * 24, tuple(Frame(start, 4, 4) for start in (0, 24, 48)))
+    layout = SequenceLayout(3 * 24, tuple(Frame(start, 4, 4) for start in (0, 24, 48)))
     shape = (1, layout.length)
     rotary = model.rotary(torch.zeros(1, 3, layout.length, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool))
     attend = attention_for("segmented", [layout], layout.length, torch.device("cpu"))

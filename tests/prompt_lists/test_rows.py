@@ -11,7 +11,7 @@ from lumos.errors import UserError
 from lumos.pipeline.options import all_options
 from lumos.pipeline.request import ARGUMENTS, Request
 from lumos.prompt_lists.clips import default_name, free_name, prompts_over_time, request_of
-from lumos.prompt_lists.rows import Row, columns, read_rows
+from lumos.prompt_lists.rows import PromptRow, columns, read_rows
 
 
 def rows_of(tmp_path, name, text):
@@ -30,7 +30,7 @@ def test_a_default_name_is_never_taken_twice(tmp_path):
 
 def test_a_text_is_a_prompt_a_line(tmp_path):
     rows = rows_of(tmp_path, "a.txt", "\ufeffa red circle\n\n  the digit 7, moving up \r\n")
-    assert rows == [Row(1, 0, {"prompt": "a red circle"}), Row(3, 1, {"prompt": "the digit 7, moving up"})]
+    assert rows == [PromptRow(1, 0, {"prompt": "a red circle"}), PromptRow(3, 1, {"prompt": "the digit 7, moving up"})]
 
 
 def test_json_objects_and_tables_give_the_same_rows(tmp_path):
@@ -114,14 +114,15 @@ def test_every_option_of_a_row_is_one_of_a_request():
 
 def test_a_row_overrides_the_command_line():
     defaults = {"guidance_scale": 2.0, "image": "a.png", "num_frames": 9, "num_videos_per_prompt": 2}
-    row = Row(3, 5, {"prompt": "x", "video": "b.mp4", "num_frames": 17})
+    row = PromptRow(3, 5, {"prompt": "x", "video": "b.mp4", "num_frames": 17})
     assert request_of(row, defaults, 100, 4) == Request.of(
         "x", video="b.mp4", num_frames=17, guidance_scale=2.0, num_videos_per_prompt=2, seed=105
     )
-    assert request_of(Row(1, 0, {"prompt": "x", "seed": [4, 9]}), {}, 0, 4) == Request.of("x", num_videos_per_prompt=2, seed=[4, 9])
-    assert request_of(Row(1, 0, {"prompt": "x", "seed": 7}), defaults, 0, 4).image == "a.png"
+    two = PromptRow(1, 0, {"prompt": "x", "seed": [4, 9]})
+    assert request_of(two, {}, 0, 4) == Request.of("x", num_videos_per_prompt=2, seed=[4, 9])
+    assert request_of(PromptRow(1, 0, {"prompt": "x", "seed": 7}), defaults, 0, 4).image == "a.png"
     with pytest.raises(UserError, match="the row has no prompt"):
-        request_of(Row(1, 0, {"seed": 1}), {}, 0, 4)
+        request_of(PromptRow(1, 0, {"seed": 1}), {}, 0, 4)
 
 
 def test_a_list_of_prompts_becomes_prompt_and_later_prompts():
@@ -130,10 +131,10 @@ def test_a_list_of_prompts_becomes_prompt_and_later_prompts():
         "prompt": "a", "later_prompts": [(9, "b"), (17, "c")], "num_frames": 21
     }  # fmt: skip
     assert prompts_over_time(["a"], [9], 9)["num_frames"] == 9
-    row = Row(1, 0, {"prompt": ["a", "b"], "prompt_frames": [5, 4]})
+    row = PromptRow(1, 0, {"prompt": ["a", "b"], "prompt_frames": [5, 4]})
     assert request_of(row, {}, 0, 4).later_prompts == [(5, "b")]
     with pytest.raises(UserError, match="2 prompts are given and none of their prompt_frames"):
-        request_of(Row(1, 0, {"prompt": ["a", "b"]}), {}, 0, 4)
+        request_of(PromptRow(1, 0, {"prompt": ["a", "b"]}), {}, 0, 4)
 
 
 def test_a_cell_may_hold_several_seeds(tmp_path):
@@ -146,7 +147,7 @@ def test_a_cell_may_hold_several_seeds(tmp_path):
     ([5, 4], 4, True), ([9], 4, True), ([5, 5], 4, False), ([4, 4], 4, False), ([3, 2], 1, True), ([5, 4, 6], 4, False),
 ])  # fmt: skip
 def test_prompts_change_between_latent_frames(frames, stride, allowed):
-    row = Row(1, 0, {"prompt": ["a", "b", "c"][: len(frames)], "prompt_frames": frames})
+    row = PromptRow(1, 0, {"prompt": ["a", "b", "c"][: len(frames)], "prompt_frames": frames})
     if allowed:
         assert request_of(row, {}, 0, stride).num_frames == sum(frames)
         return

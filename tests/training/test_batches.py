@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.prefetch import prefetched
 from lumos.data.seeding import VALIDATION_STEP, sample_generator, sample_index
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
@@ -134,7 +134,7 @@ def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypa
     task = ArdfTask(micro_settings(data={"num_frames": 13}, masking={"kind": kind}), CPU)
     if with_codes:
         codes = np.random.default_rng(0).integers(0, 1000, (3, 4, 4, 4)).astype(np.uint16)
-        clips = [Clip(None, "a red circle " * (i + 1), 8, str(i), made) for i, made in enumerate([*codes, codes[0, :1]])]
+        clips = [TrainingClip(None, "a red circle " * (i + 1), 8, str(i), made) for i, made in enumerate([*codes, codes[0, :1]])]
         monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: [clips[i] for i in positions])
     model = task.build_model().eval()
     whole, short = (task.batch(3, replace(VIDEO, first_frames=n), range(4)) for n in (None, 5))
@@ -209,7 +209,7 @@ def test_data_that_does_not_fit_the_model_is_refused(micro_settings, sections: d
 def test_codes_that_the_model_does_not_have(micro_settings, monkeypatch):
     task = ArdfTask(micro_settings(), CPU)
     codes = np.zeros((2, 4, 4), np.uint16)
-    clips = [Clip(None, "x", 8, name, codes + number) for name, number in (("good", 999), ("bad", 1000))]
+    clips = [TrainingClip(None, "x", 8, name, codes + number) for name, number in (("good", 999), ("bad", 1000))]
     monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: clips)
     with pytest.raises(RunError, match="bad has the code 1000; allowed: 0 to 999; ingest it again"):
         task.prepare(0, VIDEO, range(2))
@@ -224,7 +224,7 @@ def test_a_batch_encoded_later_equals_one_masked_with_codes(micro_settings, monk
     config, rng = task.config, np.random.default_rng(0)
     grids = [(2, 4, 4), (1, 2, 6), (3, 4, 2), (2, 4, 4)]
     codes = [rng.integers(0, 1000, grid).astype(np.uint16) for grid in grids]
-    clips = [Clip(None, f"a red circle {i}", 8, str(i), made) for i, made in enumerate(codes)]
+    clips = [TrainingClip(None, f"a red circle {i}", 8, str(i), made) for i, made in enumerate(codes)]
     monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: [clips[i] for i in positions])
     batch = task.batch(5, VIDEO, range(4))
     for i, clip in enumerate(clips):

@@ -160,7 +160,7 @@ def test_curves_may_run_over_flops(in_this_process, trained: str, tmp_path: Path
 
 
 def test_a_figure_may_be_of_one_kind(tmp_path: Path):
-    job = experiments.Job("a", 0, tmp_path, None, ("evaluate",))
+    job = experiments.ExperimentJob("a", 0, tmp_path, None, ("evaluate",))
     judged = {"shares": {"one": {"all": 0.5}, "two": {"all": 0.25}}, "seconds": 1.0, "count": 4}
     (tmp_path / "prompts.json").write_text(json.dumps(judged))
     found = experiments.results_of(job, experiments.Experiment(figures=["all", "all of two"]))

@@ -14,7 +14,7 @@ from run_log import read_log
 from lumos import LumosPipeline
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import drawn_name, sample_generator, sample_index
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.errors import UserError
 from lumos.models.lumos1.distillation import MASK, DistillableLumos, visual_features
 from lumos.models.lumos1.sequence import code_mask, parse_layout
@@ -96,7 +96,7 @@ def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypa
     task = ArdfTask(micro_settings(data={"num_frames": 13}, patterns={"first": 0.5, "ends": 0.5}), CPU)
     if with_codes:
         codes = np.random.default_rng(0).integers(0, 1000, (8, 5, 4, 4)).astype(np.uint16)
-        clips = [Clip(None, "a red circle", 8, str(i), made[:4], last=made[4]) for i, made in enumerate(codes)]
+        clips = [TrainingClip(None, "a red circle", 8, str(i), made[:4], last=made[4]) for i, made in enumerate(codes)]
         monkeypatch.setattr(task.source, "clips", lambda step, shape, positions: [clips[i] for i in positions])
     model = task.build_model().eval()
     whole, short = (task.batch(3, replace(VIDEO, first_frames=n), range(8)) for n in (None, 5))

@@ -27,7 +27,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import training_flops
 from lumos.models.lumos1.masking import mask_ratio
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
-from lumos.models.lumos1.sequence import Frame, Layout, frame_indices, parse_layout
+from lumos.models.lumos1.sequence import Frame, SequenceLayout, frame_indices, parse_layout
 from lumos.models.lumos1.training import RATIO_BINS, ArdfTask, ratio_bins
 from lumos.runtime import versions
 from lumos.training import loop
@@ -205,7 +205,7 @@ def test_keys_in_sight_are_those_of_the_rule(frames: list[bool], prefix: int, ta
         at += gap
         places.append(Frame(at, 2, 2))
         at = places[-1].end
-    layout = Layout(at + tail, tuple(places))
+    layout = SequenceLayout(at + tail, tuple(places))
     frame = frame_indices([layout], layout.length)[0].tolist()
     seen = sum(k <= q or (frame[q] >= 0 and frame[q] == frame[k]) for q in range(layout.length) for k in range(layout.length))
     assert allowed_pairs(layout) == seen
@@ -216,7 +216,7 @@ def test_flops_are_those_that_torch_counts():
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LumosConfig.preset("tiny", **sizes, num_attention_heads=4, num_key_value_heads=2)
     model = LumosForVideoGeneration(config)
-    layout = Layout(3 * 24, tuple(Frame(start, 4, 4) for start in (0, 24, 48)))
+    layout = SequenceLayout(3 * 24, tuple(Frame(start, 4, 4) for start in (0, 24, 48)))
     shape = (1, layout.length)
     rotary = model.rotary(torch.zeros(1, 3, layout.length, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -98,7 +98,7 @@ Result = list[dict[str, Any]] | Skip
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The arguments with which a worker makes its :class:`Encoder`.
+    """The arguments with which a worker makes its :class:`ItemEncoder`.
 
     `tokenizer` is the folder of the tokenizer. If `device` is None, the worker uses a GPU if it has one.
     """
@@ -108,7 +108,7 @@ class EncoderSpec:
     device: str | None
 
 
-class Encoder:
+class ItemEncoder:
     """:func:`ingest_item` with a loaded tokenizer; each worker has one."""
 
     def __init__(self, spec: EncoderSpec):

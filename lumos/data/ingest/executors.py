@@ -11,7 +11,7 @@ from contextlib import closing
 from functools import partial
 from typing import Protocol
 
-from lumos.data.ingest.encode import Encoder, EncoderSpec, Result
+from lumos.data.ingest.encode import EncoderSpec, ItemEncoder, Result
 from lumos.data.ingest.item import Item
 from lumos.data.ingest.workers import WorkerPool
 from lumos.errors import UserError
@@ -49,9 +49,9 @@ class LocalExecutor:
 
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         if self.workers:
-            with closing(WorkerPool(partial(Encoder, self.spec), self.workers, 1, self.item_timeout)) as pool:
+            with closing(WorkerPool(partial(ItemEncoder, self.spec), self.workers, 1, self.item_timeout)) as pool:
                 yield from pool.results(todo)
         else:
-            encoder = Encoder(self.spec)
+            encoder = ItemEncoder(self.spec)
             for item in todo:
                 yield item, encoder(item)

@@ -36,7 +36,7 @@ from lumos.data.ingest.item import (
     problem_of_file,
     row_name,
 )
-from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, Row, first, rows
+from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, TableRow, first, rows
 from lumos.data.ingest.tars import tar_items
 from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
@@ -246,7 +246,7 @@ def _file_item(id_: str, file: Path) -> Item:
     return Item(id_, str(file), text_of(data, "surrogateescape"))
 
 
-def _row_item(manifest: Path, name: str, id_: str, row: Row) -> Item:
+def _row_item(manifest: Path, name: str, id_: str, row: TableRow) -> Item:
     if isinstance(row, str):
         return Item(id_, str(manifest), problem=(BAD_ROW, row))
     written, caption = first(row, PATH_KEYS), first(row, CAPTION_KEYS)

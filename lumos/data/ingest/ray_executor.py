@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.data.ingest.encode import Encoder, EncoderSpec, Result, Skip
+from lumos.data.ingest.encode import EncoderSpec, ItemEncoder, Result, Skip
 from lumos.data.ingest.executors import ITEM_TIMEOUT
 from lumos.data.ingest.item import Item
 from lumos.data.ingest.workers import Make, WorkerPool
@@ -86,7 +86,7 @@ class RayExecutor:
         data.context.enable_progress_bars = False
         data = data.map(
             _Actor,
-            fn_constructor_args=(partial(Encoder, self.spec), self.item_timeout, os.getcwd()),
+            fn_constructor_args=(partial(ItemEncoder, self.spec), self.item_timeout, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
             num_cpus=1,
             num_gpus=self._gpus(ray),

@@ -25,11 +25,11 @@ MAX_ROW_LINES = 200
 """Largest number of lines of a csv row. If a quote is not closed, this many lines are read before the row counts as
 invalid and reading goes on at its second line."""
 
-Row = dict[str, Any] | str
+TableRow = dict[str, Any] | str
 """The columns of a row by name, or a message that says why the row is invalid."""
 
 
-def rows(table: Path) -> Iterator[tuple[int, Row]]:
+def rows(table: Path) -> Iterator[tuple[int, TableRow]]:
     """Yield (row number from 1, row) for each row of a table.
 
     Of a parquet file only the COLUMNS are read. Bytes that are not UTF-8 become lone surrogates. Raise
@@ -68,7 +68,7 @@ def first(row: dict[str, Any], keys: tuple[str, ...]) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def json_row(line: str) -> Row:
+def json_row(line: str) -> TableRow:
     """Return the columns of a JSON object, or a message that says why the text is invalid."""
     if len(line) > MAX_ROW_LENGTH:
         return f"it has more than {MAX_ROW_LENGTH:,} characters"
@@ -87,7 +87,7 @@ def _lines(text: TextIO) -> Iterator[str]:
             line = text.readline(MAX_ROW_LENGTH + 1)
 
 
-def _tsv_rows(lines: Iterator[str]) -> Iterator[Row]:
+def _tsv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
     """Yield the rows of a tsv file, in which quotes are characters like others; the first row has the names of the columns."""
     names = None
     for line in lines:
@@ -101,7 +101,7 @@ def _tsv_rows(lines: Iterator[str]) -> Iterator[Row]:
             yield dict(zip(names, cells, strict=False))
 
 
-def _csv_rows(lines: Iterator[str]) -> Iterator[Row]:
+def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
     """Yield the rows of a csv file; the first row has the names of the columns.
 
     A quote that is not closed would join all later lines into one row. Such a row counts as invalid,
@@ -141,7 +141,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[Row]:
             yield dict(zip(names, cells, strict=False))
 
 
-def _parquet_rows(file: Any) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(file: Any) -> Iterator[tuple[int, TableRow]]:
     import pyarrow as pa
 
     table = parquet().ParquetFile(file)
@@ -177,7 +177,7 @@ def _too_large(group: Any, wanted: list[str]) -> str | None:
     return None
 
 
-def _parquet_row(batch: Any, index: int) -> Row:
+def _parquet_row(batch: Any, index: int) -> TableRow:
     try:
         return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except Exception as error:  # for example text that is not UTF-8, or times that Python cannot represent

@@ -17,7 +17,7 @@ from lumos.data.shards.cache import ShardReader
 from lumos.data.shards.description import check_count, check_frame_codes, check_size, check_tokenizer, read_description
 from lumos.data.shards.order import EpochOrder
 from lumos.data.shards.remote import LocalCopies, Remote, location
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.data.trained_on import MAX_WORDS, TrainedOn, words_of
 from lumos.errors import RunError, UserError
 
@@ -102,7 +102,7 @@ class ShardSource:
     def clips_in(self, shape: StepShape) -> int:
         return len(self.pools[shape.kind].order.clips(shape))
 
-    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[TrainingClip]:
         pool = self.pools[shape.kind]
         if step >= VALIDATION_STEP:
             rows = pool.validation[list(positions)]
@@ -134,12 +134,12 @@ class ShardSource:
                 break
         return TrainedOn(frozenset(list(words)[:MAX_WORDS]), is_complete)
 
-    def _clip(self, row: int, kind: str) -> Clip:
+    def _clip(self, row: int, kind: str) -> TrainingClip:
         found = self.reader.read(*self.index.place_of(row))
         codes = found[self.column][: self.latent_frames[kind]]
         height, width, stride = (found.get(name) for name in shards.ORIGIN)
         last = found[shards.FRAME_CODES][(len(codes) - 1) * self.step] if self.last_frame else None
-        return Clip(
+        return TrainingClip(
             None, found["caption"], found["fps"], f"{found['id']}#{found['clip']}", codes,
             original_size=height and (height, width), stride=stride, last=last,
         )  # fmt: skip

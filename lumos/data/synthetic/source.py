@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_index
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.data.synthetic import sprites
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.vocabulary import caption_words, drawn_things
@@ -55,7 +55,7 @@ class SyntheticSource:
     def clips_in(self, shape: StepShape) -> int:
         return shape.tokens // self.most_codes[shape.kind] if shape.batch_size is None else shape.batch_size
 
-    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[TrainingClip]:
         num_frames = 1 if shape.kind == "image" else self.usual_shape["num_frames"]
         return [self.clip(self._number(step, shape, position), num_frames) for position in positions]
 
@@ -69,10 +69,10 @@ class SyntheticSource:
             return index
         return (step * self.clips_in(shape) + position) % self.scenes
 
-    def clip(self, index: int, num_frames: int) -> Clip:
+    def clip(self, index: int, num_frames: int) -> TrainingClip:
         """Return the clip with number `index` (see `lumos.data.seeding.sample_index`) and `num_frames` frames."""
         scenes = replace(self.videos, num_frames=num_frames)
         if index >= sample_index(VALIDATION_STEP, 0):
             scenes = replace(scenes, seed=VALIDATION_SEED)
         frames, caption = scenes[index]
-        return Clip(frames, caption, scenes.fps, f"worlds/{scenes.seed}/{index}")
+        return TrainingClip(frames, caption, scenes.fps, f"worlds/{scenes.seed}/{index}")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from lumos.models.lumos1.sequence import Layout, frame_indices
+from lumos.models.lumos1.sequence import SequenceLayout, frame_indices
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A function (layer, q [B, H, L, D], k, v [B, Hkv, L, D]) -> [B, H, L, D]; `layer` is the layer's index."""
@@ -39,7 +39,7 @@ KERNELS = frozenset((
 CAUSAL_ROWS = 256  # text after the first frame is masked in blocks of this many queries
 
 
-def attention_for(implementation: str, layouts: Sequence[Layout], length: int, device: torch.device) -> Attend:
+def attention_for(implementation: str, layouts: Sequence[SequenceLayout], length: int, device: torch.device) -> Attend:
     """Return the attention function of one forward pass over whole sequences [B, length] with these layouts.
 
     implementation: "segmented", "dense" or "flex".
@@ -53,7 +53,7 @@ def attention_for(implementation: str, layouts: Sequence[Layout], length: int, d
     return lambda layer, q, k, v: segmented_attention(q, k, v, layouts)
 
 
-def allowed_pairs(layout: Layout) -> int:
+def allowed_pairs(layout: SequenceLayout) -> int:
     """Return the number of (query, key) pairs that the frame-causal rule allows.
 
     The pairs measure the work of attention: no implementation can compute fewer.
@@ -65,7 +65,7 @@ def allowed_pairs(layout: Layout) -> int:
     return pairs
 
 
-def dense_mask(layouts: Sequence[Layout], length: int, device: torch.device | None = None) -> Tensor:
+def dense_mask(layouts: Sequence[SequenceLayout], length: int, device: torch.device | None = None) -> Tensor:
     """Return the attention mask, bool [B, L, L] (query, key), True where a query may attend to a key.
 
     Padding attends to itself only: a softmax over an empty row would give NaN.
@@ -88,7 +88,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout]) -> Tensor:
+def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[SequenceLayout]) -> Tensor:
     """Attention by segments: q [B, H, L, D], k, v [B, Hkv, L, D] -> [B, H, L, D]; the output at padding is zero.
 
     Neighbouring rows with equal layouts are computed together.
@@ -100,7 +100,7 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layou
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
     """Attention of rows that share one layout.
 
     The output lies in memory in the order [B, L, H, D], so the output projection needs no copy.
@@ -120,7 +120,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in reversed(parts)], dim=1).transpose(1, 2)
 
 
-def _blocks(layout: Layout) -> Iterator[tuple[int, int, bool]]:
+def _blocks(layout: SequenceLayout) -> Iterator[tuple[int, int, bool]]:
     """Yield the segments, with text after a frame cut into blocks of CAUSAL_ROWS, so that causal masks stay small."""
     for start, end, bidirectional in layout.segments:
         size = end - start if bidirectional or start == 0 else CAUSAL_ROWS
@@ -188,7 +188,7 @@ def _flash_attn() -> Callable | None:
     return flash_attn_func
 
 
-def flex_block_mask(layouts: Sequence[Layout], length: int, device: torch.device):
+def flex_block_mask(layouts: Sequence[SequenceLayout], length: int, device: torch.device):
     """Return the frame-causal rule as a FlexAttention block mask [B, 1, L, L]."""
     from torch.nn.attention.flex_attention import create_block_mask
 

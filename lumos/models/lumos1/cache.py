@@ -10,7 +10,7 @@ from torch import Tensor
 from lumos.models.lumos1.attention import Attend, equal_runs, prefix_attention, segmented_attention
 from lumos.models.lumos1.history_thinning import leaving
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
-from lumos.models.lumos1.sequence import Layout
+from lumos.models.lumos1.sequence import SequenceLayout
 
 
 class Cache:
@@ -41,7 +41,7 @@ class Cache:
         self.lengths, self.firsts, self.frames = [0] * rows, [0] * rows, []
         self.history, self.thinning = history, thinning
 
-    def store(self, rows: Sequence[int], layouts: Sequence[Layout]) -> Attend:
+    def store(self, rows: Sequence[int], layouts: Sequence[SequenceLayout]) -> Attend:
         """Return an attention over whole prefixes [len(rows), L] that also writes keys and values into these rows.
 
         layouts: the layout of each prefix.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lumos.errors import UserError
-from lumos.models.lumos1.benchmarks.decoding import Case
+from lumos.models.lumos1.benchmarks.decoding import DecodingCase
 from lumos.models.lumos1.benchmarks.roofline import products
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import read_config
@@ -49,14 +49,14 @@ class LumosClipCost:
         check_length(max(case.prefix_lengths), case.span, case.frames, self.settings, self.config)
 
     @property
-    def case(self) -> Case:
-        """The clip as a `Case` of the benchmark, on the meta device: it has shapes, but no weights and no ids."""
+    def case(self) -> DecodingCase:
+        """The clip as a `DecodingCase` of the benchmark, on the meta device: it has shapes, but no weights and no ids."""
         for name in ("height", "width"):
             check_side(getattr(self.clip, name), name, self.config.pixels_per_size_unit, largest_side(self.config))
         rows, cols = (side // self.config.spatial_compression for side in (self.clip.height, self.clip.width))
         header = 3  # video_start, duration, fps
         conditional, unconditional = (torch.empty(n, device="meta") for n in (self.text_tokens + 2 + header, header))
-        return Case(
+        return DecodingCase(
             meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.is_guided else None,
             (rows, cols), num_latent_frames(self.clip.num_frames, self.config.temporal_compression), self.settings,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, ForwardPass, Judged, Losses, bare
 from lumos.compression.features import tapped
 from lumos.data.seeding import sample_generator
 from lumos.models.lumos1.attention import attention_for
@@ -24,8 +24,8 @@ from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.masking import masked_tokens, training_mask
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
 from lumos.models.lumos1.rope import position_ids
-from lumos.models.lumos1.rows import UnencodedBatch
-from lumos.models.lumos1.sequence import Layout, code_mask, content_mask
+from lumos.models.lumos1.rows import UnencodedSequences
+from lumos.models.lumos1.sequence import SequenceLayout, code_mask, content_mask
 from lumos.models.lumos1.training import places_of
 from lumos.pipeline.acceleration import compile_parts
 from lumos.training.task import IGNORED
@@ -34,7 +34,7 @@ MASK = "critic_mask"
 """Name of the tensor of a batch, bool [B, L], that is True at the tokens that are masked for the critic."""
 
 
-class Prediction(NamedTuple):
+class CodePrediction(NamedTuple):
     """Hidden states before the head [N, C], the head [V, C], and the codes to predict, int64 [N]."""
 
     hidden: Tensor
@@ -64,7 +64,7 @@ class DistillableLumos(Distillable):
     def pooled_width(self, teacher: LumosForVideoGeneration) -> int:
         return teacher.config.hidden_size
 
-    def draws(self, step: int, positions: range, prepared: UnencodedBatch) -> Draws:
+    def draws(self, step: int, positions: range, prepared: UnencodedSequences) -> Draws:
         masking, length = self.task.settings.masking, prepared.ids.shape[1]
         masks, levels = [], []
         for position, layout, supervised in zip(positions, prepared.batch.rows["layouts"], prepared.supervised_at, strict=True):
@@ -77,14 +77,14 @@ class DistillableLumos(Distillable):
             levels.append(sum(ratios) / len(ratios))
         return Draws({MASK: torch.stack(masks), LEVEL: torch.tensor(levels)}, padded=(MASK,))
 
-    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> ForwardPass:
         layouts, targets, blocks = micro["layouts"], micro["targets"], self.blocks(model)
         with tapped({tap: blocks[tap] for tap in taps}) as found:
             out = model(input_ids=micro["input_ids"], targets=targets, layouts=layouts, with_loss=False)
-        prediction = Prediction(out.hidden, bare(model).lm_head.weight, targets[targets != IGNORED])
-        return Pass(out.row_index, places_of(out, micro), visual_features([found[tap] for tap in taps], layouts), prediction)
+        prediction = CodePrediction(out.hidden, bare(model).lm_head.weight, targets[targets != IGNORED])
+        return ForwardPass(out.row_index, places_of(out, micro), visual_features([found[tap] for tap in taps], layouts), prediction)
 
-    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+    def losses(self, student: ForwardPass, teacher: ForwardPass | None, task: float, kd: float) -> Losses:
         ours, config = student.prediction, self.task.config
         rows = {"first_row": config.visual_token_start, "rows": config.visual_token_count, "chunk": config.loss_chunk_size}
         if teacher is None or kd == 0:
@@ -92,7 +92,7 @@ class DistillableLumos(Distillable):
             return Losses(task * found, found.detach(), None)
         return Losses(*distilled_losses(*ours, *teacher.prediction[:2], **rows, task=task, kd=kd))
 
-    def judged(self, teacher: LumosForVideoGeneration, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+    def judged(self, teacher: LumosForVideoGeneration, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         layouts, x = micro["layouts"], self.renoised(teacher, self.one_step_result(teacher, passed, micro), micro)
         length, found = x.shape[1], []
         rotary = teacher.rotary(position_ids(layouts, length, teacher.config), content_mask(layouts, length))
@@ -106,7 +106,7 @@ class DistillableLumos(Distillable):
         pooled = (x.detach().float() * text).sum(1) / starts  # causal attention: the prompt knows nothing of the frames
         return Judged(visual_features(found, layouts), pooled)
 
-    def one_step_result(self, teacher: LumosForVideoGeneration, passed: Pass, micro: dict[str, Any]) -> Tensor:
+    def one_step_result(self, teacher: LumosForVideoGeneration, passed: ForwardPass, micro: dict[str, Any]) -> Tensor:
         """Return the soft embeddings [n, C] of the masked codes that stay visible for the critic, in their order.
 
         The embeddings are those of the teacher, which reads them. Other masked codes are masked again, so theirs are not needed.
@@ -130,14 +130,14 @@ class DistillableLumos(Distillable):
         return embeds.masked_scatter(shown[..., None], result.to(embeds.dtype))
 
 
-def visual_features(blocks: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Features]:
+def visual_features(blocks: Sequence[Tensor], layouts: Sequence[SequenceLayout]) -> list[Features]:
     """Return what layers give at the codes of the frames, [B', t, h, w, C] for each layer [B, L, C], by the clips' sizes.
 
     A picture of the last frame is left out.
     """
     if not blocks:
         return []
-    layouts = [Layout(x.length, tuple(frame for frame in x.frames if frame.stated_time is None)) for x in layouts]
+    layouts = [SequenceLayout(x.length, tuple(frame for frame in x.frames if frame.stated_time is None)) for x in layouts]
     codes, sizes = code_mask(layouts, blocks[0].shape[1]).to(blocks[0].device), {}
     for i, layout in enumerate(layouts):
         sizes.setdefault((len(layout.frames), layout.frames[0].rows, layout.frames[0].cols), []).append(i)

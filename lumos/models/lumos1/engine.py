@@ -20,13 +20,13 @@ from lumos.models.lumos1.attention import Attend
 from lumos.models.lumos1.cache import Cache, PrefixCache
 from lumos.models.lumos1.modeling import LumosForVideoGeneration, Rotary, take
 from lumos.models.lumos1.rope import frame_positions, position_ids
-from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout, content_mask, parse_layout, read_frame
+from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, SequenceLayout, content_mask, parse_layout, read_frame
 from lumos.pipeline.placement import is_spread
 
 STATES_BYTES = 2**24  # size of a layer's input in one forward pass of several rows; larger products are not faster on a CPU
 
 
-class Engine:
+class DecodingEngine:
     """The decoder with a cache.
 
     Call `prefill` once. Then, for each latent frame, call `hidden` or `denoise` for each step and
@@ -67,7 +67,7 @@ class Engine:
         and a bounded history.
         """
         config, layouts = self.model.config, [parse_layout(p[None], self.model.config)[0] for p in prefixes]
-        layouts = [Layout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
+        layouts = [SequenceLayout(len(p), layout.frames) for p, layout in zip(prefixes, layouts, strict=True)]
         times = {layout.times for layout in layouts}
         if len(times) > 1:
             raise ValueError(f"rows with different numbers of given frames, or at different times: {sorted(times)}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lumos.models.lumos1.attention import allowed_pairs
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import Layout
+from lumos.models.lumos1.sequence import SequenceLayout
 
 
 def layer_flops_per_token(config: LumosConfig, context: float) -> float:
@@ -36,7 +36,7 @@ def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> i
     return config.num_hidden_layers * rank * sum(ends[name] for name in targets)
 
 
-def training_flops(config: LumosConfig, layout: Layout, supervised: float, adapters: int | None = None) -> float:
+def training_flops(config: LumosConfig, layout: SequenceLayout, supervised: float, adapters: int | None = None) -> float:
     """Return the FLOPs of the forward and backward pass of one sequence.
 
     The backward pass counts twice the forward pass (Kaplan et al., arXiv 2001.08361, section 2.1).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumos.errors import shown
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import Layout, code_mask, parse_layout
+from lumos.models.lumos1.sequence import SequenceLayout, code_mask, parse_layout
 from lumos.models.lumos1.settings import MASK_KINDS
 
 MIN_RATIO = 0.7
@@ -127,7 +127,7 @@ def mask_sequence(
     )
 
 
-def masked_tokens(layout: Layout, mask: Tensor, length: int) -> Tensor:
+def masked_tokens(layout: SequenceLayout, mask: Tensor, length: int) -> Tensor:
     """Return bool [length], True for the tokens of a sequence that a mask [t, n] of the frames' contents hides."""
     hidden = torch.zeros(length, dtype=torch.bool)
     for frame, row in zip(layout.frames, mask, strict=True):

@@ -35,7 +35,7 @@ from lumos.models.lumos1.conversion import prepare_checkpoint
 from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
-from lumos.models.lumos1.sequence import Layout, content_mask, frame_times, parse_layout
+from lumos.models.lumos1.sequence import SequenceLayout, content_mask, frame_times, parse_layout
 from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 from lumos.pipeline.placement import working_device
 
@@ -66,7 +66,7 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
-class RMSNorm(nn.Module):
+class LumosRMSNorm(nn.Module):
     """x / rms(x) * weight, with statistics in fp32 (arXiv 1910.07467).
 
     Under autocast the output has the autocast dtype. Otherwise each of the matrix products that follow
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
         return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
-class HeadNorm(nn.Module):
+class LumosHeadNorm(nn.Module):
     """LayerNorm over the channels of a head.
 
     As in the published checkpoints, each model-parallel group of heads has its own row of weight and bias.
@@ -103,7 +103,7 @@ class HeadNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=1e-5) * weight + bias
 
 
-class Attention(nn.Module):
+class LumosAttention(nn.Module):
     """Grouped-query attention with QK-norm and rotary positions."""
 
     def __init__(self, config: LumosConfig, layer: int):
@@ -114,8 +114,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(size, kv_size, bias=False)
         self.v_proj = nn.Linear(size, kv_size, bias=False)
         self.o_proj = nn.Linear(size, size, bias=False)
-        self.q_norm = HeadNorm(config.head_dim, config.model_parallel_size)
-        self.k_norm = HeadNorm(config.head_dim, config.model_parallel_size)
+        self.q_norm = LumosHeadNorm(config.head_dim, config.model_parallel_size)
+        self.k_norm = LumosHeadNorm(config.head_dim, config.model_parallel_size)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
         """x [B, L, C] -> [B, L, C], or [B, m, C] if `at`, int64 [B, m], selects the tokens with queries."""
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class LumosMLP(nn.Module):
     """The MLP of a layer: SwiGLU (arXiv 2002.05202), computed in pieces to save memory."""
 
     def __init__(self, config: LumosConfig):
@@ -161,10 +161,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LumosConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = LumosRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LumosAttention(config, layer)
+        self.post_attention_layernorm = LumosRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LumosMLP(config)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, at: Tensor | None = None) -> Tensor:
         """x [B, L, C] -> [B, L, C], or [B, m, C] with `at`.
@@ -177,7 +177,7 @@ class DecoderLayer(nn.Module):
         return stream if "mlp" in self.skipped else stream + self.mlp(self.post_attention_layernorm(stream))
 
 
-class Head(nn.Linear):
+class OutputHead(nn.Linear):
     """The output matrix [V, C]; video needs only its rows of visual codes.
 
     `forward` also computes the loss, because ZeRO-3 gathers the weight only inside `forward`.
@@ -219,9 +219,9 @@ class LumosPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, RMSNorm | HeadNorm):
+        elif isinstance(module, LumosRMSNorm | LumosHeadNorm):
             nn.init.ones_(module.weight)
-            if isinstance(module, HeadNorm):
+            if isinstance(module, LumosHeadNorm):
                 nn.init.zeros_(module.bias)
 
 
@@ -232,7 +232,7 @@ class LumosModel(LumosPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LumosRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -269,7 +269,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
     def __init__(self, config: LumosConfig):
         super().__init__(config)
         self.model = LumosModel(config)
-        self.lm_head = Head(config)
+        self.lm_head = OutputHead(config)
         self.post_init()
 
     @classmethod
@@ -305,7 +305,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
-        layouts: list[Layout] | None = None,
+        layouts: list[SequenceLayout] | None = None,
         with_loss: bool = True,
     ) -> LumosOutput:
         """Return logits [B, L, V], or the loss if there are targets.
@@ -340,8 +340,8 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         return LumosOutput(loss=loss.mean(), position_loss=loss, row_index=rows, frame_index=frames)
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, layouts: list[Layout] | None = None
-    ) -> tuple[Tensor, list[Layout]]:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, layouts: list[SequenceLayout] | None = None
+    ) -> tuple[Tensor, list[SequenceLayout]]:
         """Return the hidden states [B, L, C] before the head, and the frame spans of each row.
 
         The arguments, and the errors for them, are those of `forward`.
@@ -351,7 +351,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         rotary = self.rotary(position_ids(layouts, length, self.config), content_mask(layouts, length))
         return self.model(input_ids, rotary, attention_for(self.config.attention, layouts, length, device)), layouts
 
-    def layouts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Layout]:
+    def layouts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[SequenceLayout]:
         """Return the frame spans of each row, which are read from the ids. The errors are those of `forward`."""
         if attention_mask is not None:
             mask = attention_mask.bool()
@@ -380,7 +380,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
 
-COMPILED = (MLP, RMSNorm, HeadNorm)
+COMPILED = (LumosMLP, LumosRMSNorm, LumosHeadNorm)
 """The modules that `compile` compiles. Attention and the cache are not compiled."""
 
 AutoModel.register(LumosConfig, LumosForVideoGeneration)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lumos.errors import shown
 from lumos.models.lumos1.configuration import SCALED_SCHEMES, LumosConfig
-from lumos.models.lumos1.sequence import Frame, Layout, by_layout
+from lumos.models.lumos1.sequence import Frame, SequenceLayout, by_layout
 
 T_AXIS, H_AXIS, W_AXIS = 0, 1, 2
 MM_ROPE_GROUP = (0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2)
@@ -84,10 +84,10 @@ def frame_positions(frame: Frame, index: int, origin: int, config: LumosConfig) 
     return positions
 
 
-def position_ids(layouts: list[Layout], length: int, config: LumosConfig) -> Tensor:
+def position_ids(layouts: list[SequenceLayout], length: int, config: LumosConfig) -> Tensor:
     """Return the positions (t, h, w) of all tokens, int64 [B, 3, L]."""
 
-    def row(layout: Layout) -> Tensor:
+    def row(layout: SequenceLayout) -> Tensor:
         positions = torch.arange(length).repeat(3, 1)
         for frame, time in zip(layout.frames, layout.times, strict=True):
             positions[:, frame.start : frame.end] = frame_positions(frame, time, layout.origin, config)

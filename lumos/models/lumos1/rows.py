@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.patterns import Given, drawn_given
@@ -29,7 +29,7 @@ class ClipSize(NamedTuple):
     num_frames: int
 
     @classmethod
-    def of(cls, clip: Clip, config: LumosConfig) -> ClipSize:
+    def of(cls, clip: TrainingClip, config: LumosConfig) -> ClipSize:
         if clip.codes is None:
             frames, height, width = clip.frames.shape[:3]
             unit = config.spatial_compression
@@ -39,7 +39,7 @@ class ClipSize(NamedTuple):
         return cls(*grid, clip.num_frames or (grid[0] - 1) * config.temporal_compression + 1)
 
 
-class Row(NamedTuple):
+class SequenceRow(NamedTuple):
     """The masked sequence of a clip.
 
     ids         int64 [L], with code 0 at each visible code
@@ -57,7 +57,7 @@ class Row(NamedTuple):
 def drawn_row(
     settings: LumosTrainingSettings, config: LumosConfig, step: int, position: int, clip: ClipSize, fps: int,
     text_ids: list[int] | None, dropout: bool,
-) -> Row:  # fmt: skip
+) -> SequenceRow:  # fmt: skip
     """Return the row of the clip at a position of a step, a pure function of the arguments.
 
     text_ids: None for a clip without text. dropout: False keeps the given frames. The row of a shortened clip is
@@ -81,11 +81,11 @@ def drawn_row(
     end = len(ids)
     if clip.latents < len(whole):
         end = parse_layout(ids[None], config)[0].frames[clip.latents - 1 + given.has_last].end
-    return Row(masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: clip.latents]), given)
+    return SequenceRow(masked.input_ids[:end], masked.targets[:end] != IGNORED, torch.tensor(masked.ratios[: clip.latents]), given)
 
 
 @dataclass(frozen=True)
-class UnencodedBatch:
+class UnencodedSequences:
     """A batch whose clips are not encoded yet. Any process can make it without the tokenizer.
 
     clips            uint8 frames [B, T, H, W, 3]; or int64 codes of all clips in one dimension, if
@@ -107,7 +107,7 @@ class UnencodedBatch:
     with_last: tuple[int, ...] = ()
 
 
-def stored_codes(clip: Clip, has_last: bool) -> Tensor:
+def stored_codes(clip: TrainingClip, has_last: bool) -> Tensor:
     """Return the codes of a clip that was encoded earlier, in the order of its sequence, int64 in one dimension."""
     parts = [clip.codes[:1], clip.last[None], clip.codes[1:]] if has_last else [clip.codes]
     return torch.from_numpy(np.concatenate(parts).astype(np.int64)).flatten()

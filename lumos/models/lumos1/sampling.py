@@ -2,7 +2,7 @@
 
 `generate_frames` samples one frame after the other, `decide_frame` the codes of a frame in parallel
 steps, `decide` the codes of a step. The rules (guidance, filtering, drawing, the choice of codes by
-confidence) are pure functions at the end. The network is asked through the `Engine`.
+confidence) are pure functions at the end. The network is asked through the `DecodingEngine`.
 
 Two things make a step cheap:
 
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lumos.errors import NotFinite
 from lumos.models.lumos1.cache import PrefixCache
-from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
+from lumos.models.lumos1.engine import DecodingEngine, cache_tokens, code_offsets
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
-from lumos.models.lumos1.modeling import Head, LumosForVideoGeneration
+from lumos.models.lumos1.modeling import LumosForVideoGeneration, OutputHead
 from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, build_frames, parse_layout
 from lumos.models.lumos1.settings import GenerationSettings
 
@@ -86,7 +86,7 @@ def generate_frames(
     longest = max(len(row) for rows in rows_from.values() for row in rows)
     capacity = cache_tokens(longest - given * span, span, given + new_frames, settings.history_frames)
 
-    engine, finished, history = Engine(model), None, [[] for _ in range(branches * samples)]
+    engine, finished, history = DecodingEngine(model), None, [[] for _ in range(branches * samples)]
     for frame in range(new_frames):
         if frame in rows_from:
             rows = [torch.cat([row, *made]) for row, made in zip(rows_from[frame], history, strict=True)]
@@ -105,7 +105,7 @@ def generate_frames(
 
 
 def decide_frame(
-    engine: Engine, ids: Tensor, masked: Tensor, settings: GenerationSettings, uniform: Tensor, branches: int,
+    engine: DecodingEngine, ids: Tensor, masked: Tensor, settings: GenerationSettings, uniform: Tensor, branches: int,
     finished: Tensor | None,
 ) -> Iterator[int]:  # fmt: skip
     """Decide the masked codes of a frame in place; yields the number of each step after it.
@@ -176,7 +176,7 @@ def put(ids: Tensor, at: Tensor, values: Tensor) -> None:
 
 
 @torch.inference_mode()
-def decide(head: Head, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
+def decide(head: OutputHead, hidden: Tensor, uniform: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
     """Sample a code at each position: hidden [S, m, C], uniform [S, m] -> codes [S, m], log-probabilities [S, m].
 
     Logits are computed in pieces of about LOGITS_BYTES, so that the memory for them is bounded.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import Layout, frame_indices, frame_times, pad_sequences, parse_layout
+from lumos.models.lumos1.sequence import SequenceLayout, frame_indices, frame_times, pad_sequences, parse_layout
 from lumos.training.task import IGNORED, Forward, Output
 
 RATIO_BINS = 10
@@ -81,7 +81,7 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
 
 
-def steps_back(layout: Layout) -> list[int]:
+def steps_back(layout: SequenceLayout) -> list[int]:
     """Return for each frame how many tokens before it the latent frame before it in time begins.
 
     The result is 0 for the first frame, and for a picture of the last one.

@@ -60,7 +60,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """The structure of one row of ids: its length without padding, and its frames in order."""
 
     length: int
@@ -270,18 +270,18 @@ def parse_sequence(ids: Tensor, config: LumosConfig) -> Parsed:
     return parsed
 
 
-def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[Layout]:
+def parse_layout(input_ids: Tensor, config: LumosConfig) -> list[SequenceLayout]:
     """Return the layout of each row of ids [B, L], which are padded on the right with pad.
 
     Frames are searched from the first video_start on. Equal layouts are the same object, see `by_layout`.
     Raises ValueError for a frame that is cut off or malformed.
     """
-    known: dict[Layout, Layout] = {}
+    known: dict[SequenceLayout, SequenceLayout] = {}
     found = (_row_layout(row, b, config) for b, row in enumerate(input_ids.cpu().numpy()))
     return [known.setdefault(layout, layout) for layout in found]
 
 
-def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
+def _row_layout(row, sample: int, config: LumosConfig) -> SequenceLayout:
     used = (row != config.pad_token_id).nonzero()[0]
     length = int(used[-1]) + 1 if len(used) else 0
     starts = (row[:length] == config.video_start_token_id).nonzero()[0]
@@ -298,7 +298,7 @@ def _row_layout(row, sample: int, config: LumosConfig) -> Layout:
                 frame = replace(frame, stated_time=number)
             frames.append(frame)
             at = frame.end
-    return Layout(length, tuple(frames))
+    return SequenceLayout(length, tuple(frames))
 
 
 def read_frame(row, start: int, config: LumosConfig, what: str = "frame") -> Frame:
@@ -330,7 +330,7 @@ def pad_sequences(sequences: list[Tensor], value: int, multiple: int = 1) -> Ten
     return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
 
 
-def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor:
+def by_layout(layouts: list[SequenceLayout], make: Callable[[SequenceLayout], Tensor]) -> Tensor:
     """Stack the results of `make` for each layout to [B, ...].
 
     `make` is called once for rows that share a layout object, as equal rows from `parse_layout` do.
@@ -340,10 +340,10 @@ def by_layout(layouts: list[Layout], make: Callable[[Layout], Tensor]) -> Tensor
     return torch.stack([make(layout) for layout in distinct.values()])[[number[id(layout)] for layout in layouts]]
 
 
-def content_mask(layouts: list[Layout], length: int) -> Tensor:
+def content_mask(layouts: list[SequenceLayout], length: int) -> Tensor:
     """Return bool [B, L], True for the codes and newlines of frames."""
 
-    def row(layout: Layout) -> Tensor:
+    def row(layout: SequenceLayout) -> Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
         for frame in layout.frames:
             mask[frame.content_start : frame.end - 1] = True
@@ -352,10 +352,10 @@ def content_mask(layouts: list[Layout], length: int) -> Tensor:
     return by_layout(layouts, row)
 
 
-def code_mask(layouts: list[Layout], length: int) -> Tensor:
+def code_mask(layouts: list[SequenceLayout], length: int) -> Tensor:
     """Return bool [B, L], True for the codes of frames, without newlines."""
 
-    def row(layout: Layout) -> Tensor:
+    def row(layout: SequenceLayout) -> Tensor:
         mask = torch.zeros(length, dtype=torch.bool)
         for frame in layout.frames:
             mask[frame.content_start : frame.end - 1].view(frame.rows, frame.cols + 1)[:, :-1] = True
@@ -364,12 +364,12 @@ def code_mask(layouts: list[Layout], length: int) -> Tensor:
     return by_layout(layouts, row)
 
 
-def frame_indices(layouts: list[Layout], length: int) -> Tensor:
+def frame_indices(layouts: list[SequenceLayout], length: int) -> Tensor:
     """Return int64 [B, L], the place in the sequence of the frame whose span holds the token, -1 outside of frames."""
     return by_layout(layouts, lambda layout: _by_frame(layout, range(len(layout.frames)), length))
 
 
-def frame_times(layouts: list[Layout], length: int) -> Tensor:
+def frame_times(layouts: list[SequenceLayout], length: int) -> Tensor:
     """Return int64 [B, L], the time of the frame whose span holds the token, -1 outside of frames.
 
     It is the number of the latent frame. It differs from `frame_indices` only with a picture of the last frame.
@@ -377,7 +377,7 @@ def frame_times(layouts: list[Layout], length: int) -> Tensor:
     return by_layout(layouts, lambda layout: _by_frame(layout, layout.times, length))
 
 
-def _by_frame(layout: Layout, values: Sequence[int], length: int) -> Tensor:
+def _by_frame(layout: SequenceLayout, values: Sequence[int], length: int) -> Tensor:
     """Return int64 [length], the value of the frame whose span holds the token, -1 outside of frames."""
     found = torch.full((length,), -1)
     for frame, value in zip(layout.frames, values, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
-from lumos.data.source import Clip, cut
+from lumos.data.source import TrainingClip, cut
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.models.lumos1 import scoring
 from lumos.models.lumos1.configuration import LumosConfig
@@ -29,7 +29,7 @@ from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration, Lumo
 from lumos.models.lumos1.patterns import check_long_enough, trained_patterns
 from lumos.models.lumos1.pipeline import LumosPipeline
 from lumos.models.lumos1.request import check_text_tokenizer, prompt_ids
-from lumos.models.lumos1.rows import ClipSize, Row, UnencodedBatch, drawn_row, in_sequence, stored_codes
+from lumos.models.lumos1.rows import ClipSize, SequenceRow, UnencodedSequences, drawn_row, in_sequence, stored_codes
 from lumos.models.lumos1.scoring import RATIO_BINS, ratio_bins
 from lumos.models.lumos1.sequence import (
     Frame,
@@ -40,7 +40,7 @@ from lumos.models.lumos1.sequence import (
     prompt_text,
 )
 from lumos.models.lumos1.settings import GenerationSettings
-from lumos.models.lumos1.training_settings import DropoutSettings, LumosTrainingSettings
+from lumos.models.lumos1.training_settings import LumosDropoutSettings, LumosTrainingSettings
 from lumos.pipeline.acceleration import compile_parts
 from lumos.pipeline.defaults import ClipDefaults, write_defaults
 from lumos.runtime import check_memory, no_progress_bar
@@ -134,7 +134,7 @@ class ArdfTask(VideoTask):
             compile_parts(model.to(self.device), COMPILED)
         return model.train()
 
-    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedSequences:
         """Return the masked sequences of the clips at `positions` of a step, without their codes.
 
         `dropout` False keeps the text and the given frames of every clip. Raises RunError if a clip of the source has a
@@ -173,9 +173,9 @@ class ArdfTask(VideoTask):
                 )
         codes_at = code_mask(layouts, input_ids.shape[1])
         supervised_at = pad_sequences(list(supervised_at), False, pad_to)
-        return UnencodedBatch(made, input_ids, codes_at, supervised_at, batch, last, with_last)
+        return UnencodedSequences(made, input_ids, codes_at, supervised_at, batch, last, with_last)
 
-    def encode(self, prepared: UnencodedBatch) -> Batch:
+    def encode(self, prepared: UnencodedSequences) -> Batch:
         """Return the batch with its codes, on the device where clips are encoded."""
         inputs = (prepared.clips, prepared.ids, prepared.codes_at, prepared.supervised_at)
         clips, ids, codes_at, supervised_at = (x.to(self.device, non_blocking=True) for x in inputs)
@@ -221,7 +221,7 @@ class ArdfTask(VideoTask):
 
     def fingerprint_defaults(self) -> dict[str, Any]:
         """Return what runs had before given frames were a choice."""
-        return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": DropoutSettings().image}
+        return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": LumosDropoutSettings().image}
 
     @staticmethod
     def write_folder(
@@ -289,7 +289,7 @@ class ArdfTask(VideoTask):
         """Return the codes [B, t, h, w] of frames uint8 [B, T, H, W, 3]."""
         return self.video_tokenizer.encode(from_uint8(frames))
 
-    def _row(self, step: int, position: int, clip: Clip, dropout: bool) -> Row:
+    def _row(self, step: int, position: int, clip: TrainingClip, dropout: bool) -> SequenceRow:
         """Return the masked sequence of a clip, see `drawn_row`."""
         config, size = self.config, ClipSize.of(clip, self.config)
         seed = VALIDATION_SEED if step == VALIDATION_STEP else self.settings.training.seed

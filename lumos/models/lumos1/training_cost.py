@@ -31,7 +31,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.flops import adapter_weights, layer_flops_per_token, training_flops
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.patterns import check_long_enough, given_share, share_of
-from lumos.models.lumos1.sequence import Frame, Layout, num_latent_frames
+from lumos.models.lumos1.sequence import Frame, SequenceLayout, num_latent_frames
 from lumos.models.lumos1.swiglu import mlp_piece
 from lumos.models.lumos1.training import check_clip_shape, model_config
 from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
@@ -91,24 +91,24 @@ class LumosTrainingCost:
     def size_unit(self) -> int:
         return self.config.pixels_per_size_unit
 
-    def sequence(self, num_frames: int, height: int, width: int) -> Layout:
+    def sequence(self, num_frames: int, height: int, width: int) -> SequenceLayout:
         """Return the layout of a clip: the longest, with a picture of the last frame if any clip has one."""
         t = num_latent_frames(num_frames, self.config.temporal_compression)
         has_last = t > 1 and share_of("ends", self.patterns) > 0
         return sequence_layout(self.config, self.text_tokens, t, height, width, has_last)
 
-    def tokens(self, sequence: Layout) -> int:
+    def tokens(self, sequence: SequenceLayout) -> int:
         return sequence.length
 
-    def codes(self, sequence: Layout) -> int:
+    def codes(self, sequence: SequenceLayout) -> int:
         return code_count(sequence)
 
-    def supervised(self, sequence: Layout) -> float:
+    def supervised(self, sequence: SequenceLayout) -> float:
         t, frame = sequence.num_latent_frames, sequence.frames[0]
         open_codes = (1 - given_share(self.patterns, t)) * t * frame.rows * frame.cols
         return mean_mask_ratio(self.masking, t) * open_codes
 
-    def training_flops(self, sequence: Layout, supervised: float) -> float:
+    def training_flops(self, sequence: SequenceLayout, supervised: float) -> float:
         """Return the expected FLOPs of a clip: some have the picture of the last frame that the layout has, and some do not."""
         adapters = self.trained if self.lora else None
         if len(sequence.frames) == sequence.num_latent_frames:
@@ -118,10 +118,10 @@ class LumosTrainingCost:
             self.config, without_last(sequence), supervised, adapters
         )
 
-    def recomputed_flops(self, sequence: Layout) -> float:
+    def recomputed_flops(self, sequence: SequenceLayout) -> float:
         return sequence.length * layer_flops_per_token(self.config, 0)  # attention is not recomputed
 
-    def memory_moments(self, sharding: Sharding, rows: int, sequence: Layout) -> dict[str, dict[str, int]]:
+    def memory_moments(self, sharding: Sharding, rows: int, sequence: SequenceLayout) -> dict[str, dict[str, int]]:
         return memory_moments(self, sharding, rows, sequence)
 
 
@@ -143,7 +143,7 @@ def meta_model(config: LumosConfig) -> LumosForVideoGeneration:
 
 def sequence_layout(
     config: LumosConfig, text_tokens: int, t: int, height: int, width: int, has_last: bool = False
-) -> Layout:
+) -> SequenceLayout:
     """Return the layout of `t` latent frames of height x width pixels after a prompt of `text_tokens` tokens.
 
     has_last: whether a picture of the last frame stands behind the first one, with the number of its time.
@@ -153,17 +153,17 @@ def sequence_layout(
     for time in (None, t - 1, *[None] * (t - 1)) if has_last else [None] * t:
         frames.append(Frame(at + (time is not None), rows, cols, time))
         at = frames[-1].end
-    return Layout(at + 2, tuple(frames))  # video_end, sep
+    return SequenceLayout(at + 2, tuple(frames))  # video_end, sep
 
 
-def without_last(layout: Layout) -> Layout:
+def without_last(layout: SequenceLayout) -> SequenceLayout:
     """Return the layout of the same clip without the picture of its last frame."""
     first, last, *others = layout.frames
     shift = last.end - first.end
-    return Layout(layout.length - shift, (first, *(replace(frame, start=frame.start - shift) for frame in others)))
+    return SequenceLayout(layout.length - shift, (first, *(replace(frame, start=frame.start - shift) for frame in others)))
 
 
-def code_count(layout: Layout) -> int:
+def code_count(layout: SequenceLayout) -> int:
     """Return the number of codes in all frames of a layout."""
     return sum(frame.rows * frame.cols for frame in layout.frames)
 
@@ -220,7 +220,7 @@ def checkpointed_bytes(config: LumosConfig, sharding: Sharding) -> int:
     return config.hidden_size * (sharding.residual + sharding.product) + 4 * config.num_attention_heads
 
 
-def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layout: Layout) -> dict[str, dict[str, int]]:
+def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layout: SequenceLayout) -> dict[str, dict[str, int]]:
     """Return {moment: {part: bytes}} on the device of one process, for micro-batches of `rows` sequences.
 
     The moments are those of the module's docstring, the parts those of `lumos.planning.sharding.PARTS`.

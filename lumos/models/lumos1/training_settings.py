@@ -28,7 +28,7 @@ class MaskingSettings:
 
 
 @dataclass
-class DropoutSettings:
+class LumosDropoutSettings:
     image: float = setting(
         0.08, "share of clips with given frames whose given frames are masked, for image_guidance_scale (STIV: 0.08)", low=0, high=1
     )
@@ -63,7 +63,7 @@ class LumosTrainingSettings(TrainingSettings):
         f"shares of clips by the frames that are given: whole in the input and without a loss; some of {', '.join(PATTERNS)} "
         "(published: none)",
     )
-    dropout: DropoutSettings = setting(DropoutSettings, "given frames that are left out at random")
+    dropout: LumosDropoutSettings = setting(LumosDropoutSettings, "given frames that are left out at random")
     training: LumosOptimizationSettings = setting(LumosOptimizationSettings, "optimizer, batches, checkpoints and devices")
 
     def check(self) -> None:
@@ -71,7 +71,7 @@ class LumosTrainingSettings(TrainingSettings):
         super().check()
         check_named_shares("patterns", self.patterns, PATTERNS)
         named = trained_patterns(self.patterns)
-        if named == ["none"] and self.dropout.image != DropoutSettings().image:
+        if named == ["none"] and self.dropout.image != LumosDropoutSettings().image:
             raise UserError("dropout.image has no effect, because patterns give no frames; leave it out, or set patterns")
         if "ends" in named and self.lora.rank is not None:
             raise UserError(

@@ -30,7 +30,7 @@ class ZeroLinear(nn.Linear):
     """A linear layer that starts with weights and biases of 0."""
 
 
-class RMSNorm(nn.Module):
+class StivRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, with statistics in float32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int):
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
 
 
-class HeadNorm(RMSNorm):
+class StivHeadNorm(StivRMSNorm):
     """RMSNorm of queries or keys, a head at a time, and then RoPE."""
 
     def __init__(self):
@@ -52,7 +52,7 @@ class HeadNorm(RMSNorm):
         return normed_rotary(x, self.weight, tables, dtype)
 
 
-class Attention(nn.Module):
+class StivAttention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys, a head at a time, before RoPE.
 
     With `zero_out` the output projection starts at 0.
@@ -64,8 +64,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = (ZeroLinear if zero_out else nn.Linear)(width, width)
-        self.q_norm = HeadNorm()
-        self.k_norm = HeadNorm()
+        self.q_norm = StivHeadNorm()
+        self.k_norm = StivHeadNorm()
 
     def keys_and_values(self, source: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Return the keys and the values of source [..., M, d], each [..., M, H, D]; rotary: tables for keys."""

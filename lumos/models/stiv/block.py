@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumos.models.stiv.attention import Attention
+from lumos.models.stiv.attention import StivAttention
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.rope import Rotary
@@ -24,7 +24,7 @@ PIECE_VALUES = 2**18
 """Values of a piece of the tokens for each thread: 1 MiB in float32. The MLP holds four times as many at once."""
 
 
-class MLP(nn.Module):
+class StivMLP(nn.Module):
     """d -> ratio x d -> d with GELU (tanh)."""
 
     def __init__(self, width: int, ratio: int):
@@ -47,11 +47,11 @@ class Block(nn.Module):
     def __init__(self, config: StivConfig, number: int):
         super().__init__()
         d, parts = config.hidden_size, config.parts_of(number)
-        self.spatial = Attention(d)
-        self.temporal = Attention(d) if "temporal" in parts else None
+        self.spatial = StivAttention(d)
+        self.temporal = StivAttention(d) if "temporal" in parts else None
         self.temporal_gain = nn.Parameter(torch.ones(d)) if "temporal" in parts else None
-        self.cross = Attention(d, zero_out=True) if "cross" in parts else None
-        self.mlp = MLP(d, config.mlp_ratio) if "mlp" in parts else None
+        self.cross = StivAttention(d, zero_out=True) if "cross" in parts else None
+        self.mlp = StivMLP(d, config.mlp_ratio) if "mlp" in parts else None
         self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
         self.causal = config.causal_in_time
 

@@ -25,7 +25,7 @@ from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
 from lumos.models.stiv.flops import block_flops, blocks_of, ends_flops, forward_flops, text_encoder_flops
 from lumos.models.stiv.loading import read_config
 from lumos.models.stiv.modeling import StivForVideoGeneration
-from lumos.models.stiv.passes import Pass, passes_of
+from lumos.models.stiv.passes import SamplingPass, passes_of
 from lumos.models.stiv.patterns import given_frames
 from lumos.models.stiv.pipeline import USUAL_CLIP
 from lumos.models.stiv.planned_config import check_clips, grid_of, planned_config
@@ -222,7 +222,7 @@ class StivClipCost:
     text_tokens: int
     dtype: torch.dtype
     clips: int = 1
-    passes: tuple[Pass, ...] = field(init=False)
+    passes: tuple[SamplingPass, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         config, clip = self.config, self.clip
@@ -252,7 +252,7 @@ class StivClipCost:
         """Runs of the network in a pass."""
         return field_calls(self.settings.solver, self.settings.num_inference_steps)
 
-    def _of_pass(self, part: Pass) -> ClipTokens:
+    def _of_pass(self, part: SamplingPass) -> ClipTokens:
         config, frames = self.config, len(part.frames)
         return clip_tokens(config, config.pixel_frames(frames), self.clip.height, self.clip.width, self.text_tokens + 1)
 

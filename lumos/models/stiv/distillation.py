@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lumos.compression.critic import time_of_noise
-from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, Judged, Losses, Pass, bare, in_order
+from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, ForwardPass, Judged, Losses, bare, in_order
 from lumos.compression.features import tapped
 from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
-from lumos.models.stiv.attention import RMSNorm
-from lumos.models.stiv.block import MLP
+from lumos.models.stiv.attention import StivRMSNorm
+from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.flow import drawn_noise, interpolated, replaced
 from lumos.models.stiv.losses import Inputs, inputs_by_size, places_of, weighted_losses
 from lumos.models.stiv.modeling import StivForVideoGeneration
-from lumos.models.stiv.training import StivTask, UnencodedBatch
+from lumos.models.stiv.training import StivTask, UnencodedClips
 from lumos.pipeline.acceleration import compile_parts
 
 NOISE = "critic_noise"
@@ -36,7 +36,7 @@ MEAN, STD = -1.0, 1.0
 """Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
 
 
-class Prediction(NamedTuple):
+class VelocityPrediction(NamedTuple):
     """What a network saw of clips of one size, and the velocity that it predicted [B, T, C, h, w]."""
 
     inputs: Inputs
@@ -59,7 +59,7 @@ class DistillableStiv(Distillable):
     def read_teacher(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         teacher = super().read_teacher(folder, dtype)
         if self.task.settings.training.compile:
-            compile_parts(teacher, (MLP, RMSNorm))
+            compile_parts(teacher, (StivMLP, StivRMSNorm))
         return teacher
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -68,7 +68,7 @@ class DistillableStiv(Distillable):
     def pooled_width(self, teacher: StivForVideoGeneration) -> int:
         return teacher.config.text_width
 
-    def draws(self, step: int, positions: range, prepared: UnencodedBatch) -> Draws:
+    def draws(self, step: int, positions: range, prepared: UnencodedClips) -> Draws:
         seed, noise, levels = self.task.settings.training.seed, [], []
         for position, of_batch in zip(positions, prepared.batch.rows["noise"], strict=True):
             level, new = (sample_generator(seed, step, position, f"critic {what}") for what in ("level", "noise"))
@@ -76,20 +76,20 @@ class DistillableStiv(Distillable):
             noise.append(drawn_noise([new], *of_batch.shape)[0])
         return Draws({LEVEL: torch.stack(levels)}, {NOISE: noise})
 
-    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> Pass:
+    def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> ForwardPass:
         clips, places, features, predictions = [], defaultdict(list), [], []
         for inputs in inputs_by_size(micro):
             blocks = self.blocks(model)
             with tapped({tap: blocks[tap] for tap in taps}) as found:
-                predictions.append(Prediction(inputs, inputs.velocity(model)))
+                predictions.append(VelocityPrediction(inputs, inputs.velocity(model)))
             features.append(self._features(inputs, [found[tap] for tap in taps]))
             at = torch.tensor(inputs.at, device=inputs.times.device)
             clips.append(at[:, None].expand_as(inputs.supervised)[inputs.supervised])
             for group, place in places_of(inputs, micro).items():
                 places[group].append(place)
-        return Pass(torch.cat(clips), {group: torch.cat(parts) for group, parts in places.items()}, features, predictions)
+        return ForwardPass(torch.cat(clips), {group: torch.cat(parts) for group, parts in places.items()}, features, predictions)
 
-    def losses(self, student: Pass, teacher: Pass | None, task: float, kd: float) -> Losses:
+    def losses(self, student: ForwardPass, teacher: ForwardPass | None, task: float, kd: float) -> Losses:
         config, settings = self.task.config, self.task.settings
         found = torch.cat([
             weighted_losses(velocity, inputs, config, settings)[inputs.supervised] for inputs, velocity in student.prediction
@@ -102,7 +102,7 @@ class DistillableStiv(Distillable):
         ])
         return Losses(task * found + kd * apart, found.detach(), apart.detach())
 
-    def judged(self, teacher: StivForVideoGeneration, passed: Pass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
+    def judged(self, teacher: StivForVideoGeneration, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         first, features, pooled = first_blocks(teacher, taps[-1] + 1), [], []
         for inputs, velocity in passed.prediction:
             times = micro[LEVEL][inputs.at]

@@ -28,16 +28,17 @@ from lumos.models.stiv.solvers import Field, solve
 EPS = 1e-12
 
 
-class Branch(NamedTuple):
+class GuidanceBranch(NamedTuple):
     """One prediction: whether it has the text, and whether it has the given frames."""
 
     text: bool
     image: bool
 
 
-FULL, IMAGE_ONLY, TEXT_ONLY, NULL = Branch(True, True), Branch(False, True), Branch(True, False), Branch(False, False)
+FULL, IMAGE_ONLY = GuidanceBranch(text=True, image=True), GuidanceBranch(text=False, image=True)
+TEXT_ONLY, NULL = GuidanceBranch(text=True, image=False), GuidanceBranch(text=False, image=False)
 
-Velocity = Callable[[Tensor, float, Sequence[Branch]], Tensor]
+Velocity = Callable[[Tensor, float, Sequence[GuidanceBranch]], Tensor]
 """A function (x [K B, T, C, h, w], t, branches [K]) -> velocity [K B, T, C, h, w].
 
 The given frames are already in x. The function chooses the text of each branch, and whether given frames have
@@ -86,7 +87,7 @@ class Guidance:
         """Whether there is more than one branch at any time."""
         return self.scale != 1 or self.image_scale not in (None, 1)
 
-    def branches(self, t: float) -> tuple[Branch, ...]:
+    def branches(self, t: float) -> tuple[GuidanceBranch, ...]:
         """Return the branches that are needed at time t; the first one is F_TI."""
         s, s_i = self.scale, self.scale if self.image_scale is None else self.image_scale
         if not self.is_guided or not self.interval[0] <= t <= self.interval[1]:
@@ -94,7 +95,7 @@ class Guidance:
         needed = [branch for branch, weight in ((IMAGE_ONLY, s_i - s), (NULL, 1 - s_i)) if weight != 0]
         return (FULL, *needed)
 
-    def combined(self, branches: Sequence[Branch], predictions: Sequence[Tensor]) -> Tensor:
+    def combined(self, branches: Sequence[GuidanceBranch], predictions: Sequence[Tensor]) -> Tensor:
         """Return the guided prediction, before renormalisation, of the predictions of `branches(t)`."""
         if len(branches) == 1:
             return predictions[0]
@@ -144,7 +145,7 @@ def _norms(x: Tensor, axis: str, given: Tensor | None, patch: Sequence[int]) -> 
     return squares.sum(dim=(1, 2, 3, 4) if axis == "sample" else (2, 3, 4), keepdim=True).sqrt()
 
 
-def over_branches(branches: Sequence[Branch], with_: Tensor, without: Tensor, part: str = "text") -> Tensor:
+def over_branches(branches: Sequence[GuidanceBranch], with_: Tensor, without: Tensor, part: str = "text") -> Tensor:
     """Return one batch [K B, ...]: for each branch `with_` [B, ...] if it has the `part` ("text" or "image"), else `without`."""
     return torch.cat([with_ if getattr(branch, part) else without for branch in branches])
 

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack
 from lumos.files import updating_folder
-from lumos.models.stiv.attention import RMSNorm, ZeroLinear, save_attention_outputs
+from lumos.models.stiv.attention import StivRMSNorm, ZeroLinear, save_attention_outputs
 from lumos.models.stiv.block import Block
 from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import HEAD_DIM, PARTS, StivConfig
@@ -182,7 +182,7 @@ class StivForVideoGeneration(PrunableStack, PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, StivRMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Block):
             if module.temporal_gain is not None:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pass:
+class SamplingPass:
     """A run of the sampler.
 
     frames   the numbers of its frames in the clip; the last ones may be beyond its end, and are then dropped
@@ -52,7 +52,7 @@ class Pass:
 
 def passes_of(
     frames: int, given: Collection[int], longest: int, stride: int | None = None, unit: int = 1
-) -> Iterator[Pass]:
+) -> Iterator[SamplingPass]:
     """Yield the passes of a clip.
 
     Args:
@@ -70,7 +70,7 @@ def passes_of(
         yield from upsampling(frames, longest, unit)
         return
     if frames <= longest:
-        yield Pass(range(frames), given)
+        yield SamplingPass(range(frames), given)
         return
     if longest < 3:
         raise UserError(
@@ -89,16 +89,16 @@ def passes_of(
                 f"{frames} frames are more than the {longest} that this model makes at once; longer clips can have the first "
                 "frames, the first and the last frame or every second frame given"
             )
-        yield Pass(range(longest), given)
+        yield SamplingPass(range(longest), given)
         begin = longest - 1
     while begin < last:
         keys = range(begin, begin + stride * (longest - 1) + 1, stride)
-        yield Pass(keys, frozenset({begin} if begin else given), stride)
+        yield SamplingPass(keys, frozenset({begin} if begin else given), stride)
         yield from filled(keys, last)
         begin = keys[-1]
 
 
-def between(last: int, longest: int, stride: int) -> Iterator[Pass]:
+def between(last: int, longest: int, stride: int) -> Iterator[SamplingPass]:
     """Yield the passes of a clip of which frame 0 and frame `last` are given. UserError if keyframes do not end there."""
     if last % stride or last // stride >= longest:
         most = (longest - 1) * stride + 1
@@ -108,25 +108,25 @@ def between(last: int, longest: int, stride: int) -> Iterator[Pass]:
         )
     keys = range(0, last + 1, stride)
     if len(keys) > 2:
-        yield Pass(keys, frozenset({0, last}), stride)
+        yield SamplingPass(keys, frozenset({0, last}), stride)
     yield from filled(keys, last)
 
 
-def filled(keys: range, last: int) -> Iterator[Pass]:
+def filled(keys: range, last: int) -> Iterator[SamplingPass]:
     """Yield a pass for each gap between keyframes that begins before frame `last`."""
     for key in keys[:-1]:
         if key < last:
-            yield Pass(range(key, key + keys.step + 1), frozenset({key, key + keys.step}))
+            yield SamplingPass(range(key, key + keys.step + 1), frozenset({key, key + keys.step}))
 
 
-def upsampling(frames: int, longest: int, unit: int) -> Iterator[Pass]:
+def upsampling(frames: int, longest: int, unit: int) -> Iterator[SamplingPass]:
     """Yield the passes of a clip of which every second frame is given."""
     step = (longest - 1) // 2 * 2
     for begin in range(0, frames - 1, step):
         end = min(begin + step + 1, frames)
         spare = -(end - begin) % unit
         stretch = range(begin, end + spare)
-        yield Pass(stretch, frozenset(range(begin, end, 2)), spare=spare)
+        yield SamplingPass(stretch, frozenset(range(begin, end, 2)), spare=spare)
 
 
 class InOrder(Generic[T]):

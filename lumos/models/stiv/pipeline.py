@@ -22,14 +22,14 @@ from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_
 from lumos.errors import NotFinite, NotFound, UserError, shown
 from lumos.files import updating_folder
 from lumos.lora import fingerprints, merge_adapter
-from lumos.models.stiv.attention import RMSNorm
-from lumos.models.stiv.block import MLP
+from lumos.models.stiv.attention import StivRMSNorm
+from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.flow import drawn_noise, time_grid
-from lumos.models.stiv.guidance import Branch, Guidance, over_branches, sample
+from lumos.models.stiv.guidance import Guidance, GuidanceBranch, over_branches, sample
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace
 from lumos.models.stiv.modeling import MODEL_FILES, Micro, StivForVideoGeneration
-from lumos.models.stiv.passes import InOrder, Pass
+from lumos.models.stiv.passes import InOrder, SamplingPass
 from lumos.models.stiv.request import LARGEST_SIDE, TAKES, StivResolved, resolve
 from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextStates, text_ids
@@ -158,7 +158,7 @@ class StivPipeline(VideoPipeline):
         if int8:
             use_int8_weights(model.blocks)
         if compile:
-            compile_parts(model, (MLP, RMSNorm))
+            compile_parts(model, (StivMLP, StivRMSNorm))
         pipe = cls(model, text, space, settings, clip)
         pipe.trained_on = trained_on_of(folder, lora)
         pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
@@ -283,8 +283,8 @@ class StivPipeline(VideoPipeline):
         return {frame: made[:, frames.index(frame)] for frame in part.made}
 
     def _velocity(
-        self, encoded: StivEncoded, part: Pass, shape: torch.Size, given: Tensor | None
-    ) -> Callable[[Tensor, float, Sequence[Branch]], Tensor]:
+        self, encoded: StivEncoded, part: SamplingPass, shape: torch.Size, given: Tensor | None
+    ) -> Callable[[Tensor, float, Sequence[GuidanceBranch]], Tensor]:
         """Return the velocity of `lumos.models.stiv.guidance` for a pass whose latents have this shape."""
         resolved, (clips, frames, _, *grid) = encoded.resolved, shape
         config, sampling, (full, null) = self.model.config, resolved.sampling, encoded.text
@@ -294,7 +294,7 @@ class StivPipeline(VideoPipeline):
         reuse = BlockReuse(sampling.block_reuse) if sampling.block_reuse > 1 else None
         nothing = None if given is None else torch.zeros_like(given)
 
-        def velocity(x: Tensor, t: float, branches: Sequence[Branch]) -> Tensor:
+        def velocity(x: Tensor, t: float, branches: Sequence[GuidanceBranch]) -> Tensor:
             text = TextStates(*(over_branches(branches, a, b) for a, b in zip(full, null, strict=True)))
             return self.model(
                 x, torch.full((len(x),), t, device=x.device), *text,

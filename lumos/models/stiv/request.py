@@ -12,7 +12,7 @@ import numpy as np
 from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.flow import time_grid
-from lumos.models.stiv.passes import Pass, passes_of
+from lumos.models.stiv.passes import SamplingPass, passes_of
 from lumos.models.stiv.patterns import given_frames
 from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.solvers import field_calls
@@ -54,7 +54,7 @@ class StivResolved(Resolved):
     grid: tuple[int, int]
     latent_frames: int
     given_latents: frozenset[int]
-    passes: tuple[Pass, ...]
+    passes: tuple[SamplingPass, ...]
     patterns: tuple[str, ...]
     ids: TextIds
     stride: int
@@ -256,7 +256,7 @@ def longest_pass(config: StivConfig, defaults: ClipDefaults) -> int:
     return config.latent_frames(defaults.num_frames)
 
 
-def pattern_of(part: Pass, config: StivConfig, use: str | None = None) -> str:
+def pattern_of(part: SamplingPass, config: StivConfig, use: str | None = None) -> str:
     """Return a pattern that gives the frames of a pass and that the model was trained on; UserError if there is none.
 
     use: the pattern that is meant where several give the same frames; views are made by no other.

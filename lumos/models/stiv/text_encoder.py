@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumos.errors import UserError, reason_of, shown
 from lumos.files import MAX_CONFIG_BYTES, read_json
-from lumos.models.stiv.attention import Attention, RMSNorm
+from lumos.models.stiv.attention import StivAttention, StivRMSNorm
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
 from lumos.models.stiv.rope import rotary, temporal_angles
 
@@ -95,9 +95,9 @@ class TextBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width)
-        self.mlp_norm = RMSNorm(width)
+        self.attention_norm = StivRMSNorm(width)
+        self.attention = StivAttention(width)
+        self.mlp_norm = StivRMSNorm(width)
         self.up_proj = nn.Linear(width, 4 * width)
         self.down_proj = nn.Linear(4 * width, width)
 
@@ -118,7 +118,7 @@ class SmallTextEncoder(nn.Module):
         self.width = config.text_width
         self.embedding = nn.Embedding(config.text_vocab_size + 1, config.text_width)
         self.blocks = nn.ModuleList(TextBlock(config.text_width) for _ in range(config.text_layers))
-        self.norm = RMSNorm(config.text_width)
+        self.norm = StivRMSNorm(config.text_width)
 
     def forward(self, ids: Tensor, mask: Tensor) -> TextStates:
         """ids int64 [B, m], mask bool [B, m] -> states [B, m, e], mask, pooled [B, e]."""

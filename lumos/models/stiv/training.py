@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum, StepShape
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.errors import RunError, UserError
 from lumos.models.stiv import scoring
-from lumos.models.stiv.attention import SAVED, RMSNorm
-from lumos.models.stiv.block import MLP
+from lumos.models.stiv.attention import SAVED, StivRMSNorm
+from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
 from lumos.models.stiv.fingerprints import load_network, network_fingerprint
@@ -58,7 +58,7 @@ NOT_OF_WEIGHTS = ("patterns", "max_prompt_tokens", "micro_stride")
 
 
 @dataclass(frozen=True)
-class UnencodedBatch:
+class UnencodedClips:
     """A batch whose clips and prompts are not encoded yet. Any process can make it.
 
     clips   for each clip uint8 frames [T, H, W, 3]; or int64 codes [T, h, w], if the source holds codes
@@ -153,7 +153,7 @@ class StivTask(VideoTask):
         if settings.training.activation_checkpointing:
             model.gradient_checkpointing_enable({"context_fn": SAVED[settings.saved_outputs]})
         if settings.training.compile:
-            compile_parts(model.to(self.device), (MLP, RMSNorm))
+            compile_parts(model.to(self.device), (StivMLP, StivRMSNorm))
         return model.train()
 
     def muon_matrices(self, model: nn.Module) -> dict[str, float]:
@@ -161,7 +161,7 @@ class StivTask(VideoTask):
         linear = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         return {name: 1.0 for name, weight in linear.items() if "blocks." in name and weight.requires_grad}
 
-    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedBatch:
+    def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> UnencodedClips:
         """Return the clips at `positions` of a step with all that is drawn for them, but without their latents.
 
         `dropout` False keeps the text and the given frames of every clip, and all places.
@@ -189,9 +189,9 @@ class StivTask(VideoTask):
             flops=sum(self._flops(size, m, ratio) for size, m in zip(sizes, tokens, strict=True)),
             supervised=sum(supervised), rows=rows, padded=(), idle={"counts": False},
         )  # fmt: skip
-        return UnencodedBatch([pixels_or_codes(clip) for clip in clips], text, batch)
+        return UnencodedClips([pixels_or_codes(clip) for clip in clips], text, batch)
 
-    def encode(self, prepared: UnencodedBatch) -> Batch:
+    def encode(self, prepared: UnencodedClips) -> Batch:
         """Return the batch with its latents, and with the states of a frozen text encoder, on the device of the training."""
         batch, device = prepared.batch, self.device
         latents: list[Tensor] = [torch.empty(0)] * len(prepared.clips)
@@ -231,7 +231,7 @@ class StivTask(VideoTask):
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
         return torch.arange(stream.shape[1], device=stream.device)[:, None].expand(stream.shape[:-1])
 
-    def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
+    def _latent_size(self, clip: TrainingClip) -> tuple[int, int, int]:
         """Return the latent frames, rows and columns of a clip."""
         if clip.codes is not None:
             return tuple(clip.codes.shape)
@@ -239,7 +239,7 @@ class StivTask(VideoTask):
         unit = self.config.spatial_compression
         return self.config.latent_frames(frames), height // unit, width // unit
 
-    def _micro(self, sizes: list[torch.Size], clips: list[Clip], strides: list[int]) -> dict[str, Tensor]:
+    def _micro(self, sizes: list[torch.Size], clips: list[TrainingClip], strides: list[int]) -> dict[str, Tensor]:
         """Return the micro conditions of clips, the fields of `Micro`, for their latents' sizes and their drawn strides.
 
         A clip whose source does not tell its original size and stride has those of a generated clip.
@@ -293,7 +293,7 @@ class StivTask(VideoTask):
                 )
         return self.space.from_codes(codes)
 
-    def _caption(self, clip: Clip) -> str:
+    def _caption(self, clip: TrainingClip) -> str:
         """Return the caption of a clip, or the beginning of it that the text encoder reads."""
         if isinstance(self.text, FrozenTextEncoder):
             count, limit = lambda text: len(self.text.tokenizer(text)["input_ids"]), self.text.max_tokens
@@ -395,7 +395,7 @@ class StivTask(VideoTask):
         check_memory(largest // world_size(), "a process's share of the clips of a step")
 
 
-def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:
+def shortened(clip: TrainingClip, first_frames: int | None, config: StivConfig) -> TrainingClip:
     """Return a clip of the first frames alone; None: the whole clip. It is a clip of its own: its text says nothing of the rest."""
     if first_frames is None:
         return clip
@@ -404,7 +404,7 @@ def shortened(clip: Clip, first_frames: int | None, config: StivConfig) -> Clip:
     return replace(clip, codes=clip.codes[: config.latent_frames(first_frames)])
 
 
-def pixels_or_codes(clip: Clip) -> Tensor:
+def pixels_or_codes(clip: TrainingClip) -> Tensor:
     """Return the frames of a clip, uint8 [T, H, W, 3], or its codes, int64 [t, h, w]."""
     return torch.from_numpy(clip.frames if clip.codes is None else clip.codes.astype(np.int64))
 

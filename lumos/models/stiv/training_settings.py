@@ -33,7 +33,7 @@ class FlowSettings:
 
 
 @dataclass
-class DropoutSettings:
+class StivDropoutSettings:
     text: float = setting(0.10, "share of clips that have the empty text, for guidance (published 0.10)", low=0, high=1)
     image: float = setting(0.08, "share of clips whose given frames are not given (published 0.08)", low=0, high=1)
     joint: float = setting(0.0, "share of clips that lose both, beside the two shares above (published: none)", low=0, high=1)
@@ -48,7 +48,7 @@ class InitSettings:
 
 
 @dataclass
-class LatentSettings:
+class StivLatentSettings:
     kind: str | None = setting(None, "kind of latents; null: that of the preset or the model", choices=(None, *LATENTS))
     mean: list[float] = setting([], "mean of each channel; empty: that of the model to start from, or measured")
     std: list[float] = setting([], "standard deviation of each channel; empty: as mean")
@@ -73,7 +73,7 @@ class StivTrainingSettings(TrainingSettings):
 
     lora: StivLoraSettings = setting(StivLoraSettings, "fine-tuning by low-rank adapters")
     init: InitSettings = setting(InitSettings, "models whose weights a model of model.preset begins with")
-    latents: LatentSettings = setting(LatentSettings, "the latents that are modelled")
+    latents: StivLatentSettings = setting(StivLatentSettings, "the latents that are modelled")
     text_encoder: str | None = setting(
         None,
         "small: trained along with the model, with the ids of tokenizer.text; folder: a frozen CLIP or T5 encoder, whose folder "
@@ -89,7 +89,7 @@ class StivTrainingSettings(TrainingSettings):
         "shares of clips by the sampling stride that the model is told, for keyframes of long clips; a synthetic scene has no "
         "frame rate of its own and stands for any (published: not stated)",
     )
-    dropout: DropoutSettings = setting(DropoutSettings, "conditions that are left out at random")
+    dropout: StivDropoutSettings = setting(StivDropoutSettings, "conditions that are left out at random")
     given_noise: float = setting(
         0.0, "largest level of noise in given frames, drawn for each clip (published: none)", low=0, below=1
     )

@@ -16,7 +16,7 @@ from lumos.models.lumos1.attention import (
     flex_block_mask,
     segmented_attention,
 )
-from lumos.models.lumos1.sequence import Layout, build_sequence, frame_indices, pad_sequences, parse_layout
+from lumos.models.lumos1.sequence import SequenceLayout, build_sequence, frame_indices, pad_sequences, parse_layout
 
 CONFIG = micro_config()
 rows = st.tuples(
@@ -201,5 +201,5 @@ def test_key_gradients_are_padded_to_the_next_segment_only():
 
 def test_equal_runs_gives_start_and_end_of_each_run():
     assert list(equal_runs([1, 1, 2, 1])) == [(0, 2), (2, 3), (3, 4)]
-    assert list(equal_runs([Layout(3, ()), Layout(3, ())])) == [(0, 2)]
+    assert list(equal_runs([SequenceLayout(3, ()), SequenceLayout(3, ())])) == [(0, 2)]
     assert list(equal_runs([])) == []

@@ -15,15 +15,15 @@ from lumos.benchmarks.measure import Bench
 from lumos.benchmarks.roofline import profiled
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.benchmarks.baseline import plain_frames
-from lumos.models.lumos1.benchmarks.decoding import Case, generate, generate_plainly, logits_difference, make_case
+from lumos.models.lumos1.benchmarks.decoding import DecodingCase, generate, generate_plainly, logits_difference, make_case
 from lumos.models.lumos1.benchmarks.roofline import products
-from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.modeling import COMPILED
 from lumos.pipeline.acceleration import compile_parts
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
+def case() -> DecodingCase:
     return make_case("small", "", "", "cpu", "float32")
 
 
@@ -36,8 +36,8 @@ def test_engine_and_baseline_have_the_same_logits(case):
 def test_a_difference_ends_the_bench(case, monkeypatch):
     """An engine that puts frames one place too far is noticed, and not reported."""
     assert bench.check_logits(case, "small", "float32") < 1e-5
-    right = Engine.frame_position_ids
-    monkeypatch.setattr(Engine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
+    right = DecodingEngine.frame_position_ids
+    monkeypatch.setattr(DecodingEngine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
     with pytest.raises(RunError, match="logits of engine and of the published method differ"):
         bench.check_logits(case, "small", "float32")
 
@@ -113,9 +113,9 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
 
 def steps_taken(step):
     """How many decoding steps one call of `step` takes."""
-    steps, hidden = [], Engine.hidden
+    steps, hidden = [], DecodingEngine.hidden
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "hidden", lambda *args: steps.append(1) or hidden(*args))
+        patch.setattr(DecodingEngine, "hidden", lambda *args: steps.append(1) or hidden(*args))
         step()
     return len(steps)
 
@@ -127,7 +127,7 @@ def test_options_are_timed_beside_the_baseline(case, monkeypatch):
     monkeypatch.setattr(bench, "product_gflops", lambda *args: 50.0)
     measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
     options = {"later_steps": 1, "history_frames": 1, "guidance_interval": (0.0, 0.5)}
-    settings = bench.Settings("", "", ("small",), options, ("bfloat16",))
+    settings = bench.GenerationBenchmarkSettings("", "", ("small",), options, ("bfloat16",))
     profiles, profiled = [], bench.profiled
     monkeypatch.setattr(bench, "profiled", lambda step, device: profiles.append(steps_taken(step)) or profiled(step, device))
     row, of, table = bench.run_shape("small", settings, measure)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosForVideoGeneration
 from lumos.models.lumos1.cache import PrefixCache
-from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.masking import history_mask
 from lumos.models.lumos1.sampling import decide, draw_uniform, generate_frames
 from lumos.models.lumos1.sequence import build_frames, build_prefix
@@ -51,7 +51,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(texts, frames, given_fr
     g = torch.Generator().manual_seed(seed)
     given_codes = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
     sequences = [prefix(None if n is None else [600 + i for i in range(n)], given_codes) for n in texts]
-    engine = Engine(MODEL)
+    engine = DecodingEngine(MODEL)
     span = build_frames(torch.zeros(1, *GRID, dtype=torch.long), CONFIG).shape[1]
     engine.prefill(sequences, max(map(len, sequences)) + frames * span)
     for _ in range(frames):
@@ -71,7 +71,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(texts, frames, given_fr
 
 
 def test_logits_can_be_asked_for_at_some_positions():
-    engine = Engine(MODEL)
+    engine = DecodingEngine(MODEL)
     engine.prefill([prefix([600]), prefix(None)], 60)
     ids = build_frames(torch.full((1, *GRID), -1), CONFIG).repeat(2, 1)
     everywhere = engine.denoise(ids)
@@ -140,14 +140,14 @@ def test_forwards_include_no_commit_of_the_last_frame(monkeypatch):
 def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given):
     """Generated frames are partly hidden; given frames are whole unless asked otherwise (the release ignores its setting)."""
     fed, committed = [], []
-    forward, hidden = MODEL.model.forward, Engine.hidden
+    forward, hidden = MODEL.model.forward, DecodingEngine.hidden
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
 
     def watched(self, ids, at, committing=None, only=None):
         committed.extend([] if committing is None else [committing])
         return hidden(self, ids, at, committing, only)
 
-    monkeypatch.setattr(Engine, "hidden", watched)
+    monkeypatch.setattr(DecodingEngine, "hidden", watched)
     given = torch.zeros(1, *GRID, dtype=torch.long)
     options = {"history_mask_ratio": 0.5, "mask_given_frames": mask_given}
     codes = run([prefix([600], given)], [prefix(None, given)], [1], **options)
@@ -167,7 +167,7 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
     """The same codes for every seed, and the same logits, as when a finished frame is appended by a forward of its own."""
     conditional, unconditional = [prefix([600, 601], given), prefix([602], given)], [prefix(None, given)] * 2
     fused = [run(conditional, unconditional, seeds=[s, s + 1]) for s in range(4)]
-    hidden, largest = Engine.hidden, []
+    hidden, largest = DecodingEngine.hidden, []
 
     def apart(self, ids, at, committing=None, only=None):
         if committing is None:
@@ -180,7 +180,7 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
         largest.append(float((after - together).abs().max()))
         return after
 
-    monkeypatch.setattr(Engine, "hidden", apart)
+    monkeypatch.setattr(DecodingEngine, "hidden", apart)
     for s, codes in enumerate(fused):
         assert torch.equal(run(conditional, unconditional, seeds=[s, s + 1]), codes)
     assert len(largest) == 4 * 2
@@ -262,7 +262,7 @@ def test_temperature_is_annealed_within_each_frame_and_reset(monkeypatch):
 
 def test_steps_unmask_on_schedule_and_report():
     steps, masked = [], []
-    original = Engine.hidden
+    original = DecodingEngine.hidden
 
     def hidden(self, ids, at, committing=None, only=None):
         masked.append(int((ids[0] == CONFIG.mask_token_id).sum()))
@@ -270,7 +270,7 @@ def test_steps_unmask_on_schedule_and_report():
         return original(self, ids, at, committing, only)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "hidden", hidden)
+        patch.setattr(DecodingEngine, "hidden", hidden)
         run([prefix([600])], [prefix(None)], [1], new_frames=2, on_step=lambda frame, step, ids: steps.append((frame, step)))
     assert masked == [6, 5, 3] * 2
     assert steps == [(f, s) for f in range(2) for s in range(3)]
@@ -278,7 +278,7 @@ def test_steps_unmask_on_schedule_and_report():
 
 def test_rows_with_unequal_given_frames_are_refused():
     with pytest.raises(ValueError, match="different numbers of given frames"):
-        Engine(MODEL).prefill([prefix([600]), prefix(None, torch.zeros(1, *GRID, dtype=torch.long))], 60)
+        DecodingEngine(MODEL).prefill([prefix([600]), prefix(None, torch.zeros(1, *GRID, dtype=torch.long))], 60)
 
 
 class NoWaiting(TorchDispatchMode):

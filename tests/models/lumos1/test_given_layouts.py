@@ -12,7 +12,7 @@ from micro import micro_config
 from lumos import LumosForVideoGeneration
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_mask
-from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.flops import training_flops
 from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.patterns import BEGINS, PATTERNS, Given, drawn_given, trained_patterns
@@ -187,7 +187,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(texts, t, seed):
         for n in texts
     ]
     span = len(given[0])
-    engine = Engine(MODEL)
+    engine = DecodingEngine(MODEL)
     engine.prefill(sequences, max(map(len, sequences)) + (t - 1) * span)
     for _ in range(1, t):
         ids = torch.stack([build_frames(torch.randint(-1, 64, (1, 2, 3), generator=g), CONFIG)[0] for _ in texts])
@@ -206,9 +206,9 @@ def test_rows_at_other_times_and_bounded_histories_are_refused():
     head = torch.tensor(build_prefix(None, fps=8, duration=1, config=CONFIG))
     ends = [torch.cat([head, first, build_last(last, time, CONFIG)]) for time in (2, 3)]
     with pytest.raises(ValueError, match="or at different times"):
-        Engine(MODEL).prefill(ends, 100)
+        DecodingEngine(MODEL).prefill(ends, 100)
     with pytest.raises(ValueError, match="a bounded history does not work with a frame whose time is stated"):
-        Engine(MODEL).prefill(ends[:1], 100, history=1)
+        DecodingEngine(MODEL).prefill(ends[:1], 100, history=1)
 
 
 def test_configs_know_their_patterns():

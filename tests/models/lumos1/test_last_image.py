@@ -13,7 +13,7 @@ from PIL import Image
 from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.errors import UserError
-from lumos.models.lumos1.engine import Engine
+from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.sequence import parse_layout, parse_sequence
 from lumos.pipeline.request import Request
 from lumos.video.io import read_video
@@ -45,9 +45,9 @@ ENDS = {"image": picture(1), "last_image": picture(2)}
 
 def prefilled(pipe, monkeypatch, **options) -> list[list[torch.Tensor]]:
     """The rows of each prefill of a call."""
-    seen, prefill = [], Engine.prefill
+    seen, prefill = [], DecodingEngine.prefill
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "prefill", lambda self, rows, *rest: seen.append(rows) or prefill(self, rows, *rest))
+        patch.setattr(DecodingEngine, "prefill", lambda self, rows, *rest: seen.append(rows) or prefill(self, rows, *rest))
         pipe("a red circle", seed=1, **{"num_frames": 9, **options})
     return seen
 

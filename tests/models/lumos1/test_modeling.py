@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumos import LumosConfig
-from lumos.models.lumos1.modeling import MLP
+from lumos.models.lumos1.modeling import LumosMLP
 from lumos.models.lumos1.swiglu import SiluTimes, mlp_piece
 
 
@@ -61,7 +61,7 @@ class CountedCalls(TorchDispatchMode):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_mlp_compiles_to_one_graph_with_the_same_gradients(autocast: bool):
     torch.manual_seed(0)
-    mlp = MLP(LumosConfig.preset("tiny", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48))
+    mlp = LumosMLP(LumosConfig.preset("tiny", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48))
     x, results = torch.randn(2, 5, 64, requires_grad=True), []
     for form in (mlp, torch.compile(mlp, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -75,7 +75,7 @@ def test_an_mlp_compiles_to_one_graph_with_the_same_gradients(autocast: bool):
 def test_an_mlp_in_pieces_is_the_mlp(tokens: int, gradients: bool, pieces: int):
     torch.manual_seed(0)
     config = LumosConfig.preset("tiny", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48)
-    mlp = MLP(config).double()
+    mlp = LumosMLP(config).double()
     x = torch.randn(1, tokens, 64, dtype=torch.float64, requires_grad=True)
     sizes = []
     watched = mlp.up_proj.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2]))

@@ -221,11 +221,11 @@ def test_options_without_effect_are_said(pipe):
 
 def branches_of(pipe, monkeypatch, **options) -> list[tuple[int, int]]:
     """(rows, masked codes before the first new frame) of each prefill."""
-    from lumos.models.lumos1.engine import Engine
+    from lumos.models.lumos1.engine import DecodingEngine
 
-    seen, prefill, mask = [], Engine.prefill, pipe.model.config.mask_token_id
+    seen, prefill, mask = [], DecodingEngine.prefill, pipe.model.config.mask_token_id
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "prefill", lambda self, rows, *rest: seen.append(
+        patch.setattr(DecodingEngine, "prefill", lambda self, rows, *rest: seen.append(
             (len(rows), int(sum((row == mask).sum() for row in rows)))) or prefill(self, rows, *rest))  # fmt: skip
         pipe("x", seed=1, num_frames=9, **options)
     return seen

@@ -9,7 +9,7 @@ from micro import micro_config
 from lumos import LumosConfig
 from lumos.models.lumos1.sequence import (
     Frame,
-    Layout,
+    SequenceLayout,
     build_prefix,
     build_sequence,
     by_layout,
@@ -169,11 +169,11 @@ def test_configs_that_cannot_work(fields, message):
 
 
 def test_rows_of_equal_layouts_are_made_once():
-    one, other = (Layout(9, (Frame(start, 1, 1),)) for start in (0, 2))
-    twin = Layout(9, (Frame(0, 1, 1),))
+    one, other = (SequenceLayout(9, (Frame(start, 1, 1),)) for start in (0, 2))
+    twin = SequenceLayout(9, (Frame(0, 1, 1),))
     asked = []
 
-    def make(layout: Layout) -> torch.Tensor:
+    def make(layout: SequenceLayout) -> torch.Tensor:
         asked.append(layout)
         return torch.tensor([layout.frames[0].start, layout.length])
 

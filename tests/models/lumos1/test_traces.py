@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lumos import LumosForVideoGeneration
 from lumos.models.lumos1.cache import PrefixCache
-from lumos.models.lumos1.engine import Engine, code_offsets
+from lumos.models.lumos1.engine import DecodingEngine, code_offsets
 from lumos.models.lumos1.modeling import COMPILED
 from lumos.models.lumos1.sampling import guide
 from lumos.models.lumos1.sequence import Frame
@@ -65,7 +65,7 @@ def trace(golden, request):
 
 
 def steps(
-    trace: Trace, engine: Engine, *, fused: bool = True, again: bool = False, **prefill
+    trace: Trace, engine: DecodingEngine, *, fused: bool = True, again: bool = False, **prefill
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Feed a trace to an engine: (call, ids [2, n], ids of the finished frame to commit with it) of each step.
 
@@ -91,7 +91,7 @@ def steps(
 
 
 def check(trace: Trace, model: LumosForVideoGeneration, **how) -> None:
-    engine = Engine(model)
+    engine = DecodingEngine(model)
     for call, ids, finished in steps(trace, engine, **how):
         logits = engine.denoise(ids, committing=finished)
         torch.testing.assert_close(logits, trace.logits(call), **TOLERANCE, msg=lambda m, call=call: f"{call}: {m}")
@@ -113,7 +113,7 @@ def test_a_kept_prefix_is_not_computed_again(model, trace, monkeypatch):
 
 def test_in_a_batch_with_a_clip_of_another_prompt(model, trace):
     """Rows [other, cond, uncond, cond]; the other prompt is one token shorter."""
-    engine, rows = Engine(model), torch.tensor([0, 0, 1, 0])
+    engine, rows = DecodingEngine(model), torch.tensor([0, 0, 1, 0])
     cond, uncond = trace.prefixes
     other = torch.cat([cond[:1], cond[2:]])
     engine.prefill([other, cond, uncond, cond], len(cond) + trace.span * trace.commits)
@@ -131,7 +131,7 @@ def test_in_a_batch_with_a_clip_of_another_prompt(model, trace):
 
 def test_steps_of_one_branch_leave_the_other_as_it_is(model, trace):
     """Every second step without the unconditional row, as outside of a guidance interval."""
-    engine = Engine(model)
+    engine = DecodingEngine(model)
     for number, (call, ids, finished) in enumerate(steps(trace, engine, fused=False)):
         rows = 1 + number % 2
         torch.testing.assert_close(engine.denoise(ids[:rows], committing=finished), trace.logits(call)[:rows], **TOLERANCE)
@@ -139,7 +139,7 @@ def test_steps_of_one_branch_leave_the_other_as_it_is(model, trace):
 
 def test_guided_states_are_the_guided_logits(model, trace):
     """What a step computes: the head once, of the guided states, where codes are still masked."""
-    engine, scale, offsets = Engine(model), trace.settings["guidance_scale"], code_offsets(Frame(0, *trace.grid))
+    engine, scale, offsets = DecodingEngine(model), trace.settings["guidance_scale"], code_offsets(Frame(0, *trace.grid))
     for call, ids, finished in steps(trace, engine):
         masked = (ids[0, offsets] == model.config.mask_token_id).nonzero()[:, 0]
         states = engine.hidden(ids, offsets[masked].expand(2, -1), finished)
@@ -165,7 +165,7 @@ def test_fewer_bits_stay_close(model, trace, precision):
         use_int8_weights(changed.model.layers)
     else:
         changed.to(torch.bfloat16)
-    engine = Engine(changed)
+    engine = DecodingEngine(changed)
     for call, ids, finished in steps(trace, engine):
         ours, theirs = engine.denoise(ids, committing=finished), trace.logits(call)
         assert 1e-3 < (ours - theirs).abs().max() < 0.1 * theirs.abs().max(), call

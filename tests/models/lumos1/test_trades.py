@@ -15,7 +15,7 @@ from micro import micro_config
 from lumos import LumosForVideoGeneration
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import dense_attention, dense_mask
-from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
+from lumos.models.lumos1.engine import DecodingEngine, cache_tokens, code_offsets
 from lumos.models.lumos1.history_thinning import leaving
 from lumos.models.lumos1.masking import history_mask, unmasking_counts
 from lumos.models.lumos1.rope import position_ids
@@ -221,8 +221,10 @@ def test_another_prompt_changes_what_comes_after_it_only(monkeypatch):
     options = GenerationSettings(num_inference_steps=3, guidance_scale=4.0)
     whole = run([prefix([600])], [prefix(None)], [1], 4, options)
     capacities = []
-    prefill = Engine.prefill
-    monkeypatch.setattr(Engine, "prefill", lambda self, rows, n, *rest: capacities.append(n) or prefill(self, rows, n, *rest))
+    prefill = DecodingEngine.prefill
+    monkeypatch.setattr(
+        DecodingEngine, "prefill", lambda self, rows, n, *rest: capacities.append(n) or prefill(self, rows, n, *rest)
+    )
     other = run([prefix([600])], [prefix(None)], [1], 4, options, later={2: [prefix([601, 602, 603, 604])]})
     assert torch.equal(other[:, :2], whole[:, :2])
     assert not torch.equal(other[:, 2:], whole[:, 2:])
@@ -237,7 +239,7 @@ def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning
     """The engine gives the logits of one forward pass over the whole sequence with a dense mask."""
     g = torch.Generator().manual_seed(1)
     frames = build_frames(torch.randint(0, 64, (9, *GRID), generator=g), CONFIG)
-    engine, sequence = Engine(MODEL), prefix([600, 601])
+    engine, sequence = DecodingEngine(MODEL), prefix([600, 601])
     engine.prefill([sequence], cache_tokens(len(sequence), SPAN, 9, history), history=history, thinning=thinning)
     for i, frame in enumerate(frames):
         committing = frames[i - 1 : i] if fused and i else None
@@ -274,7 +276,7 @@ def test_the_cache_holds_the_keys_and_values_of_the_kept_frames(history, thinnin
     """In both of two rows with texts of different lengths: those that one cache of all frames holds, if all see what they saw."""
     g = torch.Generator().manual_seed(seed)
     spans = build_frames(torch.randint(0, 64, (2 * frames, *GRID), generator=g), CONFIG).view(2, frames, SPAN)
-    engine, texts = Engine(MODEL), [prefix([600, 601]), prefix([602])]
+    engine, texts = DecodingEngine(MODEL), [prefix([600, 601]), prefix([602])]
     engine.prefill(texts, cache_tokens(len(texts[0]), SPAN, frames + 1, history), history=history, thinning=thinning)
     for frame in spans.unbind(1):
         engine.commit(frame)
@@ -302,14 +304,14 @@ def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch, thinn
     caches, keys, elements = set(), [], []
     sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **o: keys.append(k.shape[2]) or sdpa(q, k, v, **o))
-    hidden = Engine.hidden
+    hidden = DecodingEngine.hidden
 
     def watched(self, *args):
         caches.add((self.cache.keys.data_ptr(), self.cache.values.data_ptr()))
         elements.append((self.cache.keys.numel() + self.cache.values.numel(), len(self._rotary)))
         return hidden(self, *args)
 
-    monkeypatch.setattr(Engine, "hidden", watched)
+    monkeypatch.setattr(DecodingEngine, "hidden", watched)
     frames = list(generate_frames(
         model, [prefix([600])], [prefix(None)], grid=GRID, new_frames=50, generators=[torch.Generator().manual_seed(0)],
         settings=GenerationSettings(num_inference_steps=2, history_frames=3, history_thinning=thinning),
@@ -354,7 +356,7 @@ def test_logits_of_steps_between_are_those_of_the_slow_form(history, thinning):
     """Two rows with texts of different lengths, the second with fewer codes to run: padding leaves it what it is alone."""
     g, texts = torch.Generator().manual_seed(1), [prefix([600, 601]), prefix([602])]
     frames = torch.randint(0, 64, (2, 5, 6), generator=g)
-    engine = Engine(MODEL)
+    engine = DecodingEngine(MODEL)
     engine.prefill(texts, cache_tokens(len(texts[0]), SPAN, 5, history), history=history, thinning=thinning)
     at = code_offsets(Frame(0, *GRID))
     masked_after = [[[0, 1, 3, 4, 5], [0, 2, 5]], [[0, 3, 5], [2, 5]], [[3, 5], []]]  # of both rows

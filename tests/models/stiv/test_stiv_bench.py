@@ -61,7 +61,7 @@ def test_recorded_products_are_those_that_run():
         (1, 6, 4, 5): 3 * 2 * 6 * 4 * 5, (6, 7, 8, 4): 2 * 2 * 6 * 7 * 8 * 4,
         (1, 2 * 2 * 3, 3 * 2 * 2, 9): 2 * 12 * 12 * 9, (2, 3, 4, 5): 2 * 2 * 3 * 4 * 5,
     }  # fmt: skip
-    assert [isinstance(p, roofline.Attention) for p in products] == [False, True, False, False]
+    assert [isinstance(p, roofline.AttentionProduct) for p in products] == [False, True, False, False]
     assert counted_flops(step) == sum(found.values())
 
 
@@ -77,7 +77,7 @@ def test_attention_counts_at_its_own_best_speed(monkeypatch, fused, scores, valu
     """1 GFLOP in the given seconds of a fused kernel or of its two products, whichever are fewer."""
     seconds = iter((fused, scores, values))
     monkeypatch.setattr(roofline, "fastest", lambda run, device: next(seconds))
-    attention = roofline.Attention("attention", 1e9, 5, 100, 100, 5000)
+    attention = roofline.AttentionProduct("attention", 1e9, 5, 100, 100, 5000)
     assert roofline.product_gflops(attention, "cpu", torch.float32) == pytest.approx(1 / min(fused, scores + values))
     assert next(seconds, None) is None
 
@@ -203,7 +203,7 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own(forks, monkeypatch
 
 def test_settings_are_checked_before_anything_runs(monkeypatch):
     settings = bench.settings_from(asked("--sizes", "micro", "micro"))
-    assert settings == bench.Settings(("micro",), ("sampling", "memory", "training"))
+    assert settings == bench.StivBenchmarkSettings(("micro",), ("sampling", "memory", "training"))
     assert bench.steps(settings, MEASURE) == 2 + 3 + 4 + 5
     assert bench.steps(bench.settings_from(asked("--sizes", "micro", "--parts", "training")), MEASURE) == 5
     monkeypatch.setattr(bench, "find_spec", lambda name: None)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lumos.errors import UserError
 from lumos.models.stiv import attention
-from lumos.models.stiv.attention import Attention
+from lumos.models.stiv.attention import StivAttention
 from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import HEAD_DIM, StivConfig
 from lumos.models.stiv.flops import block_flops, forward_flops
@@ -124,7 +124,7 @@ def test_counted_flops_are_those_that_run(micro_stiv_config, stiv_text, more):
 @given(frames=st.integers(1, 4), rows=st.integers(1, 3), columns=st.integers(1, 3), causal=st.booleans(), seed=st.integers(0, 99))
 def test_factorised_attention_is_dense_attention_with_a_mask(frames, rows, columns, causal, seed):
     torch.manual_seed(seed)
-    unit, s = Attention(128).double(), rows * columns
+    unit, s = StivAttention(128).double(), rows * columns
     x = torch.randn(2, frames, s, 128, dtype=torch.float64)
     places = spatial_angles(rows, columns, 1.0, 0.5, HEAD_DIM, x.device)
     times = temporal_angles(frames, 1.0, HEAD_DIM, x.device)
@@ -136,7 +136,7 @@ def test_factorised_attention_is_dense_attention_with_a_mask(frames, rows, colum
     assert torch.allclose(in_place.flatten(1, 2), dense(unit, x, times[frame], mask), atol=1e-10, rtol=0)
 
 
-def dense(unit: Attention, x: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def dense(unit: StivAttention, x: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention over all tokens of a clip at once, with a mask [L, L], written plainly."""
     x = x.flatten(1, 2)
 
@@ -158,7 +158,7 @@ def dense(unit: Attention, x: torch.Tensor, angles: torch.Tensor, mask: torch.Te
 @pytest.mark.parametrize("axis", ["rows", "columns", "time"])
 def test_attention_depends_on_differences_of_positions_only(axis):
     torch.manual_seed(0)
-    unit, grid = Attention(64).double(), {"time": 3, "rows": 2, "columns": 3}
+    unit, grid = StivAttention(64).double(), {"time": 3, "rows": 2, "columns": 3}
     x = torch.randn(1, 6 if axis != "time" else 3, 64, dtype=torch.float64)
 
     def out(offset: float) -> torch.Tensor:

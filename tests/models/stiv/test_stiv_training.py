@@ -13,7 +13,7 @@ import torch
 
 from lumos import VideoPipeline
 from lumos.data.curriculum import StepShape
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.errors import UserError
 from lumos.models.stiv import flow
 from lumos.models.stiv.configuration import StivConfig
@@ -228,7 +228,7 @@ def test_clips_of_two_sizes_have_the_losses_of_each_alone(task, monkeypatch):
 
     def clips(step, shape, positions):
         draws = np.random.default_rng(0)
-        made = [Clip(draws.integers(0, 255, (5, *size, 3), np.uint8), f"a red circle {size}", 8, str(i))
+        made = [TrainingClip(draws.integers(0, 255, (5, *size, 3), np.uint8), f"a red circle {size}", 8, str(i))
                 for i, size in enumerate(sizes)]  # fmt: skip
         return [made[i] for i in positions]
 

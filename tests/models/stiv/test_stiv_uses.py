@@ -15,7 +15,7 @@ from lumos import VideoPipeline
 from lumos.cli import main
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
-from lumos.demo.worker import Job
+from lumos.demo.worker import ClipJob
 from lumos.errors import NotFinite, UserError
 from lumos.pipeline.parts import parts_folder
 from lumos.pipeline.request import Request
@@ -311,7 +311,7 @@ def test_generate_needs_words_except_where_pictures_say_all(run, capsys):
 def test_the_demo_guides_by_a_given_picture(pipe, files, frames, tmp_path):
     service = Service(pipe, tmp_path / "root", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
     options = {"image_guidance_scale": 1.5, "keep_given_pixels": True, "num_inference_steps": 1}
-    job = Job(Request.of("x", image=tmp_path / "first.png", seed=1, **options), owner="me")
+    job = ClipJob(Request.of("x", image=tmp_path / "first.png", seed=1, **options), owner="me")
     service.make(job)
     service.worker.close()
     assert np.array_equal(job.frames[0], frames[0])

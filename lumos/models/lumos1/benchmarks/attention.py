@@ -18,7 +18,7 @@ from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Report, Step, extra_peak_bytes, interleaved, ratio, rounded, shown
 from lumos.errors import UserError
 from lumos.models.lumos1.attention import allowed_pairs, attention_for
-from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, Layout
+from lumos.models.lumos1.sequence import FRAME_HEADER, Frame, SequenceLayout
 from lumos.runtime import check_memory
 
 FORMS = ("segmented", "dense")
@@ -27,7 +27,7 @@ WARM_UP = {"length": 80, "frame_tokens": 32}
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttentionBenchmarkSettings:
     """The settings of the attention benchmark.
 
     lengths       sequence lengths in tokens
@@ -44,7 +44,7 @@ class Settings:
     forward_only: bool
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> AttentionBenchmarkSettings:
     smallest = FRAME_HEADER + 3
     if args.frame_tokens < smallest:
         raise UserError(f"--frame-tokens {args.frame_tokens} is not allowed; a frame has at least {smallest} tokens")
@@ -58,23 +58,23 @@ def settings_from(args: argparse.Namespace) -> Settings:
     check_memory(
         3 * 4 * max(args.lengths) * args.heads * args.head_dim, f"--heads {args.heads} --head-dim {args.head_dim} of that length"
     )
-    return Settings(tuple(args.lengths), args.frame_tokens, args.heads, args.head_dim, args.forward_only)
+    return AttentionBenchmarkSettings(tuple(args.lengths), args.frame_tokens, args.heads, args.head_dim, args.forward_only)
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: AttentionBenchmarkSettings, bench: Bench) -> int:
     modes, forms = len(modes_of(settings)), len(FORMS)
     return len(settings.lengths) * (modes * forms * (1 + bench.repetitions) + bench.repetitions)
 
 
-def modes_of(settings: Settings) -> tuple[str, ...]:
+def modes_of(settings: AttentionBenchmarkSettings) -> tuple[str, ...]:
     return ("forward",) if settings.forward_only else ("forward", "training")
 
 
-def layout_of(length: int, frame_tokens: int) -> Layout:
+def layout_of(length: int, frame_tokens: int) -> SequenceLayout:
     """Return a layout with as many frames of `frame_tokens` tokens as fit at the end, and text before them."""
     text = length % frame_tokens
     cols = frame_tokens - FRAME_HEADER - 2
-    return Layout(length, tuple(Frame(start, 1, cols) for start in range(text, length, frame_tokens)))
+    return SequenceLayout(length, tuple(Frame(start, 1, cols) for start in range(text, length, frame_tokens)))
 
 
 def prepare(
@@ -115,7 +115,7 @@ def extra_memory(**arguments: Any) -> int:
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: AttentionBenchmarkSettings, bench: Bench) -> Report:
     measured, ratios = [], []
     table = [["tokens", "mode", "segmented s", "dense s", "time x", "segmented MB", "dense MB", "memory x", "peak share"]]
     for length in settings.lengths:
@@ -161,6 +161,6 @@ def run(settings: Settings, bench: Bench) -> Report:
     return Report(asdict(settings), measured, ratios, [table])
 
 
-def build_mask(layout: Layout, length: int, device: str) -> tuple:
+def build_mask(layout: SequenceLayout, length: int, device: str) -> tuple:
     attention_for("dense", [layout], length, torch.device(device))
     return ()

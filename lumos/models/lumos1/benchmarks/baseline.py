@@ -39,7 +39,7 @@ The logits are None for the pass that writes the finished frame to the cache.
 """
 
 
-class Branch:
+class CachedBranch:
     """One branch of a clip: the ids [1, L] of the sequence so far, and the keys and values of its first `cached` tokens."""
 
     def __init__(self, model: LumosForVideoGeneration, prefix: Tensor):
@@ -105,7 +105,7 @@ def plain_frames(
     hidden_later = torch.zeros(blank.shape, dtype=torch.bool, device=device)
     hidden_later[:, FRAME_HEADER:-1] = history_mask(h * (w + 1), settings.history_mask_ratio).to(device)
     still_masked = unmasking_counts(h * w, settings.num_inference_steps)
-    branches = [Branch(model, prefix) for prefix in (conditional, unconditional)]
+    branches = [CachedBranch(model, prefix) for prefix in (conditional, unconditional)]
 
     def forward(ids: Tensor, keep: bool) -> Tensor:
         logits = torch.cat([branch.forward(ids, keep) for branch in branches])

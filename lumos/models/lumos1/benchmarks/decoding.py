@@ -1,4 +1,4 @@
-"""The cases of the generation benchmark. The engine and the baseline make the clip of the same `Case`."""
+"""The cases of the generation benchmark. The engine and the baseline make the clip of the same `DecodingCase`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lumos.models.lumos1.benchmarks.arguments import SHIPPED
 from lumos.models.lumos1.benchmarks.baseline import Watch, plain_frames
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.engine import Engine, cache_tokens, code_offsets
+from lumos.models.lumos1.engine import DecodingEngine, cache_tokens, code_offsets
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.request import prompt_ids
 from lumos.models.lumos1.sampling import generate_frames
@@ -53,7 +53,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodingCase:
     """One clip to make.
 
     conditional    ids of the prefix with the prompt
@@ -69,7 +69,7 @@ class Case:
     frames: int
     settings: GenerationSettings
 
-    def cut(self, *, steps: int, frames: int | None = None) -> Case:
+    def cut(self, *, steps: int, frames: int | None = None) -> DecodingCase:
         """Return the case with at most `steps` steps a frame and `frames` latent frames."""
         steps, frames = min(steps, self.settings.num_inference_steps), min(frames or self.frames, self.frames)
         return replace(self, frames=frames, settings=replace(self.settings, num_inference_steps=steps))
@@ -93,7 +93,7 @@ class Case:
         return len(self.prefix_lengths) * self.tokens * self.model.kv_bytes_per_token()
 
 
-def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> Case:
+def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> DecodingCase:
     """Return the case of a name in SHAPES, or for "shipped" that of the model in `folder`."""
     if shape == SHIPPED:
         return folder_case(folder, prompt, device, dtype)
@@ -103,10 +103,10 @@ def make_case(shape: str, folder: str, prompt: str, device: str, dtype: str) -> 
     model = LumosForVideoGeneration(config).to(device, getattr(torch, dtype)).eval()
     text = [i for i in range(config.visual_token_start) if not config.is_reserved(i)][-TEXT_TOKENS:]
     settings = GenerationSettings(num_inference_steps=of.steps)
-    return Case(model, *prefixes(text, 12, 2, config), of.grid, of.frames, settings)
+    return DecodingCase(model, *prefixes(text, 12, 2, config), of.grid, of.frames, settings)
 
 
-def folder_case(folder: str, prompt: str, device: str, dtype: str) -> Case:
+def folder_case(folder: str, prompt: str, device: str, dtype: str) -> DecodingCase:
     """Return the case of a model folder at its default settings.
 
     Guidance is on, and options that trade quality for time or memory are off, as in the baseline.
@@ -124,7 +124,7 @@ def folder_case(folder: str, prompt: str, device: str, dtype: str) -> Case:
     options = GenerationSettings.declared().items()
     plain = {name: option.default for name, option in options if option.is_trade or name in ("top_k", "top_p")}
     settings, text = replace(settings, **plain), prompt_ids(prompt, clip, config, pipe.text_tokenizer)
-    return Case(pipe.model, *prefixes(text, fps, duration, config), grid, frames, settings)
+    return DecodingCase(pipe.model, *prefixes(text, fps, duration, config), grid, frames, settings)
 
 
 def prefixes(text: Sequence[int], fps: int, duration: int, config: LumosConfig) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def prefixes(text: Sequence[int], fps: int, duration: int, config: LumosConfig) 
     return conditional, unconditional
 
 
-def generate(case: Case, seed: int = 0) -> None:
+def generate(case: DecodingCase, seed: int = 0) -> None:
     """Make the clip of a case with the engine."""
     for _ in generate_frames(
         case.model, [case.conditional], [case.unconditional], grid=case.grid, new_frames=case.frames, settings=case.settings,
@@ -143,7 +143,7 @@ def generate(case: Case, seed: int = 0) -> None:
         pass
 
 
-def generate_plainly(case: Case, seed: int = 0, watch: Watch = lambda ids, logits: None) -> None:
+def generate_plainly(case: DecodingCase, seed: int = 0, watch: Watch = lambda ids, logits: None) -> None:
     """Make the clip of a case with the baseline."""
     for _ in plain_frames(
         case.model, case.conditional, case.unconditional, grid=case.grid, new_frames=case.frames, settings=case.settings,
@@ -166,12 +166,12 @@ class Difference:
     same_likeliest: float
 
 
-def logits_difference(case: Case, model: LumosForVideoGeneration | None = None) -> Difference:
+def logits_difference(case: DecodingCase, model: LumosForVideoGeneration | None = None) -> Difference:
     """Return the difference of the logits of engine and baseline for the ids that the baseline samples.
 
     `model` is the model of the engine; default: that of the case.
     """
-    config, engine = case.model.config, Engine(model or case.model)
+    config, engine = case.model.config, DecodingEngine(model or case.model)
     rows = [case.conditional, case.unconditional]
     engine.prefill(rows, cache_tokens(max(map(len, rows)), case.span, case.frames))
     offsets = code_offsets(Frame(0, *case.grid)).to(case.model.device)

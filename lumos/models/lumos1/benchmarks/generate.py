@@ -36,7 +36,7 @@ from lumos.benchmarks.roofline import product_gflops, profiled
 from lumos.device_peak import timed
 from lumos.errors import RunError, UserError
 from lumos.models.lumos1.benchmarks.arguments import FORMS, PLAIN, SHIPPED
-from lumos.models.lumos1.benchmarks.decoding import SHAPES, Case, generate, generate_plainly, logits_difference, make_case
+from lumos.models.lumos1.benchmarks.decoding import SHAPES, DecodingCase, generate, generate_plainly, logits_difference, make_case
 from lumos.models.lumos1.benchmarks.roofline import products
 from lumos.models.lumos1.modeling import COMPILED
 from lumos.models.lumos1.settings import GenerationSettings
@@ -52,7 +52,7 @@ TRADES = tuple(name for name, option in GenerationSettings.declared().items() if
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationBenchmarkSettings:
     """The settings of the generation benchmark. Clips are made one at a time, with the seeds 0, 1, ...
 
     model       model folder
@@ -70,7 +70,7 @@ class Settings:
     memory: tuple[str, ...] = FORMS
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> GenerationBenchmarkSettings:
     model = Path(args.model) if args.model else shipped_model()
     if not (model / "config.json").is_file():
         raise UserError(f"there is no model in {model} (no config.json); name its folder with --model")
@@ -85,10 +85,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if args.options_dtype:
         options["dtype"] = args.options_dtype
     shapes, precisions, memory = (tuple(dict.fromkeys(names)) for names in (args.shapes, args.precisions, args.memory))
-    return Settings(str(model), args.prompt, shapes, options, precisions, memory)
+    return GenerationBenchmarkSettings(str(model), args.prompt, shapes, options, precisions, memory)
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: GenerationBenchmarkSettings, bench: Bench) -> int:
     forms = len(FORMS) + bool(settings.options)
     return 1 + len(settings.shapes) * (len(settings.memory) + 1 + forms * bench.repetitions + 1 + len(settings.precisions))
 
@@ -126,7 +126,7 @@ def extra_memory(**arguments: Any) -> int:
     return extra_peak_bytes(prepare, arguments, {"shape": "small"})
 
 
-def check_logits(case: Case, shape: str, dtype: str) -> float:
+def check_logits(case: DecodingCase, shape: str, dtype: str) -> float:
     """Return the largest difference of the logits of engine and baseline. Raises RunError if it is over the tolerance."""
     found = logits_difference(case.cut(frames=2, steps=2))
     allowed = LOGITS_TOLERANCE if dtype == "float32" else found.scale * TOLERANCE[getattr(torch, dtype)]
@@ -136,7 +136,7 @@ def check_logits(case: Case, shape: str, dtype: str) -> float:
     return found.largest
 
 
-def precision_difference(case: Case, precision: str) -> dict[str, float]:
+def precision_difference(case: DecodingCase, precision: str) -> dict[str, float]:
     """Return the difference between the logits of the model in another precision and those of the baseline."""
     model = copy.deepcopy(case.model)
     if precision == "int8":
@@ -146,7 +146,7 @@ def precision_difference(case: Case, precision: str) -> dict[str, float]:
     return {name: rounded(value) for name, value in asdict(logits_difference(case.cut(frames=2, steps=2), model)).items()}
 
 
-def with_options(case: Case, options: dict[str, Any]) -> Case:
+def with_options(case: DecodingCase, options: dict[str, Any]) -> DecodingCase:
     """Return the case with the options of the third form. The model is copied if an option changes it."""
     trades, model = {name: value for name, value in options.items() if name in TRADES}, case.model
     if len(trades) < len(options):
@@ -160,7 +160,7 @@ def with_options(case: Case, options: dict[str, Any]) -> Case:
     return replace(case, model=model, settings=replace(case.settings, **trades))
 
 
-def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
+def form_figures(case: DecodingCase, seconds: float, bench: Bench) -> dict[str, Any]:
     """Return the FLOPs that a case needs, its roofline in seconds, and the share of the roofline that `seconds` reaches.
 
     With a confidence threshold the number of steps is not known in advance, so there is no roofline.
@@ -177,7 +177,9 @@ def form_figures(case: Case, seconds: float, bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_shape(shape: str, settings: Settings, bench: Bench) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
+def run_shape(
+    shape: str, settings: GenerationBenchmarkSettings, bench: Bench
+) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
     """Measure one shape and return (figures, ratios, rows of the table)."""
     arguments = {"shape": shape, "folder": settings.model, "prompt": settings.prompt, **bench.place}
     megabytes = dict.fromkeys(FORMS)  # None: not measured
@@ -240,7 +242,7 @@ def shown_roofline(figures: dict[str, Any], seconds: float) -> list[str]:
     return [shown(figures["gflops_that_must_be_done"]), shown(figures["bound_seconds"]), shown(seconds), percent]
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: GenerationBenchmarkSettings, bench: Bench) -> Report:
     call = {"model": settings.model, "prompt": settings.prompt, "clips": bench.repetitions, **bench.place}
     made = run_isolated(__name__, "make_clips", call, threads=bench.threads, what=f"generation with {settings.model}")
     bench.step()

@@ -32,7 +32,7 @@ WARM_UP = {"positions": 8, "hidden_size": 16, "vocab_size": 64, "visual_codes": 
 
 
 @dataclass(frozen=True)
-class Settings:
+class LossBenchmarkSettings:
     """The settings of the loss benchmark.
 
     positions     numbers L of supervised positions to measure
@@ -49,7 +49,7 @@ class Settings:
     chunk_size: int
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> LossBenchmarkSettings:
     for name in ("hidden_size", "vocab_size", "visual_codes", "chunk_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not allowed; give at least 1")
@@ -59,10 +59,10 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise UserError(f"--visual-codes {args.visual_codes} do not fit into --vocab-size {args.vocab_size}")
     rows = args.vocab_size + max(args.positions)
     check_memory(4 * rows * args.hidden_size, f"a head of {args.vocab_size:,} rows and {args.hidden_size:,} channels")
-    return Settings(tuple(args.positions), args.hidden_size, args.vocab_size, args.visual_codes, args.chunk_size)
+    return LossBenchmarkSettings(tuple(args.positions), args.hidden_size, args.vocab_size, args.visual_codes, args.chunk_size)
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: LossBenchmarkSettings, bench: Bench) -> int:
     return len(settings.positions) * len(FORMS) * (1 + bench.repetitions)
 
 
@@ -99,7 +99,7 @@ def extra_memory(**arguments: Any) -> int:
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: LossBenchmarkSettings, bench: Bench) -> Report:
     sizes = {name: value for name, value in asdict(settings).items() if name != "positions"}
     measured, ratios = [], []
     table = [["positions", "form", "seconds", "time x", "extra MB", "memory x", "beyond gradients MB", "memory x"]]

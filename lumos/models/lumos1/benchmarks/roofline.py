@@ -18,13 +18,13 @@ import statistics
 
 from torch import nn
 
-from lumos.benchmarks.roofline import Attention, Product
-from lumos.models.lumos1.benchmarks.decoding import Case
+from lumos.benchmarks.roofline import AttentionProduct, Product
+from lumos.models.lumos1.benchmarks.decoding import DecodingCase
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.masking import unmasking_counts
 
 
-def products(case: Case) -> list[Product]:
+def products(case: DecodingCase) -> list[Product]:
     """Return all matrix products and the attention of the case. With a confidence threshold, the FLOPs are upper bounds."""
     config, settings, lengths = case.model.config, case.settings, case.prefix_lengths
     codes, layers = case.grid[0] * case.grid[1], config.num_hidden_layers
@@ -52,7 +52,7 @@ def products(case: Case) -> list[Product]:
     pairs = sum(context * (n * (layers - 1) + m) for context, n, m in passes)
     mean, shared = round(statistics.mean(context for context, _, _ in passes)), config.num_key_value_heads
     heads, queries = len(lengths) * shared, config.num_attention_heads // shared * usual  # heads of a group share keys
-    found.append(Attention("attention", 4 * config.hidden_size * pairs, heads, queries, config.head_dim, mean))
+    found.append(AttentionProduct("attention", 4 * config.hidden_size * pairs, heads, queries, config.head_dim, mean))
     head = 2 * config.hidden_size * config.visual_token_count * head_rows
     found.append(Product("head", head, 1, codes, config.hidden_size, config.visual_token_count))
     return found

@@ -63,7 +63,7 @@ WARM_UP = {"tokens": 64, "frame_height": 32, "frame_width": 32, "channels": 64, 
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingBenchmarkSettings:
     """The settings of the training benchmark.
 
     tokens       length L of the sequence; a step has one sequence
@@ -89,14 +89,14 @@ class Settings:
 MAX_TOKENS = 2**24
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> TrainingBenchmarkSettings:
     if min(args.channels, args.layers) < 1 or args.channels % HEAD_DIM:
         raise UserError(f"--channels {args.channels} --layers {args.layers} is not allowed; give a multiple of {HEAD_DIM}, and 1")
     if not 1 <= args.tokens <= MAX_TOKENS:
         raise UserError(f"--tokens {shown(args.tokens)} is not allowed; give 1 to {MAX_TOKENS:,}")
     if not 0 < args.mask_ratio <= 1:
         raise UserError(f"--mask-ratio {args.mask_ratio} is not allowed; give more than 0, at most 1")
-    settings = Settings(
+    settings = TrainingBenchmarkSettings(
         args.tokens, args.frame_height, args.frame_width, args.channels, args.layers, args.text_ids, args.codes, args.mask_ratio
     )
     try:
@@ -110,11 +110,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: TrainingBenchmarkSettings, bench: Bench) -> int:
     return len(FORMS) * (1 + bench.repetitions)
 
 
-def config_of(settings: Settings) -> LumosConfig:
+def config_of(settings: TrainingBenchmarkSettings) -> LumosConfig:
     heads = settings.channels // HEAD_DIM
     return LumosConfig(
         vocab_size=settings.text_ids + settings.codes, visual_token_start=settings.text_ids, visual_token_count=settings.codes,
@@ -129,7 +129,7 @@ def llama_config(config: LumosConfig, tokens: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=config.visual_token_count, max_position_embeddings=tokens, attn_implementation="sdpa", **sizes)
 
 
-def clip_of(config: LumosConfig, settings: Settings) -> tuple[int, int]:
+def clip_of(config: LumosConfig, settings: TrainingBenchmarkSettings) -> tuple[int, int]:
     """Return (text tokens, latent frames) of the sequence, with as many frames as fit. Raises UserError if none fits."""
     height, width = settings.frame_height, settings.frame_width
     unit = config.pixels_per_size_unit
@@ -142,7 +142,7 @@ def clip_of(config: LumosConfig, settings: Settings) -> tuple[int, int]:
     return text, frames
 
 
-def memory_needed(settings: Settings) -> int:
+def memory_needed(settings: TrainingBenchmarkSettings) -> int:
     """Return a rough estimate of the memory of the timed part in bytes.
 
     It counts the weights, gradients and moments of lumos and llama, and the activations of published. As
@@ -156,7 +156,7 @@ def memory_needed(settings: Settings) -> int:
     return 4 * (4 * weights + logits + kept + 3 * settings.tokens**2)
 
 
-def batch(config: LumosConfig, settings: Settings) -> tuple[Tensor, Tensor]:
+def batch(config: LumosConfig, settings: TrainingBenchmarkSettings) -> tuple[Tensor, Tensor]:
     """Return (ids, targets), each [1, L], of random text and codes.
 
     `mask_ratio` of the content of each frame is masked, in the same pattern in all frames. Targets are -100
@@ -231,7 +231,7 @@ def step_of(form: str, model: nn.Module, optimizer: torch.optim.Optimizer, ids: 
 
 def prepare(form: str, device: str, dtype: str, **settings: Any) -> Step:
     """Make the model of one form and return its step. The memory benchmark calls it."""
-    given = Settings(**settings)
+    given = TrainingBenchmarkSettings(**settings)
     config = config_of(given)
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(config, given.tokens)) if form == "llama" else LumosForVideoGeneration(config)
@@ -245,7 +245,7 @@ def extra_memory(**arguments: Any) -> int:
     return extra_peak_bytes(prepare, arguments, WARM_UP)
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: TrainingBenchmarkSettings, bench: Bench) -> Report:
     config = config_of(settings)
     call = {**asdict(settings), **bench.place}
     memory = {}
@@ -297,7 +297,7 @@ def run(settings: Settings, bench: Bench) -> Report:
     return Report({**asdict(settings), "forms": NAMES}, row, ratios, [table])
 
 
-def timed_forms(config: LumosConfig, settings: Settings, bench: Bench) -> tuple[dict[str, float], float, int]:
+def timed_forms(config: LumosConfig, settings: TrainingBenchmarkSettings, bench: Bench) -> tuple[dict[str, float], float, int]:
     """Time the forms in turn.
 
     Returns (fastest seconds of each form, largest difference between the forms of lumos and published, number of

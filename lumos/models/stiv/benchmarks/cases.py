@@ -48,7 +48,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class StivCase:
     """A transformer and one batch of clips.
 
     noise   float32 [B, T, C, h, w]
@@ -62,7 +62,7 @@ class Case:
     empty: TextStates
 
 
-def make_case(size: str, device: str, dtype: str, clips: int = 1) -> Case:
+def make_case(size: str, device: str, dtype: str, clips: int = 1) -> StivCase:
     """Return the case of a size in SIZES. No weight is 0, so that every part has an effect on the result."""
     of, draws = SIZES[size], torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def make_case(size: str, device: str, dtype: str, clips: int = 1) -> Case:
         mask = (torch.arange(of.text) < tokens).expand(clips, -1)
         return TextStates(*(part.to(device) for part in (states, mask, states[:, tokens - 1])))
 
-    return Case(model.to(device, getattr(torch, dtype)).eval(), noise.to(device), text(of.text), text(1))
+    return StivCase(model.to(device, getattr(torch, dtype)).eval(), noise.to(device), text(of.text), text(1))
 
 
 @contextmanager

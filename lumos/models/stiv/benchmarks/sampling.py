@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lumos.benchmarks.measure import Bench, Step, interleaved, ratio, rounded, shown
 from lumos.benchmarks.roofline import counted_flops, profiled, recorded_products, roofline_seconds
-from lumos.models.stiv.benchmarks.cases import SIZES, Case, latte_of, make_case, plain_operators
-from lumos.models.stiv.guidance import Branch, Guidance, over_branches, sample
+from lumos.models.stiv.benchmarks.cases import SIZES, StivCase, latte_of, make_case, plain_operators
+from lumos.models.stiv.guidance import Guidance, GuidanceBranch, over_branches, sample
 from lumos.models.stiv.text_encoder import TextStates
 from lumos.runtime import parameter_count
 
@@ -30,10 +30,10 @@ SCALE = 7.5
 HEADERS = ["sampling step", "form", "GFLOP", "seconds", "GFLOP/s", "roofline s", "of roofline", "time x", "at equal FLOPs x"]
 
 
-def lumos_step(case: Case) -> Step:
+def lumos_step(case: StivCase) -> Step:
     """Return the step of a case, which returns the guided velocity [B, T, C, h, w]."""
 
-    def velocity(x: Tensor, t: float, branches: Sequence[Branch]) -> Tensor:
+    def velocity(x: Tensor, t: float, branches: Sequence[GuidanceBranch]) -> Tensor:
         text = TextStates(*(over_branches(branches, full, empty) for full, empty in zip(case.full, case.empty, strict=True)))
         return case.model(x, torch.full((len(x),), t, device=x.device), *text).sample
 
@@ -44,7 +44,7 @@ def lumos_step(case: Case) -> Step:
     return step
 
 
-def plain_step(case: Case) -> Step:
+def plain_step(case: StivCase) -> Step:
     """Return the same step with plain operators, a whole batch at a time."""
     case.model.requires_grad_(False)  # so that nothing is kept for a backward pass
 
@@ -55,7 +55,7 @@ def plain_step(case: Case) -> Step:
     return step
 
 
-def latte_step(model: nn.Module, case: Case) -> Step:
+def latte_step(model: nn.Module, case: StivCase) -> Step:
     """Return the step of diffusers' model, for inputs of the same sizes. It returns an empty tuple: its result is another one."""
     latents, text = case.noise.transpose(1, 2), torch.cat([case.full.states, case.empty.states]).to(model.dtype)
     times = torch.full((2 * len(latents),), 1000 * TIMES[0], device=latents.device)

@@ -23,7 +23,7 @@ PLAIN_TENSORS = 45
 
 
 @dataclass(frozen=True)
-class Settings:
+class StivBenchmarkSettings:
     """The settings of the benchmark of STIV.
 
     sizes   names in `cases.SIZES`; the training step is that of the last one
@@ -34,8 +34,8 @@ class Settings:
     parts: tuple[str, ...]
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
-    settings = Settings(*(tuple(dict.fromkeys(names)) for names in (args.sizes, args.parts)))
+def settings_from(args: argparse.Namespace) -> StivBenchmarkSettings:
+    settings = StivBenchmarkSettings(*(tuple(dict.fromkeys(names)) for names in (args.sizes, args.parts)))
     if "sampling" in settings.parts and find_spec("diffusers") is None:
         raise UserError(
             "bench stiv compares with diffusers, which is not installed; pip install 'lumos-video[diffusers]', or give --parts "
@@ -53,7 +53,7 @@ def memory_needed(size: str) -> int:
     return 4 * (4 * config.num_parameters + of.clips * frames * rows * columns * of.width * PLAIN_TENSORS * of.layers)
 
 
-def steps(settings: Settings, bench: Bench) -> int:
+def steps(settings: StivBenchmarkSettings, bench: Bench) -> int:
     of_parts = {
         "sampling": len(settings.sizes) * (2 + len(sampling.FORMS) * bench.repetitions), "memory": len(training.COMPARED),
         "training": len(training.FORMS) * bench.repetitions,
@@ -61,7 +61,7 @@ def steps(settings: Settings, bench: Bench) -> int:
     return sum(of_parts[part] for part in settings.parts)
 
 
-def run(settings: Settings, bench: Bench) -> Report:
+def run(settings: StivBenchmarkSettings, bench: Bench) -> Report:
     measured: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     tables = []

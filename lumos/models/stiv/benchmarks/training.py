@@ -24,7 +24,7 @@ from torch import Tensor
 from lumos.benchmarks.isolated import run_isolated
 from lumos.benchmarks.measure import MB, Bench, Step, extra_peak_bytes, interleaved, ratio, rounded, shown, with_optimizer
 from lumos.models.stiv.attention import SAVED
-from lumos.models.stiv.benchmarks.cases import SIZES, Case, make_case, plain_operators
+from lumos.models.stiv.benchmarks.cases import SIZES, StivCase, make_case, plain_operators
 from lumos.models.stiv.flops import forward_flops
 from lumos.models.stiv.flow import flow_loss, frame_losses, interpolated, kept_values, masked_frame_losses, target_velocity
 from lumos.models.stiv.modeling import StivForVideoGeneration
@@ -35,7 +35,7 @@ COMPARED = FORMS[:-1]
 MASK_RATIO = 0.5
 
 
-def loss_of(case: Case, data: Tensor, times: Tensor, keep: Tensor | None) -> Tensor:
+def loss_of(case: StivCase, data: Tensor, times: Tensor, keep: Tensor | None) -> Tensor:
     """Return the loss of clips `data` [B, T, C, h, w] at times [B], with the noise of the case; keep: as in the model."""
     model, noisy, target = case.model, interpolated(data, case.noise, times), target_velocity(data, case.noise)
     prediction = model(noisy, times, *case.full, keep=keep).sample
@@ -45,7 +45,7 @@ def loss_of(case: Case, data: Tensor, times: Tensor, keep: Tensor | None) -> Ten
     return flow_loss(masked_frame_losses(prediction, target, noisy, kept_values(keep, rows, columns, model.config.patch_size)))
 
 
-def drawn_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_inputs(case: StivCase) -> tuple[Tensor, Tensor, Tensor]:
     """Return (data [B, T, C, h, w], times [B], the places int64 [B, k] that a masked step keeps)."""
     draws, (clips, frames, _, *grid) = torch.Generator().manual_seed(1), case.noise.shape
     _, rows, columns = case.model.config.grid(frames, *grid)
@@ -62,7 +62,7 @@ def use(form: str, model: StivForVideoGeneration) -> None:
         model.gradient_checkpointing_enable({"context_fn": SAVED[form]})
 
 
-def step_of(form: str, case: Case, optimizer: torch.optim.Optimizer) -> Step:
+def step_of(form: str, case: StivCase, optimizer: torch.optim.Optimizer) -> Step:
     """Return a training step, which returns the loss and all gradients; an empty tuple for masked, whose values are others."""
     data, times, keep = drawn_inputs(case)
 
