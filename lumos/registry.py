@@ -33,6 +33,17 @@ class Benchmark(NamedTuple):
     arguments: str
 
 
+class Evaluation(NamedTuple):
+    """A measurement of `python -m lumos evaluate` that only some generators have.
+
+    module      has the functions that its verb calls
+    arguments   "module:function" that adds the flags of its own; it imports no torch
+    """
+
+    module: str
+    arguments: str
+
+
 @dataclass(frozen=True)
 class Generator:
     """A kind of model that makes video, and the places of its parts as "module:Name" strings.
@@ -49,7 +60,7 @@ class Generator:
     distillation a `lumos.compression.distillable.Distillable`, for models that learn from a teacher; "": there is none
     cost         modules that count parameters, FLOPs and bytes: "training" and "clip", see `lumos.planning.cost`
     benchmarks   targets of `python -m lumos bench`, by name
-    evaluations  modules of the measurements of `python -m lumos evaluate` that only this generator has, by name
+    evaluations  measurements of `python -m lumos evaluate` that only some generators have, by name
     verbs        functions of verbs that only some generators have, by the verb's name
     """
 
@@ -65,17 +76,18 @@ class Generator:
     cost: dict[str, str]
     distillation: str = ""
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
-    evaluations: dict[str, str] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
     verbs: dict[str, str] = field(default_factory=dict)
 
     def load(self, part: str, name: str | None = None) -> Any:
-        """Import a part: `load("pipeline")`, or `load("cost", "clip")` for an entry of a dict."""
+        """Import a part: `load("pipeline")`, or the entry of a part that is a dict: `load("cost", "clip")`."""
         if name is None:
             return load(getattr(self, part))
         places = getattr(self, part)
         if name not in places:
             raise UserError(f"{name} is not possible with models of the generator {self.name}")
-        return load(places[name])
+        place = places[name]
+        return load(place if isinstance(place, str) else place.module)
 
 
 def load(place: str) -> Any:

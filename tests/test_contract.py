@@ -110,8 +110,10 @@ def test_registry_names_parts_that_exist(name):
     for part in ("config", "model", "pipeline", "task", "settings", "sampling"):
         assert inspect.isclass(generator.load(part)), part
     for part in ("cost", "benchmarks", "evaluations", "verbs"):
-        for place in getattr(generator, part).values():
-            registry.load(place if isinstance(place, str) else place.arguments)
+        for entry, place in getattr(generator, part).items():
+            generator.load(part, entry)
+            if not isinstance(place, str):
+                registry.load(place.arguments)(argparse.ArgumentParser())
     assert generator.load("pipeline").generator == name
 
 

@@ -14,8 +14,8 @@ from lumos.commands.loading import add_device, load
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
+    from lumos import registry
     from lumos.data.synthetic.scene import CAPTIONED_KINDS, SPLITS
-    from lumos.models.lumos1.settings import MASK_KINDS
 
     add = parser.add_argument
     add("--model", help="model folder; default: the shipped one")
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=SPLITS, help="split of the synthetic scenes; default: train (but scenes that training does not see)")
     add("--count", type=int, default=100, help="number of clips; default: %(default)s")
     add("--num-frames", type=int, help="frames of a clip, 1 + a multiple of 4; 1: pictures; default: as the model generates")
-    add("--mask", choices=MASK_KINDS, default="tube", help="mask pattern; default: tube")
-    add("--bins", type=int, default=10, help="number of equal bins for the mask ratio from 0 to 1; default: %(default)s")
+    registry.load(registry.generator_with("evaluations", "loss").evaluations["loss"].arguments)(parser)
     add("--seed", type=int, default=1_000_000, help="seed of the masks and of the synthetic scenes; training uses other seeds")
     add("--batch-size", type=int, default=20, help="clips in a batch; default: %(default)s")
     add("--output", help="JSON file for the results")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumos.registry import Benchmark, Generator
+from lumos.registry import Benchmark, Evaluation, Generator
 
 _HERE = "lumos.models.lumos1"
 
@@ -27,6 +27,6 @@ GENERATOR = Generator(
             ("generate", "a model from loading to clip; its decoder against the published method, written plainly, and a roofline"),
         )
     },
-    evaluations={"loss": f"{_HERE}.masked_loss"},
+    evaluations={"loss": Evaluation(f"{_HERE}.masked_loss", f"{_HERE}.evaluation_arguments:loss")},
     verbs={"convert": f"{_HERE}.released:convert", "resize": f"{_HERE}.resizing:resize"},
 )
