@@ -22,7 +22,8 @@ from lumos.runtime import peak_memory_bytes
 from lumos.settings import to_plain
 from lumos.training.ema import Ema
 from lumos.training.launch import make_engine
-from lumos.training.settings import DataSettings, build_settings
+from lumos.training.sections import DataSettings
+from lumos.training.settings import build_settings
 
 CPU = torch.device("cpu")
 TEXT_TOKENS = 16

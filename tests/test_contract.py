@@ -19,6 +19,7 @@ import yaml
 from micro_stiv import micro_pipeline
 from toy_generator import ToyConfig, ToyModel, ToyPipeline
 
+import lumos
 from lumos import VideoPipeline, registry
 from lumos.cli import main
 from lumos.data.curriculum import Curriculum
@@ -27,7 +28,7 @@ from lumos.pipeline.options import add_flags, all_options
 from lumos.pipeline.request import Request
 from lumos.settings import setting
 from lumos.training.loop import train
-from lumos.training.settings import build_settings
+from lumos.training.settings import build_settings, load_settings
 from lumos.video.io import read_video
 from tokenizer import TextTokenizer, VideoTokenizer
 
@@ -126,6 +127,16 @@ def test_unknown_generators_and_model_types_list_the_known(tmp_path):
     known = str(error.value).partition("; known: ")[2].split(", ")
     assert {"lumos (lumos1)", "chameleon (lumos1)", "toy (toy)"} <= set(known)
     assert len(known) == sum(len(generator.model_types) for generator in registry.generators().values())
+
+
+def test_public_names_and_recipes_follow_the_registry():
+    assert {"ToyConfig", "ToyModel", "ToyPipeline", "VideoPipeline", "LumosConfig", "StivPipeline"} <= set(lumos.__all__)
+    assert lumos.ToyPipeline is ToyPipeline
+    del lumos.ToyPipeline  # the name is kept after its first use
+    recipe = Path("configs", "toy", "own.yaml")
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("generator: toy\nmodel: {preset: toy-tiny}\n")
+    assert (load_settings("own").generator, load_settings("toy/own").name) == ("toy", "own")
 
 
 @pytest.mark.slow

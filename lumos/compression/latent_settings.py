@@ -9,13 +9,8 @@ from lumos.compression.noising import OBJECTIVES, SCHEDULED
 from lumos.compression.settings import DistillSettings, check_distill
 from lumos.errors import UserError
 from lumos.settings import build, setting, to_plain
-from lumos.training.settings import (
-    DataSettings,
-    TrainingSettings,
-    check_deepspeed,
-    check_logging,
-    check_optimization,
-)
+from lumos.training.sections import DataSettings
+from lumos.training.settings import TrainingSettings, check_deepspeed, check_logging, check_optimization
 
 GENERATOR = "diffusers"
 OF_DATA = ("path", "validation_path", "validation_clips", "workers", "prefetch", "processes")

@@ -12,7 +12,7 @@ from lumos.compression.latent_distillation import distill_latents
 from lumos.compression.latent_settings import GENERATOR, build_latent_settings
 from lumos.compression.settings import load_settings
 from lumos.settings import read_yaml
-from lumos.training.settings import RECIPES
+from lumos.training.settings import recipe_folders
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
@@ -22,7 +22,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Any, C
     of a model of diffusers. Raises UserError, see
     `lumos.training.settings.load_settings`.
     """
-    raw = read_yaml(path, list(overrides), RECIPES)
+    raw = read_yaml(path, list(overrides), recipe_folders())
     if "start_from" in raw:
         return DecoderDistillSettings.from_dict(raw), distill_decoder
     if raw.get("generator") == GENERATOR:

@@ -25,7 +25,8 @@ from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.engine import pick_precision
-from lumos.training.settings import DataSettings, TrainingSettings
+from lumos.training.sections import DataSettings
+from lumos.training.settings import TrainingSettings
 
 SHIPPED = {
     f"configs/deepspeed/zero{name}.json": sharding

@@ -40,7 +40,7 @@ from lumos.errors import RunError, UserError, printable, shown
 from lumos.files import read_json
 from lumos.progress import LOGGER
 from lumos.settings import to_plain
-from lumos.training.settings import StageSettings
+from lumos.training.sections import StageSettings
 
 FORMAT = 3
 """The format that is written. Format 2, which has no checksum of state.json, can still be read."""

@@ -28,7 +28,7 @@ from lumos.errors import RunError, UserError
 from lumos.files import replacing_folder, write_json
 from lumos.runtime import versions
 from lumos.training.logging import RunLog
-from lumos.training.settings import SampleSettings
+from lumos.training.sections import SampleSettings
 from lumos.video.frames import contact_sheet
 from lumos.video.io import write_video
 

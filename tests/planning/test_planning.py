@@ -39,7 +39,8 @@ from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.training import SHIPPED, TrainingPlan
 from lumos.runtime import parameter_count
 from lumos.training.deepspeed_engine import deepspeed_options
-from lumos.training.settings import StageSettings, build_settings, load_settings
+from lumos.training.sections import StageSettings
+from lumos.training.settings import build_settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 H100 = Hardware("h100", 48, 80 * GIB, 1e15)

@@ -18,7 +18,7 @@ from lumos.models.lumos1.masking import mask_sequence
 from lumos.models.lumos1.sequence import build_sequence, clip_header, parse_layout, parse_sequence, prompt_text
 from lumos.models.lumos1.settings import MASK_KINDS
 from lumos.models.lumos1.training import ArdfTask
-from lumos.training.settings import StageSettings
+from lumos.training.sections import StageSettings
 from lumos.training.task import IGNORED
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lumos.errors import RunError, UserError
 from lumos.settings import to_plain
 from lumos.training import checkpoint
-from lumos.training.settings import StageSettings
+from lumos.training.sections import StageSettings
 
 
 def write(root: Path, step: int, keep_last: int = 9, keep_every: int = 0) -> Path:

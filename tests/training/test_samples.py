@@ -20,7 +20,7 @@ from lumos.training import samples
 from lumos.training.logging import RunLog
 from lumos.training.loop import train
 from lumos.training.samples import Sampler, render
-from lumos.training.settings import SampleSettings
+from lumos.training.sections import SampleSettings
 from lumos.video.io import read_video
 
 PROMPTS = ["a red circle moves left", "a blue square"]

@@ -17,7 +17,7 @@ from lumos.errors import RunError, UserError
 from lumos.models.lumos1.sequence import parse_sequence
 from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
-from lumos.training.settings import StageSettings
+from lumos.training.sections import StageSettings
 from lumos.training.task import IGNORED
 from tokenizer.video import VideoTokenizer
 

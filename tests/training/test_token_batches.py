@@ -16,7 +16,8 @@ from lumos.data.curriculum import Curriculum, StepShape, check_shares
 from lumos.errors import UserError
 from lumos.models.lumos1.training import ArdfTask
 from lumos.training.loop import train
-from lumos.training.settings import StageSettings, build_settings, load_settings
+from lumos.training.sections import StageSettings
+from lumos.training.settings import build_settings, load_settings
 from lumos.training.task import IGNORED
 
 CPU = torch.device("cpu")

@@ -46,7 +46,8 @@ from lumos.pipeline.defaults import ClipDefaults, write_defaults
 from lumos.runtime import check_memory, no_progress_bar
 from lumos.settings import to_plain
 from lumos.training.export import Tokenizers
-from lumos.training.settings import DataSettings, ModelSettings, world_size
+from lumos.training.sections import DataSettings, ModelSettings
+from lumos.training.settings import world_size
 from lumos.training.task import IGNORED, Batch, Forward
 from lumos.training.video_task import VideoTask, model_with
 from lumos.video.frames import from_uint8

@@ -38,7 +38,7 @@ from lumos.models.lumos1.training_settings import LumosTrainingSettings, Masking
 from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.runtime import parameter_count
-from lumos.training.settings import LoraSettings
+from lumos.training.sections import LoraSettings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from lumos.models.lumos1.configuration import ATTENTION_IMPLEMENTATIONS, PATTERN
 from lumos.models.lumos1.patterns import trained_patterns
 from lumos.models.lumos1.settings import MASK_KINDS, GenerationSettings
 from lumos.settings import setting
-from lumos.training.settings import LoraSettings, OptimizationSettings, TrainingSettings, check_named_shares
+from lumos.training.sections import LoraSettings, OptimizationSettings
+from lumos.training.settings import TrainingSettings, check_named_shares
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

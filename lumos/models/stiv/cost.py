@@ -38,7 +38,7 @@ from lumos.pipeline.request import check_side
 from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.runtime import parameter_count
-from lumos.training.settings import LoraSettings
+from lumos.training.sections import LoraSettings
 
 RUNNING_TENSORS = 14
 """Tensors [tokens, hidden_size] that exist at once in a block without gradients, most of them in the MLP."""

@@ -9,7 +9,8 @@ from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import LATENTS, PATTERNS, TEXT_ENCODERS
 from lumos.models.stiv.settings import MAX_STRIDE, StivOptions
 from lumos.settings import is_number, setting
-from lumos.training.settings import LoraSettings, TrainingSettings, check_named_shares
+from lumos.training.sections import LoraSettings
+from lumos.training.settings import TrainingSettings, check_named_shares
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 TIMES = ("uniform", "logit_normal")

@@ -13,7 +13,8 @@ from lumos.data.prefetch import check_processes
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.settings import build, read_yaml, setting, to_plain
-from lumos.training.settings import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS, TrainingSettings, world_size
+from lumos.training.sections import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS
+from lumos.training.settings import TrainingSettings, world_size
 from tokenizer.configuration import VideoTokenizerConfig
 
 EXPORT_DTYPES = ("float16", "bfloat16", "float32")
