@@ -9,6 +9,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import comfyui
 import pytest
 import torch
 from disk import Disk
@@ -130,6 +131,18 @@ def micro_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "micro"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """Stand-ins for the modules of ComfyUI; its models are in `tmp_path / "models"`."""
+    return comfyui.install(monkeypatch, tmp_path / "models")
+
+
+@pytest.fixture
+def nodes(comfy, monkeypatch):
+    """The package of ComfyUI nodes."""
+    yield from comfyui.loaded(monkeypatch)
 
 
 @pytest.fixture

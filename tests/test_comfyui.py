@@ -1,20 +1,19 @@
-"""The ComfyUI nodes against the published node interface; the application's modules are stood in for."""
+"""The ComfyUI nodes against the published node interface, with stand-ins for the modules of the application."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import re
 import shutil
 import sys
 import tomllib
-import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from comfyui import Stopped, execute, widgets
 from micro_stiv import micro_pipeline
 
 from lumos import LumosPipeline, registry
@@ -23,82 +22,11 @@ from lumos.pipeline.options import all_options
 from lumos.video.frames import on_white
 
 
-class Stopped(Exception):
-    """comfy.model_management.InterruptProcessingException"""
-
-
 @pytest.fixture
-def comfy(monkeypatch, tmp_path, micro_folder):
-    """`comfy.utils`, `comfy.model_management` and `folder_paths` as the application has them; records the progress bar's calls."""
+def comfy(comfy, tmp_path, micro_folder):
+    """The application with one model in models/lumos."""
     shutil.copytree(micro_folder, tmp_path / "models" / "lumos" / "micro")
-    application = types.SimpleNamespace(seen=[], stop_after=None)
-
-    class ProgressBar:
-        def __init__(self, total, node_id=None):
-            self.total, self.current = total, 0
-
-        def update_absolute(self, value, total=None, preview=None):
-            self.total = total or self.total
-            self.current = min(value, self.total)
-            application.seen.append((self.current, self.total, preview))
-
-    def stop():
-        if application.stop_after is not None and len(application.seen) >= application.stop_after:
-            raise Stopped
-
-    places: dict[str, list[str]] = {}
-    modules = {
-        "comfy": {},
-        "comfy.utils": {"ProgressBar": ProgressBar},
-        "comfy.model_management": {
-            "get_torch_device": lambda: torch.device("cpu"), "throw_exception_if_processing_interrupted": stop,
-        },
-        "folder_paths": {
-            "models_dir": str(tmp_path / "models"), "get_folder_paths": lambda name: places.get(name, [])[:],
-            "add_model_folder_path": lambda name, path, is_default=False: places.setdefault(name, []).append(path),
-        },
-    }  # fmt: skip
-    for name, members in modules.items():
-        module = types.ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-        if "." in name:
-            setattr(sys.modules["comfy"], name.split(".")[1], module)
-    return application
-
-
-@pytest.fixture
-def nodes(comfy, repo, monkeypatch):
-    """The package, loaded as the application loads a folder of custom_nodes: by path, under a name that is no identifier."""
-    name = "/ComfyUI/custom_nodes/lumos"
-    spec = importlib.util.spec_from_file_location(name, repo / "integrations" / "comfyui" / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    yield module
-    for key in [key for key in sys.modules if key.startswith(f"{name}.")]:
-        del sys.modules[key]
-
-
-def execute(nodes, kind, **inputs):
-    """As the application runs a node: a new object, the method named FUNCTION, inputs by name, a tuple for RETURN_TYPES."""
-    node = nodes.NODE_CLASS_MAPPINGS[kind]
-    result = getattr(node(), node.FUNCTION)(**inputs)
-    assert isinstance(result, tuple)
-    assert len(result) == len(node.RETURN_TYPES)
-    return result
-
-
-def widgets(node):
-    """Name -> default of the inputs that are typed in rather than connected."""
-    found = {}
-    for group in node.INPUT_TYPES().values():
-        for name, (kind, *options) in group.items():
-            if isinstance(kind, list):
-                found[name] = kind[0]
-            elif kind in ("INT", "FLOAT", "STRING", "BOOLEAN"):
-                found[name] = options[0]["default"]
-    return found
+    return comfy
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import argparse
 import hashlib
 import inspect
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 import toy_generator
 import toy_options
 import yaml
+from comfyui import execute, widgets
 from micro_stiv import micro_pipeline
 from toy_generator import ToyConfig, ToyModel, ToyPipeline
 
@@ -23,13 +26,17 @@ import lumos
 from lumos import VideoPipeline, registry
 from lumos.cli import main
 from lumos.data.curriculum import Curriculum
+from lumos.demo.limits import Limits
+from lumos.demo.schema import request_schema
+from lumos.demo.service import Service
+from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
 from lumos.pipeline.options import add_flags, all_options
 from lumos.pipeline.request import Request
 from lumos.settings import setting
 from lumos.training.loop import train
 from lumos.training.settings import build_settings, load_settings
-from lumos.video.io import read_video
+from lumos.video.io import read_video, write_video
 from tokenizer import TextTokenizer, VideoTokenizer
 
 MODELS = {
@@ -230,6 +237,29 @@ def test_generate_and_lists_write_clips(folder, tmp_path):
     assert read_video(next(iter(sorted(Path("clips").glob("*.mp4")))))[0].shape == (5, 16, 24, 3)
 
 
+def test_a_demo_job_writes_the_clip_of_a_call(folder, tmp_path):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    service = Service(pipe, tmp_path / "demo", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed})
+    ended = Event()
+    job = service.submit(ClipJob(Request.of("a red circle", seed=3), clean=ended.set))
+    assert ended.wait(120)
+    service.worker.close()
+    assert (job.state, job.progress, job.made) == ("done", 1, 5), job.error
+    write_video(tmp_path / "call.mp4", pipe("a red circle", seed=3, output_type="uint8").frames[0], job.fps)
+    made, called = (read_video(path)[0] for path in (service.store.results / job.record["file"], tmp_path / "call.mp4"))
+    assert np.abs(made.astype(int) - called).max() <= 4
+
+
+def test_a_comfyui_node_makes_the_clip_of_a_call(name, folder, nodes, tmp_path):
+    shutil.copytree(folder, tmp_path / "models" / "lumos" / name)
+    (pipe,) = execute(nodes, "LumosLoader", model=name, dtype="auto")
+    inputs = widgets(nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]) | {"prompt": "a red circle", "seed": 3, "num_frames": 5}
+    images, fps = execute(nodes, "LumosTextToVideo", model=pipe, **inputs)
+    called = VideoPipeline.from_pretrained(folder, device="cpu")("a red circle", seed=3).frames[0]
+    assert (tuple(images.shape), fps) == ((5, 16, 24, 3), 8.0)
+    assert np.abs(images.numpy() - called).max() < 1.5 / 255
+
+
 def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, capsys):
     sections = {"generator": name, **MODELS[name], "tokenizer": {kind: str(micro_folder) for kind in ("video", "text")}}
     Path("run.yaml").write_text(yaml.safe_dump(sections))
@@ -330,7 +360,6 @@ def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
     pytest.importorskip("gradio", reason="the page needs the extra [demo]")
     from lumos.commands.plan import costly_options
     from lumos.demo.api import field_value
-    from lumos.demo.limits import Limits
     from lumos.demo.page import request_of, sampling_control
 
     options, pipe = all_options(), SimpleNamespace(sampling=swirl, takes=())
@@ -350,6 +379,26 @@ def test_a_new_option_is_in_the_api_the_page_and_the_plan(swirl):
     assert {"swirl", "speckle"} <= costly_options().keys()
     assert {"num_inference_steps", "guidance_scale"} <= costly_options().keys()
     assert "noise_scale" not in costly_options()
+
+
+def test_a_new_option_is_in_comfyui_and_the_http_schema(swirl, nodes, toy_folder):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
+    inputs = {name: found for group in node.INPUT_TYPES().values() for name, found in group.items()}
+    kind, properties = inputs["swirl"]
+    assert (kind, *(properties[name] for name in ("default", "min", "max", "step"))) == ("FLOAT", -1, -1, 2, 0.1)
+    assert (inputs["mirror"][0], inputs["weave"][0]) == (["default", "true", "false"], ["default", "plain", "twill"])
+    assert "speckle" not in inputs  # it has no step
+    pipe = VideoPipeline.from_pretrained(toy_folder, device="cpu")
+    called = []
+    pipe.resolve = lambda request: called.append(request) or ToyPipeline.resolve(pipe, request)
+    chosen = {**widgets(node), "prompt": "x", "num_frames": 5, "swirl": 1.5, "weave": "twill"}
+    execute(nodes, "LumosTextToVideo", model=pipe, **chosen)
+    assert {name: value for name, value in called[0].options.items() if value is not None} == {"swirl": 1.5, "weave": "twill"}
+    fields = request_schema(pipe, Limits())["properties"]
+    about = {"description": "how much the clip swirls", "minimum": 0, "maximum": 2, "default": 0.5}
+    assert fields["swirl"] == {"type": ["number", "null"], **about}
+    assert (fields["mirror"]["type"], fields["speckle"]["type"]) == (["boolean", "null"], ["integer", "null"])
+    assert fields["weave"]["enum"] == ["plain", "twill", None]
 
 
 def test_one_declaration_feeds_all_options(swirl):

@@ -43,7 +43,7 @@ class Clips:
     def add(self, bodies: Sequence[Any], client: Key, keys: Keys) -> list[ClipJob]:
         """Put a job for each JSON object into the queue, all or none, and return the jobs.
 
-        UserError if a request is not allowed, Busy if the queue or the client's limits do not allow them.
+        UserError if a request is not allowed, ServerBusy if the queue or the client's limits do not allow them.
         """
         most = self.service.limits.queue_length + 1
         if not 1 <= len(bodies) <= most:

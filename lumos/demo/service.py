@@ -62,7 +62,7 @@ class Service:
         """Check the requests of jobs of one owner, put the jobs into the queue, all or none, and return the first.
 
         most: how many jobs that have not ended the owner may have. UserError if a request is not
-        allowed, Busy if the queue does not take the jobs.
+        allowed, ServerBusy if the queue does not take the jobs.
         """
         self.check(*jobs)
         return self.worker.submit(*jobs, most=most)
