@@ -47,8 +47,8 @@ def sync_folder(path: str | Path) -> None:
     _sync(path, NOT_FOR_FOLDERS)
 
 
-def settle(path: Path) -> None:
-    """Synchronize a file, or a folder with all of its content, and give the files the mode that the umask implies.
+def sync_tree(path: Path) -> None:
+    """Synchronize a file, or a folder with all of its content, to the disk, and give the files the mode that the umask implies.
 
     The mode is set because some libraries, safetensors among them, write files that only their owner
     may read. Links are not followed.
@@ -56,7 +56,7 @@ def settle(path: Path) -> None:
     kind = path.lstat().st_mode
     if stat.S_ISDIR(kind):
         for entry in path.iterdir():
-            settle(entry)
+            sync_tree(entry)
         sync_folder(path)
     elif stat.S_ISREG(kind):
         _share(path)
@@ -72,7 +72,7 @@ def put_file(source: Path, target: Path) -> None:
     if is_temporary(target):
         os.replace(source, target)
         return
-    settle(source)
+    sync_tree(source)
     os.replace(source, target)
     sync_folder(target.parent)
 
@@ -86,7 +86,7 @@ def put_folder(source: Path, target: Path) -> None:
     if not os.path.lexists(target):
         put_file(source, target)
         return
-    settle(source)
+    sync_tree(source)
     old = source
     if not _exchange(source, target):
         old = _aside(target)

@@ -27,9 +27,9 @@ from lumos.durable import (
     put_file,
     put_folder,
     remove,
-    settle,
     sweep,
     sync_folder,
+    sync_tree,
     temporary_name,
 )
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError, shown
@@ -106,7 +106,7 @@ def _can_be_renamed(folder: Path) -> bool:
 
 
 def _update(source: Path, folder: Path, of_this: Callable[[str], bool]) -> None:
-    settle(source)
+    sync_tree(source)
     (folder / CONFIG).unlink(missing_ok=True)
     sync_folder(folder)
     for old in folder.iterdir():

@@ -1,4 +1,4 @@
-"""A second kind of generator in a hundred lines: the velocity of flow matching over small invented latents, and its critic.
+"""A small task for tests of the training loop: flow matching over points of a circle, with a critic as the second network.
 
 It shows that the training loop knows no model. Tests add the name of this module to `registry.PACKAGES`.
 """

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumos.durable import make_folder, put_folder, remove, settle
+from lumos.durable import make_folder, put_folder, remove, sync_tree
 from lumos.errors import RunError, UserError, printable, shown
 from lumos.files import read_json
 from lumos.progress import LOGGER
@@ -115,7 +115,7 @@ def save_tensors(folder: Path, rank: int, tensors: dict[str, Tensor]) -> tuple[i
         whole[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     path = tensor_file(folder, rank)
     save_file(whole, path)
-    settle(path)
+    sync_tree(path)
     return path.stat().st_size, crc32(path)
 
 

@@ -81,7 +81,7 @@ def test_a_perfect_tokenizer_counts_as_a_hundred_decibels():
     assert found.figures["ssim"] == 1
 
 
-def test_worlds_are_held_out_and_follow_the_seed():
+def test_scenes_are_held_out_and_follow_the_seed():
     clips, left_out = read_source("worlds", count=3, seed=5, **SHAPE)
     assert [clip.shape for clip in clips] == [(5, 16, 24, 3)] * 3
     assert not left_out

@@ -56,7 +56,7 @@ def test_film(tokenizer, height, width):
 
 
 @pytest.mark.slow
-def test_worlds_with_things_never_seen_together(tokenizer):
+def test_scenes_with_things_never_seen_together(tokenizer):
     values = psnr(tokenizer, held_out_worlds(12, 17, 128, 128))
     assert sum(values) / len(values) > WORLDS_PSNR
 

@@ -92,7 +92,7 @@ def test_a_step_does_not_depend_on_processes_or_micro_batches(token_settings, ki
         assert torch.allclose(gradient(processes, size), one, atol=1e-6), (processes, size)
 
 
-def test_worlds_by_tokens(micro_settings):
+def test_scenes_by_tokens(micro_settings):
     task = ArdfTask(micro_settings(training=BY_TOKENS["training"], data={"stages": [{"image_share": 0.5}]}), CPU)
     for kind, frames in (("video", 2), ("image", 1)):
         shape = StepShape(kind, None, tokens=200)

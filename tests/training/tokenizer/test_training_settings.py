@@ -97,7 +97,7 @@ def test_several_processes_each_keep_the_network(monkeypatch):
         load_settings("configs/tokenizer/tiny.yaml", ["pictures_per_batch=3"])
 
 
-def test_worlds_and_whole_numbers_from_a_file(tmp_path):
+def test_scenes_and_whole_numbers_from_a_file(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("foreground_weight: 13\nmuon_lr: 6e-3\nworlds: {kinds: [digits]}\n")
     settings = load_settings(path, ["worlds.kinds=[sprites]", "worlds.share_two=1"])

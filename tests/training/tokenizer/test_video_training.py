@@ -348,7 +348,7 @@ def test_processes_share_a_step(world):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)[order]), name
 
 
-def test_worlds_and_real_material_are_mixed_as_told():
+def test_scenes_and_real_material_are_mixed_as_told():
     clips = clips_of()
     flags = torch.cat([clips.batch(step).clip_is_world for step in range(20)])
     assert 20 <= flags.sum() <= 60

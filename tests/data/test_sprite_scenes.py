@@ -99,7 +99,7 @@ def test_shares_of_kinds():
     assert np.mean(twos) == pytest.approx(1.25, abs=0.05)
 
 
-def test_worlds_without_sprites_are_as_they_were():
+def test_scenes_without_sprites_are_as_they_were():
     scenes = [sample_scene(4, i) for i in range(500)]
     assert {scene.background for scene in scenes} == set(BACKGROUNDS)
     assert not any(thing.sprite for scene in scenes for thing in scene.objects)
