@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lumos.data.trained_on import TrainedOn
 
 CHECKED_PICTURES = 64
-"""Pictures of synthetic scenes whose lowest PSNR is stored."""
+"""Number of pictures of synthetic scenes whose lowest PSNR is stored."""
 WIDTH = 100
 
 
@@ -86,13 +86,13 @@ def shown_value(value: Any) -> str:
 
 
 def line(name: str, text: str) -> str:
-    """Return a name and a text that is wrapped behind it."""
+    """Return a name with a text beside it, which is wrapped to WIDTH in a column of its own."""
     head = f"{name:14}"
     return "\n".join(textwrap.wrap(printable(text), WIDTH, initial_indent=head, subsequent_indent=" " * len(head))) or head
 
 
 def lines_on(trained_on: TrainedOn | None) -> list[str]:
-    """Return the lines on what a model was trained on: its lists, or words if it has no lists."""
+    """Return the lines on what a model was trained on: its lists, or the first 200 words if it has no lists."""
     if trained_on is None:
         return [line("trained on", "not known (no trained_on.json in the folder)")]
     whole = "" if trained_on.is_complete else ", of more"

@@ -25,7 +25,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a plan makes of one model. A unit is a block, or a slot of a block, by its name in the parent.
+    """The result of a plan applied to one model. A unit is a block, or a slot of a block, by its name in the parent.
 
     Attributes:
         class_name: class of the parent.
@@ -82,13 +82,13 @@ class Pruning:
 
 
 def on_meta(model_class: type, config: Mapping[str, Any]) -> Any:
-    """Return a model without memory for its weights. Raises UserError for a config that its class does not take."""
+    """Return a model on the meta device, which needs no memory. Raises UserError for a config that its class does not take."""
     try:
         import torch
 
         with torch.device("meta"):
             return model_class.from_config(dict(config))
-    except Exception as error:  # of many kinds: the classes of diffusers check little themselves
+    except Exception as error:  # diffusers checks little, so a wrong config raises errors of many types
         raise UserError(f"no {model_class.__name__} can be made with this config.json: {reason_of(error)}") from error
 
 
@@ -182,7 +182,7 @@ def weight_files(folder: str | Path, variant: str | None = None) -> dict[str, Pa
 
 @contextmanager
 def damage_of(path: Path) -> Iterator[None]:
-    """Turn an error of safetensors within the block into a RunError that names a file that is read."""
+    """Turn an error of safetensors within this context into a RunError that names `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -271,7 +271,7 @@ class _Shards:
         self.waiting, self.size = {}, 0
 
     def close(self) -> None:
-        """Write the rest, and give the files the names that diffusers reads."""
+        """Write the tensors that are left, and give the files the names that diffusers reads."""
         self.flush()
         if len(self.files) == 1:
             (self.folder / "0").rename(self.folder / f"{STEM}.safetensors")

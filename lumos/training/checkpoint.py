@@ -59,7 +59,7 @@ AUXILIARY = "auxiliary."
 
 
 class Damaged(RunError):
-    """A checkpoint is damaged for certain. One that cannot be read just now, or that a later version wrote, is not."""
+    """A checkpoint is certainly damaged. This is not raised if it cannot be read at the moment, or if a later version wrote it."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -99,7 +99,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def remove_left_overs(root: Path) -> None:
-    """Remove what saves that were killed left in `root`. Call on one process only, which no other run shares the folder with."""
+    """Remove what killed saves left in `root`. Call on one process only, and only if no other run uses the folder."""
     for left_over in [path for pattern in LEFT_OVER for path in root.glob(pattern)]:
         remove(left_over)
 
@@ -257,9 +257,9 @@ def read_state(folder: Path, rank: int = 0, world: int = 1, fields: Mapping[str,
     """Return the content of state.json after checking the whole checkpoint.
 
     `fields` holds the names and types of the fields that the caller needs. With `world` processes,
-    each process verifies the checksums of only its own share of the files. Raises Damaged, which
-    names the damage, if the state or a file does not match, RunError if a file cannot be read, and UserError for a checkpoint of an
-    earlier version that cannot be resumed.
+    each process verifies the checksums of only its own share of the files. Raises Damaged, which names
+    the damage, if the state or a file does not match, RunError if a file cannot be read, and UserError
+    for a checkpoint of an earlier version that cannot be resumed.
     """
     try:
         state = read_json(folder / STATE, "the state of a checkpoint")

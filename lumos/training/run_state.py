@@ -1,4 +1,4 @@
-"""The state of a training run: what it is made of, its checkpoints, and the model folder that it exports."""
+"""The state of a training run: its networks, its log, its checkpoints, and the model folder that it exports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lumos.video.io import write_video
 
 
 class RunState:
-    """One process's part of a training run: engine, averages, log and checkpoints. `step` counts the optimizer steps done."""
+    """The part of a training run that one process holds. `step` is the number of optimizer steps that are done."""
 
     def __init__(self, settings: TrainingSettings, task: TrainingTask, device: torch.device):
         training = settings.training
@@ -51,8 +51,8 @@ class RunState:
         self.skipped = 0
         self.changed: list[str] = []
         self.fault: str | None = None
-        self.seconds = self.first_seconds = 0.0  # of all steps, and of the weights before them
-        self.time_share = 0.0  # of training.max_minutes
+        self.seconds = self.first_seconds = 0.0  # seconds of all steps, and of `TrainingTask.first_weights`
+        self.time_share = 0.0  # share of training.max_minutes that has passed
         self.resumed = False
         self.step = self._resume()
         first = self.engine.rank == 0
@@ -60,7 +60,7 @@ class RunState:
         self.log = RunLog(
             settings.output_dir, first_step=self.step, max_steps=training.max_steps, enabled=first, writers=writers
         )
-        self._together(lambda: None)  # a device is measured while all are, as they share what they run on
+        self._together(lambda: None)  # Processes of one machine share its cores, so all of them measure at the same time.
         peak, known = peak_flops(device, pick_precision(training.precision, device), settings.logging.peak_tflops)
         self.peak_flops = float(self.engine.all_sum(torch.tensor(peak, dtype=torch.float64)))
         facts = {"world": self.engine.world, "threads": torch.get_num_threads()}
@@ -73,7 +73,7 @@ class RunState:
             self.log.say(f"changed since that checkpoint: {change}")
 
     def save(self, export: bool) -> Path:
-        """Write a checkpoint of the current step; with `export` the model folder too."""
+        """Write a checkpoint of the current step, and return its folder. With `export`, also write the model folder."""
         engine, training, root = self.engine, self.settings.training, self.checkpoints
         first, folder = engine.rank == 0, checkpoint.writing_folder(root, self.step)
         averages = engine.labelled(checkpoint.AVERAGE, self.ema.average) if self.ema else {}
@@ -120,7 +120,7 @@ class RunState:
         return checkpoint.checkpoint_folder(root, self.step)
 
     def export(self) -> dict[str, Any]:
-        """Write the folder for users from the checkpoint of this step, whole or not at all; returns what was measured of it."""
+        """Write the model folder from the checkpoint of this step, whole or not at all, and return what the task measured of it."""
         target = self.settings.output_dir / self.task.export_folder
         folder, values = checkpoint.checkpoint_folder(self.checkpoints, self.step), {}
 
@@ -135,13 +135,13 @@ class RunState:
         return values
 
     def _resume(self) -> int:
-        """Load the newest good checkpoint of the output folder; returns the number of steps done."""
+        """Load the newest undamaged checkpoint of the output folder, if there is one, and return its step, else 0."""
         engine = self.engine
         found = checkpoint.latest(self.checkpoints, engine.rank, engine.world, engine.any_of, checkpoint.RUN_FIELDS)
         step = found[1]["step"] if found else 0
         if float(engine.all_sum(torch.tensor([step], dtype=torch.float64))) != step * engine.world:
             raise RunError(f"processes see different checkpoints in {self.checkpoints}; it must be a folder that all of them share")
-        # For dropout, where a run or a process begins; a checkpoint's own state goes before it.
+        # The random state for dropout in a new run or process. The state of this process in a checkpoint replaces it below.
         torch.manual_seed(sample_generator(self.settings.training.seed, step, engine.rank, "process").initial_seed())
         if found is None:
             return 0
@@ -177,7 +177,7 @@ class RunState:
         return step
 
     def _shown(self, measured: Measured) -> dict[str, float]:
-        """Say the numbers and write the pictures, <output_dir>/samples/<name>-<step>.png; returns the numbers."""
+        """Log the numbers, write the pictures to <output_dir>/samples/<name>-<step>.png, and return the numbers."""
         if self.log.enabled:
             self.log.say(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.values.items()))
             for name, frames in measured.pictures.items():
@@ -187,7 +187,7 @@ class RunState:
         return measured.values
 
     def _together(self, action: Callable[[], Any]) -> None:
-        """Do it; RunError in all processes if it fails in one, so that the others do not wait for that one."""
+        """Run `action`. If it fails in one process, raise RunError in all of them, so that no process waits for that one."""
         failure = None
         try:
             action()
@@ -198,7 +198,7 @@ class RunState:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights, if there are any."""
+        """Within this context, the model has the averaged weights, if the run keeps them."""
         if not self.ema:
             yield
             return

@@ -90,7 +90,7 @@ def _check_source(path: Path) -> None:
 
 
 def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None]) -> Iterator[Item]:
-    """Yield all items with their captions; an item whose id came before is a duplicate."""
+    """Yield all items with their captions; an item with the id of an earlier one is marked as a duplicate."""
     captions: dict[str, str] = {}
     used: set[str] = set()
     seen: Counter[bytes] = Counter()
@@ -141,7 +141,7 @@ def _matching(name: str) -> str:
 
 
 def _existing(folder: Path, written: str) -> str:
-    """Return the path of a table's row below `folder`, in the form in which there is a file, else as it is written."""
+    """Return the path of a table's row below `folder`, in the Unicode form in which the file exists, else as written."""
     for form in ("", "NFC", "NFD"):
         for slashed in (written, written.replace("\\", "/")):
             found = unicodedata.normalize(form, slashed) if form else slashed
@@ -216,7 +216,7 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_new(link: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
-    """Return whether a link leads to a folder outside of the root to which no link led before; add it to `linked`."""
+    """Return whether a link leads to a folder outside of the root that is not in `linked` yet; add it there."""
     target, status = link.resolve(), link.stat()
     if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target) or (status.st_dev, status.st_ino) in linked:
         return False

@@ -17,7 +17,7 @@ SAMPLES = 3
 _ROUNDING = 1e-9
 """Samples by which a triangle is widened, so that rounding leaves no gap between triangles with a common edge."""
 _LEAST_AREA = 1e-6
-"""Twice the area in samples below which a triangle is left out. It is seen from the edge, and its depth has no exact slope."""
+"""Twice the area in samples below which a triangle is left out: it is seen edge-on, and its depth has no exact slope."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Camera:
 
     @property
     def axes(self) -> np.ndarray:
-        """The directions right, up and forward of the camera in the world, float64 [3, 3], a direction a row."""
+        """The directions right, up and forward of the camera in the world, float64 [3, 3], one direction in each row."""
         a, e = math.radians(self.azimuth % 360), math.radians(self.elevation)
         outward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
         right = np.array([-math.sin(a), math.cos(a), 0.0])

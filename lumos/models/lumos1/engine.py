@@ -116,7 +116,7 @@ class DecodingEngine:
         The cache does not change, except by `committing`.
 
         Args:
-            frame_ids: ids [R, n] of the frame's span. Without `committing`, the first rows are enough.
+            frame_ids: ids [R, n] of the frame's span. Without `committing`, it may hold only the first rows of the batch.
             at: int64 [R, m], the offsets in the span whose hidden states are returned.
             committing: ids [R, n] of the finished frame before this one, with the history mask on it.
                 The same forward pass appends it to the cache.
@@ -172,7 +172,7 @@ class DecodingEngine:
         return self._run(ids, rotary, places, lambda rows: self.cache.refresh(n, rows, only[rows.start : rows.stop]))
 
     def _run(self, ids: Tensor, rotary: Rotary, at: Tensor, attention: Callable[[range], Attend]) -> Tensor:
-        """Run the decoder on ids [R, L], as many rows at a time as pay; returns hidden states [R, m, C] of the places `at`.
+        """Run the decoder on ids [R, L], some rows at a time, and return the hidden states [R, m, C] of the places `at`.
 
         attention: returns the attention of a range of rows.
         """
@@ -192,7 +192,7 @@ class DecodingEngine:
         self.frames_done += 1
 
     def _read_frame(self, frame_ids: Tensor) -> Frame:
-        """Return the shape of a frame. It is read from the ids once, because the host must wait for the device."""
+        """Return the shape of a frame. It is read from the ids only once, because reading makes the host wait for the device."""
         if self._frame is None:
             self._frame = read_frame(frame_ids[0].tolist(), 0, self.model.config)
         return self._frame

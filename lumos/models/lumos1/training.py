@@ -60,7 +60,7 @@ SHAPE = (
 )  # fmt: skip
 """Fields of LumosConfig that a model folder and model.preset must have in common."""
 ID_TENSORS = 4
-"""Number of int64 tensors that a batch has at least, with one value per token: ids, codes, targets, places."""
+"""The least number of int64 tensors with one value per token in a batch: ids, codes, targets, places."""
 NOT_OF_WEIGHTS = {
     "attention", "loss_chunk_size", "keys_to_ignore_at_inference", "max_position_embeddings", "max_prompt_tokens",
     "initializer_range", "eos_token_id", "patterns",
@@ -221,7 +221,7 @@ class ArdfTask(VideoTask):
         return self.config_fields() | self.lora_fingerprint() | drawn | self.data_fingerprint()
 
     def fingerprint_defaults(self) -> dict[str, Any]:
-        """Return what runs had before given frames were a choice."""
+        """Return the values of entries that older checkpoints lack: those from before given frames could be chosen."""
         return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": LumosDropoutSettings().image}
 
     @staticmethod

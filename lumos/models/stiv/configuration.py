@@ -58,7 +58,7 @@ class StivConfig(PreTrainedConfig):
         text_width: channels of the text states, and of the pooled text.
 
     Kinds:
-        temporal_attention: false is a stack for pictures only.
+        temporal_attention: False for a model of pictures only.
         without: parts that blocks lack, such as "3.temporal" for block 3; each is one of temporal, cross and mlp. None:
             every block is complete. Compression removes parts.
         causal_in_time: a frame attends to itself and to earlier frames only.
@@ -66,12 +66,13 @@ class StivConfig(PreTrainedConfig):
         given_time: "clean" gives the frames of a condition their own time, "same" the time of the clip.
         position_scale: {time, rows, columns}; a position is multiplied by it before RoPE. Below 1 after a
             conversion to larger clips.
-        trained_grid: {time, rows, columns}, the tokens of the clips of the training; None before it.
+        trained_grid: {time, rows, columns}, the tokens of the clips of the training; None before the training.
 
     Latents:
         latents: one of LATENTS.
-        latent_mean, latent_std: one number a channel; None is 0 and 1.
-        spatial_compression, temporal_compression: pixels, and frames, of a latent. They give the default micro conditions.
+        latent_mean, latent_std: one number for each channel; None stands for 0 and 1.
+        spatial_compression, temporal_compression: the pixels of a side, and the frames, that a latent stands for. They give
+            the default micro conditions.
         micro_stride: the sampling stride that generation states as a condition.
         patterns: the patterns of given frames that the model was trained on.
 
@@ -169,7 +170,7 @@ class StivConfig(PreTrainedConfig):
 
     @property
     def patch_channels(self) -> int:
-        """Values of a token: latent channels x patch_size^2 x temporal_patch_size."""
+        """The number of values of a token: latent channels x patch_size^2 x temporal_patch_size."""
         return self.latent_channels * self.patch_size**2 * self.temporal_patch_size
 
     @property

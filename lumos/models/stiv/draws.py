@@ -1,4 +1,4 @@
-"""What training draws for a clip: a pure function of the settings, the step and the clip's position in the step.
+"""The random draws of training for a clip: a pure function of the settings, the step and the clip's position in the step.
 
 Each draw has a generator of its own, so that a change of one setting leaves the other draws as they were.
 """
@@ -18,15 +18,15 @@ from lumos.models.stiv.training_settings import StivTrainingSettings
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a clip of T latent frames.
+    """The random draws for a clip of T latent frames.
 
     pattern   name of the pattern of given frames; "none" if they are dropped
     no_text   whether the clip has the empty text
     given     bool [T]
     time      in [0, 1]
-    level     noise in given frames
+    level     the noise level of the given frames
     noise     [T, C, h, w]
-    keep      int64 [k], places that the main blocks see; None: all
+    keep      int64 [k], the places that the main blocks see; None: all
     stride    the sampling stride that the model is told; 1 for a picture
     """
 
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
 def drawn_clip(
     settings: StivTrainingSettings, config: StivConfig, step: int, position: int, size: tuple[int, int, int], dropout: bool
 ) -> Drawn:
-    """Return what is drawn for the clip at a position of a step.
+    """Return the random draws for the clip at a position of a step.
 
     size: latent frames, rows and columns. dropout: False keeps the text, the given frames and all places.
     """

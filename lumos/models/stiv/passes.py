@@ -2,12 +2,13 @@
 
 A clip that is no longer than the clips of the training is made in one pass. A longer one is made in several:
 
-    keyframes     frames at a stride, as many as a clip of the training has; of later rounds the first one is given
+    keyframes     frames at a fixed stride, as many as a clip of the training has; a later pass of keyframes begins with the
+                  last keyframe of the one before, which is given
     fill-in       the frames between two keyframes, with both given
     upsampling    stretches of a clip whose every second frame is given; neighbours share a given frame
 
-Each frame is sampled once. A pass needs only frames of passes before it, and few of them, so that frames can be
-written as they are done, and memory does not grow with the length.
+Each frame is sampled once. A pass needs only a few frames of earlier passes. So frames can be written when they are
+done, and memory does not grow with the length of the clip.
 
 Frames are latent frames here; in a clip of several passes each is a frame of its own.
 """
@@ -30,7 +31,7 @@ class SamplingPass:
     frames   the numbers of its frames in the clip; the last ones may be beyond its end, and are then dropped
     given    those of `frames` that are given
     spare    the number of frames at its end that only fill up the last token and are dropped
-    pace     the distance of its frames in time, in frames of a usual clip
+    pace     the time from one of its frames to the next, in frames of a usual clip
     """
 
     frames: range
@@ -61,7 +62,7 @@ def passes_of(
             the last one, or every second one.
         longest: the most frames of a pass.
         stride: frames from one keyframe to the next; None: longest - 1.
-        unit: frames of a token, of which a pass has whole ones; a stretch of upsampling is filled up.
+        unit: latent frames of a token. A pass has whole tokens; a stretch of upsampling is extended to whole ones.
 
     Raises UserError for a stride over longest - 1, and for a long clip whose given frames do not allow several passes.
     """
@@ -99,7 +100,7 @@ def passes_of(
 
 
 def between(last: int, longest: int, stride: int) -> Iterator[SamplingPass]:
-    """Yield the passes of a clip of which frame 0 and frame `last` are given. UserError if keyframes do not end there."""
+    """Yield the passes of a clip of which frame 0 and frame `last` are given. UserError if no keyframe is frame `last`."""
     if last % stride or last // stride >= longest:
         most = (longest - 1) * stride + 1
         raise UserError(

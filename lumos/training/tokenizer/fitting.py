@@ -1,11 +1,11 @@
-"""Fits by least squares the weights of the last layer that add detail when the size of a tokenizer is doubled.
+"""Fits the weights of the last layer that add detail when the size of a tokenizer is doubled, by least squares.
 
-The last layer is linear in the features below it, and so are patches and wavelets. So of all weights for the differences
-(`resizing.double` begins with zeros) one choice has the least squared error, and sums over clips are all that it takes to find it.
-Everything else stays: the codes, the means, and with them what `resizing.halve` gives back.
+The last layer is linear in its input features, and so are patches and wavelets. So one choice of the weights for the
+differences, which `resizing.double` sets to 0, has the least squared error, and sums over clips are enough to find it.
+The codes and the means stay the same, and so does what `resizing.halve` returns.
 
-The error is that of the pixels that are shown: of the first latent frame's patches one frame (`unpatchify`). All of a patch's
-pixels weigh what they weigh on average.
+The error counts the pixels that are shown: of the patches of the first latent frame, one frame (`unpatchify`). Each pixel
+of a patch has the mean weight of the patch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tokenizer.video import VideoTokenizer
 from tokenizer.wavelet import patchify, spatial_patchify, unpatchify
 
 _RIDGE = 1e-6
-"""Of the mean squared feature: keeps the equations solvable where features are the same."""
+"""Share of the mean squared feature that is added to the diagonal, so that equal features leave the equations solvable."""
 
 
 class DifferenceFit:
-    """Normal equations of the last layer's differences, in float64 on the CPU; `add` clips, then `solve`.
+    """The normal equations of the differences in the last layer, in float64 on the CPU. Call `add` with clips, then `solve`.
 
     `squares` [2, K, K] and `products` [2, K, P, 3 C] are sums over the first latent frames and over the others, for K features
     with the bias, and P coefficients of each of a patch's three differences in C colours.
@@ -37,7 +37,7 @@ class DifferenceFit:
 
     @torch.no_grad()
     def add(self, video: Tensor, weights: Tensor) -> None:
-        """Video [B, 3, T, H, W] in [-1, 1] and the weight of each pixel's squared error, [B, 1, T, H, W]."""
+        """Add clips [B, 3, T, H, W] in [-1, 1]; weights [B, 1, T, H, W] holds the weight of each pixel's squared error."""
         values, _ = self.model.quantize(self.model.encode_latent(video))
         features = self.model.decoder.features(self.model.post_quant_conv(values))
         features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
@@ -51,11 +51,11 @@ class DifferenceFit:
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Put the weights of least squared error into the model.
+        """Set the weights of the model to those with the least squared error.
 
-        They solve sum_i G_i W S_i = sum_i G_i P_i, where G_i are the products of what the coefficients draw in the frames that are
-        shown. G of the later frames is a multiple of the identity, so in the eigenbasis of the first frame's G the rows of W
-        can be solved separately.
+        They solve sum_i G_i W S_i = sum_i G_i P_i, where G_i holds the inner products of the pictures that the coefficients
+        draw in the frames that are shown. G of the later frames is a multiple of the identity, so in the eigenbasis of the
+        first frame's G the rows of W can be solved separately.
         """
         layer = self.model.decoder.conv_out.conv3d
         of_first, of_later = self._shown()
@@ -71,12 +71,12 @@ class DifferenceFit:
             bands[:, 1:] = found.to(parameter).reshape(bands[:, 1:].shape)
 
     def _patches(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, P 4 C, T', H', W'], ordered as the last layer's channels; the first C are means over a patch."""
+        """[B, C, T, H, W] -> [B, P 4 C, T', H', W'] in the channel order of the last layer; the first C are means of a patch."""
         config = self.model.config
         return patchify(spatial_patchify(video, config.spatial_patch_size), config.patch_size, config.patch_method)
 
     def _shown(self) -> tuple[Tensor, Tensor]:
-        """Products [P, P] of what each coefficient of a patch draws, over the pixels of its first and of a later latent frame."""
+        """Return the inner products [P, P] of the pictures that coefficients draw in the first and in a later latent frame."""
         config, coefficients = self.model.config, self.products.shape[2]
         drawn = torch.eye(coefficients, dtype=torch.float64)[:, :, None, None, None].expand(-1, -1, 2, -1, -1)
         frames = unpatchify(drawn, config.patch_size, config.patch_method)
