@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
         if pattern not in (None, "first"):
-            found |= made_quality(clips, truth, numbers)
+            found |= made_quality(clips, truth, numbers, [pipe.reconstruct(clip) for clip in truth])
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
         for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips or 12]:
             wrong = [name for name, right in verdict.items() if not right and name not in SUMS]

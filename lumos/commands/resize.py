@@ -13,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder to write; it must not exist yet")
     add("--video-tokenizer", help="folder of a tokenizer with the same codes, trained with start_from and train_encoder=false; "
         "default: the tokenizer for half the size, which a tokenizer with spatial_patch_size 2 contains")  # fmt: skip
+    add("--link-video-tokenizer", action="store_true",
+        help="name the folder of --video-tokenizer in video_tokenizer.json in place of a copy; the folders must then move together")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
 
     check_new(args.out)
     resize = registry.generator_of(args.model).load("verbs", "resize")
-    clip = resize(args.model, args.out, args.video_tokenizer)
+    clip = resize(args.model, args.out, args.video_tokenizer, args.link_video_tokenizer)
     print(printable(f"{args.out}  draws {clip.width} x {clip.height}"))

@@ -82,14 +82,17 @@ def blended(clip: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
     return np.rint(mixed).astype(np.uint8)
 
 
-def made_quality(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], numbers: Sequence[int]) -> dict[str, float]:
-    """Return the PSNR in dB of the frames that are not given, {"psnr", "psnr_blend"}.
+def made_quality(
+    clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], numbers: Sequence[int], reconstructions: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Return the PSNR in dB of the frames that are not given, {"psnr", "psnr_blend", "psnr_reconstruction"}.
 
-    psnr_blend is that of `blended`, which a model must exceed.
+    psnr_blend is that of `blended`, which a model must exceed; psnr_reconstruction is that of the truth as the latents
+    reconstruct it, which a model can hardly exceed.
     """
     open_ = [t for t in range(len(truth[0])) if t not in set(numbers)]
-    blends = [blended(clip, numbers) for clip in truth]
-    return {name: pooled_psnr(made, truth, open_) for name, made in (("psnr", clips), ("psnr_blend", blends))}
+    of = {"psnr": clips, "psnr_blend": [blended(clip, numbers) for clip in truth], "psnr_reconstruction": reconstructions}
+    return {name: pooled_psnr(made, truth, open_) for name, made in of.items()}
 
 
 def pooled_psnr(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray], frames: Collection[int]) -> float:

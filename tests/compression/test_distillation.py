@@ -438,13 +438,13 @@ def test_settings_survive_their_plain_form(distilling):
 
 
 def test_the_shipped_recipe(repo):
-    """Half the peak learning rate of the training of the teacher, a cosine to a tenth, and averaged weights."""
+    """Half the peak learning rate of the training of the teacher, a cosine to at most a tenth, and averaged weights."""
     from lumos.compression.settings import load_settings as load
     from lumos.training.settings import load_settings
 
     recipe, first = load(repo / "configs/compression/lumos-tiny.yaml"), load_settings(repo / "configs/lumos1/tiny-gpu.yaml")
     training = recipe.training
     assert (training.lr, training.schedule) == (first.training.lr / 2, "cosine")
-    assert training.min_lr == pytest.approx(training.lr / 10)
+    assert training.min_lr <= training.lr / 10
     assert training.ema_decay > 0
-    assert recipe.distill.teacher == "checkpoints/lumos-tiny"
+    assert (recipe.distill.teacher, recipe.model.from_) == ("runs/teacher", "runs/small")

@@ -52,14 +52,14 @@ def test_blends_are_linear_between_given_frames():
 def test_quality_counts_only_frames_that_are_made():
     truth = [clip(0, 10, 20, 30, 40)]
     made = [clip(255, 10, 255, 30, 255)]
-    assert made_quality(made, truth, [0, 2, 4]) == {"psnr": 100.0, "psnr_blend": 100.0}
+    assert made_quality(made, truth, [0, 2, 4], truth) == {"psnr": 100.0, "psnr_blend": 100.0, "psnr_reconstruction": 100.0}
     off = [clip(0, 20, 20, 40, 40)]
-    assert made_quality(off, truth, [0, 2, 4])["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=1e-3)
+    assert made_quality(off, truth, [0, 2, 4], off)["psnr_reconstruction"] == pytest.approx(20 * np.log10(255 / 10), abs=1e-3)
 
 
 def test_a_clip_that_stands_still_does_not_outweigh_the_others():
     still, moving = clip(5, 5, 5), clip(0, 90, 0)
-    found = made_quality([still + 6, moving], [still, moving], [0, 2])
+    found = made_quality([still + 6, moving], [still, moving], [0, 2], [still, moving])
     assert found["psnr"] == pytest.approx(20 * np.log10(255 / 6) + 10 * np.log10(2), abs=1e-3)
     assert found["psnr_blend"] == pytest.approx(20 * np.log10(255 / 90) + 10 * np.log10(2), abs=1e-3)
 
@@ -79,7 +79,9 @@ def test_prompts_are_judged_with_given_frames(folder, tmp_path, capsys, pattern)
     written = json.loads(file.read_text())
     assert (written["given"], written["image_to_video"]) == (pattern, False)
     assert written["shares"]["one"]["given_frames"] == 1.0
-    assert written["shares"]["one"]["psnr"] < written["shares"]["one"]["psnr_blend"] == pytest.approx(30, abs=20)
+    found = written["shares"]["one"]
+    assert found["psnr"] < found["psnr_blend"] == pytest.approx(30, abs=20)
+    assert 0 < found["psnr_reconstruction"] < 100
 
 
 def test_lumos1_says_which_frames_it_does_not_take(micro_folder, capsys):

@@ -7,10 +7,12 @@ unit of size now stands for more pixels or fewer, and the distances of neighbour
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copy2, rmtree
 from typing import Any
 
 import torch
 
+from lumos.compression.record import RECORD
 from lumos.errors import UserError, shown
 from lumos.files import parse_json, read_text, replacing_folder, write_json
 from lumos.models.lumos1.configuration import SCALED_SCHEMES, LumosConfig
@@ -19,25 +21,28 @@ from lumos.models.lumos1.rope import axis_strides
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import no_progress_bar, versions
 from tokenizer import VideoTokenizer
-from tokenizer.loading import stored_dtype
+from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, stored_dtype, write_reference
 from tokenizer.resizing import halve, same_codes
 
 
-def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | None = None) -> ClipDefaults:
+def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | None = None, link: bool = False) -> ClipDefaults:
     """Write the resized model folder `out` and return the default clip shape of the resized model.
 
-    Decoder and video tokenizer keep the dtypes in which they are stored. If an error occurs, `out` is not
-    written.
+    Decoder and video tokenizer keep the dtypes in which they are stored, and the folder's record of compression goes
+    along. If an error occurs, `out` is not written.
 
     Args:
         folder: the model folder to resize.
         out: the folder to write.
         video_tokenizer: the folder of a tokenizer of another size with the same codes. None: the tokenizer
             of half the size that is derived from that of the model.
+        link: name the folder of `video_tokenizer` in video_tokenizer.json, in place of a copy.
 
-    Raises UserError for a tokenizer with other codes, for a model whose prompt states the size in words,
+    Raises UserError for `link` without `video_tokenizer`, for a tokenizer with other codes, for a model whose prompt states the size in words,
     and if no tokenizer of half the size can be derived.
     """
+    if link and video_tokenizer is None:
+        raise UserError("--link-video-tokenizer names the tokenizer of another folder; say which by --video-tokenizer")
     record = _record(Path(folder), video_tokenizer)
     with no_progress_bar():
         pipe = LumosPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
@@ -56,6 +61,11 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     resized.trained_on = pipe.trained_on
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
+        if link:
+            rmtree(writing / SUBFOLDER)
+            write_reference(writing, find_tokenizer_folder(Path(video_tokenizer)))
+        if (Path(folder) / RECORD).is_file():
+            copy2(Path(folder) / RECORD, writing)
         write_json(writing / "training.json", record)
     return clip
 

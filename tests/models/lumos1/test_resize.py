@@ -81,6 +81,18 @@ def test_a_model_is_resized_and_back(small, wide, tmp_path, capsys):
     ]
 
 
+def test_the_tokenizer_of_another_folder_can_be_linked(small, wide, tmp_path, capsys):
+    call = ["resize", str(small), "--link-video-tokenizer", "--out", str(tmp_path / "large")]
+    assert main(call) == 2
+    assert "say which by --video-tokenizer" in capsys.readouterr().err
+    write_json(small / "compression.json", {"kept": [0]})
+    assert main([*call, "--video-tokenizer", str(wide)]) == 0
+    assert not (tmp_path / "large" / "video_tokenizer").exists()
+    assert json.loads((tmp_path / "large" / "video_tokenizer.json").read_text())["folder"] == "../wide"
+    assert json.loads((tmp_path / "large" / "compression.json").read_text()) == {"kept": [0]}
+    assert frames(tmp_path / "large").shape == (5, 32, 48, 3)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
     out = tmp_path / "out"
