@@ -38,8 +38,8 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
             of half the size that is derived from that of the model.
         link: name the folder of `video_tokenizer` in video_tokenizer.json, in place of a copy.
 
-    Raises UserError for `link` without `video_tokenizer`, for a tokenizer with other codes, for a model whose prompt states the size in words,
-    and if no tokenizer of half the size can be derived.
+    Raises UserError for `link` without `video_tokenizer`, for a tokenizer with other codes, for a model whose
+    prompt states the size in words, and if no tokenizer of half the size can be derived.
     """
     if link and video_tokenizer is None:
         raise UserError("--link-video-tokenizer names the tokenizer of another folder; say which by --video-tokenizer")
