@@ -45,7 +45,7 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
         trained = {name: row for name, row in variants.items() if "curves" in row["runs"][0]}
         for k, (name, row) in enumerate(trained.items()):
             _band(axes, curve(row["runs"], field), f"C{k}", name)
-        per_place = any("curves" in run and isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
+        per_place = any(isinstance(run["curves"][field][-1][1], list) for row in trained.values() for run in row["runs"])
         if per_place:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         elif result["over"] == "flops":

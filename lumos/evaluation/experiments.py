@@ -164,7 +164,7 @@ def check_before(name: str, variant: Variant, experiment: Experiment) -> None:
     other = experiment.variants.get(variant.of)
     if variant.train or variant.config or variant.before or not trains or experiment.compress.model or experiment.prompts is None:
         raise UserError(f"{where}.of evaluates a model that another variant trains; give prompts, and no training here")
-    if other is None or (other.get("of") if isinstance(other, dict) else other.of) is not None:
+    if other is None or other.of is not None:
         raise UserError(f"{where}.of {shown(variant.of)} is no variant that is trained; name one of them")
 
 
