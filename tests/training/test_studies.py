@@ -1,4 +1,4 @@
-"""The studies of configs/experiments that compare arms of STIV, or the two generators: equal compute, three seeds, options that exist."""
+"""The studies of configs/experiments that compare arms of STIV, or the two generators: equal compute and three seeds."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def study(tmp_path: Path, **variants) -> str:
 
 
 def test_trainings_before_come_first_and_are_named(tmp_path: Path):
-    found = experiments.load(study(tmp_path, a={"before": {"pictures": ["x.y=1"]}, "train": ["init.image={pictures}"], "config": "d.yaml"}))
+    variant = {"before": {"pictures": ["x.y=1"]}, "train": ["init.image={pictures}"], "config": "d.yaml"}
+    found = experiments.load(study(tmp_path, a=variant))
     (job,) = experiments.jobs(found, Path("runs"))
     assert [name for name, _, _ in job.steps()] == ["pictures", "train", "evaluate"]
     (name, before) = job.before[0]
@@ -111,7 +112,8 @@ def test_trainings_before_come_first_and_are_named(tmp_path: Path):
 def test_a_variant_may_evaluate_another_ones_model(tmp_path: Path):
     found = experiments.load(study(tmp_path, a={}, b={"of": "a", "prompts": ["--given", "first"]}))
     first, second = experiments.jobs(found, Path("runs"))
-    assert first.train and second.train is None
+    assert first.train
+    assert second.train is None
     assert second.prompts[:4] == ("evaluate", "prompts", "--model", "runs/a-0/train/export")
 
 
@@ -138,7 +140,8 @@ def test_intervals_of_shares_are_pooled_and_others_of_seeds():
 
 def test_a_curve_may_be_one_place_of_a_list():
     line = {"step": 1, "val_loss": 2.0, "val_pattern_loss": [3.0, None]}
-    assert [experiments.value_of(line, name) for name in ("val_loss", "val_pattern_loss[0]", "val_pattern_loss[1]", "x")] == [2, 3, None, None]
+    names = ("val_loss", "val_pattern_loss[0]", "val_pattern_loss[1]", "x")
+    assert [experiments.value_of(line, name) for name in names] == [2, 3, None, None]
 
 
 def test_a_weighting_needs_predictions_of_the_velocity(repo: Path, monkeypatch):

@@ -31,7 +31,9 @@ def inputs() -> dict[str, torch.Tensor]:
             "text_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [{"qk_norm": False}, {"sandwich_norm": False}, {"condition_norm": False}, {"prediction": "noise"}])
+@pytest.mark.parametrize("change", [
+    {"qk_norm": False}, {"sandwich_norm": False}, {"condition_norm": False}, {"prediction": "noise"},
+])  # fmt: skip
 def test_each_switch_changes_the_result_and_trains(change: dict):
     whole, other = model_with(), model_with(**change)
     found = other(**inputs()).sample
