@@ -11,8 +11,8 @@ from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 from lumos.commands.loading import add_device, load, model_sha256
 from lumos.pipeline.options import add_acceleration, add_flags, all_options, given_options
 
-SUMS = ("all", "colour_and_motion", "last_frame", "steady")
-"""Keys of a verdict that follow from other keys."""
+SUMS = ("all", "colour_and_motion", "last_frame", "steady", "moving")
+"""Keys of a verdict that are not about what the prompt says, or follow from other keys."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "few (prediction), the first and the last (ends), every second one (interpolation)")  # fmt: skip
     add("--batch-size", type=int, help="clips in a batch; default: 10")
     add_flags(parser, all_options())
+    add("--frechet", action="store_true", help="also measure the Fréchet distance between generated and rendered clips, in "
+        "features of the model's own video tokenizer")  # fmt: skip
     add("--reference", choices=("truth", "reconstruction"),
         help="check rendered clips (truth) or their reconstruction by the tokenizer, in place of generated clips")  # fmt: skip
     add("--sheet", help="PNG with the first clips of each kind, each with its prompt and the verdict")
@@ -41,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError, printable
+    from lumos.evaluation.distances import distances
     from lumos.evaluation.given import arguments_of, given_numbers, is_kept, made_quality, reconstructed
-    from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score, shares
+    from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, moving, prompt_set, score, shares
     from lumos.files import check_outputs, write_json
+    from lumos.pipeline.frechet import FEATURES
     from lumos.pipeline.inputs import check_num_frames, override
     from lumos.progress import progress_bar
-    from lumos.runtime import versions
+    from lumos.runtime import peak_memory_bytes, versions
     from lumos.video.frames import animated_sheet, check_animated, contact_sheet
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), sheet_clips=(1, MAX_CLIPS), seed=(0, MAX_SEED))
@@ -67,7 +71,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_animated(args.animation)
     check_kinds(args.kinds, args.num_frames)
     pipe, model = load(args)
-    override(pipe.settings, **options)
+    if args.frechet and args.count < 2:
+        raise UserError("--frechet needs at least 2 clips of each kind; give a larger --count")
+    sampling = override(pipe.settings, **options)
     form = override(pipe.clip, num_frames=args.num_frames)
     check_num_frames(form.num_frames, pipe.temporal_compression)
     numbers = given_numbers(pattern, form.num_frames, pipe.temporal_compression) if pattern else []
@@ -93,7 +99,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
                 seen = reconstructed(pipe.reconstruct, drawn, numbers)
                 verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
+        if form.num_frames > 1:
+            for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
+                verdict |= moving(made, drawn)
         found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
+        if args.frechet:
+            found |= distances(pipe, clips, truth)
         if pattern not in (None, "first"):
             found |= made_quality(clips, truth, numbers, [pipe.reconstruct(clip) for clip in truth])
         results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
@@ -111,6 +122,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": round(time.process_time() - cpu_started, 1),
         "shares": {kind: result["shares"] for kind, result in results.items()}, "versions": versions(),
     }  # fmt: skip
+    summary |= {"frechet_features": FEATURES} if args.frechet else {}
+    if not args.reference:
+        summary["peak_memory_mb"] = round(peak_memory_bytes(pipe.device) / 2**20)
+        summary |= {} if pattern else {"clip_flops": clip_flops(pipe, form, sampling, prompts[0])}
     if args.output:
         write_json(args.output, {**summary, "clips": {kind: result["clips"] for kind, result in results.items()}})
     if args.sheet:
@@ -119,3 +134,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         captions = [label.partition(" | ")[2] for label in labels]
         print(printable(str(animated_sheet(clips_shown, captions, args.animation, form.fps))))
     return summary
+
+
+def clip_flops(pipe: Any, form: Any, sampling: Any, prompt: str) -> float:
+    """Return the FLOPs of the network for one clip from a prompt, by arithmetic, without the networks of latents."""
+    from lumos import registry
+
+    cost = registry.generator(pipe.generator).load("cost", "clip")
+    plan = cost.clip_cost(pipe.model.config, form, sampling, pipe.prompt_tokens(prompt, form), pipe.dtype)
+    return plan.report(1.0, 1.0)["flops"]["total"]

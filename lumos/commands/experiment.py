@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = experiments.jobs(experiment, Path(args.runs or Path("runs") / "experiments" / name))
     if args.list:
         for job in jobs:
-            for command in job.missing():
+            for _, command in job.missing():
                 print(printable(shlex.join(["python", "-m", "lumos", *command])))
         return
     places = [experiments.named(out, suffix) for suffix in (".json", ".png")]

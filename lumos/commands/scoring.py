@@ -47,8 +47,8 @@ class Scorer:
         import torch
 
         from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, check_counts
-        from lumos.compression.frechet import FEATURES
         from lumos.errors import UserError
+        from lumos.pipeline.frechet import FEATURES
         from lumos.runtime import pick_device
 
         check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), gate_steps=(1, MAX_STEPS), frechet_clips=(2, MAX_CLIPS))

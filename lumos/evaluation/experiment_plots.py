@@ -14,7 +14,9 @@ from typing import Any
 from lumos.errors import drawable, needing_matplotlib
 from lumos.files import replacing
 
-MOTION = "moved"  # the amount of motion has a panel of its own, because it is not a share and may be above 1
+PANELS = {"moved": "motion, over the truth's", "frechet": "Fréchet distance", "psnr": "PSNR of made frames, dB"}
+"""Titles of the panels of figures that are not shares and may be above 1."""
+OVER = {"step": "training steps", "flops": "training FLOPs"}
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
 
@@ -30,8 +32,8 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     variants = result["variants"]
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    motions = [name for name in shown if name.partition(" of ")[0] == MOTION]
-    shares = {"share of prompts": [name for name in shown if name not in motions], "motion, over the truth's": motions}
+    own = {title: [name for name in shown if name.partition(" of ")[0] == figure] for figure, title in PANELS.items()}
+    shares = {"share of prompts": [name for name in shown if name.partition(" of ")[0] not in PANELS], **own}
     shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
     times, clock = times_of(judged)
@@ -40,16 +42,18 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     figure.suptitle(result["question"], fontsize=11)
     for n, field in enumerate(fields, 1):
         axes = figure.add_subplot(1, panels, n)
-        for k, (name, row) in enumerate(variants.items()):
+        trained = {name: row for name, row in variants.items() if "curves" in row["runs"][0]}
+        for k, (name, row) in enumerate(trained.items()):
             _band(axes, curve(row["runs"], field), f"C{k}", name)
-        per_place = any(isinstance(run["curves"][field][-1][1], list) for row in variants.values() for run in row["runs"])
+        per_place = any(isinstance(run["curves"][field][-1][1], list) for row in trained.values() for run in row["runs"])
         if per_place:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         elif result["over"] == "flops":
             axes.set(xscale="log", yscale="log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-        _finish(axes, field + (", last value" if per_place else ""), "latent frame" if per_place else result["over"])
+        words = result.get("names", {}).get(field, field) + (", last value" if per_place else "")
+        _finish(axes, words, "latent frame" if per_place else OVER[result["over"]])
     for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
         _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
     if times:

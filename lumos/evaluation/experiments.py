@@ -16,7 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,15 @@ OVER = ("step", "flops")
 LAST_BYTES = 10_000  # bytes at the end of a log in which its last line is searched for
 LONGEST_NAME = 200
 FIGURES = ("all", "colour", "shape", "motion", "last_frame", "steady", "moved")
-MORE_FIGURES = ("background", "colour_and_motion", "count", "first_frame", "size", "sprite")
+MORE_FIGURES = (
+    "background", "colour_and_motion", "count", "first_frame", "frechet", "given_frames", "moving", "psnr", "size", "sprite",
+)  # fmt: skip
+WILSON = 1.96
+"""Standard deviations of a normal distribution on each side of its mean that hold 95 %."""
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""The same for the mean of so many values, whose standard deviation is measured (Student's t)."""
+OWN_FILES = ("prune", "pruned", "train", "distill", "evaluate", "prompts")
+"""Names in the folder of a run that a training of `before` cannot have."""
 OWN_OPTIONS = ("--seed", "--output")
 """Options of `evaluate prompts` that an experiment sets itself for each run."""
 OWN_OF_PRUNE = ("--model", "--out", "--seed", "--dry-run")
@@ -58,6 +66,11 @@ class Variant:
     prune: list[str] = setting([], "options of `compress prune` for this variant")
     train: list[str] = setting([], "section.key=value for this variant")
     prompts: list[str] = setting([], "options of `evaluate prompts` for this variant")
+    config: str | None = setting(None, "config of `train` for this variant; null: train.config")
+    before: dict[str, Any] = setting(
+        {}, "trainings before, name: [section.key=value, ...], with the config of the variant; {name} in later ones is the model"
+    )
+    of: str | None = setting(None, "variant whose trained model is evaluated with other options; nothing is trained here")
     x: float | None = setting(None, "position of the variant on the x axis; null: variants have names only")
 
 
@@ -68,7 +81,9 @@ class Experiment:
     compress: Compression = setting(Compression, "the model that is pruned; train.config is then one of `compress distill`")
     model: str | None = setting(None, "model folder to evaluate if nothing is trained; null: the model of the repository")
     prompts: list[str] | None = setting(None, "options of `evaluate prompts` for all variants; null: it does not run")
-    curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video")
+    curves: list[str] = setting([], "fields of log.jsonl to compare, for example val_loss_video; of a list: val_time_loss_video[0]")
+    names: dict[str, str] = setting({}, "words for curves and figures in the picture, {name: words}")
+    minutes: float | None = setting(None, "expected minutes of all runs on two CPU cores, for the reader")
     over: str = setting("step", "x axis of the curves: step, or flops (training FLOPs up to the step)")
     figures: list[str] = setting([*FIGURES], "shares of `evaluate prompts` to draw: means over kinds, or of one kind: all of two")
     axis: str = setting("", "label of the x axis for variants with an x")
@@ -96,6 +111,7 @@ def load(path: str | Path) -> Experiment:
                 f"variant {shown(name)} cannot name a folder; give it a name without / that does not begin with a dot, of at most "
                 f"{LONGEST_NAME} bytes"
             )
+        check_before(name, variant, experiment)
     prunes = experiment.compress.model is not None
     pruned = [("compress.prune", experiment.compress.prune)]
     pruned += [(f"variants.{as_text(name)}.prune", variant.prune) for name, variant in experiment.variants.items()]
@@ -132,11 +148,31 @@ def load(path: str | Path) -> Experiment:
     return experiment
 
 
+def check_before(name: str, variant: Variant, experiment: Experiment) -> None:
+    """Raise UserError for trainings before that cannot run, and for a variant `of` another one that is not there."""
+    where, trains = f"variants.{as_text(name)}", experiment.train.config is not None
+    if (variant.config or variant.before) and (not trains or experiment.compress.model):
+        raise UserError(f"{where}: config and before need train.config, without compress.model; leave them out")
+    for earlier, overrides in variant.before.items():
+        if earlier in OWN_FILES or not earlier.isidentifier() or not isinstance(overrides, list):
+            raise UserError(
+                f"{where}.before.{as_text(earlier)} is not allowed; give a word that is none of {', '.join(OWN_FILES)}, and a list "
+                "of section.key=value"
+            )
+    if variant.of is None:
+        return
+    other = experiment.variants.get(variant.of)
+    if variant.train or variant.config or variant.before or not trains or experiment.compress.model or experiment.prompts is None:
+        raise UserError(f"{where}.of evaluates a model that another variant trains; give prompts, and no training here")
+    if other is None or other.of is not None:
+        raise UserError(f"{where}.of {shown(variant.of)} is no variant that is trained; name one of them")
+
+
 @dataclass(frozen=True)
 class ExperimentJob:
     """One run, which is one variant with one seed.
 
-    Its commands make `folder/pruned`, `folder/train` and `folder/prompts.json`.
+    Its commands make `folder/pruned`, `folder/<name>` of each training before, `folder/train` and `folder/prompts.json`.
     """
 
     name: str
@@ -145,23 +181,25 @@ class ExperimentJob:
     train: tuple[str, ...] | None
     prompts: tuple[str, ...] | None
     prune: tuple[str, ...] | None = None
+    before: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def logs_before(self) -> list[Path]:
+        """The logs of the trainings before."""
+        return [self.folder / name / "log.jsonl" for name, _ in self.before]
 
     @property
     def log(self) -> Path:
         return self.folder / "train" / "log.jsonl"
 
-    def missing(self) -> Iterator[tuple[str, ...]]:
-        """Yield the commands that are not done yet, in order.
+    def missing(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield (name, command) of the commands that are not done yet, in order.
 
         UserError if the folder holds the result of another command, or if another command was begun
         in it.
         """
-        for command, made in ((self.prune, self.folder / "pruned" / "config.json"),
-                              (self.train, self.folder / "train" / "export" / "config.json"),
-                              (self.prompts, self.folder / "prompts.json")):  # fmt: skip
-            if not command:
-                continue
-            written = self.command_file(command)
+        for name, command, made in self.steps():
+            written = self.command_file(name)
             before = read_text(written, "the command of a run") if written.is_file() else None
             if before != shlex.join(command) and (before is not None or made.is_file()):
                 how = f"the command in {written}" if before else "an unknown command"
@@ -170,11 +208,19 @@ class ExperimentJob:
                     "with --runs"
                 )
             if not made.is_file():
-                yield command
+                yield name, command
 
-    def command_file(self, command: tuple[str, ...]) -> Path:
+    def steps(self) -> list[tuple[str, tuple[str, ...], Path]]:
+        """Return (name, command, file that it makes last) of each command, in order."""
+        found = [(self.prune, self.folder / "pruned" / "config.json"),
+                 (self.train, self.folder / "train" / "export" / "config.json"),
+                 (self.prompts, self.folder / "prompts.json")]  # fmt: skip
+        named = [(name_of(command), command, made) for command, made in found if command]
+        return [*((name, command, self.folder / name / "export" / "config.json") for name, command in self.before), *named]
+
+    def command_file(self, name: str) -> Path:
         """Return the file that holds the text of a command, by which a result of another command is recognized."""
-        return self.folder / f"{name_of(command)}.command"
+        return self.folder / f"{name}.command"
 
 
 def name_of(command: tuple[str, ...]) -> str:
@@ -195,33 +241,46 @@ def jobs(experiment: Experiment, root: Path) -> list[ExperimentJob]:
                 prune = ("compress", "prune", "--model", teacher, "--out", str(folder / "pruned"), f"--seed={seed}",
                          *experiment.compress.prune, *variant.prune)  # fmt: skip
                 verb, places = ("compress", "distill"), [f"model.from={folder / 'pruned'}", f"distill.teacher={teacher}"]
-            if experiment.train.config:
-                train = (*verb, "--config", experiment.train.config, *places, *experiment.train.overrides, *variant.train,
-                         f"training.seed={seed}", f"training.output_dir={folder / 'train'}")  # fmt: skip
+            before: list[tuple[str, tuple[str, ...]]] = []
+            if experiment.train.config and not variant.of:
+                start = (*verb, "--config", variant.config or experiment.train.config, *places, *experiment.train.overrides)
+                for name_before, own in [*variant.before.items(), ("train", variant.train)]:
+                    own = [with_folders(text, folder, variant.before) for text in own]
+                    command = (*start, *own, f"training.seed={seed}", f"training.output_dir={folder / name_before}")
+                    before.append((name_before, command))
+                train = before.pop()[1]
             if experiment.prompts is not None:
-                made = folder / "train" / "export" if train else folder / "pruned" if prune else experiment.model
+                trained = root / f"{variant.of}-{seed}" if variant.of else folder
+                made = trained / "train" / "export" if train or variant.of else folder / "pruned" if prune else experiment.model
                 model = [str(made)] if made else []
                 # The seed differs from the default of `evaluate prompts`, with which default options were chosen. Otherwise the
                 # shares would be measured on the same prompts.
                 options = [f"--seed={10_000_000 * (seed + 1)}", "--output", str(folder / "prompts.json")]
                 prompts = ("evaluate", "prompts", *(["--model", *model] if model else []), *options, *experiment.prompts,
                            *variant.prompts)  # fmt: skip
-            found.append(ExperimentJob(name, seed, folder, train, prompts, prune))
+            found.append(ExperimentJob(name, seed, folder, train, prompts, prune, tuple(before)))
     return found
+
+
+def with_folders(text: str, folder: Path, names: Iterable[str]) -> str:
+    """Return a setting in which the names of trainings before, in braces, are the folders of their models."""
+    for name in names:
+        text = text.replace(f"{{{name}}}", str(folder / name / "export"))
+    return text
 
 
 def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -> None:
     """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
-    RunError after all have ended, with the first failure.
+    Variants that evaluate the model of another one run last. RunError after all have ended, with the first failure.
     """
     threads = max(1, cores_in_use() // parallel)
 
     def one(job: ExperimentJob) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        for command in job.missing():
-            write_bytes(job.command_file(command), shlex.join(command).encode())
-            with open(job.folder / f"{name_of(command)}.log", "w") as log:
+        for name, command in job.missing():
+            write_bytes(job.command_file(name), shlex.join(command).encode())
+            with open(job.folder / f"{name}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(
                     [sys.executable, "-m", "lumos", *command], stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
@@ -235,7 +294,9 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
         return None
 
     with ThreadPoolExecutor(parallel) as pool:
-        failures = [failure for failure in pool.map(one, todo) if failure]
+        makes = [job for job in todo if job.train or job.prune]
+        judges = [job for job in todo if not (job.train or job.prune)]
+        failures = [failure for part in (makes, judges) for failure in pool.map(one, part) if failure]
     if failures:
         raise RunError(failures[0] + (f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""))
 
@@ -249,19 +310,24 @@ def results_of(job: ExperimentJob, experiment: Experiment) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"seed": job.seed}
     if job.train:
-        lines = [line for line in read_lines(job.log) if "event" not in line]
+        lines = lines_of(job.log)
         known = {field for line in lines for field in line}
-        if unknown := [field for field in experiment.curves if field not in known]:
+        if unknown := [field for field in experiment.curves if field.partition("[")[0] not in known]:
             raise UserError(f"curves: {job.log} has no {unknown[0]}; there are {', '.join(sorted(known))}")
-        place = {line["step"]: line["step"] if experiment.over == "step" else flops_until(line["step"], lines) for line in lines}
+        spent = sum(flops_until(earlier[-1]["step"], earlier) for earlier in map(lines_of, job.logs_before))
+        place = {line["step"]: line["step"] if experiment.over == "step" else spent + flops_until(line["step"], lines)
+                 for line in lines}  # fmt: skip
         found["curves"] = {
-            field: [[place[line["step"]], line[field]] for line in lines if line.get(field) is not None]
+            field: [[place[line["step"]], value] for line in lines if (value := value_of(line, field)) is not None]
             for field in experiment.curves
         }
+        found["training_flops"] = spent + flops_until(lines[-1]["step"], lines)
     if job.prompts:
         judged = read_judged(job.folder / "prompts.json")
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
-        found |= {"cpu_seconds": judged["cpu_seconds"]} if "cpu_seconds" in judged else {}
+        found |= {name: judged[name] for name in ("cpu_seconds", "clip_flops", "peak_memory_mb", "frechet_features")
+                  if name in judged}  # fmt: skip
+        found["counts"] = counts_of(judged.get("clips", {}))
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
@@ -271,6 +337,55 @@ def results_of(job: ExperimentJob, experiment: Experiment) -> dict[str, Any]:
             figure, _, kind = name.partition(" of ")
             if figure in judged["shares"].get(kind, {}):
                 found["shares"][name] = judged["shares"][kind][figure]
+    return found
+
+
+def lines_of(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log that hold numbers of steps."""
+    return [line for line in read_lines(log) if "event" not in line]
+
+
+def value_of(line: dict[str, Any], field: str) -> Any:
+    """Return a field of a line of the log, or the place n of a list for `field[n]`; None if there is none."""
+    name, _, place = field.partition("[")
+    value = line.get(name)
+    return value[int(place.rstrip("]"))] if place and value is not None else value
+
+
+def counts_of(clips: dict[str, list[dict[str, Any]]]) -> dict[str, list[int]]:
+    """Return {figure: [right, all]} of the verdicts of all kinds, and of one kind as 'all of two'."""
+    counts: dict[str, list[int]] = {}
+    for kind, verdicts in clips.items():
+        for verdict in verdicts:
+            for figure, right in verdict.items():
+                for name in (figure, f"{figure} of {kind}") if isinstance(right, bool) else ():
+                    row = counts.setdefault(name, [0, 0])
+                    row[0], row[1] = row[0] + right, row[1] + 1
+    return counts
+
+
+def wilson(right: int, total: int) -> list[float]:
+    """Return the 95 % interval of a share of which `right` of `total` trials are right (Wilson 1927)."""
+    share, square = right / total, WILSON**2
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    reach = WILSON * (share * (1 - share) / total + square / (4 * total**2)) ** 0.5 / (1 + square / total)
+    return [round(max(0.0, middle - reach), 4), round(min(1.0, middle + reach), 4)]
+
+
+def intervals(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the 95 % interval [low, high] of each name in `summary`.
+
+    Shares of clips are pooled over the seeds. Other values have the interval of the mean over the seeds, if there are two or
+    more. Clips of one seed are not independent of each other where training differs by seed, so intervals of shares are narrow.
+    """
+    found: dict[str, list[float]] = {}
+    for name, values in values_of(runs).items():
+        pooled = [run["counts"][name] for run in runs if name in run.get("counts", {})]
+        if pooled:
+            found[name] = wilson(sum(right for right, _ in pooled), sum(total for _, total in pooled))
+        elif factor := STUDENT.get(len(values)):
+            reach = factor * statistics.stdev(values) / len(values) ** 0.5
+            found[name] = [round(statistics.mean(values) - reach, 4), round(statistics.mean(values) + reach, 4)]
     return found
 
 
@@ -308,10 +423,11 @@ def gather(experiment: Experiment, done: list[ExperimentJob]) -> dict[str, Any]:
         row = variants.setdefault(job.name, {**vars(variant), "runs": []})
         row["runs"].append(results_of(job, experiment))
     for row in variants.values():
-        row["summary"] = summary(row["runs"])
+        row["summary"], row["intervals"] = summary(row["runs"]), intervals(row["runs"])
     return {
         "question": experiment.question, "compress": vars(experiment.compress), "train": vars(experiment.train),
         "prompts": experiment.prompts,
+        "names": experiment.names,
         "axis": experiment.axis, "over": experiment.over, "seeds": experiment.seeds, "variants": variants, "versions": versions(),
     }  # fmt: skip
 
@@ -321,6 +437,14 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
 
     Curves whose values are lists are left out. The standard deviation of one seed is 0.
     """
+    return {
+        name: [round(statistics.mean(found), 4), round(statistics.stdev(found), 4) if len(found) > 1 else 0.0]
+        for name, found in values_of(runs).items()
+    }
+
+
+def values_of(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return {name: value of each run} of each share and of the last value of each curve that has numbers."""
     values: dict[str, list[float]] = {}
     for result in runs:
         for field, points in result.get("curves", {}).items():
@@ -328,10 +452,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
                 values.setdefault(field, []).append(points[-1][1])
         for figure, share in result.get("shares", {}).items():
             values.setdefault(figure, []).append(share)
-    return {
-        name: [round(statistics.mean(found), 4), round(statistics.stdev(found), 4) if len(found) > 1 else 0.0]
-        for name, found in values.items()
-    }
+    return values
 
 
 def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:

@@ -47,6 +47,11 @@ captions of one object that training shows many of them.
 """
 
 
+MOVES = 0.5
+"""The share of the change of a rendered clip, from its first to its last frame, from which a clip counts as moving."""
+STILL = 0.5
+"""The mean absolute difference of the first and the last frame, of 255, up to which a rendered clip stands still."""
+
 PICTURES_OF = {"two_ways": "two", "held_out_sprites": "sprites"}
 """Kinds that differ from another kind only by their motions, with that other kind.
 
@@ -126,6 +131,16 @@ def moved(clips: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
         for of in (clips, truth)
     )
     return round(float(ours / theirs), 4) if theirs else 0.0
+
+
+def moving(clip: np.ndarray, truth: np.ndarray) -> dict[str, bool]:
+    """Return {"moving": whether the clip changes from its first to its last frame at least half as much as the rendered one}.
+
+    The change is the mean absolute difference of two frames, which the flicker of decoded clips adds to only once. Clips whose
+    rendered scene stands still have no key.
+    """
+    ours, theirs = (float(np.abs(c[-1].astype(np.int16) - c[0]).mean()) for c in (clip, truth))
+    return {"moving": ours >= MOVES * theirs} if theirs > STILL else {}
 
 
 def generate_in_batches(

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_networks import lumos_folder, stiv_folder
 
-from lumos.compression.frechet import clip_features, frechet_distance, frechet_scores
+from lumos.compression.frechet import frechet_scores
 from lumos.errors import UserError
 from lumos.pipeline.base import VideoPipeline
+from lumos.pipeline.frechet import clip_features, frechet_distance
 
 
 @given(seed=st.integers(0, 999), count=st.integers(2, 12), width=st.integers(1, 5))

@@ -187,7 +187,7 @@ def test_means_and_spread_over_seeds():
 
 def test_every_shipped_experiment_can_be_planned(repo: Path):
     for path in (repo / "configs" / "experiments").glob("*.yaml"):
-        if path.stem != "base":
+        if path.stem not in ("base", "stiv-base"):
             found = experiments.jobs(experiments.load(path), Path("runs"))
             assert len(found) >= 2, path
             assert len({job.folder for job in found}) == len(found)
@@ -195,4 +195,6 @@ def test_every_shipped_experiment_can_be_planned(repo: Path):
                 if job.prune:
                     compression_settings(repo / job.train[3], list(job.train[4:]))
                 elif job.train:
-                    model_config(load_settings(repo / job.train[2], list(job.train[3:])).model)
+                    settings = load_settings(repo / job.train[2], list(job.train[3:]))
+                    if settings.generator == "lumos1":  # test_studies.py builds the configs of the others
+                        model_config(settings.model)

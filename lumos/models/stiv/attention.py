@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from lumos.models.stiv.configuration import HEAD_DIM
 from lumos.models.stiv.fused import EPS, normed_rotary
-from lumos.models.stiv.rope import Rotary
+from lumos.models.stiv.rope import Rotary, apply_rotary
 
 KERNELS = frozenset((
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
@@ -52,20 +52,27 @@ class StivHeadNorm(StivRMSNorm):
         return normed_rotary(x, self.weight, tables, dtype)
 
 
+class HeadRotation(nn.Module):
+    """RoPE of queries or keys that have no norm."""
+
+    def forward(self, x: Tensor, tables: Rotary | None, dtype: torch.dtype) -> Tensor:
+        """x [..., L, H, D], in any dtype -> [..., L, H, D] in `dtype`; tables None: no positions."""
+        return (x if tables is None else apply_rotary(x, tables)).to(dtype)
+
+
 class StivAttention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys, a head at a time, before RoPE.
 
-    With `zero_out` the output projection starts at 0.
+    With `zero_out` the output projection starts at 0. Without `qk_norm` queries and keys have no norm.
     """
 
-    def __init__(self, width: int, zero_out: bool = False):
+    def __init__(self, width: int, zero_out: bool = False, qk_norm: bool = True):
         super().__init__()
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.o_proj = (ZeroLinear if zero_out else nn.Linear)(width, width)
-        self.q_norm = StivHeadNorm()
-        self.k_norm = StivHeadNorm()
+        self.q_norm, self.k_norm = (StivHeadNorm() if qk_norm else HeadRotation() for _ in range(2))
 
     def keys_and_values(self, source: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Return the keys and the values of source [..., M, d], each [..., M, H, D]; rotary: tables for keys."""

@@ -47,13 +47,14 @@ class Block(nn.Module):
     def __init__(self, config: StivConfig, number: int):
         super().__init__()
         d, parts = config.hidden_size, config.parts_of(number)
-        self.spatial = StivAttention(d)
-        self.temporal = StivAttention(d) if "temporal" in parts else None
+        self.spatial = StivAttention(d, qk_norm=config.qk_norm)
+        self.temporal = StivAttention(d, qk_norm=config.qk_norm) if "temporal" in parts else None
         self.temporal_gain = nn.Parameter(torch.ones(d)) if "temporal" in parts else None
-        self.cross = StivAttention(d, zero_out=True) if "cross" in parts else None
+        self.cross = StivAttention(d, zero_out=True, qk_norm=config.qk_norm) if "cross" in parts else None
         self.mlp = StivMLP(d, config.mlp_ratio) if "mlp" in parts else None
         self.table = nn.Parameter(torch.zeros(6, d)) if config.adaln_table else None
         self.causal = config.causal_in_time
+        self.add = normed_sum if config.sandwich_norm else plain_sum
 
     def forward(
         self, x: Tensor, modulation: Tensor, text: Tensor, text_mask: Tensor | None, places: Rotary, times: Rotary
@@ -102,13 +103,13 @@ class Block(nn.Module):
         if not self._runs("spatial"):
             return x
         shift, scale, gate = modulation[..., None, :3, :].unbind(-2)  # [B, f or 1, 1, d]
-        return normed_sum(x, self.spatial(normed_sum(shift, x, 1 + scale), rotary=places), gate)
+        return self.add(x, self.spatial(normed_sum(shift, x, 1 + scale), rotary=places), gate)
 
     def _over_places(self, x: Tensor, times: Rotary) -> Tensor:
         """Return x after temporal attention, which keeps places apart."""
         by_place = norm(x.transpose(1, 2).contiguous())  # [B, s, f, d], one copy instead of one each for q, k and v
         attended = self.temporal(by_place, rotary=times, causal=self.causal)
-        return normed_sum(x, attended.transpose(1, 2), self.temporal_gain.to(x.dtype)[None, None, None])
+        return self.add(x, attended.transpose(1, 2), self.temporal_gain.to(x.dtype)[None, None, None])
 
     def _over_tokens(self, x: Tensor, modulation: Tensor, words: tuple[Tensor, ...], text_mask: Tensor | None) -> Tensor:
         """Return x after cross-attention and MLP, which keep tokens apart; words: keys and values of the text."""
@@ -117,10 +118,15 @@ class Block(nn.Module):
         if not self._runs("mlp"):
             return x
         shift, scale, gate = modulation[..., None, 3:, :].unbind(-2)
-        return normed_sum(x, self.mlp(normed_sum(shift, x, 1 + scale)), gate)
+        return self.add(x, self.mlp(normed_sum(shift, x, 1 + scale)), gate)
 
     def _runs(self, part: str) -> bool:
         return getattr(self, part) is not None and part not in self.skipped
+
+
+def plain_sum(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Return base + x * factor, which stands for `normed_sum` where no norm is behind a unit."""
+    return base + x * factor
 
 
 def piece_size(x: Tensor) -> int | None:

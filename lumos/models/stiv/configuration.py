@@ -29,6 +29,7 @@ autoencoder             latents of an image autoencoder (diffusers); each frame 
 CAUSAL_LATENTS = ("causal", "continuous")
 GIVEN_TIMES = ("clean", "same")
 TEXT_ENCODERS = ("small", "folder")
+PREDICTIONS = ("velocity", "noise")
 PATTERNS = ("none", "first", "prediction", "ends", "interpolation", "views")
 """The names of the patterns of given frames, see `lumos.models.stiv.patterns`."""
 EVERY_SECOND_FRAME = ("interpolation", "views")
@@ -42,7 +43,9 @@ _SIZES = {
     "micro_stride": 2**16,
 }  # fmt: skip
 """The largest value of each field of whole numbers; the smallest is 1."""
-_SWITCHES = ("temporal_attention", "causal_in_time", "adaln_table")
+_SWITCHES = ("temporal_attention", "causal_in_time", "adaln_table", "qk_norm", "sandwich_norm", "condition_norm")
+OMITTED = {"qk_norm": True, "sandwich_norm": True, "condition_norm": True, "prediction": "velocity"}
+"""Fields that a config leaves out where they have these values, so that older folders and newer ones agree."""
 PARTS = ("spatial", "temporal", "cross", "mlp")
 """The parts of a block, in their order; all but the first can be removed."""
 
@@ -63,6 +66,9 @@ class StivConfig(PreTrainedConfig):
             every block is complete. Compression removes parts.
         causal_in_time: a frame attends to itself and to earlier frames only.
         adaln_table: each block adds a table of its own to the shared modulation.
+        qk_norm: queries and keys have an RMSNorm. sandwich_norm: a norm stands behind each unit too, not only before it.
+        condition_norm: each condition is normalised before the conditions are added. The published model has all three.
+        prediction: "velocity", or "noise": the network's last layer gives the noise, from which the velocity follows.
         given_time: "clean" gives the frames of a condition their own time, "same" the time of the clip.
         position_scale: {time, rows, columns}; a position is multiplied by it before RoPE. Below 1 after a
             conversion to larger clips.
@@ -96,6 +102,10 @@ class StivConfig(PreTrainedConfig):
     temporal_attention: bool = True
     causal_in_time: bool = False
     adaln_table: bool = True
+    qk_norm: bool = True
+    sandwich_norm: bool = True
+    condition_norm: bool = True
+    prediction: str = "velocity"
     without: list[str] | None = None
     unmasked_layers: int = 2
     given_time: str = "clean"
@@ -157,8 +167,9 @@ class StivConfig(PreTrainedConfig):
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values; `without` is left out of the config of a complete model."""
+        """Return the fields as plain values; those of OMITTED, and `without` of a complete model, are left out."""
         values = super().to_dict()
+        values = {name: value for name, value in values.items() if name not in OMITTED or value != OMITTED[name]}
         if not values.get("without"):
             values.pop("without", None)
         return values
@@ -208,7 +219,7 @@ class StivConfig(PreTrainedConfig):
         for name in _SWITCHES:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} {shown(value)} is not allowed; give true or false")
-        choices = (("latents", LATENTS), ("given_time", GIVEN_TIMES), ("text_encoder", TEXT_ENCODERS))
+        choices = (("latents", LATENTS), ("given_time", GIVEN_TIMES), ("text_encoder", TEXT_ENCODERS), ("prediction", PREDICTIONS))
         for name, allowed in choices:
             if not isinstance(value := getattr(self, name), str) or value not in allowed:
                 raise ValueError(f"{name} {shown(value)} is unknown; allowed: {', '.join(allowed)}")
@@ -265,7 +276,7 @@ class StivConfig(PreTrainedConfig):
     def num_parameters(self) -> int:
         """The number of parameters of the transformer, without those of the text encoder."""
         d, e, p = self.hidden_size, self.text_width, self.patch_channels
-        attention = 4 * d * d + 4 * d + 2 * HEAD_DIM
+        attention = 4 * d * d + 4 * d + 2 * HEAD_DIM * self.qk_norm
         mlp = 2 * self.mlp_ratio * d * d + (self.mlp_ratio + 1) * d
         sizes = {"spatial": attention, "temporal": attention + d, "cross": attention, "mlp": mlp}
         missing = [name.partition(".")[2] for name in self.without or ()]

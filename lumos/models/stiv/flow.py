@@ -15,6 +15,8 @@ from torch import Tensor
 from lumos.errors import shown
 
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+MIN_TIME = 0.05
+"""The time below which a velocity is computed from a predicted noise as at this time: at time 0 it is not defined."""
 
 
 def interpolated(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -26,6 +28,16 @@ def interpolated(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def target_velocity(data: Tensor, noise: Tensor) -> Tensor:
     """Return data - noise."""
     return data - noise
+
+
+def velocity_of_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return the velocity (x_t - noise) / t for a predicted noise; x, noise [B, ...], t [B], at least MIN_TIME."""
+    return (x - noise) / clamped_time(t, x.dim())
+
+
+def clamped_time(t: Tensor, dimensions: int) -> Tensor:
+    """Return times t [B], at least MIN_TIME, with `dimensions` dimensions."""
+    return t.clamp(min=MIN_TIME).reshape(-1, *[1] * (dimensions - 1))
 
 
 def replaced(x: Tensor, values: Tensor, given: Tensor | None) -> Tensor:

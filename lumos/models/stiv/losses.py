@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.flow import (
+    clamped_time,
     frame_losses,
     given_latents,
     interpolated,
@@ -91,6 +92,8 @@ def weighted_losses(prediction: Tensor, inputs: Inputs, config: StivConfig, sett
         _, rows, columns = config.grid(inputs.latents.shape[1], *inputs.latents.shape[3:])
         kept = kept_values(keep, rows, columns, config.patch_size)
         losses = masked_frame_losses(prediction, target, inputs.noisy, kept, given, settings.masked_loss_weight)
+    if config.prediction == "noise":  # the squared error of the noise, which is t^2 times that of the velocity
+        losses = losses * clamped_time(inputs.times, 2).square()
     if settings.flow.weighting == "min_snr":
         losses = losses * min_snr_weights(inputs.times, settings.flow.gamma)[:, None]
     return losses

@@ -33,6 +33,7 @@ from lumos.models.stiv.attention import StivRMSNorm, ZeroLinear, save_attention_
 from lumos.models.stiv.block import Block
 from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import HEAD_DIM, PARTS, StivConfig
+from lumos.models.stiv.flow import velocity_of_noise
 from lumos.models.stiv.fused import norm, normed_sum
 from lumos.models.stiv.loading import check_folder
 from lumos.models.stiv.rope import rotary, spatial_angles, temporal_angles
@@ -121,7 +122,7 @@ class ConditionMLP(nn.Sequential):
 
 
 class Conditions(nn.Module):
-    """The sum of all conditions, each normalised: time, micro conditions and pooled text."""
+    """The sum of all conditions, each normalised (`condition_norm`): time, micro conditions and pooled text."""
 
     def __init__(self, config: StivConfig):
         super().__init__()
@@ -129,15 +130,16 @@ class Conditions(nn.Module):
         self.time, self.stride, self.num_frames = (ConditionMLP(1, d) for _ in range(3))
         self.original_size, self.crop = (ConditionMLP(2, d) for _ in range(2))
         self.text = nn.Linear(config.text_width, d)
+        self.norm = norm if config.condition_norm else nn.Identity()
 
     def forward(self, times: Tensor, micro: Micro, pooled: Tensor) -> Tensor:
         """times [B, f or 1], micro, pooled [B, e] -> [B, f or 1, d]."""
         dtype = self.text.weight.dtype
-        c = norm(self.time(sinusoids(times[..., None] * TIME_SCALE).to(dtype)))
-        of_clip = norm(self.text(pooled.to(dtype)))
+        c = self.norm(self.time(sinusoids(times[..., None] * TIME_SCALE).to(dtype)))
+        of_clip = self.norm(self.text(pooled.to(dtype)))
         for field in fields(micro):
             values = getattr(micro, field.name).to(times.device).reshape(len(times), -1)
-            of_clip = of_clip + norm(getattr(self, field.name)(sinusoids(values).to(dtype)))
+            of_clip = of_clip + self.norm(getattr(self, field.name)(sinusoids(values).to(dtype)))
         return c + of_clip[:, None]
 
 
@@ -300,7 +302,8 @@ class StivForVideoGeneration(PrunableStack, PreTrainedModel):
             x = empty.scatter(2, at.expand(-1, f, -1, x.shape[-1]), x)
             x = self._run(late, x, (modulation, text, mask, places, times))
         shift, scale = self.final_modulation(conditions)[..., None, :].chunk(2, dim=-1)  # [B, f or 1, 1, d]
-        return StivOutput(sample=unpatched(self.patch_out(normed_sum(shift, x, 1 + scale)).float(), rows, config))
+        out = unpatched(self.patch_out(normed_sum(shift, x, 1 + scale)).float(), rows, config)
+        return StivOutput(sample=out if config.prediction == "velocity" else velocity_of_noise(latents.float(), out, t))
 
     def _times(self, t: Tensor, given: Tensor | None, given_time: float | Tensor) -> Tensor:
         """Return the time of each token frame, [B, f], or [B, 1] if all frames of a clip have the same."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError, as_text, reason_of, shown
-from lumos.models.stiv.configuration import AXES, StivConfig
+from lumos.models.stiv.configuration import AXES, OMITTED, StivConfig
 from lumos.models.stiv.initialization import position_scale
 from lumos.models.stiv.latents import check_combination
 from lumos.models.stiv.loading import read_config
@@ -29,7 +29,7 @@ def model_config(settings: StivTrainingSettings) -> StivConfig:
     Raises UserError if the settings are not valid, or if the model folder and the preset differ in shape.
     """
     model = settings.model
-    known = set(StivConfig().to_dict())
+    known = set(StivConfig().to_dict()) | set(OMITTED)
     for key in model.overrides:
         if key in SET_ELSEWHERE:
             raise UserError(f"model.overrides may not hold {key}; it is set by {SET_ELSEWHERE[key]}")

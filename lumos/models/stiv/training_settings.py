@@ -126,6 +126,8 @@ def check_flow(settings: StivTrainingSettings) -> None:
     for name, (needed, value) in needs.items():
         if getattr(flow, name) != getattr(usual, name) and getattr(flow, needed) != value:
             raise UserError(f"flow.{name} has no effect with flow.{needed}={getattr(flow, needed)}; leave it out, or set {value}")
+    if flow.weighting != "none" and settings.model.overrides.get("prediction") == "noise":
+        raise UserError("flow.weighting is for predictions of the velocity; set it to none with model.overrides.prediction=noise")
     if settings.mask_ratio == 0 and settings.masked_loss_weight != 0.1:
         raise UserError("masked_loss_weight has no effect with mask_ratio 0; set mask_ratio too, or leave it out")
 

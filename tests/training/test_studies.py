@@ -1,0 +1,150 @@
+"""The studies of configs/experiments that compare arms of STIV, or the two generators: equal compute and three seeds."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lumos import registry
+from lumos.cli import main
+from lumos.data.curriculum import Curriculum
+from lumos.errors import UserError
+from lumos.evaluation import experiments
+from lumos.training.settings import load_settings
+
+STUDIES = (
+    "stiv-image-dropout", "stiv-guidance", "stiv-given-time", "stiv-start", "stiv-mask", "stiv-prediction", "stiv-norms",
+    "compare-systems",
+)  # fmt: skip
+TRAINED = [name for name in STUDIES if name not in ("stiv-guidance", "stiv-prediction")]
+TEXT_TOKENS = 16
+
+
+@pytest.fixture
+def folders(monkeypatch, repo: Path, tmp_path: Path):
+    monkeypatch.chdir(repo)
+    return lambda name: experiments.jobs(experiments.load(f"configs/experiments/{name}.yaml"), tmp_path)
+
+
+def training_flops(command: tuple[str, ...]) -> float:
+    """Return the training FLOPs of a `train` command, by arithmetic; folders of earlier trainings need not exist."""
+    overrides = [text for text in command[3:] if not text.startswith(("init.", "model.from"))]
+    settings = load_settings(command[2], overrides)
+    side = 32 if settings.data.path.endswith("-32") else 64
+    cost = registry.generator(settings.generator).load("cost", "training").training_cost(settings, TEXT_TOKENS)
+    total = 0.0
+    for shape, steps in Curriculum(settings.data.stages, settings.training.batch_size).counts(settings.training.max_steps).items():
+        sequence = cost.sequence(1 if shape.kind == "image" else 17, side, side)
+        total += steps * shape.batch_size * cost.training_flops(sequence, cost.supervised(sequence))
+    return total
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_arms_have_equal_compute(folders, name: str):
+    jobs = [job for job in folders(name) if job.train]
+    spent = {job.name: sum(map(training_flops, [*(command for _, command in job.before), job.train])) for job in jobs}
+    assert len(spent) >= 2
+    assert max(spent.values()) / min(spent.values()) <= 1.02, spent
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_have_three_seeds_and_minutes(folders, repo: Path, name: str):
+    study = experiments.load(repo / "configs" / "experiments" / f"{name}.yaml")
+    assert len(study.seeds) == 3
+    assert study.minutes
+    assert {"moving", "moved"} <= set(study.figures)  # no number about quality without one about motion
+    for job in folders(name):
+        steps = [option for option, command in ((step, command) for step, command, _ in job.steps()) if command]
+        assert steps[-1] == "evaluate"
+
+
+def test_all_studies_together_fit_into_the_budget(repo: Path):
+    of = {name: experiments.load(repo / "configs" / "experiments" / f"{name}.yaml").minutes for name in STUDIES}
+    assert sum(minutes for name, minutes in of.items() if name.startswith("stiv-")) <= 5 * 60
+    assert sum(of.values()) <= 8 * 60
+
+
+def test_systems_are_sampled_at_equal_budgets(folders):
+    sampled: dict[str, list[float]] = {}
+    trained = {job.name.split(",")[0]: job.train for job in folders("compare-systems") if job.train}
+    for job in folders("compare-systems"):
+        if job.seed == 0:
+            system = job.name.split(",")[0]
+            sampled.setdefault(system, []).append(clip_flops(trained[system], int(job.prompts[-1])))
+    for decoder, transformer in zip(sampled["decoder"], sampled["transformer"], strict=True):
+        assert decoder == pytest.approx(transformer, rel=0.03)
+
+
+def clip_flops(command: tuple[str, ...], steps: int) -> float:
+    import torch
+
+    from lumos.pipeline.defaults import ClipDefaults
+
+    settings = load_settings(command[2], list(command[3:]))
+    generator = registry.generator(settings.generator)
+    config = generator.load("cost", "training").training_cost(settings, TEXT_TOKENS).config
+    sampling = generator.load("sampling")().changed(num_inference_steps=steps, guidance_scale=3.0)
+    form = ClipDefaults(num_frames=17, fps=8, height=64, width=64)
+    plan = generator.load("cost", "clip").clip_cost(config, form, sampling, TEXT_TOKENS, torch.float32)
+    return plan.report(1.0, 1.0)["flops"]["total"]
+
+
+def study(tmp_path: Path, **variants) -> str:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"train": {"config": "c.yaml"}, "prompts": [], "variants": variants}, sort_keys=False))
+    return str(path)
+
+
+def test_trainings_before_come_first_and_are_named(tmp_path: Path):
+    variant = {"before": {"pictures": ["x.y=1"]}, "train": ["init.image={pictures}"], "config": "d.yaml"}
+    found = experiments.load(study(tmp_path, a=variant))
+    (job,) = experiments.jobs(found, Path("runs"))
+    assert [name for name, _, _ in job.steps()] == ["pictures", "train", "evaluate"]
+    (name, before) = job.before[0]
+    assert (name, before[2], before[-1]) == ("pictures", "d.yaml", "training.output_dir=runs/a-0/pictures")
+    assert "init.image=runs/a-0/pictures/export" in job.train
+    assert [shlex.join(command) for _, command in job.missing()] == [shlex.join(command) for _, command, _ in job.steps()]
+
+
+def test_a_variant_may_evaluate_another_ones_model(tmp_path: Path):
+    found = experiments.load(study(tmp_path, a={}, b={"of": "a", "prompts": ["--given", "first"]}))
+    first, second = experiments.jobs(found, Path("runs"))
+    assert first.train
+    assert second.train is None
+    assert second.prompts[:4] == ("evaluate", "prompts", "--model", "runs/a-0/train/export")
+
+
+@pytest.mark.parametrize(("variants", "message"), [
+    ({"a": {}, "b": {"of": "c"}}, "variants.b.of 'c' is no variant that is trained"),
+    ({"a": {}, "b": {"of": "a"}, "c": {"of": "b"}}, "variants.c.of 'b' is no variant that is trained"),
+    ({"a": {}, "b": {"of": "a", "train": ["x.y=1"]}}, "no training here"),
+    ({"a": {"before": {"train": []}}}, "variants.a.before.train is not allowed"),
+])  # fmt: skip
+def test_what_a_study_of_stages_refuses(variants: dict, message: str, tmp_path: Path, capsys):
+    assert main(["experiment", study(tmp_path, **variants), "--list"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_intervals_of_shares_are_pooled_and_others_of_seeds():
+    runs = [{"counts": {"all": [right, 10]}, "shares": {"all": right / 10, "moved": moved}}
+            for right, moved in ((2, 1.0), (3, 2.0), (4, 3.0))]  # fmt: skip
+    found = experiments.intervals(runs)
+    assert found["all"] == pytest.approx([0.1666, 0.4788], abs=1e-3)  # Wilson, 9 of 30
+    assert found["moved"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)
+    assert experiments.wilson(0, 30)[0] == 0
+    assert experiments.counts_of({"one": [{"all": True, "prompt": "x"}, {"all": False}]}) == {"all": [1, 2], "all of one": [1, 2]}
+
+
+def test_a_curve_may_be_one_place_of_a_list():
+    line = {"step": 1, "val_loss": 2.0, "val_pattern_loss": [3.0, None]}
+    names = ("val_loss", "val_pattern_loss[0]", "val_pattern_loss[1]", "x")
+    assert [experiments.value_of(line, name) for name in names] == [2, 3, None, None]
+
+
+def test_a_weighting_needs_predictions_of_the_velocity(repo: Path, monkeypatch):
+    monkeypatch.chdir(repo)
+    with pytest.raises(UserError, match=r"flow\.weighting is for predictions of the velocity"):
+        load_settings("configs/experiments/stiv-base.yaml", ["flow.weighting=min_snr", "model.overrides.prediction=noise"])
