@@ -36,9 +36,10 @@ def test_every_recipe_loads(path, small_decoder):
     settings, train = read_recipe(path, [f"start_from={small_decoder}"] if of_decoder else [])
     assert train is (distill_decoder if of_decoder else distill)
     teacher = settings.teacher if of_decoder else settings.distill.teacher
-    assert teacher == f"checkpoints/{'lumos-tiny' if of_decoder else path.stem}"
-    assert (REPO / teacher / "config.json").is_file()
     text = path.read_text()
+    shipped = f"checkpoints/{'lumos-tiny' if of_decoder else path.stem}"
+    assert (REPO / shipped / "config.json").is_file()
+    assert teacher == shipped or f"resize {shipped} --out {teacher}" in text
     assert f"--config configs/compression/{path.name}" in text
     assert f"--model {teacher}" in text
     assert f"--out {'runs/small-decoder' if of_decoder else settings.model.from_}" in text
@@ -47,5 +48,5 @@ def test_every_recipe_loads(path, small_decoder):
         return
     training, first = settings.training, load_settings(REPO / f"configs/{PEAKS[path.stem]}.yaml").training
     assert (training.lr, training.schedule) == (first.lr / 2, "cosine")
-    assert training.min_lr == pytest.approx(training.lr / 10)
+    assert training.min_lr <= training.lr / 10
     assert training.ema_decay > 0
