@@ -30,7 +30,7 @@ class DistillSettings:
     teacher: str | None = setting(None, "folder of the model that the student learns from, usually the one it was pruned from")
     teacher_precision: str | None = setting(
         None, "number format of the teacher: fp32, bf16 or fp16; null: that of the training. On CPUs with instructions for "
-        "bfloat16, bf16 beside a training in fp32 makes the teacher several times as fast", choices=("fp32", "bf16", "fp16"),
+        "bfloat16, bf16 beside a training in fp32 makes the teacher several times as fast", choices=(None, "fp32", "bf16", "fp16"),
     )  # fmt: skip
     task: float = setting(0.1, "weight of the training's own loss on the data (published: 1)", low=0)
     kd: float = setting(

@@ -140,10 +140,10 @@ def test_a_resumed_critic_goes_on_with_the_same_losses(tmp_path):
 
 
 def test_what_a_critic_cannot_do_is_said():
+    other = torch.nn.Linear(2, 2)
+    other.config = {}
     with pytest.raises(UserError, match=r"a motion critic reads .*WanTransformer3DModel.*, not Linear"):
-        bad = torch.nn.Linear(2, 2)
-        bad.config = {}
-        MotionCritic(bad)
+        MotionCritic(other)
     with pytest.raises(UserError, match=r"UNet3DConditionModel needs the schedule of its noise: give Objective\('epsilon'"):
         MotionCritic(teacher_of(MODELSCOPE))
     teacher = teacher_of(WAN)
