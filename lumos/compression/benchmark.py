@@ -43,6 +43,8 @@ FORMS = {
     "difference": {"kd": 0.0, "icd": 0.0, "motion": "difference"},
     "mca": {"kd": 0.0, "icd": 0.0},
     "all": {},
+    "kd + icd, teacher bf16": {"mca": 0.0, "teacher_precision": "bf16"},
+    "all, teacher bf16": {"teacher_precision": "bf16"},
 }
 """What a step computes -> its settings of the section distill; the student's training step is the first."""
 MEASURES = ("loss", "bi", "output")
@@ -160,7 +162,7 @@ def scoring_steps(teacher: str, clips: int, device: str, dtype: str) -> dict[str
     def forwards() -> tuple:
         with torch.no_grad():
             for _ in range(len(units) + 1):
-                _ = task.forward(model, micro).losses
+                task.forward(model, micro)
         return ()
 
     def scores() -> tuple:

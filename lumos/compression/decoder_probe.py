@@ -39,7 +39,7 @@ class DecoderProbe:
         frames = number.clamp(max=1).expand_as(losses).flatten()
         pixels = made.detach().transpose(1, 2).flatten(2)  # [B, T, 3 H W]
         outputs = [Output(clip, number, torch.zeros_like(number)) for clip in pixels]
-        return Forward(losses.flatten, {"frames": frames, "level": torch.zeros_like(frames)}, lambda: iter(outputs))
+        return Forward(losses.flatten(), {"frames": frames, "level": torch.zeros_like(frames)}, lambda: iter(outputs))
 
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
         """Return the frame of each place of a stream [B, T, h, w, C] of the decoder."""

@@ -88,7 +88,34 @@ class NetworkCalls:
             given |= {"num_frames": frames, "height": height, "width": width}
         elif self.name in FRAMES_FIRST:
             x = x.transpose(1, 2)
-        return {"sample" if self.is_unet else "hidden_states": x, "timestep": time, "encoder_hidden_states": text, **given}
+        return {self.input: x, "timestep": time, "encoder_hidden_states": text, **given}
+
+    @property
+    def input(self) -> str:
+        """The name of the argument with the noisy latents."""
+        return "sample" if self.is_unet else "hidden_states"
+
+    @property
+    def latents(self) -> int:
+        """The channels of a prediction, which are the first ones of the input."""
+        return self.config.get("out_channels") or self.config["in_channels"]
+
+    def clips(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the input of a call with these keyword arguments as clips [B, C, T, h, w], channels of a condition included."""
+        x = arguments[self.input]
+        if self.name in PACKED:
+            return x.transpose(1, 2).unflatten(2, [arguments[name] for name in ("num_frames", "height", "width")])
+        return x.transpose(1, 2) if self.name in FRAMES_FIRST else x
+
+    def with_clips(self, arguments: Mapping[str, Any], latents: Tensor, time: Tensor) -> dict[str, Any]:
+        """Return the arguments with other noisy latents [B, C, T, h, w] and times [B]; a condition stays as it is."""
+        own = self.clips(arguments)
+        x = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
+        if self.name in PACKED:
+            x = x.flatten(2).transpose(1, 2)
+        elif self.name in FRAMES_FIRST:
+            x = x.transpose(1, 2)
+        return {**arguments, self.input: x, "timestep": time}
 
     def as_clips(self, prediction: Tensor, shape: torch.Size) -> Tensor:
         """Return a prediction as [B, C, T, h, w]. shape: that of the clips."""

@@ -63,6 +63,7 @@ class Weights(NamedTuple):
 
     icd: float
     mca: float
+    gamma: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class DistillationTask(TrainingTask):
             inner.loss_groups, inner.source, inner.causal, inner.export_folder,
         )  # fmt: skip
         self.device, training = inner.device, inner.settings.training
-        self.precision = pick_precision(training.precision, inner.device)
+        self.precision = pick_precision(settings.teacher_precision or training.precision, inner.device)
         self.critic: nn.Module | None = None
         self.teacher: nn.Module | None = None
         self.teacher_sha256: str | None = None
@@ -143,11 +144,15 @@ class DistillationTask(TrainingTask):
         return Prepared(prepared, draws, self.weights(step))
 
     def weights(self, step: int) -> Weights:
-        """Return the weights of the losses in a step: icd falls to 0 over the run, mca is 0 while the critic warms up."""
+        """Return the weights of the losses in a step: icd falls to 0 over the run, mca is 0 while the critic warms up.
+
+        That of the gradient penalty is 0 but in every distill.gamma_interval-th step (arXiv 1912.04958, appendix B).
+        """
         settings, steps = self.settings, self.inner.settings.training.max_steps
         icd = settings.icd * (max(0.0, 1 - step / steps) if settings.icd_decay else 1.0)
         waits = settings.adversarial and step < settings.critic_warmup
-        return Weights(icd, 0.0 if waits else settings.mca)
+        every = settings.gamma_interval
+        return Weights(icd, 0.0 if waits else settings.mca, 0.0 if step % every else settings.gamma * every)
 
     def encode(self, prepared: Prepared) -> Batch:
         batch, draws = self.inner.encode(prepared.inner), prepared.draws
@@ -215,7 +220,7 @@ class DistillationTask(TrainingTask):
     def auxiliary_losses(self, model: nn.Module, auxiliary: nn.Module, micro: dict[str, Any]) -> Tensor:
         losses = []
         for theirs, ours, level, pooled in micro.pop(KEPT, ()):
-            real, penalty = with_penalty(auxiliary, theirs, level, pooled, self.settings.gamma)
+            real, penalty = with_penalty(auxiliary, theirs, level, pooled, micro[WEIGHTS][0].gamma)
             fake = auxiliary(ours, level, pooled)
             self._add(critic_real=real, critic_fake=fake)
             losses.append(critic_losses(real, fake) + penalty)
@@ -224,7 +229,7 @@ class DistillationTask(TrainingTask):
         return sum(p.sum() for p in auxiliary.parameters()).float().expand(0)  # of an idle micro-batch, in step with the others
 
     def _teacher_precision(self) -> Any:
-        """Run the teacher in the precision of the run, whatever the engine does with the student."""
+        """Run the teacher in its precision, whatever the engine does with the student."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     # ---- the log, and faults
@@ -265,7 +270,7 @@ class DistillationTask(TrainingTask):
         return {**self.inner.resume_fingerprint(), **decisive}
 
     def fingerprint_defaults(self) -> dict[str, Any]:
-        return self.inner.fingerprint_defaults()
+        return {"distill.teacher_precision": None, "distill.gamma_interval": 1, **self.inner.fingerprint_defaults()}
 
     def export_metadata(self) -> dict[str, Any]:
         metadata, folder = self.inner.export_metadata(), self.inner.settings.model.from_

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -43,4 +43,28 @@ def tapped(
         yield found
     finally:
         for handle in hooks:
+            handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last block whose output is wanted."""
+
+
+@contextmanager
+def tapped_first(
+    modules: Mapping[Key, nn.Module], form: Callable[[Any], Tensor] = lambda output: output
+) -> Iterator[dict[Key, Tensor]]:
+    """As `tapped`, for one forward pass at the end of the block, which ends behind the last of the modules.
+
+    What a network computes behind it would cost time and is not used. modules: in the order of execution.
+    """
+
+    def end(*_: Any) -> None:
+        raise _Enough
+
+    with suppress(_Enough), tapped(modules, form) as found:
+        handle = list(modules.values())[-1].register_forward_hook(end)  # behind the hook that takes the output
+        try:
+            yield found
+        finally:
             handle.remove()

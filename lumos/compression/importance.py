@@ -126,10 +126,13 @@ class StreamSums:
                 self._add_pairs(points, frames > -2, axis)
 
     def _add_pairs(self, points: list[Tensor], used: Tensor, axis: int) -> None:
-        units = [F.normalize(point.movedim(axis, -1).flatten(0, -2)[used].float(), dim=-1) for point in points]
-        for i, one in enumerate(units):
-            for j in range(i + 1, len(units)):
-                self.pairs[i, j] += float((one - units[j]).square().sum() / 2)
+        """Add half the squared distances of unit vectors; float64, so that the squares may be subtracted from each other."""
+        units = torch.stack([
+            F.normalize(point.movedim(axis, -1).flatten(0, -2)[used].float(), dim=-1).flatten().double() for point in points
+        ])  # fmt: skip
+        products = units @ units.T
+        squares = products.diagonal()
+        self.pairs += ((squares[:, None] + squares[None]) / 2 - products).clamp(min=0).triu(1).cpu()
 
     def results(self, name: str) -> dict[str, Any]:
         """Return bi and bi_by of a stage."""
@@ -175,8 +178,6 @@ def score(
             started = time.perf_counter()
             with trace.recording():
                 found[WHOLE] = probe.forward(model, micro)
-                # Outputs are kept for one pass only. Losses come from the same logits, so that equal networks have equal losses.
-                _ = found[WHOLE].find_losses() if outputs else found[WHOLE].losses
             total += time.perf_counter() - started
             for name in seconds:
                 seconds[name] += trace.seconds.get(name, 0.0)

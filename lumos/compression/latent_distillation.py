@@ -20,11 +20,11 @@ from lumos.compression.diffusers_folder import CONFIG, read_config, weight_files
 from lumos.compression.diffusers_models import SUPPORTED, load
 from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, ForwardPass, Judged, Losses, bare, in_order
 from lumos.compression.distillation import DistillationTask
-from lumos.compression.features import tapped
+from lumos.compression.features import tapped, tapped_first
 from lumos.compression.latent_folder import TEXT
 from lumos.compression.latent_settings import LatentDistillationSettings
 from lumos.compression.latent_task import COUNTS, NOISE, ClipGroup, LatentTask, Unencoded, squared
-from lumos.compression.noising import with_noise
+from lumos.compression.noising import MEAN, STD, with_noise
 from lumos.compression.recovery import taps as taps_of
 from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
@@ -33,8 +33,6 @@ from lumos.training.loop import train
 
 NEW_NOISE = "critic_noise"
 """Name of the rows of a batch with new noise [C, T, h, w] for the critic."""
-MEAN, STD = -1.0, 1.0
-"""Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
 
 
 def distill_latents(settings: LatentDistillationSettings) -> dict[str, Any]:
@@ -147,7 +145,7 @@ class DistillableLatents(Distillable):
             clean = self.task.objective.clean(group.noisy, values.float(), group.level)
             shape = clean.shape
             modules = {tap: teacher.get_submodule(names[tap]) for tap in taps}
-            with tapped(modules, lambda output, shape=shape: calls.features(output, shape)) as found:
+            with tapped_first(modules, lambda output, shape=shape: calls.features(output, shape)) as found:
                 group.predicted(teacher, calls, with_noise(clean, noise, level), level.time)
             features.append(Features(group.at, [found[tap] for tap in taps]))
             pooled.append((group.at, group.tensors[TEXT].mean(1)))

@@ -27,7 +27,7 @@ class LatentDataSettings(DataSettings):
 class NoiseSettings:
     objective: str | None = setting(
         None, "what the network predicts: flow, epsilon, v_prediction or edm; null: what models of its class usually do",
-        choices=OBJECTIVES,
+        choices=(None, *OBJECTIVES),
     )  # fmt: skip
     scheduler: str | None = setting(
         None, "folder of the pipeline's scheduler, for epsilon and v_prediction; null: the folder scheduler beside distill.teacher"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lumos.errors import UserError, shown
 
@@ -58,19 +59,33 @@ def icd_by_clip(student: Sequence[Tensor], teacher: Sequence[Tensor], k: float =
 
 def errors_by_frame(s: Tensor, h: Tensor, k: float, raw: bool) -> Tensor:
     """Return e of one layer as `icd` defines it, float32 [B, T]; the mean squared error if it is `raw`."""
-    s, h = s.float(), h.detach().float()
-    error, norm = (s - h).square(), h.square()
-    if raw:
-        return error.mean((2, 3))
-    if math.isfinite(k):
-        inside = _inside(h, k) & _inside(s.detach(), k)
-        error, norm = torch.where(inside, error, 0.0), torch.where(inside, norm, 0.0)
-    return error.sum((2, 3)) / norm.sum((2, 3)).clamp(min=EPS)
+    return _FrameErrors.apply(s.flatten(2).float(), h.detach().flatten(2).float(), math.inf if raw else k, raw)
 
 
-def _inside(x: Tensor, k: float) -> Tensor:
-    """Return where a value lies within k standard deviations (population, of its frame) from zero, bool [B, T, n, C]."""
-    return x.abs() <= k * x.std((2, 3), correction=0, keepdim=True)
+class _FrameErrors(torch.autograd.Function):
+    """e of features [B, T, n], which saves only the differences that count: autograd would save five tensors of this size."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, h: Tensor, k: float, raw: bool) -> Tensor:
+        difference = s - h
+        if math.isfinite(k):
+            outside = (h.abs() > _reach(h, k)).logical_or_(s.abs() > _reach(s, k))
+            difference.masked_fill_(outside, 0.0)
+            h = h.masked_fill(outside, 0.0)
+        norm = torch.full_like(h[..., 0], h.shape[-1]) if raw else h.square().sum(-1).clamp(min=EPS)
+        ctx.save_for_backward(difference, norm)
+        return difference.square().sum(-1) / norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        difference, norm = ctx.saved_tensors
+        return difference * (2 * grad / norm)[..., None], None, None, None
+
+
+def _reach(x: Tensor, k: float) -> Tensor:
+    """Return k standard deviations (population) of each frame of x [B, T, n], [B, T, 1]."""
+    return k * (x - x.mean(-1, keepdim=True)).square_().mean(-1, keepdim=True).sqrt_()
 
 
 def velocity_kd(student: Tensor, teacher: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ OF_CLASS = {
 SCHEDULED = ("epsilon", "v_prediction")
 """Objectives whose levels come from a scheduler."""
 TIMES = 1000.0
+MEAN, STD = -1.0, 1.0
+"""Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
 SCHEDULER = "scheduler_config.json"
 
 
@@ -73,6 +75,12 @@ class Objective:
             return self._of_ratio(normal.exp())
         u = torch.sigmoid(normal)
         return self._of_share(self.shift * u / (1 + (self.shift - 1) * u))
+
+    def at(self, time: Tensor) -> NoiseLevel:
+        """Return the levels at which the network reads these times, [B]."""
+        if self.kept is not None:
+            return self._of_step(time.long())
+        return self._of_share(time.float() / TIMES) if self.kind == "flow" else self._of_ratio((4 * time.float()).exp())
 
     def near(self, left: Tensor) -> NoiseLevel:
         """Return the levels (of a scheduler: the nearest) at which the noise is 1 / left - 1 times as strong as the clip.

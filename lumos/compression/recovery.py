@@ -31,11 +31,15 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The student's prediction, and the losses that were asked for; the others are None."""
+    """The student's prediction, and the losses that were asked for; the others are None. `target` is the teacher's prediction.
+
+    The motion loss follows from the predictions, see `lumos.compression.motion.MotionCritic`.
+    """
 
     prediction: Tensor
     kd: Tensor | None
     icd: Tensor | None
+    target: Tensor | None = None
 
 
 def taps(folder: str | Path, layers: str | int = "all") -> list[tuple[str, str]]:
@@ -130,4 +134,5 @@ def compare(
         prediction,
         velocity_kd(prediction, target) if kd else None,
         icd_loss([own[name] for name in names[0]], [theirs[name] for name in names[1]], k, raw) if icd else None,
+        target,
     )

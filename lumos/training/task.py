@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -99,7 +98,7 @@ class Measured:
 class Output(NamedTuple):
     """A part of the output of a network for one clip, of T latent frames.
 
-    values  float32 [T, n]; a column is the same place and channel in all frames
+    values  float32 [T, n]; a column is the same place and channel in all frames. Only sums of squares and products count.
     frames  int64 [T], the number of each frame in its clip
     levels  int64 [T], the place of each frame in the score group "level"
     """
@@ -113,19 +112,14 @@ class Output(NamedTuple):
 class Forward:
     """What a network makes of a micro-batch, for compression.
 
-    find_losses  returns `losses`; it may use what `outputs` has computed before
-    places       {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
-    outputs      yields the output part by part, in bounded memory, in the same order for every network
+    losses   those of `TrainingTask.losses`, [N]
+    places   {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
+    outputs  yields the output part by part, in the same order for every network
     """
 
-    find_losses: Callable[[], Tensor]
+    losses: Tensor
     places: dict[str, Tensor]
     outputs: Callable[[], Iterator[Output]]
-
-    @cached_property
-    def losses(self) -> Tensor:
-        """Those of `TrainingTask.losses`, [N]."""
-        return self.find_losses()
 
 
 class TrainingTask(ABC):

@@ -146,8 +146,9 @@ def test_a_form_of_a_step_computes_its_losses_only(model_folder, tmp_path):
         for form, off in compression_bench.FORMS.items():
             task = compression_bench.task_of(student, teacher, 1, "cpu", "float32", off)
             assert (task.teacher is None) == (form == "training")
-            assert (task.build_auxiliary() is None) == (form not in ("mca", "all"))
+            assert (task.build_auxiliary() is None) == (form.partition(",")[0] not in ("mca", "all"))
             assert bool(task.kept) == (form not in ("training", "kd", "mca"))
+            assert task.teacher is None or (next(task.teacher.parameters()).dtype == torch.bfloat16) == ("bf16" in form)
 
 
 def test_attention_memory_and_ratios(everything):

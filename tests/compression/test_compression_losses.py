@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lumos.compression.losses import EPS, icd, logits_kd, velocity_kd
+from lumos.compression.losses import EPS, errors_by_frame, icd, logits_kd, velocity_kd
 from lumos.errors import UserError
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(2, 6))
@@ -57,6 +57,27 @@ def test_icd_of_planted_numbers():
     assert icd([s], [h], k=2.0).item() == pytest.approx(0.25 / 7)
     assert icd([s], [h], k=math.inf).item() == pytest.approx((0.25 + 150.0**2) / (7 + 100.0**2))
     assert icd([s, s], [h, h], raw=True).item() == pytest.approx(2 * (0.25 + 150.0**2) / 8)
+
+
+@given(SHAPES, K, st.booleans())
+def test_the_gradient_of_icd_is_that_of_plain_sums(shape, k, raw):
+    """By autograd through the formula, where what counts is no function of the features; frames have different weights."""
+    h, found = noise(shape, 2), []
+    weights = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape[:2])
+    for is_plain in (False, True):
+        s = noise(shape, 1).requires_grad_()
+        if is_plain:
+            counts = torch.ones(shape) if raw or math.isinf(k) else torch.stack([
+                x.detach().abs() <= k * x.detach().std((2, 3), correction=0, keepdim=True) for x in (s, h)
+            ]).all(0)  # fmt: skip
+            errors = (counts * (s - h).square()).sum((2, 3)) / (counts * h.square()).sum((2, 3)).clamp(min=EPS)
+            errors = (s - h).square().mean((2, 3)) if raw else errors
+        else:
+            errors = errors_by_frame(s, h, k, raw)
+        (errors * weights).sum().backward()
+        found.append((errors.detach(), s.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("raw", [False, True])

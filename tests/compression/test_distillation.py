@@ -352,10 +352,52 @@ def test_losses_that_are_off_cost_nothing(task, generator, monkeypatch):
 def test_content_weight_falls_and_the_critic_warms_up(task):
     made = task(distill={"icd": 0.2, "mca": 0.3, "critic_warmup": 2}, training={"max_steps": 4})
     assert [made.weights(step) for step in range(5)] == [
-        (0.2, 0), (pytest.approx(0.15), 0), (0.1, 0.3), (pytest.approx(0.05), 0.3), (0.0, 0.3)
+        (0.2, 0, 0), (pytest.approx(0.15), 0, 0), (0.1, 0.3, 0), (pytest.approx(0.05), 0.3, 0), (0.0, 0.3, 0)
     ]  # fmt: skip
     made = task(distill={"icd_decay": False, "motion": "difference", "critic_warmup": 200})
-    assert made.weights(3) == (0.1, 0.1)
+    assert made.weights(3) == (0.1, 0.1, 0)
+
+
+def test_a_rare_penalty_has_the_weight_of_all(task):
+    made = task(distill=only(mca=1.0, gamma=0.5, gamma_interval=3))
+    assert [made.weights(step).gamma for step in range(5)] == [1.5, 0, 0, 1.5, 0]
+    model, critic = made.build_model(), made.build_auxiliary()
+    plain = task(distill=only(mca=1.0))
+    plain.build_auxiliary()
+    found = {}
+    for step in (1, 3):
+        for each in (made, plain):
+            micro = batch_of(each, step=step)
+            each.losses(model, micro)
+            found[step, each is made] = each.auxiliary_losses(model, critic, micro)
+    assert torch.equal(found[1, True], found[1, False])
+    assert (found[3, True] > found[3, False]).all()
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_the_teacher_has_a_number_format_of_its_own(task, generator):
+    """bfloat16 beside a student in float32: the same losses up to its rounding, and gradients in float32."""
+    found = []
+    for precision in ("bf16", None):
+        made = task(generator, distill={"teacher_precision": precision, "critic_warmup": 0})
+        assert next(made.teacher.parameters()).dtype == (torch.bfloat16 if precision else torch.float32)
+        model = made.build_model()
+        made.build_auxiliary()
+        losses, _ = made.losses(model, batch_of(made))
+        losses.sum().backward()
+        found.append([losses.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert {x.dtype for x in found[-1]} == {torch.float32}
+    assert len(found[0]) == len(found[1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.05, atol=0.05)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_older_runs_had_none_of_the_new_settings(task):
+    made = task()
+    found, added = made.resume_fingerprint(), made.fingerprint_defaults()
+    assert added["distill.teacher_precision"] is None
+    assert added["distill.gamma_interval"] == 1
+    assert found == found | {name: value for name, value in added.items() if name.startswith("distill.")}
 
 
 def test_a_warming_critic_learns_without_the_student(task):
@@ -404,7 +446,9 @@ def test_one_warning_names_all_settings_without_effect(distilling):
         assert why in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        distilling(distill={"gamma": 1.0, "icd_layers": 2})
+        distilling(distill={"gamma": 1.0, "gamma_interval": 4, "icd_layers": 2})
+    with pytest.warns(UserWarning, match=r"distill\.gamma_interval, because gamma is 0"):
+        distilling(distill={"gamma_interval": 4})
 
 
 @pytest.mark.parametrize(("section", "message"), [

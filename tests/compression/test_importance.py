@@ -109,23 +109,34 @@ def test_codes_are_sorted_into_first_copied_and_changed(lumos):
     assert found.places["frames"].tolist() == wanted
 
 
-def test_outputs_are_logits_at_places_masked_in_all_frames(lumos, monkeypatch):
-    from lumos.models.lumos1 import scoring
-
-    model, micro = decoder(), lumos.batches[0]
+def test_outputs_have_the_products_of_the_logits_at_places_masked_in_all_frames(lumos):
+    """The values are in other coordinates than the logits less their mean, with the same scalar products."""
+    model, other, micro = decoder(), decoder(), lumos.batches[0]
     with torch.no_grad():
-        whole = list(lumos.task.forward(model, micro).outputs())
-        logits = model(micro["input_ids"]).logits[..., lumos.task.config.visual_token_start :][..., :64]
-        monkeypatch.setattr(scoring, "OUTPUT_VALUES", 3 * 64 * 2)  # pieces of three places
-        parts = list(lumos.task.forward(model, micro).outputs())
-    assert len(whole) == 2
-    assert len(parts) > 2
-    assert torch.allclose(torch.cat([part.values for part in parts[: len(parts) // 2]], dim=1), whole[0].values, atol=1e-6)
+        other.model.layers[1].mlp.down_proj.weight.mul_(2)
+        found = [list(lumos.task.forward(x, micro).outputs()) for x in (model, other)]
+        logits = [x(micro["input_ids"]).logits[..., lumos.task.config.visual_token_start :][..., :64] for x in (model, other)]
+    assert [len(x) for x in found] == [2, 2]
     (layout,), masked = {id(x): x for x in micro["layouts"][:1]}.values(), micro["targets"][0] != IGNORED
     frames = [torch.arange(frame.start, frame.end) for frame in layout.frames]
     places = [i for i in range(len(frames[0])) if all(masked[frame[i]] for frame in frames)]
-    plain = torch.stack([logits[0, frame[places]] for frame in frames])
-    assert torch.allclose(whole[0].values, (plain - plain.mean(-1, keepdim=True)).flatten(1), atol=1e-5)
+    plain = torch.cat([torch.stack([x[0, frame[places]] for frame in frames]) for x in logits])
+    plain = (plain - plain.mean(-1, keepdim=True)).flatten(1)
+    values = torch.cat([x[0].values for x in found])
+    torch.testing.assert_close(values @ values.T, plain @ plain.T, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(values[0], values[2])
+
+
+def test_the_root_of_the_output_follows_the_weights_of_the_head():
+    from lumos.models.lumos1.scoring import output_root
+
+    head, h = decoder().lm_head, torch.randn(5, decoder().config.hidden_size)
+    first = output_root(head)
+    assert output_root(head) is first
+    with torch.no_grad():
+        head.weight.mul_(3)
+    torch.testing.assert_close((h @ output_root(head).T).norm(dim=1), 3 * (h @ first.T).norm(dim=1))
+    assert "_output_root" not in head.state_dict()
 
 
 def test_stream_frames_of_the_decoder(lumos):
@@ -367,28 +378,6 @@ def test_a_temporal_unit_that_gives_nothing_has_no_motion_share(stiv):
     assert found["2.temporal"]["output"] == found["2.temporal"]["loss"] == 0
     assert found["2.temporal"]["motion_share"] is None
     assert all(0 < found[f"{i}.temporal"]["motion_share"] <= 1 for i in (0, 1, 3))
-
-
-def test_losses_of_outputs_need_no_second_product_of_the_head(lumos, monkeypatch):
-    """Places whose logits were computed for the output need no second product with the head."""
-    model = decoder()
-    head, rows = type(model.lm_head).forward, []
-
-    def counted(self, hidden, targets=None, visual_only=False):
-        rows.append((targets is not None, hidden.flatten(0, -2).shape[0]))
-        return head(self, hidden, targets, visual_only)
-
-    monkeypatch.setattr(type(model.lm_head), "forward", counted)
-    with torch.no_grad():
-        for micro in lumos.batches:
-            found, alone = (lumos.task.forward(model, micro) for _ in "ab")
-            list(found.outputs())
-            assert torch.allclose(found.losses, alone.losses, rtol=1e-5, atol=1e-5)
-            assert found.losses is found.losses
-    behind, plain = (sum(n for has, n in rows if has == wanted) for wanted in (False, True))
-    total = sum(len(lumos.task.forward(model, micro).losses) for micro in lumos.batches)
-    assert behind > 0
-    assert plain == total + (total - behind)
 
 
 def test_pictures_have_no_motion():

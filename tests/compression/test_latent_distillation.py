@@ -238,6 +238,12 @@ def test_settings_that_cannot_be(made, tmp_path, sections, message):
         settings(made, WAN, tmp_path, **sections)
 
 
+def test_settings_survive_their_plain_form(made, tmp_path):
+    """Also those that are null, such as noise.objective."""
+    found = settings(made, WAN, tmp_path)
+    assert build_latent_settings(found.to_dict()) == found
+
+
 def test_teachers_and_folders_that_do_not_fit(made, tmp_path):
     def task(**sections: Any) -> LatentTask:
         return make_latent_task(settings(made, WAN, tmp_path / "run", **sections), CPU)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumos.compression.noising import OBJECTIVES, NoiseLevel, Objective, read_schedule, with_noise
+from lumos.compression.noising import OBJECTIVES, SCHEDULED, NoiseLevel, Objective, read_schedule, with_noise
 from lumos.errors import NotFound, UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -69,6 +69,16 @@ def test_the_level_of_a_flow():
     assert level.time.item() == pytest.approx(1000 * (1 - 0.7310586), rel=1e-5)
     plain, shifted = (Objective("flow", shift=s).drawn(torch.Generator().manual_seed(3)).sigma.item() for s in (1.0, 3.0))
     assert shifted == pytest.approx(3 * plain / (1 + 2 * plain))
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_level_follows_from_the_time(kind):
+    form = Objective(kind, kept=torch.linspace(0.999, 0.01, 50) if kind in SCHEDULED else None)
+    drawn = [form.drawn(torch.Generator().manual_seed(seed)) for seed in range(5)]
+    found = form.at(torch.stack([level.time for level in drawn]))
+    for name in ("alpha", "sigma"):
+        expected = torch.stack([getattr(level, name) for level in drawn])
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_schedules_that_cannot_be(tmp_path):

@@ -138,12 +138,15 @@ def visual_features(blocks: Sequence[Tensor], layouts: Sequence[SequenceLayout])
     if not blocks:
         return []
     layouts = [SequenceLayout(x.length, tuple(frame for frame in x.frames if frame.stated_time is None)) for x in layouts]
-    codes, sizes = code_mask(layouts, blocks[0].shape[1]).to(blocks[0].device), {}
+    codes, sizes = code_mask(layouts, blocks[0].shape[1]), {}
     for i, layout in enumerate(layouts):
         sizes.setdefault((len(layout.frames), layout.frames[0].rows, layout.frames[0].cols), []).append(i)
-    whole = len(sizes) == 1
+    places = torch.arange(codes.numel()).view(codes.shape)
     return [
-        Features(at, [x[codes].unflatten(0, (len(at), *size)) if whole else x[at][codes[at]].unflatten(0, (len(at), *size))
-                      for x in blocks])
-        for size, at in sizes.items()
-    ]  # fmt: skip
+        Features(at, codes_of(blocks, places[at][codes[at]].to(blocks[0].device), (len(at), *size))) for size, at in sizes.items()
+    ]
+
+
+def codes_of(blocks: Sequence[Tensor], places: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """Return what layers [B, L, C] give at places of the flattened batch, [*shape, C] each."""
+    return [x.flatten(0, 1).index_select(0, places).unflatten(0, shape) for x in blocks]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from lumos.models.lumos1.loss import chunks
 
@@ -59,27 +58,35 @@ def _by_chunks(
     task, kd = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight) if wanted[1] else None
-    grad_visual = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device) if wanted[1] else None
+    exact = weight.dtype == hidden.dtype == torch.float32
+    if wanted[1]:
+        grad_visual = grad_weight[place.rows] if exact else torch.zeros(visual.shape, dtype=torch.float32, device=visual.device)
+    # All chunks share these: to allocate memory of this size for each chunk would take longer than the computation.
+    size = (min(place.chunk, len(hidden)), len(visual))
+    ours, others = (x.new_empty(size) for x in (hidden, teacher_hidden))
+    log_q_of, log_p_of, p_of = (hidden.new_empty(size, dtype=torch.float32) for _ in range(3))
     for s in chunks(len(hidden), place.chunk):
-        x, at = hidden[s], targets[s, None]
-        log_q = torch.log_softmax((x @ visual.T).float(), dim=1)
-        log_p = torch.log_softmax((teacher_hidden[s] @ theirs.T).float(), dim=1)
-        p = log_p.exp()
+        x, at, n = hidden[s], targets[s, None], len(targets[s])
+        log_q = torch.log_softmax(torch.mm(x, visual.T, out=ours[:n]).float(), dim=1, out=log_q_of[:n])
+        log_p = torch.log_softmax(torch.mm(teacher_hidden[s], theirs.T, out=others[:n]).float(), dim=1, out=log_p_of[:n])
+        p = torch.exp(log_p, out=p_of[:n])
         task[s] = -log_q.gather(1, at).squeeze(1)
-        kd[s] = (p * log_p.sub_(log_q)).sum(1)
+        kd[s] = log_p.sub_(log_q).mul_(p).sum(1)
         if not any(wanted):
             continue
         # task (q - one-hot) + kd (q - p)
-        grad = log_q.exp_().mul_(place.task + place.kd).sub_(p.mul_(place.kd))
+        grad = log_q.exp_().mul_(place.task + place.kd).sub_(p, alpha=place.kd)
         grad.scatter_add_(1, at, grad.new_full(at.shape, -place.task))
         if scale is not None:
             grad.mul_(scale[s, None])
         grad = grad.to(hidden.dtype)
         if wanted[0]:
             torch.mm(grad, visual, out=grad_hidden[s])
-        if wanted[1]:
+        if wanted[1] and exact:
+            grad_visual.addmm_(grad.T, x)
+        elif wanted[1]:
             grad_visual += grad.T @ x
-    if wanted[1]:
+    if wanted[1] and not exact:
         grad_weight[place.rows] = grad_visual.to(weight.dtype)
     return task, kd, grad_hidden, grad_weight
 
@@ -118,14 +125,49 @@ def soft_embeddings(
         hidden: [N, D]. weight: the head [V, D]. embeddings: [V, E].
         chunk: positions whose p exists at a time.
     """
-    visual = weight[first_row : first_row + rows].to(hidden.dtype)
-    table = embeddings[first_row : first_row + rows]
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return _SoftEmbeddings.apply(hidden, weight, embeddings.detach(), slice(first_row, first_row + rows), chunk)
 
-    def mixed(x: Tensor) -> Tensor:
-        return (x @ visual.T).float().softmax(dim=1).to(table.dtype) @ table
 
-    parts = [
-        checkpoint(mixed, hidden[s], use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else mixed(hidden[s])
-        for s in chunks(len(hidden), chunk)
-    ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, table.shape[1], dtype=table.dtype)
+class _SoftEmbeddings(torch.autograd.Function):
+    """The mixed rows of a table, whose backward pass computes the weights of the mixture again, but not the mixture."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, embeddings, place, chunk):
+        visual, table = weight[place].to(hidden.dtype), embeddings[place]
+        mixed = table.new_empty(len(hidden), table.shape[1])
+        logits = hidden.new_empty(min(chunk, len(hidden)), len(visual))
+        for s in chunks(len(hidden), chunk):
+            p = torch.mm(hidden[s], visual.T, out=logits[: len(hidden[s])]).float().softmax(1)
+            torch.mm(p.to(table.dtype), table, out=mixed[s])
+        ctx.save_for_backward(hidden, weight, embeddings, mixed)
+        ctx.place, ctx.chunk = place, chunk
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, embeddings, mixed = ctx.saved_tensors
+        visual, table = weight[ctx.place].to(hidden.dtype), embeddings[ctx.place]
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_visual = torch.zeros(visual.shape, dtype=torch.float32, device=visual.device) if wanted[1] else None
+        grad = grad.to(table.dtype)
+        along = (grad.float() * mixed.float()).sum(1, keepdim=True)  # sum over codes of p dL/dp
+        logits = hidden.new_empty(min(ctx.chunk, len(hidden)), len(visual))
+        for s in chunks(len(hidden), ctx.chunk):
+            x = hidden[s]
+            p = torch.mm(x, visual.T, out=logits[: len(x)]).float().softmax(1)
+            of_logits = torch.mm(grad[s], table.T).float().sub_(along[s]).mul_(p).to(hidden.dtype)
+            if wanted[0]:
+                torch.mm(of_logits, visual, out=grad_hidden[s])
+            if wanted[1] and grad_visual.dtype == x.dtype:
+                grad_visual.addmm_(of_logits.T, x)
+            elif wanted[1]:
+                grad_visual += of_logits.T @ x
+        grad_weight = None
+        if wanted[1]:
+            grad_weight = torch.zeros_like(weight)
+            grad_weight[ctx.place] = grad_visual.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None

@@ -15,12 +15,12 @@ from lumos.training.task import IGNORED, Forward, Output
 
 RATIO_BINS = 10
 """Number of equal ranges of mask ratios by which losses are sorted."""
+ROWS = 2**13
+"""Rows of the head that are float64 at the same time."""
 GROUPS = {
     "frames": ("first frame", "later frames, copied codes", "later frames, changed codes"),
     "level": tuple(f"ratio {k / RATIO_BINS:.1f} to {(k + 1) / RATIO_BINS:.1f}" for k in range(RATIO_BINS)),
 }
-OUTPUT_VALUES = 2**24
-"""Number of logits of an output that exist at the same time."""
 
 
 def ratio_bins(ratios: Tensor) -> Tensor:
@@ -34,15 +34,13 @@ def ratio_bins(ratios: Tensor) -> Tensor:
 def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> Forward:
     """Return the losses and outputs of a micro-batch.
 
-    An output is the logits over the visual codes less their mean, at the places that are masked in all frames. A code is
-    copied if it is the one at the same place of the frame before.
+    The output F is the logits over the visual codes less their mean, at the places that are masked in all frames. Its values
+    are in the coordinates of `output_root`, in which all sums of squares and products are those of F. A code is copied if it
+    is the one at the same place of the frame before.
     """
     ids, targets, bins = micro["input_ids"], micro["targets"], ratio_bins(micro["mask_ratios"])
     hidden, layouts = model.hidden_states(ids, layouts=micro.get("layouts"))
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-    number = torch.full_like(ids, -1)  # of the loss of each place
-    number[rows, columns] = torch.arange(len(rows), device=ids.device)
-    known: dict[str, Tensor] = {}  # losses and, at places whose logits were needed for outputs, True
     frames, places = (find(layouts, ids.shape[1]).to(ids.device)[rows, columns] for find in (frame_times, frame_indices))
     codes = torch.where(targets != IGNORED, targets, ids - config.visual_token_start)
     back = pad_sequences([torch.tensor(steps_back(layout)) for layout in layouts], 0).to(ids.device)[rows, places]
@@ -50,8 +48,7 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
     of_frame = torch.where(frames == 0, 0, torch.where(is_copied, 1, 2))
 
     def outputs() -> Iterator[Output]:
-        if not torch.is_grad_enabled():
-            known.update(losses=hidden.new_zeros(len(rows), dtype=torch.float32), has=torch.zeros_like(rows, dtype=torch.bool))
+        root = output_root(model.lm_head)
         for row, layout in enumerate(layouts):
             frame, starts = torch.tensor([layout.times, [frame.start for frame in layout.frames]], device=ids.device)
             span = layout.frames[0].end - layout.frames[0].start
@@ -59,26 +56,29 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
             has_loss = (targets[row, at] != IGNORED).any(1)  # not in given frames
             frame, at = frame[has_loss], at[has_loss]  # [T], [T, span]
             at = at[:, (targets[row, at] != IGNORED).all(0)]
-            for part in at.split(max(1, OUTPUT_VALUES // (max(1, len(at)) * config.visual_token_count)), dim=1):
-                if part.numel():
-                    logits = model.lm_head(hidden[row, part], visual_only=True).float()  # [T, places, codes]
-                    if known:
-                        at_loss = number[row, part].flatten()
-                        found = F.cross_entropy(logits.flatten(0, 1), targets[row, part].flatten(), reduction="none")
-                        known["losses"][at_loss] = found
-                        known["has"][at_loss] = True
-                    yield Output((logits - logits.mean(-1, keepdim=True)).flatten(1), frame, bins[row, frame])
+            if at.numel():
+                yield Output(F.linear(hidden[row, at].float(), root).flatten(1), frame, bins[row, frame])
 
-    def losses() -> Tensor:
-        """The head is by far the largest matrix of a small model: places with known losses need no second product with it."""
-        if not known:
-            return model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
-        (left,) = (~known["has"]).nonzero(as_tuple=True)
-        if len(left):
-            known["losses"][left] = model.lm_head(hidden[rows[left], columns[left]], targets=targets[rows[left], columns[left]])
-        return known["losses"]
-
+    losses = model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
+
+
+@torch.no_grad()
+def output_root(head: nn.Module) -> Tensor:
+    """Return R, float32 [C, C], with R^T R = W^T W for the head's rows W of the visual codes less their mean.
+
+    |R h| is thus the norm of the logits of a hidden state h less their mean, and so are all scalar products. The logits
+    themselves are as many numbers as there are codes; R h are as many as h has channels. R is computed once for a weight.
+    """
+    weight = head.weight
+    state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    known = getattr(head, "_output_root", None)
+    if known is None or known[0] != state:
+        rows = weight[head.first_row : head.first_row + head.rows]
+        mean = rows.mean(0, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(sum((part := some.double() - mean).T @ part for some in rows.split(ROWS)))
+        head._output_root = known = (state, (values.clamp(min=0).sqrt()[:, None] * vectors.T).float())
+    return known[1]
 
 
 def steps_back(layout: SequenceLayout) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lumos.compression.critic import time_of_noise
 from lumos.compression.distillable import LEVEL, Distillable, Draws, Features, ForwardPass, Judged, Losses, bare, in_order
 from lumos.compression.features import tapped
+from lumos.compression.noising import MEAN, STD
 from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
 from lumos.models.stiv.attention import StivRMSNorm
@@ -32,8 +33,6 @@ from lumos.pipeline.acceleration import compile_parts
 
 NOISE = "critic_noise"
 """Name of the rows of a batch with new noise [T, C, h, w] for the critic."""
-MEAN, STD = -1.0, 1.0
-"""Mean and standard deviation of the logarithm of the noise level of re-noised clips (SF-V, arXiv 2406.04324)."""
 
 
 class VelocityPrediction(NamedTuple):

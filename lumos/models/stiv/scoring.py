@@ -29,4 +29,4 @@ def forward(config: StivConfig, settings: StivTrainingSettings, model: nn.Module
             losses.append(of_frames[row, frames])
             found.append(Output(velocity[row, frames].flatten(1), frames, time_bins(time).expand(len(frames))))
     groups = {"frames": torch.cat([part.frames.clamp(max=1) for part in found]), "level": torch.cat([p.levels for p in found])}
-    return Forward(lambda: torch.cat(losses), groups, lambda: iter(found))
+    return Forward(torch.cat(losses), groups, lambda: iter(found))
