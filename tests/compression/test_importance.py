@@ -109,7 +109,7 @@ def test_codes_are_sorted_into_first_copied_and_changed(lumos):
     assert found.places["frames"].tolist() == wanted
 
 
-def test_outputs_have_the_products_of_the_logits_at_places_masked_in_all_frames(lumos):
+def test_compared_outputs_keep_the_products_of_logits(lumos):
     """The values are in other coordinates than the logits less their mean, with the same scalar products."""
     model, other, micro = decoder(), decoder(), lumos.batches[0]
     with torch.no_grad():
