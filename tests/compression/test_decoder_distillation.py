@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_networks import lumos_folder, tokenizer
 
-from lumos import LumosPipeline, device_peak
+from lumos import LumosPipeline
 from lumos.commands import compress_distill
 from lumos.compression.decoder_distillation import DecoderDistillationTask, DecoderDistillSettings, distill_decoder
 from lumos.compression.networks import DecoderNetwork, network_of
@@ -30,11 +30,6 @@ SMALL = {
     "export_dtype": "float32", "device": "cpu",
 }  # fmt: skip
 REMOVED = ("mid", "up.0.1")
-
-
-@pytest.fixture(autouse=True)
-def quick_look_at_the_machine(monkeypatch):
-    monkeypatch.setattr(device_peak, "PROBE", {"seconds": 0.0, "products": 1})
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_networks import codes, tokenizer
 
@@ -53,6 +53,7 @@ def test_published_counts():
 
 
 @given(names=st.sets(st.sampled_from(UNITS)))
+@settings(max_examples=16)
 def test_a_smaller_decoder_is_the_one_that_skips(whole, names):
     small = whole.without(names)
     with whole.skipping(names):
