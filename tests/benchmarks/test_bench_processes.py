@@ -69,7 +69,7 @@ def test_busy_processes_end_with_the_block():
 
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
-    """Commands of Lumos run in this process, each once: a repeated one leaves what it left before. Returns [(command, environment)]."""
+    """Commands of Lumos run in this process, each once; its repetitions leave the same. Returns [(command, environment)]."""
     started, left = [], tmp_path / "left"
 
     def run(command, env, what):
