@@ -6,6 +6,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers that each take every core run many times slower than with a share of their own. Libraries read it when imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays: collections need not look through it, nor forked processes copy it
 
 
 @pytest.fixture(scope="session", autouse=True)
