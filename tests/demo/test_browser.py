@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contrast import contrast
+from forks import Process
 from PIL import Image
 
 from lumos.video.io import read_video
@@ -31,7 +31,7 @@ LIMIT = 120  # seconds for whatever should take one; slow machines run this too
 
 
 class Server:
-    def __init__(self, process: subprocess.Popen, url: str, root: Path):
+    def __init__(self, process: Process, url: str, root: Path):
         self.process, self.url, self.root = process, url, root
 
     def status(self) -> dict:
@@ -46,19 +46,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(repo, micro_folder, tmp_path_factory):
+def server(repo, micro_folder, tmp_path_factory, forks):
     root = tmp_path_factory.mktemp("demo")
     (root / "prompts.txt").write_text("a red circle\n\nthe digit 7 <b>moves</b>\n")
-    log = (root / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lumos", "demo", "--model", str(micro_folder), "--port", "0", "--root", str(root / "files"),
-         "--examples", str(root / "prompts.txt"), "--max-frames", "257", "--max-steps", "1000", "--max-upload-mb", "1"],
-        stdout=subprocess.PIPE, stderr=log, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+    process = forks.start(
+        ["-m", "lumos", "demo", "--model", micro_folder, "--port", "0", "--root", root / "files",
+         "--examples", root / "prompts.txt", "--max-frames", "257", "--max-steps", "1000", "--max-upload-mb", "1"],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(repo)},
     )  # fmt: skip
     try:
-        url = process.stdout.readline().split(" ")[0]
-        assert url.startswith("http://127.0.0.1:"), (root / "log").read_text()
+        url = process.first_line(LIMIT).split(" ")[0]
+        assert url.startswith("http://127.0.0.1:"), process.stderr
         yield Server(process, url, root / "files")
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 0
@@ -246,7 +244,7 @@ def test_the_page_fits_a_phone(page):
     assert top == sorted(top)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "{root}/.lock", "{repo}/README.md", "{root}/../log", "https://example.com/x"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "{root}/.lock", "{repo}/README.md", "{root}/../prompts.txt", "https://example.com/x"])
 def test_gradio_serves_no_files(server, repo, path):
     path = path.format(root=server.root, repo=repo)
     for form in (f"/gradio_api/file={path}", f"/file={path}", f"/assets/../../..{path}", f"/static/..%2f..%2f..{path}"):
