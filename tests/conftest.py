@@ -39,7 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
-LONGEST = ("test_ray_engine.py", "test_deepspeed.py", "test_video_training.py", "test_faults.py", "test_lora.py", "test_browser.py")
+LONGEST = (
+    "test_generate_list.py", "test_video_training.py", "test_ray_engine.py", "test_deepspeed.py", "test_faults.py", "test_lora.py",
+    "test_bench.py", "test_official_benchmarks.py", "test_browser.py", "test_distillation.py", "test_released.py",
+)  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""

@@ -18,6 +18,7 @@ def graph(repo) -> grimp.ImportGraph:
     return grimp.build_graph("lumos", "tokenizer", cache_dir=None)
 
 
+@pytest.mark.slow
 def test_import_contracts_of_pyproject_hold(repo):
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=repo, capture_output=True, text=True
@@ -47,6 +48,7 @@ def test_nothing_imports_the_commands(graph):
     assert {m for m in others for i in graph.find_modules_directly_imported_by(m) if i.startswith("lumos.commands")} == set()
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_torch(repo):
     names = "import sys, lumos; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", names], cwd=repo, capture_output=True, text=True, check=True)

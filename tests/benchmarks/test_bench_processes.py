@@ -86,6 +86,7 @@ def in_this_process(monkeypatch, tmp_path):
     return started
 
 
+@pytest.mark.slow
 def test_threads_measures_each_choice_in_processes_of_its_own(in_this_process, micro_folder, tmp_path, capsys):
     words = ["--model", str(micro_folder), "--steps", "2", "--batch-size", "1", "--busy", "1", "--repetitions", "1"]
     output = tmp_path / "threads.json"

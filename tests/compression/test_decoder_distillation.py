@@ -56,6 +56,7 @@ def micro(task: TokenizerTask) -> dict:
     return task.batch(0, StepShape("video", 3), range(3)).whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kd", "icd"), [(1.0, 0.0), (0.0, 0.5), (0.7, 0.3)])
 def test_losses_are_those_of_the_training_plus_distances(folders, tmp_path, kd, icd):
     """Against a plain form: each decoder called level by level, on the codes of the whole tokenizer."""

@@ -52,6 +52,7 @@ def test_published_counts():
     assert size(model) - size(model.without(["idle"])) == owned["idle"]
 
 
+@pytest.mark.slow
 @given(names=st.sets(st.sampled_from(UNITS)))
 @settings(max_examples=16)
 def test_a_smaller_decoder_is_the_one_that_skips(whole, names):
