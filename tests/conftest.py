@@ -23,7 +23,7 @@ from lumos import LumosConfig, LumosForVideoGeneration, device_peak
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LUMOS_SPRITES", None)  # the pictures are those of the repository
 ROOT = Path(__file__).parents[1]
-settings.register_profile("quick", deadline=None, max_examples=50)
+settings.register_profile("quick", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None)
 
 
