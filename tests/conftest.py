@@ -6,6 +6,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers that each take every core run many times slower than with a share of their own. Libraries read it when imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from hypothesis import settings
 from micro import micro_config
 from ranks import Ranks
 
-from lumos import LumosConfig, LumosForVideoGeneration
+from lumos import LumosConfig, LumosForVideoGeneration, device_peak
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LUMOS_SPRITES", None)  # the pictures are those of the repository
 ROOT = Path(__file__).parents[1]
-settings.register_profile("quick", deadline=None, max_examples=50)
+settings.register_profile("quick", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None)
 
 
@@ -39,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
-LONGEST = ("test_ray_engine.py", "test_deepspeed.py", "test_video_training.py", "test_faults.py", "test_lora.py", "test_browser.py")
+LONGEST = (
+    "test_generate_list.py", "test_video_training.py", "test_ray_engine.py", "test_deepspeed.py", "test_faults.py", "test_lora.py",
+    "test_bench.py", "test_official_benchmarks.py", "test_browser.py", "test_distillation.py", "test_released.py",
+)  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
@@ -55,6 +59,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays: collections need not look through it, nor forked processes copy it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_look_at_the_machine() -> None:
+    """A run that measures the machine's speed does so with one product: no test needs the true speed."""
+    device_peak.PROBE.update(seconds=0.0, products=1)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,14 @@ class Process:
             time.sleep(0.02)
         return self.returncode
 
+    def first_line(self, timeout: float = 600) -> str:
+        """The first line of stdout as soon as it is whole, or what there is of it when the program has ended."""
+        deadline = time.monotonic() + timeout
+        while "\n" not in self.stdout and self.poll() is None:
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+        return self.stdout.partition("\n")[0]
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)

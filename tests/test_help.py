@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from lumos.cli import main
 from lumos.version import __version__
 
@@ -30,11 +32,13 @@ for verb in verbs:
 """
 
 
+@pytest.mark.slow
 def test_help_of_every_verb_imports_nothing_slow(repo):
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=repo, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_quietly(repo):
     program = subprocess.Popen(
         [sys.executable, "-m", "lumos", "--help"], cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

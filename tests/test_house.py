@@ -20,6 +20,7 @@ def graph(repo) -> grimp.ImportGraph:
     return grimp.build_graph("lumos", "tokenizer", cache_dir=None)
 
 
+@pytest.mark.slow
 def test_import_contracts_of_pyproject_hold(repo):
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=repo, capture_output=True, text=True
@@ -59,6 +60,7 @@ def test_public_classes_have_different_names(repo):
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_torch(repo):
     names = "import sys, lumos; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", names], cwd=repo, capture_output=True, text=True, check=True)

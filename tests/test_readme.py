@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -50,9 +48,9 @@ def test_a_moving_picture_comes_before_the_commands(repo):
 
 
 @pytest.mark.slow
-def test_the_first_command_as_it_stands(clone):
+def test_the_first_command_as_it_stands(clone, forks):
     command = command_lines("README.md")[1]
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+    done = forks.run(shlex.split(command)[1:])
     assert done.returncode == 0, done.stderr
     path, rest = done.stdout.splitlines()[-1].split("  seed ")
     assert (clone / path).is_file()

@@ -41,9 +41,11 @@ class PrunableDecoder:
             raise UserError(f"units {shown(kind)} are unknown; allowed: {', '.join(self.unit_kinds)}")
         names = [name for name, _ in self.named_parameters()]
         if kind == "idle":
+            if not self.config.decoder_idle:
+                return {}
             with torch.device("meta"):
-                used = type(self)(dataclasses.replace(self.config, decoder_idle=False)).state_dict()
-            idle = tuple(name for name in names if name not in used)
+                used = type(self.decoder)(dataclasses.replace(self.config, decoder_idle=False)).state_dict()
+            idle = tuple(name for name in names if name.startswith("decoder.") and name.removeprefix("decoder.") not in used)
             return {"idle": idle} if idle else {}
         found = {}
         for unit, modules in self._places().items():
@@ -136,7 +138,9 @@ class PrunableDecoder:
         return self._rebuilt(sizes, self.state_dict() | cut)
 
     def _check(self, names: Collection[str]) -> None:
-        known = [name for kind in self.unit_kinds for name in self.units(kind)]
+        known = list(self.units())
+        if not set(names) <= set(known):  # to find idle parts, a second decoder is built
+            known += self.units("idle")
         for name in names:
             if name not in known:
                 raise UserError(f"there is no unit {shown(name)}; the decoder has {', '.join(known)}")

@@ -138,6 +138,7 @@ def test_scores_and_distillation_stand_beside_plain_forms(everything):
     assert result["settings"]["compress"]["keep"] == 2
 
 
+@pytest.mark.slow
 def test_a_form_of_a_step_computes_its_losses_only(model_folder, tmp_path):
     """Against the settings of the form: the teacher and the critic exist only where a loss needs them."""
     teacher = str(model_folder.parent / "deep")

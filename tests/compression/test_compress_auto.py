@@ -149,6 +149,7 @@ def test_what_auto_refuses(folders, run, tmp_path, words, message):
     assert not (tmp_path / "out" / "pruned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["lumos1", "stiv"])
 def test_as_many_layers_stay_as_the_speed_allows(folders, generator):
     """Against all numbers of layers: the one that is kept is fast enough, and one more is not."""

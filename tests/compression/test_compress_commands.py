@@ -55,6 +55,7 @@ def test_compress_alone_explains_the_four_steps(run):
     assert any(line.split()[:1] == ["prune"] for line in said)
 
 
+@pytest.mark.slow
 def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     pytest.importorskip("matplotlib")
     said, _ = run("score", "--model", lumos, "--measures", "loss", "bi", "output", "taylor", *FEW)
@@ -69,6 +70,7 @@ def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     assert any("spaced" in row and "shallow" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_learned_gates_and_the_frechet_distance(lumos, run, tmp_path):
     few = [*FEW, "--gate-steps", "3", "--frechet-clips", "2"]
     run("score", "--model", lumos, "--measures", "learned", "frechet", *few)
@@ -90,6 +92,7 @@ def test_learned_gates_and_the_frechet_distance(lumos, run, tmp_path):
     assert "--sparsity -1 is not allowed" in error
 
 
+@pytest.mark.slow
 def test_scores_of_parts_and_of_a_decoder(stiv, run, tmp_path):
     run("score", "--model", stiv, "--units", "temporal", "--output", "a.json", "--picture", "a.svg", *FEW)
     found = json.loads((tmp_path / "a.json").read_text())
@@ -131,6 +134,7 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     assert f"next: python -m lumos compress report --models {lumos} small" in again[-1]
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):
     run("prune", "--model", stiv, "--keep", "2", "--plan", "shallow", "--plan-out", "plan.json", "--dry-run")
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -143,6 +147,7 @@ def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):
     assert said[0] == "plan random: removes 0.temporal, 1.temporal, 2.temporal, 3.temporal"
 
 
+@pytest.mark.slow
 def test_least_scores_again_or_reads_scores(lumos, run, tmp_path):
     """With one removal both are the argmin; below 30 % least is the default."""
     run("score", "--model", lumos, "--measures", "loss", "--picture", "x.png", *FEW)
@@ -156,6 +161,7 @@ def test_least_scores_again_or_reads_scores(lumos, run, tmp_path):
         assert said[0] == f"plan {plan}: removes 1, 2"
 
 
+@pytest.mark.slow
 def test_a_decoder_is_made_smaller_by_its_own_plan(lumos, run, tmp_path):
     said, _ = run("prune", "--model", lumos, "--part", "decoder", "--plan", "shallow", "--remove", "idle", "--out", "small")
     assert said[0] == "plan shallow: removes mid, up.0.1, idle"
@@ -197,6 +203,7 @@ def test_what_prune_refuses(lumos, run, words, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_plan_and_scores_of_another_model_are_refused(folders, lumos, run, tmp_path):
     run("prune", "--model", folders["stiv"], "--keep", "2", "--plan-out", "plan.json", "--dry-run")
     run("score", "--model", folders["stiv"], "--measures", "magnitude", *FEW)

@@ -128,6 +128,7 @@ def test_the_score_is_that_of_the_formula():
     assert torch.allclose(judge([shown], level, pooled), (found[0] + found[1]) / 2, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 1000))
 def test_level_and_prompt_matter(seed):
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_networks import lumos_folder, tokenizer
 
-from lumos import LumosPipeline, device_peak
+from lumos import LumosPipeline
 from lumos.commands import compress_distill
 from lumos.compression.decoder_distillation import DecoderDistillationTask, DecoderDistillSettings, distill_decoder
 from lumos.compression.networks import DecoderNetwork, network_of
@@ -30,11 +30,6 @@ SMALL = {
     "export_dtype": "float32", "device": "cpu",
 }  # fmt: skip
 REMOVED = ("mid", "up.0.1")
-
-
-@pytest.fixture(autouse=True)
-def quick_look_at_the_machine(monkeypatch):
-    monkeypatch.setattr(device_peak, "PROBE", {"seconds": 0.0, "products": 1})
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +56,7 @@ def micro(task: TokenizerTask) -> dict:
     return task.batch(0, StepShape("video", 3), range(3)).whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kd", "icd"), [(1.0, 0.0), (0.0, 0.5), (0.7, 0.3)])
 def test_losses_are_those_of_the_training_plus_distances(folders, tmp_path, kd, icd):
     """Against a plain form: each decoder called level by level, on the codes of the whole tokenizer."""

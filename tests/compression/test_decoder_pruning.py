@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_networks import codes, tokenizer
 
@@ -52,7 +52,9 @@ def test_published_counts():
     assert size(model) - size(model.without(["idle"])) == owned["idle"]
 
 
+@pytest.mark.slow
 @given(names=st.sets(st.sampled_from(UNITS)))
+@settings(max_examples=16)
 def test_a_smaller_decoder_is_the_one_that_skips(whole, names):
     small = whole.without(names)
     with whole.skipping(names):

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_diffusers import COUNTS, MODELSCOPE, SVD, TRANSFORMERS, UNETS, saved
 
-from lumos import device_peak
 from lumos.commands import compress_distill
 from lumos.compression.critic import critic_losses
 from lumos.compression.diffusers_folder import write_pruned
@@ -32,11 +31,6 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 WAN, LTX, COG, HUNYUAN = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "CogVideoXTransformer3DModel",
                           "HunyuanVideoTransformer3DModel")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick_look_at_the_machine(monkeypatch):
-    monkeypatch.setattr(device_peak, "PROBE", {"seconds": 0.0, "products": 1})
 
 
 def write_latents(folder: Path, name: str, count: int = 5) -> Path:

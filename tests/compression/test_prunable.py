@@ -146,6 +146,7 @@ def test_a_smaller_decoder_is_the_one_that_skips(lumos, names):
 STIV_UNITS = [f"{i}{part}" for i in range(4) for part in ("", ".temporal", ".cross", ".mlp")]
 
 
+@pytest.mark.slow
 @given(names=st.sets(st.sampled_from(STIV_UNITS), max_size=6), keep=st.booleans())
 def test_a_smaller_transformer_is_the_one_that_skips(stiv, names, keep):
     if {"0", "1", "2", "3"} <= names:

@@ -187,6 +187,7 @@ def test_half_precision_stays(folders, tmp_path):
         assert record["after"]["weight_bytes"] == 2 * record["after"]["parameters"]
 
 
+@pytest.mark.slow
 def test_scratch_has_new_weights_in_the_same_shapes(folders, kind, tmp_path):
     parent = network(folders, kind)
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):

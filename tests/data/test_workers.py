@@ -56,6 +56,7 @@ def test_items_that_kill_or_hang_are_skipped(source, tokenizer, tmp_path, monkey
     assert "2 of 6 items gave no clip (worker died 1, timeout 1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is of Linux")
 def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path, monkeypatch):
     for n, caption in enumerate(["good", "greedy", "good"]):
@@ -68,6 +69,7 @@ def test_an_item_beyond_a_worker_s_memory_is_skipped(source, tokenizer, tmp_path
     assert "GiB in a worker; --workers 0 has no such limit" in report["skipped"][0]["detail"]
 
 
+@pytest.mark.slow
 def test_what_is_not_the_item_s_fault_ends_the_run(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lumos.data.ingest.executors.ItemEncoder", Unstartable)
     with pytest.raises(RunError, match=r"a worker process ended while it was starting \(exit code 7"):
@@ -96,6 +98,7 @@ def test_a_killed_ingest_leaves_no_worker_that_hangs(source, tokenizer, tmp_path
     assert not alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_a_slow_item_does_not_end_the_run(tmp_path, workers):
     total = 2 * AHEAD * workers + 3

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,18 +18,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contrast import contrast
+from forks import Process
 from PIL import Image
 
 from lumos.video.io import read_video
 
 pytest.importorskip("gradio", reason="the page needs the extra [demo]")
+pytestmark = pytest.mark.slow  # each test has the server, a process of its own
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FIELD = ":is(input:not([type=range]), textarea)"
 LIMIT = 120  # seconds for whatever should take one; slow machines run this too
 
 
 class Server:
-    def __init__(self, process: subprocess.Popen, url: str, root: Path):
+    def __init__(self, process: Process, url: str, root: Path):
         self.process, self.url, self.root = process, url, root
 
     def status(self) -> dict:
@@ -45,19 +46,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(repo, micro_folder, tmp_path_factory):
+def server(repo, micro_folder, tmp_path_factory, forks):
     root = tmp_path_factory.mktemp("demo")
     (root / "prompts.txt").write_text("a red circle\n\nthe digit 7 <b>moves</b>\n")
-    log = (root / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lumos", "demo", "--model", str(micro_folder), "--port", "0", "--root", str(root / "files"),
-         "--examples", str(root / "prompts.txt"), "--max-frames", "257", "--max-steps", "1000", "--max-upload-mb", "1"],
-        stdout=subprocess.PIPE, stderr=log, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+    process = forks.start(
+        ["-m", "lumos", "demo", "--model", micro_folder, "--port", "0", "--root", root / "files",
+         "--examples", root / "prompts.txt", "--max-frames", "257", "--max-steps", "1000", "--max-upload-mb", "1"],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(repo)},
     )  # fmt: skip
     try:
-        url = process.stdout.readline().split(" ")[0]
-        assert url.startswith("http://127.0.0.1:"), (root / "log").read_text()
+        url = process.first_line(LIMIT).split(" ")[0]
+        assert url.startswith("http://127.0.0.1:"), process.stderr
         yield Server(process, url, root / "files")
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 0
@@ -117,7 +116,6 @@ def ask(page, prompt: str, **numbers: int) -> None:
     page.click("#generate")
 
 
-@pytest.mark.slow
 def test_a_prompt_becomes_a_playing_video(page, server):
     ask(page, "a red circle ${6*7} <b>bold</b>", frames=9, num_inference_steps=3, seed=5)
     page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('#stage video'))")
@@ -141,7 +139,6 @@ def test_a_prompt_becomes_a_playing_video(page, server):
     assert "Seed 5," not in page.inner_text("#line")
 
 
-@pytest.mark.slow
 def test_results_stay_and_their_settings_come_back(page, server):
     """A second result neither loads the first again nor stops it; its button fills the form with the settings of the first."""
     loads = []
@@ -167,7 +164,6 @@ def test_results_stay_and_their_settings_come_back(page, server):
     assert {field.input_value() for field in page.locator("#frames input").all()} == {"9"}
 
 
-@pytest.mark.slow
 def test_the_button_can_be_read(page):
     """Its contrast as the browser draws it: 4.5 to 1 at least (WCAG 2, level AA)."""
     style = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.querySelector('#generate')))")
@@ -175,7 +171,6 @@ def test_the_button_can_be_read(page):
     assert contrast(text, ground) >= 4.5
 
 
-@pytest.mark.slow
 def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     ask(page, "a red circle", frames=257, num_inference_steps=400)
     page.wait_for_selector("#stage img.preview")
@@ -192,7 +187,6 @@ def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
     page.wait_for_function("!document.querySelector('#generate').disabled")
 
 
-@pytest.mark.slow
 def test_closing_the_page_ends_the_work(browser, server):
     page = browser.new_page()
     page.set_default_timeout(LIMIT * 1000)
@@ -204,7 +198,6 @@ def test_closing_the_page_ends_the_work(browser, server):
     server.wait_for("idle")
 
 
-@pytest.mark.slow
 def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     page.set_input_files("#upload input[type=file]", tmp_path / "notes.png")
@@ -226,7 +219,6 @@ def test_a_bad_upload_becomes_a_message_and_a_good_one_a_clip(page, tmp_path):
     assert "photo.png" in page.locator("#gallery table").text_content()
 
 
-@pytest.mark.slow
 def test_an_upload_that_is_too_large_becomes_a_message(page, server, tmp_path):
     (tmp_path / "large.mp4").write_bytes(bytes(2**21 + 9))
     page.set_input_files("#upload input[type=file]", tmp_path / "large.mp4")
@@ -234,7 +226,6 @@ def test_an_upload_that_is_too_large_becomes_a_message(page, server, tmp_path):
     assert not any(path.stat().st_size > 2**20 for path in (server.root / "visitors-uploads").rglob("*.mp4"))
 
 
-@pytest.mark.slow
 def test_examples_fill_the_prompt_and_an_empty_one_is_a_message(page):
     page.click("#generate")
     page.wait_for_selector("#line [role=alert]")
@@ -243,7 +234,6 @@ def test_examples_fill_the_prompt_and_an_empty_one_is_a_message(page):
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'the digit 7 <b>moves</b>'")
 
 
-@pytest.mark.slow
 def test_the_page_fits_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     ask(page, "a red circle " * 10)
@@ -254,7 +244,7 @@ def test_the_page_fits_a_phone(page):
     assert top == sorted(top)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "{root}/.lock", "{repo}/README.md", "{root}/../log", "https://example.com/x"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "{root}/.lock", "{repo}/README.md", "{root}/../prompts.txt", "https://example.com/x"])
 def test_gradio_serves_no_files(server, repo, path):
     path = path.format(root=server.root, repo=repo)
     for form in (f"/gradio_api/file={path}", f"/file={path}", f"/assets/../../..{path}", f"/static/..%2f..%2f..{path}"):
@@ -301,7 +291,6 @@ def test_the_documented_curl_line(server, repo, tmp_path):
         (tmp_path / "clip.mp4").unlink()
 
 
-@pytest.mark.slow
 def test_the_documented_snippet(server, repo, tmp_path, monkeypatch):
     (block,) = documented(repo, "python")
     monkeypatch.chdir(tmp_path)

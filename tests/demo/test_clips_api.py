@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -510,7 +509,7 @@ def test_schema_and_server_agree_on_every_option(option: Option, value, data):
 
 
 @pytest.mark.slow
-def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path):
+def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path, forks):
     """`serve` loads no gradio, and stops at once when it is told to, although a client listens."""
     program = (
         "import sys, threading, time, urllib.request, json, os, signal\n"
@@ -538,8 +537,7 @@ def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path
         "code = main(['serve', '--model', sys.argv[1], '--port', '0', '--root', sys.argv[2], '--max-frames', '257'])\n"
         "user.join(); print(code)"
     )
-    words = [sys.executable, "-c", program, str(micro_folder), str(tmp_path / "root")]
-    done = subprocess.run(words, cwd=repo, capture_output=True, text=True)
+    done = forks.run(["-c", program, micro_folder, tmp_path / "root"], cwd=repo)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("http://127.0.0.1:")

@@ -88,6 +88,7 @@ def test_dtype_of_a_device():
     assert pick_dtype(None, None, torch.device("cuda")) == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_adapters_are_loaded_scaled_and_unloaded(folder: Path, pipe, tmp_path: Path):
     pytest.importorskip("peft")
     before = {name: p.detach().clone() for name, p in pipe.model.named_parameters()}
@@ -116,6 +117,7 @@ def test_adapters_are_loaded_scaled_and_unloaded(folder: Path, pipe, tmp_path: P
     check(0, 1)
 
 
+@pytest.mark.slow
 def test_wrong_uses_of_adapters(folder: Path, pipe, tmp_path: Path):
     pytest.importorskip("peft")
     place = adapter(folder, tmp_path / "a", 0)

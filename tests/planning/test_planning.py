@@ -397,6 +397,7 @@ def test_a_half_precision_picture_can_only_get_smaller(config):
     assert options == "--height 32 --width 32"  # 40 x 40 leave 46 of 88 tokens, with the text
 
 
+@pytest.mark.slow
 def test_a_clip_of_the_shipped_model(capsys):
     assert main([*CLIP, "--json", "--num-frames", "9", "--guidance-scale", "1"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -72,6 +72,7 @@ def test_numbers_are_those_of_the_published_network(golden, models, name):
     assert_close(model.decode(latent), io["reconstruction"], rtol=0, atol=3e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_moments_of_a_vae_are_the_published_ones(golden, models):
     model, io = models["cosmos_cv_vae"], read_io(golden / "cosmos_cv_vae")

@@ -96,6 +96,7 @@ def test_every_way_of_cutting_gives_the_whole_clip(models, name, window, data, l
     torch.testing.assert_close(model.decode(whole), frames, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_how_a_clip_is_cut_does_not_change_one_bit(models):
     model = models["shipped", None]

@@ -148,6 +148,7 @@ def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
     assert experiments.load(path).figures == ["all of two"]
 
 
+@pytest.mark.slow
 def test_curves_may_run_over_flops(in_this_process, trained: str, tmp_path: Path):
     raw = yaml.safe_load(Path(trained).read_text()) | {"prompts": None, "over": "flops"}
     assert main(["experiment", write(Path(trained), **raw), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x")]) == 0
@@ -185,6 +186,7 @@ def test_means_and_spread_over_seeds():
     assert experiments.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}
 
 
+@pytest.mark.slow
 def test_every_shipped_experiment_can_be_planned(repo: Path):
     for path in (repo / "configs" / "experiments").glob("*.yaml"):
         if path.stem not in ("base", "stiv-base"):

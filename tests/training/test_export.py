@@ -6,12 +6,11 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from ranks import Runs
 from safetensors.torch import load_file
 
@@ -26,7 +25,7 @@ MORE = ("zero0", "zero2")
 
 
 @pytest.fixture(scope="module")
-def exported(runs: Runs, pytestconfig) -> Path:
+def exported(runs: Runs, forks: Forks, pytestconfig) -> Path:
     """<engine>-averaged and <engine>-trained of a run of each engine, written by a process that cannot import DeepSpeed or peft."""
     folder = runs.folder / "exported"
     commands = [
@@ -34,10 +33,11 @@ def exported(runs: Runs, pytestconfig) -> Path:
         for engine in (*ENGINES, *(MORE if pytestconfig.getoption("thorough") else ()))
         for weights in ("averaged", "trained")
     ]
-    code = "import sys; sys.modules |= {'deepspeed': None, 'peft': None}\nfrom lumos.cli import main\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + f"sys.exit(max(main(command) for command in {commands!r}))"], capture_output=True, text=True
+    code = (
+        "import sys; assert not {'deepspeed', 'peft'} & set(sys.modules); sys.modules |= {'deepspeed': None, 'peft': None}\n"
+        f"from lumos.cli import main; sys.exit(max(main(command) for command in {commands!r}))"
     )
+    done = forks.run(["-c", code])
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{folder / 'zero3-averaged'}  model of step 5, averaged weights, float32" in done.stdout
     return folder

@@ -118,6 +118,7 @@ def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypa
         assert shown
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_micro_batches_or_processes(micro_settings, tmp_path: Path):
     task = ArdfTask(micro_settings(data=NINE, **GIVEN), CPU)
     whole, parts = task.batch(2, VIDEO, range(8)), [task.batch(2, VIDEO, range(i, i + 2)) for i in range(0, 8, 2)]
@@ -137,6 +138,7 @@ def test_losses_do_not_depend_on_micro_batches_or_processes(micro_settings, tmp_
     assert logs[2] == pytest.approx(logs[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_on_given_frames_resume_as_such(micro_settings, tmp_path: Path):
     sections = {"data": NINE, **GIVEN}
     train(micro_settings(**sections, training={"max_steps": 4, "schedule": "constant", "output_dir": str(tmp_path / "whole")}))

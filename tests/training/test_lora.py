@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
+from forks import Forks
 from ranks import Ranks, Runs
 from run_log import read_log
 from safetensors.torch import load_file, save_file
@@ -245,15 +244,15 @@ def test_a_text_tokenizer_that_uses_the_models_own_ids(micro_settings, tmp_path:
 
 
 @pytest.mark.slow
-def test_without_peft(adapter: Path, base: Path, tmp_path: Path):
+def test_without_peft(adapter: Path, base: Path, tmp_path: Path, forks: Forks):
     """Without peft everything but adapters works, and the error for adapters names the extra."""
     code = (
-        "import sys; sys.modules['peft'] = None\n"
+        "import sys; assert 'peft' not in sys.modules; sys.modules['peft'] = None\n"
         "from lumos.cli import main\n"
         f"command = ['generate', '--model', {str(base)!r}, '--prompt', 'x', '--num-inference-steps', '1', '--num-frames', '1',"
         f" '--height', '32', '--width', '32', '--output', {str(tmp_path / 'x.png')!r}]\n"
         f"sys.exit(10 * main(command) + main([*command, '--lora', {str(adapter)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forks.run(["-c", code])
     assert done.returncode == 2, done.stderr
     assert "pip install 'lumos-video[lora]'" in done.stderr

@@ -162,7 +162,7 @@ def shards(micro_folder, tmp_path_factory):
         (folder / f"{n}.txt").write_text(f"a red circle moves left on a gray background {n}")
     out = tmp_path_factory.mktemp("shards")
     assert main(["ingest", str(folder), "--out", str(out), "--tokenizer", str(micro_folder), "--fps", "8", "--size", "16x24",
-                 "--frames", "13", "--min-frames", "1"]) == 0  # fmt: skip
+                 "--frames", "13", "--min-frames", "1", "--workers", "0"]) == 0  # fmt: skip
     return out
 
 

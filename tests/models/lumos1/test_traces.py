@@ -149,6 +149,7 @@ def test_guided_states_are_the_guided_logits(model, trace):
         torch.testing.assert_close(logits[0], uncond + scale * (cond - uncond), atol=TOLERANCE["atol"] * 2 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiled_parts(model, trace):
     """By the backend that compiles nothing: what is traced is what runs."""
     compiled = copy.deepcopy(model)

@@ -82,7 +82,7 @@ def test_attention_counts_at_its_own_best_speed(monkeypatch, fused, scores, valu
     assert next(seconds, None) is None
 
 
-@pytest.mark.parametrize("form", ["lumos", "latte"])
+@pytest.mark.parametrize("form", ["lumos", pytest.param("latte", marks=pytest.mark.slow)])
 def test_all_flops_of_both_networks_are_in_the_roofline(case, form):
     step = sampling.lumos_step(case) if form == "lumos" else sampling.latte_step(latte_of("micro", "cpu", "float32"), case)
     assert sum(p.flops for p in recorded_products(step)) == counted_flops(step) == sampling.work_of(step, MEASURE)["flops"]
@@ -94,6 +94,7 @@ def test_flops_of_a_sampling_step_are_those_of_both_branches(case):
     assert counted_flops(sampling.lumos_step(case)) == 2 * forward_flops(case.model.config, *grid, of.text)
 
 
+@pytest.mark.slow
 def test_diffusers_network_has_the_same_width_and_depth(case):
     ours, theirs = case.model.config, latte_of("micro", "cpu", "float32")
     assert (len(theirs.transformer_blocks), len(theirs.temporal_transformer_blocks)) == (ours.num_hidden_layers,) * 2
@@ -110,6 +111,7 @@ def test_diffusers_network_has_the_same_width_and_depth(case):
 # ---- the two parts
 
 
+@pytest.mark.slow
 def test_sampling_figures(case):
     row, of, table = sampling.run_size("micro", MEASURE)
     assert 0 <= row["max_difference"] < 1e-4
@@ -125,6 +127,7 @@ def test_sampling_figures(case):
     assert [len(line) for line in table] == [len(sampling.HEADERS)] * 3
 
 
+@pytest.mark.slow
 def test_a_wrong_form_is_not_reported(monkeypatch):
     right = Block._in_pieces
     monkeypatch.setattr("lumos.models.stiv.block.PIECE_VALUES", 64)
@@ -212,6 +215,7 @@ def test_settings_are_checked_before_anything_runs(monkeypatch):
     assert bench.settings_from(asked("--parts", "memory")).parts == ("memory",)
 
 
+@pytest.mark.slow
 def test_the_progress_bar_moves_as_often_as_announced(monkeypatch):
     monkeypatch.setattr(training, "run_isolated", lambda *a, **k: 2**20)
     count = [0]

@@ -103,6 +103,7 @@ def test_checkpointing_saves_what_the_plan_says(saved, temporal):
     assert (held[5] - held[2]) / 3 == pytest.approx(planned, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("more", [{}, {"mask_ratio": 0.5}])
 def test_flops_that_are_computed_again_are_those_of_the_plan(saved, more):

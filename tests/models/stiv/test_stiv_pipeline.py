@@ -22,6 +22,7 @@ def test_the_public_names_are_those_of_the_package():
     assert StivPipeline is Direct
 
 
+@pytest.mark.slow
 def test_options_are_listed_without_torch():
     program = (
         "import sys; from lumos.pipeline.options import all_options; assert 'solver' in all_options(); "

@@ -157,6 +157,7 @@ def test_interpolation_doubles_the_rate_of_the_file(run, files):
     assert read_video("out.mp4")[1] == 16
 
 
+@pytest.mark.slow
 def test_lists_have_all_uses(run, files):
     rows = [{"image": "first.png", "views": True}, {"video": "clip.webp", "interpolate": 2},
             {"prompt": "x", "image": "first.png", "last_image": "last.png", "keep_given_pixels": True}]  # fmt: skip
