@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lumos.demo.journal import Journal
 from lumos.demo.limits import Limits
 from lumos.demo.metrics import Metrics
 from lumos.demo.reading import read_upload
@@ -45,7 +46,8 @@ class Service:
     ):
         self.pipe, self.metadata, self.circumstances = pipe, metadata, circumstances
         self.limits = limits.of_model(pipe.clip, pipe.settings)
-        self.store = Store(root, self.limits)
+        self.store, self.journal = Store(root, self.limits), Journal(root)
+        self.when_ended: list[Callable[[Job], None]] = []  # called with each job that has ended
         self.resolving = threading.Lock()
         self.worker = Worker(self.make, self.limits.queue_length, self._ended)
         self.metrics = Metrics({
@@ -78,6 +80,8 @@ class Service:
         self.metrics.clip(job.state, seconds, job.made if job.record else 0)
         if job.is_unwanted and job.record:
             self.store.remove(job.record["file"])
+        for tell in self.when_ended:
+            tell(job)
 
     def _without_files(self, request: Request) -> Request:
         """Return the request with a blank picture in place of each picture, and without its clip, whose length is not known yet."""

@@ -17,7 +17,9 @@ from lumos.demo.limits import Busy
 from lumos.errors import RunError, UserError, is_out_of_memory
 from lumos.pipeline.request import Request
 
-ENDED = ("done", "failed", "cancelled")
+INTERRUPTED = "interrupted"
+"""The state of a job that had not ended when the server stopped."""
+ENDED = ("done", "failed", "cancelled", INTERRUPTED)
 
 
 class Cancelled(Exception):
@@ -28,8 +30,8 @@ class Cancelled(Exception):
 class Job:
     """A request and its progress.
 
-    `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the
-    worker writes the fields and other threads read them.
+    `state` is "waiting" or "working", then one of ENDED. The thread of the worker writes the fields and
+    other threads read them.
     """
 
     request: Request
@@ -106,7 +108,7 @@ class Worker:
             job.stop.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._end(job, "cancelled")
+                self._end(job, self._stopped())
 
     def cancel_of(self, owner: str) -> None:
         with self._changed:
@@ -124,7 +126,7 @@ class Worker:
             return {"state": "working" if self._all() else "idle", "waiting": len(self._waiting)}
 
     def close(self, wait: bool = True) -> None:
-        """Cancel all jobs and refuse new ones. wait: return only after the running job has ended."""
+        """Interrupt all jobs and refuse new ones. wait: return only after the running job has ended."""
         with self._changed:
             self._closed = True
             for job in self._all():
@@ -145,6 +147,10 @@ class Worker:
             job.made, job.frames = len(job.frames), []  # a job that is kept for its status keeps no pixels
             job.state = state
             self._ended(job)
+
+    def _stopped(self) -> str:
+        """Return the state of a job that is stopped now."""
+        return INTERRUPTED if self._closed else "cancelled"
 
     def _all(self) -> list[Job]:
         return [*([self._running] if self._running else []), *self._waiting]
@@ -171,7 +177,7 @@ class Worker:
             self._make(job)
             return "done"
         except Cancelled:
-            return "cancelled"
+            return self._stopped()
         except (UserError, RunError) as error:
             job.error = error
         except Exception as error:
