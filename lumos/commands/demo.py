@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lumos.files import read_text
 
 if TYPE_CHECKING:
     from lumos.demo.keys import Keys
+    from lumos.demo.replicas import Replicas
 
 MAX_EXAMPLES_BYTES = 2**20
 EXAMPLES = (
@@ -63,8 +65,17 @@ def run(args: argparse.Namespace) -> None:
     start(args, read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ())
 
 
-def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys | None = None) -> None:
-    """Load the model and serve until Ctrl-C. The arguments are those of `lumos.demo.server.build_app`."""
+def start(
+    args: argparse.Namespace,
+    examples: Sequence[str] | None,
+    keys: Keys | None = None,
+    replicas: AbstractContextManager[Replicas] | None = None,
+) -> None:
+    """Load the model and serve until Ctrl-C.
+
+    examples, keys: those of `lumos.demo.server.build_app`. replicas: makes the replicas that make the clips; the model, which
+    then only checks the requests, is loaded on the CPU.
+    """
     from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
@@ -76,11 +87,11 @@ def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys |
         registry.generator_of(local_folder(args.model))  # a wrong folder is refused before anything is written
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     hosts = Hosts(args.allowed_host, args.host)
-    with only_writer(args.root, "server"), listen(args.host, args.port) as listener:
-        pipe, model = load(args)
+    with only_writer(args.root, "server"), listen(args.host, args.port) as listener, replicas or nullcontext() as ready:
+        pipe, model = load(args if ready is None else argparse.Namespace(**{**vars(args), "device": "cpu"}))
         named = without_folders(args)
         service = Service(
-            pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
+            pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe), ready
         )
         serve(service, examples, listener, hosts, keys)
 

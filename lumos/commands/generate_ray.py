@@ -16,7 +16,7 @@ from typing import Any
 
 from lumos.cli import messages
 from lumos.commands.generate_list import Share, make_share
-from lumos.data.ingest.ray_executor import connect_to_ray
+from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
 from lumos.errors import RunError, UserError, reason_of
 from lumos.progress import LOGGER, progress_bar
 
@@ -36,11 +36,8 @@ def make_on_ray(args: argparse.Namespace) -> Share:
         raise UserError(f"device '{args.device}' is not allowed with --engine ray, {allowed}")
     own = connect_to_ray(ray)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if args.device == "cuda" and not gpus:
-            raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
-        on_gpu = int(args.device != "cpu" and gpus > 0)
-        workers = args.workers or (int(gpus) if on_gpu else 1)
+        on_gpu = gpus_of_each(ray, args.device)
+        workers = args.workers or (int(ray.cluster_resources()["GPU"]) if on_gpu else 1)
         task = ray.remote(num_cpus=1, num_gpus=on_gpu, max_retries=ATTEMPTS)(share_in_task)
         waiting = [task.remote(vars(args), number, workers, os.getcwd()) for number in range(1, workers + 1)]
         shares, said = [], set()
