@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
@@ -17,6 +17,8 @@ from lumos.errors import UserError
 from lumos.files import read_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lumos.demo.keys import Keys
     from lumos.demo.replicas import Replicas
 
@@ -62,12 +64,23 @@ def add_server(parser: argparse.ArgumentParser, port: int, root: str) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:  # find_spec is fast; importing gradio takes seconds
         raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
-    start(args, read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ())
+    if args.examples:
+        examples = dict.fromkeys(read_examples(args.examples))
+    else:
+        examples = own_examples() if args.model is None else {}
+    start(args, examples)
+
+
+def own_examples() -> dict[str, np.ndarray]:
+    """Return the prompts for the shipped model, each with the clip that it asks for, uint8 [T, H, W, 3]."""
+    from lumos.evaluation.drawn_captions import draw_caption
+
+    return {prompt: draw_caption(prompt) for prompt in EXAMPLES}
 
 
 def start(
     args: argparse.Namespace,
-    examples: Sequence[str] | None,
+    examples: Mapping[str, np.ndarray | None] | None,
     keys: Keys | None = None,
     replicas: AbstractContextManager[Replicas] | None = None,
 ) -> None:
