@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
 from lumos.demo.worker import as_told
-from lumos.errors import RunError, UserError, reason_of
+from lumos.errors import RunError, UserError, reason_of, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.request import ARGUMENTS, GIVE_FRAMES, Request
 
@@ -183,22 +184,18 @@ def replicas(start: Start, settings: ReplicaSettings) -> Iterator[Replicas]:
     refuses; RunError if the replicas cannot be started.
     """
     ray, serve = import_serve()
-    own, name = connect_to_ray(ray), f"lumos-{uuid.uuid4().hex[:8]}"
-    try:
+    with contextlib.ExitStack() as started:
+        if own := connect_to_ray(ray):
+            started.callback(ray.shutdown)
         settings.check(ray)
-        app = deployment(serve, start, settings, gpus_of_each(ray, settings.device))
+        app, name = deployment(serve, start, settings, gpus_of_each(ray, settings.device)), f"lumos-{uuid.uuid4().hex[:8]}"
         serve.start(proxy_location="Disabled")  # the server itself speaks HTTP
+        started.callback(serve.shutdown if own else partial(serve.delete, name))
         try:
             handle = serve.run(app, name=name, route_prefix=None)
         except (RuntimeError, ray.exceptions.RayError) as error:
             raise RunError(f"the replicas cannot be started ({reason_of(error)})") from error
         yield Replicas(handle, settings, (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError))
-    finally:
-        if own:
-            serve.shutdown()
-            ray.shutdown()
-        else:
-            serve.delete(name)
 
 
 def deployment(serve: ModuleType, start: Start, settings: ReplicaSettings, gpus: int) -> Any:
@@ -214,13 +211,17 @@ def deployment(serve: ModuleType, start: Start, settings: ReplicaSettings, gpus:
             return await asyncio.get_running_loop().run_in_executor(self.pool, self.maker.make, requests)
 
     folder = os.getcwd()
+    known = serve.config.AutoscalingConfig.model_fields
+    if unknown := [name for name in settings.autoscaling or () if name not in known]:  # Ray would ignore them
+        raise UserError(f"--autoscaling {shown(unknown[0])} is unknown; known are {', '.join(known)}")
     try:
         made = serve.deployment(
             name="lumos", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, max_ongoing_requests=settings.batch_size,
             **settings.options(),
         )(Replica)  # fmt: skip
-    except (ValueError, TypeError) as error:  # of pydantic, with a line for each field
-        raise UserError(f"--autoscaling is not allowed: {' '.join(str(error).split())[:300]}") from error
+    except (ValueError, TypeError) as error:
+        reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)  # pydantic has an entry for each field
+        raise UserError(f"--autoscaling is not allowed: {' '.join(reason.split())}") from error
     return made.bind()
 
 

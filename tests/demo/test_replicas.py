@@ -17,7 +17,7 @@ from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.commands.serve import load_replica, numbers
 from lumos.demo.limits import Limits
-from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, arguments_of, batches, replicas
+from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, arguments_of, batches, deployment, replicas
 from lumos.demo.service import Service
 from lumos.demo.worker import Cancelled, Job
 from lumos.errors import RunError, UserError
@@ -270,8 +270,18 @@ def test_fifty_users_lose_nothing_when_a_replica_is_killed(cluster, pipe, micro_
     assert {record["device"] for _, record in there.values()} == {"cpu"}
 
 
-@pytest.mark.slow
-def test_settings_that_ray_serve_refuses(cluster):
-    settings = ReplicaSettings(2, autoscaling={"min_replicas": 5})
-    with pytest.raises(UserError, match=r"--autoscaling is not allowed: .*min_replicas"), replicas(lambda: None, settings):
-        pass
+def test_settings_that_ray_serve_takes_and_refuses():
+    serve = pytest.importorskip("ray.serve", exc_type=ImportError)
+
+    def config(**autoscaling):
+        app = deployment(serve, lambda: None, ReplicaSettings(3, batch_size=5, autoscaling=autoscaling), 1)
+        return app._bound_deployment
+
+    made = config(min_replicas=2, target_ongoing_requests=1.5)
+    scaling = made._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 3, 1.5)
+    assert (made.max_ongoing_requests, made.ray_actor_options["num_gpus"]) == (5, 1)
+    unknown = "--autoscaling 'odd' is unknown; known are min_replicas"
+    for wrong, message in (({"min_replicas": 5}, "min_replicas"), ({"odd": 1}, unknown)):
+        with pytest.raises(UserError, match=message):
+            config(**wrong)
