@@ -64,7 +64,7 @@ def test_hdr_video_is_skipped_with_its_own_reason(tmp_path, tokenizer):
         (folder / name).with_suffix(".txt").write_text("a circle")
     (folder / "a.mp4").rename(folder / "a.unknown")
     report = ingest([folder], tmp_path / "out", tokenizer, SETTINGS, max_failure_rate=1)
-    assert report["reasons"] == {"HDR": 2}
+    assert report["reasons"] == {"high dynamic range": 2}
     lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert all("is an HDR video (PQ)" in line["detail"] for line in lines)
 

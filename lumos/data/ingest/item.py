@@ -28,7 +28,7 @@ BAD_ROW, DUPLICATE = "bad row", "duplicate"
 NO_CAPTION, BAD_CAPTION, LONG_CAPTION = "no caption", "bad caption", "long caption"
 BROKEN_TAR, NO_END, BROKEN_TABLE = "broken tar", "tar without an end", "broken table"
 MISSING, NOT_A_FILE, UNREADABLE, TOO_SHORT = "missing file", "not a file", "unreadable", "too short"
-HDR = "HDR"
+HDR = "high dynamic range"
 OUT_OF_MEMORY = "out of memory"
 
 MAX_CAPTION_LENGTH = 10_000
