@@ -133,9 +133,12 @@ def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> I
 
 
 @contextmanager
-def messages(quiet: bool) -> Iterator[None]:
-    """Print the messages of the logger "lumos" on stderr during the block, errors only if `quiet`, and warnings as notes."""
-    handler, level = BesideBars(), LOGGER.level
+def messages(quiet: bool, handler: logging.Handler | None = None) -> Iterator[None]:
+    """Print the messages of the logger "lumos" on stderr during the block, errors only if `quiet`, and warnings as notes.
+
+    handler: takes the messages instead of stderr.
+    """
+    handler, level = handler or BesideBars(), LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
     try:

@@ -22,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
-
     from lumos.benchmarks.measure import hardware, ratio, render_table, rounded, shown
     from lumos.benchmarks.processes import environment, timed_process
     from lumos.files import check_writable, write_json
     from lumos.pipeline.defaults import shipped_model
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
 
     check_counts(args, repetitions=(1, MAX_CLIPS))
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "first command": [*generate, "--output", str(Path(folder) / "clip.mp4")],
         }
         spent = {name: [] for name in commands}
-        for _ in tqdm(range(args.repetitions), desc="start", disable=None, leave=False):
+        for _ in progress_bar(range(args.repetitions), desc="start", leave=False):
             for name, command in commands.items():  # in turn, so that a disturbance of the machine affects all
                 spent[name].append(timed_process(command, env, name))
     figures = {

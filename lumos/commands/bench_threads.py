@@ -38,11 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
-
     from lumos.benchmarks.measure import hardware, render_table, rounded, shown
     from lumos.files import check_writable, write_json
     from lumos.pipeline.defaults import shipped_model
+    from lumos.progress import progress_bar
     from lumos.runtime import versions
 
     check_counts(args, repetitions=(1, MAX_CLIPS), steps=(2, MAX_CLIPS), batch_size=(1, MAX_CLIPS), busy=(0, MAX_BUSY))
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ways = choices(cores)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     states = {"alone": 0, **({"busy": busy} if busy else {})}
-    bar = tqdm(desc="threads", total=len(states) * len(ways) * args.repetitions, disable=None, leave=False)
+    bar = progress_bar(desc="threads", total=len(states) * len(ways) * args.repetitions, leave=False)
     with tempfile.TemporaryDirectory(prefix="lumos-threads-") as folder, bar:
         for state, others in states.items():
             made: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}

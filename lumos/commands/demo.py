@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,10 @@ from lumos.errors import UserError
 from lumos.files import read_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lumos.demo.keys import Keys
+    from lumos.demo.replicas import Replicas
 
 MAX_EXAMPLES_BYTES = 2**20
 EXAMPLES = (
@@ -60,11 +64,31 @@ def add_server(parser: argparse.ArgumentParser, port: int, root: str) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:  # find_spec is fast; importing gradio takes seconds
         raise UserError("demo needs gradio, which is not installed; install it with pip install 'lumos-video[demo]'")
-    start(args, read_examples(args.examples) if args.examples else EXAMPLES if args.model is None else ())
+    if args.examples:
+        examples = dict.fromkeys(read_examples(args.examples))
+    else:
+        examples = own_examples() if args.model is None else {}
+    start(args, examples)
 
 
-def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys | None = None) -> None:
-    """Load the model and serve until Ctrl-C. The arguments are those of `lumos.demo.server.build_app`."""
+def own_examples() -> dict[str, np.ndarray]:
+    """Return the prompts for the shipped model, each with the clip that it asks for, uint8 [T, H, W, 3]."""
+    from lumos.evaluation.drawn_captions import draw_caption
+
+    return {prompt: draw_caption(prompt) for prompt in EXAMPLES}
+
+
+def start(
+    args: argparse.Namespace,
+    examples: Mapping[str, np.ndarray | None] | None,
+    keys: Keys | None = None,
+    replicas: AbstractContextManager[Replicas] | None = None,
+) -> None:
+    """Load the model and serve until Ctrl-C.
+
+    examples, keys: those of `lumos.demo.server.build_app`. replicas: makes the replicas that make the clips; the model, which
+    then only checks the requests, is loaded on the CPU.
+    """
     from lumos.demo.hosts import Hosts
     from lumos.demo.limits import Limits
     from lumos.demo.server import listen, serve
@@ -76,11 +100,11 @@ def start(args: argparse.Namespace, examples: Sequence[str] | None, keys: Keys |
         registry.generator_of(local_folder(args.model))  # a wrong folder is refused before anything is written
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     hosts = Hosts(args.allowed_host, args.host)
-    with only_writer(args.root, "server"), listen(args.host, args.port) as listener:
-        pipe, model = load(args)
+    with only_writer(args.root, "server"), listen(args.host, args.port) as listener, replicas or nullcontext() as ready:
+        pipe, model = load(args if ready is None else argparse.Namespace(**{**vars(args), "device": "cpu"}))
         named = without_folders(args)
         service = Service(
-            pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe)
+            pipe, args.root, limits, partial(metadata, named, Path(model).name), partial(circumstances, named, pipe), ready
         )
         serve(service, examples, listener, hosts, keys)
 

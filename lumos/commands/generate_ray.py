@@ -8,17 +8,17 @@ missing, so the clips are those of a single process.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import logging
 import os
-import sys
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
+from lumos.cli import messages
 from lumos.commands.generate_list import Share, make_share
-from lumos.data.ingest.ray_executor import connect_to_ray
-from lumos.errors import RunError, UserError, printable, reason_of
+from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
+from lumos.errors import RunError, UserError, reason_of
+from lumos.progress import LOGGER, progress_bar
 
 ATTEMPTS = 3  # how often Ray starts a task anew whose process or node has died
 DEVICES = (None, "auto", "cpu", "cuda")
@@ -30,30 +30,25 @@ def make_on_ray(args: argparse.Namespace) -> Share:
     UserError if Ray is not installed or has no GPU that is asked for, and for rows that cannot be
     made; RunError if a task fails.
     """
-    from tqdm import tqdm
-
     ray = import_ray()
     if args.device not in DEVICES:
         allowed = "which assigns the GPUs; allowed: auto, cpu, cuda"
         raise UserError(f"device '{args.device}' is not allowed with --engine ray, {allowed}")
     own = connect_to_ray(ray)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if args.device == "cuda" and not gpus:
-            raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
-        on_gpu = int(args.device != "cpu" and gpus > 0)
-        workers = args.workers or (int(gpus) if on_gpu else 1)
+        on_gpu = gpus_of_each(ray, args.device)
+        workers = args.workers or (int(ray.cluster_resources()["GPU"]) if on_gpu else 1)
         task = ray.remote(num_cpus=1, num_gpus=on_gpu, max_retries=ATTEMPTS)(share_in_task)
         waiting = [task.remote(vars(args), number, workers, os.getcwd()) for number in range(1, workers + 1)]
         shares, said = [], set()
-        with tqdm(total=workers, unit="share", file=sys.stderr) as bar:
+        with progress_bar(total=workers, unit="share") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 answer = ray.get(done)
-                for line in answer["lines"]:
+                for level, line in answer["said"]:
                     if line not in said:  # every share says what is wrong with the rows
                         said.add(line)
-                        bar.write(printable(line), file=sys.stderr)
+                        LOGGER.log(level, line)
                 if "error" in answer:
                     raise (UserError if answer["is_users"] else RunError)(answer["error"])
                 shares.append(Share(**answer["share"]))
@@ -70,17 +65,28 @@ def make_on_ray(args: argparse.Namespace) -> Share:
 
 
 def share_in_task(values: dict[str, Any], number: int, workers: int, folder: str) -> dict[str, Any]:
-    """Make one share and return it with what it says on stderr. Plain values only, which every version of Ray can send."""
+    """Make one share and return it with its messages. Plain values only, which every version of Ray can send."""
     os.chdir(folder)
     args = argparse.Namespace(**{**values, "engine": None, "workers": None, "shard": f"{number}/{workers}"})
-    said = io.StringIO()
-    answer: dict[str, Any] = {}
-    with contextlib.redirect_stderr(said):
+    said = Said()
+    answer: dict[str, Any] = {"said": said.messages}
+    with messages(values.get("quiet", False), said):
         try:
             answer["share"] = asdict(make_share(args, bars=False))
         except (UserError, RunError) as error:
             answer |= {"error": str(error), "is_users": isinstance(error, UserError)}
-    return {**answer, "lines": [line for line in said.getvalue().splitlines() if line.strip()]}
+    return answer
+
+
+class Said(logging.Handler):
+    """A handler that keeps the messages, each as (level, text)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append((record.levelno, self.format(record)))
 
 
 def import_ray() -> ModuleType:

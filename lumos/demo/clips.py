@@ -19,12 +19,13 @@ from lumos.demo.keys import Key, Keys
 from lumos.demo.limits import TooLarge
 from lumos.demo.schema import check_types, request_schema
 from lumos.demo.service import FILES, Service
-from lumos.demo.worker import ClipJob
+from lumos.demo.worker import INTERRUPTED, ClipJob
 from lumos.errors import RunError, UserError, shown
 from lumos.pipeline.request import Request, needs_words
 from lumos.prompt_lists.clips import record_path
 
 DATA_URL = re.compile(r"data:(?P<type>[\w/+.-]*)(;[\w=.-]+)*;base64,", re.ASCII)
+STOPPED = "the server was stopped before the clip was made; ask for it again"
 LOCAL = "local"
 """The owner of the clips on a server without keys."""
 
@@ -32,13 +33,15 @@ LOCAL = "local"
 class Clips:
     """The jobs of the API by id, in the order in which they were asked for.
 
-    They are kept in memory: of those that have ended, as many as the server keeps results.
+    Of those that have ended, as many are kept as the server keeps results. The journal has them from one start of the server to
+    the next.
     """
 
     def __init__(self, service: Service):
         self.service, self.schema = service, request_schema(service.pipe, service.limits)
-        self._jobs: dict[str, ClipJob] = {}
+        self._jobs = {job.id: job for job in service.journal.jobs()}
         self._lock = threading.Lock()
+        service.when_ended.append(self._ended)
 
     def add(self, bodies: Sequence[Any], client: Key, keys: Keys) -> list[ClipJob]:
         """Put a job for each JSON object into the queue, all or none, and return the jobs.
@@ -67,10 +70,21 @@ class Clips:
 
     def _keep(self, jobs: Sequence[ClipJob]) -> None:
         with self._lock:
-            self._jobs |= {job.id: job for job in jobs}
-            ended = [job.id for job in self._jobs.values() if job.ended]
+            for job in jobs:
+                self._jobs[job.id] = job
+                self.service.journal.save(job)
+            ended = [job for job in self._jobs.values() if job.ended]
             for old in ended[: max(0, len(ended) - self.service.limits.keep_results)]:
-                del self._jobs[old]
+                self._forget(old)
+
+    def _forget(self, job: ClipJob) -> None:
+        self._jobs.pop(job.id, None)
+        self.service.journal.forget(job)
+
+    def _ended(self, job: ClipJob) -> None:
+        with self._lock:
+            if job.id in self._jobs:
+                self.service.journal.save(job)
 
     def _job(self, body: Any, client: Key) -> ClipJob:
         if not isinstance(body, dict):
@@ -118,7 +132,7 @@ class Clips:
         """Return the job of an id; HTTPException with status 404 if the client has none of it."""
         job = self._jobs.get(called)
         if job is None or job.owner != (client.name or LOCAL):
-            kept = f"the last {self.service.limits.keep_results} that have ended, until it is started anew"
+            kept = f"the last {self.service.limits.keep_results} that have ended"
             raise HTTPException(404, f"there is no clip {shown(called, 40)}; the server keeps {kept}")
         return job
 
@@ -143,7 +157,7 @@ class Clips:
     def remove(self, job: ClipJob) -> None:
         """Cancel a job if it has not ended, and forget it with its files."""
         with self._lock:
-            self._jobs.pop(job.id, None)
+            self._forget(job)
         job.is_unwanted = True  # a job that ends from here on loses its result when it ends
         self.service.worker.cancel(job)
         if job.ended and job.record is not None:
@@ -169,7 +183,7 @@ class Clips:
             "ahead": self.service.worker.ahead(job), "frames": job.made or len(job.frames), "prompt": job.request.prompt,
             "created": datetime.fromtimestamp(job.created, UTC).isoformat(timespec="seconds"), "seed": seed,
             "seconds": record["seconds"] if done else None, "notes": list(job.notes),
-            "error": str(job.error) if job.error else None,
+            "error": str(job.error) if job.error else STOPPED if state == INTERRUPTED else None,
             "content": f"/api/clips/{job.id}/content" if done else None,
             "record": f"/api/results/{quote(record_path(Path(record['file'])).name)}" if done else None,
         }  # fmt: skip

@@ -12,7 +12,7 @@ from gradio.components import Component
 from lumos.demo import views
 
 SHOWN_RESULTS = 24  # most results of a session that the gallery shows
-LISTEN = "element.addEventListener('click', e => { if (e.target.closest('.reuse')) trigger('click') })"
+LISTEN = "element.addEventListener('click', e => { if (e.target.closest('.reuse, .example')) trigger('click') })"
 Made = list[dict[str, Any]]
 
 

@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
+from lumos.demo.worker import ENDED
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, 3600)  # seconds
 METHODS = ("GET", "HEAD", "POST", "DELETE")
@@ -47,7 +49,7 @@ class Metrics:
         """Return all metrics as Prometheus reads them."""
         with self._lock:
             done = self._clips["done"]
-            states = [((("state", state),), self._clips[state]) for state in ("done", "failed", "cancelled")]
+            states = [((("state", state),), self._clips[state]) for state in ENDED]
             requests = [((("method", method), ("status", str(status))), count)
                         for (method, status), count in sorted(self._requests.items())]  # fmt: skip
             buckets = [((("le", str(bound)),), self._buckets[bound]) for bound in BUCKETS]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio.components import Component
 
 from lumos.demo import views
 from lumos.demo.answers import watch
 from lumos.demo.api import field_value
-from lumos.demo.gallery import Gallery
+from lumos.demo.gallery import LISTEN, Gallery
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
 from lumos.demo.store import Store
@@ -31,11 +32,12 @@ CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
 NOT_REUSED = ("given", "last_image", "interpolate", "views")
 """The controls that the button of a result leaves as they are."""
+EXAMPLE_FPS = 8
 HELLO = "Say what the clip shows, then press Generate."
 
 
-def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
-    """Return the page of a service; `examples` are prompts."""
+def build_page(service: Service, examples: Mapping[str, np.ndarray | None]) -> gr.Blocks:
+    """Return the page of a service; `examples` are prompts, each with the frames of its thumbnail or None."""
     longest = service.limits.max_prompt_length
     with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
         gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
@@ -50,8 +52,7 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
                         start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
                         cancel = gr.Button("Cancel", min_width=120, interactive=False, elem_id="cancel")
                 with gr.Column(elem_id="more"):
-                    if examples:
-                        gr.Examples([[example] for example in examples], [prompt], label="Examples", examples_per_page=20)
+                    show_examples(examples, prompt)
                     given = gr.File(label="Picture or clip to begin with", height=140, elem_id="upload")
                     given.preprocess = path_of
                     thumbnail = gr.HTML("", elem_id="thumbnail")
@@ -109,6 +110,19 @@ def build_page(service: Service, examples: Sequence[str]) -> gr.Blocks:
         )
     allow_uploads_only(page, service.store)
     return page
+
+
+def show_examples(examples: Mapping[str, np.ndarray | None], prompt: Component) -> None:
+    """Add a button for each example that has a thumbnail, and a table of the others; both put the example into the prompt."""
+    pictures = {example: frames for example, frames in examples.items() if frames is not None}
+    if pictures:
+        gr.HTML("<h3>Examples</h3>")
+        with gr.Row(elem_id="examples"):
+            for example, frames in pictures.items():
+                slot = gr.HTML(views.example(example, frames, EXAMPLE_FPS), js_on_load=LISTEN, min_width=0)
+                slot.click(partial(str, example), None, prompt, queue=False, show_progress="hidden", api_visibility="private")
+    if plain := [[example] for example in examples if example not in pictures]:
+        gr.Examples(plain, [prompt], label="Examples", examples_per_page=20)
 
 
 async def look(service: Service, file: str | None) -> str:

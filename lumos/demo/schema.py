@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lumos.demo.limits import Limits
+from lumos.demo.worker import ENDED
 from lumos.errors import UserError, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.defaults import CLIP_LIMITS
@@ -99,7 +100,7 @@ def _or_null(kind: str, description: str, **more: Any) -> dict[str, Any]:
 ERROR = _object(error={"type": "string", "description": "what was given, what is allowed, what to do"})
 CLIP = _object(
     id={"type": "string"},
-    status={"enum": ["waiting", "working", "done", "failed", "cancelled"]},
+    status={"enum": ["waiting", "working", *ENDED]},
     progress={"type": "number", "minimum": 0, "maximum": 1, "description": "share of all steps that are done"},
     ahead={"type": "integer", "description": "clips that are made before this one"},
     frames={"type": "integer", "description": "frames that are made so far"},
@@ -108,7 +109,7 @@ CLIP = _object(
     seed=_or_null("integer", "the seed; null while it is not known"),
     seconds=_or_null("number", "seconds that the clip took, without waiting"),
     notes={"type": "array", "items": {"type": "string"}, "description": "warnings, for example of options without effect"},
-    error=_or_null("string", "why a clip has failed"),
+    error=_or_null("string", "why a clip has failed or was interrupted"),
     content=_or_null("string", "address of the mp4 or png file of a clip that is done"),
     record=_or_null("string", "address of the JSON file with all settings of a clip that is done"),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -23,11 +24,13 @@ from lumos.version import __version__
 CLOSING_SECONDS = 3  # time for open connections to finish when the server stops
 
 
-def build_app(service: Service, examples: Sequence[str] | None, hosts: Hosts, keys: Keys | None = None) -> ASGIApp:
+def build_app(
+    service: Service, examples: Mapping[str, np.ndarray | None] | None, hosts: Hosts, keys: Keys | None = None
+) -> ASGIApp:
     """Return the ASGI app of the whole site.
 
-    examples: prompts for the page; None leaves the page out. keys: the clients of the API; by default
-    everyone may use it.
+    examples: prompts for the page, each with the frames of its thumbnail, uint8 [T, H, W, 3], or None;
+    no examples at all, None, leave the page out. keys: the clients of the API; by default everyone may use it.
     """
     app = FastAPI(title="Lumos", version=__version__, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     add_api(app, service, keys, open_lists=hosts.is_local)
@@ -35,7 +38,7 @@ def build_app(service: Service, examples: Sequence[str] | None, hosts: Hosts, ke
     return Middleware(whole, service.store, service.limits, hosts, service.metrics)
 
 
-def with_page(app: FastAPI, service: Service, examples: Sequence[str]) -> ASGIApp:
+def with_page(app: FastAPI, service: Service, examples: Mapping[str, np.ndarray | None]) -> ASGIApp:
     """Return an app with the page at /.
 
     gradio keeps its uploads in the folder of the service. Only the routes of gradio that the page
@@ -92,7 +95,11 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    service: Service, examples: Sequence[str] | None, listener: socket.socket, hosts: Hosts, keys: Keys | None = None
+    service: Service,
+    examples: Mapping[str, np.ndarray | None] | None,
+    listener: socket.socket,
+    hosts: Hosts,
+    keys: Keys | None = None,
 ) -> None:
     """Serve until Ctrl-C, then cancel all jobs and remove the uploads. The arguments are those of `build_app`."""
     prepare_reading()

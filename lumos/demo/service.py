@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lumos.demo.journal import Journal
 from lumos.demo.limits import Limits
 from lumos.demo.metrics import Metrics
 from lumos.demo.reading import read_upload
@@ -24,6 +25,9 @@ from lumos.pipeline.request import Request, Resolved
 from lumos.prompt_lists.clips import default_name, record_path
 from lumos.video.io import write_video
 
+if TYPE_CHECKING:
+    from lumos.demo.replicas import Replicas
+
 FILES = ("image", "video", "last_image")
 """The arguments of a request that may be uploaded files."""
 
@@ -32,7 +36,8 @@ class Service:
     """The pipeline, limits, store and worker that the page and the API share.
 
     metadata(prompt, seed) returns what is written into the file of a result. circumstances()
-    returns what is added to the record, the JSON file beside the result.
+    returns what is added to the record, the JSON file beside the result. replicas: make the clips in
+    place of the pipeline, which then only checks the requests.
     """
 
     def __init__(
@@ -42,12 +47,14 @@ class Service:
         limits: Limits,
         metadata: Callable[[str, int], dict[str, Any]],
         circumstances: Callable[[], dict[str, Any]] = dict,
+        replicas: Replicas | None = None,
     ):
-        self.pipe, self.metadata, self.circumstances = pipe, metadata, circumstances
+        self.pipe, self.metadata, self.circumstances, self.replicas = pipe, metadata, circumstances, replicas
         self.limits = limits.of_model(pipe.clip, pipe.settings)
-        self.store = Store(root, self.limits)
+        self.store, self.journal = Store(root, self.limits), Journal(root)
+        self.when_ended: list[Callable[[ClipJob], None]] = []  # called with each job that has ended
         self.resolving = threading.Lock()
-        self.worker = Worker(self.make, self.limits.queue_length, self._ended)
+        self.worker = Worker(self.make, self.limits.queue_length, self._ended, replicas.at_once if replicas else 1)
         self.metrics = Metrics({
             "lumos_queue_waiting": ("clips that wait", lambda: self.worker.status()["waiting"]),
             "lumos_working": ("1 while a clip is made, else 0", lambda: self.worker.status()["state"] == "working"),
@@ -78,6 +85,8 @@ class Service:
         self.metrics.clip(job.state, seconds, job.made if job.record else 0)
         if job.is_unwanted and job.record:
             self.store.remove(job.record["file"])
+        for tell in self.when_ended:
+            tell(job)
 
     def _without_files(self, request: Request) -> Request:
         """Return the request with a blank picture in place of each picture, and without its clip, whose length is not known yet."""
@@ -97,6 +106,16 @@ class Service:
         request = self._read_uploads(job)
         resolved, job.notes = self._resolve(request, self.pipe.check_pictures)
         job.fps = resolved.clip.fps
+        if self.replicas is not None:
+            frames, about = self.replicas.make(replace(request, seed=resolved.seeds[0]), job.check_stop)
+            job.frames.extend(frames)
+        else:
+            self._stream(job, resolved)
+            about = self.circumstances()
+        job.record = self._write(job, resolved, about, time.perf_counter() - began)
+
+    def _stream(self, job: ClipJob, resolved: Resolved) -> None:
+        """Make the frames of a job in this process."""
 
         def on_step(frame: int, frames: int, step: int, steps: int) -> None:
             job.progress = (frame + (step + 1) / steps) / frames
@@ -105,7 +124,6 @@ class Service:
         for (frames,) in self.pipe.stream_encoded(self.pipe.encoded(resolved), on_step):
             job.frames.extend(frames)
             job.check_stop()
-        job.record = self._write(job, resolved, time.perf_counter() - began)
 
     def _resolve(
         self, request: Request, check: Callable[[Resolved], None] = lambda resolved: None
@@ -144,7 +162,7 @@ class Service:
         frames = read_upload(path, lambda: None, self.limits.of_reading, clip)
         return frames if is_picture else frames[-1]
 
-    def _write(self, job: ClipJob, resolved: Resolved, seconds: float) -> dict[str, Any]:
+    def _write(self, job: ClipJob, resolved: Resolved, circumstances: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Write the result and its record as `generate` does, and return the record."""
         request, seed = job.request, resolved.seeds[0]
         path = self.store.new_result(default_name(request.prompt, len(job.frames) == 1, after=f"-{seed}"))
@@ -152,7 +170,7 @@ class Service:
         record = {
             **about, "file": path.name, "negative_prompt": request.negative_prompt,
             **{name: Path(getattr(request, name)).name if getattr(request, name) else None for name in FILES},
-            "settings": resolved.settings, "notes": job.notes, **self.circumstances(), "seconds": round(seconds, 2),
+            "settings": resolved.settings, "notes": job.notes, **circumstances, "seconds": round(seconds, 2),
         }  # fmt: skip
         try:
             write_video(path, np.stack(job.frames), job.fps, about)

@@ -78,6 +78,11 @@ def thumbnail(frame: np.ndarray) -> str:
     return f'<img alt="the upload" src="{data_url([np.asarray(picture)], 1)}">'
 
 
+def example(prompt: str, frames: np.ndarray, fps: int) -> str:
+    """Return a button with a moving picture of what an example asks for, frames uint8 [T, H, W, 3], and its words."""
+    return f'<button type="button" class="example"><img alt="" src="{data_url(frames, fps)}"><span>{escape(prompt)}</span></button>'
+
+
 def card(record: dict[str, Any]) -> str:
     """Return a result with its settings and a button that the gallery listens to."""
     name = record["file"]

@@ -1,4 +1,4 @@
-"""A thread that makes one clip after the other, and its bounded queue."""
+"""The threads that make one clip after the other, and their bounded queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from lumos.demo.limits import ServerBusy
 from lumos.errors import RunError, UserError, is_out_of_memory
 from lumos.pipeline.request import Request
 
-ENDED = ("done", "failed", "cancelled")
+INTERRUPTED = "interrupted"
+"""The state of a job that had not ended when the server stopped."""
+ENDED = ("done", "failed", "cancelled", INTERRUPTED)
 
 
 class Cancelled(Exception):
@@ -28,8 +30,8 @@ class Cancelled(Exception):
 class ClipJob:
     """A request and its progress.
 
-    `state` is "waiting" or "working", then "done", "failed" or "cancelled". The thread of the
-    worker writes the fields and other threads read them.
+    `state` is "waiting" or "working", then one of ENDED. The thread of the worker writes the fields and
+    other threads read them.
     """
 
     request: Request
@@ -59,20 +61,28 @@ class ClipJob:
 
 
 class Worker:
-    """A thread that runs `make(job)` for one job after the other.
+    """Threads that run `make(job)` for one job after the other.
 
     `make` must raise Cancelled soon after `job.stop` is set. queue_length: the most jobs that may
     wait. `ended(job)` is called after each job, also after one that was cancelled while it waited.
+    threads: how many jobs run at a time; more than one where `make` hands the work to other processes.
     """
 
-    def __init__(self, make: Callable[[ClipJob], None], queue_length: int, ended: Callable[[ClipJob], None] = lambda job: None):
+    def __init__(
+        self,
+        make: Callable[[ClipJob], None],
+        queue_length: int,
+        ended: Callable[[ClipJob], None] = lambda job: None,
+        threads: int = 1,
+    ):
         self._make, self._queue_length, self._ended = make, queue_length, ended
         self._waiting: deque[ClipJob] = deque()
-        self._running: ClipJob | None = None
+        self._running: list[ClipJob] = []
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="lumos-demo", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name=f"lumos-demo-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, *jobs: ClipJob, most: int | None = 1) -> ClipJob:
         """Put jobs of one owner into the queue, all or none, and return the first.
@@ -90,7 +100,7 @@ class Worker:
                 raise ServerBusy(
                     f"you have {others} clips that wait or are being made, and may have {most}; wait for one or cancel one"
                 )
-            room = self._queue_length + 1 - len(self._all())  # one more is being made
+            room = self._queue_length + len(self._threads) - len(self._all())  # each thread makes one more
             if room < 1:
                 raise ServerBusy(f"{self._queue_length} requests are waiting already, no more are taken; try again later")
             if len(jobs) > room:
@@ -108,7 +118,7 @@ class Worker:
             job.stop.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._end(job, "cancelled")
+                self._end(job, self._stopped())
 
     def cancel_of(self, owner: str) -> None:
         with self._changed:
@@ -118,27 +128,27 @@ class Worker:
     def ahead(self, job: ClipJob) -> int:
         """Return how many jobs come before this waiting job."""
         with self._changed:
-            everyone = self._all()
-            return everyone.index(job) if job in everyone else 0
+            return self._all().index(job) if job in self._waiting else 0
 
     def status(self) -> dict[str, Any]:
         with self._changed:
             return {"state": "working" if self._all() else "idle", "waiting": len(self._waiting)}
 
     def close(self, wait: bool = True) -> None:
-        """Cancel all jobs and refuse new ones. wait: return only after the running job has ended."""
+        """Interrupt all jobs and refuse new ones. wait: return only after the running job has ended."""
         with self._changed:
             self._closed = True
             for job in self._all():
                 self.cancel(job)
             self._changed.notify_all()
         if wait:
-            self._thread.join()
+            for thread in self._threads:
+                thread.join()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs and takes jobs."""
-        return self._thread.is_alive() and not self._closed
+        """Whether the threads run and take jobs."""
+        return all(thread.is_alive() for thread in self._threads) and not self._closed
 
     def _end(self, job: ClipJob, state: str) -> None:
         try:
@@ -148,8 +158,12 @@ class Worker:
             job.state = state
             self._ended(job)
 
+    def _stopped(self) -> str:
+        """Return the state of a job that is stopped now."""
+        return INTERRUPTED if self._closed else "cancelled"
+
     def _all(self) -> list[ClipJob]:
-        return [*([self._running] if self._running else []), *self._waiting]
+        return [*self._running, *self._waiting]
 
     def _work(self) -> None:
         while True:
@@ -157,11 +171,12 @@ class Worker:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                job = self._running = self._waiting.popleft()
+                job = self._waiting.popleft()
+                self._running.append(job)
                 job.state = "working"
             state = self._outcome(job)
             with self._changed:
-                self._running = None
+                self._running.remove(job)
                 self._end(job, state)
 
     def _outcome(self, job: ClipJob) -> str:
@@ -173,13 +188,17 @@ class Worker:
             self._make(job)
             return "done"
         except Cancelled:
-            return "cancelled"
-        except (UserError, RunError) as error:
-            job.error = error
+            return self._stopped()
         except Exception as error:
-            if is_out_of_memory(error):
-                job.error = RunError("out of memory; ask for a smaller size or fewer frames")
-            else:
-                traceback.print_exc()
-                job.error = RunError("the clip failed on the way; the server's log says why")
+            job.error = as_told(error)
         return "failed"
+
+
+def as_told(error: Exception) -> UserError | RunError:
+    """Return the error that a client is told of; what only the server may know goes to its log."""
+    if isinstance(error, UserError | RunError):
+        return error
+    if is_out_of_memory(error):
+        return RunError("out of memory; ask for a smaller size or fewer frames")
+    traceback.print_exc()
+    return RunError("the clip failed on the way; the server's log says why")

@@ -24,6 +24,7 @@ from PIL import Image
 
 from lumos.errors import UserError
 from lumos.video.frames import picture_rgb
+from lumos.video.hdr import check_transfer
 
 PADDING = 2**21
 """Extra pixels of a coded frame, whose sides are padded to whole blocks."""
@@ -42,8 +43,6 @@ INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with an index of their frames, by which FFmpeg finds a place without reading the file up to it."""
 BEFORE_ALL = -(2**40)
 """A time stamp before that of every frame."""
-HDR = {16: "PQ", 18: "HLG"}
-"""Names of transfer functions of HDR video (ITU-T H.273, table 3)."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +217,11 @@ class AvClip:
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
         """Yield each decoded frame; raise UserError for a frame of more than ``max_pixels``, and for HDR video."""
+        check_transfer(self.path, stream.codec_context.color_trc, "video")  # some decoders do not pass it on to their frames
         try:
             for frame in self._frames_of(container, stream):
                 self._check_size(frame.width, frame.height)
-                if (transfer := HDR.get(int(frame.color_trc or 0))) is not None:
-                    raise UserError(
-                        f"{self.path} is HDR video ({transfer}), whose colours would come out wrong; convert it to SDR first"
-                    )
+                check_transfer(self.path, frame.color_trc, "video")
                 yield frame
         except av.error.ArgumentError as error:  # the error of a decoder for a frame above `max_pixels`
             raise UserError(

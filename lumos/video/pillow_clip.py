@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
 from lumos.video.frames import picture_rgb
+from lumos.video.hdr import check_transfer, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
 """The formats that are read, without EPS, for which Pillow would start Ghostscript."""
@@ -42,10 +43,14 @@ def is_still_file(path: Path) -> bool:
 
 
 def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
-    """Open a picture; raise UserError if it, or a tile of a TIFF, which can be larger, has more than ``max_pixels`` pixels."""
+    """Open a picture.
+
+    Raise UserError if it, or a tile of a TIFF, which can be larger, has more than ``max_pixels`` pixels, and if it is HDR.
+    """
     image = Image.open(path, formats=FORMATS)
     try:
         _check_picture(path, image, max_pixels)
+        check_transfer(path, picture_transfer(path, image.format or ""), "picture")
     except UserError:
         image.close()
         raise

@@ -5,13 +5,15 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 
-from lumos.data.ingest.encode import ClipSettings, ItemEncoder
+from lumos.data.ingest.encode import ClipSettings, ItemEncoder, Skip
+from lumos.data.ingest.item import OUT_OF_MEMORY
 
 SETTINGS = ClipSettings(fps=12, size="16x24", num_frames=5)
 FLAGS = ["--fps", "12", "--size", "16x24", "--frames", "5"]
@@ -29,7 +31,7 @@ def content(out: Path) -> dict[str, bytes]:
 class Fragile(ItemEncoder):
     """Ends its process or hangs as the caption says."""
 
-    def __call__(self, item):
+    def begin(self, item):
         if item.caption.startswith("once "):
             flag = Path(item.caption.removeprefix("once "))
             if not flag.exists():
@@ -41,19 +43,25 @@ class Fragile(ItemEncoder):
             time.sleep(1000)
         if item.caption == "bug":
             raise OSError("a bug")
-        return super().__call__(item)
+        return super().begin(item)
 
 
 class Late:
-    """Makes nothing of items with numbers for ids; those of `slow` wait until all that can be begun after them are done."""
+    """Makes nothing of items with numbers for ids.
+
+    Those of `slow` wait until all that can be begun after them are done, but the one that their own worker has next.
+    """
 
     def __init__(self, flags: Path, slow: tuple[int, ...], begun: int, total: int):
         self.flags, self.slow, self.begun, self.total = flags, slow, begun, total
 
-    def __call__(self, item):
+    def begin(self, item):
+        return item
+
+    def finish(self, item):
         number = int(item.id)
         later = range(number + 1, min(number + self.begun, self.total)) if number in self.slow else ()
-        while not all((self.flags / str(other)).exists() for other in later):
+        while sum(not (self.flags / str(other)).exists() for other in later) > 1:
             time.sleep(0.01)
         if number in self.slow:
             time.sleep(0.1)  # their results are on their way
@@ -61,15 +69,52 @@ class Late:
         return []
 
 
+class Ahead:
+    """Finishes an item only when the next one of `total` is begun, by another thread."""
+
+    def __init__(self, flags: Path, total: int):
+        self.flags, self.total = flags, total
+
+    def begin(self, item):
+        assert threading.current_thread() is not threading.main_thread()
+        (self.flags / item.id).touch()
+        return item
+
+    def finish(self, item):
+        following, deadline = int(item.id) + 1, time.monotonic() + 100
+        while following < self.total and not (self.flags / str(following)).exists():
+            assert time.monotonic() < deadline, "the next item was not begun"
+            time.sleep(0.005)
+        assert not (self.flags / str(following + 1)).exists()  # one ahead, not two
+        return []
+
+
+class Crowded:
+    """Lacks memory for an item while its worker has another one; "large" alone too."""
+
+    def __init__(self, flags: Path):
+        self.flags = flags
+
+    def begin(self, item):
+        (self.flags / item.id).touch()
+        return item
+
+    def finish(self, item):
+        time.sleep(0.2)  # the next one is begun
+        others = [flag for flag in self.flags.iterdir() if flag.name != item.id]
+        (self.flags / item.id).unlink()
+        return Skip(OUT_OF_MEMORY, "no memory") if others or item.caption == "large" else []
+
+
 class Greedy(ItemEncoder):
     """Asks for 64 TiB of address space where the caption says so; a system that is not limited gives it."""
 
-    def __call__(self, item):
+    def begin(self, item):
         if item.caption != "greedy":
-            return super().__call__(item)
+            return super().begin(item)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
         with patch("lumos.data.ingest.encode.OpenVideo.count_frames", lambda *file: mmap.mmap(-1, 1 << 46, flags=flags)):
-            return super().__call__(item)
+            return super().begin(item)
 
 
 class Unstartable:

@@ -12,6 +12,7 @@ import weakref
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from ingest_helpers import FLAGS, SETTINGS, content, moving
@@ -47,6 +48,25 @@ def test_clips_at_30_fps_are_sampled_at_12_fps(tmp_path):
     part = list(_clips(Item("a", str(tmp_path / "a.mp4"), start=0.5, end=1.25), tmp_path / "a.mp4", settings, 4))
     assert [start for start, *_ in part] == [0.5]
     assert abs(part[0][1][0].mean() / 4 - 15) < 0.6
+
+
+def test_hdr_video_is_skipped_with_its_own_reason(tmp_path, tokenizer):
+    """Also one that would be too short, and one whose suffix is unknown."""
+    (folder := tmp_path / "films").mkdir()
+    for name, frames in (("a.mp4", 9), ("short.mp4", 3)):
+        with av.open(str(folder / name), "w") as container:
+            stream = container.add_stream("libx264", rate=12)
+            stream.height, stream.width, stream.pix_fmt, stream.codec_context.color_trc = 16, 24, "yuv420p10le", 16
+            for _ in range(frames):
+                frame = av.VideoFrame.from_ndarray(np.zeros((16, 24, 3), np.uint8))
+                container.mux(stream.encode(frame.reformat(format="yuv420p10le")))
+            container.mux(stream.encode())
+        (folder / name).with_suffix(".txt").write_text("a circle")
+    (folder / "a.mp4").rename(folder / "a.unknown")
+    report = ingest([folder], tmp_path / "out", tokenizer, SETTINGS, max_failure_rate=1)
+    assert report["reasons"] == {"high dynamic range": 2}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert all("is an HDR video (PQ)" in line["detail"] for line in lines)
 
 
 def test_clips_of_a_long_video_do_not_overlap_and_lie_inside():

@@ -8,12 +8,13 @@ import shutil
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from ingest_helpers import FLAGS, SETTINGS, Fragile, Greedy, Late, Unstartable
+from ingest_helpers import FLAGS, SETTINGS, Ahead, Crowded, Fragile, Greedy, Late, Unstartable, content
 
 pytest.importorskip("pyarrow")
 
@@ -108,6 +109,32 @@ def test_a_slow_item_does_not_end_the_run(tmp_path, workers):
         for _ in range(2):  # a pool is used again, as on Ray
             done = [item.id for item, _ in pool.results(Item(str(number), "") for number in range(total))]
             assert done == [str(number) for number in range(total)]
+
+
+def test_a_worker_reads_one_item_while_it_encodes_another(tmp_path):
+    with closing(WorkerPool(partial(Ahead, tmp_path, 9), 1, 1, 600)) as pool:
+        assert [item.id for item, _ in pool.results(Item(str(number), "") for number in range(9))] == [str(n) for n in range(9)]
+
+
+def test_what_lacks_memory_beside_another_item_is_tried_alone(tmp_path):
+    todo = [Item(str(number), "", caption="large" if number == 2 else "") for number in range(5)]
+    with closing(WorkerPool(partial(Crowded, tmp_path), 1, 1, 600)) as pool:
+        found = {item.id: result for item, result in pool.results(iter(todo))}
+    assert list(found) == ["0", "1", "2", "3", "4"]
+    assert [number for number, result in found.items() if result != []] == ["2"]
+    assert found["2"].reason == "out of memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_shards_do_not_depend_on_the_number_of_workers(clips, tokenizer, tmp_path, clips_per_video):
+    """They are those that this process makes alone, item after item."""
+    settings = replace(SETTINGS, clips_per_video=clips_per_video)
+    for workers in (0, 1, 2):
+        ingest([clips], tmp_path / str(workers), tokenizer, settings, workers=workers, shard_clips=3, max_failure_rate=0.5)
+    alone = content(tmp_path / "0")
+    assert sum(name.endswith(".parquet") for name in alone) >= 2
+    assert content(tmp_path / "1") == content(tmp_path / "2") == alone
 
 
 @pytest.mark.parametrize(

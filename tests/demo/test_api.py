@@ -239,7 +239,7 @@ def test_a_full_queue_is_status_429_for_page_and_api_alike(client, service):
     status = client.get("/api/status").json()
     assert (status["state"], status["limits"]["queue_length"], status["defaults"]["num_frames"]) == ("working", 1, 5)
     service.worker.close()
-    assert {job.state for job in jobs} == {"cancelled"}
+    assert {job.state for job in jobs} == {"interrupted"}
 
 
 @pytest.mark.parametrize("what", ["clip", "record", "image"])

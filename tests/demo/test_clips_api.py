@@ -532,7 +532,7 @@ def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path
         "    events = urllib.request.urlopen(f\"{url}/api/clips/{clip['id']}/events\", timeout=100)\n"
         "    print(events.readline().decode().strip(), 'gradio' in sys.modules, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print(events.read().decode().count('event: cancelled'), flush=True)\n"
+        "    print(events.read().decode().count('event: interrupted'), flush=True)\n"
         "user = threading.Thread(target=use); user.start()\n"
         "code = main(['serve', '--model', sys.argv[1], '--port', '0', '--root', sys.argv[2], '--max-frames', '257'])\n"
         "user.join(); print(code)"

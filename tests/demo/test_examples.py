@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
 
-from lumos.commands.demo import EXAMPLES
+from lumos import LumosPipeline
+from lumos.commands.demo import EXAMPLES, own_examples
 from lumos.data.trained_on import TrainedOn, read_trained_on
 from lumos.demo import views
 from lumos.errors import UserError
 from lumos.evaluation.captions import parse_caption
+from lumos.evaluation.checker import check_clip
 
 PAGES = ("README.md", "docs/demo.md", "docs/generate/index.md", "docs/generate/long-clips.md", "integrations/comfyui/README.md")
 NAMED = {"shape": "shapes", "colour": "colors", "size": "sizes", "digit": "digits", "sprite": "emoji", "motion": "motions"}
@@ -40,6 +43,31 @@ def test_the_examples_of_the_page_can_be_drawn(known):
     things = [parse_caption(prompt)["objects"] for prompt in EXAMPLES]
     assert any("sprite" in thing for objects in things for thing in objects)
     assert any(len(objects) == 2 for objects in things)
+
+
+@pytest.mark.parametrize("prompt", EXAMPLES)
+def test_each_example_has_a_thumbnail_of_what_it_asks_for(prompt):
+    frames = own_examples()[prompt]
+    assert check_clip(frames, prompt)["all"], check_clip(frames, prompt)
+
+
+def test_the_page_shows_a_button_with_each_thumbnail(micro_folder, tmp_path):
+    gr = pytest.importorskip("gradio", reason="the demo needs the extra [demo]")
+    from lumos.demo.limits import Limits
+    from lumos.demo.page import build_page
+    from lumos.demo.service import Service
+
+    service = Service(LumosPipeline.from_pretrained(micro_folder), tmp_path / "root", Limits(), lambda prompt, seed: {})
+    page = build_page(service, {**own_examples(), "<b>words</b>": None})
+    service.worker.close()
+    buttons = [block.value for block in page.blocks.values() if isinstance(block, gr.HTML) and "class=\"example\"" in block.value]
+    assert len(buttons) == len(EXAMPLES)
+    assert all(escape(prompt) in html and "data:image/webp" in html for prompt, html in zip(EXAMPLES, buttons, strict=True))
+    filled = {fn.fn() for fn in page.fns.values() if getattr(fn.fn, "func", None) is str}
+    assert filled == set(EXAMPLES)
+    (table,) = (block for block in page.blocks.values() if isinstance(block, gr.Dataset))
+    assert table.samples == [["<b>words</b>"]]
+    assert "&lt;b&gt;" in views.example("<b>", own_examples()[EXAMPLES[0]], 8)
 
 
 def test_an_example_that_cannot_be_drawn_is_found(known):

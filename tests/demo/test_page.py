@@ -121,7 +121,7 @@ def test_the_page_has_the_controls_of_its_generator(gradio, pipes, tmp_path):
 
     def controls(pipe):
         service = Service(pipe, tmp_path / pipe.generator, Limits(), lambda prompt, seed: {})
-        page = build_page(service, [])
+        page = build_page(service, {})
         service.worker.close()
         return {block.elem_id: type(block).__name__ for block in page.blocks.values() if getattr(block, "elem_id", None)}
 

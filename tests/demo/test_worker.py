@@ -130,9 +130,9 @@ def test_a_failure_stays_with_its_job(bench, error, kind, message, capsys):
     assert other.state == "done"
 
 
-def test_closing_cancels_everything_and_takes_no_more(bench):
+def test_closing_interrupts_everything_and_takes_no_more(bench):
     jobs = [bench.submit(name) for name in "ab"]
     bench.worker.close()
-    assert {job.state for job in jobs} == {"cancelled"}
+    assert {job.state for job in jobs} == {"interrupted"}
     with pytest.raises(ServerBusy, match="closing"):
         bench.submit("c")

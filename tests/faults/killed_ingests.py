@@ -34,10 +34,10 @@ SLOW = 0.25
 class SlowEncoder(ItemEncoder):
     """Takes longer for items of which the caption says so than for all others that may be begun meanwhile."""
 
-    def __call__(self, item):
+    def begin(self, item):
         if item.caption == "slow":
             time.sleep(SLOW)
-        return super().__call__(item)
+        return super().begin(item)
 
 
 def run(source: str, tokenizer: str, out: Path, workers: int, last: int | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ import psutil
 import pytest
 
 from lumos.cli import main
+from lumos.commands import generate, generate_ray
 
 ROOT = Path(__file__).parents[2]
 ROWS = 'prompt,seed,num_frames\na red circle,1,5\na blue square,2,5\nкрасный круг,3,5\nx,4,1\nbad,5,6\n'
@@ -71,6 +74,24 @@ def test_a_list_on_ray_has_the_files_of_one_process(cluster, micro_folder, tmp_p
     assert not list((tmp_path / "ray").glob(".*"))
     assert main([*command, "--output-dir", "ray", "--engine", "ray"]) == 1  # nothing is missing: nothing is made
     assert " 0 made now  4 clips in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_share_returns_its_messages_with_their_levels(micro_folder, tmp_path, monkeypatch, capsys, quiet):
+    """As a task of Ray calls it: notes and errors come back, so that --quiet leaves out the notes alone."""
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    words = ["--model", str(micro_folder), "--prompts", "list.csv", "--device", "cpu", "--output-dir", "out"]
+    values = {**vars(parser.parse_args(words)), "threads": 1, "own_process": False, "quiet": quiet}
+    for prompt in ("x", "y"):  # the second time, the file is there with another prompt, which gives a note
+        Path("list.csv").write_text(f"prompt,seed,num_frames,output\n{prompt},1,1,a.png\nbad,5,6,\n")
+        answer = generate_ray.share_in_task(values, 1, 1, str(tmp_path))
+    levels = [level for level, _ in answer["said"]]
+    assert answer["share"]["bad_rows"] == 1, answer
+    assert logging.ERROR in levels
+    assert (logging.WARNING in levels) != quiet, answer
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -274,10 +274,3 @@ def _linear_profile() -> bytes:
         if tag in (b"rTRC", b"gTRC", b"bTRC"):
             data[at : at + 12] = struct.pack(">4sII", b"curv", 0, 0)
     return bytes(data)
-
-
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-def test_hdr_video_is_refused_by_name(tmp_path, transfer, name):
-    path = film(tmp_path / "hdr.mp4", [grey(5)] * 2, color_trc=transfer)
-    with pytest.raises(UserError, match=rf"is HDR video \({name}\)"):
-        read_video(path)

@@ -24,6 +24,8 @@ from lumos.video.reading import OpenVideo, is_still, open_video, read_image
 from tokenizer import VideoTokenizer
 
 T = TypeVar("T")
+Clip = tuple[float, np.ndarray, tuple[int, int, float]]
+"""Start in seconds, frames uint8 [T, H, W, 3], and the original height, original width and stride."""
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
 
 
@@ -108,40 +110,86 @@ class EncoderSpec:
     device: str | None
 
 
+@dataclass(eq=False)
+class Begun:
+    """An item whose first clip is read and whose file may be open. `clips` reads the others; it can be called once."""
+
+    item: Item
+    first: list[Clip]  # a list, so that the clip is freed when it is encoded
+    others: Iterator[Clip]
+
+    def clips(self) -> Iterator[Clip]:
+        with closing(self.others):
+            yield self.first.pop()
+            yield from self.others
+
+
 class ItemEncoder:
-    """:func:`ingest_item` with a loaded tokenizer; each worker has one."""
+    """:func:`ingest_item` in two steps with a loaded tokenizer; each worker has one.
+
+    `begin` reads, `finish` encodes. Different threads may do them, so that a worker reads one item while it encodes another.
+    """
 
     def __init__(self, spec: EncoderSpec):
         self.settings = spec.settings
         self.tokenizer = VideoTokenizer.from_pretrained(spec.tokenizer, device=str(pick_device(spec.device)))
 
+    def begin(self, item: Item) -> Begun | Skip:
+        return begin(item, self.settings, self.tokenizer.temporal_compression)
+
+    def finish(self, begun: Begun | Skip) -> Result:
+        return finish(begun, self.settings, self.tokenizer)
+
     def __call__(self, item: Item) -> Result:
-        return ingest_item(item, self.settings, self.tokenizer)
+        return self.finish(self.begin(item))
 
 
-@torch.no_grad()
 def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -> Result:
     """Read one item, scale and crop its frames to the bucket, and encode them.
 
     Return the rows of its clips. If the item's data make a reader fail, return a `Skip`. Any other
     error is a bug, and is raised.
     """
+    return finish(begin(item, settings, tokenizer.temporal_compression if tokenizer else 1), settings, tokenizer)
+
+
+def begin(item: Item, settings: ClipSettings, step: int) -> Begun | Skip:
+    """Read the first clip of an item; for `step` see `_clips`, for the errors `ingest_item`."""
+    clips = _clips_of_item(item, settings, step)
     try:
-        if problem := item.problem or problem_of_file(item.path):
-            return Skip(*problem)
-        with as_file(item) as file:
-            clips = _clips(item, file, settings, tokenizer.temporal_compression)
-            if settings.clips_per_video > 1:
-                clips = one_ahead(clips)
-            # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
-            return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
-    except Skip as skip:
-        return skip
+        return Begun(item, [next(clips)], clips)
     except Exception as error:
-        problem = problem_of(error)
-        if problem is None:
-            raise
-        return Skip(*problem)
+        return _as_skip(error)
+
+
+@torch.no_grad()
+def finish(begun: Begun | Skip, settings: ClipSettings, tokenizer: VideoTokenizer) -> Result:
+    """Encode an item that is begun, and read its other clips; for the result and the errors see `ingest_item`."""
+    if isinstance(begun, Skip):
+        return begun
+    try:
+        with closing(begun.clips() if settings.clips_per_video == 1 else one_ahead(begun.clips())) as clips:
+            # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
+            return [_row(begun.item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
+    except Exception as error:
+        return _as_skip(error)
+
+
+def _as_skip(error: Exception) -> Skip:
+    """Return why an item gives no clip; raise the error if it is a bug."""
+    if isinstance(error, Skip):
+        return error
+    problem = problem_of(error)
+    if problem is None:
+        raise error
+    return Skip(*problem)
+
+
+def _clips_of_item(item: Item, settings: ClipSettings, step: int) -> Iterator[Clip]:
+    if problem := item.problem or problem_of_file(item.path):
+        raise Skip(*problem)
+    with as_file(item) as file:
+        yield from _clips(item, file, settings, step)
 
 
 def _row(
@@ -166,10 +214,8 @@ def _row(
     return row | {"checksum": shards.checksum(row)}
 
 
-def _clips(
-    item: Item, file: Path, settings: ClipSettings, step: int
-) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
-    """Yield (start in seconds, frames uint8 [T, H, W, 3], original height, original width and stride) of each clip of an item.
+def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[Clip]:
+    """Yield each clip of an item.
 
     A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
     the temporal compression of the tokenizer. Raise Skip if the video is too short.
@@ -182,9 +228,7 @@ def _clips(
         yield from _clips_of_video(item, video, settings, step)
 
 
-def _clips_of_video(
-    item: Item, video: OpenVideo, settings: ClipSettings, step: int
-) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
+def _clips_of_video(item: Item, video: OpenVideo, settings: ClipSettings, step: int) -> Iterator[Clip]:
     """Do the same as `_clips` for an open video."""
     total = video.count_frames(settings.fps)
     available = total - item.start * settings.fps

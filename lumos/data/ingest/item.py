@@ -9,6 +9,7 @@ import stat
 from dataclasses import dataclass
 
 from lumos.errors import is_out_of_memory
+from lumos.video.hdr import HighDynamicRange
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
 CLIPS = (
@@ -27,6 +28,7 @@ BAD_ROW, DUPLICATE = "bad row", "duplicate"
 NO_CAPTION, BAD_CAPTION, LONG_CAPTION = "no caption", "bad caption", "long caption"
 BROKEN_TAR, NO_END, BROKEN_TABLE = "broken tar", "tar without an end", "broken table"
 MISSING, NOT_A_FILE, UNREADABLE, TOO_SHORT = "missing file", "not a file", "unreadable", "too short"
+HDR = "high dynamic range"
 OUT_OF_MEMORY = "out of memory"
 
 MAX_CAPTION_LENGTH = 10_000
@@ -95,6 +97,8 @@ def problem_of(error: BaseException) -> tuple[str, str] | None:
         if _took_too_much(cause):
             return OUT_OF_MEMORY, (str(cause).splitlines() or ["out of memory"])[0]
         cause = cause.__cause__
+    if isinstance(error, HighDynamicRange):
+        return HDR, str(error)
     if isinstance(error, (OSError, ValueError, OverflowError, RecursionError)):
         return UNREADABLE, str(error) or type(error).__name__
     return None

@@ -89,18 +89,12 @@ class RayExecutor:
             fn_constructor_args=(partial(ItemEncoder, self.spec), self.item_timeout, os.getcwd()),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self.workers),
             num_cpus=1,
-            num_gpus=self._gpus(ray),
+            num_gpus=gpus_of_each(ray, self.spec.device),
             max_restarts=ATTEMPTS,
             max_task_retries=ATTEMPTS,
         )
         for row in data.iter_rows():
             yield int(row["number"]), from_text(row["result"])
-
-    def _gpus(self, ray: ModuleType) -> int:
-        available = ray.cluster_resources().get("GPU", 0)
-        if self.spec.device == "cuda" and not available:
-            raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
-        return int(self.spec.device != "cpu" and available > 0)
 
 
 class _Actor:
@@ -157,6 +151,17 @@ def connect_to_ray(ray: ModuleType) -> bool:
     except OSError as error:
         raise RunError(f"cannot reach the Ray cluster: {error}; unset RAY_ADDRESS to use this machine") from error
     return True
+
+
+def gpus_of_each(ray: ModuleType, device: str | None) -> int:
+    """Return how many GPUs a task or an actor gets: 1 if the cluster has GPUs and `device` is not "cpu", else 0.
+
+    Raise UserError if `device` is "cuda" and the cluster has no GPU.
+    """
+    available = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not available:
+        raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
+    return int(device != "cpu" and available > 0)
 
 
 def _ray() -> ModuleType:

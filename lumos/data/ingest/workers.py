@@ -1,4 +1,4 @@
-"""A pool of worker processes that run items one at a time and are replaced if they die or hang."""
+"""A pool of worker processes that are replaced if they die or hang. Each encodes one item while a thread reads the next."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
 
 import torch
 
@@ -26,19 +28,40 @@ DIED, TIMEOUT = "worker died", "timeout"
 AHEAD = 4
 """Largest number of items per worker that are started before the oldest of them is finished."""
 
-Make = Callable[[], Callable[[Item], Result]]
-"""A function that is called once in each worker and returns the function that runs an item."""
+EACH = 2
+"""Items that a worker has at a time: one is encoded, the next one is read."""
+
+
+class Work(Protocol):
+    """What a worker does with each item, as `lumos.data.ingest.encode.Encoder`. `begin` runs in a thread."""
+
+    def begin(self, item: Item) -> Any: ...
+    def finish(self, begun: Any) -> Result: ...
+
+
+Make = Callable[[], Work]
+"""A function that is called once in each worker."""
 
 
 @dataclass(eq=False)
 class _Task:
     item: Item
     result: Result | None = None
-    again: bool = False  # a worker already died while it ran this item
+    died: bool = False  # a worker already died while it had this item and no other
+    alone: bool = False  # no other item may run meanwhile, so that its failure is its own
+    shared: bool = False  # its worker had another item too
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Tasks that are given again: those that must run alone, and those whose worker was ended because of another one."""
+
+    alone: deque[_Task] = field(default_factory=deque)
+    others: deque[_Task] = field(default_factory=deque)
 
 
 class _Worker:
-    """A worker process. It must finish its present `task` before `deadline` (a time of `time.monotonic`)."""
+    """A worker process. It must finish the first of its `tasks` before `deadline` (a time of `time.monotonic`)."""
 
     def __init__(self, make: Make, threads: int, folder: str):
         # With "forkserver", workers are forked from a server that has imported all modules and started no
@@ -51,7 +74,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.ready = False
-        self.task: _Task | None = None
+        self.tasks: deque[_Task] = deque()
         self.deadline = float("inf")
 
     def stop(self) -> None:
@@ -61,7 +84,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """A pool of up to `workers` processes that run items with the function that `make` returns.
+    """A pool of up to `workers` processes that run items with what `make` returns.
 
     Each process uses `threads` threads of torch and has `seconds` for each item. The processes are kept
     for the next call of `results` until `close`.
@@ -71,7 +94,7 @@ class WorkerPool:
         self.make, self.workers, self.threads, self.seconds = make, workers, threads, seconds
         self.pool: list[_Worker] = []
         self.begun: deque[_Task] = deque()
-        self.again: deque[_Task] = deque()
+        self.again = _Waiting()
         # The temporary files of all workers are in one folder, because a killed worker cannot delete its own files.
         self.folder = tempfile.TemporaryDirectory(prefix="lumos-")
 
@@ -83,8 +106,8 @@ class WorkerPool:
     def results(self, todo: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         """Yield each item of `todo` with its result, in order.
 
-        If the worker of an item dies, the item is tried again while no other item runs. It is skipped if
-        its worker dies again.
+        If a worker dies, its items are tried again, each while no other item runs. An item is skipped if its worker dies twice
+        while it has no other item. An item that lacks memory is tried alone too, because the other one needed memory as well.
         """
         while True:
             while task := self._next(todo):
@@ -94,35 +117,41 @@ class WorkerPool:
             while self.begun and self.begun[0].result is not None:
                 task = self.begun.popleft()
                 yield task.item, task.result
-            if any(worker.task for worker in self.pool):
+            if any(worker.tasks for worker in self.pool):
                 self._receive()
 
     def _next(self, todo: Iterator[Item]) -> _Task | None:
         """Return the task to start now, or None if no task can be started."""
-        busy = [worker.task for worker in self.pool if worker.task]
-        if any(task.again for task in busy) or len(busy) == self.workers:
+        running = [task for worker in self.pool for task in worker.tasks]
+        if any(task.alone for task in running):
             return None
-        if self.again:
-            return None if busy else self.again.popleft()
+        if self.again.alone:
+            return None if running else self.again.alone.popleft()
+        if len(running) == EACH * self.workers:
+            return None
+        if self.again.others:
+            return self.again.others.popleft()
         if len(self.begun) >= AHEAD * self.workers or (item := next(todo, None)) is None:
             return None
         self.begun.append(_Task(item))
         return self.begun[-1]
 
     def _give(self, task: _Task) -> None:
-        worker = next((worker for worker in self.pool if not worker.task), None)
-        if worker is None:
-            worker = _Worker(self.make, self.threads, self.folder.name)
-            self.pool.append(worker)
-        worker.task = task
+        if len(self.pool) < self.workers and all(worker.tasks for worker in self.pool):
+            self.pool.append(_Worker(self.make, self.threads, self.folder.name))
+        worker = min(self.pool, key=lambda worker: len(worker.tasks))
+        worker.tasks.append(task)
+        if len(worker.tasks) > 1:
+            for one in worker.tasks:
+                one.shared = True
+        elif worker.ready:
+            worker.deadline = time.monotonic() + self.seconds
         with suppress(OSError):  # the worker is dead, which `_receive` notices
             worker.connection.send(task.item)
-        if worker.ready:
-            worker.deadline = time.monotonic() + self.seconds
 
     def _receive(self) -> None:
         """Wait until a worker answers, dies or reaches its deadline, and handle it."""
-        busy = [worker for worker in self.pool if worker.task]
+        busy = [worker for worker in self.pool if worker.tasks]
         left = min(worker.deadline for worker in busy) - time.monotonic()
         heard = wait([worker.connection for worker in busy], None if left == float("inf") else max(left, 0))
         for worker in busy:
@@ -134,7 +163,9 @@ class WorkerPool:
                 else:
                     self._take(worker, answer)
             elif time.monotonic() >= worker.deadline:
-                worker.task.result = Skip(TIMEOUT, f"{worker.task.item.id} took more than {self.seconds:g} s")
+                late = worker.tasks.popleft()
+                late.result = Skip(TIMEOUT, f"{late.item.id} took more than {self.seconds:g} s")
+                self.again.others.extend(worker.tasks)
                 self._remove(worker)
 
     def _take(self, worker: _Worker, answer: Result | Exception | None) -> None:
@@ -143,19 +174,26 @@ class WorkerPool:
         if not worker.ready:
             worker.ready, worker.deadline = True, time.monotonic() + self.seconds
             return
-        worker.task.result, worker.task, worker.deadline = answer, None, float("inf")
+        task = worker.tasks.popleft()
+        if isinstance(answer, Skip) and answer.reason == OUT_OF_MEMORY and task.shared and not task.alone:
+            task.alone = True
+            self.again.alone.append(task)
+        else:
+            task.result = answer
+        worker.deadline = time.monotonic() + self.seconds if worker.tasks else float("inf")
 
     def _died(self, worker: _Worker) -> None:
-        task = worker.task
         self._remove(worker)
         how = f"exit code {worker.process.exitcode}"
         if not worker.ready:
             raise RunError(f"a worker process ended while it was starting ({how}; out of memory?); use fewer --workers")
-        if task.again:
-            task.result = Skip(DIED, f"{task.item.id} ended its worker twice ({how})")
-        else:
-            task.again = True
-            self.again.append(task)
+        for task in worker.tasks:
+            if task.died:
+                task.result = Skip(DIED, f"{task.item.id} ended its worker twice ({how})")
+            else:
+                # Of two items, either may have ended the worker: each is tried alone, and only then it counts.
+                task.died, task.alone = len(worker.tasks) == 1, True
+                self.again.alone.append(task)
 
     def _remove(self, worker: _Worker) -> None:
         worker.stop()
@@ -163,30 +201,45 @@ class WorkerPool:
 
 
 def _serve(connection: Connection, make: Make, threads: int, folder: str) -> None:
-    """Run items in a worker: send None (or the error of `make`) when ready, then a result for each item received."""
+    """Run items in a worker: send None (or the error of `make`) when ready, then a result for each item received, in order.
+
+    A thread receives and reads the next item while this one encodes. torch is used by this one alone.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
     torch.set_num_threads(threads)
     tempfile.tempdir = folder
-    memory = None
     try:
-        do, answer = make(), None
+        work = make()
         memory = limit_memory()
     except Exception as error:
-        do, answer = None, error
-    while True:
+        connection.send(error)
+        return
+
+    def begun() -> Any:
         try:
-            connection.send(answer)
             item = connection.recv()
         except (EOFError, OSError):  # the parent is gone
-            return
+            return None
         try:
-            answer = do(item)
+            return work.begin(item)
         except Exception as error:
-            answer = error
-        if memory and isinstance(answer, Skip) and answer.reason == OUT_OF_MEMORY:
-            limit = f"an item may use {memory / 2**30:.0f} GiB in a worker; --workers 0 has no such limit"
-            answer = Skip(OUT_OF_MEMORY, f"{answer.detail}; {limit}")
+            return error
+
+    with suppress(OSError), ThreadPoolExecutor(1, thread_name_prefix="decode") as thread:  # OSError: the parent is gone
+        connection.send(None)
+        due = thread.submit(begun)
+        while (found := due.result()) is not None:
+            due = thread.submit(begun)
+            try:
+                answer = found if isinstance(found, Exception) else work.finish(found)
+            except Exception as error:
+                answer = error
+            del found  # its frames, before the next item is waited for
+            if memory and isinstance(answer, Skip) and answer.reason == OUT_OF_MEMORY:
+                limit = f"an item may use {memory / 2**30:.0f} GiB in a worker; --workers 0 has no such limit"
+                answer = Skip(OUT_OF_MEMORY, f"{answer.detail}; {limit}")
+            connection.send(answer)
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,138 @@
+"""High dynamic range: which transfer function a picture file states, and the refusal of PQ and HLG by name.
+
+Pixels of PQ and HLG that are taken for sRGB are grey and dull, which a model would learn and a user would not expect. Mapping them
+to sRGB is a matter of taste with many parameters, so such files are refused instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lumos.errors import UserError
+
+TRANSFERS = {16: "PQ", 18: "HLG"}
+"""Names of transfer functions of high dynamic range (ITU-T H.273, table 3)."""
+MAX_META_BYTES = 2**24
+"""Largest size of the boxes of an AVIF file that are read. They have some kilobytes."""
+SAMPLE_ENTRY_BYTES = 78
+"""Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
+
+
+class HighDynamicRange(UserError):
+    """A picture or video has a transfer function of high dynamic range."""
+
+
+def check_transfer(path: str | Path, transfer: int | None, what: str) -> None:
+    """Raise HighDynamicRange if a code of ITU-T H.273 is that of PQ or HLG. what: "picture" or "video"."""
+    if (name := TRANSFERS.get(int(transfer or 0))) is not None:
+        raise HighDynamicRange(
+            f"{path} is an HDR {what} ({name}), whose colours would come out wrong; convert it to SDR (BT.709 or sRGB) first"
+        )
+
+
+def picture_transfer(path: str | Path, kind: str) -> int | None:
+    """Return the code in TRANSFERS that a picture states, or None.
+
+    kind: the format as Pillow names it. PNG states it in the chunk cICP, AVIF in the property "colr" of its primary item and in the
+    sample entry of a sequence.
+    """
+    stated = {"PNG": _of_png, "AVIF": _of_avif}.get(kind, lambda path: ())(path)
+    return next((code for code in stated if code in TRANSFERS), None)
+
+
+def _of_png(path: str | Path) -> Iterator[int]:
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if name == b"cICP":
+                yield from file.read(2)[1:]
+                return
+            if name in (b"IDAT", b"IEND"):
+                return
+            file.seek(length + 4, 1)
+
+
+def _of_avif(path: str | Path) -> Iterator[int]:
+    with open(path, "rb") as file:
+        found = {name: file.read(min(size, MAX_META_BYTES)) for name, size in _top_boxes(file) if name in (b"meta", b"moov")}
+    yield from _of_primary_item(found.get(b"meta", b"")[4:])
+    yield from _of_tracks(found.get(b"moov", b""))
+
+
+def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield the name and the number of content bytes of each box of a file, which stands at the content then."""
+    while len(head := file.read(8)) == 8:
+        size, name = struct.unpack(">I4s", head)
+        size -= 8
+        if size == 1 - 8:
+            size = int.from_bytes(file.read(8)) - 16
+        if size < 0:  # 0 - 8: the box goes on to the end of the file
+            return
+        after = file.tell() + size
+        yield name, size
+        file.seek(after)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the name and the content of each box in data."""
+    at = 0
+    while at + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        if size < 8:
+            return
+        yield name, data[at + 8 : at + size]
+        at += size
+
+
+def _inside(data: bytes, *names: bytes) -> Iterator[bytes]:
+    """Yield the content of each box at a path of names in data."""
+    if not names:
+        yield data
+        return
+    for name, content in _boxes(data):
+        if name == names[0]:
+            yield from _inside(content, *names[1:])
+
+
+def _of_colour_box(content: bytes) -> Iterator[int]:
+    if content[:4] == b"nclx" and len(content) >= 8:
+        yield int.from_bytes(content[6:8])
+
+
+def _of_primary_item(meta: bytes) -> Iterator[int]:
+    """Yield the transfer function of the primary item of a meta box. Other items may be an HDR rendition of the same picture."""
+    primary = next(_inside(meta, b"pitm"), b"")
+    item = int.from_bytes(primary[4:6] if primary[:1] == b"\0" else primary[4:8])
+    properties = [box for content in _inside(meta, b"iprp", b"ipco") for box in _boxes(content)]
+    for content in _inside(meta, b"iprp", b"ipma"):
+        for index in _associations(content).get(item, ()):
+            name, box = properties[index - 1] if 0 < index <= len(properties) else (b"", b"")
+            if name == b"colr":
+                yield from _of_colour_box(box)
+
+
+def _associations(content: bytes) -> dict[int, list[int]]:
+    """Return the numbers of the properties of each item, from 1, as a box "ipma" lists them (ISO/IEC 23008-12, 9.3.1)."""
+    wide_ids, wide_numbers = content[:1] != b"\0", bool(content[3:4] and content[3] & 1)
+    found: dict[int, list[int]] = {}
+    at, of_id, of_number = 8, 4 if wide_ids else 2, 2 if wide_numbers else 1
+    for _ in range(int.from_bytes(content[4:8])):
+        if at >= len(content):
+            break
+        item, count = int.from_bytes(content[at : at + of_id]), (content[at + of_id : at + of_id + 1] or b"\0")[0]
+        at += of_id + 1
+        numbers = (int.from_bytes(content[at + n * of_number : at + (n + 1) * of_number]) for n in range(count))
+        found[item] = [number & (0x7FFF if wide_numbers else 0x7F) for number in numbers]
+        at += count * of_number
+    return found
+
+
+def _of_tracks(moov: bytes) -> Iterator[int]:
+    for table in _inside(moov, b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
+        for _, entry in _boxes(table[8:]):
+            for content in _inside(entry[SAMPLE_ENTRY_BYTES :], b"colr"):
+                yield from _of_colour_box(content)

@@ -1,0 +1,287 @@
+"""Clips that replicas make: those of a single process, in batches of one shape, and none lost when a replica dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+from lumos import LumosPipeline
+from lumos.cli import main
+from lumos.commands.serve import load_replica, numbers
+from lumos.demo.limits import Limits
+from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, arguments_of, batches, deployment, replicas
+from lumos.demo.service import Service
+from lumos.demo.worker import Cancelled, ClipJob
+from lumos.errors import RunError, UserError
+from lumos.pipeline.request import Request
+
+ROOT = Path(__file__).parents[2]
+FORMS = ({"num_frames": 1}, {"num_frames": 5, "num_inference_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def pipe(micro_folder):
+    return LumosPipeline.from_pretrained(micro_folder)
+
+
+@pytest.fixture
+def maker(pipe, monkeypatch):
+    monkeypatch.chdir(Path.cwd())
+    return Maker(lambda: (pipe, lambda: {"device": "there"}), os.getcwd())
+
+
+def asked(seed: int, **more) -> dict:
+    return arguments_of(Request.of(f"clip {seed}", seed=seed, **FORMS[seed % 2], **more))
+
+
+# ---- batches
+
+
+def test_requests_of_one_form_are_a_batch():
+    picture = np.zeros((4, 4, 3), np.uint8)
+    odd = [asked(3, image=picture), asked(4, negative_prompt="x"), asked(5, image=picture)]
+    requests = [asked(0), asked(1), asked(2), *odd, asked(7)]
+    assert batches(requests) == [[0, 2], [1, 6], [3], [4], [5]]
+
+
+def test_a_batch_has_the_clips_of_single_calls(maker, pipe):
+    requests = [asked(seed) for seed in range(6)]
+    calls = []
+    whole = type(pipe).__call__
+    counted = SimpleNamespace(pipe=lambda prompt, **more: calls.append(prompt) or whole(pipe, prompt, **more))
+    maker.pipe = counted.pipe
+    for request, answer in zip(requests, maker.make(requests), strict=True):
+        alone = pipe(**request, output_type="uint8").frames[0]
+        assert np.array_equal(answer["frames"], alone)
+        assert answer["about"] == {"device": "there"}
+    assert calls == [["clip 0", "clip 2", "clip 4"], ["clip 1", "clip 3", "clip 5"]]
+
+
+def test_a_clip_that_cannot_be_made_spoils_no_other(maker, pipe, capsys):
+    whole = type(pipe).__call__
+
+    def fails(prompt, **more):
+        if "clip 2" in prompt or prompt == "clip 2":
+            raise UserError("no clip 2")
+        if "clip 4" in prompt or prompt == "clip 4":
+            raise KeyError("secret")
+        return whole(pipe, prompt, **more)
+
+    maker.pipe = fails
+    answers = maker.make([asked(seed) for seed in (0, 2, 4)])
+    assert "frames" in answers[0]
+    assert answers[1] == {"error": "no clip 2", "is_users": True}
+    assert "secret" not in answers[2]["error"]
+    assert not answers[2]["is_users"]
+    assert "secret" in capsys.readouterr().err  # the log of the replica
+
+
+# ---- the server's side, with a handle that makes the clips in this process
+
+
+class Died(Exception):
+    pass
+
+
+class Handle:
+    """The handle of a deployment whose replicas die as often as `deaths` says, or never answer."""
+
+    def __init__(self, maker: Maker | None, deaths: int = 0):
+        self.maker, self.deaths, self.asked, self.cancelled = maker, deaths, 0, 0
+
+    def remote(self, request):
+        self.asked += 1
+        return SimpleNamespace(result=lambda timeout_s: self.result(request, timeout_s), cancel=self.cancel)
+
+    def result(self, request, timeout_s):
+        assert timeout_s > 0
+        if self.deaths:
+            self.deaths -= 1
+            raise Died("the actor died")
+        if self.maker is None:
+            raise TimeoutError
+        return self.maker.make([request])[0]
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+SETTINGS = ReplicaSettings(2, batch_size=3)
+
+
+def test_a_clip_of_a_dead_replica_is_made_again(maker, pipe):
+    handle = Handle(maker, deaths=ATTEMPTS - 1)
+    frames, about = Replicas(handle, SETTINGS, (Died,)).make(Request.of(**asked(3)), lambda: None)
+    assert handle.asked == ATTEMPTS
+    assert np.array_equal(frames, pipe(**asked(3), output_type="uint8").frames[0])
+    assert about == {"device": "there"}
+    with pytest.raises(RunError, match=r"3 replicas ended while they made the clip \(the actor died\)"):
+        Replicas(Handle(maker, ATTEMPTS), SETTINGS, (Died,)).make(Request.of("x", seed=1), lambda: None)
+
+
+def test_a_cancelled_clip_is_waited_for_no_longer():
+    handle, job = Handle(None), ClipJob(Request.of("x"))
+    job.stop.set()
+    with pytest.raises(Cancelled):
+        Replicas(handle, SETTINGS, (Died,)).make(Request.of("x", seed=1), job.check_stop)
+    assert handle.cancelled == 1
+
+
+def made(pipe, root: Path, requests: list[Request], given: Replicas | None = None) -> dict[int, tuple[bytes, dict]]:
+    """The file and the record of each request's clip by its seed, made by a service."""
+    service = Service(pipe, root, Limits(queue_length=60), lambda prompt, seed: {"prompt": prompt, "seed": seed}, replicas=given)
+    jobs = [ClipJob(request) for request in requests]
+    try:
+        for job in jobs:
+            service.submit(job)
+        deadline = time.monotonic() + 600
+        while not all(job.ended for job in jobs):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        service.worker.close()
+    assert [str(job.error) for job in jobs if job.error] == []
+    files = {job.record["seed"]: service.store.results / job.record["file"] for job in jobs}
+    return {job.record["seed"]: (files[job.record["seed"]].read_bytes(), job.record) for job in jobs}
+
+
+def test_the_results_are_those_of_a_single_process(pipe, maker, tmp_path):
+    requests = [Request.of(**asked(seed)) for seed in range(4)]
+    handle = Handle(maker, deaths=2)
+    there = made(pipe, tmp_path / "there", requests, Replicas(handle, SETTINGS, (Died,)))
+    here = made(pipe, tmp_path / "here", requests)
+    assert {seed: file for seed, (file, _) in there.items()} == {seed: file for seed, (file, _) in here.items()}
+    assert {record["device"] for _, record in there.values()} == {"there"}
+    drawn = made(pipe, tmp_path / "drawn", [Request.of("x", num_frames=1)], Replicas(Handle(maker, 1), SETTINGS, (Died,)))
+    ((seed, (file, _)),) = drawn.items()  # a seed that is drawn is drawn once, also if the replica dies
+    again = made(pipe, tmp_path / "again", [Request.of("x", num_frames=1, seed=seed)])
+    assert again[seed][0] == file
+
+
+# ---- settings
+
+
+def test_settings_become_those_of_ray_serve():
+    assert ReplicaSettings(3).options() == {"num_replicas": 3}
+    scaled = ReplicaSettings(3, autoscaling={"min_replicas": 2, "target_ongoing_requests": 1.5})
+    assert scaled.options() == {"autoscaling_config": {"min_replicas": 2, "target_ongoing_requests": 1.5, "max_replicas": 3}}
+    assert SETTINGS.at_once == 6
+    assert numbers(["min_replicas=2", "upscale_delay_s=0.5"]) == {"min_replicas": 2, "upscale_delay_s": 0.5}
+
+
+def test_no_more_replicas_than_cores(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0})
+    ReplicaSettings(2).check(ray)
+    with pytest.raises(UserError, match="--replicas 3 needs as many CPU cores, and Ray has 2 here; give at most 2"):
+        ReplicaSettings(3).check(ray)
+    ReplicaSettings(3, autoscaling={}).check(ray)
+    monkeypatch.setenv("RAY_ADDRESS", "cluster")
+    ReplicaSettings(3).check(ray)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "2"], "--batch-size has no effect without --replicas"),
+        (["--autoscaling", "min_replicas=1"], "--autoscaling has no effect without --replicas"),
+        (["--replicas", "0"], "--replicas 0 is not allowed; give at least 1"),
+        (["--replicas", "2", "--batch-size", "0"], "--batch-size 0 is not allowed"),
+        (["--replicas", "2", "--batch-wait", "-1"], "--batch-wait -1.0 is not allowed"),
+        (["--replicas", "2", "--device", "mps"], "device 'mps' is not allowed with --replicas"),
+        (["--replicas", "2", "--autoscaling", "min_replicas"], "'min_replicas' is not allowed; give NAME=NUMBER"),
+        (["--replicas", "2", "--autoscaling", "max_replicas=3"], "max_replicas is what --replicas says"),
+    ],
+)
+def test_options_that_are_refused(monkeypatch, capsys, tmp_path, words, message):
+    pytest.importorskip("fastapi")
+    monkeypatch.setattr("lumos.demo.replicas.import_serve", lambda: None)
+    assert main(["serve", *words, "--root", str(tmp_path / "root")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+
+
+def test_without_ray_serve_one_line_says_what_to_install(monkeypatch, capsys):
+    pytest.importorskip("fastapi")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "--replicas", "2"]) == 2
+    assert "pip install 'lumos-video[replicas]'" in capsys.readouterr().err
+
+
+# ---- Ray Serve itself
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray of two CPUs, if Ray Serve can be imported."""
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+def replica_processes() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(process.cmdline())]
+
+
+class KillsOne(Replicas):
+    """Kills a replica once some clips are done."""
+
+    done, killed = 0, 0
+
+    def make(self, request, check_stop):
+        answer = super().make(request, check_stop)
+        self.done += 1
+        if self.done > 5 and not self.killed:
+            self.killed = 1
+            victim = replica_processes()[0]
+            victim.send_signal(signal.SIGKILL)
+        return answer
+
+
+@pytest.mark.slow
+def test_fifty_users_lose_nothing_when_a_replica_is_killed(cluster, pipe, micro_folder, tmp_path):
+    from lumos.commands.loading import LOADING
+
+    options = dict.fromkeys((*LOADING, "dtype", "max_memory")) | {"model": str(micro_folder), "device": "cpu"}
+    requests = [Request.of(**asked(seed)) for seed in range(50)]
+    settings = ReplicaSettings(2, batch_size=4)
+    with replicas(lambda: load_replica(options), settings) as ready:
+        assert len(replica_processes()) == 2
+        ready.__class__ = KillsOne
+        there = made(pipe, tmp_path / "there", requests, ready)
+        assert ready.killed
+    here = made(pipe, tmp_path / "here", requests)
+    assert sorted(there) == list(range(50))
+    assert {seed: file for seed, (file, _) in there.items()} == {seed: file for seed, (file, _) in here.items()}
+    assert {record["device"] for _, record in there.values()} == {"cpu"}
+
+
+def test_settings_that_ray_serve_takes_and_refuses():
+    serve = pytest.importorskip("ray.serve", exc_type=ImportError)
+
+    def config(**autoscaling):
+        app = deployment(serve, lambda: None, ReplicaSettings(3, batch_size=5, autoscaling=autoscaling), 1)
+        return app._bound_deployment
+
+    made = config(min_replicas=2, target_ongoing_requests=1.5)
+    scaling = made._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 3, 1.5)
+    assert (made.max_ongoing_requests, made.ray_actor_options["num_gpus"]) == (5, 1)
+    unknown = "--autoscaling 'odd' is unknown; known are min_replicas"
+    for wrong, message in (({"min_replicas": 5}, "min_replicas"), ({"odd": 1}, unknown)):
+        with pytest.raises(UserError, match=message):
+            config(**wrong)
