@@ -221,7 +221,8 @@ class ArdfTask(VideoTask):
 
     def fingerprint_defaults(self) -> dict[str, Any]:
         """Return what runs had before given frames were a choice."""
-        return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": DropoutSettings().image}
+        usual = {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": DropoutSettings().image}
+        return super().fingerprint_defaults() | usual
 
     @staticmethod
     def write_folder(

@@ -110,6 +110,13 @@ class StivTrainingSettings(TrainingSettings):
         for check in STIV_CHECKS:
             check(self)
 
+    @classmethod
+    def for_ingested(cls, sections: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+        found = {name: value for name, value in sections.items() if name not in ("strides", "init")}
+        if isinstance(latents := found.get("latents"), dict):
+            found["latents"] = latents | {"kept_clips": 0}
+        return found
+
 
 def check_init(settings: StivTrainingSettings) -> None:
     init = settings.init
