@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from lumos.video.reading import OpenVideo, is_still, open_video, read_image
 from tokenizer import VideoTokenizer
 
 T = TypeVar("T")
+ReadClip = tuple[float, np.ndarray, tuple[int, int, float]]
+"""Start in seconds, frames uint8 [T, H, W, 3], and (original height, original width, stride) of a clip."""
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
 
 
@@ -126,15 +128,26 @@ def ingest_item(item: Item, settings: ClipSettings, tokenizer: VideoTokenizer) -
     Return the rows of its clips. If the item's data make a reader fail, return a `Skip`. Any other
     error is a bug, and is raised.
     """
+
+    def rows(clips: Iterator[ReadClip]) -> list[dict[str, Any]]:
+        if settings.clips_per_video > 1:
+            clips = one_ahead(clips)
+        # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
+        return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
+
+    return with_clips(item, settings, tokenizer.temporal_compression, rows)
+
+
+def with_clips(item: Item, settings: ClipSettings, step: int, use: Callable[[Iterator[ReadClip]], T]) -> T | Skip:
+    """Return what `use` makes of the clips of an item, or why the item gives none. Errors are those of `ingest_item`.
+
+    `step` is the temporal compression of the tokenizer.
+    """
     try:
         if problem := item.problem or problem_of_file(item.path):
             return Skip(*problem)
         with as_file(item) as file:
-            clips = _clips(item, file, settings, tokenizer.temporal_compression)
-            if settings.clips_per_video > 1:
-                clips = one_ahead(clips)
-            # Encode one clip at a time, because all clips of a long video together need as much memory as the video.
-            return [_row(item, number, *clip, settings, tokenizer) for number, clip in enumerate(clips)]
+            return use(_clips(item, file, settings, step))
     except Skip as skip:
         return skip
     except Exception as error:
@@ -166,10 +179,8 @@ def _row(
     return row | {"checksum": shards.checksum(row)}
 
 
-def _clips(
-    item: Item, file: Path, settings: ClipSettings, step: int
-) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
-    """Yield (start in seconds, frames uint8 [T, H, W, 3], original height, original width and stride) of each clip of an item.
+def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[ReadClip]:
+    """Yield each clip of an item.
 
     A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
     the temporal compression of the tokenizer. Raise Skip if the video is too short.
@@ -182,9 +193,7 @@ def _clips(
         yield from _clips_of_video(item, video, settings, step)
 
 
-def _clips_of_video(
-    item: Item, video: OpenVideo, settings: ClipSettings, step: int
-) -> Iterator[tuple[float, np.ndarray, tuple[int, int, float]]]:
+def _clips_of_video(item: Item, video: OpenVideo, settings: ClipSettings, step: int) -> Iterator[ReadClip]:
     """Do the same as `_clips` for an open video."""
     total = video.count_frames(settings.fps)
     available = total - item.start * settings.fps
