@@ -145,8 +145,8 @@ class Job:
     def inputs(self) -> dict[str, Any]:
         from lumos.files import folder_sha256
 
-        return {"settings": self.settings, "clips": self.clips.listing.digest, "clips_per_video": self.args.clips_per_video,
-                "model": folder_sha256(Path(self.base.folder))}  # fmt: skip
+        return {"clips": self.clips.listing.digest, "clips_per_video": self.args.clips_per_video, "lora": self.args.lora,
+                "model": folder_sha256(Path(self.base.folder)), "settings": self.settings}  # fmt: skip
 
     @cached_property
     def text(self) -> bytes:
@@ -214,10 +214,13 @@ class Job:
     def typed(self, verb: str, words: list[Any], result: Path, inputs: dict[str, Any]) -> None:
         """Run a verb as a user types it, unless its result is there."""
         from lumos.errors import printable
+        from lumos.runtime import no_progress_bar
 
         words = list(map(str, words))
         print(printable(f"$ python -m lumos {shlex.join([verb, *words])}"), flush=True)
-        if not self.stages.run(verb, result, {"command": words, **inputs}, lambda: subcommands.typed(verb, words)):
+        with no_progress_bar():
+            made = self.stages.run(verb, result, {"command": words, **inputs}, lambda: subcommands.typed(verb, words))
+        if not made:
             print(printable(f"{result} is there already"))
 
     def draw(self, sheet: Path, export: Path, adapter: str | None) -> None:
