@@ -10,11 +10,14 @@ import torch
 pytest.importorskip("pyarrow")
 
 from lumos import registry
+from lumos.compression.auto import recovery_settings
+from lumos.compression.networks import network_of
 from lumos.data.curriculum import Curriculum
 from lumos.errors import UserError
 from lumos.models.lumos1.training import ArdfTask
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.training.finetuning import clip_size, finetune_settings, own_data, stages, usual_lr
+from lumos.training.record import training_record
 from lumos.training.settings import build_settings
 
 CLIP = ClipDefaults(17, 128, 128, 8, None)
@@ -69,6 +72,21 @@ def test_settings_that_shards_cannot_have_are_left_out(name, lora):
     found = build_settings(settings_of(name, before, lora))
     assert found.patterns["first"] == 0.2
     assert found.patterns["ends"] == (0.0 if lora and name == "lumos1" else 0.3)
+
+
+@pytest.mark.parametrize(("name", "data"), [("stiv-tiny", "worlds"), ("stiv-tiny", "somewhere"), ("lumos-tiny", "somewhere")])
+def test_records_of_shipped_models_become_settings(repo, tmp_path, name, data):
+    """Those of a fine-tuning, and those of the recovery that `compress auto` writes, on scenes and on shards."""
+    folder = repo / "checkpoints" / name
+    before = training_record(folder)
+    found = build_settings(settings_of(registry.generator_of(folder).name, before))
+    assert found.data.replay[0].options == before["settings"]["data"]["options"]
+    recovery = recovery_settings(network_of(folder), tmp_path / "pruned", data, 10, tmp_path / "run", before)
+    recovery.pop("distill")
+    recovered = build_settings(recovery)
+    assert recovered.data.source == ("worlds" if data == "worlds" else "shards")
+    if name == "stiv-tiny":
+        assert recovered.strides == ({1: 0.84, 2: 0.04, 4: 0.04, 8: 0.04, 16: 0.04} if data == "worlds" else {1: 1.0})
 
 
 def test_stages_fit_the_clips_of_the_model():
