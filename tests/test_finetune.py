@@ -84,6 +84,7 @@ def killed_at(step: int) -> Callable[[Run], None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["lumos1", "stiv"])
 def test_from_clips_to_a_model_killed_and_resumed(models, clips, run, tmp_path, monkeypatch, generator):
+    (clips / "2.txt").write_text("noise " * 400)
     words = ["clips", "--model", models[generator], "--out", "out", "training.warmup_steps=0"]
     said, _ = run(*words, "--dry-run")
     assert "clips      3 of 3 items of clips" in said
@@ -96,7 +97,8 @@ def test_from_clips_to_a_model_killed_and_resumed(models, clips, run, tmp_path, 
     out = tmp_path / "out"
     assert not (out / "export").exists()
     ingested = (out / "shards" / "report.json").stat().st_mtime_ns
-    said, _ = run(*words, "--json")
+    said, err = run(*words, "--json")
+    assert "note: out/sheet.png has no result for 'noise noise" in err
     summary = json.loads(said)
     assert (out / "shards" / "report.json").stat().st_mtime_ns == ingested
     assert summary["clips"] == 3

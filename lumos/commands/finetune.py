@@ -227,8 +227,9 @@ class Job:
         """Draw SHEET_CLIPS clips, those with different captions first: truth, reconstruction and result, one above the other."""
         import numpy as np
 
+        from lumos.errors import UserError, printable, shown
         from lumos.pipeline.base import VideoPipeline
-        from lumos.progress import progress_bar
+        from lumos.progress import LOGGER, progress_bar
         from lumos.runtime import no_progress_bar
         from lumos.video.frames import contact_sheet
 
@@ -242,6 +243,10 @@ class Job:
         for number in progress_bar(order, desc="drawing the sheet", unit="clip", leave=False):
             (caption, frames), kept = pairs[number]
             height, width = frames.shape[1:3]
-            made = pipe(caption, seed=number, height=height, width=width, output_type="uint8").frames[0]
+            try:
+                made = pipe(caption, seed=number, height=height, width=width, output_type="uint8").frames[0]
+            except UserError as error:  # training cuts a caption that generation refuses
+                LOGGER.warning(printable(f"note: {sheet} has no result for {shown(caption, 60)}: {error}"))
+                made = np.full_like(frames, 255)
             drawn.append(np.concatenate([frames, kept, made], axis=1))
         contact_sheet(drawn, [captions[number] for number in order], sheet, across=2 if len(drawn) > 1 else 1)
