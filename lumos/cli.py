@@ -34,6 +34,7 @@ VERBS = {
     "inspect": "show what a folder of shards holds",
     "plan": "estimate what a training run or a clip will need: steps, FLOPs, memory, time",
     "train": "train a generator",
+    "finetune": "train a model on a folder of clips, in one command",
     "export": "write a checkpoint as a model folder, or merge an adapter into one",
     "resize": "make a model that decodes the same codes to clips of another size",
     "convert": "make one model folder of released Lumos-1 weights and their tokenizers",

@@ -61,7 +61,12 @@ def test_the_first_command_as_it_stands(clone, forks):
 @pytest.mark.slow
 def test_the_examples_of_the_command_line(clone):
     _, *examples = verbs("README.md")
-    assert [command[0] for command in examples] == ["generate"] * 6
+    assert [command[0] for command in examples] == ["generate"] * 3 + ["finetune"] + ["generate"] * 3
+    tuning = examples.pop(3)
+    (clone / "clips").mkdir()
+    write_video(clone / "clips" / "a.mp4", np.random.default_rng(0).integers(0, 255, (20, 60, 80, 3), dtype=np.uint8), 8)
+    (clone / "clips" / "a.txt").write_text("noise")
+    assert main([*tuning, "--dry-run"]) == 0
     (clone / "last.png").write_bytes((clone / "first.png").read_bytes())
     write_video(clone / "clip.mp4", np.random.default_rng(0).integers(0, 255, (9, 60, 80, 3), dtype=np.uint8), 4)
     for command in examples:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumos.cli import add_json
+from lumos.commands import subcommands
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError, printable
     from lumos.files import file_sha256, read_json, write_bytes, write_json
     from lumos.runtime import pick_device, versions
+    from lumos.stages import Stages
+    from lumos.training.record import training_record
 
     check_counts(args, clips=(1, MAX_CLIPS), count=(1, MAX_CLIPS), steps=(1, MAX_STEPS))
     if not 1 < args.target_speedup < float("inf"):
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     network, out = network_of(args.model, "model"), Path(args.out)
     shards = [] if args.data == WORLDS else ["--data", args.data]
     data = WORLDS if args.data == WORLDS else {path.name: file_sha256(path) for path in json_files(args.data)}
-    stages, model = auto.Stages(out), {"model": network.sha256}
+    stages, model = Stages(out), {"model": network.sha256}
     scores, pruned, config, recovered, report = (
         out / name for name in ("scores.json", "pruned", "distill.yaml", "distill/export", "report.json")
     )
@@ -62,11 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def stage(name: str, words: list[Any], result: Path, inputs: dict[str, Any]) -> None:
         words = list(map(str, words))
         print(printable(f"$ python -m lumos compress {shlex.join([name, *words])}"), flush=True)
-        if not stages.run(name, result, {"command": words, **inputs}, lambda: step(name, words)):
+        if not stages.run(name, result, {"command": words, **inputs}, lambda: subcommands.typed(f"compress {name}", words)):
             print(printable(f"{result} is there already"))
 
     settings = auto.recovery_settings(
-        network, pruned, args.data, args.steps, out / "distill", auto.training_record(network.folder)
+        network, pruned, args.data, args.steps, out / "distill", training_record(network.folder)
     )
     text = "# Written by `compress auto`. An edited file is used as it is.\n" + yaml.safe_dump(settings, sort_keys=False)
     stages.run("config", config, {"settings": settings}, lambda: write_bytes(config, text.encode()))
@@ -98,16 +100,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_json(out / "summary.json", summary)
     print(printable(f"{recovered}  is the smaller model"))
     return summary
-
-
-def step(name: str, words: list[str]) -> None:
-    """Run a step of `compress` as a user types it."""
-    from lumos.cli import Parser
-
-    module = importlib.import_module(f"lumos.commands.compress_{name}")
-    parser = Parser(prog=f"lumos compress {name}")
-    module.add_arguments(parser)
-    module.run(parser.parse_all(words))
 
 
 def json_files(folder: str) -> list[Path]:

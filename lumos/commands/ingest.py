@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("sources", nargs="+", metavar="SOURCE",
         help="folder, csv / jsonl / parquet with path and caption, webdataset tar, or a single file")  # fmt: skip
     add("--captions", help="csv / jsonl / parquet with path and caption, for a source without captions")
+    add("--caption", help="the caption of all clips, in place of captions of their own")
     add("--out", required=True, help="folder of shards to write or to continue")
     add("--tokenizer", required=True, help="folder of the video tokenizer, or a model folder")
     add("--fps", type=int, default=12, help="frames per second of the clips; default: %(default)s")
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             bar.update()
 
         report = ingest(
-            args.sources, args.out, args.tokenizer, settings, captions=args.captions, engine=args.engine, workers=workers,
-            item_timeout=args.item_timeout, max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips,
+            args.sources, args.out, args.tokenizer, settings, captions=args.captions, caption=args.caption, engine=args.engine,
+            workers=workers, item_timeout=args.item_timeout, max_failure_rate=args.max_failure_rate, shard_clips=args.shard_clips,
             retry_skipped=args.retry_skipped, device=args.device, on_item=on_item,
             warn=lambda text: LOGGER.warning(f"warning: {text}"),
         )  # fmt: skip

@@ -13,6 +13,7 @@ import pkgutil
 from typing import Any
 
 from lumos import commands
+from lumos.cli import Parser
 
 
 def found(verb: str) -> dict[str, str]:
@@ -50,3 +51,11 @@ def lazy(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
             return super().parse_known_args(*args, **options)
 
     return LazyParser
+
+
+def typed(verb: str, words: list[str]) -> Any:
+    """Run a verb, such as "ingest" or "compress prune", with the words that a user would type after it; return its result."""
+    module = importlib.import_module(f"{commands.__name__}.{verb.replace(' ', '_').replace('-', '_')}")
+    parser = Parser(prog=f"lumos {verb}")
+    module.add_arguments(parser)
+    return module.run(parser.parse_all(words))

@@ -1,8 +1,7 @@
-"""What `compress auto` decides: how many units stay for a wanted speed, how the model is recovered, and which stages are done."""
+"""What `compress auto` decides: how many units stay for a wanted speed, and how the model is recovered."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from lumos.compression.networks import Network
 from lumos.compression.plans import Plan
 from lumos.compression.pruning import Predicted, predict
 from lumos.errors import UserError
-from lumos.files import read_json, write_json
-from lumos.settings import differences, is_number
+from lumos.training.record import USUAL_LR
+from lumos.training.settings import training_settings_of
 
 KEPT_SETTINGS = (
     "batch_size", "tokens_per_batch", "micro_batch_size", "optimizer", "weight_decay", "decay_parameters", "betas", "eps",
@@ -21,7 +20,6 @@ KEPT_SETTINGS = (
 """Settings of the section training that the recovery has in common with the parent's training."""
 NOT_OF_RECOVERY = ("name", "generator", "model", "lora", "tokenizer", "data", "training", "deepspeed", "logging", "samples", "init")
 """Sections of the parent's settings that the recovery does not take over as they are."""
-USUAL_LR = 1e-3
 LARGEST_CRITIC_LR = 1e-3
 
 
@@ -62,6 +60,8 @@ def recovery_settings(
     """
     before = record.get("settings", {})
     sections = {name: values for name, values in before.items() if name not in NOT_OF_RECOVERY}
+    if data != "worlds":
+        sections = training_settings_of(network.generator).for_ingested(sections)
     training = {name: value for name, value in before.get("training", {}).items() if name in KEPT_SETTINGS}
     lr = before.get("training", {}).get("lr", USUAL_LR) / 2
     return {
@@ -89,45 +89,3 @@ def data_settings(network: Network, data: str, before: Mapping[str, Any]) -> dic
     if clip.num_frames == 1:
         found["stages"] = [{"image_share": 1.0}]
     return found
-
-
-def training_record(folder: Path) -> dict[str, Any]:
-    """Return what the training.json of a model folder says; {} if it has none. Raises UserError if it is damaged."""
-    path = folder / "training.json"
-    if not path.is_file():
-        return {}
-    found = read_json(path, "the record of a training")
-    settings = found.get("settings", {}) if isinstance(found, dict) else None
-    sections = [settings.get(name, {}) for name in ("data", "training")] if isinstance(settings, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections) or not is_number(sections[1].get("lr", USUAL_LR)):
-        raise UserError(f"{path} is damaged: its settings are not those of a training; copy the model again, or remove the file")
-    return found
-
-
-class Stages:
-    """The stages of a run in a folder. stages.json in it says from which inputs each one was made.
-
-    A stage whose result exists is not repeated. It must have been made from the same inputs.
-    """
-
-    def __init__(self, folder: Path):
-        self.file = folder / "stages.json"
-        self.inputs = read_json(self.file, "the stages of `compress auto`") if self.file.is_file() else {}
-        if not isinstance(self.inputs, dict):
-            raise UserError(f"{self.file} is damaged; delete {folder}, or name another --out")
-
-    def run(self, name: str, result: Path, inputs: Mapping[str, Any], make: Callable[[], object]) -> bool:
-        """Make the result of a stage unless it exists; return whether it was made now. `inputs` are JSON values.
-
-        Raises UserError if the result exists and was made from other inputs.
-        """
-        inputs, before = json.loads(json.dumps(inputs)), self.inputs.get(name)
-        if result.exists():
-            if before == inputs:
-                return False
-            changes = "nothing says from which inputs" if before is None else "; ".join(differences(before, inputs)[:2])
-            raise UserError(f"{result} was made from other inputs ({changes}); delete it, or name another --out")
-        self.inputs[name] = inputs
-        write_json(self.file, self.inputs)
-        make()
-        return True

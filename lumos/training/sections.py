@@ -81,6 +81,14 @@ class StageSettings:
 
 
 @dataclass
+class ReplaySettings:
+    share: float = setting(0.5, "share of the steps whose clips come from this source", above=0, below=1)
+    source: str = setting("worlds", "where these clips come from: worlds or shards, as data.source", choices=("worlds", "shards"))
+    path: str | None = setting(None, "folder of the shards, or its URL")
+    options: dict[str, Any] = setting({}, "options of the synthetic scenes, as data.options")
+
+
+@dataclass
 class DataSettings:
     source: str = setting(
         "worlds", "where clips come from: worlds (synthetic scenes), or shards, which ingest wrote", choices=("worlds", "shards")
@@ -97,6 +105,11 @@ class DataSettings:
         None, "--size with which the shards must have been ingested, for example 256p; null: any. `plan` computes with this size"
     )
     options: dict[str, Any] = setting({}, "options of the synthetic scenes, see lumos.data.synthetic.sampling.sample_scene")
+    replay: list[ReplaySettings] = setting(
+        [],
+        "further sources, each for a share of the steps, so that a fine-tuned model keeps what it knew; synthetic scenes among "
+        "them have the usual shape of the other clips",
+    )
     num_frames: int = setting(
         17, "frames of a clip, 1 + a multiple of the tokenizer's temporal compression", low=1, high=MAX_FRAMES,
     )

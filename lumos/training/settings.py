@@ -106,6 +106,14 @@ class TrainingSettings:
         for check in CHECKS:
             check(self)
 
+    @classmethod
+    def for_ingested(cls, sections: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+        """Return sections of a model's earlier training in a form that a training on ingested clips can have.
+
+        adapters: whether that training has lora.rank. A generator leaves out what has no effect or no meaning there.
+        """
+        return sections
+
 
 SettingsOf = Callable[[registry.Generator], type[TrainingSettings]]
 """The class of the settings of a generator's training."""
@@ -186,6 +194,14 @@ def check_data(settings: TrainingSettings) -> None:
     for name in ("cache_dir", "cache_gb"):
         if getattr(data, name) != getattr(usual, name) and not is_url(data.path):
             raise UserError(f"data.{name} has no effect with the local data.path {as_text(data.path)}; leave it out")
+    for number, replay in enumerate(data.replay):
+        if (replay.source == "shards") != (replay.path is not None) or (replay.source == "shards" and replay.options):
+            raise UserError(
+                f"data.replay[{number}] has source {replay.source}, path {as_text(replay.path)} and {len(replay.options)} options; "
+                "shards need a path and have no options, worlds have no path"
+            )
+    if (total := sum(replay.share for replay in data.replay)) >= 1:
+        raise UserError(f"the shares of data.replay have the sum {total:g}; it must be below 1, for data.source has the rest")
     if (data.min_frames or 0) > data.num_frames:
         raise UserError(f"data.min_frames {data.min_frames} is above data.num_frames {data.num_frames}; it must be at most that")
     check_processes(data.processes)

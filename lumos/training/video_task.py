@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum
+from lumos.data.mixture import MixtureSource
 from lumos.data.shards.remote import LocalCopies, is_url
 from lumos.data.shards.source import ShardSource
 from lumos.data.source import Source
@@ -155,9 +156,14 @@ class VideoTask(TrainingTask):
         return (
             self.identities
             | {f"data.{key}": to_plain(getattr(data, key)) for key in DECISIVE_DATA}
+            | {"data.replay": [to_plain(replay) | {"path": None} for replay in data.replay]}  # their content is in the identity
             | {f"training.{key}": getattr(training, key) for key in ("seed", "batch_size", "tokens_per_batch", "optimizer")}
             | self.source.identity
         )
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Return what runs had before data.replay was a setting."""
+        return {"data.replay": []}
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of the config in the order of their names."""
@@ -294,16 +300,32 @@ class VideoTask(TrainingTask):
 
     def make_source(self) -> Source:
         """Return the source of the clips that the settings name."""
-        data, training = self.settings.data, self.settings.training
+        data = self.settings.data
+        shape = {name: getattr(data, name) for name in ("num_frames", "height", "width", "fps")}
         if data.source == "worlds":
-            shape = {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": data.fps}
-            temporal, spatial = self.compression
-            picture = data.height * data.width // spatial**2
-            latent_frames = 1 + (data.num_frames - 1) // temporal + self.needs_last_frame
-            codes = {"image": picture, "video": picture * latent_frames}
-            return SyntheticSource(**shape, scenes=data.scenes, seed=training.seed, options=data.options, most_codes=codes)
+            main: Source = self.scenes(shape, data.options, data.scenes)
+        else:
+            main = self.shards(data.path, held_out=data.validation_clips if self.settings.training.eval_every else 0)
+        if not data.replay:
+            return main
+        others = [
+            self.scenes(main.usual_shape, replay.options) if replay.source == "worlds" else self.shards(replay.path)
+            for replay in data.replay
+        ]
+        return MixtureSource(main, [(replay.share, source) for replay, source in zip(data.replay, others, strict=True)])
+
+    def scenes(self, shape: dict[str, int], options: dict[str, Any], count: int | None = None) -> SyntheticSource:
+        """Return a source of synthetic scenes; shape: num_frames, height, width and fps, count: how many there are."""
+        temporal, spatial = self.compression
+        picture = shape["height"] * shape["width"] // spatial**2
+        codes = {"image": picture, "video": picture * (1 + (shape["num_frames"] - 1) // temporal + self.needs_last_frame)}
+        return SyntheticSource(**shape, scenes=count, seed=self.settings.training.seed, options=options, most_codes=codes)
+
+    def shards(self, path: str, held_out: int = 0) -> ShardSource:
+        """Return a source of the clips of a folder of shards, without `held_out` of each kind."""
+        data, training = self.settings.data, self.settings.training
         return ShardSource(
-            data.path,
+            path,
             self.video_tokenizer,
             kinds=Curriculum(data.stages, training.batch_size).kinds,
             num_frames=data.num_frames,
@@ -313,9 +335,9 @@ class VideoTask(TrainingTask):
             per_frame=self.per_frame_codes,
             last_frame=self.needs_last_frame,
             seed=training.seed,
-            held_out=data.validation_clips if training.eval_every else 0,
+            held_out=held_out,
             shuffle_shards=data.shuffle_shards,
-            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(data.path) else None,
+            copies=LocalCopies(data.cache_dir or user_cache("shards"), int(data.cache_gb * 1e9)) if is_url(path) else None,
         )
 
 

@@ -61,6 +61,15 @@ def test_captions_beside_a_folder_go_first(clips, tmp_path):
     assert [item.caption for item in items([clips], table)] == ["by stem", "new", "by name"]
 
 
+def test_one_caption_for_all_goes_before_all_others(clips):
+    (clips / "b.txt").write_bytes(b"\xff\xfe\x00\xd8")  # no text
+    assert facts(items([clips], caption=" a  gray rabbit ")) == [
+        (name, "a gray rabbit", None) for name in ("clips/a/c.png", "clips/b.mp4", "clips/d.gif")
+    ]
+    with pytest.raises(UserError, match="--caption '' cannot be used: no caption"):
+        items([clips], caption="")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_manifests_agree(clips, tmp_path, kind):
     rows = [

@@ -422,6 +422,8 @@ ROWS = [
     ("experiment {inputs}/bomb.yaml", 2, "{inputs}/bomb.yaml is not valid YAML here: it stands for more than 1,048,576"),
     ("experiment {inputs}/variants.yaml", 2, "variant"),
     ("experiment {inputs}/list.yaml --parallel 100000", 2, "--parallel 100000 is not allowed; give at most 1,024"),
+    ("finetune {inputs}/nowhere --out x", 2, "there is no source {inputs}/nowhere; give a folder, a manifest (csv, jsonl, parquet"),
+    ("finetune {inputs} --out x --steps 1000000000000", 2, "--steps 1000000000000 is not allowed; give at most 100,000,000"),
     ("info {inputs}/nowhere", 2, "there is no model folder {inputs}/nowhere"),
     ("serve --model {inputs}/nowhere", 2, "there is no model folder {inputs}/nowhere"),
     ("bench", 2, "the following arguments are required: TARGET; `lumos bench --help` lists the options"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from lumos.video.reading import OpenVideo, is_still, open_video, read_image
 from tokenizer import VideoTokenizer
 
 T = TypeVar("T")
-Clip = tuple[float, np.ndarray, tuple[int, int, float]]
+ReadClip = tuple[float, np.ndarray, tuple[int, int, float]]
 """Start in seconds, frames uint8 [T, H, W, 3], and the original height, original width and stride."""
 TARGET_SIZES = {"256p": 352, "384p": 528, "480p": 656}  # square root of the area in pixels; reference, section 8.2
 
@@ -115,10 +115,10 @@ class Begun:
     """An item whose first clip is read and whose file may be open. `clips` reads the others; it can be called once."""
 
     item: Item
-    first: list[Clip]  # a list, so that the clip is freed when it is encoded
-    others: Iterator[Clip]
+    first: list[ReadClip]  # a list, so that the clip is freed when it is encoded
+    others: Iterator[ReadClip]
 
-    def clips(self) -> Iterator[Clip]:
+    def clips(self) -> Iterator[ReadClip]:
         with closing(self.others):
             yield self.first.pop()
             yield from self.others
@@ -185,7 +185,7 @@ def _as_skip(error: Exception) -> Skip:
     return Skip(*problem)
 
 
-def _clips_of_item(item: Item, settings: ClipSettings, step: int) -> Iterator[Clip]:
+def _clips_of_item(item: Item, settings: ClipSettings, step: int) -> Iterator[ReadClip]:
     if problem := item.problem or problem_of_file(item.path):
         raise Skip(*problem)
     with as_file(item) as file:
@@ -214,7 +214,7 @@ def _row(
     return row | {"checksum": shards.checksum(row)}
 
 
-def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[Clip]:
+def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterator[ReadClip]:
     """Yield each clip of an item.
 
     A clip is read only when the iterator reaches it. All clips of an item have the same size. `step` is
@@ -228,7 +228,7 @@ def _clips(item: Item, file: Path, settings: ClipSettings, step: int) -> Iterato
         yield from _clips_of_video(item, video, settings, step)
 
 
-def _clips_of_video(item: Item, video: OpenVideo, settings: ClipSettings, step: int) -> Iterator[Clip]:
+def _clips_of_video(item: Item, video: OpenVideo, settings: ClipSettings, step: int) -> Iterator[ReadClip]:
     """Do the same as `_clips` for an open video."""
     total = video.count_frames(settings.fps)
     available = total - item.start * settings.fps

@@ -43,6 +43,7 @@ def ingest(
     settings: ClipSettings | None = None,
     *,
     captions: str | Path | None = None,
+    caption: str | None = None,
     engine: str = "local",
     workers: int = 0,
     item_timeout: float | None = None,
@@ -56,6 +57,8 @@ def ingest(
     """Encode the new items of the sources into the folder `out`.
 
     Return the report, which is also written to out/report.json.
+
+    `captions` and `caption` are those of `lumos.data.ingest.manifest.items`.
 
     With `workers` 0 the local executor runs the items in this process. With worker processes, an item
     that ends its worker twice or takes more than `item_timeout` seconds (None: half an hour) is
@@ -77,7 +80,7 @@ def ingest(
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
     if engine not in EXECUTORS:
         raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(EXECUTORS)}")
-    todo = items(sources, captions, warn)
+    todo = items(sources, captions, warn, caption)
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
@@ -87,7 +90,7 @@ def ingest(
         _claim(out, settings, model, tokenizer)
         state = State(out, shard_clips=shard_clips, retry_skipped=retry_skipped)
         if state.fingerprints:
-            state.check(items(sources, captions))
+            state.check(items(sources, captions, caption=caption))
         earlier = len(state.done) + len(state.skipped)
         whole, tally = True, Tally(todo, state.knows)
         with closing(executor.results(tally.todo())) as results:

@@ -51,13 +51,17 @@ A table cannot have this name."""
 
 
 def items(
-    sources: Sequence[str | Path], captions: str | Path | None = None, warn: Callable[[str], None] = lambda text: None
+    sources: Sequence[str | Path],
+    captions: str | Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+    caption: str | None = None,
 ) -> Iterator[Item]:
     """Return an iterator over the items of all sources, in order.
 
     `captions` is a table with columns path and caption. Its captions take precedence over those beside
-    the files. `warn` is called at the end if it has captions for files that are in no source. Raise UserError
-    before the first item if a source is missing or of an unknown kind, or if two sources have the same name.
+    the files. `warn` is called at the end if it has captions for files that are in no source. `caption` is
+    that of all items instead. Raise UserError before the first item if a source is missing or of an unknown kind, if
+    two sources have the same name, or if both captions and a caption are given.
     """
     paths = [Path(source) for source in sources]
     if not paths:
@@ -71,7 +75,12 @@ def items(
     table = Path(captions) if captions else None
     if table and (table.suffix.lower() not in TABLES or problem_of_file(table)):
         raise UserError(f"--captions {table} must be a file with columns path and caption; allowed: {' '.join(TABLES)}")
-    return _checked(paths, table, warn)
+    if caption is not None:
+        if table:
+            raise UserError("--captions and --caption both say what the clips show; leave one of them out")
+        if problem := problem_of_caption(" ".join(caption.split())):
+            raise UserError(f"--caption {shown(caption)} cannot be used: {problem[1]}")
+    return _checked(paths, table, warn, caption)
 
 
 def _check_source(path: Path) -> None:
@@ -89,13 +98,13 @@ def _check_source(path: Path) -> None:
         raise UserError(f"cannot read the source: {problem[1]}")
 
 
-def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None]) -> Iterator[Item]:
-    """Yield all items with their captions; an item with the id of an earlier one is marked as a duplicate."""
+def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None], caption: str | None) -> Iterator[Item]:
+    """Yield all items with their captions, or with `caption`; an item whose id came before is a duplicate."""
     captions: dict[str, str] = {}
     used: set[str] = set()
     seen: Counter[bytes] = Counter()
     for item in _all_items(paths, table, captions):
-        item = _with_caption(item, captions, used)
+        item = _with_caption(item, captions, used, caption)
         key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # needs less memory than the id
         seen[key] += 1
         if seen[key] > 1:
@@ -116,19 +125,20 @@ def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) 
         yield from _items_of(path)
 
 
-def _with_caption(item: Item, captions: dict[str, str], used: set[str]) -> Item:
+def _with_caption(item: Item, captions: dict[str, str], used: set[str], of_all: str | None) -> Item:
     """Return the item with its caption as one line, or with a problem if it has no valid caption.
 
-    The name of the caption that it takes from `captions` is added to `used`.
+    The name of the caption that it takes from `captions` is added to `used`. `of_all` is the caption of any item.
     """
     name = PurePosixPath(_matching(item.id.partition("/")[2] or item.id))
     key = next((key for key in (str(name), name.name, name.stem) if key in captions), None)
-    caption = " ".join((item.caption if key is None else captions[key]).replace("\ufeff", "").split())
+    own = item.caption if key is None else captions[key]
+    caption = " ".join((own if of_all is None else of_all).replace("\ufeff", "").split())
     problem = item.problem
     if key is not None:
         used.add(key)
-        if problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
-            problem = None
+    if (key is not None or of_all is not None) and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
+        problem = None
     return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
 
 

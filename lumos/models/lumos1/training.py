@@ -221,8 +221,9 @@ class ArdfTask(VideoTask):
         return self.config_fields() | self.lora_fingerprint() | drawn | self.data_fingerprint()
 
     def fingerprint_defaults(self) -> dict[str, Any]:
-        """Return the values of entries that older checkpoints lack: those from before given frames could be chosen."""
-        return {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": LumosDropoutSettings().image}
+        """Return what runs had before given frames were a choice."""
+        usual = {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": LumosDropoutSettings().image}
+        return super().fingerprint_defaults() | usual
 
     @staticmethod
     def write_folder(

@@ -81,3 +81,10 @@ class LumosTrainingSettings(TrainingSettings):
         stages = self.data.stages
         if named != ["none"] and stages and all(stage.image_share == 1 for stage in stages):
             raise UserError("patterns give frames of clips, and this run trains on pictures only; set patterns to {none: 1}")
+
+    @classmethod
+    def for_ingested(cls, sections: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+        patterns = sections.get("patterns")
+        if not adapters or not isinstance(patterns, dict) or not patterns.get("ends"):
+            return sections
+        return sections | {"patterns": {"none": 1.0, **patterns, "ends": 0.0}}

@@ -108,8 +108,18 @@ class StivTrainingSettings(TrainingSettings):
     def check(self) -> None:
         """Raise UserError if fields contradict each other."""
         super().check()
+        # Settings in JSON, such as those in a model's training.json, have text for keys.
+        self.strides = {int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 9 else key: share
+                        for key, share in self.strides.items()}  # fmt: skip
         for check in STIV_CHECKS:
             check(self)
+
+    @classmethod
+    def for_ingested(cls, sections: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+        found = {name: value for name, value in sections.items() if name != "strides"}
+        if isinstance(latents := found.get("latents"), dict):
+            found["latents"] = latents | {"kept_clips": 0}
+        return found
 
 
 def check_init(settings: StivTrainingSettings) -> None:
