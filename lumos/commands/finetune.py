@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         base.generator, base.folder, base.clip, base.record, shards=out / "shards", out=out, steps=args.steps, lora=args.lora,
         replay=replay, parameters=base.parameters, dtype=base.dtype,
     )  # fmt: skip
-    job = Job(args, base, clips, settings, [*args.overrides, f"training.device={args.device.partition(':')[0]}"])
+    job = FinetuneJob(args, base, clips, settings, [*args.overrides, f"training.device={args.device.partition(':')[0]}"])
     job.check()
     print("\n".join(map(printable, [*plan(args, base, clips, settings), *notes])))
     stored = out / "tokenizer.json"
@@ -118,7 +118,7 @@ def held_by_tokenizer(psnr: float) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """The stages of a fine-tuning in its folder."""
 
     args: argparse.Namespace

@@ -11,7 +11,7 @@ from typing import Any
 
 from lumos.data.curriculum import StepShape, part
 from lumos.data.seeding import VALIDATION_STEP
-from lumos.data.source import Clip, Source
+from lumos.data.source import Source, TrainingClip
 from lumos.data.trained_on import TrainedOn
 
 
@@ -36,7 +36,7 @@ class MixtureSource:
         source, own = self.turn(shape)
         return source.clips_in(own)
 
-    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[TrainingClip]:
         source, own = (self.main, shape) if step >= VALIDATION_STEP else self.turn(shape)
         return source.clips(step, own, positions)
 

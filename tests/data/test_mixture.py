@@ -9,9 +9,9 @@ import pytest
 from lumos.data.curriculum import Curriculum, StepShape
 from lumos.data.mixture import MixtureSource
 from lumos.data.seeding import VALIDATION_STEP
-from lumos.data.source import Clip
+from lumos.data.source import TrainingClip
 from lumos.data.trained_on import TrainedOn
-from lumos.training.settings import StageSettings
+from lumos.training.sections import StageSettings
 
 
 class Named:
@@ -24,8 +24,8 @@ class Named:
     def clips_in(self, shape: StepShape) -> int:
         return shape.batch_size + len(self.name)
 
-    def clips(self, step: int, shape: StepShape, positions: range) -> list[Clip]:
-        return [Clip(None, "", 8, f"{self.name} {shape.kind} {shape.number} {position}") for position in positions]
+    def clips(self, step: int, shape: StepShape, positions: range) -> list[TrainingClip]:
+        return [TrainingClip(None, "", 8, f"{self.name} {shape.kind} {shape.number} {position}") for position in positions]
 
     def trained_on(self) -> TrainedOn:
         return TrainedOn.of([self.name])
