@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumos.cli import add_json
 from lumos.commands import subcommands
-from lumos.commands.finetune_inputs import Base, Clips, base_of, listed
+from lumos.commands.finetune_inputs import Base, FinetuneClips, base_of, listed
 
 if TYPE_CHECKING:
     from lumos.stages import Stages
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--replay {args.replay:g} is not allowed; give a share from 0 to below 1")
     args.device, out = str(pick_device(args.device)), Path(args.out)
     base = base_of(args.model)
-    clips = Clips(args, base, listed(args))
+    clips = FinetuneClips(args, base, listed(args))
     replay, notes = share_of_replay(args.replay, base)
     settings = finetune_settings(
         base.generator, base.folder, base.clip, base.record, shards=out / "shards", out=out, steps=args.steps, lora=args.lora,
@@ -87,7 +87,7 @@ def share_of_replay(asked: float | None, base: Base) -> tuple[float, list[str]]:
     return REPLAY if asked is None else asked, [f"note: {folder}, of the model's own training, is gone" for folder in gone]
 
 
-def plan(args: argparse.Namespace, base: Base, clips: Clips, settings: dict[str, Any]) -> list[str]:
+def plan(args: argparse.Namespace, base: Base, clips: FinetuneClips, settings: dict[str, Any]) -> list[str]:
     """Return the lines that say what will be done."""
     clip, training, replay = base.clip, settings["training"], settings["data"]["replay"]
     usable, all_items = len(clips.listing.usable), len(clips.listing.items)
@@ -123,7 +123,7 @@ class FinetuneJob:
 
     args: argparse.Namespace
     base: Base
-    clips: Clips
+    clips: FinetuneClips
     settings: dict[str, Any]
     overrides: list[str]
 

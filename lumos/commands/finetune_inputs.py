@@ -83,7 +83,7 @@ def base_of(model: str | None) -> Base:
 
 
 @dataclass(frozen=True)
-class Clips:
+class FinetuneClips:
     """The clips to train on, in the shape of those of the model."""
 
     args: argparse.Namespace
