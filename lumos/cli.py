@@ -119,7 +119,7 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
 
 @contextmanager
 def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> Iterator[None]:
-    """Inside, torch uses `args.threads` threads; in a process of its own, also by default as many as there are free cores.
+    """Within the block, torch uses `args.threads` threads; in a process of its own, the default is the number of free cores.
 
     watch: print a note if the threads of a process of its own wait long for a core.
     """

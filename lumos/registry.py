@@ -98,7 +98,7 @@ def load(place: str) -> Any:
 
 
 def generator_with(part: str, name: str) -> Generator:
-    """The first generator that has the entry `name` in a part that is a dict, such as "verbs"."""
+    """Return the first generator that has the entry `name` in a part that is a dict, such as "verbs"."""
     return next(candidate for candidate in generators().values() if name in getattr(candidate, part))
 
 

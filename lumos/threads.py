@@ -196,7 +196,7 @@ def cores_in_use(environ: Mapping[str, str] = os.environ) -> int:
 
 
 Times = dict[str, tuple[int, int]]
-"""Of each thread, by its id: nanoseconds for which it ran, and for which it waited for a core."""
+"""For each thread, by its id: the nanoseconds for which it ran, and for which it waited for a core."""
 
 
 def thread_times(root: Path = Path("/")) -> Times:

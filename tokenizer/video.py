@@ -214,7 +214,7 @@ class VideoTokenizer(PrunableDecoder, nn.Module):
         return self.config.temporal_compression
 
     def forward(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] -> what comes back, of the same shape, with straight-through gradient: for training."""
+        """Return the reconstruction of video [B, 3, T, H, W], with a straight-through gradient, for training."""
         values, _ = self.quantize(self.encode_latent(video))
         return self.decode_latent(values)
 

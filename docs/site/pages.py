@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def rewritten(markdown: str, source: str, page: str) -> str:
-    """The text with its relative links changed: `source` is its path in the repository, `page` its path on the site."""
+    """Return the text with its relative links changed: `source` is its path in the repository, `page` its path on the site."""
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))

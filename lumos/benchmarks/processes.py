@@ -19,7 +19,7 @@ SPIN = "while True: pass"
 
 @dataclass(frozen=True)
 class Spent:
-    """What a process took: seconds by the clock, and CPU seconds of all its threads and of the processes that it waited for."""
+    """The time that a process took: seconds by the clock, and CPU seconds of its threads and of its child processes."""
 
     seconds: float
     cpu_seconds: float
@@ -53,7 +53,7 @@ def timed_process(command: Sequence[str], env: Mapping[str, str], what: str) -> 
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Inside, `count` other processes keep a core busy each."""
+    """Within the block, run `count` other processes, each of which keeps a core busy."""
     running = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(count)]
     try:
         yield

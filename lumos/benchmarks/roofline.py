@@ -2,7 +2,7 @@
 
 A multiply-add is two FLOPs. Norms and everything else that is neither a matrix product nor attention count as zero.
 Attention counts at its own best speed, that of a fused kernel or of its two products, whichever is faster: a fused
-kernel never writes the scores, so the products alone would be no bound.
+kernel never writes the scores, so it may be faster than the two products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `finetune` begins with: the model, and the clips in the shape of those of the model."""
+"""The inputs of `finetune`: the model, and the clips, brought to the shape of the clips of the model."""
 
 from __future__ import annotations
 

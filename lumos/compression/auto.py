@@ -1,4 +1,4 @@
-"""What `compress auto` decides: how many units stay for a wanted speed, and how the model is recovered."""
+"""Decisions of `compress auto`: the number of units that stay for a wanted speed, and the settings of the recovery."""
 
 from __future__ import annotations
 

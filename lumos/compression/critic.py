@@ -59,7 +59,7 @@ class CriticHead(nn.Module):
         self.project = nn.Linear(width, width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Convolved x [n, width, *places], condition [n, width] -> the mean score over places, [n]."""
+        """Return the mean score over places, [n], of convolved x [n, width, *places] under condition [n, width]."""
         mean = F.leaky_relu(self.norm(x), SLOPE).flatten(2).mean(2)  # the scores are linear in the normed features
         return self.score(mean)[:, 0] + (self.project(condition) * mean).sum(1)
 

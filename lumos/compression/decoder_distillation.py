@@ -56,7 +56,7 @@ class DecoderDistillSettings(TokenizerTrainingSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecoderDistillSettings:
-        """See `TokenizerTrainingSettings.from_dict`. The config of the network is read from start_from."""
+        """Return the settings of a parsed YAML file, as `TokenizerTrainingSettings.from_dict`; start_from gives the config."""
         start = values.get("start_from")
         known = {"model": DecoderNetwork(start).on_meta().config.to_dict()} if isinstance(start, str) else {}
         return super().from_dict(known | dict(values))

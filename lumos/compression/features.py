@@ -54,7 +54,7 @@ class _Enough(Exception):
 def tapped_first(
     modules: Mapping[Key, nn.Module], form: Callable[[Any], Tensor] = lambda output: output
 ) -> Iterator[dict[Key, Tensor]]:
-    """As `tapped`, for one forward pass at the end of the block, which ends behind the last of the modules.
+    """Do the same as `tapped` for a single forward pass, the last one of the block, which ends behind the last module.
 
     What a network computes behind it would cost time and is not used. modules: in the order of execution.
     """

@@ -49,7 +49,7 @@ def make_latent_task(settings: LatentDistillationSettings, device: torch.device)
 
 
 class LatentPrediction(NamedTuple):
-    """What a network saw of clips of one size, and what it predicted [B, C, T, h, w]."""
+    """The input of a network for clips of one size, and its prediction [B, C, T, h, w]."""
 
     group: ClipGroup
     values: Tensor

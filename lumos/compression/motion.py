@@ -29,7 +29,7 @@ from lumos.errors import UserError
 from lumos.training.auxiliary import without_gradient
 
 BETAS = (0.0, 0.99)
-"""Of Adam for the heads, as in SF-V (arXiv 2406.04324)."""
+"""The coefficients of Adam for the heads, as in SF-V (arXiv 2406.04324)."""
 TEXT_WIDTH = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
 """Fields of configs that say how many channels the states of the prompt have; the first that a config has."""
 

@@ -12,11 +12,11 @@ from lumos.pipeline.request import Resolved
 from lumos.video.frames import psnr
 
 FAR = 2.0
-"""The ratio of two areas, or of two aspect ratios, from which on a size is far from that of the training."""
+"""A size is far from the sizes of the training if the areas, or the aspect ratios, differ by this factor or more."""
 PSNR_MARGIN = 1.0
-"""How much lower than the lowest PSNR of pictures of the training, in dB, that of a given picture may be without a note.
+"""A given picture gets a note if its PSNR is lower by more than this, in dB, than the lowest PSNR of training pictures.
 
-The lowest of other pictures of the same kind differs by some tenths of a dB.
+The lowest PSNR of other pictures of the same kind differs by some tenths of a dB.
 """
 MAX_CHECKED = 4
 """The most given pictures of a batch that go through the video tokenizer to be checked."""
@@ -39,8 +39,8 @@ def size_note(clip: ClipDefaults, usual: ClipDefaults) -> str | None:
 def picture_note(pictures: Iterable[np.ndarray], lowest: float, through: Callable[[np.ndarray], np.ndarray]) -> str | None:
     """Return a note if a given picture is of another kind than those of the training.
 
-    pictures: uint8 [H, W, 3]. lowest: the lowest PSNR, in dB, of pictures of the training after the video tokenizer. through: takes
-    frames, uint8 [1, H, W, 3], through the video tokenizer and back.
+    pictures: uint8 [H, W, 3]. lowest: the lowest PSNR, in dB, of pictures of the training after the video tokenizer. through: a
+    function that encodes and decodes frames, uint8 [1, H, W, 3].
     """
     worst = min((psnr(picture, through(picture[None])[0]) for picture in pictures), default=math.inf)
     if worst >= lowest - PSNR_MARGIN:

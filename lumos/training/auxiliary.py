@@ -21,7 +21,10 @@ from lumos.training.task import TrainingTask
 
 
 class Auxiliary:
-    """The auxiliary network of a task on the engine that the settings ask for. UserError for ZeRO 3, which cuts it into pieces."""
+    """The auxiliary network of a task, on the engine that the settings select.
+
+    Raises UserError for ZeRO 3, which would split the network over processes.
+    """
 
     def __init__(self, network: nn.Module, task: TrainingTask, settings: TrainingSettings, device: torch.device):
         if settings.zero_stage == 3:
@@ -34,9 +37,9 @@ class Auxiliary:
         self.engine.prefix = AUXILIARY
 
     def step(self, model: TrainingEngine, micro_batches: list[dict[str, Any]], clips: int, lr: float) -> tuple[LossSums, float]:
-        """One update, for the mean loss of the `clips` of all processes: (sums of the losses, norm of the gradient).
+        """Update the network for the mean loss of all clips; return the sums of the losses and the norm of the gradient.
 
-        If the norm is not finite, nothing was updated.
+        clips: the number of clips in all processes. If the norm is not finite, no weight was updated.
         """
         sums = LossSums({})
         with without_gradient(model.module):
@@ -55,7 +58,7 @@ class Auxiliary:
 
 @contextmanager
 def without_gradient(module: nn.Module) -> Iterator[None]:
-    """Inside, losses have no gradient for the module's parameters: they would be added to those of its own losses."""
+    """Within the block, losses have no gradient for the module's parameters, to which other losses give gradients."""
     trained = [p for p in module.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -25,23 +25,26 @@ from lumos.training.settings import TrainingSettings, world_size
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State of each weight in AdamW, in Muon only the first, beside the number of updates that all weights share."""
+"""Names of the tensors that AdamW keeps for each weight; Muon keeps only the first. All weights share the number of updates."""
 LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed out|Timeout|gloo|NCCL|Socket")
-"""In the messages with which torch's communication fails when a process is gone."""
+"""Matches the messages of torch's communication when another process is gone."""
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on CUDA; fp32 elsewhere, where bf16 is many times slower on most CPUs."""
+    """Return the dtype of a precision by name.
+
+    "auto" is bf16 on CUDA and fp32 elsewhere, because bf16 is many times slower on most CPUs.
+    """
     return PRECISIONS[("bf16" if device.type == "cuda" else "fp32") if name == "auto" else name]
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, which: str, matrices: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups by decay, by optimizer and by learning rate.
+    """Return the trained weights as groups of an optimizer: one for each weight decay, optimizer and learning rate.
 
-    Muon's are the weights named in `matrices`, with the learning rate of the run times the number there ("lr_scale").
-    "matrices": no decay for norms and vectors, whatever shape their weights are stored in; "all": for every weight.
+    which: "all" for decay of every weight; "matrices" for no decay of norms and vectors, whatever shape their weights
+    are stored in. matrices: the weights that Muon updates, by name, and the factor of their learning rate ("lr_scale").
     """
     groups: dict[tuple[float, float | None], list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
@@ -57,7 +60,10 @@ def parameter_groups(
 def make_optimizer(
     model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW or, with training.optimizer=muon, Muon for `matrices` (as in `parameter_groups`; None: those of linear layers)."""
+    """Return AdamW or, with training.optimizer=muon, Muon for `matrices`, which `parameter_groups` explains.
+
+    If `matrices` is None, Muon updates the weights of the linear layers.
+    """
     training = settings.training
     if training.optimizer == "muon":
         matrices = dict.fromkeys(layer_matrices(model), 1.0) if matrices is None else matrices
@@ -70,7 +76,7 @@ def make_optimizer(
 
 @contextlib.contextmanager
 def lost_process_reported() -> Iterator[None]:
-    """RunError in place of what torch raises if another process died or does not answer."""
+    """Within the block, raise RunError in place of torch's error when another process has died or does not answer."""
     try:
         yield
     except (RunError, torch.OutOfMemoryError):
@@ -87,10 +93,10 @@ def lost_process_reported() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a process keeps its run of a parameter.
+    """The place in which a process keeps its part of a parameter.
 
-    Values start .. start + count - 1 of the parameter in its flat order are those of `owner`, the fp32 tensor that AdamW
-    updates, from `offset` on.
+    The part is the values start .. start + count - 1 of the parameter in its flat order. They are stored in `owner`,
+    the fp32 tensor that AdamW updates, from `offset` on.
     """
 
     owner: Tensor
@@ -99,28 +105,28 @@ class Slot:
     count: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This run [count] of a tensor that is laid out as `owner`, as a view."""
+        """Return this part [count] of a tensor that is laid out as `owner`, as a view."""
         return tensor.view(-1).narrow(0, self.offset, self.count)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group of the optimizer its multiple of the learning rate."""
+    """Set the learning rate of each group: `lr` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 class TrainingEngine:
-    """What the loop needs of an engine. Both kinds have `slots`, from which their state is stored and loaded alike."""
+    """The interface of the engines that the loop uses. Their states are stored and loaded in one way, by means of `slots`."""
 
     rank: int
     world: int
     kind: str
     device: torch.device
-    model: nn.Module  # to call forward on
-    module: nn.Module  # the bare model
+    model: nn.Module  # its forward is called
+    module: nn.Module  # the model without the wrapper of DeepSpeed
     adam: torch.optim.AdamW
     stores = True  # False if another process has the same weights and stores them
-    prefix = ""  # of the names in checkpoints, which may hold a second network
+    prefix = ""  # begins the names in checkpoints; not empty for a second network
 
     def autocast(self) -> contextlib.AbstractContextManager:
         raise NotImplementedError
@@ -130,30 +136,31 @@ class TrainingEngine:
         raise NotImplementedError
 
     def step(self, lr: float) -> float:
-        """Clip, update, forget the gradients; returns the norm before clipping, the same in all processes.
+        """Clip the gradients, update the weights and delete the gradients.
 
-        If the norm is not finite, nothing was updated.
+        Returns the norm of the gradient before clipping, which is the same in all processes. If it is not
+        finite, no weight was updated.
         """
         raise NotImplementedError
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
+        """Return the sum of the values over all processes."""
         raise NotImplementedError
 
     def slots(self) -> dict[str, Slot]:
-        """This process's runs of the trained weights, by name."""
+        """Return the places of this process's parts of the trained weights, by name."""
         raise NotImplementedError
 
     def weights_changed(self) -> None:
-        """To be called after writing to `weights()`."""
+        """Pass values that were written to `weights()` on to the model. Call this after writing to them."""
         raise NotImplementedError
 
     def any_of(self, value: bool) -> bool:
-        """True if it is true in any process."""
+        """Return whether `value` is true in any process."""
         return float(self.all_sum(torch.tensor([value], dtype=torch.float64))) > 0
 
     def weights(self) -> dict[str, Tensor]:
-        """This process's runs [n] of the fp32 weights, by name, as views that can be written to."""
+        """Return this process's parts [n] of the fp32 weights, by name, as views that can be written to."""
         return {name: slot.of(slot.owner.data) for name, slot in self.slots().items()}
 
     def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +182,7 @@ class TrainingEngine:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """What `load` needs beside `updates`, under the names that `Stored` reads."""
+        """Return the tensors that `load` needs, by the keys under which `Stored` reads them."""
         slots = self.slots()
         tensors = self.labelled(WEIGHT, self.weights())
         for kind in MOMENTS:
@@ -184,7 +191,7 @@ class TrainingEngine:
         return tensors
 
     def load(self, stored: Stored, updates: int) -> None:
-        """Take over a checkpoint, whichever engine wrote it."""
+        """Load a checkpoint of any engine. updates: the number of updates of its weights."""
         with torch.no_grad():
             self.fill(stored, WEIGHT, self.weights())
             slots = self.slots()
@@ -203,23 +210,26 @@ class TrainingEngine:
 
     @property
     def updates(self) -> int:
-        """How often the weights were updated."""
+        """The number of updates of the weights."""
         return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def labelled(self, kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One value [n] for each of `weights()`, under the names of a checkpoint; empty where another process stores them."""
+        """Return values, one [n] for each of `weights()`, by their keys in a checkpoint.
+
+        The result is empty in a process whose weights another process stores.
+        """
         slots = self.slots() if self.stores else {}
         return {key(kind, self.prefix + name, slots[name].start): tensor for name, tensor in values.items() if name in slots}
 
     def fill(self, stored: Stored, kind: str, values: dict[str, Tensor]) -> None:
-        """Read them, one [n] for each of `weights()`, from a checkpoint."""
+        """Fill `values`, one [n] for each of `weights()`, from a checkpoint."""
         slots = self.slots()
         for name, value in values.items():
             slot = slots[name]
             value.copy_(stored.read(kind, self.prefix + name, slot.start, slot.count))
 
     def put(self, whole: Mapping[str, Tensor]) -> None:
-        """Take over whole weights, by name; those that are not named stay."""
+        """Set weights to whole tensors, given by name; other weights stay as they are."""
         slots, weights = self.slots(), self.weights()
         for name, value in whole.items():
             if name in weights:
@@ -228,7 +238,7 @@ class TrainingEngine:
 
 
 class PlainEngine(TrainingEngine):
-    """One process, one device. Weights stay fp32; bf16 is autocast."""
+    """The engine for one process on one device. Weights are fp32; bf16 is used by autocast."""
 
     rank, world, kind = 0, 1, "plain PyTorch"
 

@@ -1,4 +1,4 @@
-"""What `finetune` decides: the settings of the training, and which data of the model's own training it has again."""
+"""Settings of the training by `finetune`, and the data of the model's earlier training that it repeats."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lumos.registry import Generator
 from lumos.training.settings import training_settings_of
 
 LR, LR_PARAMETERS = 4e-4, 13.6e6
-"""The learning rate that suits a model of so many parameters, the smallest preset; see `usual_lr`."""
+"""A learning rate and the number of parameters of the model for which it is right, the smallest preset; see `usual_lr`."""
 LORA_LR = 5.0
-"""By how much the learning rate of adapters is higher than that of a whole model."""
+"""The factor between the learning rate of adapters and the learning rate of a whole model."""
 BATCH_SIZE = 6
 NOT_TAKEN_OVER = (
     "name", "generator", "model", "lora", "tokenizer", "data", "training", "deepspeed", "logging", "samples", "generation", "init",
 )  # fmt: skip
-"""Sections of the settings of the model's own training that do not hold for its fine-tuning."""
+"""Sections of the settings of the model's earlier training that the fine-tuning does not take over."""
 STORED = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -43,7 +43,7 @@ def usual_lr(parameters: int, lora: bool) -> float:
 def own_data(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the sources of a model's own training, as in data.replay with shares of sum 1, and the folders that are gone.
 
-    record: what the model's training.json says, {} if it has none. The list is empty if no source is known.
+    record: the content of the model's training.json, {} if it has none. The list is empty if no source is known.
     """
     data = record.get("settings", {}).get("data", {})
     replays = data.get("replay") or []
@@ -81,13 +81,13 @@ def finetune_settings(
         generator: the model's generator.
         model: its folder.
         clip: the shape of its clips.
-        record: what its training.json says; {} if it has none.
+        record: the content of its training.json; {} if it has none.
         shards: the folder of the clips.
         out: the folder of the run.
         steps: the number of training steps.
         lora: whether adapters are trained, and not the whole model.
         replay: the share of the steps that have the data of the model's own training.
-        parameters: how many the model has.
+        parameters: the number of the model's parameters.
         dtype: the number format of its file, as safetensors names it.
     """
     before = record.get("settings", {})

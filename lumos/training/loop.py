@@ -36,14 +36,14 @@ from lumos.training.task import Batch, TrainingTask
 from lumos.training.trackers import check_installed
 
 MakeTask = Callable[[Any, torch.device], TrainingTask]
-"""(settings of the run, device) -> task."""
+"""A function that takes the settings of a run and a device, and returns a task."""
 
 
 def train(settings: TrainingSettings, make_task: MakeTask | None = None) -> dict[str, Any]:
     """Train from the last checkpoint in the output folder, or from the start, to training.max_steps.
 
-    `make_task` is by default the task of the generator that the settings name. Returns a summary: steps, loss, seconds,
-    output_dir, checkpoint, export, stopped_by, and what the task measured of its export. SIGTERM and SIGINT finish the
+    `make_task` makes, by default, the task of the generator that the settings name. Returns a summary: steps, loss, seconds,
+    output_dir, checkpoint, export, stopped_by, and the measurements of the export. SIGTERM and SIGINT finish the
     step, save and return with `stopped_by` set. Raises UserError for settings that cannot work, RunError for a loss or
     gradient that is not finite (before the update), for checkpoints that cannot be read or written, and if another process
     of the run is gone.
@@ -72,7 +72,7 @@ def _own(folder: Path) -> Iterator[None]:
 
 
 def run_task(settings: TrainingSettings, task: TrainingTask, device: torch.device) -> dict[str, Any]:
-    """`train` for any task."""
+    """Train `task` as `train` does, and return the summary."""
     run = Run(settings, task, device)
     try:
         return run.train()
@@ -81,10 +81,10 @@ def run_task(settings: TrainingSettings, task: TrainingTask, device: torch.devic
 
 
 class Run(RunState):
-    """One process's part of a training run, step by step."""
+    """The part of a training run that one process does."""
 
     def train(self) -> dict[str, Any]:
-        """Do the steps that are left; returns the summary."""
+        """Do the remaining steps and return the summary."""
         started = time.monotonic()
         with Interrupt() as interrupt:
             begun = self._begin(lambda: bool(interrupt.name))
@@ -112,7 +112,7 @@ class Run(RunState):
         return summary
 
     def _begin(self, stop: Callable[[], bool]) -> bool:
-        """Give a new run the first weights of its task, and save them; False if a process was told to stop meanwhile."""
+        """Set a new run to the first weights of its task, and save them. Return False if a process was told to stop meanwhile."""
         if self.resumed:
             return True
         started = time.monotonic()
@@ -129,7 +129,7 @@ class Run(RunState):
         return True
 
     def _do_steps(self, interrupt: Interrupt) -> None:
-        """The steps that are left, with what is due between them, and a checkpoint at the end."""
+        """Do the remaining steps with validation, samples and checkpoints between them, and a checkpoint at the end."""
         training, samples = self.settings.training, self.settings.samples
         saved_at = tick = time.monotonic()
         begun = tick - self.seconds
@@ -146,7 +146,7 @@ class Run(RunState):
                 self.meter.add("seconds", time.monotonic() - tick)
                 self.seconds = time.monotonic() - begun
                 self._report()
-                measured_later = self.task.measures and self.step == training.max_steps  # of the export
+                measured_later = self.task.measures and self.step == training.max_steps  # by the export
                 if training.eval_every and self.step % training.eval_every == 0 and not measured_later:
                     self.log.write(step=self.step, **self.validate())
                 if samples.every and self.step % samples.every == 0:
@@ -173,7 +173,10 @@ class Run(RunState):
         return self.time_share >= 1
 
     def _batches(self, steps: range) -> Generator[Batch, None, None]:
-        """The steps' batches, made ahead by threads; with data.processes, drawn by these, and one thread encodes them."""
+        """Yield the batches of the steps, which threads make in advance.
+
+        With data.processes, processes prepare the clips, and one thread encodes them.
+        """
         data = self.settings.data
         depth = max(data.prefetch, data.workers)
         if not data.processes:
@@ -187,7 +190,10 @@ class Run(RunState):
         return self.task.prepare(step, shape, range(self.engine.rank, self.task.source.clips_in(shape), self.engine.world))
 
     def _train_step(self, batch: Batch, stop: bool, due: bool) -> tuple[bool, bool]:
-        """One optimizer step: whether any process was told to stop, and whether the first one wants to save."""
+        """Do one optimizer step. Return whether any process was told to stop, and whether a checkpoint is due.
+
+        The first process decides whether a checkpoint is due.
+        """
         engine = self.engine
         count, tokens, flops, stops, dues = engine.all_sum(
             torch.tensor([batch.supervised, batch.tokens, batch.flops, stop, due and engine.rank == 0], dtype=torch.float64)
@@ -201,7 +207,8 @@ class Run(RunState):
                 losses, places = self._losses(micro)
                 sums.add(losses, places)
                 total = losses.sum() / count
-                # The gradient tells all processes of a loss that is not finite in one of them, even where its own would be.
+                # A loss that is not finite in one process makes the gradient not finite in all of them, even if its own
+                # gradient would be finite.
                 engine.backward(total if sums.table.isfinite().all() else total * math.nan, last=i + 1 == len(micro_batches))
         sums = sums.over_processes(engine)
         self.loss = sums.mean
@@ -209,7 +216,7 @@ class Run(RunState):
         norm = engine.step(lr)
         self.step += 1
         if not math.isfinite(norm):
-            self.task.step_values()  # of a step that is left out
+            self.task.step_values()  # starts the sums again, without the values of this step
             self._not_finite(self.loss, norm)
             return stops > 0, dues > 0
         if self.ema:
@@ -225,7 +232,7 @@ class Run(RunState):
         return stops > 0, dues > 0
 
     def _add_values(self, values: dict[str, tuple[float, float]]) -> None:
-        """Add further values of the step, over all processes, to what is logged, and show the task their means."""
+        """Add further values of the step, over all processes, to the log, and ask the task whether their means are a fault."""
         if values:
             table = self.engine.all_sum(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
             for name, (total, weight) in zip(values, table, strict=True):
@@ -233,7 +240,7 @@ class Run(RunState):
             self.fault = self.task.fault_after({n: t / w for n, (t, w) in zip(values, table, strict=True) if w})
 
     def _auxiliary_step(self, micro_batches: list[dict[str, Any]], clips: int) -> None:
-        """Train the auxiliary network on what the model was trained on; `self.step` counts the step already."""
+        """Train the auxiliary network on the micro-batches of the model. `self.step` already counts this step."""
         lr = self._learning_rate(self.auxiliary.settings, self.step - 1)
         sums, norm = self.auxiliary.step(self.engine, micro_batches, clips, lr)
         if not math.isfinite(norm):
@@ -263,7 +270,10 @@ class Run(RunState):
         )
 
     def _not_finite(self, loss: float, norm: float, of: str = "") -> None:
-        """Step number `step` made no update (`of`: of which network): put its clips into the log; RunError if too many did so."""
+        """Write the clips of a step without an update into the log; `of` names the network that was not updated.
+
+        Raises RunError if more steps had no update than training.skip_not_finite allows.
+        """
         self.skipped += 1
         allowed, key = self.settings.training.skip_not_finite, self.settings.key
         what = f"the gradient norm{of} is {norm}" if math.isfinite(loss) else f"the loss{of} is {loss}"
@@ -287,7 +297,7 @@ class Run(RunState):
             return
         means = self.meter.means()
         self.meter = Meter()
-        if "tokens" not in means:  # no step since the last line made an update
+        if "tokens" not in means:  # no weight was updated since the last line
             return
         waits, memory = of_all_processes(self.engine, means.pop("data_wait"), peak_memory_bytes(self.engine.device))
         rates = {
@@ -299,7 +309,7 @@ class Run(RunState):
         self.log.write(step=self.step, **means, **rates, time=time.time())
 
     def sample(self, stop: Callable[[], bool]) -> None:
-        """Render the sample clips on the first process, with the averaged weights if there are any; the others wait."""
+        """Generate the sample clips on the first process, with the averaged weights if there are any. Other processes wait."""
         weights = self.engine.whole(self.ema.average if self.ema else self.engine.weights())
 
         def draw() -> None:
@@ -316,7 +326,10 @@ class Run(RunState):
         self._together(lambda: draw() if self.engine.rank == 0 else None)
 
     def validate(self) -> dict[str, Any]:
-        """What the task measures; or validation losses by kind with the current weights and, as `..._ema`, the averaged ones."""
+        """Return the measurements of the task or, for a task without any, the validation losses by kind.
+
+        Losses are those of the current weights and, under names that end in `_ema`, of the averaged weights.
+        """
         if self.task.measures:
             with self._averaged_weights():
                 measured = self.task.measure(self.engine.module)

@@ -1,4 +1,4 @@
-"""Muon beside AdamW: momentum made orthogonal for the layers' matrices, AdamW for all other weights."""
+"""An optimizer that updates the matrices of layers by Muon (orthogonal momentum) and all other weights by AdamW."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 class Muon(torch.optim.AdamW):
-    """Groups with "muon": True are updated by Muon, all others by AdamW, with the same learning rate and decay rule.
+    """Updates groups with "muon": True by Muon, and all others by AdamW, with the same learning rate and decay rule.
 
     A convolution [m, ...] is updated as a matrix of m rows. A matrix [m, n] moves by lr * 0.2 * sqrt(max(m, n)) times its
     orthogonal momentum, so that an update is on average as large as one of AdamW and takes the same lr (arXiv 2502.16982,
-    section 2.2). Its only state is the momentum, under AdamW's name
-    `exp_avg`. A matrix must be whole: ZeRO 1 to 3 cut it into pieces.
+    section 2.2). The only state of a matrix is the momentum, under AdamW's name `exp_avg`. Muon needs whole matrices, so it
+    does not work with ZeRO 1 to 3, which divide them over processes.
     """
 
     @torch.no_grad()
@@ -30,7 +30,7 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Uses up the gradients, so that AdamW passes these matrices by."""
+        """Update matrices by Muon, and delete their gradients so that AdamW leaves these matrices unchanged."""
         alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -53,9 +53,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: [N, m, n] with all singular values brought to between 0.7 and 1.2.
+    """Return approximately the nearest (semi-)orthogonal matrices [N, m, n]: their singular values are from 0.7 to 1.2.
 
-    In bfloat16 on CUDA, where that is enough and fast.
+    On CUDA the products are computed in bfloat16, which is accurate enough and fast.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
@@ -68,6 +68,6 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def layer_matrices(model: nn.Module) -> set[str]:
-    """Names of the trained weights of plain linear layers; embedding and head are none."""
+    """Return the names of the trained weights of linear layers, without embedding and head."""
     linear = {f"{name}.weight": module.weight for name, module in model.named_modules() if type(module) is nn.Linear}
     return {name for name, weight in linear.items() if weight.requires_grad}

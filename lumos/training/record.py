@@ -10,11 +10,11 @@ from lumos.files import read_json
 from lumos.settings import is_number
 
 USUAL_LR = 1e-3
-"""The learning rate of a training whose record names none."""
+"""The learning rate of a training whose record does not state it."""
 
 
 def training_record(folder: Path) -> dict[str, Any]:
-    """Return what the training.json of a model folder says; {} if it has none. Raises UserError if it is damaged."""
+    """Return the content of the training.json of a model folder; {} if it has none. Raises UserError if it is damaged."""
     path = folder / "training.json"
     if not path.is_file():
         return {}

@@ -97,7 +97,7 @@ class RunState:
         tensors = engine.state() | averages | (self.auxiliary.engine.state() if self.auxiliary else {})
         tensors |= checkpoint.random_state()
         kept = {"keep_last": training.keep_last, "keep_every": training.keep_every, "fields": checkpoint.RUN_FIELDS}
-        written = torch.zeros(engine.world, 2, dtype=torch.float64)  # size and checksum of each process's file
+        written = torch.zeros(engine.world, 2, dtype=torch.float64)  # the size and checksum of the file of each process
 
         def write() -> None:
             written[engine.rank] = torch.tensor(checkpoint.save_tensors(folder, engine.rank, tensors), dtype=torch.float64)
@@ -120,7 +120,7 @@ class RunState:
         return checkpoint.checkpoint_folder(root, self.step)
 
     def export(self) -> dict[str, Any]:
-        """Write the model folder from the checkpoint of this step, whole or not at all, and return what the task measured of it."""
+        """Write the model folder from the checkpoint of this step, completely or not at all, and return measurements of it."""
         target = self.settings.output_dir / self.task.export_folder
         folder, values = checkpoint.checkpoint_folder(self.checkpoints, self.step), {}
 
@@ -198,7 +198,7 @@ class RunState:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Within this context, the model has the averaged weights, if the run keeps them."""
+        """Within the block, set the model to the averaged weights, if the run has them."""
         if not self.ema:
             yield
             return

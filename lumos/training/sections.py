@@ -14,14 +14,14 @@ from lumos.settings import setting
 
 MAX_STEPS = 10**9
 MAX_CLIPS = 2**17
-"""Largest number of clips in an optimizer step, which is laid out in host memory, and in a validation set."""
+"""The most clips in an optimizer step, for which the loop reserves host memory, and in a validation set."""
 MAX_TOKENS = 2**31
 MAX_SIDE = 2**14
 MAX_FRAMES = 2**14
 MAX_PROCESSES = 256
 """Largest number of threads or processes that make batches on one machine."""
 DEFAULT_STAGE = 2
-"""ZeRO stage of a run with several processes that names none. With Muon, which needs whole matrices, it is 0."""
+"""ZeRO stage of a run with several processes whose settings name no stage. With Muon, which needs whole matrices, it is 0."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task, and the batches that a task makes.
+"""The interface of a training task, which the training loop uses, and the batches that a task makes.
 
 The loop (`lumos.training.loop`) knows no model: it asks a `TrainingTask` for a network, for batches and for losses. A new kind of
 training is a new task; the loop is never subclassed.
@@ -32,14 +32,15 @@ class Batch:
 
     step, kind    the step's number, and "image" or "video"
     tensors       by name, each [B, ...]
-    names         of the clips, which find them again
+    names         names of the clips, by which they can be found in the data
     lengths       tokens of each clip
-    flops         of forward and backward of the whole batch
+    flops         FLOPs of the forward and backward pass of the whole batch
     supervised    number of losses
     rows          by name, a list of B objects that the network takes beside the tensors
     padded        tensors [B, L, ...] that are right-padded to the longest of `lengths`; None: all
-    idle          by name, the value of a tensor that leaves no loss: of a micro-batch that only keeps processes in step
-    pad_to        padded rows are a multiple of this length
+    idle          by name, the value of a tensor with which a micro-batch has no losses; such a micro-batch only keeps
+                  processes in step
+    pad_to        the length of padded rows is a multiple of this number
     """
 
     step: int
@@ -56,7 +57,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all clips, without padding."""
+        """The number of tokens of all clips, without padding."""
         return sum(self.lengths)
 
     @property
@@ -65,10 +66,10 @@ class Batch:
         return self.tensors | self.rows
 
     def micro_batches(self, size: int | None, share: int | None = None) -> list[dict[str, Any]]:
-        """Parts of up to `size` clips, each as long as its longest clip.
+        """Return parts of up to `size` clips, each as long as its longest clip.
 
-        The number of parts is that of a process with `share` clips, because ZeRO needs it to be equal in all processes: a
-        process with a clip less may have to add a part without losses.
+        A process with `share` clips, the most of any process, decides the number of parts, because ZeRO needs the same
+        number in all processes. A process with fewer clips may have to add a part without losses.
         """
         count = len(self.names)
         size = min(size or POSITIONS_PER_STEP, max(share or 0, count))
@@ -89,7 +90,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network does on clips that it is not trained on: numbers for the log, and pictures uint8 [T, H, W, 3] by name."""
+    """Measurements of a network on held-out clips: numbers for the log, and pictures uint8 [T, H, W, 3] by name."""
 
     values: dict[str, float]
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """What a network makes of a micro-batch, for compression.
+    """The results of a forward pass on a micro-batch, for compression.
 
     losses   those of `TrainingTask.losses`, [N]
     places   {group of `TrainingTask.score_groups`: place of each loss, int64 [N]}
@@ -123,14 +124,14 @@ class Forward:
 
 
 class TrainingTask(ABC):
-    """What is trained, on what, with which losses.
+    """The part of a training that depends on the model: its network, its batches and its losses.
 
-    loss_groups     {name: places}: by what the losses are sorted in the log, such as latent frames
-    source          where the clips come from
+    loss_groups     {name: number of places}: how the log groups losses, for example by latent frame
+    source          the source of the clips
     causal          whether a latent frame of the network sees no later one
     export_folder   name of the folder in the run's folder that `export` writes
-    measures        whether `measure` takes the place of losses on held-out clips in the validation
-    score_groups    {group: names of its places}: by what compression sorts losses, "frames" and "level" (of noise or masks)
+    measures        whether the validation calls `measure` instead of computing losses on held-out clips
+    score_groups    {group: names of its places}: how compression groups losses: "frames" and "level" (of noise or masks)
     """
 
     loss_groups: dict[str, int]
@@ -142,81 +143,87 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """The network in float32, in training mode, the same for a seed in all processes."""
+        """Return the network in float32 and in training mode. With one seed, it is the same in all processes."""
 
     @abstractmethod
     def prepare(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Any:
-        """The clips at `positions` of a step, without what needs a network: picklable, on the CPU, made in any process."""
+        """Return the clips at `positions` of a step, without the parts that need a network.
+
+        The result is picklable and on the CPU, and does not depend on the process that makes it.
+        """
 
     @abstractmethod
     def encode(self, prepared: Any) -> Batch:
-        """The batch of what `prepare` returned, on the device of the training."""
+        """Return the batch, on the device of the training, from a result of `prepare`."""
 
     @abstractmethod
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [N] of a micro-batch with gradient, and {group of `loss_groups`: the place of each loss, [N]}.
+        """Return losses [N] of a micro-batch with gradient, and {group of `loss_groups`: the place of each loss, [N]}.
 
-        It may add entries to `micro` for `auxiliary_losses` of the same micro-batch.
+        The method may add entries to `micro` for `auxiliary_losses` of the same micro-batch.
         """
 
     @abstractmethod
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed: all that decides the losses."""
+        """Return all values that decide the losses. A run resumes a checkpoint only if they are equal."""
 
     @abstractmethod
     def export_metadata(self) -> dict[str, Any]:
-        """What `export` needs beside the weights, as JSON. Called after `build_model`."""
+        """Return the values that `export` needs beside the weights, as JSON. The loop calls this after `build_model`."""
 
     @abstractmethod
     def export(self, folder: Path, target: Path) -> Measured | None:
-        """Write the checkpoint in `folder` as a folder that users load. Returns what was measured of it, if anything."""
+        """Write the checkpoint in `folder` as a folder that users load. Return measurements of it, or None."""
 
     def fingerprint_defaults(self) -> dict[str, Any]:
-        """For entries of `resume_fingerprint` that older checkpoints lack: what they were when those were written."""
+        """Return values of entries of `resume_fingerprint` that older checkpoints lack, as they were for those checkpoints."""
         return {}
 
     def first_weights(self, stop: Callable[[], bool]) -> dict[str, Tensor] | None:
-        """Whole weights, by name, that a new run begins with in place of those of `build_model`.
+        """Return whole weights, by name, with which a new run begins instead of those of `build_model`.
 
-        They are computed once, before the first step, and are equal in all processes. None if `stop()` became true meanwhile:
-        the run then ends without a checkpoint.
+        They are computed once, before the first step, and are equal in all processes. The result is None if `stop()`
+        became true meanwhile; the run then ends without a checkpoint.
         """
         return {}
 
     def muon_matrices(self, model: nn.Module) -> dict[str, float]:
-        """Weights that training.optimizer=muon updates as matrices, by name, and by how much training.lr is multiplied for each."""
+        """Return the weights that training.optimizer=muon updates as matrices, by name, with the factor of training.lr for each."""
         return dict.fromkeys(layer_matrices(model), 1.0)
 
     def measure(self, model: nn.Module) -> Measured:
-        """Measure the network, which has the averaged weights if the run has any. Called in all processes if `measures` is set."""
+        """Measure the network, which has the averaged weights if the run has them.
+
+        The loop calls this in all processes if `measures` is set.
+        """
         raise TypeError(f"{type(self).__name__} measures nothing")
 
     def preview(self, weights: dict[str, Tensor]) -> Sampler | None:
-        """Draws sample clips with these whole weights; None: the task draws none."""
+        """Return a function that generates sample clips with these whole weights, or None if the task has no samples."""
         return None
 
     def build_auxiliary(self) -> nn.Module | None:
-        """A second network, with an optimizer of its own, that is trained beside the model; None: there is none.
+        """Return a second network that is trained beside the model with an optimizer of its own, or None.
 
-        It is float32, in training mode, and the same for a seed in all processes. The loop steps it after the model, on the
-        same micro-batches, and saves and resumes it, under ZeRO 0 to 2 too. A task whose `losses` need this network keeps it:
-        there it has no gradient, and is as it was after the step before.
+        The network is float32 and in training mode. With one seed, it is the same in all processes. The loop updates it
+        after the model, on the same micro-batches, and saves and resumes it, also under ZeRO 0 to 2. If `losses` needs this
+        network, the task keeps a reference to it. In `losses` it has no gradient, and the weights after the previous step.
         """
         return None
 
     def auxiliary_optimization(self) -> dict[str, Any]:
-        """Keys of the section `training`, such as lr and betas, that the auxiliary network has otherwise than the model."""
+        """Return settings of the section `training`, such as lr and betas, that differ for the auxiliary network."""
         return {}
 
     def auxiliary_losses(self, model: nn.Module, auxiliary: nn.Module, micro: dict[str, Any]) -> Tensor:
-        """Losses [N] of the auxiliary network on a micro-batch of N clips; none for a micro-batch that is idle.
+        """Return losses [N] of the auxiliary network on a micro-batch of N clips; an idle micro-batch has no losses.
 
-        The model has already made its step, and has no gradient here.
+        The model is already updated, and has no gradient here.
         """
         raise TypeError(f"{type(self).__name__} has an auxiliary network, but no losses for it")
 
     def forward(self, model: nn.Module, micro: dict[str, Any]) -> Forward:
-        """Return what the network makes of a micro-batch, for compression."""
+        """Return losses and outputs of the network for a micro-batch, for compression."""
         raise TypeError(f"{type(self).__name__} has no scores for compression")
 
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
@@ -224,26 +231,29 @@ class TrainingTask(ABC):
         raise TypeError(f"{type(self).__name__} has no scores for compression")
 
     def step_values(self) -> dict[str, tuple[float, float]]:
-        """Further values of the step that is done, as {name: (sum, number of values)}, which the log shows as means.
+        """Return further values of the last step, as {name: (sum, number of values)}; the log shows their means.
 
-        They are those of this process, and are forgotten. All processes have the same names, in the same order.
+        The sums are those of this process, and start again at 0. All processes have the same names, in the same order.
         """
         return {}
 
     def fault_after(self, means: dict[str, float]) -> str | None:
-        """Say why the run cannot go on, which then saves and ends with this line; None: it can.
+        """Return the reason why the run cannot go on, or None. With a reason, the run saves and ends with this line.
 
-        means: those of `step_values` of the step over all processes. Called after each step, in all processes.
+        means: the means of `step_values` over all processes. The loop calls this after each step, in all processes.
         """
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the task beside the networks, as JSON, for `load_state`: no function of the step."""
+        """Return the state of the task that a checkpoint stores beside the networks, as JSON; `load_state` restores it.
+
+        Values that follow from the number of the step need not be stored.
+        """
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027, a task without a state does nothing
-        """Take over what `state` returned; {} in checkpoints of earlier versions."""
+        """Restore a result of `state`; it is {} in checkpoints of earlier versions."""
 
     def batch(self, step: int, shape: StepShape, positions: range, *, dropout: bool = True) -> Batch:
-        """`prepare` and `encode` in one."""
+        """Return the batch at `positions` of a step: `prepare`, then `encode`."""
         return self.encode(self.prepare(step, shape, positions, dropout=dropout))

@@ -42,7 +42,7 @@ from tokenizer.video import VideoTokenizer
 
 DECISIVE_DATA = ("source", "options", "num_frames", "min_frames", "height", "width", "fps", "scenes", "stages")
 OF_THE_FILE = ("dtype", "transformers_version", "architectures")
-"""Fields of a config that say how a file was written, and nothing of the model."""
+"""Fields of a config that describe how the file was written, not the model."""
 TRAIN_VERBS = {"video": "train-tokenizer", "text": "train-text-tokenizer"}
 
 
@@ -68,7 +68,7 @@ class VideoTask(TrainingTask):
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
     needs_last_frame: bool = False
-    """Whether clips have their last frame as a picture too."""
+    """Whether clips have their last frame as a separate picture as well."""
 
     def __init__(self, settings: TrainingSettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -125,7 +125,7 @@ class VideoTask(TrainingTask):
     def fitting(self, caption: str, name: str, count: Callable[[str], int], limit: int) -> str:
         """Return the longest beginning of a clip's caption that has at most `limit` tokens, in whole words if it has spaces.
 
-        The model is thus trained on no text that it refuses in generation. The first caption that is cut is said in a warning.
+        Training therefore reads no text that generation would refuse. A warning names the first caption that is cut.
         `count` returns the number of tokens of a text.
         """
         if (tokens := count(caption)) <= limit:
@@ -162,7 +162,7 @@ class VideoTask(TrainingTask):
         )
 
     def fingerprint_defaults(self) -> dict[str, Any]:
-        """Return what runs had before data.replay was a setting."""
+        """Return the values that runs had before data.replay was a setting."""
         return {"data.replay": []}
 
     def config_fields(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class VideoTask(TrainingTask):
 
     @cached_property
     def trained_on(self) -> TrainedOn:
-        """What the model was trained on at the end of the run, with what its base models were trained on."""
+        """The data that the model has been trained on at the end of the run, with the data of its base models."""
         found = self.source.trained_on()
         for base in self.base_folders:
             found = found.joined(read_trained_on(base))

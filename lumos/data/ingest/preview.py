@@ -34,7 +34,7 @@ class Listing:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How often each reason is why an item cannot be used."""
+        """For each reason, the number of items that cannot be used because of it."""
         return Counter(item.problem[0] for item in self.items if item.problem)
 
 

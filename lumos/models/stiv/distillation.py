@@ -36,7 +36,7 @@ NOISE = "critic_noise"
 
 
 class VelocityPrediction(NamedTuple):
-    """What a network saw of clips of one size, and the velocity that it predicted [B, T, C, h, w]."""
+    """The input of a network for clips of one size, and the velocity that it predicted [B, T, C, h, w]."""
 
     inputs: Inputs
     velocity: Tensor

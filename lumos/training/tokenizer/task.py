@@ -1,8 +1,8 @@
-"""How a video tokenizer is trained: `python -m lumos train-tokenizer --config configs/tokenizer/tiny.yaml steps=200`.
+"""The training of a video tokenizer: `python -m lumos train-tokenizer --config configs/tokenizer/tiny.yaml steps=200`.
 
-A task of the shared loop, which writes into output_dir: log.jsonl, checkpoints/ (a new start with the same settings resumes from
-the newest), samples/ (pictures of held-out clips above what comes back), and at the end the tokenizer folder `video_tokenizer/`
-with training.json beside its weights.
+It is a task of the shared loop. The loop writes into output_dir: log.jsonl, checkpoints/ (a new start with the same settings
+resumes from the newest), samples/ (held-out clips above their reconstructions), and at the end the tokenizer folder
+`video_tokenizer/` with training.json beside its weights.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from tokenizer.resizing import double
 from tokenizer.video import VideoTokenizer
 
 FITTED = ("decoder.conv_out.conv3d.weight", "decoder.conv_out.conv3d.bias")
-"""Weights of the last layer, which the fit before the first step changes."""
+"""Weights of the last layer, which the least-squares fit before the first step sets."""
 
 
 def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
-    """Train, or go on where the newest checkpoint in output_dir stopped; returns the summary of `loop.train`, with measures."""
+    """Train, or continue from the newest checkpoint in output_dir. Return the summary of `loop.train`, with measurements."""
     return loop.train(loop_settings(settings), TokenizerTask)
 
 
 class TokenizerTask(TrainingTask):
-    """Train a `VideoTokenizer` to reconstruct its input. A step has clips and pictures.
+    """Trains a `VideoTokenizer` to reconstruct its input. A step has clips and pictures.
 
-    The losses are one for each clip and picture, weighted so that their mean is the clips' mean error plus picture_weight
-    times that of the pictures.
+    Each clip and each picture has one loss. The losses are weighted: their mean is the mean error of the clips, plus
+    picture_weight times the mean error of the pictures.
     """
 
     export_folder = "video_tokenizer"
@@ -78,7 +78,7 @@ class TokenizerTask(TrainingTask):
             "worlds": held_out_worlds(wanted.validation_clips, wanted.num_frames, *sizes, **wanted.worlds),
             "photographs": held_out_photographs(*sizes),
         }
-        torch.backends.cudnn.benchmark = True  # the shapes stay the same
+        torch.backends.cudnn.benchmark = True  # allowed, because all steps have the same shapes
 
     def build_model(self) -> VideoTokenizer:
         torch.manual_seed(self.settings.seed)
@@ -91,7 +91,7 @@ class TokenizerTask(TrainingTask):
         return model.train()
 
     def first_weights(self, stop: Callable[[], bool]) -> dict[str, Tensor] | None:
-        """The differences of least squared error, over batches that the steps do not see."""
+        """Return the weights of `FITTED` with the least squared error on batches that no training step has."""
         settings = self.settings
         if not settings.fit_batches:
             return {}
@@ -112,7 +112,7 @@ class TokenizerTask(TrainingTask):
         yield from in_processes(self.clips.batch, steps, processes=processes) if processes else map(self.clips.batch, steps)
 
     def muon_matrices(self, model: nn.Module) -> dict[str, float]:
-        """All convolutions, seen as matrices."""
+        """Return all convolutions, which Muon updates as matrices, with the factor of their learning rate."""
         scale = self.settings.muon_lr / self.settings.lr
         return {name: scale for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
 
@@ -144,7 +144,7 @@ class TokenizerTask(TrainingTask):
         )  # fmt: skip
 
     def losses(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One for each clip and picture, [N]: weighted mean absolute and squared error of what comes back."""
+        """Return one loss for each clip and picture, [N]: the weighted mean absolute and squared error of the reconstruction."""
         errors, frames = [], micro["frames"]
         for _, members in groupby(range(len(frames)), key=lambda i: len(frames[i])):
             found = list(members)
@@ -165,7 +165,7 @@ class TokenizerTask(TrainingTask):
 
     @torch.inference_mode()
     def measure(self, model: VideoTokenizer) -> Measured:
-        """PSNR in dB of clamped values, mean over held-out clips, and the share of codes in use. Pictures: `sheet`."""
+        """Return the mean PSNR of reconstructions of held-out clips in dB, the share of codes in use, and pictures (`sheet`)."""
         dtype = next(model.parameters()).dtype
         training = model.training
         model.eval()
@@ -194,7 +194,7 @@ class TokenizerTask(TrainingTask):
         return {"video_tokenizer": self.config.to_dict(), "real_data": self.clips.real_names}
 
     def export(self, folder: Path, target: Path) -> Measured:
-        """Write the tokenizer folder with training.json, and measure the weights as they are there."""
+        """Write the tokenizer folder with training.json, and measure the tokenizer that the folder holds."""
         settings, state = self.settings, checkpoint.read_state(folder)
         stored, kind = checkpoint.Stored(folder), checkpoint.AVERAGE if state["averaged"] else checkpoint.WEIGHT
         model = self.build_model()
@@ -224,7 +224,10 @@ class TokenizerTask(TrainingTask):
         return measured
 
     def _read_start(self) -> VideoTokenizer | None:
-        """The tokenizer that start_from names, at this run's size; UserError for one that cannot be read or has another shape."""
+        """Return the tokenizer that start_from names, doubled if this run has twice its size; None without start_from.
+
+        Raises UserError if it cannot be read or has another shape.
+        """
         folder, config = self.settings.start_from, self.config
         if folder is None:
             return None
@@ -242,7 +245,7 @@ class TokenizerTask(TrainingTask):
 
     @property
     def _picture_share(self) -> float:
-        """Weight of a picture's loss in the mean."""
+        """The weight of the loss of one picture in the mean."""
         pictures = self.settings.pictures_per_batch
         return self.settings.picture_weight / pictures if pictures else 0.0
 
@@ -252,12 +255,15 @@ class TokenizerTask(TrainingTask):
         return latent_frames * (self.settings.height // stride) * (self.settings.width // stride)
 
     def _flops(self, num_frames: int) -> float:
-        """Of forward and backward of one clip."""
+        """Return the FLOPs of the forward and backward pass of one clip."""
         return self._flops_by_length[num_frames]
 
     @cached_property
     def _flops_by_length(self) -> dict[int, float]:
-        """Counted on a network without values. The backward pass of what is trained is twice its forward pass."""
+        """The FLOPs by number of frames, counted on a network without values.
+
+        The backward pass of the trained parts has twice the FLOPs of their forward pass.
+        """
         with torch.device("meta"):
             model = VideoTokenizer(self.config)
         found = {}
@@ -273,15 +279,15 @@ class TokenizerTask(TrainingTask):
 
 
 def decisive(settings: TokenizerTrainingSettings) -> dict[str, Any]:
-    """The settings that decide the losses."""
+    """Return the settings that decide the losses."""
     return {key: value for key, value in settings.to_dict().items() if key not in MAY_CHANGE}
 
 
 def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
-    """Weight of every pixel's error, [B, 1, T, H, W] with mean 1 per sample.
+    """Return the weight of the error of every pixel, [B, 1, T, H, W] with mean 1 for each sample.
 
-    In a drawn world the moving thing covers a few per cent of the pixels, so a pixel that differs from its row's median by
-    more than 0.1 counts `weight` times. Photographs and film weigh the same everywhere.
+    In a synthetic scene the moving object covers a few per cent of the pixels. So a pixel that differs by more than 0.1 from
+    the median of its row counts `weight` times. All pixels of photographs and films have the same weight.
     """
     median = video.median(dim=4, keepdim=True).values
     is_foreground = ((video - median).abs() > 0.1).any(dim=1, keepdim=True) & is_world.view(-1, 1, 1, 1, 1)
@@ -290,13 +296,13 @@ def foreground_weight(video: Tensor, is_world: Tensor, weight: float) -> Tensor:
 
 
 def sheet(video: Tensor, back: Tensor) -> np.ndarray:
-    """Originals above reconstructions, one column a clip: uint8 [1, T 2 H, B W, 3]."""
+    """Return originals above their reconstructions, one column for each clip: uint8 [1, T 2 H, B W, 3]."""
     pairs = torch.stack([video, back], dim=3)  # B, 3, T, 2, H, W
     rows = pairs.permute(1, 2, 3, 4, 0, 5).flatten(4).flatten(1, 3)
     return to_uint8(rows[:, None])
 
 
 def differing(found: VideoTokenizerConfig, wanted: VideoTokenizerConfig) -> str:
-    """The fields in which two configs differ, as text."""
+    """Return the fields in which two configs differ, as text."""
     pairs: Mapping[str, tuple[Any, Any]] = {name: (value, getattr(wanted, name)) for name, value in vars(found).items()}
     return ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b)

@@ -1,7 +1,7 @@
-"""Pictures without end that are statistically like photographs: noise whose spectrum falls like theirs, under "dead leaves".
+"""Random pictures with the statistics of photographs: noise with a falling spectrum, under "dead leaves".
 
-A video tokenizer learns from them what photographs alone, of which few may be shipped, are too few to teach (Baradad et al.
-2021, Learning to See by Looking at Noise, arXiv 2106.05963).
+Few photographs may be distributed with the code, too few to train a video tokenizer. Random textures make up for that
+(Baradad et al. 2021, Learning to See by Looking at Noise, arXiv 2106.05963).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIDE = 160  # pixels
+SIDE = 160
+"""Height and width of a texture in pixels."""
 
 
 def texture(rng: np.random.Generator) -> Image.Image:
-    """A picture RGB of SIDE x SIDE: noise alone, or discs and polygons of its colours that cover each other, roughened by it."""
+    """Return a picture RGB of SIDE x SIDE: noise, or overlapping discs and polygons in the colours of noise, blended with it."""
     noise = spectral_noise(rng, SIDE)
     if rng.random() < 0.3:
         return Image.fromarray(noise)
@@ -21,7 +22,7 @@ def texture(rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(leaves)
     palette = noise.reshape(-1, 3)
     for _ in range(int(rng.integers(20, 120))):
-        radius = 4 / rng.uniform(0.04, 1)  # many small ones, few large: areas by a power law
+        radius = 4 / rng.uniform(0.04, 1)  # radii follow a power law: many small ones, few large ones
         centre = rng.uniform(-10, SIDE + 10, 2)
         colour = tuple(map(int, palette[rng.integers(len(palette))]))
         if rng.random() < 0.5:
@@ -36,7 +37,10 @@ def texture(rng: np.random.Generator) -> Image.Image:
 
 
 def spectral_noise(rng: np.random.Generator, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: amplitudes fall with the 1st to 2nd power of the frequency, as in photographs; channels correlate."""
+    """Return noise uint8 [side, side, 3] with correlated channels.
+
+    Amplitudes fall with the 1st to 2nd power of the frequency, as in photographs.
+    """
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1 / side
     spectrum = frequency ** -rng.uniform(1, 2)
@@ -51,7 +55,10 @@ def spectral_noise(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def recoloured(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [T, H, W, 3], half of the time in other light: a gain and a gamma a channel, and sometimes channels change places."""
+    """Return the clip, uint8 [T, H, W, 3], in half of the cases with other colours.
+
+    Each channel has a random gain and gamma, and sometimes the channels are permuted.
+    """
     if rng.random() < 0.5:
         return clip
     values = np.arange(256)[:, None] / 255
