@@ -22,8 +22,8 @@ class Stopped(Exception):
 def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> types.SimpleNamespace:
     """Install `comfy.utils`, `comfy.model_management` and `folder_paths` with the folder of models `models`.
 
-    Of the namespace that is returned, `seen` holds the calls of the progress bar; if `stop_after` is a number, the application
-    interrupts after so many of them.
+    In the returned namespace, `seen` holds the calls of the progress bar. If `stop_after` is a number, the application
+    interrupts the node after that many calls.
     """
     application = types.SimpleNamespace(seen=[], stop_after=None)
 

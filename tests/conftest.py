@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # Workers that each take every core run many times slower than with a share of their own. Libraries read it when imported.
+    # If each worker used all cores, all would run many times slower. Libraries read this variable when they are imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 import gc
@@ -30,13 +30,13 @@ settings.register_profile("thorough", deadline=None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--thorough", action="store_true", help="every variant of a test and every repetition; without it, some of them"
+        "--thorough", action="store_true", help="run every variant and every repetition of a test; without it, some of them"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("thorough" if config.getoption("thorough") else "quick")
-    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which else begins with the files of the most tests
+    if hasattr(config.option, "loadscopereorder"):  # otherwise pytest-xdist begins with the files that have the most tests
         config.option.loadscopereorder = False
 
 
@@ -46,7 +46,7 @@ LONGEST = (
 )  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
-"""Fixtures that start processes: each test that has one, by way of other fixtures too, is slow."""
+"""Fixtures that start processes. A test that uses one, directly or through other fixtures, is slow."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,18 +63,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what is imported stays: collections need not look through it, nor forked processes copy it
+    gc.freeze()  # imported modules stay in memory, so garbage collections may skip them, and forked processes do not copy them
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_look_at_the_machine() -> None:
-    """A run that measures the machine's speed does so with one product: no test needs the true speed."""
+    """Let a run measure the machine's speed with one product, because no test needs the true speed."""
     device_peak.PROBE.update(seconds=0.0, products=1)
 
 
 @pytest.fixture(scope="session")
 def times(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
-    """`times(few, many)` is how often a test repeats a claim: `many` times with --thorough."""
+    """A function: `times(few, many)` returns the number of repetitions of a test, `many` with --thorough."""
     return lambda few, many: many if pytestconfig.getoption("thorough") else few
 
 
@@ -100,7 +100,7 @@ def repo() -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tensors so small that threads wait for each other longer than they compute."""
+    """Use one thread of torch, for tensors so small that threads would wait longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -123,7 +123,7 @@ def no_sprite_pictures(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def micro_folder(tmp_path_factory) -> Path:
-    """A whole model folder of random weights: 64 codes, 8 x 8 pixels a code, clips of 5 frames of 16 x 24 pixels."""
+    """A complete model folder of random weights: 64 codes, 8 x 8 pixels for each code, clips of 5 frames of 16 x 24 pixels."""
     from lumos import LumosPipeline
     from lumos.models.lumos1.settings import GenerationSettings
     from lumos.pipeline.defaults import ClipDefaults

@@ -43,10 +43,10 @@ class Disk:
         monkeypatch.setattr(durable, "_exchange", lambda first, second: renamed(exchange, first, second))
 
     def check_renames(self) -> None:
-        """Each renamed file, and all in a renamed folder, is synchronized before; the folder that holds the name after."""
+        """Assert that renamed files and folders are synchronized before the rename, and the folder of the name after it."""
         assert self.renames
         for position, source, target, inside in self.renames:
-            if durable.is_temporary(target) or target.name.startswith(".old-"):  # not yet, or no longer, of any use
+            if durable.is_temporary(target) or target.name.startswith(".old-"):  # temporary files, and files that are removed later
                 continue
             before = {path for kind, path in self.calls[:position] if kind == "sync"}
             assert inside <= before, (source, inside - before)

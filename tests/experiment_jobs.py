@@ -14,7 +14,7 @@ from lumos.evaluation import experiments
 
 
 def run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs run here, one after another: an interpreter for each would take most of their time."""
+    """Run jobs in this process, one after another, because starting an interpreter for each would take most of the time."""
 
     def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
         assert command[:3] == [sys.executable, "-m", "lumos"]

@@ -37,7 +37,7 @@ COMMON = ["--threads", "1", "--repetitions", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A whole model of random weights, in tokens and layers as small as it can be."""
+    """A model folder of random weights with as few tokens and layers as possible."""
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
     model = LumosForVideoGeneration(LumosConfig.preset(
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _short_products():
-    """Matrix products are measured for milliseconds: no test judges their speed."""
+    """Measure matrix products for milliseconds only, because no test judges their speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_peak, "matrix_peak_gflops", partial(device_peak.matrix_peak_gflops, seconds=0.01, size=128))
         patch.setattr(roofline, "PRODUCT_SECONDS", 0.001)
@@ -74,9 +74,10 @@ def forked(forks, command, *, input, env, **options):
 
 @pytest.fixture(scope="module")
 def everything(model_folder, forks):
-    """(stdout, its last line parsed, the written file parsed) of `bench all`.
+    """Run `bench all` and return its stdout, the parsed last line of it, and the parsed file that it wrote.
 
-    Processes that measure memory are forked from one that has imported everything. The one that makes clips starts as for a user.
+    Processes that measure memory are forked from one that has imported everything.
+    The process that makes clips is started as a user starts it.
     """
 
     def run(command, *, input, env, **options):
@@ -140,7 +141,7 @@ def test_scores_and_distillation_stand_beside_plain_forms(everything):
 
 @pytest.mark.slow
 def test_a_form_of_a_step_computes_its_losses_only(model_folder, tmp_path):
-    """Against the settings of the form: the teacher and the critic exist only where a loss needs them."""
+    """Compares with the settings of the form: teacher and critic exist only if a loss needs them."""
     teacher = str(model_folder.parent / "deep")
     settings = compression_bench.CompressionBenchmarkSettings(teacher, 2, 1, ("steps",))
     with compression_bench.student_of(settings) as student:
@@ -177,7 +178,7 @@ def test_loss_memory_and_ratios(everything):
 def test_training_memory_and_ratios(everything):
     """The published form holds logits of 600 positions over 12,100 rows, 28 MB, and their gradient.
 
-    Each form with activation checkpointing is compared with the other with it, and each without with the other without.
+    Forms with activation checkpointing are compared with each other, and so are forms without it.
     """
     out, result, _ = everything
     made, of = result["measured"]["train"], result["ratios"]["train"]
@@ -206,7 +207,7 @@ def test_generation_figures(everything):
 
 
 def test_generation_is_compared_with_the_baseline(everything):
-    """Both shapes are so small here that a process's peak may not show them, so memory is only there."""
+    """The shapes are too small to change a process's peak for sure, so the test only asks for a value of the memory."""
     _, result, _ = everything
     rows, ratios = result["measured"]["generate"]["shapes"], result["ratios"]["generate"]["shapes"]
     assert [row["shape"] for row in rows] == [of["shape"] for of in ratios] == ["shipped", "small"]
@@ -239,7 +240,7 @@ def test_bench_of_one_target_has_the_same_form(no_memory, capsys):
 
 
 def test_a_wrong_form_is_not_reported(no_memory, monkeypatch, capsys):
-    """A segmented form that forgets the causal rule ends the bench, before any result is printed."""
+    """A segmented form that breaks the causal rule ends the bench before it prints a result."""
     right = attention_bench.attention_for
 
     def wrong(implementation, layouts, length, device):

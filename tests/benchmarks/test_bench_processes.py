@@ -1,4 +1,4 @@
-"""The targets of `bench` that measure whole processes: what they start, with which settings, and the form of what they say."""
+"""The targets of `bench` that measure whole processes: the processes and settings that they start, and the form of their output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_children_inherit_no_settings_of_threads(monkeypatch):
 
 
 def test_each_choice_is_left_as_it_is():
-    """Lumos itself changes only what a choice leaves open: nothing of the spinning one, all of the last one."""
+    """Lumos sets only variables that a choice leaves unset: none for the choice "spinning", all for the last choice."""
     prepared = {}
     for name, variables in choices(4).items():
         prepared[name] = dict(variables)
@@ -69,7 +69,7 @@ def test_busy_processes_end_with_the_block():
 
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
-    """Commands of Lumos run in this process, each once; its repetitions leave the same. Returns [(command, environment)]."""
+    """Run each different command of Lumos once, in this process, and return [(command, environment)] of all calls."""
     started, left = [], tmp_path / "left"
 
     def run(command, env, what):

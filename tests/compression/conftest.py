@@ -1,4 +1,4 @@
-"""Teachers of four layers and students of two, which came from the first and the last of these, for both generators."""
+"""Teachers of four layers, and students of two layers that were pruned from them, for both generators."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small_tensors(one_thread):
 
 
 def pruned(state: dict[str, torch.Tensor], stack: str) -> dict[str, torch.Tensor]:
-    """The weights without the layers that are not in KEPT, which are numbered anew."""
+    """Return the weights of the layers in KEPT, under new layer numbers."""
     found = {}
     for name, tensor in state.items():
         if not name.startswith(f"{stack}."):
@@ -76,7 +76,7 @@ def pairs(tmp_path_factory, micro_folder) -> Callable[[str], dict[str, str]]:
 
 @pytest.fixture
 def distilling(pairs, tmp_path) -> Callable[..., Any]:
-    """Makes the settings of a run of a second on clips of 5 frames of 16 x 24 pixels; keywords are sections."""
+    """A function that makes settings of a short run on clips of 5 frames of 16 x 24 pixels; keywords are sections."""
 
     def settings(generator: str = "lumos1", run: str = "run", **sections: Any) -> Any:
         folders = pairs(generator)

@@ -152,7 +152,7 @@ def test_what_auto_refuses(folders, run, tmp_path, words, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["lumos1", "stiv"])
 def test_as_many_layers_stay_as_the_speed_allows(folders, generator):
-    """Against all numbers of layers: the one that is kept is fast enough, and one more is not."""
+    """The number of layers that is kept is fast enough, and one layer more is not."""
     network = network_of(folders[generator])
 
     def plan_of(keep: int) -> Plan:

@@ -149,7 +149,7 @@ def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):
 
 @pytest.mark.slow
 def test_least_scores_again_or_reads_scores(lumos, run, tmp_path):
-    """With one removal both are the argmin; below 30 % least is the default."""
+    """If one unit is removed, both plans choose the unit with the lowest score; below 30 % the default is "least"."""
     run("score", "--model", lumos, "--measures", "loss", "--picture", "x.png", *FEW)
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     lowest = min("12", key=lambda name: scores[name]["loss"])

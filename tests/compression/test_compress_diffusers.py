@@ -324,7 +324,7 @@ def test_modelscope_by_the_command(tmp_path):
 
 
 def test_a_pruned_unet_in_the_pipeline_of_its_parent(made, tmp_path):
-    """As the page says: the pipeline of the parent, opened with another U-Net."""
+    """The pipeline of the parent can be opened with another U-Net, as the page says."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     vision = CLIPVisionConfig(hidden_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,

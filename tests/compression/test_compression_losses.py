@@ -61,7 +61,7 @@ def test_icd_of_planted_numbers():
 
 @given(SHAPES, K, st.booleans())
 def test_the_gradient_of_icd_is_that_of_plain_sums(shape, k, raw):
-    """By autograd through the formula, where what counts is no function of the features; frames have different weights."""
+    """Compares with autograd through the formula, where the choice of outliers has no gradient; frames have different weights."""
     h, found = noise(shape, 2), []
     weights = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape[:2])
     for is_plain in (False, True):

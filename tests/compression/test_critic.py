@@ -79,7 +79,7 @@ def test_a_clip_alone_has_the_score_that_it_has_in_a_batch():
 
 
 def part(judge: Critic, name: str) -> Critic:
-    """The critic whose other heads give 0."""
+    """Set the scores of all other heads of the critic to 0."""
     for heads in (judge.spatial, judge.temporal):
         if heads is not getattr(judge, name):
             for head in heads:
@@ -110,7 +110,7 @@ def test_the_temporal_score_knows_no_order_of_places():
 
 
 def test_the_score_is_that_of_the_formula():
-    """One tap, by modules of torch: convolution, norm, LeakyReLU, a 1 x 1 convolution and the projection, then means."""
+    """Compares one head with modules of torch: convolution, norm, LeakyReLU, a 1 x 1 convolution, the projection, and means."""
     judge, (shown,), (level, pooled) = critic(1), features(2, 3, 5, 3, taps=1), conditions(2)
     condition = judge._conditions(level, pooled)
     found = []

@@ -59,7 +59,7 @@ def micro(task: TokenizerTask) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kd", "icd"), [(1.0, 0.0), (0.0, 0.5), (0.7, 0.3)])
 def test_losses_are_those_of_the_training_plus_distances(folders, tmp_path, kd, icd):
-    """Against a plain form: each decoder called level by level, on the codes of the whole tokenizer."""
+    """Compares with a plain form that calls each decoder level by level, on the codes of the whole tokenizer."""
     task = task_of(folders, tmp_path, kd=kd, icd=icd)
     model, teacher = task.build_model(), VideoTokenizer.from_pretrained(folders[0] / "video_tokenizer").float()
     batch = micro(task)
@@ -142,7 +142,7 @@ def test_a_student_comes_nearer_keeps_codes_and_resumes(folders, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_tokenizer_alone_from_the_command(folders, tmp_path, capsys):
-    """start_from and teacher may be folders of tokenizers; a narrower decoder is compared by its pixels only."""
+    """start_from and teacher may be folders of tokenizers. Only the pixels of a narrower decoder are compared."""
     whole, small = (folder / "video_tokenizer" for folder in folders)
     config = tmp_path / "recipe.yaml"
     asked = SMALL | {"start_from": str(small), "teacher": str(whole), "output_dir": str(tmp_path / "run"), "steps": 2}

@@ -1,4 +1,4 @@
-"""Smaller decoders of the video tokenizer: codes stay, pixels are those of the decoder that skips, decoding stays causal."""
+"""Smaller decoders of the video tokenizer keep the codes, equal the decoder with skipped units, and stay causal."""
 
 from __future__ import annotations
 

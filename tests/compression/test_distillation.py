@@ -29,7 +29,7 @@ def task(distilling):
 
 
 def only(**weights: float) -> dict[str, float]:
-    """A section with these losses and no others."""
+    """Return a section `distill` with these losses only."""
     return {"task": 0.0, "kd": 0.0, "icd": 0.0, "mca": 0.0, **weights}
 
 
@@ -44,7 +44,7 @@ def teacher_logits(made: DistillationTask, model, micro) -> torch.Tensor:
 
 
 def hidden_of(model, stack, run) -> list[torch.Tensor]:
-    """What each block of a network gives."""
+    """Return the output of each block of a network."""
     found, hooks = [], []
     for block in stack:
         hooks.append(block.register_forward_hook(lambda module, args, output: found.append(output)))
@@ -227,7 +227,7 @@ def test_draws_are_functions_of_step_and_position(task, generator):
 
 
 def together(first: dict, second: dict, pad: int) -> dict:
-    """One micro-batch of the clips of two."""
+    """Join two micro-batches to one."""
     fills, merged = {"input_ids": pad, "targets": -100}, {}
     for name, x in first.items():
         y = second[name]
@@ -376,7 +376,7 @@ def test_a_rare_penalty_has_the_weight_of_all(task):
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_the_teacher_has_a_number_format_of_its_own(task, generator):
-    """bfloat16 beside a student in float32: the same losses up to its rounding, and gradients in float32."""
+    """A teacher in bfloat16 gives the same losses up to rounding, and gradients of the student stay in float32."""
     found = []
     for precision in ("bf16", None):
         made = task(generator, distill={"teacher_precision": precision, "critic_warmup": 0})
@@ -482,7 +482,7 @@ def test_settings_survive_their_plain_form(distilling):
 
 
 def test_the_shipped_recipe(repo):
-    """Half the peak learning rate of the training of the teacher, a cosine to at most a tenth, and averaged weights."""
+    """Recovery has half the peak learning rate of the teacher's training, a cosine to at most a tenth, and averaged weights."""
     from lumos.compression.settings import load_settings as load
     from lumos.training.settings import load_settings
 

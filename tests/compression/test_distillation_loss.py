@@ -21,7 +21,7 @@ def case(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def plain(hidden, weight, teacher_hidden, teacher_weight, targets, task, kd):
-    """The losses of the definitions, with full logits."""
+    """Return the losses by their definitions, from full logits."""
     rows = slice(FIRST, FIRST + ROWS)
     log_q, log_p = F.log_softmax(hidden @ weight[rows].T, 1), F.log_softmax(teacher_hidden @ teacher_weight[rows].T, 1)
     ce, kl = F.nll_loss(log_q, targets, reduction="none"), (log_p.exp() * (log_p - log_q)).sum(1)

@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_bit_by_bit(distilling, tmp_path, monkeypatch, gene
 
 @pytest.mark.slow
 def test_the_log_names_all_terms_and_the_student_learns(distilling, tmp_path):
-    """The teacher is not trained, so the data would teach the student something else."""
+    """The teacher is not trained, so the losses on data would pull the student away from it."""
     weights = {"task": 0.0, "mca": 0.01, "icd_decay": False}
     distill(distilling(data={"scenes": 2}, training={"max_steps": 30, "lr": 3e-3, "eval_every": 30}, distill=weights))
     for key in TERMS:
@@ -130,7 +130,7 @@ def test_another_teacher_is_another_run(distilling, tmp_path, pairs):
 # ---- faults of the critic
 
 def losing(monkeypatch, steps: int) -> None:
-    """The critic has won after so many steps."""
+    """Make the critic win after `steps` steps."""
     monkeypatch.setattr(distillation, "LOST_STEPS", steps)
     monkeypatch.setattr(distillation, "LOST_BELOW", 1e6)
 
@@ -258,7 +258,7 @@ def test_places_that_are_not_seen_cannot_be_compared(distilling):
 
 
 def test_a_student_from_random_weights_of_another_width(distilling, pairs):
-    """The plan scratch: no features to compare, but the output and the critic teach it."""
+    """A student of the plan "scratch" has no features to compare, so it learns from the output and the critic."""
     tokenizers = {kind: f"{pairs('lumos1')['teacher']}/{kind}_tokenizer" for kind in ("video", "text")}
     overrides = {"vocab_size": 1024 + 64, "visual_token_count": 64, "hidden_size": 32, "intermediate_size": 48,
                  "num_hidden_layers": 3, "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Fréchet distance of generated clips against its formula, and as a measure of units."""
+"""The Fréchet distance of generated clips: its formula, and its use as a measure of units."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumos.pipeline.frechet import clip_features, frechet_distance
 
 @given(seed=st.integers(0, 999), count=st.integers(2, 12), width=st.integers(1, 5))
 def test_the_distance_is_that_of_its_formula(seed, count, width):
-    """With the square root of the product of the covariances from its eigenvalues, which are real and not negative."""
+    """Compute the distance with the eigenvalues of the product of the covariances, which are real and not negative."""
     draws = np.random.default_rng(seed)
     a, b = draws.normal(size=(count, width)), 2 * draws.normal(size=(count + 1, width)) + 1
     s, t = (np.atleast_2d(np.cov(x.T)) for x in (a, b))
@@ -40,7 +40,7 @@ def test_features_are_means_of_areas_and_their_changes():
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [lumos_folder, stiv_folder])
 def test_scores_compare_the_clips_of_smaller_networks(folder, tmp_path):
-    """Against pipelines of the smaller networks; a layer that adds nothing has no distance."""
+    """Compares with pipelines of the smaller networks; a layer that adds nothing has the distance 0."""
     pipe = VideoPipeline.from_pretrained(folder(tmp_path / "model"), device="cpu")
     whole, prompts = pipe.model, ["a red circle moves left", "a blue square moves up", "a green circle"]
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_forward_gives_the_losses_of_training(case):
 
 
 def test_codes_are_sorted_into_first_copied_and_changed(lumos):
-    """By the true codes of the clips, frame by frame."""
+    """Return the expected content and motion, from the true codes of the clips, frame by frame."""
     micro = lumos.batches[0]
     with torch.no_grad():
         found = lumos.task.forward(decoder(), micro)
@@ -110,7 +110,7 @@ def test_codes_are_sorted_into_first_copied_and_changed(lumos):
 
 
 def test_compared_outputs_keep_the_products_of_logits(lumos):
-    """The values are in other coordinates than the logits less their mean, with the same scalar products."""
+    """The values have the same scalar products as the logits minus their mean."""
     model, other, micro = decoder(), decoder(), lumos.batches[0]
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(2)
@@ -153,7 +153,7 @@ def test_stream_frames_of_the_decoder(lumos):
 
 
 def plain_scores(case, model, names):
-    """The loss's rise and the output's error, each from whole forward passes without any record."""
+    """Return the rise of the loss and the error of the output, from whole forward passes without a cache."""
     def run(skipped):
         losses, outputs = [], []
         with torch.no_grad(), model.skipping(skipped):
@@ -312,7 +312,7 @@ def test_gates_of_a_decoder():
 
 
 class Stack(torch.nn.Module):
-    """A stack of six residual units; the size of what each adds is known."""
+    """A stack of six residual units that add vectors of known sizes."""
 
     def __init__(self, sizes: list[float]):
         super().__init__()

@@ -54,7 +54,7 @@ def write_latents(folder: Path, name: str, count: int = 5) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """name -> (teacher, student, latents), folders that are made when first asked for."""
+    """A function from a name to the folders (teacher, student, latents), which the first call makes."""
     found: dict[str, tuple[Path, Path, Path]] = {}
 
     def folders(name: str) -> tuple[Path, Path, Path]:
@@ -233,7 +233,7 @@ def test_settings_that_cannot_be(made, tmp_path, sections, message):
 
 
 def test_settings_survive_their_plain_form(made, tmp_path):
-    """Also those that are null, such as noise.objective."""
+    """Settings that are null may be overridden too, such as noise.objective."""
     found = settings(made, WAN, tmp_path)
     assert build_latent_settings(found.to_dict()) == found
 

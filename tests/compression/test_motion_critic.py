@@ -41,7 +41,7 @@ def changed(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def calls_of(model, names):
-    """Within, a list of the names of those modules that ran."""
+    """Within the block, collect the names of the modules that ran."""
     ran, handles = [], []
     for name in names:
         handles.append(model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name)))
@@ -52,7 +52,7 @@ def calls_of(model, names):
 
 @pytest.mark.parametrize("name", [*UNETS, *TRANSFORMERS])
 def test_gradients_of_each_class_go_where_they_belong(name, tmp_path):
-    """Test 7: the student's loss reaches the student only, the critic's step the heads only."""
+    """Test 7: the loss of the student has gradients for the student only, and a step of the critic changes the heads only."""
     folder = saved(tmp_path / "teacher", name)
     keep = () if name in UNETS else [3] * len(COUNTS[name])
     write_pruned(folder, plan_folder(folder, "vdmini" if name in UNETS else "spaced", keep), tmp_path / "student")
@@ -73,7 +73,7 @@ def test_gradients_of_each_class_go_where_they_belong(name, tmp_path):
 
 
 def test_the_loss_is_that_of_its_parts():
-    """By a whole pass of the teacher on the clip that follows from the prediction, after new noise."""
+    """Compares with a whole pass of the teacher on the predicted clip with new noise."""
     teacher, given = teacher_of(WAN), inputs(WAN)
     judge, target = critic(WAN, teacher, taps=2), teacher(**given, return_dict=False)[0]
     prediction, draws = changed(target), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Levels of noise and predictions, against the schedulers of diffusers and by what they mean."""
+"""Levels of noise and predictions, compared with the schedulers of diffusers and with their definitions."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_greedy_of_one_removal_is_the_argmin(scores, ends):
 
 
 def test_greedy_scores_again_after_each_removal():
-    """Unit 2 matters only as long as unit 1 is there."""
+    """The score of unit 2 depends on whether unit 1 is present."""
     asked = []
 
     def score(removed):

@@ -59,7 +59,7 @@ def generated(model, prefix_cache: PrefixCache | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["0", "1", "3"])
 def test_the_stream_passes_a_skipped_layer(lumos, name):
-    """Layers around it: the stream before it is the stream behind it, and nothing else of the model changes."""
+    """The stream before a skipped layer equals the stream behind it, and nothing else in the model changes."""
     streams = {}
     handles = [layer.register_forward_hook(lambda _, args, out, i=i: streams.update({i: (args[0], out)}))
                for i, layer in enumerate(lumos.model.layers)]  # fmt: skip
@@ -120,7 +120,7 @@ def test_all_layers_can_be_skipped(lumos):
 
 
 def test_a_cached_prefix_is_that_of_the_skipped_layers(lumos):
-    """A prefix that was computed with all layers is not read in a run that skips some, nor the other way round."""
+    """A cached prefix of all layers is not used in a run that skips layers, and the other way round."""
     shared = PrefixCache()
     plain = generated(lumos, shared)
     with lumos.skipping(["2"]):

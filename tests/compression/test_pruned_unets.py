@@ -40,14 +40,14 @@ def full_config(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """name -> folder of a tiny teacher."""
+    """A function from a name to the folder of a tiny teacher."""
     root = tmp_path_factory.mktemp("teachers")
     return {name: saved(root / name, name) for name in UNETS}
 
 
 @pytest.fixture
 def pruned(teachers, tmp_path):
-    """Prunes a tiny teacher -> folders of teacher and student, and what was written into compression.json."""
+    """A function that prunes a tiny teacher and returns both folders and the content of compression.json."""
 
     def prune(name: str, remove: str | list[str]):
         teacher, student, plan = teachers[name], tmp_path / "student", remove
@@ -201,7 +201,7 @@ LAYOUTS = st.integers(1, 4).flatmap(
 @settings(max_examples=15)
 @given(LAYOUTS)
 def test_any_list_of_units_gives_tensors_of_the_parents_shapes(case):
-    """The pruned class builds each slot with the width that the parent's slot has, and counts agree."""
+    """The pruned class builds each slot with the width of the parent's slot, and parameter counts agree."""
     widths, layers, seed = case
     stages = len(widths)
     config = {"_class_name": MODELSCOPE, "block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": 8,
@@ -253,7 +253,7 @@ def test_modelscope_with_equal_blocks_loads_in_diffusers(pruned):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_stock_diffusers_refuses_what_it_cannot_load(pruned, name):
-    """Without the refusal, it would add a middle block of random numbers."""
+    """diffusers' own class would add a middle block of random weights, so it is refused."""
     _, out, _ = pruned(name, ["mid_block"])
     assert json.loads((out / "config.json").read_text())["mid_block"] is None
     with pytest.raises(ValueError, match=r"Pruned.* does not exist"):

@@ -1,4 +1,4 @@
-"""A pruned folder: what was predicted is what is there, and it loads like the folder that it came from."""
+"""A pruned folder has the predicted size and FLOPs, and loads like the folder that it was made from."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_what_was_predicted(folders, kind, narrow, tmp_path):
 
 
 def test_a_small_model_makes_the_clip_of_a_parent_that_skips(folders, kind, tmp_path):
-    """Through the whole pipeline, with the cache of generation."""
+    """Compares clips of the whole pipeline, which uses the key-value cache."""
     parent = network(folders, kind)
     prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")
     pipe = VideoPipeline.from_pretrained(folders[kind], device="cpu")

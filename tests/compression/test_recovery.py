@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """name -> (teacher, folder of the student), made when first asked for."""
+    """A function from a name to (teacher, folder of the student), which the first call makes."""
     made = {}
 
     def pair(name: str):
@@ -39,7 +39,7 @@ def pairs(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "last"), [(SVD, "attentions"), (MODELSCOPE, "temp_attentions")])
 def test_the_taps_of_vdmini(pairs, name, last):
-    """Section 7: D.0, D.1, the last attention of D.2, U.1 to U.3 of the teacher against U'.0 to U'.2."""
+    """Section 7 pairs D.0, D.1, the last attention of D.2, and U.1 to U.3 of the teacher with U'.0 to U'.2."""
     assert taps(pairs(name)[1]) == [
         ("down_blocks.0", "down_blocks.0"), ("down_blocks.1", "down_blocks.1"),
         (f"down_blocks.2.{last}.1", f"down_blocks.2.{last}.1"),
@@ -141,7 +141,7 @@ def test_a_model_compared_with_an_equal_one_has_no_distance(pairs, name):
 
 @pytest.mark.parametrize("name", [SVD, "WanTransformer3DModel"])
 def test_icd_reaches_nothing_behind_the_last_compared_unit(pairs, name):
-    """Test 7: gradients of the student up to the last tap only, and none of the teacher."""
+    """Test 7: the student has gradients up to the last tap only, and the teacher has none."""
     teacher, folder = pairs(name)
     student, names = loaded(folder), taps(folder)[:2]
     before = {key: value.clone() for key, value in teacher.state_dict().items()}

@@ -54,7 +54,7 @@ FRAMES = 3
 
 
 def make(name: str, seed: int = 0, **changed: Any) -> nn.Module:
-    """A model in eval mode. Every weight is random, also those that a class begins with zeros."""
+    """Return a model in eval mode with random weights, also where its class starts with zeros."""
     import diffusers
 
     torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def output(model: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def blocks_skipped(model: nn.Module, units: Collection[str]):
-    """Within, a transformer's blocks return what they were given."""
+    """Within the block, blocks of a transformer return their input."""
     def same(_, args, kwargs, out):
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if not isinstance(out, tuple):
@@ -127,7 +127,7 @@ def blocks_skipped(model: nn.Module, units: Collection[str]):
 
 
 class PlainBlock(nn.Module):
-    """A down or up block of a U-Net as a plain loop over those slots that are not removed."""
+    """Run a down or up block of a U-Net as a plain loop over the slots that are not removed."""
 
     def __init__(self, block: nn.Module, name: str, removed: Collection[str], reduced: Collection[str], sampler: bool = True):
         super().__init__()
@@ -172,7 +172,7 @@ class Same(nn.Module):
 
 
 def unet_skipping(unet: nn.Module, remove: Collection[str], reduced: Collection[str] = (), stages: int | None = None) -> nn.Module:
-    """The teacher without some units, by plain loops. Only its first `stages` stages are left."""
+    """Run the teacher without some units, by plain loops over its first `stages` stages."""
     unet = copy.deepcopy(unet)
     total = len(unet.down_blocks)
     stages = stages or total

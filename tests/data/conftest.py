@@ -1,4 +1,4 @@
-"""Eleven small sources, good and bad, and what an ingest of them writes."""
+"""Eleven small sources, good and bad, and the folder that an ingest of them writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lumos.video.io import write_video
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
-    """Seven good clips of a second, a picture; one clip cut off, one too short, one without caption."""
+    """Seven good clips of a second and a picture; a truncated clip, a clip that is too short, and a clip without a caption."""
     folder = tmp_path_factory.mktemp("source") / "clips"
     for n in range(10):
         write_video(folder / f"{n}.mp4", moving(n, 3 if n == 8 else 24), 24)
@@ -33,7 +33,7 @@ def tokenizer(micro_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def ingested(clips, tokenizer, tmp_path_factory) -> Path:
-    """What one run from end to end writes, three clips a shard."""
+    """The folder that an uninterrupted run writes, with three clips in each shard."""
     out = tmp_path_factory.mktemp("out") / "shards"
     from lumos.data.ingest.ingest import ingest
 

@@ -1,4 +1,4 @@
-"""What the tests of ingest share."""
+"""Helpers of the tests of ingest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 class Fragile(ItemEncoder):
-    """Ends its process or hangs as the caption says."""
+    """An encoder that ends its process or hangs if the caption says so."""
 
     def begin(self, item):
         if item.caption.startswith("once "):
@@ -47,9 +47,9 @@ class Fragile(ItemEncoder):
 
 
 class Late:
-    """Makes nothing of items with numbers for ids.
+    """An encoder that returns nothing for items, whose ids are numbers.
 
-    Those of `slow` wait until all that can be begun after them are done, but the one that their own worker has next.
+    Items in `slow` wait until all items that may start after them are done, except the next item of their own worker.
     """
 
     def __init__(self, flags: Path, slow: tuple[int, ...], begun: int, total: int):
@@ -70,7 +70,7 @@ class Late:
 
 
 class Ahead:
-    """Finishes an item only when the next one of `total` is begun, by another thread."""
+    """An encoder that finishes an item only after another thread has begun the next one of `total`."""
 
     def __init__(self, flags: Path, total: int):
         self.flags, self.total = flags, total
@@ -90,7 +90,7 @@ class Ahead:
 
 
 class Crowded:
-    """Lacks memory for an item while its worker has another one; "large" alone too."""
+    """An encoder that is out of memory for an item while its worker has another one, and always for the item "large"."""
 
     def __init__(self, flags: Path):
         self.flags = flags
@@ -107,7 +107,7 @@ class Crowded:
 
 
 class Greedy(ItemEncoder):
-    """Asks for 64 TiB of address space where the caption says so; a system that is not limited gives it."""
+    """An encoder that allocates 64 TiB of address space if the caption says so; a system without a limit allows this."""
 
     def begin(self, item):
         if item.caption != "greedy":

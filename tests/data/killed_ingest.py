@@ -24,11 +24,11 @@ NAMES = ("ingest/ingest", "shards/format", "ingest/encode", "ingest/executors", 
 FILES = (*(f"data/{name}.py" for name in NAMES), "lumos/files.py", "lumos/durable.py")
 WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip", "_write", "_append")
 LINES = {"everywhere": 1800, "writing": 120}
-"""Of these files, or of these functions of theirs, in a whole ingest, or a little less."""
+"""Lines are counted in these files, or in these functions of them; the number is that of a whole ingest, or a little less."""
 
 
 def forked(source: str, out: str, tokenizer: str, where: str = "everywhere", last_line: int | None = None) -> int:
-    """Ingest in a process that is killed when it comes to its `last_line`-th line there; returns how it ended."""
+    """Ingest in a process that is killed at the `last_line`-th of these lines. Return its exit code."""
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

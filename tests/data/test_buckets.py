@@ -32,7 +32,7 @@ def test_widest_come_first():
 @pytest.mark.slow
 @given(st.integers(1, 12), st.sampled_from([8, 16, 32]), st.floats(1, 4))
 def test_sizes_are_maximal_rectangles(units: int, unit: int, max_aspect: float):
-    """Slow twin: every rectangle of the walk is within the area, the aspect, and cannot take one more row or column."""
+    """A slow statement of the rule: every bucket is within the area and the aspect, and no row or column can be added."""
     area = units * units
     for height, width in bucket_sizes(units * unit, unit, max_aspect):
         rows, columns = height // unit, width // unit

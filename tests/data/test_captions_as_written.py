@@ -1,4 +1,4 @@
-"""Captions, tables and folders as people have them: encodings, quotes, names from other systems, links, unknown suffixes."""
+"""Captions, tables and folders as they occur in practice: encodings, quotes, foreign file names, links, unknown suffixes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def found(source: Path, **options) -> dict[str, str]:
-    """Caption, or reason of the problem, by the end of the item's name."""
+    """Return the caption of each item, or the reason of its problem, by the end of its name."""
     return {item.id.partition("/")[2]: item.problem[0] if item.problem else item.caption for item in items([source], **options)}
 
 

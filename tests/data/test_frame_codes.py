@@ -97,7 +97,7 @@ def test_training_gets_the_codes_that_it_asks_for(with_frames, model):
 
 
 def test_training_gets_the_last_frame_as_a_picture(with_frames, ingested, model):
-    """Beside the codes of the clip; codes are counted with those of the picture."""
+    """The codes of the picture are stored beside the codes of the clip, and both are counted."""
     rows = {f"{row['id']}#{row['clip']}": row for row in shards.read_shards(with_frames)}
     found = source(with_frames, model, last_frame=True)
     for clip in found.clips(0, StepShape("video", 2), range(2)):
@@ -133,7 +133,7 @@ def test_an_earlier_folder_is_continued_only_as_it_began(ingested, clips, tokeni
 
 
 def damaged_copy(path: Path, to: Path, change) -> Path:
-    """A copy of a shard with other frame codes in its first row."""
+    """Write a copy of a shard with other frame codes in its first row."""
     opened = pq.ParquetFile(path)
     table, metadata = opened.read().replace_schema_metadata(), opened.metadata.metadata
     columns = {name: table.column(name).to_pylist() for name in table.schema.names}

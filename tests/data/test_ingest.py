@@ -1,4 +1,4 @@
-"""Ingest: true frame rates, what is skipped, and that a kill loses and doubles nothing."""
+"""Ingest: frame rates, skipped items, and kills, after which no clip is missing or stored twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_clips_at_30_fps_are_sampled_at_12_fps(tmp_path):
 
 
 def test_hdr_video_is_skipped_with_its_own_reason(tmp_path, tokenizer):
-    """Also one that would be too short, and one whose suffix is unknown."""
+    """This holds for a file that would be too short and for a file with an unknown suffix as well."""
     (folder := tmp_path / "films").mkdir()
     for name, frames in (("a.mp4", 9), ("short.mp4", 3)):
         with av.open(str(folder / name), "w") as container:
@@ -221,7 +221,7 @@ def test_several_processes_write_the_same_shards(ingested, clips, tokenizer, tmp
 
 
 def test_broken_files_of_all_kinds_among_good_ones(clips, tokenizer, tmp_path):
-    """A broken file gives a clip or a line in the journal, never an end of the run; the good ones are all there."""
+    """A broken file gives a clip or a line in the journal and never ends the run; all good files give clips."""
     source = tmp_path / "clips"
     source.mkdir()
     whole = (clips / "0.mp4").read_bytes()
@@ -335,7 +335,7 @@ def test_changed_files_and_captions_are_counted(ingested, clips, tokenizer, tmp_
 
 @pytest.mark.parametrize("lost", [[1], [0, 1], [2]])
 def test_deleted_shards_are_filled_with_what_they_held(ingested, clips, tokenizer, tmp_path, lost):
-    """With another size of shards too: training runs remember the folder by its names and digests."""
+    """The same holds with another shard size, because training runs identify the folder by names and digests."""
     out = tmp_path / "shards"
     shutil.copytree(ingested, out)
     before, known = content(out), ShardIndex(out).content

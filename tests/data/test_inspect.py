@@ -1,4 +1,4 @@
-"""What `inspect` says of a folder of shards, and where its contact sheet goes."""
+"""`inspect`: its output for a folder of shards, and its contact sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd items: names become ids that no two share, readers stop at what is odd, and the good ones are all there."""
+"""Odd items: ids are unique, readers stop at odd data, and all good items are found."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ROWS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | OD
 @given(st.data())
 @settings(max_examples=60)
 def test_good_rows_are_all_there_among_odd_ones(tmp_path_factory, data):
-    """And a name for each odd one, the same in a second run; fingerprints can be taken of all."""
+    """Each odd item has a name too, the same in a second run, and all items have fingerprints."""
     folder = tmp_path_factory.mktemp("m")
     odd = data.draw(st.lists(st.dictionaries(st.sampled_from(["path", "caption", "start", "end", "text"]), ROWS) | ROWS,
         max_size=6))
@@ -91,7 +91,7 @@ def test_good_rows_of_csv_follow_a_quote_that_is_never_closed(tmp_path_factory, 
 
 
 def test_captions_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    """Whoever runs this may read all files, so the system's answer is invented."""
+    """The user of the tests may read all files, so the error of the system is simulated."""
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b").mkdir()

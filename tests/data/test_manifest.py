@@ -1,4 +1,4 @@
-"""Every kind of source gives the same items: path, caption, times, and what is wrong with them."""
+"""Every kind of source gives the same items: paths, captions, times and problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumos.errors import UserError
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """b.mp4 with a caption, a/c.png with one, d.gif without."""
+    """A folder of b.mp4 and a/c.png with captions, and d.gif without one."""
     folder = tmp_path / "clips"
     (folder / "a").mkdir(parents=True)
     for name in ("b.mp4", "a/c.png", "d.gif", "notes.md", ".hidden.mp4"):
@@ -142,7 +142,7 @@ def test_a_webdataset_tar(tmp_path):
 
 @pytest.fixture
 def tar(tmp_path) -> Path:
-    """Three samples, 0.png with its 0.txt and so on, each file of 1024 bytes: a sample every 3072 bytes."""
+    """A tar of three samples (0.png with 0.txt, and so on), with files of 1024 bytes: a sample takes 3072 bytes."""
     path = tmp_path / "w.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for n in range(3):
@@ -184,7 +184,7 @@ def test_a_tar_with_garbage_gives_its_samples_and_a_failure(tar, tmp_path):
 
 
 def test_a_long_name_cut_in_the_middle_of_its_headers(tar):
-    """tarfile raises here, where it passes over a plain header that is cut off."""
+    """tarfile raises an error here, although it ignores a plain header that is cut off."""
     with tarfile.open(tar, "a") as archive:
         archive.addfile(tarfile.TarInfo("x" * 200 + ".txt"))
     assert len(list(items([tar]))) == 3

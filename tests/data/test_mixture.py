@@ -1,4 +1,4 @@
-"""The source that mixes others: shares, numbers of steps, and that a step is a function of its shape alone."""
+"""The source that mixes other sources: shares, numbers of steps, and steps that depend on their shape alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumos.training.sections import StageSettings
 
 
 class Named:
-    """A source whose clips are named after it and the shape's number."""
+    """A source whose clips have its name and the number of the shape."""
 
     def __init__(self, name: str, frames: int):
         self.name, self.most_codes, self.identity = name, {"video": frames, "image": 1}, {"the content": name}

@@ -1,4 +1,4 @@
-"""The rasteriser agrees with plain trigonometry and with a ray cast through every sample."""
+"""The rasteriser agrees with plain trigonometry and with a ray through every sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUND = (10, 60, 110)
 
 
 def projected(point, camera: Camera, height: int, width: int) -> tuple[float, float, float]:
-    """A point turned until the camera looks along x, by plain trigonometry."""
+    """Rotate a point until the camera looks along x, by plain trigonometry."""
     x, y, z = point
     a, e = math.radians(camera.azimuth), math.radians(camera.elevation)
     towards, right = x * math.cos(a) + y * math.sin(a), y * math.cos(a) - x * math.sin(a)
@@ -46,11 +46,11 @@ def test_directions_on_the_screen():
     assert (x[1], y[1] < 32) == (32, True)
     assert depth == pytest.approx([4, 4, 3])
     x, y, _ = Camera(90, 0, 4).project(np.array([[1.0, 0, 0]]), 64, 64)
-    assert x[0] < 32  # the camera went to the right, so what it saw in front goes to the left
+    assert x[0] < 32  # the camera moved to the right, so points in front of it move to the left in the picture
 
 
 def ray_cast(triangles: np.ndarray, colours: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
-    """The colour of the nearest triangle on the ray of each sample, and the mean over the samples of a pixel."""
+    """Return each pixel as the mean over its samples of the colour of the nearest triangle on the sample's ray."""
     right, up, forward = camera.axes
     side = 2 * math.tan(math.radians(camera.field_of_view) / 2) / min(height, width)
     eye = -camera.distance * forward
@@ -83,7 +83,7 @@ def test_pictures_are_those_of_a_ray_cast(what, azimuth, elevation, distance, vi
     rng = np.random.default_rng(seed)
     triangles = mesh(what)[0] if what in SOLIDS else rng.uniform(-0.55, 0.55, (30, 3, 3))
     colours = rng.integers(0, 256, (len(triangles), 3)).astype(float)
-    # From a symmetric place, rays would meet edges, whose two sides are equally right.
+    # From a symmetric place, rays would meet edges, where both triangles are right.
     camera = Camera(azimuth + 0.1234, elevation + 0.4321, distance, view)
     picture = draw(triangles, colours, camera, GROUND, height, width)
     assert np.array_equal(picture, ray_cast(triangles, colours, camera, height, width))

@@ -1,4 +1,4 @@
-"""Ingest on a real local Ray: the files of the local engine, after a kill too."""
+"""Ingest on a real local Ray writes the files of the local engine, also after a kill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray of two CPUs that all tests here share: starting it takes longer than all of them."""
+    """A Ray of two CPUs. All tests here share it, because starting it takes longer than the tests."""
     ray = pytest.importorskip("ray")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # what its workers import
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

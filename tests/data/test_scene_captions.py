@@ -1,4 +1,4 @@
-"""Captions in their three wordings: they say the same, in words that do not mix, and in good English."""
+"""Captions in their three wordings have the same content, use separate words, and are good English."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_captions_name_attributes_at_the_set_shares(num_frames):
 
 
 def forms(found: list[Scene]) -> set[str]:
-    """The captions without what they speak of: "N moves D on a G background"."""
+    """Return the forms of captions, with letters for objects, directions and grounds: "N moves D on a G background"."""
     texts = (re.sub(_NOUN, "N", scene.caption) for scene in found)
     texts = (re.sub(rf"\b(?:{'|'.join(GROUNDS)})\b", "G", text) for text in texts)
     return {re.sub(rf"\b(?:{'|'.join(DIRECTIONS)})(?=\b|wards)", "D", text) for text in texts}
 
 
 def phrases(found: list[Scene]) -> dict[str, set[str]]:
-    """What the forms are made of: openings, what is said of an object, grounds."""
+    """Return the parts of the forms: openings, statements about an object, grounds."""
     parts = defaultdict(set)
     for form in forms(found):
         ground = re.search(r"^(?:on|over) .*?G background, |( (?:on|over|against|in front of) (?:a G background|G))$", form)

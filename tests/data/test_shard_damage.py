@@ -22,7 +22,7 @@ MADE_BY = {"num_codes": 64, "spatial_compression": 8, "temporal_compression": 4}
 
 
 def rewritten(path: Path, to: Path, version: int | None = 4, **cells: object) -> Path:
-    """A copy of a shard with other values in its first row, and as an earlier version wrote it if `version` says so."""
+    """Write a copy of a shard with other values in its first row, in the format of `version` if it is given."""
     opened = pq.ParquetFile(path)
     table = opened.read().replace_schema_metadata()
     metadata = {key: opened.metadata.metadata[key.encode()].decode() for key in (shards.FACTS, shards.VERSION_KEY)}

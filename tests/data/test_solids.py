@@ -115,7 +115,7 @@ def test_opposite_views_of_a_cube_show_one_colour_each():
 
 @pytest.mark.parametrize("shape", [shape for shape in SOLIDS if shape != "prism"])
 def test_opposite_views_swap_the_colours(shape):
-    """Without light. A prism looks different from behind."""
+    """Without light, a prism looks different from behind."""
     triangles, half = mesh(shape)
     colours = np.array([(200.0, 0, 0), (0, 0, 150.0)])
     for azimuth, elevation in ((20.3, 15.2), (110.7, -20.1), (250.9, 30.4)):

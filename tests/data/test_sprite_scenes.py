@@ -1,4 +1,4 @@
-"""Sprites in the small worlds: where they are, how they are drawn, what is held out, and what happens without pictures."""
+"""Sprites in synthetic scenes: their places, drawing, held-out combinations, and the error without pictures."""
 
 from __future__ import annotations
 

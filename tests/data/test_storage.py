@@ -1,4 +1,4 @@
-"""Files behind URLs, by fsspec's file system in memory, and their bounded local copies."""
+"""Files behind URLs and their bounded local copies, tested with fsspec's file system in memory."""
 
 from __future__ import annotations
 

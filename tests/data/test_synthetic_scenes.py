@@ -1,4 +1,4 @@
-"""The synthetic world: its geometry, its words, its held-out combinations."""
+"""Synthetic scenes: geometry, words and held-out combinations."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_impossible_options_are_refused(options, message):
 
 @pytest.fixture
 def fresh_digits():
-    """The digits are read anew in this test, and again after it."""
+    """Clear the cache of the digits before and after the test."""
     digits.load.cache_clear()
     yield
     digits.load.cache_clear()

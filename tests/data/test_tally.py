@@ -1,4 +1,4 @@
-"""The count of ingest finds what an engine loses, doubles or mixes up, and what the folder does not hold in the end."""
+"""The count of ingest finds items that an engine loses, doubles or swaps, and clips that are missing in the folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lumos.errors import RunError
 @pytest.mark.slow
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 12), st.integers(0, 12))
 def test_a_tally_misses_no_item(known, taken, answered):
-    """Of items of which some are known an engine takes `taken` and answers the first `answered`."""
+    """Count items, some of them known, for an engine that takes `taken` and answers the first `answered`."""
     left = [str(n) for n, is_known in enumerate(known) if not is_known]
     assume(answered <= taken <= len(left))
     tally = Tally([Item(str(n), "") for n in range(len(known))], lambda item: known[int(item.id)])

@@ -1,4 +1,4 @@
-"""What a model was trained on: its words, its file, and the note on words that no caption had."""
+"""The record of the training data of a model: words, file, and the note on words that no caption had."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_continued_training_knows_both():
     assert {"owl", "red"} <= both.words
     assert both.lists == {"emoji": ["owl"], "shapes": ["circle", "plus"]}
     assert (both.is_complete, both.picture_psnr) == (True, 30.0)
-    assert not KNOWN.joined(None).is_complete  # of that base model nobody knows what it was trained on
+    assert not KNOWN.joined(None).is_complete  # the training data of that base model are not known
 
 
 def test_the_file_is_read_back(tmp_path: Path):

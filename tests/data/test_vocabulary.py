@@ -1,4 +1,4 @@
-"""The words and things of synthetic scenes against captions in which every choice is tried, and against drawn scenes."""
+"""The vocabulary of synthetic scenes has all words and objects of captions with every choice, and of drawn scenes."""
 
 from __future__ import annotations
 

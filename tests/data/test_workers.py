@@ -1,4 +1,4 @@
-"""Items that end their worker or hang cost themselves, whatever the number of processes; the others are all there, in order."""
+"""Items that end their worker or hang are skipped, with any number of processes; all others are there, in order."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_what_lacks_memory_beside_another_item_is_tried_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("clips_per_video", [1, 2])
 def test_shards_do_not_depend_on_the_number_of_workers(clips, tokenizer, tmp_path, clips_per_video):
-    """They are those that this process makes alone, item after item."""
+    """The results equal those that this process makes alone, item after item."""
     settings = replace(SETTINGS, clips_per_video=clips_per_video)
     for workers in (0, 1, 2):
         ingest([clips], tmp_path / str(workers), tokenizer, settings, workers=workers, shard_clips=3, max_failure_rate=0.5)

@@ -1,4 +1,4 @@
-"""`POST /api/generate` over the whole of it but gradio: a clip, and every mistake as JSON with a status that fits."""
+"""`POST /api/generate` of the whole app without gradio: a clip, and every mistake as JSON with a fitting status."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_other_bodies_are_small(client):
 
 
 def test_pages_of_other_sites_start_nothing(client, service):
-    """A browser says where a request comes from, and would send a form from anywhere to an address of its own machine."""
+    """A browser names the origin of a request; it would send a form from any site to an address of its own machine."""
     ask = lambda site: client.post("/api/generate", data={"prompt": "x"}, headers={"sec-fetch-site": site})  # noqa: E731
     answer = ask("cross-site")
     assert (answer.status_code, "another site" in answer.json()["error"]) == (403, True)
@@ -244,7 +244,7 @@ def test_a_full_queue_is_status_429_for_page_and_api_alike(client, service):
 
 @pytest.mark.parametrize("what", ["clip", "record", "image"])
 def test_a_full_disk_is_status_500_and_leaves_nothing(client, service, monkeypatch, what):
-    """No folder of the server is told."""
+    """No answer names a folder of the server."""
     replace = os.replace
 
     def full(source, target=""):
@@ -269,7 +269,7 @@ def test_a_full_disk_is_status_500_and_leaves_nothing(client, service, monkeypat
     {"guidance_scale": "1", "negative_prompt": "y"},
 ])  # fmt: skip
 def test_a_mistake_is_told_before_it_waits(client, service, data):
-    """All but what an upload holds: also where nobody may wait any more."""
+    """Everything but the content of an upload is checked first, also if the queue is full."""
     for _ in range(2):
         service.submit(ClipJob(LONG))
     assert client.post("/api/generate", data={"prompt": "x"}).status_code == 429
@@ -278,7 +278,7 @@ def test_a_mistake_is_told_before_it_waits(client, service, data):
 
 
 def test_hanging_up_ends_the_work(site, service):
-    """The request as a server hands it on: its body, then, once the work has begun, the news that the client has gone."""
+    """A request as a server passes it on: its body and, once the work has begun, a message that the client has gone."""
     body = b"prompt=x&num_frames=257&num_inference_steps=1000"
     begun, sent, messages = threading.Event(), [], [{"type": "http.request", "body": body}]
     make = service.worker._make

@@ -1,4 +1,4 @@
-"""The demo as visitors meet it: a server of its own, a real browser, and the commands of docs/demo.md."""
+"""The demo in a real browser, with a server process of its own, and the commands of docs/demo.md."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def context(browser):
-    """What a browser keeps of one visitor: its cache spares all pages but the first the scripts of gradio."""
+    """The browser context of one visitor; its cache spares all pages but the first loading the scripts of gradio."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     yield context
     context.close()
@@ -140,7 +140,7 @@ def test_a_prompt_becomes_a_playing_video(page, server):
 
 
 def test_results_stay_and_their_settings_come_back(page, server):
-    """A second result neither loads the first again nor stops it; its button fills the form with the settings of the first."""
+    """A second result neither reloads nor stops the first; a button fills the form with the settings of the first."""
     loads = []
     page.on("request", lambda request: loads.append(request.url) if "/api/results/" in request.url else None)
     ask(page, "a red circle", frames=9, num_inference_steps=3, seed=5)
@@ -165,7 +165,7 @@ def test_results_stay_and_their_settings_come_back(page, server):
 
 
 def test_the_button_can_be_read(page):
-    """Its contrast as the browser draws it: 4.5 to 1 at least (WCAG 2, level AA)."""
+    """The contrast of the drawn text is at least 4.5 to 1 (WCAG 2, level AA)."""
     style = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.querySelector('#generate')))")
     text, ground = ("#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3]) for colour in style)
     assert contrast(text, ground) >= 4.5
@@ -256,7 +256,7 @@ def test_gradio_serves_no_files(server, repo, path):
 @pytest.mark.parametrize("given", ["/etc/passwd", "https://example.com/a.png", "/dev/zero"])
 @pytest.mark.parametrize(("kind", "more"), [("file", {}), ("file", {"is_stream": True}), ("textbox", {}), ("slider", {})])
 def test_the_page_reads_no_file_that_was_not_uploaded(server, given, kind, more):
-    """What the page would send, with a path of the server or an address in place of a value."""
+    """Requests of the page are refused if a value is replaced by a path of the server or an address."""
     with urllib.request.urlopen(f"{server.url}/config", timeout=LIMIT) as answer:
         config = json.load(answer)
     parts = {part["id"]: part for part in config["components"]}

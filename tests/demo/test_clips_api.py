@@ -1,4 +1,4 @@
-"""Clips by id over HTTP: JSON in and out, progress, content in parts, lists, keys and their limits, health, metrics, the schema."""
+"""Clips by id over HTTP: JSON, progress, content in parts, lists, keys and their limits, health, metrics, the schema."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_clip_from_request_to_content(client, service, pipe):
 
 
 def test_every_option_of_the_generator_reaches_the_record(client, pipe):
-    """All that the declarations name, each with a value other than the default."""
+    """The request has every declared field, each with a value other than the default."""
     chosen = {"guidance_scale": 2.5, "temperature": 0.5, "num_inference_steps": 2, "top_k": 7, "guidance_interval": [0.0, 0.5]}
     assert chosen.keys() <= pipe.sampling.declared().keys()
     clip = ended(client, client.post("/api/clips", json={"prompt": "x", "num_frames": 5, "fps": 3, **chosen}).json())
@@ -337,7 +337,7 @@ def test_the_limits_of_a_key(keyed):
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 3)), max_size=30), st.integers(1, 5))
 def test_no_hour_has_more_clips_than_a_key_may_have(asked, most):
-    """Against the plain rule: of all clips that were taken, those of the last hour are counted anew each time."""
+    """Compares with the plain rule, which counts all accepted clips of the last hour anew each time."""
     now, taken = 0, []
     key = Key("a", b"", clips_per_hour=most)
     keys = Keys([key], clock=lambda: now)
@@ -408,7 +408,7 @@ SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="[^"\\\n]*",?)*)\})? ([0-9.e+-]+)
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
-    """The samples of a text in the format of Prometheus, each behind the HELP and TYPE of its family."""
+    """Return the samples of a text in the format of Prometheus; each must follow the HELP and TYPE of its family."""
     found, family = {}, None
     for line in text.splitlines():
         if line.startswith("# "):
@@ -490,7 +490,7 @@ values = st.none() | st.booleans() | st.integers(-3, 2000) | st.floats(-2, 1200,
 
 @given(option=st.sampled_from(list(all_options().values())), value=values, data=st.data())
 def test_schema_and_server_agree_on_every_option(option: Option, value, data):
-    """The schema is for programs that check before they ask; what it allows and forbids, the declaration does too."""
+    """The schema allows and forbids the same values as the declarations."""
     if option.kind == CHOICE:
         value = data.draw(st.sampled_from([*option.choices, value]))
     limits = Limits(max_steps=10**6, max_frames=9, max_side=64)
@@ -510,7 +510,7 @@ def test_schema_and_server_agree_on_every_option(option: Option, value, data):
 
 @pytest.mark.slow
 def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path, forks):
-    """`serve` loads no gradio, and stops at once when it is told to, although a client listens."""
+    """`serve` loads no gradio, and stops at once on a signal, although a client is connected."""
     program = (
         "import sys, threading, time, urllib.request, json, os, signal\n"
         "from lumos.cli import main\n"

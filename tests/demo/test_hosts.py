@@ -1,4 +1,4 @@
-"""The name in a request's Host header: this server's own, or refused."""
+"""Requests with a foreign name in the Host header are refused."""
 
 from __future__ import annotations
 

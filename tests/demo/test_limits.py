@@ -1,4 +1,4 @@
-"""What is out of bounds is refused before it waits, with what is allowed."""
+"""Requests out of bounds are refused before they wait in the queue, with the allowed values."""
 
 from __future__ import annotations
 

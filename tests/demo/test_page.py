@@ -1,4 +1,4 @@
-"""What the page shows and asks for, without a browser."""
+"""The page's controls and outputs, tested without a browser."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_new_result_changes_one_slot_and_the_newest_is_first(gradio, count):
 
 
 def test_the_settings_of_a_result_ask_for_it_again(gradio, pipes):
-    """The values of a record, put into the controls, make the request of that record."""
+    """A record's values in the controls give the request of that record."""
     from lumos.demo.page import answers_of, request_of
 
     chosen = {"guidance_scale": 3.5, "history_mask_ratio": 0.2, "num_inference_steps": 7}
@@ -229,7 +229,7 @@ def test_text_has_enough_contrast(repo):
 
 
 def test_labels_are_words_of_everyday(gradio, pipes, tmp_path):
-    """No control is named by a term of the method, and none by the name of the argument."""
+    """No label of a control is a term of the method or the name of an argument."""
     from lumos.demo.page import sampling_controls
 
     for number, pipe in enumerate(pipes):

@@ -1,4 +1,4 @@
-"""Uploads: read as the pipeline would, bounded in time and length, and named as the visitor names them."""
+"""Uploads are read as by the pipeline, within limits of time and length; messages name the visitor's file."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_frame_larger_than_stated_is_refused(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
 @pytest.mark.parametrize("name", ["large.png", "large.avi"])
 def test_reading_ends_at_its_memory(tmp_path, name):
-    """24 megapixels are allowed here, but not the memory that they take."""
+    """A picture of 24 megapixels is allowed here, but the memory that it takes is not."""
     if name.endswith("avi"):
         path, clip = lying_avi(tmp_path / name, 6000, 4000, 4), (8, 9, 16, 24)
     else:

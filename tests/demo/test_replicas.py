@@ -1,4 +1,4 @@
-"""Clips that replicas make: those of a single process, in batches of one shape, and none lost when a replica dies."""
+"""Replicas make the clips of a single process, in batches of one shape, and no clip is lost when a replica dies."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Died(Exception):
 
 
 class Handle:
-    """The handle of a deployment whose replicas die as often as `deaths` says, or never answer."""
+    """The handle of a deployment whose replicas die `deaths` times, or never answer."""
 
     def __init__(self, maker: Maker | None, deaths: int = 0):
         self.maker, self.deaths, self.asked, self.cancelled = maker, deaths, 0, 0
@@ -136,7 +136,7 @@ def test_a_cancelled_clip_is_waited_for_no_longer():
 
 
 def made(pipe, root: Path, requests: list[Request], given: Replicas | None = None) -> dict[int, tuple[bytes, dict]]:
-    """The file and the record of each request's clip by its seed, made by a service."""
+    """Make the clip of each request by a service, and return its file and record by its seed."""
     service = Service(pipe, root, Limits(queue_length=60), lambda prompt, seed: {"prompt": prompt, "seed": seed}, replicas=given)
     jobs = [ClipJob(request) for request in requests]
     try:
@@ -238,7 +238,7 @@ def replica_processes() -> list[psutil.Process]:
 
 
 class KillsOne(Replicas):
-    """Kills a replica once some clips are done."""
+    """Kill a replica once some clips are done."""
 
     done, killed = 0, 0
 

@@ -32,7 +32,7 @@ def pipe(micro_folder):
 
 
 class Starts:
-    """A server that is started again and again on one folder. The `worker` of one that is killed writes nothing more."""
+    """A server that can be restarted on one folder. After a kill, its `worker` writes nothing more."""
 
     def __init__(self, pipe, root):
         self.pipe, self.root, self.running = pipe, root, []

@@ -1,4 +1,4 @@
-"""Sessions of the page: what they send is checked, and what they hold is freed."""
+"""Sessions of the page: their messages are checked, and their memory is freed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ module = pytest.importorskip("lumos.demo.sessions")
 
 @pytest.fixture
 def sessions(tmp_path):
-    """Of a page with one button that asks for a text, a number and a file, and one without a queue; no app behind."""
+    """Sessions of a page with a button that takes a text, a number and a file, and a button without a queue; without an app."""
 
     async def clean_events(session_hash):
         queue.cleaned.append(session_hash)

@@ -1,4 +1,4 @@
-"""One folder: what it serves, what it forgets, and what it never touches."""
+"""The folder of results: the files that it serves, removes, and leaves alone."""
 
 from __future__ import annotations
 

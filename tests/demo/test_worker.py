@@ -1,4 +1,4 @@
-"""One clip at a time, a bounded queue before it, and an end to what is cancelled."""
+"""The worker makes one clip at a time from a bounded queue, and ends cancelled jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lumos.pipeline.request import Request
 
 
 class Bench:
-    """A worker whose jobs run until they are let go; `begun` and `ended` hold the prompts of those that did."""
+    """A worker whose jobs run until a test releases them; `begun` and `ended` hold the prompts of its jobs."""
 
     def __init__(self, queue_length: int):
         self.begun: list[str] = []

@@ -1,4 +1,4 @@
-"""`evaluate tokenizer`: what it measures, what it measures it on, and the command as a user types it."""
+"""`evaluate tokenizer`: its measurements, its data, and the command as a user types it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAGS = ["--num-frames", "5", "--height", "16", "--width", "24"]
 
 @pytest.fixture(scope="module")
 def tokenizer(micro_folder) -> VideoTokenizer:
-    """Of random weights, some of them large, so that different clips have different codes and come back different."""
+    """A tokenizer of random weights, some of them large, so that different clips have different codes and reconstructions."""
     model = VideoTokenizer.from_pretrained(micro_folder)
     model.quant_conv.conv3d.weight.mul_(100)
     model.decoder.conv_out[0].conv3d.weight.mul_(10)
@@ -63,7 +63,7 @@ def test_figures_are_those_of_each_clip_alone(tokenizer, batch_size):
 
 
 class Perfect(nn.Linear):
-    """Keeps the video beside its one code."""
+    """A tokenizer without loss: it keeps the video beside its only code."""
 
     num_codes = 1
 
@@ -115,7 +115,7 @@ def test_films_give_clips_that_do_not_overlap():
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder of a clip of 12 frames, one of 3, a picture and a file that is none of them."""
+    """A folder of clips of 12 and 3 frames, a picture, and a file of another kind."""
     folder = tmp_path / "own"
     (folder / "deeper").mkdir(parents=True)
     write_video(folder / "long.mp4", noise(12), 8)

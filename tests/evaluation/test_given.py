@@ -1,4 +1,4 @@
-"""`evaluate prompts --given` and `evaluate views`: which frames are given, what is measured, what is refused."""
+"""`evaluate prompts --given` and `evaluate views`: given frames, measurements and refusals."""
 
 from __future__ import annotations
 

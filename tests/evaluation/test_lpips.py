@@ -1,4 +1,4 @@
-"""LPIPS is that of its own package; it is measured where its weights are, and says so where they are not."""
+"""LPIPS equals that of the package lpips; it is measured if its weights are found, and a note says if they are not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_weights_that_are_not_there_or_not_right(weights, tmp_path, monkeypatch)
 
 
 def photographs(folder, *options) -> None:
-    """Let the command print what it finds about photographs of 32 x 32 pixels."""
+    """Run the command on photographs of 32 x 32 pixels and return its output."""
     size = ["--num-frames", "1", "--height", "32", "--width", "32"]
     assert main(["evaluate", "tokenizer", "--tokenizer", str(folder), "--data", "photographs", *size, *options]) == 0
 

@@ -1,4 +1,4 @@
-"""Batches, shards, going on after a stop, and the manifest, with a generator that only writes down what it is asked."""
+"""Batches, shards, resuming after a stop, and the manifest, with a generator that only records its requests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def contents(folder):
 
 @pytest.fixture
 def whole(tmp_path):
-    """Batches of a list, and what one uninterrupted process makes of them."""
+    """Batches of a list, and the files that one uninterrupted process makes of them."""
     batches = batches_of(some_entries([5, 3, 4]), 0, 5)
     assert render(Results(tmp_path / "whole", "videos"), batches, draw, save) == 12
     return batches, contents(tmp_path / "whole")

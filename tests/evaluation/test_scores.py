@@ -71,7 +71,7 @@ def test_published_vbench_i2v_rows(totals, quality, i2v):
 
 
 def geneval_rows(shares):
-    """A results.jsonl in which each task has the share right, four pictures a prompt."""
+    """Write a results.jsonl in which each task has the given share of right pictures, with four pictures for each prompt."""
     for (tag, prompts), share in zip(GENEVAL_PROMPTS.items(), shares, strict=True):
         for i in range(4 * prompts):
             right = i < round(share * 4 * prompts)

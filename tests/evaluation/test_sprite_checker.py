@@ -188,7 +188,7 @@ def test_shapes_are_not_taken_for_sprites_or_sprites_for_shapes():
 
 @pytest.mark.parametrize("background", ["navy", "meadow"])
 def test_likeness_is_the_best_correlation_with_a_drawn_picture(background):
-    """The slow statement: draw every picture on the ground at every place, and compare what differs from the ground."""
+    """The slow rule: draw every picture at every place on the ground, and compare the pixels that differ from the ground."""
     frame = damaged(clip(OWL_LEFT, background=background, num_frames=1), 0.5, 4, 0)[0]
     ground = ground_colours(background, 64).astype(np.float32)
     left, top, side = 33, 6, 26

@@ -1,4 +1,4 @@
-"""What `bench faults` makes for its runs."""
+"""Fixtures: the models and data that `bench faults` makes for its runs."""
 
 from __future__ import annotations
 

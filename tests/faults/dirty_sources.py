@@ -1,4 +1,4 @@
-"""Three hundred items as the world has them, in sources of every kind, with what an ingest must make of each."""
+"""Three hundred items as they occur in practice, in sources of every kind, with the result that ingest must have for each."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def folder(made: Sources) -> None:
     (root / ".hidden.png").write_bytes(made.png)  # no item
     deepest = root / "deep"
     deepest.mkdir()
-    for _ in range(DEEP):  # os.makedirs would be at the end of Python's stack
+    for _ in range(DEEP):  # os.makedirs would exceed Python's recursion limit
         deepest /= "d"
         deepest.mkdir()
     (deepest / "x.png").write_bytes(made.png)

@@ -2,8 +2,8 @@
 
 usage: killed_ingests.py source small folder tokenizer calls times workers
 
-Of the small source: 2 workers, killed before so many file calls of different kinds (folder/calls) and at so many random times
-(folder/times). Of the other one: for so many numbers of workers from 4 down, some of whose items are slower than all others
+The small source is ingested by 2 workers, killed before `calls` different file calls (folder/calls) and at `times` random times
+(folder/times). The other source has some slow items; it is ingested by `workers` numbers of workers, from 4 down
 (folder/slow).
 """
 
@@ -32,7 +32,7 @@ SLOW = 0.25
 
 
 class SlowEncoder(ItemEncoder):
-    """Takes longer for items of which the caption says so than for all others that may be begun meanwhile."""
+    """An encoder that takes longer for items whose caption says so than for all items that may start meanwhile."""
 
     def begin(self, item):
         if item.caption == "slow":
@@ -41,7 +41,7 @@ class SlowEncoder(ItemEncoder):
 
 
 def run(source: str, tokenizer: str, out: Path, workers: int, last: int | None = None) -> None:
-    """An ingest; it is killed when so many items are done."""
+    """Run an ingest that is killed when that many items are done."""
 
     def on_item(done: int, skipped: int) -> None:
         if done + skipped == last:

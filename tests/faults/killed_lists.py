@@ -43,7 +43,7 @@ def killed_lists(folder: Path, model: str, calls: int, times: int) -> None:
 
 
 def resumed(folder: Path, model: str, out: Path) -> None:
-    """Go on with a list, with a copy of what the kill left."""
+    """Keep a copy of the files that the kill left, and resume the list."""
     out.mkdir(exist_ok=True)
     shutil.copytree(out, out.with_name(f"{out.name}.killed"))
     assert kills.forked(partial(run, folder, model, out)) == 0

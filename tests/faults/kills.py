@@ -1,4 +1,4 @@
-"""Kills of a function at chosen file calls or at chosen times: for drivers, which are scripts that have run no threads yet.
+"""Kills of a function at chosen file calls or at chosen times, for scripts ("drivers") that have not started a thread yet.
 
 The function runs in a process that is forked from the driver, so that a kill costs a fraction of a second. File calls are those
 that Python audits: open, rename, remove, mkdir, truncate.
@@ -19,13 +19,13 @@ CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"
 
 
 def share_forkserver(*preload: str) -> None:
-    """Start the server from which worker processes are forked once, for all forked processes: it imports for seconds."""
+    """Start the server from which worker processes are forked once for all, because its imports take seconds."""
     forkserver.set_forkserver_preload(list(preload))
     forkserver.ensure_running()
 
 
 def forked(function: Callable[[], object], *, seconds: float | None = None) -> int:
-    """The exit code of `function` in a process of its own, negative for a signal; after `seconds` the process is killed."""
+    """Run `function` in a process of its own, killed after `seconds`; return its exit code, negative for a signal."""
     process = os.fork()
     if not process:
         forkserver._forkserver.ensure_running = lambda: None  # it runs, but is no child of this process
@@ -45,7 +45,7 @@ def forked(function: Callable[[], object], *, seconds: float | None = None) -> i
 def at_file_calls(folder: Path, do: Callable[[int, str], object]) -> None:
     """Have this process call `do(number, call)` just before each of its file calls in the folder; numbers count from 0.
 
-    `call` names the kind of call and the file, with a star in the place of what is drawn at random.
+    `call` names the kind of call and the file, with a star for the random part of the file's name.
     """
     numbers, inside = iter(range(10**9)), os.path.abspath(folder)
 
@@ -61,7 +61,7 @@ def at_file_calls(folder: Path, do: Callable[[int, str], object]) -> None:
 
 
 def file_calls(function: Callable[[], object], folder: Path) -> list[str]:
-    """The file calls of the function in the folder."""
+    """Return the file calls of the function in the folder."""
     log = folder.with_name(f"{folder.name}.calls")
 
     def logged() -> object:
@@ -74,7 +74,7 @@ def file_calls(function: Callable[[], object], folder: Path) -> list[str]:
 
 
 def killed_at(function: Callable[[], object], folder: Path, call: int) -> int:
-    """The exit code of the function in a process that is killed just before its file call of this number in the folder."""
+    """Run the function in a process that is killed just before its file call of this number; return the exit code."""
 
     def dying() -> object:
         at_file_calls(folder, lambda number, _: number == call and os.kill(os.getpid(), signal.SIGKILL))
@@ -84,12 +84,12 @@ def killed_at(function: Callable[[], object], folder: Path, call: int) -> int:
 
 
 def first_of_each(calls: list[str]) -> list[int]:
-    """The numbers of the calls whose kind and file were not there before."""
+    """Return the numbers of the calls whose kind and file no earlier call has."""
     return [number for number, call in enumerate(calls) if call not in calls[:number]]
 
 
 def spread(numbers: list[int], count: int) -> list[int]:
-    """At most `count` of the numbers, with even gaps, the first and the last among them."""
+    """Return at most `count` of the numbers, evenly spaced, with the first and the last."""
     if len(numbers) <= count:
         return numbers
     return [numbers[n * (len(numbers) - 1) // (count - 1)] for n in range(count)]
