@@ -1,6 +1,6 @@
 """Python programs in processes of their own that are forked from a server, which has imported everything once.
 
-A program that starts so costs a tenth of a second, and not the seconds of its imports. Tests of the start itself (what is imported,
+Starting a program in this way takes a tenth of a second, not seconds. Tests of the start itself (what it imports,
 what an environment without a package does) start Python themselves.
 """
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Process:
-    """A program that runs or has ended; `returncode` is negative for a signal. Its outputs are files."""
+    """A program that runs or has ended. `returncode` is negative for a signal; the outputs are files."""
 
     server: Forks
     args: list[str]
@@ -48,7 +48,7 @@ class Process:
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
-        """The exit code. Kills the process and raises TimeoutExpired after `timeout` seconds."""
+        """Wait for the exit code. After `timeout` seconds, kill the process and raise TimeoutExpired."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -59,7 +59,7 @@ class Process:
         return self.returncode
 
     def first_line(self, timeout: float = 600) -> str:
-        """The first line of stdout as soon as it is whole, or what there is of it when the program has ended."""
+        """Wait for the first line of stdout and return it, or the part of it that exists when the program has ended."""
         deadline = time.monotonic() + timeout
         while "\n" not in self.stdout and self.poll() is None:
             assert time.monotonic() < deadline, self.stderr
@@ -125,7 +125,7 @@ class Forks:
 
 
 def import_all() -> None:
-    """Import also what would be imported at the first use. Nothing here computes: threads do not survive a fork."""
+    """Also import modules that are imported at their first use. Nothing here computes, because threads do not survive a fork."""
 
     import lumos.commands.bench
     import lumos.commands.generate_list
@@ -174,13 +174,13 @@ def become(job: dict) -> None:
     for number, (name, mode) in enumerate((("in", os.O_RDONLY), ("out", flags), ("err", flags))):
         os.dup2(os.open(job[name], mode, 0o600), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT, and so do its children
-    # What the server has read ahead is not the program's.
+    # The server may have read further input, which is not for the program.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.path[:0] = [path for path in job["env"].get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
 
 def become_program(args: list[str]) -> None:
-    """What Python does with its arguments."""
+    """Run the program as Python does with these arguments."""
     import runpy
 
     kind, *rest = args
@@ -197,7 +197,7 @@ def become_program(args: list[str]) -> None:
 
 
 def code_of(program: list[str]) -> int:
-    """The exit code of a program that has ended in this process."""
+    """Run a program to its end in this process and return its exit code."""
     try:
         become_program(program)
     except SystemExit as end:
@@ -219,4 +219,4 @@ if __name__ == "__main__":
         atexit._run_exitfuncs()
         for file in (sys.stdout, sys.stderr):
             file.flush()
-        os._exit(code)  # to take all modules apart takes longer than most programs
+        os._exit(code)  # Python's cleanup of all modules takes longer than most programs

@@ -1,4 +1,4 @@
-"""Media whose headers state one size and whose data hold another: small files that would take gigabytes."""
+"""Media whose header and data have different sizes: small files that would need gigabytes of memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def lying_avi(path: Path, width: int, height: int, at: int) -> Path:
-    """A clip of nine frames that states 64 x 64 pixels; the frame with number `at` has others."""
+    """Write a clip of nine frames that states 64 x 64 pixels; the frame with number `at` has another size."""
     with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mjpeg", rate=8)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"

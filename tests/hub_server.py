@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the part of the Hugging Face hub's HTTP that downloads and uploads of models use."""
+"""A local server with the part of the HTTP API of the Hugging Face hub that downloads and uploads of models use."""
 
 from __future__ import annotations
 

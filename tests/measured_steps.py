@@ -1,4 +1,4 @@
-"""Real optimizer steps in a process of their own, and the memory that each took: see test_planning.py.
+"""Measure the memory of real optimizer steps in a process of their own, see test_planning.py.
 
 stdin: a JSON list of settings; the last line of stdout: the peak of each in bytes, from before the model is made.
 """
@@ -30,7 +30,7 @@ TEXT_TOKENS = 16
 
 
 def batch(config: LumosConfig, data: DataSettings, rows: int, t: int) -> tuple[Tensor, Tensor]:
-    """(ids, targets), each [rows, L]: random words and codes, four fifths of the codes asked for."""
+    """Return (ids, targets), each [rows, L], of random words and codes; four fifths of the codes are targets."""
     grid = (t, data.height // config.spatial_compression, data.width // config.spatial_compression)
     words = list(range(256, 256 + TEXT_TOKENS))
     codes = torch.randint(config.visual_token_count, (rows, *grid))
@@ -41,7 +41,7 @@ def batch(config: LumosConfig, data: DataSettings, rows: int, t: int) -> tuple[T
 
 
 def prepare(raw: dict) -> Callable[[int, int], None]:
-    """A run as the training loop sets it up; the result does an optimizer step of so many micro-batches and latent frames."""
+    """Set up a run as the training loop does, and return a function that does one optimizer step."""
     settings = build_settings(raw)
     training = settings.training
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def measured(raw: dict) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     before = lowered_peak(CPU)
     step = prepare(raw)
-    step(1, 1)  # makes the optimizer's state
+    step(1, 1)  # the first step makes the state of the optimizer
     training, data = raw["training"], raw["data"]
     step(training["batch_size"] // training["micro_batch_size"], num_latent_frames(data["num_frames"]))
     return peak_memory_bytes(CPU) - before

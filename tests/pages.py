@@ -1,4 +1,4 @@
-"""What stands in the README and the pages of docs/: commands and code blocks."""
+"""Commands, code blocks and tables of the README and the pages of docs/."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The code blocks of a language; `page` is a path in the repository."""
+    """Return the code blocks of a language; `page` is a path in the repository."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def command_lines(page: str) -> list[str]:
-    """Every command of the bash blocks, without its comment; `a && b` is two commands, a trailing backslash joins lines."""
+    """Return the commands of the bash blocks, without comments; `a && b` is two commands, a trailing backslash joins lines."""
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     parts = [part.strip() for line in text.splitlines() for part in line.split(" #")[0].split("&&")]
     return [part for part in parts if part and not part.startswith("#")]
 
 
 def option_rows(options: Iterable[Option]) -> dict[str, str]:
-    """The rows of a table of sampling options: flag -> meaning, as Markdown."""
+    """Return the rows of a table of sampling options: flag -> meaning, as Markdown."""
     return {f"`{option.flag}`": option.meaning for option in options}
 
 
 def verbs(page: str) -> list[list[str]]:
-    """The words of each `python generate.py`, `python train.py` and `python -m lumos` command, from the verb on."""
+    """Return the words of each `python generate.py`, `python train.py` and `python -m lumos` command, from the verb on."""
     found = []
     for words in map(shlex.split, command_lines(page)):
         if words[:3] == ["python", "-m", "lumos"]:

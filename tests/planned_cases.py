@@ -23,7 +23,7 @@ def case(model: dict, clips: int, *, side: int = 128, num_frames: int = 13, batc
 
 
 SMALL = {"side": 64, "num_frames": 1}
-CASES = {  # name -> settings, the part that takes most
+CASES = {  # name -> settings, the part that takes most memory
     "activations": (case(DEEP, 3), "activations"),
     "activations, bf16": (case(DEEP, 2, precision="bf16"), "activations"),
     "checkpointing": (case(DEEP | {"num_hidden_layers": 8}, 5, activation_checkpointing=True), "activations"),
@@ -36,4 +36,4 @@ CASES = {  # name -> settings, the part that takes most
     "few adapters": (case(DEEP, 3, lora={"rank": 8, "targets": ["q_proj", "v_proj"]}), "activations"),
 }
 MORE = {"activations", "logits, bf16", "weights", "few adapters"}
-"""Cases of which another one has each part."""
+"""Cases whose parts also occur in other cases."""

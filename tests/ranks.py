@@ -1,4 +1,4 @@
-"""Runs of the training command in several processes, which may be killed, stopped or hindered on the way."""
+"""Runs of the training command in several processes, with faults such as kills, stops and full disks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Ended:
-    """A process: its exit code (negative: the signal; None: it had to be killed) and the end of its stderr."""
+    """The exit code of a process (negative: the signal; None: it had to be killed) and the end of its stderr."""
 
     code: int | None
     err: str
@@ -44,7 +44,9 @@ class Ranks:
     def train(
         self, settings: TrainingSettings, engine: str = "zero2", world: int = 2, faults: dict | None = None, seconds: float = 900
     ) -> list[Ended]:
-        """Run the settings in `world` processes of "plain", "zero0", "zero2-offload", ... or as they say ("own").
+        """Run the settings in `world` processes.
+
+        engine: "plain", "zero0", "zero2-offload" and so on, or "own" for the engine of the settings.
 
         faults: {rank: [[name, argument, ...], ...]}, functions of ranks_server.py.
         """
@@ -70,7 +72,7 @@ class Ranks:
         return [Ended(**process) for process in json.loads(answer)]
 
     def finish(self, settings: TrainingSettings, engine: str = "zero2", world: int = 2, **options) -> Path:
-        """`train` that must end well; the run's folder."""
+        """Train to the end without an error and return the run's folder."""
         for process in self.train(settings, engine, world, **options):
             assert process.code == 0, process.err
         return settings.output_dir
@@ -82,20 +84,20 @@ class Ranks:
 
 
 class Runs:
-    """Runs that several tests look at, each made once. `make(output_dir)` gives their settings."""
+    """Runs that several tests share; each is made once. `make(output_dir)` returns their settings."""
 
     def __init__(self, ranks: Ranks, folder: Path, make):
         self.ranks, self.folder, self.make = ranks, folder, make
 
     def whole(self, engine: str, world: int = 2) -> Path:
-        """The folder of an uninterrupted run; plain is one process."""
+        """Return the folder of an uninterrupted run; "plain" is one process."""
         folder = self.folder / f"{engine}-{world}-whole"
         if not folder.exists():
             self.ranks.finish(self.make(folder), engine, 1 if engine == "plain" else world)
         return folder
 
     def killed(self, engine: str, world: int, copy: str) -> Path:
-        """A copy of a run whose last process was killed after step 3, with the checkpoint of step 2."""
+        """Return a copy of a run whose last process was killed after step 3, with the checkpoint of step 2."""
         folder = self.folder / f"{engine}-{world}-killed"
         if not folder.exists():
             *others, last = self.ranks.train(self.make(folder), engine, world, {world - 1: [["kill_after_step", 3]]})

@@ -1,7 +1,7 @@
-"""Processes of training runs, forked from this one, which has imported everything: a run of two costs seconds, not half a minute.
+"""Processes of training runs, forked from this one after all imports: a run of two takes seconds, not half a minute.
 
 Reads a job a line, {"folder", "verb", "config", "overrides", "world", "faults": {rank: [[name, argument, ...], ...]}, "seconds"},
-and answers with how each process ended. Each is the command line's own `train`, with the faults put in before.
+and answers with how each process ended. Each process runs `train` of the command line, with the faults installed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def kill_after_step(step: int) -> None:
 
 
 def kill_soon_after_step(step: int, seconds: float) -> None:
-    """Wherever it is then."""
+    """Kill the process after `seconds`, at any line."""
     report = Run._report
 
     def killed(run: Run) -> None:
@@ -54,7 +54,7 @@ def kill_soon_after_step(step: int, seconds: float) -> None:
 
 
 def kill_at_file_call_after_step(step: int, number: int) -> None:
-    """Before the process makes its so-many-th call, from then on, that changes or stores files."""
+    """Kill the process before its n-th call that changes or stores files, counted from then on."""
     report = Run._report
 
     def armed(run: Run) -> None:
@@ -66,7 +66,7 @@ def kill_at_file_call_after_step(step: int, number: int) -> None:
 
 
 def signal_after_step(step: int) -> None:
-    """As a scheduler does that wants its machine back."""
+    """Send SIGTERM, as a scheduler does to end a job."""
     report = Run._report
 
     def told(run: Run) -> None:
@@ -78,7 +78,7 @@ def signal_after_step(step: int) -> None:
 
 
 def signal_group_after_step(step: int) -> None:
-    """As `kill -- -GROUP`, or a scheduler that ends all processes of a job."""
+    """Send SIGTERM to the whole process group, as some schedulers do."""
     os.setpgid(0, 0)
     report = Run._report
 
@@ -91,7 +91,7 @@ def signal_group_after_step(step: int) -> None:
 
 
 def kill_drawing_after_step(step: int) -> None:
-    """One of data.processes, as the system does when memory runs out."""
+    """Kill one of data.processes, as the system does when memory runs out."""
     report = Run._report
 
     def killed(run: Run) -> None:
@@ -103,7 +103,7 @@ def kill_drawing_after_step(step: int) -> None:
 
 
 def stop_after_step(step: int) -> None:
-    """Neither dead nor alive."""
+    """Stop the process (SIGSTOP): it neither ends nor answers."""
     report = Run._report
 
     def stopped(run: Run) -> None:
@@ -115,7 +115,7 @@ def stop_after_step(step: int) -> None:
 
 
 def kill_in_save(step: int) -> None:
-    """With half of this process's file written."""
+    """Kill the process when half of its file of a checkpoint is written."""
     save = checkpoint.save_file
 
     def killed(tensors: dict, path: Path) -> None:
@@ -128,7 +128,7 @@ def kill_in_save(step: int) -> None:
 
 
 def kill_before_rename(step: int) -> None:
-    """With everything written and nothing visible."""
+    """Kill the process when a checkpoint is written but not yet renamed."""
     replace = os.replace
 
     def killed(source: object, target: object) -> None:
@@ -140,7 +140,7 @@ def kill_before_rename(step: int) -> None:
 
 
 def full_disk_in_save(step: int) -> None:
-    """The kernel refuses more than a few bytes of this process's file."""
+    """Limit the size of files, so that the kernel refuses most of this process's file."""
     save = checkpoint.save_file
 
     def limited(tensors: dict, path: Path) -> None:
@@ -155,7 +155,7 @@ def full_disk_in_save(step: int) -> None:
 
 
 def not_finite_in_step(step: int, what: str) -> None:
-    """The loss of this process's clips, or only its gradient."""
+    """Make the loss of this process's clips, or only its gradient, not finite."""
     losses = ArdfTask.losses
     calls = [0]
 
@@ -171,7 +171,7 @@ def not_finite_in_step(step: int, what: str) -> None:
 
 
 def weigh_after_step(step: int, file: str) -> None:
-    """Bytes of all tensors between two steps, without those that were there before the model."""
+    """Record the bytes of all tensors between two steps, without the tensors that existed before the model."""
     build_model, report = ArdfTask.build_model, Run._report
 
     def held() -> dict[int, int]:
@@ -192,7 +192,7 @@ def weigh_after_step(step: int, file: str) -> None:
 
 
 def hide_a_weight() -> None:
-    """As if DeepSpeed kept a weight where no slot leads to."""
+    """Remove a slot, as if DeepSpeed kept a weight in an unknown place."""
     from lumos.training.deepspeed_engine import DeepSpeedEngine
 
     slots = DeepSpeedEngine.slots
@@ -200,7 +200,7 @@ def hide_a_weight() -> None:
 
 
 def toy_without_dropout() -> None:
-    """Processes draw it from random states of their own."""
+    """Remove the dropout of the toy, because each process draws it from a random state of its own."""
     import toy_task
 
     make = toy_task.Velocity.__init__
@@ -244,7 +244,7 @@ def become(rank: int, port: int, job: dict) -> list[str]:
 
 
 def wait(children: list[int], job: dict) -> list[dict]:
-    """How each ended: exit code, negative for a signal, null for one that had to be killed at the end."""
+    """Return how each process ended: its exit code, negative for a signal, null if it had to be killed at the end."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + job["seconds"]
     stopped = {int(rank) for rank, faults in job["faults"].items() if any(f[0] == "stop_after_step" for f in faults)}
@@ -263,7 +263,7 @@ def wait(children: list[int], job: dict) -> list[dict]:
 
 
 def import_all() -> None:
-    """Also what would be imported at the first use."""
+    """Also import modules that are imported at their first use."""
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.original_muon
     import peft  # noqa: F401
@@ -288,4 +288,4 @@ if __name__ == "__main__":
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # to take all modules apart takes as long as some steps
+        os._exit(code)  # Python's cleanup of all modules takes as long as some steps

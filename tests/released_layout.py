@@ -30,7 +30,7 @@ TEXT_TOKENIZER = COSMOS / "tokenizer" / "text_tokenizer.json"
 def write_release(
     folder: Path, *, hidden_size=64, layers=2, heads=2, kv_heads=1, channels=8, shard=16_600_000, dtype=torch.bfloat16
 ) -> None:  # fmt: skip
-    """Write the three parts; the ids and the numbers of codes are the published ones, the widths are as asked."""
+    """Write the three parts with the published ids and numbers of codes, and with the given widths."""
     torch.manual_seed(0)
     config = LumosConfig(
         hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
@@ -44,7 +44,7 @@ def write_release(
 
 
 def write_decoder(folder: Path, config: LumosConfig, limit: int, dtype: torch.dtype) -> None:
-    """Shards of at most `limit` bytes and their index, with no more than one of them in memory."""
+    """Write shards of at most `limit` bytes and their index, with at most one shard in memory."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LumosForVideoGeneration(config).named_parameters()}
@@ -80,7 +80,7 @@ def released_config(config: LumosConfig) -> dict:
 
 
 def text_entries() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges: specials, image codes, reserved tokens and visual codes at the published ids, bytes, a few words."""
+    """Return a vocabulary and merges: special, reserved and code tokens at the published ids, bytes, and a few words."""
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     vocab |= {f"IMGIMG{letters(i)}Z": 4 + i for i in range(8192)}
     for i in range(8196, 16384):
@@ -112,7 +112,7 @@ def write_text_tokenizer(path: Path, change=lambda vocab: vocab) -> None:
 
 
 def write_video_tokenizer(folder: Path, config: VideoTokenizerConfig, dtype: torch.dtype) -> None:
-    """The pair of archives; config.json only where the widths are not the published ones."""
+    """Write the two archives, and a config.json if the widths are not the published ones."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = VideoTokenizer(config).to(dtype).state_dict()
     for name, keys in (("encoder", ("encoder.", "quant_conv.")), ("decoder", ("decoder.", "post_quant_conv."))):
@@ -128,7 +128,7 @@ class Inner(nn.Module):
 
 
 class Archive(Inner):
-    """Tensors under their dotted names, for torch.jit.save."""
+    """A module that holds tensors under their dotted names, for torch.jit.save."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         super().__init__()

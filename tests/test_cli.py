@@ -1,4 +1,4 @@
-"""The command line as a user types it: results, the files beside them, and every mistake as one line."""
+"""The command line: results, their records, and one line for every mistake."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_a_preview_grows_and_is_whole_at_any_time(generate, monkeypatch):
 
 @pytest.mark.slow
 def test_ten_times_the_training_length_is_written_as_it_is_made(micro_folder, generate, monkeypatch, tmp_path):
-    """No frame outlives the writing of the next ones; the model is made for five latent frames and makes fifty."""
+    """A frame is freed when later ones are written. The model, made for five latent frames, makes fifty."""
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     pipe.model.config.max_position_embeddings = 200
     pipe.save_pretrained(tmp_path / "short")

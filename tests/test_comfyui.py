@@ -151,7 +151,7 @@ def test_new_options_stand_behind_saved_inputs(nodes, monkeypatch, name):
 
 
 def test_the_sample_request_runs(nodes, comfy, repo, monkeypatch):
-    """The graph that curl posts, walked as the application does, with its own two nodes stood in for."""
+    """Run the graph that curl posts as the application does, with stand-ins for the application's own two nodes."""
     graph = json.loads((repo / "integrations/comfyui/api/text_to_video.json").read_text())["prompt"]
     saved = []
 
@@ -176,7 +176,7 @@ def test_the_sample_request_runs(nodes, comfy, repo, monkeypatch):
 
 
 def test_sampling_inputs_are_the_options_of_all_generators(nodes, monkeypatch):
-    """An option that a second generator declares with a step is an input; left as it stands, it is not passed on."""
+    """An option that a second generator declares with a step is an input, which is passed on only if it was changed."""
     monkeypatch.setattr(registry, "PACKAGES", [*registry.PACKAGES, "toy_generator"])
     node = nodes.NODE_CLASS_MAPPINGS["LumosTextToVideo"]
     shown = {name for name, option in all_options().items() if option.has_control}
@@ -210,7 +210,7 @@ def test_the_image_node_refuses_uses_of_another_generator(nodes, model):
 
 
 def test_steps_and_bounds_of_frames(nodes, model):
-    """ComfyUI's arrows and its check go from 1 in steps of a latent frame; workflows of earlier versions hold 0, the default."""
+    """The number of frames goes from 1 in steps of a latent frame; in workflows of earlier versions it is 0, the default."""
     for name in ("LumosTextToVideo", "LumosImageToVideo"):
         node = nodes.NODE_CLASS_MAPPINGS[name]
         kind, how = node.INPUT_TYPES()["required"]["num_frames"]

@@ -1,4 +1,4 @@
-"""Every registered generator keeps the contract of the house; a toy flow-matching generator shows that a second kind does."""
+"""Every registered generator fulfils the contract of generators, and so does a toy flow-matching generator."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, c
 
 
 def test_a_caption_is_cut_to_what_the_model_reads(name, settings_of, tmp_path, monkeypatch):
-    """Training reads no text that generation refuses, and needs no longer for it; one warning says so."""
+    """Training cuts captions that are too long for generation, and one warning says so."""
     if name == "toy":
         pytest.skip("the toy has no limit of its own")
     settings = settings_of(tmp_path)
@@ -317,7 +317,7 @@ def test_options_of_another_generator_are_refused(micro_folder, capsys):
 
 @pytest.fixture
 def swirl(monkeypatch):
-    """The toy with an option that it did not have: an option is one field."""
+    """The toy with four more options, each declared as one field."""
 
     @dataclass(frozen=True)
     class MoreOptions(toy_options.ToyOptions):

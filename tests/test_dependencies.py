@@ -1,4 +1,4 @@
-"""pyproject.toml, the two files of pinned versions, and what the code imports, agree."""
+"""pyproject.toml, the two files of pinned versions, and the imports of the code agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def project(repo) -> dict:
 
 
 def requirements(text: str) -> dict[str, Requirement]:
-    """Requirements of a file by name. The lines of the hashes of one are joined to it."""
+    """Return the requirements of a file by name, without their hashes."""
     lines = [line for line in text.replace("\\\n", "").splitlines() if not line.startswith("#")]
     found = [Requirement(line.split(" --hash")[0]) for line in lines]
     assert len({requirement.name for requirement in found}) == len(found)
@@ -72,7 +72,7 @@ def test_neither_file_names_cuda_or_an_address(repo, pinned, hashed):
 
 
 def top_level_imports(path: Path) -> set[str]:
-    """Modules that are imported whenever the file is, without the standard library and this project."""
+    """Return the modules that a file imports at its top level, without the standard library and this project."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The pages of docs/: length, links and results of all, and the commands of those pages that have no test of their own."""
+"""The pages of docs/: length, links and results of all pages, and commands of pages without a test of their own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub and MkDocs give to plain headings."""
+    """Return the anchors that GitHub and MkDocs give to plain headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -106,7 +106,7 @@ def test_every_path_of_the_repository_exists(page: Path):
 
 
 def table(page: str, heading: str) -> dict[str, str]:
-    """First column -> second column of the first table under a heading."""
+    """Return {first column: second column} of the first table under a heading."""
     lines = (ROOT / page).read_text().splitlines()
     below = dropwhile(lambda line: not line.startswith("|"), lines[lines.index(heading) :])
     _, _, *rows = takewhile(lambda line: line.startswith("|"), below)
@@ -130,7 +130,7 @@ def test_the_limits_of_the_demo():
 
 
 def test_the_sampling_options_of_the_page():
-    """The table is what the declarations say; a failure shows the rows to write."""
+    """The table equals the declarations; a failure shows the rows to write."""
     options = GenerationSettings.declared().values()
     listed = table("docs/generate/index.md", "### Sampling options of Lumos-1")
     assert list(listed.items()) == list(option_rows(option for option in options if not option.is_trade).items())
@@ -213,7 +213,7 @@ def test_the_tokenizer_is_measured(clone, capsys):
 
 
 def test_the_recipe_of_the_model_card_is_complete(clone):
-    """Every command reads a config that is there, and folders that a command before it has written."""
+    """Every command reads a config that exists, and folders that an earlier command has written."""
     outputs = {"tiny-gpu": "runs/tiny-gpu/export", "tiny-longer": "runs/tiny-longer/export"}
     tokenizers = {"tiny-gpu": "runs/tokenizer-tiny", "tiny-128": "runs/tokenizer-128"}
     written: set[str] = set()

@@ -1,4 +1,4 @@
-"""Power cuts, kills, locks and modes: what `lumos.files` promises beyond a finished write."""
+"""`lumos.files` under power cuts and kills, with locks and file modes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumos.files import only_writer, replacing, replacing_folder, updating_folde
 
 
 def in_a_child(work) -> int:
-    """Exit code of a forked process that does `work`; negative for a signal."""
+    """Do `work` in a forked process and return its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         try:
@@ -87,7 +87,7 @@ def test_a_disk_that_fails_is_told(tmp_path, disk, number: int, folders: bool):
 
 @pytest.mark.slow
 def test_a_killed_writer_always_leaves_a_folder(tmp_path):
-    """Killed at each call of the system in turn, with and without a system that exchanges folders."""
+    """The process is killed at each system call in turn, with and without a system that can exchange folders."""
     for exchanges in (True, False):
         path, kills = tmp_path / f"{exchanges}" / "model", 0
         for call in range(1, 100):
@@ -114,7 +114,7 @@ def test_a_killed_writer_always_leaves_a_folder(tmp_path):
 
 
 def kill_at_call(number: int) -> None:
-    """Kill this process before its so-many-th call of these, each of which changes or stores something."""
+    """Kill this process before its n-th call of these functions, which change or store files."""
     calls = 0
     for module, name in ((os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (durable, "_exchange")):
         function = getattr(module, name)
@@ -189,7 +189,7 @@ def test_files_of_libraries_have_the_mode_of_the_umask(tmp_path):
 
 @pytest.fixture(params=["flock", errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, "windows"])
 def system(request, monkeypatch):
-    """With locks, without them in several ways, and without the module."""
+    """The test runs with locks, with systems that refuse locks in several ways, and without the module."""
     if request.param == "windows":
         monkeypatch.setattr(locks, "fcntl", None)
     elif request.param != "flock":
@@ -283,7 +283,7 @@ def test_a_lock_neither_follows_a_link_nor_empties_a_file(tmp_path):
 
 
 def test_a_lock_whose_file_was_removed_does_not_count(tmp_path):
-    """As where one process tidies the folder up while another waits for the lock."""
+    """One process removes the lock file while another waits for the lock."""
     with only_writer(tmp_path, "run"):
         (tmp_path / ".lock").unlink()
         with only_writer(tmp_path, "run"):
@@ -303,7 +303,7 @@ def save_model(folder: Path, text: str) -> None:
 
 
 def model_in(folder: Path) -> set[str]:
-    """The texts of its files; none if the folder says that it holds no model."""
+    """Return the texts of the files of a folder; none if the folder is marked as incomplete."""
     if not (folder / "config.json").exists():
         return set()
     ours = [folder / "below" / "config.json", *(folder / name for name in ("config.json", "weights", "more"))]

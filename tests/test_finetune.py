@@ -1,4 +1,4 @@
-"""`finetune` as a user types it, on tiny models: from clips to a model and a sheet, killed and resumed; what it refuses."""
+"""`finetune` on tiny models: from clips to a model and a sheet, resuming after kills, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OWN = {"settings": {"data": {"source": "worlds", "options": {"kinds": ["shapes"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, micro_folder) -> dict[str, str]:
-    """Models of each generator that were trained on scenes of shapes, as their training.json says."""
+    """Models of each generator whose training.json names a training on scenes of shapes."""
     place = tmp_path_factory.mktemp("models")
     shutil.copytree(micro_folder, place / "lumos1")
     micro_pipeline().save_pretrained(place / "stiv")

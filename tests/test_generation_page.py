@@ -1,4 +1,4 @@
-"""docs/generate/: the commands, as written there but with the micro model, and the table of what fits where."""
+"""docs/generate/: its commands with the micro model, and its table of models and GPU memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGES = [f"docs/generate/{name}.md" for name in ("index", "python", "speed", "be
 
 @pytest.fixture
 def commands():
-    """What stands behind `python generate.py` and `python -m lumos`, by the verb."""
+    """Return the words behind `python generate.py` and `python -m lumos`, by verb."""
     return [command for page in PAGES for command in verbs(page)]
 
 
@@ -36,7 +36,7 @@ def test_every_generate_command(commands, micro_folder, tmp_path, monkeypatch):
     asked = [command for command in commands if command[0] == "generate" and "--engine" not in command]  # which has its own tests
     assert len(asked) >= 13
     for command in asked:
-        command = [part for part in command if part != "0=6GiB"]  # of a GPU, which need not be here
+        command = [part for part in command if part != "0=6GiB"]  # options of a GPU, which this machine may lack
         model = [] if "--model" in command else ["--model", str(micro_folder)]
         assert main([*command, *model, "--num-inference-steps", "2", "--device", "cpu"]) == 0, command
 

@@ -1,4 +1,4 @@
-"""The rule of the house: imports go one way, and no module knows a generator that it need not know."""
+"""Imports go one way, and shared rooms import no generator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def graph(repo) -> grimp.ImportGraph:
-    """All imports of the product code, type-only ones included."""
+    """The imports of the product code, with type-only imports."""
     return grimp.build_graph("lumos", "tokenizer", cache_dir=None)
 
 
@@ -51,7 +51,7 @@ def test_nothing_imports_the_commands(graph):
 
 
 def test_public_classes_have_different_names(repo):
-    """A class is found by its name alone: no name stands for two classes, nested ones included."""
+    """No two classes have the same name, nested classes included, so that a class is found by its name."""
     places = defaultdict(list)
     for path in (file for package in ("lumos", "tokenizer") for file in (repo / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

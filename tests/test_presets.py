@@ -17,7 +17,7 @@ from lumos.training.settings import build_settings
 
 @pytest.fixture(autouse=True)
 def three_generators(monkeypatch):
-    """lumos1, the default; toy and toy-2, which have the presets tiny, swift and slow."""
+    """The generators lumos1 (the default), toy and toy-2; the toys have the presets tiny, swift and slow."""
     again = SimpleNamespace(GENERATOR=replace(toy_generator.GENERATOR, name="toy-2"))
     monkeypatch.setitem(sys.modules, "another_generator", again)
     monkeypatch.setattr(registry, "PACKAGES", ["lumos.models.lumos1", "toy_generator", "another_generator"])

@@ -66,7 +66,7 @@ def test_every_recipe_and_model_file_is_in_the_wheel(repo: Path):
 
 
 def test_an_installation_has_the_recipes_and_the_model(repo: Path, tmp_path: Path, monkeypatch):
-    """The layout of a wheel: packages in one folder, share/lumos in the folder of the environment's data."""
+    """The layout of an installed wheel: packages in one folder, share/lumos in the data folder of the environment."""
     packages, data = tmp_path / "lib", tmp_path / "data"
     packages.mkdir()
     (data / "share").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_the_packages_are_typed(repo: Path):
 
 @pytest.mark.slow
 def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
-    """`pip wheel` without the network, from the repository; the model and a recipe are at their places in it."""
+    """`pip wheel` works without the network, and the wheel has the model and a recipe in their places."""
     import zipfile
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]

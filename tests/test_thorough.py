@@ -1,4 +1,4 @@
-"""What the suite leaves out without --thorough: repetitions, and variants of tests of which other variants run."""
+"""Without --thorough, the suite leaves out repetitions, and variants of tests that other variants cover."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a process uses, how they wait, and when it says that they wait too long."""
+"""Threads of a process: their number, their waiting policy, and the note when they wait too long."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_times_of_threads_are_read(tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The verbs `plan` and `resize` do nothing but note the number of torch's threads and their arguments."""
+    """Make the verbs `plan` and `resize` only record the number of torch's threads and their arguments."""
     found = []
     from lumos.commands import resize
 

@@ -76,7 +76,7 @@ class ToyModel(PreTrainedModel):
 
 
 def text_value(prompt: str | None) -> float:
-    """What the toy reads of a prompt: a number in [-1, 1] that its words decide."""
+    """Return the number in [-1, 1] that stands for a prompt, from a hash of its text."""
     return 0.0 if prompt is None else int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:2], "little") / 32768 - 1
 
 

@@ -1,4 +1,4 @@
-"""What the command line needs of the toy generator before it is used; it imports no torch, so that `--help` stays quick."""
+"""The parts of the toy generator that `--help` loads; they import no torch, so that it stays quick."""
 
 from __future__ import annotations
 

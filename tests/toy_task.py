@@ -70,7 +70,7 @@ class Velocity(nn.Module):
 
 
 class Critic(nn.Module):
-    """x [B, L, C] -> how real each looks, [B, L]."""
+    """x [B, L, C] -> scores [B, L], high for points that look real."""
 
     def __init__(self, width: int = 8):
         super().__init__()
@@ -90,7 +90,7 @@ class ToySource:
 
 
 class ToyTask(TrainingTask):
-    """Losses of each latent: squared error of the velocity, and what the critic thinks of where it leads."""
+    """Return losses of each latent: squared error of the velocity, and the critic's score of the point to which it leads."""
 
     def __init__(self, settings: ToySettings, device: torch.device):
         self.settings, self.device = settings, device
@@ -148,7 +148,7 @@ class ToyTask(TrainingTask):
         return means[counts.any(dim=1)]
 
     def _drawn(self, model: nn.Module, micro: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(velocity, where it leads from there in one step)."""
+        """Return the velocity, and the point to which it leads in one step."""
         time = micro["time"][:, None, None]
         x = (1 - time) * micro["noise"] + time * micro["latents"]
         velocity = model(x, micro["time"])

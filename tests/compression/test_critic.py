@@ -79,7 +79,7 @@ def test_a_clip_alone_has_the_score_that_it_has_in_a_batch():
 
 
 def part(judge: Critic, name: str) -> Critic:
-    """Set the scores of all other heads of the critic to 0."""
+    """Return the critic with the scores of all other heads set to 0."""
     for heads in (judge.spatial, judge.temporal):
         if heads is not getattr(judge, name):
             for head in heads:

@@ -24,7 +24,7 @@ NAMES = ("ingest/ingest", "shards/format", "ingest/encode", "ingest/executors", 
 FILES = (*(f"data/{name}.py" for name in NAMES), "lumos/files.py", "lumos/durable.py")
 WRITERS = ("write_shard", "replacing", "_remove", "write_bytes", "skip", "_write", "_append")
 LINES = {"everywhere": 1800, "writing": 120}
-"""Lines are counted in these files, or in these functions of them; the number is that of a whole ingest, or a little less."""
+"""The number of lines that a whole ingest executes in these files, or in these functions of them, or slightly fewer."""
 
 
 def forked(source: str, out: str, tokenizer: str, where: str = "everywhere", last_line: int | None = None) -> int:

@@ -22,7 +22,7 @@ def test_rendered_truth_is_judged_right_and_a_wrong_clip_wrong(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one", "digits", "sprites"])
 def test_an_object_that_changes_into_another_is_not_steady(kind):
-    """Replace the second half of each clip by a part of a clip with another object."""
+    """The second half of each clip is replaced by a part of a clip with another object."""
     _, truth, wanted = zip(*prompt_set(kind, 12, seed=78), strict=True)
     named = [tuple(ask["objects"][0].get(key) for key in ("colour", "shape", "digit", "sprite")) for ask in wanted]
     other = [next(j for j in range(12) if named[j] != mine) for mine in named]

@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def folder_with(model: Path, place: Path, **texts: str) -> None:
-    """A model folder like `model`, whose files of these names hold something else; `/` stands as `__`, `.` as `_dot_`."""
+    """Copy a model folder and change the content of the named files; in names, `__` stands for `/` and `_dot_` for `.`."""
     for path in (path for path in model.rglob("*") if path.is_file()):
         target = place / path.relative_to(model)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def folder_with(model: Path, place: Path, **texts: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(micro_folder, tmp_path_factory) -> Path:
-    """Everything that the commands below name, outside of the folder where they run."""
+    """Make all files that the commands below name, outside of the folder where they run."""
     place = tmp_path_factory.mktemp("inputs")
     for name, text in TEXTS.items():
         (place / name).write_bytes(text if isinstance(text, bytes) else text.encode())

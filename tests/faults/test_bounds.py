@@ -35,7 +35,7 @@ def settings_of(cls: type, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str
 
 
 def refused(make, *what) -> str | None:
-    """The message if `make` refuses, None if it takes the value; any other error is the test's."""
+    """Return the message if `make` refuses the value, None if it accepts it; other errors fail the test."""
     try:
         make()
     except (UserError, ValueError) as error:

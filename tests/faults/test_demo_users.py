@@ -38,7 +38,7 @@ def picture(side: int = 40) -> bytes:
 
 
 class Site:
-    """A server of its own process, and all that it has answered."""
+    """A server process, with all of its answers."""
 
     def __init__(self, url: str, process: psutil.Process, root: Path):
         self.url, self.process, self.root = url, process, root
@@ -75,7 +75,7 @@ def site(repo, micro_folder, tmp_path):
 
 
 async def api_user(site: Site, client, number: int) -> None:
-    """One clip through the API, with its record; every other one begins with a picture."""
+    """Make a clip through the API and read its record; every second clip begins with a picture."""
     prompt = PROMPTS[number % 3]
     files = {"image": (f"photo-{number}.png", picture(20 + number))} if number % 2 else None
     data = {"prompt": prompt, "seed": str(number), "num_frames": "5"}
@@ -92,7 +92,7 @@ async def api_user(site: Site, client, number: int) -> None:
 
 
 async def page_user(site: Site, client, number: int, config: dict) -> None:
-    """What the page does: an upload, a message, its events, the result; then it is closed."""
+    """Do what the page does: upload, message, events and result; then close the session."""
     session, prompt = uuid.uuid4().hex, PROMPTS[number % 3]
     parts = {part["id"]: part for part in config["components"]}
     (event,) = [event for event in config["dependencies"] if len(event["inputs"]) > 5]
@@ -120,7 +120,7 @@ async def page_user(site: Site, client, number: int, config: dict) -> None:
 
 
 async def leaver(site: Site, client, number: int) -> None:
-    """Asks for a long clip and hangs up."""
+    """Ask for a long clip and close the connection."""
     body = f"prompt=x&num_frames=257&num_inference_steps=1000&seed={number}".encode()
     head = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
     _, writer = await asyncio.open_connection(site.host, site.port)
@@ -131,7 +131,7 @@ async def leaver(site: Site, client, number: int) -> None:
 
 
 async def stranger(site: Site, client, number: int) -> None:
-    """Calls the server by a name that is not its own."""
+    """Send a request with a foreign host name."""
     for host in (b"evil.example", b"localhost.evil.example", b"", b"localhost\r\nHost: evil.example"):
         answer = await site.raw(b"GET /config HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
         assert b" 400 " in answer.split(b"\r\n")[0], answer[:200]
@@ -140,7 +140,7 @@ async def stranger(site: Site, client, number: int) -> None:
 
 
 async def idler(site: Site, client, number: int) -> None:
-    """Sends the beginning of a request and no more; the server hangs up."""
+    """Send only the beginning of a request; the server closes the connection."""
     begun = time.monotonic()
     post = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
     post += b"Content-Length: 99\r\n\r\nprom"
@@ -149,7 +149,7 @@ async def idler(site: Site, client, number: int) -> None:
 
 
 async def meddler(site: Site, client, number: int) -> None:
-    """Sends messages that no page sends, and files that are not what they state."""
+    """Send messages that no page sends, and files that are not of the kind that they state."""
     good = {"data": [], "fn_index": 0, "session_hash": "x"}
     changes = [{"fn_index": n} for n in (999, -1, None, "0", 1.5, [0], 10**30)]
     changes += [{"data": None}, {"data": [1] * 99}, {"session_hash": {}}, {"session_hash": "../x"}, {"session_hash": "x" * 999}]
@@ -173,7 +173,7 @@ async def meddler(site: Site, client, number: int) -> None:
 
 
 async def quitter(site: Site, client, number: int) -> None:
-    """Sends half of an upload, in pieces without a length, and goes."""
+    """Send half of an upload in chunks, and close the connection."""
     _, writer = await asyncio.open_connection(site.host, site.port)
     writer.write(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
                  b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")  # fmt: skip

@@ -32,7 +32,7 @@ def tokenizer(micro_folder) -> Path:
 
 
 def found(out: Path) -> dict[str, str]:
-    """What an ingest made of each item, by its files."""
+    """Return the result of an ingest for each item, read from its files."""
     journal = [json.loads(line) for line in (out / "skipped.jsonl").read_text("ascii").splitlines()]
     taken = [row["id"] for row in shards.read_shards(out)]
     verdicts = {entry["id"]: entry["reason"] for entry in journal} | dict.fromkeys(taken, TAKEN)

@@ -39,7 +39,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(source, tmp_path_factory) -> Path:
-    """Twelve of the items: three whole shards and a part of one, and the item without a caption."""
+    """Twelve of the items, which fill three shards and a part of one; one of them has no caption."""
     folder = tmp_path_factory.mktemp("small") / "set"
     folder.mkdir()
     for n in (0, 1, 2, 3, 4, 5, 6, 9, 32, 33, 34, 35):
@@ -50,7 +50,7 @@ def small(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def driven(forks: Forks, source: Path, small: Path, micro_folder: Path, tmp_path_factory, times) -> Path:
-    """What killed_ingests.py has left: one process for all, because their workers share a server that imports for seconds."""
+    """The folders of killed_ingests.py. One process makes all, because workers share a server whose imports take seconds."""
     folder = tmp_path_factory.mktemp("driven")
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     places = source, small, folder, micro_folder / "video_tokenizer"
@@ -65,7 +65,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def check(folder: Path, kind: str, least: int) -> None:
-    """What a kill leaves is a beginning of the whole, and what is resumed is the whole."""
+    """A kill leaves a part of the whole result, and the resumed ingest gives the whole result."""
     whole = [row["id"] for row in shards.read_shards(folder / "whole")]
     for left in folder.glob(f"{kind}-*.killed*"):
         ids = [row["id"] for row in shards.read_shards(left)]
@@ -77,7 +77,7 @@ def check(folder: Path, kind: str, least: int) -> None:
 
 
 def kills(folder: Path, kind: str) -> int:
-    """How many of these ingests were killed, as the driver says."""
+    """Return the number of these ingests that were killed, as the driver reports it."""
     return sum(line.startswith(f"{kind}: ") and line.endswith(KILLED) for line in (folder / "told").read_text().splitlines())
 
 

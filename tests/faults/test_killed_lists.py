@@ -15,7 +15,7 @@ KILLED = f"ended with {-signal.SIGKILL}"
 
 
 def clips(out: Path) -> dict[str, bytes]:
-    """Bytes of the clips by their names; records tell of times, so that they differ from run to run."""
+    """Return the bytes of the clips by name. Records hold times, so they differ from run to run."""
     files = [path for path in out.rglob("*") if path.is_file() and path.suffix in (".mp4", ".webp")]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 

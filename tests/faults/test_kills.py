@@ -17,7 +17,7 @@ from lumos.commands import bench_faults as faults
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "list"])
 def test_kills_change_no_loss_and_lose_nothing(forks, times, kind):
-    """Half of them at random moments, half at random file calls; trainings draw their clips in a process of its own."""
+    """Half of the kills are at random moments, half at random file calls. Trainings draw their clips in another process."""
     kills = times(3, 20)
     done = forks.run(["-m", "lumos", "bench", "faults", "--json", "--kills", kills, "--minutes", 60, "--kinds", kind], timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,7 +28,7 @@ def test_kills_change_no_loss_and_lose_nothing(forks, times, kind):
 
 @pytest.mark.slow
 def test_one_of_two_processes_killed_at_file_calls(ranks: Ranks, material: Path, tmp_path: Path, times):
-    """With DeepSpeed, and with processes that draw the clips: in a save of each process, and as the first one puts it in place."""
+    """Kills with DeepSpeed and with data processes: during the save of each process, and when the first one renames it."""
     whole = faults.training_settings(material, tmp_path / "whole")
     ranks.finish(whole, "zero2")
     settings = faults.training_settings(material, tmp_path / "killed")

@@ -1,4 +1,4 @@
-"""Numbers that are not finite end a clip in one line, and of a list only the clips that are hit."""
+"""Numbers that are not finite end a clip with one line; in a list, they end only their own clips."""
 
 from __future__ import annotations
 

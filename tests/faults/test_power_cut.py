@@ -1,4 +1,4 @@
-"""What a power cut leaves is decided by the order in which files are stored: each before the one that speaks of it."""
+"""Files are synchronized in an order that survives a power cut: each file before the file that refers to it."""
 
 from __future__ import annotations
 

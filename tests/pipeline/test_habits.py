@@ -1,4 +1,4 @@
-"""What users of diffusers expect of a pipeline and of its results, with both generators."""
+"""Pipelines of both generators have the interface that users of diffusers expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models by the name of a repository: download, cache, offline, upload, against a server on this machine."""
+"""Models by the name of a repository: download, cache, offline use and upload, with a local server."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ KNOWN = TrainedOn.of(["a red circle moves left"], {"shapes": ["circle"]})
 
 @pytest.fixture(scope="module")
 def known_folder(micro_folder: Path, tmp_path_factory) -> Path:
-    """The micro model with a list of what it was trained on."""
+    """The micro model with a record of its training data."""
     folder = tmp_path_factory.mktemp("known") / "micro"
     pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
     pipe.trained_on = KNOWN

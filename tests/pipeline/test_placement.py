@@ -1,4 +1,4 @@
-"""Decoders larger than their device: what does not fit waits in the weight files, and the clip is the same."""
+"""Decoders larger than their device: layers that do not fit stay in the weight files, and the clip is the same."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ print(peak_memory_bytes(torch.device("cpu")) - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is set back by /proc")
 def test_loading_shards_takes_little_more_than_the_weights(micro_folder, repo, tmp_path):
-    """Released files of bf16, every page of them read, in a process of its own."""
+    """Released files in bf16 are read completely, in a process of their own."""
     config = LumosConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
     )

@@ -1,4 +1,4 @@
-"""One option name in several generators: flags and columns allow what any of them allows, and each model checks its own."""
+"""An option of several generators: flags and columns allow all values that any of them allows, and each model checks its own."""
 
 from __future__ import annotations
 

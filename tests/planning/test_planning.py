@@ -1,4 +1,4 @@
-"""`plan`: the memory that real steps took, figures worked out by hand, and what a user reads."""
+"""`plan`: its memory against real steps, figures worked out by hand, and its output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def planned(*overrides: str, recipe: str = "3b-stage2", hardware: Hardware = H10
 
 @pytest.fixture(scope="module")
 def measured(pytestconfig) -> dict[str, int]:
-    """Name of a case -> bytes. Tensors go back to the system at once, so that no case lives in what the one before has left."""
+    """The bytes by case. Freed tensors return to the system at once, so that no case reuses the memory of an earlier one."""
     names = [name for name in CASES if "adapters" not in name or importlib.util.find_spec("peft")]
     names = [name for name in names if name not in MORE or pytestconfig.getoption("thorough")]
     done = subprocess.run(
@@ -94,7 +94,7 @@ PARAMETERS = 2 * 129_536 * 3072 + 28 * (LAYER + 2 * 3072 + 4 * 128) + 3072
 
 
 def test_the_3b_recipe_by_hand():
-    """256 x 448 pixels are 32 rows of 56 codes and a newline; 28 layers, 24 heads of 128 channels, 64,000 codes."""
+    """A frame of 256 x 448 pixels has 32 rows of 56 codes and a newline; the model has 28 layers and 24 heads of 128 channels."""
     report = planned().report()
     assert report["parameters"] == report["trained"] == PARAMETERS == 3_614_630_912
     image, video = report["steps"]
@@ -140,7 +140,7 @@ def test_the_mean_mask_ratio_is_that_of_the_schedule(ratio: float):
 
 @needs_peft
 def test_flops_with_adapters_are_those_that_torch_counts():
-    """The first layer's inputs come from frozen embeddings and need no gradient: what torch leaves out there is added."""
+    """Inputs of the first layer come from frozen embeddings and need no gradient; the bytes that torch saves less are added."""
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LumosConfig.preset("tiny", **sizes, num_attention_heads=4, num_key_value_heads=2)
     model = LumosForVideoGeneration(config)
@@ -347,7 +347,7 @@ CLIP = ["plan", "--generate", "--peak-tflops", "0.1"]
      (3.0, 3, {"step_reuse": 3, "guidance_interval": (0.5, 1.0), "history_frames": 1})],
 )  # fmt: skip
 def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance: float, frames: int, options: dict):
-    """The plan leaves out what a prefix needs beside its keys and values: attention to itself, and the rest of the last layer."""
+    """The plan leaves out work on a prefix other than its keys and values: attention to itself, and the rest of the last layer."""
     settings = GenerationSettings(num_inference_steps=3, guidance_scale=guidance, **options)
     clip = ClipDefaults(num_frames=4 * frames - 3, height=16, width=24, fps=8, target_size=None)
     plan = LumosClipCost(config, clip, settings, 7, torch.float32)

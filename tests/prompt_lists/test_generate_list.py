@@ -1,4 +1,4 @@
-"""Many clips from one command, as a user types it: what is made, what is wrong, and going on after every kind of stop."""
+"""Lists of clips on the command line: results, errors, and resuming after every kind of stop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_list(*rows, name="list.jsonl"):
 
 
 def clips_in(folder):
-    """Bytes of the clips by their names; records tell of times, so they differ from run to run."""
+    """Return the bytes of the clips by name. Records hold times, so they differ from run to run."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix != ".json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -103,7 +103,7 @@ def test_where_every_row_is_bad_nothing_is_made(generate):
 
 @pytest.mark.slow
 def test_each_clip_is_the_one_made_alone(generate, monkeypatch):
-    """Rows of one form share a batch, whatever lies between them; the model is loaded once."""
+    """Rows of one form share a batch, also with other rows between them; the model is loaded once."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save("photo.png")
     write_video("clip.mp4", np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), dtype=np.uint8), 8)
     rows = [
@@ -238,7 +238,7 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(generate, micro_folder, repo, fork
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_what_is_done(generate):
-    """A real write that fails half-way: no file may grow beyond a limit that the long clip needs more than."""
+    """A write fails half-way, because a limit of the file size is below the size of the long clip."""
     rows = [{"prompt": "x", "output": "a.mp4"}, {"prompt": "x", "num_frames": 97, "height": 64, "width": 64, "output": "b.mp4"}]
     args = ("--prompts", write_list(*rows), "--output-dir", "out", "--num-inference-steps", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -315,7 +315,7 @@ def test_a_deleted_picture_fails_its_own_clip_only(generate, monkeypatch):
 
 
 def launch(launcher: str, python: str, port: int) -> list[str]:
-    """What starts a Python program in two processes."""
+    """A launcher that starts a Python program in two processes."""
     if launcher == "torchrun":
         return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
@@ -324,7 +324,7 @@ def launch(launcher: str, python: str, port: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["by hand", "torchrun", "deepspeed"])
 def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launcher):
-    """A bad row does not stop the others, and the launcher hears of it when all is made."""
+    """A bad row does not stop the others; the exit code reports it to the launcher when all clips are made."""
     rows = [{"prompt": f"x {n}", "num_frames": 9 if n % 3 else 5} for n in range(5)]
     args = ("--prompts", write_list(*rows, "bad"), "--batch-size", 2, "--output-dir")
     assert generate(*args, "whole")[0] == 1
@@ -351,7 +351,7 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
 
 
 def test_files_of_others_stay_in_the_folder(generate):
-    """A user's own folder of whatever name, and the work of a process with another share."""
+    """A user's own folder and the files of a process with another share stay, whatever their names."""
     own, others = Path("out/unfinished/mine.txt"), Path("out/.unfinished/2-of-3/half.mp4")
     for path in (own, others):
         path.parent.mkdir(parents=True)
@@ -490,7 +490,7 @@ def test_an_output_cannot_also_be_a_folder_of_an_output(generate, monkeypatch):
 
 
 def test_an_empty_negative_prompt_counts_as_no_prompt(generate):
-    """Also where it shares a batch with prompts that have one, or none."""
+    """This holds also in a batch with prompts that have a negative prompt, or none."""
     rows = [{"prompt": "x", "seed": 1, "output": f"{n}.mp4", "negative_prompt": text} for n, text in enumerate((" ", "y", ""))]
     rows.append({"prompt": "x", "seed": 1, "output": "3.mp4"})
     assert generate("--prompts", write_list(*rows), "--output-dir", "out")[0] == 0
@@ -503,7 +503,7 @@ def test_an_empty_negative_prompt_counts_as_no_prompt(generate):
 
 
 def test_several_seeds_never_write_over_a_default_name(generate):
-    """Clips with other settings, or of another prompt with the same words, get new names; the same command makes nothing again."""
+    """Clips with other settings, or of another prompt with the same words, get new names; the same command makes no clip twice."""
     ask = lambda prompt, *more: generate("--prompt", prompt, "--seed", 1, 2, "--num-frames", 1, *more)  # noqa: E731
     assert ask("красный круг")[1].startswith("outputs  2 made now")
     first = clips_in("outputs")

@@ -1,4 +1,4 @@
-"""Lists of clips on a real local Ray: the files of a single process, also after a task was killed."""
+"""Lists of clips on a real local Ray give the files of a single process, also after a task was killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def kill_once(killed: list[int]) -> None:
-    """Kill the first task that has begun to write clips, as a node that is lost would."""
+    """Kill the first task that has begun to write clips, as if its node was lost."""
     deadline = time.monotonic() + 300
     while not killed and time.monotonic() < deadline:
         for process in psutil.process_iter(["name", "cmdline"]):
@@ -78,7 +78,7 @@ def test_a_list_on_ray_has_the_files_of_one_process(cluster, micro_folder, tmp_p
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_share_returns_its_messages_with_their_levels(micro_folder, tmp_path, monkeypatch, capsys, quiet):
-    """As a task of Ray calls it: notes and errors come back, so that --quiet leaves out the notes alone."""
+    """A task of Ray returns notes and errors separately, so that --quiet hides only the notes."""
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)

@@ -1,4 +1,4 @@
-"""Lists of prompts in their three forms, and what is wrong with a row or with a whole list."""
+"""Lists of prompts in their three forms, and errors of rows and of whole lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchScript archives for tests: made by torch, taken apart and put together again, and read by Python's own unpickler."""
+"""TorchScript archives for tests: made by torch, changed entry by entry, and read by Python's own unpickler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Entries = list[tuple[str, bytes]]
 
 
 class Published(nn.Module):
-    """The parts of a video tokenizer that one published archive holds, with the constants that it holds beside them."""
+    """The parts of a video tokenizer in one published archive, with the constants of the archive."""
 
     def __init__(self, model: VideoTokenizer, encodes: bool, decodes: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Published(nn.Module):
 
 
 def write_published(model: VideoTokenizer, folder: Path, names: tuple[str, ...] = ("encoder", "decoder", "autoencoder")) -> None:
-    """encoder.jit, decoder.jit and autoencoder.jit as torch.jit.trace makes them; the pixels' patches stay outside."""
+    """Write encoder.jit, decoder.jit and autoencoder.jit by torch.jit.trace, without the patches of pixels."""
     config, weight = model.config, next(model.quant_conv.parameters())
     frames = () if config.is_image else (2,)
     patches = torch.zeros(1, config.in_channels * config.patch_channels, *frames, 4, 4, dtype=weight.dtype)
@@ -50,7 +50,7 @@ def write_published(model: VideoTokenizer, folder: Path, names: tuple[str, ...] 
 
 
 class Small(nn.Module):
-    """A network whose tensors have several types and share their numbers, in all forms that a view can have."""
+    """A network with tensors of several dtypes, and views of all kinds that share storage."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def entries_of(data: bytes) -> Entries:
 
 
 def packed(entries: Entries, compress: str = "") -> bytes:
-    """The archive of the entries, with right checksums; the one named `compress` is deflated."""
+    """Write an archive of the entries with right checksums; the entry named `compress` is deflated."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in entries:
@@ -100,14 +100,14 @@ def packed(entries: Entries, compress: str = "") -> bytes:
 
 
 def with_entry(data: bytes, ending: str, content: bytes) -> bytes:
-    """The archive with other content in the one entry whose name ends so."""
+    """Write a copy of the archive with other content in the only entry whose name ends with `name`."""
     entries = entries_of(data)
     (wanted,) = [name for name, _ in entries if name.endswith(ending)]
     return packed([(name, content if name == wanted else old) for name, old in entries])
 
 
 def with_structure(structure: bytes, numbers: bytes = bytes(24)) -> bytes:
-    """An archive of this pickle, with one storage."""
+    """Write an archive of this pickle with one storage."""
     return packed([("a/data/0", numbers), ("a/data.pkl", structure), ("a/byteorder", b"little")])
 
 
@@ -120,7 +120,7 @@ def long(value: int) -> bytes:
 
 
 def module(attributes: bytes) -> bytes:
-    """The opcodes of a module with these attributes."""
+    """Return the opcodes of a module with these attributes."""
     return b"c__torch__\nA\n)\x81}(" + attributes + b"ub"
 
 
@@ -128,7 +128,7 @@ def tensor(
     size: tuple[int, ...] = (6,), stride: tuple[int, ...] = (1,), offset: int = 0, numel: int = 6, kind: bytes = b"Float",
     key: str = "0", hooks: bytes = b"}",
 ) -> bytes:  # fmt: skip
-    """The opcodes of a tensor in the storage."""
+    """Return the opcodes of a tensor in the storage."""
     storage = b"(" + text("storage") + b"ctorch\n" + kind + b"Storage\n" + text(key) + text("cpu") + long(numel) + b"tQ"
     sizes, strides = (b"(" + b"".join(map(long, numbers)) + b"t" for numbers in (size, stride))
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + long(offset) + sizes + strides + b"\x89" + hooks + b"tR"
@@ -139,7 +139,7 @@ def structure(*opcodes: bytes) -> bytes:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's stack machine, in which every name stands for something harmless."""
+    """Python's unpickler, in which every name stands for a harmless object."""
 
     def __init__(self, archive: zipfile.ZipFile, top: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{top}/data.pkl")))
@@ -163,7 +163,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_by_pickle(path: Path) -> dict[str, Tensor]:
-    """The slow twin of `read_torchscript`: the same tensors of any archive, for those that do no harm to Python's unpickler."""
+    """A slow form of `read_torchscript` by Python's unpickler, for archives that do no harm to it."""
     with zipfile.ZipFile(path) as archive:
         root = _Unpickler(archive, archive.namelist()[0].partition("/")[0]).load()
     found: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def read_by_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether names, their order, types, shapes, strides, offsets and bits agree."""
+    """Return whether names, their order, types, shapes, strides, offsets and bits are equal."""
     return list(found) == list(expected) and all(
         (a.dtype, a.shape, a.stride(), a.storage_offset()) == (b.dtype, b.shape, b.stride(), b.storage_offset())
         and (a.numel() > 10**6 or bits(a).equal(bits(b)))

@@ -1,7 +1,7 @@
 """Reads mutated archives and checks each outcome: python tests/tokenizer/fuzz_torchscript.py COUNT FOLDER [SEED].
 
 Each is either refused in one clear line or gives exactly the right tensors, with at most SPARE more bytes of memory than the
-process has after its first archive. Prints how many went which way.
+process has after its first archive. Prints the number of each outcome.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEAVY = {
     "long names": module(b"".join(text(f"{i:0480}") + tensor() for i in range(1400))),
     "deep objects": (b"c__torch__\nA\n)\x81}" + text("a")) * (LARGE // 24) + module(b"") + b"sb" * (LARGE // 24),
 }
-"""Structures near the largest that are allowed, which take as much memory as can be."""
+"""Return structures near the allowed limits, which take the most memory."""
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -72,7 +72,7 @@ def doubled(data: bytes, rng: random.Random) -> bytes:
 
 
 def of_directory(data: bytes, rng: random.Random) -> bytes:
-    """One field of an entry in the zip's directory, or of the directory's end, set to another number."""
+    """Change one field of an entry in the zip's directory, or of the end of the directory."""
     begins = [i for i in range(len(data)) if data.startswith((b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7"), i)]
     begin, size = rng.choice(begins), rng.choice((2, 4))
     place = begin + rng.choice((4, 6, 8, 10, 12, 16, 20, 24, 28, 30, 32, 36, 40, 42, 48))
@@ -110,7 +110,7 @@ def of_entries(data: bytes, rng: random.Random) -> bytes:
 
 
 def of_opcodes(pickled: bytes, rng: random.Random) -> bytes:
-    """The structure with opcodes replaced, taken out, put in, doubled, or with other numbers."""
+    """Return the structure with opcodes replaced, removed, inserted or doubled, or with other numbers."""
     places = [place for _, _, place in pickletools.genops(pickled)] + [len(pickled)]
     parts = [pickled[begin:end] for begin, end in pairwise(places)]
     at = rng.randrange(1, len(parts))
@@ -136,7 +136,7 @@ def of_opcodes(pickled: bytes, rng: random.Random) -> bytes:
 
 
 def of_structure(data: bytes, rng: random.Random) -> bytes:
-    """The archive with a mutated structure under a right checksum."""
+    """Write the archive with a mutated structure and a right checksum."""
     change = rng.choice((of_opcodes, of_opcodes, of_opcodes, flipped, cut, removed, doubled))
     return packed([(name, change(old, rng) if name.endswith("/data.pkl") else old) for name, old in entries_of(data)])
 
@@ -146,7 +146,7 @@ UNDER_RIGHT_CHECKSUMS: tuple[Callable[[bytes, random.Random], bytes], ...] = (of
 
 
 def fuzz(count: int, folder: Path, seed: int = 0, spare: int | None = None) -> Counter[str]:
-    """How many of `count` archives went which way. AssertionError for a wrong outcome, which names the archive."""
+    """Return the number of each outcome for `count` archives. AssertionError, which names the archive, for a wrong outcome."""
     path = folder / "a.jit"
     originals = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Continuous tokenizers give the published networks' numbers, have their layouts, and refuse what has no meaning for them."""
+"""Continuous tokenizers give the numbers of the published networks, have their layouts, and refuse calls for codes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PARAMETERS = {
     "CI8x8-360p": (202, 81_384_636, {"name": "CI", "spatial_compression": 8, "patch_size": 2}),
     "CI16x16-360p": (206, 84_334_524, {"name": "CI", "patch_size": 2}),
 }
-"""State tensors, parameters and settings of the published networks."""
+"""Numbers of state tensors and parameters, and settings, of the published networks."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tensors of these tests are so small that threads wait for each other longer than they compute."""
+    """Use one thread, because threads would wait longer than they compute on tensors of this size."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +45,7 @@ def models(golden) -> dict[str, VideoTokenizer]:
 
 
 def read_io(folder: Path) -> dict[str, torch.Tensor]:
-    """The golden tensors, with a frame axis where the published picture network has none."""
+    """Return the golden tensors, with a frame axis added to those of the published picture network."""
     found = {name: tensor.float() for name, tensor in load_file(folder / "io.safetensors").items()}
     found = {name: tensor.unsqueeze(2) if tensor.dim() == 4 else tensor for name, tensor in found.items()}
     return {"video": found.pop("image"), **found} if "image" in found else found

@@ -1,4 +1,4 @@
-"""The quantizer's rounding and numbering, against a slow twin that works on one vector at a time."""
+"""The quantizer's rounding and numbering equal a slow form that works on one vector at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
 
 
 def slow_code(vector: list[float], levels: list[int]) -> int:
-    """The index of one latent vector, channel by channel."""
+    """Return the index of one latent vector, channel by channel."""
     index, basis = 0, 1
     for z, level in zip(vector, levels, strict=True):
         half = (level - 1) * 1.001 / 2

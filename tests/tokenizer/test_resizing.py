@@ -1,4 +1,4 @@
-"""A tokenizer of twice the size: same codes, its means are what the smaller one draws, and it can be halved again."""
+"""A tokenizer of twice the size has the same codes, the smaller one's pixels as means, and can be halved again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A clip in chunks gives the codes and the frames of the whole clip, from memory that does not grow with it."""
+"""A clip in chunks gives the codes and frames of the whole clip, in memory that does not grow with its length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHERS = {
 
 
 def with_window(model: VideoTokenizer, window: int | None) -> VideoTokenizer:
-    """The same weights behind another attention_window."""
+    """Return a tokenizer of the same weights with another attention_window."""
     other = VideoTokenizer(dataclasses.replace(model.config, attention_window=window)).eval().requires_grad_(False)
     other.load_state_dict(model.state_dict())
     return other
@@ -58,14 +58,14 @@ def models() -> dict[tuple[str, int | None], VideoTokenizer]:
 
 
 def clip(frames: int, side: int = 16, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    """Noise that changes smoothly, so that neighbouring frames are alike and yet all differ: [B, 3, T, side, side]."""
+    """Return noise that changes smoothly: neighbouring frames are similar, but all differ; [B, 3, T, side, side]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(batch, 3, frames // 3 + 2, side // 4, side // 4, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(frames, side, side), mode="trilinear")
 
 
 def cut(data, total: int, dim: int, whole: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor in chunks, cut anywhere: sometimes twice in one place, which gives an empty chunk."""
+    """Split the tensor into chunks at random places; two cuts in one place give an empty chunk."""
     cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=6)))
     return list(whole.tensor_split(cuts, dim=dim))
 
@@ -141,7 +141,7 @@ def test_streams_of_one_model_are_independent(models):
 
 
 def cache_sizes(model: VideoTokenizer, latent: int) -> tuple[list[int], list[int]]:
-    """Bytes that an encoder and a decoder keep after each latent frame."""
+    """Return the bytes that an encoder and a decoder hold after each latent frame."""
     encoder, decoder, sizes = StreamEncoder(model), StreamDecoder(model), ([], [])
     step = model.temporal_compression
     for chunk in clip(1 + step * (latent - 1), 2 * model.spatial_compression).split([1] + [step] * (latent - 1), dim=2):

@@ -37,7 +37,7 @@ TYPED_BY_USERS = [
 
 
 def published_form(flag_special: bool = True) -> dict:
-    """A small byte-level BPE file laid out as the published one: specials, codes, reserved ids, text, visual codes."""
+    """A small byte-level BPE file with the layout of the published one: special tokens, codes, reserved ids, text, visual codes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIALS, "IMGIMGAZ", "IMGIMGABZ", "<eoss>", "<racm3:break>", "<reserved08999>", "<reserved09000>"]
     special = tokens[:4] + tokens[6:]
@@ -115,7 +115,7 @@ def test_special_strings_are_plain_text(text: str, flag_special: bool):
 
 
 def test_the_unguarded_file_does_emit_them():
-    """The guard is needed: the same file in the library alone turns typed marks into steering ids."""
+    """Without the guard, the library would turn marks that a user types into control ids."""
     form = published_form()
     plain = tokenizers.Tokenizer.from_str(form["json"])
     plain.no_truncation()

@@ -1,4 +1,4 @@
-"""TorchScript archives: the tensors of torch.jit.load, without its running the archive's source, and nothing else is read."""
+"""TorchScript archives: the tensors equal those of torch.jit.load, and no source code is run or read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read(tmp_path) -> Callable[[bytes], dict[str, torch.Tensor]]:
 
 
 def weight(*sizes: object, **options: object) -> bytes:
-    """An archive of a module with this one tensor."""
+    """Write an archive of a module with a single tensor."""
     return with_structure(structure(module(text("weight") + tensor(*sizes, **options))))
 
 
@@ -92,7 +92,7 @@ def test_all_types_and_views_are_those_of_torch(tmp_path, read, dtype):
 
 
 class Scripted(nn.Module):
-    """Attributes of all kinds that a structure holds beside the tensors of the state dict."""
+    """A module with attributes of all kinds beside the tensors of the state dict."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -215,7 +215,7 @@ def test_half_precision_folders_compute_in_float32_unless_asked(tmp_path):
 
 
 class Archive(nn.Module):
-    """A module whose state dict is the given tensors under their dotted names, ready to be scripted."""
+    """Return a module, ready to be scripted, whose state dict is the given tensors under their dotted names."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def write_archive(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def parts_of(model: VideoTokenizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Tensors as encoder.jit and decoder.jit carry them, with the constants of the published files."""
+    """Return tensors in the layout of encoder.jit and decoder.jit, with the constants of the published files."""
     tensors = model.state_dict()
     encoder = {k: v for k, v in tensors.items() if k.startswith(("encoder.", "quant_conv."))}
     decoder = {k: v for k, v in tensors.items() if k.startswith(("decoder.", "post_quant_conv."))}
@@ -344,7 +344,7 @@ def test_damaged_config(tmp_path):
 
 
 def test_loading_draws_no_weights(micro_folder, monkeypatch):
-    """Drawing takes longer than loading a small tokenizer, and every load would do it."""
+    """Loading does not draw random weights, which takes longer than loading a small tokenizer."""
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda *args, **named: pytest.fail("a weight was drawn"))
     VideoTokenizer.from_pretrained(micro_folder)
 

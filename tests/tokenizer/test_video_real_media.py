@@ -1,4 +1,4 @@
-"""The shipped tokenizer on material that it was not trained on: photographs, a film and worlds come back recognisable."""
+"""The shipped tokenizer reconstructs photographs, a film and synthetic scenes that it was not trained on."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def tokenizer() -> VideoTokenizer:
 
 @torch.inference_mode()
 def psnr(tokenizer: VideoTokenizer, video: Tensor) -> list[float]:
-    """PSNR in dB of every sample's way through the codes and back."""
+    """Return the PSNR of the reconstruction of every sample, in dB."""
     back = tokenizer.decode(tokenizer.encode(video)).clamp(-1, 1)
     return (-10 * torch.log10(((back - video) / 2).square().mean(dim=(1, 2, 3, 4)))).tolist()
 
 
 @torch.inference_mode()
 def likeness(tokenizer: VideoTokenizer, video: Tensor) -> float:
-    """Correlation of the pixels with what comes back, least over the samples: 1 is perfect, a flat picture gives 0."""
+    """Return the lowest correlation of pixels with their reconstruction: 1 is perfect, a flat picture gives 0."""
     back = tokenizer.decode(tokenizer.encode(video)).clamp(-1, 1)
     return min(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) for a, b in zip(video, back, strict=True))
 

@@ -10,7 +10,7 @@ from tokenizer.wavelet import patchify, unpatchify
 
 
 def slow_haar_level(x: Tensor) -> Tensor:
-    """One level on [C, T, H, W] by means and half differences of neighbours along time, height and width in turn."""
+    """Do one level on [C, T, H, W] by means and half differences of neighbours along time, height and width in turn."""
     bands = [x]
     for axis in (1, 2, 3):
         split = []

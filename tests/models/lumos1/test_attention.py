@@ -25,7 +25,7 @@ rows = st.tuples(
 
 
 def make_batch(samples):
-    """(text tokens or None, t, h, w, text tokens behind the video) of each sample -> ids [B, L]."""
+    """Return ids [B, L] of samples, each (text tokens or None, t, h, w, text tokens behind the video)."""
     sequences = []
     for text, t, h, w, tail in samples:
         ids = build_sequence(
@@ -41,7 +41,7 @@ def qkv(batch, length, heads=4, kv_heads=2, dim=8, seed=0):
 
 
 def test_dense_in_bfloat16_on_a_cpu_is_as_exact_as_its_scores():
-    """There it is written out, as that is faster than torch's kernel, whose scores are not rounded to bfloat16."""
+    """Attention is written out there, which is faster than torch's kernel, whose scores are not rounded to bfloat16."""
     ids = make_batch([(5, 2, 3, 3, 0), (None, 1, 2, 4, 0)])
     layouts = parse_layout(ids, CONFIG)
     mask = dense_mask(layouts, ids.shape[1])[:, None]
@@ -109,7 +109,7 @@ def two_samples():
 
 
 def test_a_batch_gives_what_each_sample_gives_alone(model, two_samples):
-    """The published release lets every sample see the union of all samples' frames."""
+    """Samples do not see frames of each other; in the published release they do."""
     with torch.no_grad():
         together = model(two_samples).logits
         for b, layout in enumerate(parse_layout(two_samples, CONFIG)):
@@ -118,7 +118,7 @@ def test_a_batch_gives_what_each_sample_gives_alone(model, two_samples):
 
 
 def test_a_code_is_seen_by_its_frame_and_later_tokens_only(model):
-    """A change of one code reaches its own frame and later tokens, never an earlier frame or the text."""
+    """A changed code changes its own frame and later tokens, never an earlier frame or the text."""
     ids = make_batch([(4, 3, 2, 2, 2)])
     (layout,) = parse_layout(ids, CONFIG)
     changed = ids.clone()
@@ -157,7 +157,7 @@ def test_model_takes_every_implementation():
 
 
 def test_no_attention_tensor_is_quadratic_in_the_length():
-    """Bytes that autograd keeps for a long clip grow in line with its length."""
+    """The bytes that autograd keeps grow linearly with the length of the clip."""
 
     def kept(frames):
         ids = make_batch([(3, frames, 3, 3, 0)])
@@ -174,7 +174,7 @@ def test_no_attention_tensor_is_quadratic_in_the_length():
 
 
 class Padded(TorchDispatchMode):
-    """The number of keys that each gradient of a slice is filled up to with zeros."""
+    """Records, for each gradient of a slice, the number of keys to which zeros fill it up."""
 
     def __init__(self):
         super().__init__()

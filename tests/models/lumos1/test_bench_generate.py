@@ -1,4 +1,4 @@
-"""The plain twin of the generation bench and what the bench counts. No times are judged."""
+"""The plain form of the generation bench, and the counts of the bench. No times are judged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_engine_and_baseline_have_the_same_logits(case):
 
 
 def test_a_difference_ends_the_bench(case, monkeypatch):
-    """An engine that puts frames one place too far is noticed, and not reported."""
+    """An engine whose frames are one place too far is noticed, and its time is not reported."""
     assert bench.check_logits(case, "small", "float32") < 1e-5
     right = DecodingEngine.frame_position_ids
     monkeypatch.setattr(DecodingEngine, "frame_position_ids", lambda self, *args: right(self, *args) + 1)
@@ -43,7 +43,7 @@ def test_a_difference_ends_the_bench(case, monkeypatch):
 
 
 def test_the_baseline_does_what_the_release_does(case, monkeypatch):
-    """Two forwards of batch one a step, the prompt only in the first; logits of all that is fed; each frame is committed."""
+    """The published form does two forward passes of batch one for each step, with logits of all inputs, and commits each frame."""
     fed, logits = [], []
     forward, head = case.model.model.forward, case.model.lm_head.forward
     monkeypatch.setattr(case.model.model, "forward", lambda ids, *a: fed.append(tuple(ids.shape)) or forward(ids, *a))
@@ -95,7 +95,7 @@ TRADED = {"guidance_interval": (0.0, 0.4), "later_steps": 2, "history_frames": 1
     {}, TRADED, {"guidance_interval": (0.5, 1.0)}, {"step_reuse": 2}, {"step_reuse": 3, "guidance_interval": (0.5, 1.0)},
 ])  # fmt: skip
 def test_the_engine_spends_these_flops_and_no_more(case, options):
-    """Counted by torch while it runs: the products of layers and head, and attention, where a prompt's is not counted here."""
+    """Compares with torch's count: products of layers and head, and attention, without the attention of the prompt."""
     case = bench.with_options(replace(case, frames=4), options)
     with FlopCounterMode(display=False) as counter:
         generate(case)
@@ -112,7 +112,7 @@ def test_the_engine_spends_these_flops_and_no_more(case, options):
 
 
 def steps_taken(step):
-    """How many decoding steps one call of `step` takes."""
+    """Return the number of decoding steps in one call of `step`."""
     steps, hidden = [], DecodingEngine.hidden
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodingEngine, "hidden", lambda *args: steps.append(1) or hidden(*args))
@@ -122,7 +122,7 @@ def steps_taken(step):
 
 @pytest.mark.slow
 def test_options_are_timed_beside_the_baseline(case, monkeypatch):
-    """Their own bound and cache; none where a threshold decides how many steps there are."""
+    """Faster forms have a roofline and cache of their own; with a threshold, which decides the number of steps, they have none."""
     monkeypatch.setattr(bench, "run_isolated", lambda *args, **named: 2**20)
     monkeypatch.setattr(bench, "product_gflops", lambda *args: 50.0)
     measure = Bench("cpu", "float32", 1, 1, {"float32": 50.0})
@@ -165,7 +165,7 @@ def test_int8_without_torchao_names_the_extra(case, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_parts_give_the_same_logits(case):
-    """By the backend that compiles nothing, as a compiler takes long: what is traced is what runs."""
+    """Uses a backend of torch.compile that only traces, because a compiler takes long."""
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]

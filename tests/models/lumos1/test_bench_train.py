@@ -1,4 +1,4 @@
-"""The forms of the training bench: which of them recompute what, and that all give the same loss and gradients."""
+"""The forms of the training bench recompute different parts, and all give the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
     ],
 )
 def test_a_form_recomputes_what_it_says(form, layers, kernels, monkeypatch):
-    """Calls of layers and of attention kernels in a whole step."""
+    """Count the calls of layers and of attention kernels in a whole step."""
     ran, forward = [], DecoderLayer.forward
     monkeypatch.setattr(DecoderLayer, "forward", lambda self, *args: ran.append(1) or forward(self, *args))
     step = bench.prepare(form, "cpu", "float32", **SIZES)

@@ -1,4 +1,4 @@
-"""Released folders as they are, and folders that are not whole."""
+"""Conversion of complete and of incomplete released folders."""
 
 from __future__ import annotations
 

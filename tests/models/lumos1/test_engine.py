@@ -47,7 +47,7 @@ rows = st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=4)
 @given(rows, st.integers(1, 3), st.integers(0, 2), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_cached_logits_equal_those_of_the_whole_sequence(texts, frames, given_frames, seed):
-    """Every denoise call, against one plain forward over prefix, committed frames and the current one."""
+    """Compares every denoising call with one forward pass over the prefix, the committed frames and the current frame."""
     g = torch.Generator().manual_seed(seed)
     given_codes = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
     sequences = [prefix(None if n is None else [600 + i for i in range(n)], given_codes) for n in texts]
@@ -90,7 +90,7 @@ def test_a_clip_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"history_frames": 1}, {"guidance_interval": (0.0, 0.5)}])
 def test_rows_too_large_together_go_one_by_one(monkeypatch, rows, options):
-    """A forward takes as many rows as its states may take bytes, one at least; the codes are the same."""
+    """The allowed bytes of hidden states limit the rows of a forward pass, to one at least; the codes stay the same."""
     sizes, forward = [], MODEL.model.forward
     args = [prefix([600, 601]), prefix([602]), prefix([603, 604, 605])], [prefix(None)] * 3, [5, 6, 7]
     together = run(*args, new_frames=5, **options)
@@ -102,7 +102,7 @@ def test_rows_too_large_together_go_one_by_one(monkeypatch, rows, options):
 
 
 def test_rows_of_an_offloaded_decoder_run_in_one_batch(monkeypatch):
-    """Each forward fetches every layer again."""
+    """With offloaded layers, each forward pass loads every layer again."""
     rows, forward = [], MODEL.model.forward
     monkeypatch.setattr("lumos.models.lumos1.engine.STATES_BYTES", 1)
     monkeypatch.setattr("lumos.models.lumos1.engine.is_spread", lambda model: True)
@@ -164,7 +164,7 @@ def test_history_enters_the_cache_with_its_periodic_mask(monkeypatch, mask_given
 
 @pytest.mark.parametrize("given", [None, torch.zeros(1, *GRID, dtype=torch.long)])
 def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
-    """The same codes for every seed, and the same logits, as when a finished frame is appended by a forward of its own."""
+    """Codes and logits equal those of an engine that appends a finished frame by a separate forward pass."""
     conditional, unconditional = [prefix([600, 601], given), prefix([602], given)], [prefix(None, given)] * 2
     fused = [run(conditional, unconditional, seeds=[s, s + 1]) for s in range(4)]
     hidden, largest = DecodingEngine.hidden, []
@@ -188,7 +188,7 @@ def test_a_commit_inside_a_step_is_a_commit_before_it(monkeypatch, given):
 
 
 def test_equal_prefixes_are_computed_once_and_the_last_is_kept(monkeypatch):
-    """A cached prefix gives the same codes; it is computed again for other ids and for changed weights."""
+    """A cached prefix gives the same codes, and is computed again for other ids or changed weights."""
     fed, forward, prefix_cache = [], MODEL.model.forward, PrefixCache()
     monkeypatch.setattr(MODEL.model, "forward", lambda ids, *a: fed.append(ids) or forward(ids, *a))
 
@@ -241,7 +241,7 @@ def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):
 
 
 def test_uniform_numbers_come_step_by_step():
-    """A frame's numbers in one draw are those of a draw for each step: 2 x 6 of every generator, in order."""
+    """One draw of random numbers for a whole frame equals one draw for each step: 2 x 6 numbers of every generator."""
     at_once = draw_uniform([torch.Generator().manual_seed(s) for s in (3, 4)], steps=5, total=6)
     for sample, seed in enumerate((3, 4)):
         generator = torch.Generator().manual_seed(seed)
@@ -250,7 +250,7 @@ def test_uniform_numbers_come_step_by_step():
 
 
 def test_temperature_is_annealed_within_each_frame_and_reset(monkeypatch):
-    """T0 (1 - (step + 1) / steps) in every frame; the release lets it collapse to 0 after the first."""
+    """The temperature is T0 (1 - (step + 1) / steps) in every frame; in the release it is 0 after the first frame."""
     import lumos.models.lumos1.sampling as sampling
 
     used = []
@@ -282,7 +282,7 @@ def test_rows_with_unequal_given_frames_are_refused():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what a host can only do with values, for which it would wait for a device: scalars, sizes that depend on values."""
+    """Refuses operations for which the host would wait for the device: scalars, and sizes that depend on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
@@ -294,7 +294,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_no_step_waits_for_the_device():
-    """After the first step, which reads the grid off the ids, only the check of each frame reads a value on the host."""
+    """The first step reads the grid from the ids. After it, only the check of each frame reads a value on the host."""
     texts = ([prefix([600, 601]), prefix([602])], [prefix(None)] * 2)
 
     def make(**options):

@@ -58,7 +58,7 @@ sizes = {
 @over(seed=st.integers(0, 99), **sizes)
 @settings(max_examples=30, deadline=None)
 def test_the_last_picture_has_its_own_time(seed, t, h, w, text):
-    """Against the rule written out: the first frame, the number of the last latent frame, its picture, the others."""
+    """Compares with the written rule: the first frame, the number of the last latent frame, its picture, the other frames."""
     ids, codes, last = sequence(seed, t, h, w, text)
     spans = build_frames(torch.cat([codes, last[None]]), CONFIG)
     head = build_prefix(None if text is None else [600 + i for i in range(text)], fps=8, duration=2, config=CONFIG)
@@ -86,7 +86,7 @@ def test_the_last_picture_has_its_own_time(seed, t, h, w, text):
 
 
 def test_layouts_of_one_shape_at_other_times_are_different():
-    """Rows with equal layouts share positions, so the times must tell them apart."""
+    """Rows with equal layouts share positions, so layouts with different times must not be equal."""
     plain, ends = sequence(0, 3, 2, 3, with_last=False)[0], sequence(0, 2, 2, 3)[0]
     of_plain, of_ends = parse_layout(plain[None], CONFIG)[0], parse_layout(ends[None], CONFIG)[0]
     assert of_plain.times == (0, 1, 2) != of_ends.times
@@ -124,7 +124,7 @@ def test_grammar_of_the_last_picture(number: int):
 )
 @settings(max_examples=60, deadline=None)
 def test_given_frames_are_whole_or_masked_without_loss(seed, kind, pattern, hide, t, h, w, text):
-    """Against a plain loop over the tokens; the other frames have the masks of a clip without given frames."""
+    """Compares with a plain loop over the tokens; other frames have the masks of a clip without given frames."""
     given = Given(pattern, hide)
     if BEGINS[pattern] >= t:
         return
@@ -178,7 +178,7 @@ def test_steps_back_lead_to_the_frame_before_in_time():
 @over(st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=3), st.integers(2, 4), st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_cached_logits_equal_those_of_the_whole_sequence(texts, t, seed):
-    """Frames between first and last, each step through the cache against one plain forward over the whole sequence."""
+    """Each cached step of frames between the first and the last equals one plain forward pass over the whole sequence."""
     g = seeded(seed)
     first, last = torch.randint(0, 64, (1, 2, 3), generator=g), torch.randint(0, 64, (2, 3), generator=g)
     given = [build_frames(first, CONFIG)[0], build_last(last, t - 1, CONFIG)]
@@ -219,7 +219,7 @@ def test_configs_know_their_patterns():
 
 
 def test_costs_count_the_last_picture_and_what_is_given():
-    """Against layouts of real sequences; expected FLOPs and losses are means over the patterns."""
+    """Compares with layouts of real sequences; expected FLOPs and losses are means over the patterns."""
     shares = {"none": 1, "first": 1, "prediction": 1, "ends": 1}
     cost, plain = (LumosTrainingCost.of(CONFIG, text_tokens=3, **more) for more in ({"patterns": shares}, {}))
     with_last, without = (parse_layout(sequence(0, 4, 2, 3, with_last=last)[0][None], CONFIG)[0] for last in (True, False))

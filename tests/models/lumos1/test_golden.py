@@ -1,4 +1,4 @@
-"""Every item that tests/golden/README.md lists for the decoder; sizes are read from the files, so another folder will do."""
+"""Every item that tests/golden/README.md lists for the decoder; sizes are read from the files, so another folder can be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips between a first and a last frame: requests, calls, command lines, and models that were not trained so."""
+"""Clips between a first and a last frame: requests, calls, command lines, and models without this training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lumos.video.io import read_video
 
 @pytest.fixture(scope="module")
 def ends_folder(micro_folder, tmp_path_factory) -> Path:
-    """The micro model as if it was trained on first and last frames; its codes and its distributions differ between pictures."""
+    """The micro model, marked as trained on first and last frames; its codes and distributions differ between pictures."""
     pipe, folder = LumosPipeline.from_pretrained(micro_folder, device="cpu"), tmp_path_factory.mktemp("ends") / "model"
     pipe.model.config.patterns = ["none", "ends"]
     with torch.no_grad():
@@ -44,7 +44,7 @@ ENDS = {"image": picture(1), "last_image": picture(2)}
 
 
 def prefilled(pipe, monkeypatch, **options) -> list[list[torch.Tensor]]:
-    """The rows of each prefill of a call."""
+    """Return the rows of each prefill of a call."""
     seen, prefill = [], DecodingEngine.prefill
     with monkeypatch.context() as patch:
         patch.setattr(DecodingEngine, "prefill", lambda self, rows, *rest: seen.append(rows) or prefill(self, rows, *rest))
@@ -69,7 +69,7 @@ def test_the_prefix_is_text_first_and_last(pipe, monkeypatch):
 
 
 def test_masked_given_frames_are_both_masked(pipe, monkeypatch):
-    """A given picture has 6 codes: those of both are masked where a branch has no given frames."""
+    """A given picture has 6 codes. A branch without given frames has the codes of both pictures masked."""
     mask = pipe.model.config.mask_token_id
 
     def masked(**options) -> list[int]:

@@ -1,4 +1,4 @@
-"""What `plan` takes a layer to keep for its backward pass, against what torch saves."""
+"""The bytes that `plan` expects a layer to keep for its backward pass equal those that torch saves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEPT = {  # name -> settings of a case, dtype of the weights; where the case say
 
 
 def kept_by_layer(model: LumosForVideoGeneration, number: int, forward: Callable[[], object]) -> int:
-    """Bytes that one layer keeps for its backward pass in `forward`, without weights, copies of them, and rotary tables."""
+    """Return the bytes that one layer keeps for its backward pass, without weights, copies of them, and rotary tables."""
     layer, kept, others = model.model.layers[number], {}, set()
     weights = {tuple(sorted(p.shape)) for p in layer.parameters() if p.dim() == 2}
     inside = False

@@ -34,7 +34,7 @@ def test_chunked_equals_plain_with_gradients(n, chunk, seed, weighted):
 
 
 def test_no_tensor_of_all_positions_by_all_codes_is_made(monkeypatch):
-    """The widest logits that the loss ever computes have `chunk` rows."""
+    """The loss never computes logits of more than `chunk` rows."""
     rows = []
     log_softmax = torch.log_softmax
     monkeypatch.setattr(torch, "log_softmax", lambda x, dim, out=None: rows.append(len(x)) or log_softmax(x, dim, out=out))
@@ -51,7 +51,7 @@ def test_no_tensor_of_all_positions_by_all_codes_is_made(monkeypatch):
 
 
 def test_only_required_gradients_are_allocated(monkeypatch):
-    """None without gradients, and none of a frozen head, whose size is that of the vocabulary."""
+    """The loss allocates no gradient of the head, which has the size of the vocabulary, if none is needed."""
     hidden, weight, targets = torch.randn(10, 8, requires_grad=True), torch.randn(64, 8), torch.randint(0, 64, (10,))
     made = []
     zeros_like = torch.zeros_like

@@ -38,7 +38,7 @@ def sequences(pipe):
 
 
 def test_scores_equal_those_of_whole_logits(pipe, sequences, monkeypatch):
-    """The plain twin: full logits, a loop over positions, frames counted by hand."""
+    """Compares with a plain form: full logits, a loop over positions, frames counted one by one."""
     monkeypatch.setattr(masked_loss, "CHUNK", 7)
     config, model = pipe.model.config, pipe.model
     masked = mask_sequence(sequences[0], config, fixed_ratio=0.6, generator=torch.Generator().manual_seed(0))

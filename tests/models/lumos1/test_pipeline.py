@@ -220,7 +220,7 @@ def test_options_without_effect_are_said(pipe):
 
 
 def branches_of(pipe, monkeypatch, **options) -> list[tuple[int, int]]:
-    """(rows, masked codes before the first new frame) of each prefill."""
+    """Return (rows, masked codes before the first new frame) of each prefill."""
     from lumos.models.lumos1.engine import DecodingEngine
 
     seen, prefill, mask = [], DecodingEngine.prefill, pipe.model.config.mask_token_id
@@ -287,7 +287,7 @@ def test_a_missing_tokenizer_says_which_option_names_one(pipe, tmp_path):
 
 
 def test_a_bounded_history_makes_clips_of_any_length(micro_folder):
-    """A model made for 60 tokens makes ten times its default length; it is told of that length, and says where it extrapolates."""
+    """A model made for 60 tokens makes clips of ten times its default length; a note says where it extrapolates."""
     pipe = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     pipe.model.config.max_position_embeddings = 60
     with pytest.raises(UserError, match=r"this model was made for at most 60; .* or bound what a frame sees with history_frames"):
@@ -336,7 +336,7 @@ def test_a_later_prompt_needs_words(micro_folder):
 
 
 def test_prompts_over_time(pipe):
-    """A later prompt is the prompt of a clip that continues what came before; lists give each clip its own."""
+    """A later prompt acts as the prompt of a clip that continues the earlier frames; lists have one for each clip."""
     first = pipe("a red circle moves left", num_frames=17, seed=1)
     clip = pipe("a red circle moves left", later_prompts=[(9, "the digit 7 moves up")], num_frames=17, seed=1, guidance_scale=9.0)
     plain = pipe("a red circle moves left", num_frames=17, seed=1, guidance_scale=9.0)

@@ -1,4 +1,4 @@
-"""The call as a user of diffusers types it: names, outputs, generators, callbacks, moves."""
+"""The call with the conventions of diffusers: names, outputs, generators, callbacks, moves."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def pipe(micro_folder):
 
 @pytest.fixture(scope="module")
 def clip(pipe):
-    """uint8, what every other output type shows."""
+    """The uint8 frames, to which all other output types must be equal."""
     return pipe("x", seed=1, output_type="uint8").frames[0]
 
 
 def frames_that_export_to_video_writes(video_frames):
-    """What diffusers.utils.export_to_video (0.42.1) hands to its writer, by the type of the first frame."""
+    """Return the frames that diffusers.utils.export_to_video (0.42.1) passes to its writer, by the type of the first frame."""
     if isinstance(video_frames[0], np.ndarray):
         return [(frame * 255).astype(np.uint8) for frame in video_frames]
     if isinstance(video_frames[0], Image.Image):
@@ -105,7 +105,7 @@ def test_a_result_can_be_given_as_input(pipe, clip, tmp_path):
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil", "uint8"])
 def test_every_output_type_goes_back_in(pipe, clip, tmp_path, output_type):
-    """As video, alone and in a list; as image; and into a file."""
+    """Outputs of one call are inputs of the next: as video, alone and in a list, as image, and in a file."""
     frames = pipe("x", seed=1, output_type=output_type).frames[0]
     wanted = pipe("x", video=clip, num_frames=9, seed=2).codes
     assert torch.equal(pipe("x", video=frames, num_frames=9, seed=2).codes, wanted)

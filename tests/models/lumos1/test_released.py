@@ -1,4 +1,4 @@
-"""From the release's files (random weights, published ids and layout) to one folder, and from there to an mp4."""
+"""Files in the layout of the release (random weights, published ids) are converted to one folder, which makes an mp4."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def release(tmp_path_factory):
 
 @pytest.fixture
 def copy(release, tmp_path):
-    """The release, to be damaged."""
+    """A copy of the release that a test may damage."""
     return shutil.copytree(release, tmp_path / "release")
 
 

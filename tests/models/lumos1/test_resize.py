@@ -1,4 +1,4 @@
-"""A resized model: the same codes from the same words, drawn at another size; and back, bit by bit."""
+"""A resized model gives the same codes for the same words, decoded at another size; resizing back is exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT = "a red circle moves left on a gray background"
 
 @pytest.fixture
 def small(tmp_path, micro_folder) -> Path:
-    """A model for 24 x 16, of a tokenizer that can be doubled."""
+    """A model for clips of 24 x 16 pixels whose tokenizer can be doubled."""
     torch.manual_seed(0)
     tokenizer = VideoTokenizer(
         VideoTokenizerConfig(
@@ -43,7 +43,7 @@ def small(tmp_path, micro_folder) -> Path:
 
 @pytest.fixture
 def wide(small, tmp_path) -> Path:
-    """A tokenizer for twice the size that has learned something."""
+    """A tokenizer for twice the size that differs a little from the doubled one."""
     tokenizer = double(VideoTokenizer.from_pretrained(small))
     bias = tokenizer.decoder.conv_out.conv3d.bias
     bias.add_(0.005 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)))
@@ -52,7 +52,7 @@ def wide(small, tmp_path) -> Path:
 
 
 def frames(folder: Path) -> np.ndarray:
-    """[5, H, W, 3] in about 0..1, of one seed."""
+    """Return the frames of a clip with a fixed seed, [5, H, W, 3] in about 0..1."""
     return LumosPipeline.from_pretrained(folder, device="cpu")(PROMPT, seed=3, output_type="np").frames[0]
 
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_resized_leaves_nothing(small, wide, tmp_path, capsys):
 
 
 def test_resizing_keeps_number_formats(small, wide, tmp_path):
-    """The decoder keeps its own, the tokenizer its own."""
+    """The decoder and the tokenizer keep their own dtypes."""
     VideoTokenizer.from_pretrained(wide).bfloat16().save_pretrained(wide)
     assert main(["resize", str(small), "--video-tokenizer", str(wide), "--out", str(tmp_path / "large")]) == 0
     assert stored_dtype(tmp_path / "large") == torch.bfloat16

@@ -66,7 +66,7 @@ def test_text_keeps_its_one_dimensional_rope(scheme):
 
 @given(st.sampled_from(POSITION_SCHEMES), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
 def test_tables_equal_a_loop_over_tokens(scheme, t, h, w, text):
-    """The rule written the slow way, token by token and frequency by frequency."""
+    """The slow rule, token by token and frequency by frequency."""
     config = micro_config(position_scheme=scheme)
     ids = build_sequence([600] * text, torch.zeros(t, h, w, dtype=torch.long), fps=8, duration=1, config=config)
     layouts = parse_layout(ids[None], config)

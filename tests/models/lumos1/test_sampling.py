@@ -52,7 +52,7 @@ def test_top_p_keeps_the_smallest_likely_set(p, seed):
 @given(st.integers(1, 70), st.integers(0, 1000), st.sampled_from([0.1, 1.0, 20.0]))
 @settings(deadline=None)
 def test_the_code_is_where_the_distribution_reaches_the_number(codes, seed, spread):
-    """Against the running sum of all probabilities in float64; prime counts have one block."""
+    """Compares with the running sum of all probabilities in float64; prime counts have one block."""
     g = torch.Generator().manual_seed(seed)
     logits, uniform = spread * torch.randn(2, 5, codes, generator=g), torch.rand(2, 5, generator=g)
     found, log_prob = sample_codes(logits, uniform)

@@ -1,4 +1,4 @@
-"""Frames as they are made: the same ones, in time, and no work after the reader has gone."""
+"""A stream gives the frames of a call as soon as they are made, and stops working when its reader stops."""
 
 from __future__ import annotations
 

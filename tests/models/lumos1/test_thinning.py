@@ -13,7 +13,7 @@ from lumos.models.lumos1.history_thinning import leaving, thins
 
 
 def histories(history, frames):
-    """Numbers of the frames behind the first that each frame from 0 on sees."""
+    """Return, for each frame from 0 on, the numbers of the frames that it sees, without frame 0."""
     kept = []
     for new in range(frames):
         yield list(kept)
@@ -23,7 +23,7 @@ def histories(history, frames):
 
 
 def distances(numbers):
-    """From the newest back to frame 0."""
+    """Return the distances between frames, from the newest back to frame 0."""
     numbers = [*reversed(numbers), 0]
     return [later - earlier for later, earlier in pairwise(numbers)]
 
@@ -43,7 +43,7 @@ sets = st.lists(st.integers(1, 9), min_size=2, max_size=12).map(lambda gaps: lis
 
 @given(sets)
 def test_the_dropped_frame_never_makes_gaps_shrink_with_age(numbers):
-    """Also sets that no clip comes to; against every frame tried in turn."""
+    """Compares with a search over all frames, also for sets of frames that no clip has."""
     *kept, new = numbers
 
     def without(frame):

@@ -1,4 +1,4 @@
-"""The golden traces through every way to run the decoder that keeps the result: the logits of each call are the published ones."""
+"""Every way to run the decoder that keeps the result gives the published logits of the golden traces, call by call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BRANCHES = ("cond", "uncond")
 
 
 class Trace:
-    """What the published system was fed and gave, call by call (tests/golden/README.md); both branches together."""
+    """Inputs and outputs of the published system, call by call (tests/golden/README.md), for both branches together."""
 
     def __init__(self, golden: Path, name: str):
         self.settings = json.loads((golden / f"{name}.json").read_text())
@@ -69,7 +69,7 @@ def steps(
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Feed a trace to an engine: (call, ids [2, n], ids of the finished frame to commit with it) of each step.
 
-    fused: the step after a frame commits it. again: all that is behind is read anew, as where a later prompt begins.
+    fused: the step after a frame commits it. again: the whole prefix is computed again, as at a later prompt.
     """
     capacity = max(map(len, trace.prefixes)) + trace.span * trace.commits
     engine.prefill(trace.prefixes, capacity, **prefill)
@@ -99,7 +99,7 @@ def check(trace: Trace, model: LumosForVideoGeneration, **how) -> None:
 
 @pytest.mark.parametrize("how", [{"fused": False}, {"fused": True}, {"again": True}, {"history": 4}], ids=str)
 def test_logits_agree_for_every_way_of_filling_the_cache(model, trace, how):
-    """By a forward of their own, by that of the next step, read again as behind a later prompt, in a history that holds all."""
+    """Frames are committed by a separate forward pass, by the next step, by a new prefix, or into a history with all frames."""
     check(trace, model, **how)
 
 
@@ -130,7 +130,7 @@ def test_in_a_batch_with_a_clip_of_another_prompt(model, trace):
 
 
 def test_steps_of_one_branch_leave_the_other_as_it_is(model, trace):
-    """Every second step without the unconditional row, as outside of a guidance interval."""
+    """Every second step has no unconditional row, as outside of a guidance interval."""
     engine = DecodingEngine(model)
     for number, (call, ids, finished) in enumerate(steps(trace, engine, fused=False)):
         rows = 1 + number % 2
@@ -138,7 +138,7 @@ def test_steps_of_one_branch_leave_the_other_as_it_is(model, trace):
 
 
 def test_guided_states_are_the_guided_logits(model, trace):
-    """What a step computes: the head once, of the guided states, where codes are still masked."""
+    """A step computes the head once, on the guided states of the codes that are still masked."""
     engine, scale, offsets = DecodingEngine(model), trace.settings["guidance_scale"], code_offsets(Frame(0, *trace.grid))
     for call, ids, finished in steps(trace, engine):
         masked = (ids[0, offsets] == model.config.mask_token_id).nonzero()[:, 0]
@@ -151,7 +151,7 @@ def test_guided_states_are_the_guided_logits(model, trace):
 
 @pytest.mark.slow
 def test_compiled_parts(model, trace):
-    """By the backend that compiles nothing: what is traced is what runs."""
+    """Uses a backend of torch.compile that only traces."""
     compiled = copy.deepcopy(model)
     compile_parts(compiled, COMPILED, backend="eager")
     check(trace, compiled)
@@ -159,7 +159,7 @@ def test_compiled_parts(model, trace):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_fewer_bits_stay_close(model, trace, precision):
-    """These do not keep the result: they are held to a tenth of the logits' range, all steps through one cache."""
+    """These ways change the result: logits may differ by a tenth of their range, with all steps through one cache."""
     changed = copy.deepcopy(model)
     if precision == "int8":
         pytest.importorskip("torchao")

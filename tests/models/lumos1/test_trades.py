@@ -1,4 +1,4 @@
-"""The settings that trade quality for time or memory, each against a plain twin: one sample, no cache, whole sequences."""
+"""Settings that trade quality for time or memory, compared with a plain form: one sample, no cache, whole sequences."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def run(conditional, unconditional, seeds, new_frames, options, on_step=lambda *
 
 
 def plain_mask(layout, history, thinning=False):
-    """bool [L, L]: the frame-causal rule; a frame's tokens see of the frames only the first, `history` before them, and theirs.
+    """Return the mask, bool [L, L]: tokens of a frame see the text, the first frame, `history` frames before theirs, and theirs.
 
-    thinning: not those right before them, but those that stay by the rule of `leaving`.
+    thinning: the frames that stay by the rule of `leaving`, instead of those right before them.
     """
     allowed, stay = dense_mask([layout], layout.length)[0], set()
     for i, later in enumerate(layout.frames):
@@ -63,7 +63,7 @@ def plain_mask(layout, history, thinning=False):
 
 
 class Remembered:
-    """The keys and values of a frame's tokens in every layer, each as it was when the token last ran."""
+    """The keys and values of a frame's tokens in every layer, from the last step in which each token was computed."""
 
     def __init__(self):
         self.of_layer = {}
@@ -81,9 +81,9 @@ class Remembered:
 
 @torch.no_grad()
 def plain_logits(sequence, history, thinning=False, remembered=None, runs=None):
-    """Visual logits [6, K] of the codes of the last frame, by one forward over the whole sequence.
+    """Return visual logits [6, K] of the codes of the last frame, by one forward pass over the whole sequence.
 
-    runs: bool [SPAN], the tokens of the frame that run; what others give to attention is what is `remembered` of them.
+    runs: bool [SPAN], the tokens of the frame that are computed; others have the keys and values in `remembered`.
     """
     (layout,) = parse_layout(sequence[None], CONFIG)
     mask = plain_mask(layout, history, thinning)[None, None]
@@ -100,7 +100,7 @@ def plain_logits(sequence, history, thinning=False, remembered=None, runs=None):
 
 @torch.no_grad()
 def plain_keys_and_values(sequence, history, thinning):
-    """Those of the whole sequence, [layers, Hkv, L, D] both."""
+    """Return the keys and values of the whole sequence, [layers, Hkv, L, D] each."""
     (layout,) = parse_layout(sequence[None], CONFIG)
     mask, found = plain_mask(layout, history, thinning)[None, None], []
     rotary = MODEL.rotary(position_ids([layout], layout.length, CONFIG), content_mask([layout], layout.length))
@@ -181,7 +181,7 @@ trades = st.builds(dict.__or__, histories, st.fixed_dictionaries({
 @given(trades, st.integers(0, 4), st.none() | st.sampled_from([0.0, 0.5, 3.0]), st.integers(0, 99))
 @settings(max_examples=16, deadline=None)
 def test_combined_options_equal_the_slow_form(options, given_frames, image_scale, seed):
-    """Two clips in a batch, each against the twin that makes it alone; given frames may be more than the history holds."""
+    """Each of two clips in a batch equals the plain form of it alone; there may be more given frames than the history holds."""
     options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, image_guidance_scale=image_scale, **options)
     g = torch.Generator().manual_seed(seed)
     begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
@@ -202,7 +202,7 @@ def test_combined_options_equal_the_slow_form(options, given_frames, image_scale
 @given(trades, st.integers(0, 3), st.integers(0, 99))
 @settings(max_examples=8, deadline=None)
 def test_prompts_over_time_equal_the_slow_form(options, given_frames, seed):
-    """From frame 1 on other prompts, longer and shorter, from frame 3 on others again; each reads all frames before as its own."""
+    """Prompts change at frame 1 and at frame 3, with other lengths; each prompt reads all earlier frames again."""
     options = GenerationSettings(num_inference_steps=4, guidance_scale=2.0, **options)
     g = torch.Generator().manual_seed(seed)
     begin = torch.randint(0, 64, (given_frames, *GRID), generator=g) if given_frames else None
@@ -251,7 +251,7 @@ def test_logits_are_those_of_the_whole_sequence_under_the_mask(history, thinning
 
 
 def test_the_mask_of_the_slow_form_hides_old_frames():
-    """Guards the twin: with one frame of history, frame 3 sees text, frame 0, frame 2 and itself."""
+    """Checks the plain form: with one frame of history, frame 3 sees text, frame 0, frame 2 and itself."""
     sequence = torch.cat([prefix([600]), build_frames(torch.zeros(4, *GRID, dtype=torch.long), CONFIG).flatten()])
     (layout,) = parse_layout(sequence[None], CONFIG)
     seen = plain_mask(layout, 1)[layout.frames[3].start]
@@ -262,7 +262,7 @@ def test_the_mask_of_the_slow_form_hides_old_frames():
 
 
 def test_the_mask_of_the_slow_form_thins_the_history():
-    """Guards the twin: with two frames of history, thinned, frame 5 sees text, frames 0, 2 and 4, and itself."""
+    """Checks the plain form: with two frames of history, thinned, frame 5 sees text, frames 0, 2 and 4, and itself."""
     sequence = torch.cat([prefix([600]), build_frames(torch.zeros(6, *GRID, dtype=torch.long), CONFIG).flatten()])
     (layout,) = parse_layout(sequence[None], CONFIG)
     seen = plain_mask(layout, 2, thinning=True)[layout.frames[5].start]
@@ -273,7 +273,7 @@ def test_the_mask_of_the_slow_form_thins_the_history():
 @given(st.integers(1, 5), st.booleans(), st.integers(2, 14), st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
 def test_the_cache_holds_the_keys_and_values_of_the_kept_frames(history, thinning, frames, seed):
-    """In both of two rows with texts of different lengths: those that one cache of all frames holds, if all see what they saw."""
+    """In two rows with texts of different lengths, keys and values equal those of a cache of all frames."""
     g = torch.Generator().manual_seed(seed)
     spans = build_frames(torch.randint(0, 64, (2 * frames, *GRID), generator=g), CONFIG).view(2, frames, SPAN)
     engine, texts = DecodingEngine(MODEL), [prefix([600, 601]), prefix([602])]
@@ -297,7 +297,7 @@ def test_the_cache_holds_the_keys_and_values_of_the_kept_frames(history, thinnin
 
 @pytest.mark.parametrize("thinning", [False, True])
 def test_memory_stays_flat_over_ten_times_the_training_length(monkeypatch, thinning):
-    """A model made for 5 latent frames makes 50: one cache, allocated once, and no attention to more than it holds."""
+    """A model made for 5 latent frames makes 50 with one cache, which is allocated once."""
     config = micro_config(max_position_embeddings=len(prefix([600])) + 5 * SPAN)
     torch.manual_seed(0)
     model = LumosForVideoGeneration(config).eval()
@@ -353,7 +353,7 @@ def test_steps_between_run_the_codes_that_were_masked(monkeypatch):
 
 @pytest.mark.parametrize(("history", "thinning"), [(None, False), (1, False), (2, True)])
 def test_logits_of_steps_between_are_those_of_the_slow_form(history, thinning):
-    """Two rows with texts of different lengths, the second with fewer codes to run: padding leaves it what it is alone."""
+    """Of two rows with different texts, the second has fewer codes to compute; padding does not change its result."""
     g, texts = torch.Generator().manual_seed(1), [prefix([600, 601]), prefix([602])]
     frames = torch.randint(0, 64, (2, 5, 6), generator=g)
     engine = DecodingEngine(MODEL)
@@ -383,7 +383,7 @@ def test_logits_of_steps_between_are_those_of_the_slow_form(history, thinning):
 
 
 def test_codes_that_a_callback_changes_are_run_again():
-    """If every step changes decided codes, every step runs all tokens, as without reuse."""
+    """If every step changes decided codes, every step computes all tokens, as without reuse."""
     def shift(frame, step, ids):
         ids[(ids >= CONFIG.visual_token_start) & (ids < CONFIG.vocab_size - 1)] += 1
 

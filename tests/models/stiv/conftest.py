@@ -26,13 +26,13 @@ def small_tensors(one_thread):
 
 @pytest.fixture(scope="session")
 def micro_stiv_config() -> Callable[..., StivConfig]:
-    """Makes a config of three blocks of one head."""
+    """A function that makes a config of three blocks of one head."""
     return lambda **more: StivConfig(**{**SMALLEST, **more})
 
 
 @pytest.fixture(scope="session")
 def micro_stiv(micro_stiv_config) -> Callable[..., StivForVideoGeneration]:
-    """Makes a model in which no weight is 0, so that every part has an effect."""
+    """A function that makes a model in which no weight is 0, so that every part has an effect."""
 
     def make(seed: int = 0, **more) -> StivForVideoGeneration:
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def micro_stiv(micro_stiv_config) -> Callable[..., StivForVideoGeneration]:
 
 @pytest.fixture
 def stiv_text() -> Callable[..., TextStates]:
-    """Makes encoded prompts of 5 tokens, of which the last rows have fewer."""
+    """A function that makes encoded prompts of 5 tokens, fewer in the last rows."""
 
     def make(batch: int, width: int = 64, seed: int = 1) -> TextStates:
         draws = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def stiv_text() -> Callable[..., TextStates]:
 
 @pytest.fixture(scope="session")
 def stiv_folder(tmp_path_factory) -> Path:
-    """A whole model folder of random weights: clips of 5 frames of 16 x 32 pixels, trained on all patterns."""
+    """A complete model folder of random weights, with all patterns, for clips of 5 frames of 16 x 32 pixels."""
     folder = tmp_path_factory.mktemp("models") / "stiv"
     micro_pipeline().save_pretrained(folder)
     return folder
@@ -78,7 +78,7 @@ def frames() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def clip_text(tmp_path_factory) -> Path:
-    """A frozen text encoder of width 64 and its tokenizer, as transformers writes them."""
+    """A frozen text encoder of width 64 and its tokenizer, written by transformers."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 

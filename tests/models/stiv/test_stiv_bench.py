@@ -1,4 +1,4 @@
-"""The bench of STIV at its smallest size: its forms agree, and it counts what runs. No times are judged."""
+"""The bench of STIV at its smallest size: its forms agree, and its counts are right. No times are judged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_roofline_is_the_sum_over_shapes(monkeypatch):
 
 @pytest.mark.parametrize(("fused", "scores", "values"), [(4.0, 1.0, 2.0), (1.0, 1.0, 2.0)])
 def test_attention_counts_at_its_own_best_speed(monkeypatch, fused, scores, values):
-    """1 GFLOP in the given seconds of a fused kernel or of its two products, whichever are fewer."""
+    """Attention takes the time of a fused kernel or of its two products, whichever is shorter."""
     seconds = iter((fused, scores, values))
     monkeypatch.setattr(roofline, "fastest", lambda run, device: next(seconds))
     attention = roofline.AttentionProduct("attention", 1e9, 5, 100, 100, 5000)
@@ -156,7 +156,7 @@ def test_training_forms_agree_and_are_compared(monkeypatch):
 
 
 def test_a_wrong_gradient_is_not_reported(monkeypatch):
-    """Checkpointing that computes a gradient of another batch is noticed."""
+    """The bench notices checkpointing whose gradient is that of another batch."""
     monkeypatch.setattr(training, "use", lambda form, model: model.train(form != "products"))
     right = training.loss_of
     monkeypatch.setattr(training, "loss_of", lambda case, *a: right(case, *a) * (1.0 if case.model.training else 1.01))
@@ -165,7 +165,7 @@ def test_a_wrong_gradient_is_not_reported(monkeypatch):
 
 
 def test_forms_of_training_differ_in_what_they_compute_again():
-    """Products that run in a step: each form of checkpointing repeats those that it does not save."""
+    """Each form of checkpointing repeats the products of a step that it does not save."""
     case = make_case("micro", "cpu", "float32", SIZES["micro"].clips)
     case.model.train()
     of, config = SIZES["micro"], case.model.config

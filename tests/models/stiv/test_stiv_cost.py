@@ -1,4 +1,4 @@
-"""The cost of STIV: memory against what autograd saves, FLOPs against those that run, and the plans of the published sizes."""
+"""The cost of STIV: memory as autograd saves it, FLOPs as torch counts them, and plans of the published sizes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saved_bytes(model: nn.Module, half: bool, **inputs) -> int:
 @pytest.mark.parametrize("kind", ["clips", "pictures", "given", "masked"])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_activations_are_what_autograd_saves(monkeypatch, half, kind, on_gpu):
-    """On a CPU with the operators that keep fewer; on a GPU with the plain forms, which run here as they do there."""
+    """On a CPU, operators that save fewer bytes run; on a GPU the plain forms run, which this test uses too."""
     if on_gpu:
         monkeypatch.setattr(fused, "DEVICES", set())
         monkeypatch.setattr(attention, "attention_dtype", lambda values: values.dtype)
@@ -86,7 +86,7 @@ def live_bytes() -> int:
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("temporal", [True, False])
 def test_checkpointing_saves_what_the_plan_says(saved, temporal):
-    """Three more blocks hold three times the bytes of a block."""
+    """Three more blocks save three times the bytes of one block."""
     d, frames, batch, held = 128, 4 if temporal else 1, 6, {}
     for layers in (2, 5):
         config = StivConfig(hidden_size=d, num_hidden_layers=layers, latent_channels=4, text_encoder="folder", text_width=d,

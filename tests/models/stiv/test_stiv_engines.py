@@ -1,4 +1,4 @@
-"""STIV in the engines and the loading options of the house: ZeRO, int8, compiled code, placement, frozen parts in training."""
+"""STIV with ZeRO, int8, compiled code, placement, and frozen parts in training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run_of(micro_folder):
-    """Makes the settings of a run in a folder."""
+    """A function that makes the settings of a run in a folder."""
     video, text = micro_folder / "video_tokenizer", micro_folder / "text_tokenizer"
     latents = {"mean": [0.0, 0.1, 0.2], "std": [0.5, 0.6, 0.7]}
     return lambda run, **sections: settings(

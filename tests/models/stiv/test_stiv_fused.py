@@ -1,4 +1,4 @@
-"""The operators with a backward pass of their own, and blocks in pieces, against the plain forms: values and gradients."""
+"""Operators with their own backward pass, and blocks in pieces, have the values and gradients of the plain forms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plainly(function, *inputs, **more):
 
 
 def values_and_gradients(function, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the result of a function of tensors, and its gradients for a gradient that follows from its shape."""
+    """Return the result of a function of tensors, and its gradients for a fixed gradient of the result."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     result = function(*leaves)
     result.backward(torch.linspace(-1, 2, result.numel()).view(result.shape).to(result))
@@ -48,7 +48,7 @@ def assert_same(function, inputs: list[Tensor], atol: float = 1e-11) -> None:
     turned=st.booleans(), values=st.sampled_from([1, 10, 40, 10**6]), seed=seeds,
 )  # fmt: skip
 def test_a_normed_sum_is_the_plain_one(shape, of_base, of_factor, turned, values, seed):
-    """For every way to broadcast, pieces of every size, and x that lies in memory by places."""
+    """The operators are right for every broadcast, pieces of every size, and x with places first in memory."""
     torch.manual_seed(seed)
     b, f, s, d = *shape, 6
     base, factor = (
@@ -67,7 +67,7 @@ def test_a_normed_sum_is_the_plain_one(shape, of_base, of_factor, turned, values
     values=st.sampled_from([1, 200, 700, 10**6]), seed=seeds,
 )  # fmt: skip
 def test_normed_and_turned_queries_are_the_plain_ones(shape, kind, values, seed):
-    """Tables of all places, of the places that each clip keeps, of text, and none."""
+    """Rotary tables of all places, of the places that each clip keeps, of text, and none."""
     torch.manual_seed(seed)
     b, f, s, heads = shape
     x, weight = torch.randn(b, f, s, heads, HEAD_DIM, dtype=torch.float64), torch.randn(HEAD_DIM, dtype=torch.float64)
@@ -147,7 +147,7 @@ KINDS = {
 @pytest.mark.parametrize("tokens", [1, 5, 7, 12])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_in_pieces_is_the_whole_block(micro_stiv, stiv_text, monkeypatch, kind, tokens):
-    """12 tokens a clip; text of several lengths, given frames, dropped places."""
+    """Inputs of 12 tokens for each clip, with texts of several lengths, given frames and dropped places."""
     model, text = micro_stiv(**KINDS[kind]), stiv_text(3)
     frames = 1 if kind == "pictures" else 4
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Latent spaces: there and back, statistics, streams, and combinations that are refused."""
+"""Latent spaces: encoding and decoding, statistics, streams, and refused combinations."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_a_fresh_model_gives_zero_and_every_weight_moves(micro_stiv_config, zero
         with torch.no_grad():
             for parameter in model.parameters():
                 assert parameter.grad.isfinite().all()
-                parameter.sub_(1e-3 * parameter.grad.sign())  # moves as Adam's first step does
+                parameter.sub_(1e-3 * parameter.grad.sign())  # a step as large as Adam's first one
     assert [name for name, p in model.named_parameters() if p.equal(before[name])] == []
 
 

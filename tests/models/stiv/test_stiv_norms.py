@@ -1,4 +1,4 @@
-"""Switches of STIV's norms and of what its last layer predicts, for arms of a study; the published values are the default."""
+"""Options of STIV's norms and of the target of its last layer, for studies; the published values are the default."""
 
 from __future__ import annotations
 

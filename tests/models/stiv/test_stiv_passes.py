@@ -1,4 +1,4 @@
-"""Passes of long clips: every frame is made once, from frames that are known, and few are held at a time."""
+"""Passes of long clips make every frame once, from known frames, and hold few frames at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lumos.models.stiv.passes import InOrder, passes_of
 
 
 def walk(frames: int, first: frozenset[int], **options) -> tuple[list[int], int]:
-    """Return the frames in the order in which they are done, and the most frames held that are not given from the start."""
+    """Return the frames in the order in which they are made, and the most frames held at a time, without the given ones."""
     order, done, held = InOrder(frames, {n: n for n in first}), [], 0
     for part in passes_of(frames, first, **options):
         assert part.given <= order.known.keys(), "a pass needs a frame that is not there"

@@ -1,4 +1,4 @@
-"""The pipeline of STIV: folders, parts that do not belong together, callbacks, and what the record says."""
+"""The pipeline of STIV: folders, parts that do not fit together, callbacks, and the record."""
 
 from __future__ import annotations
 

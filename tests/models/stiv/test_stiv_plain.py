@@ -1,4 +1,4 @@
-"""The transformer against the formulas of the reference, written plainly over one clip, with loops and no shared code."""
+"""The transformer equals the formulas of the reference, written as loops over one clip without shared code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lumos.models.stiv.modeling import Micro
 
 
 def plain(model, latents, t, text, pooled, micro, given=None, given_time=1.0, keep=None):
-    """The velocity [T, C, h, w] of one clip: latents [T, C, h, w], t a number, text [m, e], pooled [e], micro lists of numbers."""
+    """Return the velocity [T, C, h, w] of one clip. latents [T, C, h, w], text [m, e], pooled [e], micro: lists of numbers."""
     w, c = {name: value.double() for name, value in model.state_dict().items()}, model.config
     p, pt, heads, d = c.patch_size, c.temporal_patch_size, c.num_attention_heads, c.hidden_size
 

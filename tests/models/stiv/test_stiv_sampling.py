@@ -30,7 +30,7 @@ def toy_velocity(x: torch.Tensor, t: float, branches) -> torch.Tensor:
 
 
 class Counted:
-    """A velocity that counts its calls and notes the branches and inputs of each."""
+    """A velocity that counts its calls and records the branches and inputs of each."""
 
     def __init__(self):
         self.branches, self.inputs = [], []

@@ -27,7 +27,7 @@ def test_prompts_end_with_an_end_mark_and_the_null_text_is_one(micro_stiv_config
 
 
 def test_a_model_folder_has_the_print_of_its_text_tokenizer(micro_folder, clip_text, tmp_path):
-    """Of a model of another generator too: its config.json says nothing of text."""
+    """The text tokenizer of another generator's folder is found too, although its config.json does not mention text."""
     of = StivTask.fingerprint_of
     assert of(str(micro_folder), "text") == of(str(micro_folder / "text_tokenizer"), "text")
     shutil.copytree(clip_text, tmp_path / "whole" / "text_encoder")

@@ -1,4 +1,4 @@
-"""The shipped model: its size, what it loads, and that it does all uses."""
+"""The shipped model: its size, its loading, and all uses."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ VIDEO = StepShape("video", 4)
 
 @pytest.fixture
 def make(micro_folder, tmp_path):
-    """Makes the settings of a run of two steps on clips of 5 frames of 16 x 32 pixels."""
+    """A function that makes settings of a run of two steps on clips of 5 frames of 16 x 32 pixels."""
 
     def settings(run: str = "run", training: dict | None = None, overrides: dict | None = None, **sections):
         tokenizers = {kind: str(micro_folder / f"{kind}_tokenizer") for kind in ("video", "text")}
@@ -398,7 +398,7 @@ def test_causal_latents_train_and_export(make, tmp_path):
 
 
 def test_what_shards_tell_of_the_source_reaches_the_network(task, monkeypatch):
-    """A source of 60 x 100 pixels is scaled to 32 x 53, of which 32 columns stay, 10 being cut off on the left."""
+    """A source of 60 x 100 pixels is scaled to 32 x 53; 32 columns stay, and 10 on the left are cut off."""
     trained = task(data={"num_frames": 5, "height": 32, "width": 32, "workers": 0}, patterns={"none": 1, "first": 1})
     plain, clips = trained.batch(0, VIDEO, range(2)), trained.source.clips(0, VIDEO, range(2))
     told = [replace(clips[0], original_size=(60, 100), stride=2.5), clips[1]]

@@ -33,13 +33,13 @@ def record(path: str) -> dict:
 
 @pytest.fixture
 def run(stiv_folder):
-    """Runs generate with the micro model."""
+    """A function that runs `generate` with the micro model."""
     return lambda *arguments: main(["generate", "--model", str(stiv_folder), *arguments])
 
 
 @pytest.fixture
 def files(frames):
-    """A clip of 6 frames at 8 a second, and two pictures."""
+    """A clip of 6 frames at 8 fps, and two pictures."""
     write_video("clip.webp", frames, 8)
     Image.fromarray(frames[0]).save("first.png")
     Image.fromarray(frames[1]).save("last.png")
