@@ -303,7 +303,7 @@ def save_model(folder: Path, text: str) -> None:
 
 
 def model_in(folder: Path) -> set[str]:
-    """Return the texts of the files of a folder; none if the folder is marked as incomplete."""
+    """Return the texts of the files of a model folder; none if it has no config.json and so holds no model."""
     if not (folder / "config.json").exists():
         return set()
     ours = [folder / "below" / "config.json", *(folder / name for name in ("config.json", "weights", "more"))]

@@ -1,4 +1,4 @@
-"""A model of 2 layers and 64 channels, tokenizers made on the spot, and worlds of 5 frames of 32 x 32."""
+"""A model of 2 layers and 64 channels, small tokenizers, and synthetic scenes of 5 frames of 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def micro_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 
 
 def build_micro(tokenizers: dict[str, str], output_dir: Path, **sections: dict) -> TrainingSettings:
-    """Settings of a run of a second; keywords are sections whose keys override."""
+    """Settings of a run that takes a second; keywords are sections with keys that replace others."""
     raw = {
         "model": {"preset": "tiny", "overrides": MICRO_MODEL},
         "tokenizer": tokenizers,
@@ -64,7 +64,7 @@ def micro_settings(micro_tokenizers: dict[str, str], tmp_path: Path) -> Callable
 
 @pytest.fixture(scope="session")
 def runs(ranks: Ranks, micro_tokenizers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Pictures, then clips; checkpoints after steps 2 and 4 of 5; averaged weights; two or more micro-batches a step."""
+    """Settings with pictures, then clips; checkpoints after steps 2 and 4 of 5; averaged weights; several micro-batches."""
     data = {"stages": [{"steps": 2, "image_share": 1.0}, {}]}
     training = {"max_steps": 5, "save_every_steps": 2, "ema_decay": 0.9, "eval_every": 5, "micro_batch_size": 1}
     samples = {"every": 5, "prompts": ["a red circle"], "options": {"num_inference_steps": 2}}

@@ -14,7 +14,7 @@ from tokenizer.video import VideoTokenizer
 
 
 def write_folder(folder: Path, tokenizer: str, grids: list[tuple[int, int, int]]) -> Path:
-    """Random codes, one clip an item, in shards of five."""
+    """Write random codes as clips into shards of five."""
     random = np.random.default_rng(0)
     rows = []
     for n, grid in enumerate(grids):

@@ -1,4 +1,4 @@
-"""A task with a second network: the loop trains, saves and resumes both, whatever kind of model they are."""
+"""A task with a second network: the loop trains, saves and resumes both networks, and knows neither."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tensors_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_both_networks_learn_as_in_a_plain_loop(tmp_path, monkeypatch):
-    """The model's losses see the critic before its step, the critic's the model after its own; neither moves the other."""
+    """The model's losses use the critic before its update, the critic's losses the updated model; neither changes the other."""
     monkeypatch.setattr(Velocity, "forward", no_dropout(Velocity.forward))
     settings = toy(tmp_path, max_steps=5, micro_batch_size=2)
     train(settings)
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path, ranks: Ranks, monkeypatch, stage):
-    """An odd number of clips is cut into micro-batches, of which one process has an idle one."""
+    """With an odd number of clips, one process has an idle micro-batch."""
     options = {"save_every_steps": 2, "micro_batch_size": 2, "max_steps": 5}
     plain = toy(tmp_path / "plain", **options)
     monkeypatch.setattr(Velocity, "__init__", without_dropout(Velocity.__init__))

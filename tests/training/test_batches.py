@@ -130,7 +130,7 @@ def test_rows_hold_the_clip_its_caption_and_masked_targets(micro_settings):
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("with_codes", [False, True])
 def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypatch, kind: str, with_codes: bool):
-    """Same text, header, masks and codes, and so the same loss of each of its codes."""
+    """The same text, header, masks and codes give the same loss of each code."""
     task = ArdfTask(micro_settings(data={"num_frames": 13}, masking={"kind": kind}), CPU)
     if with_codes:
         codes = np.random.default_rng(0).integers(0, 1000, (3, 4, 4, 4)).astype(np.uint16)
@@ -219,7 +219,7 @@ def test_codes_that_the_model_does_not_have(micro_settings, monkeypatch):
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_a_batch_encoded_later_equals_one_masked_with_codes(micro_settings, monkeypatch, kind: str):
-    """Rows of different sizes and lengths, against each row built from its codes and masked at once."""
+    """Rows of different sizes and lengths equal single rows that are built and masked in one step."""
     task = ArdfTask(micro_settings(masking={"kind": kind, "text_dropout": 0.5}), CPU)
     config, rng = task.config, np.random.default_rng(0)
     grids = [(2, 4, 4), (1, 2, 6), (3, 4, 2), (2, 4, 4)]

@@ -54,7 +54,7 @@ def read(folder: Path) -> dict:
 
 
 def rewrite(folder: Path, sealed: bool = True, **changes: object) -> None:
-    """Change the state; `sealed`: as a version would have written it that believed in it."""
+    """Change the state. sealed: with a matching checksum, as if a version of the program had written it."""
     state = {**read(folder), **changes}
     if sealed and state["format"] == checkpoint.FORMAT:
         state.pop(checkpoint.CHECKSUM)
@@ -131,7 +131,7 @@ def test_a_state_without_what_a_run_needs_is_damaged(tmp_path: Path):
 
 
 def test_good_checkpoints_of_later_steps_are_never_renamed(tmp_path: Path):
-    """They could not be read for a moment when the run began."""
+    """The checkpoints could not be read for a moment when the run began."""
     for step in (10, 20, 30):
         write(tmp_path, step)
     truncate(checkpoint.checkpoint_folder(tmp_path, 20))
@@ -237,7 +237,7 @@ def test_views_are_stored_whole(tmp_path: Path):
 @given(st.integers(1, 40), st.data())
 @settings(deadline=None, max_examples=30)
 def test_any_range_of_values_is_read_from_any_split(count: int, data: st.DataObject):
-    """A parameter cut at random among files -> any run of it, as from the whole tensor."""
+    """Any part of a parameter that is split at random over files equals that part of the whole tensor."""
     cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=5)) | {0, count})
     whole = torch.randn(count)
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +255,7 @@ def test_any_range_of_values_is_read_from_any_split(count: int, data: st.DataObj
 
 @pytest.mark.parametrize("parts", [[(0, 5), (0, 5)], [(0, 6), (5, 10)], [(0, 10), (0, 10)], [(5, 10)], [(0, 5), (6, 10)]])
 def test_values_that_are_missing_or_there_twice_are_an_error(tmp_path: Path, parts: list[tuple[int, int]]):
-    """Also where as many are there twice as are missing."""
+    """This holds also if as many values are stored twice as are missing."""
     for rank, (low, high) in enumerate(parts):
         checkpoint.save_tensors(tmp_path, rank, {checkpoint.key("weight", "a", low): torch.arange(float(low), high)})
     with pytest.raises(RunError, match="of weight a"):
@@ -282,7 +282,7 @@ def test_reading_a_whole_checkpoint_needs_matching_shapes(tmp_path: Path, shapes
 
 
 def test_processes_come_to_one_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Each of two reads its share of the files through; what one finds damaged, both pass over."""
+    """Each of two processes checks its share of the files; both skip a checkpoint that one of them finds damaged."""
     write(tmp_path, 1)
     truncate(write(tmp_path, 2))
     damaged = checkpoint.read_state(tmp_path / "step-00000002", rank=1, world=2)  # the only file is in the other's share

@@ -1,4 +1,4 @@
-"""Two processes on the CPU through DeepSpeed, against plain PyTorch in one."""
+"""Two processes with DeepSpeed on the CPU equal plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_two_processes_train_as_one(runs: Runs, stage: int):
     "name", ["plain", "zero1", "zero3", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("zero0", "zero2"))]
 )
 def test_samples_are_drawn_with_the_whole_averaged_weights(runs: Runs, name: str):
-    """As the exported model of the same step draws them."""
+    """The samples equal clips of the exported model of the same step."""
     run = runs.whole(name)
     pipe = LumosPipeline.from_pretrained(run / "export")
     frames = pipe("a red circle", seed=0, num_inference_steps=2, output_type="uint8").frames
@@ -67,7 +67,7 @@ def test_samples_are_drawn_with_the_whole_averaged_weights(runs: Runs, name: str
 
 @pytest.mark.parametrize("engine", ["zero3-offload", pytest.param("zero2-offload", marks=pytest.mark.thorough)])
 def test_offload_trains_and_resumes_as_without(runs: Runs, ranks: Ranks, engine: str):
-    """Optimizer state, and in stage 3 the weights too, in the CPU's memory. On a CPU nothing moves; the code is the same."""
+    """The optimizer state, and in stage 3 the weights, are offloaded to host memory; on a CPU, the same code moves nothing."""
     settings = runs.make(runs.folder / engine)
     ranks.train(settings, engine, faults={0: [["kill_after_step", 3]]})
     ranks.finish(settings, engine)
@@ -83,7 +83,7 @@ def test_recomputed_layers_in_two_processes(runs: Runs, ranks: Ranks):
 
 
 def planned_between_steps(settings: TrainingSettings, stage: int) -> int:
-    """What `plan` says that one of two processes holds of weights, optimizer state and averages, and of gradients if it does."""
+    """Return the planned bytes of one of two processes: weights, optimizer state, averages, and gradients if it holds them."""
     config = model_config(settings.model)
     parts = fixed_bytes(LumosTrainingCost.of(config), Sharding(stage, world=2, half=True, on_gpu=False, averaged=True))
     held = parts["weights"] + parts["optimizer"]
@@ -98,7 +98,7 @@ def planned_between_steps(settings: TrainingSettings, stage: int) -> int:
 
 @pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.thorough) for stage in (1, 2))])
 def test_bf16_keeps_fp32_masters(runs: Runs, ranks: Ranks, stage: int):
-    """Near the fp32 run; what is stored and averaged has more digits than bf16; from stage 2 on a killed run goes on bitwise."""
+    """Losses are near those of fp32; stored and averaged weights are finer than bf16; from stage 2 on, resuming is exact."""
     settings = runs.make(runs.folder / f"bf16-{stage}")
     settings.training.precision = "bf16"
     held = runs.folder / f"held-{stage}"
@@ -129,7 +129,7 @@ def test_bf16_reduces_and_accumulates_in_fp32(micro_settings):
 
 
 def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
-    """One line, in every process; also where DeepSpeed would run, but its layout is not one that checkpoints hold."""
+    """Every process ends with one line, also if DeepSpeed would run but with a layout that checkpoints do not support."""
     path = runs.folder / "options.json"
     settings = runs.make(runs.folder / "options")
     settings.deepspeed.config = str(path)
@@ -146,10 +146,10 @@ def test_deepspeed_options_that_do_not_work(runs: Runs, ranks: Ranks):
 @pytest.mark.slow
 @needs_deepspeed
 def test_the_documented_commands_in_their_order(micro_settings, ranks: Ranks, times, tmp_path: Path, monkeypatch):
-    """`train.py --config ...`, then `deepspeed --num_gpus 2 train.py --config ...`, which goes on from there, without GPUs.
+    """`train.py --config ...` is resumed by `deepspeed --num_gpus 2 train.py --config ...`, without GPUs.
 
-    The second is told to stop by SIGTERM to the deepspeed command, which passes nothing on, and goes on with the same engine, or
-    command if the test is thorough.
+    The second run is stopped by SIGTERM to the deepspeed command, which does not forward it, and resumed by the same command
+    (with --thorough) or engine.
     """
     config = tmp_path / "micro.yaml"
     config.write_text(yaml.safe_dump(micro_settings(training={"max_steps": 2, "output_dir": None}).to_dict() | {"name": "micro"}))

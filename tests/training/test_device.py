@@ -68,7 +68,7 @@ print((psutil.Process().memory_info().rss - before) / 2**20)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_tensors_between_kept_ones_return_their_memory():
-    """16 tensors of 16 MiB, of which every second is freed: their holes in the heap stay unless they are asked to return."""
+    """Of 16 tensors of 16 MiB, every second one is freed; the heap keeps their memory unless it is told to return it."""
     held = {
         how: float(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
         for how in ("heap", "returned")

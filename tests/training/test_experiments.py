@@ -30,7 +30,7 @@ def write(path: Path, **keys) -> str:
 
 @pytest.fixture
 def trained(micro_settings, tmp_path: Path) -> str:
-    """Two variants that train and are judged, of one seed."""
+    """Two variants with one seed, which are trained and judged."""
     base = micro_settings(training={"max_steps": 2, "eval_every": 1}, samples={"every": 0})
     return write(
         tmp_path / "rates.yaml", question="Which rate?", seeds=[3], curves=["val_loss_video", "val_frame_loss_video"],
@@ -46,7 +46,7 @@ def in_this_process(monkeypatch) -> None:
 
 @pytest.fixture
 def forked(monkeypatch, forks) -> None:
-    """Jobs are processes of their own, but start without the seconds of their imports."""
+    """Run jobs in processes of their own that start without the seconds of their imports."""
 
     def run(command, *, stdout, **_) -> subprocess.CompletedProcess:
         assert command[:3] == [sys.executable, "-m", "lumos"]

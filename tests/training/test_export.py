@@ -26,7 +26,7 @@ MORE = ("zero0", "zero2")
 
 @pytest.fixture(scope="module")
 def exported(runs: Runs, forks: Forks, pytestconfig) -> Path:
-    """<engine>-averaged and <engine>-trained of a run of each engine, written by a process that cannot import DeepSpeed or peft."""
+    """Exports <engine>-averaged and <engine>-trained of a run of each engine, by a process without DeepSpeed and peft."""
     folder = runs.folder / "exported"
     commands = [
         ["export", str(runs.whole(engine)), "--out", str(folder / f"{engine}-{weights}"), "--weights", weights]
@@ -66,7 +66,7 @@ def test_one_checkpoint_in_another_number_format(runs: Runs, tmp_path: Path, cap
 
 
 def test_a_mix_is_between_the_two(runs: Runs, exported: Path, tmp_path: Path):
-    """Of the averaged weights of the run and a model folder, share by share, and said in training.json."""
+    """A mix is the weighted mean of the run's averaged weights and a model folder, and training.json names it."""
     other = exported / "zero1-trained"
     assert main(["export", str(runs.whole("plain")), "--out", str(tmp_path / "mixed"), "--mix", str(other), "0.25"]) == 0
     own, theirs, mixed = (load_file(f / "model.safetensors") for f in (exported / "plain-averaged", other, tmp_path / "mixed"))
@@ -129,7 +129,7 @@ def test_no_averaged_weights(micro_settings, tmp_path: Path, capsys):
 
 
 def test_a_linked_video_tokenizer(runs: Runs, tmp_path: Path, capsys):
-    """The model folder names the tokenizer's folder and works like one with a copy, as long as the tokenizer is the same."""
+    """A model folder that only names the tokenizer's folder works like one with a copy, while the tokenizer is unchanged."""
     whole, run = runs.whole("plain") / "export", tmp_path / "release" / "run"
     base, linked = tmp_path / "release" / "base", tmp_path / "release" / "linked"
     shutil.copytree(whole, base)

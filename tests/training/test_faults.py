@@ -1,4 +1,4 @@
-"""What can go wrong on the way: processes killed anywhere, dead or stopped ranks, a full disk, numbers that are not finite."""
+"""Faults of a run: killed processes, dead or stopped ranks, a full disk, numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_one_process_killed(runs: Runs, ranks: Ranks, fault: str):
 
 @pytest.mark.parametrize("engine", ["zero3", pytest.param("zero2", marks=pytest.mark.thorough)])
 def test_one_of_two_killed_again_and_again(runs: Runs, ranks: Ranks, engine: str):
-    """After a step, then in the middle of a save. The other process ends with an error each time."""
+    """A process is killed after a step, then during a save; each time the other process ends with an error."""
     settings = runs.make(runs.killed(engine, 2, f"{engine}-again"))
     victim = random.randint(0, 1)
     other = 1 - victim
@@ -69,7 +69,7 @@ def test_another_number_of_processes_or_another_engine(
 
 
 def test_one_of_two_told_to_stop(runs: Runs, ranks: Ranks):
-    """Both finish the same step, save and leave; the same command goes on."""
+    """Both processes finish the same step, save and end; the same command resumes the run."""
     settings = runs.make(runs.folder / "told")
     ended = ranks.train(settings, "zero2", 2, {1: [["signal_after_step", 2]]})
     assert [p.code for p in ended] == [0, 0], ended
@@ -79,7 +79,7 @@ def test_one_of_two_told_to_stop(runs: Runs, ranks: Ranks):
 
 
 def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
-    """The other one ends after deepspeed.timeout_minutes instead of waiting for ever."""
+    """The other process ends after deepspeed.timeout_minutes instead of waiting forever."""
     settings = runs.make(runs.folder / "hangs")
     settings.deepspeed.timeout_minutes = 0.05
     settings.samples.max_seconds = 1
@@ -90,7 +90,7 @@ def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_full_disk_in_one_process(runs: Runs, ranks: Ranks, rank: int):
-    """All end, none waits; the last good checkpoint stays, the half of the other one goes."""
+    """All processes end; the last complete checkpoint stays, and the incomplete one is removed."""
     settings = runs.make(runs.folder / f"full-{rank}")
     ended = ranks.train(settings, "zero3", 2, {rank: [["full_disk_in_save", 4]]})
     assert [p.code for p in ended] == [1, 1]
@@ -104,7 +104,7 @@ def test_a_full_disk_in_one_process(runs: Runs, ranks: Ranks, rank: int):
 
 
 def test_a_damaged_newest_checkpoint_of_two_processes(runs: Runs, ranks: Ranks):
-    """One process finds it; both fall back, say so, and come to the same losses."""
+    """One process finds the damage; both fall back to the older checkpoint with a warning, and reach the same losses."""
     settings = runs.make(runs.folder / "damaged")
     shutil.copytree(runs.whole("zero3"), settings.output_dir)
     newest = settings.output_dir / "checkpoints" / "step-00000005"
@@ -122,7 +122,7 @@ def test_a_damaged_newest_checkpoint_of_two_processes(runs: Runs, ranks: Ranks):
     )),
 ])  # fmt: skip
 def test_not_finite_in_one_of_two_processes_is_left_out_by_both(runs: Runs, ranks: Ranks, engine: str, what: str):
-    """Both leave the update out, as one process does with the same batch."""
+    """Both processes leave the update out, as a single process does with the same batch."""
     runs_of = {}
     for name, world in (("plain", 1), (engine, 2)):
         settings = runs.make(runs.folder / f"{name}-{what}-left-out")

@@ -1,4 +1,4 @@
-"""What a fine-tuning takes over from a model's own training, and the training on clips and scenes in turn."""
+"""Settings that a fine-tuning takes over from a model's earlier training, and training on clips and scenes in turn."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_settings_that_shards_cannot_have_are_left_out(name, lora):
 
 @pytest.mark.parametrize(("name", "data"), [("stiv-tiny", "worlds"), ("stiv-tiny", "somewhere"), ("lumos-tiny", "somewhere")])
 def test_records_of_shipped_models_become_settings(repo, tmp_path, name, data):
-    """Those of a fine-tuning, and those of the recovery that `compress auto` writes, on scenes and on shards."""
+    """The settings of a fine-tuning, and of the recovery that `compress auto` writes, are valid on scenes and on shards."""
     folder = repo / "checkpoints" / name
     before = training_record(folder)
     found = build_settings(settings_of(registry.generator_of(folder).name, before))

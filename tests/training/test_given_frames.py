@@ -1,4 +1,4 @@
-"""Training of Lumos-1 on given frames: rows against a plain twin, micro-batches, shards, and what the model then makes."""
+"""Training of Lumos-1 on given frames: rows against a plain form, micro-batches, shards, and clips of the trained model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NINE = {"num_frames": 9}
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_rows_are_those_without_given_frames_but_for_these(micro_settings, kind: str):
-    """Against a twin: the row of the same clip in a run without patterns, changed code by code as the pattern says."""
+    """Compares with the row of the same clip in a run without patterns, changed code by code as the pattern says."""
     task, plain = (ArdfTask(micro_settings(data=NINE, masking={"kind": kind}, **more), CPU) for more in (GIVEN, {}))
     with torch.no_grad():
         task.video_tokenizer.quant_conv.conv3d.weight.mul_(10)  # different codes for different pictures
@@ -92,7 +92,7 @@ def test_pictures_have_no_given_frames(micro_settings):
 
 @pytest.mark.parametrize("with_codes", [False, True])
 def test_a_short_step_is_the_beginning_of_the_whole_one(micro_settings, monkeypatch, with_codes: bool):
-    """The last frame is that of the whole clip, at its time; the same losses of the same codes."""
+    """The last frame is the last one of the whole clip, at its time, and equal codes have equal losses."""
     task = ArdfTask(micro_settings(data={"num_frames": 13}, patterns={"first": 0.5, "ends": 0.5}), CPU)
     if with_codes:
         codes = np.random.default_rng(0).integers(0, 1000, (8, 5, 4, 4)).astype(np.uint16)
@@ -151,7 +151,7 @@ def test_runs_on_given_frames_resume_as_such(micro_settings, tmp_path: Path):
 
 
 def test_older_runs_had_no_given_frames(micro_settings):
-    """The fingerprint of a run with default settings is that of an older one with the defaults added."""
+    """The fingerprint of a run with default settings equals an older one with the defaults added."""
     task = ArdfTask(micro_settings(), CPU)
     found, added = task.resume_fingerprint(), task.fingerprint_defaults()
     assert added == {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": 0.08}
@@ -187,7 +187,7 @@ def test_compression_compares_what_the_model_makes(micro_settings):
 
 @pytest.mark.slow
 def test_an_export_takes_the_frames_that_it_was_trained_on(micro_settings, tmp_path: Path):
-    """Also a fine-tune of it, which takes those of its own patterns; adapters leave the config as it is."""
+    """A fine-tune of it stores its own patterns; a training of adapters does not change the config."""
     ends = {"data": NINE, "patterns": {"none": 0.5, "ends": 0.5}}
     samples = {"every": 2, "prompts": ["a red circle"], "options": {"num_inference_steps": 2}}
     folder = train(micro_settings(**ends, samples=samples, training={"max_steps": 2}))["export"]

@@ -1,4 +1,4 @@
-"""What log.jsonl says, against plain twins that compute it from the clips, masks and losses of the steps."""
+"""log.jsonl equals plain forms that compute its values from the clips, masks and losses of the steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ values = st.lists(st.tuples(st.integers(-8, 8), st.integers(0, 2), st.integers(0
 
 @given(values, st.integers(1, 5))
 def test_sums_do_not_depend_on_how_positions_are_split(rows: list[tuple[int, int, int]], parts: int):
-    """Against plain means; whole numbers, so that every sum is exact."""
+    """Compares with plain means of whole numbers, so that every sum is exact."""
     whole, split = LossSums({"frame": 3, "ratio": 4}), LossSums({"frame": 3, "ratio": 4})
     tensors = [torch.tensor([row[i] for row in rows], dtype=torch.int64) for i in range(3)]
     whole.add(tensors[0].float(), {"frame": tensors[1], "ratio": tensors[2]})
@@ -78,7 +78,7 @@ def test_ratios_on_an_edge_belong_to_the_tenth_above():
 
 
 def losses_of_positions(task: ArdfTask, model: torch.nn.Module, step: int, shape: StepShape, *, seed: int, dropout: bool) -> list:
-    """(loss, latent frame, tenth of the mask ratio) of each supervised position of a step, clip by clip."""
+    """Return (loss, latent frame, tenth of the mask ratio) of each supervised position of a step, clip by clip."""
     found = []
     for position in range(shape.batch_size):
         batch = task.batch(step, shape, range(position, position + 1), dropout=dropout)
@@ -103,7 +103,7 @@ def means_by(positions: list, column: int, size: int) -> list[float]:
 
 @pytest.mark.slow
 def test_every_loss_of_a_line_is_a_mean_over_positions(micro_settings, tmp_path):
-    """Three steps a line, weights that stand still, micro-batches of one clip, pictures and clips of different sizes."""
+    """Compares lines of three steps with constant weights, micro-batches of one clip, and pictures and clips of several sizes."""
     settings = micro_settings(data=JOINT, training={"lr": 0.0, "log_every": 3, "micro_batch_size": 1})
     task = ArdfTask(settings, CPU)
     model, shape_of = task.build_model(), Curriculum(settings.data.stages, 4)
@@ -153,7 +153,7 @@ def test_validation_does_not_depend_on_the_training_seed(micro_settings, tmp_pat
 
 @pytest.mark.slow
 def test_seconds_leave_out_validation_and_saving(micro_settings, tmp_path, monkeypatch):
-    """A clock that only moves where something is done: 5 s a batch, 2 s a step, 100 s a validation, 1000 s a save."""
+    """Set a clock that moves by 5 s for a batch, 2 s for a step, 100 s for a validation and 1000 s for a save."""
     clock = SimpleNamespace(now=0.0)
 
     def lasting(cls: type, name: str, seconds: float) -> None:
@@ -180,7 +180,7 @@ def test_seconds_leave_out_validation_and_saving(micro_settings, tmp_path, monke
 
 
 def test_wait_and_memory_are_the_maximum_over_processes(micro_settings, tmp_path, monkeypatch):
-    """Another process beside this one, played by its share of the sum."""
+    """Simulate a second process by its share of the sums."""
     settings = micro_settings(training={"max_steps": 1})
     run = Run(settings, ArdfTask(settings, CPU), CPU)
     original = run.engine.all_sum
@@ -199,7 +199,7 @@ def test_wait_and_memory_are_the_maximum_over_processes(micro_settings, tmp_path
 
 @given(st.lists(st.booleans(), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 3))
 def test_keys_in_sight_are_those_of_the_rule(frames: list[bool], prefix: int, tail: int):
-    """Against allowed(query, key) = key <= query, or both in one frame, token by token."""
+    """Compares with the rule for each pair of tokens: key <= query, or both in one frame."""
     places, at = [], prefix
     for gap in frames:
         at += gap
@@ -212,7 +212,7 @@ def test_keys_in_sight_are_those_of_the_rule(frames: list[bool], prefix: int, ta
 
 
 def test_flops_are_those_that_torch_counts():
-    """Frames only: of causal text torch counts the hidden half too, and we do not."""
+    """The clip has no text, because torch also counts the hidden half of causal attention."""
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LumosConfig.preset("tiny", **sizes, num_attention_heads=4, num_key_value_heads=2)
     model = LumosForVideoGeneration(config)
@@ -299,7 +299,7 @@ def test_names_for_dashboards():
 
 
 def test_lines_that_cannot_be_read_do_not_stop_a_resume(tmp_path):
-    """As a power cut, a full disk or an editor leaves them."""
+    """A power cut, a full disk or an editor may leave such lines."""
     file = tmp_path / "log.jsonl"
     good = [{"event": "start", "step": 0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"note": 1}, {"step": "x"}]
     bad = [b"\xff\xfe\x00", b"\x00" * 4096, b"5", b"[1]", b"null", b'"text"', b"", b"[" * 10_000, b'{"step": 1', b"9" * 5000]

@@ -1,4 +1,4 @@
-"""Fine-tuning by adapters: what is trained, resumed, exported, merged, and what is refused."""
+"""Fine-tuning by adapters: training, resuming, export, merging, and refusals."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_adapters_that_do_not_fit(adapter: Path, base: Path, tmp_path: Path, nam
 
 
 def test_an_adapter_of_another_base_model(adapter: Path, base: Path, tmp_path: Path):
-    """Of the same shape, with other weights; the same weights in bfloat16 are the same model."""
+    """A model of the same shape with other weights is refused; the same weights in bfloat16 are the same model."""
     shutil.copytree(base, tmp_path / "other")
     spoil(tmp_path / "other", "model.safetensors", lambda w: w["model.layers.1.mlp.up_proj.weight"].mul_(1.05))
     with pytest.raises(UserError, match=rf"another base model, {base} \(model\.layers\.1\.mlp\.up_proj\.weight differs.*--model"):
@@ -223,7 +223,7 @@ def test_a_run_goes_on_only_with_its_base_and_its_rank(tuning, base: Path, tmp_p
 
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_other_tokenizers_than_those_of_the_base_model(tuning, base: Path, tmp_path: Path, kind: str):
-    """Of the right size, but not what the weights were trained with; a copy is the same."""
+    """A tokenizer of the right size with other weights is refused; a copy of the right one is accepted."""
     shutil.copytree(base / f"{kind}_tokenizer", tmp_path / kind)
     settings = tuning()
     setattr(settings.tokenizer, kind, str(tmp_path / kind))
@@ -245,7 +245,7 @@ def test_a_text_tokenizer_that_uses_the_models_own_ids(micro_settings, tmp_path:
 
 @pytest.mark.slow
 def test_without_peft(adapter: Path, base: Path, tmp_path: Path, forks: Forks):
-    """Without peft everything but adapters works, and the error for adapters names the extra."""
+    """Without peft, everything except adapters works, and the error for adapters names the extra."""
     code = (
         "import sys; assert 'peft' not in sys.modules; sys.modules['peft'] = None\n"
         "from lumos.cli import main\n"

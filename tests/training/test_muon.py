@@ -20,7 +20,7 @@ def test_singular_values_come_near_one_and_directions_stay():
 
 
 def test_a_step_is_the_published_rule_one_matrix_at_a_time():
-    """Momentum, Nesterov, five Newton-Schulz steps, 0.2 sqrt(max(m, n)), decoupled decay; vectors take AdamW's step."""
+    """An update is Nesterov momentum, five Newton-Schulz steps, 0.2 sqrt(max(m, n)) and decoupled decay; vectors use AdamW."""
     torch.manual_seed(0)
     shapes = [(6, 4), (6, 4), (4, 6), (5,)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]

@@ -16,7 +16,7 @@ from lumos.training.loop import train
 
 @pytest.fixture
 def logs(tmp_path: Path) -> list[str]:
-    """Two logs: with places and validation, with an event; the second ends in a line that a kill cut off."""
+    """Two logs: one with places and validation, one with an event and an incomplete last line."""
     for name, shift in (("a", 0.0), ("b", 1.0)):
         (tmp_path / name).mkdir()
         lines = [{"event": "start", "step": 0}]
@@ -43,7 +43,7 @@ def test_each_run_and_loss_has_its_own_line_and_style(logs: list[str]):
 
 
 def axes_of(monkeypatch, runs: dict, panels: list[str], out: Path) -> list:
-    """The axes of the picture that `draw` writes."""
+    """Return the axes of the picture that `draw` writes."""
     from matplotlib.figure import Figure
 
     seen = []

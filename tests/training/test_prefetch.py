@@ -1,4 +1,4 @@
-"""Batches drawn by processes: the same losses as by threads, and nothing that hangs when one of them, or the run, is ended."""
+"""Batches drawn by processes give the same losses as by threads, and nothing hangs when a process or the run ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_killed_process_is_one_error_and_ends_the_others():
 
 @pytest.mark.slow
 def test_too_little_shared_memory_says_what_to_do():
-    """As torch says it in a container with 64 MB of it."""
+    """Raise the error of torch in a container with 64 MB of shared memory."""
 
     def make(step: int) -> int:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
@@ -147,7 +147,7 @@ def test_a_system_that_cannot_fork(micro_settings, monkeypatch):
 
 @pytest.fixture
 def drawn(runs: Runs):
-    """Settings of `runs` in a folder of this name, drawn by two processes."""
+    """Return settings of `runs` in a folder of this name, with two processes that draw clips."""
 
     def make(name: str):
         settings = runs.make(runs.folder / name)
@@ -178,7 +178,7 @@ def test_a_killed_process_ends_the_run_with_one_error(drawn, runs: Runs, ranks: 
 
 
 def test_a_killed_run_releases_its_lock_and_connections(drawn, runs: Runs, ranks: Ranks):
-    """The lock of its folder, so that the same command is let in at once; its connections, so that the other one ends."""
+    """Processes must not hold the lock of the folder, which the next run needs, or connections, at whose end others stop."""
     settings = drawn("killed-drawing")
     for after in (1, 3):
         first, second = ranks.train(settings, "zero2", 2, {1: [["kill_after_step", after]]}, seconds=60)

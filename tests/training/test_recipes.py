@@ -1,4 +1,4 @@
-"""The published recipes against the figures of docs/reference, section 9, and what they do when they are shrunk."""
+"""The published recipes have the figures of docs/reference, section 9, and train when they are made small."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load(name: str, *overrides: str):
 
 @pytest.fixture(autouse=True)
 def _from_the_root(monkeypatch):
-    """Recipes name their DeepSpeed file from the root of the repository, where they are started."""
+    """Recipes name their DeepSpeed file relative to the root of the repository, where they are started."""
     monkeypatch.chdir(ROOT)
 
 
@@ -108,7 +108,7 @@ def test_deepspeed_reads_the_hostfile_as_6_machines_of_8():
 
 
 def test_sequences_fit_the_stated_length():
-    """The published max_seq_len holds the longest bucket's sequence with a prompt of any allowed length."""
+    """The published max_seq_len is enough for the longest sequence of all buckets with the longest allowed prompt."""
     for target, longest in (("256p", 32768), ("384p", 65536)):
         frame = max(h // 8 * (w // 8 + 1) + 4 for h, w in bucket_sizes(TARGET_SIZES[target]))
         assert 7 * frame + 2048 + 7 < longest
@@ -131,7 +131,7 @@ def write_shards(folder: Path, tokenizer: str, size: str) -> str:
 
 
 def shrunk(tmp_path: Path, stage: str, tokenizers: dict[str, str] | None) -> list[str]:
-    """Overrides that leave a recipe its form: a decoder of 2 layers, 2 processes' share of the batch, 4 steps in float32."""
+    """Return overrides that make a recipe small: a decoder of 2 layers, the batch of 2 processes, 4 steps in float32."""
     changed = [f"model.overrides={SHRUNK}", *(f"tokenizer.{kind}={path}" for kind, path in (tokenizers or {}).items())]
     if stage != "stage1":
         changed.append("data.stages=[{image_share: 0.5, image_batch_size: 12}]")

@@ -1,4 +1,4 @@
-"""Training from shards behind a URL: the same clips, few bytes at the start, a bounded cache; and shards that changed."""
+"""Training from shards behind a URL: the same clips, few bytes at the start, a bounded cache, and changed shards."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_start_reads_footers_and_steps_read_what_they_need(
 
 
 def bytes_in(folder: Path) -> int:
-    """Of its shards; others may come and go meanwhile."""
+    """The run only needs its own shards; others may be added or removed meanwhile."""
     sizes = []
     for file in folder.glob("*.parquet"):
         with contextlib.suppress(FileNotFoundError):

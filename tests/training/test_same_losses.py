@@ -1,4 +1,4 @@
-"""Settings that make a run faster on a GPU, and must not change what it learns: padding, attention, compiled parts."""
+"""Settings that make a run faster on a GPU and must not change its losses: padding, attention, compiled parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = ("loss", "grad_norm", "frame_loss_video", "mask_ratio_loss_video", "val_l
 
 @pytest.fixture
 def eager(monkeypatch):
-    """torch.compile traces, but has no code made, for which a compiler would take long."""
+    """Let torch.compile trace but generate no code, because a compiler takes long."""
     monkeypatch.setattr(ardf, "compile_parts", functools.partial(compile_parts, backend="aot_eager"))
     yield
     torch._dynamo.reset()
@@ -75,7 +75,7 @@ def test_rows_are_padded_to_the_multiple_and_hold_the_same(micro_settings):
 
 @pytest.mark.slow
 def test_attention_is_of_the_run_not_of_the_model(micro_settings):
-    """A checkpoint goes on with another one, and the export attends as its config says."""
+    """A checkpoint can be resumed with another attention, and the export has the attention of its config."""
     train(micro_settings(training={"max_steps": 2, "attention": "dense"}))
     folder = Path(train(micro_settings(training={"max_steps": 3}))["export"])
     assert LumosPipeline.from_pretrained(folder).model.config.attention == "segmented"
@@ -103,7 +103,7 @@ def test_compiled_parts(micro_settings, plain_run: Path, eager, training: dict):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_names_of_any_other(micro_settings, tmp_path: Path, eager):
-    """It goes on compiled or not, and its export is a model folder."""
+    """A run can be resumed with and without compiled parts, and its export is a model folder."""
     compiled = {"compile": True, "save_every_steps": 2, "ema_decay": 0.9, "schedule": "constant"}
     train(micro_settings(training={**compiled, "max_steps": 6, "output_dir": str(tmp_path / "whole")}))
     train(micro_settings(training={**compiled, "max_steps": 4}))

@@ -1,4 +1,4 @@
-"""Clips rendered during a run: what they show, and that the training does not notice them."""
+"""Samples of a run: their content, and no effect on the training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ["00-a-red-circle-moves-left.mp4", "01-a-blue-square.mp4", "samples.json
 
 @pytest.fixture
 def shown(monkeypatch) -> list[tuple[int, str, Path, np.ndarray, float]]:
-    """Whatever is shown to the writers of a run."""
+    """Collect everything that is sent to the dashboards of a run."""
     found = []
     monkeypatch.setattr(RunLog, "clip", lambda self, *clip: found.append(clip))
     return found
@@ -77,7 +77,7 @@ def test_samples_do_not_change_the_training(micro_settings, tmp_path: Path):
 
 
 def draw_at_random(prompt: str, seed: int, on_step) -> np.ndarray:
-    """A careless sampler, which takes from every global generator."""
+    """A sampler that uses every global random generator."""
     torch.rand(3), random.random()
     return np.random.randint(0, 256, (5, 16, 16, 3)).astype(np.uint8)
 
@@ -100,7 +100,7 @@ def test_the_random_states_are_put_back(tmp_path: Path):
 
 
 def test_what_is_not_done_in_time_is_left_out(tmp_path: Path, monkeypatch, caplog):
-    """30 s a step of two steps a clip, on a clock that only moves there."""
+    """Clips have two steps of 30 s each, on a clock that only moves there."""
     clock = [0.0]
 
     def draw(prompt: str, seed: int, on_step) -> np.ndarray:

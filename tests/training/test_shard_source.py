@@ -1,4 +1,4 @@
-"""Training from shards: which clips a step sees, that they are the ingested codes, and resuming."""
+"""Training from shards: the clips of a step, their codes, and resuming."""
 
 from __future__ import annotations
 

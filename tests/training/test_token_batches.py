@@ -1,4 +1,4 @@
-"""Steps of different clips by a budget of codes: what is in them, how processes share them, and what they teach."""
+"""Steps of different clips by a budget of codes: their content, their division over processes, and their losses."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_run_by_tokens_resumes_bitwise(token_settings, tmp_path):
 
 
 def test_two_processes_share_uneven_steps(token_settings, ranks, tmp_path):
-    """ZeRO-3 gathers weights in every forward, so it hangs unless both processes make equally many."""
+    """ZeRO-3 gathers weights in every forward pass, so it hangs unless both processes do equally many."""
     settings = token_settings(max_steps=4, micro_batch_size=1)
     source, curriculum = ArdfTask(settings, CPU).source, Curriculum(settings.data.stages, None, 200)
     assert {source.clips_in(curriculum(step)) % 2 for step in range(4)} == {0, 1}

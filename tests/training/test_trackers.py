@@ -1,4 +1,4 @@
-"""TensorBoard for real; Weights & Biases and trackio by a module with their calls, and W&B for real where it is installed."""
+"""TensorBoard itself; stand-ins for Weights & Biases and trackio, and W&B itself if it is installed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def trained_with_a_break(settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after step 5, which is two steps past its checkpoint, then finished."""
+    """A run is killed after step 5, two steps after its checkpoint, and then finished."""
     with monkeypatch.context() as patch:
         kill_after(patch, 5)
         with pytest.raises(Killed):
@@ -73,7 +73,7 @@ def test_tensorboard_shows_the_log_and_the_samples(micro_settings, tmp_path: Pat
 
 
 def tracker(name: str) -> ModuleType:
-    """A module with the calls of wandb and trackio, which keeps what it was told."""
+    """A module with the functions of wandb and trackio, which records its calls."""
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     module.told, module.runs = [], []

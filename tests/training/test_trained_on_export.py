@@ -1,4 +1,4 @@
-"""A training writes what it was trained on into its model folder: from scenes, from shards, and with what its base model knew."""
+"""A training records its data in its model folder: scenes, shards, and the data of its base model."""
 
 from __future__ import annotations
 

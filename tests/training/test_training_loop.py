@@ -32,7 +32,7 @@ JOINT = {"stages": [{"steps": 2, "image_share": 1.0, "image_batch_size": 6}, {"i
 
 
 class Killed(Exception):
-    """Stands for a kill: nothing after it runs but the closing of the log."""
+    """Stands for a kill: after it, only the log is closed."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, where: str = "_report") -> None:
@@ -89,7 +89,7 @@ def test_the_export_is_a_model_folder_that_generates(micro_settings):
 
 
 def gradients(settings) -> dict[str, torch.Tensor]:
-    """Gradients of the first step, as the optimizer would get them."""
+    """Return the gradients of the first step that the optimizer would get."""
     run = Run(settings, ArdfTask(settings, CPU), CPU)
     found = {}
 
@@ -113,7 +113,7 @@ def test_gradients_do_not_depend_on_micro_batches(micro_settings):
 
 
 def test_the_mean_is_over_positions_not_over_micro_batches(micro_settings):
-    """Samples have different numbers of supervised positions, so a mean of means would be another number."""
+    """Samples have different numbers of supervised positions, so a mean of means would differ."""
     settings = micro_settings(training={"max_steps": 1, "micro_batch_size": 1})
     task = ArdfTask(settings, CPU)
     batch = task.batch(0, StepShape("video", 4), range(4))
@@ -166,7 +166,7 @@ def test_a_second_run_in_the_same_folder_is_refused(micro_settings, tmp_path: Pa
 
 
 def test_a_lost_launcher_stops_the_run_as_a_signal_does(micro_settings, monkeypatch):
-    """deepspeed's own processes stay when the command ends: their launcher then has another parent."""
+    """deepspeed's processes continue when the command ends; the parent of their launcher then changes."""
     answers = iter([(10, 20)] * 3)
     monkeypatch.setattr(interrupt, "_launcher", lambda: next(answers, (10, 1)))
     summary = train(micro_settings())
@@ -246,7 +246,7 @@ def test_not_finite_stops_before_the_update(micro_settings, tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_updates_left_out_are_counted_through_a_resume(micro_settings, tmp_path: Path, monkeypatch, caplog):
-    """Two are allowed; the count is kept in checkpoints; weights, averages and AdamW do not move in them."""
+    """Two such steps are allowed, checkpoints keep their count, and weights, averages and AdamW do not change in them."""
     training = {"max_steps": 8, "save_every_steps": 1, "keep_last": 9, "skip_not_finite": 2, "ema_decay": 0.9, "log_every": 2}
     spoil_steps(monkeypatch, {1, 3, 4}, "loss")
     settings = micro_settings(training=training)
@@ -349,7 +349,7 @@ def test_a_run_does_not_go_on_with_other_data(micro_settings, section: str, chan
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_a_run_does_not_go_on_with_another_tokenizer(micro_settings, micro_tokenizers, tmp_path: Path, kind: str):
-    """Of the same sizes, in the same place, with other content; a mere copy is the same tokenizer."""
+    """A tokenizer of the same sizes and place with other weights is refused; a copy is the same tokenizer."""
     folder = tmp_path / kind
     shutil.copytree(micro_tokenizers[kind], folder)
     train(micro_settings(training={"max_steps": 1}))
@@ -380,7 +380,7 @@ def test_a_resume_prints_changed_settings(micro_settings, tmp_path: Path, caplog
 
 @pytest.mark.slow
 def test_the_place_in_frame_loss_is_the_frame(micro_settings, tmp_path: Path, monkeypatch):
-    """Frame 0 of the clip has no supervised position here, and a picture is no clip."""
+    """Frame 0 of the clip has no supervised position here, and a picture counts separately."""
     original = ArdfTask.losses
 
     def without_first_frame(self, model, micro):

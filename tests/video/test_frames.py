@@ -26,7 +26,7 @@ def test_contact_sheet(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_animated_sheet(tmp_path, suffix):
-    """Two clips of 5 and 3 frames that brighten; the shorter one waits on its last frame."""
+    """Two clips of 5 and 3 frames that brighten; the shorter one repeats its last frame."""
     long, short = (np.stack([np.full((16, 16, 3), 40 * t, np.uint8) for t in range(n)]) for n in (5, 3))
     path = animated_sheet([long, short], ["one", "two " * 40], tmp_path / f"a{suffix}", 8, cell=32, across=2)
     with Image.open(path) as opened:

@@ -1,4 +1,4 @@
-"""Media as people have them: hidden frames, missing times, pixels that are not square, mirrors, cover art, colours, wrong names."""
+"""Media with hidden frames, missing times, pixels that are not square, mirrors, cover art, colours and wrong names."""
 
 from __future__ import annotations
 

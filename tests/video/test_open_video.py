@@ -1,4 +1,4 @@
-"""Several parts of one open file: what is read does not depend on what was read before."""
+"""Several parts of one open file: a result does not depend on earlier reads."""
 
 from __future__ import annotations
 

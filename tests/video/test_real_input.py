@@ -1,4 +1,4 @@
-"""A photograph and a film clip through the shipped model, as files on the command line: what is given is kept."""
+"""A photograph and a film as inputs of the shipped model on the command line: given frames are kept."""
 
 from __future__ import annotations
 

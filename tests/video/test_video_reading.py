@@ -1,4 +1,4 @@
-"""Clips and pictures as others make them: time, forms, and what is damaged or missing."""
+"""Reading of clips and pictures: times, forms, and damaged or missing files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def counts(frames: np.ndarray) -> list[int]:
 
 @pytest.fixture(scope="module")
 def thirty(tmp_path_factory) -> Path:
-    """Two seconds at 30 fps."""
+    """Write a clip of two seconds at 30 fps."""
     return counting_clip(tmp_path_factory.mktemp("clips") / "thirty.mp4", [1000 * i / 30 for i in range(60)])
 
 
@@ -97,7 +97,7 @@ def test_as_many_frames_as_counted_can_be_read_from_the_end(fps: int, thirty: Pa
 
 
 def test_seeking_far_in_changes_nothing(tmp_path):
-    """Twelve seconds hold several key frames: a late start must give what reading from the beginning gives."""
+    """Twelve seconds hold several key frames; a late start must give the frames of reading from the beginning."""
     clip = np.zeros((360, 16, 16, 3), np.uint8)
     clip[:] = (np.arange(360) % 60 * 4)[:, None, None, None].astype(np.uint8)
     path = write_video(tmp_path / "long.mp4", clip, 30)
@@ -189,7 +189,7 @@ def test_grey_sixteen_bit_and_other_modes(tmp_path):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds almost nothing."""
+    """Return a PNG that states this size and holds almost nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -303,7 +303,7 @@ def test_broken_and_huge_pictures_are_refused(tmp_path, read):
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat", "list.sdp"])
 def test_a_list_of_files_is_not_followed(tmp_path, name):
-    """FFmpeg would open what a playlist names: any clip of the machine, for whoever may upload one."""
+    """FFmpeg would open the files that a playlist names, which may be any clip of the machine."""
     private = tmp_path / "private.mp4"
     write_video(private, np.zeros((9, 16, 16, 3), np.uint8), 8)
     texts = {

@@ -1,4 +1,4 @@
-"""The differences of a tokenizer for twice the size: of least squared error, and nothing else of it changes."""
+"""The fit of a tokenizer for twice the size has the least squared error, and changes no other weight."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_steps_after_a_fit_use_new_clips_and_can_resume(start, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_the_time_of_a_fit_is_not_that_of_its_steps(start, tmp_path, monkeypatch):
-    """max_minutes is that of the steps: a long fit before them takes nothing of their warm-up."""
+    """max_minutes counts the steps only: a long fit before them does not shorten their warm-up."""
     start.save_pretrained(tmp_path / "start")
     clock, add = [0.0], DifferenceFit.add
     monkeypatch.setattr("lumos.training.loop.time.monotonic", lambda: clock[0])

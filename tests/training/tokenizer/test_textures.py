@@ -1,4 +1,4 @@
-"""Textures and light: pure functions of the seed, in range, and where clips and pictures take them from."""
+"""Textures and random colours are pure functions of the seed and in range, and clips and pictures use them."""
 
 from __future__ import annotations
 

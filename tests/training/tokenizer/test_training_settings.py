@@ -1,4 +1,4 @@
-"""What a video tokenizer's training can be told, and what it refuses."""
+"""Settings of a video tokenizer's training: allowed and refused values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The video tokenizer's training in several processes: they share each step's clips, and losses are those of one process."""
+"""The video tokenizer's training in several processes, which share the clips of a step, has the losses of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training the video tokenizer: it learns, resumes exactly, keeps test material out, and refuses what it cannot do."""
+"""Training of the video tokenizer: it learns, resumes exactly, uses no test data, and refuses impossible settings."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("muon_lr", "ema_decay", "micro_batch_size"), [(0.0, 0.0, None), (0.02, 0.9, 2)])
 def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_batch_size):
-    """Worlds, textures and photographs, clips and pictures; with gradients that are clipped and weights that decay."""
+    """Settings with scenes, textures and photographs, clips and pictures, clipped gradients and weight decay."""
     settings = small(
         tmp_path, muon_lr=muon_lr, ema_decay=ema_decay, micro_batch_size=micro_batch_size, batch_size=3, pictures_per_batch=2,
         share_worlds=0.5, share_textures=0.5, recolour=True, log_every=1, weight_decay=0.1, steps=5, export_dtype="float32",
@@ -93,7 +93,7 @@ def test_losses_are_those_of_a_plain_loop(tmp_path, muon_lr, ema_decay, micro_ba
 
 
 def plain_training(settings) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """One process trains on whole batches, an update at a time, by the rules alone: (losses, averaged weights if there are any)."""
+    """Train in one process on whole batches by the plain rules; return the losses, and the averaged weights if there are any."""
     torch.manual_seed(settings.seed)
     model = VideoTokenizer(VideoTokenizerConfig.from_dict(settings.model)).train()
     parameters = dict(model.named_parameters())
@@ -151,7 +151,7 @@ def losses_of(folder) -> list[float]:
 
 
 def stop_in_step(patch, step: int) -> None:
-    """SIGTERM while the step of this number (the first is 0) goes on before its own look at signals: it is the last."""
+    """Send SIGTERM during the step of this number (the first is 0), which makes it the last step."""
     train_step = Run._train_step
 
     def told(run: Run, batch, stop, due):
@@ -175,7 +175,7 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path):
 
 
 def rewrite_state(folder, change) -> None:
-    """As an earlier version wrote the state, without a checksum, after `change(state)`."""
+    """Write the state after `change(state)` as an earlier version did, without a checksum."""
     file = folder / "state.json"
     state = json.loads(file.read_text())
     state["format"] = 2
@@ -217,7 +217,7 @@ def test_a_tokenizer_run_is_no_model_to_export(tmp_path, capsys):
 
 
 def optimizer_of(tmp_path, **changes) -> tuple[dict[str, torch.Tensor], torch.optim.AdamW]:
-    """The weights of a small tokenizer with random gradients, and their optimizer."""
+    """Return the weights of a small tokenizer with random gradients, and their optimizer."""
     torch.manual_seed(0)
     model = VideoTokenizer(VideoTokenizerConfig.from_dict(MODEL))
     parameters = dict(model.named_parameters())
@@ -337,7 +337,7 @@ def test_batches_are_a_pure_function_of_the_step():
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_share_a_step(world):
-    """What they have together is what one process has, in turn."""
+    """The clips of both processes, taken in turn, are those of one process."""
     clips = clips_of(share_textures=0.5, recolour=True)
     whole = clips.batch(5)
     parts = [clips.batch(5, range(rank, 7, world)) for rank in range(world)]
@@ -414,7 +414,7 @@ def test_films_shorter_than_a_clip_are_left_out(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system cannot fork")
 def test_processes_draw_what_the_run_itself_would(tmp_path, monkeypatch):
-    """Also after a signal to all of them."""
+    """The same holds after a signal to all processes."""
     changes = {"model": MODEL | {"dropout": 0.1}, "share_textures": 0.5, "recolour": True, "share_worlds": 0.5}
     train(small(tmp_path / "itself", **changes))
     report = Run._report
@@ -451,7 +451,7 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_one(tmp_path):
-    """It begins at that one's quality, with all of its weights to be trained; another shape is refused."""
+    """The run begins with the quality of that tokenizer and trains all weights; another shape is refused."""
     first = train(small(tmp_path / "first", steps=12, export_dtype="float32"))
     folder = tmp_path / "first" / "video_tokenizer"
     again = {"start_from": str(folder), "steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "export_dtype": "float32"}
@@ -477,7 +477,7 @@ def test_a_run_starts_from_another_one(tmp_path):
 
 @pytest.mark.slow
 def test_doubled_size_learns_sharpness_and_keeps_the_codes(tmp_path, monkeypatch):
-    """It starts from a tokenizer of the size; a run stopped in between ends with the same weights."""
+    """The run starts from a tokenizer of half the size; a run that was stopped in between ends with the same weights."""
     model = MODEL | {"pointwise_ends": True}
     train(small(tmp_path / "first", steps=20, export_dtype="float32", model=model))
     start = VideoTokenizer.from_pretrained(tmp_path / "first")
@@ -546,7 +546,7 @@ def test_weights_in_half_precision_need_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_a_time_budget_compresses_the_schedule(tmp_path, monkeypatch):
-    """A step takes 6 s of the minute: each of the ten has the learning rate of its tenth of all steps, also in two parts."""
+    """A step takes 6 s of the minute, so each of ten steps has the learning rate at its tenth of the run, also after a resume."""
     clock, step = [0.0], Run._train_step
     monkeypatch.setattr("lumos.training.loop.time.monotonic", lambda: clock[0])
 
