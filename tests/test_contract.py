@@ -31,7 +31,7 @@ from lumos.demo.schema import request_schema
 from lumos.demo.service import Service
 from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
-from lumos.pipeline.options import add_flags, all_options
+from lumos.pipeline.options import SamplingOptions, add_flags, all_options
 from lumos.pipeline.request import Request
 from lumos.settings import setting
 from lumos.training.loop import train
@@ -267,6 +267,14 @@ def test_plan_counts_trainings_and_clips(name, folder, micro_folder, tmp_path, c
     assert json.loads(capsys.readouterr().out)["parameters"] > 0
     assert main(["plan", "--generate", "--model", str(folder), "--peak-tflops", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["flops"]["total"] > 0
+
+
+def test_a_generator_may_have_no_guidance(monkeypatch, capsys):
+    """The number of steps is the only sampling option that all generators have."""
+    for module in (toy_options, toy_generator):
+        monkeypatch.setattr(module, "ToyOptions", SamplingOptions)
+    assert main(["plan", "--generate", "--preset", "toy-tiny", "--peak-tflops", "1"]) == 0
+    assert "2 rows; 50 steps" in capsys.readouterr().out
 
 
 def test_a_caption_is_cut_to_what_the_model_reads(name, settings_of, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`compress auto`: score, prune, recover and report, for a wanted speed, with good defaults; goes on where it was stopped."""
+"""`compress auto`: score, prune, recover and report, for a wanted speed, with good defaults; resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FLOPs; as many layers stay as that allows; default: %(default)s")  # fmt: skip
     add("--data", default=WORLDS, help="folder of shards to score on and to learn from, or worlds: synthetic scenes; "
         "default: %(default)s")  # fmt: skip
-    add("--out", required=True, help="folder of all results; the same command goes on where it was stopped")
+    add("--out", required=True, help="folder of all results; the same command resumes where it stopped")
     add("--steps", type=int, default=900, help="training steps of the recovery; 5 to 10 %% of the model's own training are usual; "
         "default: %(default)s")  # fmt: skip
     add("--clips", type=int, default=64, help="clips to score on; default: %(default)s")

@@ -1,4 +1,4 @@
-"""`finetune`: train a model on a folder of clips: ingest, training and a sheet in one verb; goes on where it was stopped."""
+"""`finetune`: train a model on a folder of clips: ingest, training and a sheet in one verb, which resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="CLIPS", help="folder of clips with captions; or csv / jsonl / parquet with path and caption, webdataset "
         "tar, or a single file, as for `ingest`")  # fmt: skip
-    add("--out", required=True, help="folder of all results; the same command goes on where it was stopped")
+    add("--out", required=True, help="folder of all results; the same command resumes where it stopped")
     add("--model", help="model folder to start from; default: the shipped one")
     add("--captions", help="csv / jsonl / parquet with path and caption, for a source without captions")
     add("--caption", help="the caption of all clips, in place of captions of their own")

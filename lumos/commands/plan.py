@@ -199,12 +199,13 @@ def render_clip(report: dict[str, Any]) -> str:
     clip, flops, sizes, settings = (report[name] for name in ("clip", "flops", "bytes", "settings"))
     parts = ", ".join(f"{name} {flops[name] / flops['total']:.1%}" for name in flops if name != "total")
     held = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in sizes.items())
+    guidance = f" at guidance {settings['guidance_scale']:g}" if "guidance_scale" in settings else ""  # not all generators have it
     return "\n".join((
         f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']} on {report['device']}",
         f"clip     {clip['num_frames']} frames of {clip['width']}x{clip['height']} pixels: {report['latent_frames']} latent frames "
         f"of {report['codes_of_a_frame']:,} codes, a prompt of {report['text_tokens']} tokens",
-        f"tokens   {report['tokens']:,} in a row; {report['rows']} row{'s' * (report['rows'] > 1)} at guidance "
-        f"{settings['guidance_scale']:g}; {'at most ' * report['may_end_early']}{report['steps']:,} steps",
+        f"tokens   {report['tokens']:,} in a row; {report['rows']} row{'s' * (report['rows'] > 1)}{guidance}; "
+        f"{'at most ' * report['may_end_early']}{report['steps']:,} steps",
         f"FLOPs    {flops['total']:.3g}: {parts}",
         f"memory   MiB: {held}",
         f"time     {duration(report['seconds'])} at {report['utilisation']:.0%} (--utilisation) of "

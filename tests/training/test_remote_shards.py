@@ -92,7 +92,7 @@ def test_the_start_reads_footers_and_steps_read_what_they_need(
 
 
 def bytes_in(folder: Path) -> int:
-    """The run only needs its own shards; others may be added or removed meanwhile."""
+    """Return the bytes of the folder's shards; shards may be added or removed meanwhile."""
     sizes = []
     for file in folder.glob("*.parquet"):
         with contextlib.suppress(FileNotFoundError):

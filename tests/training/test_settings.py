@@ -45,7 +45,7 @@ def test_overrides_apply_in_order_and_by_type(config: Path):
 
 
 def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
-    """Each stage reads the checkpoints of all others."""
+    """The default folder is the same, because each engine reads the checkpoints of all others."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert load_settings(config, ["deepspeed.zero_stage=1"]).output_dir == Path("runs/small")
     assert load_settings(config, ["training.output_dir=mine"]).output_dir == Path("mine")
