@@ -1,4 +1,4 @@
-"""The stages of a verb that does several things in a folder, and goes on where it was stopped."""
+"""The stages of a verb that does several things in a folder, and resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ WATCH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use of the machine, and what others use.
+    """The cores that this process may use, and the load of other processes.
 
     allowed  cores of the affinity mask
     quota    cores' worth of time that the control groups allow; inf: no limit

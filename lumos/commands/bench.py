@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    # What measures whole processes must not compute before it forks: threads do not survive a fork.
+    # Targets that measure whole processes must not compute before they fork, because threads do not survive a fork.
     result = args.whole.run(args) if hasattr(args, "whole") else run_targets(args)
     if not getattr(args, "json", False):  # the last line of a bench is its result, with the tables or without
         print(json.dumps(result))

@@ -16,7 +16,7 @@ RATE, HEIGHT, WIDTH, SECONDS = 24, 240, 320, 3
 """The short clips: frames a second, pixels, seconds."""
 FILMS = {"10 s": 10, "60 s": 60}
 FPS, FRAMES, SIZE = 8, 17, "128x128"
-"""What is ingested of each: frames a second, frames and size."""
+"""The settings of each ingest: frames per second, frames and size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

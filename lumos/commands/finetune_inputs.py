@@ -84,7 +84,7 @@ def base_of(model: str | None) -> Base:
 
 @dataclass(frozen=True)
 class FinetuneClips:
-    """The clips to train on, in the shape of those of the model."""
+    """The clips to train on, in the shape of the model's clips."""
 
     args: argparse.Namespace
     base: Base

@@ -38,7 +38,7 @@ MAX_WORKERS = 10_000
 
 @dataclass(frozen=True)
 class Share:
-    """What a process has made of its share of the clips: numbers of clips and of rows."""
+    """The result of a process for its share of the clips: numbers of clips and of rows."""
 
     made: int
     failed: int

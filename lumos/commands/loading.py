@@ -1,4 +1,4 @@
-"""What the verbs that make clips share: flags for loading a pipeline, loading, records, hashes, out-of-memory messages."""
+"""Functions of the verbs that make clips: flags for loading a pipeline, loading, records, hashes, out-of-memory messages."""
 
 from __future__ import annotations
 

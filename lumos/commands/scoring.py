@@ -1,4 +1,4 @@
-"""What the steps of `compress` that need scores share: clips to score on, scores, and the file of scores."""
+"""Functions of the steps of `compress` that need scores: clips to score on, scores, and the file of scores."""
 
 from __future__ import annotations
 

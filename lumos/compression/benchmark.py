@@ -46,7 +46,7 @@ FORMS = {
     "kd + icd, teacher bf16": {"mca": 0.0, "teacher_precision": "bf16"},
     "all, teacher bf16": {"teacher_precision": "bf16"},
 }
-"""What a step computes -> its settings of the section distill; the student's training step is the first."""
+"""The forms of a step, by name, with their settings of the section distill; the first is the student's training step."""
 MEASURES = ("loss", "bi", "output")
 WHOLE, SCORES = "L + 1 forwards", "scores"
 STEP = 1  # of the run: icd has not fallen to 0

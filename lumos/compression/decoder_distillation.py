@@ -38,7 +38,7 @@ from tokenizer.resizing import same_codes
 from tokenizer.video import VideoTokenizer
 
 MODEL_FOLDER = "export"
-"""Name of the folder, in that of the run, of the whole model with the recovered tokenizer."""
+"""Name of the folder of the whole model with the recovered tokenizer, inside the folder of the run."""
 VALUES = ("task_loss", "kd_loss", "icd_loss")
 
 

@@ -1,4 +1,4 @@
-"""How networks of diffusers are called with clips [B, C, T, h, w], and in which form their blocks give features."""
+"""Calls of networks of diffusers with clips [B, C, T, h, w], and the form of the features of their blocks."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What a network computed from a micro-batch of B clips with N losses.
+    """The results of a network for a micro-batch of B clips with N losses.
 
     clips       int64 [N], the clip of each loss
     places      {loss group of the task: the place of each loss, [N]}
@@ -64,7 +64,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """What a critic sees of B clips: features of the frozen teacher [B', T, h, w, C], and pooled prompts [B, E]."""
+    """The input of a critic for B clips: features of the frozen teacher [B', T, h, w, C], and pooled prompts [B, E]."""
 
     features: list[Features]
     pooled: Tensor
@@ -83,7 +83,7 @@ class Draws:
 
 
 class Distillable(ABC):
-    """What recovery asks of a generator, for the training task of the student.
+    """The functions of a generator that recovery needs, for the training task of the student.
 
     The constructor raises UserError for settings of the task with which a student cannot be compared with a teacher.
 

@@ -68,7 +68,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the inner task prepared, with the draws and the weights of the step; None: of clips for validation."""
+    """A prepared batch of the inner task, with the draws and the weights of the step, which are None in validation."""
 
     inner: Any
     draws: Draws

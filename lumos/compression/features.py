@@ -1,4 +1,4 @@
-"""Which blocks of two networks are compared, and what they give in a forward pass."""
+"""The blocks of two networks that are compared, and their outputs in a forward pass."""
 
 from __future__ import annotations
 

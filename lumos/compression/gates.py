@@ -30,7 +30,7 @@ START = 2.0
 
 @dataclass(frozen=True)
 class GateSettings:
-    """How gates are trained: steps, the weight of the penalty, the learning rate of Adam, and the seed of draws."""
+    """Settings of the training of gates: steps, weight of the penalty, learning rate of Adam, and seed of the draws."""
 
     steps: int = 200
     sparsity: float = 1.0
@@ -84,7 +84,7 @@ def mean_loss(probe: Any, model: nn.Module, micro: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def gated(model: Prunable, units: Sequence[str], gates: Tensor) -> Iterator[None]:
-    """Within, multiply what each unit adds to the stream by its gate. gates: [number of units]."""
+    """Within the block, multiply what each unit adds to the stream by its gate. gates: [number of units]."""
     stages, handles = model.stages(), []
     for i, name in enumerate(units):
         before: list[Tensor] = []

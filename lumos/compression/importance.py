@@ -38,7 +38,7 @@ WHOLE = ""
 
 
 class Probe(Protocol):
-    """What scores need of a training task."""
+    """The functions of a training task that scores need."""
 
     score_groups: Mapping[str, tuple[str, ...]]
 

@@ -1,4 +1,4 @@
-"""What networks of diffusers are trained to predict from a clip with noise, in one form for all of them.
+"""The targets that networks of diffusers predict from a clip with noise, in one form for all networks.
 
 A noisy clip is x = a x0 + s n, with the noise n, and with a and s that depend on the level of noise:
 
@@ -33,7 +33,7 @@ OF_CLASS = {
     "WanTransformer3DModel": "flow",
     "LTXVideoTransformer3DModel": "flow",
 }
-"""What models of a class of diffusers usually predict."""
+"""The usual targets of models, by their class in diffusers."""
 SCHEDULED = ("epsilon", "v_prediction")
 """Objectives whose levels come from a scheduler."""
 TIMES = 1000.0
@@ -52,7 +52,7 @@ class NoiseLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is predicted, and from which levels of noise.
+    """The target of the prediction, and the levels of noise.
 
     kind       one of OBJECTIVES
     shift      of flow: the share of noise u becomes shift u / (1 + (shift - 1) u)

@@ -37,7 +37,7 @@ MAX_PLAN_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """What is removed from a network.
+    """The parts that are removed from a network.
 
     plan     the rule that chose the units, or "file"
     part     "model", or "decoder": that of the video tokenizer

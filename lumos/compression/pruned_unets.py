@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 PREFIX = "Pruned"
-"""What the class name and the block types in a config begin with.
+"""The prefix of the class name and of the block types in a config.
 
 The prefix of the block types makes stock classes fail. Without it they would load the weights and add a
 middle block of random numbers, with a warning only.

@@ -25,7 +25,7 @@ PEAK = 1e12
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a plan will do to a network, by arithmetic on its shapes.
+    """The effect of a plan on a network, by arithmetic on its shapes.
 
     before, after  costs, see `Network.costs`, and the number of units of the plan's kind ("units")
     owned          parameters of the units that the plan removes

@@ -83,7 +83,7 @@ class UNetLayout:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of a U-Net: the parent's slots of each block, in the order of the pruned model.
+    """The remaining parts of a U-Net: the parent's slots of each block, in the order of the pruned model.
 
     `dropped` deepest stages are gone as a whole. `reduced` units keep only their shortcut.
     """

@@ -1,6 +1,6 @@
-"""What a model was trained on: the words of its captions, and lists of what synthetic scenes showed.
+"""The record of a model's training data: the words of its captions, and lists of the content of synthetic scenes.
 
-A model folder has it in trained_on.json. A prompt with a word that no caption had is possible, but its clip
+A model folder has this record in trained_on.json. A prompt with a word that no caption had is possible, but its clip
 may show something else, which a note then says. Folders without the file get no notes.
 """
 
@@ -37,7 +37,7 @@ class TrainedOn:
 
     words         words of the captions, in lower case
     is_complete   whether no other word was in a caption
-    lists         what synthetic scenes showed, as lists by name, such as shapes and emoji
+    lists         content of the synthetic scenes, as lists by name, such as shapes and emoji
     picture_psnr  the lowest PSNR, in dB, of pictures of the training that go through the video tokenizer and back; None: not known
     """
 
@@ -48,12 +48,12 @@ class TrainedOn:
 
     @classmethod
     def of(cls, words: Iterable[str], lists: Mapping[str, Sequence[str]] | None = None, is_complete: bool = True) -> TrainedOn:
-        """Return what captions with these words show; of more than MAX_WORDS words the first ones are kept."""
+        """Return the record of captions with these words; of more than MAX_WORDS words the first ones are kept."""
         found = list(dict.fromkeys(word for text in words for word in words_of(text)))
         return cls(frozenset(found[:MAX_WORDS]), is_complete and len(found) <= MAX_WORDS, dict(lists or {}))
 
     def joined(self, other: TrainedOn | None) -> TrainedOn:
-        """Return what a model was trained on that continues `other`; None: a model of which it is not known."""
+        """Return the record of a model whose training continued that of `other`; it is not complete if `other` is None."""
         if other is None:
             return replace(self, is_complete=False)
         lists = {

@@ -1,4 +1,4 @@
-"""What the routes of the HTTP API answer: files, and errors as JSON."""
+"""Answers of the routes of the HTTP API: files, and errors as JSON."""
 
 from __future__ import annotations
 

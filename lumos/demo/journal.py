@@ -23,7 +23,7 @@ ID = re.compile(r"[0-9a-f]{32}")
 MAX_ENTRY_BYTES = 2**20
 LATEST = 2**36  # seconds since 1970: the year 4147
 RESULT_FIELDS = ("file", "seed", "seconds")
-"""What the status of a clip says of its record, which stands in whole beside the result."""
+"""The keys of a clip's record that its status repeats; the whole record is stored beside the result."""
 
 
 class Journal:

@@ -40,7 +40,7 @@ Start = Callable[[], tuple[VideoPipeline, Callable[[], dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """How many replicas there are, and how they batch.
+    """The number of replicas, and their batching.
 
     replicas     replicas, or the most of them if `autoscaling` is given
     batch_size   most clips of a batch

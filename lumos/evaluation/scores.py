@@ -22,7 +22,7 @@ from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text
 
 @dataclass(frozen=True)
 class Dimension:
-    """How a dimension counts: a score x is normalized to (x - low) / (high - low) and has this weight in its part."""
+    """The range and weight of a dimension: a score x is normalized to (x - low) / (high - low) and has this weight in its part."""
 
     low: float = 0.0
     high: float = 1.0

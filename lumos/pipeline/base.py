@@ -108,7 +108,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
     clip: ClipDefaults
     _progress_bar_config: Mapping[str, Any] = MappingProxyType({"disable": True})
     trained_on: TrainedOn | None = None
-    """What the model was trained on; None if its folder does not say."""
+    """The record of the model's training data; None if its folder has none."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Give the `__call__` of each subclass a signature with its sampling options, for help() and editors."""

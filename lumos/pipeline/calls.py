@@ -10,7 +10,7 @@ from threading import get_ident
 
 @dataclass
 class Call:
-    """What a running call and its callbacks tell each other."""
+    """The state that a running call and its callbacks share."""
 
     num_timesteps: int = 0
     interrupt: bool = False

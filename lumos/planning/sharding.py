@@ -1,4 +1,4 @@
-"""How a training run is divided over processes.
+"""The division of a training run over processes.
 
 The memory that follows from it is computed in `fixed_memory.py` (weights, gradients, optimizer) and in the
 `memory_moments` of a generator (activations); `training.py` adds both.
@@ -13,7 +13,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a training run is divided over processes, and the settings that decide its memory.
+    """The division of a training run over processes, and the settings that decide its memory.
 
     stage              None: plain PyTorch on one device; else DeepSpeed's ZeRO stage
     world              number of processes

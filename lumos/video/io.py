@@ -150,7 +150,7 @@ def _write_mp4(path: Path, parts: Iterable[Any], fps: float, comment: str) -> No
         with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["comment"] = comment
             # The macroblock tree of x264 makes different files from the same frames, so it is off.
-            # Without it, crf 20 gives about the quality of crf 17 with it.
+            # Without this option, crf 20 gives about the quality of crf 17 with it.
             stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "mbtree": "0"})
             stream.pix_fmt = "yuv420p"
             # The conversion from RGB below is that of BT.601 with limited range; the file states it for players.

@@ -36,7 +36,7 @@ ITEMS_A_WORKER = 1000
 ITEMS_IN_BLOCK = 4
 """Items in one block; Ray gives an actor one block at a time."""
 ATTEMPTS = 3
-"""How often Ray retries items of an actor that dies, for example with its node. The default of Ray has no limit."""
+"""The number of times that Ray retries items of an actor that dies, for example with its node. The default of Ray has no limit."""
 
 
 class RayExecutor:

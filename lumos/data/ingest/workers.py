@@ -33,7 +33,7 @@ EACH = 2
 
 
 class Work(Protocol):
-    """What a worker does with each item, as `lumos.data.ingest.encode.Encoder`. `begin` runs in a thread."""
+    """The encoder of a worker, as `lumos.data.ingest.encode.Encoder`. `begin` runs in a thread."""
 
     def begin(self, item: Item) -> Any: ...
     def finish(self, begun: Any) -> Result: ...

@@ -17,7 +17,7 @@ from lumos.errors import RunError, UserError
 from lumos.files import check_writable, replacing
 
 ATTEMPTS = 3
-"""How often a request is tried."""
+"""The number of attempts of a request."""
 
 
 def location(path: str | Path) -> Path | Remote:

@@ -1,4 +1,4 @@
-"""What captions of synthetic scenes can say: their words, and what the scenes show, by the options of `SyntheticScenes`."""
+"""The words of captions of synthetic scenes, and the content of the scenes, by the options of `SyntheticScenes`."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class _DistilledLosses(torch.autograd.Function):
 
 
 class Place:
-    """Which rows of the heads count, the size of a chunk, and the weights of the two losses."""
+    """The rows of the heads that count, the size of a chunk, and the weights of the two losses."""
 
     def __init__(self, rows: slice, chunk: int, task: float, kd: float):
         self.rows, self.chunk, self.task, self.kd = rows, chunk, task, kd

@@ -1,4 +1,4 @@
-"""Which frames of a clip are given in training, and which conditions are dropped: pure functions.
+"""Pure functions that select the given frames of a clip in training, and the dropped conditions.
 
     none         nothing: text to video
     first        the first frame: text and image to video

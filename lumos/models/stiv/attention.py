@@ -135,7 +135,7 @@ def save_product_outputs() -> tuple:
 
 
 SAVED = {"attention": save_attention_outputs, "products": save_product_outputs}
-"""What activation checkpointing saves of a block beside its input, by the name in the settings (SAVED_OUTPUTS)."""
+"""The outputs that activation checkpointing saves of a block beside its input, by the name in the settings (SAVED_OUTPUTS)."""
 
 
 def saving(is_saved: Callable[[str, tuple], bool]) -> tuple:

@@ -48,7 +48,7 @@ their own time; `over_branches` helps.
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the branches are combined.
+    """The combination of the branches.
 
     scale           s; 1 runs one branch if image_scale is None
     image_scale     s_I, which selects separate guidance; None: joint

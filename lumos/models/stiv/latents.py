@@ -31,7 +31,7 @@ from tokenizer.pictures import picture_encoder
 
 AUTOENCODER = "autoencoder"
 AUTOENCODER_FOLDERS = (AUTOENCODER, "vae")
-"""Where a model folder can have an image autoencoder; `vae` is its place in pipelines of diffusers."""
+"""Places of an image autoencoder in a model folder; `vae` is its place in pipelines of diffusers."""
 CODES, CONTINUOUS = ("per_frame", "causal"), ("continuous", "continuous_per_frame")
 NEEDS_SINGLE_FRAMES = (*EVERY_SECOND_FRAME, "ends")
 """The patterns that give a frame without all frames before it, from which causal latents cannot be made."""

@@ -33,7 +33,7 @@ TEXT = ("text_states", "text_mask", "pooled", "text_ids")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the network sees of the clips `at` of a micro-batch, which have one size.
+    """The inputs of the network for the clips `at` of a micro-batch, which have one size.
 
     latents, noise  [B, T, C, h, w]
     noisy           their mixture x_t at `times` [B]

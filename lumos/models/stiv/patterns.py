@@ -1,4 +1,4 @@
-"""Which frames of a clip are given, and which conditions of a clip are dropped in training: pure functions.
+"""Pure functions that select the given frames of a clip, and the conditions that training drops.
 
     none            nothing: text to video
     first           the first frame: text and image to video
@@ -71,7 +71,7 @@ def check_shares(shares: Mapping[str, float], frames: int, latents: str = "per_f
 
 
 class Dropped(NamedTuple):
-    """Which conditions of a clip are dropped."""
+    """The conditions of a clip that are dropped."""
 
     text: bool
     image: bool

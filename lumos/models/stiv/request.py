@@ -35,7 +35,7 @@ WORDS = {
     "none": "no frame", "first": "the first frame", "prediction": "the first frames", "ends": "the first and the last frame",
     "interpolation": "every second frame", "views": "one view of an object",
 }  # fmt: skip
-"""What is given in each pattern."""
+"""The given frames of each pattern, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

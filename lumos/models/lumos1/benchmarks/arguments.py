@@ -11,7 +11,7 @@ SHIPPED = "shipped"
 SHAPES = ("0.5b", "mid", "small")
 FORMS = ("lumos", "published")
 PLAIN = "published method, written plainly"
-"""What the form "published" is called in tables: it is written for the benchmark after the release; it is not the release."""
+"""The name in tables of the form "published", which was written for the benchmark after the release and is not the release."""
 PRECISIONS = ("bfloat16", "float16", "int8")
 
 

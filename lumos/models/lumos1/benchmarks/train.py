@@ -57,7 +57,7 @@ NAMES = {
     form: form.replace("published", PLAIN).replace(KEPT, ", without checkpointing").replace("llama", "Llama of transformers")
     for form in FORMS
 }
-"""What the forms are called in tables."""
+"""The names of the forms in tables."""
 HEAD_DIM = 64
 WARM_UP = {"tokens": 64, "frame_height": 32, "frame_width": 32, "channels": 64, "layers": 1, "text_ids": 9100, "codes": 64}
 
