@@ -32,7 +32,6 @@ from lumos.files import updating_folder
 from lumos.models.lumos1.attention import Attend, attention_for, save_attention_outputs
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import prepare_checkpoint
-from lumos.models.lumos1.flops import layer_flops_per_token
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.rope import apply_rotary, position_ids, rotary_tables
 from lumos.models.lumos1.sequence import SequenceLayout, content_mask, frame_times, parse_layout
@@ -366,13 +365,6 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         positions: int64 [B, 3, L]. is_content: bool [B, L], True for codes and newlines of frames.
         """
         return rotary_tables(positions.to(self.device), is_content.to(self.device), self.config, self.dtype)
-
-    def flops_per_token(self, context: int) -> int:
-        """Return the FLOPs of one token's forward pass through the layers, without the head.
-
-        context: the number of keys that the token attends to.
-        """
-        return int(layer_flops_per_token(self.config, context))
 
     def kv_bytes_per_token(self) -> int:
         """Return the bytes of keys and values of one token in the cache, over all layers."""
