@@ -154,7 +154,7 @@ def test_older_runs_had_no_given_frames(micro_settings):
     """The fingerprint of a run with default settings equals an older one with the defaults added."""
     task = ArdfTask(micro_settings(), CPU)
     found, added = task.resume_fingerprint(), task.fingerprint_defaults()
-    assert added == {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": 0.08}
+    assert added == {"patterns": ["none"], "patterns.none": 1.0, "dropout.image": 0.08, "data.replay": []}
     assert found == found | added
 
 
