@@ -13,6 +13,10 @@ ROOT = Path(__file__).parents[2]
 OUTSIDE = {
     "checkpoints/lumos-tiny/README.md": "model-card.md",
     "checkpoints/lumos-tiny/trained_on.json": "trained-on.json",
+    "checkpoints/lumos-mini/README.md": "model-card-mini.md",
+    "checkpoints/lumos-mini/compression.json": "compression-mini.json",
+    "checkpoints/lumos-mini/training.json": "training-mini.json",
+    "checkpoints/lumos-mini/trained_on.json": "trained-on-mini.json",
     "checkpoints/stiv-tiny/README.md": "model-card-stiv.md",
     "checkpoints/stiv-tiny/trained_on.json": "trained-on-stiv.json",
     "integrations/comfyui/README.md": "comfyui.md",
