@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,12 @@ def write_reference(folder: Path, tokenizer: Path) -> None:
     """Write `video_tokenizer.json` into a model folder, which names the folder of a tokenizer in place of a copy of it."""
     place = os.path.relpath(tokenizer.resolve(), folder.resolve())
     write_json(folder / REFERENCE, {"folder": Path(place).as_posix(), "sha256": folder_sha256(tokenizer)})
+
+
+def link_tokenizer(folder: Path, source: Path) -> None:
+    """Replace the tokenizer in a model folder by `video_tokenizer.json`, which names that of the folder `source`."""
+    shutil.rmtree(folder / SUBFOLDER)
+    write_reference(folder, find_tokenizer_folder(source))
 
 
 def _weight_files(folder: Path) -> list[Path]:

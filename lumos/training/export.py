@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from lumos.lora import Lora, read_record, write_adapter
 from lumos.pipeline.base import VideoPipeline
 from lumos.runtime import no_progress_bar, versions
 from lumos.training import checkpoint
-from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, write_reference
+from tokenizer.loading import link_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -145,8 +144,7 @@ def export_checkpoint(
             weights = mix.into(weights, task.weights_to_mix(mix.folder, facts))
         task.write_folder(writing, weights, facts, tokenizers, DTYPES[dtype])
         if link:
-            rmtree(writing / SUBFOLDER)
-            write_reference(writing, find_tokenizer_folder(Path(tokenizers.video)))
+            link_tokenizer(writing, Path(tokenizers.video))
         write_json(writing / "training.json", made)
         write_records(writing, records, state["step"])
     return made

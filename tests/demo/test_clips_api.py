@@ -32,6 +32,8 @@ from lumos.video.io import read_video
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
 testclient = pytest.importorskip("fastapi.testclient")
 
+from clip_status import ended  # noqa: E402
+
 from lumos.demo.keys import HOUR, Key, Keys, read_keys  # noqa: E402
 from lumos.demo.metrics import Metrics  # noqa: E402
 from lumos.demo.schema import CLIP, CLIPS, ERROR, option_schema, request_schema  # noqa: E402
@@ -76,16 +78,6 @@ def keyed(service, tmp_path):
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def ended(client, clip: dict, **options) -> dict:
-    deadline = time.monotonic() + 60
-    while clip["status"] in ("waiting", "working"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-        clip = client.get(f"/api/clips/{clip['id']}", **options).json()
-        jsonschema.validate(clip, CLIP)
-    return clip
 
 
 def png(side: int = 40) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import jsonschema
 import pytest
@@ -13,6 +12,8 @@ from lumos.demo.limits import Limits
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
 testclient = pytest.importorskip("fastapi.testclient")
+
+from clip_status import ended  # noqa: E402
 
 from lumos.demo.hosts import Hosts  # noqa: E402
 from lumos.demo.journal import Journal  # noqa: E402
@@ -59,15 +60,6 @@ def server(pipe, tmp_path):
     server = Starts(pipe, tmp_path / "root")
     yield server
     server.stop()
-
-
-def ended(client, clip: dict, **options) -> dict:
-    deadline = time.monotonic() + 60
-    while clip["status"] in ("waiting", "working"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-        clip = client.get(f"/api/clips/{clip['id']}", **options).json()
-    return clip
 
 
 def test_finished_clips_are_there_after_a_restart(server):

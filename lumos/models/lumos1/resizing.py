@@ -7,7 +7,7 @@ unit of size now stands for more pixels or fewer, and the distances of neighbour
 from __future__ import annotations
 
 from pathlib import Path
-from shutil import copy2, rmtree
+from shutil import copy2
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lumos.models.lumos1.rope import axis_strides
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import no_progress_bar, versions
 from tokenizer import VideoTokenizer
-from tokenizer.loading import SUBFOLDER, find_tokenizer_folder, stored_dtype, write_reference
+from tokenizer.loading import link_tokenizer, stored_dtype
 from tokenizer.resizing import halve, same_codes
 
 
@@ -62,8 +62,7 @@ def resize(folder: str | Path, out: str | Path, video_tokenizer: str | Path | No
     with no_progress_bar(), replacing_folder(out) as writing:
         resized.save_pretrained(writing)
         if link:
-            rmtree(writing / SUBFOLDER)
-            write_reference(writing, find_tokenizer_folder(Path(video_tokenizer)))
+            link_tokenizer(writing, Path(video_tokenizer))
         if (Path(folder) / RECORD).is_file():
             copy2(Path(folder) / RECORD, writing)
         write_json(writing / "training.json", record)
