@@ -205,7 +205,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
     if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}  # as JSON has them
     return value
 
 

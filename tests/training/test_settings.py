@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from lumos.errors import UserError
 from lumos.settings import describe
 from lumos.training.settings import TrainingSettings, build_settings, load_settings
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "lumos1").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(path for generator in ("lumos1", "stiv") for path in (FOLDER / generator).glob("*.yaml"))
 SMALL = {"model": {"preset": "tiny"}}
 
 
@@ -27,6 +29,7 @@ def test_shipped_configs_load_and_round_trip(path: Path):
     settings = load_settings(path)
     assert settings.name == path.stem
     assert build_settings(settings.to_dict()) == settings
+    assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()  # a resumed run is compared with the JSON of its log
 
 
 def test_overrides_apply_in_order_and_by_type(config: Path):
