@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from lumos import registry
     from lumos.errors import UserError, printable
-    from lumos.evaluation import lpips
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
@@ -45,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.pipeline.defaults import MAX_FRAMES, MAX_SIDE, shipped_model
     from lumos.progress import LOGGER, progress_bar
     from lumos.runtime import peak_memory_bytes, pick_device, versions
+    from lumos.training.tokenizer import lpips
     from lumos.video.io import contact_sheet
     from tokenizer import VideoTokenizer
 

@@ -11,7 +11,7 @@ import torch
 
 from lumos.cli import main
 from lumos.errors import RunError, UserError
-from lumos.evaluation.lpips import BACKBONE, HEADS, MIN_SIDE, Lpips, find_weights
+from lumos.training.tokenizer.lpips import BACKBONE, HEADS, MIN_SIDE, Lpips, find_weights
 
 SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
 
