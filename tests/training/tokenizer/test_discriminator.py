@@ -63,7 +63,7 @@ def test_the_two_networks_have_losses_of_their_own(tmp_path):
     network.zero_grad()
     judged = task.auxiliary_losses(model, network, micro)
     assert judged.shape == (3,)
-    assert judged.mean() == pytest.approx(2, abs=1)
+    assert judged.mean().item() == pytest.approx(2, abs=1)
     model.zero_grad()
     judged.sum().backward()
     assert all(p.grad is None for p in model.parameters())
