@@ -9,6 +9,9 @@ from typing import Any
 from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
 
+SHEET_CELL = (80, 256)
+"""The least and the greatest width of a frame on the sheet in pixels; frames of a width between have their own size."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
@@ -37,7 +40,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from lumos import registry
     from lumos.errors import UserError, printable
-    from lumos.evaluation import lpips
     from lumos.evaluation.quality import SSIM_SIDE
     from lumos.evaluation.reconstruction import code_figures, reconstruct
     from lumos.evaluation.sources import check_source, read_source
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.pipeline.defaults import MAX_FRAMES, MAX_SIDE, shipped_model
     from lumos.progress import LOGGER, progress_bar
     from lumos.runtime import peak_memory_bytes, pick_device, versions
+    from lumos.training.tokenizer import lpips
     from lumos.video.io import contact_sheet
     from tokenizer import VideoTokenizer
 
@@ -97,7 +100,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(rows) > 1:
         print(f"{'union':12}  {union['codes']} codes, {union['codes_used']:.1%} of all used, perplexity {union['code_perplexity']}")
     if args.sheet:
-        print(printable(str(contact_sheet(shown, labels, args.sheet, cell=80, across=2))))
+        cell = min(max(SHEET_CELL), max(min(SHEET_CELL), shape["width"]))
+        print(printable(str(contact_sheet(shown, labels, args.sheet, cell=cell, across=2))))
     summary = {
         "evaluate": "tokenizer", "tokenizer": str(folder), "num_codes": tokenizer.num_codes, **shape, "count": args.count,
         "seed": args.seed, "batch_size": args.batch_size, "device": str(device), "dtype": args.dtype,

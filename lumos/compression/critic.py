@@ -25,19 +25,6 @@ def time_of_noise(level: Tensor) -> Tensor:
     return 1 / (1 + level)
 
 
-def critic_losses(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the hinge loss of a critic for each clip: max(0, 1 - D(real)) + max(0, 1 + D(fake)), [B]."""
-    return F.relu(1 - real) + F.relu(1 + fake)
-
-
-def generator_losses(fake: Tensor, kind: str = "hinge") -> Tensor:
-    """Return the loss of the network whose results a critic judges, [B].
-
-    kind: "hinge", -D(fake); or "log", softplus(-D(fake)), which is -log of the probability that a clip is real.
-    """
-    return F.softplus(-fake) if kind == "log" else -fake
-
-
 def critic_taps(blocks: int, count: int = 4) -> list[int]:
     """Return the blocks behind which heads stand: `count` of them, or fewer, evenly over the first half of the blocks."""
     half = max(1, blocks // 2)

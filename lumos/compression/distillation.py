@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos import registry
-from lumos.compression.critic import Critic, critic_losses, generator_losses, with_penalty
+from lumos.compression.critic import Critic, with_penalty
 from lumos.compression.distillable import LEVEL, Distillable, Draws, ForwardPass, in_order
 from lumos.compression.losses import icd_by_clip, motion_by_clip
 from lumos.compression.record import RECORD, read_record
@@ -30,6 +30,7 @@ from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_STEP
 from lumos.errors import UserError
 from lumos.settings import to_plain
+from lumos.training.adversarial import critic_losses, generator_losses
 from lumos.training.engine import pick_precision
 from lumos.training.loop import train
 from lumos.training.samples import Sampler

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from lumos.compression import unets
-from lumos.compression.critic import Critic, critic_losses, critic_taps, generator_losses, time_of_noise, with_penalty
+from lumos.compression.critic import Critic, critic_taps, time_of_noise, with_penalty
 from lumos.compression.diffusers_calls import NetworkCalls
 from lumos.compression.features import tapped_first
 from lumos.compression.noising import MEAN, OF_CLASS, SCHEDULED, STD, Objective, with_noise
 from lumos.errors import UserError
+from lumos.training.adversarial import critic_losses, generator_losses
 from lumos.training.auxiliary import without_gradient
 
 BETAS = (0.0, 0.99)
@@ -49,7 +50,7 @@ class MotionCritic:
         lr: learning rate of the heads, 10 times that of the student in SF-V.
         warmup: steps in which `loss` is 0 while the heads learn.
         gamma: weight of the penalty R1.
-        kind: form of the student's loss, see `critic.generator_losses`.
+        kind: form of the student's loss, see `adversarial.generator_losses`.
         seed: of new heads and of the noise.
 
     Raises UserError for a class that is not supported, and for an objective that is missing.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumos.evaluation.lpips import Lpips
 from lumos.evaluation.quality import MAX_PSNR, code_use, ssim
+from lumos.training.tokenizer.lpips import Lpips
 from lumos.video.frames import from_uint8, psnr, to_uint8
 from tokenizer import VideoTokenizer
 

@@ -70,8 +70,11 @@ def make_optimizer(
     else:
         matrices = None
     groups = parameter_groups(model, training.weight_decay, training.decay_parameters, matrices)
-    optimizer = Muon if matrices else torch.optim.AdamW
-    return optimizer(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
+    kind = Muon if matrices else torch.optim.AdamW
+    optimizer = kind(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
+    if matrices:
+        optimizer.half = pick_precision(training.precision, device) == torch.bfloat16
+    return optimizer
 
 
 @contextlib.contextmanager

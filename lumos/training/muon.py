@@ -20,7 +20,11 @@ class Muon(torch.optim.AdamW):
     orthogonal momentum, so that an update is on average as large as one of AdamW and takes the same lr (arXiv 2502.16982,
     section 2.2). The only state of a matrix is the momentum, under AdamW's name `exp_avg`. Muon needs whole matrices, so it
     does not work with ZeRO 1 to 3, which divide them over processes.
+
+    half: whether the products of the update are computed in bfloat16 on a CPU too.
     """
+
+    half = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -49,15 +53,15 @@ class Muon(torch.optim.AdamW):
             size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
             matrices = [parameter.view(rows, columns) for parameter in parameters]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, list(orthogonal(torch.stack(gradients))), alpha=-size)
+            torch._foreach_add_(matrices, list(orthogonal(torch.stack(gradients), self.half)), alpha=-size)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor, half: bool = False) -> Tensor:
     """Return approximately the nearest (semi-)orthogonal matrices [N, m, n]: their singular values are from 0.7 to 1.2.
 
-    On CUDA the products are computed in bfloat16, which is accurate enough and fast.
+    With `half`, and always on CUDA, the products are computed in bfloat16, which is accurate enough and fast.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.bfloat16() if half or matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

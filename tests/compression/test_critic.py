@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lumos.compression.critic import Critic, critic_losses, critic_taps, generator_losses, time_of_noise, with_penalty
+from lumos.compression.critic import Critic, critic_taps, time_of_noise, with_penalty
+from lumos.training.adversarial import critic_losses, generator_losses
 
 CHANNELS, POOLED = 12, 6
 

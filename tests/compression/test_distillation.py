@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lumos.compression.critic import generator_losses
 from lumos.compression.distillation import DistillationTask, make_task
 from lumos.compression.losses import icd, motion_by_clip
 from lumos.data.curriculum import StepShape
@@ -17,6 +16,7 @@ from lumos.data.seeding import VALIDATION_STEP
 from lumos.errors import UserError
 from lumos.models.lumos1.sequence import code_mask
 from lumos.models.stiv.losses import inputs_by_size
+from lumos.training.adversarial import generator_losses
 
 CPU = torch.device("cpu")
 VIDEO = StepShape("video", 4)

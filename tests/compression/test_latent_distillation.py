@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusers import COUNTS, MODELSCOPE, SVD, TRANSFORMERS, UNETS, saved
 
 from lumos.commands import compress_distill
-from lumos.compression.critic import critic_losses
 from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import load, plan_folder
 from lumos.compression.latent_distillation import distill_latents, make_latent_task
@@ -25,6 +24,7 @@ from lumos.compression.recovery import compare, taps
 from lumos.data.curriculum import StepShape
 from lumos.errors import NotFound, RunError, UserError
 from lumos.training import loop
+from lumos.training.adversarial import critic_losses
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.slow

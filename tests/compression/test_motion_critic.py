@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_diffusers import COUNTS, FRAMES, MODELSCOPE, SVD, TRANSFORMERS, UNETS, inputs, loaded, make, saved
 
-from lumos.compression.critic import critic_losses
 from lumos.compression.diffusers_folder import write_pruned
 from lumos.compression.diffusers_models import plan_folder
 from lumos.compression.motion import MotionCritic
 from lumos.compression.noising import Objective, with_noise
 from lumos.compression.recovery import compare, taps
 from lumos.errors import UserError
+from lumos.training.adversarial import critic_losses
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.slow

@@ -19,6 +19,14 @@ def test_singular_values_come_near_one_and_directions_stay():
         assert (middle - torch.diag_embed(values)).abs().max() < 1e-4
 
 
+def test_products_of_half_precision_give_nearly_the_same():
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, 40)
+    whole, half = orthogonal(matrices), orthogonal(matrices, half=True)
+    assert half.dtype == torch.float32
+    assert 0 < (half - whole).norm() / whole.norm() < 0.03
+
+
 def test_a_step_is_the_published_rule_one_matrix_at_a_time():
     """An update is Nesterov momentum, five Newton-Schulz steps, 0.2 sqrt(max(m, n)) and decoupled decay; vectors use AdamW."""
     torch.manual_seed(0)

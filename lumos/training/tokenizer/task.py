@@ -27,8 +27,11 @@ from lumos.files import replacing_folder, write_json
 from lumos.progress import progress_bar
 from lumos.runtime import parameter_count
 from lumos.training import checkpoint, loop
+from lumos.training.adversarial import critic_losses, generator_losses
 from lumos.training.task import Batch, Measured, TrainingTask
-from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_photographs, held_out_worlds
+from lumos.training.tokenizer import lpips
+from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_films, held_out_photographs, held_out_worlds
+from lumos.training.tokenizer.discriminator import Discriminator, mean_loss
 from lumos.training.tokenizer.fitting import DifferenceFit
 from lumos.training.tokenizer.settings import MAY_CHANGE, LoopSettings, TokenizerTrainingSettings, loop_settings
 from lumos.video.frames import from_uint8, to_uint8
@@ -38,6 +41,8 @@ from tokenizer.video import VideoTokenizer
 
 FITTED = ("decoder.conv_out.conv3d.weight", "decoder.conv_out.conv3d.bias")
 """Weights of the last layer, which the least-squares fit before the first step sets."""
+JUDGED = "judged"
+"""The entry of a micro-batch with the pairs (videos, reconstructions) that the discriminator learns from."""
 
 
 def train(settings: TokenizerTrainingSettings) -> dict[str, Any]:
@@ -70,14 +75,19 @@ class TokenizerTask(TrainingTask):
             seed=wanted.seed, height=wanted.height, width=wanted.width, num_frames=wanted.num_frames,
             batch_size=wanted.batch_size, pictures_per_batch=wanted.pictures_per_batch,
             share_worlds=wanted.share_worlds, film_sources=wanted.films, world_options=wanted.worlds,
-            share_textures=wanted.share_textures, recolour=wanted.recolour,
+            share_textures=wanted.share_textures, recolour=wanted.recolour, photograph_sources=wanted.photographs,
+            film_side=wanted.film_side, photograph_side=wanted.photograph_side, share_stills=wanted.share_stills,
+            turn=wanted.turn, glide=wanted.glide,
         )  # fmt: skip
         self.source = self.clips
         sizes = (wanted.height, wanted.width)
         self.held_out = {
             "worlds": held_out_worlds(wanted.validation_clips, wanted.num_frames, *sizes, **wanted.worlds),
             "photographs": held_out_photographs(*sizes),
+            "films": held_out_films(wanted.films, wanted.num_frames, *sizes),
         }
+        self.discriminator: Discriminator | None = None
+        self.lpips = lpips.load(wanted.lpips_folder, *sizes, device) if wanted.lpips_weight else None
         torch.backends.cudnn.benchmark = True  # allowed, because all steps have the same shapes
 
     def build_model(self) -> VideoTokenizer:
@@ -149,14 +159,42 @@ class TokenizerTask(TrainingTask):
         for _, members in groupby(range(len(frames)), key=lambda i: len(frames[i])):
             found = list(members)
             video = from_uint8(torch.stack([frames[i] for i in found]))
-            errors.append(self._errors(model, video, micro["is_world"][found]))
+            back = model(video.to(next(model.parameters()).dtype))
+            errors.append(self._errors(back, video, micro["is_world"][found]))
+            if self.discriminator is not None:
+                micro.setdefault(JUDGED, []).append((video, back.detach()))
         return (torch.cat(errors) * micro["weights"])[micro["counts"]], {}
 
-    def _errors(self, model: nn.Module, video: Tensor, is_world: Tensor) -> Tensor:
-        """Return the error [B] of each video [B, 3, T, H, W]; all have the same length."""
+    def _errors(self, back: Tensor, video: Tensor, is_world: Tensor) -> Tensor:
+        """Return the loss [B] of each reconstruction of a video, both [B, 3, T, H, W]."""
         settings = self.settings
         weights = foreground_weight(video, is_world, settings.foreground_weight)
-        return self._pixel_errors(model(video.to(next(model.parameters()).dtype)) - video, weights)
+        errors = self._pixel_errors(back - video, weights)
+        if self.lpips is not None:
+            errors = errors + settings.lpips_weight * self.lpips.distances(back, video)
+        if self.discriminator is not None:
+            judged = mean_loss([generator_losses(scores) for scores in self.discriminator(back)])
+            errors = errors + settings.adversarial_weight * judged
+        return errors
+
+    def build_auxiliary(self) -> nn.Module | None:
+        if self.settings.adversarial_weight:
+            torch.manual_seed(self.settings.seed + 1)
+            self.discriminator = Discriminator(self.settings.discriminator_channels).train()
+        return self.discriminator
+
+    def auxiliary_optimization(self) -> dict[str, Any]:
+        lr = self.settings.discriminator_lr
+        least = lr * self.settings.min_lr / self.settings.lr
+        return {"optimizer": "adamw", "lr": lr, "min_lr": least, "betas": (0.5, 0.9), "weight_decay": 0.0}
+
+    def auxiliary_losses(self, model: nn.Module, auxiliary: nn.Module, micro: dict[str, Any]) -> Tensor:
+        """Return the hinge losses [N] of the discriminator for the clips and pictures, and for their reconstructions."""
+        losses = [
+            mean_loss([critic_losses(real, fake) for real, fake in zip(auxiliary(video), auxiliary(back), strict=True)])
+            for video, back in micro.pop(JUDGED)
+        ]
+        return torch.cat(losses)[micro["counts"]]
 
     def _pixel_errors(self, error: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean absolute and squared error [B] of differences [B, 3, T, H, W]."""

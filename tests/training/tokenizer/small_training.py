@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
+from lumos.training.loop import Run
 from lumos.training.tokenizer.settings import TokenizerTrainingSettings
 
 MODEL = {
@@ -37,3 +40,24 @@ def small(output_dir, **changes) -> TokenizerTrainingSettings:
 
 def log_lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder) -> list[float]:
+    return [line["loss"] for line in log_lines(folder) if "loss" in line and "event" not in line]
+
+
+def stop_in_step(patch, step: int) -> None:
+    """Send SIGTERM during the step of this number (the first is 0), which makes it the last step."""
+    train_step = Run._train_step
+
+    def told(run: Run, batch, stop, due):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(run, batch, stop or run.step == step, due)
+
+    patch.setattr(Run, "_train_step", told)
+
+
+def stopped_after(summary: dict) -> int:
+    assert (summary["stopped_by"], summary["export"]) == ("SIGTERM", None)
+    return summary["steps"]

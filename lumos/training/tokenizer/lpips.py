@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lumos.errors import RunError, UserError
+from lumos.video.frames import from_uint8
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """The file with the weights of torchvision's AlexNet."""
@@ -31,6 +33,7 @@ _STRIDE_AND_PADDING = {0: (4, 2), 3: (1, 2), 6: (1, 1), 8: (1, 1), 10: (1, 1)}
 
 A 3 x 3 max pooling of stride 2 comes before the second and before the third.
 """
+_TINY = 1e-20
 _CHANNELS = (64, 192, 384, 256, 256)
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -57,10 +60,13 @@ def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
     lpips keep them. UserError, instead of the text, if a folder is given.
     """
     if folder is not None:
-        paths = Path(folder) / BACKBONE, Path(folder) / HEADS
+        paths = [_safe_or_given(Path(folder) / name) for name in (BACKBONE, HEADS)]
         if missing := [path.name for path in paths if not path.is_file()]:
-            raise UserError(f"{folder} has no {' and no '.join(missing)}; LPIPS needs {BACKBONE} and {HEADS} in one folder")
-        return paths
+            raise UserError(
+                f"{folder} has no {' and no '.join(missing)}; LPIPS needs {BACKBONE} and {HEADS} in one folder, or the same "
+                "tensors as .safetensors"
+            )
+        return paths[0], paths[1]
     backbone = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     package = importlib.util.find_spec("lpips")
     heads = None if package is None or package.origin is None else Path(package.origin).parent / "weights/v0.1" / HEADS
@@ -72,8 +78,14 @@ def find_weights(folder: str | Path | None) -> tuple[Path, Path] | str:
     return f"there is no {', and no '.join(missing)}" if missing else (backbone, heads)
 
 
+def _safe_or_given(path: Path) -> Path:
+    """Return the file with the suffix .safetensors in place of `path` if there is one."""
+    safe = path.with_suffix(".safetensors")
+    return safe if safe.is_file() else path
+
+
 class Lpips:
-    """The mean LPIPS distance of two clips, as a callable.
+    """The LPIPS distance of two clips, as a callable, and of videos in training.
 
     RunError if the weights cannot be read or belong to another network.
     """
@@ -98,30 +110,39 @@ class Lpips:
 
         The distance of equal frames is 0.
         """
-        total = 0.0
-        for first, second in zip(a, b, strict=True):
-            for x, y, head in zip(self._features(first), self._features(second), self.heads, strict=True):
-                total += F.conv2d((x - y).square(), head).mean().item()
-        return total / len(a)
+        frames = [[from_uint8(frame[None])[None].to(self.device) for frame in clip] for clip in (a, b)]
+        return sum(self.distances(x, y).item() for x, y in zip(*frames, strict=True)) / len(a)
 
-    def _features(self, frame: np.ndarray) -> list[Tensor]:
-        """Return the features [1, C, h, w] of the five convolutions for a frame, uint8 [H, W, 3].
+    def distances(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the mean distance of the frames of each pair of videos [B, 3, T, H, W] in [-1, 1], float32 [B], with gradient.
+
+        Frames must have at least MIN_SIDE x MIN_SIDE pixels.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            pairs = zip(self._features(a), self._features(b), self.heads, strict=True)
+            total = sum(F.conv2d((x - y).square(), head).mean(dim=(1, 2, 3)) for x, y, head in pairs)
+        return total.view(len(a), -1).mean(dim=1)
+
+    def _features(self, video: Tensor) -> list[Tensor]:
+        """Return the features [B T, C, h, w] of the five convolutions for the frames of a video [B, 3, T, H, W].
 
         The features are normalized: at each position, the vector over channels has length 1.
         """
         shift, scale = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (_SHIFT, _SCALE))
-        x = torch.tensor(frame, device=self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-        x, found = (x - shift) / scale, []
+        x, found = (video.float().transpose(1, 2).flatten(0, 1) - shift) / scale, []
         for index, (weight, bias, stride, padding) in enumerate(self.layers):
             if index in (1, 2):
                 x = F.max_pool2d(x, 3, 2)
             x = F.relu(F.conv2d(x, weight, bias, stride=stride, padding=padding))
-            found.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
+            # The epsilon inside the root keeps the gradient finite where all features are 0, as in a black corner.
+            found.append(x / (x.square().sum(dim=1, keepdim=True) + _TINY).sqrt())
         return found
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can raise any error. PyTorch's own message is not shown, because it advises to unpickle the file.
     except Exception as error:
