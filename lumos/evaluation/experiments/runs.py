@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.errors import RunError, UserError
+from lumos.evaluation.experiments.reuse import copy_trained, mark, settings_key
 from lumos.evaluation.experiments.settings import Experiment
 from lumos.files import read_text, write_bytes
+from lumos.progress import LOGGER
 from lumos.threads import cores_in_use
 
 LAST_BYTES = 10_000  # bytes at the end of a log in which its last line is searched for
@@ -123,7 +125,8 @@ def with_folders(text: str, folder: Path, names: Iterable[str]) -> str:
 def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -> None:
     """Run the missing commands of all jobs, `parallel` jobs at a time, each with an equal share of the threads.
 
-    Variants that evaluate the model of another one run last. RunError after all have ended, with the first failure.
+    A training that another study did with the same settings is copied. Variants that evaluate the model of another one run
+    last. RunError after all have ended, with the first failure.
     """
     threads = max(1, cores_in_use() // parallel)
 
@@ -131,6 +134,11 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
         job.folder.mkdir(parents=True, exist_ok=True)
         for name, command in job.missing():
             write_bytes(job.command_file(name), shlex.join(command).encode())
+            key, made = settings_key(command), job.folder / name
+            if not made.exists() and (trained := copy_trained(key, made, job.folder.parent.parent)):
+                LOGGER.info("%s has the settings of %s, which is copied", made, trained)
+                mark(made, key)
+                continue
             with open(job.folder / f"{name}.log", "w") as log:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 ended = subprocess.run(
@@ -141,6 +149,7 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
                     written.seek(max(0, os.path.getsize(log.name) - LAST_BYTES))
                     last = written.read().decode("utf-8", "replace").strip().splitlines()[-1:]
                 return f"{' '.join(command)} ended with {ended.returncode}: {' '.join(last)[-300:]} (see {log.name})"
+            mark(made, key)
         on_done()
         return None
 
