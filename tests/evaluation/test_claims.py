@@ -8,8 +8,10 @@ import yaml
 from lumos.errors import UserError
 from lumos.evaluation.experiments.claims import AGREES, DISAGREES, TOO_EARLY, at_chance, judged, verdict
 from lumos.evaluation.experiments.intervals import intervals, paired_difference, share_difference, summary
-from lumos.evaluation.experiments.settings import load
+from lumos.evaluation.experiments.settings import FIGURES, MORE_FIGURES, load
 from lumos.evaluation.experiments.tables import claims_table, figures_table
+from lumos.evaluation.experiments.words import KINDS, WORDS, in_words
+from lumos.evaluation.prompts import KINDS as PROMPT_KINDS
 
 CLAIM = {"text": "Dropout keeps motion.", "paper": "10.2, 24.0", "figure": "motion", "better": "with", "than": "without",
          "margin": 0.0, "floor": {}}  # fmt: skip
@@ -23,7 +25,7 @@ def row(figure: str, values: list[float], of: int | None = None) -> dict:
 
 
 def result(first: dict, second: dict, *, trained: bool = True, **claim) -> dict:
-    found = {"train": {"config": "x.yaml" if trained else None}, "names": {"motion": "motion right"}, "claims": [CLAIM | claim],
+    found = {"train": {"config": "x.yaml" if trained else None}, "names": {}, "claims": [CLAIM | claim],
              "variants": {"with": first, "without": second}}  # fmt: skip
     return found | {"claims": judged(found)}
 
@@ -76,13 +78,20 @@ def test_figures_at_the_level_of_chance_say_nothing():
     assert at_chance("motion", pairs, {"colour": 0.3}) == ["colour"]
 
 
+def test_figures_are_in_words():
+    words = [in_words(name, {"moved": "amount"}) for name in ("moved", "all of two", "val_loss")]
+    assert words == ["amount", "prompts followed, two shapes", "val_loss"]
+    assert set(WORDS) == {*FIGURES, *MORE_FIGURES}
+    assert set(KINDS) == set(PROMPT_KINDS)
+
+
 def test_tables_are_markdown():
     found = result(row("motion", [0.5, 0.5, 0.5], of=24), row("motion", [0.25, 0.25, 0.25], of=24), floor={"motion": 0.1})
     head, _, line = claims_table([found, found]).splitlines()[:3]
     assert head == "| claim | paper | here: difference and its 95 % interval | verdict |"
     assert line == "| Dropout keeps motion. | 10.2, 24.0 | motion right 0.50 against 0.25: +0.25 (+0.09 to +0.39) | agrees |"
     rows = figures_table(found, ["motion", "moved"]).splitlines()
-    assert rows[0] == "| variant | motion right | moved |"
+    assert rows[0] == "| variant | motion right | motion, over the truth's |"
     assert rows[2] == "| with | 0.50 (0.39 to 0.61) | - |"
     chance = result(row("motion", [0.1, 0.1, 0.1]), row("motion", [0.3, 0.3, 0.3]), floor={"motion": 0.4})
     assert "−0.20 (−0.20 to −0.20); motion right at chance | too early to tell |" in claims_table([chance])

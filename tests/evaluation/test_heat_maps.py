@@ -48,7 +48,7 @@ def test_a_figure_that_no_variant_has_is_left_out(tmp_path: Path):
 def result() -> dict:
     variants = {name: {"at": at, "summary": {"all": [0.1 * n, 0.0], "frechet": [2.0 + n, 0.1]}}
                 for n, (name, at) in enumerate(PLACES.items())}  # fmt: skip
-    return {"question": "Which scale?", "grid": GRID, "names": {"all": "prompts followed"}, "variants": variants}
+    return {"question": "Which scale?", "grid": GRID, "names": {}, "variants": variants}
 
 
 def texts(figure) -> list[str]:

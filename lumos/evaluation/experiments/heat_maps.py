@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import drawable, needing_matplotlib
-from lumos.evaluation.experiments.plots import PANELS
+from lumos.evaluation.experiments.words import in_words
 from lumos.files import replacing
 
 SIDE = 2.9  # inches of a heat map
@@ -40,7 +40,7 @@ def draw_heat_maps(result: dict[str, Any], figures: list[str], path: Path) -> No
                     bright = mean > (min(known) + max(known)) / 2
                     axes.text(x, y, f"{mean:.2f}" if mean == mean else "", ha="center", va="center", fontsize=9,
                               color="black" if bright else "white")  # fmt: skip
-            lines = [names.get(name, PANELS.get(name, name)), *([f"{grid['panels']}: {panel}"] if grid["panels"] else [])]
+            lines = [in_words(name, names), *([f"{grid['panels']}: {panel}"] if grid["panels"] else [])]
             axes.set_title("\n".join(map(drawable, lines)), fontsize=9)
             axes.set_xticks(range(len(columns)), [drawable(str(value)) for value in columns], fontsize=8)
             axes.set_yticks(range(len(rows)), [drawable(str(value)) for value in rows], fontsize=8)

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import drawable, needing_matplotlib
+from lumos.evaluation.experiments.words import in_words
 from lumos.files import replacing
 
-PANELS = {
-    "moved": "motion, over the truth's", "frechet": "Fréchet distance", "psnr": "PSNR of made frames, dB",
-    "clip_gflops": "GFLOPs a clip", "clip_seconds": "CPU seconds a clip", "memory_mb": "peak memory, MB",
-}  # fmt: skip
-"""Titles of the panels of figures that are not shares and may be above 1."""
+PANELS = ("moved", "frechet", "psnr", "clip_gflops", "clip_seconds", "memory_mb")
+"""Figures that are not shares and may be above 1, which have panels of their own."""
 OVER = {"step": "training steps", "flops": "training FLOPs"}
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
@@ -35,7 +33,7 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     variants, words = result["variants"], result.get("names", {})
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    own = {title: [name for name in shown if name.partition(" of ")[0] == figure] for figure, title in PANELS.items()}
+    own = {in_words(figure, words): [name for name in shown if name.partition(" of ")[0] == figure] for figure in PANELS}
     shares = {"share of prompts": [name for name in shown if name.partition(" of ")[0] not in PANELS], **own}
     shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
@@ -58,7 +56,7 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
         title = words.get(field, field) + (", last value" if per_place else "")
         _finish(axes, title, "latent frame" if per_place else OVER[result["over"]])
     for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
-        named = {name: words.get(name, name) for name in names}
+        named = {name: in_words(name, words) for name in names}
         _shares(figure.add_subplot(1, panels, n), variants, named, title, result["axis"])
     if times:
         axes = figure.add_subplot(1, panels, panels)
