@@ -2,7 +2,7 @@
 
 The claims of configs/experiments are judged anew by the results of the same name, so a claim can be worded or added without running
 anything again. Then the text between `<!-- claims: NAME ... -->` or `<!-- figures: NAME | figure | ... -->` and `<!-- end -->`
-becomes the table of these results.
+becomes the table of these results. `NAME:1,3` stands for the first and the third claim of a study.
 """
 
 from __future__ import annotations
@@ -28,13 +28,20 @@ def judge(name: str, root: Path) -> dict[str, Any]:
     return result | {"claims": judged(result)}
 
 
+def chosen(words: str, root: Path) -> dict[str, Any]:
+    """Return the results of an experiment, NAME, with all claims, or of NAME:1,3 with the first and the third one."""
+    name, _, numbers = words.partition(":")
+    result = judge(name, root)
+    return result | {"claims": [result["claims"][int(number) - 1] for number in numbers.split(",")]} if numbers else result
+
+
 def filled(page: str, root: Path) -> str:
     """Return the text of a page with its tables."""
 
     def block(match: re.Match[str]) -> str:
         head, kind, what, end = match.groups()
         if kind == "claims":
-            made = claims_table([judge(name, root) for name in what.split()])
+            made = claims_table([chosen(words, root) for words in what.split()])
         else:
             name, *figures = map(str.strip, what.split("|"))
             made = figures_table(judge(name, root), figures)
