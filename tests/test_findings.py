@@ -48,7 +48,7 @@ def test_tables_are_written_between_their_marks(tmp_path: Path):
     page.write_text("First.\n<!-- claims: x -->\n<!-- end -->\n<!-- figures: x | all | moved -->\nold\n<!-- end -->\nAfter.\n")
     tables.main(tmp_path)
     text = page.read_text()
-    assert "| More helps. | - | prompts followed 0.75 against 0.25: +0.50 (+0.34 to +0.62) | agrees |\n<!-- end -->" in text
+    assert "| More helps. | - | prompts followed 0.75 against 0.25: +0.50 (+0.34, +0.62) | agrees |\n<!-- end -->" in text
     rows = "| variant | prompts followed | amount |\n| --- | --- | --- |\n| a | 0.75 | - |\n| b | 0.25 | - |\n"
     assert f"<!-- figures: x | all | moved -->\n{rows}<!-- end -->\nAfter.\n" in text
     assert "old" not in text

@@ -89,12 +89,12 @@ def test_tables_are_markdown():
     found = result(row("motion", [0.5, 0.5, 0.5], of=24), row("motion", [0.25, 0.25, 0.25], of=24), floor={"motion": 0.1})
     head, _, line = claims_table([found, found]).splitlines()[:3]
     assert head == "| claim | paper | here: difference and its 95 % interval | verdict |"
-    assert line == "| Dropout keeps motion. | 10.2, 24.0 | motion right 0.50 against 0.25: +0.25 (+0.09 to +0.39) | agrees |"
+    assert line == "| Dropout keeps motion. | 10.2, 24.0 | motion right 0.50 against 0.25: +0.25 (+0.09, +0.39) | agrees |"
     rows = figures_table(found, ["motion", "moved"]).splitlines()
     assert rows[0] == "| variant | motion right | motion, over the truth's |"
-    assert rows[2] == "| with | 0.50 (0.39 to 0.61) | - |"
+    assert rows[2] == "| with | 0.50 (0.39, 0.61) | - |"
     chance = result(row("motion", [0.1, 0.1, 0.1]), row("motion", [0.3, 0.3, 0.3]), floor={"motion": 0.4})
-    assert "−0.20 (−0.20 to −0.20); motion right at chance | too early to tell |" in claims_table([chance])
+    assert "−0.20 (−0.20, −0.20); motion right at chance | too early to tell |" in claims_table([chance])
 
 
 @pytest.mark.parametrize(("change", "message"), [

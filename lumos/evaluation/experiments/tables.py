@@ -22,7 +22,7 @@ def found(claim: dict[str, Any], names: dict[str, str]) -> str:
     figures = digits(claim["figure"])
     one, other = (number(value, figures) for value in claim["values"])
     difference, low, high = (number(value, figures, sign=True) for value in (claim["difference"], *claim["interval"]))
-    text = f"{words} {one} against {other}: {difference} ({low} to {high})"
+    text = f"{words} {one} against {other}: {difference} ({low}, {high})"
     chance = ", ".join(in_words(name, names) for name in claim["at_chance"])
     return text + (f"; {chance} at chance" if chance else "")
 
@@ -38,7 +38,7 @@ def cell(row: dict[str, Any], figure: str) -> str:
     if figure not in row["summary"]:
         return "-"
     places, (low, high) = digits(figure), row.get("intervals", {}).get(figure, (0, 0))
-    interval = f" ({number(low, places)} to {number(high, places)})" if low < high else ""
+    interval = f" ({number(low, places)}, {number(high, places)})" if low < high else ""
     return number(row["summary"][figure][0], places) + interval
 
 
