@@ -78,6 +78,13 @@ def test_figures_at_the_level_of_chance_say_nothing():
     assert at_chance("motion", pairs, {"colour": 0.3}) == ["colour"]
 
 
+def test_a_claim_needs_its_figure_in_every_run():
+    one, other = row("motion", [0.5, 0.5, 0.5]), row("motion", [0.5, 0.5, 0.5])
+    del other["runs"][1]["shares"]["motion"]
+    with pytest.raises(UserError, match="motion was measured in 2 of 3 runs"):
+        result(one, other)
+
+
 def test_figures_are_in_words():
     words = [in_words(name, {"moved": "amount"}) for name in ("moved", "all of two", "val_loss")]
     assert words == ["amount", "prompts followed, two shapes", "val_loss"]
@@ -104,7 +111,7 @@ def test_tables_are_markdown():
     ({"figure": "frechet"}, "'frechet' is none of the figures and curves, motion"),
     ({"floor": {"colour": 0.2}}, "'colour' is none of the figures"),
     ({"floor": {"motion": "low"}}, "floor has 'low'; give the value of chance"),
-    ({"seeds": [0, 1]}, "no verdict follows from 2 seeds; give at least 3"),
+    ({"seeds": [0, 1]}, "no verdict follows from 2 seeds; give 3 to 10"),
     ({"winner": "a"}, "unknown key claims.*winner"),
 ])  # fmt: skip
 def test_mistakes_in_a_claim(change, message, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from lumos.errors import UserError
 from lumos.evaluation.experiments.intervals import paired_difference, share_difference, values_of
 
 AGREES, DISAGREES, TOO_EARLY = "agrees", "does not agree", "too early to tell"
@@ -14,7 +15,8 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the claims of an experiment, each with what was found.
 
     result: the content of the JSON file. The keys that are added: values, the means of the two variants; difference, of the
-    first and the second; interval, its 95 % interval; at_chance, the figures that do not exceed their floor; verdict.
+    first and the second; interval, its 95 % interval; at_chance, the figures that do not exceed their floor; verdict. UserError for
+    a figure that some run has not.
     """
     trained = result["train"]["config"] is not None
     variants, losses = result["variants"], {field for row in result["variants"].values() for field in curves_of(row["runs"])}
@@ -55,7 +57,7 @@ def difference_of(one: list[dict], other: list[dict], figure: str, trained: bool
     A share of clips of models that are not trained here has the interval of pooled clips, which are independent. Where each seed
     trains a model of its own, the interval holds that one and the one of paired seeds. Other figures have that of paired seeds.
     """
-    paired = paired_difference(*(values_of(runs)[figure] for runs in (one, other)))
+    paired = paired_difference(*(measured(runs, figure) for runs in (one, other)))
     counts = [[run["counts"][figure] for run in runs if figure in run.get("counts", {})] for runs in (one, other)]
     if not all(counts):
         return paired
@@ -64,7 +66,15 @@ def difference_of(one: list[dict], other: list[dict], figure: str, trained: bool
 
 
 def mean_of(runs: list[dict[str, Any]], figure: str) -> float:
-    return statistics.mean(values_of(runs)[figure])
+    return statistics.mean(measured(runs, figure))
+
+
+def measured(runs: list[dict[str, Any]], figure: str) -> list[float]:
+    """Return the figure of each run."""
+    found = values_of(runs).get(figure, [])
+    if len(found) < len(runs):
+        raise UserError(f"claims: {figure} was measured in {len(found)} of {len(runs)} runs of a variant; name another figure")
+    return found
 
 
 def curves_of(runs: list[dict[str, Any]]) -> set[str]:

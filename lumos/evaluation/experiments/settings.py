@@ -17,8 +17,8 @@ MORE_FIGURES = (
     "background", "clip_gflops", "clip_seconds", "colour_and_motion", "count", "first_frame", "frechet", "given_frames",
     "memory_mb", "moving", "psnr", "size", "sprite",
 )  # fmt: skip
-CLAIM_SEEDS = 3
-"""The least number of seeds from which a verdict on a claim follows."""
+CLAIM_SEEDS = (3, 10)
+"""The least and the largest number of seeds from which a verdict on a claim follows."""
 OWN_FILES = ("prune", "pruned", "train", "distill", "evaluate", "prompts")
 """Names in the folder of a run that a training of `before` cannot have."""
 OWN_OPTIONS = ("--seed", "--output")
@@ -177,8 +177,9 @@ def check_claim(claim: Claim, where: str, experiment: Experiment) -> None:
     variants = experiment.variants
     if not claim.text:
         raise UserError(f"{where}.text is empty; state the claim in a sentence")
-    if len(experiment.seeds) < CLAIM_SEEDS:
-        raise UserError(f"{where}: no verdict follows from {len(experiment.seeds)} seeds; give at least {CLAIM_SEEDS}")
+    least, most = CLAIM_SEEDS
+    if not least <= len(experiment.seeds) <= most:
+        raise UserError(f"{where}: no verdict follows from {len(experiment.seeds)} seeds; give {least} to {most}")
     for name in (claim.better, claim.than):
         if name not in variants:
             raise UserError(f"{where}: {shown(name)} is no variant; name two of {', '.join(variants)}")
