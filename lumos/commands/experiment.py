@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     results.write(experiment, result, out)
     for variant, row in result["variants"].items():
         figures = (f"{name} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for name, (mean, spread) in row["summary"].items())
-        print(f"{printable(variant):24}{'  '.join(figures)}")
-    if result["claims"]:
-        print(printable(claims_table([result])))
+        print(f"{printable(variant):24}  {'  '.join(figures)}")
+    for line in claims_table([result]).splitlines() if result["claims"] else ():
+        print(printable(line))
     print(printable("  ".join(map(str, places))))

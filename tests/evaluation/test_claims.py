@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from lumos.cli import main
 from lumos.errors import UserError
+from lumos.evaluation.experiments import results, runs
 from lumos.evaluation.experiments.claims import AGREES, DISAGREES, TOO_EARLY, at_chance, judged, verdict
 from lumos.evaluation.experiments.intervals import intervals, paired_difference, share_difference, summary
 from lumos.evaluation.experiments.settings import FIGURES, MORE_FIGURES, load
@@ -121,3 +123,16 @@ def test_mistakes_in_a_claim(change, message, tmp_path):
     path.write_text(yaml.safe_dump(study | {"claims": [claim]}))
     with pytest.raises(UserError, match=message):
         load(path)
+
+
+def test_the_command_ends_with_the_table_of_claims(tmp_path, monkeypatch, capsys):
+    found = result(row("motion", [0.5, 0.5, 0.5], of=24), row("motion", [0.25, 0.25, 0.25], of=24))
+    monkeypatch.setattr(runs, "run", lambda *_: None)
+    monkeypatch.setattr(results, "gather", lambda *_: found)
+    monkeypatch.setattr(results, "write", lambda *_: None)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"prompts": [], "variants": {"with": {}, "without": {}}}))
+    assert main(["experiment", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert claims_table([found]) in printed
+    assert "with                      motion 0.500" in printed
