@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from lumos.cli import main
-from lumos.evaluation import experiments
+from lumos.evaluation.experiments import runs
 
 
 def run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,5 +21,5 @@ def run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
             return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(experiments, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(SimpleNamespace(map=map)))
-    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(runs, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))

@@ -20,30 +20,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import printable
-    from lumos.evaluation import experiments
+    from lumos.evaluation.experiments import results, runs
+    from lumos.evaluation.experiments.settings import load
+    from lumos.evaluation.experiments.tables import claims_table
     from lumos.files import check_outputs
     from lumos.progress import progress_bar
     from lumos.threads import MAX_THREADS
 
     check_counts(args, parallel=(1, MAX_THREADS))
-    experiment = experiments.load(args.config)
+    experiment = load(args.config)
     name = Path(args.config).stem
     out = Path(args.out or Path("docs") / "results" / name)
-    jobs = experiments.jobs(experiment, Path(args.runs or Path("runs") / "experiments" / name))
+    jobs = runs.jobs(experiment, Path(args.runs or Path("runs") / "experiments" / name))
     if args.list:
         for job in jobs:
             for _, command in job.missing():
                 print(printable(shlex.join(["python", "-m", "lumos", *command])))
         return
-    places = [experiments.named(out, suffix) for suffix in (".json", ".png")]
+    places = [results.named(out, suffix) for suffix in (".json", ".png")]
     check_outputs(others=places)
     for job in jobs:
         list(job.missing())  # raises an error for a folder of another command before the first run starts
     with progress_bar(total=len(jobs), unit="run") as bar:
-        experiments.run(jobs, args.parallel, bar.update)
-    result = experiments.gather(experiment, jobs)
-    experiments.write(experiment, result, out)
+        runs.run(jobs, args.parallel, bar.update)
+    result = results.gather(experiment, jobs)
+    results.write(experiment, result, out)
     for variant, row in result["variants"].items():
         figures = (f"{name} {mean:.3f}" + f" ± {spread:.3f}" * (spread > 0) for name, (mean, spread) in row["summary"].items())
-        print(f"{printable(variant):24}{'  '.join(figures)}")
+        print(f"{printable(variant):24}  {'  '.join(figures)}")
+    for line in claims_table([result]).splitlines() if result["claims"] else ():
+        print(printable(line))
     print(printable("  ".join(map(str, places))))

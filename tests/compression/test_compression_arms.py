@@ -11,7 +11,8 @@ from experiment_jobs import run_in_this_process
 from small_networks import lumos_folder
 
 from lumos.cli import main
-from lumos.evaluation import experiments
+from lumos.evaluation.experiments import runs
+from lumos.evaluation.experiments.settings import load
 
 pytest.importorskip("matplotlib")
 
@@ -76,7 +77,7 @@ def test_two_arms_are_pruned_recovered_and_judged_once(study, model, monkeypatch
 def test_without_a_recovery_the_pruned_model_is_judged(study):
     study |= {"train": {}, "curves": [], "variants": {"a": {"prune": ["--plan", "deep"]}}}
     Path("study.yaml").write_text(yaml.safe_dump(study))
-    (job,) = experiments.jobs(experiments.load("study.yaml"), Path("runs"))
+    (job,) = runs.jobs(load("study.yaml"), Path("runs"))
     assert job.train is None
     assert job.prompts[job.prompts.index("--model") + 1] == "runs/a-4/pruned"
     assert job.prune[:6] == ("compress", "prune", "--model", study["compress"]["model"], "--out", "runs/a-4/pruned")

@@ -15,7 +15,8 @@ from experiment_jobs import run_in_this_process
 
 from lumos.cli import main
 from lumos.compression.settings import load_settings as compression_settings
-from lumos.evaluation import experiments
+from lumos.evaluation.experiments import intervals, results, runs
+from lumos.evaluation.experiments.settings import Experiment, load
 from lumos.models.lumos1.training import model_config
 from lumos.training.settings import load_settings
 from lumos.video.io import read_image
@@ -54,7 +55,7 @@ def forked(monkeypatch, forks) -> None:
         stdout.write(done.stdout + done.stderr)
         return done
 
-    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
 
 def test_variants_are_trained_judged_and_drawn_once(forked, trained: str, tmp_path: Path, capsys):
@@ -145,7 +146,7 @@ def test_results_of_other_settings_are_not_taken_for_these(in_this_process, trai
 
 def test_a_kind_may_be_named_with_an_equals_sign(tmp_path: Path):
     path = write(tmp_path / "x.yaml", prompts=["--kinds=two"], figures=["all of two"], variants={"a": {}})
-    assert experiments.load(path).figures == ["all of two"]
+    assert load(path).figures == ["all of two"]
 
 
 @pytest.mark.slow
@@ -157,19 +158,19 @@ def test_curves_may_run_over_flops(in_this_process, trained: str, tmp_path: Path
     spent = sum(line["flops"] for line in lines if "flops" in line)
     assert run["curves"]["val_loss_video"][-1][0] == pytest.approx(spent)
     sparse = [{"step": 2, "flops": 10.0}, {"step": 3, "val_loss_video": 1.0}, {"step": 4, "flops": 20.0}]
-    assert [experiments.flops_until(step, sparse) for step in (1, 2, 3, 4, 5)] == [10, 20, 40, 60, 80]
+    assert [results.flops_until(step, sparse) for step in (1, 2, 3, 4, 5)] == [10, 20, 40, 60, 80]
 
 
 def test_a_figure_may_be_of_one_kind(tmp_path: Path):
-    job = experiments.ExperimentJob("a", 0, tmp_path, None, ("evaluate",))
+    job = runs.ExperimentJob("a", 0, tmp_path, None, ("evaluate",))
     judged = {"shares": {"one": {"all": 0.5}, "two": {"all": 0.25}}, "seconds": 1.0, "count": 4}
     (tmp_path / "prompts.json").write_text(json.dumps(judged))
-    found = experiments.results_of(job, experiments.Experiment(figures=["all", "all of two"]))
+    found = results.results_of(job, Experiment(figures=["all", "all of two"]))
     assert found["shares"] == {"all": 0.375, "all of two": 0.25}
 
 
 def test_a_busy_seed_does_not_move_the_time_of_a_clip():
-    from lumos.evaluation.experiment_plots import times_of
+    from lumos.evaluation.experiments.plots import times_of
 
     def row(x: float, **times: list[float]) -> dict:
         named = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
@@ -183,14 +184,14 @@ def test_a_busy_seed_does_not_move_the_time_of_a_clip():
 
 def test_means_and_spread_over_seeds():
     runs = [{"curves": {"loss": [[1, 3.0], [2, value]]}, "shares": {"all": share}} for value, share in ((1.0, 0.5), (2.0, 0.7))]
-    assert experiments.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}
+    assert intervals.summary(runs) == {"loss": [1.5, 0.7071], "all": [0.6, 0.1414]}
 
 
 @pytest.mark.slow
 def test_every_shipped_experiment_can_be_planned(repo: Path):
     for path in (repo / "configs" / "experiments").glob("*.yaml"):
         if path.stem not in ("base", "stiv-base"):
-            found = experiments.jobs(experiments.load(path), Path("runs"))
+            found = runs.jobs(load(path), Path("runs"))
             assert len(found) >= 2, path
             assert len({job.folder for job in found}) == len(found)
             for job in found:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import drawable, needing_matplotlib
+from lumos.evaluation.experiments.words import in_words
 from lumos.files import replacing
 
-PANELS = {"moved": "motion, over the truth's", "frechet": "Fréchet distance", "psnr": "PSNR of made frames, dB"}
-"""Titles of the panels of figures that are not shares and may be above 1."""
+PANELS = ("moved", "frechet", "psnr", "clip_gflops", "clip_seconds", "memory_mb")
+"""Figures that are not shares and may be above 1, which have panels of their own."""
 OVER = {"step": "training steps", "flops": "training FLOPs"}
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
@@ -29,10 +30,10 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     with needing_matplotlib("experiment"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    variants = result["variants"]
+    variants, words = result["variants"], result.get("names", {})
     fields = list(dict.fromkeys(field for row in variants.values() for run in row["runs"] for field in run.get("curves", {})))
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
-    own = {title: [name for name in shown if name.partition(" of ")[0] == figure] for figure, title in PANELS.items()}
+    own = {in_words(figure, words): [name for name in shown if name.partition(" of ")[0] == figure] for figure in PANELS}
     shares = {"share of prompts": [name for name in shown if name.partition(" of ")[0] not in PANELS], **own}
     shares = {title: names for title, names in shares.items() if names}
     judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
@@ -52,10 +53,11 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
             axes.set(xscale="log", yscale="log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-        words = result.get("names", {}).get(field, field) + (", last value" if per_place else "")
-        _finish(axes, words, "latent frame" if per_place else OVER[result["over"]])
+        title = words.get(field, field) + (", last value" if per_place else "")
+        _finish(axes, title, "latent frame" if per_place else OVER[result["over"]])
     for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
-        _shares(figure.add_subplot(1, panels, n), variants, names, title, result["axis"])
+        named = {name: in_words(name, words) for name in names}
+        _shares(figure.add_subplot(1, panels, n), variants, named, title, result["axis"])
     if times:
         axes = figure.add_subplot(1, panels, panels)
         _band(axes, times, "C0", "a clip, median of the seeds", "-o")
@@ -92,18 +94,18 @@ def curve(runs: list[dict[str, Any]], field: str) -> Points:
     return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
 
 
-def _shares(axes: Any, variants: dict[str, Any], shown: list[str], title: str, axis: str) -> None:
-    """Draw lines over x if every variant has an x, else bars over the names of the variants."""
+def _shares(axes: Any, variants: dict[str, Any], shown: dict[str, str], title: str, axis: str) -> None:
+    """Draw the figures, {name: words}, as lines over x if every variant has an x, else as bars over the names of the variants."""
     numeric = all(row["x"] is not None for row in variants.values())
-    for k, name in enumerate(shown):
+    for k, (name, words) in enumerate(shown.items()):
         rows = [(n if not numeric else row["x"], row) for n, row in enumerate(variants.values()) if name in row["summary"]]
         points = sorted((x, *row["summary"][name]) for x, row in rows)
         if numeric:
-            _band(axes, points, f"C{k}", name, "-o")
+            _band(axes, points, f"C{k}", words, "-o")
         else:  # the bars of a variant stand side by side
             x, mean, spread = zip(*points, strict=True)
             places = [place + 0.8 * ((k + 0.5) / len(shown) - 0.5) for place in x]
-            axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=drawable(name))
+            axes.bar(places, mean, 0.8 / len(shown), yerr=spread if any(spread) else None, color=f"C{k}", label=drawable(words))
     if not numeric:
         axes.set_xticks(range(len(variants)), [drawable(name) for name in variants], rotation=20, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
