@@ -64,11 +64,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
     The folder replaces an older one. On Linux, ``path`` is at every moment either the older or the new
     folder. If the system cannot exchange folders, a kill may leave the older folder under another name;
-    the next call restores it first. Errors are those of `replacing`.
+    the next call restores it first. Errors are those of `replacing`, and UserError if ``path`` is a file.
     """
     path = Path(path)
     with _replacing(path, put_folder) as writing:
         put_back(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, but a folder is to be written there; choose another name")
         writing.mkdir()
         yield writing
 

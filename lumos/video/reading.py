@@ -227,7 +227,7 @@ def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> AvClip | 
     return PillowClip(path, max_pixels)
 
 
-_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif")
+_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
 
 
 def _kind(path: str | Path) -> str:
