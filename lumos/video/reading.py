@@ -36,8 +36,12 @@ MAX_CLIP_BYTES = 2 << 30
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return a picture as uint8 [H, W, 3].
 
-    Raise UserError if the file is missing, cannot be read or has more than ``max_pixels`` pixels.
+    Raise UserError if the file is missing, cannot be read, holds a video or has more than ``max_pixels`` pixels.
     """
+    with _reading(path, "picture", max_pixels):
+        holds_picture = is_picture_file(Path(path))
+    if not holds_picture and can_read(path):
+        raise UserError(f"{path} holds a video and no picture; give it as a video, or save one of its frames as PNG or JPEG")
     with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
         return picture_rgb(ImageOps.exif_transpose(first_shown(image)))
 

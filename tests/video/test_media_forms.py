@@ -196,6 +196,8 @@ def test_animations_are_known_by_their_content(tmp_path, kind, name):
 def test_a_film_and_a_picture_with_wrong_names(thirty, tmp_path):
     (tmp_path / "film.gif").write_bytes(thirty.read_bytes())
     assert numbers(read_video(tmp_path / "film.gif")[0]) == list(range(30))
+    with pytest.raises(UserError, match=r"film.gif holds a video and no picture; give it as a video"):
+        read_image(tmp_path / "film.gif")
     Image.fromarray(grey(7)).save(tmp_path / "picture.jpg")
     (tmp_path / "picture").write_bytes((tmp_path / "picture.jpg").read_bytes())
     for name in ("picture.jpg", "picture"):
