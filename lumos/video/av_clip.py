@@ -83,9 +83,12 @@ class AvClip:
             self.origin = (stream.start_time or 0) * self.tick
             self.length = None if stream.duration is None else stream.duration * self.tick
             packets = (packet for packet in container.demux(stream) if packet.size)
-            has_times = all(packet.pts is not None for packet in islice(packets, PROBED_PACKETS))
+            probed = [packet.pts for packet in islice(packets, PROBED_PACKETS)]
+            has_times = None not in probed
             self.raw = container.format.name in RAW_RATES
             self.stamped = has_times and not self.raw and not (container.format.name == "avi" and stream.codec_context.has_b_frames)
+            if container.format.name == "avi" and self.stamped and probed:
+                self.origin = probed[0] * self.tick  # FFmpeg guesses times for H.264, the first of which is not the stated start
             if (stated := RAW_RATES.get(container.format.name)) is not None:
                 rate = stream.codec_context.framerate if stated == "codec" else stream.guessed_rate
                 self.fps = float(rate or stream.guessed_rate or self.fps)

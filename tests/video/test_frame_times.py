@@ -22,11 +22,12 @@ def numbers(frames: np.ndarray) -> list[int]:
     return [round(float(frame.mean()) / 8) for frame in frames]
 
 
-def film(path: Path, count: int, rate: Fraction | int, codec: str = "libx264", form: str | None = None) -> Path:
-    """A film with B-frames."""
+def film(
+    path: Path, count: int, rate: Fraction | int, codec: str = "libx264", form: str | None = None, b_frames: int = 2
+) -> Path:
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options={"crf": "4"} if codec == "libx264" else {})
-        stream.codec_context.max_b_frames, stream.codec_context.qmin, stream.codec_context.qmax = 2, 1, 1
+        stream.codec_context.max_b_frames, stream.codec_context.qmin, stream.codec_context.qmax = b_frames, 1, 1
         stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
         for n in range(count):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")))
@@ -52,6 +53,16 @@ def test_the_end_of_a_film_in_whole_milliseconds(tmp_path, count):
     assert count_frames(path, 30) == count
     for last in (3, count - 2, count):
         assert numbers(read_video(path, fps=30, num_frames=last, from_end=True)[0]) == list(range(count - last, count))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_each_frame_of_an_avi_is_read_once(tmp_path, codec, b_frames):
+    path = film(tmp_path / "film.avi", 30, 25, codec, b_frames=b_frames)
+    assert count_frames(path, 25) == 30
+    assert numbers(read_video(path, fps=25)[0]) == list(range(30))
+    assert numbers(read_video(path, fps=25, num_frames=4, from_end=True)[0]) == [26, 27, 28, 29]
+    assert numbers(read_video(path, fps=25, num_frames=2, start=1.12)[0]) == [28, 29]
 
 
 def test_durations_of_parts_of_a_millisecond_do_not_add_up(tmp_path):
