@@ -106,7 +106,10 @@ def test_rows_with_too_many_cells_and_tables_without_columns_are_said(clip, tmp_
     table = tmp_path / f"t{suffix}"
     table.write_text(f"path{cell}caption\na.mp4{cell}a cat{cell} and a dog\na.mp4{cell}a cat\n")
     assert list(found(table).values()) == [BAD_ROW, "a cat"]
-    for written in (f"a.mp4{cell}a cat\n", f"clip{cell}words\na.mp4{cell}a cat\n", ""):
+    table.write_text(f" path {cell} caption\na.mp4{cell}a cat\n")
+    assert list(found(table).values()) == ["a cat"]
+    twice = f"path{cell}caption{cell}caption\na.mp4{cell}a cat{cell}a dog\n"
+    for written in (f"a.mp4{cell}a cat\n", f"clip{cell}words\na.mp4{cell}a cat\n", "", twice):
         table.write_text(written)
         assert [item.problem[0] for item in items([table])] == [BROKEN_TABLE]
 

@@ -25,8 +25,8 @@ MAX_ROW_LINES = 200
 """Largest number of lines of a csv row. If a quote is not closed, this many lines are read before the row counts as
 invalid and reading goes on at its second line."""
 
-class _NoPath(Exception):
-    """The first row of a table names no column of paths."""
+class _WrongNames(Exception):
+    """The first row of a table does not name the columns, or one of them twice."""
 
 
 TableRow = dict[str, Any] | str
@@ -58,7 +58,7 @@ def rows(table: Path) -> Iterator[tuple[int, TableRow]]:
                 yield from ((number, json_row(line)) for number, line in enumerate(lines, 1) if line.strip())
     except UserError:  # pyarrow is not installed
         raise
-    except _NoPath as error:
+    except _WrongNames as error:
         raise RunError(f"cannot read {table}: {error}") from error
     except Exception as error:  # whatever a reader raises for a damaged file
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -108,7 +108,7 @@ def _tsv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
         else:
             yield _named(names, cells, "a tab")
     if names is None:
-        raise _NoPath("it is empty")
+        raise _WrongNames("it is empty")
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
@@ -145,7 +145,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
             continue
         if cells is None:
             if names is None:
-                raise _NoPath("it is empty")
+                raise _WrongNames("it is empty")
             return
         if not cells:
             continue
@@ -156,12 +156,18 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
 
 
 def _checked_names(cells: list[str]) -> list[str]:
-    """Return the names of the columns in the first row of a table; raise _NoPath if none of them is that of the path."""
-    if not set(cells) & set(PATH_KEYS):
-        raise _NoPath(
-            f"its first row is {shown(cells)}, but must name the columns: {' or '.join(PATH_KEYS)}, and {' or '.join(CAPTION_KEYS)}"
+    """Return the names of the columns in the first row of a table; raise _WrongNames if none of them is that of the path.
+
+    The same error is raised if a name that is read stands there twice.
+    """
+    names = [cell.strip() for cell in cells]
+    if twice := [name for name in COLUMNS if names.count(name) > 1]:
+        raise _WrongNames(f"its first row names the column {twice[0]} twice; give each column a name of its own")
+    if not set(names) & set(PATH_KEYS):
+        raise _WrongNames(
+            f"its first row is {shown(names)}, but must name the columns: {' or '.join(PATH_KEYS)}, and {' or '.join(CAPTION_KEYS)}"
         )
-    return cells
+    return names
 
 
 def _named(names: list[str], cells: list[str], separator: str) -> TableRow:
