@@ -91,7 +91,7 @@ def test_captions_in_encodings_without_a_mark_are_read_right(clip, tmp_path, enc
     assert read_prompts(tmp_path / "a.txt", "captions") == text
 
 
-def test_marks_inside_of_prompts_are_left_out_and_lost_characters_are_said(tmp_path):
+def test_marks_inside_of_prompts_and_lost_characters(tmp_path):
     (tmp_path / "list.txt").write_bytes("one\n".encode("utf-8-sig") + "two\n".encode("utf-8-sig"))
     assert [row.options["prompt"] for row in read_rows(tmp_path / "list.txt")] == ["one", "two"]
     (tmp_path / "list.txt").write_text("one\ntw\ufffd\n", encoding="utf-8")
@@ -100,7 +100,7 @@ def test_marks_inside_of_prompts_are_left_out_and_lost_characters_are_said(tmp_p
 
 
 @pytest.mark.parametrize(("suffix", "cell"), [(".csv", ","), (".tsv", "\t")])
-def test_rows_with_too_many_cells_and_tables_without_columns_are_said(clip, tmp_path, suffix, cell):
+def test_rows_with_too_many_cells_and_wrong_columns_are_said(clip, tmp_path, suffix, cell):
     """A comma in a caption without quotes does not cut the caption."""
     (tmp_path / "a.mp4").write_bytes(clip)
     table = tmp_path / f"t{suffix}"
@@ -211,7 +211,7 @@ def test_what_cannot_be_read_in_a_folder_has_a_reason(clip, tmp_path):
     assert begin(photo, ClipSettings(), 4).reason == UNREADABLE
 
 
-def test_members_of_a_tar_and_sources_are_known_by_their_content(clip, tmp_path):
+def test_members_of_tars_and_sources_are_known_by_content(clip, tmp_path):
     made = tar(tmp_path / "a.tar", {
         "a.clip": clip, "a.txt": b"a", "b": clip, "b.txt": b"b", "c.cls": b"7", "._a.clip": b"x", ".cache/d.mp4": clip,
     })  # fmt: skip
