@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -63,11 +64,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
     The folder replaces an older one. On Linux, ``path`` is at every moment either the older or the new
     folder. If the system cannot exchange folders, a kill may leave the older folder under another name;
-    the next call restores it first. Errors are those of `replacing`.
+    the next call restores it first. Errors are those of `replacing`, and UserError if ``path`` is a file.
     """
     path = Path(path)
     with _replacing(path, put_folder) as writing:
         put_back(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, but a folder is to be written there; choose another name")
         writing.mkdir()
         yield writing
 
@@ -271,6 +274,22 @@ def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, p
         raise UserError(f"cannot read {path} as {what}: {error}; save it as UTF-8") from error
 
 
+def read_prompts(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
+    """Return the text of a file of prompts or captions, as `read_text`, without byte order marks between its lines.
+
+    Files that are joined have such marks inside. Raises UserError also for characters that no prompt has: the mark of lost
+    characters (U+FFFD) and zeros.
+    """
+    text = read_text(path, what, limit, pipes=pipes).replace("\ufeff", "")
+    if (wrong := re.search("[\ufffd\0]", text)) is not None:
+        line = text.count("\n", 0, wrong.start()) + 1
+        raise UserError(
+            f"cannot read {path} as {what}: line {line} has U+{ord(wrong[0]):04X}, because an earlier conversion lost characters; "
+            "write them again and save it as UTF-8"
+        )
+    return text
+
+
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
@@ -281,13 +300,20 @@ BYTE_ORDER_MARKS = {
 def encoding_of(data: bytes) -> tuple[str, int]:
     """Return the encoding of a text that begins with these bytes, and the length of its byte order mark.
 
-    Without a mark it is UTF-8.
+    Without a mark it is UTF-8, or UTF-16 or UTF-32 if the zero bytes of its first character, a letter of English, say so.
     """
-    return next(((name, len(mark)) for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), ("utf-8", 0))
+    for name, mark in ((name, len(mark)) for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)):
+        return name, mark
+    zeros = [not byte for byte in data[:4]]
+    if zeros[:2] == [False, True]:
+        return "utf-32-le" if zeros[2:] == [True, True] else "utf-16-le", 0
+    if zeros[:2] == [True, False]:
+        return "utf-16-be", 0
+    return "utf-32-be" if zeros == [True, True, True, False] else "utf-8", 0
 
 
 def text_of(data: bytes, errors: str = "strict") -> str:
-    """Return the text of bytes in UTF-8, or in the encoding of their byte order mark, without the mark.
+    """Return the text of bytes in UTF-8, or in the encoding that `encoding_of` finds, without a byte order mark.
 
     `errors` is that of `bytes.decode` for bytes that are not text; by default UnicodeDecodeError is raised.
     """

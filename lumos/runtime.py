@@ -6,9 +6,10 @@ import ctypes
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,20 +113,20 @@ def return_freed_memory(device: torch.device) -> bool:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Inside, new tensors are float32 on the CPU, whatever `set_default_dtype` and `set_default_device` say outside.
+    """Inside, new tensors are float32 on the CPU and no autocast changes dtypes, whatever the caller of the library has set.
 
     A result then depends on its arguments alone. The default dtype is one for all threads of the process.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    if dtype == torch.float32 and device.type == "cpu":
+    with ExitStack() as held:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                held.enter_context(torch.autocast(kind, enabled=False))
+        if dtype != torch.float32 or device.type != "cpu":
+            held.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+            held.enter_context(torch.device("cpu"))
         yield
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
@@ -138,6 +139,13 @@ def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
                 except StopIteration:
                     return
             yield item
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Inside, transformers shows progress bars only if stderr is a terminal."""
+    with nullcontext() if sys.stderr.isatty() else no_progress_bar():
+        yield
 
 
 @contextmanager

@@ -209,6 +209,17 @@ def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
             torch.set_default_device(None)
         assert np.array_equal(found, expected)
         assert np.array_equal(np.concatenate([part[0] for part in parts]), expected[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames, expected)
+        assert torch.is_autocast_enabled("cpu")
+    with torch.device("meta"):
+        pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    assert np.array_equal(pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames, expected)
+
+
+def test_a_pipeline_is_loaded_and_saved_without_bars_in_a_pipe(folder, tmp_path, capfd):
+    VideoPipeline.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "copy")
+    assert capfd.readouterr().err == ""
 
 
 def test_all_64_bits_of_a_seed_count(folder):

@@ -40,6 +40,15 @@ def replace_folder(path: Path, text: str) -> None:
         (writing / "model").write_text(text)
 
 
+def test_a_folder_does_not_replace_a_file(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for write in (replacing_folder, lambda path: updating_folder(path, lambda name: True)):
+        with pytest.raises(UserError, match="notes is a file, but a folder is to be written there"), write(tmp_path / "notes"):
+            pass
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert names(tmp_path) == ["notes"]
+
+
 # -- power cuts --------------------------------------------------------------------------------------------------------
 
 

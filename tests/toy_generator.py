@@ -28,7 +28,7 @@ from lumos.pipeline.request import Request, resolve
 from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS
 from lumos.registry import Benchmark, Generator
-from lumos.runtime import pick_device
+from lumos.runtime import bars_on_terminals, pick_device
 from lumos.settings import setting
 from lumos.training import checkpoint
 from lumos.training.export import export_checkpoint
@@ -100,6 +100,7 @@ class ToyPipeline(VideoPipeline):
         video = VideoTokenizer.from_pretrained(folder, device=device)
         return cls(ToyModel.from_pretrained(folder).to(device), TextTokenizer.from_pretrained(folder), video, settings, clip)
 
+    @bars_on_terminals()
     def save_pretrained(self, folder):
         write_folder(Path(folder), self.model, self.text_tokenizer, self.video_tokenizer, self.settings, self.clip)
 

@@ -19,7 +19,7 @@ import sentencepiece
 import tokenizers
 
 from lumos.errors import UserError, as_text, reason_of, shown
-from lumos.files import parse_json, read_bytes, read_text, updating_folder
+from lumos.files import parse_json, read_bytes, read_prompts, updating_folder
 
 FILE_NAMES = ("text_tokenizer.json", "tokenizer.json", "text_tokenizer.model", "tokenizer.model")
 SUBFOLDER = "text_tokenizer"
@@ -197,7 +197,7 @@ def _captions(captions: Iterable[str] | str | Path) -> Iterator[str]:
     if not isinstance(captions, str | Path):
         yield from (text for text in captions if text.strip())
         return
-    lines = read_text(captions, "captions, one a line", MAX_CAPTIONS_BYTES, pipes=True).split("\n")
+    lines = read_prompts(captions, "captions, one a line", MAX_CAPTIONS_BYTES, pipes=True).split("\n")
     yield from (line.rstrip("\r") for line in lines if line.strip())
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lumos import registry
 from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
 from lumos.errors import UserError
-from lumos.files import read_text
+from lumos.files import read_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,5 +117,5 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 
 def read_examples(path: Path) -> list[str]:
     """Return the prompts of a text file, without empty lines."""
-    text = read_text(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
+    text = read_prompts(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -104,6 +104,7 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=METRICS_TYPE)
 
+    @app.head("/health", include_in_schema=False)  # load balancers ask so
     @app.get("/health", tags=["server"], summary="Whether the server takes requests; needs no key")
     async def health() -> JSONResponse:
         is_alive = service.worker.is_alive

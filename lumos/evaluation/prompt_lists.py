@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError, shown
-from lumos.files import parse_json, read_text
+from lumos.files import parse_json, read_prompts, read_text
 
 VIDEO_SAMPLES = 5
 FLICKER_SAMPLES = 25
@@ -100,7 +100,7 @@ def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
     a line for each entry of the list, in the same order, like VBench's all_dimension_longer.txt.
     UserError for another form or number of lines.
     """
-    text = read_text(path, "captions")
+    text = read_prompts(path, "captions")
     if Path(path).suffix == ".json":
         table = parse_json(text, str(path))
         if not isinstance(table, dict):

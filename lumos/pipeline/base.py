@@ -46,7 +46,7 @@ from lumos.pipeline.parts import Parts
 from lumos.pipeline.placement import is_spread
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
 from lumos.progress import progress_bar
-from lumos.runtime import each_in_plain_defaults, pick_device, plain_defaults
+from lumos.runtime import bars_on_terminals, each_in_plain_defaults, pick_device, plain_defaults
 from lumos.video.frames import as_uint8
 
 OnStep = Callable[[int, int, int, int], None]
@@ -123,6 +123,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             cls.__call__ = call
 
     @classmethod
+    @plain_defaults()
+    @bars_on_terminals()
     def from_pretrained(cls, folder: str | Path, *, revision: str | None = None, **options: Any) -> VideoPipeline:
         """Load a model folder and return the pipeline of its generator; `options` are passed on to that pipeline.
 

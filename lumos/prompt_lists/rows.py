@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError, shown
-from lumos.files import parse_json, read_text
+from lumos.files import parse_json, read_prompts
 from lumos.pipeline.options import all_options
 from lumos.settings import is_whole
 
@@ -94,7 +94,7 @@ def read_rows(path: str | Path) -> list[PromptRow]:
     readers = {".txt": read_lines, ".jsonl": read_objects, ".csv": read_table}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path} is no list of prompts; give a file that ends in {', '.join(readers)}")
-    text = read_text(path, "a list of prompts", MAX_LIST_BYTES, pipes=True)
+    text = read_prompts(path, "a list of prompts", MAX_LIST_BYTES, pipes=True)
     rows = []
     for line, read in readers[path.suffix.lower()](text, path):
         if len(rows) == MAX_ROWS:

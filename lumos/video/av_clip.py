@@ -41,6 +41,10 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders that read the alpha channel, which FFmpeg's own decoders of these codecs ignore."""
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with an index of their frames, by which FFmpeg finds a place without reading the file up to it."""
+ROUNDING = 5e-4
+"""Largest error in seconds of a time stamp, as many files have or had time stamps in whole milliseconds."""
+RAW_RATES = {"h264": "codec", "hevc": "codec", "m4v": "guessed", "mpegvideo": "guessed"}
+"""Raw streams, whose times and average rate are guessed by FFmpeg, and where the rate that they state is found."""
 BEFORE_ALL = -(2**40)
 """A time stamp before that of every frame."""
 
@@ -62,8 +66,11 @@ class AvClip:
     frame for 2/30 s.
     """
 
-    def __init__(self, path: Path, max_pixels: int, threads: int):
-        self.path, self.max_pixels, self.threads = path, max_pixels, threads
+    rounding = ROUNDING
+
+    def __init__(self, path: Path, max_pixels: int, threads: int, form: str | None = None):
+        """form: FFmpeg's name of the format of the file; None: FFmpeg finds it out."""
+        self.path, self.max_pixels, self.threads, self.form = path, max_pixels, threads, form
         self._kept: tuple[Any, Any] | None = None
         self._in_use = False
         with self._open() as (container, stream):
@@ -72,14 +79,21 @@ class AvClip:
             self._check_size(stream.codec_context.width, stream.codec_context.height)
             self.fps = float(stream.average_rate or stream.guessed_rate or Fraction(25))
             self.tick = float(stream.time_base)
-            self.early = max(self.tick / 2, 6e-4) + 1e-6
+            self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
             self.origin = (stream.start_time or 0) * self.tick
             self.length = None if stream.duration is None else stream.duration * self.tick
             packets = (packet for packet in container.demux(stream) if packet.size)
-            has_times = all(packet.pts is not None for packet in islice(packets, PROBED_PACKETS))
-            self.stamped = has_times and not (container.format.name == "avi" and stream.codec_context.has_b_frames)
-            if not has_times:
-                self.fps = float(stream.guessed_rate or stream.average_rate or Fraction(25))
+            probed = [packet.pts for packet in islice(packets, PROBED_PACKETS)]
+            has_times = None not in probed
+            self.raw = container.format.name in RAW_RATES
+            self.stamped = has_times and not self.raw and not (container.format.name == "avi" and stream.codec_context.has_b_frames)
+            if container.format.name == "avi" and self.stamped and probed:
+                self.origin = probed[0] * self.tick  # FFmpeg guesses times for H.264, the first of which is not the stated start
+            if (stated := RAW_RATES.get(container.format.name)) is not None:
+                rate = stream.codec_context.framerate if stated == "codec" else stream.guessed_rate
+                self.fps = float(rate or stream.guessed_rate or self.fps)
+            elif not has_times:
+                self.fps = float(stream.guessed_rate or self.fps)
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -121,7 +135,7 @@ class AvClip:
         # The options of `av.open` apply to the decoders with which FFmpeg probes a stream. The decoder of the
         # stream has its own options, so the limit is set there as well.
         # The path is absolute, so that FFmpeg does not take a part of a name such as "concat:a" for a protocol.
-        return av.open(str(self.path.resolve()), metadata_errors="replace", options=AV_OPTIONS | self._limit)
+        return av.open(str(self.path.resolve()), format=self.form, metadata_errors="replace", options=AV_OPTIONS | self._limit)
 
     @property
     def _limit(self) -> dict[str, str]:
@@ -175,7 +189,9 @@ class AvClip:
         return found
 
     def _times_in_order(self, container: Any, stream: Any) -> list[float]:
-        """Return the times of the packets of an AVI in the order of the file; [] if a packet has none."""
+        """Return the times of the packets of an AVI in the order of the file; [] if a packet has none, and in a raw stream."""
+        if self.raw:
+            return []
         times = [packet.dts for packet in container.demux(stream) if packet.size]
         return [] if None in times or not times else [max(time - times[0], 0) * self.tick for time in times]
 

@@ -114,9 +114,9 @@ def _as_array(frames: Any, name: str) -> np.ndarray:
     if isinstance(frames, np.ndarray):
         return frames
     if isinstance(frames, Image.Image):
-        return picture_rgb(ImageOps.exif_transpose(frames))
+        return picture_rgb(upright(frames))
     if is_pictures(frames):
-        pictures = [ImageOps.exif_transpose(picture) for picture in frames]
+        pictures = [upright(picture) for picture in frames]
         if len(sizes := {picture.size for picture in pictures}) > 1:
             raise UserError(f"{name} are pictures of different sizes {sorted(sizes)}; give one size")
         return np.stack([picture_rgb(picture) for picture in pictures])
@@ -131,16 +131,42 @@ def on_white(pictures: np.ndarray) -> np.ndarray:
     return (pictures[..., :3] * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return a copy of a PIL picture, turned and mirrored as its EXIF says, whose transparent colour is that of its pixels."""
+    clear = clear_colour(image)  # not known after the copy, which reads the pixels
+    turned = ImageOps.exif_transpose(image)
+    if clear is not None:
+        turned.info["transparency"] = clear
+    return turned
+
+
+def clear_colour(image: Image.Image) -> int | tuple[int, ...] | None:
+    """Return the transparent colour of a PNG whose pixels are not read yet, in the levels of its pixels; None for other pictures.
+
+    Pillow reads grey of 2 and 4 bits and RGB of 16 bits as 8 bits, but leaves the transparent colour as it is in the file. Of
+    16 bits the upper 8 are compared.
+    """
+    clear, tile = image.info.get("transparency"), getattr(image, "tile", ())
+    levels = str(tile[0][3]) if image.format == "PNG" and tile else ""
+    if isinstance(clear, int) and levels in ("L;2", "L;4"):
+        return clear * 255 // (3 if levels == "L;2" else 15)
+    if isinstance(clear, tuple) and levels == "RGB;16B":
+        return tuple(value >> 8 for value in clear)
+    return None
+
+
 def picture_rgb(image: Image.Image) -> np.ndarray:
     """Return a PIL picture of any mode as uint8 [H, W, 3] in sRGB; transparent parts are put on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
-        grey = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        grey = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
+        grey.info = {name: image.info[name] for name in ("icc_profile",) if name in image.info}
+        rgb = np.array(_in_srgb(grey).convert("RGB"))
         clear = image.info.get("transparency")
         if isinstance(clear, int):  # the value that is transparent
-            grey[values == clear] = 255
-        return np.repeat(grey[..., None], 3, axis=2)
+            rgb[values == clear] = 255
+        return rgb
     image = _in_srgb(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -157,11 +183,17 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        mode = {"RGB": "RGBA" if image.has_transparency_data else "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
-        if mode is None or (space == "GRAY" and image.mode not in ("L", "1")):
+        if space not in ("RGB", "GRAY", "CMYK") or (space == "GRAY" and image.mode not in ("L", "1", "LA", "La")):
             return image
-        target = mode if mode == "RGBA" else "RGB"
-        return ImageCms.profileToProfile(image.convert(mode), source, ImageCms.createProfile("sRGB"), outputMode=target)
+        opacity = None
+        if image.has_transparency_data:
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            opacity = image.getchannel("A")
+        colours = image.convert({"GRAY": "L"}.get(space, space))
+        made = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if opacity is not None:
+            made.putalpha(opacity)
+        return made
     except (ImageCms.PyCMSError, OSError, ValueError):  # a profile that is damaged or of a device of another kind
         return image
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
-from lumos.video.frames import picture_rgb
+from lumos.video.frames import clear_colour, picture_rgb
 from lumos.video.hdr import check_transfer, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
@@ -37,9 +40,55 @@ def is_still_file(path: Path) -> bool:
     """Return whether the content of a file is that of a picture that does not move. No picture is decoded."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.format not in ANIMATED or getattr(image, "n_frames", 1) - bool(getattr(image, "default_image", False)) <= 1
+            if image.format in ANIMATED:
+                return getattr(image, "n_frames", 1) - bool(getattr(image, "default_image", False)) <= 1
     except UnidentifiedImageError:
         return False
+    return not is_film_of_jpegs(path)
+
+
+def is_film_of_jpegs(path: Path) -> bool:
+    """Return whether a file is a film of JPEG pictures one after another: whether the second is as large as the first.
+
+    A photograph with a preview behind it is none, and neither is one of several pictures with a table of them (MPO).
+    """
+    with path.open("rb") as file:
+        if file.read(3) != b"\xff\xd8\xff":
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            first, *more = islice(_jpeg_sizes(data), 2)
+            return first is not None and more == [first]
+
+
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # not those without a length that stand inside of a picture
+_START, _END, _TABLE = 0xD8, 0xD9, 0xE2
+_NO_SIZES = (0xC4, 0xC8, 0xCC)  # of 0xC0 to 0xCF, the others begin a frame and state its size
+
+
+def _jpeg_sizes(data: mmap.mmap) -> Iterator[bytes | None]:
+    """Yield the height and width, in bytes, of each JPEG picture that begins where the one before ends; None for the end."""
+    at, size = 2, None
+    while (found := _MARKER.search(data, at)) is not None:
+        marker, at = found[1][0], found.end()
+        if marker == _END:
+            yield size
+            if data[at : at + 2] != bytes((0xFF, _START)):
+                break
+            at, size = at + 2, None
+        elif marker == _TABLE and data[at + 2 : at + 6] == b"MPF\0":
+            break
+        else:
+            if 0xC0 <= marker <= 0xCF and marker not in _NO_SIZES:
+                size = data[at + 3 : at + 7]
+            at += max(int.from_bytes(data[at : at + 2]), 2)
+    yield None
+
+
+def first_shown(image: Image.Image) -> Image.Image:
+    """Return a picture at its first frame that is shown: an animated PNG may have a default picture that is no frame."""
+    if getattr(image, "default_image", False) and getattr(image, "n_frames", 1) > 1:
+        image.seek(1)
+    return image
 
 
 def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
@@ -51,6 +100,8 @@ def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
     try:
         _check_picture(path, image, max_pixels)
         check_transfer(path, picture_transfer(path, image.format or ""), "picture")
+        if (clear := clear_colour(image)) is not None:
+            image.info["transparency"] = clear
     except UserError:
         image.close()
         raise
@@ -67,10 +118,13 @@ class PillowClip:
 
     def __init__(self, path: Path, max_pixels: int):
         self.path, self.max_pixels = path, max_pixels
+        with Image.open(path, formats=FORMATS) as image:
+            self.rounding = 5e-3 if image.format == "GIF" else 5e-4  # half of the unit of the durations
+        self.early = self.rounding + 1e-6
 
     def times(self) -> list[float]:
         """Return the time in seconds at which each frame comes on screen."""
-        return [shown.begin for shown in self.frames(0.0)]
+        return [shown.begin + self.early for shown in self.frames(0.0)]
 
     def last_time(self) -> float:
         """Return the time in seconds at which the last frame comes on screen."""
@@ -82,7 +136,7 @@ class PillowClip:
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield all frames in order; ``start`` is not used."""
         with open_picture(self.path, self.max_pixels) as image:
-            begin = pixels = 0
+            begin = pixels = 0  # begin in ms
             for number, frame in enumerate(ImageSequence.Iterator(image)):
                 _check_picture(self.path, frame, self.max_pixels)  # a GIF grows if a frame does not fit
                 pixels += frame.width * frame.height
@@ -95,8 +149,8 @@ class PillowClip:
                 if number == 0 and getattr(image, "default_image", False):
                     continue
                 frame.load()  # the duration of a WebP frame is known after decoding
-                end = begin + (round(frame.info.get("duration", 0)) or 100)  # ms; 0 counts as 100, as in browsers
-                yield Shown(begin / 1000 - 1e-6, end / 1000 - 1e-6, partial(_rgb, frame))
+                end = begin + (frame.info.get("duration", 0) or 100)  # 0 counts as 100, as in browsers
+                yield Shown(begin / 1000 - self.early, end / 1000 - self.early, partial(_rgb, frame))
                 begin = end
 
 

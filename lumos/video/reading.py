@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from lumos.errors import UserError
 from lumos.video.av_clip import AvClip
 from lumos.video.frames import fit, picture_rgb
-from lumos.video.pillow_clip import PillowClip, is_picture_file, is_still_file, open_picture
+from lumos.video.pillow_clip import PillowClip, first_shown, is_film_of_jpegs, is_picture_file, is_still_file, open_picture
 
 MAX_PIXELS = 40_000_000
 """Largest number of pixels of a picture or of a frame. An 8K frame has 33 million. The demo allows fewer."""
@@ -36,10 +36,14 @@ MAX_CLIP_BYTES = 2 << 30
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return a picture as uint8 [H, W, 3].
 
-    Raise UserError if the file is missing, cannot be read or has more than ``max_pixels`` pixels.
+    Raise UserError if the file is missing, cannot be read, holds a video or has more than ``max_pixels`` pixels.
     """
+    with _reading(path, "picture", max_pixels):
+        holds_picture = is_picture_file(Path(path))
+    if not holds_picture and can_read(path):
+        raise UserError(f"{path} holds a video and no picture; give it as a video, or save one of its frames as PNG or JPEG")
     with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
-        return picture_rgb(ImageOps.exif_transpose(image))
+        return picture_rgb(ImageOps.exif_transpose(first_shown(image)))
 
 
 def is_still(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
@@ -114,7 +118,7 @@ class OpenVideo:
     def count_frames(self, fps: float) -> int:
         """Do the same as :func:`count_frames`."""
         with _reading(self.path, _kind(self.path), self.max_pixels):
-            return math.floor(self.clip.last_time() * fps + 1e-3) + 1
+            return math.floor((self.clip.last_time() + self.clip.rounding) * fps + 1e-6) + 1
 
     def read(
         self,
@@ -132,7 +136,7 @@ class OpenVideo:
         _check_request(path, fps, num_frames, start, from_end, max_seconds, max_frames)
         with _reading(path, _kind(path), self.max_pixels):
             if from_end:
-                start = _start_of_last(path, clip.times(), num_frames, fps)
+                start = _start_of_last(path, clip, num_frames, fps)
             stop = math.inf if max_seconds is None else start + max_seconds
             frames, span = _collect(path, clip, fps, num_frames, start, stop, size, max_frames)
         rate = fps or clip.fps or len(frames) / max(span, 1e-3)
@@ -172,7 +176,7 @@ def _collect(
     span, held_bytes = 0.0, 0
     wanted = math.inf if num_frames is None else num_frames
     for shown in clip.frames(start):
-        if shown.begin >= stop - 1e-3:  # time stamps have about this error, see AvClip
+        if shown.begin + clip.early >= stop - clip.rounding:
             break
         if fps is None:
             copies = int(shown.end > start)
@@ -196,33 +200,38 @@ def _collect(
     return frames, span
 
 
-def _start_of_last(path: str | Path, times: list[float], num_frames: int, fps: float | None) -> float:
+def _start_of_last(path: str | Path, clip: AvClip | PillowClip, num_frames: int, fps: float | None) -> float:
     """Return the start in seconds from which ``num_frames`` frames end at the last frame of the clip.
 
     Raise UserError if the clip is too short.
     """
-    times = sorted(times)
+    times = sorted(clip.times())
     if fps is None:
         first = times[-num_frames] if num_frames <= len(times) else -1.0
     else:
         first = times[-1] - (num_frames - 1) / fps if times else -1.0
-    if first < -1e-3 / (fps or 1):
+    if first < -clip.rounding - 1e-6:
         raise UserError(
             f"{path} is too short for its last {num_frames} frames{f' at {fps:g} fps' if fps else ''}: it has "
             f"{len(times)} frames in {times[-1] if times else 0:.2f} s; ask for fewer frames or raise fps"
         )
+    if fps is not None:
+        # The time of the last frame may be rounded down, and that of the first one up: by this much more than `early`.
+        first += max(2 * clip.rounding - clip.early, 0) + 1e-6
     return max(first, 0.0)
 
 
 def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> AvClip | PillowClip:
     """Open a clip by its content: a picture with Pillow, all else, and a film of single pictures, with FFmpeg."""
     path = Path(path)
-    if path.suffix.lower() not in (".mjpeg", ".mjpg") and is_picture_file(path):
-        return PillowClip(path, max_pixels)
-    return AvClip(path, max_pixels, threads)
+    if not is_picture_file(path):
+        return AvClip(path, max_pixels, threads)
+    if is_film_of_jpegs(path):
+        return AvClip(path, max_pixels, threads, "mjpeg")
+    return PillowClip(path, max_pixels)
 
 
-_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif")
+_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
 
 
 def _kind(path: str | Path) -> str:
@@ -238,7 +247,7 @@ def _reading(path: str | Path, what: str, max_pixels: int) -> Iterator[None]:
             found = "is a folder" if Path(path).is_dir() else "does not exist"
             raise UserError(f"the {what} {path} {found}; give the path of a {what} file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the lower limit `max_pixels` is checked instead
+            warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, and of sizes above the lower limit `max_pixels`
             yield
     except UserError:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumos.data.ingest.item import BAD_CAPTION, BAD_ROW, DUPLICATE, MISSING
+from lumos.data.ingest.encode import ClipSettings, begin
+from lumos.data.ingest.item import BAD_CAPTION, BAD_ROW, BROKEN_TABLE, DUPLICATE, MISSING, NOT_A_FILE, UNREADABLE
 from lumos.data.ingest.manifest import items
 from lumos.data.ingest.tables import rows
 from lumos.errors import UserError
-from lumos.files import read_json, read_text
+from lumos.files import read_json, read_prompts, read_text
+from lumos.prompt_lists.rows import read_rows
 from lumos.video.io import write_video
 
 
@@ -64,13 +67,51 @@ def test_captions_in_marked_encodings_are_read_right(clip, tmp_path, encoding):
 
 
 def test_captions_that_cannot_be_read_have_a_reason(clip, tmp_path):
-    for name, data in {"latin": "café".encode("latin-1"), "lost": "caf\ufffd".encode(), "inside": "a\ufeff cat".encode()}.items():
+    written = {
+        "latin": "café".encode("latin-1"), "lost": "caf\ufffd".encode(), "inside": "a\ufeff cat".encode(), "zero": b"a\0cat",
+        "escape": "猫".encode("iso-2022-jp"), "odd": "a cat".encode("utf-16")[:-1],
+    }  # fmt: skip
+    for name, data in written.items():
         (tmp_path / f"{name}.mp4").write_bytes(clip)
         (tmp_path / f"{name}.txt").write_bytes(data)
-    assert found(tmp_path) == {"latin.mp4": BAD_CAPTION, "lost.mp4": BAD_CAPTION, "inside.mp4": "a cat"}
+    assert found(tmp_path) == {f"{name}.mp4": BAD_CAPTION for name in written} | {"inside.mp4": "a cat"}
     (tmp_path / "list.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match="save it as UTF-8"):
         read_text(tmp_path / "list.txt", "a list")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_captions_in_encodings_without_a_mark_are_read_right(clip, tmp_path, encoding):
+    text = "a größer \N{CAT FACE}"
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "t.csv").write_bytes(f"path,caption\na.mp4,{text}\n".encode(encoding))
+    assert found(tmp_path) == {"a.mp4": text}
+    assert found(tmp_path / "t.csv") == {"a.mp4": text}
+    assert read_prompts(tmp_path / "a.txt", "captions") == text
+
+
+def test_marks_inside_of_prompts_and_lost_characters(tmp_path):
+    (tmp_path / "list.txt").write_bytes("one\n".encode("utf-8-sig") + "two\n".encode("utf-8-sig"))
+    assert [row.options["prompt"] for row in read_rows(tmp_path / "list.txt")] == ["one", "two"]
+    (tmp_path / "list.txt").write_text("one\ntw\ufffd\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2 has U\+FFFD"):
+        read_rows(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(("suffix", "cell"), [(".csv", ","), (".tsv", "\t")])
+def test_rows_with_too_many_cells_and_wrong_columns_are_said(clip, tmp_path, suffix, cell):
+    """A comma in a caption without quotes does not cut the caption."""
+    (tmp_path / "a.mp4").write_bytes(clip)
+    table = tmp_path / f"t{suffix}"
+    table.write_text(f"path{cell}caption\na.mp4{cell}a cat{cell} and a dog\na.mp4{cell}a cat\n")
+    assert list(found(table).values()) == [BAD_ROW, "a cat"]
+    table.write_text(f" path {cell} caption\na.mp4{cell}a cat\n")
+    assert list(found(table).values()) == ["a cat"]
+    twice = f"path{cell}caption{cell}caption\na.mp4{cell}a cat{cell}a dog\n"
+    for written in (f"a.mp4{cell}a cat\n", f"clip{cell}words\na.mp4{cell}a cat\n", "", twice):
+        table.write_text(written)
+        assert [item.problem[0] for item in items([table])] == [BROKEN_TABLE]
 
 
 def test_members_of_a_tar_with_dots_have_their_own_captions(clip, tmp_path):
@@ -107,6 +148,18 @@ def test_names_from_other_systems_find_their_files(clip, tmp_path):
     assert found(tmp_path, captions=tmp_path / "captions.csv") == {f"sub/{composed}": "green", "plain.mp4": "plain"}
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_captions_beside_files_from_other_systems_are_found(clip, tmp_path, forms):
+    media, text = (unicodedata.normalize(form, name) for form, name in zip(forms, ("grün.mp4", "grün.txt"), strict=True))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / media).write_bytes(clip)
+    (tmp_path / "folder" / text).write_text("green")
+    (tmp_path / "folder" / "upper.mp4").write_bytes(clip)
+    (tmp_path / "folder" / "upper.TXT").write_text("upper")
+    assert set(found(tmp_path / "folder").values()) == {"green", "upper"}
+    assert found(tar(tmp_path / "a.tar", {media: clip, text: b"green"})) == {media: "green"}
+
+
 def test_captions_without_a_file_are_said(clip, tmp_path):
     (tmp_path / "a.mp4").write_bytes(clip)
     (tmp_path / "captions.csv").write_text("path,caption\na.mp4,here\nb.mp4,gone\nc.mp4,gone too\n")
@@ -141,6 +194,32 @@ def test_nothing_in_a_folder_vanishes(clip, tmp_path):
         **dict.fromkeys([*names, "h.picture", "linked/r.mp4"], "x"), "broken.mp4": MISSING,
         "linked/back": DUPLICATE, "linked/home": DUPLICATE, "own": DUPLICATE,
     }  # fmt: skip
+
+
+def test_what_cannot_be_read_in_a_folder_has_a_reason(clip, tmp_path):
+    """Pictures of cameras, links without a suffix that lead nowhere, pipes, and tars, which are sources of their own."""
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "photo.txt").write_text("a photo")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    (tmp_path / "itself").symlink_to("itself")
+    os.mkfifo(tmp_path / "pipe")
+    tar(tmp_path / "inside.tar", {"a.mp4": clip, "a.txt": b"x"})
+    assert found(tmp_path) == {
+        "photo.heic": "a photo", "nowhere": MISSING, "itself": UNREADABLE, "pipe": NOT_A_FILE, "inside.tar": NOT_A_FILE,
+    }  # fmt: skip
+    photo = next(item for item in items([tmp_path]) if item.id.endswith(".heic"))
+    assert begin(photo, ClipSettings(), 4).reason == UNREADABLE
+
+
+def test_members_of_tars_and_sources_are_known_by_content(clip, tmp_path):
+    made = tar(tmp_path / "a.tar", {
+        "a.clip": clip, "a.txt": b"a", "b": clip, "b.txt": b"b", "c.cls": b"7", "._a.clip": b"x", ".cache/d.mp4": clip,
+    })  # fmt: skip
+    assert found(made) == {"a.clip": "a", "b": "b"}
+    (tmp_path / "film").write_bytes(clip)
+    assert [item.id for item in items([tmp_path / "film"])] == ["film"]
+    with pytest.raises(UserError, match="not a known kind of source"):
+        items([made.rename(tmp_path / "a.zip")])
 
 
 def test_a_row_without_a_path_is_still_a_bad_row(tmp_path):

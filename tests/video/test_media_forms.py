@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -195,6 +196,8 @@ def test_animations_are_known_by_their_content(tmp_path, kind, name):
 def test_a_film_and_a_picture_with_wrong_names(thirty, tmp_path):
     (tmp_path / "film.gif").write_bytes(thirty.read_bytes())
     assert numbers(read_video(tmp_path / "film.gif")[0]) == list(range(30))
+    with pytest.raises(UserError, match=r"film.gif holds a video and no picture; give it as a video"):
+        read_image(tmp_path / "film.gif")
     Image.fromarray(grey(7)).save(tmp_path / "picture.jpg")
     (tmp_path / "picture").write_bytes((tmp_path / "picture.jpg").read_bytes())
     for name in ("picture.jpg", "picture"):
@@ -210,6 +213,24 @@ def test_the_hidden_default_picture_of_an_apng_is_no_frame(tmp_path):
     assert count_frames(tmp_path / "a.png", 10) == 3
     pictures[0].save(tmp_path / "b.png", save_all=True, append_images=pictures[1:2], duration=100, default_image=True)
     assert is_still(tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert numbers(read_image(tmp_path / name)[None]) == [0]
+
+
+@pytest.mark.parametrize("name", ["film.mjpeg", "film"])
+def test_pictures_one_after_another_are_a_film(tmp_path, name):
+    """Whatever its name is; a picture with a smaller preview behind it is none, and neither is a picture called .mjpeg."""
+    pictures = []
+    for n, size in enumerate([(128, 96)] * 3 + [(64, 48)]):
+        Image.new("RGB", size, (20 + 6 * n,) * 3).save(tmp_path / "one.jpg", quality=95, progressive=n == 1)
+        pictures.append((tmp_path / "one.jpg").read_bytes())
+    (tmp_path / name).write_bytes(b"".join(pictures[:3]))
+    assert numbers(read_video(tmp_path / name)[0]) == [0, 1, 2]
+    assert not is_still(tmp_path / name)
+    for still in (pictures[:1], [pictures[1], pictures[3]]):
+        (tmp_path / name).write_bytes(b"".join(still))
+        assert len(read_video(tmp_path / name)[0]) == 1
+        assert is_still(tmp_path / name)
 
 
 # ---- colour and alpha
@@ -231,6 +252,30 @@ def test_transparent_grey_of_16_bits_is_white(tmp_path):
     values = np.array([[0, 40_000], [65_535, 300]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png", transparency=300)
     assert read_image(tmp_path / "a.png")[..., 0].tolist() == [[0, 156], [255, 255]]
+
+
+def png(path: Path, depth: int, colours: int, pixels: bytes, clear: bytes) -> Path:
+    """A PNG of one row of two pixels. colours: 0 for grey, 2 for RGB."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 2, 1, depth, colours, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"tRNS", clear) + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+@pytest.mark.parametrize(("depth", "colours", "pixels", "clear", "other"), [
+    (2, 0, bytes([0b01_10_0000]), (1,), 170), (4, 0, bytes([0x12]), (1,), 34), (8, 0, bytes([1, 2]), (1,), 2),
+    (16, 2, struct.pack(">6H", 1000, 2000, 3000, 770, 770, 770), (1000, 2000, 3000), 3),
+])  # fmt: skip
+def test_the_transparent_colour_of_a_png_of_any_depth_is_white(tmp_path, depth, colours, pixels, clear, other):
+    path = png(tmp_path / "a.png", depth, colours, pixels, struct.pack(f">{len(clear)}H", *clear))
+    expected = [[[255] * 3, [other] * 3]]
+    assert read_image(path).tolist() == expected
+    assert read_video(path)[0].tolist() == [expected]
+    assert as_uint8(Image.open(path), ndim=3).tolist() == expected
+    assert as_uint8([Image.open(path)]).tolist() == [expected]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -263,6 +308,30 @@ def test_colour_profiles_become_srgb(tmp_path):
         picture.info["icc_profile"] = data
         assert (picture_rgb(picture) == 128).all()
     assert (picture_rgb(ImageOps.exif_transpose(Image.open(tmp_path / "linear.png"))) > 180).all()
+
+
+def test_profiles_of_grey_apply_to_each_form_of_grey(tmp_path):
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(_grey_profile())).tobytes()
+    deep = Image.fromarray(np.full((2, 2), 128 * 257, np.uint16))
+    for picture in (Image.new("L", (2, 2), 128), Image.new("LA", (2, 2), (128, 255)), deep):
+        picture.save(tmp_path / "a.png", icc_profile=profile)
+        assert np.abs(read_image(tmp_path / "a.png").astype(int) - 188).max() <= 1
+    Image.new("LA", (2, 2), (128, 0)).save(tmp_path / "a.png", icc_profile=profile)
+    assert (read_image(tmp_path / "a.png") == 255).all()
+
+
+def _grey_profile() -> bytes:
+    """A profile of grey with a tone curve that is a line (ICC.1, 8.3.5)."""
+    white = b"XYZ " + struct.pack(">4x3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))
+    name, curve = b"desc" + struct.pack(">4xI", 2) + b"x" + bytes(80), struct.pack(">4sII", b"curv", 0, 0)
+    tags = {b"desc": name, b"wtpt": white, b"kTRC": curve}
+    table, body = struct.pack(">I", len(tags)), b""
+    for tag, data in tags.items():
+        table += struct.pack(">4sII", tag, 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = 128 + len(table) + len(body)
+    head = struct.pack(">I4xI4s4s4s12x4s28x", size, 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"acsp") + white[8:]
+    return head.ljust(128, b"\0") + table + body
 
 
 def _linear_profile() -> bytes:

@@ -17,6 +17,12 @@ CLIPS = (
     ".m2ts", ".flv", ".f4v", ".3gp", ".3g2", ".mxf", ".dv", ".vob", ".y4m", ".ivf", ".mjpeg", ".qt", ".nut", ".h264", ".hevc",
 )  # fmt: skip
 MEDIA = PICTURES + CLIPS
+OTHER_MEDIA = (
+    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jxr", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef",
+    ".arw", ".orf", ".rw2", ".raf", ".svg", ".rm", ".rmvb", ".swf", ".264", ".265", ".h265", ".av1", ".obu", ".divx", ".mjpg",
+    ".m2v", ".mpe",
+)  # fmt: skip
+"""Suffixes of pictures and clips that mostly cannot be read. In a folder, those that cannot are skipped items."""
 NOT_MEDIA = (
     ".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".yaml", ".yml", ".xml", ".html", ".srt",
     ".vtt", ".log", ".lock", ".py", ".tar", ".zip", ".gz", ".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".db", ".ini",
@@ -35,6 +41,7 @@ MAX_CAPTION_LENGTH = 10_000
 """Largest number of characters of a caption. Long captions by people or models have about a tenth of it."""
 
 _ODD = r"[\ud800-\udfff]"
+_CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 _ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)\Z)"
 
 
@@ -138,6 +145,9 @@ def problem_of_caption(caption: str) -> tuple[str, str] | None:
         return BAD_CAPTION, "the caption is not UTF-8 text; save it as UTF-8"
     if "\ufffd" in caption:
         return BAD_CAPTION, "the caption has the mark of characters that an earlier conversion lost (U+FFFD); write them again"
+    if control := re.search(_CONTROL, caption):
+        why = f"the caption has the control character U+{ord(control[0]):04X}, as text of another encoding has"
+        return BAD_CAPTION, f"{why}; save it as UTF-8"
     if len(caption) > MAX_CAPTION_LENGTH:
         return LONG_CAPTION, f"the caption has {len(caption):,} characters; at most {MAX_CAPTION_LENGTH:,} are allowed"
     return None

@@ -27,7 +27,9 @@ from lumos.data.ingest.item import (
     DUPLICATE,
     LONG_CAPTION,
     MEDIA,
+    NOT_A_FILE,
     NOT_MEDIA,
+    OTHER_MEDIA,
     UNREADABLE,
     Item,
     as_text,
@@ -92,10 +94,10 @@ def _check_source(path: Path) -> None:
         raise UserError(f"there is no source {path}; give a folder, a manifest (csv, jsonl, parquet), a tar or a media file")
     if path.is_dir():
         return
-    if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar"):
-        raise UserError(f"{path} is not a known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
     if problem := problem_of_file(path):
         raise UserError(f"cannot read the source: {problem[1]}")
+    if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar") and not can_read(path):
+        raise UserError(f"{path} is not a known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
 
 
 def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None], caption: str | None) -> Iterator[Item]:
@@ -213,7 +215,9 @@ def _folder_items(root: Path, name: str) -> Iterator[Item]:
             todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
             continue
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
-        if not drawn and _is_media(path):
+        if path.suffix.lower() == ".tar":
+            yield Item(id_, str(path), problem=(NOT_A_FILE, f"{path} is a tar, which is read only if it is a source of its own"))
+        elif not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
 
 
@@ -235,15 +239,27 @@ def _is_new(link: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
 
 
 def _is_media(path: Path) -> bool:
-    """Return whether a file of a folder is a picture or a clip: by its suffix, or by its content if the suffix is unknown."""
+    """Return whether an entry of a folder is taken for a picture or a clip: by its suffix, or by its content if it is unknown.
+
+    It is also taken if it cannot be known, as for a link that leads nowhere and for a pipe. Reading it then says what is wrong.
+    """
     suffix = path.suffix.lower()
-    return suffix in MEDIA or (suffix not in NOT_MEDIA and path.is_file() and can_read(path))
+    if suffix in MEDIA or suffix in OTHER_MEDIA:
+        return True
+    return suffix not in NOT_MEDIA and (not path.is_file() or not os.access(path, os.R_OK) or can_read(path))
+
+
+def _text_beside(file: Path) -> Path:
+    """Return the path of the caption beside a file, in the Unicode form and case in which it exists."""
+    names = [file.stem, *(unicodedata.normalize(form, file.stem) for form in ("NFC", "NFD"))]
+    found = [file.with_name(name + suffix) for suffix in (".txt", ".TXT") for name in names]
+    return next((text for text in found if os.path.lexists(text)), found[0])
 
 
 def _file_item(id_: str, file: Path) -> Item:
     if problem := problem_of_file(file):
         return Item(id_, str(file), problem=problem)
-    text = file.with_suffix(".txt")
+    text = _text_beside(file)
     try:
         with open_regular(text) as opened:
             data = opened.read(MAX_ROW_LENGTH + 1)

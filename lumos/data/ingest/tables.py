@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lumos.data.shards.format import parquet
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, shown
 from lumos.files import encoding_of, open_regular, parse_json
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -24,6 +24,10 @@ MAX_COLUMN_BYTES = 1 << 30
 MAX_ROW_LINES = 200
 """Largest number of lines of a csv row. If a quote is not closed, this many lines are read before the row counts as
 invalid and reading goes on at its second line."""
+
+class _WrongNames(Exception):
+    """The first row of a table does not name the columns, or one of them twice."""
+
 
 TableRow = dict[str, Any] | str
 """The columns of a row by name, or a message that says why the row is invalid."""
@@ -54,6 +58,8 @@ def rows(table: Path) -> Iterator[tuple[int, TableRow]]:
                 yield from ((number, json_row(line)) for number, line in enumerate(lines, 1) if line.strip())
     except UserError:  # pyarrow is not installed
         raise
+    except _WrongNames as error:
+        raise RunError(f"cannot read {table}: {error}") from error
     except Exception as error:  # whatever a reader raises for a damaged file
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"cannot read {table}: {why}; check that it is a whole {suffix[1:]} file") from error
@@ -95,10 +101,14 @@ def _tsv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
             yield f"it has more than {MAX_ROW_LENGTH:,} characters"
             continue
         cells = line.rstrip("\r\n").split("\t")
+        if not line.strip():
+            continue
         if names is None:
-            names = cells if line.strip() else None
-        elif line.strip():
-            yield dict(zip(names, cells, strict=False))
+            names = _checked_names(cells)
+        else:
+            yield _named(names, cells, "a tab")
+    if names is None:
+        raise _WrongNames("it is empty")
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
@@ -134,11 +144,38 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
             yield f"it is not a row of comma-separated values: {error}; a quote inside of quotes is written twice"
             continue
         if cells is None:
+            if names is None:
+                raise _WrongNames("it is empty")
             return
+        if not cells:
+            continue
         if names is None:
-            names = cells or None
-        elif cells:
-            yield dict(zip(names, cells, strict=False))
+            names = _checked_names(cells)
+        else:
+            yield _named(names, cells, "a comma")
+
+
+def _checked_names(cells: list[str]) -> list[str]:
+    """Return the names of the columns in the first row of a table; raise _WrongNames if none of them is that of the path.
+
+    The same error is raised if a name that is read stands there twice.
+    """
+    names = [cell.strip() for cell in cells]
+    if twice := [name for name in COLUMNS if names.count(name) > 1]:
+        raise _WrongNames(f"its first row names the column {twice[0]} twice; give each column a name of its own")
+    if not set(names) & set(PATH_KEYS):
+        raise _WrongNames(
+            f"its first row is {shown(names)}, but must name the columns: {' or '.join(PATH_KEYS)}, and {' or '.join(CAPTION_KEYS)}"
+        )
+    return names
+
+
+def _named(names: list[str], cells: list[str], separator: str) -> TableRow:
+    """Return the cells of a row by the names of the columns, or a message if there are more cells than names."""
+    if len(cells) > len(names):
+        quoted = "; text with a comma stands in quotes" if separator == "a comma" else ""
+        return f"it has {len(cells)} cells, but there are {len(names)} columns: {separator} separates cells{quoted}"
+    return dict(zip(names, cells, strict=False))
 
 
 def _parquet_rows(file: Any) -> Iterator[tuple[int, TableRow]]:

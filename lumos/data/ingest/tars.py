@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
+import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lumos.data.ingest.item import BAD_CAPTION, BROKEN_TAR, LONG_CAPTION, MEDIA, NO_END, NOT_A_FILE, Item, as_text
+from lumos.data.ingest.item import (
+    BAD_CAPTION,
+    BROKEN_TAR,
+    LONG_CAPTION,
+    MEDIA,
+    NO_END,
+    NOT_A_FILE,
+    NOT_MEDIA,
+    OTHER_MEDIA,
+    Item,
+    as_text,
+)
 from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, first, json_row
 from lumos.files import open_regular, text_of
+from lumos.video.reading import can_read
 
 TEXTS = (".txt", ".json")
 """Suffixes of the captions of samples."""
@@ -50,10 +65,10 @@ def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[ta
             folder, slash, file = member.name.rpartition("/")
             sample = f"{folder}{slash}{file.split('.', 1)[0] or file}"
             if member.isfile() and member.offset_data + (0 if member.issparse() else member.size) > size:
-                groups.pop(sample, None)
+                groups.pop(unicodedata.normalize("NFC", sample), None)
                 return BROKEN_TAR, f"it is cut off in {member.name}; the samples before are used"
-            if not member.isdir():
-                groups.setdefault(sample, []).append(member)
+            if not member.isdir() and not _is_hidden(member):
+                groups.setdefault(unicodedata.normalize("NFC", sample), []).append(member)
         archive.fileobj.seek(archive.offset)
         header = archive.fileobj.read(tarfile.BLOCKSIZE)
     except Exception as error:  # whatever tarfile raises for an invalid header
@@ -66,7 +81,7 @@ def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[ta
 
 
 def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Iterator[Item]:
-    media = [member for member in members if _suffix(member) in MEDIA]
+    media = [member for member in members if _is_media(archive, member)]
     captions: dict[str, tuple[str, tuple[str, str] | None]] = {}
     for member in media:
         own = [other for other in members if _stem(other) == _stem(member) and _suffix(other) in TEXTS]
@@ -107,8 +122,27 @@ def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[
     return "", problem
 
 
+def _is_hidden(member: tarfile.TarInfo) -> bool:
+    """Return whether a member or its folder is hidden, such as the `._*` files of macOS."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(member.name).parts)
+
+
+def _is_media(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Return whether a member is a picture or a clip: by its suffix, or by its content if the suffix is unknown."""
+    suffix = _suffix(member)
+    if suffix in MEDIA or suffix in OTHER_MEDIA:
+        return True
+    if suffix in NOT_MEDIA or not member.isfile() or member.issparse():
+        return False
+    with tempfile.TemporaryDirectory(prefix="lumos-") as folder:
+        file = Path(folder) / "member"
+        with file.open("wb") as out:
+            shutil.copyfileobj(archive.extractfile(member), out)
+        return can_read(file)
+
+
 def _stem(member: tarfile.TarInfo) -> str:
-    return str(PurePosixPath(member.name).with_suffix(""))
+    return unicodedata.normalize("NFC", str(PurePosixPath(member.name).with_suffix("")))
 
 
 def _suffix(member: tarfile.TarInfo) -> str:

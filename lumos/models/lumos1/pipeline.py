@@ -41,7 +41,7 @@ from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, 
 from lumos.pipeline.hub import local_folder
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
-from lumos.runtime import pick_device
+from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
@@ -75,6 +75,8 @@ class LumosPipeline(VideoPipeline):
         self.takes = takes_of(model.config)
 
     @classmethod
+    @plain_defaults()
+    @bars_on_terminals()
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -141,6 +143,7 @@ class LumosPipeline(VideoPipeline):
         pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
         return pipe
 
+    @bars_on_terminals()
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the decoder, both tokenizers and the defaults into one folder, which `from_pretrained` reads.
 

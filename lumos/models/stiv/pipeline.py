@@ -40,7 +40,7 @@ from lumos.pipeline.hub import local_folder
 from lumos.pipeline.inputs import check_prompt
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
-from lumos.runtime import pick_device
+from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from tokenizer import TextTokenizer
 
 USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_size=None)
@@ -92,6 +92,8 @@ class StivPipeline(VideoPipeline):
         self._is_open = False
 
     @classmethod
+    @plain_defaults()
+    @bars_on_terminals()
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -164,6 +166,7 @@ class StivPipeline(VideoPipeline):
         pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
         return pipe
 
+    @bars_on_terminals()
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, its text encoder, the network of its latents and the defaults into one folder.
 
