@@ -15,7 +15,7 @@ from lumos.models.stiv.flow import time_grid
 from lumos.models.stiv.passes import SamplingPass, passes_of
 from lumos.models.stiv.patterns import given_frames
 from lumos.models.stiv.settings import StivOptions
-from lumos.models.stiv.solvers import field_calls
+from lumos.models.stiv.solvers import call_times
 from lumos.models.stiv.text_encoder import TextIds
 from lumos.pipeline.defaults import CLIP_LIMITS, ClipDefaults
 from lumos.pipeline.inputs import each_once, path_or_frames, without_effect
@@ -70,8 +70,9 @@ class StivResolved(Resolved):
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of the clips; under "sampler" what follows from them: patterns, times and runs of the network."""
-        sampling, calls = self.sampling, field_calls(self.sampling.solver, self.sampling.num_inference_steps)
+        sampling = self.sampling
         grid = time_grid(sampling.num_inference_steps, sampling.shift)
+        calls = len(call_times(sampling.solver, grid))
         return super().settings | {
             "sampler": {
                 "pattern": " + ".join(dict.fromkeys(self.patterns)), "passes": len(self.passes),

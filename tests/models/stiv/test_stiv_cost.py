@@ -17,12 +17,14 @@ from lumos.models.stiv.attention import SAVED
 from lumos.models.stiv.configuration import StivConfig
 from lumos.models.stiv.cost import (
     StivClipCost,
+    clip_cost,
     clip_tokens,
     meta_model,
     model_of,
     out_of_memory_advice,
     training_cost,
 )
+from lumos.models.stiv.flops import block_flops
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.settings import StivOptions
 from lumos.pipeline.defaults import ClipDefaults
@@ -180,15 +182,50 @@ def test_clip_cost_counts_calls_branches_and_passes():
     assert total() == pytest.approx(2 * total(guidance_scale=1.0), rel=1e-3)
     assert total(solver="heun") == pytest.approx(2 * total(), rel=1e-3)
     assert total(num_inference_steps=25) == pytest.approx(total() / 2, rel=1e-3)
-    assert total(guidance_interval=(0.0, 0.5)) == pytest.approx(0.75 * total(), rel=1e-2)
+    assert total(guidance_interval=(0.0, 0.5)) == pytest.approx((50 + 26) / 100 * total(), rel=1e-3)  # k / 50 from 0 to 0.5
     assert total(num_frames=33) > 2 * total()
     assert clip_tokens(config, 17, clip.height, clip.width, 10).tokens == 17 * 16
     assert "--guidance-scale 1 needs" in out_of_memory_advice(config, clip, options, 10, torch.float32, clips=2)
+
+
+@pytest.mark.parametrize("options", [
+    {"num_inference_steps": 12, "guidance_interval": (0.0, 0.5), "shift": 3.0},
+    {"num_inference_steps": 5, "guidance_interval": (0.3, 1.0), "solver": "heun", "block_reuse": 3},
+    {"num_inference_steps": 4, "block_reuse": 3, "solver": "ab2", "num_frames": 9},
+    {"num_inference_steps": 3, "image_guidance_scale": 1.5, "solver": "midpoint", "image": True},
+])  # fmt: skip
+def test_flops_of_a_clip_are_those_of_its_runs(pipe, frames, options):
+    """The rows that the blocks see in the pipeline are those of the plan."""
+    shape = ClipDefaults(options.pop("num_frames", 5), 16, 32, 8, None)
+    given = {"image": frames[0]} if options.pop("image", False) else {}
+    config, seen = pipe.model.config, []
+    words = pipe.prompt_tokens("a red circle", shape)
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, out, i=i: seen.append((i, *inputs[0].shape[:3])))
+        for i, block in enumerate(pipe.model.blocks)
+    ]
+    pipe("a red circle", seed=1, num_frames=shape.num_frames, **given, **options)
+    for hook in hooks:
+        hook.remove()
+    ran = sum(rows * block_flops(config, f, places, words, config.parts_of(i)) for i, rows, f, places in seen)
+    plan = StivClipCost(config, shape, pipe.settings.changed(**options), words - 1, torch.float32)
+    assert plan.report(1e12, 0.5)["flops"]["layers"] == ran
+    assert plan.branches == max(rows for _, rows, *_ in seen)
+
+
+def test_the_plan_of_a_clip_is_of_text_alone():
+    config, options, shape = model_of(None, "stiv-nano")
+    with_image = options.changed(image_guidance_scale=1.5)
+    costs = [clip_cost(config, shape, chosen, 10, torch.float32).branches for chosen in (options, with_image)]
+    assert costs == [2, 2]
 
 
 def test_a_clip_that_the_pipeline_refuses_has_no_cost():
     config, options, _ = model_of(None, "stiv-tiny")
     with pytest.raises(UserError, match="height"):
         StivClipCost(config, ClipDefaults(17, 60, 64, 8, None), options, 10, torch.float32)
+    plan = StivClipCost(config, ClipDefaults(17, 64, 64, 8, None), options, 10, torch.float32)
+    with pytest.warns(UserWarning, match="keyframe_stride=4 has no effect on a clip that is made at once"):
+        plan.warn_of_effects({"keyframe_stride": 4})
     with pytest.raises(UserError, match="a prompt of 256 tokens is too long"):
         StivClipCost(config, ClipDefaults(17, 64, 64, 8, None), StivOptions(), 256, torch.float32)
