@@ -32,10 +32,10 @@ OF_VIEWS = {"guidance_scale": 3.5, "null_image": "zeros"}
 """The published sampling options of views."""
 LARGEST_SIDE = 2**13
 WORDS = {
-    "none": "no frame", "first": "the first frame", "prediction": "the first frames", "ends": "the first and the last frame",
+    "none": "no frame", "first": "the first frame", "prediction": "the first {} frames", "ends": "the first and the last frame",
     "interpolation": "every second frame", "views": "one view of an object",
 }  # fmt: skip
-"""The given frames of each pattern, in words."""
+"""The given frames of each pattern, in words; the number is that of `frames_to_predict_from`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +175,17 @@ def check_pattern(name: str, config: StivConfig) -> None:
     """Raise UserError for a pattern of given frames that the model was not trained on."""
     if name not in config.patterns:
         raise UserError(
-            f"this model was not trained on the pattern {name} ({WORDS[name]} given); it was trained on: {trained_on(config)}"
+            f"this model was not trained on the pattern {in_words(name, config, ' given')}; it was trained on: {trained_on(config)}"
         )
 
 
 def trained_on(config: StivConfig) -> str:
-    return ", ".join(f"{name} ({WORDS[name]})" for name in config.patterns)
+    return ", ".join(in_words(name, config) for name in config.patterns)
+
+
+def in_words(name: str, config: StivConfig, more: str = "") -> str:
+    """Return the name of a pattern, with what it gives in brackets."""
+    return f"{name} ({WORDS[name].format(frames_to_predict_from(config))}{more})"
 
 
 def of_views(request: Request, config: StivConfig) -> Request:
