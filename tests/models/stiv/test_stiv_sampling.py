@@ -242,6 +242,23 @@ def test_each_branch_sees_its_own_given_frames():
     assert null[1].equal(x[1])
 
 
+def test_predictions_for_given_frames_change_no_other_frame():
+    """The network's output for given frames is not supervised, so it has no part in the norms."""
+    noise, values, given = drawn(1), drawn(2), given_mask([{0}, {0, 5}], 6)
+
+    def wild(x, t, branches):
+        found = toy_velocity(x, t, branches)
+        scale = torch.tensor([1e3 if branch.text else -1e2 for branch in branches]).repeat_interleave(2)
+        return torch.where(given.repeat(len(branches), 1)[:, :, None, None, None], scale[:, None, None, None, None], found)
+
+    for renorm in ("sample", "frame", "token", "off"):
+        chosen = Guidance(3.0, renorm=renorm)
+        usual, other = (guided_field(f, chosen, noise, values, given)(noise, 0.5) for f in (toy_velocity, wild))
+        assert other.equal(usual)
+        norms = [x[~given].norm() for x in (usual, toy_velocity(flow.replaced(noise, values, given), 0.5, (FULL,)))]
+        assert torch.isclose(*norms, rtol=1e-4) == (renorm != "off")
+
+
 def test_own_null_frames_are_what_the_null_branch_alone_makes():
     noise, values, given = drawn(1), drawn(2), given_mask([{0}] * 2, 6)
     x = noise
