@@ -161,7 +161,7 @@ class StivTrainingCost:
         gradients, fixed["gradients"] = fixed["gradients"], 0
         always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
         earlier = gradients if sharding.accumulates or always else 0
-        working = self.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
+        working = self.stacked * (14 if sharding.on_gpu else 24) if sharding.muon else 0  # of square matrices
 
         def at(**parts: int) -> dict[str, int]:
             return {part: fixed[part] + parts.get(part, 0) for part in PARTS}

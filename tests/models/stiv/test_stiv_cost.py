@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.gpus import GIB, Hardware
 from lumos.planning.sharding import Sharding
 from lumos.planning.training import TrainingPlan
+from lumos.training.muon import orthogonal
 from lumos.training.settings import build_settings, load_settings
 
 
@@ -103,6 +106,30 @@ def test_checkpointing_saves_what_the_plan_says(saved, temporal):
     sharding = Sharding(None, half=False, on_gpu=False, checkpointing=True)
     planned = batch * frames * 64 * checkpointed_bytes(config, sharding, saved, config.parts_of(0))
     assert (held[5] - held[2]) / 3 == pytest.approx(planned, rel=0.03)
+
+
+def test_muon_works_in_the_memory_of_the_plan():
+    """Most of its matrices are square: those of attention."""
+    held, peaks = Counter(), []  # tensors of each storage: (place, bytes)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            storage = out.untyped_storage()
+            held[key := (storage.data_ptr(), storage.nbytes())] += 1
+            weakref.finalize(out, held.subtract, [key])
+            peaks.append(sum(size for (_, size), count in held.items() if count))
+            return out
+
+    raw = {"generator": "stiv", "model": {"preset": "stiv-nano"}, "training": {"optimizer": "muon"},
+           "data": {"height": 32, "width": 32, "num_frames": 4}}  # fmt: skip
+    cost = training_cost(build_settings(raw), 7)
+    gradients = [torch.randn(128, 128) for _ in range(cost.stacked // 128**2)]
+    with Watch():
+        orthogonal(torch.stack(gradients))
+    sharding = Sharding(None, half=False, on_gpu=False, checkpointing=False, muon=True)
+    moments = cost.memory_moments(sharding, 1, cost.sequence(4, 32, 32))
+    assert moments["update"]["optimizer"] - moments["backward"]["optimizer"] == pytest.approx(max(peaks), rel=0.02)
 
 
 @pytest.mark.slow
