@@ -429,7 +429,7 @@ def test_a_signal_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_fold
          "--output", "out.mp4"],
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while "frame " not in process.stderr and time.monotonic() < deadline and process.poll() is None:
+    while "part " not in process.stderr and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(60) == code, process.stderr[-500:]

@@ -203,6 +203,17 @@ def test_the_image_node_makes_the_uses_of_stiv(nodes):
         assert images.shape == (count, 16, 32, 3)
 
 
+def test_the_bar_never_goes_back_while_a_long_clip_is_made(nodes, comfy):
+    """The second of three runs of the sampler makes keyframes, of which none is shown yet."""
+    node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
+    usual = {name: value for name, value in widgets(node).items() if name != "model"}
+    usual |= {"prompt": "x", "num_inference_steps": 2, "seed": 1, "num_frames": 9}
+    images, _ = execute(nodes, "LumosImageToVideo", model=micro_pipeline(), images=torch.rand(4, 16, 32, 3), **usual)
+    assert images.shape == (9, 16, 32, 3)
+    assert [at for at, *_ in comfy.seen] == [1, 2, 3, 5, 6]
+    assert {total for _, total, _ in comfy.seen} == {6}
+
+
 def test_the_image_node_refuses_uses_of_another_generator(nodes, model):
     inputs = widgets(nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]) | {"prompt": "x", "views": True}
     with pytest.raises(UserError, match="views is not possible with models of the generator lumos1"):

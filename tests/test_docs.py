@@ -18,6 +18,7 @@ from lumos.data.ingest import item, workers
 from lumos.demo.limits import Limits
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.models.stiv.settings import StivOptions
+from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -146,6 +147,11 @@ def test_the_sampling_options_of_stiv():
     assert list(listed.items()) == list(option_rows(option for option in options if not option.is_trade).items())
     listed = table("docs/stiv.md", "### Options that trade quality for time")
     assert list(listed.items()) == list(option_rows(option for option in options if option.is_trade).items())
+
+
+def test_the_training_settings_of_stiv():
+    listed = table("docs/train/stiv.md", "# Train STIV")
+    assert [setting.strip("`") for setting in listed] == [name for name in StivTrainingSettings.__annotations__ if name != "lora"]
 
 
 def test_the_example_of_a_sampling_option_is_the_code():

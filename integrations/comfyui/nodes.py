@@ -248,23 +248,25 @@ def pipeline_arguments(*, negative_prompt: str, seed: int, **values: Any) -> dic
 def make_clip(pipe: VideoPipeline, prompt: str, **options: Any) -> tuple[Tensor, float]:
     """Make a clip and return it as IMAGE [T, H, W, 3] with its frames per second.
 
-    The progress bar moves after each step. After each latent frame it also shows its last picture.
+    The progress bar moves after each step. When frames are done it also shows the last picture of them.
     """
     encoded = pipe.encode(pipe.resolve(Request.of(prompt, **options)))
-    resolved, frames = encoded.resolved, []
+    resolved, frames, begun = encoded.resolved, [], 0
     steps_before = resolved.sampling.steps_before
     total = steps_before(resolved.new_frames)
     bar = comfy.utils.ProgressBar(total)
 
     def on_step(frame: int, new_frames: int, step: int, steps: int) -> None:
+        nonlocal begun
         comfy.model_management.throw_exception_if_processing_interrupted()
+        begun = frame + 1
         if step + 1 < steps:  # after the last step the loop below moves the bar and shows the frame
             bar.update_absolute(steps_before(frame) + step + 1, total)
 
     for (part,) in pipe.stream_encoded(encoded, on_step):
         frames.append(part)
-        if made := len(frames) - bool(encoded.given):
-            bar.update_absolute(steps_before(made), total, ("JPEG", Image.fromarray(part[-1]), PREVIEW_PIXELS))
+        if begun:  # not before: these are given frames
+            bar.update_absolute(steps_before(begun), total, ("JPEG", Image.fromarray(part[-1]), PREVIEW_PIXELS))
     return torch.from_numpy(np.concatenate(frames)).float() / 255, float(resolved.clip.fps)
 
 

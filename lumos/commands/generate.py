@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lumos.pipeline.parts import Parts
     from lumos.pipeline.request import Resolved
 
-BAR = "{l_bar}{bar}| frame {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+BAR = "{l_bar}{bar}| part {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
 OF_LISTS = ("output_dir", "batch_size", "shard", "engine", "workers")
 NEED_ALL = ("compile", "int8", "device_map", "lora")
 """The options whose work needs packages that `lumos.lean_imports` leaves out, or may need them."""

@@ -216,7 +216,7 @@ def make_clips(
         return make_latents(pipe, batch, on_step)
 
     def on_step(frame: int, frames: int, step: int, steps: int) -> None:
-        bar.set_postfix_str(f"frame {frame + 1}/{frames}", refresh=False)
+        bar.set_postfix_str(f"part {frame + 1}/{frames}", refresh=False)
         bar.update(0)
 
     def save(path: Path, clip: ListedClip, made: tuple[Tensor, Any]) -> None:

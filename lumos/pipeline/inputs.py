@@ -134,7 +134,7 @@ def load_video(video: str | Path | np.ndarray, clip: ClipDefaults, count: int) -
     if not isinstance(video, np.ndarray):
         return read_video(video, fps=clip.fps, num_frames=count, from_end=True, size=size)[0]
     if len(video) < count:
-        raise UserError(f"video has {len(video)} frames, {count} are needed; lower num_given_frames")
+        raise UserError(f"video has {len(video)} frames, {count} are needed; give a longer clip, or a lower num_given_frames")
     return fit(video[-count:], *size)
 
 

@@ -21,19 +21,22 @@ from torch import nn
 
 from lumos.errors import UserError
 from lumos.models.stiv.activations import ClipTokens, activation_bytes, block_bytes
+from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
 from lumos.models.stiv.flops import block_flops, blocks_of, ends_flops, forward_flops, text_encoder_flops
+from lumos.models.stiv.flow import time_grid
 from lumos.models.stiv.loading import read_config
 from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.passes import SamplingPass, passes_of
 from lumos.models.stiv.patterns import given_frames
-from lumos.models.stiv.pipeline import USUAL_CLIP
+from lumos.models.stiv.pipeline import USUAL_CLIP, guidance_of
 from lumos.models.stiv.planned_config import check_clips, grid_of, planned_config
 from lumos.models.stiv.request import LARGEST_SIDE, longest_pass
 from lumos.models.stiv.settings import StivOptions
-from lumos.models.stiv.solvers import field_calls
+from lumos.models.stiv.solvers import call_times
 from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.defaults import ClipDefaults, read_defaults
+from lumos.pipeline.inputs import without_effect
 from lumos.pipeline.request import check_side
 from lumos.planning.fixed_memory import fixed_bytes
 from lumos.planning.sharding import PARTS, Sharding
@@ -158,7 +161,7 @@ class StivTrainingCost:
         gradients, fixed["gradients"] = fixed["gradients"], 0
         always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
         earlier = gradients if sharding.accumulates or always else 0
-        working = self.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
+        working = self.stacked * (14 if sharding.on_gpu else 24) if sharding.muon else 0  # of square matrices
 
         def at(**parts: int) -> dict[str, int]:
             return {part: fixed[part] + parts.get(part, 0) for part in PARTS}
@@ -213,6 +216,8 @@ def training_cost(settings: StivTrainingSettings, text_tokens: int) -> StivTrain
 class StivClipCost:
     """The cost of one clip from a prompt of `text_tokens` tokens, without the networks of latents and of a frozen text encoder.
 
+    With image_guidance_scale it is a clip with given frames, since other clips cannot have this option.
+
     Raises UserError for a clip that the pipeline would refuse.
     """
 
@@ -238,19 +243,26 @@ class StivClipCost:
         object.__setattr__(self, "passes", tuple(passes_of(frames, (), longest, self.settings.keyframe_stride)))
 
     def warn_of_effects(self, given: Mapping[str, Any]) -> None:
-        """Do nothing: an option without effect is an error of `StivOptions`."""
+        """Warn of a keyframe_stride without keyframes; other options without effect are errors of `StivOptions`."""
+        if len(self.passes) == 1:
+            without_effect("a clip that is made at once", keyframe_stride=given.get("keyframe_stride"))
+
+    @cached_property
+    def calls(self) -> Counter[tuple[int, bool]]:
+        """The runs of the network in a pass, counted by their rows and by whether the middle blocks run."""
+        options, counts = self.settings, Counter()
+        guidance, reuse = guidance_of(options, True, self.config), BlockReuse(options.block_reuse)
+        for t in call_times(options.solver, time_grid(options.num_inference_steps, options.shift)):
+            rows = torch.empty(len(guidance.branches(t)), device="meta")
+            is_whole = not reuse.may_skip(rows)
+            reuse.added = rows if is_whole else reuse.added
+            counts[len(rows), is_whole] += 1
+        return counts
 
     @property
     def branches(self) -> int:
-        """Rows of the network for one clip."""
-        options = self.settings
-        separate = options.image_guidance_scale is not None and any(part.given for part in self.passes)
-        return 1 + options.is_guided + (separate and options.is_guided)
-
-    @property
-    def calls(self) -> int:
-        """Runs of the network in a pass."""
-        return field_calls(self.settings.solver, self.settings.num_inference_steps)
+        """The most rows of the network for one clip."""
+        return max(rows for rows, _ in self.calls)
 
     def _of_pass(self, part: SamplingPass) -> ClipTokens:
         config, frames = self.config, len(part.frames)
@@ -259,17 +271,14 @@ class StivClipCost:
     def report(self, peak: float, utilisation: float) -> dict[str, Any]:
         """Return the cost as plain JSON values; see `lumos.planning.cost.ClipCost`."""
         config, options, flops = self.config, self.settings, {"layers": 0.0, "ends": 0.0, "text": 0.0}
-        low, high = options.guidance_interval
-        branches = 1 + (self.branches - 1) * (high - low)  # mean over the calls, of a uniform grid
-        last = config.num_hidden_layers - 1
-        runs = [1 if i in (0, last) else 1 / options.block_reuse for i in range(last + 1)]  # share of the calls that run a block
         for part in self.passes:
             frames, rows, columns = (sequence := self._of_pass(part)).grid
             places = rows * columns
-            of_calls = self.calls * branches
-            of_blocks = (block_flops(config, frames, places, sequence.text, config.parts_of(i)) for i in range(last + 1))
-            flops["layers"] += of_calls * sum(run * block for run, block in zip(runs, of_blocks, strict=True))
-            flops["ends"] += of_calls * ends_flops(config, frames, places, places, sequence.text)
+            each = [block_flops(config, frames, places, sequence.text, config.parts_of(i)) for i in range(config.num_hidden_layers)]
+            ends = sum(each) if len(each) < 3 else each[0] + each[-1]  # the blocks that reuse does not skip
+            for (branches, is_whole), count in self.calls.items():
+                flops["layers"] += count * branches * (sum(each) if is_whole else ends)
+                flops["ends"] += count * branches * ends_flops(config, frames, places, places, sequence.text)
         flops["text"] += 2 * text_encoder_flops(config, self.text_tokens + 1)
         total, parameters = sum(flops.values()), parameter_count(meta_model(config))
         longest = max((self._of_pass(part) for part in self.passes), key=lambda sequence: sequence.tokens)
@@ -295,8 +304,8 @@ class StivClipCost:
 def clip_cost(
     config: StivConfig, clip: ClipDefaults, sampling: StivOptions, text_tokens: int, dtype: torch.dtype
 ) -> StivClipCost:
-    """Return the cost of one clip. Raises UserError for a clip that the pipeline would refuse."""
-    return StivClipCost(config, clip, sampling, text_tokens, dtype)
+    """Return the cost of one clip from text alone. Raises UserError for a clip that the pipeline would refuse."""
+    return StivClipCost(config, clip, replace(sampling, image_guidance_scale=None), text_tokens, dtype)
 
 
 def model_of(folder: str | Path | None, preset: str | None) -> tuple[StivConfig, StivOptions, ClipDefaults]:

@@ -15,7 +15,7 @@ from lumos.models.stiv.flow import time_grid
 from lumos.models.stiv.passes import SamplingPass, passes_of
 from lumos.models.stiv.patterns import given_frames
 from lumos.models.stiv.settings import StivOptions
-from lumos.models.stiv.solvers import field_calls
+from lumos.models.stiv.solvers import call_times
 from lumos.models.stiv.text_encoder import TextIds
 from lumos.pipeline.defaults import CLIP_LIMITS, ClipDefaults
 from lumos.pipeline.inputs import each_once, path_or_frames, without_effect
@@ -32,10 +32,10 @@ OF_VIEWS = {"guidance_scale": 3.5, "null_image": "zeros"}
 """The published sampling options of views."""
 LARGEST_SIDE = 2**13
 WORDS = {
-    "none": "no frame", "first": "the first frame", "prediction": "the first frames", "ends": "the first and the last frame",
+    "none": "no frame", "first": "the first frame", "prediction": "the first {} frames", "ends": "the first and the last frame",
     "interpolation": "every second frame", "views": "one view of an object",
 }  # fmt: skip
-"""The given frames of each pattern, in words."""
+"""The given frames of each pattern, in words; the number is that of `frames_to_predict_from`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,9 @@ class StivResolved(Resolved):
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of the clips; under "sampler" what follows from them: patterns, times and runs of the network."""
-        sampling, calls = self.sampling, field_calls(self.sampling.solver, self.sampling.num_inference_steps)
+        sampling = self.sampling
         grid = time_grid(sampling.num_inference_steps, sampling.shift)
+        calls = len(call_times(sampling.solver, grid))
         return super().settings | {
             "sampler": {
                 "pattern": " + ".join(dict.fromkeys(self.patterns)), "passes": len(self.passes),
@@ -174,12 +175,17 @@ def check_pattern(name: str, config: StivConfig) -> None:
     """Raise UserError for a pattern of given frames that the model was not trained on."""
     if name not in config.patterns:
         raise UserError(
-            f"this model was not trained on the pattern {name} ({WORDS[name]} given); it was trained on: {trained_on(config)}"
+            f"this model was not trained on the pattern {in_words(name, config, ' given')}; it was trained on: {trained_on(config)}"
         )
 
 
 def trained_on(config: StivConfig) -> str:
-    return ", ".join(f"{name} ({WORDS[name]})" for name in config.patterns)
+    return ", ".join(in_words(name, config) for name in config.patterns)
+
+
+def in_words(name: str, config: StivConfig, more: str = "") -> str:
+    """Return the name of a pattern, with what it gives in brackets."""
+    return f"{name} ({WORDS[name].format(frames_to_predict_from(config))}{more})"
 
 
 def of_views(request: Request, config: StivConfig) -> Request:

@@ -23,12 +23,12 @@ class StivOptions(SamplingOptions):
     """Sampling options of STIV. A model folder's pipeline.json may set other defaults."""
 
     num_inference_steps: int = setting(
-        50, "steps of the solver; midpoint and heun run the network twice in each", low=1, high=1000, step=1,
+        50, "steps of the solver; midpoint and heun run the network twice in each", low=1, high=1000, step=1, cost=True,
         label="Steps: more take longer and look better, up to a point",
     )
     guidance_scale: float = setting(
         7.5, "guidance by the text, and by the image with it: null + scale * (full - null); 1 turns guidance off",
-        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100",
+        low=1, high=100, step=0.1, slider_high=20, allowed="1 (no guidance) to 100", cost=True,
         label="How closely to follow the prompt; 1 is least",
     )  # fmt: skip
     image_guidance_scale: float | None = setting(
@@ -40,8 +40,8 @@ class StivOptions(SamplingOptions):
         label="Keep strong guidance from too much contrast, measured for each",
     )
     solver: str = setting("euler", "solver of the sampling equation; ab2 has order 2 with one run of the network a step",
-                          choices=SOLVERS, label="Way of computing the steps")  # fmt: skip
-    shift: float = setting(1.0, "above 1, more of the steps are near the noise; 1 is a uniform grid", above=0, high=100)
+                          choices=SOLVERS, label="Way of computing the steps", cost=True)  # fmt: skip
+    shift: float = setting(1.0, "above 1, more of the steps are near the noise; 1 is a uniform grid", above=0, high=100, cost=True)
     guidance_interval: tuple[float, float] = setting(
         WHOLE_INTERVAL, "use guidance only at times from START to STOP; 0 is noise, 1 is the clip (arXiv 2404.07724)",
         low=0, high=1, allowed="two numbers, 0 <= start < stop <= 1", trade=True,
@@ -63,7 +63,7 @@ class StivOptions(SamplingOptions):
     )  # fmt: skip
     keyframe_stride: int | None = setting(
         None, "frames from one keyframe to the next, in clips longer than the model makes at once; default: as many as it can fill",
-        low=2, high=MAX_STRIDE, pictures=False,
+        low=2, high=MAX_STRIDE, pictures=False, cost=True,
     )  # fmt: skip
 
     def check_combinations(self) -> None:

@@ -20,10 +20,14 @@ Field = Callable[[Tensor, float], Tensor]
 """A function (x, t) -> dx/dt of the shape of x."""
 
 
-def field_calls(solver: str, steps: int) -> int:
-    """Return how often a solver calls the field in `steps` steps. Raises ValueError for an unknown solver."""
+def call_times(solver: str, grid: Sequence[float]) -> list[float]:
+    """Return the times at which a solver calls the field on a grid, in order. Raises ValueError for an unknown solver."""
     _check(solver)
-    return {"euler": steps, "ab2": steps + 1}.get(solver, 2 * steps)
+    if solver == "euler":
+        return list(grid[:-1])
+    if solver == "ab2":
+        return [*grid[:2], *grid[1:-1]]
+    return [time for t, end in pairwise(grid) for time in (t, end if solver == "heun" else (t + end) / 2)]
 
 
 def solve(

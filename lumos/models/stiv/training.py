@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.data.curriculum import Curriculum, StepShape
+from lumos.data.shards.remote import is_url
 from lumos.data.source import TrainingClip
 from lumos.errors import RunError, UserError
 from lumos.models.stiv import scoring
@@ -36,6 +37,7 @@ from lumos.models.stiv.modeling import StivForVideoGeneration
 from lumos.models.stiv.pipeline import TEXT_ENCODER, StivPipeline
 from lumos.models.stiv.planned_config import check_clips, grid_of, model_config, trained_patterns, with_clips
 from lumos.models.stiv.settings import StivOptions
+from lumos.models.stiv.stored_text import StoredTextStates
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, text_ids
 from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.acceleration import compile_parts
@@ -93,6 +95,7 @@ class StivTask(VideoTask):
         self.config = with_clips(self.config, settings, shape.num_frames, shape.height, shape.width)
         self.config = StivConfig(**self.config.to_dict() | self._statistics())
         self.space = self.space.normalised(self.config.latent_mean, self.config.latent_std)
+        self.states = self._text_states()
         self.origin: dict[str, Any] | None = None
         self.kept_latents: dict[tuple[str, int], Tensor] = {}
         self.pattern_names = [name for name in PATTERNS if name in trained_patterns(settings)]
@@ -203,8 +206,8 @@ class StivTask(VideoTask):
         rows = {name: [x if x is None else x.to(device, non_blocking=True) for x in of_clips]
                 for name, of_clips in batch.rows.items()}  # fmt: skip
         ids, mask = prepared.text.ids.to(device), prepared.text.mask.to(device)
-        if isinstance(self.text, FrozenTextEncoder):
-            states = self.text.encode(ids, mask)
+        if self.states is not None:
+            states = self.states.encode(ids, mask)
             text = {"text_states": states.states.float(), "text_mask": mask, "pooled": states.pooled.float()}
         else:
             text = {"text_ids": ids, "text_mask": mask}
@@ -295,11 +298,14 @@ class StivTask(VideoTask):
 
     def _caption(self, clip: TrainingClip) -> str:
         """Return the caption of a clip, or the beginning of it that the text encoder reads."""
+        return self._fitted(clip.caption, clip.name)
+
+    def _fitted(self, caption: str, name: str) -> str:
         if isinstance(self.text, FrozenTextEncoder):
             count, limit = lambda text: len(self.text.tokenizer(text)["input_ids"]), self.text.max_tokens
-            return self.fitting(clip.caption, clip.name, count, limit)
+            return self.fitting(caption, name, count, limit)
         limit = self.config.max_prompt_tokens - 1  # the last one is the end mark
-        return self.fitting(clip.caption, clip.name, lambda text: len(self.text.encode(text)), limit)
+        return self.fitting(caption, name, lambda text: len(self.text.encode(text)), limit)
 
     def _text_ids(self, prompts: list[str]) -> TextIds:
         if isinstance(self.text, FrozenTextEncoder):
@@ -340,6 +346,17 @@ class StivTask(VideoTask):
         if config.text_encoder == "small":
             return TextTokenizer.from_pretrained(folder, limit=config.text_vocab_size)
         return frozen_text_encoder(folder, config).to(self.device)
+
+    def _text_states(self) -> FrozenTextEncoder | StoredTextStates | None:
+        """Return what encodes texts for the network; None: the network does it."""
+        data, encoder = self.settings.data, self.text if isinstance(self.text, FrozenTextEncoder) else None
+        if not self.settings.store_text_states:
+            return encoder
+        if encoder is None or data.source != "shards" or is_url(data.path):
+            raise UserError("store_text_states needs text_encoder folder and data.source shards in a local folder; leave it out")
+        return StoredTextStates(
+            Path(data.path), encoder, lambda caption: encoder.text_ids([self._fitted(caption, "a clip")]).ids[0].tolist()
+        )
 
     def _check_network(self) -> None:
         """Raise UserError if the network of the latents has other sizes than the model."""

@@ -81,6 +81,9 @@ class StivTrainingSettings(TrainingSettings):
         "is tokenizer.text; null: that of the preset or the model",
         choices=(None, *TEXT_ENCODERS),
     )
+    store_text_states: bool = setting(
+        False, "store the states of a frozen text encoder beside the shards of data.path, and read them in place of running it"
+    )
     flow: FlowSettings = setting(FlowSettings, "times and weights of the losses")
     patterns: dict[str, Any] = setting(
         {"none": 1.0}, f"shares of clips by the frames that are given, some of {', '.join(PATTERNS)} (published: first 1)"

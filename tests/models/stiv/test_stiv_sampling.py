@@ -13,7 +13,7 @@ from lumos.errors import UserError
 from lumos.models.stiv import flow, guidance
 from lumos.models.stiv.guidance import FULL, IMAGE_ONLY, NULL, Guidance, guided_field, joint, renormalised, separate
 from lumos.models.stiv.patterns import given_frames, given_mask
-from lumos.models.stiv.solvers import SOLVERS, field_calls, solve
+from lumos.models.stiv.solvers import SOLVERS, call_times, solve
 
 SHAPE = (2, 6, 3, 4, 4)  # [B, T, C, h, w]
 
@@ -77,9 +77,10 @@ def test_one_step_integrates_a_constant_velocity(solver, shift):
             calls.append(t)
             return v
 
-        found = solve(constant, x, flow.time_grid(steps, shift), solver, lambda *step, told=told: told.append(step[0]))
+        grid = flow.time_grid(steps, shift)
+        found = solve(constant, x, grid, solver, lambda *step, told=told: told.append(step[0]))
         assert torch.allclose(found, x + v, atol=1e-12)
-        assert len(calls) == field_calls(solver, steps)
+        assert calls == pytest.approx(call_times(solver, grid))
         assert told == list(range(steps))
 
 
@@ -239,6 +240,23 @@ def test_each_branch_sees_its_own_given_frames():
     assert full[:, 1:].equal(x[:, 1:])
     assert full[1].equal(x[1])
     assert null[1].equal(x[1])
+
+
+def test_predictions_for_given_frames_change_no_other_frame():
+    """The network's output for given frames is not supervised, so it has no part in the norms."""
+    noise, values, given = drawn(1), drawn(2), given_mask([{0}, {0, 5}], 6)
+
+    def wild(x, t, branches):
+        found = toy_velocity(x, t, branches)
+        scale = torch.tensor([1e3 if branch.text else -1e2 for branch in branches]).repeat_interleave(2)
+        return torch.where(given.repeat(len(branches), 1)[:, :, None, None, None], scale[:, None, None, None, None], found)
+
+    for renorm in ("sample", "frame", "token", "off"):
+        chosen = Guidance(3.0, renorm=renorm)
+        usual, other = (guided_field(f, chosen, noise, values, given)(noise, 0.5) for f in (toy_velocity, wild))
+        assert other.equal(usual)
+        norms = [x[~given].norm() for x in (usual, toy_velocity(flow.replaced(noise, values, given), 0.5, (FULL,)))]
+        assert torch.isclose(*norms, rtol=1e-4) == (renorm != "off")
 
 
 def test_own_null_frames_are_what_the_null_branch_alone_makes():

@@ -243,7 +243,7 @@ def test_clips_of_two_sizes_have_the_losses_of_each_alone(task, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pictures", "clips", "patterns"])
-def test_killed_run_goes_on_bitwise(make, tmp_path, stage):
+def test_killed_run_goes_on_bitwise(make, tmp_path, stage, caplog):
     sections = {
         "pictures": {"overrides": {"temporal_attention": False},
                      "data": {"num_frames": 5, "height": 16, "width": 32, "workers": 0, "stages": [{"image_share": 1.0}]}},
@@ -253,10 +253,13 @@ def test_killed_run_goes_on_bitwise(make, tmp_path, stage):
     common = {"ema_decay": 0.9, "optimizer": "muon", "micro_batch_size": 3}
     train(make("whole", common, **sections))
     settings = make("again", common, **sections)
+    caplog.set_level("INFO", "lumos")
     train(settings)
     shutil.rmtree(tmp_path / "again/checkpoints/step-00000002")
     shutil.rmtree(tmp_path / "again/export")
     train(settings)
+    assert "resumed from step 1" in caplog.text
+    assert "changed since that checkpoint" not in caplog.text
     assert logged(tmp_path / "again") == logged(tmp_path / "whole")
     ours, theirs = (StivForVideoGeneration.from_pretrained(tmp_path / run / "export") for run in ("again", "whole"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

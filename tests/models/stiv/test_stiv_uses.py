@@ -237,7 +237,8 @@ def test_nan_weights_give_one_line_and_leave_nothing(stiv_folder, capsys, tmp_pa
     ({"video": slice(None), "interpolate": 2, "image": 0}, "image has no effect with interpolate"),
     ({"views": True}, "views needs image"),
     ({"image": 0, "views": True, "num_frames": 9}, "num_frames 9 is not allowed with views, which are 7"),
-    ({"video": slice(None), "num_given_frames": 2}, "frames 0, 1 of 5 are given, which is no pattern of this model"),
+    ({"video": slice(None), "num_given_frames": 2}, r"frames 0, 1 of 5 .* no pattern .* prediction \(the first 4 frames\)"),
+    ({"video": slice(0, 3)}, "video has 3 frames, 4 are needed; give a longer clip, or a lower num_given_frames"),
     ({"last_image": 0}, "frames 4 of 5 are given, which is no pattern"),
     ({"given_frames": dict.fromkeys(range(5), 0)}, "all 5 frames are given"),
     ({"given_frames": {5: 0}}, "given_frames has the frame 5; the frames of this clip are 0 to 4"),
@@ -292,6 +293,9 @@ def test_causal_latents_take_the_beginning_only(frames):
         pipe.resolve(pipe.request("x", {"num_frames": 13}))
     with pytest.raises(UserError, match="num_frames 8 is not allowed"):
         pipe.resolve(pipe.request("x", {"num_frames": 8}))
+    pipe = micro_pipeline(latents="causal", patterns=["prediction"], trained_grid=grid)
+    with pytest.raises(UserError, match=r"was trained on: prediction \(the first 5 frames\)"):
+        pipe.resolve(pipe.request("x", {"image": frames[0]}))
 
 
 def test_lumos1_refuses_the_uses_of_stiv(micro_folder, frames, capsys):
