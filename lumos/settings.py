@@ -210,11 +210,7 @@ def to_plain(value: Any) -> Any:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """Return one line for each key whose value differs between two results of `to_plain`.
-
-    Keys are compared as text, because a result that was read from JSON has no other keys.
-    """
-    before, now = ({str(key): value for key, value in values.items()} for values in (before, now))
+    """Return one line for each key whose value differs between two results of `to_plain`."""
     lines = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key), now.get(key)
