@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FLOPs; as many layers stay as that allows; default: %(default)s")  # fmt: skip
     add("--data", default=WORLDS, help="folder of shards to score on and to learn from, or worlds: synthetic scenes; "
         "default: %(default)s")  # fmt: skip
-    add("--out", required=True, help="folder of all results; the same command resumes where it stopped")
+    add("--out", help="folder of all results; the same command resumes where it stopped; default: runs/NAME-faster, for the "
+        "folder NAME of the model")  # fmt: skip
     add("--steps", type=int, default=900, help="training steps of the recovery; 5 to 10 %% of the model's own training are usual; "
         "default: %(default)s")  # fmt: skip
     add("--clips", type=int, default=64, help="clips to score on; default: %(default)s")
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 1 < args.target_speedup < float("inf"):
         raise UserError(f"--target-speedup {args.target_speedup:g} is not allowed; give a number above 1")
     device = str(pick_device(args.device))
-    network, out = network_of(args.model, "model"), Path(args.out)
+    network = network_of(args.model, "model")
+    out = Path("runs") / f"{Path(args.model).resolve().name}-faster" if args.out is None else Path(args.out)
     shards = [] if args.data == WORLDS else ["--data", args.data]
     data = WORLDS if args.data == WORLDS else {path.name: file_sha256(path) for path in json_files(args.data)}
     stages, model = Stages(out), {"model": network.sha256}

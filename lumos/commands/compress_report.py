@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1_000_000, help="seed of the prompts and of the clips; training uses other seeds")
     add("--batch-size", type=int, default=10, help="clips in a batch of the evaluation; default: %(default)s")
     add("--repetitions", type=int, default=5, help="measured clips of each model, one at a time, the models in turn; default: 5")
-    add("--sheet", help="PNG of the shares over the seconds")
-    add("--output", help="JSON file for all figures")
+    add("--output", default="report.json", help="JSON file for all figures; default: %(default)s")
+    add("--sheet", help="PNG of the shares over the seconds; default: beside --output, as .png")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
@@ -35,7 +36,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.runtime import no_progress_bar, pick_device, versions
 
     check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), repetitions=(1, 1000), seed=(0, MAX_SEED))
-    check_outputs([args.sheet], [args.output])
+    sheet, can_draw = args.sheet or str(Path(args.output).with_suffix(".png")), find_spec("matplotlib") is not None
+    check_outputs([sheet], [args.output])
+    if args.sheet and not can_draw:
+        raise UserError("--sheet needs matplotlib; install it with pip install 'lumos-video[plot]', or leave it out")
     check_kinds(args.kinds)
     if twice := [model for i, model in enumerate(args.models) if model in args.models[:i]]:
         raise UserError(f"--models names {shown(twice[0])} twice; name it once")
@@ -74,9 +78,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "compress": "report", "count": args.count, "seed": args.seed, **shape, "repetitions": args.repetitions,
         "device": str(device), "models": rows, "versions": versions(),
     }  # fmt: skip
-    if args.output:
-        write_json(args.output, summary)
-    if args.sheet:
-        draw(rows, args.kinds, Path(args.sheet))
-        print(printable(args.sheet))
+    write_json(args.output, summary)
+    print(printable(args.output))
+    if can_draw:
+        draw(rows, args.kinds, Path(sheet))
+        print(printable(sheet))
+    else:
+        print("no picture: it needs matplotlib; pip install 'lumos-video[plot]'")
     return summary

@@ -50,13 +50,13 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     pytest.importorskip("matplotlib")
     model = folders["lumos1"]
     run("prune", "--model", model, "--keep", "2", "--out", "small")
-    said, _ = run("report", "--models", model, "small", *FEW, "--repetitions", "2", "--output", "r.json", "--sheet", "r.png")
+    said, _ = run("report", "--models", model, "small", *FEW, "--repetitions", "2")
     head, *rows = said[:3]
     assert head.split()[:3] == ["model", "parameters", "sampling"]
     assert "one: all right" in head
     assert [row.split()[0] for row in rows] == [model, "small"]
     assert "1.00 x" in rows[0]
-    found = json.loads((tmp_path / "r.json").read_text())
+    found = json.loads((tmp_path / "report.json").read_text())
     whole, small = found["models"]
     for row, folder in ((whole, model), (small, "small")):
         network = VideoPipeline.from_pretrained(folder, device="cpu").model
@@ -67,7 +67,7 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     assert whole["decoder_parameters"] == small["decoder_parameters"] > 0
     assert whole["sha256"] != small["sha256"]
     assert f"{whole['seconds']['sampling'] / small['seconds']['sampling']:.2f} x" in rows[1]
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -76,10 +76,18 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     ("--models nowhere", "there is no model folder nowhere"),
     ("--models {lumos1} --count 0", "--count 0 is not allowed"),
     ("--models {lumos1} --kinds three", "prompt kind 'three' is unknown"),
+    ("--models {lumos1} --output x.png", "x.png and x.png are one file; give two different files"),
 ])  # fmt: skip
 def test_what_report_refuses(folders, run, words, message):
     _, error = run("report", *words.format(**folders).split(), "--device", "cpu", code=2)
     assert message in error
+
+
+def test_a_picture_needs_matplotlib(folders, run, monkeypatch, tmp_path):
+    monkeypatch.setattr("lumos.commands.compress_report.find_spec", lambda name: None)
+    _, error = run("report", "--models", folders["lumos1"], *FEW, "--sheet", "x.png", code=2)
+    assert "--sheet needs matplotlib; install it with pip install 'lumos-video[plot]', or leave it out" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- auto
@@ -132,6 +140,13 @@ def test_auto_takes_no_result_of_other_inputs(folders, run, tmp_path):
     _, error = run(*auto(folders["lumos1"], "--steps", "3"), code=2)
     assert "out/distill.yaml was made from other inputs (" in error
     assert "max_steps was 2, now 3" in error
+
+
+def test_auto_has_a_folder_for_each_model(folders, run, tmp_path):
+    (tmp_path / "runs" / "lumos-faster").mkdir(parents=True)
+    (tmp_path / "runs" / "lumos-faster" / "distill.yaml").write_text("{}")
+    _, error = run("auto", "--model", folders["lumos1"], *FEW, code=2)
+    assert "runs/lumos-faster/distill.yaml was made from other inputs" in error
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -126,6 +126,10 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     said, _ = run("prune", "--model", lumos, "--keep", "2", "--dry-run")
     assert said[0] == "plan spaced: removes 1, 2"
     assert not (tmp_path / "small").exists()
+    with_out, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small", "--dry-run", "--json")
+    assert not (tmp_path / "small").exists()
+    predicted = json.loads(with_out[-1])
+    assert (predicted["kept"], predicted["before"]["units"], predicted["after"]["units"]) == ([0, 3], 4, 2)
     again, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small")
     assert again[:5] == said[:5]  # all but the seconds, which depend on the device's measured peak
     made = LumosForVideoGeneration.from_pretrained(tmp_path / "small")

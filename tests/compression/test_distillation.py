@@ -337,6 +337,8 @@ def test_losses_that_are_off_cost_nothing(task, generator, monkeypatch):
             ("kd_loss", "icd_loss", "mca_loss", "critic_real", "critic_fake"), (0.0, 0.0)
         )
     }  # fmt: skip
+    with pytest.warns(UserWarning, match="teacher, because kd, icd and mca are 0"):
+        assert task(generator, distill=only(task=1.0)).teacher is None
     made = task(generator, distill=only(task=1.0, icd=1.0))
     made.build_model()
     calls = []

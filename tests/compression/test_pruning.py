@@ -15,6 +15,7 @@ from lumos import LumosForVideoGeneration, StivForVideoGeneration, VideoPipeline
 from lumos.compression.networks import DecoderNetwork, GeneratorNetwork, copy_others, network_of, written_counts
 from lumos.compression.plans import Plan
 from lumos.compression.pruning import predict, prune
+from lumos.compression.record import kept_blocks
 from lumos.errors import RunError, UserError
 from lumos.training.loop import train
 from lumos.training.settings import build_settings
@@ -172,6 +173,8 @@ def test_pruning_twice_keeps_both_records(folders, tmp_path):
     model = LumosForVideoGeneration.from_pretrained(folders["lumos"]).without(["1", "2"])
     again = LumosForVideoGeneration.from_pretrained(tmp_path / "two")
     assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    for teacher, kept in ((first.sha256, [0, 3]), (second.sha256, [0, 2]), ("ab" * 32, [0, 2])):
+        assert kept_blocks(str(tmp_path / "two"), [], 2, 4, teacher) == kept
 
 
 def test_half_precision_stays(folders, tmp_path):
