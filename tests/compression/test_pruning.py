@@ -302,7 +302,8 @@ def test_weights_that_are_not_the_predicted_ones_are_not_kept(folders, monkeypat
 def test_what_may_go_wrong_is_said(folders):
     parent = network(folders, "lumos")
     assert predict(parent, plan_of(parent, ["1"])).warnings == ()
-    assert "0, at an end of the network, goes" in predict(parent, plan_of(parent, ["0"])).warnings[0]
+    assert "0, an end of the network, goes" in predict(parent, plan_of(parent, ["0"])).warnings[0]
+    assert "0 and 3, the ends of the network, go: " in predict(parent, plan_of(parent, ["0", "3"])).warnings[-1]
     decoding = network(folders, "decoder")
     share, *rest = predict(decoding, plan_of(decoding, ["mid", "up.1.0", "up.1.1"])).warnings or [""]
     assert rest == []
