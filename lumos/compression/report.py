@@ -60,7 +60,7 @@ def size_of(folder: str | Path, pipe: VideoPipeline) -> dict[str, int]:
 def table(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[list[str]]:
     """Return the cells of the table, the heads first. Speed and shares are compared with the first row."""
     heads = ["model", "parameters", "sampling s", "pixels s", "faster", *(f"{kind}: all right" for kind in kinds)]
-    cells = [[*heads, "steady", "motion"]]
+    cells = [[*heads, "steady", "motion", "loss"]]
     first = rows[0]
     for row in rows:
         right = [share_of(row, kind, "all") for kind in kinds]
@@ -71,6 +71,7 @@ def table(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[list[str
         cells.append([
             row["model"], f"{row['parameters'] / 1e6:.2f} M", *(f"{row['seconds'][part]:.2f}" for part in PARTS),
             f"{first['seconds']['sampling'] / row['seconds']['sampling']:.2f} x", *shares, *(f"{mean:.2f}" for mean in means),
+            f"{row['losses']['loss']:.3f}",
         ])  # fmt: skip
     return cells
 

@@ -64,6 +64,8 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
         assert row["bytes"] == sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
         assert row["seconds"].keys() == {"sampling", "pixels"}
         assert 0 <= row["shares"]["one"]["all"] <= 1
+        assert "first frame" in row["losses"]["loss_by"]["frames"]
+        assert f"{row['losses']['loss']:.3f}" in rows[row is small].split()
     assert whole["decoder_parameters"] == small["decoder_parameters"] > 0
     assert whole["sha256"] != small["sha256"]
     assert f"{whole['seconds']['sampling'] / small['seconds']['sampling']:.2f} x" in rows[1]
