@@ -25,4 +25,4 @@ def test_flops_count_the_passes_of_the_teacher(distilling, pairs, generator):
     assert flops(step=4, icd=1.0) == flops(step=4, teacher=None)  # icd has fallen to 0
     judged, warming = (flops(mca=1.0, critic_warmup=steps) - student - teacher for steps in (0, 1))
     assert judged / 3 == pytest.approx(warming / 2)
-    assert 0.3 * teacher < judged / 3 < 0.6 * teacher  # the first half of the blocks
+    assert 0.3 * teacher < judged / 3 < 0.7 * teacher  # the first half of the blocks, and the ends

@@ -260,14 +260,21 @@ def test_a_small_model_is_trained_resumed_and_exported(folders, settings_of, kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lumos", "stiv"])
-def test_a_small_model_takes_adapters_and_int8(folders, settings_of, kind, tmp_path):
+def test_a_small_model_takes_adapters(folders, settings_of, kind, tmp_path):
     pytest.importorskip("peft")
     parent = network(folders, kind)
     prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")
     train(settings_of(tmp_path / "small", tmp_path / "run", kind, lora={"rank": 2}, training={"max_steps": 2}))
     pipe = VideoPipeline.from_pretrained(tmp_path / "small", lora=tmp_path / "run" / "export", device="cpu")
     assert pipe("a red circle", seed=0, output_type="uint8").frames[0].shape[0] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lumos", "stiv"])
+def test_a_small_model_takes_int8(folders, kind, tmp_path):
     pytest.importorskip("torchao")
+    parent = network(folders, kind)
+    prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")
     pipe = VideoPipeline.from_pretrained(tmp_path / "small", int8=True, device="cpu")
     assert pipe("a red circle", seed=0, output_type="uint8").frames[0].shape[0] == 5
 
