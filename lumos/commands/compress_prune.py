@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(printable(args.plan_out))
     if not args.dry_run:
         prune(network, plan, args.out, args.scores)
-        print(printable(f"{args.out}  is written; next: python -m lumos compress report --models {args.model} {args.out}"))
+        following = shlex.join(["compress", "report", "--models", args.model, args.out])
+        print(printable(f"{args.out}  is written; next: python -m lumos {following}"))
     return {"parent": in_one_place(network.folder), "sha256": network.sha256, "part": network.part, "kept": predicted.kept,
             "before": predicted.before, "after": predicted.after}  # fmt: skip
 

@@ -130,12 +130,12 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     assert not (tmp_path / "small").exists()
     predicted = json.loads(with_out[-1])
     assert (predicted["kept"], predicted["before"]["units"], predicted["after"]["units"]) == ([0, 3], 4, 2)
-    again, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small")
+    again, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small one")
     assert again[:5] == said[:5]  # all but the seconds, which depend on the device's measured peak
-    made = LumosForVideoGeneration.from_pretrained(tmp_path / "small")
+    made = LumosForVideoGeneration.from_pretrained(tmp_path / "small one")
     parameters = next(line for line in said if line.startswith("parameters"))
     assert f"{sum(p.numel() for p in made.parameters()):,}" in parameters
-    assert f"next: python -m lumos compress report --models {lumos} small" in again[-1]
+    assert f"next: python -m lumos compress report --models {lumos} 'small one'" in again[-1]
 
 
 @pytest.mark.slow
