@@ -105,6 +105,8 @@ def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
     check_known(plan.remove, [name for kind in whole.unit_kinds for name in whole.units(kind)])
     if twice := [name for i, name in enumerate(plan.remove) if name in plan.remove[:i]]:
         raise UserError(f"--remove {twice[0]} is removed already; leave it out")
+    if not (plan.remove or plan.sizes or plan.new):
+        raise UserError("the plan removes no unit and makes no size smaller; name units with --keep, --remove or in the plan file")
     return plan
 
 

@@ -147,6 +147,9 @@ def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):
     run("prune", "--model", stiv, "--plan", "plan.json", "--remove", "1.temporal", "--size", "mlp_ratio=3", "--out", "small")
     config = StivForVideoGeneration.from_pretrained(tmp_path / "small").config
     assert (config.num_hidden_layers, config.without, config.mlp_ratio) == (3, ["1.temporal"], 3)
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"remove": []}))
+    _, (error,) = run("prune", "--model", stiv, "--plan", "plan.json", "--out", "same", code=2)
+    assert "the plan removes no unit and makes no size smaller" in error
     said, _ = run("prune", "--model", stiv, "--units", "temporal", "--keep", "0", "--plan", "random", "--allow-ends", "--dry-run")
     assert said[0] == "plan random: removes 0.temporal, 1.temporal, 2.temporal, 3.temporal"
 
