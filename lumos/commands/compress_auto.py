@@ -45,12 +45,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.compression.networks import network_of, weights_sha256
     from lumos.compression.settings import load_settings
     from lumos.errors import UserError, printable
+    from lumos.evaluation.prompts import check_kinds
     from lumos.files import file_sha256, read_json, write_bytes, write_json
     from lumos.runtime import pick_device, versions
     from lumos.stages import Stages
     from lumos.training.record import training_record
 
     check_counts(args, clips=(1, MAX_CLIPS), count=(1, MAX_CLIPS), steps=(1, MAX_STEPS))
+    check_kinds(args.kinds or ())  # before hours of training
     if not 1 < args.target_speedup < float("inf"):
         raise UserError(f"--target-speedup {args.target_speedup:g} is not allowed; give a number above 1")
     device = str(pick_device(args.device))

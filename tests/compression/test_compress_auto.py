@@ -157,6 +157,7 @@ def test_auto_has_a_folder_for_each_model(folders, run, tmp_path):
     (["--target-speedup", "50"], "--target-speedup 50 cannot be reached: with 2 of 4 layers a clip is"),
     (["--data", "nowhere"], "--data nowhere is no folder of shards; give one that"),
     (["--steps", "0"], "--steps 0 is not allowed"),
+    (["--kinds", "one", "training.lr=1"], "prompt kind 'training.lr=1' is unknown"),
     (["training.lrr=1"], "unknown key training.lrr"),
     (["--model", "nowhere"], "there is no model folder nowhere"),
 ])  # fmt: skip
