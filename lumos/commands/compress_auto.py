@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]], predicted: Any, losses: dict[str, float]) 
     cells.append(["times as fast", *(f"{first / row['seconds']['sampling']:.2f}" for row in rows)])
     for kind in rows[0]["shares"]:
         cells.append([f"{kind}: all right", *(f"{row['shares'][kind].get('all', 0.0):.2f}" for row in rows)])
-        cells.append([f"{kind}: motion", *(f"{row['shares'][kind].get('moved', 0.0):.2f}" for row in rows)])
+        cells.append([f"{kind}: motion", *(f"{row['shares'][kind].get('motion', 0.0):.2f}" for row in rows)])
     cells += [[f"{name}, last step", "", "", f"{value:.4g}"] for name, value in losses.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_log import read_log
@@ -11,9 +12,11 @@ from small_networks import lumos_folder, stiv_folder
 
 from lumos import VideoPipeline
 from lumos.cli import main
+from lumos.commands.compress_auto import table as auto_table
 from lumos.compression.auto import data_settings, least_pruning, recovery_settings
 from lumos.compression.networks import network_of
 from lumos.compression.plans import Plan
+from lumos.compression.report import table as report_table
 from lumos.errors import UserError
 
 FEW = ["--count", "2", "--kinds", "one", "--device", "cpu"]
@@ -83,6 +86,16 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
 def test_what_report_refuses(folders, run, words, message):
     _, error = run("report", *words.format(**folders).split(), "--device", "cpu", code=2)
     assert message in error
+
+
+def test_the_motion_of_a_table_is_the_share_of_prompts_whose_motion_is_right():
+    row = {"model": "m", "parameters": 1, "seconds": {"sampling": 1.0, "pixels": 1.0}, "losses": {"loss": 2.0}}
+    rows = [row | {"shares": {"one": {"all": 0.5, "motion": share, "steady": 1.0, "moved": 7.0}}} for share in (0.75, 0.25)]
+    head, *found = report_table(rows, ["one"])
+    assert [line[head.index("motion")] for line in found] == ["0.75", "0.25"]
+    costs = SimpleNamespace(before={"units": 4, "flops": 1}, after={"units": 2, "flops": 1})
+    (line,) = [line for line in auto_table([rows[0], *rows], costs, {}) if line.startswith("one: motion")]
+    assert line.split()[2:] == ["0.75", "0.75", "0.25"]
 
 
 def test_a_picture_needs_matplotlib(folders, run, monkeypatch, tmp_path):
