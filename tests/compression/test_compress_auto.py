@@ -88,7 +88,7 @@ def test_what_report_refuses(folders, run, words, message):
     assert message in error
 
 
-def test_the_motion_of_a_table_is_the_share_of_prompts_whose_motion_is_right():
+def test_motion_in_the_tables_is_the_share_that_is_right():
     row = {"model": "m", "parameters": 1, "seconds": {"sampling": 1.0, "pixels": 1.0}, "losses": {"loss": 2.0}}
     rows = [row | {"shares": {"one": {"all": 0.5, "motion": share, "steady": 1.0, "moved": 7.0}}} for share in (0.75, 0.25)]
     head, *found = report_table(rows, ["one"])
