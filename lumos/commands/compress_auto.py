@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FLOPs; as many layers stay as that allows; default: %(default)s")  # fmt: skip
     add("--data", default=WORLDS, help="folder of shards to score on and to learn from, or worlds: synthetic scenes; "
         "default: %(default)s")  # fmt: skip
-    add("--out", required=True, help="folder of all results; the same command resumes where it stopped")
+    add("--out", help="folder of all results; the same command resumes where it stopped; default: runs/NAME-faster, for the "
+        "folder NAME of the model")  # fmt: skip
     add("--steps", type=int, default=900, help="training steps of the recovery; 5 to 10 %% of the model's own training are usual; "
         "default: %(default)s")  # fmt: skip
     add("--clips", type=int, default=64, help="clips to score on; default: %(default)s")
@@ -44,16 +45,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.compression.networks import network_of, weights_sha256
     from lumos.compression.settings import load_settings
     from lumos.errors import UserError, printable
+    from lumos.evaluation.prompts import check_kinds
     from lumos.files import file_sha256, read_json, write_bytes, write_json
     from lumos.runtime import pick_device, versions
     from lumos.stages import Stages
     from lumos.training.record import training_record
 
     check_counts(args, clips=(1, MAX_CLIPS), count=(1, MAX_CLIPS), steps=(1, MAX_STEPS))
+    check_kinds(args.kinds or ())  # before hours of training
     if not 1 < args.target_speedup < float("inf"):
         raise UserError(f"--target-speedup {args.target_speedup:g} is not allowed; give a number above 1")
     device = str(pick_device(args.device))
-    network, out = network_of(args.model, "model"), Path(args.out)
+    network = network_of(args.model, "model")
+    out = Path("runs") / f"{Path(args.model).resolve().name}-faster" if args.out is None else Path(args.out)
     shards = [] if args.data == WORLDS else ["--data", args.data]
     data = WORLDS if args.data == WORLDS else {path.name: file_sha256(path) for path in json_files(args.data)}
     stages, model = Stages(out), {"model": network.sha256}
@@ -136,7 +140,7 @@ def table(rows: list[dict[str, Any]], predicted: Any, losses: dict[str, float]) 
     cells.append(["times as fast", *(f"{first / row['seconds']['sampling']:.2f}" for row in rows)])
     for kind in rows[0]["shares"]:
         cells.append([f"{kind}: all right", *(f"{row['shares'][kind].get('all', 0.0):.2f}" for row in rows)])
-        cells.append([f"{kind}: motion", *(f"{row['shares'][kind].get('moved', 0.0):.2f}" for row in rows)])
+        cells.append([f"{kind}: motion", *(f"{row['shares'][kind].get('motion', 0.0):.2f}" for row in rows)])
     cells += [[f"{name}, last step", "", "", f"{value:.4g}"] for name, value in losses.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])

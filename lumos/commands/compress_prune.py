@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and of the new weights of scratch; default: %(default)s")  # fmt: skip
     add("--out", help="folder to write; it must not exist yet")
     add("--plan-out", help="JSON file for the plan, to read or edit it and to give it as --plan")
-    add("--dry-run", action="store_true", help="print the table only")
+    add("--dry-run", action="store_true", help="print the table only, and write no folder")
     add_measures(parser)
     add_clips(parser, 16)
 
@@ -53,16 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from lumos.compression.networks import network_of
+    from lumos.compression.networks import in_one_place, network_of
     from lumos.compression.pruning import predict, prune
     from lumos.device_peak import peak_flops
     from lumos.errors import UserError, printable
     from lumos.files import check_new, check_writable
     from lumos.runtime import pick_device
 
-    if args.dry_run == (args.out is not None):
+    if args.out is None and not args.dry_run:
         raise UserError("give --out FOLDER to write the smaller model, or --dry-run to see the table only")
-    if args.out is not None:
+    if args.out is not None and not args.dry_run:
         check_new(args.out)
     if args.plan_out is not None:
         check_writable(args.plan_out)
@@ -78,11 +79,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plan_out is not None:
         plan.write(args.plan_out)
         print(printable(args.plan_out))
-    if args.out is None:
-        return
-    record = prune(network, plan, args.out, args.scores)
-    print(printable(f"{args.out}  is written; next: python -m lumos compress report --models {args.model} {args.out}"))
-    return {name: record[name] for name in ("parent", "sha256", "part", "kept", "before", "after")}
+    if not args.dry_run:
+        prune(network, plan, args.out, args.scores)
+        following = shlex.join(["compress", "report", "--models", args.model, args.out])
+        print(printable(f"{args.out}  is written; next: python -m lumos {following}"))
+    return {"parent": in_one_place(network.folder), "sha256": network.sha256, "part": network.part, "kept": predicted.kept,
+            "before": predicted.before, "after": predicted.after}  # fmt: skip
 
 
 def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
@@ -103,6 +105,8 @@ def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
     check_known(plan.remove, [name for kind in whole.unit_kinds for name in whole.units(kind)])
     if twice := [name for i, name in enumerate(plan.remove) if name in plan.remove[:i]]:
         raise UserError(f"--remove {twice[0]} is removed already; leave it out")
+    if not (plan.remove or plan.sizes or plan.new):
+        raise UserError("the plan removes no unit and makes no size smaller; name units with --keep, --remove or in the plan file")
     return plan
 
 

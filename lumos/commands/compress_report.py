@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lumos.cli import add_json
 from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
+
+if TYPE_CHECKING:
+    from lumos.compression.networks import GeneratorNetwork
+    from lumos.pipeline.base import VideoPipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=50, help="prompts of each kind; default: %(default)s")
     add("--seed", type=int, default=1_000_000, help="seed of the prompts and of the clips; training uses other seeds")
     add("--batch-size", type=int, default=10, help="clips in a batch of the evaluation; default: %(default)s")
+    add("--clips", type=int, default=16, help="held-out clips whose losses are measured; default: %(default)s")
     add("--repetitions", type=int, default=5, help="measured clips of each model, one at a time, the models in turn; default: 5")
-    add("--sheet", help="PNG of the shares over the seconds")
-    add("--output", help="JSON file for all figures")
+    add("--output", default="report.json", help="JSON file for all figures; default: %(default)s")
+    add("--sheet", help="PNG of the shares over the seconds; default: beside --output, as .png")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from lumos.compression.networks import network_of
     from lumos.compression.report import draw, seconds_in_turn, size_of, table
     from lumos.errors import UserError, printable, shown
     from lumos.evaluation.prompts import check_kinds, generate_in_batches, moved, prompt_set, score
@@ -34,12 +41,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.progress import progress_bar
     from lumos.runtime import no_progress_bar, pick_device, versions
 
-    check_counts(args, count=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), repetitions=(1, 1000), seed=(0, MAX_SEED))
-    check_outputs([args.sheet], [args.output])
+    least = {"count": MAX_CLIPS, "clips": MAX_CLIPS, "batch_size": MAX_BATCH, "repetitions": 1000}
+    check_counts(args, seed=(0, MAX_SEED), **{name: (1, most) for name, most in least.items()})
+    sheet, can_draw = args.sheet or str(Path(args.output).with_suffix(".png")), find_spec("matplotlib") is not None
+    check_outputs([sheet], [args.output])
+    if args.sheet and not can_draw:
+        raise UserError("--sheet needs matplotlib; install it with pip install 'lumos-video[plot]', or leave it out")
     check_kinds(args.kinds)
     if twice := [model for i, model in enumerate(args.models) if model in args.models[:i]]:
         raise UserError(f"--models names {shown(twice[0])} twice; name it once")
     device = pick_device(args.device)
+    networks = [network_of(model, "model") for model in args.models]
     with no_progress_bar():
         pipes = [VideoPipeline.from_pretrained(model, device=device) for model in args.models]
     shapes = {(pipe.clip.num_frames, pipe.clip.height, pipe.clip.width, pipe.clip.fps) for pipe in pipes}
@@ -53,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds = seconds_in_turn(pipes, first_prompt, args.repetitions, args.seed, bar.update)
     rows = []
     with progress_bar(total=len(pipes) * len(args.kinds) * args.count, desc="clips to judge") as bar:
-        for model, pipe, of in zip(args.models, pipes, seconds, strict=True):
+        for network, model, pipe, of in zip(networks, args.models, pipes, seconds, strict=True):
 
             def make(texts: list[str], seeds: list[int], _: None, pipe: VideoPipeline = pipe) -> list:
                 frames = pipe(texts, seed=seeds, output_type="uint8").frames
@@ -65,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 clips = generate_in_batches(make, args.seed, args.batch_size, texts)
                 shares[kind] = score(clips, wanted)[0] | {"moved": moved(clips, truth)}
             facts = {"sha256": folder_sha256(Path(model)), **size_of(model, pipe)}
-            rows.append({"model": model, **facts, "seconds": of, "shares": shares})
+            rows.append({"model": model, **facts, "seconds": of, "shares": shares, "losses": losses_of(network, pipe, args.clips)})
     cells = table(rows, args.kinds)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     for line in cells:
@@ -74,9 +86,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "compress": "report", "count": args.count, "seed": args.seed, **shape, "repetitions": args.repetitions,
         "device": str(device), "models": rows, "versions": versions(),
     }  # fmt: skip
-    if args.output:
-        write_json(args.output, summary)
-    if args.sheet:
-        draw(rows, args.kinds, Path(args.sheet))
-        print(printable(args.sheet))
+    write_json(args.output, summary)
+    print(printable(args.output))
+    if can_draw:
+        draw(rows, args.kinds, Path(sheet))
+        print(printable(sheet))
+    else:
+        print("no picture: it needs matplotlib; pip install 'lumos-video[plot]'")
     return summary
+
+
+def losses_of(network: GeneratorNetwork, pipe: VideoPipeline, clips: int) -> dict[str, Any]:
+    """Return the mean loss on held-out clips with fixed draws, and that of each place of each group: loss, loss_by."""
+    from lumos.commands.scoring import clips_of
+    from lumos.compression.importance import score
+
+    task, batches = clips_of(network, pipe.device, clips)
+    found = score(task, pipe.model, batches, {}, ["loss"])
+    return {name: found[name] for name in ("loss", "loss_by")}

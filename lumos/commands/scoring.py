@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lumos.compression.networks import Network
+    import torch
+
+    from lumos.compression.networks import GeneratorNetwork, Network
 
 BATCH_SIZE = 4
 MAX_STEPS = 10**6
@@ -68,29 +70,9 @@ class Scorer:
             (self._of_decoder if network.part == "decoder" else self._of_generator)(args, network)
 
     def _of_generator(self, args: argparse.Namespace, network: Network) -> None:
-        from lumos.data.curriculum import StepShape
-        from lumos.data.seeding import VALIDATION_STEP
-        from lumos.training.settings import build_settings
-
-        clip, kind = network.clip, "image" if network.clip.num_frames == 1 else "video"
-        data: dict[str, Any] = {"num_frames": clip.num_frames, "validation_clips": args.clips, "workers": 0}
         if args.data:
             self.data = {"shards": args.data}
-            data |= {"source": "shards", "path": args.data}
-        else:
-            data |= {"height": clip.height, "width": clip.width, "fps": clip.fps}
-        if kind == "image":
-            data["stages"] = [{"image_share": 1.0}]
-        task_class = network.generator.load("task")
-        settings = build_settings({
-            "generator": network.generator.name, "model": {"from": str(network.folder)}, "data": data,
-            "training": {"eval_every": 1, "device": self.device.type}, **task_class.score_settings(network.config),
-        })  # fmt: skip
-        self.probe = task_class(settings, self.device)
-        shape = StepShape(kind, args.clips)
-        for start in range(0, args.clips, args.batch_size):
-            positions = range(start, min(start + args.batch_size, args.clips))
-            self.batches.append(self.probe.batch(VALIDATION_STEP, shape, positions, dropout=False).whole)
+        self.probe, self.batches = clips_of(network, self.device, args.clips, args.batch_size, args.data)
 
     def _of_decoder(self, args: argparse.Namespace, network: Network) -> None:
         from lumos.compression.decoder_probe import DecoderProbe
@@ -149,6 +131,35 @@ class Scorer:
         prompts = [scenes.scene(i).caption for i in range(count)]
         with progress_bar(total=count * (len(units) + 1), unit="clip", leave=False) as bar:
             return frechet_scores(pipe, units, prompts, bar.update, removed=removed, seed=self.args.seed)
+
+
+def clips_of(
+    network: GeneratorNetwork, device: torch.device, count: int, batch_size: int = BATCH_SIZE, shards: str | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the training task of a model and micro-batches of held-out clips, which are the same in every run.
+
+    shards: folder of shards; None: synthetic scenes.
+    """
+    from lumos.data.curriculum import StepShape
+    from lumos.data.seeding import VALIDATION_STEP
+    from lumos.training.settings import build_settings
+
+    clip, kind = network.clip, "image" if network.clip.num_frames == 1 else "video"
+    data: dict[str, Any] = {"num_frames": clip.num_frames, "validation_clips": count, "workers": 0}
+    if shards:
+        data |= {"source": "shards", "path": shards}
+    else:
+        data |= {"height": clip.height, "width": clip.width, "fps": clip.fps}
+    if kind == "image":
+        data["stages"] = [{"image_share": 1.0}]
+    task_class = network.generator.load("task")
+    settings = build_settings({
+        "generator": network.generator.name, "model": {"from": str(network.folder)}, "data": data,
+        "training": {"eval_every": 1, "device": device.type}, **task_class.score_settings(network.config),
+    })  # fmt: skip
+    task, shape = task_class(settings, device), StepShape(kind, count)
+    parts = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return task, [task.batch(VALIDATION_STEP, shape, positions, dropout=False).whole for positions in parts]
 
 
 def kind_of(network: Any, kind: str | None) -> str:

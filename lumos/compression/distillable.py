@@ -103,15 +103,18 @@ class Distillable(ABC):
         """Return the hash of the config and the weights in a folder."""
         return weights_sha256(folder)
 
-    def kept(self, teacher: nn.Module, stated: Sequence[int]) -> list[int]:
-        """Return the teacher's block for each block of the student. stated: the setting distill.kept."""
+    def kept(self, teacher: nn.Module, stated: Sequence[int], sha256: str) -> list[int]:
+        """Return the teacher's block for each block of the student.
+
+        stated: the setting distill.kept. sha256: the hash of the teacher's config and weights.
+        """
         config, theirs = self.task.config, teacher.config
         if config.hidden_size != theirs.hidden_size:
             raise UserError(
                 f"the student has hidden_size {config.hidden_size}, the teacher {theirs.hidden_size}, so their features "
                 "cannot be compared; set distill.icd=0, and distill.mca=0 or distill.motion=adversarial"
             )
-        return kept_blocks(self.task.settings.model.from_, stated, config.num_hidden_layers, theirs.num_hidden_layers)
+        return kept_blocks(self.task.settings.model.from_, stated, config.num_hidden_layers, theirs.num_hidden_layers, sha256)
 
     def critic_taps(self, teacher: nn.Module, count: int) -> list[int]:
         """Return the numbers, ascending, of the teacher's blocks behind which heads of a critic stand: about `count`."""
@@ -138,6 +141,13 @@ class Distillable(ABC):
     @abstractmethod
     def draws(self, step: int, positions: range, prepared: Any) -> Draws:
         """Return the draws for the clips at `positions` of a step. `prepared` is what the task's `prepare` returned."""
+
+    @abstractmethod
+    def teacher_flops(self, teacher: nn.Module, prepared: Any, blocks: int | None = None) -> float:
+        """Return the FLOPs of a forward pass of the teacher on what the task's `prepare` returned.
+
+        blocks: the number of its first blocks that run, counted as by `critic_taps`; None: the whole network runs.
+        """
 
     @abstractmethod
     def forward(self, model: nn.Module, micro: dict[str, Any], taps: Sequence[int]) -> ForwardPass:

@@ -105,7 +105,7 @@ class DistillationTask(TrainingTask):
             self.teacher_sha256 = kind.sha256(folder)
             self.teacher = kind.read_teacher(folder, self.precision)
         if settings.compares_features:
-            self.kept = kind.kept(self.teacher, settings.kept)
+            self.kept = kind.kept(self.teacher, settings.kept, self.teacher_sha256)
         self.taps = kind.critic_taps(self.teacher, settings.critic_taps) if settings.adversarial else []
 
     # ---- networks
@@ -163,12 +163,30 @@ class DistillationTask(TrainingTask):
         tensors = {**draws.tensors, COUNTS: torch.ones(clips, dtype=torch.bool)}
         return replace(
             batch,
+            flops=batch.flops + self._teacher_flops(prepared),
             tensors=batch.tensors | {name: tensor.to(self.device) for name, tensor in tensors.items()},
             rows=batch.rows | {name: [x.to(self.device) for x in values] for name, values in draws.rows.items()}
             | {WEIGHTS: [prepared.weights] * clips},
             padded=(*(batch.tensors if batch.padded is None else batch.padded), *draws.padded),
             idle={**batch.idle, COUNTS: False},
         )  # fmt: skip
+
+    def _asks_teacher(self, weights: Weights) -> bool:
+        """Return whether a step runs the teacher on the input of the student."""
+        return bool(self.settings.kd or weights.icd or weights.mca or self.settings.adversarial)
+
+    def _teacher_flops(self, prepared: Prepared) -> float:
+        """Return the FLOPs that the losses of the teacher add to a step, without the heads of the critic.
+
+        The critic's part of the teacher reads both one-step results, and has a backward pass to that of the student.
+        """
+        if not self._asks_teacher(prepared.weights):
+            return 0.0
+        flops = self.kind.teacher_flops(self.teacher, prepared.inner)
+        if self.settings.adversarial:
+            passes = 3 if prepared.weights.mca else 2
+            flops += passes * self.kind.teacher_flops(self.teacher, prepared.inner, self.taps[-1] + 1)
+        return flops
 
     # ---- losses
 
@@ -179,7 +197,7 @@ class DistillationTask(TrainingTask):
         motion = weights.mca if settings.motion == "difference" else 0.0
         student_taps = settings.layers(len(self.kept)) if weights.icd or motion else []
         teacher = None
-        if settings.kd or weights.icd or weights.mca or settings.adversarial:
+        if self._asks_teacher(weights):
             with torch.no_grad(), self._teacher_precision():
                 teacher = self.kind.forward(self.teacher, micro, [self.kept[i] for i in student_taps])
         student = self.kind.forward(model, micro, student_taps)

@@ -149,7 +149,7 @@ def score(
     probe: Probe | None, model: Prunable, batches: Iterable[dict[str, Any]], units: Mapping[str, Sequence[str]],
     measures: Sequence[str], on_pass: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return {"units": {name: scores}, "loss": of the network, "distances": see `plans.middle`, or None}.
+    """Return {"units": {name: scores}, "loss": of the network, "loss_by": by group, "distances": see `plans.middle`, or None}.
 
     Scores by name of a measure: a number, or None where the measure is not defined. Besides there are `loss_by`, `bi_by` and
     `output_by` by group, content, motion and motion_share of the output, parameters, and time_share of whole stages.
@@ -215,17 +215,23 @@ def score(
             scores[name]["magnitude"] = float(sum(weight.double().square().sum() for weight in parameters)) / count
         if gradients is not None:
             scores[name]["taylor"] = gradients.change(owned, losses[WHOLE].table[1, 0]) / count
-    loss = losses[WHOLE].mean if losses[WHOLE].table[1, 0] else None
-    return {"units": scores, "loss": loss, "distances": streams.distances() if "bi" in measures else None}
+    total, count = losses[WHOLE].table
+    return {
+        "units": scores, "loss": losses[WHOLE].mean if count[0] else None, "loss_by": by_group(named, total, count),
+        "distances": streams.distances() if "bi" in measures else None,
+    }  # fmt: skip
+
+
+def by_group(groups: Mapping[str, Sequence[str]], total: Tensor, count: Tensor) -> dict[str, dict[str, float]]:
+    """Return {group: {place: total / count}} of two rows of `LossSums.table`."""
+    sizes = [1, *map(len, groups.values())]
+    rows = zip(groups.items(), total.split(sizes)[1:], count.split(sizes)[1:], strict=True)
+    return {group: ratios(names, over, under) for (group, names), over, under in rows}
 
 
 def loss_rise(found: LossSums, whole: LossSums, groups: Mapping[str, Sequence[str]], elbo: bool) -> dict[str, Any]:
     """Return the rise of the mean loss: in total, by place of each group, and with equal weight for each level."""
-    by, start = {}, 1
-    for group, names in groups.items():
-        rise, count = found.table[0] - whole.table[0], whole.table[1]
-        by[group] = ratios(names, rise[start : start + len(names)], count[start : start + len(names)])
-        start += len(names)
+    by = by_group(groups, found.table[0] - whole.table[0], whole.table[1])
     more = {"elbo": sum(by[LEVEL].values()) / len(by[LEVEL]) if by[LEVEL] else None} if elbo else {}
     return {"loss": float((found.table[0, 0] - whole.table[0, 0]) / whole.table[1, 0]), "loss_by": by} | more
 

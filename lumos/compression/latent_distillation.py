@@ -25,10 +25,12 @@ from lumos.compression.latent_folder import TEXT
 from lumos.compression.latent_settings import LatentDistillationSettings
 from lumos.compression.latent_task import COUNTS, NOISE, ClipGroup, LatentTask, Unencoded, squared
 from lumos.compression.noising import MEAN, STD, with_noise
+from lumos.compression.record import read_record
 from lumos.compression.recovery import taps as taps_of
 from lumos.data.seeding import sample_generator
-from lumos.errors import UserError
+from lumos.errors import UserError, shown
 from lumos.files import folder_sha256
+from lumos.runtime import parameter_count
 from lumos.training.loop import train
 
 NEW_NOISE = "critic_noise"
@@ -86,8 +88,13 @@ class DistillableLatents(Distillable):
         self.teacher_calls = NetworkCalls.of(read_config(folder, SUPPORTED))
         return self.teacher
 
-    def kept(self, teacher: nn.Module, stated: Sequence[int]) -> list[int]:
-        self.pairs = taps_of(self.task.folder)
+    def kept(self, teacher: nn.Module, stated: Sequence[int], sha256: str) -> list[int]:
+        self.pairs, before = taps_of(self.task.folder), read_record(self.task.folder).get("parameters", {}).get("before")
+        if (count := parameter_count(teacher)) != before:
+            raise UserError(
+                f"distill.teacher {self.task.settings.distill.teacher} has {count} parameters, and the model that the student was "
+                f"pruned from has {shown(before)}, so their blocks cannot be compared; name that model, or set distill.icd=0"
+            )
         return list(range(len(self.pairs)))
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -106,6 +113,10 @@ class DistillableLatents(Distillable):
 
     def pooled_width(self, teacher: nn.Module) -> int:
         return self.task.source.shapes[TEXT][1]
+
+    def teacher_flops(self, teacher: nn.Module, prepared: Unencoded, blocks: int | None = None) -> float:
+        names = () if blocks is None else self.teacher_calls.blocks()[:blocks]
+        return sum(self.task.flops(self.teacher_calls.config, clip, names) for clip in prepared.clips)
 
     def draws(self, step: int, positions: range, prepared: Unencoded) -> Draws:
         seed, levels, noise = self.task.settings.training.seed, [], []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from lumos.compression.diffusers_calls import NetworkCalls
 from lumos.compression.diffusers_folder import check_diffusers, on_meta, read_config
 from lumos.compression.diffusers_models import SUPPORTED, load, model_class_of
 from lumos.compression.distillable import in_order
+from lumos.compression.features import tapped_first
 from lumos.compression.latent_folder import CONDITION, INPUT, LATENTS, TEXT, LatentClip, LatentFolder, groups_of
 from lumos.compression.latent_settings import LatentDistillationSettings
 from lumos.compression.noising import OF_CLASS, SCHEDULED, NoiseLevel, Objective, read_schedule, with_noise
@@ -82,7 +85,7 @@ class LatentTask(TrainingTask):
             given = [name.removeprefix(INPUT) for name in shapes if name.startswith(INPUT)]
             self.calls.check(self.model_class, shapes[LATENTS][0], channels, [*given, *source.inputs])
         self.objective = self._objective()
-        self.flops_by_shape: dict[tuple[int, ...], float] = {}
+        self.counted: dict[tuple, float] = {}  # FLOPs
 
     def _objective(self) -> Objective:
         noise = self.settings.noise
@@ -122,27 +125,33 @@ class LatentTask(TrainingTask):
         return Batch(
             prepared.step, "video",
             {LEVELS: levels.to(self.device), COUNTS: torch.ones(count, dtype=torch.bool, device=self.device)},
-            prepared.names, [clip[LATENTS][0].numel() for clip in clips], sum(map(self._flops, prepared.clips)), count,
+            prepared.names, [clip[LATENTS][0].numel() for clip in clips],
+            3.0 * sum(self.flops(self.config, clip) for clip in prepared.clips), count,
             rows={CLIPS: clips, NOISE: [noise.to(self.device) for noise in prepared.noise]}, padded=(), idle={COUNTS: False},
         )  # fmt: skip
 
-    def _flops(self, clip: LatentClip) -> float:
-        """Return the FLOPs of forward and backward of a clip, counted on a network without values."""
-        shape = tuple(clip[LATENTS].shape)
-        if shape not in self.flops_by_shape:
+    def flops(self, config: Mapping[str, Any], clip: LatentClip, blocks: Sequence[str] = ()) -> float:
+        """Return the FLOPs of the forward pass of a clip, counted on a network without values.
+
+        config: that of the student or of its teacher. blocks: names of modules; the pass ends behind the last one.
+        """
+        key = (tuple(clip[LATENTS].shape), config is self.config, len(blocks))
+        if key not in self.counted:
             meta = torch.device("meta")
             group = self._group([0], [clip], [clip[LATENTS]], torch.zeros(1, 3))
-            model = on_meta(self.model_class, self.config).to(meta)
+            model = on_meta(model_class_of(config), config).to(meta)
+            modules = {name: model.get_submodule(name) for name in blocks}
             moved = ClipGroup(
                 [0], group.clean.to(meta), group.noise.to(meta), group.noisy.to(meta),
                 NoiseLevel(*(x.to(meta) for x in group.level)),
                 {name: tensor.to(meta) for name, tensor in group.tensors.items()},
                 {name: x.to(meta) if isinstance(x, Tensor) else x for name, x in group.inputs.items()},
             )  # fmt: skip
-            with FlopCounterMode(display=False) as counted, torch.no_grad(), meta:
-                moved.predicted(model, self.calls)
-            self.flops_by_shape[shape] = 3.0 * counted.get_total_flops()
-        return self.flops_by_shape[shape]
+            ending = tapped_first(modules) if modules else nullcontext()
+            with FlopCounterMode(display=False) as counted, torch.no_grad(), meta, ending:
+                moved.predicted(model, NetworkCalls.of(config))
+            self.counted[key] = float(counted.get_total_flops())
+        return self.counted[key]
 
     def groups(self, micro: dict[str, Any]) -> list[ClipGroup]:
         """Return the clips of a micro-batch in groups of equal shapes."""

@@ -117,12 +117,12 @@ def bk(count: int, keep: int) -> list[int]:
 
 def shallow(count: int, keep: int) -> list[int]:
     """Return the kept units: the first, and the last K - 1."""
-    return [0, *range(count - keep + 1, count)]
+    return [0, *range(count - keep + 1, count)][:keep]
 
 
 def deep(count: int, keep: int) -> list[int]:
     """Return the kept units: the first K - 1, and the last."""
-    return [*range(keep - 1), count - 1]
+    return [*range(keep - 1), count - 1][:keep]
 
 
 def middle(distances: Sequence[Sequence[float]], keep: int, ends: bool = False) -> list[int]:

@@ -62,7 +62,8 @@ def predict(network: Network, plan: Plan, peak: float = PEAK) -> Predicted:
         warnings.append(f"{share:.0%} of the parameters go: recovery may not be possible")
     ends = [name for name in (next(iter(whole.stages())), list(whole.stages())[-1]) if name in plan.remove]
     if ends and not network.ends:
-        warnings.append(f"{' and '.join(ends)}, at an end of the network, goes: the ends matter most in most networks")
+        gone = f"{' and '.join(ends)}, the ends of the network, go" if ends[1:] else f"{ends[0]}, an end of the network, goes"
+        warnings.append(f"{gone}: the ends matter most in most networks")
     return Predicted(before, after, owned, kept, tuple(warnings))
 
 

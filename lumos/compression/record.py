@@ -25,7 +25,22 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def kept_blocks(folder: str | None, stated: Sequence[int], student: int, teacher: int) -> list[int]:
+def kept_of(record: dict[str, Any], sha256: str) -> Any:
+    """Return the entry `kept` of a record, as blocks of the teacher with this hash.
+
+    A model that was pruned twice has the record of its parent under "earlier". If the teacher is the parent's parent, its blocks
+    follow from both records. A teacher that no record names counts as the parent, for example one that was trained further.
+    """
+    kept, later = record.get("kept", []), record
+    while later.get("sha256") != sha256 and isinstance(earlier := later.get("earlier"), dict) and "kept" in earlier:
+        try:
+            kept, later = [earlier["kept"][i] for i in kept], earlier
+        except (IndexError, TypeError):
+            break
+    return kept if later.get("sha256") == sha256 else record.get("kept", [])
+
+
+def kept_blocks(folder: str | None, stated: Sequence[int], student: int, teacher: int, sha256: str) -> list[int]:
     """Return the block of the teacher for each block of a student, strictly ascending.
 
     They are those stated by distill.kept, those of the student's compression.json, or all if both networks have equally many.
@@ -34,12 +49,13 @@ def kept_blocks(folder: str | None, stated: Sequence[int], student: int, teacher
         folder: the student's folder; None if it was made from random weights.
         stated: the setting distill.kept.
         student, teacher: numbers of blocks.
+        sha256: the hash of the teacher's config and weights.
 
     Raises UserError if nothing says them, or if they do not fit.
     """
     where, kept = "distill.kept", list(stated)
     if not kept and folder is not None:
-        where, kept = str(Path(folder) / RECORD), read_record(folder).get("kept", [])
+        where, kept = str(Path(folder) / RECORD), kept_of(read_record(folder), sha256)
     if not kept and student == teacher:
         return list(range(student))
     if not kept:

@@ -15,6 +15,8 @@ from lumos.pipeline.base import VideoPipeline
 from lumos.runtime import parameter_count
 
 PARTS = ("sampling", "pixels")
+MEANS = ("motion", "steady", "moved")
+"""Figures of `evaluate prompts` of which the table has the mean over kinds."""
 
 
 def clip_seconds(pipe: VideoPipeline, prompt: str, seed: int) -> dict[str, float]:
@@ -60,17 +62,18 @@ def size_of(folder: str | Path, pipe: VideoPipeline) -> dict[str, int]:
 def table(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[list[str]]:
     """Return the cells of the table, the heads first. Speed and shares are compared with the first row."""
     heads = ["model", "parameters", "sampling s", "pixels s", "faster", *(f"{kind}: all right" for kind in kinds)]
-    cells = [[*heads, "steady", "motion"]]
+    cells = [[*heads, *MEANS, "loss"]]
     first = rows[0]
     for row in rows:
         right = [share_of(row, kind, "all") for kind in kinds]
         lost = [100 * (share - share_of(first, kind, "all")) for kind, share in zip(kinds, right, strict=True)]
         shares = [f"{share:.2f}" + (f" ({points:+.0f})" if row is not first else "")
                   for share, points in zip(right, lost, strict=True)]  # fmt: skip
-        means = [statistics.mean(share_of(row, kind, name) for kind in kinds) for name in ("steady", "moved")]
+        means = [statistics.mean(share_of(row, kind, name) for kind in kinds) for name in MEANS]
         cells.append([
             row["model"], f"{row['parameters'] / 1e6:.2f} M", *(f"{row['seconds'][part]:.2f}" for part in PARTS),
             f"{first['seconds']['sampling'] / row['seconds']['sampling']:.2f} x", *shares, *(f"{mean:.2f}" for mean in means),
+            f"{row['losses']['loss']:.3f}",
         ])  # fmt: skip
     return cells
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_log import read_log
@@ -11,9 +12,11 @@ from small_networks import lumos_folder, stiv_folder
 
 from lumos import VideoPipeline
 from lumos.cli import main
+from lumos.commands.compress_auto import table as auto_table
 from lumos.compression.auto import data_settings, least_pruning, recovery_settings
 from lumos.compression.networks import network_of
 from lumos.compression.plans import Plan
+from lumos.compression.report import table as report_table
 from lumos.errors import UserError
 
 FEW = ["--count", "2", "--kinds", "one", "--device", "cpu"]
@@ -50,13 +53,13 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     pytest.importorskip("matplotlib")
     model = folders["lumos1"]
     run("prune", "--model", model, "--keep", "2", "--out", "small")
-    said, _ = run("report", "--models", model, "small", *FEW, "--repetitions", "2", "--output", "r.json", "--sheet", "r.png")
+    said, _ = run("report", "--models", model, "small", *FEW, "--repetitions", "2")
     head, *rows = said[:3]
     assert head.split()[:3] == ["model", "parameters", "sampling"]
     assert "one: all right" in head
     assert [row.split()[0] for row in rows] == [model, "small"]
     assert "1.00 x" in rows[0]
-    found = json.loads((tmp_path / "r.json").read_text())
+    found = json.loads((tmp_path / "report.json").read_text())
     whole, small = found["models"]
     for row, folder in ((whole, model), (small, "small")):
         network = VideoPipeline.from_pretrained(folder, device="cpu").model
@@ -64,10 +67,12 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
         assert row["bytes"] == sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
         assert row["seconds"].keys() == {"sampling", "pixels"}
         assert 0 <= row["shares"]["one"]["all"] <= 1
+        assert "first frame" in row["losses"]["loss_by"]["frames"]
+        assert f"{row['losses']['loss']:.3f}" in rows[row is small].split()
     assert whole["decoder_parameters"] == small["decoder_parameters"] > 0
     assert whole["sha256"] != small["sha256"]
     assert f"{whole['seconds']['sampling'] / small['seconds']['sampling']:.2f} x" in rows[1]
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -76,10 +81,28 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
     ("--models nowhere", "there is no model folder nowhere"),
     ("--models {lumos1} --count 0", "--count 0 is not allowed"),
     ("--models {lumos1} --kinds three", "prompt kind 'three' is unknown"),
+    ("--models {lumos1} --output x.png", "x.png and x.png are one file; give two different files"),
 ])  # fmt: skip
 def test_what_report_refuses(folders, run, words, message):
     _, error = run("report", *words.format(**folders).split(), "--device", "cpu", code=2)
     assert message in error
+
+
+def test_motion_in_the_tables_is_the_share_that_is_right():
+    row = {"model": "m", "parameters": 1, "seconds": {"sampling": 1.0, "pixels": 1.0}, "losses": {"loss": 2.0}}
+    rows = [row | {"shares": {"one": {"all": 0.5, "motion": share, "steady": 1.0, "moved": 7.0}}} for share in (0.75, 0.25)]
+    head, *found = report_table(rows, ["one"])
+    assert [line[head.index("motion")] for line in found] == ["0.75", "0.25"]
+    costs = SimpleNamespace(before={"units": 4, "flops": 1}, after={"units": 2, "flops": 1})
+    (line,) = [line for line in auto_table([rows[0], *rows], costs, {}) if line.startswith("one: motion")]
+    assert line.split()[2:] == ["0.75", "0.75", "0.25"]
+
+
+def test_a_picture_needs_matplotlib(folders, run, monkeypatch, tmp_path):
+    monkeypatch.setattr("lumos.commands.compress_report.find_spec", lambda name: None)
+    _, error = run("report", "--models", folders["lumos1"], *FEW, "--sheet", "x.png", code=2)
+    assert "--sheet needs matplotlib; install it with pip install 'lumos-video[plot]', or leave it out" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- auto
@@ -134,12 +157,20 @@ def test_auto_takes_no_result_of_other_inputs(folders, run, tmp_path):
     assert "max_steps was 2, now 3" in error
 
 
+def test_auto_has_a_folder_for_each_model(folders, run, tmp_path):
+    (tmp_path / "runs" / "lumos-faster").mkdir(parents=True)
+    (tmp_path / "runs" / "lumos-faster" / "distill.yaml").write_text("{}")
+    _, error = run("auto", "--model", folders["lumos1"], *FEW, code=2)
+    assert "runs/lumos-faster/distill.yaml was made from other inputs" in error
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--target-speedup", "1"], "--target-speedup 1 is not allowed; give a number above 1"),
     (["--target-speedup", "nan"], "--target-speedup nan is not allowed"),
     (["--target-speedup", "50"], "--target-speedup 50 cannot be reached: with 2 of 4 layers a clip is"),
     (["--data", "nowhere"], "--data nowhere is no folder of shards; give one that"),
     (["--steps", "0"], "--steps 0 is not allowed"),
+    (["--kinds", "one", "training.lr=1"], "prompt kind 'training.lr=1' is unknown"),
     (["training.lrr=1"], "unknown key training.lrr"),
     (["--model", "nowhere"], "there is no model folder nowhere"),
 ])  # fmt: skip

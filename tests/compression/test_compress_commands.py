@@ -126,12 +126,16 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     said, _ = run("prune", "--model", lumos, "--keep", "2", "--dry-run")
     assert said[0] == "plan spaced: removes 1, 2"
     assert not (tmp_path / "small").exists()
-    again, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small")
+    with_out, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small", "--dry-run", "--json")
+    assert not (tmp_path / "small").exists()
+    predicted = json.loads(with_out[-1])
+    assert (predicted["kept"], predicted["before"]["units"], predicted["after"]["units"]) == ([0, 3], 4, 2)
+    again, _ = run("prune", "--model", lumos, "--keep", "2", "--out", "small one")
     assert again[:5] == said[:5]  # all but the seconds, which depend on the device's measured peak
-    made = LumosForVideoGeneration.from_pretrained(tmp_path / "small")
+    made = LumosForVideoGeneration.from_pretrained(tmp_path / "small one")
     parameters = next(line for line in said if line.startswith("parameters"))
     assert f"{sum(p.numel() for p in made.parameters()):,}" in parameters
-    assert f"next: python -m lumos compress report --models {lumos} small" in again[-1]
+    assert f"next: python -m lumos compress report --models {lumos} 'small one'" in again[-1]
 
 
 @pytest.mark.slow
@@ -143,6 +147,9 @@ def test_a_plan_is_written_edited_and_used(stiv, run, tmp_path):
     run("prune", "--model", stiv, "--plan", "plan.json", "--remove", "1.temporal", "--size", "mlp_ratio=3", "--out", "small")
     config = StivForVideoGeneration.from_pretrained(tmp_path / "small").config
     assert (config.num_hidden_layers, config.without, config.mlp_ratio) == (3, ["1.temporal"], 3)
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"remove": []}))
+    _, (error,) = run("prune", "--model", stiv, "--plan", "plan.json", "--out", "same", code=2)
+    assert "the plan removes no unit and makes no size smaller" in error
     said, _ = run("prune", "--model", stiv, "--units", "temporal", "--keep", "0", "--plan", "random", "--allow-ends", "--dry-run")
     assert said[0] == "plan random: removes 0.temporal, 1.temporal, 2.temporal, 3.temporal"
 

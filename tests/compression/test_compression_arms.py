@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,16 @@ from experiment_jobs import run_in_this_process
 from small_networks import lumos_folder
 
 from lumos.cli import main
+from lumos.commands import compress_prune
+from lumos.compression.recipes import read_recipe
 from lumos.evaluation.experiments import runs
 from lumos.evaluation.experiments.settings import load
 
 pytest.importorskip("matplotlib")
+REPO = Path(__file__).parents[2]
+LOSSES = {"none": (1, 0, 0, 0), "KD": (0.1, 1, 0, 0), "ICD": (1, 0, 0.1, 0), "MCA": (1, 0, 0, 0.1), "ICD+MCA": (1, 0, 0.1, 0.1),
+          "all": (0.1, 1, 0.1, 0.1)}  # fmt: skip
+"""Weights of task, kd, icd and mca in the arms of both shipped studies."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,34 @@ def test_without_a_recovery_the_pruned_model_is_judged(study):
     assert job.train is None
     assert job.prompts[job.prompts.index("--model") + 1] == "runs/a-4/pruned"
     assert job.prune[:6] == ("compress", "prune", "--model", study["compress"]["model"], "--out", "runs/a-4/pruned")
+
+
+@pytest.mark.parametrize("name", ["compression-arms", "compression-arms-stiv"])
+def test_the_shipped_studies_have_all_arms_with_equal_steps(name, monkeypatch):
+    monkeypatch.chdir(REPO)
+    file = Path(f"configs/experiments/{name}.yaml")
+    study = load(file)
+    assert list(study.variants) == [f"{loss} {plan}" for plan in ("spaced", "least", "shallow", "scratch") for loss in LOSSES]
+    assert (len(study.seeds), study.over) == (3, "flops")
+    equal = set()
+    for job in runs.jobs(study, Path("runs")):
+        loss, plan = job.name.split()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            settings, _ = read_recipe(job.train[3], job.train[4:])
+        assert all("teacher, because kd, icd and mca are 0" in str(warning.message) for warning in said)
+        assert bool(said) == (loss == "none")
+        distill, training = settings.distill, settings.training
+        assert (distill.task, distill.kd, distill.icd, distill.mca) == LOSSES[loss]
+        equal.add((distill.teacher, training.max_steps, training.batch_size, training.lr, settings.data.path))
+        parser = argparse.ArgumentParser()
+        compress_prune.add_arguments(parser)
+        words = parser.parse_args(job.prune[2:])
+        if plan == "least":  # a file that a command at the head of the YAML makes
+            assert f"--keep 5 --plan least --dry-run --plan-out {words.plan}" in file.read_text()
+        else:
+            assert (words.keep, words.plan) == (5, plan)
+    assert len(equal) == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [

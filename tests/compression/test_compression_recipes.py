@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pages import verbs
 
 from lumos.compression.decoder_distillation import distill_decoder
 from lumos.compression.distillation import distill
@@ -28,6 +29,19 @@ def small_decoder(tmp_path_factory) -> Path:
     record = prune(network, Plan("shallow", "decoder", "block", remove, sha256=network.sha256), folder)
     assert record["before"]["flops"] / record["after"]["flops"] > 1.5
     return folder
+
+
+def test_the_pages_recover_what_they_have_pruned():
+    """The teacher of the command is the model that was pruned, clips have its shape, and the report compares these models."""
+    pruned = {words[words.index("--out") + 1]: words[words.index("--model") + 1]
+              for words in verbs("docs/compression.md") if words[:2] == ["compress", "prune"] and "--out" in words}  # fmt: skip
+    commands = [words for words in verbs("docs/compression-recovery.md") if words[0] == "compress"]
+    distill, report = (next(words for words in commands if words[1] == name) for name in ("distill", "report"))
+    settings, _ = read_recipe(REPO / distill[3], distill[4:])
+    teacher, clip = settings.distill.teacher, network_of(REPO / settings.distill.teacher).clip
+    assert pruned[settings.model.from_] == teacher
+    assert (settings.data.height, settings.data.width, settings.data.num_frames) == (clip.height, clip.width, clip.num_frames)
+    assert report[3:6] == [teacher, settings.model.from_, str(settings.output_dir / "export")]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -246,6 +246,11 @@ def test_teachers_and_folders_that_do_not_fit(made, tmp_path):
         task(distill={"teacher": str(made(WAN)[1])})
     with pytest.raises(UserError, match="is a CogVideoXTransformer3DModel, the student a WanTransformer3DModel"):
         task(distill={"teacher": str(made(COG)[0])})
+    five = tmp_path / "five"  # blocks; another model than the parent, which has six
+    write_pruned(made(WAN)[0], plan_folder(made(WAN)[0], "spaced", [5]), five)
+    with pytest.raises(UserError, match=r"has \d+ parameters, and the model that the student was pruned from has \d+, so their"):
+        task(distill={"teacher": str(five)})
+    assert task(distill={"teacher": str(five), "icd": 0}).kept == []
     with pytest.raises(UserError, match="the network reads 4 channels"):
         task(data={"path": str(made(SVD)[2])})
     with pytest.raises(UserError, match=r"the network has no argument guidance; allowed under inputs: encoder_hidden_states_im"):

@@ -72,6 +72,8 @@ def test_rules_of_the_paper_and_its_opposite():
     assert removed_by("shallow", names_of(8), 5) == ["1", "2", "3"]
     assert removed_by("deep", names_of(8), 5) == ["4", "5", "6"]
     assert removed_by("scratch", names_of(8), 5) == removed_by("spaced", names_of(8), 5) == ["1", "3", "6"]
+    for rule in ("spaced", "shallow", "deep", "random"):  # all parts of a kind may go, such as temporal attention
+        assert removed_by(rule, names_of(8), 0, ends=True) == names_of(8), rule
     drawn = [removed_by("random", names_of(8), 5, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(UserError, match="plan 'x' is unknown; allowed: spaced, least"):

@@ -15,6 +15,7 @@ from lumos import LumosForVideoGeneration, StivForVideoGeneration, VideoPipeline
 from lumos.compression.networks import DecoderNetwork, GeneratorNetwork, copy_others, network_of, written_counts
 from lumos.compression.plans import Plan
 from lumos.compression.pruning import predict, prune
+from lumos.compression.record import kept_blocks
 from lumos.errors import RunError, UserError
 from lumos.training.loop import train
 from lumos.training.settings import build_settings
@@ -172,6 +173,8 @@ def test_pruning_twice_keeps_both_records(folders, tmp_path):
     model = LumosForVideoGeneration.from_pretrained(folders["lumos"]).without(["1", "2"])
     again = LumosForVideoGeneration.from_pretrained(tmp_path / "two")
     assert all(a.equal(b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    for teacher, kept in ((first.sha256, [0, 3]), (second.sha256, [0, 2]), ("ab" * 32, [0, 2])):
+        assert kept_blocks(str(tmp_path / "two"), [], 2, 4, teacher) == kept
 
 
 def test_half_precision_stays(folders, tmp_path):
@@ -256,14 +259,22 @@ def test_a_small_model_is_trained_resumed_and_exported(folders, settings_of, kin
 
 
 @pytest.mark.slow
-def test_a_small_model_takes_adapters_and_int8(folders, settings_of, tmp_path):
+@pytest.mark.parametrize("kind", ["lumos", "stiv"])
+def test_a_small_model_takes_adapters(folders, settings_of, kind, tmp_path):
     pytest.importorskip("peft")
-    parent = network(folders, "stiv")
-    prune(parent, plan_of(parent, REMOVED["stiv"]), tmp_path / "small")
-    train(settings_of(tmp_path / "small", tmp_path / "run", "stiv", lora={"rank": 2}, training={"max_steps": 2}))
+    parent = network(folders, kind)
+    prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")
+    train(settings_of(tmp_path / "small", tmp_path / "run", kind, lora={"rank": 2}, training={"max_steps": 2}))
     pipe = VideoPipeline.from_pretrained(tmp_path / "small", lora=tmp_path / "run" / "export", device="cpu")
     assert pipe("a red circle", seed=0, output_type="uint8").frames[0].shape[0] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lumos", "stiv"])
+def test_a_small_model_takes_int8(folders, kind, tmp_path):
     pytest.importorskip("torchao")
+    parent = network(folders, kind)
+    prune(parent, plan_of(parent, REMOVED[kind]), tmp_path / "small")
     pipe = VideoPipeline.from_pretrained(tmp_path / "small", int8=True, device="cpu")
     assert pipe("a red circle", seed=0, output_type="uint8").frames[0].shape[0] == 5
 
@@ -299,7 +310,8 @@ def test_weights_that_are_not_the_predicted_ones_are_not_kept(folders, monkeypat
 def test_what_may_go_wrong_is_said(folders):
     parent = network(folders, "lumos")
     assert predict(parent, plan_of(parent, ["1"])).warnings == ()
-    assert "0, at an end of the network, goes" in predict(parent, plan_of(parent, ["0"])).warnings[0]
+    assert "0, an end of the network, goes" in predict(parent, plan_of(parent, ["0"])).warnings[0]
+    assert "0 and 3, the ends of the network, go: " in predict(parent, plan_of(parent, ["0", "3"])).warnings[-1]
     decoding = network(folders, "decoder")
     share, *rest = predict(decoding, plan_of(decoding, ["mid", "up.1.0", "up.1.1"])).warnings or [""]
     assert rest == []

@@ -88,6 +88,26 @@ def test_both_networks_learn_as_in_a_plain_loop(tmp_path, monkeypatch):
     assert all(name.partition("/")[2].removesuffix("/0") in dict(model.named_parameters()) for name in stored if name[:4] == "aver")
 
 
+def test_neither_loss_has_a_gradient_for_the_other_network(tmp_path, monkeypatch):
+    """Even where a task forgets to detach what one network hands to the other."""
+    asked = []
+
+    def watched(name: str, other: int):
+        original = getattr(ToyTask, name)
+
+        def losses(task: ToyTask, *given):
+            network = task.critic if other is None else given[other]
+            asked.append((name, any(p.requires_grad for p in network.parameters())))
+            return original(task, *given)
+
+        monkeypatch.setattr(ToyTask, name, losses)
+
+    watched("losses", None)
+    watched("auxiliary_losses", 0)
+    train(toy(tmp_path, max_steps=2))
+    assert asked == 2 * [("losses", False), ("auxiliary_losses", False)]
+
+
 def no_dropout(forward):
     def evaluated(self, *args):
         self.layers[2].p = 0.0

@@ -20,6 +20,7 @@ from lumos.compression.features import tapped
 from lumos.data.seeding import sample_generator
 from lumos.models.lumos1.attention import attention_for
 from lumos.models.lumos1.distillation_loss import distilled_losses, soft_embeddings
+from lumos.models.lumos1.flops import training_flops
 from lumos.models.lumos1.loss import chunked_cross_entropy
 from lumos.models.lumos1.masking import masked_tokens, training_mask
 from lumos.models.lumos1.modeling import COMPILED, LumosForVideoGeneration
@@ -91,6 +92,14 @@ class DistillableLumos(Distillable):
             found = chunked_cross_entropy(*ours, **rows)
             return Losses(task * found, found.detach(), None)
         return Losses(*distilled_losses(*ours, *teacher.prediction[:2], **rows, task=task, kd=kd))
+
+    def teacher_flops(
+        self, teacher: LumosForVideoGeneration, prepared: UnencodedSequences, blocks: int | None = None
+    ) -> float:
+        config, layouts = teacher.config, prepared.batch.rows["layouts"]
+        supervised = prepared.supervised_at.sum(1).tolist() if blocks is None else [0] * len(layouts)  # the head comes last
+        share = 1.0 if blocks is None else blocks / config.num_hidden_layers
+        return share * sum(training_flops(config, *row) for row in zip(layouts, supervised, strict=True)) / 3
 
     def judged(self, teacher: LumosForVideoGeneration, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         layouts, x = micro["layouts"], self.renoised(teacher, self.one_step_result(teacher, passed, micro), micro)

@@ -25,6 +25,7 @@ from lumos.data.seeding import sample_generator
 from lumos.errors import UserError
 from lumos.models.stiv.attention import StivRMSNorm
 from lumos.models.stiv.block import StivMLP
+from lumos.models.stiv.flops import clip_flops
 from lumos.models.stiv.flow import drawn_noise, interpolated, replaced
 from lumos.models.stiv.losses import Inputs, inputs_by_size, places_of, weighted_losses
 from lumos.models.stiv.modeling import StivForVideoGeneration
@@ -100,6 +101,12 @@ class DistillableStiv(Distillable):
             for ours, theirs in zip(student.prediction, teacher.prediction, strict=True)
         ])
         return Losses(task * found + kd * apart, found.detach(), apart.detach())
+
+    def teacher_flops(self, teacher: StivForVideoGeneration, prepared: UnencodedClips, blocks: int | None = None) -> float:
+        config = copy.copy(teacher.config)
+        config.num_hidden_layers = config.num_hidden_layers if blocks is None else blocks
+        sizes, tokens = [noise.shape for noise in prepared.batch.rows["noise"]], prepared.text.mask.sum(1).tolist()
+        return sum(clip_flops(config, *clip) for clip in zip(sizes, tokens, strict=True))
 
     def judged(self, teacher: StivForVideoGeneration, passed: ForwardPass, micro: dict[str, Any], taps: Sequence[int]) -> Judged:
         first, features, pooled = first_blocks(teacher, taps[-1] + 1), [], []

@@ -7,7 +7,7 @@ Source: reference, section 1.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from lumos.models.stiv.configuration import PARTS, StivConfig
 from lumos.models.stiv.modeling import SINUSOIDS
@@ -64,6 +64,13 @@ def ends_flops(config: StivConfig, frames: int, places: int, kept: int, text_tok
     conditions = SCALARS * SINUSOIDS * d + 5 * d * d + e * d
     modulation = 6 * d * d + 2 * d * d
     return 2 * (frames * (kept + places) * p * d + conditions + modulation + text_tokens * (e * d + d * d))
+
+
+def clip_flops(config: StivConfig, size: Sequence[int], text_tokens: int, dropped: float = 0.0) -> int:
+    """Return the FLOPs of one forward pass of a clip of latents [T, C, h, w] with its prompt; `dropped` as in `forward_flops`."""
+    frames, _, height, width = size
+    grid = config.grid(frames, height, width)
+    return forward_flops(config, *grid, text_tokens, dropped) + text_encoder_flops(config, text_tokens)
 
 
 def text_encoder_flops(config: StivConfig, text_tokens: int) -> int:

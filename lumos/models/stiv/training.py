@@ -28,7 +28,7 @@ from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
 from lumos.models.stiv.fingerprints import load_network, network_fingerprint
-from lumos.models.stiv.flops import forward_flops, text_encoder_flops
+from lumos.models.stiv.flops import clip_flops
 from lumos.models.stiv.initialization import initialized
 from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
 from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
@@ -189,7 +189,8 @@ class StivTask(VideoTask):
             step, shape.kind, tensors, [clip.name for clip in clips],
             lengths=[self._places(size) * size[0] // self.config.temporal_patch_size + m
                      for size, m in zip(sizes, tokens, strict=True)],
-            flops=sum(self._flops(size, m, ratio) for size, m in zip(sizes, tokens, strict=True)),
+            # The backward pass counts twice.
+            flops=3.0 * sum(clip_flops(self.config, size, m, ratio) for size, m in zip(sizes, tokens, strict=True)),
             supervised=sum(supervised), rows=rows, padded=(), idle={"counts": False},
         )  # fmt: skip
         return UnencodedClips([pixels_or_codes(clip) for clip in clips], text, batch)
@@ -261,12 +262,6 @@ class StivTask(VideoTask):
 
     def _places(self, size: torch.Size) -> int:
         return size[-2] * size[-1] // self.config.patch_size**2
-
-    def _flops(self, size: torch.Size, text_tokens: int, ratio: float) -> float:
-        """Return the FLOPs of forward and backward of a clip of latents [T, C, h, w]; backward counts twice."""
-        config = self.config
-        grid = config.grid(size[0], size[2], size[3])
-        return 3.0 * (forward_flops(config, *grid, text_tokens, ratio) + text_encoder_flops(config, text_tokens))
 
     def _of_pixels(self, clips: list[Tensor], names: list[str]) -> list[Tensor] | Tensor:
         """Return the latents of clips of one size, some of them from earlier steps with latents.kept_clips.
