@@ -81,38 +81,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def make(prompts: list[str], seeds: list[int], scenes: list | None) -> list:
         given = {} if scenes is None else arguments_of(pattern, scenes, numbers)
-        return pipe(prompts, seed=seeds, num_frames=form.num_frames, output_type="uint8", **given, **options).frames
+        frames = pipe(prompts, seed=seeds, num_frames=form.num_frames, output_type="uint8", **given, **options).frames
+        bar.update(len(prompts))
+        return frames
 
     results, clips_shown, labels = {}, [], []
     started, cpu_started = time.perf_counter(), time.process_time()
-    for kind in progress_bar(args.kinds, desc="kinds"):
-        prompts, truth, wanted = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
-        if args.reference == "truth":
-            clips = list(truth)
-        elif args.reference == "reconstruction":
-            clips = [pipe.reconstruct(clip) for clip in truth]
-        else:
-            clips = generate_in_batches(make, args.seed, args.batch_size or 10, prompts, list(truth) if pattern else None)
-        _, verdicts = score(clips, wanted)
-        if pattern:
-            name = "first_frame" if pattern == "first" else "given_frames"
-            for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
-                seen = reconstructed(pipe.reconstruct, drawn, numbers)
-                verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
-        if form.num_frames > 1:
-            for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
-                verdict |= moving(made, drawn)
-        found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
-        if args.frechet:
-            found |= distances(pipe, clips, truth)
-        if pattern not in (None, "first"):
-            found |= made_quality(clips, truth, numbers, [pipe.reconstruct(clip) for clip in truth])
-        results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
-        for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips or 12]:
-            wrong = [name for name, right in verdict.items() if not right and name not in SUMS]
-            clips_shown.append(clip)
-            labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
-        print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
+    with progress_bar(total=len(args.kinds) * args.count, unit="clip", desc="clips to judge") as bar:
+        for kind in args.kinds:
+            prompts, truth, wanted = zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)
+            if args.reference:
+                clips = [clip if args.reference == "truth" else pipe.reconstruct(clip) for clip in truth]
+                bar.update(len(clips))
+            else:
+                clips = generate_in_batches(make, args.seed, args.batch_size or 10, prompts, list(truth) if pattern else None)
+            _, verdicts = score(clips, wanted)
+            if pattern:
+                name = "first_frame" if pattern == "first" else "given_frames"
+                for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
+                    seen = reconstructed(pipe.reconstruct, drawn, numbers)
+                    verdict[name] = all(is_kept(made[n], picture) for n, picture in zip(numbers, seen, strict=True))
+            if form.num_frames > 1:
+                for made, drawn, verdict in zip(clips, truth, verdicts, strict=True):
+                    verdict |= moving(made, drawn)
+            found = shares(verdicts) | ({"moved": moved(clips, truth)} if form.num_frames > 1 else {})
+            if args.frechet:
+                found |= distances(pipe, clips, truth)
+            if pattern not in (None, "first"):
+                found |= made_quality(clips, truth, numbers, [pipe.reconstruct(clip) for clip in truth])
+            results[kind] = {"shares": found, "clips": [{"prompt": p, **v} for p, v in zip(prompts, verdicts, strict=True)]}
+            for prompt, verdict, clip in list(zip(prompts, verdicts, clips, strict=True))[: args.sheet_clips or 12]:
+                wrong = [name for name, right in verdict.items() if not right and name not in SUMS]
+                clips_shown.append(clip)
+                labels.append(f"{'wrong: ' + ', '.join(wrong) if wrong else 'right'} | {prompt}")
+            print(f"{kind:12}{args.count:5} prompts  " + "  ".join(f"{name} {share:.2f}" for name, share in found.items()))
     summary = {
         "evaluate": "prompts", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
         "count": args.count, "seed": args.seed, **shape, "image_to_video": pattern == "first",

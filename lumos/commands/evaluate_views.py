@@ -54,22 +54,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def make(prompts: list[str], seeds: list[int], truth: list) -> list:
         pictures = [views[0] for views in truth]
-        return pipe(prompts, seed=seeds, image=pictures, views=True, output_type="uint8", **options).frames
+        frames = pipe(prompts, seed=seeds, image=pictures, views=True, output_type="uint8", **options).frames
+        bar.update(len(prompts))
+        return frames
 
     figures, shown_views, labels = {}, [], []
     started = time.perf_counter()
-    for kind in progress_bar(args.kinds, desc="kinds"):
-        captions, truth, solids = zip(*solid_set(kind, args.count, args.seed, **shape), strict=True)
-        if args.reference:
-            made = [pipe.reconstruct(views) for views in truth]
-        else:
-            made = generate_in_batches(make, args.seed, args.batch_size, captions, truth)
-        figures[kind] = view_quality(made, truth)
-        for views, ours, solid in list(zip(truth, made, solids, strict=True))[: args.sheet_solids or 4]:
-            shown_views += [views, ours]
-            labels += [f"true views of a {solid.shape}", args.reference or "generated"]
-        print(f"{kind:16}{args.count:5} solids  " + "  ".join(
-            f"{name}: {of['psnr']:.2f} dB, SSIM {of['ssim']:.3f}" for name, of in figures[kind].items()))  # fmt: skip
+    with progress_bar(total=len(args.kinds) * args.count, unit="clip", desc="clips to judge") as bar:
+        for kind in args.kinds:
+            captions, truth, solids = zip(*solid_set(kind, args.count, args.seed, **shape), strict=True)
+            if args.reference:
+                made = [pipe.reconstruct(views) for views in truth]
+                bar.update(len(made))
+            else:
+                made = generate_in_batches(make, args.seed, args.batch_size, captions, truth)
+            figures[kind] = view_quality(made, truth)
+            for views, ours, solid in list(zip(truth, made, solids, strict=True))[: args.sheet_solids or 4]:
+                shown_views += [views, ours]
+                labels += [f"true views of a {solid.shape}", args.reference or "generated"]
+            print(f"{kind:16}{args.count:5} solids  " + "  ".join(
+                f"{name}: {of['psnr']:.2f} dB, SSIM {of['ssim']:.3f}" for name, of in figures[kind].items()))  # fmt: skip
     summary = {
         "evaluate": "views", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
         "count": args.count, "seed": args.seed, **shape, "settings": {**vars(pipe.settings), **options},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +89,22 @@ def test_prompts_are_judged_with_given_frames(folder, tmp_path, capsys, pattern)
 def test_lumos1_says_which_frames_it_does_not_take(micro_folder, capsys):
     assert main(["evaluate", "prompts", "--model", str(micro_folder), "--count", "1", "--given", "ends"]) == 2
     assert "given_frames" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["prompts", "views"])
+@pytest.mark.parametrize("options", [[], ["--reference", "reconstruction"]])
+def test_the_bar_counts_clips(folder, monkeypatch, verb, options):
+    bars = []
+
+    def bar(**given):
+        if given.get("unit") == "clip":
+            bars.append(given["total"])
+        return SimpleNamespace(update=bars.append)
+
+    monkeypatch.setattr("lumos.progress.progress_bar", lambda **given: nullcontext(bar(**given)))
+    kind = "one" if verb == "prompts" else "solids"
+    assert main(["evaluate", verb, "--model", str(folder), "--count", "2", "--kinds", kind, *options]) == 0
+    assert bars[0] == sum(bars[1:]) == 2
 
 
 def test_views_are_measured_beside_copies(folder, tmp_path, capsys):
