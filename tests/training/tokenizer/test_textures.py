@@ -56,7 +56,7 @@ def clips_of(**changes) -> TrainingClips:
 
 @pytest.mark.parametrize("size", [(16, 24), (8 * SIDE // 5, 2 * SIDE)])
 def test_batches_of_textures_move_and_need_no_photographs(monkeypatch, size: tuple[int, int]):
-    monkeypatch.setattr(clips_module, "photographs", lambda held_out=False: [])
+    monkeypatch.setattr(clips_module, "photographs", lambda **_: [])
     made = clips_of(height=size[0], width=size[1], batch_size=2, recolour=True)
     batch, again = made.batch(3), clips_of(height=size[0], width=size[1], batch_size=2, recolour=True).batch(3)
     assert batch.clips.shape == (2, 5, *size, 3)
@@ -70,7 +70,7 @@ def test_batches_of_textures_move_and_need_no_photographs(monkeypatch, size: tup
 
 def test_films_and_textures_without_photographs(monkeypatch, tmp_path):
     """A picture is then a texture or a frame of a film."""
-    monkeypatch.setattr(clips_module, "photographs", lambda held_out=False: [])
+    monkeypatch.setattr(clips_module, "photographs", lambda **_: [])
     white = np.full((6, 48, 64, 3), 255, np.uint8)
     write_video(tmp_path / "white.mp4", white, fps=8)
     made = clips_of(share_textures=0.5, film_sources=[str(tmp_path)], pictures_per_batch=8)
