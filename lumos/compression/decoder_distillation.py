@@ -98,7 +98,7 @@ class DecoderDistillationTask(TokenizerTask):
         self.sums: dict[str, Tensor] = {}
         self.last: dict[str, float] = {}
 
-    def _errors(self, model: nn.Module, video: Tensor, is_world: Tensor) -> Tensor:
+    def _reconstructed(self, model: nn.Module, video: Tensor, is_world: Tensor) -> tuple[Tensor, Tensor]:
         settings, student = self.settings, bare(model)
         weights = foreground_weight(video, is_world, settings.foreground_weight)
         with ExitStack() as stack:
@@ -107,7 +107,7 @@ class DecoderDistillationTask(TokenizerTask):
             made = model(video.to(next(model.parameters()).dtype))
             with torch.no_grad():
                 target = self.teacher.decode_latent(codes["values"])
-        losses = {"task_loss": self._pixel_errors(made - video, weights)}
+        losses = {"task_loss": self._errors(made, video, is_world)}
         total = losses["task_loss"]
         if settings.kd:
             losses["kd_loss"] = (weights * (made - target).abs()).mean(dim=(1, 2, 3, 4))
@@ -119,7 +119,7 @@ class DecoderDistillationTask(TokenizerTask):
         for name, loss in losses.items():
             loss = loss.detach().double()
             self.sums[name] = self.sums.get(name, 0) + torch.stack([loss.sum(), loss.new_tensor(loss.numel())])
-        return total
+        return made, total
 
     def step_values(self) -> dict[str, tuple[float, float]]:
         sums, self.sums = self.sums, {}

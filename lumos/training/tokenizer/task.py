@@ -159,11 +159,16 @@ class TokenizerTask(TrainingTask):
         for _, members in groupby(range(len(frames)), key=lambda i: len(frames[i])):
             found = list(members)
             video = from_uint8(torch.stack([frames[i] for i in found]))
-            back = model(video.to(next(model.parameters()).dtype))
-            errors.append(self._errors(back, video, micro["is_world"][found]))
+            back, of_videos = self._reconstructed(model, video, micro["is_world"][found])
+            errors.append(of_videos)
             if self.discriminator is not None:
                 micro.setdefault(JUDGED, []).append((video, back.detach()))
         return (torch.cat(errors) * micro["weights"])[micro["counts"]], {}
+
+    def _reconstructed(self, model: nn.Module, video: Tensor, is_world: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstructions of videos [B, 3, T, H, W], and their losses [B]."""
+        back = model(video.to(next(model.parameters()).dtype))
+        return back, self._errors(back, video, is_world)
 
     def _errors(self, back: Tensor, video: Tensor, is_world: Tensor) -> Tensor:
         """Return the loss [B] of each reconstruction of a video, both [B, 3, T, H, W]."""
