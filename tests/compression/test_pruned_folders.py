@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import pytest
 from comfyui import execute, widgets
+from page_jobs import job_and_call
 from small_networks import lumos_folder, stiv_folder
 
 from lumos import VideoPipeline
@@ -17,11 +17,6 @@ from lumos.cli import main
 from lumos.compression.networks import network_of
 from lumos.compression.plans import Plan
 from lumos.compression.pruning import prune
-from lumos.demo.limits import Limits
-from lumos.demo.service import Service
-from lumos.demo.worker import ClipJob
-from lumos.pipeline.request import Request
-from lumos.video.io import read_video, write_video
 
 pytestmark = pytest.mark.slow
 REMOVED = {"lumos": ("1", "2"), "stiv": ("1", "2.temporal", "3.mlp")}
@@ -44,16 +39,8 @@ def test_a_list_of_prompts(small, tmp_path):
 
 
 def test_a_job_of_the_page(small, tmp_path):
-    pipe = VideoPipeline.from_pretrained(small, device="cpu")
-    service = Service(pipe, tmp_path / "demo", Limits(), lambda prompt, seed: {"prompt": prompt, "seed": seed})
-    ended = Event()
-    job = service.submit(ClipJob(Request.of("a red circle", seed=3), clean=ended.set))
-    assert ended.wait(120)
-    service.worker.close()
-    assert job.state == "done", job.error
-    write_video(tmp_path / "call.mp4", pipe("a red circle", seed=3, output_type="uint8").frames[0], job.fps)
-    made, called = (read_video(path)[0] for path in (service.store.results / job.record["file"], tmp_path / "call.mp4"))
-    assert np.abs(made.astype(int) - called).max() <= 4
+    _, made, called = job_and_call(small, tmp_path)
+    assert np.abs(made - called).max() <= 4
 
 
 def test_nodes_of_comfyui(small, nodes, tmp_path):
