@@ -60,9 +60,13 @@ def share_difference(one: list[list[int]], other: list[list[int]]) -> list[float
 
 def paired_difference(one: list[float], other: list[float]) -> list[float]:
     """Return the 95 % interval of the mean difference of two variants, seed by seed (Student's t). Both have 2 to 10 seeds."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    reach = STUDENT[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-    return [round(statistics.mean(differences) - reach, 4), round(statistics.mean(differences) + reach, 4)]
+    return mean_interval([a - b for a, b in zip(one, other, strict=True)])
+
+
+def mean_interval(values: list[float]) -> list[float]:
+    """Return the 95 % interval of the mean of 2 to 10 values (Student's t)."""
+    mean, reach = statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return [round(mean - reach, 4), round(mean + reach, 4)]
 
 
 def intervals(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -76,7 +80,6 @@ def intervals(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
         pooled = [run["counts"][name] for run in runs if name in run.get("counts", {})]
         if pooled:
             found[name] = wilson(sum(right for right, _ in pooled), sum(total for _, total in pooled))
-        elif factor := STUDENT.get(len(values)):
-            reach = factor * statistics.stdev(values) / len(values) ** 0.5
-            found[name] = [round(statistics.mean(values) - reach, 4), round(statistics.mean(values) + reach, 4)]
+        elif len(values) in STUDENT:
+            found[name] = mean_interval(values)
     return found
