@@ -142,7 +142,8 @@ def _is_media(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
 
 
 def _stem(member: tarfile.TarInfo) -> str:
-    return unicodedata.normalize("NFC", str(PurePosixPath(member.name).with_suffix("")))
+    path = PurePosixPath(member.name)
+    return unicodedata.normalize("NFC", str(path.parent / path.stem))  # with_suffix refuses the name "."
 
 
 def _suffix(member: tarfile.TarInfo) -> str:
