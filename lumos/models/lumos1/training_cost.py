@@ -3,12 +3,12 @@
 Nothing is allocated: the model is built on the meta device, and sequences are layouts without ids. All
 memory is in bytes of one process (one GPU).
 
-Memory is estimated at four moments of a step. The estimate of the step is the moment with the most memory,
-so that its parts add up to its total:
+Memory is estimated at five moments of a step. The estimate of the step is that of the moment with the most memory:
 
     start     every process holds the whole model in float32, before DeepSpeed shards it
     loss      all layers have saved what their backward pass needs, and the head computes its gradient
-    backward  the backward pass of the last layer, which has the most activations and gradients of activations
+    backward  the backward pass of the last layer, which comes first and has the most activations
+    first     the backward pass of the first layer, which comes last: its activations, and the gradients of the others
     update    all activations are freed, and all gradients exist
 
 tests/planning/test_planning.py compares the estimate with the measured memory of real steps on a CPU.
@@ -252,8 +252,8 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
     # addition there are the gradients of the residual stream before and after the layer.
     keeps_product = lora is None or "down_proj" in lora.targets
     piece = min(tokens, mlp_piece(tokens, with_gradients=True))
-    widest = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
-    widest += per_layer - tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else 0
+    gradients_of_layer = piece * (2 if keeps_product else 3) * config.intermediate_size * compute + tokens * 2 * width * residual
+    again = per_layer - tokens * checkpointed_bytes(config, sharding) if sharding.checkpointing else 0
 
     chunk = min(config.loss_chunk_size, asked)
     # Casts to float32 and back. With several chunks, those of one chunk still exist when the next begins.
@@ -274,7 +274,8 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
     return {
         "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * parameters},
         "loss": at(gradients=earlier + largest, activations=kept + last_norm, logits=logits),
-        "backward": at(gradients=earlier + largest, activations=kept + widest),
+        "backward": at(gradients=earlier + largest, activations=kept + gradients_of_layer + again),
+        "first": at(gradients=all_gradients * (layers - 1) // layers, activations=per_layer + gradients_of_layer),
         "update": at(gradients=after, optimizer=working, activations=tokens * width * residual),
     }
 

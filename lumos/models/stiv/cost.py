@@ -1,9 +1,10 @@
 """The cost of training STIV and of its clips, by arithmetic alone: the model is built on the meta device, if at all.
 
-Memory is in bytes of one process (one GPU), at three moments of a step:
+Memory is in bytes of one process (one GPU), at four moments of a step:
 
     start     every process holds the whole model in float32, before DeepSpeed shards it
-    backward  the backward pass of the last block: all activations, and the gradients of its widest tensors
+    backward  the backward pass of the last block, which comes first: all activations, and gradients of the residual stream
+    first     the backward pass of the first block, which comes last: its activations, and the gradients of the others
     update    all activations are freed, and all gradients exist
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from lumos.errors import UserError
-from lumos.models.stiv.activations import ClipTokens, activation_bytes, block_bytes
+from lumos.models.stiv.activations import ClipTokens, activation_bytes, block_bytes, checkpointed_bytes
 from lumos.models.stiv.block_reuse import BlockReuse
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, StivConfig
 from lumos.models.stiv.flops import block_flops, blocks_of, ends_flops, forward_flops, text_encoder_flops
@@ -170,15 +171,21 @@ class StivTrainingCost:
         activations = activation_bytes(
             self.config, settings.mask_ratio, sharding, rows, sequence, given, settings.saved_outputs
         )
-        width = rows * sequence.tokens * self.config.hidden_size
-        widest = width * (2 * self.config.mlp_ratio * sharding.product + 2 * sharding.residual)
+        # Gradients within a block take the place of the activations that their operators free, except of two of the residual
+        # stream, and of three copies in float32 around the norms in mixed precision on a CPU.
+        copies = 3 if sharding.half and not sharding.on_gpu else 0
+        stream = (2 + copies) * rows * sequence.tokens * self.config.hidden_size * sharding.residual
+        parts, places = self.config.parts_of(self.config.num_hidden_layers - 1), sequence.grid[1] * sequence.grid[2]
+        block = block_bytes(self.config, sharding, rows, sequence, places, parts)
+        again = 0  # what is computed again: all that the block saves, except of what checkpointing has saved
         if sharding.checkpointing:
-            parts = self.config.parts_of(self.config.num_hidden_layers - 1)
-            widest += block_bytes(self.config, sharding, rows, sequence, sequence.grid[1] * sequence.grid[2], parts)
+            again = block - rows * sequence.tokens * checkpointed_bytes(self.config, sharding, settings.saved_outputs, parts)
+        others = gradients * (self.config.num_hidden_layers - 1) // self.config.num_hidden_layers  # of all blocks but the first
         largest = 0 if self.lora else (sharding.product if sharding.stage else 4) * self.largest_parameter
         return {
             "start": dict.fromkeys(PARTS, 0) | {"weights": 4 * self.parameters},
-            "backward": at(gradients=earlier + largest, activations=activations + widest),
+            "backward": at(gradients=earlier + largest, activations=activations + stream + again),
+            "first": at(gradients=others, activations=block + stream),
             "update": at(gradients=gradients + (largest if sharding.accumulates or sharding.stage else 0), optimizer=working),
         }
 
