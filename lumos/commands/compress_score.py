@@ -63,10 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = scorer.score(kind)
     marks = removed_by_plans(found, measures, keep, network.ends)
     print("\n".join(map(printable, table(found["units"], measures, marks))))
+    if trend := found["motion_trend"]:
+        low, high = trend["interval"]
+        print(f"rank correlation of the motion share with depth: {trend['correlation']:.2f}; 95 % interval over {trend['clips']} "
+              f"clips: {low:.2f} to {high:.2f}")  # fmt: skip
     result = {
         "compress": "score", "model": in_one_place(args.model), "sha256": network.sha256, "part": network.part, "units": kind,
         "measures": measures, "data": scorer.data, "clips": args.clips, "loss": found["loss"], "scores": found["units"],
-        "distances": found["distances"], **scorer.facts, **versions(),
+        "distances": found["distances"], "motion_trend": found["motion_trend"], **scorer.facts, **versions(),
     }  # fmt: skip
     write_json(args.output, result)
     print(printable(args.output))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumos.compression.depth import intervals, motion_trend
 from lumos.compression.prunable import Prunable
 from lumos.compression.trace import Trace
 from lumos.errors import UserError
@@ -69,33 +70,36 @@ class OutputSums:
     def __init__(self, levels: int):
         self.error = {"frames": torch.zeros(len(FRAMES)).double(), LEVEL: torch.zeros(levels).double()}
         self.power = {group: torch.zeros_like(sums) for group, sums in self.error.items()}
-        self.content = self.motion = 0.0
+        self.clips: list[list[float]] = []  # content, motion and power of each clip
         self.has_motion = False
 
     def add(self, found: Output, whole: Output, power: Tensor) -> None:
-        """Add a part of the output without the unit, and of the whole one, of which `power` has the squares."""
+        """Add the output of a clip without the unit, and the whole one, of which `power` has the squares."""
         error = found.values - whole.values
-        content, motion = split(error)
-        self.content, self.motion = self.content + float(content), self.motion + float(motion)
+        self.clips.append([*map(float, split(error)), float(power.sum())])
         self.has_motion |= len(error) > 1
         for sums, values in ((self.error, squares(error)), (self.power, power)):
             sums["frames"].index_add_(0, whole.frames.clamp(max=1).cpu(), values)
             sums[LEVEL].index_add_(0, whole.levels.cpu(), values)
 
     def results(self, levels: Sequence[str]) -> dict[str, Any]:
-        """Return output, output_by, content, motion and motion_share; shares of 0 are None.
+        """Return output, output_by, content, motion and motion_share; shares of 0 are None. With enough clips, also intervals.
 
         content and motion are shares of the output's power, so that they add up to `output`.
         """
-        power, error = float(self.power["frames"].sum()), self.content + self.motion
+        content, motion, power = map(sum, zip(*self.clips, strict=True)) if self.clips else (0.0, 0.0, 0.0)
         named = {"frames": FRAMES, LEVEL: levels}
         return {
             "output": float(self.error["frames"].sum()) / power if power else None,
             "output_by": {group: ratios(names, self.error[group], self.power[group]) for group, names in named.items()},
-            "content": self.content / power if power else None,
-            "motion": self.motion / power if power and self.has_motion else None,
-            "motion_share": self.motion / error if error and self.has_motion else None,
-        }
+            "content": content / power if power else None,
+            "motion": motion / power if power and self.has_motion else None,
+            "motion_share": motion / (content + motion) if content + motion and self.has_motion else None,
+        } | (intervals(self.table()) if self.has_motion else {})
+
+    def table(self) -> Tensor:
+        """Return content, motion and power of each clip, float64 [N, 3]."""
+        return torch.tensor(self.clips, dtype=torch.float64).view(-1, 3)
 
 
 def ratios(names: Sequence[str], over: Tensor, under: Tensor) -> dict[str, float]:
@@ -149,7 +153,9 @@ def score(
     probe: Probe | None, model: Prunable, batches: Iterable[dict[str, Any]], units: Mapping[str, Sequence[str]],
     measures: Sequence[str], on_pass: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return {"units": {name: scores}, "loss": of the network, "loss_by": by group, "distances": see `plans.middle`, or None}.
+    """Return {"units": {name: scores}, "loss": of the network, "loss_by": by group, "distances", "motion_trend"}.
+
+    "distances" are those of `plans.middle`, "motion_trend" is that of `depth.motion_trend`; both may be None.
 
     Scores by name of a measure: a number, or None where the measure is not defined. Besides there are `loss_by`, `bi_by` and
     `output_by` by group, content, motion and motion_share of the output, parameters, and time_share of whole stages.
@@ -219,7 +225,13 @@ def score(
     return {
         "units": scores, "loss": losses[WHOLE].mean if count[0] else None, "loss_by": by_group(named, total, count),
         "distances": streams.distances() if "bi" in measures else None,
+        "motion_trend": motion_trend([sums.table() for sums in outputs.values()]) if _move(outputs) else None,
     }  # fmt: skip
+
+
+def _move(outputs: Mapping[str, OutputSums]) -> bool:
+    """Return whether the outputs have several frames."""
+    return bool(outputs) and all(sums.has_motion for sums in outputs.values())
 
 
 def by_group(groups: Mapping[str, Sequence[str]], total: Tensor, count: Tensor) -> dict[str, dict[str, float]]:

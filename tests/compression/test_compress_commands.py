@@ -58,12 +58,16 @@ def test_compress_alone_explains_the_four_steps(run):
 @pytest.mark.slow
 def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     pytest.importorskip("matplotlib")
-    said, _ = run("score", "--model", lumos, "--measures", "loss", "bi", "output", "taylor", *FEW)
+    said, _ = run("score", "--model", lumos, "--measures", "loss", "bi", "output", "taylor", *FEW, "--clips", "8")
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert (scores["part"], scores["units"], scores["clips"], scores["sha256"]) == ("model", "layer", 2, network_of(lumos).sha256)
+    assert (scores["part"], scores["units"], scores["clips"], scores["sha256"]) == ("model", "layer", 8, network_of(lumos).sha256)
     assert list(scores["scores"]) == ["0", "1", "2", "3"]
     assert {"loss", "bi", "output", "content", "motion", "taylor", "time_share"} <= scores["scores"]["0"].keys()
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    low, high = scores["motion_trend"]["interval"]
+    assert -1 <= low <= high <= 1
+    assert f"rank correlation of the motion share with depth: {scores['motion_trend']['correlation']:.2f}; " in said[5]
+    assert all(len(entry["motion_share_interval"]) == 2 for entry in scores["scores"].values())
     head, *rows = said[:5]
     assert head.split()[:4] == ["unit", "parameters", "time", "loss"]
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
