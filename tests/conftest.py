@@ -6,6 +6,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # If each worker used all cores, all would run many times slower. Libraries read this variable when they are imported.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
+# Kernels of tests are few: a process that compiles them would cost more, because it imports torch. Also read at the import.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONGEST = (
     "test_generate_list.py", "test_video_training.py", "test_ray_engine.py", "test_deepspeed.py", "test_faults.py", "test_lora.py",
-    "test_bench.py", "test_official_benchmarks.py", "test_browser.py", "test_distillation.py", "test_released.py",
+    "test_bench.py", "test_latent_distillation.py", "test_browser.py", "test_distillation.py", "test_released.py",
 )  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,6 +115,23 @@ class Forks:
         process = self.start(args, **options)
         code = process.wait(timeout)
         return subprocess.CompletedProcess(process.args, code, process.stdout, process.stderr)
+
+    def launch(self, args: Sequence[object], *, env: Mapping[str, str], rank_option: str = "") -> list[Process]:
+        """Run a script or module in two processes with the variables of torchrun; return them when both have ended.
+
+        rank_option: an option that is added with the rank, as the deepspeed launcher does.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        program, rest = (args[:2], args[2:]) if args[0] == "-m" else (args[:1], args[1:])
+        runs = []
+        for rank in ("0", "1"):
+            told = [f"{rank_option}={rank}"] if rank_option else []
+            runs.append(self.start([*program, *told, *rest], env={**env, **shared, "RANK": rank, "LOCAL_RANK": rank}))
+        for run in runs:
+            run.wait()
+        return runs
 
     def close(self) -> None:
         if self.server is not None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 
-SHORT, WHOLE = (), ("--thorough",)
+COLLECT = """
+import sys, pytest
+left_out = []
+class Kept:
+    def pytest_deselected(self, items):
+        left_out.extend(item.nodeid for item in items)
+code = pytest.main(sys.argv[1:], plugins=[Kept()])
+print("LEFT OUT", *left_out, sep="\\n")
+sys.exit(code)
+"""
 
 
 def test_every_test_keeps_a_variant_without_thorough(repo, forks):
@@ -13,14 +22,22 @@ def test_every_test_keeps_a_variant_without_thorough(repo, forks):
     assert files
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
-    def collected(options) -> set[str]:
-        done = forks.run(["-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *options, *files], cwd=repo, env=environment)
+    def collected(*options) -> tuple[set[str], set[str]]:
+        """Return the tests that a run has, and those that it leaves out."""
+        command = ["-c", COLLECT, "--collect-only", "-p", "no:cacheprovider", *options]
+        done = forks.run(command, cwd=repo, env=environment)
         assert done.returncode == 0, done.stdout[-2000:]
-        return {line for line in done.stdout.splitlines() if "::" in line}
+        run, left_out = done.stdout.split("LEFT OUT\n")
+        return {line for line in run.splitlines() if "::" in line}, set(left_out.splitlines())
 
-    short, whole = collected(SHORT), collected(WHOLE)
-    assert short < whole
-    assert {name.partition("[")[0] for name in short} == {name.partition("[")[0] for name in whole}
+    short, left_out = collected(*files)
+    assert left_out.isdisjoint(short)
+    assert {name.partition("[")[0] for name in left_out} <= {name.partition("[")[0] for name in short}
+    few = [path for path in files if path.name == "test_loss.py"]
+    (some, some_left_out), whole = collected(*few), collected("--thorough", *few)
+    assert some_left_out <= left_out
+    assert some_left_out
+    assert whole == (some | some_left_out, set())
 
 
 def test_repetitions_follow_the_option(times, pytestconfig):

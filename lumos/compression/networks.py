@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lumos import registry
 from lumos.compression.prunable import Prunable
@@ -23,6 +22,7 @@ from lumos.errors import NotFound, UserError
 from lumos.files import folder_sha256
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.runtime import no_progress_bar, parameter_count
+from lumos.training.tokenizer.flops import decoder_flops
 from tokenizer import VideoTokenizer
 from tokenizer.loading import (
     SUBFOLDER,
@@ -202,13 +202,7 @@ class DecoderNetwork(Network):
 
     def flops(self, network: Prunable) -> tuple[float, dict[str, int]]:
         """Return the FLOPs of decoding a clip."""
-        with torch.device("meta"):
-            model = VideoTokenizer(network.config)
-        frames = 1 + (self.clip.num_frames - 1) // model.temporal_compression
-        grid = (side // model.spatial_compression for side in (self.clip.height, self.clip.width))
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
-            model.decode_latent(torch.empty(1, model.value_channels, frames, *grid, device="meta"))
-        return float(counted.get_total_flops()), {}
+        return float(decoder_flops(network.config, self.clip.num_frames, self.clip.height, self.clip.width)), {}
 
 
 def network_of(folder: str | Path, part: str | None = None) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def write_latents(folder: Path, name: str, count: int = 5) -> Path:
     inputs = {"guidance": 6000.0} if name == HUNYUAN else {}
     (folder / "latents.json").write_text(json.dumps({"format": 1, "inputs": inputs}))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """Count the FLOPs of each network at one clip size, once for all tests: each count takes a second or two of Python."""
+    count, found = LatentTask.flops, {}
+
+    def flops(task: LatentTask, config: dict, clip: dict, blocks: Sequence[str] = ()) -> float:
+        key = (json.dumps(dict(config), sort_keys=True, default=str), tuple(blocks))
+        if key not in found:
+            found[key] = count(task, config, clip, blocks)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentTask, "flops", flops)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def damaged(video: np.ndarray, blur: float, noise: float, seed: int) -> np.ndarr
 def test_truth_is_recognised(side, blur, noise, times):
     worlds = SyntheticScenes(11, split="all", share_two=0.25, share_digits=0.25, height=side, width=side)
     total, right = Counter(), Counter()
-    for index in range(times(50, 200 if side == 64 and blur == noise == 0 else 100)):
+    for index in range(times(50 if side == 64 else 20, 200 if side == 64 and blur == noise == 0 else 100)):
         scene = worlds.scene(index)
         for key, value in check_clip(damaged(render(scene), blur, noise, index), scene).items():
             total[key] += 1

@@ -6,15 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lumos.cli import main
@@ -92,15 +89,14 @@ def test_shards_by_hand_make_the_files_of_one_run(evaluate):
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_work(evaluate, micro_folder, repo):
+def test_torchrun_shares_the_work(evaluate, micro_folder, repo, forks):
+    """torchrun itself starts the processes of a list of prompts, in test_generate_list.py."""
     rest = ["--prompts", "list.json", "--samples", "2", "--batch-size", "2"]
     evaluate("vbench", *rest, "--out", "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lumos", "evaluate",
-               "vbench", "--json", "--model", str(micro_folder), *rest, "--out", "parts"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shards = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    command = ["-m", "lumos", "evaluate", "vbench", "--json", "--model", micro_folder, *rest, "--out", "parts"]
+    runs = forks.launch(command, env={**os.environ, "PYTHONPATH": str(repo)})
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-2000:]
+    shards = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
     assert sorted((s["shard"], s["made"]) for s in shards) == [("1/2", 4), ("2/2", 2)]
     assert contents("parts") == contents("whole")
 

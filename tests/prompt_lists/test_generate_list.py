@@ -322,9 +322,12 @@ def launch(launcher: str, python: str, port: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["by hand", "torchrun", "deepspeed"])
-def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launcher):
-    """A bad row does not stop the others; the exit code reports it to the launcher when all clips are made."""
+@pytest.mark.parametrize("launcher", ["by hand", "torchrun", "--local_rank", pytest.param("deepspeed", marks=pytest.mark.thorough)])
+def test_shares_make_what_one_process_makes(generate, micro_folder, repo, forks, launcher):
+    """A bad row does not stop the others; the exit code reports it to the launcher when all clips are made.
+
+    The deepspeed launcher sets the variables of torchrun and adds --local_rank. A test of training in test_deepspeed.py starts it.
+    """
     rows = [{"prompt": f"x {n}", "num_frames": 9 if n % 3 else 5} for n in range(5)]
     args = ("--prompts", write_list(*rows, "bad"), "--batch-size", 2, "--output-dir")
     assert generate(*args, "whole")[0] == 1
@@ -334,6 +337,12 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, launch
         # each has its own terminal
         assert all(err[0].startswith("list.jsonl line 6: the row is not valid JSON") for _, _, err in done)
         assert sum(int(re.search(r"(\d+) made now", out)[1]) for _, out, _ in done) == 5
+    elif launcher == "--local_rank":
+        _, _, _, _, *rest = command(micro_folder, *args, "parts")
+        runs = forks.launch([repo / "generate.py", *rest], env=environment(repo), rank_option=launcher)
+        assert [run.returncode for run in runs] == [1, 1], runs[0].stderr[-2000:]
+        assert sum(run.stderr.count("list.jsonl line 6: the row is not valid JSON") for run in runs) == 1
+        assert "parts  5 made now  5 clips in all  6 rows" in runs[0].stdout
     else:
         if launcher == "deepspeed":
             pytest.importorskip("deepspeed")

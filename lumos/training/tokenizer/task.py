@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lumos.data.curriculum import StepShape
 from lumos.data.prefetch import in_processes
@@ -33,6 +31,7 @@ from lumos.training.tokenizer import lpips
 from lumos.training.tokenizer.clips import DrawnClips, TrainingClips, held_out_films, held_out_photographs, held_out_worlds
 from lumos.training.tokenizer.discriminator import Discriminator, mean_loss
 from lumos.training.tokenizer.fitting import DifferenceFit
+from lumos.training.tokenizer.flops import decoder_flops, encoder_flops
 from lumos.training.tokenizer.settings import MAY_CHANGE, LoopSettings, TokenizerTrainingSettings, loop_settings
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer.configuration import VideoTokenizerConfig
@@ -298,27 +297,13 @@ class TokenizerTask(TrainingTask):
         return latent_frames * (self.settings.height // stride) * (self.settings.width // stride)
 
     def _flops(self, num_frames: int) -> float:
-        """Return the FLOPs of the forward and backward pass of one clip."""
-        return self._flops_by_length[num_frames]
-
-    @cached_property
-    def _flops_by_length(self) -> dict[int, float]:
-        """The FLOPs by number of frames, counted on a network without values.
+        """Return the FLOPs of the forward and backward pass of one clip.
 
         The backward pass of the trained parts has twice the FLOPs of their forward pass.
         """
-        with torch.device("meta"):
-            model = VideoTokenizer(self.config)
-        found = {}
-        for frames in {1, self.settings.num_frames}:
-            shape = (1, self.config.in_channels, frames, self.settings.height, self.settings.width)
-            with FlopCounterMode(display=False) as encoder, torch.no_grad():
-                values, _ = model.quantize(model.encode_latent(torch.empty(shape, device="meta")))
-            with FlopCounterMode(display=False) as decoder, torch.no_grad():
-                model.decode_latent(values)
-            times = 3 if self.settings.train_encoder else 1
-            found[frames] = float(times * encoder.get_total_flops() + 3 * decoder.get_total_flops())
-        return found
+        clip = self.config, num_frames, self.settings.height, self.settings.width
+        times = 3 if self.settings.train_encoder else 1
+        return float(times * encoder_flops(*clip) + 3 * decoder_flops(*clip))
 
 
 def decisive(settings: TokenizerTrainingSettings) -> dict[str, Any]:

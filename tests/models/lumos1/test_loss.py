@@ -140,6 +140,8 @@ def test_the_model_can_learn_a_clip_by_heart(scheme):
     for _ in range(200):
         optimizer.zero_grad()
         loss = model(ids, targets=targets).loss
+        if loss.item() < 0.2:
+            break
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2 < first

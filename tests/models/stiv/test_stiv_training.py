@@ -318,7 +318,7 @@ def test_adapters_train_alone_and_load(make, tmp_path):
 def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
     made = train(make(
         "four",
-        {"max_steps": times(200, 400), "batch_size": 16, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
+        {"max_steps": times(200, 400), "batch_size": 8, "lr": 4e-3, "optimizer": "muon", "log_every": 50, "save_every_steps": 0},
         data={"num_frames": 5, "height": 16, "width": 32, "workers": 0, "scenes": 4}, dropout={"text": 0.0, "image": 0.0},
         latents={"statistics_clips": 4},
     ))  # fmt: skip
