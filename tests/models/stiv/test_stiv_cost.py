@@ -293,7 +293,7 @@ def test_the_plan_of_a_clip_is_of_text_alone():
     assert costs == [2, 2]
 
 
-def test_a_plan_speaks_of_frames_and_pixels_that_all_models_have(capsys):
+def test_a_plan_speaks_of_frames_and_pixels(capsys):
     shape = ["--num-frames", "8", "--height", "64", "--width", "64"]  # 8 is no 1 + a multiple of 4
     assert main(["plan", "--generate", "--peak-tflops", "0.1", "--preset", "stiv-xl", *shape]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Without loading and without decoding to pixels."
