@@ -193,9 +193,16 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
         most = high if high is not None else MAX_WHOLE if isinstance(number, int) else sys.float_info.max
         is_low = number < (-most if low is None else low) or (above is not None and number <= above)
         if is_low or not number <= most or (below is not None and number >= below):
-            least = "a finite number" if low is None else f"a finite number of {low} or more"
-            limits = metadata["allowed"] or (f"between {low} and {high}" if high is not None else f"{least}, at most {most:.3g}")
+            limits = metadata["allowed"] or _range_in_words(low, high, above, below, most)
             raise UserError(f"{path} is {shown(number)}; it must be {limits}")
+
+
+def _range_in_words(low: float | None, high: float | None, above: float | None, below: float | None, most: float) -> str:
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    start = f" of {low} or more" if low is not None else f" above {above}" if above is not None else ""
+    end = f"at most {high}" if high is not None else f"below {below}" if below is not None else f"at most {most:.3g}"
+    return f"a finite number{start}, {end}"
 
 
 def to_plain(value: Any) -> Any:

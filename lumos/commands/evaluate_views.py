@@ -49,14 +49,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_outputs([args.sheet], [args.output])
     check_solid_kinds(args.kinds)
     pipe, model = load(args)
-    override(pipe.settings, **options)
+    used = vars(override(pipe.settings, **options)).copy()
     shape = {"height": pipe.clip.height, "width": pipe.clip.width}
 
     def make(prompts: list[str], seeds: list[int], truth: list) -> list:
         pictures = [views[0] for views in truth]
-        frames = pipe(prompts, seed=seeds, image=pictures, views=True, output_type="uint8", **options).frames
+        made = pipe(prompts, seed=seeds, image=pictures, views=True, output_type="uint8", **options)
+        used.update((name, made.settings[name]) for name in used)  # views have defaults of their own
         bar.update(len(prompts))
-        return frames
+        return made.frames
 
     figures, shown_views, labels = {}, [], []
     started = time.perf_counter()
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 f"{name}: {of['psnr']:.2f} dB, SSIM {of['ssim']:.3f}" for name, of in figures[kind].items()))  # fmt: skip
     summary = {
         "evaluate": "views", "model": model, "model_sha256": model_sha256(model, args), "reference": args.reference,
-        "count": args.count, "seed": args.seed, **shape, "settings": {**vars(pipe.settings), **options},
+        "count": args.count, "seed": args.seed, **shape, "settings": used,
         "dtype": str(pipe.model.dtype).removeprefix("torch."), "int8": args.int8, "compile": args.compile,
         "seconds": round(time.perf_counter() - started, 1), "quality": figures, "versions": versions(),
     }  # fmt: skip

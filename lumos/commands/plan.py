@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", help="model shape in place of a folder: NAME or GENERATOR-NAME; an unknown name lists the known ones")
     add("--height", type=int, help="pixels; the default of this option and all that follow is the model's own")
     add("--width", type=int, help="pixels")
-    add("--num-frames", type=int, help="1 + a multiple of 4; 1 makes a picture")
+    add("--num-frames", type=int, help="frames of the clip; 1 makes a picture; Lumos-1 makes 1 + a multiple of 4")
     add_flags(parser, costly_options())
     add_device(parser)
     add_json(parser)
@@ -210,7 +210,7 @@ def render_clip(report: dict[str, Any]) -> str:
         f"memory   MiB: {held}",
         f"time     {duration(report['seconds'])} at {report['utilisation']:.0%} (--utilisation) of "
         f"{report['peak'] / 1e12:.3g} TFLOP/s, {report['peak_from']}",
-        "Without loading and without the video tokenizer, which turns codes into pixels.",
+        "Without loading and without decoding to pixels.",
     ))  # fmt: skip
 
 

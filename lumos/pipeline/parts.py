@@ -31,20 +31,18 @@ def parts_folder(output: Path) -> Path:
 
 
 class Parts:
-    """The parts that are in a folder, by number. `read` counts those that were read back."""
+    """The parts that are in a folder, by number."""
 
     def __init__(self, folder: Path):
-        self.folder, self.read = folder, 0
+        self.folder = folder
 
     def get(self, number: int) -> dict[int, Tensor] | None:
         """Return the latents [B, ...] of a part by the number of their latent frame, or None if there are none."""
         try:
             stored = load_file(self._file(number))
-            found = {int(frame): values for frame, values in stored.items()}
+            return {int(frame): values for frame, values in stored.items()}
         except (OSError, SafetensorError, ValueError):  # a part that is missing or damaged is made again
             return None
-        self.read += 1
-        return found
 
     def put(self, number: int, latents: Mapping[int, Tensor]) -> None:
         """Store the latents [B, ...] of a part by the number of their latent frame. RunError if they cannot be written."""

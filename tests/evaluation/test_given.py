@@ -111,7 +111,9 @@ def test_views_are_measured_beside_copies(folder, tmp_path, capsys):
     file, sheet = tmp_path / "r.json", tmp_path / "sheet.png"
     call = ["evaluate", "views", "--model", str(folder), "--count", "2", "--output", str(file)]
     assert main([*call, "--sheet", str(sheet)]) == 0, capsys.readouterr().err
-    quality = json.loads(file.read_text())["quality"]
+    summary = json.loads(file.read_text())
+    assert (summary["settings"]["guidance_scale"], summary["settings"]["null_image"]) == (3.5, "zeros")  # those of the clips
+    quality = summary["quality"]
     assert quality.keys() == {"solids", "held_out_solids"}
     assert sheet.stat().st_size > 1000
     assert main([*call, "--reference", "reconstruction"]) == 0

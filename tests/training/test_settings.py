@@ -114,6 +114,18 @@ def test_wrong_settings_say_what_is_wrong_and_allowed(config: Path, override: st
     assert [word for word in words if word not in message] == []
 
 
+@pytest.mark.parametrize(("section", "said"), [
+    ({"flow": {"shift": 0}}, "flow.shift is 0.0; it must be a finite number above 0, at most 1000"),
+    ({"given_noise": 1}, "given_noise is 1.0; it must be a finite number of 0 or more, below 1"),
+    ({"training": {"lr": -1}}, "training.lr is -1.0; it must be a finite number of 0 or more, at most 1.8e+308"),
+    ({"dropout": {"text": 1.5}}, "dropout.text is 1.5; it must be between 0 and 1"),
+])  # fmt: skip
+def test_a_number_out_of_its_range_is_told_the_range(section: dict, said: str):
+    with pytest.raises(UserError) as error:
+        build_settings({"generator": "stiv", "model": {"preset": "stiv-nano"}, **section})
+    assert str(error.value) == said
+
+
 def test_lora_settings():
     def lora(**values) -> TrainingSettings:
         return build_settings({"model": {"from": "x"}, "lora": {"rank": 4, **values}})

@@ -176,12 +176,6 @@ class LatentSpace:
             raise UserError(f"num_frames {num_frames} is not allowed; {self.latents} latents need {allowed}")
         return 1 + (num_frames - 1) // step
 
-    def frames_of(self, latent_frames: int) -> int:
-        """Return the number of frames of a clip of `latent_frames` latent frames. Raises UserError for a number below 1."""
-        if latent_frames < 1:
-            raise UserError(f"{latent_frames} latent frames are no clip; give at least 1")
-        return 1 + (latent_frames - 1) * self.temporal_compression
-
     @torch.no_grad()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
         """Encode frames to normalised latents float32 [B, t, C, h, w], on the device of the network.

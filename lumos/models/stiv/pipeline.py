@@ -292,8 +292,7 @@ class StivPipeline(VideoPipeline):
         resolved, (clips, frames, _, *grid) = encoded.resolved, shape
         config, sampling, (full, null) = self.model.config, resolved.sampling, encoded.text
         micro = Micro.default(config, clips, frames, *grid, device=self.device)
-        if frames > 1:
-            micro = replace(micro, stride=torch.full_like(micro.stride, resolved.stride * part.pace))
+        micro = replace(micro, stride=torch.full_like(micro.stride, resolved.stride * part.pace))
         reuse = BlockReuse(sampling.block_reuse) if sampling.block_reuse > 1 else None
         nothing = None if given is None else torch.zeros_like(given)
 

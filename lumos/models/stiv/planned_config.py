@@ -63,10 +63,11 @@ def model_config(settings: StivTrainingSettings) -> StivConfig:
 
 
 def trained_patterns(settings: StivTrainingSettings) -> list[str]:
-    """Return the names of the patterns that the training reaches, sorted; "none" is reached by image dropout too."""
+    """Return the names of the patterns that the training reaches, sorted; "none" is reached by image dropout and pictures too."""
     found = {name for name, share in settings.patterns.items() if share > 0}
     dropped = settings.dropout.image > 0 or settings.dropout.joint > 0
-    return sorted(found | {"none"} if dropped else found)
+    has_pictures = any(stage.image_share > 0 for stage in settings.data.stages)
+    return sorted(found | {"none"} if dropped or has_pictures else found)
 
 
 def folder_config(folder: str, setting: str) -> StivConfig:

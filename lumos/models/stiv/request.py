@@ -48,7 +48,7 @@ class StivResolved(Resolved):
     passes          the runs of the sampler; `new_frames` is their number
     patterns        the pattern of each pass
     ids             the ids of the prompts of all clips, then of the texts that guidance subtracts
-    stride          the sampling stride that the network is told of a usual clip; of keyframes a multiple of it
+    stride          the sampling stride that the network is told of a usual clip, 1 of a picture; of keyframes a multiple of it
     """
 
     grid: tuple[int, int]
@@ -139,7 +139,7 @@ def resolve(
     ids = ids_of([*common.prompts, *nulls])
     return StivResolved(
         **vars(common) | {"new_frames": len(passes), "sampling": sampling}, grid=shape, latent_frames=frames, given_latents=given,
-        passes=passes, patterns=patterns, ids=ids, stride=config.micro_stride,
+        passes=passes, patterns=patterns, ids=ids, stride=config.micro_stride if frames > 1 else 1,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class StivOptions(SamplingOptions):
     )
     solver: str = setting("euler", "solver of the sampling equation; ab2 has order 2 with one run of the network a step",
                           choices=SOLVERS, label="Way of computing the steps", cost=True)  # fmt: skip
-    shift: float = setting(1.0, "above 1, more of the steps are near the noise; 1 is a uniform grid", above=0, high=100, cost=True)
+    shift: float = setting(1.0, "above 1, more of the steps are near the noise; 1 is a uniform grid", low=0.01, high=100, cost=True)
     guidance_interval: tuple[float, float] = setting(
         WHOLE_INTERVAL, "use guidance only at times from START to STOP; 0 is noise, 1 is the clip (arXiv 2404.07724)",
         low=0, high=1, allowed="two numbers, 0 <= start < stop <= 1", trade=True,

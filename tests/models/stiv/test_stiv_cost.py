@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lumos.benchmarks.roofline import counted_flops
+from lumos.cli import main
 from lumos.errors import UserError
 from lumos.models.stiv import attention, fused
 from lumos.models.stiv.activations import ClipTokens, activation_bytes, checkpointed_bytes
@@ -290,6 +291,14 @@ def test_the_plan_of_a_clip_is_of_text_alone():
     with_image = options.changed(image_guidance_scale=1.5)
     costs = [clip_cost(config, shape, chosen, 10, torch.float32).branches for chosen in (options, with_image)]
     assert costs == [2, 2]
+
+
+def test_a_plan_speaks_of_frames_and_pixels(capsys):
+    shape = ["--num-frames", "8", "--height", "64", "--width", "64"]  # 8 is no 1 + a multiple of 4
+    assert main(["plan", "--generate", "--peak-tflops", "0.1", "--preset", "stiv-xl", *shape]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Without loading and without decoding to pixels."
+    assert main(["plan", "--help"]) == 0
+    assert "frames of the clip; 1 makes a picture; Lumos-1 makes" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_clip_that_the_pipeline_refuses_has_no_cost():

@@ -13,6 +13,7 @@ from lumos.errors import UserError
 from lumos.models.stiv import flow, guidance
 from lumos.models.stiv.guidance import FULL, IMAGE_ONLY, NULL, Guidance, guided_field, joint, renormalised, separate
 from lumos.models.stiv.patterns import given_frames, given_mask
+from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.solvers import SOLVERS, call_times, solve
 
 SHAPE = (2, 6, 3, 4, 4)  # [B, T, C, h, w]
@@ -113,6 +114,18 @@ def test_a_grid_ascends_from_zero_to_one_exactly(steps, shift):
     assert grid[0] == 0
     assert grid[-1] == 1
     assert all(a < b for a, b in pairwise(grid))
+
+
+@pytest.mark.parametrize("shift", [0.01, 100])
+def test_times_differ_at_the_ends_of_the_allowed_shifts(shift):
+    steps = StivOptions(num_inference_steps=1000, shift=shift).num_inference_steps
+    times = torch.tensor(flow.time_grid(steps, shift))  # float32, as the network is told them
+    assert (times.diff() > 0).all()
+
+
+def test_a_shift_with_times_that_fall_together_is_refused():
+    with pytest.raises(UserError, match=r"shift 1e-30 is not allowed; give 0\.01 to 100"):
+        StivOptions(shift=1e-30)
 
 
 # ---- guidance

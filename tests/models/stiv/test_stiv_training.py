@@ -143,6 +143,15 @@ def test_dropped_images_are_supervised_and_given_ones_are_not(task):
     assert trained.batch(0, VIDEO, range(4), dropout=False).supervised == 16
 
 
+def test_pictures_are_trained_beside_a_pattern_without_dropout(task):
+    data = {"num_frames": 5, "height": 16, "width": 32, "workers": 0, "stages": [{"image_share": 0.5}]}
+    trained = task(patterns={"first": 1.0}, dropout={"image": 0.0}, data=data)
+    assert trained.config.patterns == ["first", "none"]
+    for kind, name in (("image", "none"), ("video", "first")):
+        batch = trained.batch(0, StepShape(kind, 4), range(4))
+        assert {trained.pattern_names[place] for place in batch.tensors["patterns"]} == {name}
+
+
 # ---- losses
 
 def test_losses_do_not_depend_on_processes_or_micro_batches(task):

@@ -100,6 +100,20 @@ def test_a_long_clip_is_streamed_in_parts_of_the_call(pipe):
     assert made.settings["sampler"]["strides"] == [4, 1]
 
 
+@pytest.mark.parametrize(("count", "told"), [(1, [1]), (5, [3]), (6, [12, 3])])
+def test_the_record_has_the_strides_the_network_is_told(monkeypatch, count, told):
+    pipe, strides = micro_pipeline(micro_stride=3), []
+    forward = pipe.model.forward
+
+    def watched(*inputs, micro, **more):
+        strides.append(micro.stride[0].item())
+        return forward(*inputs, micro=micro, **more)
+
+    monkeypatch.setattr(pipe.model, "forward", watched)
+    made = pipe("a red circle", num_frames=count, num_inference_steps=1, seed=0)
+    assert list(dict.fromkeys(strides)) == told == made.settings["sampler"]["strides"]
+
+
 def test_a_long_interpolation_shares_given_frames(pipe, frames):
     made = pipe("", video=frames, interpolate=2, seed=1, output_type="uint8", keep_given_pixels=True)
     assert np.array_equal(made.frames[0][::2], frames)
