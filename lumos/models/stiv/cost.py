@@ -316,10 +316,19 @@ def clip_cost(
 
 
 def model_of(folder: str | Path | None, preset: str | None) -> tuple[StivConfig, StivOptions, ClipDefaults]:
-    """Return the config and the defaults of a model folder, or of a preset. No weights are read."""
+    """Return the config and the defaults of a model folder, or of a preset. No weights are read.
+
+    A config that does not know the clips of its training gets the grid of the usual clip, as the pipeline takes that clip for
+    the longest that the model makes at once.
+    """
     if preset is not None:
-        return StivConfig.preset(preset), StivOptions(), USUAL_CLIP
-    return read_config(Path(folder)), *read_defaults(Path(folder), StivOptions, USUAL_CLIP)
+        config, options, clip = StivConfig.preset(preset), StivOptions(), USUAL_CLIP
+    else:
+        config, (options, clip) = read_config(Path(folder)), read_defaults(Path(folder), StivOptions, USUAL_CLIP)
+    if config.trained_grid is None:
+        grid = grid_of(config, clip.num_frames, clip.height, clip.width)
+        config = StivConfig(**config.to_dict() | {"trained_grid": grid})
+    return config, options, clip
 
 
 def out_of_memory_advice(

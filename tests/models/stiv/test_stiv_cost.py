@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from lumos.models.stiv.cost import (
 )
 from lumos.models.stiv.flops import block_flops
 from lumos.models.stiv.modeling import StivForVideoGeneration
+from lumos.models.stiv.passes import passes_of
 from lumos.models.stiv.settings import StivOptions
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.planning.gpus import GIB, Hardware
@@ -242,6 +244,14 @@ def test_published_recipes_have_their_plan(repo, monkeypatch, recipe, parameters
 
 def settings_width(recipe: str) -> int:
     return {"xl-256": 1152, "xxl-256": 1536, "m-512": 3072}[recipe]
+
+
+def test_a_preset_makes_its_usual_clip_at_once():
+    """As in the pipeline, a longer clip begins with keyframes."""
+    config, options, clip = model_of(None, "stiv-xl")
+    costs = [clip_cost(config, replace(clip, num_frames=n), options, 10, torch.float32) for n in (clip.num_frames, 380)]
+    assert [len(cost.passes) for cost in costs] == [1, len(list(passes_of(380, (), clip.num_frames, None)))]
+    assert costs[1].activation_bytes == costs[0].activation_bytes
 
 
 def test_clip_cost_counts_calls_branches_and_passes():
