@@ -28,8 +28,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the tensors that AdamW keeps for each weight; Muon keeps only the first. All weights share the number of updates."""
 FACTORS = ("row_var", "col_var", "variance")
 """Names of the tensors that Adafactor keeps: the first two for each matrix, the last for each vector."""
-LEAST_SIZE = 1e-3
-"""Adafactor moves a weight as if its root mean square (RMS) was at least this: the default of torch and of arXiv 1804.04235."""
+LEAST_SIZE = 1.0
+"""Epsilon 2 of torch's Adafactor, which multiplies lr by the root mean square (RMS) of each weight, but at least by this.
+
+With 1, lr is the RMS of an update, as large as AdamW's, unless the weights are above 1. With torch's default, 1e-3, the many
+weights that begin at 0 would hardly move."""
 LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed out|Timeout|gloo|NCCL|Socket")
 """Matches the messages of torch's communication when another process is gone."""
 

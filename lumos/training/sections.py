@@ -169,12 +169,7 @@ class OptimizationSettings:
         "rows and columns in place of moments; STIV was trained with AdaFactor. muon and adafactor need ZeRO 0 or no DeepSpeed",
         choices=("adamw", *WHOLE_MATRICES),
     )
-    lr: float = setting(
-        1e-3,
-        "peak learning rate (published: 2.5e-5 to 1e-4); of adafactor relative to the root mean square of each weight, and at most "
-        "1 / sqrt(step): try 1e-2",
-        low=0,
-    )
+    lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
     warmup_steps: int = setting(100, "steps of linear warm-up", low=0, high=MAX_STEPS)
     schedule: str = setting(

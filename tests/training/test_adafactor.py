@@ -75,7 +75,7 @@ def test_an_update_is_that_of_torchs_adafactor(engine_of):
     decayed = [plain.layer.weight, plain.picture.weight, plain.idle.weight]
     others = [p for p in plain.parameters() if not any(p is matrix for matrix in decayed)]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.Adafactor(groups, eps=(1e-6, 1e-3))
+    optimizer = torch.optim.Adafactor(groups, eps=(1e-6, 1.0))
     for step, lr in enumerate((0.0, 0.05, 0.02)):
         for model in (engine.module, plain):
             give_gradients(model, step)
@@ -88,15 +88,14 @@ def test_an_update_is_that_of_torchs_adafactor(engine_of):
     assert not torch.equal(engine.module.layer.weight, Small().layer.weight)
 
 
-def test_a_step_is_relative_to_the_size_of_a_weight(engine_of):
-    """A first update has the root mean square lr times that of the weight, and lr / 1000 for a weight of zeros."""
-    for size, moved in ((0.5, 0.01 * 0.5), (0.0, 0.01 * 1e-3)):
-        engine = engine_of(Small(), weight_decay=0.0)
-        weight = engine.module.norm.weight
-        nn.init.constant_(weight, size)
-        give_gradients(engine.module, 1)
-        engine.step(0.01)
-        assert (weight - size).square().mean().sqrt().item() == pytest.approx(moved, rel=1e-4)
+@pytest.mark.parametrize(("size", "moved"), [(0.0, 0.01), (0.5, 0.01), (3.0, 0.03)])
+def test_lr_is_the_size_of_an_update(engine_of, size: float, moved: float):
+    """As with AdamW, weights of zeros move too; weights above 1 move relative to their size."""
+    engine = engine_of(Small(), weight_decay=0.0)
+    weight = nn.init.constant_(engine.module.norm.weight, size)
+    give_gradients(engine.module, 1)
+    engine.step(0.01)
+    assert (weight - size).square().mean().sqrt().item() == pytest.approx(moved, rel=1e-4)
 
 
 def test_gradients_of_zero_change_nothing(engine_of):
@@ -169,7 +168,7 @@ def killed_after(step: int, settings, monkeypatch) -> None:
 def test_a_killed_run_goes_on_bitwise(micro_settings, tmp_path: Path, monkeypatch):
     def settings(name: str, optimizer: str = "adafactor"):
         return micro_settings(training={
-            "optimizer": optimizer, "lr": 0.03, "output_dir": str(tmp_path / name), "save_every_steps": 2, "ema_decay": 0.9,
+            "optimizer": optimizer, "output_dir": str(tmp_path / name), "save_every_steps": 2, "ema_decay": 0.9,
             "eval_every": 3, "micro_batch_size": 2,
         })  # fmt: skip
 
@@ -244,8 +243,7 @@ def test_cut_matrices_and_settings_without_effect(micro_settings, monkeypatch):
 
 @pytest.mark.slow
 def test_a_small_model_learns(micro_settings, tmp_path: Path):
-    training = {"max_steps": 60, "optimizer": "adafactor", "lr": 0.05, "weight_decay": 0.0, "ema_decay": 0.9}
-    train(micro_settings(data={"scenes": 2}, training=training))
+    train(micro_settings(data={"scenes": 2}, training={"max_steps": 60, "optimizer": "adafactor", "ema_decay": 0.9}))
     losses = read_log(tmp_path / "run")
     assert losses[60] < losses[1] - 1.5
 
@@ -253,7 +251,7 @@ def test_a_small_model_learns(micro_settings, tmp_path: Path):
 def test_two_processes_train_as_one_and_cuts_are_refused(runs: Runs, ranks: Ranks):
     def settings(name: str):
         made = runs.make(runs.folder / name)
-        made.training.optimizer, made.training.lr = "adafactor", 0.02
+        made.training.optimizer = "adafactor"
         return made
 
     whole = ranks.finish(settings("adafactor"), "plain", 1)
