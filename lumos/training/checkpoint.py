@@ -9,8 +9,8 @@
 A tensor is stored under the key "kind/name/start". It holds the values start, start + 1, ... of the
 parameter `name` in its flat order. The kinds are weight, average (the exponential moving average of the
 weights), exp_avg and exp_avg_sq (AdamW), and row_var, col_var and variance (Adafactor), of which the
-first two have fewer values than the parameter. All of them are fp32. `Stored` reads any
-range of any parameter, whichever engine and however many processes wrote the checkpoint.
+first two have shapes of their own. All of them are fp32. `Stored` reads any range of any parameter,
+whichever engine and however many processes wrote the checkpoint.
 DeepSpeed's own converter, ds_to_universal, is not used: it unpickles files, needs DeepSpeed to read
 them, and supports neither averaged weights nor ZeRO stage 0 nor plain PyTorch.
 
