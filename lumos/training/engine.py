@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,9 +219,12 @@ class TrainingEngine:
         with torch.no_grad():
             self.fill(stored, WEIGHT, self.weights())
             if updates:
-                self._make_state(stored, updates)
-                for kind in (*MOMENTS, *FACTORS):
-                    self.fill(stored, kind, self._state_of(kind))
+                # A weight that the losses do not reach has no gradient, and so no state.
+                kinds = (*MOMENTS, *FACTORS)
+                names = {name for name in self.slots() if any(stored.has(kind, self.prefix + name) for kind in kinds)}
+                self._make_state(names, updates)
+                for kind in kinds:
+                    self.fill(stored, kind, {name: part for name, part in self._state_of(kind).items() if name in names})
             self.weights_changed()
 
     def _state_of(self, kind: str) -> dict[str, Tensor]:
@@ -229,16 +232,11 @@ class TrainingEngine:
         states = {name: (slot, self.inner.state.get(slot.owner, {})) for name, slot in self.slots().items()}
         return {name: slot.of_state(kind, state[kind]) for name, (slot, state) in states.items() if kind in state}
 
-    def _make_state(self, stored: Stored, updates: int) -> None:
-        """Give the optimizer the state, of zeros, of the weights that have one in the checkpoint.
-
-        A weight that the losses do not reach has no gradient, and so no state.
-        """
+    def _make_state(self, names: Collection[str], updates: int) -> None:
+        """Give the optimizer the state of these weights after a number of updates, with tensors of zeros."""
         is_factored = isinstance(self.inner, torch.optim.Adafactor)
         muon = {id(p) for group in self.inner.param_groups if group.get("muon") for p in group["params"]}
-        found = [slot.owner for name, slot in self.slots().items()
-                 if any(stored.has(kind, self.prefix + name) for kind in (*MOMENTS, *FACTORS))]  # fmt: skip
-        for owner in {id(owner): owner for owner in found}.values():
+        for owner in {id(slot.owner): slot.owner for name, slot in self.slots().items() if name in names}.values():
             if is_factored:
                 shapes = factor_shapes(owner.shape)
             else:

@@ -24,7 +24,7 @@ from lumos.planning.fixed_memory import optimizer_bytes, update_bytes
 from lumos.settings import to_plain
 from lumos.training.checkpoint import Stored, save_tensors
 from lumos.training.deepspeed_engine import deepspeed_options
-from lumos.training.engine import PlainEngine
+from lumos.training.engine import PlainEngine, Slot
 from lumos.training.loop import Run, train
 from lumos.training.settings import build_settings
 from lumos.training.tokenizer.settings import load_settings as load_tokenizer_settings
@@ -149,6 +149,37 @@ def test_stored_tensors_of_a_wrong_size_are_named(engine_of, tmp_path: Path, lea
     engine.step(0.02)
     with pytest.raises(RunError, match=said):
         engine_of(Small()).load(stored_state(engine, tmp_path / "stored", leave, **changed), 1)
+
+
+class FlatEngine(PlainEngine):
+    """An engine that keeps all weights in one flat tensor, as ZeRO does."""
+
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in self.module.parameters()]))
+        self.inner = torch.optim.AdamW([self.flat])
+
+    def slots(self) -> dict[str, Slot]:
+        found, offset = {}, 0
+        for name, parameter in self.module.named_parameters():
+            found[name] = Slot(self.flat, offset, 0, parameter.numel())
+            offset += parameter.numel()
+        return found
+
+
+def test_a_weight_without_state_may_share_a_flat_tensor(engine_of, micro_settings, tmp_path: Path):
+    """A run of plain PyTorch has no moments of a weight that no loss reaches; the same run with ZeRO loads its checkpoint."""
+    plain = engine_of(Small(), optimizer="adamw")
+    give_gradients(plain.module, 0)
+    plain.step(0.02)
+    flat = FlatEngine(Small(), micro_settings(), CPU)
+    flat.load(stored_state(plain, tmp_path / "stored"), 1)
+    found = flat.state()
+    assert not found.pop("exp_avg/idle.weight/0").any()
+    assert not found.pop("exp_avg_sq/idle.weight/0").any()
+    expected = plain.state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 def killed_after(step: int, settings, monkeypatch) -> None:
