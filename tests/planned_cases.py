@@ -32,6 +32,7 @@ CASES = {  # name -> settings, the part that takes most memory
     "weights": (case(WIDE, 1, **SMALL), "optimizer"),
     "micro-batches, averages": (case(WIDE, 1, **SMALL, batches=2, ema_decay=0.9), "optimizer"),
     "muon": (case(WIDE | {"num_hidden_layers": 1}, 1, **SMALL, optimizer="muon"), "optimizer"),
+    "adafactor": (case(WIDE, 1, **SMALL, optimizer="adafactor"), "weights"),
     "adapters": (case(DEEP, 2, lora={"rank": 8, "dropout": 0.1}), "activations"),
     "few adapters": (case(DEEP, 3, lora={"rank": 8, "targets": ["q_proj", "v_proj"]}), "activations"),
 }

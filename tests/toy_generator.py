@@ -250,6 +250,7 @@ class ToyCost:
     is_tuned: bool = False
     matrices: int = 0
     stacked: int = 0
+    trained_shapes: tuple[tuple[int, ...], ...] = ()
     largest_parameter: int = 0
     size_unit: int = 8
     assumed: tuple[str, ...] = field(default=())

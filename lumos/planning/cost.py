@@ -26,6 +26,7 @@ class TrainingCost(Protocol):
     is_tuned           whether only adapters are trained
     matrices           number of trained weights in the matrices of the layers, which Muon updates
     stacked            largest number of these weights in matrices of one shape
+    trained_shapes     shapes of the parameters with gradients, from which the state of Adafactor follows
     largest_parameter  elements of the largest parameter; its whole gradient exists under every ZeRO stage
     size_unit          height and width of clips are multiples of this number of pixels
     assumed            sentences on assumptions that the settings do not state
@@ -36,6 +37,7 @@ class TrainingCost(Protocol):
     is_tuned: bool
     matrices: int
     stacked: int
+    trained_shapes: Sequence[tuple[int, ...]]
     largest_parameter: int
     size_unit: int
     assumed: Sequence[str]

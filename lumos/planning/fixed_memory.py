@@ -6,6 +6,7 @@ import math
 
 from lumos.planning.cost import TrainingCost
 from lumos.planning.sharding import Sharding
+from lumos.training.engine import factor_shapes
 
 AT_ONCE = 500_000_000
 """The number of gradients that DeepSpeed reduces at once in ZeRO 1 with bf16 weights; it ignores the bucket size there."""
@@ -23,6 +24,24 @@ def host_bytes(cost: TrainingCost, sharding: Sharding) -> int:
     return optimizer + weights
 
 
+def optimizer_bytes(cost: TrainingCost, optimizer: str) -> int:
+    """Return the bytes of the undivided state of an optimizer: moments, or the rows and columns of Adafactor, all in float32."""
+    if optimizer == "adafactor":
+        return 4 * sum(math.prod(factor) for shape in cost.trained_shapes for factor in factor_shapes(shape).values())
+    return 8 * cost.trained - (4 * cost.matrices if optimizer == "muon" else 0)
+
+
+def update_bytes(cost: TrainingCost, optimizer: str, muon: int) -> int:
+    """Return the bytes that the update of an optimizer needs beside its state.
+
+    muon: the bytes of an update of Muon for each weight of its largest stack. Adafactor makes the update of one parameter at a
+    time; AdamW's is fused.
+    """
+    if optimizer == "adafactor":
+        return 4 * max(map(math.prod, cost.trained_shapes))
+    return cost.stacked * muon if optimizer == "muon" else 0
+
+
 def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
     """Return the bytes on the device that do not depend on the batch, by part: weights, gradients, optimizer, buffers."""
     parameters, trained = cost.parameters, cost.trained
@@ -32,8 +51,8 @@ def fixed_bytes(cost: TrainingCost, sharding: Sharding) -> dict[str, int]:
         cast = cost.cast_parameters(sharding.checkpointing)
         weights = 4 * parameters + (2 * cast if sharding.autocast else 0)
         averaged = 4 * trained if sharding.averaged else 0
-        moments = 8 * trained - (4 * cost.matrices if sharding.muon else 0)
-        return {"weights": weights, "gradients": 4 * trained, "optimizer": moments + averaged, "buffers": 0}
+        optimizer = optimizer_bytes(cost, sharding.optimizer) + averaged
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": optimizer, "buffers": 0}
     compute = sharding.product
     own = math.ceil(parameters / sharding.world) if stage == 3 else parameters
     # DeepSpeed reduces gradients in float32, in buckets. A gradient larger than a bucket (embedding, head) is reduced alone.

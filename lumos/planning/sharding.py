@@ -24,7 +24,7 @@ class Sharding:
     half               computation in bf16
     on_gpu             CUDA with its fused kernels
     averaged           the run averages its weights (EMA)
-    muon               Muon in place of AdamW; needs undivided weights
+    optimizer          training.optimizer; all but adamw need undivided weights
     accumulates        a step has several micro-batches
     checkpointing      activation checkpointing
     """
@@ -38,7 +38,7 @@ class Sharding:
     half: bool = True
     on_gpu: bool = True
     averaged: bool = False
-    muon: bool = False
+    optimizer: str = "adamw"
     accumulates: bool = False
     checkpointing: bool = True
 

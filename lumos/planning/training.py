@@ -25,7 +25,7 @@ from lumos.planning.gpus import GIB, RESERVED, Hardware
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.training.deepspeed_engine import deepspeed_options
 from lumos.training.engine import pick_precision
-from lumos.training.sections import DataSettings
+from lumos.training.sections import WHOLE_MATRICES, DataSettings
 from lumos.training.settings import TrainingSettings
 
 SHIPPED = {
@@ -157,7 +157,7 @@ class TrainingPlan:
         half = pick_precision(training.precision, device) == torch.bfloat16
         self.common = {
             "world": hardware.count, "half": half, "on_gpu": device.type != "cpu", "averaged": training.ema_decay > 0,
-            "muon": training.optimizer == "muon", "checkpointing": training.activation_checkpointing,
+            "optimizer": training.optimizer, "checkpointing": training.activation_checkpointing,
         }  # fmt: skip
         self.configured = Strategy(self._own_sharding(), training.micro_batch_size)
 
@@ -190,11 +190,11 @@ class TrainingPlan:
     def strategies(self) -> list[Strategy]:
         """Return the strategies to compare: the settings, the shipped DeepSpeed files, and on one GPU plain PyTorch.
 
-        With Muon, strategies that divide matrices are left out.
+        With an optimizer that needs whole matrices, strategies that divide them are left out.
         """
         own, micro = self.configured.sharding, self.settings.training.micro_batch_size
         strategies = [Strategy(replace(sharding, **self.common), micro, file) for file, sharding in SHIPPED.items()]
-        strategies = [strategy for strategy in strategies if not (own.muon and strategy.sharding.stage)]
+        strategies = [strategy for strategy in strategies if not (own.optimizer in WHOLE_MATRICES and strategy.sharding.stage)]
         if self.hardware.count == 1:
             strategies.insert(0, Strategy(Sharding(None, **self.common), micro))
         same = [i for i, strategy in enumerate(strategies) if strategy.sharding.name == own.name]

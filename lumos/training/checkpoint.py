@@ -7,9 +7,10 @@
                                  and its own CRC-32; this file is written last
 
 A tensor is stored under the key "kind/name/start". It holds the values start, start + 1, ... of the
-parameter `name` in its flat order. The kinds are weight, exp_avg and exp_avg_sq (AdamW), and
-average (the exponential moving average of the weights). All of them are fp32. `Stored` reads any
-range of any parameter, whichever engine and however many processes wrote the checkpoint.
+parameter `name` in its flat order. The kinds are weight, average (the exponential moving average of the
+weights), exp_avg and exp_avg_sq (AdamW), and row_var, col_var and variance (Adafactor), of which the
+first two have shapes of their own. All of them are fp32. `Stored` reads any range of any parameter,
+whichever engine and however many processes wrote the checkpoint.
 DeepSpeed's own converter, ds_to_universal, is not used: it unpickles files, needs DeepSpeed to read
 them, and supports neither averaged weights nor ZeRO stage 0 nor plain PyTorch.
 
@@ -149,19 +150,24 @@ class Stored:
         """Return whether a parameter has tensors of this kind."""
         return (kind, name) in self.parts
 
+    def check_size(self, kind: str, name: str, count: int) -> None:
+        """Raise RunError if a parameter has more than `count` values of a kind."""
+        found = max((begin + length for begin, length, _ in self.parts.get((kind, name), ())), default=0)
+        if found > count:
+            raise RunError(f"checkpoint {self.folder} has {found} values of {kind} {name}, the model {count}")
+
     def read_whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
         """Return all parameters of a kind, by name, in the given shapes.
 
         Raises RunError if a value is missing, or if the checkpoint has more names or values of this
         kind than `shapes`.
         """
-        sizes = {name: max(begin + length for begin, length, _ in self.parts[kind, name]) for name in self.names(kind)}
-        for name in sorted(sizes.keys() ^ shapes.keys()):
-            found = "it has" if name in sizes else "it lacks"
-            raise RunError(f"checkpoint {self.folder} has {len(sizes)} tensors of {kind}, the model {len(shapes)}: {found} {name}")
+        names = set(self.names(kind))
+        for name in sorted(names ^ shapes.keys()):
+            found = "it has" if name in names else "it lacks"
+            raise RunError(f"checkpoint {self.folder} has {len(names)} tensors of {kind}, the model {len(shapes)}: {found} {name}")
         for name, shape in shapes.items():
-            if sizes[name] > shape.numel():
-                raise RunError(f"checkpoint {self.folder} has {sizes[name]} values of {kind} {name}, the model {shape.numel()}")
+            self.check_size(kind, name, shape.numel())
         return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lumos.errors import UserError
 from lumos.threads import processes_here
 from lumos.training.engine import Slot, TrainingEngine, make_optimizer, pick_precision, set_learning_rate, whole_slots
+from lumos.training.sections import WHOLE_MATRICES
 from lumos.training.settings import TrainingSettings
 
 OWN_KEYS = {
@@ -92,9 +93,9 @@ def deepspeed_options(settings: TrainingSettings, stage: int, precision: torch.d
     zero.setdefault("stage", stage)
     if file is None and stage:
         zero["reduce_bucket_size"] = BUCKET
-    if settings.training.optimizer == "muon" and zero["stage"]:
+    if (optimizer := settings.training.optimizer) in WHOLE_MATRICES and zero["stage"]:
         raise UserError(
-            f"training.optimizer is muon, which needs whole matrices, but ZeRO {zero['stage']} cuts them; "
+            f"training.optimizer is {optimizer}, which needs whole matrices, but ZeRO {zero['stage']} cuts them; "
             "set deepspeed.zero_stage=0, or training.optimizer=adamw"
         )
     if settings.training.compile and zero["stage"] == 3:
@@ -148,10 +149,10 @@ class DeepSpeedEngine(TrainingEngine):
         self.stores = self.stage > 0 or self.rank == 0
         self.kind = f"DeepSpeed ZeRO {self.stage}"
         model = model.to(device)
-        self.adam = make_optimizer(model, settings, device, matrices)
+        self.inner = make_optimizer(model, settings, device, matrices)
         file = settings.deepspeed.config
         try:
-            self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adam, config=options)
+            self.model, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.inner, config=options)
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             if file is None:
                 raise

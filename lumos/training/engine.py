@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,13 @@ from lumos.training.settings import TrainingSettings, world_size
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the tensors that AdamW keeps for each weight; Muon keeps only the first. All weights share the number of updates."""
+FACTORS = ("row_var", "col_var", "variance")
+"""Names of the tensors that Adafactor keeps: the first two for each matrix, the last for each vector."""
+LEAST_SIZE = 1.0
+"""Epsilon 2 of torch's Adafactor, which multiplies lr by the root mean square (RMS) of each weight, but at least by this.
+
+With 1, lr is the RMS of an update, as large as AdamW's, unless the weights are above 1. With torch's default, 1e-3, the many
+weights that begin at 0 would hardly move."""
 LOST = re.compile(r"Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed out|Timeout|gloo|NCCL|Socket")
 """Matches the messages of torch's communication when another process is gone."""
 
@@ -59,10 +66,10 @@ def parameter_groups(
 
 def make_optimizer(
     model: nn.Module, settings: TrainingSettings, device: torch.device, matrices: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
-    """Return AdamW or, with training.optimizer=muon, Muon for `matrices`, which `parameter_groups` explains.
+) -> torch.optim.Optimizer:
+    """Return the optimizer that training.optimizer names: AdamW, Adafactor, or Muon for `matrices` and AdamW for other weights.
 
-    If `matrices` is None, Muon updates the weights of the linear layers.
+    `parameter_groups` explains `matrices`. If it is None, Muon updates the weights of the linear layers.
     """
     training = settings.training
     if training.optimizer == "muon":
@@ -70,11 +77,23 @@ def make_optimizer(
     else:
         matrices = None
     groups = parameter_groups(model, training.weight_decay, training.decay_parameters, matrices)
+    if training.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=training.lr, eps=(training.eps, LEAST_SIZE))
     kind = Muon if matrices else torch.optim.AdamW
     optimizer = kind(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda"))
     if matrices:
         optimizer.half = pick_precision(training.precision, device) == torch.bfloat16
     return optimizer
+
+
+def factor_shapes(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that Adafactor keeps for a weight, by name.
+
+    A weight of more than two dimensions counts as many matrices, of its last two dimensions.
+    """
+    if len(shape) < 2:
+        return {"variance": tuple(shape)}
+    return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
 
 @contextlib.contextmanager
@@ -99,7 +118,7 @@ class Slot:
     """The place in which a process keeps its part of a parameter.
 
     The part is the values start .. start + count - 1 of the parameter in its flat order. They are stored in `owner`,
-    the fp32 tensor that AdamW updates, from `offset` on.
+    the fp32 tensor that the optimizer updates, from `offset` on.
     """
 
     owner: Tensor
@@ -110,6 +129,10 @@ class Slot:
     def of(self, tensor: Tensor) -> Tensor:
         """Return this part [count] of a tensor that is laid out as `owner`, as a view."""
         return tensor.view(-1).narrow(0, self.offset, self.count)
+
+    def of_state(self, kind: str, tensor: Tensor) -> Tensor:
+        """Return this part of a tensor of the optimizer, flat, as a view. Adafactor has whole weights, so that it is all of it."""
+        return tensor.view(-1) if kind in FACTORS else self.of(tensor)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -127,7 +150,7 @@ class TrainingEngine:
     device: torch.device
     model: nn.Module  # its forward is called
     module: nn.Module  # the model without the wrapper of DeepSpeed
-    adam: torch.optim.AdamW
+    inner: torch.optim.Optimizer  # without the wrapper of DeepSpeed
     stores = True  # False if another process has the same weights and stores them
     prefix = ""  # begins the names in checkpoints; not empty for a second network
 
@@ -186,35 +209,45 @@ class TrainingEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `load` needs, by the keys under which `Stored` reads them."""
-        slots = self.slots()
         tensors = self.labelled(WEIGHT, self.weights())
-        for kind in MOMENTS:
-            states = {name: (slot, self.adam.state.get(slot.owner, {})) for name, slot in slots.items()}
-            tensors |= self.labelled(kind, {n: slot.of(state[kind]) for n, (slot, state) in states.items() if kind in state})
+        for kind in (*MOMENTS, *FACTORS):
+            tensors |= self.labelled(kind, self._state_of(kind))
         return tensors
 
     def load(self, stored: Stored, updates: int) -> None:
         """Load a checkpoint of any engine. updates: the number of updates of its weights."""
         with torch.no_grad():
             self.fill(stored, WEIGHT, self.weights())
-            slots = self.slots()
             if updates:
-                muon = {id(p) for group in self.adam.param_groups if group.get("muon") for p in group["params"]}
                 # A weight that the losses do not reach has no gradient, and so no state.
-                slots = {name: slot for name, slot in slots.items() if stored.has(MOMENTS[0], self.prefix + name)}
-                for owner in {id(slot.owner): slot.owner for slot in slots.values()}.values():
-                    count = torch.tensor(float(updates), device=owner.device)
-                    kinds = MOMENTS[:1] if id(owner) in muon else MOMENTS
-                    self.adam.state[owner] = {"step": count} | {kind: torch.zeros_like(owner) for kind in kinds}
-                for kind in MOMENTS:
-                    states = {name: (slot, self.adam.state[slot.owner]) for name, slot in slots.items()}
-                    self.fill(stored, kind, {n: slot.of(state[kind]) for n, (slot, state) in states.items() if kind in state})
+                kinds = (*MOMENTS, *FACTORS)
+                names = {name for name in self.slots() if any(stored.has(kind, self.prefix + name) for kind in kinds)}
+                self._make_state(names, updates)
+                for kind in kinds:
+                    self.fill(stored, kind, {name: part for name, part in self._state_of(kind).items() if name in names})
             self.weights_changed()
+
+    def _state_of(self, kind: str) -> dict[str, Tensor]:
+        """Return this process's parts of the optimizer's tensors of a kind, by name of the weight, as views."""
+        states = {name: (slot, self.inner.state.get(slot.owner, {})) for name, slot in self.slots().items()}
+        return {name: slot.of_state(kind, state[kind]) for name, (slot, state) in states.items() if kind in state}
+
+    def _make_state(self, names: Collection[str], updates: int) -> None:
+        """Give the optimizer the state of these weights after a number of updates, with tensors of zeros."""
+        is_factored = isinstance(self.inner, torch.optim.Adafactor)
+        muon = {id(p) for group in self.inner.param_groups if group.get("muon") for p in group["params"]}
+        for owner in {id(slot.owner): slot.owner for name, slot in self.slots().items() if name in names}.values():
+            if is_factored:
+                shapes = factor_shapes(owner.shape)
+            else:
+                shapes = dict.fromkeys(MOMENTS[:1] if id(owner) in muon else MOMENTS, owner.shape)
+            count = torch.tensor(float(updates), device="cpu" if is_factored else owner.device)
+            self.inner.state[owner] = {"step": count} | {kind: owner.new_zeros(shape) for kind, shape in shapes.items()}
 
     @property
     def updates(self) -> int:
         """The number of updates of the weights."""
-        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
+        return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
     def labelled(self, kind: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return values, one [n] for each of `weights()`, by their keys in a checkpoint.
@@ -228,8 +261,9 @@ class TrainingEngine:
         """Fill `values`, one [n] for each of `weights()`, from a checkpoint."""
         slots = self.slots()
         for name, value in values.items():
-            slot = slots[name]
-            value.copy_(stored.read(kind, self.prefix + name, slot.start, slot.count))
+            if kind in FACTORS:  # of the whole weight
+                stored.check_size(kind, self.prefix + name, value.numel())
+            value.copy_(stored.read(kind, self.prefix + name, slots[name].start, value.numel()))
 
     def put(self, whole: Mapping[str, Tensor]) -> None:
         """Set weights to whole tensors, given by name; other weights stay as they are."""
@@ -252,7 +286,7 @@ class PlainEngine(TrainingEngine):
         self.precision = pick_precision(settings.training.precision, device)
         self.module = model.to(device)
         self.model = self.module
-        self.adam = make_optimizer(self.module, settings, device, matrices)
+        self.inner = make_optimizer(self.module, settings, device, matrices)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
@@ -263,9 +297,9 @@ class PlainEngine(TrainingEngine):
     def step(self, lr: float) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip or math.inf))
         if math.isfinite(norm):
-            set_learning_rate(self.adam, lr)
-            self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+            set_learning_rate(self.inner, lr)
+            self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
         return norm
 
     def all_sum(self, values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The sections that the settings of every training have in common, see `lumos.training.settings`.
 
-Each setting has a one-line meaning, with the value of the published model where there is one ("published").
+Each setting has a one-line meaning, with the published value where there is one. In this module, "published" means the published
+training of Lumos-1; other values of a generator are in its recipes and among its own settings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MAX_FRAMES = 2**14
 MAX_PROCESSES = 256
 """Largest number of threads or processes that make batches on one machine."""
 DEFAULT_STAGE = 2
-"""ZeRO stage of a run with several processes whose settings name no stage. With Muon, which needs whole matrices, it is 0."""
+"""ZeRO stage of a run with several processes whose settings name no stage. With optimizers of `WHOLE_MATRICES`, it is 0."""
+WHOLE_MATRICES = ("muon", "adafactor")
+"""The optimizers that need whole matrices, which ZeRO 1 to 3 divide."""
 
 
 @dataclass
@@ -162,8 +165,9 @@ class OptimizationSettings:
     )
     optimizer: str = setting(
         "adamw",
-        "adamw (published); or muon for the matrices of the layers and AdamW for the rest, which needs ZeRO 0 or no DeepSpeed",
-        choices=("adamw", "muon"),
+        "adamw (published); muon for the matrices of the layers and AdamW for the rest; or adafactor (torch's), which keeps "
+        "rows and columns in place of moments; STIV was trained with AdaFactor. muon and adafactor need ZeRO 0 or no DeepSpeed",
+        choices=("adamw", *WHOLE_MATRICES),
     )
     lr: float = setting(1e-3, "peak learning rate (published: 2.5e-5 to 1e-4)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule (published: equal to lr)", low=0)
@@ -174,10 +178,10 @@ class OptimizationSettings:
     decay_steps: int | None = setting(
         None, "steps of the final linear decay of wsd; null: a fifth of max_steps", low=1, high=MAX_STEPS,
     )
-    weight_decay: float = setting(0.1, "decoupled weight decay of AdamW (published 0.1)", low=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay, times lr (published 0.1)", low=0)
     decay_parameters: str = setting("matrices", "which parameters have weight decay (published: all)", choices=("matrices", "all"))
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95)", low=0, high=1)
-    eps: float = setting(1e-8, "AdamW epsilon (published 1e-8)", low=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95); adafactor has none", low=0, high=1)
+    eps: float = setting(1e-8, "AdamW epsilon (published 1e-8), or epsilon 1 of adafactor", low=0)
     clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping (published 4)", low=0)
     seed: int = setting(0, "seed of weights, data, masks and text dropout", low=0)
     ema_decay: float = setting(

@@ -21,6 +21,7 @@ from lumos.pipeline.options import SamplingOptions
 from lumos.settings import build, is_number, read_yaml, setting, to_plain
 from lumos.training.sections import (
     DEFAULT_STAGE,
+    WHOLE_MATRICES,
     DataSettings,
     DeepSpeedSettings,
     LoggingSettings,
@@ -34,6 +35,8 @@ from lumos.training.sections import (
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
 """Fields of the section data that have an effect with one source only: synthetic scenes, or shards."""
+LEAST_EPS = 1e-18
+"""Smallest epsilon of Adafactor: its square is still a number in float32."""
 
 
 def recipe_folders() -> list[str]:
@@ -79,7 +82,7 @@ class TrainingSettings:
         """Return the ZeRO stage of a run with this number of processes, or None for plain PyTorch."""
         wanted = self.deepspeed
         if wanted.zero_stage is None and wanted.config is None:
-            usual = 0 if self.training.optimizer == "muon" else DEFAULT_STAGE
+            usual = 0 if self.training.optimizer in WHOLE_MATRICES else DEFAULT_STAGE
             return None if processes == 1 else usual
         if wanted.zero_stage is not None:
             return wanted.zero_stage
@@ -259,6 +262,22 @@ def check_optimization(settings: TrainingSettings) -> None:
         )
 
 
+def check_adafactor(settings: TrainingSettings) -> None:
+    training, usual = settings.training, OptimizationSettings()
+    if training.optimizer != "adafactor":
+        return
+    if training.eps < LEAST_EPS:
+        raise UserError(
+            f"training.eps is {training.eps}; with training.optimizer=adafactor it must be at least {LEAST_EPS}, because "
+            "its square divides where all gradients are 0"
+        )
+    if tuple(training.betas) != usual.betas:
+        warnings.warn(
+            "training.betas has no effect with training.optimizer=adafactor: torch's Adafactor has no first moment, and the decay "
+            "of the second is 1 - step^-0.8"
+        )
+
+
 def check_deepspeed(settings: TrainingSettings) -> None:
     if settings.deepspeed.timeout_minutes <= 0:
         raise UserError(f"deepspeed.timeout_minutes is {settings.deepspeed.timeout_minutes}; it must be above 0")
@@ -285,7 +304,9 @@ def check_model(settings: TrainingSettings) -> None:
         raise UserError("lora.targets must not be empty, and lora.dropout must be below 1")
 
 
-CHECKS = (check_sampling, check_logging, check_data, check_stages, check_optimization, check_deepspeed, check_model)
+CHECKS = (
+    check_sampling, check_logging, check_data, check_stages, check_optimization, check_adafactor, check_deepspeed, check_model,
+)  # fmt: skip
 
 
 def check_named_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]) -> None:

@@ -280,6 +280,29 @@ def test_json_holds_the_same(capsys):
         assert way["fits"] == (max(way["step"], way["start"]) + RESERVED <= 96 * GIB)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_whole_matrices_leave_out_what_divides_them(optimizer: str):
+    choice = f"training.optimizer={optimizer}"
+    plan = planned(choice, "deepspeed.config=configs/deepspeed/zero0.json")
+    assert [strategy.sharding.name for strategy in plan.strategies()] == ["ZeRO 0"]
+    alone = planned(choice, "deepspeed.config=null", "training.batch_size=1", "data.stages=[]", hardware=replace(H100, count=1))
+    assert [strategy.sharding.name for strategy in alone.strategies()] == ["no DeepSpeed", "ZeRO 0"]
+
+
+def test_rows_and_columns_of_the_3b_recipe_by_hand():
+    """A matrix [m, n] has m + n values, a vector all of its own; the QK norms are stored as matrices of one row."""
+    file = "deepspeed.config=configs/deepspeed/zero0.json"
+    plain, factored = (planned(f"training.optimizer={optimizer}", file) for optimizer in ("adamw", "adafactor"))
+    ends = 2 * (3072 + 3072) + 2 * (3072 + 1024) + 3 * (3072 + 8192)
+    values = 2 * (129_536 + 3072) + 28 * (ends + 2 * 3072 + 4 * (128 + 1)) + 3072
+    moments, factors = (
+        plan.cost.memory_moments(plan.configured.sharding, 1, plan.groups[0].longest) for plan in (plain, factored)
+    )
+    assert moments["backward"]["optimizer"] == 8 * PARAMETERS
+    assert factors["backward"]["optimizer"] == 4 * values
+    assert factors["update"]["optimizer"] == 4 * values + 4 * 129_536 * 3072  # the update of one parameter at a time
+
+
 def test_a_run_on_cpu_processes(capsys):
     tiny = ["plan", "--config", "configs/lumos1/tiny.yaml", "--gpus", "2", "training.device=cpu", "deepspeed.zero_stage=0"]
     assert main([*tiny, "--peak-tflops", "0.1", "--gpu-memory", "4"]) == 0
@@ -309,6 +332,7 @@ def test_a_run_on_cpu_processes(capsys):
         ([*COMMAND, "data.num_frames=24"], "1 + a multiple of 4"),
         ([*COMMAND, "model.preset=null"], "model.from: runs/3b-stage1/export is no model folder"),
         ([*COMMAND, "training.optimizer=muon"], "ZeRO 3 cuts them"),
+        ([*COMMAND, "training.optimizer=adafactor"], "ZeRO 3 cuts them"),
         ([*COMMAND, "training.max_stepz=1"], "max_stepz"),
     ],
 )

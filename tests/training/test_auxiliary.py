@@ -116,8 +116,9 @@ def no_dropout(forward):
     return evaluated
 
 
-def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
-    settings = toy(tmp_path / "whole", save_every_steps=3)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch, optimizer):
+    settings = toy(tmp_path / "whole", save_every_steps=3, optimizer=optimizer)
     train(settings)
     report = Run._report
 
@@ -126,7 +127,7 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
         if run.step == 5:
             raise SystemExit("killed")
 
-    parts = toy(tmp_path / "parts", save_every_steps=3)
+    parts = toy(tmp_path / "parts", save_every_steps=3, optimizer=optimizer)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_report", killed)
         with pytest.raises(SystemExit):
@@ -137,6 +138,7 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
         assert read_log(tmp_path / "parts", key) == read_log(tmp_path / "whole", key), key
     whole, again = (tensors_of(tmp_path / name, 8) for name in ("whole", "parts"))
     assert whole.keys() == again.keys()
+    assert any(name.startswith(("exp_avg_sq/auxiliary.", "row_var/auxiliary.")) for name in whole)
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     exported = load_file(tmp_path / "parts" / "export" / "model.safetensors")
     assert exported.keys() == dict(Velocity().named_parameters()).keys()

@@ -7,6 +7,7 @@ left out, as is usual: they are less than one percent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lumos.models.lumos1.attention import allowed_pairs
@@ -25,15 +26,20 @@ def layer_flops_per_token(config: LumosConfig, context: float) -> float:
     return 2 * config.num_hidden_layers * (weights + attention)
 
 
-def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> int:
-    """Return the number of weights of low-rank adapters in all layers.
+def adapter_shapes(config: LumosConfig, rank: int, targets: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the shapes of the matrices of low-rank adapters in all layers.
 
     Each of the `targets` of a layer has two matrices: one into `rank` channels and one out of them.
     """
     c, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    ends = {"q_proj": c + c, "k_proj": c + kv, "v_proj": c + kv, "o_proj": c + c}
-    ends |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), c + f)
-    return config.num_hidden_layers * rank * sum(ends[name] for name in targets)
+    ends = {"q_proj": (c, c), "k_proj": (c, kv), "v_proj": (c, kv), "o_proj": (c, c), "gate_proj": (c, f), "up_proj": (c, f),
+            "down_proj": (f, c)}  # fmt: skip
+    return [shape for name in targets for shape in ((rank, ends[name][0]), (ends[name][1], rank))] * config.num_hidden_layers
+
+
+def adapter_weights(config: LumosConfig, rank: int, targets: Sequence[str]) -> int:
+    """Return the number of weights of low-rank adapters in all layers."""
+    return sum(map(math.prod, adapter_shapes(config, rank, targets)))
 
 
 def training_flops(config: LumosConfig, layout: SequenceLayout, supervised: float, adapters: int | None = None) -> float:

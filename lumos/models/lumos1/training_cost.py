@@ -22,20 +22,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.flops import adapter_weights, layer_flops_per_token, training_flops
+from lumos.models.lumos1.flops import adapter_shapes, adapter_weights, layer_flops_per_token, training_flops
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.patterns import check_long_enough, given_share, share_of
 from lumos.models.lumos1.sequence import Frame, SequenceLayout, num_latent_frames
 from lumos.models.lumos1.swiglu import mlp_piece
 from lumos.models.lumos1.training import check_clip_shape, model_config
 from lumos.models.lumos1.training_settings import LumosTrainingSettings, MaskingSettings
-from lumos.planning.fixed_memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes, update_bytes
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.runtime import parameter_count
 from lumos.training.sections import LoraSettings
@@ -77,6 +78,12 @@ class LumosTrainingCost:
     @property
     def stacked(self) -> int:
         return self.trained if self.lora else self.config.num_hidden_layers * max(_shapes(self.config).values())
+
+    @cached_property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        if self.lora:
+            return adapter_shapes(self.config, self.lora.rank, self.lora.targets)
+        return [tuple(p.shape) for p in meta_model(self.config).parameters()]
 
     @property
     def largest_parameter(self) -> int:
@@ -266,7 +273,7 @@ def memory_moments(model: LumosTrainingCost, sharding: Sharding, rows: int, layo
         logits += config.visual_token_count * width * 2
 
     # Muon's updates, with copies of them and of their products, in bf16 on a GPU. The gradients of the updated matrices are freed.
-    working = model.stacked * (12 if sharding.on_gpu else 20) if sharding.muon else 0
+    working = update_bytes(model, sharding.optimizer, muon=12 if sharding.on_gpu else 20)
 
     def at(**parts: int) -> dict[str, int]:
         return {part: fixed[part] + parts.get(part, 0) for part in PARTS}

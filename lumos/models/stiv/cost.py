@@ -10,6 +10,7 @@ Memory is in bytes of one process (one GPU), at four moments of a step:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.pipeline.defaults import ClipDefaults, read_defaults
 from lumos.pipeline.inputs import without_effect
 from lumos.pipeline.request import check_side
-from lumos.planning.fixed_memory import fixed_bytes
+from lumos.planning.fixed_memory import fixed_bytes, update_bytes
 from lumos.planning.sharding import PARTS, Sharding
 from lumos.runtime import parameter_count
 from lumos.training.sections import LoraSettings
@@ -66,13 +67,18 @@ class StivTrainingCost:
         return self.settings.lora if self.settings.lora.rank else None
 
     @cached_property
-    def adapters(self) -> int:
-        """The number of weights of the adapters."""
+    def trained_shapes(self) -> list[tuple[int, ...]]:
         if self.lora is None:
-            return 0
+            return [tuple(p.shape) for p in self._model.parameters()]
         linear = [module for name, module in self._model.named_modules()
                   if isinstance(module, nn.Linear) and name.split(".")[-1] in self.lora.targets]  # fmt: skip
-        return self.lora.rank * sum(m.in_features + m.out_features for m in linear)
+        rank = self.lora.rank
+        return [shape for m in linear for shape in ((rank, m.in_features), (m.out_features, rank))]
+
+    @cached_property
+    def adapters(self) -> int:
+        """The number of weights of the adapters."""
+        return sum(map(math.prod, self.trained_shapes)) if self.lora else 0
 
     @cached_property
     def parameters(self) -> int:
@@ -162,7 +168,7 @@ class StivTrainingCost:
         gradients, fixed["gradients"] = fixed["gradients"], 0
         always = sharding.stage == 3 or (sharding.stage == 1 and sharding.half)
         earlier = gradients if sharding.accumulates or always else 0
-        working = self.stacked * (14 if sharding.on_gpu else 24) if sharding.muon else 0  # of square matrices
+        working = update_bytes(self, sharding.optimizer, muon=14 if sharding.on_gpu else 24)  # of square matrices
 
         def at(**parts: int) -> dict[str, int]:
             return {part: fixed[part] + parts.get(part, 0) for part in PARTS}

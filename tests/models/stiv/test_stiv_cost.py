@@ -175,7 +175,7 @@ def test_muon_works_in_the_memory_of_the_plan():
     gradients = [torch.randn(128, 128) for _ in range(cost.stacked // 128**2)]
     with Watch() as watched:
         orthogonal(torch.stack(gradients))
-    sharding = Sharding(None, half=False, on_gpu=False, checkpointing=False, muon=True)
+    sharding = Sharding(None, half=False, on_gpu=False, checkpointing=False, optimizer="muon")
     moments = cost.memory_moments(sharding, 1, cost.sequence(4, 32, 32))
     assert moments["update"]["optimizer"] - moments["backward"]["optimizer"] == pytest.approx(watched.peak, rel=0.02)
 
