@@ -87,7 +87,7 @@ class OutputSums:
 
         content and motion are shares of the output's power, so that they add up to `output`.
         """
-        content, motion, power = map(sum, zip(*self.clips, strict=True)) if self.clips else (0.0, 0.0, 0.0)
+        content, motion, power = self.table().sum(0).tolist()
         named = {"frames": FRAMES, LEVEL: levels}
         return {
             "output": float(self.error["frames"].sum()) / power if power else None,
@@ -225,13 +225,8 @@ def score(
     return {
         "units": scores, "loss": losses[WHOLE].mean if count[0] else None, "loss_by": by_group(named, total, count),
         "distances": streams.distances() if "bi" in measures else None,
-        "motion_trend": motion_trend([sums.table() for sums in outputs.values()]) if _move(outputs) else None,
+        "motion_trend": motion_trend([sums.table() for sums in outputs.values() if sums.has_motion]),
     }  # fmt: skip
-
-
-def _move(outputs: Mapping[str, OutputSums]) -> bool:
-    """Return whether the outputs have several frames."""
-    return bool(outputs) and all(sums.has_motion for sums in outputs.values())
 
 
 def by_group(groups: Mapping[str, Sequence[str]], total: Tensor, count: Tensor) -> dict[str, dict[str, float]]:
