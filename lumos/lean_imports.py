@@ -9,7 +9,8 @@ they are not installed. The package itself reads the files of all models that it
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -71,12 +72,26 @@ def import_lean() -> bool:
     """
     if PACKAGES[0] in sys.modules or COMPILER in sys.modules:
         return False
-    import torch
+    import torch  # noqa: F401
 
     if COMPILER in sys.modules:
         return False
     for package in PACKAGES:
         leave_unread(package)
+    with suppress(ImportError, AttributeError, TypeError), without_options():
+        import_module(MODELS)
+    if MODELS in sys.modules:
+        return True
+    for package in PACKAGES:
+        if isinstance(sys.modules[package], Unread):
+            del sys.modules[package]
+    return False
+
+
+@contextmanager
+def without_options() -> Iterator[None]:
+    """Inside, transformers takes the optional packages for not installed, and `Marks` stands for torch's compiler."""
+    import torch
     import transformers.utils.import_utils
 
     usual = {(place, name): getattr(place, name) for place in (transformers.utils, transformers.utils.import_utils)
@@ -85,15 +100,8 @@ def import_lean() -> bool:
         setattr(place, name, bool)  # bool() is False
     sys.modules[COMPILER] = torch._dynamo = Marks(COMPILER)
     try:
-        with suppress(ImportError, AttributeError, TypeError):
-            import transformers.modeling_utils
+        yield
     finally:
         del sys.modules[COMPILER], torch._dynamo
         for (place, name), function in usual.items():
             setattr(place, name, function)
-    if MODELS in sys.modules:
-        return True
-    for package in PACKAGES:
-        if isinstance(sys.modules[package], Unread):
-            del sys.modules[package]
-    return False

@@ -79,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
-    from lumos.pipeline.request import needs_words
 
     if args.prompt is None and args.prompts is None:
+        from lumos.pipeline.request import needs_words
+
         if needs_words(args.interpolate, args.views):
             raise UserError("one of the arguments --prompt --prompts is required; `lumos generate --help` lists the options")
         args.prompt = [""]
