@@ -237,15 +237,19 @@ def test_a_process_of_its_own_is_prepared_before_torch(repo, tmp_path, micro_fol
     program_text = (
         "import os, sys; from lumos.cli import program; code = program(sys.argv[1:]);"
         "print({name: os.environ.get(name) for name in ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY')});"
-        "print({'scipy.optimize', 'accelerate', 'sympy', 'torch._dynamo'} & set(sys.modules)); sys.exit(code)"
+        "print({'scipy.optimize', 'accelerate', 'sympy', 'torch._dynamo'} & set(sys.modules));"
+        "print(type(sys.modules['transformers']).__name__, type(sys.modules['transformers.models']).__name__);"
+        "import gc; print(gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[-1]['collections']); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program_text, "generate", *words], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    *_, variables, modules = done.stdout.splitlines()
+    *_, variables, modules, packages, collector = done.stdout.splitlines()
     assert variables == "{'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE'}"
     assert modules == "set()"  # the import of transformers left them out
+    assert packages == "Unread Unread"  # nothing asked transformers for a name that makes it read the files of all models
+    assert collector == "True True 0"  # the collector never searched what the imports made, and works again
     assert json.loads(Path(f"{output}.json").read_text())["threads"] == 2
     kept = tmp_path / "kept.mp4"  # the same clip, made where nothing is left out
     before = torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -78,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lumos.errors import UserError
-    from lumos.pipeline.request import needs_words
 
     if args.prompt is None and args.prompts is None:
+        from lumos.pipeline.request import needs_words
+
         if needs_words(args.interpolate, args.views):
             raise UserError("one of the arguments --prompt --prompts is required; `lumos generate --help` lists the options")
         args.prompt = [""]
@@ -104,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_one(args: argparse.Namespace) -> None:
+    if args.own_process:
+        gc.disable()  # until the model is loaded: nearly all objects of imports stay, and the collector would search them in vain
+
     from lumos.files import check_writable, file_identity, write_json
     from lumos.pipeline.inputs import align, check_prompt
     from lumos.pipeline.request import needs_words
@@ -131,13 +136,18 @@ def make_one(args: argparse.Namespace) -> None:
     checked_output(over_time["num_frames"])
 
     from lumos.lean_imports import import_lean
+
+    if args.own_process and not any(getattr(args, name) for name in NEED_ALL):
+        import_lean()  # before the modules below, which import transformers
+
     from lumos.pipeline.request import Request
     from lumos.progress import progress_bar
     from lumos.runtime import seconds_since_start
 
-    if args.own_process and not any(getattr(args, name) for name in NEED_ALL):
-        import_lean()
     pipe, model = load(args)
+    if args.own_process:
+        gc.freeze()
+        gc.enable()
     loaded, start_seconds = time.perf_counter(), seconds_since_start()
     check_prompt_frames(args.prompt_frames, pipe.temporal_compression)
     request = Request.of(**{**given_arguments(args), **over_time, "seed": seed})

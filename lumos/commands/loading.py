@@ -64,14 +64,14 @@ def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
     """Load the pipeline for the options of a verb; return it and its model folder. A verb may lack some of the options."""
     import torch
-    import transformers
+    from transformers.utils import logging
 
     from lumos.pipeline.base import VideoPipeline
     from lumos.pipeline.defaults import shipped_model
     from lumos.pipeline.hub import local_folder
     from lumos.pipeline.placement import parse_max_memory
 
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     model = str(shipped_model() if args.model is None else local_folder(args.model))
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto import AutoConfig
 
 from lumos.errors import shown
 from lumos.files import check_model_config
@@ -197,6 +198,12 @@ class LumosConfig(PreTrainedConfig):
         number = 0 <= token - self.number_token_start < self.number_token_count
         visual = 0 <= token - self.visual_token_start < self.visual_token_count
         return number or visual or token in self.special_token_ids.values()
+
+    def reserved_ids(self, end: int) -> list[int]:
+        """Return the ids below `end` that are reserved, in order; see `is_reserved`."""
+        numbers = range(self.number_token_start, min(end, self.number_token_start + self.number_token_count))
+        visual = range(self.visual_token_start, min(end, self.visual_token_start + self.visual_token_count))
+        return sorted({*numbers, *visual, *(i for i in self.special_token_ids.values() if i < end)})
 
     def _check_ids(self) -> None:
         ids = self.special_token_ids

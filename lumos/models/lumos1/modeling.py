@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
-from transformers import AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import AutoModel
 from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack

@@ -56,7 +56,7 @@ def check_agreement(config: LumosConfig, text_tokenizer: TextTokenizer, video_to
 
 def check_text_tokenizer(config: LumosConfig, tokenizer: TextTokenizer) -> None:
     """Raise UserError if the tokenizer gives text an id that is reserved in the model."""
-    if reserved := [i for i in range(tokenizer.max_text_id + 1) if config.is_reserved(i) and tokenizer.is_text(i)]:
+    if reserved := [i for i in config.reserved_ids(tokenizer.max_text_id + 1) if tokenizer.is_text(i)]:
         raise UserError(f"the text tokenizer uses id {reserved[0]} for text, the model for itself: they do not belong together")
 
 

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto import AutoConfig
 
 from lumos.errors import UserError, shown
 from lumos.files import check_model_config

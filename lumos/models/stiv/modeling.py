@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import AutoModel
 from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack

@@ -192,3 +192,8 @@ def test_padding_to_a_multiple():
     padded = pad_sequences(rows, 7, 4)
     assert padded.tolist() == [[1] * 5 + [7] * 3, [1] * 3 + [7] * 5]
     assert pad_sequences([row.bool() for row in rows], False, 4).dtype == torch.bool
+
+
+def test_reserved_ids_are_all_that_are_reserved():
+    for end in (0, 5, CONFIG.number_token_start + 3, CONFIG.visual_token_start + 1, CONFIG.vocab_size):
+        assert CONFIG.reserved_ids(end) == [i for i in range(end) if CONFIG.is_reserved(i)]
