@@ -43,8 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
-SHARED = ("test_deepspeed.py", "test_faults.py", "test_lora.py", "test_export.py")
-"""Files that run in one worker, one after the other, because they use the same runs of several processes (the fixture `runs`)."""
+SHARED = (
+    "test_deepspeed.py", "test_faults.py", "test_lora.py", "test_export.py", "test_prefetch.py", "test_adafactor.py",
+    "test_muon.py", "test_token_batches.py", "test_auxiliary.py", "test_video_ranks.py", "test_kills.py",
+    "test_distillation_ranks.py", "test_stiv_engines.py",
+)  # fmt: skip
+"""Files that run in one worker, one after the other, because they use one server of training processes (`ranks`) and its runs."""
 LONGEST = (
     *SHARED, "test_ray_engine.py", "test_generate_list.py", "test_latent_distillation.py", "test_video_training.py",
     "test_bench.py", "test_stiv_training.py", "test_pruning.py", "test_distillation_runs.py", "test_browser.py",
