@@ -1,4 +1,4 @@
-"""On a real local Ray, ingest and lists of clips write the files of one process, also after a kill."""
+"""On a real local Ray, ingest, lists of clips and replicas write the files of one process, also after a kill."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ingest_helpers import FLAGS, SETTINGS, Fragile, content
+from served_clips import asked, made
 
+from lumos import LumosPipeline
 from lumos.cli import main
+from lumos.commands.loading import LOADING
+from lumos.commands.serve import load_replica
 from lumos.data.ingest.encode import EncoderSpec, Skip
 from lumos.data.ingest.ingest import ingest
 from lumos.data.ingest.manifest import items
 from lumos.data.ingest.ray_executor import RayExecutor, from_text, to_text
 from lumos.data.shards import format as shards
+from lumos.demo.replicas import Replicas, ReplicaSettings, replicas
 from lumos.errors import RunError, UserError
+from lumos.pipeline.request import Request
 
 ROOT = Path(__file__).parents[2]
 ROWS = 'prompt,seed,num_frames\na red circle,1,5\na blue square,2,5\nкрасный круг,3,5\nx,4,1\nbad,5,6\n'
@@ -132,6 +138,50 @@ def test_a_list_on_ray_has_the_files_of_one_process(cluster, micro_folder, tmp_p
     assert not list((tmp_path / "ray").glob(".*"))
     assert main([*command, "--output-dir", "ray", "--engine", "ray"]) == 1  # nothing is missing: nothing is made
     assert " 0 made now  4 clips in all" in capsys.readouterr().out
+
+
+@pytest.fixture
+def ray_serve(cluster):
+    """Ray Serve on the cluster, if it can be imported."""
+    serve = pytest.importorskip("ray.serve", exc_type=ImportError)
+    yield
+    serve.shutdown()
+
+
+def replica_processes() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(process.cmdline())]
+
+
+class KillsOne(Replicas):
+    """Kill a replica once some clips are done."""
+
+    done, killed = 0, 0
+
+    def make(self, request, check_stop):
+        answer = super().make(request, check_stop)
+        self.done += 1
+        if self.done > 5 and not self.killed:
+            self.killed = 1
+            victim = replica_processes()[0]
+            victim.send_signal(signal.SIGKILL)
+        return answer
+
+
+@pytest.mark.slow
+def test_fifty_users_lose_nothing_when_a_replica_is_killed(ray_serve, micro_folder, tmp_path):
+    options = dict.fromkeys((*LOADING, "dtype", "max_memory")) | {"model": str(micro_folder), "device": "cpu"}
+    pipe = LumosPipeline.from_pretrained(micro_folder)
+    requests = [Request.of(**asked(seed)) for seed in range(50)]
+    settings = ReplicaSettings(2, batch_size=4)
+    with replicas(lambda: load_replica(options), settings) as ready:
+        assert len(replica_processes()) == 2
+        ready.__class__ = KillsOne
+        there = made(pipe, tmp_path / "there", requests, ready)
+        assert ready.killed
+    here = made(pipe, tmp_path / "here", requests)
+    assert sorted(there) == list(range(50))
+    assert {seed: file for seed, (file, _) in there.items()} == {seed: file for seed, (file, _) in here.items()}
+    assert {record["device"] for _, record in there.values()} == {"cpu"}
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):
