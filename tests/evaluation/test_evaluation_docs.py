@@ -54,7 +54,7 @@ def test_the_prompts_of_the_small_worlds(commands, clone, capsys):
     model, truth = (c[3:] for c in commands if c[4:5] == ["prompts"])
     assert main([*model, "--count", "1", "--num-inference-steps", "1"]) == 0
     assert Path("sheet.png").is_file()
-    assert main([*truth, "--count", "3", "--json"]) == 0
+    assert main([*truth, "--count", "8", "--json"]) == 0
     shares = json.loads(capsys.readouterr().out.splitlines()[-1])["shares"]
     assert {kind: share["all"] for kind, share in shares.items()} == {"sprites": 1, "two_sprites": 1, "paraphrased": 1}
 
