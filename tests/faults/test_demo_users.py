@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -15,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from forks import Process
 from hostile_media import lying_avi
 from PIL import Image
 
@@ -39,7 +40,7 @@ def picture(side: int = 40) -> bytes:
 class Site:
     """A server process, with all of its answers."""
 
-    def __init__(self, url: str, process: Process, root: Path):
+    def __init__(self, url: str, process: psutil.Process, root: Path):
         self.url, self.process, self.root = url, process, root
         self.host, self.port = "127.0.0.1", int(url.rpartition(":")[2])
         self.answers: list[str] = []
@@ -54,16 +55,18 @@ class Site:
 
 
 @pytest.fixture
-def site(repo, micro_folder, tmp_path, forks):
+def site(repo, micro_folder, tmp_path):
     flags = ["--port", "0", "--root", "files", "--queue-length", "60", "--keep-results", "2", "--max-upload-mb", "1",
              "--keep-uploads-mb", "30", "--max-frames", "257", "--max-reading-seconds", "90", "--max-steps", "1000"]  # fmt: skip
-    process = forks.start(
-        ["-m", "lumos", "demo", "--model", micro_folder, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repo)}
-    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lumos", "demo", "--model", str(micro_folder), *flags], stdout=subprocess.PIPE, stderr=log,
+            text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     try:
-        url = process.first_line(LIMIT).split(" ")[0]
-        assert url.startswith("http://127.0.0.1:"), process.stderr
-        yield Site(url, process, tmp_path / "files")
+        url = process.stdout.readline().split(" ")[0]
+        assert url.startswith("http://127.0.0.1:"), (tmp_path / "log").read_text()
+        yield Site(url, psutil.Process(process.pid), tmp_path / "files")
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 0
         assert list((tmp_path / "files" / "visitors-uploads").iterdir()) == []
@@ -204,11 +207,10 @@ async def everybody(site: Site) -> None:
 
 
 def test_fifty_users_are_served_or_refused(site):
-    memory = psutil.Process(site.process.pid).memory_info
-    before = memory().rss
+    before = site.process.memory_info().rss
     asyncio.run(everybody(site))
-    assert memory().rss - before < 300 * 2**20
-    log = site.process.stderr
+    assert site.process.memory_info().rss - before < 300 * 2**20
+    log = (site.root.parent / "log").read_text()
     assert "Traceback" not in log, log
     told = json.dumps(site.answers)
     assert str(site.root.parent) not in told
