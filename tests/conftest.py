@@ -43,11 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
+SHARED = (
+    "test_deepspeed.py", "test_faults.py", "test_lora.py", "test_export.py", "test_prefetch.py", "test_adafactor.py",
+    "test_muon.py", "test_token_batches.py", "test_auxiliary.py", "test_video_ranks.py", "test_kills.py",
+    "test_distillation_ranks.py", "test_stiv_engines.py",
+)  # fmt: skip
+"""Files that run in one worker, one after the other, because they use one server of training processes (`ranks`) and its runs."""
 LONGEST = (
-    "test_generate_list.py", "test_video_training.py", "test_ray_engine.py", "test_deepspeed.py", "test_faults.py", "test_lora.py",
-    "test_bench.py", "test_latent_distillation.py", "test_browser.py", "test_distillation.py", "test_released.py",
+    *SHARED, "test_ray_engine.py", "test_generate_list.py", "test_latent_distillation.py", "test_video_training.py",
+    "test_bench.py", "test_stiv_training.py", "test_pruning.py", "test_distillation_runs.py", "test_browser.py",
+    "test_compress_diffusers.py", "test_workers.py", "test_distillation.py", "test_released.py",
 )  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
+COLLECTED = pytest.StashKey[tuple[set[str], set[str]]]()
 STARTS_PROCESSES = {"ranks", "measured", "everything", "forks"}
 """Fixtures that start processes. A test that uses one, directly or through other fixtures, is slow."""
 
@@ -57,11 +65,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-    if not config.getoption("thorough") and (left_out := [item for item in items if item.get_closest_marker("thorough")]):
+    left_out = [] if config.getoption("thorough") else [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
+    config.stash[COLLECTED] = {item.nodeid for item in items}, {item.nodeid for item in left_out}
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """With --dist loadfile, return a scheduler for which the files of SHARED are one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "shared" if Path(file).name in SHARED else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -73,6 +98,12 @@ def pytest_collection_finish() -> None:
 def quick_look_at_the_machine() -> None:
     """Let a run measure the machine's speed with one product, because no test needs the true speed."""
     device_peak.PROBE.update(seconds=0.0, products=1)
+
+
+@pytest.fixture(scope="session")
+def collected(pytestconfig: pytest.Config) -> tuple[set[str], set[str]]:
+    """The names of the tests of this run, and of those that it leaves out without --thorough."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture(scope="session")

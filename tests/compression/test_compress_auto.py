@@ -113,7 +113,7 @@ def auto(model: str, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["lumos1", "stiv"])
+@pytest.mark.parametrize("generator", ["lumos1", pytest.param("stiv", marks=pytest.mark.thorough)])
 def test_auto_does_all_four_steps_and_resumes(folders, run, tmp_path, monkeypatch, generator):
     from lumos.commands import compress_report
 

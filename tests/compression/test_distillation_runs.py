@@ -35,7 +35,7 @@ def state_of(folder: Path, step: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["lumos1", "stiv"])
+@pytest.mark.parametrize("generator", ["lumos1", pytest.param("stiv", marks=pytest.mark.thorough)])
 def test_a_killed_run_goes_on_bit_by_bit(distilling, tmp_path, monkeypatch, generator):
     training = {"max_steps": 6, "save_every_steps": 2, "ema_decay": 0.9, "micro_batch_size": 3, "log_every": 3}
     distill(distilling(generator, "whole", training=training))

@@ -1,30 +1,23 @@
-"""Replicas make the clips of a single process, in batches of one shape, and no clip is lost when a replica dies."""
+"""Replicas make the clips of a single process, in batches of one shape; on a real Ray in tests/data/test_ray_engine.py."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
+from served_clips import asked, made
 
 from lumos import LumosPipeline
 from lumos.cli import main
-from lumos.commands.serve import load_replica, numbers
-from lumos.demo.limits import Limits
-from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, arguments_of, batches, deployment, replicas
-from lumos.demo.service import Service
+from lumos.commands.serve import numbers
+from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, batches, deployment
 from lumos.demo.worker import Cancelled, ClipJob
 from lumos.errors import RunError, UserError
 from lumos.pipeline.request import Request
-
-ROOT = Path(__file__).parents[2]
-FORMS = ({"num_frames": 1}, {"num_frames": 5, "num_inference_steps": 2})
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +29,6 @@ def pipe(micro_folder):
 def maker(pipe, monkeypatch):
     monkeypatch.chdir(Path.cwd())
     return Maker(lambda: (pipe, lambda: {"device": "there"}), os.getcwd())
-
-
-def asked(seed: int, **more) -> dict:
-    return arguments_of(Request.of(f"clip {seed}", seed=seed, **FORMS[seed % 2], **more))
 
 
 # ---- batches
@@ -135,24 +124,6 @@ def test_a_cancelled_clip_is_waited_for_no_longer():
     assert handle.cancelled == 1
 
 
-def made(pipe, root: Path, requests: list[Request], given: Replicas | None = None) -> dict[int, tuple[bytes, dict]]:
-    """Make the clip of each request by a service, and return its file and record by its seed."""
-    service = Service(pipe, root, Limits(queue_length=60), lambda prompt, seed: {"prompt": prompt, "seed": seed}, replicas=given)
-    jobs = [ClipJob(request) for request in requests]
-    try:
-        for job in jobs:
-            service.submit(job)
-        deadline = time.monotonic() + 600
-        while not all(job.ended for job in jobs):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        service.worker.close()
-    assert [str(job.error) for job in jobs if job.error] == []
-    files = {job.record["seed"]: service.store.results / job.record["file"] for job in jobs}
-    return {job.record["seed"]: (files[job.record["seed"]].read_bytes(), job.record) for job in jobs}
-
-
 def test_the_results_are_those_of_a_single_process(pipe, maker, tmp_path):
     requests = [Request.of(**asked(seed)) for seed in range(4)]
     handle = Handle(maker, deaths=2)
@@ -214,60 +185,6 @@ def test_without_ray_serve_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["serve", "--replicas", "2"]) == 2
     assert "pip install 'lumos-video[replicas]'" in capsys.readouterr().err
-
-
-# ---- Ray Serve itself
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A Ray of two CPUs, if Ray Serve can be imported."""
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.serve", exc_type=ImportError)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    from ray import serve
-
-    serve.shutdown()
-    ray.shutdown()
-
-
-def replica_processes() -> list[psutil.Process]:
-    return [process for process in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(process.cmdline())]
-
-
-class KillsOne(Replicas):
-    """Kill a replica once some clips are done."""
-
-    done, killed = 0, 0
-
-    def make(self, request, check_stop):
-        answer = super().make(request, check_stop)
-        self.done += 1
-        if self.done > 5 and not self.killed:
-            self.killed = 1
-            victim = replica_processes()[0]
-            victim.send_signal(signal.SIGKILL)
-        return answer
-
-
-@pytest.mark.slow
-def test_fifty_users_lose_nothing_when_a_replica_is_killed(cluster, pipe, micro_folder, tmp_path):
-    from lumos.commands.loading import LOADING
-
-    options = dict.fromkeys((*LOADING, "dtype", "max_memory")) | {"model": str(micro_folder), "device": "cpu"}
-    requests = [Request.of(**asked(seed)) for seed in range(50)]
-    settings = ReplicaSettings(2, batch_size=4)
-    with replicas(lambda: load_replica(options), settings) as ready:
-        assert len(replica_processes()) == 2
-        ready.__class__ = KillsOne
-        there = made(pipe, tmp_path / "there", requests, ready)
-        assert ready.killed
-    here = made(pipe, tmp_path / "here", requests)
-    assert sorted(there) == list(range(50))
-    assert {seed: file for seed, (file, _) in there.items()} == {seed: file for seed, (file, _) in here.items()}
-    assert {record["device"] for _, record in there.values()} == {"cpu"}
 
 
 def test_settings_that_ray_serve_takes_and_refuses():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -123,9 +122,8 @@ print(peak_memory_bytes(torch.device("cpu")) - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is set back by /proc")
-def test_loading_shards_takes_little_more_than_the_weights(micro_folder, repo, tmp_path):
+def test_loading_shards_takes_little_more_than_the_weights(micro_folder, forks, tmp_path):
     """Released files in bf16 are read completely, in a process of their own."""
     config = LumosConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
@@ -133,6 +131,6 @@ def test_loading_shards_takes_little_more_than_the_weights(micro_folder, repo, t
     released_layout.write_decoder(tmp_path / "m", config, 40_000_000, torch.bfloat16)
     (tmp_path / "m" / "config.json").write_text(json.dumps(released_layout.released_config(config)))
     weights = sum(file.stat().st_size for file in (tmp_path / "m").glob("*.safetensors"))
-    call = [sys.executable, "-c", LOAD, str(micro_folder), str(tmp_path / "m")]
-    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=repo)
+    done = forks.run(["-c", LOAD, micro_folder, tmp_path / "m"])
+    assert done.returncode == 0, done.stderr
     assert 0.9 * weights < int(done.stdout.splitlines()[-1]) < 1.2 * weights

@@ -314,19 +314,13 @@ def test_a_deleted_picture_fails_its_own_clip_only(generate, monkeypatch):
     assert list(clips_in("out")) == ["0001-x.mp4", "0003-z.mp4"]
 
 
-def launch(launcher: str, python: str, port: int) -> list[str]:
-    """A launcher that starts a Python program in two processes."""
-    if launcher == "torchrun":
-        return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["by hand", "torchrun", "--local_rank", pytest.param("deepspeed", marks=pytest.mark.thorough)])
 def test_shares_make_what_one_process_makes(generate, micro_folder, repo, forks, launcher):
     """A bad row does not stop the others; the exit code reports it to the launcher when all clips are made.
 
-    The deepspeed launcher sets the variables of torchrun and adds --local_rank. A test of training in test_deepspeed.py starts it.
+    torchrun is forked, and starts two processes itself. The deepspeed launcher sets its variables and adds --local_rank; a test of
+    training in test_deepspeed.py starts it.
     """
     rows = [{"prompt": f"x {n}", "num_frames": 9 if n % 3 else 5} for n in range(5)]
     args = ("--prompts", write_list(*rows, "bad"), "--batch-size", 2, "--output-dir")
@@ -344,14 +338,18 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, forks,
         assert sum(run.stderr.count("list.jsonl line 6: the row is not valid JSON") for run in runs) == 1
         assert "parts  5 made now  5 clips in all  6 rows" in runs[0].stdout
     else:
+        python, _, _, _, *rest = command(micro_folder, *args, "parts")
+        program = [str(repo / "generate.py"), *rest]
         if launcher == "deepspeed":
             pytest.importorskip("deepspeed")
-        python, _, _, _, *rest = command(micro_folder, *args, "parts")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            started = launch(launcher, python, probe.getsockname()[1])
-        started += [str(repo / "generate.py"), *rest]
-        done = subprocess.run(started, capture_output=True, text=True, env=environment(repo) | {"DS_ACCELERATOR": "cpu"})
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            started = [str(Path(python).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port, *program]
+            done = subprocess.run(started, capture_output=True, text=True, env=environment(repo) | {"DS_ACCELERATOR": "cpu"})
+        else:
+            started = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
+            done = forks.run(started, env=environment(repo))
         assert done.returncode == 1
         assert done.stderr.count("list.jsonl line 6: the row is not valid JSON") == 1
         assert "parts  5 made now  5 clips in all  6 rows" in done.stdout

@@ -1,79 +1,16 @@
-"""Lists of clips on a real local Ray give the files of a single process, also after a task was killed."""
+"""Options of lists of clips on Ray, and what a task returns; lists run on a real Ray in test_ray_engine.py."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lumos.cli import main
 from lumos.commands import generate, generate_ray
-
-ROOT = Path(__file__).parents[2]
-ROWS = 'prompt,seed,num_frames\na red circle,1,5\na blue square,2,5\nкрасный круг,3,5\nx,4,1\nbad,5,6\n'
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of two CPUs that the tests here share."""
-    ray = pytest.importorskip("ray")
-    os.environ["PYTHONPATH"] = str(ROOT)  # what its workers import
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield context.address_info["address"]
-    ray.shutdown()
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".mp4", ".png")}
-
-
-def kill_once(killed: list[int]) -> None:
-    """Kill the first task that has begun to write clips, as if its node was lost."""
-    deadline = time.monotonic() + 300
-    while not killed and time.monotonic() < deadline:
-        for process in psutil.process_iter(["name", "cmdline"]):
-            if "ray::share_in_task" in " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])]):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
-                return
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_list_on_ray_has_the_files_of_one_process(cluster, micro_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("list.csv").write_text(ROWS)
-    command = ["generate", "--model", str(micro_folder), "--prompts", "list.csv", "--device", "cpu", "--batch-size", "2"]
-    assert main([*command, "--output-dir", "alone"]) == 1  # for the bad row
-    alone = capsys.readouterr()
-    killed: list[int] = []
-    thread = threading.Thread(target=kill_once, args=(killed,))
-    thread.start()
-    assert main([*command, "--output-dir", "ray", "--engine", "ray", "--workers", "2"]) == 1
-    thread.join()
-    assert killed
-    found = capsys.readouterr()
-    assert files_of(tmp_path / "ray") == files_of(tmp_path / "alone")
-    assert len(files_of(tmp_path / "ray")) == 4
-    for said in (alone, found):
-        last = said.out.splitlines()[-1]  # Ray tells of the killed task before it
-        assert last.split()[1:] == ["4", "made", "now", "4", "clips", "in", "all", "5", "rows"]
-        assert said.err.count("list.csv line 6: num_frames 6 is not allowed") == 1
-        assert "1 of 5 rows are bad, as said above" in said.err
-    record = json.loads(next((tmp_path / "ray").glob("*красный*.json")).read_text())
-    assert record["prompt"] == "красный круг"
-    assert not list((tmp_path / "ray").glob(".*"))
-    assert main([*command, "--output-dir", "ray", "--engine", "ray"]) == 1  # nothing is missing: nothing is made
-    assert " 0 made now  4 clips in all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quiet", [False, True])

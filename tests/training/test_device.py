@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -65,14 +63,10 @@ print((psutil.Process().memory_info().rss - before) / 2**20)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_tensors_between_kept_ones_return_their_memory():
+def test_freed_tensors_between_kept_ones_return_their_memory(forks):
     """Of 16 tensors of 16 MiB, every second one is freed; the heap keeps their memory unless it is told to return it."""
-    held = {
-        how: float(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("heap", "returned")
-    }
+    held = {how: float(forks.run(["-c", HOLES, how]).stdout) for how in ("heap", "returned")}
     assert held["heap"] > 200
     assert held["returned"] < 150
 

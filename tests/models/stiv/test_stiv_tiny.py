@@ -44,7 +44,7 @@ def test_the_card_has_the_facts_of_the_folder(shipped, pipe):
 @pytest.mark.slow
 def test_each_use_makes_a_clip(pipe, scene):
     frames, caption = scene
-    few = {"num_inference_steps": 2, "output_type": "uint8", "seed": 0}
+    few = {"num_inference_steps": 1, "output_type": "uint8", "seed": 0}
     uses = {
         "text": {}, "first": {"image": frames[0]}, "ends": {"image": frames[0], "last_image": frames[-1]},
         "prediction": {"video": frames[:4], "num_given_frames": 4},
