@@ -290,6 +290,8 @@ def test_weights_that_are_not_finite_have_no_scores(lumos, run, tmp_path):
     for words in (["score", "--measures", "magnitude"], ["score"], ["prune", "--keep", "3", "--out", "small"]):
         _, (error,) = run(words[0], "--model", "damaged", *words[1:], *FEW, code=1)
         assert error.startswith("error: scores of damaged are not finite, for example those of unit ")
+    _, (error,) = run("report", "--models", lumos, "damaged", *FEW, "--count", "1", code=1)
+    assert error.startswith("error: the loss of damaged is nan, so its weights are damaged or too large; copy the model again")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
