@@ -31,6 +31,7 @@ CUSTOM = {
     "a stage, a pair, and slots without a partner": [
         "down_blocks.3", "up_blocks.0", "up_blocks.2.1", "down_blocks.0.1", "up_blocks.3.1", "up_blocks.3.2",
     ],
+    "the slot that reads what entered the stage": ["down_blocks.1.1", "up_blocks.2.2"],
     "three slots against two": ["down_blocks.3", "up_blocks.0.1", "up_blocks.0.2", "up_blocks.0.0", "down_blocks.0.1"],
 }
 
@@ -163,6 +164,7 @@ def test_lists_of_units_are_reduced_only_where_they_must():
         "a stage in the middle": {"down_blocks.1.0", "up_blocks.2.0", "up_blocks.2.2"},
         "second slots of all": set(),
         "a stage, a pair, and slots without a partner": {"up_blocks.2.1", "up_blocks.3.2"},
+        "the slot that reads what entered the stage": {"down_blocks.1.1", "up_blocks.2.2"},
         "three slots against two": {"down_blocks.0.1"},
     }
 
