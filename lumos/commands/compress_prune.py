@@ -54,19 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from lumos.commands.counts import MAX_SEED, check_counts
     from lumos.compression.networks import in_one_place, network_of
     from lumos.compression.pruning import predict, prune
     from lumos.device_peak import peak_flops
     from lumos.errors import UserError, printable
-    from lumos.files import check_new, check_writable
+    from lumos.files import check_new, check_outputs
     from lumos.runtime import pick_device
 
+    check_counts(args, seed=(0, MAX_SEED))
     if args.out is None and not args.dry_run:
         raise UserError("give --out FOLDER to write the smaller model, or --dry-run to see the table only")
     if args.out is not None and not args.dry_run:
         check_new(args.out)
-    if args.plan_out is not None:
-        check_writable(args.plan_out)
+    check_outputs((), [args.plan_out, None if args.dry_run else args.out])
     network = network_of(args.model, args.part)
     plan = chosen_plan(args, network)
     device = pick_device(args.device)
@@ -76,11 +77,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print("\n".join(table(predicted.before, predicted.after, plan.units)))
     for warning in predicted.warnings:
         print(printable(f"warning: {warning}"))
-    if args.plan_out is not None:
+    if not args.dry_run:
+        prune(network, plan, args.out, args.scores)
+    if args.plan_out is not None:  # perhaps in the new folder
         plan.write(args.plan_out)
         print(printable(args.plan_out))
     if not args.dry_run:
-        prune(network, plan, args.out, args.scores)
         following = shlex.join(["compress", "report", "--models", args.model, args.out])
         print(printable(f"{args.out}  is written; next: python -m lumos {following}"))
     return {"parent": in_one_place(network.folder), "sha256": network.sha256, "part": network.part, "kept": predicted.kept,
@@ -91,13 +93,17 @@ def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
     """Return the plan that the options describe. Raises UserError for options that contradict each other."""
     from lumos.compression.plans import read_plan
     from lumos.compression.prunable import check_known
-    from lumos.errors import UserError
+    from lumos.errors import UserError, shown
 
     whole, sizes = network.on_meta(), dict(map(size_of, args.size))
+    if len(sizes) < len(args.size):
+        raise UserError("--size names a size twice; name it once")
     if args.plan is not None and args.plan.endswith(".json"):
         if args.keep is not None or args.units is not None:
             raise UserError("--keep and --units have no effect with a plan file, which names the units; leave them out")
         plan = read_plan(args.plan, network.sha256, network.part)
+        if plan.units and plan.units not in whole.unit_kinds:
+            raise UserError(f"{args.plan}: units is {shown(plan.units)}; allowed: {', '.join(whole.unit_kinds)}")
     else:
         plan = plan_by_rule(args, network, whole, bool(sizes))
     kind = kind_of(whole, plan.units or None)
@@ -144,7 +150,7 @@ def usual_rule(keep: int, count: int) -> str:
 
 def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: str, units: list[str], ends: bool) -> list[str]:
     """Return the units that a rule removes; scores are read or made if the rule needs them."""
-    from lumos.commands.scoring import Scorer, importance, read_scores
+    from lumos.commands.scoring import Scorer, distances_of, importance, read_scores
     from lumos.compression.plans import OF_SCORES, greedy, removed_by
     from lumos.errors import UserError
 
@@ -159,9 +165,7 @@ def removed_units(args: argparse.Namespace, network: Network, rule: str, kind: s
         return greedy(units, args.keep, lambda removed: importance(scorer.score(kind, removed), measure), ends)
     scores = Scorer(args, network, [measure]).score(kind) if args.scores is None else read_scores(args.scores, network, kind)
     if rule == "middle":
-        if not (distances := scores.get("distances")):
-            raise UserError("the plan middle needs the distances between whole layers; score them with --measures bi")
-        return removed_by(rule, units, args.keep, ends=ends, distances=distances)
+        return removed_by(rule, units, args.keep, ends=ends, distances=distances_of(scores, len(units)))
     return removed_by(rule, units, args.keep, ends=ends, scores=importance(scores, measure))
 
 

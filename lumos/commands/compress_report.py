@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.sheet and not can_draw:
         raise UserError("--sheet needs matplotlib; install it with pip install 'lumos-video[plot]', or leave it out")
     check_kinds(args.kinds)
-    if twice := [model for i, model in enumerate(args.models) if model in args.models[:i]]:
+    places = [Path(model).resolve() for model in args.models]
+    if twice := [model for i, model in enumerate(args.models) if places[i] in places[:i]]:
         raise UserError(f"--models names {shown(twice[0])} twice; name it once")
     device = pick_device(args.device)
     networks = [network_of(model, "model") for model in args.models]
@@ -61,11 +62,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = {kind: list(zip(*prompt_set(kind, args.count, args.seed, **shape), strict=True)) for kind in args.kinds}
     first_prompt = prompts[args.kinds[0]][0][0]
 
+    losses = [losses_of(network, pipe, args.clips) for network, pipe in zip(networks, pipes, strict=True)]
     with progress_bar(total=len(pipes) * (args.repetitions + 1), desc="clips to measure") as bar:
         seconds = seconds_in_turn(pipes, first_prompt, args.repetitions, args.seed, bar.update)
     rows = []
     with progress_bar(total=len(pipes) * len(args.kinds) * args.count, desc="clips to judge") as bar:
-        for network, model, pipe, of in zip(networks, args.models, pipes, seconds, strict=True):
+        for model, pipe, of, on_held_out in zip(args.models, pipes, seconds, losses, strict=True):
 
             def make(texts: list[str], seeds: list[int], _: None, pipe: VideoPipeline = pipe) -> list:
                 frames = pipe(texts, seed=seeds, output_type="uint8").frames
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 clips = generate_in_batches(make, args.seed, args.batch_size, texts)
                 shares[kind] = score(clips, wanted)[0] | {"moved": moved(clips, truth)}
             facts = {"sha256": folder_sha256(Path(model)), **size_of(model, pipe)}
-            rows.append({"model": model, **facts, "seconds": of, "shares": shares, "losses": losses_of(network, pipe, args.clips)})
+            rows.append({"model": model, **facts, "seconds": of, "shares": shares, "losses": on_held_out})
     cells = table(rows, args.kinds)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     for line in cells:
@@ -97,10 +99,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def losses_of(network: GeneratorNetwork, pipe: VideoPipeline, clips: int) -> dict[str, Any]:
-    """Return the mean loss on held-out clips with fixed draws, and that of each place of each group: loss, loss_by."""
-    from lumos.commands.scoring import clips_of
+    """Return the mean loss on held-out clips with fixed draws, and that of each place of each group: loss, loss_by.
+
+    Raises RunError if it is not finite.
+    """
+    from lumos.commands.scoring import clips_of, is_finite
     from lumos.compression.importance import score
+    from lumos.errors import RunError
 
     task, batches = clips_of(network, pipe.device, clips)
     found = score(task, pipe.model, batches, {}, ["loss"])
+    if not is_finite(found["loss"]):
+        raise RunError(f"the loss of {network.folder} is {found['loss']}, so its weights are damaged or too large; copy the model "
+                       "again, or train it again")  # fmt: skip
     return {name: found[name] for name in ("loss", "loss_by")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,13 @@ class Scorer:
     def __init__(self, args: argparse.Namespace, network: Network, measures: Sequence[str]):
         import torch
 
-        from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, check_counts
+        from lumos.commands.counts import MAX_BATCH, MAX_CLIPS, MAX_SEED, check_counts
         from lumos.errors import UserError
         from lumos.pipeline.frechet import FEATURES
         from lumos.runtime import pick_device
 
-        check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), gate_steps=(1, MAX_STEPS), frechet_clips=(2, MAX_CLIPS))
+        check_counts(args, clips=(1, MAX_CLIPS), batch_size=(1, MAX_BATCH), gate_steps=(1, MAX_STEPS), frechet_clips=(2, MAX_CLIPS),
+                     seed=(0, MAX_SEED))  # fmt: skip
         if not 0 <= args.sparsity < float("inf"):
             raise UserError(f"--sparsity {args.sparsity:g} is not allowed; give 0 or a number above")
         if FRECHET in measures and network.part == "decoder":
@@ -90,9 +92,13 @@ class Scorer:
         self.batches = list(self.probe.batches(clips, args.batch_size))
 
     def score(self, kind: str, removed: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`."""
+        """Return the scores of the units of a kind, in the network without those that are removed; see `importance.score`.
+
+        Raises RunError for scores that are not finite.
+        """
         from lumos.compression.gates import GateSettings, learned_gates
         from lumos.compression.importance import MEASURES, SKIPPING, score
+        from lumos.errors import RunError
         from lumos.progress import progress_bar
 
         units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
@@ -108,6 +114,9 @@ class Scorer:
             more[FRECHET] = self._frechet(kind, list(units), removed)
         for name, entry in found["units"].items():
             entry |= {measure: values[name] for measure, values in more.items()}
+            if any(isinstance(value, float) and not math.isfinite(value) for value in entry.values()):
+                raise RunError(f"scores of {self.network.folder} are not finite, for example those of unit {name}; its weights are "
+                               "damaged or too large: copy the model again, or train it again")  # fmt: skip
         return found
 
     def _frechet(self, kind: str, units: Sequence[str], removed: Sequence[str]) -> dict[str, float]:
@@ -190,17 +199,38 @@ def read_scores(path: str | Path, network: Network, kind: str) -> dict[str, Any]
         )
     if (of := (found.get("part"), found.get("units"))) != (network.part, kind):
         raise UserError(f"{path} has scores of {' '.join(map(str, of))}, and {network.part} {kind} is asked for; score these units")
+    if found["scores"].keys() != (units := network.on_meta().units(kind)).keys():
+        raise UserError(f"{path} has other units than the {len(units)} of the kind {kind} in {network.folder}; score them again")
     return found
+
+
+def distances_of(scores: dict[str, Any], count: int) -> list[list[float]]:
+    """Return the distances between `count` layers, for `plans.middle`. Raises UserError for scores that lack them."""
+    from lumos.errors import UserError
+
+    def is_row(row: Any) -> bool:
+        return isinstance(row, list) and len(row) == count + 1
+
+    rows = scores.get("distances")
+    if not is_row(rows) or not all(is_row(row) and all(map(is_finite, row)) for row in rows):
+        raise UserError("the plan middle needs the distances between whole layers; score them with --measures bi")
+    return rows
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a number, and neither infinite nor NaN."""
+    from lumos.settings import is_number
+
+    return is_number(value) and math.isfinite(value)
 
 
 def importance(scores: dict[str, Any], measure: str) -> dict[str, float]:
     """Return {unit: importance by a measure}. Raises UserError if it was not measured, or is not defined for a unit."""
     from lumos.errors import UserError
-    from lumos.settings import is_number
 
     units = scores["scores"] if "scores" in scores else scores["units"]
     found = {name: entry.get(measure) for name, entry in units.items() if isinstance(entry, dict)}
     for name in units:
-        if not is_number(found.get(name)):
+        if not is_finite(found.get(name)):
             raise UserError(f"the scores have no {measure} of unit {name}; score it with --measures {measure}")
     return found

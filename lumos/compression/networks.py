@@ -206,9 +206,12 @@ class DecoderNetwork(Network):
 
 
 def network_of(folder: str | Path, part: str | None = None) -> Network:
-    """Return a network of a folder. part: one of PARTS; None: the model of a model folder, the decoder of a tokenizer's folder."""
+    """Return a network of a folder. part: one of PARTS; None: the model of a model folder, the decoder of a tokenizer's folder.
+
+    Raises UserError for a folder that has no such network; if it has neither, the message is that of a model folder.
+    """
     if part is None:
-        part = "model" if is_model_folder(Path(folder)) or not Path(folder).is_dir() else "decoder"
+        part = "decoder" if not is_model_folder(Path(folder)) and has_tokenizer(Path(folder)) else "model"
     return {"model": GeneratorNetwork, "decoder": DecoderNetwork}[part](folder)
 
 
@@ -217,6 +220,15 @@ def is_model_folder(folder: Path) -> bool:
     try:
         registry.generator_of(folder)
     except UserError:
+        return False
+    return True
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the weights of a video tokenizer, its own or in a folder that it names."""
+    try:
+        find_tokenizer_folder(folder)
+    except NotFound:
         return False
     return True
 

@@ -28,6 +28,8 @@ from typing import Any
 from lumos.compression.prunable import some
 from lumos.errors import UserError, shown
 from lumos.files import read_json, write_json
+from lumos.pipeline.inputs import MAX_SEED
+from lumos.settings import is_whole
 
 OF_SCORES = ("least", "magnitude", "taylor", "learned", "middle")
 """Rules that need scores."""
@@ -80,10 +82,12 @@ def read_plan(path: str | Path, sha256: str, part: str) -> Plan:
         raise UserError(f"{path}: remove is {shown(remove)}; it must be a list of different names of units, such as \"3\"")
     if not isinstance(sizes, dict):
         raise UserError(f"{path}: sizes is {shown(sizes)}; it must be an object such as {{}}")
-    kinds = {"plan": str, "part": str, "units": str, "new": bool, "seed": int, "parent": str, "sha256": str}
+    kinds = {"plan": str, "part": str, "units": str, "new": bool, "parent": str, "sha256": str}
     for name, kind in kinds.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UserError(f"{path}: {name} is {shown(values[name])}; that is not allowed")
+    if not (is_whole(seed := values.get("seed", 0)) and 0 <= seed <= MAX_SEED):
+        raise UserError(f"{path}: seed is {shown(seed)}; it must be a whole number from 0 to {MAX_SEED}")
     plan = Plan(**{"plan": "file", "part": part, "units": ""} | values | {"remove": tuple(remove), "sizes": sizes})
     if plan.part != part:
         raise UserError(f"{path} is a plan for the part {shown(plan.part)}, not for {part}; give --part {plan.part}")

@@ -77,6 +77,7 @@ def test_a_report_compares_models_in_one_table(folders, run, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("--models {lumos1} {lumos1}", "--models names"),
+    ("--models {lumos1} {lumos1}/.", "--models names"),
     ("--models {lumos1} {stiv}", "the models make clips of 2 shapes"),
     ("--models nowhere", "there is no model folder nowhere"),
     ("--models {lumos1} --count 0", "--count 0 is not allowed"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 
 import pytest
+import torch
 from small_networks import lumos_folder, stiv_folder
 
 from lumos import LumosForVideoGeneration, StivForVideoGeneration
 from lumos.cli import main
+from lumos.commands import compress_prune
 from lumos.commands.compress_score import table
 from lumos.compression.networks import network_of
 from tokenizer import VideoTokenizer
@@ -126,6 +130,20 @@ def test_a_value_that_is_not_defined_is_a_dash():
 # ---- prune
 
 
+def test_the_table_has_each_cost_before_and_after():
+    names = ("units", "parameters", "weight_bytes", "flops", "kv_bytes", "seconds")
+    before = dict(zip(names, (8, 2_000_000, 8 * 2**20, 3.5e9, 3 * 2**20, 0.25), strict=True))
+    after = dict(zip(names, (6, 1_500_000, 6 * 2**20, 2.8e9, 2**20, 0.2), strict=True))
+    assert [" ".join(line.split()) for line in compress_prune.table(before, after, "layer")] == [
+        "units (layer) 8 -> 6",
+        "parameters 2,000,000 -> 1,500,000 -25.0%",
+        "weights 8 MiB -> 6 MiB -25.0%",
+        "FLOPs of a clip 3.5 GFLOP -> 2.8 GFLOP -20.0%",
+        "KV cache 3 MiB -> 1 MiB -66.7%",
+        "predicted seconds of a clip 0.25 s -> 0.2 s -20.0%",
+    ]
+
+
 def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     said, _ = run("prune", "--model", lumos, "--keep", "2", "--dry-run")
     assert said[0] == "plan spaced: removes 1, 2"
@@ -197,6 +215,9 @@ FAULTS = [
     ("--keep 2 --remove 1", "--remove 1 is removed already; leave it out"),
     ("--size intermediate_size", "--size 'intermediate_size' is not of the form NAME=VALUE"),
     ("--size intermediate_size=0", "intermediate_size 0 is not allowed; give a whole number from 1 to 95"),
+    ("--size intermediate_size=50 intermediate_size=40", "--size names a size twice; name it once"),
+    ("--keep 2 --plan random --seed -1", "--seed -1 is not allowed; give at least 0"),
+    ("--keep 2 --plan scratch --seed 18446744073709551616", "--seed 18446744073709551616 is not allowed; give at most"),
     ("--size depth=1", "size 'depth' cannot be made smaller; allowed: intermediate_size"),
     ("--keep 2 --scores x.json", "--scores has no effect with the plan spaced; leave it out"),
     ("--keep 2 --plan taylor --measure loss", "--measure loss has no effect with the plan taylor; leave it out"),
@@ -233,6 +254,56 @@ def test_a_plan_and_scores_of_another_model_are_refused(folders, lumos, run, tmp
     assert not (tmp_path / "small").exists()
 
 
+ROWS = [[0.0] * 5] * 5
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        ("least", {"scores": {"0": {"loss": 1}}}, "scores.json has other units than the 4 of the kind layer in "),
+        ("least", {"scores": {str(i): {"loss": 1} for i in range(5)}}, "scores.json has other units than the 4"),
+        ("least", {"scores": {str(i): {"loss": math.nan} for i in range(4)}}, "the scores have no loss of unit 0"),
+        *(
+            ("middle", {"distances": rows}, "the plan middle needs the distances between whole layers")
+            for rows in (None, "x", {"a": 1}, [1, 2], [[1]], ROWS[1:], [ROWS[0][1:]] * 5, [["a"] * 5] * 5, [[math.nan] * 5] * 5)
+        ),
+    ],
+)
+def test_scores_that_cannot_be_compared(lumos, run, tmp_path, plan, changes, message):
+    scores = {"sha256": network_of(lumos).sha256, "part": "model", "units": "layer", "distances": ROWS}
+    scores |= {"scores": {str(i): {"loss": i} for i in range(4)}}
+    words = ["prune", "--model", lumos, "--keep", "3", "--plan", plan, "--scores", "scores.json", "--dry-run"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    said, _ = run(*words)
+    assert said[0] == f"plan {plan}: removes 1"
+    (tmp_path / "scores.json").write_text(json.dumps(scores | changes))
+    _, (error,) = run(*words, code=2)
+    assert error.startswith(f"error: {message}")
+
+
+def test_weights_that_are_not_finite_have_no_scores(lumos, run, tmp_path):
+    shutil.copytree(lumos, tmp_path / "damaged")
+    model = LumosForVideoGeneration.from_pretrained(lumos)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "damaged")
+    for words in (["score", "--measures", "magnitude"], ["score"], ["prune", "--keep", "3", "--out", "small"]):
+        _, (error,) = run(words[0], "--model", "damaged", *words[1:], *FEW, code=1)
+        assert error.startswith("error: scores of damaged are not finite, for example those of unit ")
+    _, (error,) = run("report", "--models", lumos, "damaged", *FEW, "--count", "1", code=1)
+    assert error.startswith("error: the loss of damaged is nan, so its weights are damaged or too large; copy the model again")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_plan_may_be_written_into_the_new_folder(lumos, run, tmp_path):
+    run("prune", "--model", lumos, "--keep", "2", "--out", "small", "--plan-out", "small/plan.json")
+    assert json.loads((tmp_path / "small" / "plan.json").read_text())["remove"] == ["1", "2"]
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text()) | {"units": "head"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    _, (error,) = run("prune", "--model", lumos, "--plan", "plan.json", "--dry-run", code=2)
+    assert error == "error: plan.json: units is 'head'; allowed: layer, attention, mlp"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -243,6 +314,9 @@ def test_a_plan_and_scores_of_another_model_are_refused(folders, lumos, run, tmp
         ("score --model {lumos} --units mlp --measures bi --clips 2", "the measure bi compares the stream around a whole layer"),
         ("prune --model {lumos} --keep 2", "give --out FOLDER to write the smaller model, or --dry-run"),
         ("prune --model {lumos} --keep 2 --out . ", ". exists already"),
+        ("prune --model {lumos} --keep 2 --out x --plan-out x", "x and x are one file; give two different files"),
+        ("prune --model . --keep 2 --dry-run", ". is no model folder: it has no config.json"),
+        ("score --model {lumos} --seed -1", "--seed -1 is not allowed; give at least 0"),
         ("prune --model nowhere --keep 2 --dry-run", "there is no model folder nowhere"),
     ],
 )

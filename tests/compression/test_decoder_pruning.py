@@ -131,6 +131,58 @@ def test_a_narrower_decoder_is_saved_and_read(whole, tmp_path):
     assert again.width == {"decoder_channels": 5}
 
 
+def kept_channels(whole: VideoTokenizer, small: VideoTokenizer) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Return {layer: channels of the whole layer that it writes} and {layer: those that it reads}, found by unique values."""
+    ours, theirs, written, read = small.decoder.state_dict(), whole.decoder.state_dict(), {}, {}
+    for name in (name for name in ours if name.endswith(".bias")):
+        layer, weight = name.removesuffix(".conv3d.bias").removesuffix(".norm.bias"), name.removesuffix("bias") + "weight"
+        here = written if "conv3d" in name else read
+        here[layer] = [theirs[name].tolist().index(value) for value in ours[name].tolist()]
+        stays = theirs[weight][here[layer]]
+        if here is written:
+            row = stays[0].flatten(1)[:, 0].tolist()
+            read[layer] = [row.index(value) for value in ours[weight][0].flatten(1)[:, 0].tolist()]
+            stays = stays[:, read[layer]]
+        assert ours[weight].equal(stays), name
+    return written, read
+
+
+def test_layers_of_a_narrower_decoder_keep_the_same_channels(whole):
+    """All layers that write or read one stream keep the same of its channels: those of the largest norm over all writers."""
+    full = whole.without(["idle"])
+    written, read = kept_channels(full, full.narrowed({"decoder_channels": 5}))
+    state = full.decoder.state_dict()
+
+    def check(count: int, writers: list[str], readers: list[str]) -> None:
+        norms = sum(state[f"{name}.conv3d.weight"].flatten(1).square().sum(1) for name in writers)
+        wanted = sorted(norms.argsort()[-count:].tolist())
+        assert {name: written[name] for name in writers} == dict.fromkeys(writers, wanted)
+        assert {name: read.pop(name) for name in readers} == dict.fromkeys(readers, wanted)
+
+    high = ["mid.block_1", "mid.block_2", "up.1.block.0", "up.1.block.1"]
+    pairs = [f"{name}.{i}" for name in ("mid.attn_1", "up.1.attn.0", "up.1.attn.1") for i in (0, 1)]
+    for block in [*high, "up.0.block.0", "up.0.block.1"]:
+        count = 10 if block in high else 5
+        check(count, [f"{block}.conv1.0"], [f"{block}.conv1.1"])
+        check(count, [f"{block}.conv1.1"], [f"{block}.norm2", f"{block}.conv2.0"])
+        check(count, [f"{block}.conv2.0"], [f"{block}.conv2.1"])
+    for part in pairs:
+        check(10, [f"{part}.q", f"{part}.k"], [])
+        check(10, [f"{part}.v"], [f"{part}.proj_out"])
+    check(
+        10, ["conv_in.1", *(f"{name}.conv2.1" for name in high), *(f"{name}.proj_out" for name in pairs), "up.1.upsample.conv2"],
+        [*(f"{name}.{layer}" for name in high for layer in ("norm1", "conv1.0")), "up.1.upsample.conv2", "up.1.upsample.conv3",
+         *(f"{name}.{layer}" for name in pairs for layer in ("norm", "q", "k", "v"))],
+    )  # fmt: skip
+    check(10, ["up.1.upsample.conv3"], [f"up.0.block.0.{layer}" for layer in ("norm1", "conv1.0", "nin_shortcut")])
+    check(5, ["up.0.block.0.nin_shortcut", "up.0.block.0.conv2.1", "up.0.block.1.conv2.1"],
+          ["up.0.block.1.norm1", "up.0.block.1.conv1.0", "norm_out", "conv_out.0"])  # fmt: skip
+    check(10, ["conv_in.0"], ["conv_in.1"])
+    assert read.pop("conv_in.0") == list(range(state["conv_in.0.conv3d.weight"].shape[1]))
+    assert written["conv_out.1"] == list(range(len(state["conv_out.1.conv3d.bias"])))
+    assert read.keys() == {"conv_out.1"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

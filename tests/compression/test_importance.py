@@ -152,26 +152,47 @@ def test_stream_frames_of_the_decoder(lumos):
 # ---- scores
 
 
+def plain_shares(over, under, places, names) -> dict[str, float]:
+    """Return {name of a place: sum of `over` / sum of `under`} of the values at each place that occurs."""
+    found = {name: ([], []) for name in names}
+    for a, b, place in zip(over, under, places, strict=True):
+        for sums, value in zip(found[names[place]], (a, b), strict=True):
+            sums.append(value)
+    return {name: sum(a) / sum(b) for name, (a, b) in found.items() if b}
+
+
 def plain_scores(case, model, names):
-    """Return the rise of the loss and the error of the output, from whole forward passes without a cache."""
+    """Return scores of units, and the same by group, from whole forward passes without a cache."""
     def run(skipped):
-        losses, outputs = [], []
+        losses, outputs, places = [], [], []
         with torch.no_grad(), model.skipping(skipped):
             for micro in case.batches:
                 found = case.task.forward(model, micro)
-                losses.append(found.losses)
-                outputs += [part.values for part in found.outputs()]
-        return torch.cat(losses).double().mean(), outputs
+                losses += found.losses.tolist()
+                outputs += list(found.outputs())
+                places.append(found.places)
+        return losses, outputs, {group: torch.cat([part[group] for part in places]).tolist() for group in case.task.score_groups}
 
-    loss, outputs = run([])
-    scores = {}
+    def squares(rows) -> list[float]:
+        return [float(row.double().square().sum()) for part in rows for row in part]
+
+    losses, outputs, places = run([])
+    frames = [min(int(frame), 1) for part in outputs for frame in part.frames]
+    levels = [int(level) for part in outputs for level in part.levels]
+    groups = {"frames": (frames, importance.FRAMES), "level": (levels, case.task.score_groups["level"])}
+    power, ones, scores = squares([part.values for part in outputs]), [1] * len(losses), {}
     for name in names:
-        without, changed = run([name])
-        errors = [a - b for a, b in zip(changed, outputs, strict=True)]
-        power = sum(float(b.double().square().sum()) for b in outputs)
+        changed, others, _ = run([name])
+        rise = [a - b for a, b in zip(changed, losses, strict=True)]
+        errors = [a.values - b.values for a, b in zip(others, outputs, strict=True)]
         content = sum(len(e) * float(e.mean(0).double().square().sum()) for e in errors)
-        scores[name] = {"loss": float(without - loss), "output": sum(float(e.double().square().sum()) for e in errors) / power,
-                        "content": content / power}  # fmt: skip
+        total = sum(squares(errors))
+        scores[name] = {
+            "loss": sum(rise) / len(rise), "output": total / sum(power), "content": content / sum(power),
+            "motion": (total - content) / sum(power), "motion_share": 1 - content / total,
+            "loss_by": {group: plain_shares(rise, ones, places[group], names) for group, names in case.task.score_groups.items()},
+            "output_by": {group: plain_shares(squares(errors), power, *at) for group, at in groups.items()},
+        }  # fmt: skip
     return scores
 
 
@@ -181,9 +202,22 @@ def test_scores_are_those_of_whole_forward_passes(case):
         units = model.units(kind)
         found = score(case.task, model, case.batches, units, ["loss", "output"])["units"]
         for name, wanted in plain_scores(case, model, units).items():
-            for measure, value in wanted.items():
-                assert found[name][measure] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, measure)
-            assert found[name]["motion"] == pytest.approx(found[name]["output"] - found[name]["content"], rel=1e-4, abs=1e-9)
+            for measure in ("loss", "output", "content", "motion", "motion_share"):
+                assert found[name][measure] == pytest.approx(wanted[measure], rel=1e-3, abs=1e-6), (name, measure)
+            for measure in ("loss_by", "output_by"):
+                assert found[name][measure].keys() == wanted[measure].keys()
+                for group, values in wanted[measure].items():
+                    assert found[name][measure][group] == pytest.approx(values, rel=1e-3, abs=1e-6), (name, measure, group)
+    assert len(wanted["loss_by"]["level"]) > 1
+
+
+def test_the_time_share_is_that_of_the_forward_pass(case, monkeypatch):
+    """Each look at a clock adds a second: a layer takes one, and the pass all looks at the clock."""
+    model, looks = network(case), []
+    monkeypatch.setattr("time.perf_counter", lambda: float(looks.append(None) or len(looks)))
+    found = score(case.task, model, case.batches, model.units(), ["loss"])["units"]
+    layers = len(model.stages())
+    assert [entry["time_share"] for entry in found.values()] == pytest.approx([1 / (2 * layers + 1)] * layers)
 
 
 def test_layers_below_a_skipped_one_are_not_run_again(case):

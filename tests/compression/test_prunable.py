@@ -243,12 +243,16 @@ def test_flops_and_cache_of_smaller_decoders():
 
 def test_published_counts():
     """Section 3 of the specification: the shipped model and the published ones."""
-    for preset, kept, parameters in (("tiny", 6, 11_079_616), ("1b", 12, 1_260_442_624), ("3b", 20, 2_809_271_296)):
+    for preset, kept, parameters, dtype, before, after in (
+        ("tiny", 6, 11_079_616, torch.float32, 20_480, 15_360), ("1b", 12, 1_260_442_624, torch.bfloat16, 32_768, 24_576),
+        ("3b", 20, 2_809_271_296, torch.bfloat16, 114_688, 81_920),
+    ):  # fmt: skip
         with torch.device("meta"):
-            model = LumosForVideoGeneration(type(decoder().config).preset(preset))
+            model = LumosForVideoGeneration(type(decoder().config).preset(preset)).to(dtype)
         count = model.config.num_hidden_layers
         small = model.without([str(i) for i in range(count) if i not in spaced(count, kept)])
         assert sum(p.numel() for p in small.parameters()) == small.config.num_parameters == parameters
+        assert (model.kv_bytes_per_token(), small.kv_bytes_per_token()) == (before, after)
     with torch.device("meta"):
         model = StivForVideoGeneration(StivConfig.preset("stiv-tiny", latent_channels=5))
     weights = dict(model.named_parameters())

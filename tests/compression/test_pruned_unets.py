@@ -28,6 +28,10 @@ CUSTOM = {
     "only units that cannot be removed": ["down_blocks.0.1", "down_blocks.1.0", "up_blocks.2.0", "mid_block"],
     "a stage in the middle": ["down_blocks.1", "up_blocks.2"],
     "second slots of all": [f"{side}_blocks.{b}.1" for side in ("down", "up") for b in range(4)],
+    "a stage, a pair, and slots without a partner": [
+        "down_blocks.3", "up_blocks.0", "up_blocks.2.1", "down_blocks.0.1", "up_blocks.3.1", "up_blocks.3.2",
+    ],
+    "the slot that reads what entered the stage": ["down_blocks.1.1", "up_blocks.2.2"],
     "three slots against two": ["down_blocks.3", "up_blocks.0.1", "up_blocks.0.2", "up_blocks.0.0", "down_blocks.0.1"],
 }
 
@@ -69,6 +73,8 @@ def pruned(teachers, tmp_path):
     (SVD, "B-mid", 1_524_623_082, 1_318_851_232, True),
     (MODELSCOPE, "vdmini", 1_411_233_860, 814_600_580, False),
     (MODELSCOPE, "B", 1_411_233_860, 1_032_590_980, False),
+    (MODELSCOPE, "vdmini-mid", 1_411_233_860, 987_718_020, False),
+    (MODELSCOPE, "B-mid", 1_411_233_860, 1_205_708_420, False),
 ])  # fmt: skip
 def test_counts_of_the_published_sizes(name, plan, before, after, stock):
     found = unets.prune(full_config(name), plan)
@@ -157,6 +163,8 @@ def test_lists_of_units_are_reduced_only_where_they_must():
         "only units that cannot be removed": {"down_blocks.0.1", "down_blocks.1.0", "up_blocks.2.0"},
         "a stage in the middle": {"down_blocks.1.0", "up_blocks.2.0", "up_blocks.2.2"},
         "second slots of all": set(),
+        "a stage, a pair, and slots without a partner": {"up_blocks.2.1", "up_blocks.3.2"},
+        "the slot that reads what entered the stage": {"down_blocks.1.1", "up_blocks.2.2"},
         "three slots against two": {"down_blocks.0.1"},
     }
 

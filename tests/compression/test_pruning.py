@@ -62,6 +62,7 @@ def test_what_is_written_is_what_was_predicted(folders, kind, narrow, tmp_path):
     assert written_counts(made.place) == (predicted.after["parameters"], predicted.after["weight_bytes"])
     assert made.costs(loaded, 1e12) == {name: value for name, value in predicted.after.items() if name != "units"}
     assert predicted.after["flops"] < predicted.before["flops"]
+    assert predicted.after["seconds"] == pytest.approx(predicted.after["flops"] / 0.4e12)
     if not narrow:
         assert predicted.before["parameters"] - predicted.owned == predicted.after["parameters"]
     assert json.loads((made.place / "compression.json").read_text()) == json.loads(json.dumps(record))
