@@ -248,6 +248,14 @@ def test_transparent_parts_of_webm_are_white(tmp_path, codec, pix):
         assert frame[20, 80, 1:].max() < 25
 
 
+def test_a_palette_with_alpha_lies_on_white():
+    picture = Image.fromarray(np.array([[[200, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)).quantize(2)
+    assert picture.mode == "P"
+    assert "transparency" not in picture.info
+    for found in (as_uint8(picture, ndim=3), as_uint8([picture])[0]):
+        assert found[0].tolist() == [[200, 0, 0], [255, 255, 255]]
+
+
 def test_transparent_grey_of_16_bits_is_white(tmp_path):
     values = np.array([[0, 40_000], [65_535, 300]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png", transparency=300)
