@@ -158,7 +158,7 @@ def _matching(name: str) -> str:
 def _items_of(path: Path) -> Iterator[Item]:
     name, suffix = as_text(path.resolve().name), path.suffix.lower()
     if path.is_dir():
-        yield from _folder_items(path, name)
+        yield from folder_items(path, name)
     elif suffix == ".tar":
         yield from tar_items(path, name)
     elif suffix in TABLES:
@@ -183,7 +183,7 @@ def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
         return Item(id_, path, problem=problem)
 
 
-def _folder_items(root: Path, name: str) -> Iterator[Item]:
+def folder_items(root: Path, name: str) -> Iterator[Item]:
     """Yield the media files in a folder and its subfolders, the entries of each folder sorted by name.
 
     Hidden files and folders are left out. A link to a folder is followed, but no folder is read twice.
