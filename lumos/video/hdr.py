@@ -98,6 +98,16 @@ def _inside(data: bytes, *names: bytes) -> Iterator[bytes]:
             yield from _inside(content, *names[1:])
 
 
+def is_heif_picture(path: str | Path) -> bool:
+    """Return whether a file is a still picture in the container of HEIF: it has an item, but no track (ISO/IEC 23008-12)."""
+    with open(path, "rb") as file:
+        if file.read(8)[4:] != b"ftyp":
+            return False
+        file.seek(0)
+        names = {name for name, _ in _top_boxes(file)}
+    return b"meta" in names and b"moov" not in names and b"moof" not in names
+
+
 def _of_colour_box(content: bytes) -> Iterator[int]:
     if content[:4] == b"nclx" and len(content) >= 8:
         yield int.from_bytes(content[6:8])
