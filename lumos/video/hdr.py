@@ -1,7 +1,7 @@
 """High dynamic range: which transfer function a picture file states, and the refusal of PQ and HLG by name.
 
 Pixels of PQ and HLG that are taken for sRGB are grey and dull, which a model would learn and a user would not expect. Mapping them
-to sRGB is a matter of taste with many parameters, so such files are refused instead.
+to sRGB is a matter of taste with many parameters, so such files are refused instead. The boxes of AVIF and HEIF are read here.
 """
 
 from __future__ import annotations
