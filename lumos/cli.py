@@ -183,6 +183,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += meant(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")
 
 

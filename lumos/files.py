@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -295,21 +296,23 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
 """Encodings by the bytes with which editors mark them; UTF-32 stands before UTF-16, whose mark is its beginning."""
+WITHOUT_MARK = {
+    (False, True): "utf-16-le", (True, False): "utf-16-be",
+    (False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be",
+    (False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be",
+}  # fmt: skip
+"""Encodings by which of the first four bytes, or of the only two, of letters of English are zero."""
 
 
 def encoding_of(data: bytes) -> tuple[str, int]:
     """Return the encoding of a text that begins with these bytes, and the length of its byte order mark.
 
-    Without a mark it is UTF-8, or UTF-16 or UTF-32 if the zero bytes of its first character, a letter of English, say so.
+    Without a mark it is UTF-8, or UTF-16 or UTF-32 if the zero bytes of its first characters, letters of English, say so. One
+    character is not enough for UTF-16 unless it is the whole text, as U+4E00, with which many Chinese texts begin, has one too.
     """
     for name, mark in ((name, len(mark)) for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)):
         return name, mark
-    zeros = [not byte for byte in data[:4]]
-    if zeros[:2] == [False, True]:
-        return "utf-32-le" if zeros[2:] == [True, True] else "utf-16-le", 0
-    if zeros[:2] == [True, False]:
-        return "utf-16-be", 0
-    return "utf-32-be" if zeros == [True, True, True, False] else "utf-8", 0
+    return WITHOUT_MARK.get(tuple(byte == 0 for byte in data[:4]), "utf-8"), 0
 
 
 def text_of(data: bytes, errors: str = "strict") -> str:
@@ -319,6 +322,20 @@ def text_of(data: bytes, errors: str = "strict") -> str:
     """
     name, mark = encoding_of(data)
     return data[mark:].decode(name, errors if name == "utf-8" or errors != "surrogateescape" else "replace")
+
+
+def existing_path(folder: Path, written: str) -> Path:
+    """Return the path below `folder` that a user wrote into a file, in the form in which it exists, else as it is written.
+
+    Windows writes backslashes, and macOS writes accents as characters of their own.
+    """
+    for form in ("", "NFC", "NFD"):
+        for slashed in (written, written.replace("\\", "/")):
+            found = folder / (unicodedata.normalize(form, slashed) if form else slashed)
+            with suppress(OSError, ValueError):
+                if found.exists():
+                    return found
+    return folder / written
 
 
 def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:

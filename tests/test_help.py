@@ -54,7 +54,10 @@ def test_the_version_is_told(capsys):
 
 
 def test_a_misspelled_word_gets_the_one_that_was_meant(capsys):
-    for words, answer in ((["trian"], "verb 'trian', did you mean train?"), (["generate", "--promt", "x"], "mean --prompt?")):
+    for words, answer in (
+        (["trian"], "verb 'trian', did you mean train?"), (["generate", "--promt", "x"], "mean --prompt?"),
+        (["evaluate", "promts"], "mean prompts?"), (["generate", "--dtype", "float23"], "mean float32?"),
+    ):  # fmt: skip
         assert main(words) == 2
         assert answer in capsys.readouterr().err
     assert main(["generate", "--zzz", "x"]) == 2

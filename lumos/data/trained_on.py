@@ -7,6 +7,7 @@ may show something else, which a note then says. Folders without the file get no
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ _WORD = re.compile(rf"[{_NO_SPACES}]|(?:(?![{_NO_SPACES}])[^\W_])+(?:['’-](?:(
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation, each once."""
-    return list(dict.fromkeys(_WORD.findall(text.casefold())))
+    return list(dict.fromkeys(_WORD.findall(unicodedata.normalize("NFC", text).casefold())))
 
 
 @dataclass(frozen=True)

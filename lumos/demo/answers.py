@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ FILE: dict[int | str, dict[str, Any]] = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the description of errors for OpenAPI."""
     meanings = {
-        400: "the body is not JSON", 401: "the key is missing or unknown", 403: "not allowed here", 404: "there is no such clip",
+        400: "the body is no JSON, or a value of a form is not allowed", 401: "the key is missing or unknown",
+        403: "not allowed here", 404: "there is no such clip",
         409: "the state of the clip does not allow it", 410: "the file was removed to make room", 413: "the request is too large",
+        416: "the file has no byte of the header Range", 500: "the server failed",
         415: "the body is of another type", 422: "a value is not allowed", 429: "the queue or the client's limits are full",
     }  # fmt: skip
     return {status: {"description": meanings[status], "content": {"application/json": {"schema": ERROR}}} for status in statuses}
@@ -46,9 +49,41 @@ class Delivery(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.store.delivering(self.name):
-            # The store may have removed the result between the look-up and this moment.
-            there = Path(self.path).is_file()
-            await (super().__call__(scope, receive, send) if there else failure(no_result(self.name))(scope, receive, send))
+            try:
+                size = Path(self.path).stat().st_size
+            except FileNotFoundError:  # the store has removed the result between the look-up and this moment
+                await failure(no_result(self.name))(scope, receive, send)
+                return
+            parts = ranges(scope, size)
+            if parts == []:
+                found = HTTPException(416, f"the file has {size} bytes, and Range names none", {"Content-Range": f"bytes */{size}"})
+                await failure(found)(scope, receive, send)
+                return
+            others = [(name, value) for name, value in scope["headers"] if name != b"range"]
+            asked = [] if parts is None else [(b"range", f"bytes={','.join(parts)}".encode())]
+            await super().__call__({**scope, "headers": [*others, *asked]}, receive, send)
+
+
+RANGE = re.compile(r"(\d*)-(\d*)", re.ASCII)
+
+
+def ranges(scope: Scope, size: int) -> list[str] | None:
+    """Return those ranges of the header Range that a file of `size` bytes has.
+
+    None if the whole file is the answer (RFC 9110, 14.2): without the header, if its unit or form is not known, and for HEAD.
+    """
+    unit, _, text = dict(scope["headers"]).get(b"range", b"").decode("latin-1").partition("=")
+    if unit.strip().lower() != "bytes" or scope["method"] != "GET":
+        return None
+    found = []
+    for part in text.split(","):
+        match = RANGE.fullmatch(part.strip())
+        first, last = match.groups() if match else ("", "")
+        if not (first or last) or (first and last and int(first) > int(last)):
+            return None
+        if int(first) < size if first else int(last) > 0:
+            found.append(match[0])
+    return found
 
 
 def no_result(name: str) -> HTTPException:

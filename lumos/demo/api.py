@@ -22,8 +22,9 @@ from fastapi.security import HTTPBearer
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
-from lumos.demo.answers import FILE, KEEP, Delivery, failure, no_result, watch
+from lumos.demo.answers import FILE, KEEP, Delivery, errors, failure, no_result, watch
 from lumos.demo.clips import Clips
 from lumos.demo.clips_api import add_clips
 from lumos.demo.keys import Key, Keys
@@ -64,7 +65,8 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
     api = APIRouter(dependencies=[Depends(client_of)] if keys.keys else [])
     add_clips(api, Clips(service), keys, open_lists=open_lists or bool(keys.keys))
 
-    @api.post("/api/generate", tags=["forms"], summary="Make a clip from a form, and answer with its file", responses=FILE)
+    @api.post("/api/generate", tags=["forms"], summary="Make a clip from a form, and answer with its file",
+              responses={**FILE, **errors(400, 401, 403, 413, 429, 500)})  # fmt: skip
     async def generate(request: Request) -> Response:
         client = keys.client(request.headers.get("authorization"))
         form = await read_form(request, service.pipe)
@@ -88,32 +90,42 @@ def add_api(app: FastAPI, service: Service, keys: Keys | None = None, *, open_li
         headers = {"X-Lumos-Seed": str(job.record["seed"]), "X-Lumos-Record": f"results/{address}"}
         return Delivery(service.store, service.store.results / name, headers=headers, filename=name)
 
-    @api.get("/api/status", tags=["server"], summary="State, defaults and limits of the server")
+    @api.get("/api/status", tags=["server"], summary="State, defaults and limits of the server", responses=errors(401))
     async def status() -> dict[str, Any]:
         return {**service.worker.status(), "defaults": service.defaults, "limits": vars(service.limits)}
 
-    @api.head("/api/results/{name}", operation_id="result_head", tags=["clips"], summary="The size of a result", responses=FILE)
-    @api.get("/api/results/{name}", tags=["clips"], summary="A result, or its record", responses=FILE)
+    of_result = {"tags": ["clips"], "responses": {**FILE, **errors(401, 404, 416)}}
+
+    @api.head("/api/results/{name}", operation_id="result_head", summary="The size of a result", **of_result)
+    @api.get("/api/results/{name}", summary="A result, or its record", **of_result)
     async def result(name: str) -> Response:
         path = service.store.find(name)
         if path is None:
             raise no_result(name)
         return Delivery(service.store, path, headers=KEEP)
 
-    @api.get("/metrics", tags=["server"], summary="Metrics in the text format of Prometheus", response_class=PlainTextResponse)
+    @api.get("/metrics", tags=["server"], summary="Metrics in the text format of Prometheus", response_class=PlainTextResponse,
+             responses=errors(401))  # fmt: skip
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=METRICS_TYPE)
 
     @app.head("/health", include_in_schema=False)  # load balancers ask so
-    @app.get("/health", tags=["server"], summary="Whether the server takes requests; needs no key")
+    @app.get("/health", tags=["server"], summary="Whether the server takes requests; needs no key",
+             responses={503: {"description": "the server closes"}})  # fmt: skip
     async def health() -> JSONResponse:
         is_alive = service.worker.is_alive
         return JSONResponse({"status": "ok" if is_alive else "closing", "lumos": __version__}, 200 if is_alive else 503)
 
     app.include_router(api)
 
-    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH"], include_in_schema=False)
-    async def unknown(rest: str) -> Response:
+    every = ["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "OPTIONS"]
+
+    @app.api_route("/api/{rest:path}", methods=every, include_in_schema=False)
+    async def unknown(request: Request) -> Response:
+        known = [route for route in api.routes if route.matches(request.scope)[0] != Match.NONE]
+        if methods := {method for route in known for method in route.methods}:
+            allowed = ", ".join(sorted(methods))
+            raise HTTPException(405, f"{request.method} is not possible here; send {allowed}", {"Allow": allowed})
         raise HTTPException(404, "unknown; GET /api/openapi.json lists what there is, POST /api/clips and /api/generate make clips")
 
     for kind in (UserError, RunError, HTTPException, ClientDisconnect, RequestValidationError):

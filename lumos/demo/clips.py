@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lumos.demo.keys import Key, Keys
 from lumos.demo.limits import TooLarge
-from lumos.demo.schema import check_types, request_schema
+from lumos.demo.schema import check_types, request_schema, with_whole_numbers
 from lumos.demo.service import FILES, Service
 from lumos.demo.worker import INTERRUPTED, ClipJob
 from lumos.errors import RunError, UserError, shown
@@ -89,7 +89,7 @@ class Clips:
     def _job(self, body: Any, client: Key) -> ClipJob:
         if not isinstance(body, dict):
             raise UserError(f"the clip is {shown(body, 40)}; give an object, for example {{\"prompt\": \"a red circle\"}}")
-        values = {name: value for name, value in body.items() if value is not None}
+        values = with_whole_numbers({name: value for name, value in body.items() if value is not None}, self.schema)
         check_types(values, self.schema)
         if "prompt" not in values and needs_words(values.get("interpolate"), values.get("views")):
             raise UserError("prompt is missing; say in words what the clip shows")

@@ -23,7 +23,7 @@ from lumos.demo.limits import TooLarge
 from lumos.demo.schema import CLIP, CLIPS
 from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
-from lumos.files import parse_json
+from lumos.files import parse_json, text_of
 
 HEARTBEAT_SECONDS = 15  # an event stream that has nothing to tell sends a comment, so that proxies keep it open
 LONGEST_PAGE = 100
@@ -43,7 +43,7 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
 
     @api.post("/api/clips", status_code=202, tags=["clips"], summary="Ask for a clip, or for a list of clips, all or none",
               openapi_extra=body,
-              responses={**told({"oneOf": [CLIP, CLIPS]}, 202), **errors(400, 401, 413, 415, 422, 429)})  # fmt: skip
+              responses={**told({"oneOf": [CLIP, CLIPS]}, 202), **errors(400, 401, 403, 413, 415, 422, 429, 500)})  # fmt: skip
     async def create(request: Request) -> Response:
         client, document = client_of(request), await read_json_body(request)
         bodies, is_list = bodies_of(document)
@@ -73,7 +73,7 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no cache, and no proxy that collects events
         return StreamingResponse(stream(clips, job_of(clip_id, request)), media_type="text/event-stream", headers=headers)
 
-    of_content = {"tags": ["clips"], "responses": {**FILE, **errors(401, 404, 409, 410)}}
+    of_content = {"tags": ["clips"], "responses": {**FILE, **errors(401, 404, 409, 410, 416)}}
 
     @api.head("/api/clips/{clip_id}/content", operation_id="content_head", summary="The size of that file", **of_content)
     @api.get("/api/clips/{clip_id}/content", summary="The mp4 or png file of a clip", **of_content)
@@ -81,13 +81,13 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
         return Delivery(clips.service.store, clips.result(job_of(clip_id, request)), headers=KEEP)
 
     @api.post("/api/clips/{clip_id}/cancel", tags=["clips"], summary="Stop a clip after its current step",
-              responses={**told(CLIP), **errors(401, 404, 409)})  # fmt: skip
+              responses={**told(CLIP), **errors(401, 403, 404, 409)})  # fmt: skip
     async def cancel(clip_id: str, request: Request) -> JSONResponse:
         clips.cancel(job := job_of(clip_id, request))
         return JSONResponse(clips.told(job))
 
     @api.delete("/api/clips/{clip_id}", status_code=204, tags=["clips"], summary="Stop a clip and remove its files",
-                responses=errors(401, 404))  # fmt: skip
+                responses=errors(401, 403, 404))  # fmt: skip
     async def remove(clip_id: str, request: Request) -> Response:
         clips.remove(job_of(clip_id, request))
         return Response(status_code=204)
@@ -104,7 +104,7 @@ async def read_json_body(request: Request) -> Any:
     if kind != "application/json":
         raise HTTPException(415, f"the request's content type is {kind!r}; send application/json here, or a form to /api/generate")
     try:
-        return parse_json((await request.body()).decode(), "the body")
+        return parse_json(text_of(await request.body()), "the body")
     except UnicodeDecodeError as error:
         raise HTTPException(400, "the body is not UTF-8") from error
 

@@ -26,7 +26,6 @@ from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.options import CHOICE, FLAG, Option
 from lumos.pipeline.request import Request
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SHAPE = ("width", "height", "num_frames")
 CSS = Path(__file__).with_name("page.css")
 NO_UPLOAD = "the file is not there any more; upload it again"
@@ -69,11 +68,13 @@ def build_page(service: Service, examples: Mapping[str, np.ndarray | None]) -> g
 
         async def generate(values: dict[Component, Any], session: gr.Request) -> AsyncIterator[dict[Component, Any]]:
             try:
-                request = request_of({name: values[part] for name, part in asked.items()}, service.defaults, service.pipe)
-                job = ClipJob(request, owner=session.session_hash)
                 files = [values[part] for part in uploads if values[part]]
                 if not all(map(service.store.holds_upload, files)):
                     raise UserError(NO_UPLOAD)
+                answers = {name: values[part] for name, part in asked.items()}
+                given_as = await given_as_what(service, answers["given"])
+                request = request_of(answers, service.defaults, service.pipe, given_as)
+                job = ClipJob(request, owner=session.session_hash)
                 service.submit(job)
             except (UserError, RunError) as error:
                 yield {line: views.wrong(str(error))}
@@ -125,6 +126,14 @@ def show_examples(examples: Mapping[str, np.ndarray | None], prompt: Component) 
         gr.Examples(plain, [prompt], label="Examples", examples_per_page=20)
 
 
+async def given_as_what(service: Service, file: str | None) -> str:
+    """Return "image" or "video", the argument that takes an upload; "image" also if there is none."""
+    if file is None:
+        return "image"
+    with service.store.needing(Path(file)):
+        return await asyncio.to_thread(service.kind_of, Path(file))
+
+
 async def look(service: Service, file: str | None) -> str:
     """Return the HTML of what an upload shows, or of the message why it cannot be read."""
     if file is None:
@@ -134,7 +143,7 @@ async def look(service: Service, file: str | None) -> str:
         if not service.store.holds_upload(path):
             raise UserError(NO_UPLOAD)
         with service.store.needing(path):
-            frame = await asyncio.to_thread(service.look, path, path.suffix.lower() in PICTURES)
+            frame = await asyncio.to_thread(service.look, path)
         return views.thumbnail(frame)
     except (UserError, RunError) as error:
         return views.wrong(str(error))
@@ -214,16 +223,18 @@ def sampling_control(option: Option, own: Any, limits: Limits) -> Component:
     return gr.Slider(low, high, own, step=step, label=option.label, elem_id=option.name)
 
 
-def request_of(answers: Mapping[str, Any], defaults: Mapping[str, Any], pipe: VideoPipeline) -> Request:
+def request_of(
+    answers: Mapping[str, Any], defaults: Mapping[str, Any], pipe: VideoPipeline, given_as: str = "image"
+) -> Request:  # fmt: skip
     """Return the request that the values of the controls describe.
 
-    A value that equals the model's default is left out of the request. UserError for a seed that is
-    not a number.
+    given_as: the argument that takes the upload. A value that equals the model's default is left
+    out of the request. UserError for a seed that is not a number.
     """
     names = [name for name in (*SHAPE, *pipe.sampling.declared()) if name in answers]
     chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}
     if given := answers["given"]:
-        chosen["image" if Path(given).suffix.lower() in PICTURES else "video"] = given
+        chosen[given_as] = given
     if last := answers.get("last_image"):
         chosen["last_image"] = last
     if answers.get("interpolate"):

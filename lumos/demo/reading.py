@@ -22,8 +22,11 @@ import psutil
 from PIL import Image
 
 from lumos.errors import RunError, UserError
-from lumos.video.reading import count_frames, read_image, read_video
+from lumos.video.reading import count_frames, is_still, read_image, read_video
 
+STILL = "is it still"
+"""What a reader is asked in place of the numbers of a clip: whether a file holds a picture that does not move."""
+Wanted = tuple[int, int, int, int] | str | None
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -62,32 +65,39 @@ def read_upload(
     is called while the file is read, and may raise. UserError if the file cannot be read within the
     limits (the message names the file without its folder), RunError if no reader can be started.
     """
+    return _in_reader(path, check_stop, allowed, clip)
+
+
+def holds_still(path: Path, check_stop: Callable[[], None], allowed: Allowed) -> bool:
+    """Return whether an upload is a picture that does not move, by its content; arguments and errors as of `read_upload`."""
+    return _in_reader(path, check_stop, allowed, STILL)
+
+
+def _in_reader(path: Path, check_stop: Callable[[], None], allowed: Allowed, wanted: Wanted) -> Any:
     receiver, sender = multiprocessing.get_context(START).Pipe(duplex=False)
     with receiver, sender:
         try:
-            process = start_reader(sender, path, allowed, clip)
+            process = start_reader(sender, path, allowed, wanted)
         except (OSError, EOFError):  # the process that readers are forked from has died; a second try starts a new one
             try:
-                process = start_reader(sender, path, allowed, clip)
+                process = start_reader(sender, path, allowed, wanted)
             except (OSError, EOFError) as error:
                 raise RunError(f"the server cannot read {path.name} now; try again later") from error
         sender.close()
         return _answer(process, receiver, path, check_stop, allowed)
 
 
-def start_reader(
-    sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None
-) -> multiprocessing.process.BaseProcess:
+def start_reader(sender: Connection, path: Path, allowed: Allowed, wanted: Wanted) -> multiprocessing.process.BaseProcess:
     prepare_reading()
-    process = multiprocessing.get_context(START).Process(target=_read, args=(sender, path, allowed, clip), daemon=True)
+    process = multiprocessing.get_context(START).Process(target=_read, args=(sender, path, allowed, wanted), daemon=True)
     process.start()
     return process
 
 
 def _answer(
     process: multiprocessing.process.BaseProcess, receiver: Connection, path: Path, check_stop: Callable[[], None], allowed: Allowed
-) -> np.ndarray:
-    """Return the frames that the reader sends.
+) -> Any:
+    """Return what the reader sends.
 
     The reader is killed before this function returns or raises.
     """
@@ -108,17 +118,19 @@ def _answer(
     return answer
 
 
-def _read(sender: Connection, path: Path, allowed: Allowed, clip: tuple[int, int, int, int] | None) -> None:
-    """Send the frames, or an error message as a string."""
+def _read(sender: Connection, path: Path, allowed: Allowed, wanted: Wanted) -> None:
+    """Send the frames, or the answer to STILL, or an error message as a string."""
     os.chdir(path.parent)  # messages then name the file as the visitor does, without the folder
     limit_memory(allowed.memory_mb * 2**20)
     Image.MAX_IMAGE_PIXELS = allowed.pixels // 2  # Pillow refuses twice this number, before it allocates memory
     answer: Any
     try:
-        if clip is None:
+        if wanted is None:
             answer = read_image(path.name, max_pixels=allowed.pixels)
+        elif wanted == STILL:
+            answer = is_still(path.name, max_pixels=allowed.pixels)
         else:
-            answer = _last_frames(path.name, allowed, *clip)
+            answer = _last_frames(path.name, allowed, *wanted)
         sender.send(answer)
     except UserError as error:
         sender.send(str(error))

@@ -83,10 +83,21 @@ def check_types(values: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"unknown field {shown(name)}; known are {', '.join(fields)}")
-        kind = fields[name]["type"] if isinstance(fields[name]["type"], str) else fields[name]["type"][0]
-        words, holds = HOLDS[kind]
+        words, holds = HOLDS[type_of(fields[name])]
         if not holds(value):
             raise UserError(f"{name} {shown(value, 60)} is not allowed; give {words}")
+
+
+def type_of(field: Mapping[str, Any]) -> str:
+    """Return the type of JSON that a field has if it is not null."""
+    return field["type"] if isinstance(field["type"], str) else field["type"][0]
+
+
+def with_whole_numbers(values: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with 5 in place of 5.0 for fields of whole numbers: both are the same number in JSON Schema."""
+    wholes = {name for name, field in schema["properties"].items() if type_of(field) == "integer"}
+    return {name: int(value) if name in wholes and isinstance(value, float) and value.is_integer() else value
+            for name, value in values.items()}  # fmt: skip
 
 
 def _object(**properties: Any) -> dict[str, Any]:

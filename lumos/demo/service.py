@@ -15,7 +15,7 @@ import numpy as np
 from lumos.demo.journal import Journal
 from lumos.demo.limits import Limits
 from lumos.demo.metrics import Metrics
-from lumos.demo.reading import read_upload
+from lumos.demo.reading import holds_still, read_upload
 from lumos.demo.store import Store
 from lumos.demo.worker import ClipJob, Worker
 from lumos.errors import RunError, UserError
@@ -155,9 +155,13 @@ class Service:
                 raise UserError(f"a clip to interpolate has at most {most} frames here, at {own.fps} a second; this one has more")
         return replace(request, **frames)
 
-    def look(self, path: Path, is_picture: bool) -> np.ndarray:
+    def kind_of(self, path: Path) -> str:
+        """Return "image" or "video", the argument that takes an upload, by its content; errors as of `read_upload`."""
+        return "image" if holds_still(path, lambda: None, self.limits.of_reading) else "video"
+
+    def look(self, path: Path) -> np.ndarray:
         """Return the picture of an upload, or the last frame of a clip, as uint8 [H, W, 3]; errors as of `read_upload`."""
-        own = self.pipe.clip
+        own, is_picture = self.pipe.clip, self.kind_of(path) == "image"
         clip = None if is_picture else (own.fps, 1, own.height, own.width)
         frames = read_upload(path, lambda: None, self.limits.of_reading, clip)
         return frames if is_picture else frames[-1]

@@ -106,7 +106,7 @@ def read_captions(path: str | Path, entries: Sequence[Entry]) -> list[Any]:
         if not isinstance(table, dict):
             raise UserError(f"{path} must be a JSON object {{prompt: caption}}, or a text with one caption per line")
         return [table.get(entry.prompt, table.get(f"{entry.prompt}.mp4")) for entry in entries]
-    lines = text.removesuffix("\n").split("\n")
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     if len(lines) != len(entries):
         raise UserError(f"{path} has {len(lines)} lines, but the list has {len(entries)} entries; give a line for each")
     return lines
@@ -138,7 +138,7 @@ def read_geneval(text: str, samples: int | None) -> list[Entry]:
     The samples of line n are written into <n>/samples/, and the line itself into
     <n>/metadata.jsonl.
     """
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = check_rows([parse_json(line, f"line {number}") for number, line in numbered], {"tag": str, "prompt": str})
     lines = [line for _, line in numbered]
     entries = []

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from lumos.data.ingest.encode import clip_starts
-from lumos.data.ingest.item import CLIPS, PICTURES
+from lumos.data.ingest.media import media_of
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.training.tokenizer.clips import FILM_SECONDS, PACKAGE_FILMS, films, photographs
 from lumos.video.frames import fit
-from lumos.video.reading import read_image, read_video
+from lumos.video.reading import is_still, read_image, read_video
 
 SYNTHETIC: dict[str, dict[str, Any]] = {
     "worlds": {"kinds": ("shapes", "digits"), "split": "held_out"},
@@ -46,10 +46,10 @@ def read_source(
     if source in SYNTHETIC:
         synthetic = SyntheticScenes(seed=seed, num_frames=num_frames, height=height, width=width, **SYNTHETIC[source])
         return [synthetic[index][0] for index in range(count)], []
-    files = _files(source)
+    files, left_out = _files(source)
     if len(files) > count:
         files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
-    clips, left_out = [], []
+    clips = []
     for index, file in enumerate(files):
         if len(clips) == count:
             break
@@ -63,24 +63,27 @@ def read_source(
     return clips, left_out
 
 
-def _files(source: str) -> Sequence[Path]:
-    path = Path(source)
+def _files(source: str) -> tuple[Sequence[Path], list[str]]:
+    """Return the files of a source, and why others of its folder cannot be read."""
+    path, problems = Path(source), []
     if source == "photographs":
         found, need = photographs(held_out=True), "those of scikit-image and scikit-learn: pip install scikit-image scikit-learn"
     elif source == "films":
         found, need = films([PACKAGE_FILMS], held_out=True), f"those of {PACKAGE_FILMS}"
     elif path.is_dir():
-        found, need = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*CLIPS, *PICTURES)), "videos and pictures"
+        media = media_of(path)
+        found, need, problems = sorted(media.pictures + media.films), "videos and pictures", media.problems
     else:
         found, need = [path], ""
     if not found:
-        raise UserError(f"--data {source} holds no file; it needs {need}")
-    return found
+        said = f"; {problems[0]}" if problems else ""
+        raise UserError(f"--data {source} holds no file that can be read; it needs {need}{said}")
+    return found, problems
 
 
 def _read(file: Path, wanted: int, num_frames: int, height: int, width: int) -> list[np.ndarray]:
     """Return up to `wanted` clips of a file, at evenly spaced times; UserError if the file is too short for one clip."""
-    if file.suffix.lower() in PICTURES:
+    if is_still(file):
         return [fit(read_image(file)[None], height, width)]
     frames, _ = read_video(file, max_seconds=FILM_SECONDS, size=(height, width))
     if len(frames) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -25,9 +26,11 @@ MAX_SEED = 2**64 - 1
 
 
 def check_prompt(prompt: Any, needs_words: bool = True) -> str:
-    """Return the prompt; UserError if it is no text, or if it is empty and `needs_words`."""
+    """Return the prompt; UserError if it is no text, has lost characters, or is empty and `needs_words`."""
     if not isinstance(prompt, str):
         raise UserError(f"the prompt is {shown(prompt)}; give a string")
+    if lost := re.search("[\ufffd\0]", prompt):
+        raise UserError(f"the prompt {shown(prompt)} has U+{ord(lost[0]):04X}, because characters were lost; write it again")
     if needs_words and not prompt.strip():
         raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
     return prompt
@@ -73,6 +76,8 @@ def align(
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     for text in lists["prompt"]:
         check_prompt(text, needs_words)
+    for text in lists["negative_prompt"]:
+        check_prompt("" if text is None else text, needs_words=False)
     for name in ("negative_prompt", "image", "video", "last_image", "given_frames"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")

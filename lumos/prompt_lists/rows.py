@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import UserError, shown
-from lumos.files import parse_json, read_prompts
+from lumos.files import existing_path, parse_json, read_prompts
 from lumos.pipeline.options import all_options
 from lumos.settings import is_whole
 
@@ -163,4 +163,4 @@ def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name, value in row.items():
         if not known[name].holds(value):
             raise UserError(f"{name} {shown(value)} is not allowed; give {known[name].name}")
-    return {name: str(folder / value) if name in PATHS else value for name, value in row.items()}
+    return {name: str(existing_path(folder, value)) if name in PATHS else value for name, value in row.items()}

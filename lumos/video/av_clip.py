@@ -1,8 +1,10 @@
 """Clips that are read with FFmpeg: which stream is the film, when each frame is shown, and what it looks like.
 
-A frame is on screen from its presentation time on. AVI and raw streams have none, and FFmpeg guesses wrongly where frames are
-stored in another order than they are shown. In AVI, the frame that is decoded as number k is shown at the k-th time in the file;
-in a raw stream, at k / rate. Frames that the file hides, for example behind an edit list, do not exist.
+A frame is on screen from its presentation time on. AVI, ASF and raw streams have none, and FFmpeg guesses wrongly where frames
+are stored in another order than they are shown. AVI and ASF have times of decoding: without B-frames they are those of
+presentation; with them, a decoder gives out its first frame when it has read as many packets as it holds back, and then one frame
+with each packet. In a raw stream, frame k is shown at k / rate. Frames that the file hides, for example behind an edit list, do
+not exist.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,12 @@ PROBED_PACKETS = 64
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders that read the alpha channel, which FFmpeg's own decoders of these codecs ignore."""
+DECODING_TIMES = ("avi", "asf")
+"""Containers whose times are those at which packets are decoded, and not those at which frames are shown."""
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with an index of their frames, by which FFmpeg finds a place without reading the file up to it."""
-ROUNDING = 5e-4
-"""Largest error in seconds of a time stamp, as many files have or had time stamps in whole milliseconds."""
+ROUNDING = 1e-3
+"""Largest error in seconds of a time stamp, as many files have or had time stamps in whole milliseconds, rounded or cut."""
 RAW_RATES = {"h264": "codec", "hevc": "codec", "m4v": "guessed", "mpegvideo": "guessed"}
 """Raw streams, whose times and average rate are guessed by FFmpeg, and where the rate that they state is found."""
 BEFORE_ALL = -(2**40)
@@ -61,9 +65,9 @@ class Shown:
 class AvClip:
     """A clip that is read with FFmpeg.
 
-    A frame counts as on screen a little before its time stamp (half a clock tick, at least 0.6 ms),
-    because many files have time stamps that were rounded to milliseconds: the frame at 0.067 s is the
-    frame for 2/30 s.
+    A frame counts as on screen a little before its time stamp (half a clock tick, at least 1.1 ms),
+    because many files have time stamps in whole milliseconds: the frame at 0.067 s is the frame for
+    2/30 s.
     """
 
     rounding = ROUNDING
@@ -80,15 +84,17 @@ class AvClip:
             self.fps = float(stream.average_rate or stream.guessed_rate or Fraction(25))
             self.tick = float(stream.time_base)
             self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
-            self.origin = (stream.start_time or 0) * self.tick
             self.length = None if stream.duration is None else stream.duration * self.tick
             packets = (packet for packet in container.demux(stream) if packet.size)
-            probed = [packet.pts for packet in islice(packets, PROBED_PACKETS)]
+            self.of_decoding = container.format.name in DECODING_TIMES
+            probed = [self._time_of(packet) for packet in islice(packets, PROBED_PACKETS)]
             has_times = None not in probed
             self.raw = container.format.name in RAW_RATES
-            self.stamped = has_times and not self.raw and not (container.format.name == "avi" and stream.codec_context.has_b_frames)
-            if container.format.name == "avi" and self.stamped and probed:
-                self.origin = probed[0] * self.tick  # FFmpeg guesses times for H.264, the first of which is not the stated start
+            self.stamped = has_times and not self.raw and not (self.of_decoding and stream.codec_context.has_b_frames)
+            start = stream.start_time
+            if has_times and probed and (self.of_decoding or start is None):
+                start = probed[0] if self.of_decoding else min(probed)
+            self.origin = (start or 0) * self.tick
             if (stated := RAW_RATES.get(container.format.name)) is not None:
                 rate = stream.codec_context.framerate if stated == "codec" else stream.guessed_rate
                 self.fps = float(rate or stream.guessed_rate or self.fps)
@@ -166,10 +172,14 @@ class AvClip:
                         return max(found)
         return max(self.times())
 
+    def _time_of(self, found: Any) -> int | None:
+        """Return the time stamp of a packet or frame, for streams in which it is the time of presentation."""
+        return found.dts if self.of_decoding else found.pts
+
     def _stamped_times(self, container: Any, stream: Any) -> list[float]:
         """Return the times of the packets that are shown, from the present place in the file on."""
-        shown = (packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard)
-        return [max(packet.pts * self.tick - self.origin, 0.0) for packet in shown]
+        shown = (self._time_of(packet) for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        return [max(time * self.tick - self.origin, 0.0) for time in shown if time is not None]
 
     def times(self) -> list[float]:
         """Return the time in seconds at which each frame comes on screen, in no particular order.
@@ -189,11 +199,30 @@ class AvClip:
         return found
 
     def _times_in_order(self, container: Any, stream: Any) -> list[float]:
-        """Return the times of the packets of an AVI in the order of the file; [] if a packet has none, and in a raw stream."""
+        """Return the times at which frames are shown, from the packets' times of decoding, in order.
+
+        [] if a packet has none, and in a raw stream.
+        """
         if self.raw:
             return []
-        times = [packet.dts for packet in container.demux(stream) if packet.size]
-        return [] if None in times or not times else [max(time - times[0], 0) * self.tick for time in times]
+        stamps = [packet.dts for packet in container.demux(stream) if packet.size]
+        if None in stamps or not stamps:
+            return []
+        stamps.sort()
+        times = [(stamp - stamps[0]) * self.tick for stamp in stamps]
+        steps = [after - before for before, after in pairwise(times)]
+        if not steps or max(steps) - min(steps) <= 2 * ROUNDING:
+            return times  # how many frames the decoder holds back makes no difference
+        held = min(self._held_back(stamps), len(times) - 1)
+        after_end = (times[-1] + number / self.fps for number in range(1, held + 1))
+        return [time - times[held] for time in (*times[held:], *after_end)]
+
+    def _held_back(self, stamps: list[int]) -> int:
+        """Return the most packets, with these times of decoding, that the decoder reads before it gives out an earlier frame."""
+        with self._open() as (container, stream):
+            decoded = [frame.dts for frame in islice(self._decoded(container, stream), PROBED_PACKETS)]
+        place = {stamp: number for number, stamp in enumerate(stamps)}
+        return max((place.get(stamp, 0) - number for number, stamp in enumerate(decoded)), default=0)
 
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield the frames in order, beginning with the frame that is on screen at ``start`` or an earlier one."""
@@ -217,10 +246,10 @@ class AvClip:
             for number, frame in enumerate(self._decoded(container, stream)):
                 if not self.stamped:
                     begin = (times[number] if number < len(times) else number / self.fps) - self.early
-                elif frame.pts is None:
+                elif (stamp := self._time_of(frame)) is None:
                     begin = 0.0 if held is None else held_begin + 1 / self.fps
                 else:
-                    begin = frame.pts * self.tick - self.origin - self.early
+                    begin = stamp * self.tick - self.origin - self.early
                 if held is not None:
                     yield Shown(held_begin, begin, partial(self._rgb, held))
                 held, held_begin = frame, begin

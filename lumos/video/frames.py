@@ -168,7 +168,7 @@ def picture_rgb(image: Image.Image) -> np.ndarray:
             rgb[values == clear] = 255
         return rgb
     image = _in_srgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:  # of a palette too
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
         image = white

@@ -1,7 +1,7 @@
 """High dynamic range: which transfer function a picture file states, and the refusal of PQ and HLG by name.
 
 Pixels of PQ and HLG that are taken for sRGB are grey and dull, which a model would learn and a user would not expect. Mapping them
-to sRGB is a matter of taste with many parameters, so such files are refused instead.
+to sRGB is a matter of taste with many parameters, so such files are refused instead. The boxes of AVIF and HEIF are read here.
 """
 
 from __future__ import annotations
@@ -96,6 +96,16 @@ def _inside(data: bytes, *names: bytes) -> Iterator[bytes]:
     for name, content in _boxes(data):
         if name == names[0]:
             yield from _inside(content, *names[1:])
+
+
+def is_heif_picture(path: str | Path) -> bool:
+    """Return whether a file is a still picture in the container of HEIF: it has an item, but no track (ISO/IEC 23008-12)."""
+    with open(path, "rb") as file:
+        if file.read(8)[4:] != b"ftyp":
+            return False
+        file.seek(0)
+        names = {name for name, _ in _top_boxes(file)}
+    return b"meta" in names and b"moov" not in names and b"moof" not in names
 
 
 def _of_colour_box(content: bytes) -> Iterator[int]:

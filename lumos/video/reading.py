@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from lumos.errors import UserError
 from lumos.video.av_clip import AvClip
 from lumos.video.frames import fit, picture_rgb
+from lumos.video.hdr import is_heif_picture
 from lumos.video.pillow_clip import PillowClip, first_shown, is_film_of_jpegs, is_picture_file, is_still_file, open_picture
 
 MAX_PIXELS = 40_000_000
@@ -40,6 +41,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _reading(path, "picture", max_pixels):
         holds_picture = is_picture_file(Path(path))
+        if not holds_picture:
+            _check_no_heif(path)
     if not holds_picture and can_read(path):
         raise UserError(f"{path} holds a video and no picture; give it as a video, or save one of its frames as PNG or JPEG")
     with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
@@ -225,10 +228,17 @@ def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> AvClip | 
     """Open a clip by its content: a picture with Pillow, all else, and a film of single pictures, with FFmpeg."""
     path = Path(path)
     if not is_picture_file(path):
+        _check_no_heif(path)
         return AvClip(path, max_pixels, threads)
     if is_film_of_jpegs(path):
         return AvClip(path, max_pixels, threads, "mjpeg")
     return PillowClip(path, max_pixels)
+
+
+def _check_no_heif(path: str | Path) -> None:
+    """Raise UserError for a photograph in HEIC, of which FFmpeg would show one of many tiles, neither turned nor in sRGB."""
+    if is_heif_picture(path):
+        raise UserError(f"{path} is a HEIF picture (.heic), which cannot be read; convert it to PNG or JPEG")
 
 
 _PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")

@@ -91,6 +91,19 @@ def test_captions_in_encodings_without_a_mark_are_read_right(clip, tmp_path, enc
     assert read_prompts(tmp_path / "a.txt", "captions") == text
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["一只猫在草地上跑", "Ā cat", "猫が走る"])
+def test_captions_of_an_unsure_byte_order_have_a_reason(clip, tmp_path, encoding, text):
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert found(tmp_path) == {"a.mp4": BAD_CAPTION}
+
+
+def test_one_letter_in_utf_16(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a".encode("utf-16-le"))
+    assert read_text(tmp_path / "a.txt", "a list") == "a"
+
+
 def test_marks_inside_of_prompts_and_lost_characters(tmp_path):
     (tmp_path / "list.txt").write_bytes("one\n".encode("utf-8-sig") + "two\n".encode("utf-8-sig"))
     assert [row.options["prompt"] for row in read_rows(tmp_path / "list.txt")] == ["one", "two"]
@@ -123,6 +136,11 @@ def test_members_of_a_tar_with_dots_have_their_own_captions(clip, tmp_path):
         "clip_1.5s.mp4": "first", "clip_1.7s.mp4": "second", "7.left.mp4": "both", "7.right.mp4": "both",
         "a.b/8.mp4": "in a folder", "9.x.mp4": "no caption",
     }  # fmt: skip
+
+
+def test_a_caption_of_one_film_is_not_that_of_another(clip, tmp_path):
+    made = tar(tmp_path / "d.tar", {"clip_1.mp4": clip, "clip_1.txt": b"first", "clip_1.5s.mp4": clip})
+    assert found(made) == {"clip_1.mp4": "first", "clip_1.5s.mp4": "no caption"}
 
 
 def test_quotes_are_text_in_tsv_and_strict_in_csv(tmp_path):
@@ -170,6 +188,29 @@ def test_captions_without_a_file_are_said(clip, tmp_path):
     assert "'b.mp4'" in said[0]
 
 
+def test_a_second_caption_for_a_file_is_said(clip, tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.mp4").write_bytes(clip)
+    captions = tmp_path / "captions.csv"
+    captions.write_text("path,caption\na.mp4,one\na.mp4,two\n./a.mp4,one\n")
+    assert found(tmp_path / "src", captions=captions) == {"row 2": DUPLICATE, "a.mp4": "one"}
+
+
+def test_no_folder_behind_links_is_read_twice(clip, tmp_path):
+    source, other = tmp_path / "src", tmp_path / "real"
+    (other / "in").mkdir(parents=True)
+    source.mkdir()
+    for folder in (other, other / "in"):
+        (folder / "a.mp4").write_bytes(clip)
+        (folder / "a.txt").write_text("x")
+    (other / "again").symlink_to(other / "in")
+    for name, target in (("a", other / "in"), ("b", other), ("c", other / "in")):
+        (source / name).symlink_to(target)
+    assert found(source) == {
+        "a/a.mp4": "x", "b/a.mp4": "x", "b/again": DUPLICATE, "b/in": DUPLICATE, "c": DUPLICATE,
+    }  # fmt: skip
+
+
 def test_nothing_in_a_folder_vanishes(clip, tmp_path):
     source, other = tmp_path / "src", tmp_path / "real"
     source.mkdir()
@@ -204,8 +245,12 @@ def test_what_cannot_be_read_in_a_folder_has_a_reason(clip, tmp_path):
     (tmp_path / "itself").symlink_to("itself")
     os.mkfifo(tmp_path / "pipe")
     tar(tmp_path / "inside.tar", {"a.mp4": clip, "a.txt": b"x"})
+    archives = ["b.tar.gz", "c.tgz", "d.ZIP", "e.7z"]
+    for name in archives:
+        (tmp_path / name).write_bytes(b"x")
     assert found(tmp_path) == {
         "photo.heic": "a photo", "nowhere": MISSING, "itself": UNREADABLE, "pipe": NOT_A_FILE, "inside.tar": NOT_A_FILE,
+        **dict.fromkeys(archives, NOT_A_FILE),
     }  # fmt: skip
     photo = next(item for item in items([tmp_path]) if item.id.endswith(".heic"))
     assert begin(photo, ClipSettings(), 4).reason == UNREADABLE

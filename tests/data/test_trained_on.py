@@ -23,6 +23,7 @@ KNOWN = TrainedOn.of(["A red circle moves left.", "the digit 7, on a sky backgro
         ("the zig-zag of a dog's 7 toys", ["the", "zig-zag", "of", "a", "dog's", "7", "toys"]),
         ("snake_case", ["snake", "case"]),
         ("Ein Käfer läuft", ["ein", "käfer", "läuft"]),
+        ("Ein Ka\u0308fer", ["ein", "käfer"]),
         ("红色圆 moves", ["红", "色", "圆", "moves"]),
         ("  ", []),
     ],

@@ -117,6 +117,55 @@ def test_a_clip_from_request_to_content(client, service, pipe):
     assert list(service.store.results.iterdir()) == []
 
 
+def test_a_range_that_cannot_be_sent(client):
+    """RFC 9110, 14.2: a Range of another unit or form, and one for HEAD, is ignored."""
+    url = ended(client, client.post("/api/clips", json=SMALL).json())["content"]
+    whole = client.get(url).content
+    for text in ("items=0-3", "bytes=abc", "bytes=9-3", "bytes=", "bytes=-", "bytes=0-3,x", "0-3"):
+        answer = client.get(url, headers={"Range": text})
+        assert (answer.status_code, answer.content) == (200, whole), text
+    head = client.head(url, headers={"Range": "bytes=0-3"})
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole)))
+    for text in ("bytes=99999999-", "bytes=-0", "bytes=99999999-999999999,-0"):
+        answer = client.get(url, headers={"Range": text})
+        assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{len(whole)}")
+        jsonschema.validate(answer.json(), ERROR)
+    for text, part in (("bytes=-3", whole[-3:]), ("Bytes=2-", whole[2:]), ("bytes=99999999-, 1-2", whole[1:3])):
+        answer = client.get(url, headers={"Range": text})
+        assert (answer.status_code, answer.content) == (206, part), text
+
+
+def test_whole_numbers_of_json_and_marks_of_editors(client):
+    """JSON Schema takes 1.0 for a whole number, as the server does then."""
+    body = {**SMALL, "num_frames": 1.0, "num_inference_steps": 1.0, "seed": 3.0, "prompt": "größer"}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        content = json.dumps(body, ensure_ascii=False).encode(encoding)
+        answer = client.post("/api/clips", content=content, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["seed"], answer.json()["prompt"]) == (202, 3, "größer"), answer.text
+        ended(client, answer.json())
+    assert client.post("/api/clips", json={**SMALL, "num_frames": 1.5}).status_code == 422
+
+
+def test_another_method_of_a_route_is_405(client):
+    for method, path, allowed in (("HEAD", "/api/clips/x", "DELETE, GET"), ("PUT", "/api/clips", "GET, POST"),
+                                  ("GET", "/api/clips/x/cancel", "POST"), ("OPTIONS", "/api/clips/x/content", "GET, HEAD"),
+                                  ("PATCH", "/api/status", "GET"), ("GET", "/api/generate", "POST")):  # fmt: skip
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        if method != "HEAD":
+            jsonschema.validate(answer.json(), ERROR)
+
+
+def test_the_schema_names_the_statuses_of_errors(client):
+    paths = client.get("/api/openapi.json").json()["paths"]
+    for path, method, statuses in (
+        ("/api/generate", "post", "400 401 403 413 429 500"), ("/api/results/{name}", "get", "401 404 416"),
+        ("/api/clips/{clip_id}/content", "get", "401 404 409 410 416"), ("/health", "get", "503"), ("/metrics", "get", "401"),
+        ("/api/clips", "post", "400 401 403 413 415 422 429 500"),
+    ):  # fmt: skip
+        assert set(statuses.split()) <= paths[path][method]["responses"].keys(), path
+
+
 def test_every_option_of_the_generator_reaches_the_record(client, pipe):
     """The request has every declared field, each with a value other than the default."""
     chosen = {"guidance_scale": 2.5, "temperature": 0.5, "num_inference_steps": 2, "top_k": 7, "guidance_interval": [0.0, 0.5]}

@@ -87,9 +87,7 @@ UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "
         ({}, Request.of("x")),
         ({"seed": "3", "negative_prompt": "y"}, Request.of("x", negative_prompt="y", seed=3)),
         ({"num_frames": 9, "guidance_scale": 1}, Request.of("x", num_frames=9, guidance_scale=1)),
-        ({"given": "/u/a.PNG"}, Request.of("x", image="/u/a.PNG")),
-        ({"given": "/u/a.gif"}, Request.of("x", video="/u/a.gif")),
-        ({"given": "/u/a.mov", "width": 32}, Request.of("x", video="/u/a.mov", width=32)),
+        ({"given": "/u/a"}, Request.of("x", image="/u/a")),
     ],
 )
 def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
@@ -99,11 +97,31 @@ def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "frames"), [("a.mp4", "PNG", 1), ("a.jfif", "JPEG", 1), ("a.png", "WEBP", 3), ("a", "GIF", 3)]
+)
+def test_an_upload_is_known_by_its_content(gradio, pipes, tmp_path, name, kind, frames):
+    import asyncio
+
+    from lumos.demo.page import given_as_what, look, request_of
+
+    service = Service(pipes[0], tmp_path / "root", Limits(), lambda prompt, seed: {})
+    service.worker.close()
+    path = service.store.new_upload(name)
+    first, *rest = (Image.new("RGB", (24, 16), (80 * n, 0, 0)) for n in range(frames))
+    first.save(path, kind, **({"save_all": True, "append_images": rest, "duration": 100} if rest else {}))
+    service.store.keep(path)
+    given_as = asyncio.run(given_as_what(service, str(path)))
+    found = request_of({**UNTOUCHED, "given": str(path)}, DEFAULTS, pipes[0], given_as)
+    assert found == Request.of("x", **{"image" if frames == 1 else "video": str(path)})
+    assert "<img alt" in asyncio.run(look(service, str(path)))
+
+
+@pytest.mark.parametrize(
     ("answers", "request_"),
     [
         ({"interpolate": False, "views": False, "last_image": None}, Request.of("x")),
         ({"given": "/u/a.png", "last_image": "/u/b.png"}, Request.of("x", image="/u/a.png", last_image="/u/b.png")),
-        ({"given": "/u/a.mp4", "interpolate": True}, Request.of("x", video="/u/a.mp4", interpolate=2)),
+        ({"given": "/u/a.mp4", "given_as": "video", "interpolate": True}, Request.of("x", video="/u/a.mp4", interpolate=2)),
         ({"given": "/u/a.png", "views": True, "prompt": ""}, Request.of("", image="/u/a.png", views=True)),
         ({"solver": "ab2", "keep_given_pixels": True}, Request.of("x", solver="ab2", keep_given_pixels=True)),
     ],
@@ -113,7 +131,8 @@ def test_the_controls_of_stiv_ask_for_its_uses(gradio, answers, request_):
 
     defaults = {**vars(StivOptions()), **DEFAULTS}
     untouched = {name: value for name, value in UNTOUCHED.items() if name != "history_mask_ratio"}
-    assert request_of({**untouched, **answers}, defaults, StivPipeline) == request_
+    given_as = answers.get("given_as", "image")
+    assert request_of({**untouched, **answers}, defaults, StivPipeline, given_as) == request_
 
 
 def test_the_page_has_the_controls_of_its_generator(gradio, pipes, tmp_path):

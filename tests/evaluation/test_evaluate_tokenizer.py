@@ -126,6 +126,21 @@ def own(tmp_path):
     return folder
 
 
+def test_own_files_are_known_by_their_content(tmp_path):
+    """A film called .png, an animation, a picture without a suffix; a hidden film is no data, and a broken link is said."""
+    write_video(tmp_path / "a.mp4", noise(6), 8)
+    (tmp_path / "a.mp4").rename(tmp_path / "a.png")
+    first, *rest = map(Image.fromarray, noise(5))
+    first.save(tmp_path / "b.webp", save_all=True, append_images=rest, duration=100)
+    first.save(tmp_path / "c", "PNG")
+    (tmp_path / "._d.mp4").write_bytes(b"of macOS")
+    (tmp_path / "e.mp4").symlink_to(tmp_path / "nowhere")
+    clips, left_out = read_source(str(tmp_path), count=20, seed=0, **SHAPE)
+    assert [len(clip) for clip in clips] == [5, 5, 1]
+    assert len(left_out) == 1
+    assert "e.mp4" in left_out[0]
+
+
 def test_own_files_give_clips_and_reasons_for_those_left_out(own):
     clips, left_out = read_source(str(own), count=20, seed=0, **SHAPE)
     assert [len(clip) for clip in clips] == [5, 5, 1]

@@ -60,6 +60,7 @@ def test_geneval_keeps_the_line_and_its_number(tmp_path):
     ("name", "text"),
     [
         ("long.txt", "a sign\nthe bund\na tabby\nother\nagain\n"),
+        ("long.txt", "a sign\r\nthe bund\r\na tabby\r\nother\r\nagain\r\n"),
         ("long.json", {VBENCH[0]["prompt_en"] + ".mp4": "a sign", VBENCH[1]["prompt_en"]: "the bund", "a cat": "a tabby"}),
     ],
 )

@@ -48,6 +48,14 @@ def test_json_objects_and_tables_give_the_same_rows(tmp_path):
     assert [row.line for row in table] == [2, 4]
 
 
+def test_pictures_are_found_under_names_of_other_systems(tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "gr\u00fcn.png").touch()
+    names = ["pics\\gr\u00fcn.png", "pics/gru\u0308n.png", "pics\\gru\u0308n.png"]
+    rows = rows_of(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": "x", "image": name}) + "\n" for name in names))
+    assert [row.options["image"] for row in rows] == [str(tmp_path / "pics" / "gr\u00fcn.png")] * 3
+
+
 def test_line_numbers_count_the_lines_inside_a_cell(tmp_path):
     rows = rows_of(tmp_path, "a.csv", 'prompt\n"a\nb"\nc\n')
     assert [(row.line, row.options["prompt"]) for row in rows] == [(3, "a\nb"), (4, "c")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,14 +24,17 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def film(
-    path: Path, count: int, rate: Fraction | int, codec: str = "libx264", form: str | None = None, b_frames: int = 2
-) -> Path:
+    path: Path, count: int, rate: Fraction | int, codec: str = "libx264", form: str | None = None, b_frames: int = 2,
+    left_out: range = range(0),
+) -> Path:  # fmt: skip
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options={"crf": "4"} if codec == "libx264" else {})
         stream.codec_context.max_b_frames, stream.codec_context.qmin, stream.codec_context.qmax = b_frames, 1, 1
         stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
-        for n in range(count):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")))
+        for n in sorted({*range(count)} - {*left_out}):
+            frame = av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = n, 1 / Fraction(rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
@@ -63,6 +67,46 @@ def test_each_frame_of_an_avi_is_read_once(tmp_path, codec, b_frames):
     assert numbers(read_video(path, fps=25)[0]) == list(range(30))
     assert numbers(read_video(path, fps=25, num_frames=4, from_end=True)[0]) == [26, 27, 28, 29]
     assert numbers(read_video(path, fps=25, num_frames=2, start=1.12)[0]) == [28, 29]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_a_frame_before_a_gap_in_an_avi_stays(tmp_path, codec, b_frames):
+    """The gap is at the place where the frame before it is decoded, which is not where it is shown."""
+    path = film(tmp_path / "film.avi", 30, 30, codec, b_frames=b_frames, left_out=range(10, 15))
+    shown = [*range(10), *[9] * 5, *range(15, 30)]
+    assert numbers(read_video(path, fps=30)[0]) == shown
+    assert count_frames(path, 30) == 30
+    assert numbers(read_video(path, fps=30, num_frames=17, from_end=True)[0]) == shown[-17:]
+    assert numbers(read_video(path)[0]) == [*range(10), *range(15, 30)]
+
+
+@pytest.mark.parametrize(("form", "codec"), [("asf", "libx264"), ("asf", "mpeg4"), ("nut", "libx264"), ("nut", "mpeg4")])
+def test_containers_without_a_start_or_times_of_presentation(tmp_path, form, codec):
+    path = film(tmp_path / "film", 30, 30, codec, form)
+    assert count_frames(path, 30) == 30
+    assert numbers(read_video(path)[0]) == numbers(read_video(path, fps=30)[0]) == list(range(30))
+    assert numbers(read_video(path, fps=30, num_frames=3, start=0.5)[0]) == [15, 16, 17]
+    assert numbers(read_video(path, fps=30, num_frames=5, from_end=True)[0]) == [25, 26, 27, 28, 29]
+
+
+@pytest.mark.parametrize("cut", [math.floor, math.ceil])
+@pytest.mark.parametrize("count", [28, 29, 30])
+def test_times_that_were_cut_to_milliseconds(tmp_path, cut, count):
+    """Recorders cut times where this program rounds them."""
+    with av.open(str(tmp_path / "film.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
+        stream.codec_context.time_base, stream.codec_context.max_b_frames = Fraction(1, 1000), 0
+        for n in range(count):
+            frame = av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = cut(n * 1000 / 30), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path = tmp_path / "film.mkv"
+    assert count_frames(path, 30) == count
+    assert numbers(read_video(path, fps=30)[0]) == list(range(count))
+    assert numbers(read_video(path, fps=30, num_frames=4, from_end=True)[0]) == list(range(count - 4, count))
 
 
 def test_durations_of_parts_of_a_millisecond_do_not_add_up(tmp_path):

@@ -206,6 +206,18 @@ def test_a_film_and_a_picture_with_wrong_names(thirty, tmp_path):
         assert count_frames(tmp_path / name, 24) == 1
 
 
+def test_a_photograph_in_heic_is_refused_by_name(tmp_path):
+    """FFmpeg reads one tile of it as a film of one frame."""
+    Image.fromarray(grey(3)).save(tmp_path / "a.avif")
+    (tmp_path / "a.heic").write_bytes((tmp_path / "a.avif").read_bytes().replace(b"avif", b"heic", 2))
+    with av.open(str(tmp_path / "a.heic")) as container:
+        assert container.streams.video
+    for read in (read_image, read_video, lambda path: count_frames(path, 8)):
+        with pytest.raises(UserError, match=r"a.heic is a HEIF picture .* convert it to PNG or JPEG"):
+            read(tmp_path / "a.heic")
+    assert not can_read(tmp_path / "a.heic")
+
+
 def test_the_hidden_default_picture_of_an_apng_is_no_frame(tmp_path):
     pictures = [Image.fromarray(grey(i)) for i in (20, 0, 1, 2)]
     pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:], duration=100, default_image=True)
@@ -246,6 +258,14 @@ def test_transparent_parts_of_webm_are_white(tmp_path, codec, pix):
         assert np.abs(frame[80, 80].astype(int) - 255).max() <= 3
         assert frame[20, 80, 0] > 180
         assert frame[20, 80, 1:].max() < 25
+
+
+def test_a_palette_with_alpha_lies_on_white():
+    picture = Image.fromarray(np.array([[[200, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)).quantize(2)
+    assert picture.mode == "P"
+    assert "transparency" not in picture.info
+    for found in (as_uint8(picture, ndim=3), as_uint8([picture])[0]):
+        assert found[0].tolist() == [[200, 0, 0], [255, 255, 255]]
 
 
 def test_transparent_grey_of_16_bits_is_white(tmp_path):

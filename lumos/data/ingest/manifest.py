@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,11 +43,13 @@ from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TA
 from lumos.data.ingest.tars import tar_items
 from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
-from lumos.files import open_regular, text_of
+from lumos.files import existing_path, open_regular, text_of
 from lumos.video.reading import can_read
 
 MAX_PATH_LENGTH = 4096
 """Largest number of characters of a path in a table; no operating system opens a longer one."""
+ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|rar|7z)$", re.IGNORECASE)
+"""The end of the names of archives, which may hold media."""
 OF_CAPTIONS = "--captions"
 """First part of the ids of bad rows of the captions table, where other ids have the name of their source.
 A table cannot have this name."""
@@ -152,21 +155,10 @@ def _matching(name: str) -> str:
     return unicodedata.normalize("NFC", name).replace("\\", "/")
 
 
-def _existing(folder: Path, written: str) -> str:
-    """Return the path of a table's row below `folder`, in the Unicode form in which the file exists, else as written."""
-    for form in ("", "NFC", "NFD"):
-        for slashed in (written, written.replace("\\", "/")):
-            found = unicodedata.normalize(form, slashed) if form else slashed
-            with suppress(OSError, ValueError):
-                if (folder / found).exists():
-                    return str(folder / found)
-    return str(folder / written)
-
-
 def _items_of(path: Path) -> Iterator[Item]:
     name, suffix = as_text(path.resolve().name), path.suffix.lower()
     if path.is_dir():
-        yield from _folder_items(path, name)
+        yield from folder_items(path, name)
     elif suffix == ".tar":
         yield from tar_items(path, name)
     elif suffix in TABLES:
@@ -191,32 +183,34 @@ def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
         return Item(id_, path, problem=problem)
 
 
-def _folder_items(root: Path, name: str) -> Iterator[Item]:
+def folder_items(root: Path, name: str) -> Iterator[Item]:
     """Yield the media files in a folder and its subfolders, the entries of each folder sorted by name.
 
-    Hidden files and folders are left out. A link to a folder is followed, unless that folder is read anyway.
+    Hidden files and folders are left out. A link to a folder is followed, but no folder is read twice.
     """
     # A list as the stack instead of recursion, because folders can be nested deeper than Python's stack allows.
-    todo = [("", True)]  # (path relative to the root, whether it is a folder); the last element is the next one
-    linked: set[tuple[int, int]] = set()
+    # (path relative to the root, whether it is a folder, whether a folder above it is a link); the last element is the next one
+    todo = [("", True, False)]
+    linked: set[tuple[int, int]] = set()  # folders outside of the root that were read
     while todo:
-        below, is_folder = todo.pop()
+        below, is_folder, is_linked = todo.pop()
         path, id_ = root / below, as_text(f"{name}/{below}" if below else name)
         if is_folder:
             try:
-                if below and path.is_symlink() and not _is_new(path, root, linked):
-                    yield Item(id_, str(path), problem=(DUPLICATE, f"{path} links to a folder that is read under its own name"))
+                is_linked = is_linked or (bool(below) and path.is_symlink())
+                if is_linked and not _is_new(path, root, linked):
+                    yield Item(id_, str(path), problem=(DUPLICATE, f"{path} is a folder that is read under another name"))
                     continue
                 with os.scandir(path) as entries:
                     inside = sorted((entry.name, _leads_to_folder(entry)) for entry in entries if not entry.name.startswith("."))
             except OSError as error:
                 yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
                 continue
-            todo += [(f"{below}/{entry}" if below else entry, is_dir) for entry, is_dir in reversed(inside)]
+            todo += [(f"{below}/{entry}" if below else entry, is_dir, is_linked) for entry, is_dir in reversed(inside)]
             continue
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
-        if path.suffix.lower() == ".tar":
-            yield Item(id_, str(path), problem=(NOT_A_FILE, f"{path} is a tar, which is read only if it is a source of its own"))
+        if ARCHIVE.search(path.name):
+            yield Item(id_, str(path), problem=(NOT_A_FILE, f"{path} is an archive; name a .tar as a source, or unpack it"))
         elif not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
 
@@ -229,9 +223,9 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_new(link: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
-    """Return whether a link leads to a folder outside of the root that is not in `linked` yet; add it there."""
-    target, status = link.resolve(), link.stat()
+def _is_new(folder: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
+    """Return whether a link, or a folder behind one, is a folder outside of the root that is not in `linked` yet; add it there."""
+    target, status = folder.resolve(), folder.stat()
     if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target) or (status.st_dev, status.st_ino) in linked:
         return False
     linked.add((status.st_dev, status.st_ino))
@@ -281,7 +275,7 @@ def _row_item(manifest: Path, name: str, id_: str, row: TableRow) -> Item:
     if len(written) > MAX_PATH_LENGTH:
         why = f"its path has {len(written):,} characters; at most {MAX_PATH_LENGTH:,} are allowed"
         return Item(id_, str(manifest), problem=(BAD_ROW, why))
-    path = _existing(manifest.parent, written)
+    path = str(existing_path(manifest.parent, written))
     try:
         start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
         if end is not None and math.isnan(end):  # tables use NaN for a missing value
@@ -305,14 +299,20 @@ def _seconds(value: Any) -> float | None:
 
 
 def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
-    """Fill `captions` (name -> caption) from a table; yield an item with a problem for each bad row."""
+    """Fill `captions` (name -> caption) from a table; yield an item with a problem for each bad row.
+
+    A row with another caption for the file of an earlier row is bad too.
+    """
     for number, row in rows(table):
         path = "" if isinstance(row, str) else first(row, PATH_KEYS)
         if not path:
             why = row if isinstance(row, str) else f"no path; columns for it: {', '.join(PATH_KEYS)}"
             yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, why))
-        else:
-            captions[_matching(as_text(PurePosixPath(path).as_posix()))] = first(row, CAPTION_KEYS)
+            continue
+        name, caption = _matching(as_text(PurePosixPath(path).as_posix())), first(row, CAPTION_KEYS)
+        if captions.setdefault(name, caption) != caption:
+            why = f"an earlier row has another caption for {shown(path)}, which is the one that counts"
+            yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(DUPLICATE, why))
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def tar_items(tar: Path, name: str) -> Iterator[Item]:
     """Yield the items of a tar.
 
     Members with the same name up to the first dot of the file name form a sample: media, .txt and .json. Media with dots in
-    their names have the caption with the same name up to the last dot, if there is one.
+    their names have the caption with the same name up to the last dot. If there is none, they have that of the sample, unless
+    it is the own caption of media without dots.
     If the tar is cut off, the samples with complete members come first, and then an item whose problem
     says what is wrong. Nothing is unpacked under the names of members, and links are not followed.
     """
@@ -83,12 +84,13 @@ def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[ta
 def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Iterator[Item]:
     media = [member for member in members if _is_media(archive, member)]
     captions: dict[str, tuple[str, tuple[str, str] | None]] = {}
+    is_shared = all("." in PurePosixPath(_stem(member)).name for member in media)
     for member in media:
         own = [other for other in members if _stem(other) == _stem(member) and _suffix(other) in TEXTS]
         whole = [other for other in members if "." not in PurePosixPath(_stem(other)).name and _suffix(other) in TEXTS]
         key = _stem(member) if own else ""
         if key not in captions:
-            captions[key] = _caption(archive, own or whole)
+            captions[key] = _caption(archive, own or (whole if is_shared else []))
         caption, problem = captions[key]
         id_, place = as_text(f"{name}/{member.name}"), {"member": member.name, "offset": member.offset_data, "size": member.size}
         if not member.isfile() or member.issparse():

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lumos.data.curriculum import StepShape
 from lumos.data.ingest.encode import clip_starts
-from lumos.data.ingest.item import PICTURES
+from lumos.data.ingest.media import Media, media_of
 from lumos.data.synthetic.sampling import SyntheticScenes
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, printable, shown
+from lumos.progress import LOGGER
 from lumos.training.tokenizer.textures import recoloured, texture
 from lumos.video.frames import fit, from_uint8
 from lumos.video.reading import read_image, read_video
@@ -62,7 +63,7 @@ def photographs(held_out: bool = False, sources: Sequence[str] = ()) -> list[Pat
         path = Path(source)
         if not path.exists():
             raise UserError(f"photographs {shown(source)} do not exist: give a picture file or a folder of them")
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        files = _media_of(path).pictures if path.is_dir() else [path]
         found += [file for file in files if file.name not in _TEST_NAMES]
     return found
 
@@ -78,12 +79,20 @@ def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
         if source == PACKAGE_FILMS:
             found += _package_films()
         elif path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in FILM_SUFFIXES)
+            found += _media_of(path).films
         elif path.is_file():
             found.append(path)
         else:
             raise UserError(f"film {shown(source)} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
     return [path for path in found if path.name.startswith(HELD_OUT_FILM) == held_out]
+
+
+def _media_of(folder: Path) -> Media:
+    """Return the media files of a folder, and say how many others cannot be read."""
+    found = media_of(folder)
+    if found.problems:
+        LOGGER.warning(printable(f"note: {len(found.problems)} files in {folder} cannot be used; the first: {found.problems[0]}"))
+    return found
 
 
 def _package_films() -> list[Path]:

@@ -109,6 +109,8 @@ def test_steps_are_reported(pipe):
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "   "}, "the prompt is empty"),
+        ({"prompt": "a caf\ufffd"}, "U.FFFD, because characters were lost"),
+        ({"prompt": "a", "negative_prompt": "b\0c"}, "U.0000, because characters were lost"),
         ({"prompt": "word " * 5000}, "this model reads at most 256"),
         ({"num_frames": 16}, "num_frames 16 is not allowed; it must be 1 \\+ a multiple of 4, for example 13 or 17"),
         ({"num_frames": 0}, "num_frames 0 is not allowed"),

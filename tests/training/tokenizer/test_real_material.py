@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lumos.errors import UserError
-from lumos.training.tokenizer.clips import TrainingClips, held_out_films, photographs, turned
+from lumos.training.tokenizer.clips import TrainingClips, films, held_out_films, photographs, turned
 from lumos.video.io import write_video
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (9, 40, 48, 3), np.uint8)
@@ -45,6 +45,19 @@ def test_a_folder_of_photographs_is_added(tmp_path, no_packages):
     assert len(colors) == 2
     with pytest.raises(UserError, match="photographs 'nowhere' do not exist: give a picture file or a folder"):
         photographs(sources=["nowhere"])
+
+
+def test_real_files_are_known_by_their_content(tmp_path, no_packages, caplog):
+    write_video(tmp_path / "film.mp4", FRAMES, fps=8)
+    (tmp_path / "film.mp4").rename(tmp_path / "film.jpg")
+    picture(tmp_path / "red.png", "red")
+    (tmp_path / "red.png").rename(tmp_path / "red.gif")
+    (tmp_path / "._red.png").write_bytes(b"of macOS")
+    (tmp_path / "old.psd").write_bytes(b"8BPS")
+    assert [path.name for path in photographs(sources=[str(tmp_path)])] == ["red.gif"]
+    assert [path.name for path in films([str(tmp_path)])] == ["film.jpg"]
+    assert "note: 1 files in" in caplog.text
+    assert "old.psd" in caplog.text
 
 
 def test_photographs_have_at_most_the_set_side(tmp_path, no_packages):
