@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,3 +83,20 @@ def test_a_training_that_is_not_whole_is_not_copied(tmp_path: Path):
     assert copy_trained("k", folder, tmp_path) is None  # not onto itself
     assert copy_trained("other", tmp_path / "two" / "a-0" / "train", tmp_path) is None
     assert copy_trained("k", tmp_path / "two" / "a-0" / "train", tmp_path) == folder
+
+
+def test_a_training_that_outlived_its_experiment_is_copied_too(tmp_path: Path, monkeypatch):
+    """The experiment was killed and its training went on, so nobody wrote the key beside it."""
+    experiment = Experiment(train=Training(BASE), variants={"a": Variant()}, seeds=[0])
+    (job,) = runs.jobs(experiment, tmp_path / "one")
+    made = job.folder / "train"
+    (made / "export").mkdir(parents=True)
+    (made / "export" / "config.json").write_text("{}")
+    (made / "log.jsonl").write_text("")
+    job.command_file("train").write_text(shlex.join(job.train))
+    monkeypatch.setattr(runs, "subprocess", None)  # nothing is left to run
+    runs.run([job], 1, lambda: None)
+    assert key_file(made).read_text() == settings_key(job.train)
+    (other,) = runs.jobs(experiment, tmp_path / "two")
+    runs.run([other], 1, lambda: None)
+    assert (other.folder / "train" / "export" / "config.json").is_file()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import yaml
 from lumos import registry
 from lumos.cli import main
 from lumos.data.curriculum import Curriculum
+from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
-from lumos.evaluation.experiments import intervals, results, runs
+from lumos.evaluation.captions import named_attributes
+from lumos.evaluation.experiments import intervals, plots, results, runs
 from lumos.evaluation.experiments.settings import load
+from lumos.evaluation.prompts import KINDS
 from lumos.training.settings import load_settings
 
 STUDIES = (
@@ -61,6 +66,46 @@ def test_studies_have_three_seeds_and_minutes(folders, repo: Path, name: str):
     for job in folders(name):
         steps = [option for option, command in ((step, command) for step, command, _ in job.steps()) if command]
         assert steps[-1] == "evaluate"
+
+
+def chance(figure: str, kinds: list[str], count: int, seeds: list[int]) -> float:
+    """Return the upper end of the interval of the share of prompts whose object another prompt has right, a mean over kinds."""
+    shares = []
+    for kind in kinds:
+        prompts = [prompt for seed in seeds for prompt in wanted(kind, count, 10_000_000 * (seed + 1))]
+        times = Counter(prompt["objects"][0][figure] for prompt in prompts).values()
+        shares.append(sum(n * (n - 1) for n in times) / (len(prompts) * (len(prompts) - 1)))
+    total = len(kinds) * count * len(seeds)
+    return intervals.wilson(statistics.mean(shares) * total, total)[1]
+
+
+def wanted(kind: str, count: int, seed: int) -> list[dict]:
+    source = SyntheticScenes(seed=seed, num_frames=17, height=64, width=64, **KINDS[kind])
+    return [named_attributes(source.scene(index)) for index in range(count)]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_floors_are_above_chance(repo: Path, name: str):
+    study = load(repo / "configs" / "experiments" / f"{name}.yaml")
+    at = study.prompts.index("--count")
+    kinds, count = study.prompts[study.prompts.index("--kinds") + 1 : at], int(study.prompts[at + 1])
+    for figure, floor in {item for claim in study.claims for item in claim.floor.items()}:
+        assert floor >= chance(figure, kinds, count, study.seeds), figure
+
+
+def test_systems_are_compared_with_their_costs(repo: Path):
+    figures = set(load(repo / "configs" / "experiments" / "compare-systems.yaml").figures)
+    assert {"clip_gflops", "clip_seconds", "memory_mb"} <= figures
+
+
+def test_curves_over_flops_are_means_over_seeds():
+    """The FLOPs of a step differ by the seed, whose captions have other lengths."""
+    runs = [{"curves": {"val": [[100.0 + seed, 3.0 + seed], [200.0 + 2 * seed, None if seed else 2.0]]}} for seed in range(3)]
+    assert plots.curve(runs, "val") == [(101.0, 4.0, 1.0), (200.0, 2.0, 0.0)]
+    of_lists = [{"curves": {"val": [[9, [1.0, 2.0]]]}}, {"curves": {"val": [[8, [3.0, 2.0]]]}}]
+    assert plots.curve(of_lists, "val") == [(0, 2.0, pytest.approx(2**0.5)), (1, 2.0, 0.0)]
+    longer = [{"curves": {"val": [[1, 2.0], [2, 4.0]]}}, {"curves": {"val": [[2, 2.0]]}}]
+    assert plots.curve(longer, "val") == [(1, 2.0, 0.0), (2, 3.0, pytest.approx(2**0.5))]
 
 
 def test_all_studies_together_fit_into_the_budget(repo: Path):

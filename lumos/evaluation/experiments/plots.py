@@ -80,18 +80,23 @@ def times_of(rows: list[dict[str, Any]]) -> tuple[Points, str]:
 def curve(runs: list[dict[str, Any]], field: str) -> Points:
     """Return the points of a field of the log over training steps or FLOPs.
 
+    Runs of equal length are averaged point by point, x as well: the FLOPs of the same steps differ a little by the seed, whose
+    captions have other lengths. Others are averaged where they have the same x.
     The values of some fields are lists, for example with one value per latent frame. For such a
     field, return the last list over the positions in it.
     """
-    values: dict[float, list[float]] = {}
-    for run in runs:
-        points = run["curves"][field]
-        if isinstance(points[-1][1], list):
-            points = list(enumerate(points[-1][1]))
-        for x, y in points:
+    lines = [run["curves"][field] for run in runs]
+    lines = [list(enumerate(points[-1][1])) if isinstance(points[-1][1], list) else points for points in lines]
+    places: dict[float, list[tuple[float, float]]] = {}
+    has_one_length = len({len(points) for points in lines}) == 1
+    for points in lines:
+        for number, (x, y) in enumerate(points):
             if y is not None:
-                values.setdefault(x, []).append(y)
-    return [(x, statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0) for x, found in sorted(values.items())]
+                places.setdefault(number if has_one_length else x, []).append((x, y))
+    return [
+        (statistics.mean(x), statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0)
+        for x, y in (zip(*found, strict=True) for _, found in sorted(places.items()))
+    ]
 
 
 def _shares(axes: Any, variants: dict[str, Any], shown: dict[str, str], title: str, axis: str) -> None:

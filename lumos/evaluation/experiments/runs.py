@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.errors import RunError, UserError
-from lumos.evaluation.experiments.reuse import copy_trained, mark, settings_key
+from lumos.evaluation.experiments.reuse import copy_trained, key_file, mark, settings_key
 from lumos.evaluation.experiments.settings import Experiment
 from lumos.files import read_text, write_bytes
 from lumos.progress import LOGGER
@@ -132,7 +132,11 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
 
     def one(job: ExperimentJob) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        for name, command in job.missing():
+        missing = list(job.missing())
+        for name, command, made in job.steps():  # a training may have outlived the experiment that began it
+            if made.is_file() and not key_file(job.folder / name).is_file():
+                mark(job.folder / name, settings_key(command))
+        for name, command in missing:
             write_bytes(job.command_file(name), shlex.join(command).encode())
             key, made = settings_key(command), job.folder / name
             if not made.exists() and (trained := copy_trained(key, made, job.folder.parent.parent)):
