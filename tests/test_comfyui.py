@@ -189,6 +189,18 @@ def test_sampling_inputs_are_the_options_of_all_generators(nodes, monkeypatch):
     assert (chosen["mask_given_frames"], chosen["solver"]) == (False, "ab2")
 
 
+def test_the_image_may_guide_on_its_own(nodes, model, monkeypatch):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
+    assert list(node.INPUT_TYPES()["optional"])[-2:] == ["views", "image_guidance_scale"]  # saved workflows end before it
+    asked = {**widgets(node), "prompt": "x", "seed": 3, "num_frames": 5, "guidance_scale": 2.0}
+    assert asked["image_guidance_scale"] == -1
+    seen, resolve = [], type(model).resolve
+    monkeypatch.setattr(type(model), "resolve", lambda pipe, request: seen.append(resolve(pipe, request)) or seen[-1])
+    for scale in (-1.0, 0.0, 2.5):
+        execute(nodes, "LumosImageToVideo", model=model, images=torch.rand(1, 16, 24, 3), **asked | {"image_guidance_scale": scale})
+    assert [resolved.sampling.image_guidance_scale for resolved in seen] == [None, 0.0, 2.5]
+
+
 def test_the_image_node_makes_the_uses_of_stiv(nodes):
     pipe = micro_pipeline()
     clip = torch.rand(3, 16, 32, 3)

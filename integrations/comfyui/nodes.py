@@ -40,6 +40,8 @@ SAVED_ORDER = (
     "guidance_renorm", "solver", "null_image", "keep_given_pixels",
 )  # fmt: skip
 """The order of the sampling inputs. A saved workflow holds values by place, so new inputs come behind these."""
+SAVED_BEHIND = ("image_guidance_scale",)
+"""The order of the sampling inputs behind those of `LumosImageToVideo` that are no sampling options; new ones follow."""
 
 folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
 
@@ -134,7 +136,7 @@ class LumosTextToVideo:
             return ("INT", {"default": 0, "min": 0, "max": maximum, "step": step, "tooltip": f"{tooltip}; 0: the model's default"})
 
         shown = [option for option in all_options().values() if option.has_control]
-        place = {name: i for i, name in enumerate(SAVED_ORDER)}
+        place = {name: i for i, name in enumerate((*SAVED_ORDER, *SAVED_BEHIND))}
         options = sorted(shown, key=lambda option: place.get(option.name, len(place)))
         sampling = {option.name: sampling_input(option) for option in options}
         common = {name: sampling.pop(name) for name in ("num_inference_steps", "guidance_scale")}

@@ -218,6 +218,9 @@ def sampling_control(option: Option, own: Any, limits: Limits) -> Component:
         return gr.Checkbox(own, label=option.label, elem_id=option.name)
     if option.kind == CHOICE:
         return gr.Dropdown(list(option.choices), value=own, label=option.label, elem_id=option.name)
+    if option.is_optional:  # a slider has no place for None
+        usual = "off" if own is None else f"{own:g}"
+        return gr.Textbox("", label=f"{option.label}; empty: {usual}", max_length=20, elem_id=option.name)
     low, high, step = option.slider
     high = limits.max_steps if option.name == "num_inference_steps" else max(high, own)
     return gr.Slider(low, high, own, step=step, label=option.label, elem_id=option.name)
@@ -231,8 +234,10 @@ def request_of(
     given_as: the argument that takes the upload. A value that equals the model's default is left
     out of the request. UserError for a seed that is not a number.
     """
-    names = [name for name in (*SHAPE, *pipe.sampling.declared()) if name in answers]
-    chosen = {name: answers[name] for name in names if answers[name] != defaults[name]}
+    options = pipe.sampling.declared()
+    numbers = {name: number_of(name, answers[name], pipe) for name in options if name in answers and options[name].is_optional}
+    values = {**answers, **numbers}
+    chosen = {name: values[name] for name in (*SHAPE, *options) if name in answers and values[name] != defaults[name]}
     if given := answers["given"]:
         chosen[given_as] = given
     if last := answers.get("last_image"):
@@ -244,6 +249,12 @@ def request_of(
     if seed := answers["seed"].strip():
         chosen["seed"] = field_value("seed", seed, pipe)
     return Request.of(answers["prompt"], negative_prompt=answers["negative_prompt"], **chosen)
+
+
+def number_of(name: str, text: Any, pipe: VideoPipeline) -> Any:
+    """Return the value of an optional option from the text of its control; None, the model's default, for an empty one."""
+    text = "" if text is None else str(text).strip()
+    return field_value(name, text, pipe) if text else None
 
 
 async def shown_progress(service: Service, job: ClipJob) -> AsyncIterator[dict[str, str]]:

@@ -13,7 +13,8 @@ of the metadata's choices. The metadata are:
     above, below         exclusive bounds
     choices              the allowed names of a str
     allowed              the allowed range in words, for messages
-    step                 step of a number's slider in the page and of its input in ComfyUI; without it there is neither
+    step                 step of a number's slider in the page (a field, if it may be None) and of its input in ComfyUI; without it
+                         there is neither
     slider_high          the largest value of the slider, if it is less than `high`
     label                the label of the slider, if the option's name and meaning would be too long
     pictures             False: the option has no effect on a single picture

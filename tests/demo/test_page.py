@@ -77,8 +77,9 @@ def gradio():
     return pytest.importorskip("gradio", reason="the page needs the extra [demo]")
 
 
-DEFAULTS = {"width": 24, "height": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0, "history_mask_ratio": 0.7}
-UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "seed": " "}
+DEFAULTS = {"width": 24, "height": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 2.0, "history_mask_ratio": 0.7,
+            "image_guidance_scale": None}  # fmt: skip
+UNTOUCHED = {**DEFAULTS, "image_guidance_scale": "", "prompt": "x", "negative_prompt": " ", "given": None, "seed": " "}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,10 @@ UNTOUCHED = {**DEFAULTS, "prompt": "x", "negative_prompt": " ", "given": None, "
         ({"seed": "3", "negative_prompt": "y"}, Request.of("x", negative_prompt="y", seed=3)),
         ({"num_frames": 9, "guidance_scale": 1}, Request.of("x", num_frames=9, guidance_scale=1)),
         ({"given": "/u/a"}, Request.of("x", image="/u/a")),
+        ({"given": "/u/a", "image_guidance_scale": " 2.5 "}, Request.of("x", image="/u/a", image_guidance_scale=2.5)),
+        ({"given": "/u/a", "image_guidance_scale": 2}, Request.of("x", image="/u/a", image_guidance_scale=2.0)),  # of a record
+        ({"given": "/u/a", "image_guidance_scale": " "}, Request.of("x", image="/u/a")),
+        ({"given": "/u/a", "image_guidance_scale": None}, Request.of("x", image="/u/a")),
     ],
 )
 def test_the_controls_ask_for_what_was_changed(gradio, answers, request_):
@@ -147,11 +152,15 @@ def test_the_page_has_the_controls_of_its_generator(gradio, pipes, tmp_path):
     lumos1, stiv = map(controls, pipes)
     assert {"last_image", "interpolate", "views", "solver", "keep_given_pixels"} & lumos1.keys() == set()
     assert (lumos1["mask_given_frames"], lumos1["history_mask_ratio"]) == ("Checkbox", "Slider")
+    assert lumos1["image_guidance_scale"] == stiv["image_guidance_scale"] == "Textbox"  # empty: the model's own
     assert (stiv["last_image"], stiv["interpolate"], stiv["views"], stiv["solver"]) == ("File", "Checkbox", "Checkbox", "Dropdown")
 
 
 def test_a_seed_is_a_number(gradio):
     from lumos.demo.page import request_of
+
+    with pytest.raises(UserError, match="image_guidance_scale 'two' is not allowed; give a number"):
+        request_of({**UNTOUCHED, "image_guidance_scale": "two"}, DEFAULTS, LumosPipeline)
 
     with pytest.raises(UserError, match="seed 'three' is not allowed; give a whole number"):
         request_of({**UNTOUCHED, "seed": "three"}, DEFAULTS, LumosPipeline)

@@ -27,7 +27,7 @@ from lumos.errors import UserError
 from lumos.lora import Lora, add_adapters
 from lumos.models.lumos1.attention import attention_for
 from lumos.models.lumos1.cache import Cache
-from lumos.models.lumos1.clip_cost import LumosClipCost, lighter, out_of_memory_advice
+from lumos.models.lumos1.clip_cost import LumosClipCost, clip_cost, lighter, out_of_memory_advice
 from lumos.models.lumos1.flops import adapter_weights, training_flops
 from lumos.models.lumos1.sampling import generate_frames
 from lumos.models.lumos1.sequence import Frame, SequenceLayout, build_prefix
@@ -391,8 +391,15 @@ def test_the_flops_of_a_clip_are_those_that_torch_counts(model, config, guidance
 
 def test_bytes_of_a_clip_are_those_of_the_tensors(model, config):
     clip = ClipDefaults(num_frames=9, height=16, width=24, fps=8, target_size=None)
-    for guidance, rows in ((1.0, 1), (3.0, 2)):
-        report = LumosClipCost(config, clip, GenerationSettings(guidance_scale=guidance), 7, torch.bfloat16).report(1e12, 0.5)
+    for options, rows in (
+        ({"guidance_scale": 1.0}, 1), ({"guidance_scale": 3.0}, 2), ({"guidance_scale": 3.0, "image_guidance_scale": 3.0}, 2),
+        ({"guidance_scale": 3.0, "image_guidance_scale": 1.0}, 2), ({"guidance_scale": 3.0, "image_guidance_scale": 2.0}, 3),
+        ({"guidance_scale": 1.0, "image_guidance_scale": 2.0}, 3),
+    ):  # fmt: skip
+        settings = GenerationSettings(**options)
+        alone = clip_cost(config, clip, settings, 7, torch.bfloat16)  # of text alone, which no image guides
+        assert len(alone.case.prefix_lengths) == (1 if options["guidance_scale"] == 1 else 2)
+        report = LumosClipCost(config, clip, settings, 7, torch.bfloat16).report(1e12, 0.5)
         cache = Cache(model.bfloat16(), rows, report["tokens"])
         assert report["bytes"]["cache"] == cache.keys.nbytes + cache.values.nbytes
         assert report["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())

@@ -31,7 +31,8 @@ from lumos.runtime import parameter_count
 class LumosClipCost:
     """The cost of one clip that `generate_frames` makes from a prompt of `text_tokens` tokens.
 
-    The cost of the video tokenizer is not included. Raises UserError or ValueError for a clip that the
+    The cost of the video tokenizer is not included. With image_guidance_scale it is a clip with given frames, since other clips
+    cannot have this option; given frames count like made ones. Raises UserError or ValueError for a clip that the
     pipeline would refuse.
     """
 
@@ -59,6 +60,7 @@ class LumosClipCost:
         return DecodingCase(
             meta_model(self.config).to(self.dtype), conditional, unconditional if self.settings.is_guided else None,
             (rows, cols), num_latent_frames(self.clip.num_frames, self.config.temporal_compression), self.settings,
+            unconditional if self.settings.has_three_branches else None,
         )  # fmt: skip
 
     def warn_of_effects(self, given: Mapping[str, Any]) -> None:
@@ -133,8 +135,8 @@ def lighter(plan: LumosClipCost, clips: int = 1) -> list[tuple[str, int]]:
 def clip_cost(
     config: LumosConfig, clip: ClipDefaults, sampling: GenerationSettings, text_tokens: int, dtype: torch.dtype
 ) -> LumosClipCost:
-    """Return the cost of one clip. Raises UserError for a clip that the pipeline would refuse."""
-    return LumosClipCost(config, clip, sampling, text_tokens, dtype)
+    """Return the cost of one clip from text alone. Raises UserError for a clip that the pipeline would refuse."""
+    return LumosClipCost(config, clip, sampling.for_text_alone(), text_tokens, dtype)
 
 
 def model_of(folder: str | Path | None, preset: str | None) -> tuple[LumosConfig, GenerationSettings, ClipDefaults]:

@@ -190,8 +190,7 @@ class LumosPipeline(VideoPipeline):
         given = [self.encode_frames(np.stack(frames[: len(frames) - resolved.has_last])) for frames in pictures]
         last_time = num_latent_frames(resolved.clip.num_frames, self.temporal_compression) - 1
         sampling, text_free = resolved.sampling, resolved.unconditional
-        has_own_scale = text_free is not None and sampling.image_guidance_scale not in (None, 1)
-        is_joint = has_own_scale and sampling.image_guidance_scale == sampling.guidance_scale
+        is_joint = sampling.image_guidance_scale not in (None, 1) and sampling.image_guidance_scale == sampling.guidance_scale
 
         def behind(prefixes: list[Tensor], *, masked: bool = False) -> list[Tensor]:
             if not given:
@@ -207,7 +206,7 @@ class LumosPipeline(VideoPipeline):
             given=given,
             conditional=behind(resolved.conditional),
             unconditional=None if text_free is None else behind(text_free, masked=is_joint),
-            without_given=behind(text_free, masked=True) if has_own_scale and not is_joint else None,
+            without_given=behind(text_free, masked=True) if sampling.has_three_branches else None,
             later={frame: behind(prefixes) for frame, prefixes in resolved.later_prefixes.items()},
         )
 

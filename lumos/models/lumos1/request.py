@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ def resolve(
     sampling, clip = common.sampling, common.clip
     has_last = check_given(common.given[0], clip.num_frames, stride, sampling)
     if common.num_given_frames == 0 and sampling.image_guidance_scale is not None:
-        sampling = replace(sampling, image_guidance_scale=None)  # the model's default, which holds for clips with an image
+        sampling = sampling.for_text_alone()
     grid = (clip.height // config.spatial_compression, clip.width // config.spatial_compression)
 
     # 2. the ids of both branches before the frames

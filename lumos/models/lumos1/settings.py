@@ -32,7 +32,7 @@ class GenerationSettings(SamplingOptions):
         None,
         "guidance by the given frames on their own, with a third branch in which they are masked; if it equals guidance_scale, "
         "two branches are enough; default: given frames are in both branches",
-        low=0, high=100, given=True,
+        low=0, high=100, step=0.1, slider_high=20, given=True, label="How closely to follow the given picture",
     )  # fmt: skip
     temperature: float = setting(
         1.0, "scale of the Gumbel noise on the confidence, annealed to 0 within each frame", low=0, high=100, step=0.05,
@@ -101,6 +101,11 @@ class GenerationSettings(SamplingOptions):
         """Whether the decoder runs on more than one branch."""
         return self.guidance_scale != 1 or self.image_guidance_scale not in (None, 1)
 
+    @property
+    def has_three_branches(self) -> bool:
+        """Whether given frames are guided apart from the text, in a branch of their own."""
+        return self.image_guidance_scale not in (None, 1, self.guidance_scale)
+
     def changed(self, **given: Any) -> GenerationSettings:
         """Return a copy with the options that are not None replaced.
 
@@ -111,9 +116,15 @@ class GenerationSettings(SamplingOptions):
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("num_inference_steps", self.num_inference_steps) != self.num_inference_steps:
             given.setdefault("later_steps", None)
-        if given.get("guidance_scale") == 1 and given.get("image_guidance_scale", 1) == 1:
+        by_image = given.get("image_guidance_scale", self.image_guidance_scale)
+        if given.get("guidance_scale") == 1 and by_image in (None, 1):
             given.setdefault("guidance_interval", GenerationSettings.guidance_interval)
         return replace(self, **given)
+
+    def for_text_alone(self) -> GenerationSettings:
+        """Return the options of a clip without given frames: a default image_guidance_scale has no effect on it."""
+        interval = GenerationSettings.guidance_interval if self.guidance_scale == 1 else self.guidance_interval
+        return replace(self, image_guidance_scale=None, guidance_interval=interval)
 
     def steps_of(self, frame: int) -> int:
         """Return the steps of a new latent frame, counted from 0. With a confidence threshold it may end earlier."""

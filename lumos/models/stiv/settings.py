@@ -33,7 +33,7 @@ class StivOptions(SamplingOptions):
     )  # fmt: skip
     image_guidance_scale: float | None = setting(
         None, "guidance by the image on its own, with a third branch; default: the image is guided with the text",
-        low=0, high=100, given=True,
+        low=0, high=100, step=0.1, slider_high=20, given=True, label="How closely to follow the given picture",
     )  # fmt: skip
     guidance_renorm: str = setting(
         "sample", "scale the guided prediction to the norm of the one with text and image, for each of these", choices=RENORMS,

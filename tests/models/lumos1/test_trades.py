@@ -445,3 +445,7 @@ def test_changing_a_default_drops_options_that_depend_on_it():
     assert own.changed(guidance_scale=5).guidance_interval == (0.0, 0.5)
     with pytest.raises(UserError, match="has no effect with guidance_scale 1"):
         own.changed(guidance_scale=1, guidance_interval=(0.0, 0.5))
+    by_image = replace(own, image_guidance_scale=2.0)
+    assert by_image.changed(guidance_scale=1) == replace(by_image, guidance_scale=1)  # the image still guides, in this interval
+    assert by_image.for_text_alone() == own
+    assert by_image.changed(guidance_scale=1).for_text_alone() == replace(own, guidance_scale=1, guidance_interval=(0.0, 1.0))

@@ -60,6 +60,7 @@ class DecodingCase:
     unconditional  ids of the prefix without the prompt; None without guidance
     grid           rows and columns (h, w) of codes of a latent frame
     frames         number of latent frames
+    without_given  ids of the prefix of the third branch, see `generate_frames`; None without it
     """
 
     model: LumosForVideoGeneration
@@ -68,6 +69,7 @@ class DecodingCase:
     grid: tuple[int, int]
     frames: int
     settings: GenerationSettings
+    without_given: Tensor | None = None
 
     def cut(self, *, steps: int, frames: int | None = None) -> DecodingCase:
         """Return the case with at most `steps` steps a frame and `frames` latent frames."""
@@ -81,7 +83,7 @@ class DecodingCase:
 
     @property
     def prefix_lengths(self) -> list[int]:
-        return [len(ids) for ids in (self.conditional, self.unconditional) if ids is not None]
+        return [len(ids) for ids in (self.conditional, self.unconditional, self.without_given) if ids is not None]
 
     @property
     def tokens(self) -> int:
