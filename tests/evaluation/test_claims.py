@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import yaml
 
@@ -9,7 +12,7 @@ from lumos.cli import main
 from lumos.errors import UserError
 from lumos.evaluation.experiments import results, runs
 from lumos.evaluation.experiments.claims import AGREES, DISAGREES, TOO_EARLY, at_chance, judged, verdict
-from lumos.evaluation.experiments.intervals import intervals, paired_difference, share_difference, summary
+from lumos.evaluation.experiments.intervals import STUDENT, intervals, paired_difference, share_difference, summary
 from lumos.evaluation.experiments.settings import FIGURES, MORE_FIGURES, load
 from lumos.evaluation.experiments.tables import claims_table, figures_table
 from lumos.evaluation.experiments.words import KINDS, WORDS, in_words
@@ -45,6 +48,16 @@ def test_intervals_of_differences():
     assert paired_difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == [0.5, 0.5]  # seeds that go together
     low, high = share_difference([[28, 35], [28, 35]], [[24, 40], [24, 40]])  # Newcombe's example of 56 of 70 and 48 of 80
     assert (low, high) == pytest.approx((0.0524, 0.3339), abs=1e-3)
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_quantiles_are_those_of_students_distribution(count: int):
+    """By integration of the density, of one degree of freedom less than there are values."""
+    free = count - 1
+    scale = math.gamma((free + 1) / 2) / (math.gamma(free / 2) * (free * math.pi) ** 0.5)
+    ends = np.linspace(0, STUDENT[count], 20_001)
+    inside = 2 * scale * np.trapezoid((1 + ends**2 / free) ** (-(free + 1) / 2), ends)
+    assert inside == pytest.approx(0.95, abs=5e-5)
 
 
 def test_three_seeds_that_agree_are_no_proof_with_few_clips():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import statistics
 from collections import Counter
@@ -17,7 +18,7 @@ from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.experiments import intervals, plots, results, runs
-from lumos.evaluation.experiments.settings import load
+from lumos.evaluation.experiments.settings import Experiment, load
 from lumos.evaluation.prompts import KINDS
 from lumos.training.settings import load_settings
 
@@ -106,6 +107,21 @@ def test_curves_over_flops_are_means_over_seeds():
     assert plots.curve(of_lists, "val") == [(0, 2.0, pytest.approx(2**0.5)), (1, 2.0, 0.0)]
     longer = [{"curves": {"val": [[1, 2.0], [2, 4.0]]}}, {"curves": {"val": [[2, 2.0]]}}]
     assert plots.curve(longer, "val") == [(1, 2.0, 0.0), (2, 3.0, pytest.approx(2**0.5))]
+
+
+def test_flops_of_trainings_before_are_counted(tmp_path: Path):
+    """Two steps of 5 FLOPs come before; log lines hold the mean FLOPs of a step since the line before."""
+    logs = {"first": [{"step": 1, "flops": 5.0}, {"step": 2, "flops": 5.0}, {"event": "end", "step": 2}],
+            "train": [{"step": 2, "flops": 7.0, "val": 2.0}, {"step": 3, "val": 1.5},
+                      {"step": 4, "flops": 9.0, "val": 1.0}]}  # fmt: skip
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = runs.ExperimentJob("a", 0, tmp_path, ("train",), None, before=(("first", ("train",)),))
+    for over, places in (("flops", [24.0, 33.0, 42.0]), ("step", [2, 3, 4])):
+        found = results.results_of(job, Experiment(curves=["val"], over=over))
+        assert found["training_flops"] == 42
+        assert found["curves"]["val"] == list(map(list, zip(places, [2.0, 1.5, 1.0], strict=True)))
 
 
 def test_all_studies_together_fit_into_the_budget(repo: Path):
