@@ -154,7 +154,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        kinds = [a for a in args if a is not type(None)]
+        fitting = [a for a in kinds if isinstance(value, typing.get_origin(a) or a)]
+        return _convert((fitting or kinds)[0], value, path)
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):

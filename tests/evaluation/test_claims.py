@@ -68,6 +68,21 @@ def test_three_seeds_that_agree_are_no_proof_with_few_clips():
     assert result(other, one)["claims"][0]["verdict"] == DISAGREES
 
 
+def test_several_variants_count_as_one_by_their_mean():
+    rows = {"a": row("motion", [0.5, 0.75, 1.0], of=8), "b": row("motion", [0.25, 0.5, 0.25], of=8),
+            "c": row("motion", [0.125, 0.25, 0.25], of=16)}  # fmt: skip
+    claim = CLAIM | {"better": ["a", "b"], "than": "c"}
+    (found,) = judged({"train": {"config": "x.yaml"}, "names": {}, "claims": [claim], "variants": rows})
+    assert found["values"] == pytest.approx([0.5417, 0.2083])  # of both variants 0.375, 0.625, 0.625 by seed
+    paired = paired_difference([0.375, 0.625, 0.625], [0.125, 0.25, 0.25])
+    pooled = share_difference([[6, 16], [10, 16], [10, 16]], [[2, 16], [4, 16], [4, 16]])
+    assert found["interval"] == [min(paired[0], pooled[0]), max(paired[1], pooled[1])]
+    losses = {name: {"runs": [{"seed": n, "curves": {"val": [[0, 9.0], [1, value + 0.1 * n]]}} for n in range(3)]}
+              for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}  # fmt: skip
+    (found,) = judged({"train": {"config": "x.yaml"}, "names": {}, "claims": [claim | {"figure": "val"}], "variants": losses})
+    assert (found["values"], found["verdict"]) == (pytest.approx([1.6, 3.1]), AGREES)
+
+
 def test_models_trained_by_seed_need_seeds_that_agree():
     one, other = row("motion", [0.2, 0.8, 0.8], of=40), row("motion", [0.3, 0.3, 0.3], of=40)
     assert result(one, other)["claims"][0]["verdict"] == TOO_EARLY
@@ -123,6 +138,10 @@ def test_tables_are_markdown():
     ({"text": ""}, r"claims\[0\]\.text is empty"),
     ({"better": "c"}, r"claims\[0\]: 'c' is no variant; name two of a, b"),
     ({"better": "b"}, "compares 'b' with itself"),
+    ({"better": ["a", "b"]}, "compares 'b' with itself"),
+    ({"better": ["a", "a"]}, "a list of different variants"),
+    ({"better": []}, "a list of different variants"),
+    ({"better": [1]}, r"better\[0\] must be text"),
     ({"figure": "frechet"}, "'frechet' is none of the figures and curves, motion"),
     ({"floor": {"colour": 0.2}}, "'colour' is none of the figures"),
     ({"floor": {"motion": "low"}}, "floor has 'low'; give the value of chance"),

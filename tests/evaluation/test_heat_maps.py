@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lumos.errors import UserError
-from lumos.evaluation.experiments.heat_maps import cells, draw_heat_maps, order
+from lumos.evaluation.experiments.heat_maps import cells, draw_heat_maps, in_order
 from lumos.evaluation.experiments.settings import load
 from lumos.video.io import read_image
 
@@ -23,7 +23,7 @@ def test_a_variant_without_a_panel_is_in_all():
         "each sample": {(1, 1): variants["none"], (2.5, 2.5): variants["c"]},
     }
     assert cells({"x": {"at": [1, 2]}}) == {"": {(1, 2): {"at": [1, 2]}}}
-    assert sorted([7.5, "all", 1, 2.5], key=order) == [1, 2.5, 7.5, "all"]
+    assert in_order([7.5, "spaced", 1, "all", 2.5, "spaced"]) == [1, 2.5, 7.5, "spaced", "all"]
 
 
 def test_axes_are_named_in_words(tmp_path: Path, monkeypatch):

@@ -14,7 +14,7 @@ AGREES, DISAGREES, TOO_EARLY = "agrees", "does not agree", "too early to tell"
 def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the claims of an experiment, each with what was found.
 
-    result: the content of the JSON file. The keys that are added: values, the means of the two variants; difference, of the
+    result: the content of the JSON file. The keys that are added: values, the means of the two sides; difference, of the
     first and the second; interval, its 95 % interval; at_chance, the figures that do not exceed their floor; verdict. UserError for
     a figure that some run has not.
     """
@@ -22,7 +22,7 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     variants, losses = result["variants"], {field for row in result["variants"].values() for field in curves_of(row["runs"])}
     found = []
     for claim in result["claims"]:
-        one, other = (variants[claim[name]]["runs"] for name in ("better", "than"))
+        one, other = (runs_of(variants, claim[name]) for name in ("better", "than"))
         figure = claim["figure"]
         pairs = {name: (mean_of(one, name), mean_of(other, name)) for name in (figure, *claim["floor"])}
         interval = difference_of(one, other, figure, trained)
@@ -34,6 +34,25 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
             "verdict": TOO_EARLY if low else verdict(gain, claim["margin"]),
         })  # fmt: skip
     return found
+
+
+def runs_of(variants: dict[str, Any], names: str | list[str]) -> list[dict[str, Any]]:
+    """Return the runs of a variant, or of several as one: of each seed, the means of their figures and the sums of their counts."""
+    rows = [variants[name]["runs"] for name in ([names] if isinstance(names, str) else names)]
+    return rows[0] if len(rows) == 1 else [mean_run(runs) for runs in zip(*rows, strict=True)]
+
+
+def mean_run(runs: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Return the means of the figures that all runs have, and the sums of their counts of clips."""
+    figures, counts = [values_of([run]) for run in runs], [run.get("counts", {}) for run in runs]
+    return {
+        "shares": {name: statistics.mean(found[name][0] for found in figures) for name in in_all(figures)},
+        "counts": {name: [sum(parts) for parts in zip(*(found[name] for found in counts), strict=True)] for name in in_all(counts)},
+    }
+
+
+def in_all(tables: list[dict[str, Any]]) -> list[str]:
+    return [name for name in tables[0] if all(name in found for found in tables)]
 
 
 def verdict(gain: list[float], margin: float) -> str:

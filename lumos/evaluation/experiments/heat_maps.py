@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def draw_heat_maps(result: dict[str, Any], figures: list[str], path: Path) -> No
     grid, variants, names = result["grid"], result["variants"], result["names"]
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
     maps = cells(variants)
-    rows, columns = (sorted({place[axis] for places in maps.values() for place in places}, key=order) for axis in (0, 1))
+    rows, columns = (in_order(place[axis] for places in maps.values() for place in places) for axis in (0, 1))
     size = (SIDE * len(shown) + 0.8, SIDE * len(maps) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(drawable(result["question"]), fontsize=11)
@@ -57,6 +58,7 @@ def cells(variants: dict[str, Any]) -> dict[Any, dict[tuple, Any]]:
     return {panel: {tuple(row["at"][:2]): row for row in variants.values() if row["at"][2:] in ([], [panel])} for panel in panels}
 
 
-def order(value: Any) -> tuple[bool, Any]:
-    """Return a key by which numbers stand in their order, before words."""
-    return isinstance(value, str), value
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """Return the different values of a setting: numbers from the least on, then words in the order of the variants."""
+    different = list(dict.fromkeys(values))
+    return sorted(different, key=lambda value: (1, different.index(value)) if isinstance(value, str) else (0, value))

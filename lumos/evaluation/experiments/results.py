@@ -131,7 +131,7 @@ def write(experiment: Experiment, result: dict[str, Any], out: Path) -> None:
 
     write_json(named(out, ".json"), result)
     if result["grid"]:
-        draw_heat_maps(result, experiment.figures, named(out, ".png"))
+        draw_heat_maps(result, [*experiment.curves, *experiment.figures], named(out, ".png"))
     else:
         draw(result, experiment.figures, named(out, ".png"), seconds=experiment.seconds)
 

@@ -44,8 +44,8 @@ class Claim:
     text: str = setting("", "the claim, in a sentence")
     paper: str = setting("", "what the paper reports, with its figures")
     figure: str = setting("", "entry of figures or curves that decides; of losses and frechet, less is better")
-    better: str = setting("", "variant that is better, as the paper claims")
-    than: str = setting("", "variant that it is compared with")
+    better: str | list[str] = setting("", "variant that is better, as the paper claims; a list: the mean of several")
+    than: str | list[str] = setting("", "variant that it is compared with, or a list")
     margin: float = setting(0.0, "by how much it is better at least; negative: by how much it may be worse", low=None)
     floor: dict[str, Any] = setting(
         {}, "{figure: value of chance}: too early to tell below; the claim's own figure in both variants, another one in either"
@@ -180,16 +180,19 @@ def check_claim(claim: Claim, where: str, experiment: Experiment) -> None:
     least, most = CLAIM_SEEDS
     if not least <= len(experiment.seeds) <= most:
         raise UserError(f"{where}: no verdict follows from {len(experiment.seeds)} seeds; give {least} to {most}")
-    for name in (claim.better, claim.than):
+    sides = [[side] if isinstance(side, str) else side for side in (claim.better, claim.than)]
+    for name in sum(sides, []):
         if name not in variants:
             raise UserError(f"{where}: {shown(name)} is no variant; name two of {', '.join(variants)}")
-    if claim.better == claim.than:
-        raise UserError(f"{where} compares {shown(claim.better)} with itself; name two variants")
+    if not all(sides) or any(len(set(side)) < len(side) for side in sides):
+        raise UserError(f"{where}: better and than name a variant each, or a list of different variants")
+    if both := [name for name in sides[0] if name in sides[1]]:
+        raise UserError(f"{where} compares {shown(both[0])} with itself; name two variants")
     for figure in (claim.figure, *claim.floor):
         if figure not in (*experiment.figures, *experiment.curves):
             known = ", ".join((*experiment.figures, *experiment.curves))
             raise UserError(f"{where}: {shown(figure)} is none of the figures and curves, {known}")
-    if claim.figure in experiment.curves and (variants[claim.better].of or variants[claim.than].of):
+    if claim.figure in experiment.curves and any(variants[name].of for name in sum(sides, [])):
         raise UserError(f"{where}: {claim.figure} is a curve of training, which a variant `of` another one has not")
     if wrong := [value for value in claim.floor.values() if not is_number(value)]:
         raise UserError(f"{where}.floor has {shown(wrong[0])}; give the value of chance, a number")
