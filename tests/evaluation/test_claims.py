@@ -56,7 +56,8 @@ def test_quantiles_are_those_of_students_distribution(count: int):
     free = count - 1
     scale = math.gamma((free + 1) / 2) / (math.gamma(free / 2) * (free * math.pi) ** 0.5)
     ends = np.linspace(0, STUDENT[count], 20_001)
-    inside = 2 * scale * np.trapezoid((1 + ends**2 / free) ** (-(free + 1) / 2), ends)
+    density = scale * (1 + ends**2 / free) ** (-(free + 1) / 2)
+    inside = (density[1:] + density[:-1]).sum() * (ends[1] - ends[0])  # both halves, by trapezoids
     assert inside == pytest.approx(0.95, abs=5e-5)
 
 

@@ -181,7 +181,8 @@ def check_claim(claim: Claim, where: str, experiment: Experiment) -> None:
     if not least <= len(experiment.seeds) <= most:
         raise UserError(f"{where}: no verdict follows from {len(experiment.seeds)} seeds; give {least} to {most}")
     sides = [[side] if isinstance(side, str) else side for side in (claim.better, claim.than)]
-    for name in sum(sides, []):
+    named = [*sides[0], *sides[1]]
+    for name in named:
         if name not in variants:
             raise UserError(f"{where}: {shown(name)} is no variant; name two of {', '.join(variants)}")
     if not all(sides) or any(len(set(side)) < len(side) for side in sides):
@@ -192,7 +193,7 @@ def check_claim(claim: Claim, where: str, experiment: Experiment) -> None:
         if figure not in (*experiment.figures, *experiment.curves):
             known = ", ".join((*experiment.figures, *experiment.curves))
             raise UserError(f"{where}: {shown(figure)} is none of the figures and curves, {known}")
-    if claim.figure in experiment.curves and any(variants[name].of for name in sum(sides, [])):
+    if claim.figure in experiment.curves and any(variants[name].of for name in named):
         raise UserError(f"{where}: {claim.figure} is a curve of training, which a variant `of` another one has not")
     if wrong := [value for value in claim.floor.values() if not is_number(value)]:
         raise UserError(f"{where}.floor has {shown(wrong[0])}; give the value of chance, a number")
