@@ -7,6 +7,7 @@ import shlex
 import statistics
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -177,6 +178,32 @@ def test_a_variant_may_evaluate_another_ones_model(tmp_path: Path):
     assert first.train
     assert second.train is None
     assert second.prompts[:4] == ("evaluate", "prompts", "--model", "runs/a-0/train/export")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_seed_has_prompts_of_its_own_and_arms_share_them(folders, name: str):
+    """Seeds with the same prompts would be counted as independent clips; arms with other prompts could not be paired."""
+    seeds: dict[int, set[str]] = {}
+    for job in folders(name):
+        seeds.setdefault(job.seed, set()).update(option for option in job.prompts if option.startswith("--seed="))
+        if job.train:
+            assert [option for option in job.train if "training.seed" in option] == [f"training.seed={job.seed}"]
+    assert len(seeds) == 3
+    assert all(len(of_seed) == 1 for of_seed in seeds.values())
+    assert len(set().union(*seeds.values())) == 3
+    assert "--seed=1000000" not in set().union(*seeds.values())  # with which default options were chosen
+
+
+def test_models_are_trained_before_other_variants_evaluate_them(tmp_path: Path, monkeypatch):
+    found, ran = load(study(tmp_path, first={"of": "second"}, second={})), []
+
+    def fake(command, **_) -> SimpleNamespace:
+        ran.append(command[3])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=fake, STDOUT=None))
+    runs.run(runs.jobs(found, tmp_path / "runs"), 1, lambda: None)
+    assert ran == ["train", "evaluate", "evaluate"]
 
 
 @pytest.mark.parametrize(("variants", "message"), [
