@@ -91,14 +91,14 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
         args = parser.parse_all(argv[1:])
-        only_json = getattr(args, "json", False)
+        only_json, quiet = getattr(args, "json", False), getattr(args, "quiet", False)
         with (
-            messages(getattr(args, "quiet", False)),
-            redirect_stdout(sys.stderr) if only_json else nullcontext(),
+            messages(quiet),
+            text_beside_json(quiet) if only_json else nullcontext(),
             using_threads(args, own_process, watch=verb != "bench"),
         ):
             result = command.run(args)
-        if only_json:
+        if only_json and os.environ.get("RANK", "0") == "0":  # one line for all processes of a launcher
             print(json.dumps(result))
     except BrokenPipeError:
         raise
@@ -130,6 +130,13 @@ def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> I
         return
     threads.prepare_process(args.threads)
     with threads.watched() if watch else nullcontext():
+        yield
+
+
+@contextmanager
+def text_beside_json(quiet: bool) -> Iterator[None]:
+    """Print the text of a verb on stderr during the block, so that stdout has JSON alone; nowhere if `quiet`."""
+    with open(os.devnull, "w") if quiet else nullcontext(sys.stderr) as file, redirect_stdout(file):
         yield
 
 
@@ -197,8 +204,13 @@ class ComputingParser(Parser):
             "--threads", type=int, metavar="N", default=argparse.SUPPRESS,  # a part's default would hide what is before it
             help="CPU threads; default: LUMOS_THREADS or OMP_NUM_THREADS, else as many as there are free cores",
         )  # fmt: skip
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON; text goes to stderr."""
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON.
+
+    The text goes to stderr, and with --quiet nowhere.
+    """
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
 
 
