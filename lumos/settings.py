@@ -21,7 +21,7 @@ from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 from lumos.shipped import find_config
 
 MAX_WHOLE = 2**63 - 1
-"""The largest whole number of a setting without `high`, for example a seed."""
+"""The largest whole number of a setting without `high`."""
 MAX_TEXT = 10_000
 """The maximum number of characters of a text, for example a path or a prompt."""
 MAX_DEPTH = 16
