@@ -29,12 +29,12 @@ def shipped_folder(name: str) -> Path:
 
 
 def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
-    """Return the file of a config: `path` itself if it is a file, else the shipped recipe of this name.
+    """Return the file of a config: `path` itself if there is such a file, else the shipped recipe of this name.
 
     Names are like those of files in configs, without suffix: "lumos1/tiny" and "tiny". `kinds` are the folders that are looked
     through for a name alone, in this order. UserError, with the names of the recipes, if there is no such file and no such recipe.
     """
-    if Path(path).exists():
+    if Path(path).exists() and not Path(path).is_dir():  # a pipe will do
         return Path(path)
     name = Path(path).with_suffix("") if str(path).endswith(".yaml") else Path(path)
     parts = name.parts[1:] if name.parts[:1] == ("configs",) else name.parts

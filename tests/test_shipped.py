@@ -41,6 +41,13 @@ def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch):
     assert find_config("tiny", ("lumos1",)) == Path("tiny")
 
 
+def test_a_folder_of_the_name_of_a_recipe_is_none(repo: Path, tmp_path: Path, monkeypatch):
+    """Such as the folder of results of an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert find_config("tiny", ("lumos1",)) == repo / "configs" / "lumos1" / "tiny.yaml"
+
+
 @pytest.mark.parametrize("name", ["tinny", "stiv/none", "../lumos1/tiny", "lumos1/../stiv/tiny"])
 def test_an_unknown_name_lists_the_recipes(name, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -88,18 +95,38 @@ def test_the_packages_are_typed(repo: Path):
     assert (repo / "tokenizer" / "py.typed").is_file()
 
 
+def linked(repo: Path, source: Path, folders: tuple[str, ...]) -> Path:
+    """Return a folder with the tracked files of the root, and of these folders of it."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in (name for name in tracked if name.split("/")[0] in folders or "/" not in name):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(repo / name, source / name)
+    return source
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_no_part_of_the_tests(repo: Path, tmp_path: Path):
+    """It holds the packages and the short forms of commands. Checkpoints and recipes, which the wheel names, are left out here."""
+    import tarfile
+
+    source = linked(repo, tmp_path / "source", ("lumos", "tokenizer", "tests"))
+    command = [sys.executable, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {"pyproject.toml", "constraints.txt", "generate.py", "train.py", "lumos/cli.py", "tokenizer/py.typed"}
+    assert not [name for name in names if name.startswith("tests")]
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
     """`pip wheel` works without the network, and the wheel has the model and a recipe in their places."""
     import zipfile
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]
-    source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
-    of_wheel = ("lumos", "tokenizer", "configs", "checkpoints")
-    for name in (name for name in tracked if name.split("/")[0] in of_wheel or "/" not in name):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(repo / name, source / name)
+    source = linked(repo, tmp_path / "source", ("lumos", "tokenizer", "configs", "checkpoints"))
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
