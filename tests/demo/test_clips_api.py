@@ -179,7 +179,7 @@ def test_cancelling_and_removing(client, service):
     answer = client.post(f"/api/clips/{waiting['id']}/cancel")
     assert (answer.status_code, "the clip has ended (cancelled)" in answer.json()["error"]) == (409, True)
     assert client.delete(f"/api/clips/{running['id']}").status_code == 204
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while service.worker.status()["state"] != "idle":
         assert time.monotonic() < deadline
         time.sleep(0.01)
