@@ -6,7 +6,6 @@ The exit code is 0 for success, 1 if a correct request failed and 2 for a reques
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import logging
@@ -14,14 +13,15 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lumos import threads
-from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.errors import RunError, UserError, cut, is_out_of_memory, meant, printable, shown
 from lumos.progress import LOGGER, BesideBars
+from lumos.shipped import find_shipped_models
 from lumos.version import __version__
 
 VERBS = {
@@ -49,6 +49,8 @@ VERBS = {
 
 LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
+MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
+"""Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
@@ -91,6 +93,9 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
         args = parser.parse_all(argv[1:])
+        models = {name: value for name in MODEL_OPTIONS if (value := getattr(args, name, None))}
+        find_shipped_models(models)
+        vars(args).update(models)
         only_json, quiet = getattr(args, "json", False), getattr(args, "quiet", False)
         with (
             messages(quiet),
@@ -212,12 +217,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     The text goes to stderr, and with --quiet nowhere.
     """
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean X?" if a known word is close to this one, else an empty text."""
-    close = difflib.get_close_matches(word, known, 1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def fail(error: object, code: int) -> int:

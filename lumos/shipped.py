@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lumos.errors import UserError
 
@@ -26,6 +28,33 @@ def shipped_folder(name: str) -> Path:
     """Return a folder that comes with Lumos, such as checkpoints/lumos-tiny; the path in the repository if there is none."""
     places = [root / name for root in roots()]
     return next((place for place in places if place.is_dir()), places[1])
+
+
+def shipped_path(path: str | Path) -> Path | None:
+    """Return where a part of a shipped model is, for its path in the repository: checkpoints/NAME, or below it.
+
+    None for another path, and for one that the working folder has.
+    """
+    parts = Path(path).parts
+    if len(parts) < 2 or parts[0] != "checkpoints" or ".." in parts or os.path.lexists(path):
+        return None
+    return next((root / path for root in roots() if os.path.exists(root / path)), None)
+
+
+def find_shipped_models(config: dict[str, Any]) -> None:
+    """Replace the paths of shipped models in a config by the places where they are, so that recipes work in any folder."""
+    waiting: list[Any] = [config]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias of YAML
+            continue
+        seen.add(id(node))
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(value, dict | list):
+                waiting.append(value)
+            elif isinstance(value, str) and (found := shipped_path(value)):
+                node[key] = str(found)
 
 
 def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
