@@ -85,7 +85,8 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         print(f"lumos {__version__}")
         return 0
     if verb not in VERBS:
-        print(f"error: unknown verb {shown(verb)}{meant(verb, VERBS)}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
+        near = meant(verb, [*VERBS, "--version", "--help"])
+        print(f"error: unknown verb {shown(verb)}{near}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
