@@ -6,7 +6,6 @@ The exit code is 0 for success, 1 if a correct request failed and 2 for a reques
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import logging
@@ -14,14 +13,15 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lumos import threads
-from lumos.errors import RunError, UserError, cut, is_out_of_memory, printable, shown
+from lumos.errors import RunError, UserError, cut, is_out_of_memory, meant, printable, shown
 from lumos.progress import LOGGER, BesideBars
+from lumos.shipped import find_shipped_models
 from lumos.version import __version__
 
 VERBS = {
@@ -49,6 +49,8 @@ VERBS = {
 
 LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
+MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
+"""Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
@@ -83,7 +85,8 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         print(f"lumos {__version__}")
         return 0
     if verb not in VERBS:
-        print(f"error: unknown verb {shown(verb)}{meant(verb, VERBS)}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
+        near = meant(verb, [*VERBS, "--version", "--help"])
+        print(f"error: unknown verb {shown(verb)}{near}; known verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
         command = importlib.import_module(f"lumos.commands.{verb.replace('-', '_')}")
@@ -91,14 +94,17 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
         parser = kind(prog=f"lumos {verb}", description=VERBS[verb])
         command.add_arguments(parser)
         args = parser.parse_all(argv[1:])
-        only_json = getattr(args, "json", False)
+        models = {name: value for name in MODEL_OPTIONS if (value := getattr(args, name, None))}
+        find_shipped_models(models)
+        vars(args).update(models)
+        only_json, quiet = getattr(args, "json", False), getattr(args, "quiet", False)
         with (
-            messages(getattr(args, "quiet", False)),
-            redirect_stdout(sys.stderr) if only_json else nullcontext(),
+            messages(quiet),
+            text_beside_json(quiet) if only_json else nullcontext(),
             using_threads(args, own_process, watch=verb != "bench"),
         ):
             result = command.run(args)
-        if only_json:
+        if only_json and os.environ.get("RANK", "0") == "0":  # one line for all processes of a launcher
             print(json.dumps(result))
     except BrokenPipeError:
         raise
@@ -130,6 +136,13 @@ def using_threads(args: argparse.Namespace, own_process: bool, watch: bool) -> I
         return
     threads.prepare_process(args.threads)
     with threads.watched() if watch else nullcontext():
+        yield
+
+
+@contextmanager
+def text_beside_json(quiet: bool) -> Iterator[None]:
+    """Print the text of a verb on stderr during the block, so that stdout has JSON alone; nowhere if `quiet`."""
+    with open(os.devnull, "w") if quiet else nullcontext(sys.stderr) as file, redirect_stdout(file):
         yield
 
 
@@ -197,15 +210,14 @@ class ComputingParser(Parser):
             "--threads", type=int, metavar="N", default=argparse.SUPPRESS,  # a part's default would hide what is before it
             help="CPU threads; default: LUMOS_THREADS or OMP_NUM_THREADS, else as many as there are free cores",
         )  # fmt: skip
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON; text goes to stderr."""
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON.
+
+    The text goes to stderr, and with --quiet nowhere.
+    """
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean X?" if a known word is close to this one, else an empty text."""
-    close = difflib.get_close_matches(word, known, 1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def fail(error: object, code: int) -> int:

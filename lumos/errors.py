@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +78,12 @@ def reason_of(error: BaseException) -> str:
     """
     said = str(error).strip().splitlines()
     return cut(printable(said[0])) if said else type(error).__name__
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean X?" if a known word is close to this one, else an empty text."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def as_text(value: Any, length: int = SHOWN_LENGTH) -> str:

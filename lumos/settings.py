@@ -7,7 +7,6 @@ A field is declared with `setting(default, meaning, ...)`. A trailing underscore
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 import types
 import typing
@@ -16,12 +15,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, as_text, shown
+from lumos.errors import UserError, as_text, meant, shown
 from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
-from lumos.shipped import find_config
+from lumos.shipped import find_config, find_shipped_models
 
 MAX_WHOLE = 2**63 - 1
-"""The largest whole number of a setting without `high`, for example a seed."""
+"""The largest whole number of a setting without `high`."""
 MAX_TEXT = 10_000
 """The maximum number of characters of a text, for example a path or a prompt."""
 MAX_DEPTH = 16
@@ -80,7 +79,8 @@ def setting(
 def read_yaml(path: str | Path, overrides: list[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Return the nested dict in a YAML file after the overrides.
 
-    The file may be the name of a shipped recipe; `kinds` are the folders of recipes, see `lumos.shipped.find_config`.
+    The file may be the name of a shipped recipe; `kinds` are the folders of recipes, see `lumos.shipped.find_config`. Paths of
+    shipped models, checkpoints/NAME, lead to them from any working folder.
     Raises UserError for a missing or malformed file and for a malformed override.
     """
     path = find_config(path, kinds)
@@ -90,6 +90,7 @@ def read_yaml(path: str | Path, overrides: list[str], kinds: Sequence[str]) -> d
         raise UserError(f"{path} must hold sections such as model, data, training, not a {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    find_shipped_models(raw)
     return raw
 
 
@@ -133,8 +134,7 @@ def build(cls: type, raw: Any, path: str = "") -> Any:
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            near = difflib.get_close_matches(as_text(key), fields, n=1)
-            hint = f", did you mean {near[0]}?" if near else ";"
+            hint = meant(as_text(key), fields) or ";"
             raise UserError(f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}")
     hints = typing.get_type_hints(cls)
     values = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lumos.errors import UserError
 
@@ -28,13 +30,40 @@ def shipped_folder(name: str) -> Path:
     return next((place for place in places if place.is_dir()), places[1])
 
 
+def shipped_path(path: str | Path) -> Path | None:
+    """Return where a part of a shipped model is, for its path in the repository: checkpoints/NAME, or below it.
+
+    None for another path, and for one that the working folder has.
+    """
+    parts = Path(path).parts
+    if len(parts) < 2 or parts[0] != "checkpoints" or ".." in parts or os.path.lexists(path):
+        return None
+    return next((root / path for root in roots() if os.path.exists(root / path)), None)
+
+
+def find_shipped_models(config: dict[str, Any]) -> None:
+    """Replace the paths of shipped models in a config by the places where they are, so that recipes work in any folder."""
+    waiting: list[Any] = [config]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias of YAML
+            continue
+        seen.add(id(node))
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(value, dict | list):
+                waiting.append(value)
+            elif isinstance(value, str) and (found := shipped_path(value)):
+                node[key] = str(found)
+
+
 def find_config(path: str | Path, kinds: Sequence[str]) -> Path:
-    """Return the file of a config: `path` itself if it is a file, else the shipped recipe of this name.
+    """Return the file of a config: `path` itself if there is such a file, else the shipped recipe of this name.
 
     Names are like those of files in configs, without suffix: "lumos1/tiny" and "tiny". `kinds` are the folders that are looked
     through for a name alone, in this order. UserError, with the names of the recipes, if there is no such file and no such recipe.
     """
-    if Path(path).exists():
+    if Path(path).exists() and not Path(path).is_dir():  # a pipe will do
         return Path(path)
     name = Path(path).with_suffix("") if str(path).endswith(".yaml") else Path(path)
     parts = name.parts[1:] if name.parts[:1] == ("configs",) else name.parts

@@ -50,9 +50,10 @@ SHARED = (
 )  # fmt: skip
 """Files that run in one worker, one after the other, because they use one server of training processes (`ranks`) and its runs."""
 LONGEST = (
-    *SHARED, "test_ray_engine.py", "test_generate_list.py", "test_latent_distillation.py", "test_video_training.py",
-    "test_bench.py", "test_stiv_training.py", "test_pruning.py", "test_distillation_runs.py", "test_browser.py",
-    "test_compress_diffusers.py", "test_workers.py", "test_distillation.py", "test_released.py",
+    *SHARED, "test_ray_engine.py", "test_list_stops.py", "test_generate_list.py", "test_latent_distillation.py",
+    "test_video_training.py", "test_tokenizer_starts.py", "test_bench.py", "test_stiv_training.py", "test_pruning.py",
+    "test_distillation_runs.py", "test_browser.py", "test_compress_diffusers.py", "test_workers.py", "test_distillation.py",
+    "test_released.py",
 )  # fmt: skip
 """Files that run first, the longest first, so that no worker is left alone with one of them at the end."""
 COLLECTED = pytest.StashKey[tuple[set[str], set[str]]]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,17 @@ def test_adapters_leave_the_model_unchanged(models, clips, run, tmp_path):
     assert (tmp_path / "out" / "sheet.png").is_file()
     record = json.loads((tmp_path / "out" / "export" / "lumos_adapter.json").read_text())
     assert record
+
+
+def test_a_missing_package_is_told_before_any_work(micro_folder, clips, run, monkeypatch):
+    from lumos.data.shards.format import parquet
+
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    parquet.cache_clear()
+    for words in ([], ["--dry-run"]):
+        said, err = run("clips", "--model", str(micro_folder), "--out", "out", *words, code=2)
+        assert (said, "Parquet files need pyarrow, which is not installed" in err) == ("", True)
+    assert not Path("out").exists()
 
 
 def test_a_model_whose_own_data_are_not_known(micro_folder, clips, run):

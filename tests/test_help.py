@@ -55,7 +55,8 @@ def test_the_version_is_told(capsys):
 
 def test_a_misspelled_word_gets_the_one_that_was_meant(capsys):
     for words, answer in (
-        (["trian"], "verb 'trian', did you mean train?"), (["generate", "--promt", "x"], "mean --prompt?"),
+        (["trian"], "verb 'trian', did you mean train?"), (["--verison"], "mean --version?"),
+        (["generate", "--promt", "x"], "mean --prompt?"),
         (["evaluate", "promts"], "mean prompts?"), (["generate", "--dtype", "float23"], "mean float32?"),
     ):  # fmt: skip
         assert main(words) == 2

@@ -93,7 +93,16 @@ def test_json_is_printed_only_if_asked_for(micro_folder: Path, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out)["generator"] == "lumos1"
     assert "lumos1" in said.err  # the text for people
+    assert main(["info", str(micro_folder), "--json", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["generator"], said.err) == ("lumos1", "")
     assert sys.stdout is not sys.stderr
+
+
+def test_json_of_a_launcher_is_one_line(micro_folder: Path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["info", str(micro_folder), "--json"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_messages_of_the_library_go_to_its_logger(caplog, tmp_path: Path):

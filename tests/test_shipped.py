@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from lumos import shipped
+from lumos.cli import main
 from lumos.errors import UserError
 from lumos.pipeline.defaults import shipped_model
-from lumos.shipped import find_config
+from lumos.pipeline.hub import local_folder
+from lumos.shipped import find_config, find_shipped_models
 from lumos.training.settings import load_settings
 from lumos.training.tokenizer.settings import load_settings as load_tokenizer_settings
 
@@ -41,6 +44,25 @@ def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch):
     assert find_config("tiny", ("lumos1",)) == Path("tiny")
 
 
+def test_a_folder_of_the_name_of_a_recipe_is_none(repo: Path, tmp_path: Path, monkeypatch):
+    """Such as the folder of results of an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert find_config("tiny", ("lumos1",)) == repo / "configs" / "lumos1" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("has_own", [False, True], ids=["no folder", "checkpoints of a run"])
+def test_shipped_models_are_found_from_any_folder(repo: Path, tmp_path: Path, monkeypatch, has_own):
+    monkeypatch.chdir(tmp_path)
+    if has_own:
+        Path("checkpoints/step-00000100").mkdir(parents=True)
+    for name in ("checkpoints/stiv-tiny", Path("checkpoints/lumos-mini")):
+        assert local_folder(name) == repo / name
+    assert local_folder(repo / "checkpoints" / "lumos-tiny") == repo / "checkpoints" / "lumos-tiny"
+    Path("checkpoints/stiv-tiny").mkdir(parents=True)  # one's own comes first
+    assert local_folder("checkpoints/stiv-tiny") == Path("checkpoints/stiv-tiny")
+
+
 @pytest.mark.parametrize("name", ["tinny", "stiv/none", "../lumos1/tiny", "lumos1/../stiv/tiny"])
 def test_an_unknown_name_lists_the_recipes(name, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -52,6 +74,32 @@ def test_settings_are_loaded_by_name(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings("lumos1/tiny").name == "tiny"
     assert load_tokenizer_settings("tiny") == load_tokenizer_settings("configs/tokenizer/tiny.yaml")
+
+
+def test_options_find_shipped_models_from_any_folder(repo: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (["info"], ["plan", "--generate", "--device", "cpu", "--peak-tflops", "1", "--model"]):
+        assert main([*command, "checkpoints/stiv-tiny", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["model"] == str(repo / "checkpoints" / "stiv-tiny")
+
+
+def test_recipes_find_shipped_models_from_any_folder(repo: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = repo / "checkpoints" / "lumos-tiny"
+    tokenizer = load_settings("tiny").tokenizer
+    assert (tokenizer.video, tokenizer.text) == (str(model / "video_tokenizer"), str(model / "text_tokenizer"))
+    assert load_settings("finetune", ["model.from=checkpoints/stiv-tiny"]).model.from_ == str(repo / "checkpoints" / "stiv-tiny")
+    assert load_settings("finetune", ["model.from=checkpoints/none"]).model.from_ == "checkpoints/none"
+    monkeypatch.chdir(repo)
+    assert load_settings("finetune").model.from_ == "checkpoints/lumos-tiny"
+
+
+def test_aliases_in_a_config_are_read_once():
+    """Each level names the one below it ten times, so that a walk through all of them would not end."""
+    nested: list = ["checkpoints/lumos-tiny/README.md"]
+    for _ in range(30):
+        nested = [nested] * 10
+    find_shipped_models({"a": nested})
 
 
 def test_every_recipe_and_model_file_is_in_the_wheel(repo: Path):
@@ -88,18 +136,38 @@ def test_the_packages_are_typed(repo: Path):
     assert (repo / "tokenizer" / "py.typed").is_file()
 
 
+def linked(repo: Path, source: Path, folders: tuple[str, ...]) -> Path:
+    """Return a folder with the tracked files of the root, and of these folders of it."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in (name for name in tracked if name.split("/")[0] in folders or "/" not in name):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(repo / name, source / name)
+    return source
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_no_part_of_the_tests(repo: Path, tmp_path: Path):
+    """It holds the packages and the short forms of commands. Checkpoints and recipes, which the wheel names, are left out here."""
+    import tarfile
+
+    source = linked(repo, tmp_path / "source", ("lumos", "tokenizer", "tests"))
+    command = [sys.executable, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {"pyproject.toml", "constraints.txt", "generate.py", "train.py", "lumos/cli.py", "tokenizer/py.typed"}
+    assert not [name for name in names if name.startswith("tests")]
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
     """`pip wheel` works without the network, and the wheel has the model and a recipe in their places."""
     import zipfile
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]
-    source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True, check=True).stdout.splitlines()
-    of_wheel = ("lumos", "tokenizer", "configs", "checkpoints")
-    for name in (name for name in tracked if name.split("/")[0] in of_wheel or "/" not in name):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(repo / name, source / name)
+    source = linked(repo, tmp_path / "source", ("lumos", "tokenizer", "configs", "checkpoints"))
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")

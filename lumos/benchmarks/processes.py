@@ -28,9 +28,10 @@ class Spent:
 def environment(**variables: str) -> dict[str, str]:
     """Return the environment of this process without settings of threads, with the given variables, and with Lumos importable.
 
-    This process may have made settings of threads for itself, which its children would inherit.
+    This process may have made settings of threads for itself, which its children would inherit. PYTHONDONTWRITEBYTECODE is left
+    out too, because with it every process would compile modules that an installed Lumos has compiled.
     """
-    ours = {OWN_VARIABLE, *COUNT_VARIABLES, *PASSIVE}
+    ours = {OWN_VARIABLE, *COUNT_VARIABLES, *PASSIVE, "PYTHONDONTWRITEBYTECODE"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     return kept | {"PYTHONPATH": path} | variables

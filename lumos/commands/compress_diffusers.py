@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
+from lumos.cli import add_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--model", required=True, help="folder of the network: FOLDER/unet or FOLDER/transformer of a pipeline")
     add("--plan", required=True, help="for U-Nets vdmini, vdmini-mid, B or B-mid; for transformers spaced, shallow or deep; "
@@ -17,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the table only; reads config.json alone")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.compression.diffusers_folder import check_out, weight_files, write_pruned
     from lumos.compression.diffusers_models import plan_folder
     from lumos.errors import UserError, printable
@@ -32,12 +36,17 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(table(pruning)))
     for line in notes(pruning):
         print(f"note: {line}")
-    if args.dry_run:
-        return
-    write_pruned(args.model, pruning, args.out, args.variant)
     name = pruning.config["_class_name"]
     module = "diffusers" if pruning.stock else "lumos.compression.unets"
-    print(printable(f"{args.out}  is written; load it with {module}.{name}.from_pretrained"))
+    if not args.dry_run:
+        write_pruned(args.model, pruning, args.out, args.variant)
+        print(printable(f"{args.out}  is written; load it with {module}.{name}.from_pretrained"))
+    return {
+        "parent": args.model, "plan": args.plan, "class": f"{module}.{name}", "reduced": list(pruning.reduced),
+        "units": {unit: {"before": before, "after": after} for unit, before, after in pruning.rows},
+        "before": {"parameters": pruning.before}, "after": {"parameters": pruning.after}, "notes": notes(pruning),
+        "out": None if args.dry_run else args.out,
+    }  # fmt: skip
 
 
 def table(pruning) -> list[str]:

@@ -157,10 +157,12 @@ class FinetuneJob:
 
     def check(self) -> None:
         """Raise UserError for settings or clips that cannot be used, and for a folder of another run; nothing is written."""
+        from lumos.data.shards.format import parquet
         from lumos.errors import UserError
         from lumos.files import check_writable, write_bytes
         from lumos.training.settings import load_settings
 
+        parquet()
         if self.out.is_dir() and not self.stages.file.exists() and any(self.out.iterdir()):
             raise UserError(f"--out {self.out} holds something else than a fine-tuning; name another --out")
         if self.config.exists():

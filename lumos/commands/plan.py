@@ -23,9 +23,9 @@ OF_CLIPS = ("model", "preset", "height", "width", "num_frames", "device", "dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", help="YAML file of the training, for example configs/lumos1/3b-stage2.yaml")
+    add("--config", help="YAML file of the training, or the name of a recipe, for example lumos1/3b-stage2")
     add("overrides", nargs="*", metavar="section.key=value", help="overrides as in train.py, for example training.batch_size=96")
-    add("--gpus", type=int, help="number of GPUs, or of processes with training.device=cpu")
+    add("--gpus", type=int, help="number of GPUs, or of processes with training.device=cpu; default: 1")
     add("--gpu", help="name of the GPU; default: h100")
     add("--gpu-memory", type=float, help="memory of one GPU in GiB; default: that of --gpu")
     add("--peak-tflops", type=float, help="peak TFLOP/s of one GPU; default: logging.peak_tflops, else the bf16 peak of --gpu")
@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; give more than 0")
     report, text = generation(args) if args.generate else training(args)
-    if not getattr(args, "json", False):
-        print("\n".join(map(printable, text.split("\n"))))
+    print("\n".join(map(printable, text.split("\n"))))
     return report
 
 
@@ -73,8 +72,9 @@ def training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.planning.training import TrainingPlan
     from lumos.training.settings import load_settings
 
-    if args.config is None or args.gpus is None:
-        raise UserError("give --config and --gpus, for example --config configs/lumos1/3b-stage2.yaml --gpus 48")
+    if args.config is None:
+        raise UserError("give --config of a training, for example --config lumos1/3b-stage2 --gpus 48, or --generate for a clip")
+    args.gpus = args.gpus or 1
     settings = load_settings(args.config, args.overrides)
     cost = registry.generator(settings.generator).load("cost", "training").training_cost
     plan = TrainingPlan(settings, cost, hardware(args, settings), utilisation=args.utilisation, text_tokens=args.text_tokens)

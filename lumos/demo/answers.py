@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +25,7 @@ KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "the file", "content": {"video/mp4": {}, "image/png": {}, "application/json": {}}},
     206: {"description": "the part of the file that the header Range names"},
+    304: {"description": "the client has the file: the header If-None-Match names its ETag"},
 }
 
 
@@ -50,10 +51,16 @@ class Delivery(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.store.delivering(self.name):
             try:
-                size = Path(self.path).stat().st_size
+                stat = Path(self.path).stat()
             except FileNotFoundError:  # the store has removed the result between the look-up and this moment
                 await failure(no_result(self.name))(scope, receive, send)
                 return
+            self.set_stat_headers(stat)
+            if is_known(scope, self.headers["etag"]):
+                kept = {name: self.headers[name] for name in ("cache-control", "etag", "last-modified") if name in self.headers}
+                await Response(status_code=304, headers=kept)(scope, receive, send)
+                return
+            size = stat.st_size
             parts = ranges(scope, size)
             if parts == []:
                 found = HTTPException(416, f"the file has {size} bytes, and Range names none", {"Content-Range": f"bytes */{size}"})
@@ -62,6 +69,12 @@ class Delivery(FileResponse):
             others = [(name, value) for name, value in scope["headers"] if name != b"range"]
             asked = [] if parts is None else [(b"range", f"bytes={','.join(parts)}".encode())]
             await super().__call__({**scope, "headers": [*others, *asked]}, receive, send)
+
+
+def is_known(scope: Scope, etag: str) -> bool:
+    """Return whether the header If-None-Match names this ETag, or any (RFC 9110, 13.1.2)."""
+    text = b",".join(value for name, value in scope["headers"] if name == b"if-none-match").decode("latin-1")
+    return text.strip() == "*" or etag in (part.strip().removeprefix("W/") for part in text.split(","))
 
 
 RANGE = re.compile(r"(\d*)-(\d*)", re.ASCII)

@@ -16,7 +16,7 @@ def use_int8_weights(layers: nn.Module) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise UserError(f'int8 weights need torchao ({error}): pip install -e ".[int8]", or leave int8 out') from error
+        raise UserError(f"int8 weights need torchao ({error}); pip install 'lumos-video[int8]', or leave int8 out") from error
     quantize_(layers, Int8WeightOnlyConfig(version=2))
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lumos import registry
 from lumos.data.trained_on import TrainedOn
-from lumos.errors import RunError, UserError
+from lumos.errors import RunError, UserError, meant
 from lumos.pipeline.adapters import HasAdapters
 from lumos.pipeline.calls import PipelineCalls
 from lumos.pipeline.defaults import ClipDefaults
@@ -418,7 +418,9 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         """Return the request that the arguments of a call describe; TypeError for an unknown argument."""
         known = (*ARGUMENTS, *self.sampling.declared())
         if unknown := [name for name in arguments if name not in known]:
-            raise TypeError(f"unexpected argument {unknown[0]!r}; {type(self).__name__} takes {', '.join(('prompt', *known))}")
+            near = meant(unknown[0], known)
+            takes = ", ".join(("prompt", *known))
+            raise TypeError(f"unexpected argument {unknown[0]!r}{near or ';'} {type(self).__name__} takes {takes}")
         return Request.of(prompt, **arguments)
 
     def stream(

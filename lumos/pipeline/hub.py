@@ -12,6 +12,7 @@ from typing import TypeVar
 from lumos.data.trained_on import TrainedOn
 from lumos.errors import NotFound, RunError, reason_of
 from lumos.files import write_bytes
+from lumos.shipped import shipped_path
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILES = ["*.json", "*.safetensors", "*.model", "*.jit", "*.md", "*.txt"]
@@ -28,9 +29,12 @@ def is_repository(folder: str | Path) -> bool:
 def local_folder(folder: str | Path, revision: str | None = None) -> Path:
     """Return a folder unchanged, or the folder in the user's cache with the files of the repository ORG/NAME.
 
+    The path of a shipped model in the repository of Lumos, such as checkpoints/lumos-tiny, is that model from any working folder.
     Files that are in the cache are not downloaded again; without a connection the cached ones are used. NotFound if the hub has no
     such repository, RunError if it cannot be reached and the cache has no such model.
     """
+    if shipped := shipped_path(folder):
+        return shipped
     if not is_repository(folder):
         return Path(folder)
     import huggingface_hub

@@ -20,6 +20,8 @@ MAX_TOKENS = 2**31
 MAX_SIDE = 2**14
 MAX_FRAMES = 2**14
 MAX_PROCESSES = 256
+MAX_TRAINING_SEED = 2**32 - 1
+"""The largest seed of a training. Torch reads 32 bits of a seed when it draws weights: larger seeds would repeat smaller ones."""
 """Largest number of threads or processes that make batches on one machine."""
 DEFAULT_STAGE = 2
 """ZeRO stage of a run with several processes whose settings name no stage. With optimizers of `WHOLE_MATRICES`, it is 0."""
@@ -183,7 +185,7 @@ class OptimizationSettings:
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (published 0.9, 0.95); adafactor has none", low=0, high=1)
     eps: float = setting(1e-8, "AdamW epsilon (published 1e-8), or epsilon 1 of adafactor", low=0)
     clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping (published 4)", low=0)
-    seed: int = setting(0, "seed of weights, data, masks and text dropout", low=0)
+    seed: int = setting(0, "seed of weights, data, masks and text dropout", low=0, high=MAX_TRAINING_SEED)
     ema_decay: float = setting(
         0.0, "decay of the averaged weights, which are then exported; 0: no averaged weights (published: none)", low=0, high=1
     )

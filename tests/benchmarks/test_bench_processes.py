@@ -34,6 +34,12 @@ def test_children_inherit_no_settings_of_threads(monkeypatch):
     assert {name: found[name] for name in OWN if name in found} == {"OMP_NUM_THREADS": "3"}
 
 
+def test_children_may_write_bytecode(monkeypatch):
+    """Otherwise `bench start` would measure the compilation of modules, which an installed Lumos has done once."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in environment()
+
+
 def test_each_choice_is_left_as_it_is():
     """Lumos sets only variables that a choice leaves unset: none for the choice "spinning", all for the last choice."""
     prepared = {}

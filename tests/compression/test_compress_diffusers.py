@@ -92,6 +92,21 @@ def test_a_dry_run_prints_the_same_table_and_writes_nothing(made, tmp_path, caps
     assert not (tmp_path / "other").exists()
 
 
+def test_json_names_units_sizes_and_the_class(made, tmp_path, capsys):
+    out = tmp_path / "small"
+    assert compress(made["svd"], "--plan", "vdmini", "--out", out, "--json") == 0
+    said = capsys.readouterr()
+    found, counts = json.loads(said.out), json.loads((out / RECORD).read_text())["parameters"]
+    assert found["units"]["down_blocks.0.1"]["after"] == 0 < found["units"]["down_blocks.0.1"]["before"]
+    assert [found[when]["parameters"] for when in ("before", "after")] == [counts["before"], counts["after"]]
+    assert found["class"] == "lumos.compression.unets.PrunedUNetSpatioTemporalConditionModel"
+    assert (found["parent"], found["plan"], found["out"], len(found["notes"])) == (str(made["svd"]), "vdmini", str(out), 1)
+    assert "down_blocks.0.1" in said.err
+    assert compress(made["svd"], "--plan", "vdmini", "--dry-run", "--json", "--quiet") == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out), said.err) == ({**found, "out": None}, "")
+
+
 def test_risky_plans_are_noted(made, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps([f"blocks.{i}" for i in range(5)]))

@@ -106,8 +106,10 @@ def test_the_command_trains_and_resumes(distilling, tmp_path, capsys):
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(settings.to_dict()))
     assert main(["compress", "distill", "--config", str(config), "training.max_steps=1"]) == 0
-    assert main(["compress", "distill", "--config", str(config)]) == 0
-    assert "resumed from step 1" in capsys.readouterr().err
+    assert main(["compress", "distill", "--config", str(config), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "resumed from step 1" in said.err
+    assert json.loads(said.out).items() >= {"steps": 2, "export": str(tmp_path / "run" / "export")}.items()
     assert sorted(read_log(tmp_path / "run")) == [1, 2]
     assert main(["compress", "distill", "--config", str(config), "distill.icd=0.2", "training.max_steps=3"]) == 2
     assert "is of another run: distill.icd was 0.1, now 0.2" in capsys.readouterr().err

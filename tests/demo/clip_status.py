@@ -11,7 +11,7 @@ from lumos.demo.schema import CLIP
 
 def ended(client, clip: dict, **options) -> dict:
     """Return the last status of a clip."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while clip["status"] in ("waiting", "working"):
         assert time.monotonic() < deadline
         time.sleep(0.01)

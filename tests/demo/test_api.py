@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumos import LumosPipeline
 from lumos.demo import views
 from lumos.demo.limits import Limits
 from lumos.demo.service import Service
@@ -27,11 +26,6 @@ fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [demo]"
 testclient = pytest.importorskip("fastapi.testclient")
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pipe(micro_folder):
-    return LumosPipeline.from_pretrained(micro_folder)
 
 
 @pytest.fixture

@@ -1,92 +1,22 @@
-"""Clips by id over HTTP: JSON, progress, content in parts, lists, keys and their limits, health, metrics, the schema."""
+"""Clips by id over HTTP: JSON, progress, content in parts, lists, and mistakes."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
-import shutil
-import subprocess
-import threading
 import time
-from pathlib import Path
 
 import jsonschema
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from micro_stiv import micro_pipeline
-from pages import blocks
-from PIL import Image
+from clip_requests import LONG, SMALL, png
 
-from lumos import LumosPipeline
-from lumos.cli import main
-from lumos.demo.limits import Limits, ServerBusy
-from lumos.demo.service import Service
-from lumos.errors import UserError
-from lumos.pipeline.options import CHOICE, Option, all_options
-from lumos.video.io import read_video
+pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
+pytest.importorskip("fastapi.testclient")
 
-fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
-testclient = pytest.importorskip("fastapi.testclient")
+from clip_status import ended
 
-from clip_status import ended  # noqa: E402
-
-from lumos.demo.keys import HOUR, Key, Keys, read_keys  # noqa: E402
-from lumos.demo.metrics import Metrics  # noqa: E402
-from lumos.demo.schema import CLIP, CLIPS, ERROR, option_schema, request_schema  # noqa: E402
-from lumos.demo.server import build_app  # noqa: E402
-
-SMALL = {"prompt": "a red circle", "num_frames": 1, "num_inference_steps": 1}
-LONG = {"prompt": "x", "num_frames": 257, "num_inference_steps": 1000}
-ALICE, BOB = "alice-0123456789ab", "bob-0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def pipe(micro_folder):
-    return LumosPipeline.from_pretrained(micro_folder)
-
-
-@pytest.fixture
-def service(pipe, tmp_path):
-    limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, queue_length=3, keep_results=4)
-    service = Service(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
-    yield service
-    service.worker.close()
-
-
-def client_of(service, keys=None, hosts=None):
-    from lumos.demo.hosts import Hosts
-
-    app = build_app(service, None, hosts or Hosts(), keys)
-    return testclient.TestClient(app, raise_server_exceptions=False, base_url="http://localhost")
-
-
-@pytest.fixture
-def client(service):
-    return client_of(service)
-
-
-@pytest.fixture
-def keyed(service, tmp_path):
-    path = tmp_path / "keys.yaml"
-    path.write_text(f"alice: {ALICE}\nbob: {{key: {BOB}, queue_length: 2, clips_per_hour: 3}}\n")
-    return client_of(service, read_keys(path))
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
-def png(side: int = 40) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-# ---- a clip from its request to its removal
+from lumos.demo.schema import CLIP, CLIPS, ERROR
 
 
 def test_a_clip_from_request_to_content(client, service, pipe):
@@ -135,6 +65,22 @@ def test_a_range_that_cannot_be_sent(client):
         assert (answer.status_code, answer.content) == (206, part), text
 
 
+def test_a_file_that_the_client_has_is_304(client):
+    """RFC 9110, 13.1.2: one of the tags is enough, weak or not, and the header goes before Range."""
+    clip = ended(client, client.post("/api/clips", json=SMALL).json())
+    for url in (clip["content"], clip["record"]):
+        whole = client.get(url)
+        tag = whole.headers["etag"]
+        for text in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+            for method in ("GET", "HEAD"):
+                answer = client.request(method, url, headers={"If-None-Match": text, "Range": "bytes=0-3"})
+                assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag), text
+                assert answer.headers["cache-control"] == whole.headers["cache-control"]
+        for text in ('"other"', tag.strip('"'), ""):
+            answer = client.get(url, headers={"If-None-Match": text})
+            assert (answer.status_code, answer.content) == (200, whole.content), text
+
+
 def test_whole_numbers_of_json_and_marks_of_editors(client):
     """JSON Schema takes 1.0 for a whole number, as the server does then."""
     body = {**SMALL, "num_frames": 1.0, "num_inference_steps": 1.0, "seed": 3.0, "prompt": "größer"}
@@ -154,16 +100,6 @@ def test_another_method_of_a_route_is_405(client):
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
         if method != "HEAD":
             jsonschema.validate(answer.json(), ERROR)
-
-
-def test_the_schema_names_the_statuses_of_errors(client):
-    paths = client.get("/api/openapi.json").json()["paths"]
-    for path, method, statuses in (
-        ("/api/generate", "post", "400 401 403 413 429 500"), ("/api/results/{name}", "get", "401 404 416"),
-        ("/api/clips/{clip_id}/content", "get", "401 404 409 410 416"), ("/health", "get", "503"), ("/metrics", "get", "401"),
-        ("/api/clips", "post", "400 401 403 413 415 422 429 500"),
-    ):  # fmt: skip
-        assert set(statuses.split()) <= paths[path][method]["responses"].keys(), path
 
 
 def test_every_option_of_the_generator_reaches_the_record(client, pipe):
@@ -243,7 +179,7 @@ def test_cancelling_and_removing(client, service):
     answer = client.post(f"/api/clips/{waiting['id']}/cancel")
     assert (answer.status_code, "the clip has ended (cancelled)" in answer.json()["error"]) == (409, True)
     assert client.delete(f"/api/clips/{running['id']}").status_code == 204
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while service.worker.status()["state"] != "idle":
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -261,9 +197,6 @@ def test_what_was_removed_to_make_room_is_gone(client, service):
     assert client.get(f"/api/clips/{first['id']}").status_code == 404
     assert client.get(f"/api/clips/{last['id']}").status_code == 200
     assert len(client.get("/api/clips").json()["clips"]) <= 5
-
-
-# ---- mistakes
 
 
 @pytest.mark.parametrize(
@@ -326,310 +259,3 @@ def test_a_wrong_query_is_status_422(client):
         answer = client.get("/api/clips", params={"limit": limit})
         assert (answer.status_code, answer.json()["error"].startswith("limit: ")) == (422, True)
     assert client.get("/api/clips", params={"before": "x"}).status_code == 404
-
-
-# ---- keys
-
-
-def test_every_route_but_health_needs_a_key(keyed):
-    for path in ("/api/clips", "/api/clips/x", "/api/clips/x/content", "/api/clips/x/events", "/api/status", "/api/results/x-1.mp4",
-                 "/metrics"):  # fmt: skip
-        for headers in ({}, bearer("wrong-0123456789abc"), {"Authorization": f"Basic {ALICE}"}, bearer("")):
-            answer = keyed.get(path, headers=headers)
-            assert answer.status_code == 401, path
-            assert answer.headers["www-authenticate"] == "Bearer"
-            jsonschema.validate(answer.json(), ERROR)
-        assert keyed.get(path, headers=bearer(ALICE)).status_code in (200, 404)
-    assert keyed.post("/api/clips", json=SMALL).status_code == 401
-    assert keyed.post("/api/generate", data={"prompt": "x"}).status_code == 401
-    assert keyed.delete("/api/clips/x").status_code == 401
-    assert keyed.get("/health").json()["status"] == "ok"
-    answer = keyed.post("/api/generate", data={"prompt": "x", "num_frames": "1"}, headers=bearer(BOB))
-    assert answer.status_code == 200
-
-
-def test_clients_see_their_own_clips_only(keyed):
-    clip = keyed.post("/api/clips", json=SMALL, headers=bearer(ALICE)).json()
-    clip = ended(keyed, clip, headers=bearer(ALICE))
-    for path in ("", "/content", "/events"):
-        assert keyed.get(f"/api/clips/{clip['id']}{path}", headers=bearer(BOB)).status_code == 404
-    assert keyed.delete(f"/api/clips/{clip['id']}", headers=bearer(BOB)).status_code == 404
-    assert keyed.get("/api/clips", headers=bearer(BOB)).json()["clips"] == []
-    assert len(keyed.get("/api/clips", headers=bearer(ALICE)).json()["clips"]) == 1
-
-
-def test_the_limits_of_a_key(keyed):
-    first = keyed.post("/api/clips", json=LONG, headers=bearer(BOB)).json()
-    keyed.post("/api/clips", json=LONG, headers=bearer(BOB))
-    answer = keyed.post("/api/clips", json=SMALL, headers=bearer(BOB))
-    assert (answer.status_code, "you have 2 clips that wait or are being made" in answer.json()["error"]) == (429, True)
-    assert keyed.post("/api/clips", json=SMALL, headers=bearer(ALICE)).status_code == 202  # the others are not concerned
-    keyed.post(f"/api/clips/{first['id']}/cancel", headers=bearer(BOB))
-    deadline = time.monotonic() + 60
-    while keyed.get(f"/api/clips/{first['id']}", headers=bearer(BOB)).json()["status"] != "cancelled":
-        assert time.monotonic() < deadline
-    assert keyed.post("/api/clips", json=LONG, headers=bearer(BOB)).status_code == 202
-    answer = keyed.post("/api/clips", json=SMALL, headers=bearer(BOB))
-    assert (answer.status_code, "3 clips in an hour" in answer.json()["error"]) == (429, True)
-    assert 3500 < int(answer.headers["retry-after"]) <= HOUR
-    answer = keyed.post("/api/clips", json=[SMALL] * 4, headers=bearer(BOB))
-    assert (answer.status_code, "more than this key may have in an hour" in answer.json()["error"]) == (422, True)
-
-
-@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 3)), max_size=30), st.integers(1, 5))
-def test_no_hour_has_more_clips_than_a_key_may_have(asked, most):
-    """Compares with the plain rule, which counts all accepted clips of the last hour anew each time."""
-    now, taken = 0, []
-    key = Key("a", b"", clips_per_hour=most)
-    keys = Keys([key], clock=lambda: now)
-    for pause, clips in asked:
-        now += pause
-        recent = sum(when > now - HOUR for when in taken)
-        try:
-            with keys.counted(key, clips):
-                taken += [now] * clips
-            assert recent + clips <= most
-        except UserError:
-            assert clips > most
-        except ServerBusy as busy:
-            assert recent + clips > most
-            free = sum(when > now + busy.seconds - HOUR for when in taken)
-            assert free + clips <= most  # as it says, there is room then
-
-
-def test_clips_that_the_queue_refuses_do_not_count():
-    key = Key("a", b"", clips_per_hour=1)
-    keys = Keys([key])
-    for _ in range(3):
-        with pytest.raises(ServerBusy, match="full"), keys.counted(key, 1):
-            raise ServerBusy("full")
-    with keys.counted(key, 1):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no keys"), ("- a", "holds no keys"), ("a: short", "the key is not allowed; give 16 to 256"),
-        ("a: 1234567890123456", "in quotes if all are digits"), ("a b: 0123456789abcdef", "is no name of a client"),
-        ("a: {key: x123456789abcdef, rate: 3}", "'rate' is unknown; known are key, queue_length, clips_per_hour"),
-        ("a: {key: x123456789abcdef, queue_length: 0}", "queue_length 0 is not allowed"),
-        ("a: x123456789abcdef\nb: x123456789abcdef", "two names have the same key"),
-    ],
-)  # fmt: skip
-def test_files_of_keys_that_are_refused(tmp_path, capsys, text, message):
-    (tmp_path / "keys.yaml").write_text(text)
-    assert main(["serve", "--api-keys", str(tmp_path / "keys.yaml"), "--root", str(tmp_path / "root")]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "456789" not in said  # no key in a log
-
-
-def test_a_server_that_others_reach_lists_clips_for_keys_only(service):
-    from lumos.demo.hosts import Hosts
-
-    for hosts, status in ((Hosts(listening="0.0.0.0"), 403), (Hosts(["lumos.example"]), 403), (Hosts(listening="127.0.0.1"), 200)):
-        assert client_of(service, hosts=hosts).get("/api/clips").status_code == status
-    open_to_all = client_of(service, hosts=Hosts(listening="0.0.0.0"))
-    clip = open_to_all.post("/api/clips", json=SMALL).json()
-    assert ended(open_to_all, clip)["status"] == "done"
-
-
-# ---- health, metrics, schema
-
-
-def test_health_follows_the_worker(client, service):
-    assert client.get("/health").status_code == client.head("/health").status_code == 200
-    service.worker.close()
-    answer = client.get("/health")
-    assert (answer.status_code, answer.json()["status"]) == (503, "closing")
-
-
-SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="[^"\\\n]*",?)*)\})? ([0-9.e+-]+)')
-
-
-def samples(text: str) -> dict[tuple[str, str], float]:
-    """Return the samples of a text in the format of Prometheus; each must follow the HELP and TYPE of its family."""
-    found, family = {}, None
-    for line in text.splitlines():
-        if line.startswith("# "):
-            _, word, name, *rest = line.split(" ", 3)
-            assert word in ("HELP", "TYPE")
-            assert rest
-            family = name
-            continue
-        match = SAMPLE.fullmatch(line)
-        assert match, line
-        assert match[1].startswith(family)
-        found[match[1], match[2] or ""] = float(match[3])
-    return found
-
-
-def test_metrics_count_clips_frames_seconds_and_answers(client):
-    before = samples(client.get("/metrics").text)
-    assert before["lumos_clips_total", 'state="done"'] == 0
-    ended(client, client.post("/api/clips", json={**SMALL, "num_frames": 5}).json())
-    bad = client.post("/api/clips", json={"prompt": "x", "image": base64.b64encode(b"x").decode()}).json()
-    ended(client, bad)
-    running = client.post("/api/clips", json=LONG).json()
-    client.post("/api/clips", json=LONG)
-    client.request("MADEUP", "/api/clips")
-    answer = client.get("/metrics")
-    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    found = samples(answer.text)
-    assert [found["lumos_clips_total", f'state="{state}"'] for state in ("done", "failed", "cancelled")] == [1, 1, 0]
-    assert found["lumos_frames_total", ""] == 5
-    assert found["lumos_clip_seconds_count", ""] == found["lumos_clip_seconds_bucket", 'le="+Inf"'] == 1
-    assert (found["lumos_working", ""], found["lumos_queue_waiting", ""]) == (1, 1)
-    assert found["lumos_requests_total", 'method="POST",status="202"'] == 4
-    assert found["lumos_requests_total", 'method="other",status="405"'] == 1
-    client.delete(f"/api/clips/{running['id']}")
-
-
-@given(st.lists(st.floats(0, 5000), max_size=20))
-def test_buckets_hold_all_clips_up_to_their_bound(seconds):
-    metrics = Metrics({})
-    for value in seconds:
-        metrics.clip("done", value, 3)
-    found = samples(metrics.text())
-    for (name, labels), count in found.items():
-        if name == "lumos_clip_seconds_bucket":
-            bound = float(labels.removeprefix('le="').removesuffix('"').replace("+Inf", "inf"))
-            assert count == sum(value <= bound for value in seconds)
-    assert found["lumos_clip_seconds_sum", ""] == pytest.approx(sum(seconds))
-
-
-@pytest.fixture(scope="module")
-def stiv():
-    return micro_pipeline()
-
-
-def test_the_schema_names_all_that_a_request_may_hold(client, service, pipe, stiv):
-    document = client.get("/api/openapi.json").json()
-    assert document["openapi"].startswith("3.1")
-    assert set(document["paths"]) == {
-        "/api/clips", "/api/clips/{clip_id}", "/api/clips/{clip_id}/content", "/api/clips/{clip_id}/events",
-        "/api/clips/{clip_id}/cancel", "/api/generate", "/api/status", "/api/results/{name}", "/health", "/metrics",
-    }  # fmt: skip
-    assert set(document["paths"]["/api/clips/{clip_id}/content"]) == {"get", "head"}
-    (body,) = document["paths"]["/api/clips"]["post"]["requestBody"]["content"].values()
-    properties = body["schema"]["oneOf"][0]["properties"]
-    assert properties.keys() >= {"prompt", "negative_prompt", "seed", "image", "video", *pipe.sampling.declared()}
-    for model in (pipe, stiv):
-        schema = request_schema(model, service.limits)
-        jsonschema.Draft202012Validator.check_schema(schema)
-        assert ("last_image" in schema["properties"]) == ("last_image" in model.takes)
-        jsonschema.validate(SMALL, schema)
-        for name, option in model.sampling.declared().items():
-            assert schema["properties"][name]["description"] == option.meaning
-
-
-values = st.none() | st.booleans() | st.integers(-3, 2000) | st.floats(-2, 1200, allow_nan=False) | st.text(max_size=8) | st.lists(
-    st.floats(-1, 2, allow_nan=False) | st.integers(0, 1), max_size=3
-)  # fmt: skip
-
-
-@given(option=st.sampled_from(list(all_options().values())), value=values, data=st.data())
-def test_schema_and_server_agree_on_every_option(option: Option, value, data):
-    """The schema allows and forbids the same values as the declarations."""
-    if option.kind == CHOICE:
-        value = data.draw(st.sampled_from([*option.choices, value]))
-    limits = Limits(max_steps=10**6, max_frames=9, max_side=64)
-    schema = {"properties": {"it": option_schema(option, option.default, limits)}, "required": ["it"]}
-    schema["properties"]["it"]["type"] = [schema["properties"]["it"]["type"], "null"]
-    if isinstance(value, float) and value.is_integer():
-        value += 0.5  # JSON Schema takes 2.0 for a whole number, the declaration does not
-    allowed = jsonschema.Draft202012Validator(schema).is_valid({"it": value})
-    try:
-        option.check(value if value is not None or option.is_optional else option.default)
-        taken = True
-    except UserError:
-        taken = False
-    is_reversed = isinstance(value, list) and len(value) == 2 and value[0] >= value[1]
-    assert taken == (allowed and not is_reversed)
-
-
-@pytest.mark.slow
-def test_a_server_of_its_own_answers_without_gradio(repo, micro_folder, tmp_path, forks):
-    """`serve` loads no gradio, and stops at once on a signal, although a client is connected."""
-    program = (
-        "import sys, threading, time, urllib.request, json, os, signal\n"
-        "from lumos.cli import main\n"
-        "import lumos.demo.server as server\n"
-        "made = server.listen\n"
-        "def listen(*args):\n"
-        "    socket = made(*args); ports.append(socket.getsockname()[1]); return socket\n"
-        "ports = []; server.listen = listen\n"
-        "def use():\n"
-        "    try: follow()\n"
-        "    except BaseException: os.kill(os.getpid(), signal.SIGINT); raise\n"
-        "def follow():\n"
-        "    while True:\n"
-        "        try: url = f'http://127.0.0.1:{ports[0]}'; urllib.request.urlopen(f'{url}/health', timeout=100); break\n"
-        "        except (IndexError, OSError): time.sleep(0.01)  # the model is still being loaded\n"
-        "    body = json.dumps({'prompt': 'x', 'num_frames': 257, 'num_inference_steps': 100}).encode()\n"
-        "    ask = urllib.request.Request(f'{url}/api/clips', body, {'content-type': 'application/json'})\n"
-        "    clip = json.load(urllib.request.urlopen(ask, timeout=100))\n"
-        "    events = urllib.request.urlopen(f\"{url}/api/clips/{clip['id']}/events\", timeout=100)\n"
-        "    print(events.readline().decode().strip(), 'gradio' in sys.modules, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print(events.read().decode().count('event: interrupted'), flush=True)\n"
-        "user = threading.Thread(target=use); user.start()\n"
-        "code = main(['serve', '--model', sys.argv[1], '--port', '0', '--root', sys.argv[2], '--max-frames', '257'])\n"
-        "user.join(); print(code)"
-    )
-    done = forks.run(["-c", program, micro_folder, tmp_path / "root"], cwd=repo)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("http://127.0.0.1:")
-    assert re.fullmatch(r"event: (waiting|working) False", lines[1])
-    assert lines[2:] == ["1", "0"]
-
-
-@pytest.fixture
-def address(service):
-    """The address of a real server, which runs in a thread."""
-    from lumos.demo.hosts import Hosts
-    from lumos.demo.server import Server, listen
-
-    uvicorn = pytest.importorskip("uvicorn")
-    with listen("127.0.0.1", 0) as listener:
-        server = Server(uvicorn.Config(build_app(service, None, Hosts()), log_level="warning", ws="none"), service)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-def test_the_documented_client(address, repo, tmp_path, monkeypatch):
-    (block,) = blocks("docs/http-api.md", "python")
-    monkeypatch.chdir(tmp_path)
-    exec(block.replace("http://127.0.0.1:8000", address), {})
-    assert read_video(tmp_path / "clip.mp4")[0].shape == (5, 16, 24, 3)
-    with pytest.raises(RuntimeError, match="prompt has 80 characters; at most 50 are allowed"):
-        exec(block.replace("http://127.0.0.1:8000", address).replace("a large red circle moves left", "x" * 80), {})
-
-
-def test_the_documented_curl_line(address, tmp_path):
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    (tmp_path / "photo.png").write_bytes(png())
-    command = next(block for block in blocks("docs/http-api.md", "bash") if block.startswith("curl"))
-    done = subprocess.run(["bash", "-c", command.replace("http://127.0.0.1:8000", address)], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    jsonschema.validate(json.loads(done.stdout), CLIP)
-
-
-def test_the_documented_keys_and_routes(client, tmp_path):
-    (block,) = blocks("docs/http-api.md", "yaml")
-    (tmp_path / "keys.yaml").write_text(block)
-    assert [(key.name, key.queue_length, key.clips_per_hour) for key in read_keys(tmp_path / "keys.yaml").keys] == [
-        ("alice", None, None), ("bob", 4, 100)
-    ]  # fmt: skip
-    text = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
-    listed = {re.sub("ID", "{clip_id}", re.sub("NAME", "{name}", path)).partition("?")[0]
-              for path in re.findall(r"^\| `.*?(/[\w/.]+[^`]*)` \|", text, re.MULTILINE)}  # fmt: skip
-    assert listed - {"/api/openapi.json"} == set(client.get("/api/openapi.json").json()["paths"])

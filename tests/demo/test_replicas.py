@@ -11,18 +11,12 @@ import numpy as np
 import pytest
 from served_clips import asked, made
 
-from lumos import LumosPipeline
 from lumos.cli import main
 from lumos.commands.serve import numbers
 from lumos.demo.replicas import ATTEMPTS, Maker, Replicas, ReplicaSettings, batches, deployment
 from lumos.demo.worker import Cancelled, ClipJob
 from lumos.errors import RunError, UserError
 from lumos.pipeline.request import Request
-
-
-@pytest.fixture(scope="module")
-def pipe(micro_folder):
-    return LumosPipeline.from_pretrained(micro_folder)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import jsonschema
 import pytest
 
-from lumos import LumosPipeline
 from lumos.demo.limits import Limits
 
 fastapi = pytest.importorskip("fastapi", reason="the API needs the extra [serve]")
@@ -25,11 +24,6 @@ from lumos.demo.service import Service  # noqa: E402
 SMALL = {"prompt": "a red circle", "num_frames": 1, "num_inference_steps": 1, "seed": 5}
 LONG = {"prompt": "x", "num_frames": 257, "num_inference_steps": 1000}
 ALICE = {"Authorization": "Bearer alice-0123456789ab"}
-
-
-@pytest.fixture(scope="module")
-def pipe(micro_folder):
-    return LumosPipeline.from_pretrained(micro_folder)
 
 
 class Starts:

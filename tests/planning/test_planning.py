@@ -310,6 +310,11 @@ def test_a_run_on_cpu_processes(capsys):
     assert "2 x CPU process, 4 GiB and 0.1 TFLOP/s each" in text
     assert "ZeRO 0 *" in text
     assert "ZeRO 1" not in text  # Muon takes whole matrices
+    one = ["plan", "--config", "tiny", "--json"]
+    assert main(one) == 0
+    alone = capsys.readouterr().out
+    assert main([*one, "--gpus", "1"]) == 0
+    assert capsys.readouterr().out == alone
     assert main([*tiny, "--gpu", "h100"]) == 2
     assert "--gpu h100 has no effect with training.device=cpu" in capsys.readouterr().err
 
@@ -317,7 +322,7 @@ def test_a_run_on_cpu_processes(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan"], "give --config and --gpus"),
+        (["plan"], "give --config of a training, for example --config lumos1/3b-stage2 --gpus 48, or --generate for a clip"),
         (["plan", "--config", "none.yaml", "--gpus", "1"], "none.yaml"),
         ([*COMMAND[:-1], "0"], "--gpus 0 is not allowed"),
         ([*COMMAND[:-1], "36"], "is 48; it must be a multiple of the 36 processes"),

@@ -109,6 +109,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(in_this_process, trai
         ({"seeds": []}, "seeds [] are not allowed"),
         ({"seeds": [0, 0]}, "each once"),
         ({"seeds": [-3]}, "none below 0"),
+        ({"seeds": [2**32]}, "seeds is 4294967296; it must be a finite number, at most 4294967295"),
         ({"figures": ["colr"]}, "figures: 'colr' is unknown; allowed: all, colour"),
         ({"figures": ["all of 5"], "prompts": ["--count", "5"]}, "'all of 5' is of a kind that is not asked for"),
         ({"variants": {"": {}}}, "variant '' cannot name a folder"),

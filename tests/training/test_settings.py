@@ -83,6 +83,8 @@ def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
         ("training.decay_steps=5", ["wsd"]),
         ("training.ema_decay=1", ["0.999"]),
         ("training.keep_every=10", ["training.keep_every is 10", "multiple of training.save_every_steps", "is 0"]),
+        ("training.seed=-1", ["training.seed is -1; it must be between 0 and 4294967295"]),
+        ("training.seed=4294967296", ["training.seed is 4294967296; it must be between 0 and 4294967295"]),
         ("training.skip_not_finite=-1", ["training.skip_not_finite", "between 0 and"]),
         ("deepspeed.timeout_minutes=0", ["timeout_minutes is 0", "above 0"]),
         ("lora.rank=0", ["lora.rank", "between 1 and"]),

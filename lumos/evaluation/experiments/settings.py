@@ -9,6 +9,7 @@ from typing import Any
 from lumos.errors import UserError, as_text, shown
 from lumos.evaluation.prompts import KINDS
 from lumos.settings import build, is_number, read_yaml, setting
+from lumos.training.sections import MAX_TRAINING_SEED
 
 OVER = ("step", "flops")
 LONGEST_NAME = 200
@@ -89,7 +90,7 @@ class Experiment:
     seconds: bool = setting(True, "draw the seconds per clip over x, if the variants have an x")
     grid: Grid | None = setting(None, "draws heat maps: the titles of the values in the variants' `at`")
     claims: list[Claim] = setting([], "claims of a paper, each with the two variants and the figure that decide")
-    seeds: list[int] = setting([0], "seeds; each variant runs once with each seed")
+    seeds: list[int] = setting([0], "seeds; each variant runs once with each seed", high=MAX_TRAINING_SEED)
     variants: dict[str, Any] = setting({}, "name: {train: [...], prompts: [...], x: ...}")
 
 

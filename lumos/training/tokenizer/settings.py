@@ -13,7 +13,7 @@ from lumos.data.prefetch import check_processes
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError, shown
 from lumos.settings import build, read_yaml, setting, to_plain
-from lumos.training.sections import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS
+from lumos.training.sections import MAX_CLIPS, MAX_FRAMES, MAX_PROCESSES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED
 from lumos.training.settings import TrainingSettings, world_size
 from tokenizer.configuration import VideoTokenizerConfig
 
@@ -50,7 +50,7 @@ class TokenizerTrainingSettings:
     fit_batches: int = setting(
         0, "batches for a fit of the last layer before the first step (fitting.py); needs spatial_patch_size 2", low=0, high=10**6
     )
-    seed: int = shared("training.seed", 0, "seed of weights and data", low=0, high=2**63 - 1)
+    seed: int = shared("training.seed", 0, "seed of weights and data", low=0, high=MAX_TRAINING_SEED)
     device: str = shared("training.device", "auto", "auto (CUDA if there is one), cpu, cuda, mps")
     precision: str = shared("training.precision", "fp32", "precision of the network's products in training", choices=PRECISIONS)
     processes: int = shared(

@@ -70,3 +70,5 @@ def test_mistakes_are_told_before_the_first_frame(pipe):
         pipe.stream("x", num_frames=6)
     with pytest.raises(UserError, match="unexpected argument 'output_type'; LumosPipeline takes prompt, negative_prompt"):
         pipe.stream("x", output_type="pil")
+    with pytest.raises(UserError, match="unexpected argument 'num_inference_step', did you mean num_inference_steps"):
+        pipe.stream("x", num_inference_step=3)

@@ -26,6 +26,8 @@ from lumos.training.tokenizer.settings import load_settings, loop_settings
         ({"lr": float("nan")}, "lr is nan; it must be a number above 0"),
         ({"precision": "fp16"}, "precision is 'fp16'; allowed: fp32, bf16"),
         ({"share_textures": 2}, "share_textures is 2.0; it must be between 0 and 1"),
+        ({"seed": -1}, "seed is -1; it must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be between 0 and 4294967295"),
         ({"processes": -1}, "processes is -1; it must be between 0 and 256"),
         ({"export_dtype": "int8"}, "float16, bfloat16, float32"),
         ({"warmup_steps": 6}, "fewer than steps"),
