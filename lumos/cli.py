@@ -104,7 +104,7 @@ def run_verb(argv: list[str], own_process: bool = False) -> int:
             using_threads(args, own_process, watch=verb != "bench"),
         ):
             result = command.run(args)
-        if only_json and os.environ.get("RANK", "0") == "0":  # one line for all processes of a launcher
+        if only_json and result is not None:
             print(json.dumps(result))
     except BrokenPipeError:
         raise
@@ -213,7 +213,7 @@ class ComputingParser(Parser):
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON.
+    """Add --json to a verb whose `run` returns its result. Stdout is then the result as one line of JSON, or nothing if it is None.
 
     The text goes to stderr, and with --quiet nowhere.
     """

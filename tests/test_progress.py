@@ -99,10 +99,12 @@ def test_json_is_printed_only_if_asked_for(micro_folder: Path, capsys):
     assert sys.stdout is not sys.stderr
 
 
-def test_json_of_a_launcher_is_one_line(micro_folder: Path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["info", str(micro_folder), "--json"]) == 0
-    assert capsys.readouterr().out == ""
+def test_json_of_a_launcher_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("lumos.compression.recipes.read_recipe", lambda config, overrides: ({}, lambda settings: {"step": 1}))
+    for rank, printed in (("0", '{"step": 1}\n'), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["compress", "distill", "--config", "x.yaml", "--json"]) == 0
+        assert capsys.readouterr().out == printed
 
 
 def test_messages_of_the_library_go_to_its_logger(caplog, tmp_path: Path):

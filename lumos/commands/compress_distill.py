@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from lumos.cli import add_json
@@ -15,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from lumos.compression.recipes import read_recipe
 
     settings, train = read_recipe(args.config, args.overrides)
-    return train(settings)
+    result = train(settings)
+    return result if os.environ.get("RANK", "0") == "0" else None  # all processes of a launcher have the same result
