@@ -36,6 +36,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def is_first_process() -> bool:
+    """Return whether this process has rank 0 of a launcher's, or was started without one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def pick_device(device: str | torch.device | None) -> torch.device:
     """Return the torch device of this name (cpu, cuda, cuda:1, mps).
 

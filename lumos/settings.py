@@ -7,6 +7,7 @@ A field is declared with `setting(default, meaning, ...)`. A trailing underscore
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -45,6 +46,11 @@ def is_whole(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Return whether the value is an int or a float. True and False do not count."""
     return is_whole(value) or isinstance(value, float)
+
+
+def is_finite(value: object) -> bool:
+    """Return whether the value is a number, and neither infinite nor NaN."""
+    return is_number(value) and math.isfinite(value)
 
 
 def setting(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from lumos.cli import add_json
@@ -18,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from lumos.compression.recipes import read_recipe
+    from lumos.runtime import is_first_process
 
     settings, train = read_recipe(args.config, args.overrides)
     result = train(settings)
-    return result if os.environ.get("RANK", "0") == "0" else None  # all processes of a launcher have the same result
+    return result if is_first_process() else None  # all processes of a launcher have the same result

@@ -103,9 +103,10 @@ def losses_of(network: GeneratorNetwork, pipe: VideoPipeline, clips: int) -> dic
 
     Raises RunError if it is not finite.
     """
-    from lumos.commands.scoring import clips_of, is_finite
+    from lumos.commands.scoring import clips_of
     from lumos.compression.importance import score
     from lumos.errors import RunError
+    from lumos.settings import is_finite
 
     task, batches = clips_of(network, pipe.device, clips)
     found = score(task, pipe.model, batches, {}, ["loss"])

@@ -207,6 +207,7 @@ def read_scores(path: str | Path, network: Network, kind: str) -> dict[str, Any]
 def distances_of(scores: dict[str, Any], count: int) -> list[list[float]]:
     """Return the distances between `count` layers, for `plans.middle`. Raises UserError for scores that lack them."""
     from lumos.errors import UserError
+    from lumos.settings import is_finite
 
     def is_row(row: Any) -> bool:
         return isinstance(row, list) and len(row) == count + 1
@@ -217,16 +218,10 @@ def distances_of(scores: dict[str, Any], count: int) -> list[list[float]]:
     return rows
 
 
-def is_finite(value: Any) -> bool:
-    """Return whether a value is a number, and neither infinite nor NaN."""
-    from lumos.settings import is_number
-
-    return is_number(value) and math.isfinite(value)
-
-
 def importance(scores: dict[str, Any], measure: str) -> dict[str, float]:
     """Return {unit: importance by a measure}. Raises UserError if it was not measured, or is not defined for a unit."""
     from lumos.errors import UserError
+    from lumos.settings import is_finite
 
     units = scores["scores"] if "scores" in scores else scores["units"]
     found = {name: entry.get(measure) for name, entry in units.items() if isinstance(entry, dict)}

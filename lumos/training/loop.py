@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from lumos.data.prefetch import in_processes, prefetched
 from lumos.durable import put_back, sweep_folder
 from lumos.errors import RunError
 from lumos.files import check_writable, only_writer
-from lumos.runtime import peak_memory_bytes, pick_device, return_freed_memory
+from lumos.runtime import is_first_process, peak_memory_bytes, pick_device, return_freed_memory
 from lumos.training import checkpoint
 from lumos.training.auxiliary import without_gradient
 from lumos.training.ema import Ema
@@ -56,7 +55,7 @@ def train(settings: TrainingSettings, make_task: MakeTask | None = None) -> dict
     with lost_process_reported():
         start_processes(settings, device)
         task = (make_task or task_class(settings.to_dict()))(settings, device)
-        with _own(settings.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        with _own(settings.output_dir) if is_first_process() else nullcontext():
             return run_task(settings, task, device)
 
 

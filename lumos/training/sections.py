@@ -20,9 +20,9 @@ MAX_TOKENS = 2**31
 MAX_SIDE = 2**14
 MAX_FRAMES = 2**14
 MAX_PROCESSES = 256
+"""Largest number of threads or processes that make batches on one machine."""
 MAX_TRAINING_SEED = 2**32 - 1
 """The largest seed of a training. Torch reads 32 bits of a seed when it draws weights: larger seeds would repeat smaller ones."""
-"""Largest number of threads or processes that make batches on one machine."""
 DEFAULT_STAGE = 2
 """ZeRO stage of a run with several processes whose settings name no stage. With optimizers of `WHOLE_MATRICES`, it is 0."""
 WHOLE_MATRICES = ("muon", "adafactor")

@@ -14,8 +14,12 @@ def pipe(micro_folder):
 
 
 @pytest.fixture
-def service(pipe, tmp_path):
-    limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, queue_length=3, keep_results=4)
+def limits():
+    return Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, queue_length=3, keep_results=4)
+
+
+@pytest.fixture
+def service(pipe, tmp_path, limits):
     service = Service(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
     yield service
     service.worker.close()

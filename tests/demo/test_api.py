@@ -16,7 +16,6 @@ from PIL import Image
 
 from lumos.demo import views
 from lumos.demo.limits import Limits
-from lumos.demo.service import Service
 from lumos.demo.worker import ClipJob
 from lumos.pipeline.request import Request
 from lumos.prompt_lists.clips import default_name
@@ -29,11 +28,8 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
 @pytest.fixture
-def service(pipe, tmp_path):
-    limits = Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, max_upload_seconds=3, queue_length=1)
-    service = Service(pipe, tmp_path / "root", limits, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": "micro"})
-    yield service
-    service.worker.close()
+def limits():
+    return Limits(max_prompt_length=50, max_steps=1000, max_frames=257, max_upload_mb=1, max_upload_seconds=3, queue_length=1)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.models.auto import AutoConfig
 
 from lumos.errors import UserError, shown
 from lumos.files import check_model_config
-from lumos.settings import is_number, is_whole
+from lumos.settings import is_finite, is_number, is_whole
 
 HEAD_DIM = 64
 AXES = ("time", "rows", "columns")
@@ -294,7 +293,7 @@ def _is_by_axis(value: object) -> bool:
 def _are_finite(values: object, count: int, above: float | None) -> bool:
     return (
         isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count
-        and all(is_number(v) and math.isfinite(v) and (above is None or v > above) for v in values)
+        and all(is_finite(v) and (above is None or v > above) for v in values)
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ Dropped image means that the frames of the pattern are noised like the others an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from lumos.errors import UserError, shown
 from lumos.models.stiv.configuration import CAUSAL_LATENTS, EVERY_SECOND_FRAME, PATTERNS
-from lumos.settings import is_number
+from lumos.settings import is_finite
 
 
 def given_frames(pattern: str, frames: int, latents: str = "per_frame") -> frozenset[int]:
@@ -63,7 +62,7 @@ def check_shares(shares: Mapping[str, float], frames: int, latents: str = "per_f
     if not shares:
         raise UserError(f"patterns is empty; give shares by name, some of {', '.join(PATTERNS)}")
     for name, share in shares.items():
-        if not is_number(share) or not math.isfinite(share) or share < 0:
+        if not is_finite(share) or share < 0:
             raise UserError(f"patterns.{name} {shown(share)} is not allowed; give a number from 0")
         given_frames(name, frames, latents)
     if not sum(shares.values()) > 0:
