@@ -238,12 +238,15 @@ def test_a_lock_ends_with_its_process(tmp_path, system):
 
 def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path, system):
     reading, writing = os.pipe()
+    started, starts = os.pipe()
 
     def killed():
         with only_writer(tmp_path, "run"):
             if os.fork() == 0:
+                os.write(starts, b"x")
                 os.read(reading, 1)
                 os._exit(0)
+            os.read(started, 1)  # a process that is killed sooner leaves a child that could not close the lock yet
             die()
 
     assert in_a_child(killed) == -signal.SIGKILL
