@@ -114,7 +114,7 @@ def test_start_compares_with_a_bare_import(in_this_process, micro_folder, capsys
 
 
 def test_ingest_counts_clips_and_reads_films(micro_folder, monkeypatch, capsys):
-    monkeypatch.setattr(bench_ingest, "FILMS", {"6 s": 6})
+    monkeypatch.setattr(bench_ingest, "FILMS", {"6 s": (6, 72)})
     for name, value in (("HEIGHT", 20), ("WIDTH", 40), ("SIZE", "16x24")):
         monkeypatch.setattr(bench_ingest, name, value)
     words = ["--clips", "2", "--workers", "0", "--repetitions", "1"]
