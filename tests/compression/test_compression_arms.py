@@ -91,12 +91,15 @@ def test_without_a_recovery_the_pruned_model_is_judged(study):
     assert job.prune[:6] == ("compress", "prune", "--model", study["compress"]["model"], "--out", "runs/a-4/pruned")
 
 
-@pytest.mark.parametrize("name", ["compression-arms", "compression-arms-stiv"])
-def test_the_shipped_studies_have_all_arms_with_equal_steps(name, monkeypatch):
+@pytest.mark.parametrize(("name", "plans"), [
+    ("compression-arms", ("spaced", "least", "shallow", "scratch")),
+    ("compression-arms-stiv", ("spaced", "shallow", "scratch")),  # the blocks of the least loss are the shallow ones
+])  # fmt: skip
+def test_the_shipped_studies_have_all_arms_with_equal_steps(name, plans, monkeypatch):
     monkeypatch.chdir(REPO)
     file = Path(f"configs/experiments/{name}.yaml")
     study = load(file)
-    assert list(study.variants) == [f"{loss} {plan}" for plan in ("spaced", "least", "shallow", "scratch") for loss in LOSSES]
+    assert list(study.variants) == [f"{loss} {plan}" for plan in plans for loss in LOSSES]
     assert (len(study.seeds), study.over) == (3, "flops")
     equal = set()
     for job in runs.jobs(study, Path("runs")):
