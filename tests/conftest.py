@@ -17,7 +17,7 @@ import comfyui
 import pytest
 import torch
 from disk import Disk
-from forks import Forks
+from forks import Forks, trust_the_system
 from hypothesis import settings
 from micro import micro_config
 from ranks import Ranks
@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("thorough" if config.getoption("thorough") else "quick")
+    trust_the_system()
     if hasattr(config.option, "loadscopereorder"):  # otherwise pytest-xdist begins with the files that have the most tests
         config.option.loadscopereorder = False
 
