@@ -10,6 +10,8 @@ import pytest
 
 from lumos import durable
 
+FSYNC = os.fsync
+
 
 class Disk:
     """Calls of fsync and rename in their order, as ("sync", path) and ("rename", target); `refuse(path)` may give an errno."""
@@ -18,13 +20,13 @@ class Disk:
         self.calls: list[tuple[str, Path]] = []
         self.renames: list[tuple[int, Path, Path, set[Path]]] = []
         self.refuse: Callable[[Path], int | None] = lambda path: None
-        fsync, exchange = os.fsync, durable._exchange
+        exchange = durable._exchange
 
         def synced(descriptor: int) -> None:
             path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
             if number := self.refuse(path):
                 raise OSError(number, os.strerror(number))
-            fsync(descriptor)
+            FSYNC(descriptor)
             self.calls.append(("sync", path))
 
         def renamed(function: Callable, source: Path, target: Path) -> object:

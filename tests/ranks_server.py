@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from forks import trust_the_system
 
 from lumos import registry
 from lumos.cli import main
@@ -281,6 +282,7 @@ def import_all() -> None:
 
 if __name__ == "__main__":
     import_all()
+    trust_the_system()
     registry.PACKAGES.append("toy_task")
     gc.freeze()  # collections in the forked processes would go through, and copy, all that is imported
     if (command := serve()) is not None:

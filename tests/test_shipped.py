@@ -168,6 +168,9 @@ def test_a_wheel_holds_them(repo: Path, tmp_path: Path):
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "-q", "."]
     source = linked(repo, tmp_path / "source", ("lumos", "tokenizer", "configs", "checkpoints"))
+    for weights in source.glob("checkpoints/**/*.safetensors"):  # links, whose content would take seconds to compress
+        weights.unlink()
+        weights.touch()
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")

@@ -74,7 +74,9 @@ class VideoTask(TrainingTask):
         self.settings, self.device = settings, device
         self.places = Tokenizers(self.tokenizer_folder("video"), self.tokenizer_folder("text"))
         self.video_tokenizer = self.read_network(self.places.video)
-        self.fingerprints = {kind: self.fingerprint_of(getattr(self.places, kind), kind) for kind in ("video", "text")}
+        self.fingerprints = {
+            "video": self.network_fingerprint(self.video_tokenizer), "text": self.fingerprint_of(self.places.text, "text"),
+        }  # fmt: skip
         self.identities = {
             "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
             "tokenizer.text (sha256)": self.fingerprints["text"],
@@ -87,11 +89,16 @@ class VideoTask(TrainingTask):
         return VideoTokenizer.from_pretrained(folder)
 
     @staticmethod
+    def network_fingerprint(network: nn.Module) -> str:
+        """Return the fingerprint of a network that `read_network` has read."""
+        return tokenizer_facts(network)["fingerprint"]
+
+    @staticmethod
     def fingerprint_of(folder: str, kind: str) -> str:
         """Return the fingerprint of the tokenizer of a kind ("video", "text") in a folder."""
         if kind == "text":
             return text_fingerprint(folder)
-        return tokenizer_facts(VideoTokenizer.from_pretrained(folder))["fingerprint"]
+        return VideoTask.network_fingerprint(VideoTokenizer.from_pretrained(folder))
 
     @property
     def base_folders(self) -> list[str]:

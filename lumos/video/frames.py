@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -317,9 +318,8 @@ def _shortened(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
     label = " ".join(label.split())
     if font.getlength(label) <= width:
         return label
-    while label and font.getlength(label + "...") > width:
-        label = label[:-1]
-    return label + "..."
+    fitting = bisect_right(range(len(label)), width, key=lambda count: font.getlength(label[:count] + "..."))
+    return label[: max(0, fitting - 1)] + "..."
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -107,7 +107,7 @@ def ask(page, prompt: str, **numbers: int) -> None:
         page.click("#settings button")
     for name, value in numbers.items():
         inputs = f"[...document.querySelectorAll('#{name} :is(input, textarea)')]"  # of some there are two: number and slider
-        for _ in range(50):  # what is typed before the page has set itself up is lost
+        for _ in range(10 * LIMIT):  # what is typed before the page has set itself up is lost
             page.fill(f"#{name} {FIELD}", str(value))
             page.press(f"#{name} {FIELD}", "Tab")
             page.wait_for_timeout(100)

@@ -90,7 +90,7 @@ def test_shards_by_hand_make_the_files_of_one_run(evaluate):
 
 @pytest.mark.slow
 def test_torchrun_shares_the_work(evaluate, micro_folder, repo, forks):
-    """torchrun itself starts the processes of a list of prompts, in test_list_stops.py."""
+    """`forks.launch` sets the variables of torchrun, as a test in test_list_stops.py shows."""
     rest = ["--prompts", "list.json", "--samples", "2", "--batch-size", "2"]
     evaluate("vbench", *rest, "--out", "whole")
     command = ["-m", "lumos", "evaluate", "vbench", "--json", "--model", micro_folder, *rest, "--out", "parts"]

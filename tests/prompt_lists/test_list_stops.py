@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -19,6 +20,16 @@ from lumos.models.lumos1.sampling import generate_frames
 from lumos.prompt_lists import clips, results
 from lumos.prompt_lists.clips import Recorded
 from lumos.prompt_lists.results import only_shard
+
+PROGRAM = """
+import os, pathlib, sys, time
+rank, half = os.environ["RANK"], pathlib.Path(__file__).with_suffix("." + os.environ["RANK"])
+half.write_text(" ".join(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+half.rename(half.with_name(rank))
+while rank == "1" and not half.with_name("0").exists():  # a launcher ends the others when one fails
+    time.sleep(0.01)
+sys.exit(rank == "1" and os.environ["MASTER_PORT"].isdecimal() and os.environ["MASTER_ADDR"] != "")
+"""
 
 
 def test_a_killed_batch_goes_on(generate, micro_folder, repo, forks):
@@ -133,12 +144,14 @@ def test_a_deleted_picture_fails_its_own_clip_only(generate, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["by hand", "torchrun", "--local_rank", pytest.param("deepspeed", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("launcher", [
+    "by hand", "--local_rank", *(pytest.param(launcher, marks=pytest.mark.thorough) for launcher in ("torchrun", "deepspeed"))
+])  # fmt: skip
 def test_shares_make_what_one_process_makes(generate, micro_folder, repo, forks, launcher):
     """A bad row does not stop the others; the exit code reports it to the launcher when all clips are made.
 
-    torchrun is forked, and starts two processes itself. The deepspeed launcher sets its variables and adds --local_rank; a test of
-    training in test_deepspeed.py starts it.
+    The deepspeed launcher sets the variables of torchrun and adds --local_rank, as `forks.launch` does here. The next test starts
+    torchrun, and a test of training in test_deepspeed.py the deepspeed launcher.
     """
     rows = [{"prompt": f"x {n}", "num_frames": 9 if n % 3 else 5} for n in range(5)]
     args = ("--prompts", write_list(*rows, "bad"), "--batch-size", 2, "--output-dir")
@@ -173,6 +186,19 @@ def test_shares_make_what_one_process_makes(generate, micro_folder, repo, forks,
         assert "parts  5 made now  5 clips in all  6 rows" in done.stdout
     assert clips_in("parts") == clips_in("whole")
     assert not Path("parts/.unfinished").exists()
+
+
+def test_torchrun_sets_what_the_shares_are_made_of(forks, tmp_path):
+    """torchrun gives two processes the variables that `forks.launch` gives them, and passes on that one has failed."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert forks.run([*launcher, program]).returncode == 1
+    told = [(tmp_path / rank).read_text() for rank in "01"]
+    for rank in "01":
+        (tmp_path / rank).unlink()
+    assert [run.returncode for run in forks.launch([program], env={**os.environ})] == [0, 1]
+    assert told == [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2", "1 1 2"]
 
 
 def test_files_of_others_stay_in_the_folder(generate):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickletools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -345,13 +342,10 @@ def test_mutated_archives_are_refused_or_read_right(tmp_path):
     check_outcomes(fuzz(200, tmp_path, seed=1), 200)
 
 
-@pytest.mark.slow
-def test_mutated_archives_in_little_memory(tmp_path, times):
+def test_mutated_archives_in_little_memory(tmp_path, times, forks):
     pytest.importorskip("resource")
     count = times(300, 2000)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "fuzz_torchscript.py"), str(count), str(tmp_path)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    ran = forks.run([HERE / "fuzz_torchscript.py", count, tmp_path])
     assert ran.returncode == 0, ran.stderr[-3000:]
     check_outcomes({name: int(number) for number, name in (line.split(" ", 1) for line in ran.stdout.splitlines())}, count)
 

@@ -57,6 +57,12 @@ def build_micro(tokenizers: dict[str, str], output_dir: Path, **sections: dict) 
     return build_settings(raw)
 
 
+@pytest.fixture(scope="session")
+def settings_in(micro_tokenizers: dict[str, str]) -> Callable[..., TrainingSettings]:
+    """A function that makes the settings of a run in a folder; see `build_micro`."""
+    return lambda folder, **sections: build_micro(micro_tokenizers, folder, **sections)
+
+
 @pytest.fixture
 def micro_settings(micro_tokenizers: dict[str, str], tmp_path: Path) -> Callable[..., TrainingSettings]:
     return lambda **sections: build_micro(micro_tokenizers, tmp_path / "run", **sections)

@@ -81,7 +81,7 @@ def test_one_of_two_told_to_stop(runs: Runs, ranks: Ranks):
 def test_a_process_that_hangs(runs: Runs, ranks: Ranks):
     """The other process ends after deepspeed.timeout_minutes instead of waiting forever."""
     settings = runs.make(runs.folder / "hangs")
-    settings.deepspeed.timeout_minutes = 0.05
+    settings.deepspeed.timeout_minutes = 0.1
     settings.samples.max_seconds = 1
     first, stopped = ranks.train(settings, "zero2", 2, {1: [["stop_after_step", 1]]})
     assert (first.code, stopped.code) == (1, None), first.err

@@ -75,9 +75,9 @@ def test_processes_that_do_not_end_are_ended(monkeypatch, how: str):
     if how == "hanging":
         made.close()
     else:
-        time.sleep(0.1)
+        next(made)
         os.kill(process, signal.SIGKILL)
-        assert len(list(made)) == 1
+        assert list(made) == []
     assert not multiprocessing.active_children()
 
 
@@ -170,21 +170,21 @@ def test_a_signal_to_the_whole_group_is_left_to_the_run(drawn, runs: Runs, ranks
 def test_a_killed_process_ends_the_run_with_one_error(drawn, runs: Runs, ranks: Ranks):
     settings = drawn("lost-process")
     settings.training.max_steps = 50
-    (process,) = ranks.train(settings, "plain", 1, {0: [["kill_drawing_after_step", 2]]}, seconds=60)
+    (process,) = ranks.train(settings, "plain", 1, {0: [["kill_drawing_after_step", 2]]}, seconds=300)
     assert process.code == 1, process.err
     assert process.error.startswith("error: a process that makes batches ahead was killed")
     assert "Traceback" not in process.err
     assert checkpoint.latest(settings.output_dir / "checkpoints")[1]["step"] >= 2
 
 
-def test_a_killed_run_releases_its_lock_and_connections(drawn, runs: Runs, ranks: Ranks):
+def test_a_killed_run_releases_its_lock_and_connections(drawn, runs: Runs, ranks: Ranks, times):
     """Processes must not hold the lock of the folder, which the next run needs, or connections, at whose end others stop."""
     settings = drawn("killed-drawing")
-    for after in (1, 3):
-        first, second = ranks.train(settings, "zero2", 2, {1: [["kill_after_step", after]]}, seconds=60)
+    for after in (1, 3)[: times(1, 2)]:
+        first, second = ranks.train(settings, "zero2", 2, {1: [["kill_after_step", after]]}, seconds=300)
         assert (first.code, second.code) == (1, -9), first.err
         assert "another process of the run" in first.error
-        first, second = ranks.train(settings, "zero2", 2, {0: [["kill_after_step", after + 1]]}, seconds=60)
+        first, second = ranks.train(settings, "zero2", 2, {0: [["kill_after_step", after + 1]]}, seconds=300)
         assert (first.code, second.code) == (-9, 1), second.err
     ranks.finish(settings, "zero2")
     assert_same_run(settings.output_dir, runs.whole("zero2"))

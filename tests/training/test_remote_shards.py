@@ -101,8 +101,9 @@ def bytes_in(folder: Path) -> int:
 
 
 def wait_for(done) -> None:
-    end = time.monotonic() + 10
-    while not done() and time.monotonic() < end:
+    end = time.monotonic() + 300
+    while not done():
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
@@ -112,7 +113,6 @@ def test_shards_are_fetched_before_they_are_needed(remote_settings, bucket, tmp_
     source.clips(0, VIDEO, range(1))
     coming = {f"{source.reader.digests[shard]}.parquet" for shard in source.pools["video"].order.next_shards(VIDEO)}
     wait_for(lambda: coming <= {path.name for path in (tmp_path / "cache").glob("*.parquet")})
-    assert coming <= {path.name for path in (tmp_path / "cache").glob("*.parquet")}
 
 
 def test_a_cache_too_small_for_what_is_in_use(remote_settings, bucket):

@@ -32,10 +32,11 @@ def eager(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def plain_run(micro_settings, tmp_path: Path) -> Path:
-    train(micro_settings(data=STAGES, training={"eval_every": 3, "output_dir": str(tmp_path / "plain")}))
-    return tmp_path / "plain"
+@pytest.fixture(scope="module")
+def plain_run(settings_in, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    train(settings_in(folder, data=STAGES, training={"eval_every": 3}))
+    return folder
 
 
 def assert_close(folder: Path, plain: Path) -> None:

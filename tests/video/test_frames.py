@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from lumos.errors import UserError
+from lumos.video import frames
 from lumos.video.frames import animated_sheet, contact_sheet, fit
 from lumos.video.io import read_image
 
@@ -22,6 +23,19 @@ def test_contact_sheet(tmp_path):
         assert (sheet == colour).all(axis=-1).sum() == strips * 40 * 40
     with pytest.raises(UserError):
         contact_sheet(clips, ["too few"], tmp_path / "s.png")
+
+
+def test_a_long_label_is_measured_few_times(monkeypatch):
+    """As much of it stays as fits; a measurement of a long text takes milliseconds."""
+    measured, font, label = [], ImageFont.load_default(13), "noise number nine " * 500
+    length = ImageFont.FreeTypeFont.getlength
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getlength", lambda *args: measured.append(args) or length(*args))
+    for width in (0, 40, 300, 599):
+        cut = frames._shortened(label, font, width).removesuffix("...")
+        assert label.startswith(cut)
+        assert cut == "" or length(font, f"{cut}...") <= width
+        assert length(font, f"{label[: len(cut) + 1]}...") > width
+    assert len(measured) < 100
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])

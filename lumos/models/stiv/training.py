@@ -122,6 +122,10 @@ class StivTask(VideoTask):
         return next((place for place in places if place.is_dir()), VideoTask.part_of(folder, kind))
 
     @staticmethod
+    def network_fingerprint(network: nn.Module) -> str:
+        return network_fingerprint(network)
+
+    @staticmethod
     def fingerprint_of(folder: str, kind: str) -> str:
         if kind == "video":
             return network_fingerprint(load_network(folder))
