@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def test_axes_are_named_in_words(tmp_path: Path, monkeypatch):
     titles = {"prompts followed\nrenormalisation: off", "prompts followed\nrenormalisation: each sample",
               "Fréchet distance\nrenormalisation: off", "Fréchet distance\nrenormalisation: each sample"}  # fmt: skip
     assert titles | {"scale of the picture", "scale of the text", "Which scale?"} <= set(words)
+
+
+def test_long_names_of_columns_do_not_overlap(tmp_path: Path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, path, **_: drawn.append(self) or path.touch())
+    columns = ("spaced", "shallow and least", "scratch")
+    variants = {name: {"at": ["none", name], "summary": {"all": [0.1 * n, 0.0]}} for n, name in enumerate(columns)}
+    grid = {"rows": "losses", "columns": "removed by", "panels": ""}
+    draw_heat_maps({"question": "Which?", "grid": grid, "names": {}, "variants": variants}, ["all"], tmp_path / "x.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["spaced", "shallow\nand least", "scratch"]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_a_figure_that_no_variant_has_is_left_out(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from lumos.errors import drawable, needing_matplotlib
@@ -11,6 +12,7 @@ from lumos.evaluation.experiments.words import in_words
 from lumos.files import replacing
 
 SIDE = 2.9  # inches of a heat map
+LETTERS = 30  # of the names of all columns that fit below a heat map
 
 
 def draw_heat_maps(result: dict[str, Any], figures: list[str], path: Path) -> None:
@@ -25,6 +27,7 @@ def draw_heat_maps(result: dict[str, Any], figures: list[str], path: Path) -> No
     shown = [figure for figure in figures if any(figure in row["summary"] for row in variants.values())]
     maps = cells(variants)
     rows, columns = (in_order(place[axis] for places in maps.values() for place in places) for axis in (0, 1))
+    labels = ["\n".join(wrap(drawable(str(value)), max(6, LETTERS // len(columns)))) for value in columns]
     size = (SIDE * len(shown) + 0.8, SIDE * len(maps) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(drawable(result["question"]), fontsize=11)
@@ -43,7 +46,7 @@ def draw_heat_maps(result: dict[str, Any], figures: list[str], path: Path) -> No
                               color="black" if bright else "white")  # fmt: skip
             lines = [in_words(name, names), *([f"{grid['panels']}: {panel}"] if grid["panels"] else [])]
             axes.set_title("\n".join(map(drawable, lines)), fontsize=9)
-            axes.set_xticks(range(len(columns)), [drawable(str(value)) for value in columns], fontsize=8)
+            axes.set_xticks(range(len(columns)), labels, fontsize=8)
             axes.set_yticks(range(len(rows)), [drawable(str(value)) for value in rows], fontsize=8)
             axes.set_xlabel(drawable(grid["columns"]), fontsize=9)
             axes.set_ylabel(drawable(grid["rows"]), fontsize=9)
