@@ -33,8 +33,6 @@ TINY_TRAIN = [
     "--text-ids", "9100", "--codes", "3000",
 ]  # fmt: skip
 COMMON = ["--threads", "1", "--repetitions", "2", "--device", "cpu"]
-FORMS = ("training", "difference", "all", "all, teacher bf16")
-"""Forms of a step of distillation that are measured: without a teacher, without a critic, and with both in each precision."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def forked(forks, command, *, input, env, **options):
 
 
 @pytest.fixture(scope="module")
-def everything(model_folder, forks, pytestconfig):
+def everything(model_folder, forks):
     """Run `bench all` and return its stdout, the parsed last line of it, and the parsed file that it wrote.
 
     Processes that measure memory are forked from one that has imported everything.
@@ -91,8 +89,6 @@ def everything(model_folder, forks, pytestconfig):
     threads = torch.get_num_threads()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(isolated, "subprocess", SimpleNamespace(run=run))
-        if not pytestconfig.getoption("thorough"):
-            patch.setattr(compression_bench, "FORMS", {form: compression_bench.FORMS[form] for form in FORMS})
         shapes = ["--model", str(model_folder), "--shapes", "shipped", "small"]
         deep = ["--teacher", str(model_folder.parent / "deep"), "--keep", "2", "--clips", "2"]
         sizes = [*TINY_ATTENTION, *TINY_LOSS, *TINY_TRAIN, "--sizes", "micro", *deep]
@@ -123,9 +119,8 @@ def test_the_last_line_and_the_file_hold_the_whole_result(everything):
         assert any(line.startswith(table) for line in out.splitlines())
 
 
-def test_scores_and_distillation_stand_beside_plain_forms(everything, pytestconfig):
+def test_scores_and_distillation_stand_beside_plain_forms(everything):
     _, result, _ = everything
-    forms = (*compression_bench.FORMS,) if pytestconfig.getoption("thorough") else FORMS
     measured, ratios = result["measured"]["compress"], result["ratios"]["compress"]
     assert measured["scoring"]["layers"] == 4
     scoring = measured["scoring"]
@@ -134,8 +129,8 @@ def test_scores_and_distillation_stand_beside_plain_forms(everything, pytestconf
     )
     assert scoring["seconds_per_layer"] == pytest.approx(scoring["seconds"] / 4, rel=1e-2)
     steps = measured["steps"]
-    assert list(steps) == [*forms, "scores"]
-    for form in forms:
+    assert list(steps) == [*compression_bench.FORMS, "scores"]
+    for form in compression_bench.FORMS:
         expected = steps[form]["seconds"] / steps["training"]["seconds"]
         assert ratios["steps"][f"{form}_over_training_time"] == pytest.approx(expected, rel=1e-2)
         assert steps[form]["extra_memory_mb"] > 0

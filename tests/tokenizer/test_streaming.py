@@ -22,7 +22,7 @@ from tokenizer.video import PIECE
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"shipped": ROOT / "checkpoints/lumos-tiny", "published": ROOT / "tests/golden/cosmos"}
-EXAMPLES = {"max_examples": 5, "deadline": None, "derandomize": True}
+EXAMPLES = {"max_examples": 8, "deadline": None, "derandomize": True}
 
 OTHERS = {
     # samplers in time, attention between residual blocks, other patches, other ends
