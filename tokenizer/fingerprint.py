@@ -1,4 +1,4 @@
-"""The fingerprint of a video tokenizer, which tells whether codes were made by that tokenizer."""
+"""Fingerprints of video tokenizers and other networks, which tell whether codes or states were made by that network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 ENCODER = ("encoder.", "quant_conv.")
 """Prefixes of the weights that decide the codes."""
@@ -32,6 +32,13 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         "spatial_compression": tokenizer.spatial_compression,
         "temporal_compression": tokenizer.temporal_compression,
     }
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """Return the fingerprint of a video tokenizer or, for another network, a hash of its weights."""
+    if hasattr(network, "num_codes"):  # The class cannot be named here: the module of it imports this one.
+        return tokenizer_facts(network)["fingerprint"]
+    return weights_fingerprint(network.state_dict(), None)
 
 
 def same_codes_as(tokenizer: Any) -> tuple[str, str]:

@@ -36,7 +36,7 @@ from lumos.training.export import Tokenizers, export_checkpoint
 from lumos.training.samples import Sampler
 from lumos.training.settings import TrainingSettings
 from lumos.training.task import TrainingTask
-from tokenizer.fingerprint import tokenizer_facts
+from tokenizer.fingerprint import network_fingerprint
 from tokenizer.loading import REFERENCE, find_tokenizer_folder
 from tokenizer.video import VideoTokenizer
 
@@ -75,7 +75,7 @@ class VideoTask(TrainingTask):
         self.places = Tokenizers(self.tokenizer_folder("video"), self.tokenizer_folder("text"))
         self.video_tokenizer = self.read_network(self.places.video)
         self.fingerprints = {
-            "video": self.network_fingerprint(self.video_tokenizer), "text": self.fingerprint_of(self.places.text, "text"),
+            "video": network_fingerprint(self.video_tokenizer), "text": self.fingerprint_of(self.places.text, "text"),
         }  # fmt: skip
         self.identities = {
             "tokenizer.video (sha256)": video_tokenizer_sha256(self.video_tokenizer),
@@ -89,16 +89,11 @@ class VideoTask(TrainingTask):
         return VideoTokenizer.from_pretrained(folder)
 
     @staticmethod
-    def network_fingerprint(network: nn.Module) -> str:
-        """Return the fingerprint of a network that `read_network` has read."""
-        return tokenizer_facts(network)["fingerprint"]
-
-    @staticmethod
     def fingerprint_of(folder: str, kind: str) -> str:
         """Return the fingerprint of the tokenizer of a kind ("video", "text") in a folder."""
         if kind == "text":
             return text_fingerprint(folder)
-        return VideoTask.network_fingerprint(VideoTokenizer.from_pretrained(folder))
+        return network_fingerprint(VideoTokenizer.from_pretrained(folder))
 
     @property
     def base_folders(self) -> list[str]:

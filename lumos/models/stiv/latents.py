@@ -333,6 +333,15 @@ class LatentSpace:
         self.network.save_pretrained(Path(folder) / (SUBFOLDER if self.has_tokenizer else AUTOENCODER))
 
 
+def load_network(folder: str) -> nn.Module:
+    """Return the image autoencoder of a folder or, if it has none, its video tokenizer."""
+    for place in (Path(folder), *(Path(folder) / name for name in AUTOENCODER_FOLDERS)):
+        config = read_json(place / "config.json", "the config of a network") if (place / "config.json").is_file() else None
+        if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+            return load_autoencoder(place)
+    return VideoTokenizer.from_pretrained(folder)
+
+
 def load_autoencoder(folder: Path) -> nn.Module:
     """Return the AutoencoderKL of diffusers in a folder, in float32 on the CPU; only safetensors are read.
 

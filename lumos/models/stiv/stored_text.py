@@ -24,8 +24,8 @@ from torch import Tensor
 from lumos.data.shards.format import read_texts, shard_paths
 from lumos.errors import NotFinite, RunError, reason_of
 from lumos.files import replacing
-from lumos.models.stiv.fingerprints import network_fingerprint
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextStates, last_states
+from tokenizer.fingerprint import network_fingerprint
 
 BATCH = 16
 """Captions that are encoded at a time."""

@@ -27,10 +27,9 @@ from lumos.models.stiv.attention import SAVED, StivRMSNorm
 from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.configuration import PATTERNS, StivConfig
 from lumos.models.stiv.draws import drawn_clip
-from lumos.models.stiv.fingerprints import load_network, network_fingerprint
 from lumos.models.stiv.flops import clip_flops
 from lumos.models.stiv.initialization import initialized
-from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, measure_statistics
+from lumos.models.stiv.latents import AUTOENCODER, LatentSpace, load_autoencoder, load_network, measure_statistics
 from lumos.models.stiv.loading import check_keys, read_config, read_shapes, weight_files
 from lumos.models.stiv.losses import TIME_BINS, alike, inputs_by_size, places_of, weighted_losses
 from lumos.models.stiv.modeling import StivForVideoGeneration
@@ -50,6 +49,7 @@ from lumos.training.settings import world_size
 from lumos.training.task import Batch, Forward
 from lumos.training.video_task import VideoTask, model_with
 from lumos.video.frames import crop_offset
+from tokenizer.fingerprint import network_fingerprint
 from tokenizer.text import TextTokenizer
 from tokenizer.video import VideoTokenizer
 
@@ -120,10 +120,6 @@ class StivTask(VideoTask):
         names = ("autoencoder", "video_tokenizer") if kind == "video" else (TEXT_ENCODER, "text_tokenizer")
         places = [Path(folder) / name for name in names]
         return next((place for place in places if place.is_dir()), VideoTask.part_of(folder, kind))
-
-    @staticmethod
-    def network_fingerprint(network: nn.Module) -> str:
-        return network_fingerprint(network)
 
     @staticmethod
     def fingerprint_of(folder: str, kind: str) -> str:
