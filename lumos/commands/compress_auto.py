@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--target-speedup {args.target_speedup:g} is not allowed; give a number above 1")
     device = str(pick_device(args.device))
     network = network_of(args.model, "model")
+    auto.least_pruning(network, args.target_speedup, lambda keep: plan_of(network, keep))  # a speed out of reach is an error now
     out = Path("runs") / f"{Path(args.model).resolve().name}-faster" if args.out is None else Path(args.out)
     shards = [] if args.data == WORLDS else ["--data", args.data]
     data = WORLDS if args.data == WORLDS else {path.name: file_sha256(path) for path in json_files(args.data)}
@@ -116,16 +117,16 @@ def json_files(folder: str) -> list[Path]:
     return found
 
 
-def plan_of(network: Network, keep: int, scores: dict[str, Any]) -> Plan:
-    """Return the plan that `compress prune --keep` makes by default, from scores that were made once."""
+def plan_of(network: Network, keep: int, scores: dict[str, Any] | None = None) -> Plan:
+    """Return the plan that `compress prune --keep` makes by default, from scores that were made once; without scores, spaced."""
     from lumos.commands.compress_prune import usual_rule
     from lumos.commands.scoring import importance
     from lumos.compression.plans import Plan, removed_by
 
     whole = network.on_meta()
     units = list(whole.units())
-    rule = usual_rule(keep, len(units))
-    removed = removed_by(rule, units, keep, scores=importance(scores, "loss"), ends=network.ends)
+    rule = "spaced" if scores is None else usual_rule(keep, len(units))
+    removed = removed_by(rule, units, keep, scores=importance(scores, "loss") if rule == "least" else None, ends=network.ends)
     return Plan(rule, network.part, next(iter(whole.unit_kinds)), tuple(removed), parent=str(network.folder), sha256=network.sha256)
 
 

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(printable(args.plan_out))
     if not args.dry_run:
         following = shlex.join(["compress", "report", "--models", args.model, args.out])
-        print(printable(f"{args.out}  is written; next: python -m lumos {following}"))
+        print(printable(f"{args.out}  is written; python -m lumos {following}  shows what it lost"))
     return {"parent": in_one_place(network.folder), "sha256": network.sha256, "part": network.part, "kept": predicted.kept,
             "before": predicted.before, "after": predicted.after}  # fmt: skip
 

@@ -178,7 +178,7 @@ def test_auto_has_a_folder_for_each_model(folders, run, tmp_path):
 def test_what_auto_refuses(folders, run, tmp_path, words, message):
     _, error = run(*auto(folders["lumos1"], *words), code=2)
     assert message in error
-    assert not (tmp_path / "out" / "pruned").exists()
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 @pytest.mark.slow

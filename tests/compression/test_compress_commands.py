@@ -157,7 +157,7 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     made = LumosForVideoGeneration.from_pretrained(tmp_path / "small one")
     parameters = next(line for line in said if line.startswith("parameters"))
     assert f"{sum(p.numel() for p in made.parameters()):,}" in parameters
-    assert f"next: python -m lumos compress report --models {lumos} 'small one'" in again[-1]
+    assert f"small one  is written; python -m lumos compress report --models {lumos} 'small one'  shows" in again[-1]
 
 
 @pytest.mark.slow
