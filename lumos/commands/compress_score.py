@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     scorer = Scorer(args, network, measures)
     found = scorer.score(kind)
     marks = removed_by_plans(found, measures, keep, network.ends)
-    print("\n".join(map(printable, table(found["units"], measures, marks))))
+    print("\n".join(map(printable, table(found["units"], measures, marks, keep))))
     if trend := found["motion_trend"]:
         low, high = trend["interval"]
         print(f"rank correlation of the motion share with depth: {trend['correlation']:.2f}; 95 % interval over {trend['clips']} "
@@ -100,13 +100,13 @@ def removed_by_plans(found: dict[str, Any], measures: list[str], keep: int, ends
     return marks
 
 
-def table(units: dict[str, dict[str, Any]], measures: list[str], marks: dict[str, list[str]]) -> list[str]:
-    """Return the lines of the table: a line a unit, with its scores and the plans that would remove it."""
+def table(units: dict[str, dict[str, Any]], measures: list[str], marks: dict[str, list[str]], keep: int) -> list[str]:
+    """Return the lines of the table: a line a unit, with its scores and the plans that would remove it if `keep` units stay."""
     columns = ["parameters", "time_share"]
     for measure in measures:
         columns += ["output", "motion_share"] if measure == "output" else [measure]
     groups = list(dict.fromkeys(name for entry in units.values() for name in entry.get("loss_by", {}).get("frames", {})))
-    heads = ["unit", "parameters", "time", *columns[2:], *(f"loss, {name}" for name in groups), "removed by"]
+    heads = ["unit", "parameters", "time", *columns[2:], *(f"loss, {name}" for name in groups), f"removed by, if {keep} stay"]
     rows = [heads]
     for name, entry in units.items():
         by = entry.get("loss_by", {}).get("frames", {})

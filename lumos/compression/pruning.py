@@ -82,8 +82,8 @@ def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = No
         left = network.renewed(left, plan.seed)
     record = {
         "parent": in_one_place(network.folder), "sha256": network.sha256, "part": network.part, "plan": plan.to_dict(),
-        "kept": predicted.kept, "scores": scores, "before": predicted.before, "after": predicted.after, "losses": [], "steps": 0,
-        **versions(),
+        "kept": predicted.kept, "scores": scores, "before": without_seconds(predicted.before),
+        "after": without_seconds(predicted.after), "losses": [], "steps": 0, **versions(),
     }  # fmt: skip
     if (network.place / RECORD).is_file():
         record["earlier"] = read_record(network.place)
@@ -97,3 +97,8 @@ def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = No
             raise RunError(f"the written network has {wrong}, and {predicted.after} was predicted; nothing is written")
         write_json(made.place / RECORD, record)
     return record
+
+
+def without_seconds(costs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a folder's record says of its costs: the seconds belong to a machine, not to the folder."""
+    return {name: value for name, value in costs.items() if name != "seconds"}

@@ -55,7 +55,8 @@ def run(capsys):
 def test_compress_alone_explains_the_four_steps(run):
     said, _ = run()
     for number, step in enumerate(("score", "prune", "distill", "report"), 1):
-        assert any(line.startswith(f"  {number}. {step} ") for line in said)
+        (place,) = (i for i, line in enumerate(said) if line.startswith(f"  {number}. {step} "))
+        assert said[place + 1].split()[:5] == ["python", "-m", "lumos", "compress", step]
     assert any(line.split()[:1] == ["prune"] for line in said)
 
 
@@ -74,6 +75,7 @@ def test_scores_are_printed_written_and_drawn(lumos, run, tmp_path):
     assert all(len(entry["motion_share_interval"]) == 2 for entry in scores["scores"].values())
     head, *rows = said[:5]
     assert head.split()[:4] == ["unit", "parameters", "time", "loss"]
+    assert head.endswith("  removed by, if 3 stay")
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
     assert any("spaced" in row and "shallow" in row for row in rows)
 
@@ -123,7 +125,7 @@ def test_without_matplotlib_a_note_replaces_the_picture(lumos, run, monkeypatch,
 
 
 def test_a_value_that_is_not_defined_is_a_dash():
-    lines = table({"0": {"parameters": 1000, "output": 0.0, "motion_share": None}}, ["output"], {"spaced": ["0"]})
+    lines = table({"0": {"parameters": 1000, "output": 0.0, "motion_share": None}}, ["output"], {"spaced": ["0"]}, 1)
     assert lines[1].split() == ["0", "1,000", "-", "0", "-", "spaced"]
 
 

@@ -70,6 +70,9 @@ def test_what_is_written_is_what_was_predicted(folders, kind, narrow, tmp_path):
     assert record["kept"] == {"lumos": [0, 3], "stiv": [0, 2, 3],
                               "decoder": ["up.1.1", "up.1.upsample", "up.0.0", "up.0.1"]}[kind]  # fmt: skip
     assert record["plan"]["remove"] == REMOVED[kind]
+    for when, costs in (("before", predicted.before), ("after", predicted.after)):  # the command prints seconds of its own machine
+        assert costs == {**record[when], "seconds": costs["seconds"]}
+        assert "seconds" not in record[when]
 
 
 def test_a_small_model_makes_the_clip_of_a_parent_that_skips(folders, kind, tmp_path):
