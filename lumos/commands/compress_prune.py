@@ -71,14 +71,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     network = network_of(args.model, args.part)
     plan = chosen_plan(args, network)
     device = pick_device(args.device)
-    predicted = predict(network, plan, peak_flops(device, torch.float32 if device.type == "cpu" else torch.bfloat16, None)[0])
+    peak = peak_flops(device, torch.float32 if device.type == "cpu" else torch.bfloat16, None)[0]
+    predicted = predict(network, plan, peak)
     print(printable(f"plan {plan.plan}: removes {', '.join(plan.remove) or 'no unit'}"
                     + "".join(f", {name} becomes {size}" for name, size in plan.sizes.items())))  # fmt: skip
     print("\n".join(table(predicted.before, predicted.after, plan.units)))
     for warning in predicted.warnings:
         print(printable(f"warning: {warning}"))
     if not args.dry_run:
-        prune(network, plan, args.out, args.scores)
+        prune(network, plan, args.out, args.scores, peak)
     if args.plan_out is not None:  # perhaps in the new folder
         plan.write(args.plan_out)
         print(printable(args.plan_out))

@@ -67,16 +67,16 @@ def predict(network: Network, plan: Plan, peak: float = PEAK) -> Predicted:
     return Predicted(before, after, owned, kept, tuple(warnings))
 
 
-def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = None) -> dict[str, Any]:
+def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = None, peak: float = PEAK) -> dict[str, Any]:
     """Write the folder `out` with the network that a plan leaves, and return the content of its compression.json.
 
-    scores: the file that the plan's importance comes from, for the record.
+    scores: the file that the plan's importance comes from, for the record. peak: FLOP/s of the device, for the seconds.
 
     Raises UserError for a plan that does not fit and for an `out` that exists, RunError if the written weights are not the
     predicted ones.
     """
     check_new(out)
-    predicted = predict(network, plan)
+    predicted = predict(network, plan, peak)
     left = smaller(network.load(), plan)
     if plan.new:
         left = network.renewed(left, plan.seed)
@@ -90,7 +90,7 @@ def prune(network: Network, plan: Plan, out: str | Path, scores: str | None = No
     with replacing_folder(out) as writing:
         network.write(left, writing)
         made = network.written_at(writing)
-        counted = {**made.costs(made.on_meta(), PEAK), **dict(zip(("parameters", "weight_bytes"), written_counts(made.place),
+        counted = {**made.costs(made.on_meta(), peak), **dict(zip(("parameters", "weight_bytes"), written_counts(made.place),
                                                                  strict=True))}  # fmt: skip
         wrong = {name: value for name, value in counted.items() if value != predicted.after[name]}
         if wrong:

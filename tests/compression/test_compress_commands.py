@@ -56,6 +56,7 @@ def test_compress_alone_explains_the_four_steps(run):
     said, _ = run()
     for number, step in enumerate(("score", "prune", "distill", "report"), 1):
         assert any(line.startswith(f"  {number}. {step} ") for line in said)
+        assert any(line.strip().startswith(f"python -m lumos compress {step} --") for line in said)
     assert any(line.split()[:1] == ["prune"] for line in said)
 
 
@@ -158,6 +159,9 @@ def test_a_dry_run_prints_what_is_then_counted(lumos, run, tmp_path):
     parameters = next(line for line in said if line.startswith("parameters"))
     assert f"{sum(p.numel() for p in made.parameters()):,}" in parameters
     assert f"next: python -m lumos compress report --models {lumos} 'small one'" in again[-1]
+    record = json.loads((tmp_path / "small one" / "compression.json").read_text())
+    seconds = next(line for line in again if line.startswith("predicted seconds"))
+    assert f"{record['before']['seconds']:,.4g} s ->" in seconds  # those of this device
 
 
 @pytest.mark.slow
