@@ -116,7 +116,8 @@ def read_config(folder: str | Path, supported: Iterable[str]) -> dict[str, Any]:
     config = read_json(folder / CONFIG, "a model's config", MAX_CONFIG_BYTES)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in supported:
-        raise UserError(f"{folder} holds {shown(name)}, which cannot be pruned; supported: {', '.join(supported)}")
+        held = "no model of diffusers" if name is None else f"{shown(name)}, which cannot be pruned"
+        raise UserError(f"{folder} holds {held}; supported: {', '.join(supported)}")
     if config.get("quantization_config") is not None:
         raise UserError(f"{folder} holds quantized weights; prune the model before it is quantized, and quantize the result")
     return config

@@ -105,7 +105,7 @@ CRITIC = ("generator", "gamma", "gamma_interval", "critic_taps", "critic_width",
 def check_distill(settings: Any) -> None:
     """Raise UserError if settings of the section distill cannot work; warn once of those without effect."""
     distill = settings.distill
-    usual = type(distill)()
+    usual, only_icd = type(distill)(), distill.mca == 0 or distill.motion != "difference"
     if distill.needs_teacher and distill.teacher is None:
         raise UserError("distill.teacher is missing: name the folder of the model that the student learns from")
     if distill.task == 0 and not distill.needs_teacher:
@@ -118,6 +118,7 @@ def check_distill(settings: Any) -> None:
     off = {
         "icd is 0": ("icd_decay", "icd_raw") if distill.icd == 0 else (),
         "no features are compared": ("icd_k", "icd_layers", "kept") if not distill.compares_features else (),
+        "icd_raw counts all features": ("icd_k",) if distill.icd > 0 and distill.icd_raw and only_icd else (),
         "mca is 0": ("motion",) if distill.mca == 0 else (),
         "gamma is 0": ("gamma_interval",) if distill.adversarial and distill.gamma == 0 else (),
         "no critic is trained": CRITIC if not distill.adversarial else (),

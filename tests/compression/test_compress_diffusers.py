@@ -231,7 +231,8 @@ def test_another_class_is_refused_with_those_that_are_supported(tmp_path, capsys
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ("[]", "holds None, which cannot be pruned"),
+    ("[]", "holds no model of diffusers; supported: UNetSpatioTemporalConditionModel"),
+    ('{"model_type": "lumos"}', "holds no model of diffusers; supported"),
     ("{", "not valid JSON"),
     ('{"_class_name": ["WanTransformer3DModel"]}', "which cannot be pruned"),
     ('{"_class_name": "WanTransformer3DModel", "num_layers": "many"}', "no WanTransformer3DModel can be made"),

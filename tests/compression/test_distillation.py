@@ -454,6 +454,9 @@ def test_one_warning_names_all_settings_without_effect(distilling):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         distilling(distill={"gamma": 1.0, "gamma_interval": 4, "icd_layers": 2})
+        distilling(distill={"icd_raw": True, "icd_k": 3, "motion": "difference"})
+    with pytest.warns(UserWarning, match=r"distill\.icd_k, because icd_raw counts all features"):
+        distilling(distill={"icd_raw": True, "icd_k": 3})
     with pytest.warns(UserWarning, match=r"distill\.gamma_interval, because gamma is 0"):
         distilling(distill={"gamma_interval": 4})
 

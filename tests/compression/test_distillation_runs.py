@@ -19,7 +19,7 @@ from lumos.compression.distillation import DistillationTask, distill, make_task
 from lumos.errors import RunError, UserError
 from lumos.files import write_json
 from lumos.training import export
-from lumos.training.loop import Run
+from lumos.training.loop import Run, train
 
 CPU = torch.device("cpu")
 TERMS = ("task_loss", "kd_loss", "icd_loss", "mca_loss", "critic_real", "critic_fake")
@@ -75,6 +75,25 @@ def test_the_log_names_all_terms_and_the_student_learns(distilling, tmp_path):
     # Clips have equally many masked codes only on average, so the total is near this sum.
     assert losses[1] == pytest.approx(kd[1] + 0.1 * icd[1] + 0.01 * mca[1], rel=0.1)
     assert list(read_log(tmp_path / "run", "val_loss_video")) == [30]
+
+
+@pytest.mark.parametrize("generator", ["lumos1", "stiv"])
+def test_the_teacher_stays_as_it_is_over_a_run(distilling, generator):
+    """A run with all losses, weight decay and moving averages changes no weight and no buffer of the teacher."""
+    kept = []
+
+    def make(*given) -> DistillationTask:
+        task = make_task(*given)
+        teacher = task.teacher
+        kept.append((teacher, {name: x.clone() for name, x in (*teacher.named_parameters(), *teacher.named_buffers())}))
+        return task
+
+    train(distilling(generator, training={"max_steps": 3, "weight_decay": 0.5, "ema_decay": 0.9}), make)
+    ((teacher, before),) = kept
+    after = dict((*teacher.named_parameters(), *teacher.named_buffers()))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in after.items())
+    assert not teacher.training
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -321,6 +322,31 @@ def test_two_identity_layers_are_found_by_every_measure(case):
         scores = {name: entry[measure] for name, entry in found["units"].items()}
         assert removed_by("least", list(scores), 2, scores=scores, ends=measure not in ("loss", "elbo")) == ["1", "2"], measure
     assert removed_by("middle", ["0", "1", "2", "3"], 2, distances=found["distances"]) == ["1", "2"]
+
+
+class Distance:
+    """A probe whose losses are the distances of those of a task from those of the whole network, so that 0 is the least rise."""
+
+    def __init__(self, case, model):
+        self.task, self.score_groups, self.stream_frames = case.task, case.task.score_groups, case.task.stream_frames
+        with torch.no_grad():
+            self.whole = {id(micro): case.task.forward(model, micro).losses for micro in case.batches}
+
+    def forward(self, model, micro):
+        found = self.task.forward(model, micro)
+        return replace(found, losses=(found.losses - self.whole[id(micro)]).abs())
+
+
+def test_identity_layers_have_the_least_loss_and_the_lowest_gates(case):
+    """No plan rule keeps the ends here, so that any of the four layers could be the lowest."""
+    model = network(case)
+    for number in (1, 2):
+        idle_layer(model, number)
+    probe = Distance(case, model)
+    found = score(probe, model, case.batches, model.units(), ["loss", "elbo"])["units"]
+    gates = learned_gates(probe, model, case.batches, list(model.units()), GateSettings(steps=60, lr=0.2))
+    for scores in (*({name: entry[measure] for name, entry in found.items()} for measure in ("loss", "elbo")), gates):
+        assert removed_by("least", list(scores), 2, scores=scores, ends=True) == ["1", "2"]
 
 
 @pytest.mark.parametrize("units", [["0", "2"], ["0", "1", "2", "3"]])

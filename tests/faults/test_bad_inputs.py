@@ -383,7 +383,7 @@ ROWS = [
     ),
     ("compress diffusers --model nowhere --plan vdmini --dry-run", 2, "nowhere has no config.json; give the folder of a U-Net or"),
     ("compress diffusers --model {inputs}/deep --plan vdmini --dry-run", 2, "{inputs}/deep/config.json is not valid JSON"),
-    ("compress diffusers --model {inputs}/list --plan vdmini --out x", 2, "{inputs}/list holds None, which cannot be pruned; supp"),
+    ("compress diffusers --model {inputs}/list --plan vdmini --out x", 2, "{inputs}/list holds no model of diffusers; supported: "),
     ("compress score --model nowhere", 2, "there is no model folder nowhere; give the folder of a saved or released model"),
     ("compress score --model {inputs}/micro --clips 1000000000", 2, "--clips 1000000000 is not allowed; give at most 1,000,000"),
     ("compress prune --model {inputs}/micro --keep 0 --dry-run", 2, "--keep 0 is not allowed; there are 2 units (0, 1): give 1"),
