@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lumos.cli import add_json
-from lumos.commands.scoring import add_clips, add_measures, kind_of
+from lumos.commands.scoring import MEASURES, add_clips, add_measures, kind_of
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
     from lumos.compression.plans import Plan
 
 RULES = ("spaced", "least", "magnitude", "taylor", "learned", "middle", "bk", "shallow", "deep", "random", "scratch")
-MEASURES = ("loss", "bi", "output", "magnitude", "taylor", "elbo", "learned", "frechet")
 SPACED_FROM = 0.3
 """The share of removed units from which `spaced` is the default plan; below it is `least`."""
 UNITS = (("parameters", 1, ""), ("weight_bytes", 2**20, " MiB"), ("flops", 1e9, " GFLOP"), ("kv_bytes", 2**20, " MiB"),

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lumos.cli import add_json
-from lumos.commands.scoring import add_clips, add_measures
+from lumos.commands.scoring import MEASURES, add_clips, add_measures
 
 USUAL = ("loss", "bi", "output")
-ALL = ("loss", "bi", "output", "magnitude", "taylor", "elbo", "learned", "frechet")
 PICTURES = (".png", ".svg", ".pdf")
 MARKED = ("spaced", "shallow", "middle")
 """Plans whose removals the table marks, beside least by each measure."""
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--part", choices=("model", "decoder"), help="model, or decoder: that of the video tokenizer of the folder; "
         "default: model, decoder for the folder of a tokenizer")  # fmt: skip
     add("--units", help="kind of units: layer or block for whole ones (default), attention, mlp, temporal, cross, ...")
-    add("--measures", nargs="+", choices=ALL, default=list(USUAL), help=f"what to measure; default: {' '.join(USUAL)}")
+    add("--measures", nargs="+", choices=MEASURES, default=list(USUAL), help=f"what to measure; default: {' '.join(USUAL)}")
     add("--keep", type=int, help="units that the marked plans keep; default: three quarters")
     add("--output", default="scores.json", help="JSON file for all scores; default: %(default)s")
     add("--picture", help=f"picture of importance over depth ({', '.join(PICTURES)}); default: beside --output, as .png")
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     units = whole.units(kind)
     if len(units) < 2:
         raise UserError(f"{args.model} has {len(units)} units of the kind {kind}; there is nothing to compare")
-    measures = [name for name in ALL if name in args.measures]
+    measures = [name for name in MEASURES if name in args.measures]
     if "bi" in measures and args.measures == list(USUAL) and kind != next(iter(whole.unit_kinds)):
         measures.remove("bi")  # it is a measure of whole layers only
     keep = min(len(units) - 1, round(0.75 * len(units))) if args.keep is None else args.keep

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 4
 MAX_STEPS = 10**6
-LEARNED, FRECHET = "learned", "frechet"
+LEARNED, FRECHET, HISTORY = "learned", "frechet", "history"
 """Measures beside those of `lumos.compression.importance`."""
+MEASURES = ("loss", "bi", "output", "magnitude", "taylor", "elbo", LEARNED, FRECHET, HISTORY)
 MAX_SCORES_BYTES = 2**26
 
 
@@ -42,8 +43,8 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
 class Scorer:
     """Scores units of a network on fixed clips, which are made once.
 
-    measures  what is scored, see `lumos.compression.importance`, and LEARNED and FRECHET
-    facts     how LEARNED and FRECHET are measured, for the record
+    measures  what is scored, see `lumos.compression.importance`, and LEARNED, FRECHET and HISTORY
+    facts     how LEARNED and FRECHET are measured, and the whole network's gain from history, for the record
     """
 
     def __init__(self, args: argparse.Namespace, network: Network, measures: Sequence[str]):
@@ -70,6 +71,8 @@ class Scorer:
         self.data, self.probe, self.batches = {"worlds": "validation"}, None, []
         if set(measures) - {"magnitude", FRECHET}:  # measures of the weights alone, and of generated clips
             (self._of_decoder if network.part == "decoder" else self._of_generator)(args, network)
+        if HISTORY in measures and (not hasattr(self.probe, "with_and_without_history") or network.clip.num_frames == 1):
+            raise UserError("the measure history needs a model that generates a clip frame by frame; leave it out")
 
     def _of_generator(self, args: argparse.Namespace, network: Network) -> None:
         if args.data:
@@ -96,20 +99,26 @@ class Scorer:
 
         Raises RunError for scores that are not finite.
         """
+        from lumos.compression import importance
         from lumos.compression.gates import GateSettings, learned_gates
-        from lumos.compression.importance import MEASURES, SKIPPING, score
+        from lumos.compression.history import WHOLE, history_gains
         from lumos.errors import RunError
         from lumos.progress import progress_bar
 
         units = {name: owned for name, owned in self.model.units(kind).items() if name not in removed}
-        usual, args, more = [name for name in self.measures if name in MEASURES], self.args, {}
-        passes = (1 + len(units) * bool(SKIPPING & set(usual))) * bool(usual)
+        usual, args, more = [name for name in self.measures if name in importance.MEASURES], self.args, {}
+        passes = (1 + len(units) * bool(importance.SKIPPING & set(usual))) * bool(usual)
+        passes += 2 * (1 + len(units)) * (HISTORY in self.measures)
         total = len(self.batches) * passes + args.gate_steps * (LEARNED in self.measures)
         with progress_bar(total=total, unit="pass", leave=False) as bar, self.model.skipping(removed):
-            found = score(self.probe, self.model, self.batches if usual else [], units, usual, bar.update)
+            found = importance.score(self.probe, self.model, self.batches if usual else [], units, usual, bar.update)
             if LEARNED in self.measures:
                 gates = GateSettings(args.gate_steps, args.sparsity, seed=args.seed)
                 more[LEARNED] = learned_gates(self.probe, self.model, self.batches, list(units), gates, bar.update)
+            if HISTORY in self.measures:
+                gains = history_gains(self.probe, self.model, self.batches, list(units), bar.update)
+                more[HISTORY] = {name: gains[WHOLE] - gains[name] for name in units}
+                self.facts["history_gain"] = gains[WHOLE]
         if FRECHET in self.measures:
             more[FRECHET] = self._frechet(kind, list(units), removed)
         for name, entry in found["units"].items():

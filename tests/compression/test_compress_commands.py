@@ -94,6 +94,13 @@ def test_learned_gates_and_the_frechet_distance(lumos, run, tmp_path):
     assert said[0] == by_file[0] != ""
     assert said[0].startswith("plan learned: removes ")
     run("prune", "--model", lumos, "--keep", "3", "--plan", "least", "--measure", "frechet", "--out", "least", *few)
+    run("score", "--model", lumos, "--measures", "history", *few)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["history_gain"] != 0
+    assert all(isinstance(entry["history"], float) for entry in scores["scores"].values())
+    run("prune", "--model", lumos, "--keep", "3", "--plan", "least", "--measure", "history", "--out", "history", *few)
+    _, (error,) = run("score", "--model", lumos, "--part", "decoder", "--measures", "history", *few, code=2)
+    assert "the measure history needs a model that generates a clip frame by frame" in error
     _, (error,) = run("score", "--model", lumos, "--part", "decoder", "--measures", "frechet", *few, code=2)
     assert "leave it out for a decoder" in error
     _, (error,) = run("score", "--model", lumos, "--units", "mlp", "--measures", "frechet", *few, code=2)

@@ -17,6 +17,7 @@ from lumos import registry
 from lumos.compression import importance
 from lumos.compression.decoder_probe import DecoderProbe
 from lumos.compression.gates import GateSettings, gated, learned_gates
+from lumos.compression.history import WHOLE, history_gains
 from lumos.compression.importance import MEASURES, direction_change, score, split
 from lumos.compression.plans import removed_by
 from lumos.compression.trace import Trace
@@ -294,6 +295,47 @@ def test_bi_is_no_measure_of_parts(case):
     model = network(case)
     with pytest.raises(UserError, match=r"the measure bi compares the stream around a whole layer, which 0\.mlp is not"):
         score(case.task, model, case.batches, model.units("mlp"), ["bi"])
+
+
+# ---- the gain from history
+
+
+def test_the_gain_from_history_is_that_of_two_losses_of_the_last_frame(lumos):
+    """The plain form masks the codes of earlier frames, clip by clip, and averages the losses of the last frame."""
+    model, (start, mask) = decoder(), (lumos.task.config.visual_token_start, lumos.task.config.mask_token_id)
+
+    def mean_loss(hide: bool) -> float:
+        losses = []
+        for micro in lumos.batches:
+            for ids, targets, layout in zip(micro["input_ids"], micro["targets"], micro["layouts"], strict=True):
+                ids, last = ids.clone(), layout.frames[-1]
+                for at in range(layout.frames[0].start, last.start) if hide else ():
+                    if ids[at] >= start:
+                        ids[at] = mask
+                logits = model(ids[None, : layout.length]).logits[0]
+                for at in range(last.start, last.end):
+                    if targets[at] != IGNORED:
+                        losses.append(torch.nn.functional.cross_entropy(logits[at, start : start + 64], targets[at]))
+        return float(torch.stack(losses).mean())
+
+    passes: list[int] = []
+    with torch.no_grad():
+        whole = mean_loss(True) - mean_loss(False)
+        found = history_gains(lumos.task, model, lumos.batches, ["1", "3"], lambda: passes.append(1))
+        assert found[WHOLE] == pytest.approx(whole, rel=1e-4, abs=1e-5)
+        with model.skipping(["3"]):
+            assert found["3"] == pytest.approx(mean_loss(True) - mean_loss(False), rel=1e-4, abs=1e-5)
+    assert len(passes) == 2 * 3 * len(lumos.batches)
+    assert abs(found["1"] - found[WHOLE]) > 1e-6
+
+
+def test_a_network_that_reads_single_frames_gains_nothing_from_history(lumos):
+    model = decoder()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    gains = history_gains(lumos.task, model, lumos.batches, list(model.units()))
+    assert list(gains.values()) == pytest.approx([0] * 5, abs=1e-6)
 
 
 # ---- planted truths

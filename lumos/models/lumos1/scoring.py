@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumos.models.lumos1.configuration import LumosConfig
-from lumos.models.lumos1.sequence import SequenceLayout, frame_indices, frame_times, pad_sequences, parse_layout
+from lumos.models.lumos1.sequence import SequenceLayout, code_mask, frame_indices, frame_times, pad_sequences, parse_layout
 from lumos.training.task import IGNORED, Forward, Output
 
 RATIO_BINS = 10
@@ -61,6 +61,16 @@ def forward(config: LumosConfig, model: nn.Module, micro: dict[str, Any]) -> For
 
     losses = model.lm_head(hidden[rows, columns], targets=targets[rows, columns])
     return Forward(losses, {"frames": of_frame, "level": bins[rows, frames]}, outputs)
+
+
+def with_and_without_history(config: LumosConfig, micro: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a micro-batch with losses in the last frame of each sequence only, and the same with all codes before it masked."""
+    ids, targets = micro["input_ids"], micro["targets"]
+    layouts = micro.get("layouts") or parse_layout(ids, config)
+    frames, is_code = (find(layouts, ids.shape[1]).to(ids.device) for find in (frame_indices, code_mask))
+    last = frames == frames.amax(1, keepdim=True)
+    whole = {**micro, "targets": targets.masked_fill(~last, IGNORED)}
+    return whole, {**whole, "input_ids": ids.masked_fill(is_code & ~last, config.mask_token_id)}
 
 
 @torch.no_grad()

@@ -208,6 +208,9 @@ class ArdfTask(VideoTask):
     def stream_frames(self, micro: dict[str, Any], stream: Tensor) -> Tensor:
         return scoring.stream_frames(self.config, micro, stream)
 
+    def with_and_without_history(self, micro: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return scoring.with_and_without_history(self.config, micro)
+
     def export_metadata(self) -> dict[str, Any]:
         return super().export_metadata() | {"clip": self.source.usual_shape}
 
