@@ -17,10 +17,9 @@ STEPS = """A model becomes smaller and faster in four steps:
   2. prune     write a smaller model, without the layers of a plan; it loads like any other
                python -m lumos compress prune --model checkpoints/lumos-tiny --keep 5 --out runs/small
   3. distill   train the smaller model with the larger one as its teacher, to win back what was lost
-               python -m lumos compress distill --config configs/compression/lumos-tiny.yaml \\
-                 distill.teacher=checkpoints/lumos-tiny data.height=128 data.width=128
+               python -m lumos compress distill --config configs/compression/lumos-tiny.yaml
   4. report    compare the models: parameters, seconds of a clip, prompts followed
-               python -m lumos compress report --models checkpoints/lumos-tiny runs/small runs/lumos-tiny/export
+               python -m lumos compress report --models checkpoints/lumos-tiny runs/small runs/lumos-mini/export
 
   `auto` does all four for a wanted speed:
                python -m lumos compress auto --model checkpoints/lumos-tiny --target-speedup 1.5 --out runs/faster

@@ -70,3 +70,11 @@ def test_recovery_of_the_decoder(index: int, row: str):
     assert [worlds, sprites] == near([quality[kind]["psnr"] for kind in ("worlds", "sprites")], 1)
     assert pixels == near(model["seconds"]["pixels"], 3)
     assert [one, digits] == near([model["shares"][kind]["all"] for kind in ("one", "digits")])
+
+
+@pytest.mark.parametrize(("row", "name"), [
+    ("lumos-tiny", "prompts"), ("lumos-mini", "compress-lumos-mini"), ("plan `least`", "compress-lumos-mini-least"),
+])  # fmt: skip
+def test_prompts_followed_by_recovered_decoders(row: str, name: str):
+    shares = result(name)["shares"]
+    assert rows("findings/recovery.md")[row][-5:] == near([shares[kind]["all"] for kind in ("one", "two", "digits", "sprites", "held_out")])
