@@ -76,5 +76,5 @@ def test_recovery_of_the_decoder(index: int, row: str):
     ("lumos-tiny", "prompts"), ("lumos-mini", "compress-lumos-mini"), ("plan `least`", "compress-lumos-mini-least"),
 ])  # fmt: skip
 def test_prompts_followed_by_recovered_decoders(row: str, name: str):
-    shares = result(name)["shares"]
-    assert rows("findings/recovery.md")[row][-5:] == near([shares[kind]["all"] for kind in ("one", "two", "digits", "sprites", "held_out")])
+    shares, kinds = result(name)["shares"], ("one", "two", "digits", "sprites", "held_out")
+    assert rows("findings/recovery.md")[row][-5:] == near([shares[kind]["all"] for kind in kinds])
