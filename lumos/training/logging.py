@@ -119,9 +119,10 @@ class RunLog:
         for writer in self.writers:
             writer.clip(step, name, path, frames, fps)
 
-    def progress(self, loss: float, lr: float) -> None:
-        """Advance the progress line by one step."""
+    def progress(self, loss: float, lr: float, expected_steps: int) -> None:
+        """Advance the progress line by one step, of `expected_steps` at the end of the run."""
         if self.bar is not None:
+            self.bar.total = expected_steps
             self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
             self.bar.update()
 

@@ -171,6 +171,11 @@ class Run(RunState):
         self.time_share = float(self.engine.all_sum(torch.tensor(share, dtype=torch.float64)))
         return self.time_share >= 1
 
+    def _expected_steps(self) -> int:
+        """Return the number of steps that the run will have done at its end, as far as training.max_minutes lets it be known."""
+        most = self.settings.training.max_steps
+        return min(most, math.ceil(self.step / self.time_share)) if self.time_share else most
+
     def _batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield the batches of the steps, which threads make in advance.
 
@@ -227,7 +232,7 @@ class Run(RunState):
         for name, value in {"grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops}.items():
             self.meter.add(name, value)
         self._add_values(self.task.step_values())
-        self.log.progress(self.loss, lr)
+        self.log.progress(self.loss, lr, self._expected_steps())
         return stops > 0, dues > 0
 
     def _add_values(self, values: dict[str, tuple[float, float]]) -> None:
