@@ -79,6 +79,11 @@ def run_task(settings: TrainingSettings, task: TrainingTask, device: torch.devic
         run.log.close()
 
 
+def expected_steps(step: int, time_share: float, max_steps: int) -> int:
+    """Return the number of steps at the end of a run that has done `step` of them in a share of its time (0: no limit of time)."""
+    return min(max_steps, math.ceil(step / time_share)) if time_share else max_steps
+
+
 class Run(RunState):
     """The part of a training run that one process does."""
 
@@ -171,11 +176,6 @@ class Run(RunState):
         self.time_share = float(self.engine.all_sum(torch.tensor(share, dtype=torch.float64)))
         return self.time_share >= 1
 
-    def _expected_steps(self) -> int:
-        """Return the number of steps that the run will have done at its end, as far as training.max_minutes lets it be known."""
-        most = self.settings.training.max_steps
-        return min(most, math.ceil(self.step / self.time_share)) if self.time_share else most
-
     def _batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield the batches of the steps, which threads make in advance.
 
@@ -232,7 +232,7 @@ class Run(RunState):
         for name, value in {"grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops}.items():
             self.meter.add(name, value)
         self._add_values(self.task.step_values())
-        self.log.progress(self.loss, lr, self._expected_steps())
+        self.log.progress(self.loss, lr, expected_steps(self.step, self.time_share, self.settings.training.max_steps))
         return stops > 0, dues > 0
 
     def _add_values(self, values: dict[str, tuple[float, float]]) -> None:
