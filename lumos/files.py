@@ -362,8 +362,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{where} is not valid JSON: {why}") from error
+        raise UserError(f"{where} is not valid JSON: {_why_not(error)}") from error
     if text.count("[") + text.count("{") > MAX_DOCUMENT_DEPTH:
         _check_nesting(value, where, "JSON")
     return value
@@ -381,10 +380,18 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_BoundedLoader)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # ValueError: impossible dates and numbers
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise UserError(f"{where} is not valid YAML: {why[:SHOWN_LENGTH]}") from error
+        raise UserError(f"{where} is not valid YAML: {' '.join(_why_not(error).split())[:SHOWN_LENGTH]}") from error
     _check_nesting(value, where, "YAML", MAX_YAML_LENGTH)  # only aliases give more entries than characters
     return value
+
+
+def _why_not(error: Exception) -> str:
+    """Return in words for a user why a text is no document."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if str(error).startswith("Exceeds the limit"):  # Python's own words tell how to raise its limit
+        return "it has a number of thousands of digits; shorten it"
+    return str(error)
 
 
 class _BoundedLoader(yaml.SafeLoader):

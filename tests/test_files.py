@@ -27,6 +27,13 @@ def test_bad_yaml_is_one_short_user_error(text):
     assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize(("parse", "form"), [(parse_json, "JSON"), (parse_yaml, "YAML")])
+def test_a_number_of_thousands_of_digits_is_named(parse, form):
+    with pytest.raises(UserError) as error:
+        parse('{"a": ' + "9" * 5000 + "}", "where")
+    assert str(error.value) == f"where is not valid {form}: it has a number of thousands of digits; shorten it"
+
+
 def test_documents_within_the_limits_are_read():
     deep = "[" * 64 + "]" * 64
     assert parse_json(deep, "w") == json.loads(deep)

@@ -77,7 +77,8 @@ def is_known(scope: Scope, etag: str) -> bool:
     return text.strip() == "*" or etag in (part.strip().removeprefix("W/") for part in text.split(","))
 
 
-RANGE = re.compile(r"(\d*)-(\d*)", re.ASCII)
+RANGE = re.compile(r"(\d{0,100})-(\d{0,100})", re.ASCII)
+"""A range of bytes. Longer numbers make it one of another form: Python refuses to read numbers of thousands of digits."""
 
 
 def ranges(scope: Scope, size: int) -> list[str] | None:

@@ -52,9 +52,10 @@ def with_page(app: FastAPI, service: Service, examples: Mapping[str, np.ndarray 
     os.environ["GRADIO_TEMP_DIR"] = str(service.store.uploads)
     add_uploads(app, service)
     page = build_page(service, examples)
-    fonts = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(body_text_color_subdued="*neutral_600")  # gradio's own, of bounds of sliders, has a contrast of 1.9 to 1
     gr.mount_gradio_app(
-        app, page, path="/", theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+        app, page, path="/", theme=theme,
         css_paths=[CSS], max_file_size=service.limits.upload_bytes, footer_links=[], run_history=False, ssr_mode=False,
         show_error=False, enable_monitoring=False, mcp_server=False,
     )  # fmt: skip

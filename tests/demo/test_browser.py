@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contrast import contrast
+from contrast import COLOURS_OF_TEXTS, contrast
 from forks import Process
 from PIL import Image
 
@@ -169,6 +169,14 @@ def test_the_button_can_be_read(page):
     style = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.querySelector('#generate')))")
     text, ground = ("#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3]) for colour in style)
     assert contrast(text, ground) >= 4.5
+
+
+def test_all_texts_can_be_read(page):
+    page.click("#settings button")
+    page.wait_for_selector("#history_mask_ratio")
+    texts = page.evaluate(COLOURS_OF_TEXTS)
+    assert {"Generate", "Prompt"} < {text for text, *_ in texts}
+    assert [(text, *colours) for text, *colours in texts if contrast(*colours) < 4.5] == []
 
 
 def test_frames_appear_and_cancel_stops_the_work(page, server, record_property):
