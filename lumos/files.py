@@ -355,11 +355,18 @@ def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> A
 def check_model_config(place: Path) -> None:
     """Raise UserError if a model's config, the file or config.json in the folder, is too large, no JSON, or holds no object.
 
-    Nothing is checked if there is no such file, because the name may be a repository on the hub.
+    The same error is raised for an encoding that transformers does not read. Nothing is checked if there is no such file, because
+    the name may be a repository on the hub.
     """
     file = place / "config.json" if place.is_dir() else place
-    if file.exists() and not isinstance(found := read_json(file, "a model's config", MAX_CONFIG_BYTES), dict):
+    if not file.exists():
+        return
+    data = read_bytes(file, "a model's config", MAX_CONFIG_BYTES)
+    if not isinstance(found := read_json(file, "a model's config", MAX_CONFIG_BYTES), dict):
         raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
+    if (encoding := encoding_of(data)) != ("utf-8", 0):
+        mark = " with a byte order mark" if encoding[1] else ""
+        raise UserError(f"{file} is {encoding[0].upper()}{mark}; save it as UTF-8 without a mark")
 
 
 def parse_json(text: str, where: str) -> Any:
