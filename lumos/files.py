@@ -278,10 +278,11 @@ def read_text(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, p
 def read_prompts(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *, pipes: bool = False) -> str:
     """Return the text of a file of prompts or captions, as `read_text`, without byte order marks between its lines.
 
-    Files that are joined have such marks inside. Raises UserError also for characters that no prompt has: the mark of lost
-    characters (U+FFFD) and zeros.
+    Files that are joined have such marks inside. Lines end in a line feed, whatever the system of the file. Raises UserError also
+    for characters that no prompt has: the mark of lost characters (U+FFFD) and zeros.
     """
     text = read_text(path, what, limit, pipes=pipes).replace("\ufeff", "")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if (wrong := re.search("[\ufffd\0]", text)) is not None:
         line = text.count("\n", 0, wrong.start()) + 1
         raise UserError(
@@ -329,13 +330,21 @@ def existing_path(folder: Path, written: str) -> Path:
 
     Windows writes backslashes, and macOS writes accents as characters of their own.
     """
-    for form in ("", "NFC", "NFD"):
-        for slashed in (written, written.replace("\\", "/")):
-            found = folder / (unicodedata.normalize(form, slashed) if form else slashed)
-            with suppress(OSError, ValueError):
-                if found.exists():
-                    return found
+    for slashed in (written, written.replace("\\", "/")):
+        with suppress(OSError, ValueError):
+            if (found := folder / slashed).exists() or (found := _in_forms_that_exist(folder, slashed)).exists():
+                return found
     return folder / written
+
+
+def _in_forms_that_exist(folder: Path, written: str) -> Path:
+    """Return folder / written with each part in the Unicode form in which it exists; a part that does not exist stays."""
+    found, *parts = (folder / written).parts
+    path = Path(found)
+    for part in parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        path = next((path / form for form in forms if (path / form).exists()), path / part)
+    return path
 
 
 def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> Any:
@@ -346,11 +355,18 @@ def read_json(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES) -> A
 def check_model_config(place: Path) -> None:
     """Raise UserError if a model's config, the file or config.json in the folder, is too large, no JSON, or holds no object.
 
-    Nothing is checked if there is no such file, because the name may be a repository on the hub.
+    The same error is raised for an encoding that transformers does not read. Nothing is checked if there is no such file, because
+    the name may be a repository on the hub.
     """
     file = place / "config.json" if place.is_dir() else place
-    if file.exists() and not isinstance(found := read_json(file, "a model's config", MAX_CONFIG_BYTES), dict):
+    if not file.exists():
+        return
+    data = read_bytes(file, "a model's config", MAX_CONFIG_BYTES)
+    if not isinstance(found := read_json(file, "a model's config", MAX_CONFIG_BYTES), dict):
         raise UserError(f"{file} holds {shown(found, 60)}; a model's config is a JSON object")
+    if (encoding := encoding_of(data)) != ("utf-8", 0):
+        mark = " with a byte order mark" if encoding[1] else ""
+        raise UserError(f"{file} is {encoding[0].upper()}{mark}; save it as UTF-8 without a mark")
 
 
 def parse_json(text: str, where: str) -> Any:

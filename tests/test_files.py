@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lumos.errors import NotFound, UserError, printable, shown
-from lumos.files import parse_json, parse_yaml, read_json, read_text
+from lumos.files import check_model_config, parse_json, parse_yaml, read_json, read_text
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
@@ -59,3 +59,12 @@ def test_shown_is_short_and_printable_for_any_value():
         assert shown(value).isprintable()
     assert shown("a b") == "'a b'"
     assert printable("a\x1b[31m\n\udcffé") == "a\\x1b[31m\\n\\udcffé"
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("utf-8-sig", "UTF-8 with a byte order mark"), ("utf-16", "UTF-16-LE with")])
+def test_a_config_that_transformers_would_not_read_is_said(tmp_path, encoding, said):
+    (tmp_path / "config.json").write_text('{"model_type": "lumos1"}', encoding="utf-8")
+    check_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "lumos1"}', encoding=encoding)
+    with pytest.raises(UserError, match=f"{said}.*save it as UTF-8 without a mark"):
+        check_model_config(tmp_path)

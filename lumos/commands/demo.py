@@ -118,4 +118,4 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 def read_examples(path: Path) -> list[str]:
     """Return the prompts of a text file, without empty lines."""
     text = read_prompts(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]

@@ -24,7 +24,10 @@ MAX_SHOWN = 5
 """The most words that a note names."""
 _NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 """Characters of scripts that are written without spaces between words; each counts as a word."""
-_WORD = re.compile(rf"[{_NO_SPACES}]|(?:(?![{_NO_SPACES}])[^\W_])+(?:['’-](?:(?![{_NO_SPACES}])[^\W_])+)*")
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0971-\u0dff\u200c\u200d"
+"""Vowels and other marks of scripts with spaces, which belong to the letter before but count as no letters in Python."""
+_LETTERS = rf"(?:(?![{_NO_SPACES}])[^\W_][{_MARKS}]*)+"
+_WORD = re.compile(rf"[{_NO_SPACES}]|{_LETTERS}(?:['’-]{_LETTERS})*")
 
 
 def words_of(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lumos.errors import UserError, as_text, reason_of, shown
 from lumos.evaluation.prompt_lists import check_rows
-from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text
+from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text, text_of
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def read_entry(archive: zipfile.ZipFile, name: str) -> str:
         data = entry.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise UserError(f"{archive.filename}/{as_text(name)} has more than the {MAX_DOCUMENT_BYTES:,} bytes that are allowed")
-    return data.decode("utf-8")
+    return text_of(data)
 
 
 def table(summary: Mapping[str, Any]) -> str:

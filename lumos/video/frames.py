@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
+from lumos.video.hdr import check_profile
 
 MAX_SCALED_PIXELS = 40_000_000
 """Largest number of pixels of a frame that covers its target and is not yet cropped. Only very thin pictures need more."""
@@ -181,6 +182,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if not profile:
         return image
+    check_profile("the given picture", profile)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()

@@ -17,6 +17,9 @@ TRANSFERS = {16: "PQ", 18: "HLG"}
 """Names of transfer functions of high dynamic range (ITU-T H.273, table 3)."""
 MAX_META_BYTES = 2**24
 """Largest size of the boxes of an AVIF file that are read. They have some kilobytes."""
+PQ_PROFILE = "ITUR_2100_PQ_FULL"
+MAX_PROFILE_TAGS = 200
+"""Largest number of tags of an ICC profile that are read. Profiles have about ten."""
 SAMPLE_ENTRY_BYTES = 78
 """Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
 
@@ -31,6 +34,24 @@ def check_transfer(path: str | Path, transfer: int | None, what: str) -> None:
         raise HighDynamicRange(
             f"{path} is an HDR {what} ({name}), whose colours would come out wrong; convert it to SDR (BT.709 or sRGB) first"
         )
+
+
+def check_profile(path: str | Path, profile: bytes | None) -> None:
+    """Raise HighDynamicRange if an ICC profile states PQ or HLG: by its tag "cicp" (ICC.1:2022, 9.2.17), or by its name.
+
+    The name is that of a profile which browsers take for PQ (W3C, "Using the ITU BT.2100 PQ EOTF with the PNG Format").
+    """
+    profile = profile or b""
+    check_transfer(path, next((code for code in _of_profile(profile) if code in TRANSFERS), None), "picture")
+    if PQ_PROFILE.encode() in profile or PQ_PROFILE.encode("utf-16-be") in profile:
+        check_transfer(path, 16, "picture")
+
+
+def _of_profile(profile: bytes) -> Iterator[int]:
+    for number in range(min(int.from_bytes(profile[128:132]), MAX_PROFILE_TAGS)):
+        name, at = profile[132 + 12 * number :][:4], int.from_bytes(profile[136 + 12 * number :][:4])
+        if name == b"cicp":
+            yield from profile[at + 9 : at + 10]
 
 
 def picture_transfer(path: str | Path, kind: str) -> int | None:

@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
 from lumos.video.frames import clear_colour, picture_rgb
-from lumos.video.hdr import check_transfer, picture_transfer
+from lumos.video.hdr import check_profile, check_transfer, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
 """The formats that are read, without EPS, for which Pillow would start Ghostscript."""
@@ -100,6 +100,7 @@ def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
     try:
         _check_picture(path, image, max_pixels)
         check_transfer(path, picture_transfer(path, image.format or ""), "picture")
+        check_profile(path, image.info.get("icc_profile"))
         if (clear := clear_colour(image)) is not None:
             image.info["transparency"] = clear
     except UserError:

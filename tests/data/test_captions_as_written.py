@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lumos.commands.demo import read_examples
 from lumos.data.ingest.encode import ClipSettings, begin
 from lumos.data.ingest.item import BAD_CAPTION, BAD_ROW, BROKEN_TABLE, DUPLICATE, MISSING, NOT_A_FILE, UNREADABLE
 from lumos.data.ingest.manifest import items
@@ -112,6 +113,26 @@ def test_marks_inside_of_prompts_and_lost_characters(tmp_path):
         read_rows(tmp_path / "list.txt")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_marks_inside_of_tables_are_no_part_of_a_path(clip, tmp_path, suffix):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(clip)
+    if suffix == ".jsonl":
+        lines = [json.dumps({"path": name, "caption": "x"}) for name in ("a.mp4", "b.mp4")]
+    else:
+        lines = [("," if suffix == ".csv" else "\t").join(cells) for cells in (("path", "caption"), ("a.mp4", "x"), ("b.mp4", "x"))]
+    table = tmp_path / f"t{suffix}"
+    table.write_bytes(b"".join(line.encode("utf-8-sig") + b"\n" for line in lines))
+    assert found(table) == {"a.mp4": "x", "b.mp4": "x"}
+
+
+def test_lines_of_prompts_end_as_those_of_any_system(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "list.txt").write_bytes(f"one{end}two\u2028still two{end}".encode())
+        assert [row.options["prompt"] for row in read_rows(tmp_path / "list.txt")] == ["one", "two\u2028still two"]
+        assert read_examples(tmp_path / "list.txt") == ["one", "two\u2028still two"]
+
+
 @pytest.mark.parametrize(("suffix", "cell"), [(".csv", ","), (".tsv", "\t")])
 def test_rows_with_too_many_cells_and_wrong_columns_are_said(clip, tmp_path, suffix, cell):
     """A comma in a caption without quotes does not cut the caption."""
@@ -166,6 +187,16 @@ def test_names_from_other_systems_find_their_files(clip, tmp_path):
     assert found(tmp_path, captions=tmp_path / "captions.csv") == {f"sub/{composed}": "green", "plain.mp4": "plain"}
 
 
+def test_each_part_of_a_path_has_its_own_form(clip, tmp_path):
+    folder, file = unicodedata.normalize("NFC", "größe"), unicodedata.normalize("NFD", "grün.mp4")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / file).write_bytes(clip)
+    paths = [f"{unicodedata.normalize(form, folder)}{slash}{unicodedata.normalize(other, file)}"
+             for form in ("NFC", "NFD") for other in ("NFC", "NFD") for slash in "/\\"]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"path": path, "caption": "x"}) + "\n" for path in paths))
+    assert {Path(item.path) for item in items([tmp_path / "t.jsonl"])} == {tmp_path / folder / file}
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_captions_beside_files_from_other_systems_are_found(clip, tmp_path, forms):
     media, text = (unicodedata.normalize(form, name) for form, name in zip(forms, ("grün.mp4", "grün.txt"), strict=True))
@@ -209,6 +240,18 @@ def test_no_folder_behind_links_is_read_twice(clip, tmp_path):
     assert found(source) == {
         "a/a.mp4": "x", "b/a.mp4": "x", "b/again": DUPLICATE, "b/in": DUPLICATE, "c": DUPLICATE,
     }  # fmt: skip
+
+
+def test_links_to_hidden_folders_are_followed(clip, tmp_path):
+    source, hidden = tmp_path / "src", tmp_path / "src" / ".store" / "in"
+    hidden.mkdir(parents=True)
+    for folder in (hidden.parent, hidden):
+        (folder / "a.mp4").write_bytes(clip)
+        (folder / "a.txt").write_text("x")
+    (hidden / "back").symlink_to(source)
+    (source / "data").symlink_to(hidden.parent)
+    (source / "more").symlink_to(hidden)
+    assert found(source) == {"data/a.mp4": "x", "data/in/a.mp4": "x", "data/in/back": DUPLICATE, "more": DUPLICATE}
 
 
 def test_nothing_in_a_folder_vanishes(clip, tmp_path):

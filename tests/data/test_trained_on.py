@@ -87,3 +87,9 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, change):
     file.write_text(json.dumps({**KNOWN.as_json(), **change}))
     with pytest.raises(UserError, match=r"trained_on\.json is damaged"):
         read_trained_on(tmp_path)
+
+
+def test_vowel_marks_belong_to_their_words():
+    assert words_of("हिन्दी बिल्ली, தமிழ்।") == ["हिन्दी", "बिल्ली", "தமிழ்"]
+    assert words_of("قِطّة می‌رود") == ["قِطّة", "می‌رود"]
+    assert words_of("don't, e\u0301te\u0301 猫が") == ["don't", "été", "猫", "が"]

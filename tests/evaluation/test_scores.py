@@ -9,7 +9,7 @@ import pytest
 
 from lumos.cli import main
 from lumos.errors import UserError
-from lumos.evaluation.scores import GENEVAL_TASKS, PARTS, geneval_totals, summarize, vbench_totals
+from lumos.evaluation.scores import GENEVAL_TASKS, PARTS, geneval_totals, read_scores, summarize, vbench_totals
 
 DIMENSIONS = {name: [d for _, part in parts.values() for d in part] for name, parts in PARTS.items()}
 
@@ -110,6 +110,16 @@ def results(tmp_path):
         (folder / f"{name}_eval_results.json").write_text(json.dumps(official({name: 0.5})))
         (folder / f"{name}_full_info.json").write_text('[{"prompt_en": "a cat"}]')
     return folder
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_results_with_byte_order_marks_are_read(tmp_path, encoding):
+    text, file, archive = '{"color": [0.5, []]}', tmp_path / "a_eval_results.json", tmp_path / "a.zip"
+    file.write_bytes(text.encode(encoding))
+    with zipfile.ZipFile(archive, "w") as made:
+        made.write(file, file.name)
+    for path in (file, archive):
+        assert read_scores([path]) == {"color": 0.5}
 
 
 def test_files_folders_and_zips_are_read_alike(results, tmp_path, capsys):

@@ -14,6 +14,7 @@ from PIL import Image, features
 
 from lumos.data.ingest.item import HDR, problem_of
 from lumos.errors import UserError
+from lumos.video.frames import as_uint8
 from lumos.video.hdr import HighDynamicRange, picture_transfer
 from lumos.video.reading import can_read, count_frames, is_still, read_image, read_video
 
@@ -146,3 +147,36 @@ def test_hdr_is_a_reason_of_its_own_in_ingest(tmp_path):
     with pytest.raises(UserError) as caught:
         read_image(png(tmp_path / "a.png", HLG))
     assert problem_of(caught.value) == (HDR, str(caught.value))
+
+
+def profile(name: str, transfer: int | None) -> bytes:
+    """An ICC profile with this name and, in its tag "cicp", this transfer function."""
+    text = name.encode("utf-16-be")
+    tags = {b"desc": b"mluc" + bytes(4) + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text}
+    tags |= {} if transfer is None else {b"cicp": b"cicp" + bytes(4) + bytes([9, transfer, 0, 1])}
+    table, data, begin = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, content in tags.items():
+        table += struct.pack(">4sII", tag, begin + len(data), len(content))
+        data += content
+    size = struct.pack(">I", 128 + len(table) + len(data))
+    return size + b"lcms\4\x40\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(88) + table + data
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize(("name", "transfer", "said"), [
+    ("Rec. 2100 PQ", PQ, "PQ"), ("Rec. 2100 HLG", HLG, "HLG"), ("ITUR_2100_PQ_FULL", None, "PQ"),
+])  # fmt: skip
+def test_an_hdr_profile_is_refused_by_name(tmp_path, suffix, name, transfer, said):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (16, 16), "red").save(path, icc_profile=profile(name, transfer))
+    for read in (read_image, read_video):
+        with pytest.raises(UserError, match=rf"a.{suffix} is an HDR picture \({said}\)"):
+            read(path)
+    with Image.open(path) as image, pytest.raises(HighDynamicRange, match="the given picture is an HDR picture"):
+        as_uint8([image])
+
+
+def test_profiles_of_other_transfers_are_read(tmp_path):
+    for number, given in enumerate((profile("Display P3", SRGB), profile("odd", PQ)[:140], b"\xff" * 300, b"x")):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{number}.png", icc_profile=given)
+        assert read_image(tmp_path / f"{number}.png").shape == (16, 16, 3)

@@ -224,9 +224,13 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_new(folder: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
-    """Return whether a link, or a folder behind one, is a folder outside of the root that is not in `linked` yet; add it there."""
-    target, status = folder.resolve(), folder.stat()
-    if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target) or (status.st_dev, status.st_ino) in linked:
+    """Return whether a link, or a folder behind one, is a folder that is not read without it and not in `linked` yet; add it there.
+
+    Folders in the root are read without a link, except hidden ones.
+    """
+    target, status, top = folder.resolve(), folder.stat(), root.resolve()
+    is_read = target.is_relative_to(top) and not any(part.startswith(".") for part in target.relative_to(top).parts)
+    if is_read or top.is_relative_to(target) or (status.st_dev, status.st_ino) in linked:
         return False
     linked.add((status.st_dev, status.st_ino))
     return True

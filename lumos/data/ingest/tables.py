@@ -86,9 +86,12 @@ def json_row(line: str) -> TableRow:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """Yield the lines of a text. Only the first MAX_ROW_LENGTH + 1 characters of a longer line are kept."""
+    """Yield the lines of a text. Only the first MAX_ROW_LENGTH + 1 characters of a longer line are kept.
+
+    A byte order mark at the begin of a line, as in files that are joined, is left out.
+    """
     while line := text.readline(MAX_ROW_LENGTH + 1):
-        yield line
+        yield line.removeprefix("\ufeff")
         while len(line) > MAX_ROW_LENGTH and not line.endswith(("\n", "\r")):
             line = text.readline(MAX_ROW_LENGTH + 1)
 
