@@ -99,11 +99,32 @@ def test_json_is_printed_only_if_asked_for(micro_folder: Path, capsys):
     assert sys.stdout is not sys.stderr
 
 
+def test_json_of_what_a_verb_made(micro_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """Stdout has one line, and it says what was written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("a red circle\na blue square\n")
+    clip = ["--model", str(micro_folder), "--num-frames", "1", "--height", "16", "--width", "16", "--num-inference-steps", "1"]
+    for words, names in (
+        (["render", "--count", "1", "--num-frames", "1", "--out", "clips"], {"out": "clips", "kind": "one", "count": 1, "seed": 0}),
+        (["generate", *clip, "--prompt", "a red circle", "--seed", "3", "--output", "one.png"], {"output": "one.png", "seed": 3}),
+        (["generate", *clip, "--prompts", "list.txt", "--output-dir", "many"], {"output_dir": "many", "made": 2, "rows": 2}),
+    ):
+        assert main([*words, "--json"]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        found = json.loads(line)
+        assert {name: found[name] for name in names} == names
+    assert json.loads((tmp_path / "one.png.json").read_text())["prompt"] == "a red circle"
+
+
 def test_json_of_a_launcher_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("lumos.compression.recipes.read_recipe", lambda config, overrides: ({}, lambda settings: {"step": 1}))
+    monkeypatch.setattr("lumos.training.settings.load_settings", lambda config, overrides: {})
+    monkeypatch.setattr("lumos.training.loop.train", lambda settings: {"step": 1})
     for rank, printed in (("0", '{"step": 1}\n'), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert main(["compress", "distill", "--config", "x.yaml", "--json"]) == 0
+        assert capsys.readouterr().out == printed
+        assert main(["train", "--config", "x.yaml", "--json"]) == 0
         assert capsys.readouterr().out == printed
 
 

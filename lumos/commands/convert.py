@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--lumos", required=True, help="released decoder: a folder with config.json and model*.safetensors")
     add("--cosmos", required=True, help="folder with tokenizer/text_tokenizer.json and Cosmos-Tokenizer-DV4x8x8/")
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default: from the name of the folder --lumos (stage-1-image, stage-2-joint, ...), video-384p for other names")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lumos import registry
@@ -28,3 +31,4 @@ def run(args: argparse.Namespace) -> None:
                    dtype=args.dtype and getattr(torch, args.dtype))  # fmt: skip
     parameters = f"{made['parameters'] / 1e6:,.1f} M parameters"
     print(printable(f"{args.out}  {parameters}, {made['dtype']}, defaults {made['defaults']}"))
+    return {"out": args.out, **{name: made[name] for name in ("parameters", "dtype", "defaults")}}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("source", help="folder of a run (its newest undamaged checkpoint is used), of a checkpoint, or of an adapter to merge")
     add("--out", required=True, help="folder to write; it must not exist yet")
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-tokenizer", help="default: the path in the run's settings; with a merge: the base model's folder")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.errors import UserError
     from lumos.files import check_new
     from lumos.lora import is_adapter
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--weights has no effect on an adapter folder, which holds one kind; leave it out")
         base = export_adapter(args.source, args.model, out, dtype=args.dtype or "float32", tokenizers=tokenizers)
         print(printable(f"{out}  {args.source} merged into {base}"))
-        return
+        return {"out": str(out), "adapter": args.source, "base": base}
     folder, state = find_checkpoint(args.source)
     if not args.merge:
         if args.model:
@@ -61,3 +64,4 @@ def run(args: argparse.Namespace) -> None:
     what = "model" if args.merge or not state["task"]["lora"] else "adapter"
     weights = "averaged" if made["averaged"] else "trained"
     print(printable(f"{out}  {what} of step {made['steps']}, {weights} weights, {made['dtype']}"))
+    return {"out": str(out), "what": what, **{name: made[name] for name in ("steps", "averaged", "dtype")}}

@@ -11,8 +11,9 @@ from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lumos.cli import add_json
 from lumos.commands.loading import (
     add_loading,
     circumstances,
@@ -45,6 +46,7 @@ OTHER_USES = ("last_image", "interpolate", "views")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", action="append", help="what the clip shows; several prompts are shown one after the other")
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from lumos.errors import UserError
 
     if args.prompt is None and args.prompts is None:
@@ -93,19 +95,18 @@ def run(args: argparse.Namespace) -> None:
         if args.engine == "ray":
             from lumos.commands.generate_ray import make_on_ray
 
-            make_list(args, make_on_ray)
-        else:
-            make_list(args)
-        return
+            return make_list(args, make_on_ray)
+        return make_list(args)
     if given := [name for name in OF_LISTS if getattr(args, name) is not None]:
         option = given[0].replace("_", "-")
         raise UserError(f"--{option} has no effect on a single clip; leave it out, or make several with --prompts or --seed 1 2 3")
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"a launcher started {world} processes for one clip; ask for several with --prompts or --seed 1 2 3")
-    make_one(args)
+    return make_one(args)
 
 
-def make_one(args: argparse.Namespace) -> None:
+def make_one(args: argparse.Namespace) -> dict[str, Any]:
+    """Make a clip, write it with its record beside it, and return the record."""
     if args.own_process:
         gc.disable()  # until the model is loaded: nearly all objects of imports stay, and the collector would search them in vain
 
@@ -172,20 +173,18 @@ def make_one(args: argparse.Namespace) -> None:
             written = write_frames(output, parts, resolved.clip.fps, about)
     generated, total = time.perf_counter(), seconds_since_start()
     circumstance = circumstances(args, pipe)
-    write_json(
-        record_path(output),
-        {
-            **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
-            "image": args.image, "video": args.video,
-            **{name: value for name in OTHER_USES if (value := getattr(args, name)) is not None},
-            "settings": resolved.settings, "notes": notes, **circumstance,
-            "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2),
-                        "total": round(total, 2)},
-        },
-    )  # fmt: skip
+    record = {
+        **about, "later_prompts": request.later_prompts, "output": str(written), "negative_prompt": args.negative_prompt,
+        "image": args.image, "video": args.video,
+        **{name: value for name in OTHER_USES if (value := getattr(args, name)) is not None},
+        "settings": resolved.settings, "notes": notes, **circumstance,
+        "seconds": {"start_and_load": round(start_seconds, 2), "generate": round(generated - loaded, 2), "total": round(total, 2)},
+    }  # fmt: skip
+    write_json(record_path(output), record)
     calls = resolved.settings.get("sampler", {}).get("model_calls")
     spent = f"{total:.1f} s  " + (f"{calls} model calls  " if calls else "")
     print(printable(f"{written}  seed {seed}  {spent}peak memory {circumstance['peak_memory_mb']} MB"))
+    return record
 
 
 @contextmanager

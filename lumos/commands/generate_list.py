@@ -47,8 +47,13 @@ class Share:
     bad_rows: int
 
 
-def make_list(args: argparse.Namespace, everywhere: Callable[[argparse.Namespace], Share] | None = None) -> None:
-    """Make several clips and print how many. everywhere: makes all shares; None makes that of this process."""
+def make_list(
+    args: argparse.Namespace, everywhere: Callable[[argparse.Namespace], Share] | None = None
+) -> dict[str, Any] | None:
+    """Make several clips, print how many, and return that, or None in a process that does not print.
+
+    everywhere: makes all shares; None makes that of this process.
+    """
     from lumos.errors import RunError, printable
     from lumos.prompt_lists.results import sum_over_processes
 
@@ -63,6 +68,7 @@ def make_list(args: argparse.Namespace, everywhere: Callable[[argparse.Namespace
         lacking = [f"{failed} clips could not be made"] if failed else []
         others = f"the other clips are in {out}" if failed < share.clips else "there are no others"
         raise RunError(f"{' and '.join(bad + lacking)}, as said above; {others}")
+    return {"output_dir": str(out), "made": made, "clips": share.clips, "rows": share.rows} if speaks(args) else None
 
 
 def speaks(args: argparse.Namespace) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_CLIPS, MAX_SEED, check_counts
 
 SHEET_CLIPS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--out", required=True, help="folder to write into; it must not exist yet")
     add("--count", type=int, default=20, help="number of clips; default: %(default)s")
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=int, default=8, help="frames per second; default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.data.synthetic.scene import NUM_VIEWS
     from lumos.errors import RunError, printable
     from lumos.evaluation.prompts import prompt_set
@@ -57,3 +60,4 @@ def run(args: argparse.Namespace) -> None:
         shown = clips[:SHEET_CLIPS]
         labels = [caption or about.title for caption, _, about in shown]
         print(printable(str(contact_sheet([frames for _, frames, _ in shown], labels, args.sheet, columns=NUM_VIEWS))))
+    return {"out": str(out), "kind": args.kind, "count": args.count, "seed": args.seed, **shape}

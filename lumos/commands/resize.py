@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("model", help="model folder")
     add("--out", required=True, help="folder to write; it must not exist yet")
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name the folder of --video-tokenizer in video_tokenizer.json in place of a copy; the folders must then move together")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos import registry
     from lumos.files import check_new
 
@@ -25,3 +28,4 @@ def run(args: argparse.Namespace) -> None:
     resize = registry.generator_of(args.model).load("verbs", "resize")
     clip = resize(args.model, args.out, args.video_tokenizer, args.link_video_tokenizer)
     print(printable(f"{args.out}  draws {clip.width} x {clip.height}"))
+    return {"out": args.out, "height": clip.height, "width": clip.width}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands.counts import MAX_SEED, check_counts
 from lumos.errors import UserError, printable
 
@@ -12,6 +14,7 @@ MAX_RESERVED = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     add = parser.add_argument
     add("--captions", help="text file with one caption a line; default: captions of synthetic scenes")
     add("--worlds", type=int, help="number of captions of synthetic scenes of all kinds, in all wordings; default: 20,000")
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, help="folder to write")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.data.synthetic.sampling import captions as scene_captions
     from lumos.data.synthetic.scene import CAPTIONED_KINDS
     from tokenizer import TextTokenizer
@@ -35,3 +38,4 @@ def run(args: argparse.Namespace) -> None:
     text_tokenizer = TextTokenizer.train(captions, args.vocab_size, reserved_symbols=symbols)
     file = text_tokenizer.save_pretrained(args.out)
     print(printable(f"{file}  {text_tokenizer.vocab_size} ids"))
+    return {"file": str(file), "vocab_size": text_tokenizer.vocab_size}

@@ -300,7 +300,7 @@ def test_bi_is_no_measure_of_parts(case):
 # ---- the gain from history
 
 
-def test_the_gain_from_history_is_that_of_two_losses_of_the_last_frame(lumos):
+def test_the_gain_from_history_is_that_of_two_losses(lumos):
     """The plain form masks the codes of earlier frames, clip by clip, and averages the losses of the last frame."""
     model, (start, mask) = decoder(), (lumos.task.config.visual_token_start, lumos.task.config.mask_token_id)
 
@@ -329,7 +329,7 @@ def test_the_gain_from_history_is_that_of_two_losses_of_the_last_frame(lumos):
     assert abs(found["1"] - found[WHOLE]) > 1e-6
 
 
-def test_a_network_that_reads_single_frames_gains_nothing_from_history(lumos):
+def test_single_frames_gain_nothing_from_history(lumos):
     model = decoder()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -379,7 +379,7 @@ class Distance:
         return replace(found, losses=(found.losses - self.whole[id(micro)]).abs())
 
 
-def test_identity_layers_have_the_least_loss_and_the_lowest_gates(case):
+def test_identity_layers_have_least_loss_and_lowest_gates(case):
     """No plan rule keeps the ends here, so that any of the four layers could be the lowest."""
     model = network(case)
     for number in (1, 2):
