@@ -237,8 +237,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
-        return {name: getattr(self, name) for name in self.component_names}
+        """The parts, settings and usual clip by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
+        return {name: getattr(self, name) for name in (*self.component_names, "settings", "clip")}
 
     def networks(self) -> list[nn.Module]:
         return [self.model, self.video_tokenizer]
@@ -250,7 +250,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
 
     def __repr__(self) -> str:
         count, clip = sum(p.numel() for p in self.model.parameters()), self.clip
-        parts = "".join(f"\n  {name}: {type(part).__name__}" for name, part in self.components.items())
+        parts = "".join(f"\n  {name}: {type(getattr(self, name)).__name__}" for name in self.component_names)
         what = f"{count / 1e6:.1f} M parameters, {str(self.dtype).removeprefix('torch.')} on {self.device}"
         usual = f"clips of {clip.num_frames} frames of {clip.width} x {clip.height} at {clip.fps} fps"
         return f"{type(self).__name__}({what}, {usual}){parts}"
