@@ -25,6 +25,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from lumos.errors import UserError
+from lumos.video.boxes import most_edits
 from lumos.video.frames import picture_rgb
 from lumos.video.hdr import check_transfer
 
@@ -87,6 +88,11 @@ class AvClip:
             self.length = None if stream.duration is None else stream.duration * self.tick
             packets = (packet for packet in container.demux(stream) if packet.size)
             self.of_decoding = container.format.name in DECODING_TIMES
+            if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and most_edits(path) > 1:
+                raise UserError(
+                    f"{path} shows several pieces of its film (an edit list) and has B-frames, and FFmpeg reads the times of such "
+                    "pieces wrong; export it as one piece from the program that cut it"
+                )
             probed = [self._time_of(packet) for packet in islice(packets, PROBED_PACKETS)]
             has_times = None not in probed
             self.raw = container.format.name in RAW_RATES

@@ -9,14 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from lumos.errors import UserError
+from lumos.video.boxes import MAX_BOX_BYTES, boxes, inside, top_boxes
 
 TRANSFERS = {16: "PQ", 18: "HLG"}
 """Names of transfer functions of high dynamic range (ITU-T H.273, table 3)."""
-MAX_META_BYTES = 2**24
-"""Largest size of the boxes of an AVIF file that are read. They have some kilobytes."""
 PQ_PROFILE = "ITUR_2100_PQ_FULL"
 MAX_PROFILE_TAGS = 200
 """Largest number of tags of an ICC profile that are read. Profiles have about ten."""
@@ -79,44 +77,9 @@ def _of_png(path: str | Path) -> Iterator[int]:
 
 def _of_avif(path: str | Path) -> Iterator[int]:
     with open(path, "rb") as file:
-        found = {name: file.read(min(size, MAX_META_BYTES)) for name, size in _top_boxes(file) if name in (b"meta", b"moov")}
+        found = {name: file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name in (b"meta", b"moov")}
     yield from _of_primary_item(found.get(b"meta", b"")[4:])
     yield from _of_tracks(found.get(b"moov", b""))
-
-
-def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield the name and the number of content bytes of each box of a file, which stands at the content then."""
-    while len(head := file.read(8)) == 8:
-        size, name = struct.unpack(">I4s", head)
-        size -= 8
-        if size == 1 - 8:
-            size = int.from_bytes(file.read(8)) - 16
-        if size < 0:  # 0 - 8: the box goes on to the end of the file
-            return
-        after = file.tell() + size
-        yield name, size
-        file.seek(after)
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the name and the content of each box in data."""
-    at = 0
-    while at + 8 <= len(data):
-        size, name = struct.unpack_from(">I4s", data, at)
-        if size < 8:
-            return
-        yield name, data[at + 8 : at + size]
-        at += size
-
-
-def _inside(data: bytes, *names: bytes) -> Iterator[bytes]:
-    """Yield the content of each box at a path of names in data."""
-    if not names:
-        yield data
-        return
-    for name, content in _boxes(data):
-        if name == names[0]:
-            yield from _inside(content, *names[1:])
 
 
 def is_heif_picture(path: str | Path) -> bool:
@@ -125,7 +88,7 @@ def is_heif_picture(path: str | Path) -> bool:
         if file.read(8)[4:] != b"ftyp":
             return False
         file.seek(0)
-        names = {name for name, _ in _top_boxes(file)}
+        names = {name for name, _ in top_boxes(file)}
     return b"meta" in names and b"moov" not in names and b"moof" not in names
 
 
@@ -136,10 +99,10 @@ def _of_colour_box(content: bytes) -> Iterator[int]:
 
 def _of_primary_item(meta: bytes) -> Iterator[int]:
     """Yield the transfer function of the primary item of a meta box. Other items may be an HDR rendition of the same picture."""
-    primary = next(_inside(meta, b"pitm"), b"")
+    primary = next(inside(meta, b"pitm"), b"")
     item = int.from_bytes(primary[4:6] if primary[:1] == b"\0" else primary[4:8])
-    properties = [box for content in _inside(meta, b"iprp", b"ipco") for box in _boxes(content)]
-    for content in _inside(meta, b"iprp", b"ipma"):
+    properties = [box for content in inside(meta, b"iprp", b"ipco") for box in boxes(content)]
+    for content in inside(meta, b"iprp", b"ipma"):
         for index in _associations(content).get(item, ()):
             name, box = properties[index - 1] if 0 < index <= len(properties) else (b"", b"")
             if name == b"colr":
@@ -163,7 +126,7 @@ def _associations(content: bytes) -> dict[int, list[int]]:
 
 
 def _of_tracks(moov: bytes) -> Iterator[int]:
-    for table in _inside(moov, b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
-        for _, entry in _boxes(table[8:]):
-            for content in _inside(entry[SAMPLE_ENTRY_BYTES :], b"colr"):
+    for table in inside(moov, b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
+        for _, entry in boxes(table[8:]):
+            for content in inside(entry[SAMPLE_ENTRY_BYTES :], b"colr"):
                 yield from _of_colour_box(content)

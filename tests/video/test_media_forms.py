@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from lumos.errors import UserError
 from lumos.video.av_clip import displayed
+from lumos.video.boxes import most_edits
 from lumos.video.frames import as_uint8, picture_rgb
 from lumos.video.reading import can_read, count_frames, is_still, read_image, read_video
 
@@ -69,6 +70,43 @@ def test_frames_behind_an_edit_list_do_not_exist(thirty, tmp_path):
     assert count_frames(trimmed, 30) == 15
     assert numbers(read_video(trimmed)[0]) == list(range(15))
     assert numbers(read_video(trimmed, fps=30, num_frames=5, from_end=True)[0]) == [10, 11, 12, 13, 14]
+
+
+def with_edits(path: Path, to: Path, edits: list[tuple[int, int]]) -> Path:
+    """A copy of an mp4, whose boxes stand behind the film, with other edits: (duration, time in the film); -1: show nothing."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"elst")
+    before = int.from_bytes(content[at - 4 : at])
+    box = struct.pack(">4sII", b"elst", 0, len(edits)) + b"".join(struct.pack(">IiI", *edit, 1 << 16) for edit in edits)
+    content[at - 4 : at - 4 + before] = struct.pack(">I", 4 + len(box)) + box
+    for name in (b"edts", b"trak", b"moov"):
+        place = content.rfind(name, 0, at)
+        content[place - 4 : place] = struct.pack(">I", int.from_bytes(content[place - 4 : place]) + 4 + len(box) - before)
+    to.write_bytes(content)
+    return to
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_several_pieces_of_a_film_with_b_frames_are_refused(tmp_path, b_frames):
+    """FFmpeg counts the delay of B-frames again in each piece; without B-frames the pieces are read right."""
+    whole = film(tmp_path / "whole.mp4", [grey(i) for i in range(30)], max_b_frames=b_frames, gop_size=10)
+    with av.open(str(whole)) as container:
+        stream = container.streams.video[0]
+        scale = stream.time_base.denominator
+    content = whole.read_bytes()
+    (shown,) = struct.unpack(">I", content[(at := content.find(b"mvhd")) + 16 : at + 20])
+    first = struct.unpack(">i", content[(at := content.find(b"elst")) + 16 : at + 20])[0]
+    third = shown // 3
+    one = with_edits(whole, tmp_path / "one.mp4", [(third, -1), (third, first)])
+    assert most_edits(one) == 1
+    two = with_edits(whole, tmp_path / "two.mp4", [(third, first), (third, first + 2 * scale // 3)])
+    assert most_edits(two) == 2
+    if b_frames:
+        with pytest.raises(UserError, match=r"two\.mp4 shows several pieces of its film"):
+            read_video(two)
+    else:
+        assert numbers(read_video(two)[0]) == [*range(10), *range(20, 30)]
+        assert count_frames(two, 30) == 20
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.h264", "a.mp4", "a.flv", "a.mkv"])
