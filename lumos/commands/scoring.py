@@ -101,7 +101,7 @@ class Scorer:
         """
         from lumos.compression import importance
         from lumos.compression.gates import GateSettings, learned_gates
-        from lumos.compression.history import WHOLE, history_gains
+        from lumos.compression.history import history_gains
         from lumos.errors import RunError
         from lumos.progress import progress_bar
 
@@ -117,8 +117,8 @@ class Scorer:
                 more[LEARNED] = learned_gates(self.probe, self.model, self.batches, list(units), gates, bar.update)
             if HISTORY in self.measures:
                 gains = history_gains(self.probe, self.model, self.batches, list(units), bar.update)
-                more[HISTORY] = {name: gains[WHOLE] - gains[name] for name in units}
-                self.facts["history_gain"] = gains[WHOLE]
+                more[HISTORY] = {name: gains[importance.WHOLE] - gains[name] for name in units}
+                self.facts["history_gain"] = gains[importance.WHOLE]
         if FRECHET in self.measures:
             more[FRECHET] = self._frechet(kind, list(units), removed)
         for name, entry in found["units"].items():

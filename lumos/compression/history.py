@@ -8,13 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lumos.compression.importance import WHOLE
 from lumos.compression.prunable import Prunable
 from lumos.compression.trace import Trace
 from lumos.training.loss_sums import LossSums
 from lumos.training.task import Forward
-
-WHOLE = ""
-"""The name of the network without a skipped unit."""
 
 
 class HistoryProbe(Protocol):

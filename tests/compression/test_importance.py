@@ -17,8 +17,8 @@ from lumos import registry
 from lumos.compression import importance
 from lumos.compression.decoder_probe import DecoderProbe
 from lumos.compression.gates import GateSettings, gated, learned_gates
-from lumos.compression.history import WHOLE, history_gains
-from lumos.compression.importance import MEASURES, direction_change, score, split
+from lumos.compression.history import history_gains
+from lumos.compression.importance import MEASURES, WHOLE, direction_change, score, split
 from lumos.compression.plans import removed_by
 from lumos.compression.trace import Trace
 from lumos.data.curriculum import StepShape

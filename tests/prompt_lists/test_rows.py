@@ -67,7 +67,10 @@ def test_line_numbers_count_the_lines_inside_a_cell(tmp_path):
         ("a.jsonl", "{", "the row is not valid JSON: .* column 2"),
         ("a.jsonl", "[1]", "a JSON list; give an object"),
         ("a.jsonl", "[" * 99_999, "the row is not valid JSON: it is nested too deeply"),
-        ("a.jsonl", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", "the row is not valid JSON: it has a number of thousands of digits"),
+        (
+            "a.jsonl", '{"prompt": "x", "seed": ' + "9" * 5000 + "}",
+            "the row is not valid JSON: it has a number of thousands of digits",
+        ),
         ("a.jsonl", '{"prompt": "x", "stepz": 3}', "'stepz' is unknown; allowed: prompt, "),
         ("a.jsonl", '{"prompt": 3}', "prompt 3 is not allowed; give text, or a list of texts"),
         ("a.jsonl", '{"prompt": []}', "prompt \\[\\] is not allowed"),
