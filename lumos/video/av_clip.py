@@ -9,9 +9,10 @@ not exist.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.stream import Disposition
 from PIL import Image
 
@@ -28,6 +30,7 @@ from lumos.errors import UserError
 from lumos.video.boxes import most_edits
 from lumos.video.frames import picture_rgb
 from lumos.video.hdr import check_transfer
+from lumos.video.matroska import stated_bytes
 
 PADDING = 2**21
 """Extra pixels of a coded frame, whose sides are padded to whole blocks."""
@@ -48,6 +51,14 @@ INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with an index of their frames, by which FFmpeg finds a place without reading the file up to it."""
 ROUNDING = 1e-3
 """Largest error in seconds of a time stamp, as many files have or had time stamps in whole milliseconds, rounded or cut."""
+SEEK_MARGINS = (0, 3, 15)
+"""Seconds before the wanted time to which FFmpeg is sent, in turn: without an index it may land behind the last key frame."""
+JUMP = 0.1
+"""Most seconds by which the time of a frame may lie before that of the frame before it. In joined recordings it is more."""
+UNSPECIFIED, BT709 = 2, 1
+"""Codes of the matrix between YUV and RGB that a file states (ITU-T H.273, table 4), and the one of FFmpeg's scaler."""
+STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "gif", "webp")
+"""Codecs of pictures, in which a thumbnail beside a film is stored."""
 RAW_RATES = {"h264": "codec", "hevc": "codec", "m4v": "guessed", "mpegvideo": "guessed"}
 """Raw streams, whose times and average rate are guessed by FFmpeg, and where the rate that they state is found."""
 BEFORE_ALL = -(2**40)
@@ -78,6 +89,7 @@ class AvClip:
         self.path, self.max_pixels, self.threads, self.form = path, max_pixels, threads, form
         self._kept: tuple[Any, Any] | None = None
         self._in_use = False
+        self._number: int | None = None
         with self._open() as (container, stream):
             aspect = stream.sample_aspect_ratio or Fraction(1)
             self.aspect = aspect if aspect > 0 else Fraction(1)
@@ -85,7 +97,6 @@ class AvClip:
             self.fps = float(stream.average_rate or stream.guessed_rate or Fraction(25))
             self.tick = float(stream.time_base)
             self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
-            self.length = None if stream.duration is None else stream.duration * self.tick
             packets = (packet for packet in container.demux(stream) if packet.size)
             self.of_decoding = container.format.name in DECODING_TIMES
             if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and most_edits(path) > 1:
@@ -93,7 +104,8 @@ class AvClip:
                     f"{path} shows several pieces of its film (an edit list) and has B-frames, and FFmpeg reads the times of such "
                     "pieces wrong; export it as one piece from the program that cut it"
                 )
-            probed = [self._time_of(packet) for packet in islice(packets, PROBED_PACKETS)]
+            first = list(islice(packets, PROBED_PACKETS))
+            probed = [self._time_of(packet) for packet in first]
             has_times = None not in probed
             self.raw = container.format.name in RAW_RATES
             self.stamped = has_times and not self.raw and not (self.of_decoding and stream.codec_context.has_b_frames)
@@ -101,11 +113,20 @@ class AvClip:
             if has_times and probed and (self.of_decoding or start is None):
                 start = probed[0] if self.of_decoding else min(probed)
             self.origin = (start or 0) * self.tick
+            # From where the stated duration counts: AVI counts what stands before its first frame.
+            begin = 0.0 if self.of_decoding else self.origin if stream.start_time is None else stream.start_time * self.tick
+            duration = stream.duration
+            if self.stamped and probed and not self.of_decoding and not container.format.name.startswith("mov"):
+                self.fps = _usual_rate(self.fps, [time * self.tick for time in probed])
             if (stated := RAW_RATES.get(container.format.name)) is not None:
                 rate = stream.codec_context.framerate if stated == "codec" else stream.guessed_rate
                 self.fps = float(rate or stream.guessed_rate or self.fps)
             elif not has_times:
                 self.fps = float(stream.guessed_rate or self.fps)
+            indexed = container.format.name in INDEXED
+        if self.stamped and not indexed and not self.of_decoding and not _begins_with_key_frame(first):
+            self.origin = self._first_shown()
+        self.length = None if duration is None else duration * self.tick - (self.origin - begin)
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -154,14 +175,29 @@ class AvClip:
         return {"max_pixels": str(self.max_pixels + PADDING)}
 
     def _film(self, container: Any) -> Any:
+        if self._number is None:
+            self._number = self._number_of_film(container)
+        stream = container.streams[self._number]
+        codec = stream.codec_context
+        codec.options = self._limit
+        codec.flags |= Flags.unaligned  # without it, a few columns at the left that a film hides would be shown
+        stream.thread_type, codec.thread_count = "AUTO", self.threads
+        return stream
+
+    def _number_of_film(self, container: Any) -> int:
+        """Return the number of the default stream, or of the first one; a stream of one picture beside others is a thumbnail."""
         films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
         if not films:
             container.close()
             raise UserError(f"{self.path} holds no video; give a file with a video stream")
-        stream = next((stream for stream in films if stream.disposition & Disposition.default), films[0])
-        stream.codec_context.options = self._limit
-        stream.thread_type, stream.codec_context.thread_count = "AUTO", self.threads
-        return stream
+        films.sort(key=lambda stream: not stream.disposition & Disposition.default)
+        film = films[0]
+        if len(films) > 1 and film.codec_context.name in STILL_CODECS:
+            with closing(self._new_container()) as other:
+                packets = (packet for packet in other.demux([other.streams[stream.index] for stream in films]) if packet.size)
+                of_film = [packet for packet in islice(packets, PROBED_PACKETS) if packet.stream_index == film.index]
+            film = films[len(of_film) < 2]
+        return film.index
 
     def last_time(self) -> float:
         """Return the time in seconds at which the last frame comes on screen: the largest one of `times`.
@@ -184,8 +220,28 @@ class AvClip:
 
     def _stamped_times(self, container: Any, stream: Any) -> list[float]:
         """Return the times of the packets that are shown, from the present place in the file on."""
-        shown = (self._time_of(packet) for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        return [max(time * self.tick - self.origin, 0.0) for time in shown if time is not None]
+        times, decoded = [], -math.inf
+        for packet in container.demux(stream):
+            if packet.size and packet.dts is not None:
+                self._check_order(decoded, decoded := packet.dts * self.tick)
+            if packet.size and not packet.is_discard and (stamp := self._time_of(packet)) is not None:
+                times.append(stamp * self.tick - self.origin)
+        return [max(time, 0.0) for time in times if time >= -self.early]
+
+    def _check_order(self, before: float, time: float) -> None:
+        if time < before - JUMP:
+            raise UserError(
+                f"the times in {self.path} jump back by {before - time:.1f} s, as in recordings that were joined byte by byte; "
+                "join them with a program for video, or convert the file to mp4 (H.264)"
+            )
+
+    def _first_shown(self) -> float:
+        """Return the time stamp in seconds of the first frame that can be decoded: a broadcast may begin between key frames."""
+        with suppress(av.FFmpegError), self._open() as (container, stream):
+            for frame in container.decode(stream):
+                if frame.pts is not None:
+                    return frame.pts * self.tick
+        return self.origin
 
     def times(self) -> list[float]:
         """Return the time in seconds at which each frame comes on screen, in no particular order.
@@ -196,7 +252,7 @@ class AvClip:
             if self.stamped:
                 found = self._stamped_times(container, stream)
             else:
-                found = self._times_in_order(container, stream)
+                found, _ = self._times_in_order(container, stream)
         if not found:
             with self._open() as (container, stream):
                 found = [number / self.fps for number, _ in enumerate(self._decoded(container, stream))]
@@ -204,24 +260,24 @@ class AvClip:
             raise self._no_frame()
         return found
 
-    def _times_in_order(self, container: Any, stream: Any) -> list[float]:
-        """Return the times at which frames are shown, from the packets' times of decoding, in order.
+    def _times_in_order(self, container: Any, stream: Any) -> tuple[list[float], float]:
+        """Return the times at which frames are shown, from the packets' times of decoding, in order, and what stands before them.
 
-        [] if a packet has none, and in a raw stream.
+        ([], 0.0) if a packet has no time of decoding, and in a raw stream.
         """
         if self.raw:
-            return []
+            return [], 0.0
         stamps = [packet.dts for packet in container.demux(stream) if packet.size]
         if None in stamps or not stamps:
-            return []
+            return [], 0.0
         stamps.sort()
         times = [(stamp - stamps[0]) * self.tick for stamp in stamps]
         steps = [after - before for before, after in pairwise(times)]
         if not steps or max(steps) - min(steps) <= 2 * ROUNDING:
-            return times  # how many frames the decoder holds back makes no difference
+            return times, 0.0  # how many frames the decoder holds back makes no difference
         held = min(self._held_back(stamps), len(times) - 1)
         after_end = (times[-1] + number / self.fps for number in range(1, held + 1))
-        return [time - times[held] for time in (*times[held:], *after_end)]
+        return [time - times[held] for time in (*times[held:], *after_end)], times[held]
 
     def _held_back(self, stamps: list[int]) -> int:
         """Return the most packets, with these times of decoding, that the decoder reads before it gives out an earlier frame."""
@@ -232,24 +288,31 @@ class AvClip:
 
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield the frames in order, beginning with the frame that is on screen at ``start`` or an earlier one."""
-        if start > 1 and self.stamped:
-            near = self._decode(start)
-            first = next(near, None)
-            if first is not None and first.begin <= start:
-                yield first
-                yield from near
-                return
+        for margin in SEEK_MARGINS if self.stamped else ():
+            if start - margin <= 1:
+                break
+            with closing(self._decode(start - margin)) as near:
+                first = next(near, None)
+                if first is not None and first.begin <= start:
+                    yield first
+                    yield from near
+                    return
         yield from self._decode(None)
 
     def _decode(self, seek: float | None) -> Iterator[Shown]:
-        """Yield the frames from a key frame at or before ``seek`` seconds; None: from the first frame."""
+        """Yield the frames from a key frame at or before ``seek`` seconds; None: from the first frame.
+
+        Nothing is yielded if FFmpeg finds no key frame with a time stamp there.
+        """
         with self._open() as (container, stream):
-            times = [] if self.stamped else self._times_in_order(container, stream)
+            times, before = ([], 0.0) if self.stamped else self._times_in_order(container, stream)
         with self._open() as (container, stream):
             if seek is not None:
                 container.seek(int((seek + self.origin) / self.tick), stream=stream)
             held, held_begin = None, 0.0
             for number, frame in enumerate(self._decoded(container, stream)):
+                if seek is not None and held is None and (not frame.key_frame or self._time_of(frame) is None):
+                    return
                 if not self.stamped:
                     begin = (times[number] if number < len(times) else number / self.fps) - self.early
                 elif (stamp := self._time_of(frame)) is None:
@@ -257,13 +320,21 @@ class AvClip:
                 else:
                     begin = stamp * self.tick - self.origin - self.early
                 if held is not None:
+                    self._check_order(held_begin, begin)
                     yield Shown(held_begin, begin, partial(self._rgb, held))
                 held, held_begin = frame, begin
             if held is None:
+                if seek is not None:
+                    return
                 raise self._no_frame()
-            end = held_begin + (held.duration * self.tick if held.duration and self.stamped else 1 / self.fps)
-            if self.length is not None and end < 0.9 * self.length - 0.1:
-                raise UserError(f"{self.path} is cut off: {end:.1f} s of {self.length:.1f} s are there; copy it again")
+            # Many programs give the last frame no duration, or one of a tick, which would end before its own time.
+            lasts = held.duration * self.tick if held.duration and self.stamped else 1 / self.fps
+            end = held_begin + max(lasts, 2 * (self.early + ROUNDING))
+            if self.length is not None and end < 0.9 * (length := self.length - before) - 0.1:
+                raise UserError(f"{self.path} is cut off: {end:.1f} s of {length:.1f} s are there; copy it again")
+            there = self.path.stat().st_size
+            if (size := stated_bytes(self.path)) is not None and size > there:
+                raise UserError(f"{self.path} is cut off: {there:,} of {size:,} bytes are there; copy it again")
             yield Shown(held_begin, end, partial(self._rgb, held))
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
@@ -293,10 +364,13 @@ class AvClip:
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Return a decoded frame as it is shown, uint8 [H, W, 3]: with square pixels, turned and mirrored as the file says."""
-        if any(component.is_alpha for component in frame.format.components):
-            rgb = picture_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
-        else:
-            rgb = frame.to_ndarray(format="rgb24")
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        # Players take BT.709 for films in HD that state nothing, and FFmpeg BT.601.
+        is_hd = frame.width >= 1280 or frame.height > 576
+        matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
+        rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
+        if has_alpha:
+            rgb = picture_rgb(Image.fromarray(rgb))
         if self.aspect != 1:
             wide = max(1, round(rgb.shape[1] * self.aspect))
             rgb = np.asarray(Image.fromarray(rgb).resize((wide, rgb.shape[0]), Image.Resampling.BICUBIC))
@@ -308,6 +382,22 @@ class AvClip:
 
     def _no_frame(self) -> UserError:
         return UserError(f"{self.path} holds no frame that can be decoded; convert it to mp4 (H.264)")
+
+
+def _usual_rate(stated: float, times: list[float]) -> float:
+    """Return the frames per second that a file states, or those between its first times if the two are far apart.
+
+    Recordings of a browser state 1000, the unit of their times.
+    """
+    span = max(times) - min(times)
+    measured = (len(times) - 1) / span if span > 0 else stated
+    return stated if 0.9 < measured / stated < 1.1 else measured
+
+
+def _begins_with_key_frame(packets: list[Any]) -> bool:
+    """Return whether the first packets of a stream begin with a key frame, and none of them is shown before it."""
+    shown = [packet.pts for packet in packets if packet.pts is not None]
+    return bool(packets) and packets[0].is_keyframe and packets[0].pts == min(shown, default=None)
 
 
 def displayed(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:

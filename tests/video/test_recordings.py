@@ -1,0 +1,160 @@
+"""Films as recorders, browsers and broadcasts write them: without an index, cut off, joined, at a rate that varies."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+
+from lumos.errors import UserError
+from lumos.video.av_clip import AvClip
+from lumos.video.matroska import stated_bytes
+from lumos.video.reading import count_frames, read_video
+
+
+def numbered(n: int) -> np.ndarray:
+    """A frame with six stripes, which are the bits of its number."""
+    bits = [220 if n >> bit & 1 else 30 for bit in range(6)]
+    return np.broadcast_to(np.repeat(np.array(bits, np.uint8), 16)[None, :, None], (64, 96, 3)).copy()
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [sum(int(frame[32, 16 * bit + 8].mean() > 125) << bit for bit in range(6)) for frame in frames]
+
+
+def film(
+    path: Path, count: int = 36, codec: str = "libx264", *, gop: int = 60, b_frames: int = 2, times: list[int] | None = None,
+    unit: Fraction = Fraction(1, 30), options: dict[str, str] | None = None, written: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Frames at `times` in `unit` s; default: 30 frames per second."""
+    with av.open(str(path), "w", options=written or {}) as container:
+        stream = container.add_stream(codec, rate=round(1 / unit), options={"crf": "10", "qscale": "2", **(options or {})})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
+        for n, time in enumerate(times or range(count)):
+            frame = av.VideoFrame.from_ndarray(numbered(n), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = time, unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+FORMS = [
+    ("a.ts", "libx264", 0), ("a.ts", "libx264", 15), ("a.mpg", "mpeg2video", 0), ("a.avi", "libx264", 15),
+    ("a.avi", "mpeg4", 15), ("a.mkv", "libx264", 15), ("a.mp4", "libx264", 15), ("a.flv", "libx264", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "codec", "begin"), FORMS)
+def test_the_end_of_a_film_of_one_key_frame(tmp_path, name, codec, begin):
+    """FFmpeg finds no key frame near the end of containers without an index, and the file may begin late."""
+    path = film(tmp_path / name, codec=codec, times=[*range(begin, begin + 36)])
+    assert numbers(read_video(path)[0]) == numbers(read_video(path, fps=30)[0]) == list(range(36))
+    assert count_frames(path, 30) == 36
+    assert numbers(read_video(path, fps=30, num_frames=4, from_end=True)[0]) == [32, 33, 34, 35]
+    assert numbers(read_video(path, fps=30, num_frames=2, start=1.1)[0]) == [33, 34]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_broadcast_begins_with_its_first_key_frame(tmp_path, share):
+    """What stands before cannot be decoded, and must not be filled with copies of the first frame."""
+    data = film(tmp_path / "whole.ts", gop=12).read_bytes()
+    (tmp_path / "cut.ts").write_bytes(data[int(share * len(data)) // 188 * 188 :])
+    shown = numbers(read_video(tmp_path / "cut.ts")[0])
+    assert shown == list(range(shown[0], 36))
+    assert 0 < shown[0] < 24
+    assert numbers(read_video(tmp_path / "cut.ts", fps=30)[0]) == shown
+    assert count_frames(tmp_path / "cut.ts", 30) == len(shown)
+
+
+def test_joined_recordings_are_refused_by_name(tmp_path):
+    first, second = film(tmp_path / "a.ts", 12), film(tmp_path / "b.ts", 36)
+    (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
+    for read in (read_video, lambda path: count_frames(path, 30), lambda path: read_video(path, fps=30, num_frames=20)):
+        with pytest.raises(UserError, match=r"times in .*both.ts jump back by 0\.\d s.*joined"):
+            read(tmp_path / "both.ts")
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")])
+def test_matroska_that_is_cut_off_is_refused(tmp_path, name, codec):
+    path = film(tmp_path / name, codec=codec)
+    data = path.read_bytes()
+    assert stated_bytes(path) == len(data)
+    path.write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(UserError, match=r"is cut off: [\d,]+ of [\d,]+ bytes are there"):
+        read_video(path)
+    assert numbers(read_video(path, num_frames=4)[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", b"\x1a\x45\xdf\xa3", b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\x01" + b"\xff" * 7])
+def test_files_that_state_no_size(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    assert stated_bytes(tmp_path / "a") is None
+
+
+def test_a_live_recording_states_no_size_and_no_rate(tmp_path):
+    """Browsers state no duration, and as the rate the unit of their times."""
+    times = [0, 33, 66, 100, 1100, 1133, 1166, 2000, 2033, 2066]
+    path = film(
+        tmp_path / "live.webm", codec="libvpx-vp9", times=times, unit=Fraction(1, 1000), b_frames=0, written={"live": "1"}
+    )
+    assert stated_bytes(path) is None
+    frames, rate = read_video(path)
+    assert numbers(frames) == list(range(10))
+    assert rate == pytest.approx(9 / 2.066, rel=0.01)
+    shown = [max(n for n, time in enumerate(times) if time <= 100 * k + 1) for k in range(21)]
+    assert numbers(read_video(path, fps=10)[0]) == shown
+
+
+def test_the_last_frame_counts_however_short_it_is(tmp_path):
+    """Its duration is one unit here, which is shorter than what the rounding of times may take from it."""
+    path = film(tmp_path / "a.mp4", times=[0, 100, 4_000_000], unit=Fraction(1, 1000), b_frames=0)
+    assert count_frames(path, 30) == 120_001
+    assert numbers(read_video(path, fps=30, num_frames=5, from_end=True)[0]) == [1, 1, 1, 1, 2]
+
+
+def test_columns_that_h264_hides_at_the_left_are_not_shown(tmp_path):
+    path = film(tmp_path / "a.mp4", 3, options={"x264-params": "crop-rect=16,8,0,0"})
+    assert read_video(path)[0].shape[1:3] == (56, 80)
+
+
+def test_a_thumbnail_that_is_the_default_stream_is_not_the_film(tmp_path):
+    """The writer of matroska makes the first stream the default, if no other is."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        small, stream = container.add_stream("mjpeg", rate=25), container.add_stream("libx264", rate=30)
+        small.width, small.height, small.pix_fmt, small.disposition = 32, 32, "yuvj420p", Disposition.attached_pic
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        container.mux(small.encode(av.VideoFrame(32, 32, "yuvj420p")))
+        container.mux(small.encode())
+        for n in range(6):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(n), format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    assert numbers(read_video(tmp_path / "a.mkv")[0]) == list(range(6))
+
+
+@pytest.mark.parametrize(("height", "width", "matrix"), [(720, 1280, 1), (576, 720, 5)])
+def test_films_without_a_matrix_are_read_as_players_show_them(tmp_path, height, width, matrix):
+    """BT.709 in HD, else BT.601."""
+    colour = np.broadcast_to(np.array([200, 60, 30], np.uint8), (height, width, 3))
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "4", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(colour, format="rgb24").reformat(format="yuv420p", dst_colorspace=matrix)
+        frame.colorspace = stream.codec_context.colorspace = 2
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = read_video(tmp_path / "a.mp4")[0][0, 100, 100]
+    assert np.abs(found.astype(int) - [200, 60, 30]).max() <= 3
+
+
+def test_an_open_file_is_read_from_several_places(tmp_path):
+    """Two attempts to seek are closed before the file is read from its begin."""
+    clip = AvClip(film(tmp_path / "a.mkv", 200, gop=300), 10**6, 1)
+    for start in (5.0, 0.0, 6.0):
+        shown = next(clip.frames(start))
+        assert shown.begin <= start
+    clip.close()
