@@ -20,6 +20,9 @@ from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
 from lumos.video.hdr import check_profile
 
+WHITE_IS_ZERO = "white is zero"
+"""Key of the `info` of a picture whose levels are those of ink."""
+_PHOTOMETRIC = 262  # a tag of a TIFF
 MAX_SCALED_PIXELS = 40_000_000
 """Largest number of pixels of a frame that covers its target and is not yet cropped. Only very thin pictures need more."""
 
@@ -134,15 +137,24 @@ def on_white(pictures: np.ndarray) -> np.ndarray:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return a copy of a PIL picture, turned and mirrored as its EXIF says, whose transparent colour is that of its pixels."""
-    clear = clear_colour(image)  # not known after the copy, which reads the pixels
+    """Return a copy of a PIL picture, turned and mirrored as its EXIF says, with what `true_info` says of it."""
+    info = true_info(image)  # not known after the copy, which reads the pixels
     turned = ImageOps.exif_transpose(image)
-    if clear is not None:
-        turned.info["transparency"] = clear
+    turned.info |= info
     return turned
 
 
-def clear_colour(image: Image.Image) -> int | tuple[int, ...] | None:
+def true_info(image: Image.Image) -> dict[str, Any]:
+    """Return what Pillow leaves out or says wrongly in the `info` of a picture that is not read yet."""
+    info: dict[str, Any] = {}
+    if (clear := _clear_colour(image)) is not None:
+        info["transparency"] = clear
+    if image.format == "TIFF" and image.mode not in ("1", "L", "P") and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        info[WHITE_IS_ZERO] = True  # Pillow turns only grey of up to 8 bits
+    return info
+
+
+def _clear_colour(image: Image.Image) -> int | tuple[int, ...] | None:
     """Return the transparent colour of a PNG whose pixels are not read yet, in the levels of its pixels; None for other pictures.
 
     Pillow reads grey of 2 and 4 bits and RGB of 16 bits as 8 bits, but leaves the transparent colour as it is in the file. Of
@@ -157,19 +169,22 @@ def clear_colour(image: Image.Image) -> int | tuple[int, ...] | None:
     return None
 
 
-def picture_rgb(image: Image.Image) -> np.ndarray:
-    """Return a PIL picture of any mode as uint8 [H, W, 3] in sRGB; transparent parts are put on white."""
+def picture_rgb(image: Image.Image, name: str | Path = "the given picture") -> np.ndarray:
+    """Return a PIL picture of any mode as uint8 [H, W, 3] in sRGB; transparent parts are put on white.
+
+    Raise UserError for levels whose range is not known, and for HDR. Its message calls the picture `name`.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode != "F" else (1 if values.max() <= 1 else 255)
-        grey = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
-        grey.info = {name: image.info[name] for name in ("icc_profile",) if name in image.info}
-        rgb = np.array(_in_srgb(grey).convert("RGB"))
+        levels = values * (255 / _top_level(values, image.mode, name))
+        grey = Image.fromarray((255 - levels if image.info.get(WHITE_IS_ZERO) else levels).round().astype(np.uint8))
+        grey.info = {key: image.info[key] for key in ("icc_profile",) if key in image.info}
+        rgb = np.array(_in_srgb(grey, name).convert("RGB"))
         clear = image.info.get("transparency")
         if isinstance(clear, int):  # the value that is transparent
             rgb[values == clear] = 255
         return rgb
-    image = _in_srgb(image)
+    image = _in_srgb(image, name)
     if image.has_transparency_data:  # of a palette too
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
@@ -177,12 +192,28 @@ def picture_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _in_srgb(image: Image.Image) -> Image.Image:
+def _top_level(values: np.ndarray, mode: str, name: str | Path) -> int:
+    """Return the level of white of a grey picture of mode I;16, I or F: 1, 255 or 65535.
+
+    A picture of 32 bits does not state it. It is 255 for whole numbers up to 255, into which Pillow converts 8 bits.
+    """
+    if mode.startswith("I;16"):
+        return 65535
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if mode == "I" and low >= 0 and high <= 65535:
+        return 255 if high <= 255 else 65535
+    if mode == "F" and low >= 0 and (high <= 1 or 2 <= high <= 255):
+        return 1 if high <= 1 else 255
+    allowed = "0 to 255 or 0 to 65535" if mode == "I" else "0 to 1 or 0 to 255"
+    raise UserError(f"{name} has grey levels from {low:g} to {high:g}, whose white is not known; scale them to {allowed}")
+
+
+def _in_srgb(image: Image.Image, name: str | Path) -> Image.Image:
     """Return a picture with the colours of its ICC profile as sRGB; a picture without a usable profile as it is."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image
-    check_profile("the given picture", profile)
+    check_profile(name, profile)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()

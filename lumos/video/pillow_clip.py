@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
-from lumos.video.frames import clear_colour, picture_rgb
+from lumos.video.frames import picture_rgb, true_info
+from lumos.video.gif import Part, composed, parts, screen_size
 from lumos.video.hdr import check_profile, check_transfer, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
@@ -101,8 +103,10 @@ def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
         _check_picture(path, image, max_pixels)
         check_transfer(path, picture_transfer(path, image.format or ""), "picture")
         check_profile(path, image.info.get("icc_profile"))
-        if (clear := clear_colour(image)) is not None:
-            image.info["transparency"] = clear
+        image.info |= true_info(image)
+        if image.format == "WEBP" and getattr(image, "is_animated", False) and image.mode == "RGB":
+            # What no frame covers is transparent, even if no frame is; Pillow's decoder knows it, but leaves it out.
+            image._mode = image.rawmode = "RGBA"
     except UserError:
         image.close()
         raise
@@ -120,7 +124,8 @@ class PillowClip:
     def __init__(self, path: Path, max_pixels: int):
         self.path, self.max_pixels = path, max_pixels
         with Image.open(path, formats=FORMATS) as image:
-            self.rounding = 5e-3 if image.format == "GIF" else 5e-4  # half of the unit of the durations
+            self.is_gif = image.format == "GIF"
+        self.rounding = 5e-3 if self.is_gif else 5e-4  # half of the unit of the durations
         self.early = self.rounding + 1e-6
 
     def times(self) -> list[float]:
@@ -136,27 +141,42 @@ class PillowClip:
 
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield all frames in order; ``start`` is not used."""
-        with open_picture(self.path, self.max_pixels) as image:
-            begin = pixels = 0  # begin in ms
-            for number, frame in enumerate(ImageSequence.Iterator(image)):
-                _check_picture(self.path, frame, self.max_pixels)  # a GIF grows if a frame does not fit
+        begin = pixels = 0  # begin in ms
+        with closing(self._gif_frames() if self.is_gif else self._frames()) as frames:
+            for frame, duration in frames:
                 pixels += frame.width * frame.height
                 if pixels > MAX_ANIMATION_PIXELS:
                     raise UserError(
                         f"{self.path} has over {MAX_ANIMATION_PIXELS / 1e6:g} megapixels in all its frames; convert it to mp4"
                     )
+                end = begin + duration
+                yield Shown(begin / 1000 - self.early, end / 1000 - self.early, partial(self._rgb, frame))
+                begin = end
+
+    def _frames(self) -> Iterator[tuple[Image.Image, float]]:
+        """Yield each frame and its duration in ms."""
+        with open_picture(self.path, self.max_pixels) as image:
+            for number, frame in enumerate(ImageSequence.Iterator(image)):
+                _check_picture(self.path, frame, self.max_pixels)
                 if image.format not in ANIMATED and number:
                     return  # the other pictures of a TIFF or of a photograph are no frames
                 if number == 0 and getattr(image, "default_image", False):
                     continue
                 frame.load()  # the duration of a WebP frame is known after decoding
-                end = begin + (frame.info.get("duration", 0) or 100)  # 0 counts as 100, as in browsers
-                yield Shown(begin / 1000 - self.early, end / 1000 - self.early, partial(_rgb, frame))
-                begin = end
+                yield frame, frame.info.get("duration", 0) or 100  # 0 counts as 100, as in browsers
 
+    def _gif_frames(self) -> Iterator[tuple[Image.Image, float]]:
+        size = screen_size(self.path)
+        check_pixels(self.path, *size, self.max_pixels)
+        yield from composed(self._small_enough(parts(self.path)), size)
 
-def _rgb(frame: Image.Image) -> np.ndarray:
-    return picture_rgb(ImageOps.exif_transpose(frame))
+    def _small_enough(self, stored: Iterator[Part]) -> Iterator[Part]:
+        for part in stored:
+            check_pixels(self.path, part.width, part.height, self.max_pixels)
+            yield part
+
+    def _rgb(self, frame: Image.Image) -> np.ndarray:
+        return picture_rgb(ImageOps.exif_transpose(frame), self.path)
 
 
 def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> None:

@@ -24,12 +24,22 @@ from lumos.errors import UserError
 from lumos.video.av_clip import AvClip
 from lumos.video.frames import fit, picture_rgb
 from lumos.video.hdr import is_heif_picture
-from lumos.video.pillow_clip import PillowClip, first_shown, is_film_of_jpegs, is_picture_file, is_still_file, open_picture
+from lumos.video.pillow_clip import (
+    FORMATS,
+    PillowClip,
+    first_shown,
+    is_film_of_jpegs,
+    is_picture_file,
+    is_still_file,
+    open_picture,
+)
 
 MAX_PIXELS = 40_000_000
 """Largest number of pixels of a picture or of a frame. An 8K frame has 33 million. The demo allows fewer."""
 MAX_FRAMES = 2_000
 """Largest number of frames of a clip that is read."""
+KINDS_BYTES = 64
+"""Bytes at the begin of a file of the family of mp4 among which its kinds stand."""
 MAX_CLIP_BYTES = 2 << 30
 """Largest number of bytes of the frames of a clip in memory."""
 
@@ -46,7 +56,9 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if not holds_picture and can_read(path):
         raise UserError(f"{path} holds a video and no picture; give it as a video, or save one of its frames as PNG or JPEG")
     with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
-        return picture_rgb(ImageOps.exif_transpose(first_shown(image)))
+        if image.format == "GIF":
+            return next(PillowClip(Path(path), max_pixels).frames(0.0)).rgb()
+        return picture_rgb(ImageOps.exif_transpose(first_shown(image)), path)
 
 
 def is_still(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:
@@ -236,7 +248,16 @@ def _open_clip(path: str | Path, max_pixels: int, threads: int = 0) -> AvClip | 
 
 
 def _check_no_heif(path: str | Path) -> None:
-    """Raise UserError for a photograph in HEIC, of which FFmpeg would show one of many tiles, neither turned nor in sRGB."""
+    """Raise UserError for what FFmpeg would read wrongly, of files in the container of HEIF that Pillow cannot read.
+
+    Of a photograph in HEIC it would show one of many tiles, neither turned nor in sRGB; of an AVIF that is cut off, some frames.
+    """
+    with open(path, "rb") as file:
+        kinds = file.read(KINDS_BYTES)
+    if kinds[4:8] == b"ftyp" and (b"avif" in kinds or b"avis" in kinds) and "AVIF" in FORMATS:
+        raise UserError(
+            f"cannot read the picture {path}: it is an AVIF that is damaged or cut off; copy it again or convert it to PNG or JPEG"
+        )
     if is_heif_picture(path):
         raise UserError(f"{path} is a HEIF picture (.heic), which cannot be read; convert it to PNG or JPEG")
 

@@ -1,0 +1,65 @@
+"""Grey pictures whose levels are not those of 8 bits: ink for light, 16 and 32 bits, floats."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumos.errors import UserError
+from lumos.video.frames import as_uint8
+from lumos.video.reading import read_image, read_video
+
+LEVELS = np.array([[0, 60], [200, 255]], np.uint8)
+WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1
+
+
+def tiff(path: Path, levels: np.ndarray, photometric: int) -> Path:
+    """A TIFF of one strip of grey levels."""
+    data, (height, width) = levels.tobytes(), levels.shape
+    kind = {"u": 1, "i": 2, "f": 3}[levels.dtype.kind]
+    tags = [(256, width), (257, height), (258, 8 * levels.itemsize), (259, 1), (262, photometric), (273, 0), (277, 1)]
+    tags += [(278, height), (279, len(data)), (339, kind)]
+    at = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, at if tag == 273 else value) for tag, value in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data)
+    return path
+
+
+@pytest.mark.parametrize("levels", [LEVELS, LEVELS.astype(np.uint16) * 257, LEVELS.astype(np.float32) / 255])
+def test_levels_of_ink_are_turned_to_levels_of_light(tmp_path, levels):
+    """Pillow does it for 8 bits only."""
+    for photometric, expected in ((WHITE_IS_ZERO, 255 - LEVELS), (BLACK_IS_ZERO, LEVELS)):
+        path = tiff(tmp_path / "a.tif", levels, photometric)
+        from_pil = as_uint8(Image.open(path), ndim=3), as_uint8([Image.open(path)])[0]
+        for found in (read_image(path), read_video(path)[0][0], *from_pil):
+            assert found[..., 0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_eight_bits_in_a_picture_of_32_bits_keep_their_levels(mode):
+    assert as_uint8(Image.fromarray(LEVELS).convert(mode), ndim=3)[..., 0].tolist() == LEVELS.tolist()
+
+
+def test_sixteen_bits_in_a_picture_of_32_bits_are_scaled(tmp_path):
+    deep = LEVELS.astype(np.int32) * 257
+    assert as_uint8(Image.fromarray(deep), ndim=3)[..., 0].tolist() == LEVELS.tolist()
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        np.array([[-5, 200]], np.int32), np.array([[0, 2**31 - 1]], np.int32), np.array([[np.nan, 0.5]], np.float32),
+        np.array([[-1, 1]], np.float32), np.array([[0, 1.2]], np.float32), np.array([[0, 40_000]], np.float32),
+    ],
+)  # fmt: skip
+def test_levels_whose_white_is_not_known_are_refused(tmp_path, levels):
+    with pytest.raises(UserError, match=r"given picture has grey levels from .* whose white is not known; scale them to 0 to"):
+        as_uint8(Image.fromarray(levels), ndim=3)
+    path = tiff(tmp_path / "a.tif", levels, BLACK_IS_ZERO)
+    for read in (read_image, read_video):
+        with pytest.raises(UserError, match=r"a\.tif has grey levels from"):
+            read(path)
