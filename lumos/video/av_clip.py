@@ -28,6 +28,7 @@ from PIL import Image
 
 from lumos.errors import UserError
 from lumos.video.boxes import most_edits
+from lumos.video.colour import profile_of_codes
 from lumos.video.frames import picture_rgb
 from lumos.video.hdr import check_transfer
 from lumos.video.matroska import stated_bytes
@@ -369,8 +370,12 @@ class AvClip:
         is_hd = frame.width >= 1280 or frame.height > 576
         matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
         rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
-        if has_alpha:
-            rgb = picture_rgb(Image.fromarray(rgb))
+        held = frame.side_data.get("ICC_PROFILE")
+        profile = profile_of_codes(frame.color_primaries, frame.color_trc) if held is None else bytes(held)
+        if has_alpha or profile:
+            picture = Image.fromarray(rgb)
+            picture.info["icc_profile"] = profile
+            rgb = picture_rgb(picture, self.path)
         if self.aspect != 1:
             wide = max(1, round(rgb.shape[1] * self.aspect))
             rgb = np.asarray(Image.fromarray(rgb).resize((wide, rgb.shape[0]), Image.Resampling.BICUBIC))

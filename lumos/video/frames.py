@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from lumos.errors import NotFinite, UserError, printable
 from lumos.files import replacing
+from lumos.video.colour import profile_of_picture
 from lumos.video.hdr import check_profile
 
 WHITE_IS_ZERO = "white is zero"
@@ -151,6 +152,8 @@ def true_info(image: Image.Image) -> dict[str, Any]:
         info["transparency"] = clear
     if image.format == "TIFF" and image.mode not in ("1", "L", "P") and image.tag_v2.get(_PHOTOMETRIC) == 0:
         info[WHITE_IS_ZERO] = True  # Pillow turns only grey of up to 8 bits
+    if (profile := profile_of_picture(image)) is not None:
+        info["icc_profile"] = profile
     return info
 
 

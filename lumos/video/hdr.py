@@ -22,6 +22,10 @@ SAMPLE_ENTRY_BYTES = 78
 """Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
 
 
+Codes = tuple[int, int]
+"""Codes of primaries and of a transfer function (ITU-T H.273, tables 2 and 3)."""
+
+
 class HighDynamicRange(UserError):
     """A picture or video has a transfer function of high dynamic range."""
 
@@ -58,24 +62,29 @@ def picture_transfer(path: str | Path, kind: str) -> int | None:
     kind: the format as Pillow names it. PNG states it in the chunk cICP, AVIF in the property "colr" of its primary item and in the
     sample entry of a sequence.
     """
-    stated = {"PNG": _of_png, "AVIF": _of_avif}.get(kind, lambda path: ())(path)
-    return next((code for code in stated if code in TRANSFERS), None)
+    return next((transfer for _, transfer in picture_codes(path, kind) if transfer in TRANSFERS), None)
 
 
-def _of_png(path: str | Path) -> Iterator[int]:
+def picture_codes(path: str | Path, kind: str) -> list[Codes]:
+    """Return the codes of primaries and transfer function that a picture states (ITU-T H.273), see `picture_transfer`."""
+    return list({"PNG": _of_png, "AVIF": _of_avif}.get(kind, lambda path: ())(path))
+
+
+def _of_png(path: str | Path) -> Iterator[Codes]:
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, name = struct.unpack(">I4s", head)
             if name == b"cICP":
-                yield from file.read(2)[1:]
+                if len(codes := file.read(2)) == 2:
+                    yield codes[0], codes[1]
                 return
             if name in (b"IDAT", b"IEND"):
                 return
             file.seek(length + 4, 1)
 
 
-def _of_avif(path: str | Path) -> Iterator[int]:
+def _of_avif(path: str | Path) -> Iterator[Codes]:
     with open(path, "rb") as file:
         found = {name: file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name in (b"meta", b"moov")}
     yield from _of_primary_item(found.get(b"meta", b"")[4:])
@@ -92,13 +101,13 @@ def is_heif_picture(path: str | Path) -> bool:
     return b"meta" in names and b"moov" not in names and b"moof" not in names
 
 
-def _of_colour_box(content: bytes) -> Iterator[int]:
+def _of_colour_box(content: bytes) -> Iterator[Codes]:
     if content[:4] == b"nclx" and len(content) >= 8:
-        yield int.from_bytes(content[6:8])
+        yield int.from_bytes(content[4:6]), int.from_bytes(content[6:8])
 
 
-def _of_primary_item(meta: bytes) -> Iterator[int]:
-    """Yield the transfer function of the primary item of a meta box. Other items may be an HDR rendition of the same picture."""
+def _of_primary_item(meta: bytes) -> Iterator[Codes]:
+    """Yield the codes of the primary item of a meta box. Other items may be an HDR rendition of the same picture."""
     primary = next(inside(meta, b"pitm"), b"")
     item = int.from_bytes(primary[4:6] if primary[:1] == b"\0" else primary[4:8])
     properties = [box for content in inside(meta, b"iprp", b"ipco") for box in boxes(content)]
@@ -125,7 +134,7 @@ def _associations(content: bytes) -> dict[int, list[int]]:
     return found
 
 
-def _of_tracks(moov: bytes) -> Iterator[int]:
+def _of_tracks(moov: bytes) -> Iterator[Codes]:
     for table in inside(moov, b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
         for _, entry in boxes(table[8:]):
             for content in inside(entry[SAMPLE_ENTRY_BYTES :], b"colr"):

@@ -16,9 +16,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
+from lumos.video.colour import profile_of_codes
 from lumos.video.frames import picture_rgb, true_info
 from lumos.video.gif import Part, composed, parts, screen_size
-from lumos.video.hdr import check_profile, check_transfer, picture_transfer
+from lumos.video.hdr import check_profile, check_transfer, picture_codes, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
 """The formats that are read, without EPS, for which Pillow would start Ghostscript."""
@@ -103,6 +104,10 @@ def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
         _check_picture(path, image, max_pixels)
         check_transfer(path, picture_transfer(path, image.format or ""), "picture")
         check_profile(path, image.info.get("icc_profile"))
+        if image.format == "PNG" or not image.info.get("icc_profile"):  # in a PNG, codes come before a profile
+            for codes in picture_codes(path, image.format or "")[:1]:
+                image.info["icc_profile"] = profile_of_codes(*codes)
+                image.info["srgb"] = 0  # what the file says in other forms does not count
         image.info |= true_info(image)
         if image.format == "WEBP" and getattr(image, "is_animated", False) and image.mode == "RGB":
             # What no frame covers is transparent, even if no frame is; Pillow's decoder knows it, but leaves it out.
