@@ -30,7 +30,7 @@ from lumos.errors import UserError
 from lumos.video.boxes import most_edits
 from lumos.video.colour import profile_of_codes
 from lumos.video.frames import picture_rgb
-from lumos.video.hdr import check_transfer
+from lumos.video.hdr import check_codec_tag, check_transfer
 from lumos.video.matroska import stated_bytes
 
 PADDING = 2**21
@@ -56,6 +56,8 @@ SEEK_MARGINS = (0, 3, 15)
 """Seconds before the wanted time to which FFmpeg is sent, in turn: without an index it may land behind the last key frame."""
 JUMP = 0.1
 """Most seconds by which the time of a frame may lie before that of the frame before it. In joined recordings it is more."""
+BROADCASTS = ("mpegts", "mpeg")
+"""Containers of streams that begin and end anywhere: their last packet may be cut off, and its frame is left out."""
 UNSPECIFIED, BT709 = 2, 1
 """Codes of the matrix between YUV and RGB that a file states (ITU-T H.273, table 4), and the one of FFmpeg's scaler."""
 STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "gif", "webp")
@@ -100,6 +102,8 @@ class AvClip:
             self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
             packets = (packet for packet in container.demux(stream) if packet.size)
             self.of_decoding = container.format.name in DECODING_TIMES
+            # In a bitmap of 32 bits, of which such an AVI consists, the fourth byte of a pixel has no meaning, and is often 0.
+            self.is_plain = container.format.name == "avi" and stream.codec_context.name == "rawvideo"
             if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and most_edits(path) > 1:
                 raise UserError(
                     f"{path} shows several pieces of its film (an edit list) and has B-frames, and FFmpeg reads the times of such "
@@ -225,7 +229,9 @@ class AvClip:
         for packet in container.demux(stream):
             if packet.size and packet.dts is not None:
                 self._check_order(decoded, decoded := packet.dts * self.tick)
-            if packet.size and not packet.is_discard and (stamp := self._time_of(packet)) is not None:
+            if packet.is_discard or packet.is_corrupt or not packet.size:
+                continue
+            if (stamp := self._time_of(packet)) is not None:
                 times.append(stamp * self.tick - self.origin)
         return [max(time, 0.0) for time in times if time >= -self.early]
 
@@ -341,9 +347,12 @@ class AvClip:
     def _decoded(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
         """Yield each decoded frame; raise UserError for a frame of more than ``max_pixels``, and for HDR video."""
         check_transfer(self.path, stream.codec_context.color_trc, "video")  # some decoders do not pass it on to their frames
+        check_codec_tag(self.path, stream.codec_context.codec_tag)
         try:
             for frame in self._frames_of(container, stream):
                 self._check_size(frame.width, frame.height)
+                if frame.is_corrupt:
+                    raise self._damaged(frame)
                 check_transfer(self.path, frame.color_trc, "video")
                 yield frame
         except av.error.ArgumentError as error:  # the error of a decoder for a frame above `max_pixels`
@@ -353,19 +362,38 @@ class AvClip:
             ) from error
 
     def _frames_of(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+        """Yield the frames as the decoder gives them; raise UserError at a packet that is damaged."""
         codec = stream.codec_context
         name = ALPHA_DECODERS.get(codec.name)
         if name is None or {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") != "1":
-            yield from container.decode(stream)
-            return
-        decoder = av.CodecContext.create(name, "r")
-        decoder.extradata, decoder.options, decoder.thread_count = codec.extradata, codec.options, self.threads
+            decoder = codec
+        else:
+            decoder = av.CodecContext.create(name, "r")
+            decoder.extradata, decoder.options, decoder.thread_count = codec.extradata, codec.options, self.threads
+        begun, held, decoded = False, None, -math.inf
         for packet in container.demux(stream):
-            yield from decoder.decode(packet if packet.size else None)
+            if packet.size and packet.dts is not None and self.stamped:
+                self._check_order(decoded, decoded := packet.dts * self.tick)
+            if held is not None and packet.size:
+                begun = begun or held.is_keyframe
+                if begun and held.is_corrupt:
+                    raise self._damaged(held)
+                yield from decoder.decode(held)
+            if packet.size:
+                held = packet
+        for frame in (*(decoder.decode(held) if held is not None else ()), *decoder.decode(None)):
+            may_be_cut = container.format.name in BROADCASTS and held is not None and frame.pts == held.pts
+            if not (may_be_cut and (frame.is_corrupt or held.is_corrupt)):
+                yield frame
+
+    def _damaged(self, found: Any) -> UserError:
+        stamp = self._time_of(found)
+        place = "" if stamp is None else f" at {max(stamp * self.tick - self.origin, 0.0):.1f} s"
+        return UserError(f"{self.path} is damaged{place}; copy it again, or read a part without this place")
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Return a decoded frame as it is shown, uint8 [H, W, 3]: with square pixels, turned and mirrored as the file says."""
-        has_alpha = any(component.is_alpha for component in frame.format.components)
+        has_alpha = any(component.is_alpha for component in frame.format.components) and not self.is_plain
         # Players take BT.709 for films in HD that state nothing, and FFmpeg BT.601.
         is_hd = frame.width >= 1280 or frame.height > 576
         matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None

@@ -105,6 +105,8 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
         array = on_white(array)
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or 0 in array.shape:
         given = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "shape") else f"of type {type(frames).__name__}"
+        if array.size and np.issubdtype(array.dtype, np.number) and not np.iscomplexobj(array):
+            given += f" with values from {array.min():g} to {array.max():g}"
         array_form, tensor_form, pictures = (
             ("[T, H, W, 3]", "[T, 3, H, W]", "a list of PIL pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
         )

@@ -15,6 +15,8 @@ from lumos.video.boxes import MAX_BOX_BYTES, boxes, inside, top_boxes
 
 TRANSFERS = {16: "PQ", 18: "HLG"}
 """Names of transfer functions of high dynamic range (ITU-T H.273, table 3)."""
+DOLBY_VISION = ("dvh1", "dvhe", "dav1")
+"""Codec tags of streams that have no form which other decoders show."""
 PQ_PROFILE = "ITUR_2100_PQ_FULL"
 MAX_PROFILE_TAGS = 200
 """Largest number of tags of an ICC profile that are read. Profiles have about ten."""
@@ -35,6 +37,14 @@ def check_transfer(path: str | Path, transfer: int | None, what: str) -> None:
     if (name := TRANSFERS.get(int(transfer or 0))) is not None:
         raise HighDynamicRange(
             f"{path} is an HDR {what} ({name}), whose colours would come out wrong; convert it to SDR (BT.709 or sRGB) first"
+        )
+
+
+def check_codec_tag(path: str | Path, tag: str) -> None:
+    """Raise HighDynamicRange for video whose colours only a decoder of Dolby Vision understands. It states no transfer function."""
+    if tag in DOLBY_VISION:
+        raise HighDynamicRange(
+            f"{path} is an HDR video (Dolby Vision), whose colours would come out wrong; convert it to SDR (BT.709 or sRGB) first"
         )
 
 

@@ -27,7 +27,8 @@ MAX_ANIMATION_PIXELS = 20_000_000_000
 """Largest number of pixels of all frames of an animated picture: about 10 000 frames of 1920 x 1080. A small file can
 have many frames, because a frame can take a few bytes."""
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
-_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
+_TILE_WIDTH, _TILE_LENGTH, _SUBFILE, _DNG_VERSION = 322, 323, 254, 50706  # tags of a TIFF
+_REDUCED = 1  # a bit of _SUBFILE
 
 
 def is_picture_file(path: Path) -> bool:
@@ -102,6 +103,7 @@ def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
     image = Image.open(path, formats=FORMATS)
     try:
         _check_picture(path, image, max_pixels)
+        _check_no_raw(path, image)
         check_transfer(path, picture_transfer(path, image.format or ""), "picture")
         check_profile(path, image.info.get("icc_profile"))
         if image.format == "PNG" or not image.info.get("icc_profile"):  # in a PNG, codes come before a profile
@@ -189,3 +191,14 @@ def _check_picture(path: str | Path, image: Image.Image, max_pixels: int) -> Non
     if isinstance(image, TiffImageFile):
         width, length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
         check_pixels(path, width, length, max_pixels, "tiles of ")
+
+
+def _check_no_raw(path: str | Path, image: Image.Image) -> None:
+    """Raise UserError for the raw data of a camera, whose file looks like a TIFF of a small preview."""
+    if isinstance(image, TiffImageFile):
+        with open(path, "rb") as file:
+            is_canon = file.read(10)[8:] == b"CR"
+        if is_canon or _DNG_VERSION in image.tag_v2 or image.tag_v2.get(_SUBFILE, 0) & _REDUCED:
+            raise UserError(
+                f"{path} begins with a preview, as raw photographs of cameras do, which cannot be read; convert it to PNG or JPEG"
+            )

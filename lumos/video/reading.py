@@ -262,7 +262,10 @@ def _check_no_heif(path: str | Path) -> None:
         raise UserError(f"{path} is a HEIF picture (.heic), which cannot be read; convert it to PNG or JPEG")
 
 
-_PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
+_PICTURES = (
+    ".png", ".webp", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif", ".hif", ".jxl", ".jp2",
+    ".j2k", ".tga", ".ico", ".psd", ".exr", ".hdr", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+)  # fmt: skip
 
 
 def _kind(path: str | Path) -> str:

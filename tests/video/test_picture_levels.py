@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lumos.errors import UserError
 from lumos.video.frames import as_uint8
@@ -63,3 +66,24 @@ def test_levels_whose_white_is_not_known_are_refused(tmp_path, levels):
     for read in (read_image, read_video):
         with pytest.raises(UserError, match=r"a\.tif has grey levels from"):
             read(path)
+
+
+def test_a_raw_photograph_is_not_its_preview(tmp_path):
+    """It looks like a TIFF, whose first picture is small."""
+    for tag, value in ((254, 1), (50706, b"\1\4\0\0")):  # NewSubfileType, DNGVersion
+        tags = ImageFileDirectory_v2()
+        tags[tag] = value
+        Image.new("RGB", (16, 12)).save(tmp_path / "a.dng", "TIFF", tiffinfo=tags)
+        for read in (read_image, read_video):
+            with pytest.raises(UserError, match=r"a\.dng begins with a preview, as raw photographs .* convert it to PNG or JPEG"):
+                read(tmp_path / "a.dng")
+
+
+@pytest.mark.parametrize("values", [(-1, 1), (0, 255)])
+def test_a_refused_array_is_named_with_its_values(values):
+    given = np.linspace(*values, 48).reshape(1, 4, 4, 3).astype(np.float32)
+    tensor = torch.from_numpy(np.moveaxis(given, -1, 1).copy())
+    said = f"with values from {values[0]} to {values[1]} cannot be read; give uint8 or floats in"
+    for frames, shape in ((given, "[1, 4, 4, 3]"), (tensor, "[1, 3, 4, 4]")):
+        with pytest.raises(UserError, match=re.escape(f"{shape} {said}")):
+            as_uint8(frames)

@@ -12,6 +12,7 @@ from av.stream import Disposition
 
 from lumos.errors import UserError
 from lumos.video.av_clip import AvClip
+from lumos.video.hdr import HighDynamicRange
 from lumos.video.matroska import stated_bytes
 from lumos.video.reading import count_frames, read_video
 
@@ -158,3 +159,73 @@ def test_an_open_file_is_read_from_several_places(tmp_path):
         shown = next(clip.frames(start))
         assert shown.begin <= start
     clip.close()
+
+
+def coloured(path: Path, suffix: str) -> Path:
+    """Twelve frames of blocks, which take some kilobytes each."""
+    with av.open(str(path), "w", format=suffix) as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        stream.codec_context.max_b_frames = 2
+        for n in range(12):
+            blocks = np.random.default_rng(n).integers(0, 255, (12, 16, 3), np.uint8)
+            picture = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_that_the_decoder_guesses_are_refused(tmp_path):
+    """A decoder fills what it cannot read from frames before, and says so."""
+    path = coloured(tmp_path / "a", "mp4")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        broken = [packet for packet in container.demux(video=0) if packet.size][9]
+        begin, end = broken.pos + broken.size // 3, broken.pos + broken.size
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged at 0\.\d s; copy it again"):
+        read_video(path, threads=1)
+    assert len(read_video(path, num_frames=3, threads=1)[0]) == 3
+
+
+def test_a_broadcast_with_a_gap_is_refused(tmp_path):
+    path = coloured(tmp_path / "a", "mpegts")
+    data = path.read_bytes()
+    middle = len(data) // 376 * 188
+    path.write_bytes(data[:middle] + data[middle + 188 :])
+    with pytest.raises(UserError, match=r"is damaged at 0\.\d s; copy it again"):
+        read_video(path)
+
+
+def test_a_broadcast_may_end_within_a_packet(tmp_path):
+    path = coloured(tmp_path / "a", "mpegts")
+    whole = read_video(path)[0]
+    path.write_bytes(path.read_bytes()[:-1000])
+    frames, _ = read_video(path)
+    assert 8 <= len(frames) < 12
+    assert all(any(np.array_equal(frame, other) for other in whole) for frame in frames)
+    assert count_frames(path, 30) in (11, 12)
+
+
+@pytest.mark.parametrize(("tag", "is_read"), [(b"hev1", True), (b"dvhe", False), (b"dvh1", False)])
+def test_dolby_vision_without_another_form_is_refused(tmp_path, tag, is_read):
+    path = film(tmp_path / "a.mp4", 3, "libx265", options={"x265-params": "log-level=0"})
+    path.write_bytes(path.read_bytes().replace(b"hev1", tag))
+    if is_read:
+        assert len(read_video(path)[0]) == 3
+    else:
+        with pytest.raises(HighDynamicRange, match="Dolby Vision"):
+            read_video(path)
+
+
+def test_the_fourth_byte_of_a_bitmap_is_no_opacity(tmp_path):
+    """Screen recorders leave it at 0."""
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgra"
+        clear = np.zeros((16, 16, 4), np.uint8)
+        clear[..., 0] = 200
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(clear, format="rgba").reformat(format="bgra")))
+        container.mux(stream.encode())
+    assert read_video(tmp_path / "a.avi")[0][0, 8, 8].tolist() == [200, 0, 0]
