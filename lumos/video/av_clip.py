@@ -102,6 +102,8 @@ class AvClip:
             self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
             packets = (packet for packet in container.demux(stream) if packet.size)
             self.of_decoding = container.format.name in DECODING_TIMES
+            # PyAV frees the name of the profile of a PNG twice if it is asked for what stands beside the pixels.
+            self.is_png = stream.codec_context.name in ("png", "apng")
             # In a bitmap of 32 bits, of which such an AVI consists, the fourth byte of a pixel has no meaning, and is often 0.
             self.is_plain = container.format.name == "avi" and stream.codec_context.name == "rawvideo"
             if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and most_edits(path) > 1:
@@ -398,7 +400,8 @@ class AvClip:
         is_hd = frame.width >= 1280 or frame.height > 576
         matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
         rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
-        held = frame.side_data.get("ICC_PROFILE")
+        beside = {} if self.is_png else frame.side_data
+        held = beside.get("ICC_PROFILE")
         profile = profile_of_codes(frame.color_primaries, frame.color_trc) if held is None else bytes(held)
         if has_alpha or profile:
             picture = Image.fromarray(rgb)
@@ -407,7 +410,9 @@ class AvClip:
         if self.aspect != 1:
             wide = max(1, round(rgb.shape[1] * self.aspect))
             rgb = np.asarray(Image.fromarray(rgb).resize((wide, rgb.shape[0]), Image.Resampling.BICUBIC))
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if self.is_png:
+            return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+        matrix = beside.get("DISPLAYMATRIX")
         return rgb if matrix is None else displayed(rgb, struct.unpack("9i", bytes(matrix)))
 
     def _check_size(self, width: int, height: int) -> None:

@@ -21,7 +21,7 @@ _IMAGE, _EXTENSION, _END, _CONTROL = 0x2C, 0x21, 0x3B, 0xF9
 
 
 @dataclass(frozen=True)
-class Part:
+class GifFrame:
     """A frame as it is stored: a GIF of its own, where it lies on the screen, for how long, and what becomes of it."""
 
     left: int
@@ -41,7 +41,7 @@ def screen_size(path: Path) -> tuple[int, int]:
     return (max(width, first.left + first.width), max(height, first.top + first.height)) if first else (width, height)
 
 
-def parts(path: Path) -> Iterator[Part]:
+def parts(path: Path) -> Iterator[GifFrame]:
     """Yield the frames as they are stored. Raise OSError if the file is cut off."""
     with path.open("rb") as file:
         head = _exactly(file, 13)
@@ -60,13 +60,13 @@ def parts(path: Path) -> Iterator[Part]:
                 gif = b"GIF89a" + struct.pack("<HH", width, height) + head[10:] + colours + extension
                 gif += struct.pack("<B4H", _IMAGE, 0, 0, width, height) + data + bytes([_END])
                 delay = 10 * int.from_bytes(control[1:3], "little")
-                yield Part(left, top, width, height, gif, SHORT if delay <= KEPT_SHORT else delay, control[0] >> 2 & 7)
+                yield GifFrame(left, top, width, height, gif, SHORT if delay <= KEPT_SHORT else delay, control[0] >> 2 & 7)
                 control = bytes(4)
             else:
                 return  # bytes behind the end, as Pillow and browsers take them
 
 
-def composed(stored: Iterator[Part], size: tuple[int, int]) -> Iterator[tuple[Image.Image, int]]:
+def composed(stored: Iterator[GifFrame], size: tuple[int, int]) -> Iterator[tuple[Image.Image, int]]:
     """Yield each frame on the screen of this (width, height), as an RGBA picture, and its duration in ms."""
     screen = Image.new("RGBA", size)
     for part in stored:

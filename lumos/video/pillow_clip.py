@@ -18,7 +18,7 @@ from lumos.errors import UserError
 from lumos.video.av_clip import Shown, check_pixels
 from lumos.video.colour import profile_of_codes
 from lumos.video.frames import picture_rgb, true_info
-from lumos.video.gif import Part, composed, parts, screen_size
+from lumos.video.gif import GifFrame, composed, parts, screen_size
 from lumos.video.hdr import check_profile, check_transfer, picture_codes, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
@@ -177,7 +177,7 @@ class PillowClip:
         check_pixels(self.path, *size, self.max_pixels)
         yield from composed(self._small_enough(parts(self.path)), size)
 
-    def _small_enough(self, stored: Iterator[Part]) -> Iterator[Part]:
+    def _small_enough(self, stored: Iterator[GifFrame]) -> Iterator[GifFrame]:
         for part in stored:
             check_pixels(self.path, part.width, part.height, self.max_pixels)
             yield part

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from lumos.video.av_clip import displayed
 from lumos.video.colour import ADOBE_RGB, D65, PRIMARIES, SRGB, matrix_profile
 from lumos.video.frames import as_uint8, picture_rgb
 from lumos.video.reading import read_image, read_video
@@ -143,15 +146,40 @@ def test_the_primaries_of_a_film(tmp_path, primaries, transfer, places, exponent
     assert near(read_video(tmp_path / "a.mp4")[0], in_srgb(GIVEN, places, exponent), 4)
 
 
-def test_the_profile_of_the_pictures_of_a_film(tmp_path):
-    data = io.BytesIO()
-    Image.new("RGB", (32, 32), GIVEN).save(data, "PNG", icc_profile=matrix_profile(SRGB, 1.0))
-    with av.open(str(tmp_path / "a.mov"), "w") as container:
-        stream = container.add_stream("png", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "rgb24"
+def film_of_pictures(path: Path, kind: str, codec: str, **options) -> Path:
+    data, picture = io.BytesIO(), Image.new("RGB", (32, 32), GIVEN)
+    if kind == "PNG":
+        picture.putpixel((0, 0), (9, 9, 9))
+    picture.save(data, kind, icc_profile=matrix_profile(SRGB, 1.0), **options)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "rgb24" if kind == "PNG" else "yuvj444p"
         container.start_encoding()
         for number in range(3):
             packet = av.Packet(data.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, stream.time_base
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
             container.mux(packet)
-    assert near(read_video(tmp_path / "a.mov")[0], in_srgb(GIVEN, SRGB, 1.0))
+    return path
+
+
+def test_the_profile_of_the_pictures_of_a_film(tmp_path):
+    path = film_of_pictures(tmp_path / "a.mov", "JPEG", "mjpeg", quality=100, subsampling=0)
+    assert near(read_video(path)[0], in_srgb(GIVEN, SRGB, 1.0), 3)
+
+
+@pytest.mark.parametrize("turn", [0, 90, -90, 180])
+def test_a_film_of_png_with_profiles_does_not_end_the_process(tmp_path, turn):
+    """PyAV frees memory twice if it is asked for the profile, which is therefore not known here."""
+    path = film_of_pictures(tmp_path / "a.mov", "PNG", "png")
+    data, one = bytearray(path.read_bytes()), 1 << 16
+    cos, sin = round(np.cos(np.radians(turn))), round(np.sin(np.radians(turn)))
+    at = data.find(b"tkhd") + 44
+    matrix = (cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(">9i", *matrix)
+    path.write_bytes(data)
+    expected = np.full((32, 32, 3), GIVEN, np.uint8)
+    expected[0, 0] = 9
+    frames, _ = read_video(path)
+    assert np.array_equal(frames, [displayed(expected, matrix)] * 3)
+    del frames
+    gc.collect()
