@@ -58,6 +58,8 @@ JUMP = 0.1
 """Most seconds by which the time of a frame may lie before that of the frame before it. In joined recordings it is more."""
 BROADCASTS = ("mpegts", "mpeg")
 """Containers of streams that begin and end anywhere: their last packet may be cut off, and its frame is left out."""
+ORDERED = "mpegts"
+"""The container whose times of decoding are those of the file; in others, FFmpeg guesses some, and they may jump back."""
 UNSPECIFIED, BT709 = 2, 1
 """Codes of the matrix between YUV and RGB that a file states (ITU-T H.273, table 4), and the one of FFmpeg's scaler."""
 STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "gif", "webp")
@@ -229,7 +231,7 @@ class AvClip:
         """Return the times of the packets that are shown, from the present place in the file on."""
         times, decoded = [], -math.inf
         for packet in container.demux(stream):
-            if packet.size and packet.dts is not None:
+            if packet.size and packet.dts is not None and container.format.name == ORDERED:
                 self._check_order(decoded, decoded := packet.dts * self.tick)
             if packet.is_discard or packet.is_corrupt or not packet.size:
                 continue
@@ -374,7 +376,7 @@ class AvClip:
             decoder.extradata, decoder.options, decoder.thread_count = codec.extradata, codec.options, self.threads
         begun, held, decoded = False, None, -math.inf
         for packet in container.demux(stream):
-            if packet.size and packet.dts is not None and self.stamped:
+            if packet.size and packet.dts is not None and container.format.name == ORDERED:
                 self._check_order(decoded, decoded := packet.dts * self.tick)
             if held is not None and packet.size:
                 begun = begun or held.is_keyframe

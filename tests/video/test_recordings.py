@@ -229,3 +229,15 @@ def test_the_fourth_byte_of_a_bitmap_is_no_opacity(tmp_path):
         container.mux(stream.encode(av.VideoFrame.from_ndarray(clear, format="rgba").reformat(format="bgra")))
         container.mux(stream.encode())
     assert read_video(tmp_path / "a.avi")[0][0, 8, 8].tolist() == [200, 0, 0]
+
+
+GUESSED = [("a.mkv", "mpeg4"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.mpg", "mpeg2video")]
+
+
+@pytest.mark.parametrize(("name", "codec"), GUESSED)
+def test_guessed_times_of_decoding_are_no_jump(tmp_path, name, codec):
+    """At a low rate, FFmpeg's guesses of what the file leaves out differ by a second."""
+    slow = Fraction(1, 25 if name == "a.mpg" else 2)
+    path = film(tmp_path / name, 30, codec, gop=12, unit=slow)
+    assert numbers(read_video(path)[0]) == list(range(30))
+    assert count_frames(path, float(1 / slow)) == 30
