@@ -224,7 +224,7 @@ def test_intervals_of_shares_are_pooled_and_others_of_seeds():
     assert found["all"] == pytest.approx([0.1666, 0.4788], abs=1e-3)  # Wilson, 9 of 30
     assert found["moved"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)
     assert intervals.wilson(0, 30)[0] == 0
-    assert results.counts_of({"one": [{"all": True, "prompt": "x"}, {"all": False}]}) == {"all": [1, 2], "all of one": [1, 2]}
+    assert results.verdicts_of({"one": [{"all": True, "prompt": "x"}, {"all": False}]}) == {"all": "10", "all of one": "10"}
 
 
 def test_a_curve_may_be_one_place_of_a_list():
