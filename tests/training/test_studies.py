@@ -19,7 +19,6 @@ from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import UserError
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.experiments import intervals, plots, results, runs
-from lumos.evaluation.experiments.reuse import settings_key
 from lumos.evaluation.experiments.settings import Experiment, load
 from lumos.evaluation.prompts import KINDS
 from lumos.training.settings import load_settings
@@ -62,18 +61,13 @@ def test_arms_have_equal_compute(folders, name: str):
     assert max(whole + half) / min(whole + half) <= 1.02, spent
 
 
-@pytest.mark.parametrize(("name", "variant"), [
-    *(("stiv-image-dropout", variant) for variant in ("text alone", "0 % text", "8 % text", "50 % text")),
-    ("stiv-given-time", "clean"), ("stiv-given-time", "same"), ("stiv-start", "scratch"), ("stiv-mask", "no mask"),
-    ("compare-systems", "transformer, half trained"),
-])  # fmt: skip
-def test_studies_share_a_training(folders, name: str, variant: str):
-    """The text to video of stiv-norms is trained once for each seed; the other studies copy it, and their minutes count on that."""
-    flow = {job.seed: job.train for job in folders("stiv-norms") if job.name == "flow"}
-    for job in folders(name):
-        if job.name == variant:
-            first = job.before[0][1] if job.before else job.train
-            assert settings_key(first) == settings_key(flow[job.seed]) is not None
+@pytest.mark.parametrize("name", TRAINED)
+def test_arms_have_latents_of_one_scale(folders, name: str):
+    """Losses of latents with other means and deviations could not be compared."""
+    commands = [command for job in folders(name) if job.train for command in (*(found for _, found in job.before), job.train)]
+    settings = [load_settings(command[2], list(command[3:])) for command in commands if command[2].endswith("stiv-base.yaml")]
+    assert settings
+    assert all(len(found.latents.mean) == 5 and found.latents == settings[0].latents for found in settings)
 
 
 @pytest.mark.parametrize("name", STUDIES)
