@@ -21,6 +21,7 @@ from lumos.pipeline.request import Request, Resolved, needs_words
 from lumos.prompt_lists.results import UNFINISHED, Results
 from lumos.prompt_lists.rows import PromptRow
 from lumos.video.io import check_output
+from lumos.wording import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +150,7 @@ def clips_of(row: PromptRow, request: Request, resolved: Resolved, inputs: dict[
 
 def default_name(prompt: str, picture: bool, before: str = "", after: str = "") -> str:
     """Return a file name made of `before`, the words of the prompt, in any script, and `after`."""
-    letters = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", prompt).lower())
+    letters = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in one_line(prompt).lower())
     words = re.sub("-+", "-", "".join(letters)).strip("-")[:60]
     words = words.encode()[:150].decode(errors="ignore").strip("-") or "clip"  # file systems limit names to 255 bytes
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"

@@ -45,6 +45,7 @@ from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
 from lumos.files import existing_path, open_regular, text_of
 from lumos.video.reading import can_read
+from lumos.wording import one_line
 
 MAX_PATH_LENGTH = 4096
 """Largest number of characters of a path in a table; no operating system opens a longer one."""
@@ -83,7 +84,7 @@ def items(
     if caption is not None:
         if table:
             raise UserError("--captions and --caption both say what the clips show; leave one of them out")
-        if problem := problem_of_caption(" ".join(caption.split())):
+        if problem := problem_of_caption(one_line(caption)):
             raise UserError(f"--caption {shown(caption)} cannot be used: {problem[1]}")
     return _checked(paths, table, warn, caption)
 
@@ -138,7 +139,7 @@ def _with_caption(item: Item, captions: dict[str, str], used: set[str], of_all: 
     name = PurePosixPath(_matching(item.id.partition("/")[2] or item.id))
     key = next((key for key in (str(name), name.name, name.stem) if key in captions), None)
     own = item.caption if key is None else captions[key]
-    caption = " ".join((own if of_all is None else of_all).replace("\ufeff", "").split())
+    caption = one_line(own if of_all is None else of_all)
     problem = item.problem
     if key is not None:
         used.add(key)
