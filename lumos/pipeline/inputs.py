@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import random
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -86,7 +86,7 @@ def align(
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
     if "seed" not in lengths:
-        first = random.randrange(2**31) if seed is None else whole_seed(seed)
+        first = secrets.randbelow(2**31) if seed is None else whole_seed(seed)
         lists["seed"] = [first + i for i in range(count)]
     lists["seed"] = [whole_seed(s) for s in lists["seed"]]
     return lists
