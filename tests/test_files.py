@@ -34,6 +34,14 @@ def test_a_number_of_thousands_of_digits_is_named(parse, form):
     assert str(error.value) == f"where is not valid {form}: it has a number of thousands of digits; shorten it"
 
 
+def test_a_key_that_stands_twice_is_refused():
+    for parse, text in ((parse_json, '[{"b": {"a": 1, "a": 2}}]'), (parse_yaml, "b:\n  a: 1\n  a: 2\n")):
+        with pytest.raises(UserError, match=r"where is not valid .*: the key 'a' stands twice"):
+            parse(text, "where")
+    merged = parse_yaml("b: &b {a: 1}\nc: &c {<<: *b, a: 3}\nd: {<<: *c, e: 1}\n", "where")
+    assert merged == {"b": {"a": 1}, "c": {"a": 3}, "d": {"a": 3, "e": 1}}
+
+
 def test_documents_within_the_limits_are_read():
     deep = "[" * 64 + "]" * 64
     assert parse_json(deep, "w") == json.loads(deep)

@@ -132,7 +132,7 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def read_table(text: str, path: Path) -> Reader:
-    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True)
+    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in known or names.count(name) > 1]:
