@@ -47,15 +47,15 @@ MAX_YAML_ALIASES = 1000
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, put: Callable[[Path, Path], object] = put_file) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; rename it to ``path`` when the block ends without an error.
 
     If the block ends with an error or Ctrl-C, the temporary file is removed and an older file stays as it
     was. Temporary files of killed processes are removed by the next call for the same path. After a power
     cut, ``path`` is the older or the new file. Missing parent folders are created. Raises UserError if the
-    parent folder cannot be created, RunError if writing fails.
+    parent folder cannot be created, RunError if writing fails. `put` is what renames the file.
     """
-    with _replacing(Path(path), put_file) as temporary:
+    with _replacing(Path(path), put) as temporary:
         yield temporary
 
 
@@ -136,7 +136,7 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, put: Callable[[Path, Path], None]) -> Iterator[Path]:
+def _replacing(path: Path, put: Callable[[Path, Path], object]) -> Iterator[Path]:
     _make_parents(path)
     sweep(path)
     temporary = temporary_name(path)

@@ -6,6 +6,7 @@ A record is the JSON file beside a clip that holds all its settings.
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lumos.durable import put_file
 from lumos.errors import UserError, shown
 from lumos.files import check_writable, read_json, write_json
 from lumos.pipeline.defaults import ClipDefaults
@@ -163,6 +165,18 @@ def free_name(path: Path) -> Path:
         number += 1
         found = path.with_stem(f"{path.stem}-{number}")
     return found
+
+
+def put_under_free_name(source: Path, path: Path) -> Path:
+    """Rename a finished file to `free_name(path)` and return that, which no other process can take meanwhile."""
+    while True:
+        found = free_name(path)
+        try:
+            os.close(os.open(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:  # another process was quicker
+            continue
+        put_file(source, found)
+        return found
 
 
 def with_free_name(out: Path, clip: ListedClip) -> ListedClip:
