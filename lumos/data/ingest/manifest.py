@@ -112,10 +112,11 @@ def _check_source(path: Path) -> None:
 def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None], caption: str | None) -> Iterator[Item]:
     """Yield all items with their captions, or with `caption`; an item whose id came before is a duplicate."""
     captions: dict[str, str] = {}
-    used: dict[str, set[str]] = {}
+    used: dict[str, str] = {}
+    shared: dict[str, None] = {}
     seen: Counter[bytes] = Counter()
     for item in _all_items(paths, table, captions, warn):
-        item = _with_caption(item, captions, used, caption)
+        item = _with_caption(item, captions, used, shared, caption)
         key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # needs less memory than the id
         seen[key] += 1
         if seen[key] > 1:
@@ -126,10 +127,10 @@ def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None],
             f"{len(unused):,} of {len(captions):,} captions of {table} are for files that are in no source; the first is for "
             f"{shown(unused[0])}"
         )
-    if shared := [name for name, folders in used.items() if len(folders) > 1]:
+    if shared:
         warn(
             f"{len(shared):,} captions of {table} count for files in several folders, as no folder is named; the first is for "
-            f"{shown(shared[0])}"
+            f"{shown(next(iter(shared)))}"
         )
 
 
@@ -146,19 +147,21 @@ def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str], 
             warn(f"the source {path} has no media file and no row")
 
 
-def _with_caption(item: Item, captions: dict[str, str], used: dict[str, set[str]], of_all: str | None) -> Item:
+def _with_caption(
+    item: Item, captions: dict[str, str], used: dict[str, str], shared: dict[str, None], of_all: str | None
+) -> Item:  # fmt: skip
     """Return the item with its caption as one line, or with a problem if it has no valid caption.
 
-    `of_all` is the caption of any item. The folder of the item is added to `used`, under the name of the caption that it takes
-    from `captions`.
+    `of_all` is the caption of any item. `used` gets the folder of the first item that takes a caption from `captions`, by the
+    name of the caption, and `shared` the names of captions that items of several folders take.
     """
     name = PurePosixPath(_matching(item.id.partition("/")[2] or item.id))
     key = next((key for key in (str(name), name.name, name.stem) if key in captions and not _is_of_another(key, name, item)), None)
     own = item.caption if key is None else captions[key]
     caption = one_line(own if of_all is None else of_all)
     problem = item.problem
-    if key is not None:
-        used.setdefault(key, set()).add(str(name.parent))
+    if key is not None and used.setdefault(key, str(name.parent)) != str(name.parent):
+        shared[key] = None
     if (key is not None or of_all is not None) and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
         problem = None
     return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
@@ -214,7 +217,7 @@ def folder_items(root: Path, name: str, warn: Callable[[str], None] = lambda tex
     Hidden files and folders are left out. A link to a folder is followed, but no folder is read twice. `warn` is called at the
     end if there are captions without media.
     """
-    alone: list[str] = []
+    alone, first_alone = 0, ""
     # A list as the stack instead of recursion, because folders can be nested deeper than Python's stack allows.
     # (path relative to the root, whether it is a folder, whether a folder above it is a link); the last element is the next one
     todo = [("", True, False)]
@@ -235,7 +238,8 @@ def folder_items(root: Path, name: str, warn: Callable[[str], None] = lambda tex
                 continue
             todo += [(f"{below}/{entry}" if below else entry, is_dir, is_linked) for entry, is_dir in reversed(inside)]
             texts = _texts_alone([entry for entry, is_dir in inside if not is_dir])
-            alone += [f"{below}/{text}" if below else text for text in texts]
+            first_alone = first_alone or (f"{below}/{texts[0]}" if below and texts else next(iter(texts), ""))
+            alone += len(texts)
             continue
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
         if ARCHIVE.search(path.name):
@@ -243,7 +247,7 @@ def folder_items(root: Path, name: str, warn: Callable[[str], None] = lambda tex
         elif not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
     if alone:
-        warn(f"{root} has {len(alone):,} texts beside no picture or clip; the first is {shown(alone[0])}")
+        warn(f"{root} has {alone:,} texts beside no picture or clip; the first is {shown(first_alone)}")
 
 
 def _texts_alone(files: Sequence[str]) -> list[str]:
@@ -295,7 +299,7 @@ def _text_beside(file: Path) -> Path:
     """
     names = [unicodedata.normalize(form, name) if form else name for name in (file.name, file.stem) for form in ("", "NFC", "NFD")]
     found = [file.with_name(name + suffix) for name in names for suffix in (".txt", ".TXT")]
-    return next((text for text in found if os.path.lexists(text)), file.with_suffix(".txt"))
+    return next((text for text in found if os.path.lexists(text)), file.with_name(f"{file.stem}.txt"))
 
 
 def _file_item(id_: str, file: Path) -> Item:

@@ -43,21 +43,21 @@ def tar_items(tar: Path, name: str, warn: Callable[[str], None] = lambda text: N
     `warn` is called at the end if there are captions without media.
     """
     groups: dict[str, list[tarfile.TarInfo]] = {}
-    alone: list[str] = []
+    alone, first_alone = 0, ""
     try:
         with open_regular(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             problem = _read_members(archive, tar.stat().st_size, groups)
             for members in groups.values():
                 found = list(_sample_items(tar, name, archive, members))
                 yield from found
-                if not found:
-                    alone += [member.name for member in members if _suffix(member) in TEXTS][:1]
+                if not found and (texts := [member.name for member in members if _suffix(member) in TEXTS]):
+                    alone, first_alone = alone + 1, first_alone or texts[0]
     except Exception as error:  # whatever tarfile raises for a foreign file
         problem = BROKEN_TAR, f"{_line(error)}; it must be a whole, uncompressed tar"
     if problem:
         yield Item(name, str(tar), problem=(problem[0], f"{tar}: {problem[1]}"))
     if alone:
-        warn(f"{tar} has {len(alone):,} captions without a picture or clip; the first is {shown(alone[0])}")
+        warn(f"{tar} has {alone:,} captions without a picture or clip; the first is {shown(first_alone)}")
 
 
 def _read_members(archive: tarfile.TarFile, size: int, groups: dict[str, list[tarfile.TarInfo]]) -> tuple[str, str] | None:
