@@ -352,11 +352,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the entries of a JSON object; ValueError for a key that stands there twice, of which one would be lost."""
+    """Return the entries of a JSON object; ValueError for a key with two different values, of which one would be lost."""
     found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1), 60)} stands twice in an object")
+    if len(found) < len(pairs) and (wrong := next((key for key, value in pairs if found[key] != value), None)) is not None:
+        raise ValueError(f"the key {shown(wrong, 60)} stands twice in an object, with different values")
     return found
 
 
@@ -483,4 +482,4 @@ def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
     if files is None:
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
     lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

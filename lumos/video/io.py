@@ -8,6 +8,7 @@ written completely or not at all (see ``lumos.files``).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from fractions import Fraction
@@ -118,8 +119,12 @@ def write_frames(
 
 def _comment(metadata: Mapping[str, Any] | None, suffix: str) -> str:
     """Return metadata as JSON for the comment of a file, or "" without metadata."""
-    # A WebP file has its comment in EXIF, which is ASCII, so other characters are escaped.
-    return json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
+    if not metadata:
+        return ""
+    # A WebP file has its comment in EXIF, which is ASCII, so other characters are escaped. Bytes of file names that are not
+    # UTF-8 are escaped everywhere.
+    text = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
@@ -151,8 +156,8 @@ def _suffix(path: Path) -> str:
 
 def _write_mp4(path: Path, parts: Iterable[Any], fps: float, comment: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
-    try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    try:  # the path is absolute, as FFmpeg takes the begin of a name such as take:1.mp4 for that of a protocol
+        with av.open(os.path.abspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["comment"] = comment
             # The macroblock tree of x264 makes different files from the same frames, so it is off.
             # Without this option, crf 20 gives about the quality of crf 17 with it.
