@@ -62,7 +62,7 @@ def test_text_to_video_writes_a_clip_and_its_record(generate, in_empty_folder):
     assert files(in_empty_folder) == [path, f"{path}.json"]
 
 
-def test_a_default_name_that_is_taken_during_the_work_is_not_written_over(generate, monkeypatch):
+def test_a_default_name_taken_during_the_work_is_kept(generate, monkeypatch):
     from lumos import VideoPipeline
 
     taken, stream = Path("outputs/x-3.mp4"), VideoPipeline.stream_encoded

@@ -57,7 +57,7 @@ def test_precisions_of_single_backends_are_given_back():
     assert matmul.fp32_precision == "bf16"
 
 
-def test_a_request_that_is_encoded_alone_is_so_in_plain_defaults(micro_folder):
+def test_a_request_is_encoded_in_plain_defaults_too(micro_folder):
     pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
     frames = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8)
 

@@ -54,7 +54,7 @@ def test_texts_that_show_nothing_are_empty(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_characters_that_no_caption_has_are_refused_in_prompts_too(tmp_path, text):
+def test_characters_of_no_caption_are_refused_in_prompts(tmp_path, text):
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert [item.problem[0] for item in items([tmp_path])] == [BAD_CAPTION]

@@ -86,7 +86,7 @@ def test_captions_may_have_the_whole_name_of_a_file(clip, tmp_path):
     assert found(folder(tmp_path / "clips", members)) == expected
 
 
-def test_a_caption_of_a_path_is_not_that_of_the_same_name_elsewhere(clip, tmp_path):
+def test_a_caption_is_not_that_of_a_name_elsewhere(clip, tmp_path):
     source = folder(tmp_path / "src", dict.fromkeys(("a.mp4", "sub/a.mp4", "sub/b.mp4", "x/c.mp4", "y/c.mp4"), clip))
     table, said = tmp_path / "captions.csv", []
     table.write_text("path,caption\na.mp4,in the root\nb.mp4,by name\nc.mp4,both\n")

@@ -53,7 +53,7 @@ def test_the_first_patch_frame_depends_on_the_first_frame_only(method):
     torch.testing.assert_close(patchify(video, 4, method)[:, :, :1], patchify(video[:, :, :1], 4, method), rtol=0, atol=0)
 
 
-def test_a_matrix_that_is_kept_does_not_depend_on_the_first_caller():
+def test_a_kept_matrix_does_not_depend_on_the_caller():
     haar_matrix.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:

@@ -227,7 +227,7 @@ def test_inference_mode_weights_get_no_prefix_cache():
         assert (prefix_cache.load(model, ids) is not None) == found
 
 
-def test_writes_that_torch_does_not_count_end_the_use_of_a_prefix():
+def test_uncounted_writes_end_the_use_of_a_prefix():
     prefix_cache, ids, model = PrefixCache(), prefix(None), copy.deepcopy(MODEL)
     prefix_cache.save(model, ids, (ids, ids))
     assert prefix_cache.load(model, ids) is not None
