@@ -65,6 +65,12 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def check_no_adapter(folder: str | Path) -> None:
+    """Raise UserError if a folder holds an adapter, which transformers would load together with a model in it."""
+    if is_adapter(folder):
+        raise UserError(f"{folder} holds an adapter, which would be loaded with a model in it; give each a folder of its own")
+
+
 def add_adapters(model: nn.Module, lora: Lora) -> None:
     """Add new adapters to the model and freeze all other parameters. New adapters do not change its output."""
     peft = import_peft()

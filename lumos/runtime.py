@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -116,20 +117,68 @@ def return_freed_memory(device: torch.device) -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in MALLOPT.values())
 
 
+def _precision() -> str | tuple[str, ...]:
+    """Return how exact products of float32 are: in torch's one word, or in a word for each backend if these were set."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's word, where a backend has another
+        return tuple(backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn))
+
+
+def _set_precision(value: str | tuple[str, ...]) -> None:
+    if isinstance(value, str):
+        torch.set_float32_matmul_precision(value)
+        return
+    for backend, word in zip((torch.backends.cuda, torch.backends.mkldnn), value, strict=True):
+        backend.matmul.fp32_precision = word
+
+
+class _OfTheProcess:
+    """Defaults of torch that are one for all threads: the dtype of new tensors, and how exact products of float32 are.
+
+    They are plain from the first of the calls that run at a time until the last one has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._calls = threading.Lock(), 0
+        self._before: dict[Callable[[Any], None], Any] = {}
+
+    def enter(self) -> None:
+        plain = (
+            (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+            (_precision, _set_precision, "highest"),
+        )
+        with self._lock:
+            self._calls += 1
+            for get, change, value in plain:
+                if (found := get()) != value:
+                    self._before[change] = found
+                    change(value)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            while self._before and not self._calls:
+                change, value = self._before.popitem()
+                change(value)
+
+
+_OF_THE_PROCESS = _OfTheProcess()
+
+
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Inside, new tensors are float32 on the CPU and no autocast changes dtypes, whatever the caller of the library has set.
+    """Inside, new tensors are float32 on the CPU, products of float32 are exact, and no autocast changes dtypes.
 
-    A result then depends on its arguments alone. The default dtype is one for all threads of the process.
+    A result then depends on its arguments alone, whatever the caller of the library has set.
     """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with ExitStack() as held:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 held.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32 or device.type != "cpu":
-            held.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
+        _OF_THE_PROCESS.enter()
+        held.callback(_OF_THE_PROCESS.leave)
+        if torch.get_default_device().type != "cpu":
             held.enter_context(torch.device("cpu"))
         yield
 

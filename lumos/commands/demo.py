@@ -15,6 +15,7 @@ from lumos import registry
 from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
 from lumos.errors import UserError
 from lumos.files import read_prompts
+from lumos.wording import is_blank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,4 +119,4 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 def read_examples(path: Path) -> list[str]:
     """Return the prompts of a text file, without empty lines."""
     text = read_prompts(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in text.split("\n") if not is_blank(line)]

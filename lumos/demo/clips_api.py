@@ -23,7 +23,8 @@ from lumos.demo.limits import TooLarge
 from lumos.demo.schema import CLIP, CLIPS
 from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
-from lumos.files import parse_json, text_of
+from lumos.files import parse_json
+from lumos.wording import text_of
 
 HEARTBEAT_SECONDS = 15  # an event stream that has nothing to tell sends a comment, so that proxies keep it open
 LONGEST_PAGE = 100

@@ -160,6 +160,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
     def encoded(self, resolved: Resolved) -> Encoded:
         """Encode a resolved request: given frames by the video tokenizer, and prompts by the text encoder if there is one."""
 
+    @plain_defaults()
     def resolve(self, request: Request) -> Resolved:
         """Do the same as `resolved`, and warn of what may make the clips poor: words and a size that training never had."""
         resolved = self.resolved(request)
@@ -170,6 +171,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
                 warnings.warn(note, stacklevel=1)
         return resolved
 
+    @plain_defaults()
     def encode(self, resolved: Resolved) -> Encoded:
         """Do the same as `encoded`, and warn if a given picture is of another kind than those of the training."""
         self.check_pictures(resolved)

@@ -65,6 +65,8 @@ class VideoPipelineOutput(ModelOutput):
         The suffix is .mp4, .gif, .webp or .png. fps: default the frame rate of the clips.
         """
         clips, path = self.clips(), Path(path)
+        if not path.name:
+            raise UserError(f"{shown(str(path))} is no name of a file; give one that ends in .mp4, .gif, .webp or .png")
         rate = (self.settings or {}).get("fps", 1) if fps is None else fps
         names = [path] if len(clips) == 1 else [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(len(clips))]
         return [write_video(name, clip, rate) for name, clip in zip(names, clips, strict=True)]

@@ -17,6 +17,7 @@ from lumos.errors import UserError, shown
 from lumos.files import existing_path, parse_json, read_prompts
 from lumos.pipeline.options import all_options
 from lumos.settings import is_whole
+from lumos.wording import is_blank
 
 MAX_LIST_BYTES = 2**28
 MAX_ROWS = 1_000_000
@@ -113,7 +114,7 @@ Reader = Iterator[tuple[int, Callable[[], dict[str, Any]]]]
 
 def read_lines(text: str, path: Path) -> Reader:
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if not is_blank(line):
             yield number, lambda line=line: {"prompt": line.strip()}
 
 
@@ -131,7 +132,7 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def read_table(text: str, path: Path) -> Reader:
-    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True)
+    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in known or names.count(name) > 1]:

@@ -31,6 +31,7 @@ from lumos.training.sections import (
     SampleSettings,
     TokenizerSettings,
 )
+from lumos.wording import is_blank, one_line, wrong_character
 
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
@@ -170,8 +171,11 @@ def check_sampling(settings: TrainingSettings) -> None:
         settings.sampling(**options)
     if samples.every and not samples.prompts:
         raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
-    if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:
-        raise UserError(f"samples.prompts holds the empty prompt {shown(empty[0])}; say in words what the clip shows")
+    for prompt in samples.prompts:
+        if wrong := wrong_character(one_line(prompt)):
+            raise UserError(f"samples.prompts: the prompt {shown(prompt)} {wrong}")
+        if is_blank(prompt):
+            raise UserError(f"samples.prompts holds the empty prompt {shown(prompt)}; say in words what the clip shows")
     if samples.prompts and not samples.every:
         warnings.warn("samples.prompts has no effect with samples.every=0")
     if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
-from lumos.lora import fingerprints, merge_adapter
+from lumos.lora import check_no_adapter, fingerprints, merge_adapter
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
@@ -45,8 +45,9 @@ from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
+from tokenizer.text import PLACES
 
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{PLACES}|video_tokenizer(\\.json)?"
 
 
 class LumosPipeline(VideoPipeline):
@@ -156,6 +157,7 @@ class LumosPipeline(VideoPipeline):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model.model.layers):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
+        check_no_adapter(folder)
         with updating_folder(folder, re.compile(PARTS_OF_FOLDER).fullmatch) as writing:
             self.model.save_pretrained(writing)
             check_written(writing, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})

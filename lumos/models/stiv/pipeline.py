@@ -21,7 +21,7 @@ from lumos.data.seeding import sample_generator
 from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, NotFound, UserError, shown
 from lumos.files import updating_folder
-from lumos.lora import fingerprints, merge_adapter
+from lumos.lora import check_no_adapter, fingerprints, merge_adapter
 from lumos.models.stiv.attention import StivRMSNorm
 from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.block_reuse import BlockReuse
@@ -42,13 +42,14 @@ from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from tokenizer import TextTokenizer
+from tokenizer.text import PLACES
 
 USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_size=None)
 """The shape of a clip of a model folder without pipeline.json."""
 TEXT_ENCODER = "text_encoder"
 """The folder of a frozen text encoder in a model folder."""
 PARTS_OF_FOLDER = (
-    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|{PLACES}|video_tokenizer(\\.json)?|{AUTOENCODER}"
 )
 
 
@@ -177,6 +178,7 @@ class StivPipeline(VideoPipeline):
             raise UserError("a model with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model.blocks):
             raise UserError("a model with int8 weights is not saved; load it without int8 to save it")
+        check_no_adapter(folder)
         with updating_folder(folder, re.compile(PARTS_OF_FOLDER).fullmatch) as writing:
             self.model.save_pretrained(writing)
             if isinstance(self.text, FrozenTextEncoder):
