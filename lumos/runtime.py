@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -116,20 +117,41 @@ def return_freed_memory(device: torch.device) -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in MALLOPT.values())
 
 
+class PlainDtype:
+    """A block in which the default dtype is float32. Several threads may be in it: the first sets the dtype, the last sets it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._before != torch.float32:
+                torch.set_default_dtype(self._before)
+
+
+PLAIN_DTYPE = PlainDtype()
+
+
 @contextmanager
 def plain_defaults() -> Iterator[None]:
     """Inside, new tensors are float32 on the CPU and no autocast changes dtypes, whatever the caller of the library has set.
 
     A result then depends on its arguments alone. The default dtype is one for all threads of the process.
     """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with ExitStack() as held:
+        held.enter_context(PLAIN_DTYPE)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 held.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32 or device.type != "cpu":
-            held.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
             held.enter_context(torch.device("cpu"))
         yield
 

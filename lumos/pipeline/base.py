@@ -212,8 +212,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         """
 
     @abstractmethod
-    def is_open(self, state: Tensor) -> bool:
-        """Return whether the latent frame of this state needs further steps."""
+    def is_open(self, resolved: Resolved, step: int, state: Tensor) -> bool:
+        """Return whether the latent frame of this state needs further steps after this one."""
 
     @property
     @abstractmethod
@@ -387,7 +387,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             bar.update()
             if hook is not None:
                 hook(frame, step, state)
-            if self._interrupt and self.is_open(state):
+            if self._interrupt and self.is_open(resolved, step, state):
                 raise Interrupted
 
         steps = resolved.sampling.steps_before(resolved.new_frames)

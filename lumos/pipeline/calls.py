@@ -26,11 +26,15 @@ class PipelineCalls:
     @contextmanager
     def running(self, num_timesteps: int) -> Iterator[None]:
         """Inside, this thread runs a call of so many steps."""
+        outer = self._by_thread.get(get_ident())
         self._by_thread[get_ident()] = self._last = Call(num_timesteps)
         try:
             yield
         finally:
-            del self._by_thread[get_ident()]
+            if outer is None:
+                del self._by_thread[get_ident()]
+            else:  # a callback has called the pipeline
+                self._by_thread[get_ident()] = outer
 
     def current(self) -> Call:
         """Return the call that runs in this thread; if there is none, the last one."""

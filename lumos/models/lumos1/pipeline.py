@@ -263,5 +263,5 @@ class LumosPipeline(VideoPipeline):
             history=lambda: torch.cat([empty, *done], dim=1),
         )  # fmt: skip
 
-    def is_open(self, state: Tensor) -> bool:
+    def is_open(self, resolved: LumosResolved, step: int, state: Tensor) -> bool:
         return bool((state == self.model.config.mask_token_id).any())

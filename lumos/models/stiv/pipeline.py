@@ -89,7 +89,6 @@ class StivPipeline(VideoPipeline):
         check_agreement(model, text, space)
         self.model, self.text, self.space = model.eval(), text, space
         self.settings, self.clip = settings or StivOptions(), clip or USUAL_CLIP
-        self._is_open = False
 
     @classmethod
     @plain_defaults()
@@ -275,7 +274,6 @@ class StivPipeline(VideoPipeline):
         steps = sampling.num_inference_steps
 
         def watched(step: int, state: Tensor) -> None:
-            self._is_open = step + 1 < steps
             check_finite(state)
             after_step(number, step, state)
 
@@ -336,7 +334,7 @@ class StivPipeline(VideoPipeline):
 
         def hook(number: int, step: int, state: Tensor) -> None:
             part = resolved.passes[number]
-            count = len(part.made) if self._is_open else 0
+            count = len(part.made) if self.is_open(resolved, step, state) else 0
             tensors = {name: state.clone() for name in names}
             result = callback(self, resolved.sampling.steps_before(number) + step, count, tensors)
             if result is not None and not isinstance(result, Mapping):
@@ -346,8 +344,8 @@ class StivPipeline(VideoPipeline):
 
         return hook
 
-    def is_open(self, state: Tensor) -> bool:
-        return self._is_open
+    def is_open(self, resolved: StivResolved, step: int, state: Tensor) -> bool:
+        return step + 1 < resolved.sampling.num_inference_steps
 
 
 def guidance_of(sampling: StivOptions, has_given: bool, config: Any) -> Guidance:
