@@ -118,7 +118,10 @@ def return_freed_memory(device: torch.device) -> bool:
 
 
 class PlainDtype:
-    """A block in which the default dtype is float32. Several threads may be in it: the first sets the dtype, the last sets it back."""
+    """A block in which the default dtype is float32.
+
+    Several threads may be inside at a time: the first sets the dtype, and the last sets it back.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, torch.float32
