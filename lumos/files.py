@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -369,19 +370,27 @@ def check_model_config(place: Path) -> None:
         raise UserError(f"{file} is {encoding[0].upper()}{mark}; save it as UTF-8 without a mark")
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, unique_keys: bool = False) -> Any:
     """Return the value of a JSON text.
 
     Raises UserError if it is not JSON, has too many entries or is nested over MAX_DOCUMENT_DEPTH levels
-    deep. The message begins with `where`.
+    deep. The message begins with `where`. unique_keys: an object that has a key twice is an error.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_with_unique_keys if unique_keys else None)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise UserError(f"{where} is not valid JSON: {_why_not(error)}") from error
     if text.count("[") + text.count("{") > MAX_DOCUMENT_DEPTH:
         _check_nesting(value, where, "JSON")
     return value
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(twice, 60)} is given twice; give it once")
+    return found
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -42,8 +42,8 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device of this name (cpu, cuda, cuda:1, mps).
+def pick_device(device: str | int | torch.device | None) -> torch.device:
+    """Return the torch device of this name (cpu, cuda, cuda:1, mps); a number is that of a GPU.
 
     None or "auto" means CUDA if it is available, else the CPU. "cuda" is the GPU number LOCAL_RANK, which a
     launcher such as deepspeed or torchrun sets for each process. Raises UserError for an unknown name and
@@ -51,6 +51,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):

@@ -91,6 +91,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.device_peak import peak_flops
     from lumos.errors import UserError
     from lumos.pipeline.defaults import shipped_model
+    from lumos.pipeline.hub import is_repository, local_folder
     from lumos.pipeline.inputs import override
     from lumos.runtime import pick_device
 
@@ -99,6 +100,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     folder, preset = None, None
     if args.preset is None:
         folder = shipped_model() if args.model is None else args.model
+        folder = local_folder(folder) if is_repository(folder) else folder
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder} is no model folder: it has no config.json; give one, or a --preset")
         generator = registry.generator_of(folder)

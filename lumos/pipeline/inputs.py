@@ -25,12 +25,12 @@ from lumos.video.io import MAX_FRAMES, count_frames, fit, read_image, read_video
 MAX_SEED = 2**64 - 1
 
 
-def check_prompt(prompt: Any, needs_words: bool = True) -> str:
+def check_prompt(prompt: Any, needs_words: bool = True, what: str = "prompt") -> str:
     """Return the prompt; UserError if it is no text, has lost characters, or is empty and `needs_words`."""
     if not isinstance(prompt, str):
-        raise UserError(f"the prompt is {shown(prompt)}; give a string")
-    if lost := re.search("[\ufffd\0]", prompt):
-        raise UserError(f"the prompt {shown(prompt)} has U+{ord(lost[0]):04X}, because characters were lost; write it again")
+        raise UserError(f"the {what} is {shown(prompt)}; give a string")
+    if lost := re.search("[\ufffd\0\ud800-\udfff]", prompt):  # the last are bytes that were no text, and halves of characters
+        raise UserError(f"the {what} {shown(prompt)} has U+{ord(lost[0]):04X}, because characters were lost; write it again")
     if needs_words and not prompt.strip():
         raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
     return prompt
@@ -77,7 +77,7 @@ def align(
     for text in lists["prompt"]:
         check_prompt(text, needs_words)
     for text in lists["negative_prompt"]:
-        check_prompt("" if text is None else text, needs_words=False)
+        check_prompt("" if text is None else text, needs_words=False, what="negative prompt")
     for name in ("negative_prompt", "image", "video", "last_image", "given_frames"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")

@@ -11,7 +11,7 @@ from hub_server import Hub
 from lumos import LumosPipeline, VideoPipeline
 from lumos.cli import main
 from lumos.data.trained_on import TrainedOn
-from lumos.errors import NotFound, RunError
+from lumos.errors import NotFound, RunError, UserError
 from lumos.pipeline.hub import is_repository, local_folder
 
 NAME = "org/micro"
@@ -62,6 +62,25 @@ def test_without_a_connection_the_cache_serves(filled: Hub, monkeypatch, capsys)
     *bars, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: there is no model folder org/other")
     assert not any("rror" in line for line in bars)
+
+
+def test_the_arguments_of_the_hub_are_passed_on(filled: Hub, tmp_path: Path):
+    with pytest.raises(NotFound, match="not in the cache; leave local_files_only out"):
+        VideoPipeline.from_pretrained(NAME, cache_dir=tmp_path, local_files_only=True)
+    for cls in (VideoPipeline, LumosPipeline):
+        pipe = cls.from_pretrained(NAME, cache_dir=tmp_path, token="hf_test", device="cpu")
+        assert tmp_path in Path(pipe.tokenizer_folders[0]).parents
+    filled.requests.clear()
+    VideoPipeline.from_pretrained(NAME, cache_dir=tmp_path, local_files_only=True, device="cpu")
+    assert filled.requests == []
+
+
+def test_an_adapter_may_be_a_repository(filled: Hub, micro_folder: Path):
+    filled.repositories["me/adapter"] = {"adapter_config.json": b'{"peft_type": "LOHA"}', "lumos_adapter.json": b"[]"}
+    pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
+    for load in (pipe.load_lora_weights, lambda name: VideoPipeline.from_pretrained(micro_folder, device="cpu", lora=name)):
+        with pytest.raises(UserError, match=r"lumos_adapter\.json is damaged"):
+            load("me/adapter")
 
 
 def test_a_repository_that_does_not_exist(hub: Hub):
