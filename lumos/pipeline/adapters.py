@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Adapters:
                 parts = [(self.scales.get(key, 0.0), found[name]) for key, found in self.differences.items() if name in found]
                 used = [scale * difference for scale, difference in parts if scale and self.are_on]
                 parameters[name].copy_(weight.float() + sum(used) if used else weight)
+
+
+    def copied(self) -> Adapters:
+        """Return a copy with the same tensors, which nothing changes in place."""
+        return replace(self, differences=dict(self.differences), scales=dict(self.scales), original=dict(self.original))
 
 
 class HasAdapters:
@@ -75,8 +81,8 @@ class HasAdapters:
                 base.get_parameter(key).copy_(weight)
         before = {key: parameter.detach().clone() for key, parameter in base.named_parameters()}
         merged = merge_adapter(base, folder, fingerprints(*self.tokenizer_folders))
-        changes = {key: parameter.detach() - before[key] for key, parameter in merged.named_parameters()}
-        found.differences[name] = {key: change for key, change in changes.items() if bool(change.any())}
+        changes = ((key, parameter.detach() - before.pop(key)) for key, parameter in merged.named_parameters())
+        found.differences[name] = {key: change for key, change in changes if bool(change.any())}
         for key in found.differences[name]:
             found.original.setdefault(key, self.model.get_parameter(key).detach().cpu().clone())
         found.scales[name] = 1.0
@@ -96,6 +102,19 @@ class HasAdapters:
             raise UserError(f"adapter_weights holds {shown(wrong[0])}; give numbers, for example 0.7")
         found.scales = dict.fromkeys(found.differences, 0.0) | dict(zip(names, map(float, scales), strict=True))
         found.apply(self.model)
+
+    def set_scale(self, scale: float) -> None:
+        """Use the adapter that was loaded last with this scale. The others keep theirs."""
+        scales = self._adapters.scales if self._adapters else {}
+        self.set_adapters([*scales], [*list(scales.values())[:-1], scale])
+
+    def copied(self) -> Self:
+        """Return a pipeline with a network of its own, whose adapters can be changed alone; the tokenizers are shared."""
+        other = copy(self)
+        vars(other).pop("_calls_of_threads", None)
+        other.model = deepcopy(self.model)
+        other._adapters = self._adapters and self._adapters.copied()
+        return other
 
     def _known(self, adapter_names: str | Sequence[str]) -> tuple[Adapters, list[str]]:
         """Return the adapters, and the names as a list; UserError for a name of none."""
