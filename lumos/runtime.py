@@ -20,6 +20,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lumos.errors import UserError
+from lumos.progress import is_terminal
 from lumos.version import __version__
 
 MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)}  # malloc.h: parameter, value in bytes
@@ -176,7 +177,7 @@ def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Inside, transformers shows progress bars only if stderr is a terminal."""
-    with nullcontext() if sys.stderr.isatty() else no_progress_bar():
+    with nullcontext() if is_terminal(sys.stderr) else no_progress_bar():
         yield
 
 

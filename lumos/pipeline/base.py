@@ -22,6 +22,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -61,10 +62,6 @@ AfterStep = Callable[[int, int, Tensor], None]
 
 It may change `state` in place.
 """
-
-
-FACTS = ("settings", "clip", "trained_on", "tokenizer_folders")
-"""What a pipeline is made of beside its parts."""
 
 
 class Interrupted(Exception):
@@ -150,7 +147,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
 
         Returns the address of the commit. token: default the one of `hf auth login`. RunError if the hub refuses.
         """
-        card = model_card(repo_id, self.generator, self.trained_on)
+        card = partial(model_card, generator=self.generator, trained_on=self.trained_on)
         return upload(repo_id, self.save_pretrained, card, private=private, message=commit_message, token=token)
 
     @abstractmethod
@@ -242,7 +239,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
     @property
     def components(self) -> dict[str, Any]:
         """The parts and facts of the pipeline by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
-        return {name: getattr(self, name) for name in (*self.component_names, *FACTS)}
+        facts = ("settings", "clip", "trained_on", "tokenizer_folders")
+        return {name: getattr(self, name) for name in (*self.component_names, *facts)}
 
     def networks(self) -> list[nn.Module]:
         return [self.model, self.video_tokenizer]

@@ -96,11 +96,17 @@ def model_folder(
 
 
 def upload(
-    repository: str, save: Callable[[Path], None], card: str, *, private: bool | None, message: str, token: str | None
+    repository: str,
+    save: Callable[[Path], None],
+    card: Callable[[str], str],
+    *,
+    private: bool | None,
+    message: str,
+    token: str | None,
 ) -> str:
     """Create a repository if there is none, upload what `save` writes into a folder, and return the address of the commit.
 
-    card: the text of README.md if `save` writes none. RunError if the hub refuses.
+    card: returns the text of README.md, for the whole name of the repository, if `save` writes none. RunError if the hub refuses.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -109,10 +115,10 @@ def upload(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         save(folder)
-        if not (folder / "README.md").exists():
-            write_bytes(folder / "README.md", card.encode())
         try:
             name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+            if not (folder / "README.md").exists():
+                write_bytes(folder / "README.md", card(name).encode())
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise RunError(f"{hub()} did not take {repository} ({reason_of(error)}); check the name and the token") from error

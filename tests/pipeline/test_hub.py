@@ -107,6 +107,8 @@ def test_a_pipeline_is_pushed_as_a_whole_folder_with_a_card(hub: Hub, micro_fold
     card = files["README.md"].decode()
     assert 'from_pretrained("me/mine")' in card
     assert "| shapes | circle |" in card
+    pipe.push_to_hub("short", token="hf_test")
+    assert 'from_pretrained("me/short")' in hub.repositories["me/short"]["README.md"].decode()
     again = VideoPipeline.from_pretrained("me/mine", device="cpu")
     np.testing.assert_array_equal(clip(again), clip(pipe))
     assert again.trained_on == pipe.trained_on
