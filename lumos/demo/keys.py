@@ -71,7 +71,7 @@ class Keys:
         # Every key is compared, so that the time of the answer tells nothing.
         found = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         if scheme.lower() != "bearer" or not found:
-            what = "the key is unknown" if token else "a key is needed"
+            what = "the key is unknown" if token and scheme.lower() == "bearer" else "a key is needed"
             raise HTTPException(401, f"{what}; send the header Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
         return found[0]
 

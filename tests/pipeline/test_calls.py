@@ -42,7 +42,7 @@ def test_a_call_is_interrupted_though_another_has_ended(pipe):
         pipe(PROMPT, seed=1, num_inference_steps=3, callback_on_step_end=callback)
 
 
-def test_the_default_dtype_is_that_of_all_calls_until_the_last_ends():
+def test_the_default_dtype_is_set_back_by_the_last_call():
     begun, first_is_over, found = Event(), Event(), []
 
     def second():
