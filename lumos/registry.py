@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lumos.errors import NotFound, UserError, shown
+from lumos.errors import NotFound, UserError, instead, shown
 from lumos.files import read_json
 
 PACKAGES = ["lumos.models.lumos1", "lumos.models.stiv"]
@@ -114,7 +114,7 @@ def generator(name: str | None = None) -> Generator:
     if name is None:
         return next(iter(known.values()))
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"generator {shown(name)} is unknown; allowed: {', '.join(known)}")
+        raise UserError(f"generator {shown(name)} is unknown{instead(name, known)}")
     return known[name]
 
 

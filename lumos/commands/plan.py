@@ -127,7 +127,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
     import torch
 
     from lumos.device_peak import peak_flops
-    from lumos.errors import UserError
+    from lumos.errors import UserError, instead
     from lumos.planning.gpus import GIB, GPUS, Hardware
     from lumos.training.engine import pick_precision
 
@@ -142,7 +142,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
         return Hardware("CPU process", args.gpus, int(memory), speed)
     name = (args.gpu or "h100").lower()
     if name not in GPUS:
-        raise UserError(f"--gpu {args.gpu} is unknown; allowed: {', '.join(GPUS)}, or give --gpu-memory and --peak-tflops")
+        raise UserError(f"--gpu {args.gpu} is unknown{instead(name, GPUS)}, or give --gpu-memory and --peak-tflops")
     if args.gpu and args.gpu_memory and peak:
         raise UserError(f"--gpu {args.gpu} has no effect with both its memory and its peak given; leave it out")
     memory, known = GPUS[name]

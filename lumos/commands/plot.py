@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.errors import UserError
+    from lumos.errors import UserError, instead
     from lumos.files import check_writable
 
     if not args.out.lower().endswith(SUFFIXES):
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     runs = {name: read_curves(name) for name in args.runs}
     known = list(dict.fromkeys(panel_of(field) for curves in runs.values() for field in curves))
     if unknown := [field for field in args.fields or () if field not in known]:
-        raise UserError(f"--fields: no log has {as_text(unknown[0])}; there are {as_text(', '.join(known), 1000)}")
+        raise UserError(f"--fields: no log has {as_text(unknown[0])}{as_text(instead(unknown[0], known, 'there are'), 1000)}")
     if args.fields and args.all:
         raise UserError("--fields and --all exclude each other; give one of them")
     draw(runs, args.fields or (known if args.all else most_important(known)), args.out)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lumos.data.trained_on import TrainedOn, read_trained_on
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.lora import fingerprints, merge_adapter
 from lumos.pipeline.acceleration import has_int8_weights
 from lumos.pipeline.hub import local_folder
@@ -121,8 +121,8 @@ class HasAdapters:
         found = self._adapters or Adapters()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if unknown := [name for name in names if name not in found.differences]:
-            known = ", ".join(found.differences) or "none"
-            raise UserError(f"there is no adapter {shown(unknown[0])}; loaded: {known}")
+            known = [*found.differences] or ["none"]
+            raise UserError(f"there is no adapter {shown(unknown[0])}{instead(unknown[0], known, 'loaded:')}")
         return found, names
 
     def get_active_adapters(self) -> list[str]:
