@@ -9,7 +9,7 @@ import torch
 from micro_stiv import micro_pipeline
 
 from lumos import LumosPipeline, VideoPipeline
-from lumos.errors import RunError
+from lumos.errors import RunError, UserError
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.runtime import plain_defaults
 
@@ -40,6 +40,16 @@ def test_a_call_is_interrupted_though_another_has_ended(pipe):
 
     with pytest.raises(RunError, match="before its first latent frame"):
         pipe(PROMPT, seed=1, num_inference_steps=3, callback_on_step_end=callback)
+
+
+def test_an_answer_of_a_callback_without_effect_is_refused(pipe):
+    for answer, said in (({"prompt_embeds": 1}, "'prompt_embeds', which this pipeline"), (5, "gave 5; give nothing")):
+        with pytest.raises(UserError, match=said):
+            pipe(PROMPT, seed=1, callback_on_step_end=lambda *_, answer=answer: answer)
+    whole = pipe(PROMPT, seed=1).latents
+    same = pipe(PROMPT, seed=1, callback_on_step_end=lambda pipe, step, left, tensors: tensors,
+                callback_on_step_end_tensor_inputs=pipe.tensor_inputs)  # fmt: skip
+    assert torch.equal(same.latents, whole)
 
 
 def test_the_default_dtype_is_set_back_by_the_last_call():

@@ -35,6 +35,7 @@ from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextStates, text_ids
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, Encoded, StepCallback, VideoPipeline
+from lumos.pipeline.calls import check_answer
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
 from lumos.pipeline.hub import local_folder, model_folder
 from lumos.pipeline.inputs import check_prompt
@@ -341,9 +342,7 @@ class StivPipeline(VideoPipeline):
             count = len(part.made) if self.is_open(resolved, step, state) else 0
             tensors = {name: state.clone() for name in names}
             result = callback(self, resolved.sampling.steps_before(number) + step, count, tensors)
-            if result is not None and not isinstance(result, Mapping):
-                raise UserError(f"the callback gave {shown(result)}; give nothing, or a dict as {{'latents': ...}}")
-            if result and "latents" in result:
+            if "latents" in (result := check_answer(result, self.tensor_inputs)):
                 state.copy_(check_latents(result["latents"], state))
 
         return hook
