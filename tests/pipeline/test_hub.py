@@ -83,6 +83,17 @@ def test_an_adapter_may_be_a_repository(filled: Hub, micro_folder: Path):
             load("me/adapter")
 
 
+@pytest.mark.parametrize(("file", "said"), [
+    ("adapter_config.json", "it is an adapter: give it as lora"), ("export/config.json", "it is a run, whose model is .*export"),
+    ("other.json", "give the folder of a saved or released model"),
+])  # fmt: skip
+def test_a_folder_beside_the_one_that_was_meant(tmp_path: Path, file: str, said: str):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(NotFound, match=f"is no model folder: it has no config.json; {said}"):
+        VideoPipeline.from_pretrained(tmp_path)
+
+
 def test_a_repository_that_does_not_exist(hub: Hub):
     with pytest.raises(NotFound, match="no org/none on"):
         VideoPipeline.from_pretrained("org/none")
