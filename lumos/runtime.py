@@ -20,6 +20,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lumos.errors import UserError
+from lumos.progress import is_terminal
 from lumos.version import __version__
 
 MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)}  # malloc.h: parameter, value in bytes
@@ -42,8 +43,8 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device of this name (cpu, cuda, cuda:1, mps).
+def pick_device(device: str | int | torch.device | None) -> torch.device:
+    """Return the torch device of this name (cpu, cuda, cuda:1, mps); a number is that of a GPU.
 
     None or "auto" means CUDA if it is available, else the CPU. "cuda" is the GPU number LOCAL_RANK, which a
     launcher such as deepspeed or torchrun sets for each process. Raises UserError for an unknown name and
@@ -51,6 +52,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -198,7 +201,7 @@ def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Inside, transformers shows progress bars only if stderr is a terminal."""
-    with nullcontext() if sys.stderr.isatty() else no_progress_bar():
+    with nullcontext() if is_terminal(sys.stderr) else no_progress_bar():
         yield
 
 

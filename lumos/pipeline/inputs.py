@@ -25,16 +25,16 @@ from lumos.wording import is_blank, one_line, wrong_character
 MAX_SEED = 2**64 - 1
 
 
-def check_prompt(prompt: Any, needs_words: bool = True) -> str:
+def check_prompt(prompt: Any, needs_words: bool = True, what: str = "prompt") -> str:
     """Return the prompt as the network reads it (`lumos.wording.one_line`).
 
     UserError if it is no text, has lost or control characters, or shows nothing and `needs_words`.
     """
     if not isinstance(prompt, str):
-        raise UserError(f"the prompt is {shown(prompt)}; give a string")
+        raise UserError(f"the {what} is {shown(prompt)}; give a string")
     line = one_line(prompt)
     if wrong := wrong_character(line):
-        raise UserError(f"the prompt {shown(prompt)} {wrong}")
+        raise UserError(f"the {what} {shown(prompt)} {wrong}")
     if is_blank(line):
         if needs_words:
             raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
@@ -81,7 +81,9 @@ def align(
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
     lists["prompt"] = [check_prompt(text, needs_words) for text in lists["prompt"]]
-    lists["negative_prompt"] = [None if text is None else check_prompt(text, False) for text in lists["negative_prompt"]]
+    lists["negative_prompt"] = [
+        None if text is None else check_prompt(text, False, "negative prompt") for text in lists["negative_prompt"]
+    ]
     for name in ("negative_prompt", "image", "video", "last_image", "given_frames"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")

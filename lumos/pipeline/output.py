@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.video.animation import data_url
 from lumos.video.frames import as_uint8
 from lumos.video.io import write_video
@@ -89,7 +89,7 @@ class VideoPipelineOutput(ModelOutput):
 
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
-        raise UserError(f"output_type {shown(output_type)} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
+        raise UserError(f"output_type {shown(output_type)} is unknown{instead(output_type, OUTPUT_TYPES)}")
 
 
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:

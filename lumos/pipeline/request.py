@@ -38,7 +38,7 @@ class Request:
     """The arguments of a call that decide its result, described in `lumos.pipeline.base.VideoPipeline.__call__`.
 
     `options` holds by name the sampling options that are not None. A blank negative_prompt becomes
-    None, also in a list. A list of PIL pictures as video is one clip. numpy scalars become Python
+    None, also in a list. A list of pictures as video is one clip. numpy scalars become Python
     numbers.
     """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.files import existing_path, parse_json, read_prompts
 from lumos.pipeline.options import all_options
 from lumos.settings import is_whole
@@ -136,7 +136,7 @@ def read_table(text: str, path: Path) -> Reader:
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in known or names.count(name) > 1]:
-            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or named twice; allowed: {', '.join(known)}")
+            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or named twice{instead(wrong[0], known)}")
         for cells in table:
             if any(cell.strip() for cell in cells):
                 yield table.line_num, lambda cells=cells: parse_cells(names, cells)
@@ -160,7 +160,7 @@ def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the row with its paths joined to the folder of the list; UserError for an unknown key and for a wrong type."""
     known = columns()
     if unknown := [name for name in row if name not in known]:
-        raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(known)}")
+        raise UserError(f"{shown(unknown[0])} is unknown{instead(unknown[0], known)}")
     for name, value in row.items():
         if not known[name].holds(value):
             raise UserError(f"{name} {shown(value)} is not allowed; give {known[name].name}")

@@ -88,6 +88,8 @@ def test_line_numbers_count_the_lines_inside_a_cell(tmp_path):
             "the row is not valid JSON: it has a number of thousands of digits",
         ),
         ("a.jsonl", '{"prompt": "x", "stepz": 3}', "'stepz' is unknown; allowed: prompt, "),
+        ("a.jsonl", '{"prompt": "x", "num_frame": 3}', "'num_frame' is unknown, did you mean num_frames\\? allowed: prompt, "),
+        ("a.jsonl", '{"prompt": "x", "seed": 3, "seed": 4}', "the row is not valid JSON: the key 'seed' stands twice"),
         ("a.jsonl", '{"prompt": 3}', "prompt 3 is not allowed; give text, or a list of texts"),
         ("a.jsonl", '{"prompt": []}', "prompt \\[\\] is not allowed"),
         ("a.jsonl", '{"prompt": "x", "num_frames": "9"}', "num_frames '9' is not allowed; give a whole number"),

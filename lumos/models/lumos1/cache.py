@@ -160,16 +160,16 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._stored: tuple[Tensor, Tensor] | None = None
+        self._saved: tuple[tuple | None, tuple[Tensor, Tensor] | None] = None, None  # one value: several threads may use a pipeline
 
     def load(self, model: LumosForVideoGeneration, prefix: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the keys and values [layers, Hkv, L, D] of a prefix [L], or None if they are not saved."""
-        return self._stored if self._key == self._key_of(model, prefix) else None
+        key, stored = self._saved
+        return stored if key == self._key_of(model, prefix) else None
 
     def save(self, model: LumosForVideoGeneration, prefix: Tensor, stored: tuple[Tensor, Tensor]) -> None:
         """Save the keys and values of a prefix [L] in place of those of the last one."""
-        self._key, self._stored = self._key_of(model, prefix), stored
+        self._saved = self._key_of(model, prefix), stored
 
     @staticmethod
     def _key_of(model: LumosForVideoGeneration, prefix: Tensor) -> tuple:

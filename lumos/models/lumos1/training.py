@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.data.source import TrainingClip, cut
-from lumos.errors import RunError, UserError, as_text, reason_of, shown
+from lumos.errors import RunError, UserError, as_text, instead, reason_of, shown
 from lumos.models.lumos1 import scoring
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
@@ -381,4 +381,4 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
     known = set(LumosConfig().to_dict())
     for key in overrides:
         if key not in known:
-            raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known))}")
+            raise UserError(f"model.overrides.{as_text(key)} is unknown{instead(key, sorted(known))}")
